@@ -1,0 +1,282 @@
+"""What a run is: frozen, validated, a JSON round trip, and the same text as `--help`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gsae_core.errors import InputError
+
+Architecture = Literal["gated", "relu"]
+Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
+Recipe = Literal["P", "A", "B"]
+LossNorm = Literal["sum", "mean", "mean_power"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu")
+SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out")
+
+
+class Config(
+    BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+):
+    """Base of every config: unknown keys are errors, nothing is written back."""
+
+
+class ModelConfig(Config):
+    """The language model and the place in it whose activations the SAEs learn."""
+
+    name: str = "bundled"
+    """`bundled`, a local Hugging Face folder, or a name on the Hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; None takes the default branch."""
+
+    layer: NonNegativeInt = 2
+    """Block number, from 0."""
+
+    site: Site = "resid_post"
+    """Where in the block: resid_pre, resid_post, mlp_hidden, mlp_out, attn_z (before W_O) or attn_out."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the language model; activations reach the SAEs as float32."""
+
+    @property
+    def hook_name(self) -> str:
+        """The site under TransformerLens' name, e.g. `blocks.2.hook_resid_post`."""
+        return hook_name(self.layer, self.site)
+
+
+def hook_name(layer: int, site: Site) -> str:
+    """Return TransformerLens' name of a site."""
+    inner = {"mlp_hidden": "mlp.hook_post", "attn_z": "attn.hook_z"}.get(site, f"hook_{site}")
+    return f"blocks.{layer}.{inner}"
+
+
+class DataConfig(Config):
+    """The text, and how it becomes token sequences of one length."""
+
+    source: str = "stdlib"
+    """`stdlib`, a file or folder, or the name of a data set on the Hub (streamed)."""
+
+    text_column: str | None = None
+    """Column that holds the text; None takes the only text column, or one called text or content."""
+
+    split: str = "train"
+    """Split of a Hub data set or a `save_to_disk` folder."""
+
+    n_ctx: PositiveInt | None = None
+    """Context length in tokens, BOS included; None takes the model's, at most 256."""
+
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether a sequence starts with BOS; `auto` does so when the tokenizer has one."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the sequences kept for evaluation, cut before anything else."""
+
+
+class SAESpec(Config):
+    """One SAE of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Folder name inside the run."""
+
+    architecture: Architecture
+    """`gated` (Eq. 6-8) or `relu` (the L1 baseline)."""
+
+    d_sae: PositiveInt
+    """Number of latents."""
+
+    sparsity: PositiveFloat
+    """lambda, against squared error normalised as `loss_norm` says, in the units the SAE trains in."""
+
+    loss_norm: LossNorm = "sum"
+    """Squared error summed over d_in (Eq. 8), divided by d_in, or divided by d_in E|x|^2 (paper D.1)."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of this SAE; None takes the run's."""
+
+    recipe: Recipe = "P"
+    """P: unit norm, plain L1, frozen auxiliary decoder (the paper). A: L1 weighted by decoder norm,
+    unfrozen. B: L1 weighted by the detached norm, frozen."""
+
+    tie: Literal["r_mag", "none", "untied"] = "r_mag"
+    """W_mag = exp(r_mag) W_gate (the paper), W_mag = W_gate, or a free W_mag."""
+
+    detach_b_dec: bool = False
+    """Keep the sparsity and auxiliary terms from moving b_dec through the centred input."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights."""
+
+
+class TrainRecipe(Config):
+    """How SAEs learn. Batch sizes are activation vectors, and tokens are counted after masking."""
+
+    n_tokens: PositiveInt
+    """Activation vectors to train on, BOS and padding left out; whole batches, rounded down."""
+
+    batch_size: PositiveInt = 4096
+    """Activation vectors in a step."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak Adam learning rate, held after warm-up."""
+
+    beta1: Fraction = 0.0
+    """Adam's first-moment decay; the paper's value is 0."""
+
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Adam's second-moment decay."""
+
+    lr_warmup_steps: NonNegativeInt = 1000
+    """Cosine from 0.1x to 1x over so many steps, at the start and after each revival."""
+
+    lr_decay_fraction: Fraction = 0.0
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
+
+    sparsity_warmup_steps: NonNegativeInt = 0
+    """Steps over which lambda rises linearly from 0."""
+
+    revive_every: NonNegativeInt = 25_000
+    """Steps between revivals of dead latents; 0 never revives."""
+
+    revive_window: PositiveInt = 12_500
+    """A latent that did not fire in so many steps before a revival is dead."""
+
+    revive_until: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """No revival after this share of the steps, so that what is revived can still learn."""
+
+
+class TrainConfig(TrainRecipe):
+    """A recipe and one lambda (and, if need be, one learning rate) for each SAE."""
+
+    sparsity: Annotated[tuple[PositiveFloat, ...], BeforeValidator(lambda v: _as_tuple(v))]
+    """lambda of each SAE, against squared error summed over d_in; one number serves all."""
+
+    lrs: tuple[PositiveFloat, ...] | None = None
+    """Peak learning rate of each SAE; None takes `lr` for all."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+class EvalConfig(Config):
+    """What is measured on held-out sequences when training ends."""
+
+    n_tokens: PositiveInt = 131_072
+    """Held-out tokens, masked positions left out; fewer if the held-out split is smaller."""
+
+
+class RunConfig(Config):
+    """A whole run: one language model, one stream of activations, any number of SAEs."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    saes: Annotated[tuple[SAESpec, ...], Field(min_length=1)]
+    train: TrainRecipe
+    evaluation: EvalConfig = EvalConfig()
+
+    activation_scale: Literal["unit", "none"] = "unit"
+    """`unit`: one scalar makes E|x|^2 = 1 on the training split, and is folded into saved weights."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the data order."""
+
+    device: str = "auto"
+    """`auto` (CUDA, then Apple, then CPU), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    checkpoint_minutes: PositiveFloat = 2.0
+    """Wall-clock minutes between resumable states."""
+
+    preset: str | None = None
+    """Name of the preset this came from; a label only."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "RunConfig":
+        names = [spec.name for spec in self.saes]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"expected a different name for each SAE, got {twice!r} twice")
+        return self
+
+    @field_validator("train")
+    @classmethod
+    def _one_step_at_least(cls, train: TrainRecipe) -> TrainRecipe:
+        if train.n_tokens < train.batch_size:
+            raise ValueError(
+                f"expected n_tokens of at least one batch ({train.batch_size}), got {train.n_tokens}"
+            )
+        return train
+
+
+def sweep(
+    architectures: list[Architecture],
+    sparsity: list[float],
+    width: int,
+    *,
+    equal_width: bool = False,
+    **common: Any,
+) -> tuple[SAESpec, ...]:
+    """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
+
+    The extra width evens the training compute (paper section 4.1); `equal_width` leaves it out.
+    """
+    specs = []
+    for architecture in dict.fromkeys(architectures):
+        d_sae = width if architecture == "gated" or equal_width else width * 3 // 2
+        for coeff in dict.fromkeys(sparsity):
+            name = f"{architecture}-{coeff:g}"
+            fields = {"name": name, "architecture": architecture, "d_sae": d_sae, "sparsity": coeff}
+            specs.append(validated(SAESpec, fields | common))
+    return tuple(specs)
+
+
+ConfigKind = TypeVar("ConfigKind", bound=Config)
+
+
+def validated(kind: type[ConfigKind], fields: dict[str, Any]) -> ConfigKind:
+    """Return `kind(**fields)`.
+
+    Raises:
+        InputError: one sentence that names the first wrong field, what it takes and what came.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"no such setting; {kind.__name__} has {', '.join(kind.model_fields)}"
+            raise InputError(f"{where}: {message}") from None
+        came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
+        raise InputError(f"{where}: {message[0].lower()}{message[1:]}{came}") from None
+
+
+def load_config(path: Path) -> RunConfig:
+    """Return the run described by a JSON file.
+
+    Raises:
+        InputError: if the file is missing, is not JSON, or describes no valid run.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"expected a config file, found nothing at {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
+    return validated(RunConfig, fields)
