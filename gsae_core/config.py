@@ -47,7 +47,7 @@ class ModelConfig(Config):
     """Block number, from 0."""
 
     site: Site = "resid_post"
-    """Where in the block: resid_pre, resid_post, mlp_hidden, mlp_out, attn_z (before W_O) or attn_out."""
+    """Place in the block; `attn_z` is the heads concatenated, before W_O."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the language model; activations reach the SAEs as float32."""
@@ -71,7 +71,7 @@ class DataConfig(Config):
     """`stdlib`, a file or folder, or the name of a data set on the Hub (streamed)."""
 
     text_column: str | None = None
-    """Column that holds the text; None takes the only text column, or one called text or content."""
+    """Column that holds the text; None takes the only text column, or `text` or `content`."""
 
     split: str = "train"
     """Split of a Hub data set or a `save_to_disk` folder."""
@@ -99,10 +99,10 @@ class SAESpec(Config):
     """Number of latents."""
 
     sparsity: PositiveFloat
-    """lambda, against squared error normalised as `loss_norm` says, in the units the SAE trains in."""
+    """lambda, against squared error normalised as `loss_norm` says, in training units."""
 
     loss_norm: LossNorm = "sum"
-    """Squared error summed over d_in (Eq. 8), divided by d_in, or divided by d_in E|x|^2 (paper D.1)."""
+    """Squared error summed over d_in (Eq. 8), over d_in, or over d_in E|x|^2 (paper D.1)."""
 
     lr: PositiveFloat | None = None
     """Peak learning rate of this SAE; None takes the run's."""
@@ -189,7 +189,7 @@ class RunConfig(Config):
     evaluation: EvalConfig = EvalConfig()
 
     activation_scale: Literal["unit", "none"] = "unit"
-    """`unit`: one scalar makes E|x|^2 = 1 on the training split, and is folded into saved weights."""
+    """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split."""
 
     seed: NonNegativeInt = 0
     """Seed of the data order."""
@@ -216,7 +216,8 @@ class RunConfig(Config):
     def _one_step_at_least(cls, train: TrainRecipe) -> TrainRecipe:
         if train.n_tokens < train.batch_size:
             raise ValueError(
-                f"expected n_tokens of at least one batch ({train.batch_size}), got {train.n_tokens}"
+                f"expected n_tokens of at least one batch ({train.batch_size}), "
+                f"got {train.n_tokens}"
             )
         return train
 
