@@ -114,6 +114,10 @@ class SAESpec(Config):
     tie: Literal["r_mag", "none", "untied"] = "r_mag"
     """W_mag = exp(r_mag) W_gate (the paper), W_mag = W_gate, or a free W_mag."""
 
+    aux: Literal["frozen", "unfrozen", "off"] | None = None
+    """Decoder of the auxiliary term: a frozen copy, the live one, or no such term; None takes the
+    recipe's. P with `unfrozen` is the paper's ablation (Fig. 8)."""
+
     detach_b_dec: bool = False
     """Keep the sparsity and auxiliary terms from moving b_dec through the centred input."""
 
@@ -156,6 +160,11 @@ class TrainRecipe(Config):
 
     revive_until: Annotated[float, Field(ge=0, le=1)] = 0.7
     """No revival after this share of the steps, so that what is revived can still learn."""
+
+    @property
+    def n_steps(self) -> int:
+        """Whole batches in `n_tokens`."""
+        return self.n_tokens // self.batch_size
 
 
 class TrainConfig(TrainRecipe):

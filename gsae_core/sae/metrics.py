@@ -1,0 +1,255 @@
+"""What is said about an SAE: sums gathered batch by batch in float64, one division at the end."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from gsae_core.errors import InputError
+
+
+class BatchStats(NamedTuple):
+    """What one batch adds to the sums; plain tensors, on the batch's device, never synchronised.
+
+    Sums are float64 (float32 where the device has no float64) and counts are int64. A field is None
+    where nothing was asked: the gate of a ReLU SAE, the per-latent gains while training.
+    """
+
+    n_tokens: Int64[Tensor, ""]
+    squared_error: Float[Tensor, ""]
+    """Sum over tokens of |x - x_hat|^2."""
+    x_sum: Float[Tensor, " d_in"]
+    x_power: Float[Tensor, ""]
+    """Sum over tokens of |x|^2."""
+    x_hat_power: Float[Tensor, ""]
+    x_dot_x_hat: Float[Tensor, ""]
+    cosine: Float[Tensor, ""]
+    """Sum over tokens of the cosine between x and x_hat."""
+    fired: Int64[Tensor, " d_sae"]
+    """Tokens on which each latent's f > 0."""
+    gate_open: Int64[Tensor, " d_sae"] | None = None
+    """Tokens on which each latent's pi_gate > 0."""
+    gate_power: Float[Tensor, ""] | None = None
+    """Sum over tokens of |x_hat_aux|^2, the reconstruction from relu(pi_gate)."""
+    x_dot_gate: Float[Tensor, ""] | None = None
+    latent_power: Float[Tensor, " d_sae"] | None = None
+    """Sum over tokens of |f_i d_i|^2."""
+    latent_aligned: Float[Tensor, " d_sae"] | None = None
+    """Sum over tokens of f_i d_i . (f_i d_i + x - x_hat)."""
+
+
+def batch_stats(
+    *,
+    x: Float[Tensor, "batch d_in"],
+    x_hat: Float[Tensor, "batch d_in"],
+    x_hat_gate: Float[Tensor, "batch d_in"] | None,
+    f: Float[Tensor, "batch d_sae"],
+    pi_gate: Float[Tensor, "batch d_sae"] | None,
+    W_dec: Float[Tensor, "d_sae d_in"] | None = None,
+) -> BatchStats:
+    """Return the sums of a batch whose latents are dense.
+
+    Args:
+        x: activations.
+        x_hat: their reconstructions.
+        x_hat_gate: reconstructions from relu(pi_gate); None for a ReLU SAE.
+        f: latents.
+        pi_gate: gate pre-activations; None for a ReLU SAE.
+        W_dec: given, the sums behind `gamma_per_feature` are gathered too (one product more).
+    """
+    with torch.no_grad():
+        power = aligned = None
+        if W_dec is not None:
+            dtype = sum_dtype(x.device)
+            norms = W_dec.square().sum(1)
+            power = f.square().sum(0, dtype=dtype) * norms
+            aligned = power + (f * ((x - x_hat) @ W_dec.T)).sum(0, dtype=dtype)
+        return stats_from_counts(
+            x=x,
+            x_hat=x_hat,
+            x_hat_gate=x_hat_gate,
+            fired=(f > 0).sum(0),
+            gate_open=None if pi_gate is None else (pi_gate > 0).sum(0),
+            latent_power=power,
+            latent_aligned=aligned,
+        )
+
+
+@torch.no_grad()
+def stats_from_counts(
+    *,
+    x: Float[Tensor, "batch d_in"],
+    x_hat: Float[Tensor, "batch d_in"],
+    x_hat_gate: Float[Tensor, "batch d_in"] | None,
+    fired: Int64[Tensor, " d_sae"],
+    gate_open: Int64[Tensor, " d_sae"] | None,
+    latent_power: Float[Tensor, " d_sae"] | None = None,
+    latent_aligned: Float[Tensor, " d_sae"] | None = None,
+) -> BatchStats:
+    """Return the sums of a batch whose latents have been counted already, dense or sparse."""
+    dtype = sum_dtype(x.device)
+    x, x_hat = x.to(dtype), x_hat.to(dtype)
+    x_squared, x_hat_squared, products = (x * x).sum(1), (x_hat * x_hat).sum(1), (x * x_hat).sum(1)
+    # A zero vector has no direction; its cosine counts as 0.
+    lengths = (x_squared * x_hat_squared).sqrt()
+    cosines = torch.where(lengths > 0, products / lengths, 0.0)
+    gate_power = x_dot_gate = None
+    if x_hat_gate is not None:
+        gate = x_hat_gate.to(dtype)
+        gate_power, x_dot_gate = (gate * gate).sum(), (x * gate).sum()
+    return BatchStats(
+        n_tokens=torch.full((), x.shape[0], dtype=torch.int64, device=x.device),
+        squared_error=(x - x_hat).square().sum(),
+        x_sum=x.sum(0),
+        x_power=x_squared.sum(),
+        x_hat_power=x_hat_squared.sum(),
+        x_dot_x_hat=products.sum(),
+        cosine=cosines.sum(),
+        fired=fired,
+        gate_open=gate_open,
+        gate_power=gate_power,
+        x_dot_gate=x_dot_gate,
+        latent_power=latent_power,
+        latent_aligned=latent_aligned,
+    )
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Metrics:
+    """Running sums over batches, and the numbers they give.
+
+    Whole-set numbers come from whole-set sums: no average of per-batch ratios, so that results do
+    not depend on how tokens fell into batches. A ratio with nothing beneath it is NaN. Reading a
+    number synchronises with the device; adding does not.
+    """
+
+    def __init__(self, sums: BatchStats | None = None) -> None:
+        self.sums = sums
+
+    def add(self, stats: BatchStats) -> None:
+        """Add a batch, or the sums of another part of the same set.
+
+        Raises:
+            InputError: if it lacks sums that the earlier ones have, or has others.
+        """
+        if self.sums is None:
+            self.sums = stats
+            return
+        total = []
+        for name, ours, theirs in zip(BatchStats._fields, self.sums, stats, strict=True):
+            if (ours is None) != (theirs is None):
+                raise InputError(
+                    f"expected every batch to carry the same sums, got {name} in some only; "
+                    "use one Metrics for each SAE and gather the same sums for every batch"
+                )
+            total.append(None if ours is None else ours + theirs)
+        self.sums = BatchStats(*total)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens measured, BOS and padding left out."""
+        return 0 if self.sums is None else int(self.sums.n_tokens)
+
+    @property
+    def l0(self) -> float:
+        """How many latents fire on an average token. Fewer is sparser, and easier to read."""
+        return math.nan if self.sums is None else _ratio(self.sums.fired.sum(), self.sums.n_tokens)
+
+    @property
+    def gate_l0(self) -> float:
+        """How many gates are open on an average token.
+
+        It exceeds L0 by the gates that open onto a magnitude of zero: sparsity paid for nothing.
+        """
+        if self.sums is None or self.sums.gate_open is None:
+            return math.nan
+        return _ratio(self.sums.gate_open.sum(), self.sums.n_tokens)
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained: how far reconstructions are off, as a share.
+
+        Squared distance from x to its reconstruction, over squared distance from x to the average
+        activation. 0 is perfect; 1 is no better than always answering with the average.
+        """
+        if self.sums is None:
+            return math.nan
+        about_mean = self.sums.x_power - self.sums.x_sum.square().sum() / self.sums.n_tokens
+        return _ratio(self.sums.squared_error, about_mean)
+
+    @property
+    def gamma(self) -> float:
+        """Relative reconstruction bias: 1 is unbiased, below 1 reconstructions are too short.
+
+        Dividing every reconstruction by gamma brings it as close to x as one factor can.
+        E|x_hat|^2 / E[x . x_hat] (arXiv:2404.16014v2, Eq. 10).
+        """
+        if self.sums is None:
+            return math.nan
+        return _ratio(self.sums.x_hat_power, self.sums.x_dot_x_hat)
+
+    @property
+    def gamma_gate(self) -> float:
+        """Gamma of reconstructions from relu(pi_gate): the shrinkage that magnitudes repair."""
+        if self.sums is None or self.sums.gate_power is None or self.sums.x_dot_gate is None:
+            return math.nan
+        return _ratio(self.sums.gate_power, self.sums.x_dot_gate)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between x and its reconstruction, averaged over tokens."""
+        return math.nan if self.sums is None else _ratio(self.sums.cosine, self.sums.n_tokens)
+
+    @property
+    def density(self) -> Float64[Tensor, " d_sae"]:
+        """Share of tokens on which each latent fires."""
+        return self._per_token("fired")
+
+    @property
+    def gate_density(self) -> Float64[Tensor, " d_sae"]:
+        """Share of tokens on which each latent's gate is open."""
+        return self._per_token("gate_open")
+
+    @property
+    def alive_fraction(self) -> float:
+        """Share of latents that fired at least once; it grows with the number of tokens."""
+        if self.sums is None:
+            return math.nan
+        return float((self.sums.fired > 0).double().mean())
+
+    @property
+    def firings(self) -> Int64[Tensor, " d_sae"]:
+        """Number of tokens on which each latent fired."""
+        return torch.zeros(0, dtype=torch.int64) if self.sums is None else self.sums.fired.cpu()
+
+    @property
+    def gamma_per_feature(self) -> Float64[Tensor, " d_sae"]:
+        """How short each latent's share of the reconstruction is; 1 is right, below 1 too short.
+
+        Dividing latent i's activations by gamma_i, all others as they are, brings reconstructions
+        as close to x as its one factor can: sum f_i^2 / sum f_i (f_i + d_i . (x - x_hat)), for unit
+        directions. NaN where a latent never fired or the sums were not gathered. This project's
+        own measure; with few firings it is mostly noise.
+        """
+        if self.sums is None or self.sums.latent_power is None or self.sums.latent_aligned is None:
+            return torch.full_like(self.firings, math.nan, dtype=torch.float64)
+        aligned = self.sums.latent_aligned.cpu().double()
+        ratios = self.sums.latent_power.cpu().double() / aligned
+        return torch.where(aligned == 0, math.nan, ratios)
+
+    def _per_token(self, field: str) -> Float64[Tensor, " d_sae"]:
+        counts = None if self.sums is None else getattr(self.sums, field)
+        if counts is None:
+            return torch.full_like(self.firings, math.nan, dtype=torch.float64)
+        return counts.cpu().double() / (self.n_tokens or math.nan)
+
+
+def _ratio(above: Tensor, below: Tensor) -> float:
+    """Return above / below, NaN where there is nothing below."""
+    return math.nan if float(below) == 0 else float(above) / float(below)
