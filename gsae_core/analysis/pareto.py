@@ -1,0 +1,106 @@
+"""Frontiers of sparsity against fidelity, and how many latents one architecture saves."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Point(NamedTuple):
+    """Where one SAE stands: fewer firing latents is better, and so is more loss recovered."""
+
+    l0: float
+    """Firing latents per token."""
+
+    loss_recovered: float
+    """Share (or percent) of the loss recovered, Eq. 5; any scale, as long as it is one scale."""
+
+    name: str = ""
+
+
+class MatchedPair(NamedTuple):
+    """The two frontiers at one height."""
+
+    loss_recovered: float
+    l0_baseline: float
+    l0_gated: float
+
+    @property
+    def ratio(self) -> float:
+        """L0 of the baseline over L0 of the Gated SAE at the same loss recovered."""
+        return self.l0_baseline / self.l0_gated
+
+
+class MatchedRatio(NamedTuple):
+    """L0(baseline) / L0(gated) at matched loss recovered; above 1 favours the Gated SAEs."""
+
+    median: float
+    """Median of the pairs' ratios; NaN when the frontiers share no height."""
+
+    pairs: tuple[MatchedPair, ...]
+    """One pair for each frontier run whose height the other frontier reaches, lowest first."""
+
+    sentence: str
+    """The result, or why there is none."""
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Return the Pareto-optimal points, sparsest first; L0 and loss recovered both rise along it.
+
+    A point is optimal when no other has both an L0 as low and a loss recovered as high, one of the
+    two better; of equal points the first stays. Points with a number that is not finite have
+    no place in the plane and are left out.
+    """
+    optimal: list[Point] = []
+    placed = (p for p in points if math.isfinite(p.l0) and math.isfinite(p.loss_recovered))
+    for point in sorted(placed, key=lambda p: (p.l0, -p.loss_recovered)):
+        if not optimal or point.loss_recovered > optimal[-1].loss_recovered:
+            optimal.append(point)
+    return optimal
+
+
+def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> MatchedRatio:
+    """Return how many times more latents the baseline fires at the same loss recovered.
+
+    Both frontiers are read at the height of each frontier run that the other one reaches, with
+    log L0 linear in loss recovered between neighbouring runs, and never beyond the ends.
+    Runs with L0 <= 0 have no logarithm and are left out.
+    """
+    # A JSON file writes a whole number as an int; from here on they are floats.
+    baseline, gated = (
+        [Point(float(p.l0), float(p.loss_recovered)) for p in points if p.l0 > 0]
+        for points in (baseline, gated)
+    )
+    curves = [frontier(baseline), frontier(gated)]
+    for curve, name in zip(curves, ("baseline", "Gated"), strict=True):
+        if not curve:
+            return MatchedRatio(math.nan, (), f"no matched-fidelity ratio: there is no {name} run")
+    low = max(curve[0].loss_recovered for curve in curves)
+    high = min(curve[-1].loss_recovered for curve in curves)
+    if low > high:
+        ranges = [f"{c[0].loss_recovered:.4g} to {c[-1].loss_recovered:.4g}" for c in curves]
+        return MatchedRatio(
+            math.nan,
+            (),
+            f"no matched-fidelity ratio: the baseline's loss recovered ({ranges[0]}) and the Gated "
+            f"SAEs' ({ranges[1]}) do not overlap; train more values of lambda between them",
+        )
+    heights = sorted(
+        {p.loss_recovered for c in curves for p in c if low <= p.loss_recovered <= high}
+    )
+    pairs = tuple(MatchedPair(h, _l0_at(curves[0], h), _l0_at(curves[1], h)) for h in heights)
+    median = statistics.median(pair.ratio for pair in pairs)
+    level = f"{len(pairs)} level{'s' if len(pairs) > 1 else ''} of loss recovered"
+    sentence = f"L0(baseline) / L0(gated) = {median:.2f}, the median over {level} both reach"
+    return MatchedRatio(median, pairs, sentence)
+
+
+def _l0_at(curve: list[Point], height: float) -> float:
+    """Return L0 of `curve` at a loss recovered within its range."""
+    for left, right in itertools.pairwise(curve):
+        if left.loss_recovered < height < right.loss_recovered:
+            t = (height - left.loss_recovered) / (right.loss_recovered - left.loss_recovered)
+            return math.exp((1 - t) * math.log(left.l0) + t * math.log(right.l0))
+    (l0,) = [point.l0 for point in curve if point.loss_recovered == height]
+    return l0

@@ -1,0 +1,129 @@
+"""Frontiers and the matched-fidelity ratio, on small sums and on the paper's own rows."""
+
+import math
+
+import pytest
+
+from gsae_core.analysis.pareto import MatchedPair, Point, frontier, matched_l0_ratio
+
+# arXiv:2404.16014v2, Tables 1 and 3: Gemma-7B, residual stream after block 20, L0 and % recovered.
+BASELINE_L20 = [
+    Point(10.4, 91.87),
+    Point(13.8, 93.68),
+    Point(16, 94.48),
+    Point(25.2, 90.71),
+    Point(21.3, 95.73),
+    Point(27.8, 97.15),
+    Point(39.1, 96.43),
+    Point(46.4, 97.95),
+    Point(49.4, 95.26),
+    Point(50.3, 95.99),
+    Point(124.8, 97.69),
+]
+GATED_L20 = [
+    Point(8.2, 96.15),
+    Point(10, 96.7),
+    Point(12.3, 97.14),
+    Point(15.6, 97.7),
+    Point(29.3, 98.62),
+    Point(28, 98.53),
+    Point(28.5, 98.58),
+    Point(67.3, 99.3),
+    Point(123.4, 99.58),
+    Point(212.1, 99.65),
+]
+
+
+def test_a_point_beaten_on_both_axes_is_off_the_frontier() -> None:
+    points = [Point(20, 0.9, "c"), Point(10, 0.8, "a"), Point(15, 0.7, "beaten by a")]
+    assert [p.name for p in frontier(points)] == ["a", "c"]
+
+
+def test_a_tie_on_one_axis_goes_to_the_better_of_the_other() -> None:
+    points = [Point(10, 0.7, "low"), Point(10, 0.8, "high"), Point(12, 0.8, "dense")]
+    assert [p.name for p in frontier(points)] == ["high"]
+
+
+def test_of_equal_points_the_first_stays() -> None:
+    assert [p.name for p in frontier([Point(1, 1, "first"), Point(1, 1, "second")])] == ["first"]
+
+
+@pytest.mark.parametrize("hole", [Point(math.nan, 1), Point(1, math.nan), Point(math.inf, 2)])
+def test_a_point_without_numbers_is_left_out(hole: Point) -> None:
+    assert frontier([hole, Point(3, 0.5)]) == [Point(3, 0.5)]
+
+
+def test_no_points_have_an_empty_frontier() -> None:
+    assert frontier([]) == []
+
+
+def test_the_papers_baseline_frontier_at_layer_20_has_six_runs() -> None:
+    assert [p.l0 for p in frontier(BASELINE_L20)] == [10.4, 13.8, 16, 21.3, 27.8, 46.4]
+
+
+def test_the_paper_at_97_95_percent_fires_46_4_against_18_6() -> None:
+    # Gated between 15.6 at 97.7 and 28 at 98.53: t = 0.25 / 0.83 = 0.30120,
+    # 15.6 * (28 / 15.6)^0.30120 = 15.6 * e^(0.58496 * 0.30120) = 15.6 * 1.19266 = 18.6055
+    result = matched_l0_ratio(BASELINE_L20, GATED_L20)
+    top = result.pairs[-1]
+    assert (top.loss_recovered, top.l0_baseline) == (97.95, 46.4)
+    assert top.l0_gated == pytest.approx(18.6055, abs=1e-4)
+    assert top.ratio == pytest.approx(2.4939, abs=1e-4)  # 46.4 / 18.6055
+
+
+def test_pairs_stand_at_the_heights_of_runs_that_both_frontiers_reach() -> None:
+    # Both span 96.15 (lowest Gated) to 97.95 (highest baseline).
+    heights = [pair.loss_recovered for pair in matched_l0_ratio(BASELINE_L20, GATED_L20).pairs]
+    assert heights == [96.15, 96.7, 97.14, 97.15, 97.7, 97.95]
+
+
+def test_log_l0_is_linear_between_runs_and_the_median_is_reported() -> None:
+    # Half-way between 10 and 40 in the logarithm is 20. Pairs: at 0.6 20 / 5, at 0.7 40 / 8.
+    baseline, gated = [Point(10, 0.5), Point(40, 0.7)], [Point(5, 0.6), Point(8, 0.7)]
+    result = matched_l0_ratio(baseline, gated)
+    assert [pair.ratio for pair in result.pairs] == pytest.approx([4, 5])
+    assert result.median == pytest.approx(4.5)
+    assert result.sentence == (
+        "L0(baseline) / L0(gated) = 4.50, the median over 2 levels of loss recovered both reach"
+    )
+
+
+def test_one_run_each_at_one_height_still_compare() -> None:
+    result = matched_l0_ratio([Point(30, 0.9)], [Point(10, 0.9)])
+    assert result.pairs == (MatchedPair(0.9, 30, 10),)
+    assert result.median == 3
+
+
+def test_the_ratio_does_not_care_for_the_scale_of_loss_recovered() -> None:
+    baseline, gated = (
+        [p._replace(loss_recovered=p.loss_recovered / 100) for p in points]
+        for points in (BASELINE_L20, GATED_L20)
+    )
+    percent = matched_l0_ratio(BASELINE_L20, GATED_L20).median
+    assert matched_l0_ratio(baseline, gated).median == pytest.approx(percent)
+
+
+def test_frontiers_that_do_not_overlap_say_so() -> None:
+    result = matched_l0_ratio([Point(10, 0.5), Point(20, 0.6)], [Point(10, 0.7), Point(20, 0.8)])
+    assert math.isnan(result.median)
+    assert result.pairs == ()
+    assert result.sentence == (
+        "no matched-fidelity ratio: the baseline's loss recovered (0.5 to 0.6) and the Gated "
+        "SAEs' (0.7 to 0.8) do not overlap; train more values of lambda between them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("baseline", "gated", "missing"),
+    [
+        ([], [Point(1, 1)], "baseline"),
+        ([Point(1, 1)], [], "Gated"),
+        ([Point(0, 1)], [], "baseline"),
+    ],
+)
+def test_a_missing_architecture_is_named(
+    baseline: list[Point], gated: list[Point], missing: str
+) -> None:
+    result = matched_l0_ratio(baseline, gated)
+    assert math.isnan(result.median)
+    assert result.sentence == f"no matched-fidelity ratio: there is no {missing} run"
