@@ -1,0 +1,132 @@
+"""Files that are there whole or not at all, and sentences for a disk that refuses them."""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gsae_core.errors import InputError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def writing(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn the two failures a person can mend, a full disk and a read-only place, into a sentence.
+
+    Args:
+        path: what is being written.
+        n_bytes: how much room it takes.
+
+    Raises:
+        InputError: how much is needed and how much is free, or that the place is not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            free = free_bytes(path)
+            raise InputError(
+                f"expected {readable(n_bytes)} free for {path}, found {readable(free)}; "
+                "make room on the disk and resume the run"
+            ) from error
+        if error.errno in REFUSED:
+            raise InputError(
+                f"expected to be allowed to write {path}, got {os.strerror(error.errno)!r}; "
+                "choose a folder you own"
+            ) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space on the disk that holds `path` or would hold it."""
+    parents = [path, *path.absolute().parents]
+    return shutil.disk_usage(next(place for place in parents if place.exists())).free
+
+
+def readable(n_bytes: int) -> str:
+    """Return a size as a person writes it, e.g. `3.2 GB` (1 GB = 10^9 bytes)."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def replace_durably(path: Path, write: Callable[[Path], None], *, n_bytes: int) -> None:
+    """Put a file at `path` that is whole whenever it is seen, even after a power cut.
+
+    Args:
+        path: where the file ends up; an older one stays until the new one is on the disk.
+        write: writes the whole content to the path it is given, a sibling of `path`.
+        n_bytes: about how large the file gets, for the sentence when the disk is full.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written.
+    """
+    # One name a process: two writers of one file never share a half-written sibling.
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, n_bytes):
+        try:
+            write(sibling)
+            sync(sibling)
+            os.replace(sibling, path)
+        except BaseException:
+            sibling.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps the names itself and refuses to open a folder.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file; NaN and infinities become null, which is what JSON has for them."""
+    text = to_json(value, indent=2) + "\n"
+    replace_durably(
+        path, lambda sibling: _write_text(sibling, text), n_bytes=len(text.encode("utf-8"))
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return strict JSON (RFC 8259) with null for numbers that are not finite."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON object and its newline in a single write."""
+    line = to_json(value) + "\n"
+    with writing(path, len(line)), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def whole_lines(data: bytes) -> list[Any]:
+    """Return the objects of a JSON-lines file; a last line still being written is left out."""
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]

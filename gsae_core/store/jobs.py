@@ -1,0 +1,110 @@
+"""Runs as processes: start one that outlives its starter, and end one by stages."""
+
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import psutil
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import write_json, writing
+from gsae_core.store.runs import FOLDER_BYTES, Run
+from gsae_core.store.status import (
+    ACTIVE,
+    lock,
+    of_process,
+    read_json,
+    read_status,
+    write_status,
+)
+
+CancelStage = Literal["none", "requested", "terminating", "killing", "gone"]
+
+# Patience with a stage of a cancellation before the next, in seconds.
+CANCEL_SECONDS = 10.0
+
+# Processes started here. Polling them collects the dead, which otherwise stay as zombies.
+_children: list[subprocess.Popen[bytes]] = []
+
+
+def start(run: Run) -> int:
+    """Train a run, or go on with it, in a process that outlives this one; return its id.
+
+    Pressing twice starts one process: the second call returns the first one's id.
+
+    Raises:
+        InputError: if the run is finished, or its folder cannot be written.
+    """
+    _children[:] = [child for child in _children if child.poll() is None]
+    with lock(run.folder, "start"):
+        status = read_status(run.folder)
+        if status.state == "finished":
+            raise InputError(f"expected a run with steps left, got {run.id}, which is finished")
+        process = status.process
+        if status.state in ACTIVE and process is not None:
+            return process.pid
+        (run.folder / "control.json").unlink(missing_ok=True)
+        with writing(run.folder, FOLDER_BYTES), (run.folder / "log.txt").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-u", "-m", "gsae_core", "resume", str(run.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        _children.append(child)
+        # The worker takes this lock before it writes its own status, so the order is certain.
+        write_status(run.folder, of_process(status, "starting", child.pid))
+        run.add_event("started", pid=child.pid)
+        return child.pid
+
+
+def escalate_cancel(run: Run) -> CancelStage:
+    """Take a requested cancellation as far as it needs to go by now, and say how far that is.
+
+    Call it about once a second after `run.request_cancel()`. The process is asked by control.json
+    first; after 10 s it and its children get SIGTERM, after 10 s more SIGKILL. `gone` is said only
+    when the process is, and then status.json says `cancelled`.
+    """
+    _children[:] = [child for child in _children if child.poll() is None]
+    control = run.folder / "control.json"
+    with lock(run.folder, "start"):
+        status = read_status(run.folder)
+        if status.state == "cancelled":
+            return "gone"
+        if not control.exists() or status.state not in ACTIVE:
+            return "none"
+        process = status.process
+        if process is None:
+            write_status(run.folder, status._replace(state="cancelled"))
+            control.unlink()
+            return "gone"
+        request = read_json(control)
+        now = time.time()
+        if "terminated" not in request:
+            if now - request["time"] < CANCEL_SECONDS:
+                return "requested"
+            write_json(control, request | {"terminated": now})
+            run.add_event("terminated")
+            _signal(process, "terminate")
+            return "terminating"
+        if now - request["terminated"] < CANCEL_SECONDS:
+            return "terminating"
+        run.add_event("killed")
+        _signal(process, "kill")
+        return "killing"
+
+
+def _signal(process: psutil.Process, how: Literal["terminate", "kill"]) -> None:
+    # The tree and not the process group: a run started by hand shares its group with whatever
+    # started it (a Makefile, a test session), which must survive.
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.terminate() if how == "terminate" else member.kill()
+        except psutil.NoSuchProcess:
+            continue  # It ended first, which is what was wanted.

@@ -1,0 +1,59 @@
+"""metrics.jsonl: written line by line, read while it grows, cut back when a run resumes."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import replace_durably, whole_lines
+
+
+class MetricsCursor(NamedTuple):
+    """How far metrics.jsonl was read. A resumed run replaces the file, hence its identity."""
+
+    file: int = 0
+    offset: int = 0
+
+
+class MetricsSlice(NamedTuple):
+    """What was added to metrics.jsonl since a cursor."""
+
+    rows: list[dict[str, Any]]
+    cursor: MetricsCursor
+    restarted: bool
+    """The file is another than the cursor's: `rows` is everything, forget what was read before."""
+
+
+def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
+    """Return the rows after `cursor`; a last line still being written is left for the next call."""
+    if not path.exists():
+        return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
+    with path.open("rb") as file:
+        identity = os.fstat(file.fileno()).st_ino
+        restarted = cursor.file not in (0, identity)
+        offset = 0 if restarted else cursor.offset
+        file.seek(offset)
+        data = file.read()
+    end = offset + data.rfind(b"\n") + 1
+    return MetricsSlice(whole_lines(data), MetricsCursor(identity, end), restarted)
+
+
+def cut_back(path: Path, n_bytes: int) -> None:
+    """Drop what was written after the first `n_bytes`: steps that will be taken again.
+
+    The file is replaced, so that readers see by its identity that it changed.
+
+    Raises:
+        InputError: if the file is shorter than that.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    if len(data) < n_bytes:
+        raise InputError(
+            f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
+            f"{len(data)}; delete the folder {path.parent / 'resume'} to train from step 0"
+        )
+    replace_durably(path, lambda sibling: _write(sibling, data[:n_bytes]), n_bytes=n_bytes)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,302 @@
+"""The run folder: what a run is, where it stands and what it measured, as files anyone can read.
+
+    runs/<id>/  config.json  status.json  metrics.jsonl  evals.json  events.jsonl  log.txt
+                saes/<name>/  resume/  control.json
+
+The command line, the app and notebooks hold no job in memory: they read this folder, and a
+detached process writes it. Nothing here imports torch.
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gsae_core.config import RunConfig, load_config
+from gsae_core.errors import InputError
+from gsae_core.store.files import (
+    append_line,
+    free_bytes,
+    readable,
+    whole_lines,
+    write_json,
+    writing,
+)
+from gsae_core.store.metrics_log import MetricsCursor, MetricsSlice, read_since
+from gsae_core.store.status import ACTIVE, Status, lock, read_json, read_status, write_status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
+
+# Config, status, events and the log; what weights need is checked when their size is known.
+FOLDER_BYTES = 2**20
+
+
+class UnreadableRun(NamedTuple):
+    """A folder that looks like a run and cannot be opened."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the config it was made with; everything else is read when asked for."""
+
+    folder: Path
+    config: RunConfig
+
+    @classmethod
+    def create(cls, folder: Path | str, config: RunConfig) -> "Run":
+        """Make a run folder, in state `queued`.
+
+        Raises:
+            InputError: if the name is no run id, the folder holds a run or other files, cannot be
+                written, or the disk is full.
+        """
+        folder = Path(folder).absolute()
+        check_run_id(folder.name)
+        with writing(folder, FOLDER_BYTES):
+            _make_folder(folder)
+            if free_bytes(folder) < FOLDER_BYTES:
+                raise InputError(
+                    f"expected {readable(FOLDER_BYTES)} free for {folder}, found "
+                    f"{readable(free_bytes(folder))}; make room on the disk and start again"
+                )
+            with lock(folder, "start"):
+                # Dot files are ours (the lock) or the system's; anything else is somebody's work.
+                if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                    raise InputError(_occupied(folder))
+                steps = config.train.n_tokens // config.train.batch_size
+                write_status(folder, Status("queued", 0, steps, None, None, time.time(), None))
+                append_line(
+                    folder / "events.jsonl",
+                    {"time": time.time(), "event": "created", "schema_version": SCHEMA_VERSION},
+                )
+                # Last: a folder with a config is a run.
+                write_json(folder / "config.json", config.model_dump(mode="json"))
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Run":
+        """Return the run in a folder.
+
+        Raises:
+            InputError: if there is no run, its files are damaged, or a newer version made it.
+        """
+        folder = Path(folder).absolute()
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"expected a run folder with a config.json, found none in {folder}; "
+                "give the folder that the training command printed"
+            )
+        _check_schema(folder)
+        return cls(folder, load_config(folder / "config.json"))
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> Status:
+        """Where the run stands now, as far as this machine can tell.
+
+        status.json is what the process said last; a process that is gone cannot correct it. So an
+        active run without its process reads `cancelled` if that was asked for, else `lost`.
+
+        Raises:
+            InputError: if the run's files are gone or damaged.
+        """
+        status = read_status(self.folder)
+        if status.state not in ACTIVE:
+            return status
+        cancel = (self.folder / "control.json").exists()
+        if status.process is not None:
+            return status._replace(state="cancelling") if cancel else status
+        # The process may have ended in order between the two looks: its last word counts.
+        status = read_status(self.folder)
+        if status.state not in ACTIVE:
+            return status
+        return status._replace(state="cancelled" if cancel else "lost")
+
+    def is_alive(self) -> bool:
+        """Return whether a process trains this run: right id, right start, not a zombie."""
+        status = read_status(self.folder)
+        return status.state in ACTIVE and status.process is not None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
+        return self.metrics_since(MetricsCursor()).rows
+
+    def metrics_since(self, cursor: MetricsCursor) -> MetricsSlice:
+        """Return the rows written after `cursor`, and the cursor to ask with next time.
+
+        A last line still being written is left for the next call.
+        """
+        return read_since(self.folder / "metrics.jsonl", cursor)
+
+    def evals(self) -> list[dict[str, Any]]:
+        """Return the held-out evaluation of each SAE; empty until there is one."""
+        path = self.folder / "evals.json"
+        return read_json(path)["saes"] if path.exists() else []
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`."""
+        path = self.folder / "events.jsonl"
+        return whole_lines(path.read_bytes()) if path.exists() else []
+
+    def add_event(self, event: str, **details: Any) -> None:
+        """Append to events.jsonl."""
+        append_line(self.folder / "events.jsonl", {"time": time.time(), "event": event, **details})
+
+    def log_tail(self, n_lines: int = 30) -> list[str]:
+        """Return the last lines of log.txt."""
+        path = self.folder / "log.txt"
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            # A long log is read from near its end; lines of a traceback are far below 400 bytes.
+            file.seek(max(0, path.stat().st_size - 400 * n_lines))
+            text = file.read().decode("utf-8", errors="replace")
+        return text.splitlines()[-n_lines:]
+
+    def sae_folder(self, name: str) -> Path:
+        """Return the folder of one SAE.
+
+        Raises:
+            InputError: if the run has no SAE of this name.
+        """
+        names = [spec.name for spec in self.config.saes]
+        if name not in names:
+            raise InputError(f"expected one of this run's SAEs ({', '.join(names)}), got {name!r}")
+        return self.folder / "saes" / name
+
+    def feature_stats(self, name: str) -> "pd.DataFrame":
+        """Return one row per latent, measured on the held-out tokens of the evaluation.
+
+        Columns: `fired` and `gate_open` (tokens), `density` (share of tokens it fired on) and
+        `gamma` (the latent's own shrinkage; NaN where it never fired).
+
+        Raises:
+            InputError: if the SAE is unknown or not evaluated yet.
+        """
+        import pandas as pd
+        from safetensors.numpy import load_file
+
+        path = self.sae_folder(name) / "feature_stats.safetensors"
+        if not path.exists():
+            raise InputError(
+                f"expected feature statistics of {name!r}, found none yet in {path.parent}; "
+                "they are written when the run is evaluated"
+            )
+        columns = load_file(path)
+        return pd.DataFrame({key: columns[key] for key in FEATURE_STATS}).rename_axis("latent")
+
+    def request_cancel(self, *, by: str = "") -> None:
+        """Ask the process to finish its step, save and stop; a second request changes nothing.
+
+        A run that was never started is cancelled at once.
+
+        Args:
+            by: who asks, for the run's events.
+        """
+        with lock(self.folder, "start"):
+            status = self.status
+            if status.state == "queued":
+                write_status(self.folder, status._replace(state="cancelled"))
+            elif status.state in ("starting", "running"):
+                write_json(self.folder / "control.json", {"request": "cancel", "time": time.time()})
+            else:
+                return
+            self.add_event("cancel requested", by=by)
+
+
+def check_run_id(run_id: str) -> str:
+    """Return `run_id` if it can name a run.
+
+    Raises:
+        InputError: if it could be a path, or is no plain name.
+    """
+    if RUN_ID.fullmatch(run_id) is None:
+        raise InputError(
+            "expected a run name of 1 to 64 letters, digits, dots, dashes and underscores that "
+            f"starts with a letter or digit, got {run_id!r}"
+        )
+    return run_id
+
+
+open_run = Run.open
+
+
+def find_run(root: Path | str, run_id: str) -> Run:
+    """Return a run by its name; the name cannot lead out of `root`.
+
+    Raises:
+        InputError: if the name is no run id or there is no such run under `root`.
+    """
+    folder = Path(root).absolute() / check_run_id(run_id)
+    if not folder.resolve().is_relative_to(Path(root).resolve()):
+        raise InputError(f"expected a run inside {root}, got {run_id!r}, which leads out of it")
+    return Run.open(folder)
+
+
+def list_runs(root: Path | str) -> list[Run]:
+    """Return the runs under `root`, newest first; those that cannot be read are left out."""
+    return [run for run in _survey(Path(root)) if isinstance(run, Run)]
+
+
+def unreadable_runs(root: Path | str) -> list[UnreadableRun]:
+    """Return the folders under `root` that `list_runs` leaves out, each with its reason."""
+    return [run for run in _survey(Path(root)) if isinstance(run, UnreadableRun)]
+
+
+def _survey(root: Path) -> list[Run | UnreadableRun]:
+    found: list[tuple[float, Run | UnreadableRun]] = []
+    for config in root.glob("*/config.json"):
+        try:
+            run = find_run(root, config.parent.name)
+            read_status(run.folder)
+            found.append((config.stat().st_mtime, run))
+        except InputError as error:
+            found.append((0.0, UnreadableRun(config.parent.name, str(error))))
+        except FileNotFoundError:
+            continue  # Deleted between the listing and the look.
+    return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            f"expected a folder for the run, found a file in its way: {folder}"
+        ) from None
+
+
+def _occupied(folder: Path) -> str:
+    if (folder / "config.json").exists():
+        return (
+            f"expected a new folder for the run, found a run in {folder}; choose another, or go on "
+            f"with it: python -m gsae_core resume {folder}"
+        )
+    return f"expected a new or empty folder for the run, found other files in {folder}"
+
+
+def _check_schema(folder: Path) -> None:
+    path = folder / "events.jsonl"
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        version = json.loads(file.readline()).get("schema_version", SCHEMA_VERSION)
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in {folder}; "
+            "a newer version of gsae-core made it: update to open it"
+        )

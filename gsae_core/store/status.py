@@ -1,0 +1,117 @@
+"""status.json: where a run stands, and whether the process that wrote it is really there."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import psutil
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import write_json
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+State = Literal[
+    "queued", "starting", "running", "cancelling", "cancelled", "finished", "failed", "lost"
+]
+ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
+
+# A process's start is read from the boot clock, which moves by a little when the time is set.
+SAME_START_SECONDS = 2.0
+
+
+class Status(NamedTuple):
+    """Where a run stands; status.json holds exactly these."""
+
+    state: State
+    step: int
+    """Steps done."""
+    n_steps: int
+    """Steps planned."""
+    pid: int | None
+    """Process that trains the run, or trained it last."""
+    process_started: float | None
+    """When that process began, in seconds since 1970: ids are reused, this pair is not."""
+    heartbeat: float
+    """When the process last wrote this file, in seconds since 1970."""
+    error: str | None
+    """Why the run failed, in one sentence."""
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """The live process with this id *and* this start time, or None.
+
+        A process id alone proves nothing: ids are reused, and a dead child whose parent has not
+        collected it (a zombie) still answers signal 0.
+        """
+        if self.pid is None or self.process_started is None:
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.process_started) < SAME_START_SECONDS
+            alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return None
+        return process if same and alive else None
+
+
+def of_process(status: Status, state: State, pid: int) -> Status:
+    """Return `status` in another state, written now, in the name of process `pid`."""
+    return status._replace(
+        state=state,
+        pid=pid,
+        process_started=psutil.Process(pid).create_time(),
+        heartbeat=time.time(),
+        error=None,
+    )
+
+
+def read_status(folder: Path) -> Status:
+    """Return status.json as the process left it.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    path = folder / "status.json"
+    fields = read_json(path)
+    if set(fields) != set(Status._fields) or fields["state"] not in get_args(State):
+        raise InputError(
+            f"expected the keys {', '.join(Status._fields)} in {path}, "
+            f"found {', '.join(fields) or 'none'}"
+        )
+    return Status(**fields)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replace status.json."""
+    write_json(folder / "status.json", status._asdict())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in one of a run's JSON files.
+
+    Raises:
+        InputError: if the file is missing or holds no JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"expected {path}, found no such file; was the run deleted?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
+    return fields
+
+
+def lock(folder: Path, name: str) -> "BaseFileLock":
+    """Return the lock `name` of a run: `start` for a moment, `worker` for a process's life.
+
+    The system frees it when its holder dies, however it dies.
+    """
+    # Imported here: it costs as much as everything else the app's first page needs.
+    from filelock import FileLock
+
+    return FileLock(folder / f".{name}.lock")
