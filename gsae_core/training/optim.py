@@ -1,0 +1,138 @@
+"""Adam with the unit-norm dictionary; schedules of the learning rate and of lambda."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gsae_core.config import TrainRecipe
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+
+WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # What torch's Adam keeps of a parameter.
+
+
+def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
+    """Return the learning rate of a step as a share of its peak.
+
+    A cosine rises from 0.1 to 1 over `lr_warmup_steps` (arXiv:2404.16014v2, D.1.1), and a line
+    falls to 0 over the last `lr_decay_fraction` of the steps; where they overlap they multiply.
+
+    Args:
+        step: steps done before this one.
+        cfg: the recipe.
+        warmup_start: steps done when the warm-up last began: 0, or those done at the last revival.
+    """
+    since = step - warmup_start
+    factor = 1.0
+    if since < cfg.lr_warmup_steps:
+        risen = (1 - math.cos(math.pi * since / cfg.lr_warmup_steps)) / 2
+        factor = WARMUP_FLOOR + (1 - WARMUP_FLOOR) * risen
+    decay_steps = cfg.lr_decay_fraction * cfg.n_steps
+    remaining = cfg.n_steps - step
+    return factor * remaining / decay_steps if remaining < decay_steps else factor
+
+
+def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
+    """Return lambda of a step as a share of its final value: a line from 0, then 1."""
+    warmup = cfg.sparsity_warmup_steps
+    return step / warmup if step < warmup else 1.0
+
+
+@torch.no_grad()
+def remove_parallel_(
+    grad: Float[Tensor, "d_sae d_in"], *, W_dec: Float[Tensor, "d_sae d_in"]
+) -> None:
+    """Take from each row of `grad` its component along the unit row of `W_dec`, in place.
+
+    Renormalising undoes a move along a direction; left in, that move would still fill Adam's
+    second moment and slow the turns that count (arXiv:2408.05147, section 3.2).
+    """
+    along = torch.linalg.vecdot(grad, W_dec)
+    grad.addcmul_(W_dec, along[:, None], value=-1)
+
+
+@torch.no_grad()
+def normalise_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Scale each row of `W_dec` to norm one, in place."""
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+
+
+class DictionaryAdam:
+    """Adam over one SAE's parameters that keeps a unit-norm dictionary on the sphere.
+
+    Moments are reached by the parameter's name: positions in an optimiser's list are how other
+    libraries came to reset the wrong ones.
+    """
+
+    def __init__(self, sae: GatedSAE | ReluSAE, *, beta1: float, beta2: float) -> None:
+        self._sae = sae
+        self._named = dict(sae.named_parameters())
+        self._adam = torch.optim.Adam(
+            self._named.values(), betas=(beta1, beta2), eps=1e-8, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
+
+        A dictionary whose recipe leaves norms free is neither projected nor renormalised.
+        """
+        for parameter in self._named.values():
+            _match_layout_(parameter)
+        W_dec = self._sae.W_dec
+        if self._sae.unit_norm and W_dec.grad is not None:
+            remove_parallel_(W_dec.grad, W_dec=W_dec)
+        self._adam.param_groups[0]["lr"] = lr
+        self._adam.step()
+        if self._sae.unit_norm:
+            normalise_rows_(W_dec)
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Return Adam's live state of a parameter; empty before its first step."""
+        return self._adam.state.get(self._named[name], {})
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return copies, on the CPU, of every parameter's moments, by parameter name."""
+        return {
+            name: {key: value.detach().to("cpu", copy=True) for key, value in moments.items()}
+            for name in self._named
+            if (moments := self.moments(name))
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over moments saved by `state_dict`; what was here before is gone.
+
+        Raises:
+            InputError: if names or shapes are not those of this SAE; nothing has changed then.
+        """
+        for name, moments in state.items():
+            if name not in self._named:
+                raise InputError(
+                    f"expected moments of {', '.join(self._named)}, got {name!r}; "
+                    "load the state into the architecture that saved it"
+                )
+            ours, saved = tuple(self._named[name].shape), tuple(moments["exp_avg"].shape)
+            if ours != saved:
+                raise InputError(
+                    f"expected moments of shape {ours} for {name}, got {saved}; "
+                    "load the state into an SAE of the widths that saved it"
+                )
+        self._adam.state.clear()
+        for name, moments in state.items():
+            parameter = self._named[name]
+            # Adam.load_state_dict goes by position; the step count stays float32 in any precision.
+            self._adam.state[parameter] = {
+                "step": moments["step"].to(parameter.device, copy=True),
+                **{key: moments[key].to(parameter, copy=True) for key in MOMENTS[1:]},
+            }
+
+
+def _match_layout_(parameter: Tensor) -> None:
+    # The fused kernel walks raw memory: a gradient of other strides (a transposed product put into
+    # .grad by hand) is applied to the wrong entries without a word (torch 2.13, CPU).
+    grad = parameter.grad
+    if grad is not None and grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(grad)
