@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and sentences for a disk that refuses them."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -130,3 +131,9 @@ def append_line(path: Path, value: Any) -> None:
 def whole_lines(data: bytes) -> list[Any]:
     """Return the objects of a JSON-lines file; a last line still being written is left out."""
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -73,7 +73,7 @@ class Run:
                 # Dot files are ours (the lock) or the system's; anything else is somebody's work.
                 if any(not entry.name.startswith(".") for entry in folder.iterdir()):
                     raise InputError(_occupied(folder))
-                steps = config.train.n_tokens // config.train.batch_size
+                steps = config.train.n_steps
                 write_status(folder, Status("queued", 0, steps, None, None, time.time(), None))
                 append_line(
                     folder / "events.jsonl",

@@ -1,0 +1,220 @@
+"""SAEs on disk, in SAELens 6's layout.
+
+An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations. Names of tensors:
+
+| ours     | `gated`  | ours    | `standard` |
+|----------|----------|---------|------------|
+| `W_gate` | `W_enc`  | `W_enc` | `W_enc`    |
+| others   | the same | others  | the same   |
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.store.files import replace_durably, sha256, write_json
+from gsae_core.store.status import read_json
+
+WEIGHTS = "sae_weights.safetensors"
+
+# The release whose layout this is. Below 6.0.0, or without it, SAELens reads another layout.
+SAE_LENS_VERSION = "6.54.12"
+
+# What SAELens' loader cannot build; our own reader takes it.
+UNTIED = "gated_untied"
+
+FORBIDDEN_SIBLING = "activation_scaler.json"
+
+
+def save_sae(sae: GatedSAE | ReluSAE, folder: Path, *, metadata: dict[str, Any]) -> None:
+    """Write an SAE that takes raw activations; SAELens 6 opens the folder unchanged.
+
+    Args:
+        sae: any activation scale is folded into it already.
+        folder: `cfg.json` and `sae_weights.safetensors` in it are replaced, each whole.
+        metadata: goes to `cfg.json` under `metadata`; SAELens reads `model_name`, `hook_name`,
+            `dataset_path`, `context_size` and `prepend_bos` there.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written.
+    """
+    tensors = {
+        ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
+        for name, value in sae.named_parameters()
+    }
+    architecture = "standard"
+    ours: dict[str, Any] = {"recipe": sae.recipe}
+    if isinstance(sae, GatedSAE):
+        architecture = UNTIED if sae.tie == "untied" else "gated"
+        ours |= {"tie": sae.tie, "aux": sae.aux, "detach_b_dec": sae.detach_b_dec}
+        if sae.tie == "none":
+            # SAELens multiplies by exp(r_mag) always.
+            tensors["r_mag"] = torch.zeros_like(tensors["b_mag"])
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_durably(folder / WEIGHTS, lambda path: save_file(tensors, path), n_bytes=n_bytes)
+    write_json(
+        folder / "cfg.json",
+        {
+            "architecture": architecture,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {"sae_lens_version": SAE_LENS_VERSION}
+            | ours
+            | metadata
+            # Weights and config are two files; this says that they belong together, and whole.
+            | {"weights_sha256": sha256(folder / WEIGHTS)},
+        },
+    )
+
+
+def load_sae(folder: Path | str) -> GatedSAE | ReluSAE:
+    """Return the SAE in a folder, ours or SAELens 6's, on the CPU in float32.
+
+    Raises:
+        InputError: if a file is missing, damaged, or describes an SAE that this package has not.
+    """
+    folder = Path(folder)
+    cfg = read_cfg(folder)
+    _check_cfg(folder, cfg)
+    tensors = _read_weights(folder, cfg)
+    metadata = cfg.get("metadata") or {}
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    # A recipe says how to go on training; a file that names none has norms that tell.
+    norms = tensors["W_dec"].norm(dim=1) if "W_dec" in tensors else torch.ones(1)
+    recipe = metadata.get("recipe") or ("P" if (norms - 1).abs().max() < 1e-4 else "A")
+    if cfg["architecture"] == "standard":
+        sae: GatedSAE | ReluSAE = ReluSAE(d_in, d_sae, recipe=recipe)
+    else:
+        tie = "untied" if cfg["architecture"] == UNTIED else metadata.get("tie", "r_mag")
+        if tie == "none":
+            tensors.pop("r_mag", None)
+        if "W_enc" in tensors:
+            tensors["W_gate"] = tensors.pop("W_enc")
+        sae = GatedSAE(
+            d_in,
+            d_sae,
+            recipe=recipe,
+            tie=tie,
+            aux=metadata.get("aux"),
+            detach_b_dec=metadata.get("detach_b_dec", False),
+        )
+    _check_tensors(folder, sae, tensors)
+    sae.load_state_dict(tensors)
+    if not cfg.get("apply_b_dec_to_input", True):
+        _centre_input_(sae)
+    return sae
+
+
+def read_cfg(folder: Path) -> dict[str, Any]:
+    """Return an SAE folder's `cfg.json`.
+
+    Raises:
+        InputError: if it is missing or no JSON object.
+    """
+    if not (folder / "cfg.json").is_file():
+        raise InputError(
+            f"expected an SAE folder with cfg.json and {WEIGHTS}, found no cfg.json in {folder}"
+        )
+    return read_json(folder / "cfg.json")
+
+
+def check_width(sae: GatedSAE | ReluSAE, width: int, *, name: str, hook_name: str) -> None:
+    """Check that an SAE fits a place in a model.
+
+    Raises:
+        InputError: names both widths.
+    """
+    if sae.d_in != width:
+        raise InputError(
+            f"expected SAE {name!r} to take activations of width {width}, as {hook_name} has, got "
+            f"d_in={sae.d_in}; was it trained on another model or site?"
+        )
+
+
+def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
+    missing = [key for key in ("architecture", "d_in", "d_sae") if key not in cfg]
+    if missing:
+        raise InputError(
+            f"expected {', '.join(missing)} in {folder / 'cfg.json'}, found only "
+            f"{', '.join(cfg) or 'an empty object'}"
+        )
+    if cfg["architecture"] not in ("gated", "standard", UNTIED):
+        raise InputError(
+            f"expected architecture gated, standard or {UNTIED} in {folder / 'cfg.json'}, "
+            f"got {cfg['architecture']!r}"
+        )
+    normalisation = cfg.get("normalize_activations", "none")
+    if normalisation != "none" or (folder / FORBIDDEN_SIBLING).exists():
+        raise InputError(
+            f"expected an SAE that takes raw activations, got one in {folder} whose input "
+            f"normalisation is not folded into its weights (normalize_activations "
+            f"{normalisation!r}); save its final, folded form"
+        )
+
+
+def _read_weights(folder: Path, cfg: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"expected {WEIGHTS} beside cfg.json, found none in {folder}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            f"expected whole safetensors in {path}, found {path.stat().st_size} bytes that are "
+            f"not ({error}); copy or train it again"
+        ) from None
+    expected = (cfg.get("metadata") or {}).get("weights_sha256")
+    if expected is not None and sha256(path) != expected:
+        raise InputError(
+            f"expected the weights that {folder / 'cfg.json'} was written with (SHA-256 "
+            f"{expected[:12]}...), found others in {path}; copy or train it again"
+        )
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check_tensors(folder: Path, sae: GatedSAE | ReluSAE, tensors: dict[str, Tensor]) -> None:
+    expected = _shapes(dict(sae.named_parameters()))
+    found = _shapes(tensors)
+    if expected != found:
+        raise InputError(
+            f"expected tensors {expected} in {folder / WEIGHTS}, as its cfg.json says, "
+            f"found {found}"
+        )
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    # SAELens' one name for two of ours, so that the sentence speaks of what is in the file.
+    shapes = {
+        ("W_enc" if name == "W_gate" else name): tuple(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    return ", ".join(f"{name} {list(shapes[name])}" for name in sorted(shapes))
+
+
+@torch.no_grad()
+def _centre_input_(sae: GatedSAE | ReluSAE) -> None:
+    """Make an SAE that was written for uncentred input right for `x - b_dec`, in place.
+
+    x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
+    """
+    if isinstance(sae, ReluSAE):
+        sae.b_enc.add_(sae.b_dec @ sae.W_enc)
+        return
+    shift = sae.b_dec @ sae.W_gate
+    sae.b_gate.add_(shift)
+    if sae.W_mag is not None:
+        sae.b_mag.add_(sae.b_dec @ sae.W_mag)
+    else:
+        sae.b_mag.add_(shift if sae.r_mag is None else shift * sae.r_mag.exp())
