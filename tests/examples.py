@@ -1,0 +1,52 @@
+"""Small SAEs whose numbers a person can redo."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+
+
+def set_(sae: GatedSAE | ReluSAE, **values: list) -> None:
+    """Replace the named parameters by the given numbers."""
+    for name, value in values.items():
+        parameter = sae.get_parameter(name)
+        parameter.data = torch.tensor(value, dtype=parameter.dtype).reshape(parameter.shape)
+
+
+def perturb_(sae: GatedSAE | ReluSAE, seed: int = 1) -> None:
+    """Move every parameter away from its start: no bias is zero, nothing is symmetric."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.3 * noise.to(parameter.dtype)
+
+
+def numbers(*shape: int, seed: int = 2) -> Tensor:
+    """Return normal float64 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def worked_example(**options: Any) -> GatedSAE:
+    """Three latents in the plane, one of each fate on x = (3, 1), that is, xc = (2, 1).
+
+    h       = (2, 1, 2 - 1)              = (2, 1, 1)
+    pi_gate = h + b_gate                 = (1, -1, 1)
+    pi_mag  = (2 h_0, h_1, h_2) + b_mag  = (4.5, 6, -2)      exp(r_mag) = (2, 1, 1)
+    f: fires; gate closed; gate open upon a negative magnitude
+    """
+    sae = GatedSAE(2, 3, **options).double()
+    set_(
+        sae,
+        W_gate=[[1, 0, 1], [0, 1, -1]],
+        b_gate=[-1, -2, 0],
+        b_mag=[0.5, 5, -3],
+        W_dec=[[0.6, 0.8], [1, 0], [0, 1]],
+        b_dec=[1, 0],
+    )
+    if sae.r_mag is not None:
+        set_(sae, r_mag=[math.log(2), 0, 0])
+    return sae
