@@ -122,7 +122,7 @@ class _SAE(nn.Module, ABC):
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}"
 
-    def _check_width(self, x: Float[Tensor, "*batch width"]) -> None:
+    def check_width(self, x: Float[Tensor, "*batch width"]) -> None:
         if x.shape[-1] != self.d_in:
             raise InputError(
                 f"expected activations of width d_in={self.d_in}, got shape {tuple(x.shape)}; "
@@ -199,7 +199,7 @@ class GatedSAE(_SAE):
         Raises:
             InputError: if the last axis of `x` is not `d_in`.
         """
-        self._check_width(x)
+        self.check_width(x)
         xc = x - self.b_dec
         h = xc @ self.W_gate
         if self.W_mag is not None:
@@ -264,7 +264,7 @@ class ReluSAE(_SAE):
         Raises:
             InputError: if the last axis of `x` is not `d_in`.
         """
-        self._check_width(x)
+        self.check_width(x)
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
 
