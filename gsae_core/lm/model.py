@@ -1,0 +1,284 @@
+"""A language model as the rest of the package sees it: six sites a block, to read or to edit.
+
+TransformerLens names the sites and serves users who bring a `TransformerBridge`; all else hooks the
+Hugging Face modules themselves, which keeps SDPA attention and can stop as soon as a site is
+computed (a bridge switches to eager attention and takes about twice the time and memory).
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from gsae_core.config import SITES, Site
+from gsae_core.errors import InputError
+from gsae_core.lm.sites import bridge_blocks, hf_blocks, hooked, recording, replaying
+from gsae_core.lm.sources import check_config, open_source
+
+Numerics = Literal["raw", "compatibility"]
+Edit = Callable[[Tensor], Tensor]
+
+
+class LanguageModel:
+    """A causal language model whose activations can be read and replaced.
+
+    Attributes:
+        name: what it was loaded from.
+        family: the Hugging Face `model_type`, e.g. `gpt2`.
+        numerics: `raw`, the weights as published; or `compatibility`, a TransformerBridge whose
+            weights TransformerLens has centred and folded, so that its residual stream is another.
+        hf: the Hugging Face model (inside the bridge, where there is one).
+        tokenizer: the Hugging Face tokenizer.
+        n_layers, d_model, n_ctx: blocks, width of the residual stream, longest sequence in tokens.
+        device: where it computes.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, *, name: str, bridge: Any = None) -> None:
+        self.name, self.hf, self.tokenizer, self._bridge = name, hf, tokenizer, bridge
+        self._blocks = hf_blocks(hf) if bridge is None else bridge_blocks(bridge)
+        if bridge is None:
+            self.family = hf.config.model_type
+            self.d_model = hf.config.hidden_size
+            self.n_ctx = hf.config.max_position_embeddings
+        else:
+            self.family = getattr(getattr(hf, "config", None), "model_type", "native")
+            self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
+        compatible = bridge is not None and bridge.compatibility_mode
+        self.numerics: Numerics = "compatibility" if compatible else "raw"
+        self.n_layers = len(self._blocks)
+        self.device: torch.device = next(hf.parameters()).device
+        # Hooks and replayed outputs belong to the modules, which threads share: one pass at a time.
+        self._lock = threading.RLock()
+        # Dropout would make activations depend on when they are harvested.
+        (hf if bridge is None else bridge).eval()
+
+    def width(self, site: Site) -> int:
+        """Return d_in of a site: the length of its activation vectors.
+
+        Raises:
+            InputError: if there is no such site.
+        """
+        self.check(0, site)
+        if site not in ("mlp_hidden", "attn_z"):
+            return self.d_model
+        if self._bridge is not None:
+            cfg = self._bridge.cfg
+            return cfg.d_mlp if site == "mlp_hidden" else cfg.n_heads * cfg.d_head
+        projection = self._blocks[0].taps[site].module
+        # GPT-2 keeps its projections as Conv1D, which calls the width of its input nx.
+        return projection.in_features if isinstance(projection, nn.Linear) else projection.nx
+
+    def check(self, layer: int, site: str) -> None:
+        """Check that the model has such a layer and such a site.
+
+        Raises:
+            InputError: if not; the sentence names the valid ones.
+        """
+        if site not in SITES:
+            raise InputError(f"expected a site out of {', '.join(SITES)}, got {site!r}")
+        if not 0 <= layer < self.n_layers:
+            raise InputError(
+                f"expected a layer from 0 to {self.n_layers - 1}, got {layer} "
+                f"({self.name} has {self.n_layers} layers)"
+            )
+        if site not in self._blocks[layer].taps:
+            raise InputError(
+                f"expected a site that this TransformerBridge has, got {site!r}; "
+                f"layer {layer} has {', '.join(self._blocks[layer].taps)}"
+            )
+
+    def harvest(
+        self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
+    ) -> Float[Tensor, "rows pos d_in"]:
+        """Return the activations of a site as float32, on the model's device.
+
+        The forward pass stops there: no later block runs, and no logits are computed.
+
+        Args:
+            ids: token ids, every row of one length; attention is causal and nothing is padding.
+            layer: block number, from 0.
+            site: where in the block; `attn_z` comes with its heads side by side.
+
+        Raises:
+            InputError: if there is no such layer or site, or the rows exceed the model's context.
+        """
+        self.check(layer, site)
+        seen: list[Tensor] = []
+
+        def stop(x: Tensor) -> None:
+            seen.append(x)
+            raise _SiteReached
+
+        with self._lock, hooked(self._blocks[layer].taps[site], stop):
+            try:
+                self._forward(ids)
+            except _SiteReached:
+                # A copy made outside inference mode may later meet autograd.
+                return seen[0].to(torch.float32, copy=True)
+        raise RuntimeError(f"{self.name} computed its logits without passing {site} of {layer}")
+
+    def logits(
+        self,
+        ids: Int64[Tensor, "rows pos"],
+        *,
+        layer: int | None = None,
+        site: Site | None = None,
+        edit: Edit | None = None,
+    ) -> Float[Tensor, "rows pos d_vocab"]:
+        """Return next-token logits, float32; with `edit`, those that follow from an edited site.
+
+        Args:
+            ids: token ids, every row of one length.
+            layer: block of the edited site.
+            site: the site whose activation x the rest of the model reads as `edit(x)`.
+            edit: takes and returns float32 (rows, pos, d_in); all three or none are given.
+
+        Raises:
+            InputError: if the site does not exist or is half given, or `edit` changes the shape.
+        """
+        if edit is None and layer is None and site is None:
+            with self._lock:
+                return self._forward(ids)
+        if edit is None or layer is None or site is None:
+            raise InputError("expected layer, site and edit together, got only some of them")
+        self.check(layer, site)
+        with self._lock, hooked(self._blocks[layer].taps[site], _in_model_dtype(edit)):
+            return self._forward(ids)
+
+    def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> "Splice":
+        """Return one clean pass over `ids`, ready to be continued from other activations.
+
+        Raises:
+            InputError: if there is no such layer or site, or the rows exceed the model's context.
+        """
+        self.check(layer, site)
+        return Splice(self, ids, layer, site)
+
+    @torch.inference_mode()
+    def _forward(self, ids: Int64[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_vocab"]:
+        if ids.shape[1] > self.n_ctx:
+            raise InputError(
+                f"expected at most {self.n_ctx} tokens in a sequence ({self.name}'s context), "
+                f"got {ids.shape[1]}; cut the text into shorter sequences"
+            )
+        ids = ids.to(self.device)
+        if self._bridge is not None:
+            return self._bridge(ids, return_type="logits").float()
+        return self.hf(input_ids=ids, use_cache=False).logits.float()
+
+
+class Splice:
+    """A clean pass over one batch, and passes that differ from it from one site on.
+
+    What ran before the site is remembered, so a continuation costs only what comes after it.
+
+    Attributes:
+        x: the site's activations in the clean pass, float32 (rows, pos, d_in).
+        logits: the clean next-token logits, float32 (rows, pos, d_vocab).
+    """
+
+    def __init__(self, model: LanguageModel, ids: Tensor, layer: int, site: Site) -> None:
+        self._model, self._ids, self._tap = model, ids, model._blocks[layer].taps[site]
+        earlier = [sites.block for sites in model._blocks[:layer]]
+        before = model._blocks[layer].before.get(site, ())
+        seen: list[Tensor] = []
+        with (
+            model._lock,
+            recording((*earlier[-1:], *before)) as outputs,
+            hooked(self._tap, seen.append),
+        ):
+            self.logits: Tensor = model._forward(ids)
+        self.x: Tensor = seen[0].float()
+        # Each block hands on one residual stream, so every earlier one may return the last one's.
+        self._outputs = outputs | {block: outputs[earlier[-1]] for block in earlier}
+
+    def run(self, x: Float[Tensor, "rows pos d_in"]) -> Float[Tensor, "rows pos d_vocab"]:
+        """Return the logits that follow when the rest of the model reads `x` at the site.
+
+        Raises:
+            InputError: if `x` has another shape than the site's activations.
+        """
+        with (
+            self._model._lock,
+            replaying(self._outputs),
+            hooked(self._tap, _in_model_dtype(lambda _: x)),
+        ):
+            return self._model._forward(self._ids)
+
+
+class _SiteReached(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def _in_model_dtype(edit: Edit) -> Edit:
+    """Return `edit` between a float32 view of the model's tensor and the model's own precision."""
+
+    def edited(x: Tensor) -> Tensor:
+        new = edit(x.float())
+        if new.shape != x.shape:
+            raise InputError(
+                f"expected an edit that keeps the shape {tuple(x.shape)}, got {tuple(new.shape)}; "
+                "was this SAE trained at another site?"
+            )
+        return new.to(x)
+
+    return edited
+
+
+def load_model(
+    source: Any,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tokenizer: Any = None,
+) -> LanguageModel:
+    """Return the language model that `source` names or is.
+
+    Args:
+        source: `bundled`, a local Hugging Face folder, a name on the Hub, a `TransformerBridge`, or
+            a Hugging Face causal LM. The last two are used as they are, on their own device.
+        revision: branch, tag or commit of a model on the Hub.
+        device: where a model that is loaded here computes.
+        dtype: precision of a model that is loaded here; activations leave it as float32.
+        tokenizer: of a Hugging Face model given as an object.
+
+    Raises:
+        InputError: if there is no such model, it is of no supported family, is not a causal LM, or
+            has no tokenizer.
+    """
+    if isinstance(source, str):
+        hf, tokenizer = open_source(source, revision=revision, device=device, dtype=dtype)
+        return LanguageModel(hf, tokenizer, name=source)
+    if _is_bridge(source):
+        if source.tokenizer is None and tokenizer is None:
+            raise InputError(_NEEDS_TOKENIZER.format("TransformerBridge"))
+        hf = source.original_model
+        name = source.cfg.model_name
+        return LanguageModel(hf, tokenizer or source.tokenizer, name=name, bridge=source)
+    name = type(source).__name__
+    if not hasattr(source, "config"):
+        raise InputError(
+            "expected 'bundled', a folder, a name on the Hub, a TransformerBridge or a Hugging "
+            f"Face causal LM, got {name}"
+        )
+    check_config(name, source.config)
+    if tokenizer is None:
+        raise InputError(_NEEDS_TOKENIZER.format(name))
+    return LanguageModel(source, tokenizer, name=source.config._name_or_path or name)
+
+
+_NEEDS_TOKENIZER = (
+    "expected a tokenizer with the {} given as an object, got none; "
+    "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
+)
+
+
+def _is_bridge(source: Any) -> bool:
+    # Whoever holds a bridge has imported TransformerLens; nobody else waits seconds for it.
+    bridges = sys.modules.get("transformer_lens.model_bridge")
+    return bridges is not None and isinstance(source, bridges.TransformerBridge)

@@ -1,0 +1,186 @@
+"""Where the six sites lie in a language model's modules, and hooks that read, edit or skip them.
+
+| family | site modules under `layers[i]` | norm after the sub-layer |
+|---|---|---|
+| gpt2 | attn, attn.c_proj, mlp, mlp.c_proj | none |
+| gpt_neox | attention, attention.dense, mlp, mlp.dense_4h_to_h | none (parallel) |
+| llama, mistral, gemma, qwen2, qwen3 | self_attn, self_attn.o_proj, mlp, mlp.down_proj | none |
+| gemma2, gemma3_text | the same | attn_out and mlp_out are what the post-norms give |
+
+`attn_out` and `mlp_out` are always the tensors that are added to the residual stream, as in
+TransformerLens; tests hold every site of every family equal to its cache.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from gsae_core.config import SITES, Site, hook_name
+
+
+class Layout(NamedTuple):
+    """Module names of one family, relative to a block."""
+
+    blocks: str
+    """Name of the list of blocks in the headless model."""
+    attn: str
+    attn_proj: str
+    mlp: str
+    mlp_proj: str
+    attn_out: str
+    """Module whose output is added to the residual stream; `attn` unless a norm follows."""
+    mlp_out: str
+
+
+def _layout(
+    blocks: str, attn_proj: str, mlp_proj: str, attn_out: str = "", mlp_out: str = ""
+) -> Layout:
+    attn, mlp = attn_proj.split(".")[0], mlp_proj.split(".")[0]
+    return Layout(blocks, attn, attn_proj, mlp, mlp_proj, attn_out or attn, mlp_out or mlp)
+
+
+_LLAMA = _layout("layers", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = _layout(
+    "layers",
+    "self_attn.o_proj",
+    "mlp.down_proj",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+FAMILIES: Mapping[str, Layout] = {
+    "gpt2": _layout("h", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": _layout("layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+class Tap(NamedTuple):
+    """A tensor on its way through a module: the first input, or the (first) output."""
+
+    module: nn.Module
+    end: Literal["input", "output"]
+
+
+class BlockSites(NamedTuple):
+    """One block: where each site is tapped, and what has run once the site's value exists."""
+
+    block: nn.Module
+    taps: Mapping[Site, Tap]
+    before: Mapping[Site, tuple[nn.Module, ...]]
+    """Modules of this block that a pass continued from the site may skip; none if absent."""
+
+
+def hf_blocks(hf: Any) -> list[BlockSites]:
+    """Return the sites of every block of a Hugging Face causal LM of a family in `FAMILIES`."""
+    layout = FAMILIES[hf.config.model_type]
+    found = []
+    for block in hf.base_model.get_submodule(layout.blocks):
+        taps: dict[Site, Tap] = {
+            "resid_pre": Tap(block, "input"),
+            "resid_post": Tap(block, "output"),
+            # The projections' inputs: after the non-linearity, and the heads side by side.
+            "mlp_hidden": Tap(block.get_submodule(layout.mlp_proj), "input"),
+            "attn_z": Tap(block.get_submodule(layout.attn_proj), "input"),
+            "mlp_out": Tap(block.get_submodule(layout.mlp_out), "output"),
+            "attn_out": Tap(block.get_submodule(layout.attn_out), "output"),
+        }
+        attn, mlp = block.get_submodule(layout.attn), block.get_submodule(layout.mlp)
+        before: dict[Site, tuple[nn.Module, ...]] = {
+            "attn_out": (attn,),
+            "mlp_hidden": (attn,),
+            "mlp_out": (attn, mlp),
+            "resid_post": (block,),
+        }
+        found.append(BlockSites(block, taps, before))
+    return found
+
+
+def bridge_blocks(bridge: Any) -> list[BlockSites]:
+    """Return the sites of every block of a TransformerBridge, as its own hook points name them.
+
+    A hook point is a module that passes its input through, so a plain forward hook reads it and
+    edits it in either mode of the bridge; `attn_z` passes with its heads side by side.
+    """
+    found = []
+    for layer, block in enumerate(bridge.blocks):
+        points = {site: bridge.hook_dict.get(hook_name(layer, site)) for site in SITES}
+        taps: dict[Site, Tap] = {
+            site: Tap(point, "output") for site, point in points.items() if point is not None
+        }
+        # A bridge's hook points lie inside the modules whose output they show.
+        before: dict[Site, tuple[nn.Module, ...]] = {
+            "mlp_hidden": (block.attn,),
+            "mlp_out": (block.attn,),
+            "resid_post": (block.attn, block.mlp),
+        }
+        found.append(BlockSites(block, taps, before))
+    return found
+
+
+@contextmanager
+def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = see(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def on_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        new = see(first)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    if tap.end == "input":
+        handle = tap.module.register_forward_pre_hook(on_input)
+    else:
+        handle = tap.module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recording(modules: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Any]]:
+    """Within, the yielded dict fills with what each module returned last."""
+    outputs: dict[nn.Module, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda m, _args, output: outputs.update({m: output}))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Within, each module returns its recorded output and computes nothing; its hooks still run."""
+    own = {module: vars(module).get("forward") for module in outputs}
+    try:
+        for module, output in outputs.items():
+            # Through __dict__: a bridge's __setattr__ would pass it on to the module it wraps.
+            vars(module)["forward"] = _returns(output)
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+def _returns(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output

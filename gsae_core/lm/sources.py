@@ -1,0 +1,137 @@
+"""Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gsae_core.errors import InputError
+from gsae_core.lm.sites import FAMILIES
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "stdlib-gpt2"
+"""Folder of the model that ships with the package."""
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """Return the Hugging Face causal LM and the tokenizer that `name` stands for.
+
+    Args:
+        name: `bundled`, a local folder, or a name on the Hub.
+        revision: branch, tag or commit; read for Hub names only.
+
+    Raises:
+        InputError: if there is no such model, its kind is unsupported, or it lacks a tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = _folder(name)
+    found = name if where is None else str(where)
+    options = {"revision": revision} if where is None and revision else {}
+    try:
+        config = AutoConfig.from_pretrained(found, **options)
+    except OSError as error:
+        raise InputError(_hub_sentence(name, revision, error)) from error
+    except ValueError as error:  # transformers' word for a model_type that it has never heard of
+        raise InputError(_unsupported(name, "unknown to transformers")) from error
+    check_config(name, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(_no_tokenizer(name)) from error
+    # Where the files are missing, most tokenizer classes start out empty and say nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(_no_tokenizer(name))
+    try:
+        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
+        # scores, which SDPA cannot).
+        hf = AutoModelForCausalLM.from_pretrained(found, dtype=getattr(torch, dtype), **options)
+    except OSError as error:
+        raise InputError(
+            f"expected model weights (model.safetensors) beside the config of {name!r}, "
+            "found none that could be read; download or save the model again"
+        ) from error
+    return hf.to(device), tokenizer
+
+
+def check_config(name: str, config: Any) -> None:
+    """Check that a Hugging Face config describes a causal LM of a supported family.
+
+    Raises:
+        InputError: if it does not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type not in FAMILIES:
+        raise InputError(_unsupported(name, f"{config.model_type!r}"))
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    came = config.architectures or [wanted]
+    if wanted not in came:
+        raise InputError(
+            f"expected a causal language model ({wanted}), got {came[0]} in {name!r}; "
+            "choose a checkpoint that predicts the next token"
+        )
+
+
+def _folder(name: str) -> Path | None:
+    """Return the folder that `name` stands for, or None if it is a name on the Hub."""
+    if name == "bundled":
+        return BUNDLED
+    folder = Path(name).expanduser()
+    if not folder.exists() and _HUB_NAME.fullmatch(name) and name[0] not in "./~":
+        return None
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
+            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
+        )
+    return folder
+
+
+def _unsupported(name: str, family: str) -> str:
+    return (
+        f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family} "
+        f"in {name!r}; choose another model or pass it as a TransformerBridge"
+    )
+
+
+def _no_tokenizer(name: str) -> str:
+    return (
+        f"expected a tokenizer (tokenizer.json) beside the model, found none in {name!r}; "
+        "save it there with tokenizer.save_pretrained()"
+    )
+
+
+def _hub_sentence(name: str, revision: str | None, error: BaseException) -> str:
+    """Return what went wrong at the Hub, told by the exceptions that led to `error`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(c, GatedRepoError) for c in causes):
+        return (
+            f"expected access to {name!r}, but its owner asks for an agreement first; "
+            "accept it on the model's page and run `hf auth login`"
+        )
+    if any(isinstance(c, RevisionNotFoundError) for c in causes):
+        return (
+            f"expected a branch, tag or commit of {name!r}, got {revision!r}; "
+            "look at the model's page for the revisions there are"
+        )
+    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
+        return (
+            f"expected the name of a model on the Hub, found no {name!r} there; check its "
+            "spelling, or log in with `hf auth login` if it is private"
+        )
+    return (
+        f"expected to download {name!r} from the Hub, but we are offline and it is not in the "
+        "cache; give a local model folder, or 'bundled' for the model that ships with the package"
+    )
