@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsae_core.errors import InputError
-from gsae_core.store.files import replace_durably, whole_lines
+from gsae_core.store.files import replace_durably, to_json, whole_lines, writing
 
 
 class MetricsCursor(NamedTuple):
@@ -57,3 +57,37 @@ def cut_back(path: Path, n_bytes: int) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+class MetricsLog:
+    """metrics.jsonl opened for appending, after what belongs to later steps is cut off.
+
+    Args:
+        path: the file; made when it is not there.
+        n_bytes: how much of it stands; 0 for a run that begins.
+
+    Raises:
+        InputError: if the file is shorter than `n_bytes`, or the disk is full or read-only.
+    """
+
+    def __init__(self, path: Path, *, n_bytes: int) -> None:
+        cut_back(path, n_bytes)
+        self._path = path
+        self._file = path.open("ab")
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows in one write, so that a reader sees a step's SAEs together."""
+        data = "".join(to_json(row) + "\n" for row in rows).encode("utf-8")
+        with writing(self._path, len(data)):
+            self._file.write(data)
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Wait until everything is on the disk and return the file's length in bytes."""
+        with writing(self._path, 0):
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -29,7 +29,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     # Only this small file says which state counts, so a crash at any line leaves a whole one.
     pointer = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / "state.json", pointer)
-    for other in older:
+    # Half-written siblings are what a killed process leaves.
+    for other in (*older, *folder.glob(".*.tmp")):
         other.unlink()
 
 

@@ -276,7 +276,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(
-            f"expected a folder for the run, found a file in its way: {folder}"
+            f"expected a folder for the run, found a file at {folder}"
         ) from None
 
 

@@ -1,0 +1,163 @@
+"""The process that trains a run: it holds the run, tells where it stands and hears when to stop."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+from gsae_core.errors import InputError
+from gsae_core.store.runs import Run
+from gsae_core.store.status import State, lock, of_process, read_status, write_status
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
+# How soon a request to stop is heard; looking costs microseconds.
+LOOK_SECONDS = 0.25
+
+
+class Worker:
+    """A run held by this process, from `with` to the end of the block.
+
+    On entry status.json says `running`, and a thread keeps its step and heartbeat fresh; log.txt
+    receives the package's log. On leaving, status.json says how it ended: `outcome`, or `failed`
+    with the cause in one sentence (a traceback goes to log.txt alone).
+
+    Attributes:
+        step: steps done; set by whoever trains.
+        outcome: the last state, unless an exception ends the block.
+
+    Raises:
+        InputError: on entry, if the run is finished or another process holds it.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.step = 0
+        self.outcome: State = "finished"
+        self._held = lock(run.folder, "worker")
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._handlers: dict[int, object] = {}
+        self._log: logging.Handler | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked this process to finish its step, save and stop."""
+        return self._stop.is_set()
+
+    def __enter__(self) -> "Worker":
+        from filelock import Timeout
+
+        status = read_status(self.run.folder)
+        if status.state == "finished":
+            raise InputError(
+                f"expected a run with steps left, got {self.run.id}, which is finished"
+            )
+        try:
+            self._held.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"expected a run that nobody is training, got {self.run.id}, which process "
+                f"{status.pid} is training; cancel that one first"
+            ) from None
+        try:
+            self._open_log()
+            with lock(self.run.folder, "start"):
+                status = read_status(self.run.folder)
+                if status.state != "starting":
+                    # Started by hand: a request in the folder was meant for an earlier process.
+                    (self.run.folder / "control.json").unlink(missing_ok=True)
+                self._status = of_process(status, "running", os.getpid())
+                self.step = status.step
+                write_status(self.run.folder, self._status)
+            self._catch_signals()
+            self._thread.start()
+        except BaseException:
+            self._close_log()
+            self._held.release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        sentence = None
+        if isinstance(error, GeneratorExit | KeyboardInterrupt):
+            self.outcome = "cancelled"
+        elif isinstance(error, InputError):
+            self.outcome, sentence = "failed", str(error)
+            logger.error("%s", error)
+        elif error is not None:
+            first = str(error).partition("\n")[0]
+            self.outcome, sentence = "failed", f"{type(error).__name__}: {first}; see log.txt"
+            logger.error("the run failed", exc_info=error)
+        try:
+            with lock(self.run.folder, "start"):
+                self._write(self.outcome, error=sentence)
+                self.run.add_event(self.outcome, step=self.step, error=sentence)
+                (self.run.folder / "control.json").unlink(missing_ok=True)
+        finally:
+            self._restore_signals()
+            self._close_log()
+            self._held.release()
+
+    def _beat(self) -> None:
+        control = self.run.folder / "control.json"
+        beat = time.monotonic()
+        while not self._done.wait(LOOK_SECONDS):
+            if control.exists():
+                self._stop.set()
+            if time.monotonic() - beat >= HEARTBEAT_SECONDS:
+                beat = time.monotonic()
+                state: State = "cancelling" if self.stop_requested else "running"
+                try:
+                    self._write(state)
+                except InputError as error:
+                    # A full disk is met again, and answered for, when the run saves its state.
+                    logger.warning("no heartbeat: %s", error)
+
+    def _write(self, state: State, *, error: str | None = None) -> None:
+        self._status = self._status._replace(
+            state=state, step=self.step, heartbeat=time.time(), error=error
+        )
+        write_status(self.run.folder, self._status)
+
+    def _catch_signals(self) -> None:
+        # Python delivers signals to the main thread only; elsewhere control.json is the way.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_requested:
+            raise KeyboardInterrupt  # The second Ctrl-C does not wait for the step.
+        self._stop.set()
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _open_log(self) -> None:
+        self._log = logging.FileHandler(self.run.folder / "log.txt", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("gsae_core")
+        self._level = package.level
+        package.setLevel(logging.INFO)
+        package.addHandler(self._log)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            package = logging.getLogger("gsae_core")
+            package.removeHandler(self._log)
+            package.setLevel(self._level)
+            self._log.close()

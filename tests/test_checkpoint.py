@@ -1,0 +1,352 @@
+"""SAE folders and resumable states: what is written comes back, and damage is named."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples import perturb_
+from safetensors.torch import load_file, save_file
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE, fold_scale_
+from gsae_core.store import resume
+from gsae_core.store.checkpoint import check_width, load_sae, read_cfg, save_sae
+from gsae_core.store.resume import has_state, load_state, save_state, state_bytes
+
+X = torch.tensor([[3.0, 1.0], [-1.0, 2.0], [0.5, -0.5]])
+
+
+def gated(**options: Any) -> GatedSAE:
+    sae = GatedSAE(2, 3, **options)
+    perturb_(sae)
+    return sae
+
+
+def relu() -> ReluSAE:
+    sae = ReluSAE(2, 3)
+    perturb_(sae)
+    return sae
+
+
+def sae_lens_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+    """SAELens 6's own arithmetic, from the description of its format."""
+    xc = x - w["b_dec"] * cfg["apply_b_dec_to_input"]
+    if cfg["architecture"] == "standard":
+        f = torch.relu(xc @ w["W_enc"] + w["b_enc"])
+    else:
+        gate = (xc @ w["W_enc"] + w["b_gate"] > 0).float()
+        f = gate * torch.relu(xc @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+    return f @ w["W_dec"] + w["b_dec"]
+
+
+SAES = [gated, lambda: gated(tie="none"), lambda: gated(tie="untied", aux="off"), relu]
+
+
+@pytest.mark.parametrize("make", SAES, ids=["gated", "one-scale", "untied", "relu"])
+def test_an_sae_comes_back_with_the_same_bits_and_settings(tmp_path: Path, make: Any) -> None:
+    sae = make()
+    save_sae(sae, tmp_path / "sae", metadata={"hook_name": "blocks.2.hook_resid_post"})
+    back = load_sae(tmp_path / "sae")
+    assert type(back) is type(sae)
+    assert back.recipe == "P"
+    for name, value in sae.named_parameters():
+        assert torch.equal(back.get_parameter(name), value)
+    if isinstance(sae, GatedSAE) and isinstance(back, GatedSAE):
+        assert (back.tie, back.aux, back.detach_b_dec) == (sae.tie, sae.aux, sae.detach_b_dec)
+    assert torch.equal(back(X), sae(X))
+
+
+@pytest.mark.parametrize("make", [gated, lambda: gated(tie="none"), relu])
+def test_the_folder_means_the_same_in_sae_lens(tmp_path: Path, make: Any) -> None:
+    sae = make()
+    save_sae(sae, tmp_path, metadata={"model_name": "bundled", "prepend_bos": True})
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    names = {"W_enc", "W_dec", "b_dec"} | (
+        {"b_enc"} if isinstance(sae, ReluSAE) else {"b_gate", "b_mag", "r_mag"}
+    )
+    assert set(weights) == names
+    assert tuple(weights["W_enc"].shape) == (2, 3)
+    keys = """d_in d_sae dtype device apply_b_dec_to_input normalize_activations
+        reshape_activations architecture metadata"""
+    assert set(cfg) == set(keys.split())
+    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (2, 3, "float32")
+    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    assert cfg["metadata"]["prepend_bos"] is True
+    torch.testing.assert_close(sae_lens_forward(cfg, weights, X), sae(X))
+
+
+def test_untied_paths_are_no_architecture_of_sae_lens_and_the_folder_says_so(
+    tmp_path: Path,
+) -> None:
+    save_sae(gated(tie="untied"), tmp_path, metadata={})
+    assert read_cfg(tmp_path)["architecture"] == "gated_untied"
+    assert "W_mag" in load_file(tmp_path / "sae_weights.safetensors")
+
+
+def plain_sae_lens_folder(folder: Path, sae: GatedSAE | ReluSAE, **cfg: Any) -> None:
+    """What SAELens 6 writes: no word about recipes, no checksum."""
+    tensors = {k.replace("W_gate", "W_enc"): v.detach() for k, v in sae.named_parameters()}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    fields = {
+        "architecture": "standard" if isinstance(sae, ReluSAE) else "gated",
+        "d_in": 2,
+        "d_sae": 3,
+        "dtype": "torch.float32",
+        "normalize_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12"},
+    }
+    (folder / "cfg.json").write_text(json.dumps(fields | cfg))
+
+
+@pytest.mark.parametrize("make", [gated, relu])
+def test_a_folder_of_sae_lens_opens(tmp_path: Path, make: Any) -> None:
+    sae = make()
+    plain_sae_lens_folder(tmp_path, sae)
+    back = load_sae(tmp_path)
+    assert torch.equal(back(X), sae(X))
+    assert back.recipe == "A"  # perturbed rows are not of unit norm
+
+
+def test_unit_norms_without_a_recipe_are_the_papers(tmp_path: Path) -> None:
+    plain_sae_lens_folder(tmp_path, GatedSAE(2, 3))
+    assert load_sae(tmp_path).recipe == "P"
+
+
+@pytest.mark.parametrize("make", [gated, relu])
+def test_uncentred_input_is_folded_into_the_biases(tmp_path: Path, make: Any) -> None:
+    sae = make()
+    plain_sae_lens_folder(tmp_path, sae, apply_b_dec_to_input=False)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    expected = sae_lens_forward(read_cfg(tmp_path), weights, X)
+    torch.testing.assert_close(load_sae(tmp_path)(X), expected)
+
+
+def test_a_saved_sae_takes_raw_activations(tmp_path: Path) -> None:
+    # Trained on 4x; what is saved takes x, so its reconstructions are a quarter.
+    sae = gated()
+    trained = sae(4 * X)
+    fold_scale_(sae, 4.0)
+    save_sae(sae, tmp_path, metadata={"activation_scale": 4.0})
+    torch.testing.assert_close(load_sae(tmp_path)(X), trained / 4)
+    assert read_cfg(tmp_path)["metadata"]["activation_scale"] == 4.0
+
+
+# Damage
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_sae(gated(), tmp_path / "sae", metadata={})
+    return tmp_path / "sae"
+
+
+def sentence(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_sae(folder)
+    return str(caught.value)
+
+
+def edit_cfg(folder: Path, **fields: Any) -> None:
+    cfg = read_cfg(folder) | fields
+    (folder / "cfg.json").write_text(json.dumps({k: v for k, v in cfg.items() if v is not None}))
+
+
+def test_a_missing_config_is_told(folder: Path) -> None:
+    (folder / "cfg.json").unlink()
+    assert sentence(folder) == (
+        "expected an SAE folder with cfg.json and sae_weights.safetensors, found no cfg.json in "
+        f"{folder}"
+    )
+
+
+def test_missing_weights_are_told(folder: Path) -> None:
+    (folder / "sae_weights.safetensors").unlink()
+    assert sentence(folder) == (
+        f"expected sae_weights.safetensors beside cfg.json, found none in {folder}"
+    )
+
+
+def test_truncated_weights_are_told(folder: Path) -> None:
+    path = folder / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    size = path.stat().st_size
+    assert sentence(folder).startswith(
+        f"expected whole safetensors in {path}, found {size} bytes that are not ("
+    )
+    assert sentence(folder).endswith("); copy or train it again")
+
+
+def test_one_changed_bit_is_told(folder: Path) -> None:
+    path = folder / "sae_weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    checksum = read_cfg(folder)["metadata"]["weights_sha256"]
+    assert sentence(folder) == (
+        f"expected the weights that {folder / 'cfg.json'} was written with (SHA-256 "
+        f"{checksum[:12]}...), found others in {path}; copy or train it again"
+    )
+
+
+def test_a_config_that_is_no_json_is_told(folder: Path) -> None:
+    (folder / "cfg.json").write_text("{")
+    assert sentence(folder).startswith(f"expected JSON in {folder / 'cfg.json'}, got something")
+
+
+def test_missing_keys_are_told(folder: Path) -> None:
+    (folder / "cfg.json").write_text('{"d_in": 2}')
+    assert sentence(folder) == (
+        f"expected architecture, d_sae in {folder / 'cfg.json'}, found only d_in"
+    )
+
+
+def test_an_architecture_we_have_not_is_told(folder: Path) -> None:
+    edit_cfg(folder, architecture="topk")
+    assert sentence(folder) == (
+        f"expected architecture gated, standard or gated_untied in {folder / 'cfg.json'}, "
+        "got 'topk'"
+    )
+
+
+def test_other_shapes_than_the_config_says_are_told(folder: Path) -> None:
+    edit_cfg(folder, d_sae=4)
+    weights = folder / "sae_weights.safetensors"
+    assert sentence(folder) == (
+        "expected tensors W_dec [4, 2], W_enc [2, 4], b_dec [2], b_gate [4], b_mag [4], r_mag [4] "
+        f"in {weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], b_dec [2], "
+        "b_gate [3], b_mag [3], r_mag [3]"
+    )
+
+
+def test_input_normalisation_that_is_not_folded_is_refused(folder: Path) -> None:
+    edit_cfg(folder, normalize_activations="expected_average_only_in")
+    assert sentence(folder) == (
+        f"expected an SAE that takes raw activations, got one in {folder} whose input "
+        "normalisation is not folded into its weights (normalize_activations "
+        "'expected_average_only_in'); save its final, folded form"
+    )
+    edit_cfg(folder, normalize_activations="none")
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": 2.0}')
+    assert sentence(folder).startswith("expected an SAE that takes raw activations")
+
+
+def test_an_sae_of_another_width_is_told_with_both() -> None:
+    sae = gated()
+    check_width(sae, 2, name="mine", hook_name="blocks.2.hook_resid_post")
+    with pytest.raises(InputError) as caught:
+        check_width(sae, 256, name="mine", hook_name="blocks.2.hook_resid_post")
+    assert str(caught.value) == (
+        "expected SAE 'mine' to take activations of width 256, as blocks.2.hook_resid_post has, "
+        "got d_in=2; was it trained on another model or site?"
+    )
+
+
+# Resumable state
+
+
+STATE = {
+    "step": 3,
+    "seconds": 1.5,
+    "name": "a",
+    "none": None,
+    "saes": [{"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor([1, 2])}],
+}
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    assert not has_state(tmp_path)
+    save_state(tmp_path, STATE)
+    assert has_state(tmp_path)
+    back = load_state(tmp_path)
+    assert {k: back[k] for k in ("step", "seconds", "name", "none")} == {
+        k: STATE[k] for k in ("step", "seconds", "name", "none")
+    }
+    assert torch.equal(back["saes"][0]["w"], STATE["saes"][0]["w"])
+    assert torch.equal(back["saes"][0]["n"], STATE["saes"][0]["n"])
+
+
+def test_a_states_size_is_that_of_its_tensors() -> None:
+    assert state_bytes(STATE) == 6 * 4 + 2 * 8
+
+
+def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
+    for step in range(12):
+        save_state(tmp_path, {"step": step})
+    assert load_state(tmp_path) == {"step": 11}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("failing", ["save", "write_json"])
+def test_a_full_disk_leaves_the_older_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    save_state(tmp_path, {"step": 1})
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.torch if failing == "save" else resume, failing, full)
+        with pytest.raises((InputError, OSError)) as caught:
+            save_state(tmp_path, STATE)
+        if failing == "save":
+            assert str(caught.value).startswith("expected 40 bytes free for ")
+            assert str(caught.value).endswith("; make room on the disk and resume the run")
+    assert load_state(tmp_path) == {"step": 1}
+    save_state(tmp_path, {"step": 2})
+    assert load_state(tmp_path) == {"step": 2}
+    assert len(list(tmp_path.iterdir())) == 2  # what the failure left behind is gone
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / ".state-000001.pt.4242.tmp").write_bytes(b"half")
+    save_state(tmp_path, {"step": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-000001.pt", "state.json"]
+
+
+def state_sentence(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_state(folder)
+    return str(caught.value)
+
+
+def test_a_truncated_state_is_told(tmp_path: Path) -> None:
+    save_state(tmp_path, STATE)
+    (path,) = tmp_path.glob("*.pt")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-7])
+    assert state_sentence(tmp_path) == (
+        f"expected {size} bytes in the resumable state {path}, found {size - 7}; delete the folder "
+        f"{tmp_path} to train from step 0"
+    )
+
+
+def test_a_changed_state_is_told(tmp_path: Path) -> None:
+    save_state(tmp_path, STATE)
+    (path,) = tmp_path.glob("*.pt")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert state_sentence(tmp_path) == (
+        f"expected the resumable state {path} as it was written, found other content; delete the "
+        f"folder {tmp_path} to train from step 0"
+    )
+
+
+def test_a_vanished_state_is_told(tmp_path: Path) -> None:
+    save_state(tmp_path, STATE)
+    (path,) = tmp_path.glob("*.pt")
+    path.unlink()
+    assert state_sentence(tmp_path) == (
+        f"expected the resumable state {path}, found no such file; delete the folder {tmp_path} to "
+        "train from step 0"
+    )
+    (tmp_path / "state.json").write_text("{}")
+    assert state_sentence(tmp_path) == (
+        f"expected the keys file, bytes, sha256 in {tmp_path / 'state.json'}, found none; delete "
+        f"the folder {tmp_path} to train from step 0"
+    )

@@ -1,0 +1,535 @@
+"""The run folder: made once, read while it is written, believed alive only with proof."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gsae_core.config import RunConfig, SAESpec, TrainRecipe
+from gsae_core.errors import InputError
+from gsae_core.store import files, jobs, runs
+from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats
+from gsae_core.store.files import append_line, replace_durably, to_json, write_json
+from gsae_core.store.jobs import escalate_cancel, start
+from gsae_core.store.metrics_log import MetricsCursor, MetricsLog, cut_back
+from gsae_core.store.runs import Run, find_run, list_runs, unreadable_runs
+from gsae_core.store.status import State, Status, of_process, read_status, write_status
+from gsae_core.store.worker import Worker
+
+CONFIG = RunConfig(
+    saes=(SAESpec(name="gated-0.1", architecture="gated", d_sae=3, sparsity=0.1),),
+    train=TrainRecipe(n_tokens=105, batch_size=10),
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path / "first", CONFIG)
+
+
+def pretend(run: Run, state: State, *, pid: int, started: float) -> None:
+    status = read_status(run.folder)
+    write_status(run.folder, status._replace(state=state, pid=pid, process_started=started))
+
+
+def sleeper(code: str = "import time; time.sleep(60)") -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+# Making and opening
+
+
+def test_a_new_run_is_queued_with_all_its_whole_batches_to_do(run: Run) -> None:
+    status = run.status
+    assert (status.state, status.step, status.n_steps) == ("queued", 0, 10)  # 105 // 10
+    assert (status.pid, status.process_started, status.error) == (None, None, None)
+    assert not run.is_alive()
+    assert run.metrics() == run.evals() == run.log_tail() == []
+    assert [event["event"] for event in run.events()] == ["created"]
+
+
+def test_status_json_has_exactly_the_promised_keys(run: Run) -> None:
+    fields = json.loads((run.folder / "status.json").read_text())
+    promised = ["state", "step", "n_steps", "pid", "process_started", "heartbeat", "error"]
+    assert list(fields) == promised
+
+
+def test_a_run_opens_with_the_config_it_was_made_with(run: Run) -> None:
+    assert Run.open(run.folder) == run
+
+
+def test_an_existing_run_is_refused_and_unharmed(run: Run) -> None:
+    before = (run.folder / "config.json").read_bytes()
+    with pytest.raises(InputError) as caught:
+        Run.create(run.folder, CONFIG)
+    assert str(caught.value) == (
+        f"expected a new folder for the run, found a run in {run.folder}; choose another, or go on "
+        f"with it: python -m gsae_core resume {run.folder}"
+    )
+    assert (run.folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(InputError) as caught:
+        Run.create(tmp_path / "thesis", CONFIG)
+    assert str(caught.value) == (
+        f"expected a new or empty folder for the run, found other files in {tmp_path / 'thesis'}"
+    )
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path / "empty", CONFIG).status.state == "queued"
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected a folder for the run, found a file at "):
+        Run.create(tmp_path / "file", CONFIG)
+    with pytest.raises(InputError, match="expected a folder for the run, found a file at "):
+        Run.create(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_full_disk_is_told_with_need_and_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "free_bytes", lambda path: 7_300)
+    with pytest.raises(InputError) as caught:
+        Run.create(tmp_path / "run", CONFIG)
+    assert str(caught.value) == (
+        f"expected 1.0 MB free for {tmp_path / 'run'}, found 7.3 kB; make room on the disk and "
+        "start again"
+    )
+    monkeypatch.undo()
+    assert Run.create(tmp_path / "run", CONFIG).status.state == "queued"  # room was made
+
+
+def test_an_unwritable_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError) as caught:
+        Run.create(tmp_path / "run", CONFIG)
+    assert str(caught.value) == (
+        f"expected to be allowed to write {tmp_path / 'run'}, got 'Permission denied'; choose a "
+        "folder you own"
+    )
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a b", "", "x" * 65, "run\n", "-rf", "é"])
+def test_a_name_that_could_be_more_than_a_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        find_run(tmp_path, name)
+    assert str(caught.value) == (
+        "expected a run name of 1 to 64 letters, digits, dots, dashes and underscores that starts "
+        f"with a letter or digit, got {name!r}"
+    )
+
+
+def test_a_name_cannot_lead_out_of_the_runs_folder(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(InputError, match="expected a run name"):
+        find_run(tmp_path / "first", "../first")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(run.folder)
+    with pytest.raises(InputError, match="got 'link', which leads out of it"):
+        find_run(tmp_path / "root", "link")
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        Run.open(tmp_path)
+    assert str(caught.value) == (
+        f"expected a run folder with a config.json, found none in {tmp_path}; give the folder that "
+        "the training command printed"
+    )
+
+
+def test_a_run_of_a_newer_layout_is_refused_before_its_config_is_judged(run: Run) -> None:
+    (run.folder / "events.jsonl").write_text('{"event": "created", "schema_version": 2}\n')
+    (run.folder / "config.json").write_text('{"telepathy": true}')
+    with pytest.raises(InputError) as caught:
+        Run.open(run.folder)
+    assert str(caught.value) == (
+        f"expected a run of layout 1 or older, got 2 in {run.folder}; a newer version of gsae-core "
+        "made it: update to open it"
+    )
+
+
+def test_runs_are_listed_newest_first_and_damaged_ones_apart(tmp_path: Path, run: Run) -> None:
+    second = Run.create(tmp_path / "second", CONFIG)
+    os.utime(run.folder / "config.json", (1000, 1000))
+    damaged = Run.create(tmp_path / "damaged", CONFIG)
+    (damaged.folder / "config.json").write_text("{")
+    bare = Run.create(tmp_path / "bare", CONFIG)
+    (bare.folder / "status.json").unlink()
+    (tmp_path / "not-a-run").mkdir()
+    assert list_runs(tmp_path) == [second, run]
+    reasons = dict(unreadable_runs(tmp_path))
+    assert set(reasons) == {"damaged", "bare"}
+    assert reasons["damaged"].startswith(f"expected JSON in {damaged.folder / 'config.json'}")
+    assert reasons["bare"] == (
+        f"expected {bare.folder / 'status.json'}, found no such file; was the run deleted?"
+    )
+    assert list_runs(tmp_path / "nowhere") == []
+
+
+def test_a_damaged_status_is_told(run: Run) -> None:
+    (run.folder / "status.json").write_text('{"state": "dreaming"}')
+    with pytest.raises(InputError, match="expected the keys state, step, n_steps, pid, "):
+        _ = run.status
+    (run.folder / "status.json").write_text("[]")
+    with pytest.raises(InputError, match=r"expected a JSON object in .*status\.json, got list"):
+        _ = run.status
+
+
+# Metrics, evaluations, log
+
+
+def test_a_half_written_metrics_line_is_left_for_the_next_reading(run: Run) -> None:
+    path = run.folder / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step"')
+    first = run.metrics_since(MetricsCursor())
+    assert first.rows == [{"step": 1}]
+    assert run.metrics() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write(': 2}\n{"step": 3}\n')
+    then = run.metrics_since(first.cursor)
+    assert (then.rows, then.restarted) == ([{"step": 2}, {"step": 3}], False)
+    assert run.metrics_since(then.cursor).rows == []
+
+
+def test_a_reader_sees_that_a_resumed_run_took_lines_back(run: Run) -> None:
+    path = run.folder / "metrics.jsonl"
+    append_line(path, {"step": 1})
+    n_bytes = path.stat().st_size
+    append_line(path, {"step": 2})
+    cursor = run.metrics_since(MetricsCursor()).cursor
+    log = MetricsLog(path, n_bytes=n_bytes)
+    log.add([{"step": 2, "again": True}, {"step": 3}])
+    log.close()
+    slice_ = run.metrics_since(cursor)
+    assert slice_.restarted
+    assert slice_.rows == [{"step": 1}, {"step": 2, "again": True}, {"step": 3}]
+
+
+def test_metrics_shorter_than_the_state_says_are_told(run: Run) -> None:
+    append_line(run.folder / "metrics.jsonl", {"a": 1})  # {"a": 1} and a newline: 9 bytes
+    with pytest.raises(InputError) as caught:
+        cut_back(run.folder / "metrics.jsonl", 100)
+    assert str(caught.value) == (
+        f"expected at least 100 bytes in {run.folder / 'metrics.jsonl'}, as its resumable state "
+        f"says, found 9; delete the folder {run.folder / 'resume'} to train from step 0"
+    )
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    written = to_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": (float("-inf"),)})
+    assert written == '{"a": null, "b": [null, 1.5], "c": [null]}'
+
+
+def eval_row() -> EvalRow:
+    numbers = {"l0": 20.0, "loss_recovered": 0.95, "ce_clean": 3.0, "ce_sae": 3.1, "ce_zero": 5.0}
+    shares = {"kl": 0.1, "gamma": 0.99, "fvu": 0.1, "cosine": 0.9, "alive_fraction": 1.0}
+    return EvalRow(
+        name="relu-0.1",
+        architecture="relu",
+        sparsity=0.1,
+        d_in=2,
+        d_sae=3,
+        gamma_gate=float("nan"),
+        n_tokens=100,
+        **numbers,
+        **shares,
+    )
+
+
+def test_evals_json_has_exactly_the_promised_keys(run: Run) -> None:
+    write_evals(run.folder, [eval_row()])
+    (row,) = run.evals()
+    promised = """name architecture sparsity d_in d_sae l0 loss_recovered ce_clean ce_sae ce_zero kl
+        gamma gamma_gate fvu cosine alive_fraction n_tokens"""
+    assert set(row) == set(promised.split())
+    assert row["gamma_gate"] is None  # a ReLU SAE has no gate
+
+
+def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:
+    folder = run.sae_folder("gated-0.1")
+    with pytest.raises(InputError) as caught:
+        run.feature_stats("gated-0.1")
+    assert str(caught.value) == (
+        f"expected feature statistics of 'gated-0.1', found none yet in {folder}; they are written "
+        "when the run is evaluated"
+    )
+    folder.mkdir(parents=True)
+    write_feature_stats(
+        folder,
+        fired=np.array([5, 0, 1]),
+        gate_open=np.array([6, 0, 1]),
+        density=np.array([0.5, 0.0, 0.1]),
+        gamma=np.array([0.9, np.nan, 1.0]),
+    )
+    table = run.feature_stats("gated-0.1")
+    assert list(table.columns) == ["fired", "gate_open", "density", "gamma"]
+    assert table["fired"].tolist() == [5, 0, 1]
+    assert table.index.name == "latent"
+    assert table["gamma"].isna().tolist() == [False, True, False]
+
+
+def test_an_unknown_sae_is_told_which_there_are(run: Run) -> None:
+    with pytest.raises(InputError) as caught:
+        run.sae_folder("../..")
+    assert str(caught.value) == "expected one of this run's SAEs (gated-0.1), got '../..'"
+
+
+def test_the_tail_of_a_long_log_is_read_from_its_end(run: Run) -> None:
+    (run.folder / "log.txt").write_text("".join(f"line {i}\n" for i in range(10_000)))
+    assert run.log_tail(2) == ["line 9998", "line 9999"]
+
+
+def test_a_replaced_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_text("old")
+
+    def half(sibling: Path) -> None:
+        sibling.write_text("ne")
+        assert path.read_text() == "old"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match=r"expected 5\.0 GB free for .*state, found .*; make room"):
+        replace_durably(path, half, n_bytes=5 * 10**9)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+    assert path.read_text() == "old"
+
+
+def test_other_failures_of_a_disk_are_not_renamed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error"), files.writing(tmp_path, 1):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+# Liveness
+
+
+def test_this_very_process_is_alive(run: Run) -> None:
+    pretend(run, "running", pid=os.getpid(), started=psutil.Process().create_time())
+    assert run.is_alive()
+    assert run.status.state == "running"
+
+
+def test_a_reused_process_id_is_not_believed(run: Run) -> None:
+    pretend(run, "running", pid=os.getpid(), started=psutil.Process().create_time() - 60)
+    assert not run.is_alive()
+    assert run.status.state == "lost"
+
+
+def test_a_zombie_is_not_alive(run: Run) -> None:
+    process = sleeper()
+    pretend(run, "running", pid=process.pid, started=psutil.Process(process.pid).create_time())
+    assert run.is_alive()
+    process.kill()
+    deadline = time.monotonic() + 10
+    # Nobody has collected it, so the id still answers; only its state tells.
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, 0)
+    assert not run.is_alive()
+    assert run.status.state == "lost"
+    end(process)
+
+
+def test_a_finished_run_needs_no_process(run: Run) -> None:
+    pretend(run, "finished", pid=1, started=0.0)
+    assert run.status.state == "finished"
+    assert not run.is_alive()
+
+
+# Start and cancel
+
+
+def test_pressing_start_twice_starts_one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = sleeper()
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *args, **options: process)
+    assert start(run) == process.pid
+    assert run.status.state == "starting"
+    monkeypatch.setattr(jobs.subprocess, "Popen", None)
+    assert start(run) == process.pid
+    end(process)
+    assert run.status.state == "lost"
+
+
+def test_a_job_is_started_without_a_shell_in_a_session_of_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = sleeper()
+    seen: dict[str, object] = {}
+
+    def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        seen.update(options, command=command)
+        return process
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
+    start(run)
+    end(process)
+    folder = str(run.folder)
+    assert seen["command"] == [sys.executable, "-u", "-m", "gsae_core", "resume", folder]
+    assert seen["start_new_session"] is True
+    assert "shell" not in seen
+
+
+def test_a_finished_run_is_not_started_again(run: Run) -> None:
+    pretend(run, "finished", pid=1, started=0.0)
+    with pytest.raises(InputError) as caught:
+        start(run)
+    assert str(caught.value) == "expected a run with steps left, got first, which is finished"
+
+
+def test_a_run_that_was_never_started_is_cancelled_at_once(run: Run) -> None:
+    run.request_cancel(by="ada")
+    assert run.status.state == "cancelled"
+    assert run.events()[-1]["event"] == "cancel requested"
+    assert run.events()[-1]["by"] == "ada"
+
+
+def test_two_people_may_cancel_one_run(run: Run) -> None:
+    pretend(run, "running", pid=os.getpid(), started=psutil.Process().create_time())
+    run.request_cancel(by="ada")
+    first = (run.folder / "control.json").read_bytes()
+    run.request_cancel(by="grace")
+    assert (run.folder / "control.json").read_bytes() == first
+    assert run.status.state == "cancelling"
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_cancellation_goes_from_asking_to_sigterm_to_sigkill(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = sleeper(STUBBORN)
+    assert process.stdout is not None
+    process.stdout.readline()
+    pretend(run, "running", pid=process.pid, started=psutil.Process(process.pid).create_time())
+    assert escalate_cancel(run) == "none"
+    run.request_cancel()
+    assert escalate_cancel(run) == "requested"
+    monkeypatch.setattr(jobs, "CANCEL_SECONDS", 0.2)
+    time.sleep(0.25)
+    assert escalate_cancel(run) == "terminating"
+    assert escalate_cancel(run) == "terminating"
+    assert run.status.state == "cancelling"
+    time.sleep(0.25)
+    assert escalate_cancel(run) == "killing"
+    process.wait(timeout=10)
+    assert escalate_cancel(run) == "gone"
+    end(process)
+    assert run.status.state == "cancelled"
+    assert not (run.folder / "control.json").exists()
+    assert escalate_cancel(run) == "gone"
+
+
+# Worker
+
+
+def test_a_worker_says_running_and_then_how_it_ended(run: Run) -> None:
+    with Worker(run) as worker:
+        status = read_status(run.folder)
+        assert (status.state, status.pid) == ("running", os.getpid())
+        assert run.is_alive()
+        worker.step = 7
+        worker.outcome = "cancelled"
+    status = run.status
+    assert (status.state, status.step, status.error) == ("cancelled", 7, None)
+
+
+def test_a_second_worker_is_refused(run: Run) -> None:
+    with Worker(run), pytest.raises(InputError) as caught, Worker(run):
+        pass
+    assert str(caught.value) == (
+        f"expected a run that nobody is training, got first, which process {os.getpid()} is "
+        "training; cancel that one first"
+    )
+
+
+def test_a_worker_hears_a_request_and_answers_it(run: Run) -> None:
+    with Worker(run) as worker:
+        run.request_cancel()
+        deadline = time.monotonic() + 10
+        while not worker.stop_requested:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        worker.outcome = "cancelled"
+    assert run.status.state == "cancelled"
+    assert not (run.folder / "control.json").exists()
+
+
+def test_a_request_meant_for_an_earlier_process_does_not_stop_a_later_one(run: Run) -> None:
+    pretend(run, "running", pid=1, started=0.0)
+    write_json(run.folder / "control.json", {"request": "cancel", "time": 0.0})
+    with Worker(run) as worker:
+        time.sleep(0.3)
+        assert not worker.stop_requested
+
+
+def test_a_request_made_while_the_process_starts_is_heard(run: Run) -> None:
+    write_status(run.folder, of_process(run.status, "starting", os.getpid()))
+    run.request_cancel()
+    with Worker(run) as worker:
+        time.sleep(0.6)
+        assert worker.stop_requested
+
+
+def test_a_callers_mistake_is_the_runs_error_as_it_stands(run: Run) -> None:
+    with pytest.raises(InputError), Worker(run):
+        raise InputError("expected tea, got coffee")
+    assert run.status.state == "failed"
+    assert run.status.error == "expected tea, got coffee"
+
+
+def test_a_traceback_goes_to_the_log_and_nowhere_else(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ZeroDivisionError), Worker(run):
+        _ = 1 / 0
+    assert run.status.error == "ZeroDivisionError: division by zero; see log.txt"
+    assert "Traceback" in "\n".join(run.log_tail())
+    assert capfd.readouterr().err == ""
+
+
+def test_a_heartbeat_moves_while_the_worker_works(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsae_core.store.worker.HEARTBEAT_SECONDS", 0.0)
+    with Worker(run) as worker:
+        first = read_status(run.folder).heartbeat
+        worker.step = 3
+        deadline = time.monotonic() + 10
+        while read_status(run.folder).step != 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert read_status(run.folder).heartbeat > first
+
+
+def test_a_status_is_what_its_file_says(run: Run) -> None:
+    status = Status("failed", 3, 10, 42, 1.5, 2.5, "expected tea, got coffee")
+    write_status(run.folder, status)
+    assert run.status == status
