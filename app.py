@@ -1,0 +1,164 @@
+"""Home: start something, see what runs, open what is done."""
+
+import secrets
+
+import streamlit as st
+
+from gsae_core import shell
+from gsae_core.errors import InputError
+from gsae_core.launch import launch
+from gsae_core.machine import machine
+from gsae_core.pieces import facts, notice, plain, seconds_since, state_badge
+from gsae_core.presets import preset
+from gsae_core.progress import progress
+from gsae_core.store.files import readable
+from gsae_core.store.runs import Run, unreadable_runs
+from gsae_core.store.status import ACTIVE
+from gsae_core.wording import ago, count, duration
+
+frame = shell.page(
+    "Home",
+    icon="🏠",
+    purpose="Train Gated Sparse Autoencoders next to their ReLU baseline, and see what the gate changes.",
+)
+
+
+def actions() -> None:
+    """Draw the three ways to begin."""
+    quick = preset("quick")
+    finished = [run for run in frame.runs if (s := shell.status_of(run)) and s.state == "finished"]
+    first, second, third = st.columns(3, border=True)
+    with first:
+        st.subheader("Train the bundled model", anchor=False)
+        st.caption(f"{quick.description}.")
+        if st.button(
+            "Start training", type="primary", icon="▶️", key="start_quick", width="stretch"
+        ):
+            nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
+            try:
+                run = launch(shell.runs_root(), quick.config(), nonce=nonce)
+            except InputError as error:
+                notice(str(error), title="Nothing was started")
+            else:
+                del st.session_state["nonce"]
+                st.switch_page("pages/2_Live.py", query_params={"run": run.id})
+    with second:
+        st.subheader("Train with choices", anchor=False)
+        st.caption(
+            "Your model, layer, widths and λ; the memory and time it takes, before it starts."
+        )
+        st.page_link("pages/1_Train.py", label="Choose settings", icon="🏋️", width="stretch")
+    with third:
+        st.subheader("Open the latest results", anchor=False)
+        if finished:
+            latest = finished[0]
+            plain(f"{latest.id}: {len(latest.config.saes)} SAEs", size=".875rem")
+            st.page_link(
+                "pages/3_Pareto.py",
+                label="Sparsity against fidelity",
+                icon="⚖️",
+                width="stretch",
+                query_params={"run": latest.id},
+            )
+        else:
+            st.caption("Nothing is finished yet; the first results take minutes.")
+
+
+def jobs() -> None:
+    """Draw the jobs that run now, refreshed while there are any."""
+    active = [
+        (run, status)
+        for run in frame.runs
+        if (status := shell.status_of(run)) is not None and status.state in (*ACTIVE, "queued")
+    ]
+    st.subheader("Running now", anchor=False)
+    if not active:
+        st.caption("No job is running.")
+        return
+    for run, status in active:
+        with st.container(border=True):
+            name, state, link = st.columns([4, 2, 2], vertical_alignment="center")
+            with name:
+                plain(run.id)
+            with state:
+                state_badge(status.state)
+            with link:
+                st.page_link(
+                    "pages/2_Live.py", label="Watch", icon="📈", query_params={"run": run.id}
+                )
+            now = progress(status, run.metrics())
+            left = "" if now.seconds_left is None else f" · about {duration(now.seconds_left)} left"
+            st.progress(now.share, text=f"step {status.step:,} of {status.n_steps:,}{left}")
+
+
+def recent() -> None:
+    """Draw the newest runs; choosing a row opens it."""
+    st.subheader("Recent runs", anchor=False)
+    if not frame.runs:
+        st.caption("No runs yet. They are kept in the runs folder, one folder each.")
+        return
+    rows = [describe(run) for run in frame.runs[:20]]
+    picked = st.dataframe(
+        rows,
+        hide_index=True,
+        key="recent",
+        on_select="rerun",
+        selection_mode="single-row",
+        column_config={
+            "done": st.column_config.ProgressColumn("done", format="percent", width="small"),
+            "SAEs": st.column_config.NumberColumn(width="small"),
+            "layer": st.column_config.NumberColumn(width="small"),
+        },
+        alt="The newest runs: name, state, share done, model, site, number of SAEs, tokens, last change",
+    )
+    st.caption("Tick a row to open the run.")
+    chosen = picked["selection"]["rows"]
+    if chosen:
+        run = frame.runs[chosen[0]]
+        finished = rows[chosen[0]]["state"] == "finished"
+        target = "pages/3_Pareto.py" if finished else "pages/2_Live.py"
+        st.switch_page(target, query_params={"run": run.id})
+
+
+def describe(run: Run) -> dict[str, object]:
+    """Return a run's row of the table."""
+    status = shell.status_of(run)
+    config = run.config
+    return {
+        "run": run.id,
+        "state": "unreadable" if status is None else status.state,
+        "done": None if status is None or not status.n_steps else status.step / status.n_steps,
+        "model": config.model.name,
+        "layer": config.model.layer,
+        "site": config.model.site,
+        "SAEs": len(config.saes),
+        "tokens": count(config.train.n_tokens),
+        "last change": "–" if status is None else ago(seconds_since(status.heartbeat)),
+    }
+
+
+def this_machine() -> None:
+    """Draw what there is to train on."""
+    here = machine(shell.runs_root())
+    st.subheader("This machine", anchor=False)
+    device = here.gpus[0] if here.gpus else "none found: training runs on the processor"
+    facts(
+        {
+            "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
+            "Processor": f"{here.n_cores} cores",
+            "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
+            "Disk": f"{readable(here.disk_free)} free for runs",
+        }
+    )
+
+
+actions()
+busy = any((s := shell.status_of(run)) and s.state in ACTIVE for run in frame.runs)
+left, right = st.columns([2, 1], gap="large")
+with left:
+    st.fragment(jobs, run_every=2 if busy else None)()
+with right:
+    this_machine()
+recent()
+for broken in unreadable_runs(shell.runs_root()):
+    notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")

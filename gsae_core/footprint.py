@@ -1,0 +1,127 @@
+"""How much memory, disk and time a run takes, from its config: asked before anything is loaded."""
+
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from gsae_core.config import RunConfig, SAESpec, Site
+
+FLOAT32 = 4
+# Weights, their gradients, and Adam's two moments.
+COPIES_IN_TRAINING = 4
+# Weights and both moments are what a resumed run needs.
+COPIES_IN_STATE = 3
+# (batch, d_sae) matrices alive at once in the dense step: pre-activations, latents, gradients.
+DENSE_MATRICES = 6
+# Encoder-sized products in a training step, forward and backward.
+PRODUCTS_PER_STEP = 8
+# Guesses for a machine that has trained nothing yet, in floating-point operations a second.
+CORE_SPEED = 25e9
+GPU_SPEED = 20e12
+
+
+class ModelShape(NamedTuple):
+    """What a model folder's config.json says of its size."""
+
+    d_model: int
+    d_mlp: int
+    d_attn: int
+    """Heads times head width: what attn_z holds."""
+    n_layers: int
+
+    def width(self, site: Site) -> int:
+        """Return how wide the activations at a site are."""
+        return {"mlp_hidden": self.d_mlp, "attn_z": self.d_attn}.get(site, self.d_model)
+
+
+def model_shape(name: str) -> ModelShape | None:
+    """Return the shape of the bundled model or of a local folder; None for a name on the Hub."""
+    folder = Path(name).expanduser()
+    if name == "bundled":
+        folder = Path(str(resources.files("gsae_core").joinpath("assets/stdlib-gpt2")))
+    if not (folder / "config.json").is_file():
+        return None
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = fields.get("text_config", fields)
+    d_model = fields.get("hidden_size") or fields.get("n_embd")
+    n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
+    if d_model is None or n_layers is None:
+        return None
+    n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
+    return ModelShape(
+        d_model=d_model,
+        d_mlp=fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model,
+        d_attn=n_heads * (fields.get("head_dim") or d_model // n_heads),
+        n_layers=n_layers,
+    )
+
+
+def n_parameters(spec: SAESpec, d_in: int) -> int:
+    """Return how many numbers an SAE learns."""
+    matrices = 3 if spec.architecture == "gated" and spec.tie == "untied" else 2
+    vectors = 1
+    if spec.architecture == "gated":
+        vectors = 3 if spec.tie == "r_mag" else 2
+    return matrices * d_in * spec.d_sae + vectors * spec.d_sae + d_in
+
+
+def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> int:
+    """Return about how much memory training takes, the language model left out."""
+    learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
+    widest = max(spec.d_sae for spec in cfg.saes)
+    step = DENSE_MATRICES * cfg.train.batch_size * widest
+    # A chunk and its shuffled copy.
+    harvest = 2 * chunk_vectors * d_in
+    return FLOAT32 * (learnt + step + harvest)
+
+
+def state_bytes(cfg: RunConfig, d_in: int) -> int:
+    """Return about how large a resumable state is."""
+    return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
+
+
+def chunk_vectors(cfg: RunConfig) -> int:
+    """Return how many activations are harvested and shuffled together.
+
+    A function of the config alone: chunks decide the order of the data, which a resumed run has to
+    find again on whatever memory is free then.
+    """
+    return min(2**20, cfg.train.n_tokens)
+
+
+def operations(cfg: RunConfig, shape: ModelShape) -> float:
+    """Return about how many floating-point operations training takes, evaluation left out."""
+    d_in = shape.width(cfg.model.site)
+    saes = sum(2 * PRODUCTS_PER_STEP * d_in * spec.d_sae for spec in cfg.saes)
+    blocks = (cfg.model.layer + 1) * 2 * 12 * shape.d_model**2
+    return float(cfg.train.n_tokens * (saes + blocks))
+
+
+class Pace(NamedTuple):
+    """How fast this machine trains."""
+
+    operations_per_second: float
+    source: str | None
+    """Id of the run it was measured on; None for a guess."""
+
+
+class Measured(NamedTuple):
+    """A run that says how fast this machine is."""
+
+    id: str
+    config: RunConfig
+    share: float
+    """Steps done over steps planned."""
+    seconds: float
+    """Training time of those steps."""
+
+
+def pace(measured: Iterable[Measured], *, n_cores: int, has_gpu: bool) -> Pace:
+    """Return the speed of the first run that can tell, or a guess from the hardware."""
+    for run in measured:
+        shape = model_shape(run.config.model.name)
+        if shape is not None and run.seconds > 0 and run.share > 0:
+            return Pace(operations(run.config, shape) * run.share / run.seconds, run.id)
+    return Pace(GPU_SPEED if has_gpu else CORE_SPEED * n_cores, None)

@@ -1,0 +1,75 @@
+"""What each number means, in the words of the code that computes it.
+
+A definition has one home: the docstring of the function, property or field behind the number.
+The files are read as text, because importing them would import torch, which no page does.
+"""
+
+import ast
+import functools
+import inspect
+from importlib import resources
+
+_HOMES = {
+    "l0": ("sae/metrics.py", "Metrics.l0"),
+    "fvu": ("sae/metrics.py", "Metrics.fvu"),
+    "gamma": ("sae/metrics.py", "Metrics.gamma"),
+    "gamma_gate": ("sae/metrics.py", "Metrics.gamma_gate"),
+    "gamma_per_feature": ("sae/metrics.py", "Metrics.gamma_per_feature"),
+    "cosine": ("sae/metrics.py", "Metrics.cosine"),
+    "density": ("sae/metrics.py", "Metrics.density"),
+    "alive_fraction": ("sae/metrics.py", "Metrics.alive_fraction"),
+    "sparsity": ("config.py", "SAESpec.sparsity"),
+    "matched_ratio": ("analysis/pareto.py", "matched_l0_ratio"),
+    "frontier": ("analysis/pareto.py", "frontier"),
+}
+
+_OWN = {
+    "loss_recovered": "How much of the language model's performance survives when it reads "
+    "reconstructions instead of activations: 100 % is all of it, 0 % is as bad as setting the "
+    "activations to zero. (ce_zero - ce_sae) / (ce_zero - ce_clean) (arXiv:2404.16014v2, Eq. 5).",
+    "delta_ce": "How much worse the language model predicts the next token when it reads "
+    "reconstructions: its cross-entropy then, less its own, in nats per token. 0 is perfect.",
+    "kl": "How far the next-token probabilities move when the language model reads reconstructions: "
+    "KL divergence from its own, in nats per token. 0 is perfect.",
+}
+
+
+@functools.cache
+def definition(term: str) -> str:
+    """Return the definition of a number shown on a page: the docstring of what computes it.
+
+    Raises:
+        KeyError: if no home is known for the term, or its home has no docstring.
+    """
+    if term in _OWN:
+        return _OWN[term]
+    file, path = _HOMES[term]
+    return _docstrings(file)[path]
+
+
+def terms() -> tuple[str, ...]:
+    """Return every term that has a definition."""
+    return (*_HOMES, *_OWN)
+
+
+@functools.cache
+def _docstrings(file: str) -> dict[str, str]:
+    """Return the docstrings in a module of this package, by dotted path; fields of classes too."""
+    source = resources.files("gsae_core").joinpath(file).read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    _collect(ast.parse(source), "", found)
+    return found
+
+
+def _collect(node: ast.Module | ast.ClassDef, prefix: str, found: dict[str, str]) -> None:
+    for child, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            text = ast.get_docstring(child)
+            if text is not None:
+                found[prefix + child.name] = text
+            if isinstance(child, ast.ClassDef):
+                _collect(child, f"{prefix}{child.name}.", found)
+        elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    found[prefix + child.target.id] = inspect.cleandoc(text)

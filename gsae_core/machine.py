@@ -1,0 +1,55 @@
+"""What this machine has, asked without torch: the home page opens before torch could load."""
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from gsae_core.store.files import free_bytes
+
+
+class Machine(NamedTuple):
+    """Processors, memory and disk; sizes in bytes."""
+
+    n_cores: int
+    """Processor cores this process may use."""
+    memory_total: int
+    memory_free: int
+    """Memory that can be had without swapping."""
+    disk_free: int
+    """Free space where runs are kept."""
+    gpus: tuple[str, ...]
+    """Name and memory of each NVIDIA GPU, as its driver gives them."""
+
+
+def machine(folder: Path) -> Machine:
+    """Return what there is now; `folder` is where runs are kept."""
+    memory = psutil.virtual_memory()
+    return Machine(
+        n_cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_total=memory.total,
+        memory_free=memory.available,
+        disk_free=free_bytes(folder),
+        gpus=gpus(),
+    )
+
+
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """Return the NVIDIA GPUs the driver lists; none where there is no driver.
+
+    Raises:
+        subprocess.TimeoutExpired: if the driver does not answer in 5 s.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
+    return tuple(answer.stdout.strip().splitlines()) if answer.returncode == 0 else ()

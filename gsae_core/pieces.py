@@ -1,0 +1,101 @@
+"""Pieces of a page that show text from elsewhere: escaped HTML, for Markdown would act on it."""
+
+import html
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import streamlit as st
+
+from gsae_core.config import Architecture, SAESpec
+from gsae_core.plots.palette import LOOKS, Theme, hover_name, shades
+from gsae_core.store.status import State
+
+SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆"}
+Colour = Literal["gray", "blue", "green", "orange", "red"]
+
+STATE_LOOKS: dict[State, tuple[str, Colour]] = {
+    "queued": ("○", "gray"),
+    "starting": ("◔", "blue"),
+    "running": ("◑", "blue"),
+    "cancelling": ("◐", "orange"),
+    "cancelled": ("◻", "gray"),
+    "finished": ("●", "green"),
+    "failed": ("✕", "red"),
+    "lost": ("?", "orange"),
+}
+"""Sign and colour of each state: the sign tells it where the colour is not seen."""
+
+
+def notice(
+    text: str, *, kind: Literal["info", "warning", "error"] = "error", title: str = ""
+) -> None:
+    """Show a message; any text is safe in it, for it is escaped and never read as Markdown."""
+    colour, role = {
+        "info": ("#0072B2", "status"),
+        "warning": ("#E69F00", "status"),
+        "error": ("#D55E00", "alert"),
+    }[kind]
+    head = f"<strong>{html.escape(title)}</strong><br>" if title else ""
+    st.html(
+        f'<div role="{role}" style="padding:.75rem 1rem;border-radius:.5rem;overflow-wrap:anywhere;'
+        f"border-left:4px solid {colour};background:color-mix(in srgb, {colour} 12%, transparent)"
+        f'">{head}{html.escape(text)}</div>'
+    )
+
+
+def plain(text: str, *, size: str = "1rem") -> None:
+    """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
+    st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{html.escape(text)}</div>')
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it stands, for labels that know nothing else."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()<>#+-.!|$:~^" else c for c in text)
+
+
+def state_badge(state: State) -> None:
+    """Show a run's state."""
+    sign, colour = STATE_LOOKS[state]
+    st.badge(f"{sign} {state}", color=colour)
+
+
+def legend(saes: Sequence[SAESpec], theme: Theme) -> None:
+    """Show which colour and marker is which SAE, once for all charts of a page."""
+    colours = shades(saes, theme)
+    by_name = {spec.name: spec for spec in saes}
+    items = []
+    for name, colour in colours.items():
+        spec = by_name[name]
+        line = "solid" if LOOKS[spec.architecture].dash == (1, 0) else "dashed"
+        items.append(
+            f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
+            f'border-top:3px {line} {colour};vertical-align:middle"></span> '
+            f'<span style="color:{colour}">{SIGNS[spec.architecture]}</span> '
+            f"{html.escape(hover_name(spec))}</span>"
+        )
+    st.html(f'<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem">{"".join(items)}</div>')
+
+
+def seconds_since(moment: float) -> float:
+    """Return the seconds since a time given in seconds since 1970."""
+    return max(time.time() - moment, 0.0)
+
+
+def facts(rows: Mapping[str, str]) -> None:
+    """Show names and values in two columns."""
+    body = "".join(
+        f'<dt style="opacity:.75">{html.escape(name)}</dt>'
+        f'<dd style="margin:0;overflow-wrap:anywhere">{html.escape(value)}</dd>'
+        for name, value in rows.items()
+    )
+    st.html(
+        '<dl style="display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0">'
+        f"{body}</dl>"
+    )
+
+
+def marked(architecture: Architecture, text: str) -> None:
+    """Show text behind the colour and marker of an architecture."""
+    sign = f'<span style="color:{LOOKS[architecture].colour}">{SIGNS[architecture]}</span>'
+    st.html(f'<div style="font-weight:600">{sign} {html.escape(text)}</div>')

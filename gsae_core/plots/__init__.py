@@ -1,0 +1,1 @@
+"""Every figure, once, for pages and notebooks: `live` in Altair, the others in Plotly."""

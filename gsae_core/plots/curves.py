@@ -1,0 +1,159 @@
+"""The trade-off between sparsity and fidelity, in Plotly."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from gsae_core.analysis.pareto import MatchedRatio, Point, frontier, matched_l0_ratio
+from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL
+
+Measure = Literal["loss_recovered", "delta_ce", "fvu", "kl"]
+
+MEASURES: tuple[Measure, ...] = ("loss_recovered", "delta_ce", "fvu", "kl")
+VALUE_FORMATS: dict[Measure, str] = {
+    "loss_recovered": ".2%",
+    "delta_ce": ".4f",
+    "fvu": ".3f",
+    "kl": ".4f",
+}
+
+
+def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return `evals.json`'s SAEs as a table, with `delta_ce = ce_sae - ce_clean` (nats a token)."""
+    frame = pd.DataFrame(list(evals))
+    if frame.empty:
+        return frame
+    order = frame.assign(delta_ce=frame["ce_sae"] - frame["ce_clean"])
+    return order.sort_values(["architecture", "l0"]).reset_index(drop=True)
+
+
+def style(
+    figure: go.Figure, *, x: str, y: str, log_x: bool = False, decades: bool = False
+) -> go.Figure:
+    """Return the figure with our axes, legend below the title line, and room for labels.
+
+    Args:
+        decades: label powers of ten only, for an axis over many of them.
+    """
+    figure.update_xaxes(title=x, ticks="outside")
+    figure.update_yaxes(title=y, ticks="outside")
+    if log_x:
+        figure.update_xaxes(type="log", exponentformat="power", dtick=1 if decades else "D2")
+    figure.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
+        margin={"l": 8, "r": 8, "t": 48, "b": 8},
+        hovermode="closest",
+        height=420,
+    )
+    return figure
+
+
+def hover(*lines: str) -> str:
+    """Return a hover box with one line per argument."""
+    return "<br>".join(lines) + "<extra></extra>"
+
+
+def tradeoff(
+    evals: pd.DataFrame, measure: Measure, *, matched: MatchedRatio | None = None
+) -> go.Figure:
+    """Return a fidelity measure against L0: every SAE, and each architecture's frontier.
+
+    A point's `customdata` is its name, which is what a click reports.
+
+    Args:
+        evals: `evaluation_frame`'s rows.
+        matched: levels of loss recovered at which to draw the interpolation the ratio comes from.
+    """
+    figure = go.Figure()
+    if matched is not None:
+        _draw_matches(figure, matched)
+    for architecture, look in LOOKS.items():
+        rows = evals[evals["architecture"] == architecture].dropna(subset=["l0", measure])
+        if rows.empty:
+            continue
+        edge = best(rows, measure)
+        figure.add_scatter(
+            x=edge["l0"].to_list(),
+            y=edge[measure].to_list(),
+            mode="lines",
+            line={
+                "color": look.colour,
+                "width": 2,
+                "dash": "solid" if look.dash == (1, 0) else "dash",
+            },
+            name=f"{look.label} frontier",
+            legendgroup=architecture,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=rows["l0"].to_list(),
+            y=rows[measure].to_list(),
+            mode="markers",
+            marker={
+                "color": look.colour,
+                "symbol": look.plotly_symbol,
+                "size": 12,
+                "line": {"width": 1, "color": "white"},
+            },
+            name=look.label,
+            legendgroup=architecture,
+            customdata=[
+                [name, f"{sparsity:g}"]
+                for name, sparsity in zip(rows["name"], rows["sparsity"], strict=True)
+            ],
+            hovertemplate=hover(
+                f"{look.label}, λ %{{customdata[1]}}",
+                "L0 %{x:.1f}",
+                f"{AXES[measure]} %{{y:{VALUE_FORMATS[measure]}}}",
+            ),
+        )
+    if measure == "loss_recovered":
+        figure.update_yaxes(tickformat=".1%")
+    return style(figure, x=AXES["l0"], y=AXES[measure], log_x=True)
+
+
+def best(rows: pd.DataFrame, measure: Measure) -> pd.DataFrame:
+    """Return the Pareto-optimal rows, sparsest first: no other has lower L0 and a better measure."""
+    sign = -1 if measure in LOWER_IS_BETTER else 1
+    points = [
+        Point(float(l0), sign * float(value), str(name))
+        for l0, value, name in zip(rows["l0"], rows[measure], rows["name"], strict=True)
+    ]
+    return rows.set_index("name").loc[[point.name for point in frontier(points)]].reset_index()
+
+
+def matched_ratio(evals: pd.DataFrame) -> MatchedRatio:
+    """Return L0(baseline) / L0(gated) at matched loss recovered, over an evaluation's SAEs."""
+    points = {
+        architecture: [
+            Point(float(l0), float(recovered), str(name))
+            for l0, recovered, name in zip(
+                rows["l0"], rows["loss_recovered"], rows["name"], strict=True
+            )
+        ]
+        for architecture, rows in evals.groupby("architecture")
+    }
+    return matched_l0_ratio(points.get("relu", []), points.get("gated", []))
+
+
+def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
+    """Draw a level line between the two frontiers for each pair the ratio is taken from."""
+    for number, pair in enumerate(matched.pairs):
+        figure.add_scatter(
+            x=[pair.l0_gated, pair.l0_baseline],
+            y=[pair.loss_recovered] * 2,
+            mode="lines+markers",
+            line={"color": NEUTRAL, "width": 1, "dash": "dot"},
+            marker={"symbol": "line-ns-open", "size": 8, "color": NEUTRAL},
+            name="matched fidelity",
+            legendgroup="matched",
+            showlegend=number == 0,
+            hovertemplate=hover(
+                f"at {pair.loss_recovered:.2%} of the loss recovered",
+                f"gated {pair.l0_gated:.1f}, baseline {pair.l0_baseline:.1f}",
+                f"ratio {pair.ratio:.2f}",
+            ),
+        )

@@ -1,0 +1,82 @@
+"""One look for every figure: Okabe-Ito colours, a marker per architecture, axis titles with units."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from gsae_core.config import Architecture, SAESpec
+
+Theme = Literal["light", "dark"]
+
+
+class Look(NamedTuple):
+    """How an architecture is drawn; hue and shape both tell it, so neither has to be seen."""
+
+    label: str
+    colour: str
+    plotly_symbol: str
+    vega_shape: str
+    dash: tuple[int, ...]
+
+
+LOOKS: dict[Architecture, Look] = {
+    "gated": Look("Gated", "#0072B2", "circle", "circle", (1, 0)),
+    "relu": Look("ReLU baseline", "#D55E00", "diamond", "diamond", (5, 3)),
+}
+THIRD = "#009E73"
+NEUTRAL = "#7d8894"  # 3.6:1 on white and 5.0:1 on the dark background
+
+AXES = {
+    "tokens": "activation vectors seen",
+    "step": "step",
+    "seconds": "training time (s)",
+    "l0": "L0 (active features per token)",
+    "fvu": "fraction of variance unexplained",
+    "loss": "loss (Eq. 8, scaled activations)",
+    "reconstruction": "squared error (scaled activations)",
+    "sparsity_loss": "sparsity penalty, λ included",
+    "auxiliary": "auxiliary error of the gate path",
+    "gamma": "relative reconstruction bias γ",
+    "gamma_gate": "γ of the gate path",
+    "dead_gate": "share of features, gate never open",
+    "dead_magnitude": "share of features, gate open but silent",
+    "lr": "learning rate",
+    "loss_recovered": "loss recovered",
+    "delta_ce": "CE increase (nats per token)",
+    "kl": "KL divergence (nats per token)",
+    "density": "density (share of tokens)",
+}
+"""Axis title of each quantity, by the name it has in the run folder."""
+
+LOWER_IS_BETTER = {"l0", "fvu", "delta_ce", "kl"}
+
+
+def hover_name(spec: SAESpec) -> str:
+    """Return the text that names an SAE in tooltips, e.g. `Gated, λ 0.2`."""
+    return f"{LOOKS[spec.architecture].label}, λ {spec.sparsity:g}"
+
+
+def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
+    """Return a colour per SAE: the architecture's hue, stronger for a larger lambda.
+
+    Stronger is darker on a light page and lighter on a dark one: lines keep a contrast of 3:1.
+    """
+    colours = {}
+    for architecture, look in LOOKS.items():
+        family = sorted((s for s in saes if s.architecture == architecture), key=_by_sparsity)
+        for rank, spec in enumerate(family):
+            strength = rank / max(len(family) - 1, 1) if len(family) > 1 else 0.5
+            # From a quarter white to 40 % black, or from a tenth to 70 % white.
+            mix = 0.25 - 0.65 * strength if theme == "light" else 0.1 + 0.6 * strength
+            colours[spec.name] = _mix(look.colour, mix)
+    return colours
+
+
+def _by_sparsity(spec: SAESpec) -> float:
+    return spec.sparsity
+
+
+def _mix(colour: str, amount: float) -> str:
+    """Return `colour` moved by |amount| towards white (amount > 0) or black (amount < 0)."""
+    target = 255 if amount > 0 else 0
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(c + (target - c) * abs(amount)):02x}" for c in channels)

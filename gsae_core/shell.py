@@ -1,0 +1,184 @@
+"""The frame that app.py and every page share: title, navigation, run picker and job badge."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import streamlit as st
+
+from gsae_core.errors import InputError
+from gsae_core.pieces import escape_markdown, notice
+from gsae_core.plots.palette import Theme
+from gsae_core.store.runs import Run, list_runs
+from gsae_core.store.status import ACTIVE, Status
+from gsae_core.wording import percent
+
+NAME = "Gated SAE Studio"
+
+NAVIGATION = (
+    (None, (("app.py", "Home", "🏠"),)),
+    ("Build", (("pages/1_Train.py", "Train", "🏋️"), ("pages/2_Live.py", "Live", "📈"))),
+    (
+        "Compare",
+        (("pages/3_Pareto.py", "Pareto", "⚖️"), ("pages/4_Shrinkage.py", "Shrinkage", "📏")),
+    ),
+)
+
+
+class Frame(NamedTuple):
+    """What a page is given."""
+
+    run: Run | None
+    """The run chosen in the sidebar; None if there is none, or the one asked for is not here."""
+    runs: list[Run]
+    """Every run on this machine, newest first."""
+    theme: Theme
+
+
+def runs_root() -> Path:
+    """Return the folder runs are kept in: `runs`, unless GSAE_RUNS names another."""
+    return Path(os.environ.get("GSAE_RUNS", "runs")).absolute()
+
+
+def page(title: str, *, icon: str, purpose: str) -> Frame:
+    """Draw the frame of a page, and return what it shows.
+
+    Call it first: Streamlit wants the page's settings before anything else is drawn.
+
+    Args:
+        title: page heading and browser tab.
+        icon: an emoji; other icons make the browser ask a font host for them.
+        purpose: one sentence under the heading.
+    """
+    st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
+    runs = list_runs(runs_root())
+    with st.sidebar:
+        st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
+        run = _pick_run(runs)
+        _job_badge(runs)
+        _navigation(run)
+    st.title(title, anchor=False)
+    st.caption(purpose)
+    missing = st.session_state.get("missing_run")
+    if missing:
+        others = "choose another in the sidebar" if runs else "there are no runs here yet"
+        notice(f"Run {missing} is not on this machine; {others}.", kind="warning")
+    theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
+    return Frame(run, runs, theme)
+
+
+def _pick_run(runs: list[Run]) -> Run | None:
+    """Draw the run picker; a new run never changes what was chosen."""
+    by_id = {run.id: run for run in runs}
+    # Read before the widget is drawn: binding drops values that are not among the options.
+    asked = (
+        st.session_state.get("run")
+        or st.query_params.get("run")
+        or st.session_state.get("chosen_run")
+    )
+    if asked is not None and asked not in by_id:
+        st.session_state["missing_run"] = asked
+        st.session_state["chosen_run"] = None
+        st.session_state["run"] = None
+    elif asked is not None:
+        st.session_state["run"] = asked
+    elif "missing_run" not in st.session_state:
+        # Set rather than a default, so that the address always names the run.
+        st.session_state["run"] = runs[0].id if runs else None
+    chosen = st.selectbox(
+        "Run",
+        list(by_id),
+        index=None,
+        key="run",
+        bind="query-params",
+        placeholder="choose a run" if runs else "no runs yet",
+        disabled=not runs,
+    )
+    st.session_state["chosen_run"] = chosen
+    if chosen is None:
+        return None
+    st.session_state.pop("missing_run", None)
+    return by_id[chosen]
+
+
+def _job_badge(runs: list[Run]) -> None:
+    """Say how many jobs run, and how far the newest is."""
+    active = [
+        status for status in (status_of(run) for run in runs) if status and status.state in ACTIVE
+    ]
+    if not active:
+        st.badge("no job running", icon=None, color="gray")
+        return
+    newest = active[0]
+    done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
+    st.badge(f"● {len(active)} running · {done}", color="blue")
+
+
+def _navigation(run: Run | None) -> None:
+    parameters = {} if run is None else {"run": run.id}
+    for group, links in NAVIGATION:
+        if group:
+            st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
+        for target, label, icon in links:
+            st.page_link(target, label=label, icon=icon, query_params=parameters)
+
+
+def status_of(run: Run) -> Status | None:
+    """Return where a run stands, or None if its folder was deleted or damaged since it was listed."""
+    try:
+        return run.status
+    except InputError:
+        return None
+
+
+def need_run(frame: Frame, what: str) -> Run:
+    """Return the chosen run, or say that there is nothing to show and end the page.
+
+    Args:
+        what: what the page would show, to complete "... appear here".
+    """
+    if frame.run is not None:
+        return frame.run
+    if not frame.runs:
+        notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
+        left, right = st.columns(2)
+        left.page_link("app.py", label="Home: train on the bundled model in one press", icon="🏠")
+        right.page_link("pages/1_Train.py", label="Train with your own choices", icon="🏋️")
+    else:
+        run_links(frame.runs)
+    st.stop()
+
+
+def run_links(runs: list[Run], limit: int = 10) -> None:
+    """List runs by name; each opens its Live page."""
+    for run in runs[:limit]:
+        st.page_link("pages/2_Live.py", label=escape_markdown(run.id), query_params={"run": run.id})
+
+
+def need_evals(run: Run) -> list[dict[str, Any]]:
+    """Return a run's held-out evaluation, or say why there is none yet and end the page."""
+    try:
+        evals, status = run.evals(), run.status
+    except InputError as error:
+        notice(str(error), title="This run cannot be read")
+        st.stop()
+    if evals:
+        return evals
+    if status.state == "finished":
+        notice(
+            "The run is finished but none of its SAEs could be evaluated; its log says why.",
+            kind="warning",
+        )
+    elif status.state in (*ACTIVE, "queued"):
+        notice(
+            f"{run.id} is {status.state}, step {status.step:,} of {status.n_steps:,}; "
+            "its SAEs are evaluated when training ends.",
+            kind="info",
+        )
+    else:
+        notice(
+            f"{run.id} is {status.state} and was not evaluated; resume it to get results.",
+            kind="warning",
+        )
+    st.page_link("pages/2_Live.py", label="Open the run", icon="📈", query_params={"run": run.id})
+    st.stop()
