@@ -1,0 +1,34 @@
+"""Train, compare and look inside Gated Sparse Autoencoders (arXiv:2404.16014).
+
+The names below load with the module they live in, on first use, so that importing the package
+costs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gsae_core.lm.model import load_model
+    from gsae_core.sae.architectures import GatedSAE, ReluSAE
+    from gsae_core.store.checkpoint import load_sae
+    from gsae_core.store.runs import open_run
+
+__all__ = ["GatedSAE", "ReluSAE", "load_model", "load_sae", "open_run"]
+
+_HOMES = {
+    "GatedSAE": "gsae_core.sae.architectures",
+    "ReluSAE": "gsae_core.sae.architectures",
+    "load_model": "gsae_core.lm.model",
+    "load_sae": "gsae_core.store.checkpoint",
+    "open_run": "gsae_core.store.runs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gsae_core' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -2,21 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from gsae_core.errors import InputError
+from gsae_core.validation import Config, validated
 
 Architecture = Literal["gated", "relu"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
@@ -26,12 +25,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu")
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out")
-
-
-class Config(
-    BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-):
-    """Base of every config: unknown keys are errors, nothing is written back."""
 
 
 class ModelConfig(Config):
@@ -253,28 +246,6 @@ def sweep(
     return tuple(specs)
 
 
-ConfigKind = TypeVar("ConfigKind", bound=Config)
-
-
-def validated(kind: type[ConfigKind], fields: dict[str, Any]) -> ConfigKind:
-    """Return `kind(**fields)`.
-
-    Raises:
-        InputError: one sentence that names the first wrong field, what it takes and what came.
-    """
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"no such setting; {kind.__name__} has {', '.join(kind.model_fields)}"
-            raise InputError(f"{where}: {message}") from None
-        came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
-        raise InputError(f"{where}: {message[0].lower()}{message[1:]}{came}") from None
-
-
 def load_config(path: Path) -> RunConfig:
     """Return the run described by a JSON file.
 
@@ -287,6 +258,8 @@ def load_config(path: Path) -> RunConfig:
         raise InputError(f"expected a config file, found nothing at {path}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"expected JSON in {path}, got something else: {error}") from None
+    except OSError as error:
+        raise InputError(f"expected a file to read at {path}, got: {error.strerror}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
     return validated(RunConfig, fields)

@@ -19,9 +19,10 @@ from gsae_core.config import (
     Site,
     TrainRecipe,
     sweep,
+    validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.paper import paper_runs
+from gsae_core.paper import PAPER_EVALUATION, paper_data, paper_recipe, paper_saes
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class Preset:
         Raises:
             InputError: if the set-up has no such layer and site; it names those there are.
         """
-        where = (self.layer if layer is None else layer, self.site if site is None else site)
+        chosen = {"layer": layer, "site": site}
+        place = validated(
+            ModelConfig,
+            {"layer": self.layer, "site": self.site}
+            | {name: value for name, value in chosen.items() if value is not None},
+        )
+        where = (place.layer, place.site)
         if self.choices and where not in self.choices:
             layers = sorted({layer for layer, _ in self.choices})
             sites = sorted({site for _, site in self.choices})
@@ -109,10 +116,10 @@ def _gelu_1l(layer: int, site: Site) -> RunConfig:
     return RunConfig(
         preset="gelu-1l",
         model=ModelConfig(name="NeelNanda/GELU_1L512W_C4_Code", layer=layer, site=site),
-        data=_paper_data(n_ctx=128),
+        data=paper_data(n_ctx=128),
         saes=saes,
-        train=_paper_recipe(n_steps=300_000),
-        evaluation=_PAPER_EVALUATION,
+        train=paper_recipe(n_steps=300_000),
+        evaluation=PAPER_EVALUATION,
         activation_scale="none",
     )
 
@@ -121,10 +128,10 @@ def _pythia(layer: int, site: Site) -> RunConfig:
     return RunConfig(
         preset="pythia-2.8b",
         model=ModelConfig(name="EleutherAI/pythia-2.8b", layer=layer, site=site),
-        data=_paper_data(n_ctx=2048),
-        saes=_paper_saes("pythia-2.8b", layer, site),
-        train=_paper_recipe(n_steps=400_000),
-        evaluation=_PAPER_EVALUATION,
+        data=paper_data(n_ctx=2048),
+        saes=paper_saes("pythia-2.8b", layer, site),
+        train=paper_recipe(n_steps=400_000),
+        evaluation=PAPER_EVALUATION,
         activation_scale="none",
     )
 
@@ -134,66 +141,12 @@ def _gemma(layer: int, site: Site) -> RunConfig:
         preset="gemma-7b",
         # bfloat16 is the precision the weights are published in.
         model=ModelConfig(name="google/gemma-7b", layer=layer, site=site, dtype="bfloat16"),
-        data=_paper_data(n_ctx=1024),
-        saes=_paper_saes("gemma-7b", layer, site),
-        train=_paper_recipe(n_steps=300_000),
-        evaluation=_PAPER_EVALUATION,
+        data=paper_data(n_ctx=1024),
+        saes=paper_saes("gemma-7b", layer, site),
+        train=paper_recipe(n_steps=300_000),
+        evaluation=PAPER_EVALUATION,
         activation_scale="none",
     )
-
-
-# The paper evaluates on "over 1 M" held-out tokens (D.2); 2048 sequences of 1024 are Gemma Scope's.
-_PAPER_EVALUATION = EvalConfig(n_tokens=2048 * 1024)
-
-
-def _paper_data(n_ctx: int) -> DataConfig:
-    # The paper names no corpus; the Pile without its withdrawn parts is ours.
-    return DataConfig(source="monology/pile-uncopyrighted", text_column="text", n_ctx=n_ctx)
-
-
-def _paper_recipe(n_steps: int) -> TrainRecipe:
-    """Return appendix D.1: Adam (0, 0.999), batches of 4096, Bricken et al.'s resampling."""
-    return TrainRecipe(
-        n_tokens=n_steps * 4096,
-        batch_size=4096,
-        lr=3e-4,
-        beta1=0.0,
-        beta2=0.999,
-        # Cosine from 0.1x to 1x over 1000 steps after each resampling (D.1.1). For the start the
-        # paper only says "warm-up"; the same is ours (and Gemma Scope's, section 3.2).
-        lr_warmup_steps=1000,
-        lr_decay_fraction=0.0,
-        sparsity_warmup_steps=0,
-        # Steps 25k, 50k, 75k and 100k; dead = silent for the 12 500 steps before (Bricken et al.
-        # 2023, which D.1.1 follows without repeating the numbers).
-        revive_every=25_000,
-        revive_window=12_500,
-        revive_until=110_000 / n_steps,
-    )
-
-
-def _paper_saes(model: str, layer: int, site: Site) -> tuple[SAESpec, ...]:
-    """Return one SAE for each distinct setting published for this place; repeats are left out."""
-    runs = [run for run in paper_runs() if (run.model, run.layer, run.site) == (model, layer, site)]
-    settings = list(dict.fromkeys(run[3:7] for run in runs))
-    coeffs = [(architecture, sparsity) for architecture, _, _, sparsity in settings]
-    specs = []
-    for architecture, d_sae, lr, sparsity in settings:
-        name = f"{architecture}-{sparsity:g}"
-        if coeffs.count((architecture, sparsity)) > 1:
-            name += f"-lr{lr:g}"
-        specs.append(
-            SAESpec(
-                name=name,
-                architecture=architecture,
-                d_sae=d_sae,
-                sparsity=sparsity,
-                # D.1.1-D.1.2: squared error over n, and these baselines once more over E|x|^2.
-                loss_norm="mean" if architecture == "gated" else "mean_power",
-                lr=lr,
-            )
-        )
-    return tuple(specs)
 
 
 # lambda of the SAEBench suite (arXiv:2503.09532, appendix B), for L0 from about 20 to 640. It
@@ -233,7 +186,7 @@ def _gemma_2_2b(layer: int, site: Site) -> RunConfig:
     return RunConfig(
         preset="gemma-2-2b",
         model=ModelConfig(name="google/gemma-2-2b", layer=layer, site=site, dtype="bfloat16"),
-        data=_paper_data(n_ctx=1024),
+        data=paper_data(n_ctx=1024),
         saes=_saebench_saes(16_384),
         train=recipe,
         evaluation=EvalConfig(n_tokens=524_288),

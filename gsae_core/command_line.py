@@ -1,0 +1,127 @@
+"""argv -> a command: tyro reads it, and a mistake becomes one sentence."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro import _errors as tyro_errors
+from tyro.conf import Positional, arg
+
+from gsae_core.errors import InputError
+from gsae_core.flags import Train
+
+if TYPE_CHECKING:
+    from tyro._arguments import ArgumentDefinition
+
+PROGRAM = "python -m gsae_core"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was interrupted or never started, from its last saved state."""
+
+    run: Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew."""
+
+    run: Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+    tokens: Annotated[
+        int | None,
+        arg(
+            help="Held-out tokens, masked positions left out; without it as many as the run's "
+            "config says.",
+            metavar="INT",
+            help_behavior_hint="",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Check that this machine can do the work, line by line; exit 1 if something cannot work."""
+
+    runs: Annotated[
+        Path, arg(help="Folder that runs are kept in.", metavar="DIR", help_behavior_hint="")
+    ] = Path("runs")
+
+
+Command = Train | Resume | Evaluate | Doctor
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "resume": Resume,
+    "evaluate": Evaluate,
+    "doctor": Doctor,
+}
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Return the command that `argv` (without the program) describes.
+
+    Raises:
+        InputError: one sentence, if it describes none.
+        SystemExit: with code 0 after --help.
+    """
+
+    if not argv or argv[0] not in [*COMMANDS, "-h", "--help"]:
+        came = repr(argv[0]) if argv else f"none; see {PROGRAM} --help"
+        raise InputError(f"expected a command, one of {', '.join(COMMANDS)}, got {came}")
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> None:
+        raise InputError(_sentence(event, argv))
+
+    # The hook is tyro's only way to its errors as data: printed, they are boxes of many lines.
+    # It is marked unstable, hence the exact pin of tyro, and a test for every kind of event.
+    with tyro_errors.on_parse_error(refuse):
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=PROGRAM, args=argv)
+
+
+def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
+    match event:
+        case tyro_errors.UnrecognizedArgs(tokens=[token, *_]):
+            return _unknown(token, argv)
+        case tyro_errors.MissingArgs(unrecognized_tokens=[token, *_]):
+            return _unknown(token, argv)
+        case tyro_errors.MissingArgs(missing_arguments=[first, *_]):
+            return f"expected {first.arg.lowered.metavar} after {argv[0]}, got none"
+        case tyro_errors.InvalidChoice(argument=argument, value=value):
+            choices = str(argument.lowered.metavar).partition("}")[0].strip("{").replace(",", ", ")
+            return f"{_name(argument)}: expected one of {choices}, got {value!r}"
+        case tyro_errors.BadValue(argument=argument) if argument.is_positional():
+            return f"expected {argument.lowered.metavar} after {argv[0]}, got {argv[1]!r}"
+        case tyro_errors.BadValue(argument=argument):
+            return f"{_name(argument)}: expected {argument.lowered.metavar} after it, got none"
+        case tyro_errors.InstantiationFailure(argument=argument) if argument is not None:
+            kind = {"INT": "a whole number", "FLOAT": "a number"}
+            metavar = str(argument.lowered.metavar)
+            wanted = kind.get(metavar, "numbers" if "LAMBDA" in metavar else metavar)
+            return f"{_name(argument)}: expected {wanted}, got {_value(_name(argument), argv)!r}"
+    return f"expected a command line that {event.prog} --help describes, got {' '.join(argv)!r}"
+
+
+def _name(argument: "ArgumentDefinition") -> str:
+    return str(argument.lowered.name_or_flags[-1])
+
+
+def _value(flag: str, argv: Sequence[str]) -> str:
+    """Return what follows a flag, up to the next one."""
+    words = [word for given in argv for word in given.split("=", 1)]
+    after = words[words.index(flag) + 1 :]
+    end = next((i for i, word in enumerate(after) if word.startswith("--")), len(after))
+    return " ".join(after[:end])
+
+
+def _unknown(token: str, argv: Sequence[str]) -> str:
+    command = argv[0]
+    if not token.startswith("-"):
+        return f"expected a flag of {command}, got {token!r}"
+    names = [field.name for field in dataclasses.fields(COMMANDS[command])]
+    flags = ["--" + name.replace("_", "-") for name in names]
+    near = difflib.get_close_matches(token.replace("_", "-"), flags, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"see {PROGRAM} {command} --help"
+    return f"expected a flag of {command}, got {token!r}; {advice}"
