@@ -168,11 +168,11 @@ def _cause(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], result: Step
         return "the activations are not finite"
     for name, term in zip(result.loss._fields, result.loss, strict=True):
         if not bool(term.isfinite()):
-            return f"the {name} loss is {float(term)}"
+            return f"the {name} loss is not finite"
     for name, parameter in sae.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             return f"the gradient of {name} is not finite"
-    return "the loss or the gradients are too large for their precision"
+    return "the gradients are too large to be squared"
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -1,0 +1,177 @@
+"""The schedules, by hand; and Adam on a dictionary that stays on the unit sphere."""
+
+import re
+
+import pytest
+import torch
+
+from gsae_core.config import TrainRecipe
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.training.optim import (
+    DictionaryAdam,
+    lr_factor,
+    normalise_rows_,
+    remove_parallel_,
+    sparsity_factor,
+)
+
+# 20 steps of one activation each.
+WARMUP = TrainRecipe(n_tokens=20, batch_size=1, lr_warmup_steps=4)
+
+
+def adam_for(sae: GatedSAE | ReluSAE) -> DictionaryAdam:
+    return DictionaryAdam(sae, beta1=0.0, beta2=0.999)
+
+
+def set_gradients(sae: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_cosine_rises_from_a_tenth_to_one() -> None:
+    # 0.1 + 0.9 (1 - cos(pi k / 4)) / 2; cos(pi/4) = 0.70711.
+    expected = [0.1, 0.23180, 0.55, 0.86820, 1.0, 1.0]
+    assert [lr_factor(step, WARMUP) for step in range(6)] == pytest.approx(expected, abs=1e-5)
+    assert lr_factor(19, WARMUP) == 1.0
+
+
+def test_the_learning_rate_rises_again_after_a_revival() -> None:
+    factors = [lr_factor(step, WARMUP, warmup_start=10) for step in (10, 12, 14)]
+    assert factors == pytest.approx([0.1, 0.55, 1.0])
+
+
+def test_the_learning_rate_falls_in_a_line_over_the_last_steps() -> None:
+    cfg = TrainRecipe(n_tokens=20, batch_size=1, lr_warmup_steps=0, lr_decay_fraction=0.25)
+    # The last 5 of 20 steps: 15 is the first of them, at 5/5.
+    factors = [lr_factor(step, cfg) for step in (0, 14, 15, 16, 19)]
+    assert factors == pytest.approx([1.0, 1.0, 1.0, 0.8, 0.2])
+
+
+def test_warm_up_and_decay_multiply_where_they_overlap() -> None:
+    cfg = TrainRecipe(n_tokens=20, batch_size=1, lr_warmup_steps=4, lr_decay_fraction=0.5)
+    # Revived after 12 steps: step 14 is half way up the cosine (0.55), 6 steps before the end of a
+    # decay of 10 (0.6).
+    assert lr_factor(14, cfg, warmup_start=12) == pytest.approx(0.33)
+
+
+def test_lambda_rises_in_a_line_from_zero() -> None:
+    cfg = TrainRecipe(n_tokens=20, batch_size=1, sparsity_warmup_steps=4)
+    factors = [sparsity_factor(step, cfg) for step in (0, 1, 3, 4, 19)]
+    assert factors == [0.0, 0.25, 0.75, 1.0, 1.0]
+    assert sparsity_factor(0, WARMUP) == 1.0
+
+
+def test_projection_leaves_what_is_perpendicular() -> None:
+    grad = torch.tensor([[1.0, 2.0, 3.0]])
+    # Along (0.6, 0.8, 0): 0.6 + 1.6 = 2.2, so (1.32, 1.76, 0) goes.
+    remove_parallel_(grad, W_dec=torch.tensor([[0.6, 0.8, 0.0]]))
+    assert torch.allclose(grad, torch.tensor([[-0.32, 0.24, 3.0]]), atol=1e-6)
+
+
+def test_projection_leaves_no_parallel_component() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(50, 7, generator=generator, dtype=torch.float64)
+    normalise_rows_(W_dec)
+    grad = torch.randn(50, 7, generator=generator, dtype=torch.float64)
+    remove_parallel_(grad, W_dec=W_dec)
+    assert (grad * W_dec).sum(1).abs().max() < 1e-14
+
+
+def test_a_first_step_by_hand() -> None:
+    # With beta1 = 0 Adam's first step is -lr * sign(gradient).
+    sae = ReluSAE(2, 3)
+    with torch.no_grad():
+        sae.W_dec[0] = torch.tensor([1.0, 0.0])
+    set_gradients(sae, seed=0)
+    sae.W_dec.grad = torch.tensor([[5.0, 3.0]]).repeat(3, 1)
+    sae.b_enc.grad = torch.tensor([-2.0, 0.0, 7.0])
+    adam = adam_for(sae)
+    adam.step(lr=0.1)
+    # The gradient becomes (0, 3), the row (1, -0.1) / sqrt(1.01).
+    expected = torch.tensor([1.0, -0.1]) / 1.01**0.5
+    assert torch.allclose(sae.W_dec[0], expected, atol=1e-6)
+    assert torch.allclose(sae.b_enc, torch.tensor([0.1, 0.0, -0.1]), atol=1e-6)
+    # The part along the row never reaches the moments: v = (1 - 0.999) * 3^2.
+    moment = adam.moments("W_dec")["exp_avg_sq"]
+    assert torch.allclose(moment[0], torch.tensor([0.0, 0.009]), atol=1e-7)
+
+
+def test_free_norms_are_neither_projected_nor_renormalised() -> None:
+    sae = GatedSAE(2, 3, recipe="A")
+    with torch.no_grad():
+        sae.W_dec[0] = torch.tensor([1.0, 0.0])
+    set_gradients(sae, seed=0)
+    sae.W_dec.grad = torch.tensor([[5.0, 3.0]]).repeat(3, 1)
+    adam_for(sae).step(lr=0.1)
+    assert torch.allclose(sae.W_dec[0], torch.tensor([0.9, -0.1]), atol=1e-6)
+
+
+def test_a_gradient_of_other_strides_reaches_its_own_entries() -> None:
+    # torch's fused kernel walks raw memory; a transposed gradient would land elsewhere.
+    saes = [GatedSAE(3, 5), GatedSAE(3, 5)]
+    for sae, transposed in zip(saes, (False, True), strict=True):
+        set_gradients(sae, seed=1)
+        grad = sae.W_gate.grad
+        assert grad is not None
+        if transposed:
+            sae.W_gate.grad = grad.T.contiguous().T
+            assert sae.W_gate.grad.stride() != sae.W_gate.stride()
+        adam_for(sae).step(lr=0.1)
+    assert torch.equal(saes[0].W_gate, saes[1].W_gate)
+
+
+def test_moments_saved_and_loaded_give_the_same_next_step() -> None:
+    sae = GatedSAE(3, 5)
+    adam = adam_for(sae)
+    for seed in range(3):
+        set_gradients(sae, seed)
+        adam.step(lr=0.1)
+    other = GatedSAE(3, 5)
+    other.load_state_dict(sae.state_dict())
+    other_adam = adam_for(other)
+    other_adam.load_state_dict(adam.state_dict())
+    for each, its_adam in ((sae, adam), (other, other_adam)):
+        set_gradients(each, seed=9)
+        its_adam.step(lr=0.1)
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_a_saved_state_does_not_change_with_later_steps() -> None:
+    sae = ReluSAE(3, 5)
+    adam = adam_for(sae)
+    set_gradients(sae, seed=0)
+    adam.step(lr=0.1)
+    before = adam.state_dict()["W_enc"]["exp_avg_sq"]
+    copy = before.clone()
+    set_gradients(sae, seed=1)
+    adam.step(lr=0.1)
+    assert torch.equal(before, copy)
+
+
+def test_moments_of_another_architecture_are_refused() -> None:
+    gated, relu = GatedSAE(3, 5), ReluSAE(3, 5)
+    adam = adam_for(relu)
+    set_gradients(relu, seed=0)
+    adam.step(lr=0.1)
+    sentence = (
+        "expected moments of W_dec, b_dec, W_gate, b_gate, r_mag, b_mag, got 'W_enc'; "
+        "load the state into the architecture that saved it"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):
+        adam_for(gated).load_state_dict(adam.state_dict())
+
+
+def test_moments_of_another_width_are_refused() -> None:
+    sae = ReluSAE(3, 5)
+    adam = adam_for(sae)
+    set_gradients(sae, seed=0)
+    adam.step(lr=0.1)
+    sentence = (
+        "expected moments of shape (4, 3) for W_dec, got (5, 3); "
+        "load the state into an SAE of the widths that saved it"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):
+        adam_for(ReluSAE(3, 4)).load_state_dict(adam.state_dict())
