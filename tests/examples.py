@@ -50,3 +50,15 @@ def worked_example(**options: Any) -> GatedSAE:
     if sae.r_mag is not None:
         set_(sae, r_mag=[math.log(2), 0, 0])
     return sae
+
+
+def random_gated(**options: Any) -> GatedSAE:
+    sae = GatedSAE(4, 7, **options).double()
+    perturb_(sae)
+    return sae
+
+
+def random_relu(**options: Any) -> ReluSAE:
+    sae = ReluSAE(4, 7, **options).double()
+    perturb_(sae)
+    return sae

@@ -160,14 +160,9 @@ def test_results_do_not_depend_on_how_tokens_fall_into_batches(cuts: set[int], s
 
 
 def test_ratios_are_of_sums_and_no_averages_of_ratios() -> None:
-    streamed = Metrics()
-    for i in range(2):
-        row = slice(i, i + 1)
-        streamed.add(
-            batch_stats(
-                x=X[row], x_hat=X_HAT[row], x_hat_gate=None, f=F[row], pi_gate=None, W_dec=None
-            )
-        )
+    streamed, no_gate = Metrics(), {"x_hat_gate": None, "pi_gate": None}
+    for row in (slice(0, 1), slice(1, 2)):
+        streamed.add(batch_stats(x=X[row], x_hat=X_HAT[row], f=F[row], **no_gate))
     # The average of 9 / 9 and 5 / 7 would be 6 / 7.
     assert streamed.gamma == pytest.approx(14 / 16)
 

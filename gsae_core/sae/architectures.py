@@ -10,59 +10,9 @@ from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe, SAESpec
 from gsae_core.errors import InputError
+from gsae_core.sae.recipes import Aux, Objective, objective
 
 Tie = Literal["r_mag", "none", "untied"]
-L1Weight = Literal["none", "norm", "detached_norm"]
-Aux = Literal["frozen", "unfrozen", "off"]
-
-
-class Objective(NamedTuple):
-    """What keeps a dictionary from cheating: the three choices a recipe stands for.
-
-    Shrinking `f` while growing `W_dec` would buy sparsity for nothing. Either the norm of each
-    direction is held at one, or the L1 term is weighted by it.
-    """
-
-    unit_norm: bool
-    """Rows of `W_dec` are held at norm one (the optimiser's job after every step)."""
-
-    l1_weight: L1Weight
-    """What multiplies each latent in the L1 term: 1, the norm of its direction, or that norm as a
-    constant."""
-
-    aux: Aux
-    """Decoder of the auxiliary term: a frozen copy (Eq. 8), the live one, or no such term."""
-
-
-RECIPES: dict[Recipe, Objective] = {
-    "P": Objective(unit_norm=True, l1_weight="none", aux="frozen"),
-    "A": Objective(unit_norm=False, l1_weight="norm", aux="unfrozen"),
-    "B": Objective(unit_norm=False, l1_weight="detached_norm", aux="frozen"),
-}
-
-
-def gated_objective(recipe: Recipe, aux: Aux | None) -> Objective:
-    """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
-
-    Raises:
-        InputError: for the two mixtures in which only one of the two terms can move the norms.
-    """
-    objective = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)
-    if objective.l1_weight == "norm" and objective.aux == "frozen":
-        # The terms must agree on whether norms are theirs to move (an author's comment on the
-        # paper's forum post); SAELens PR #545 is this mixture, and its users met dead latents.
-        raise InputError(
-            "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would "
-            "shrink decoder norms that the frozen auxiliary term cannot hold up, and latents die; "
-            "use recipe 'B', which freezes the norm in both terms"
-        )
-    if objective.l1_weight == "detached_norm" and objective.aux == "unfrozen":
-        raise InputError(
-            "expected recipe 'B' with aux 'frozen' or 'off', got 'unfrozen': the auxiliary term "
-            "would grow decoder norms whose cost the L1 term, with the norm detached, cannot feel; "
-            "use recipe 'A', which lets both terms move the norm"
-        )
-    return objective
 
 
 class PreActivations(NamedTuple):
@@ -123,6 +73,7 @@ class _SAE(nn.Module, ABC):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}"
 
     def check_width(self, x: Float[Tensor, "*batch width"]) -> None:
+        """Raise InputError if the last axis of `x` is not `d_in`."""
         if x.shape[-1] != self.d_in:
             raise InputError(
                 f"expected activations of width d_in={self.d_in}, got shape {tuple(x.shape)}; "
@@ -144,7 +95,7 @@ class GatedSAE(_SAE):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        recipe: `P`, `A` or `B`, see `RECIPES`.
+        recipe: `P`, `A` or `B`, see `recipes.RECIPES`.
         tie: `r_mag` shares directions between the paths up to a learnt scale (Eq. 7); `none` drops
             the scale (`W_mag = W_gate`); `untied` gives the magnitude path its own `W_mag`.
         aux: decoder of the auxiliary term where it differs from the recipe's; recipe `P` with
@@ -173,7 +124,7 @@ class GatedSAE(_SAE):
         _check_choice("tie", tie, get_args(Tie))
         if aux is not None:
             _check_choice("aux", aux, get_args(Aux))
-        self.objective = gated_objective(recipe, aux)
+        self.objective = objective("gated", recipe=recipe, aux=aux)
         self.aux: Aux = self.objective.aux
         self.tie: Tie = tie
         self.detach_b_dec = detach_b_dec
@@ -249,12 +200,7 @@ class ReluSAE(_SAE):
 
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        if recipe == "B":
-            raise InputError(
-                "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
-                "L1 term, latents shrink and decoder norms grow without limit"
-            )
-        self.objective = RECIPES[recipe]._replace(aux="off")  # Eq. 4 has no auxiliary term.
+        self.objective = objective("relu", recipe=recipe)
         self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 

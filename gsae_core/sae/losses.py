@@ -73,7 +73,7 @@ def gated_loss(
 
     The copies are frozen: the auxiliary term trains the gate and never the dictionary. As in the
     paper's pseudo-code, `b_dec` still hears the last two terms through the centred input, unless
-    the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies, see `RECIPES`.
+    the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies (`recipes.py`).
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
