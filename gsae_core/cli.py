@@ -1,0 +1,188 @@
+"""`python -m gsae_core ...`: the only module that prints."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gsae_core.command_line import PROGRAM, Doctor, Evaluate, Resume, parse
+from gsae_core.config import EvalConfig
+from gsae_core.errors import InputError
+from gsae_core.flags import Train, run_config
+from gsae_core.launch import run_id
+from gsae_core.report import evals_table, matched_ratio
+from gsae_core.store.runs import Run
+from gsae_core.validation import validated
+
+if TYPE_CHECKING:
+    from gsae_core.job import Progress
+    from gsae_core.training.report import StepReport
+
+MISTAKE = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 for a mistake, said in one sentence.
+
+    Args:
+        argv: the words after the program; None takes the process's own.
+    """
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        match command:
+            case Train():
+                return _train(command)
+            case Resume():
+                return _resume(command)
+            case Evaluate():
+                return _evaluate(command)
+            case Doctor():
+                return _doctor(command)
+    except InputError as error:
+        _say(" ".join(str(error).split()))
+        return MISTAKE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+
+
+def _train(flags: Train) -> int:
+    config = run_config(flags)
+    root = Path(os.environ.get("GSAE_RUNS", "runs"))
+    run = Run.create(flags.out or root / run_id(config, secrets.token_hex(2)), config)
+    print(f"run {run.folder}", flush=True)
+    try:
+        return _work(run)
+    except InputError:
+        # A mistake met before the first step leaves nothing that could be resumed, and the name
+        # should be free for the corrected command.
+        if run.status.step == 0:
+            shutil.rmtree(run.folder)
+        raise
+
+
+def _resume(command: Resume) -> int:
+    return _work(Run.open(command.run))
+
+
+def _work(run: Run) -> int:
+    """Train a run to its end, or to where it is interrupted."""
+    from gsae_core.job import train_run
+
+    try:
+        stage = _follow(train_run(run))
+    except KeyboardInterrupt:
+        stage = "cancelled"
+    except InputError:
+        raise
+    except Exception as error:
+        return _unexpected(run, error)  # the worker has put the traceback into the log
+    if stage != "finished":
+        status = run.status
+        _say(
+            f"stopped after step {status.step} of {status.n_steps}; go on with: "
+            f"{PROGRAM} resume {run.folder}"
+        )
+        return INTERRUPTED
+    _report(run)
+    return 0
+
+
+def _evaluate(command: Evaluate) -> int:
+    from gsae_core.job import evaluate_run
+
+    run = Run.open(command.run)
+    if command.tokens is not None:
+        validated(EvalConfig, {"n_tokens": command.tokens}, {"n_tokens": "--tokens"})
+    try:
+        _follow(evaluate_run(run, n_tokens=command.tokens))
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        with (run.folder / "log.txt").open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        return _unexpected(run, error)
+    _report(run)
+    return 0
+
+
+def _unexpected(run: Run, error: Exception) -> int:
+    first = str(error).partition("\n")[0]
+    _say(f"{type(error).__name__}: {first}; the traceback is in {run.folder / 'log.txt'}")
+    return FAILURE
+
+
+def _doctor(command: Doctor) -> int:
+    from gsae_core.doctor import examine
+
+    failed = False
+    for check in examine(command.runs):
+        failed |= check.verdict == "bad"
+        print(f"{check.verdict:<4}  {check.name:<16}  {check.found}", flush=True)
+    return FAILURE if failed else 0
+
+
+def _follow(progress: "Iterator[Progress]") -> str:
+    """Draw a bar for each stage until the work ends; return the last stage."""
+    from tqdm import tqdm
+
+    stage, units = "", {"training": "step", "evaluating": "token"}
+    with contextlib.ExitStack() as bars, contextlib.closing(progress):  # pyright: ignore
+        bar, shown = None, 0.0
+        for now in progress:
+            if now.stage != stage:
+                bars.close()
+                stage = now.stage
+                bar = None
+                if stage in units:
+                    # disable=None: no bar where stderr is a file.
+                    bar = bars.enter_context(
+                        tqdm(
+                            total=now.total,
+                            initial=0 if stage == "evaluating" else now.done - 1,
+                            desc=stage,
+                            unit=f" {units[stage]}",
+                            unit_scale=stage == "evaluating",
+                            disable=None,
+                        )
+                    )
+                elif stage == "loading":
+                    print("loading the model and the text", file=sys.stderr, flush=True)
+            if bar is not None:
+                bar.update(now.done - bar.n)
+                if now.report is not None and not bar.disable and time.monotonic() - shown > 1:
+                    # Reading a number waits for the device: once a second is cheap.
+                    shown = time.monotonic()
+                    bar.set_postfix_str(_glance(now.report), refresh=False)
+    return stage
+
+
+def _glance(report: "StepReport") -> str:
+    """Return L0 and loss over the SAEs that learn, lowest to highest."""
+    learning = [sae for sae in report.saes if sae.loss is not None]
+    if not learning:
+        return "no SAE learns"
+    l0 = sorted(sae.l0 for sae in learning)
+    loss = sorted(float(sae.loss.total) for sae in learning if sae.loss is not None)
+    return f"L0 {l0[0]:.3g} to {l0[-1]:.3g}, loss {loss[0]:.3g} to {loss[-1]:.3g}"
+
+
+def _report(run: Run) -> None:
+    evals = run.evals()
+    print("\n".join(["", *evals_table(evals), "", matched_ratio(evals).sentence]))
+    for event in run.events():
+        if event["event"] == "sae stopped":
+            print(f"{event['sae']} stopped: {event['why']}")
+    print(f"the run is in {run.folder}", flush=True)
+
+
+def _say(sentence: str) -> None:
+    print(f"gsae_core: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,124 @@
+"""Is this machine fit for the work? Every check is a line; a bad one says what to do."""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import readable
+
+# What the quick preset takes, with room to spare: 1.2 GB of memory and 0.3 GB of files.
+MEMORY = 2 * 10**9
+DISK = 10**9
+HUB = "huggingface.co"
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    verdict: Literal["ok", "note", "bad"]
+    """`note` is no obstacle: something works only in part. `bad` is."""
+
+    found: str
+    """What there is, and for a `note` or a `bad` what to do."""
+
+
+def examine(runs: Path) -> Iterator[Check]:
+    """Yield one check after the other; `runs` is the folder that runs are kept in."""
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield Check("python", "ok", system)
+    for package in ("torch", "transformers", "transformer-lens", "datasets", "streamlit", "plotly"):
+        yield _version(package)
+    yield _device()
+    yield _memory()
+    yield from _folder(runs)
+    yield _bundled_model()
+    yield _hub()
+
+
+def _version(package: str) -> Check:
+    try:
+        return Check(package, "ok", importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(package, "bad", "not installed; pip install -r requirements.txt")
+
+
+def _device() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("device", "ok", f"CUDA: {', '.join(names)}")
+    if torch.backends.mps.is_available():
+        return Check("device", "ok", "Apple GPU (mps)")
+    return Check(
+        "device",
+        "note",
+        f"CPU, {torch.get_num_threads()} threads; enough for the quick preset, not for a model of "
+        "billions of parameters",
+    )
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available
+    if free < MEMORY:
+        advice = f"close other programs: the quick preset wants {readable(MEMORY)}"
+        return Check("memory", "bad", f"{readable(free)} free; {advice}")
+    return Check("memory", "ok", f"{readable(free)} free")
+
+
+def _folder(runs: Path) -> Iterator[Check]:
+    place = runs.absolute()
+    while not place.exists():
+        place = place.parent
+    free = psutil.disk_usage(str(place)).free
+    short = free < DISK
+    advice = f"; make room: the quick preset wants {readable(DISK)}" if short else ""
+    yield Check("disk", "bad" if short else "ok", f"{readable(free)} free{advice}")
+    try:
+        # In earnest, since permission bits do not tell of read-only mounts.
+        with tempfile.TemporaryFile(dir=place):
+            yield Check("runs folder", "ok", f"{runs} can be written")
+    except OSError as error:
+        yield Check(
+            "runs folder",
+            "bad",
+            f"{runs} cannot be written ({error.strerror}); give train another place with --out",
+        )
+
+
+def _bundled_model() -> Check:
+    import torch
+
+    from gsae_core.lm.model import load_model
+
+    try:
+        model = load_model("bundled")
+        logits = model.logits(torch.tensor([[0, 1, 2]]))
+    except (InputError, OSError, RuntimeError) as error:
+        return Check("bundled model", "bad", f"{error}; install the package again")
+    shape = f"{model.n_layers} layers of width {model.d_model}, {logits.shape[-1]} tokens"
+    return Check("bundled model", "ok", f"loads and runs: {shape}")
+
+
+def _hub(connect: Callable[..., socket.socket] = socket.create_connection) -> Check:
+    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "yes", "on"):
+        return Check("Hub", "note", "offline by HF_HUB_OFFLINE; local folders and files work")
+    try:
+        connect((HUB, 443), timeout=3).close()
+    except OSError as error:
+        return Check(
+            "Hub",
+            "note",
+            f"{HUB} does not answer ({error}); local folders and files work, names on the Hub "
+            "need the network",
+        )
+    return Check("Hub", "ok", f"{HUB} answers")

@@ -1,0 +1,53 @@
+"""A finished run in lines of text: one row an SAE, and the number the sweep is for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gsae_core.analysis.pareto import MatchedRatio, Point, matched_l0_ratio
+from gsae_core.config import Architecture
+from gsae_core.wording import fixed, percent
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return each row as a line: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    return lines
+
+
+def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return evals.json as a table; loss recovered and alive latents in percent, KL in nats."""
+    head = ["SAE", "latents", "L0", "loss recovered", "KL", "FVU", "gamma", "gate gamma", "alive"]
+    rows = [
+        [
+            row["name"],
+            str(row["d_sae"]),
+            fixed(row["l0"], 1),
+            percent(row["loss_recovered"], 2),
+            fixed(row["kl"], 4),
+            fixed(row["fvu"], 4),
+            fixed(row["gamma"], 3),
+            # A ReLU SAE has no gate apart from its output.
+            fixed(row["gamma_gate"], 3) if row["architecture"] == "gated" else "–",
+            percent(row["alive_fraction"], 1),
+        ]
+        for row in evals
+    ]
+    return aligned([head, *rows])
+
+
+def matched_ratio(evals: Sequence[Mapping[str, Any]]) -> MatchedRatio:
+    """Return L0(baseline) / L0(gated) at matched loss recovered, over the SAEs of a run."""
+
+    def points(architecture: Architecture) -> list[Point]:
+        return [
+            Point(row["l0"], row["loss_recovered"], row["name"])
+            for row in evals
+            if row["architecture"] == architecture
+            and None not in (row["l0"], row["loss_recovered"])
+        ]
+
+    return matched_l0_ratio(points("relu"), points("gated"))
