@@ -20,19 +20,30 @@ def is_held_out(name: str, percent: int = 5) -> bool:
     return int.from_bytes(sha256(name.encode()).digest()[:4], "big") % 100 < percent
 
 
-def stdlib_files(root: Path | None = None) -> Iterator[SourceFile]:
-    """Yield the UTF-8 Python files of the standard library in a fixed order.
+def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
+    """Return the standard library's Python files by their path below its root, in name order.
 
     Third-party code is left out, so that two machines with the same Python read the same text.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     outsiders = {"site-packages", "dist-packages", "__pycache__"}
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        if outsiders.isdisjoint(relative.parts):
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:  # a few of the library's own tests are in other encodings
-                continue
-            if text:
-                yield SourceFile(relative.as_posix(), text, is_held_out(relative.as_posix()))
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return {name: paths[name] for name in sorted(paths) if outsiders.isdisjoint(name.split("/"))}
+
+
+def read_utf8(path: Path) -> str | None:
+    """Return the text of `path`, or None where it is in another encoding.
+
+    A few of the standard library's own tests are in other encodings on purpose.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def stdlib_files(root: Path | None = None) -> Iterator[SourceFile]:
+    """Yield the UTF-8 Python files of the standard library in name order, empty ones left out."""
+    for name, path in stdlib_paths(root).items():
+        if text := read_utf8(path):
+            yield SourceFile(name, text, is_held_out(name))

@@ -1,0 +1,142 @@
+"""What readers yield: documents in pieces, of text or of token ids; and files that hold either."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from gsae_core.errors import InputError
+
+# About so many characters (or ids) a piece: bounds what is read and tokenised in one go.
+PIECE = 2**20
+
+TOKEN_SUFFIXES = {".bin", ".npy"}
+
+# llm.c writes (magic, version) and 254 more int32 in front of the ids.
+LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+LLM_C_HEADER_BYTES = 1024
+
+
+class Piece(NamedTuple):
+    """Part of a document: text, or token ids as a 1-D integer array."""
+
+    content: str | np.ndarray
+    ends: bool
+    """Whether the document ends here."""
+
+
+def open_text(path: Path) -> TextIOWrapper:
+    """Return a UTF-8 file, unpacked if it is called `.gz`, its line ends as they are."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    return cast(TextIOWrapper, opener(path, "rt", encoding="utf-8", newline=""))
+
+
+def text_pieces(path: Path, size: int = PIECE) -> Iterator[Piece]:
+    """Yield a UTF-8 file in pieces of about `size` characters that end at a line's end.
+
+    Raises:
+        InputError: if the file is not UTF-8 text.
+    """
+    with open_text(path) as file:
+        piece = _read(file, path, size)
+        while piece:
+            following = _read(file, path, size)
+            yield Piece(piece, ends=not following)
+            piece = following
+
+
+def _read(file: TextIOWrapper, path: Path, size: int) -> str:
+    try:
+        return file.read(size) + file.readline()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise not_text(path, error) from None
+
+
+def not_text(path: Path, error: Exception) -> InputError:
+    """Return the sentence for a file whose bytes are no UTF-8 text."""
+    return InputError(
+        f"expected UTF-8 text in {path}, got something else ({error}); convert or remove the file"
+    )
+
+
+def looks_like_text(path: Path) -> bool:
+    """Whether a file starts (64 KiB) with valid UTF-8 without a NUL."""
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # A character that the 64 KiB cut in two is no mistake of the file's.
+        if error.end < len(head) or len(head) < 2**16:
+            return False
+    return b"\0" not in head
+
+
+def token_pieces(path: Path, vocabulary: int) -> Iterator[Piece]:
+    """Yield the ids of a `.npy` (flat, or a row a document) or flat `.bin` file.
+
+    The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"` of
+    uint16 or uint32, else it is the narrowest that holds `vocabulary` (as nanoGPT writes).
+
+    Raises:
+        InputError: if the file holds no ids.
+    """
+    if path.suffix == ".npy":
+        ids = _load_npy(path)
+    else:
+        dtype, start = _bin_layout(path, vocabulary)
+        if (path.stat().st_size - start) % np.dtype(dtype).itemsize:
+            raise InputError(
+                f"expected whole {dtype} token ids in {path}, got {path.stat().st_size} bytes; "
+                f'say the width in {path.name}.json, e.g. {{"dtype": "uint32"}}'
+            )
+        if path.stat().st_size == start:
+            return
+        ids = np.memmap(path, dtype, mode="r", offset=start)
+    if ids.ndim == 2:
+        for row in ids:
+            yield Piece(np.asarray(row), ends=True)
+        return
+    for start in range(0, len(ids), PIECE):
+        yield Piece(np.asarray(ids[start : start + PIECE]), ends=False)
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"expected a NumPy array in {path}, got something else: {error}") from None
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"expected token ids in one or two dimensions in {path}, got {ids.dtype} of shape "
+            f"{ids.shape}"
+        )
+    return ids
+
+
+def _bin_layout(path: Path, vocabulary: int) -> tuple[str, int]:
+    """Return the dtype of a flat file's ids, and the byte they start at."""
+    with path.open("rb") as file:
+        head = np.frombuffer(file.read(8), "<i4") if path.stat().st_size >= 8 else ()
+    if tuple(head) in LLM_C_HEADERS:
+        return LLM_C_HEADERS[int(head[0]), int(head[1])], LLM_C_HEADER_BYTES
+    sidecar = path.with_name(path.name + ".json")
+    if not sidecar.exists():
+        return narrowest(vocabulary), 0
+    text = sidecar.read_text(encoding="utf-8")
+    try:
+        dtype = json.loads(text)["dtype"]
+    except (ValueError, KeyError, TypeError):
+        dtype = text
+    if dtype not in ("uint16", "uint32"):
+        raise InputError(f'expected {{"dtype": "uint16"}} or "uint32" in {sidecar}, got {text!r}')
+    return dtype, 0
+
+
+def narrowest(vocabulary: int) -> str:
+    """Return the dtype that token ids are kept in: uint16 where it holds them all."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"

@@ -1,0 +1,136 @@
+"""Rows of token ids in files that later runs find again and map into memory.
+
+A file is named by everything that decides its rows and by how far it was read; it appears whole
+(written beside its place, then renamed), so runs that tokenise the same text at once do no harm.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from gsae_core.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Fewer tokens than this are tokenised again rather than kept: it takes less than a second.
+SMALL_TOKENS = 2**18
+
+# Raise it when the same source and settings come to give other rows.
+FORMAT = 1
+
+
+class Cached(NamedTuple):
+    """Rows (n, n_ctx) that start with BOS, or not."""
+
+    rows: np.ndarray
+    starts_with_bos: bool
+
+
+def cache_folder() -> Path:
+    """Return where tokens are kept between runs; it can be deleted whenever no run is on."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "gsae_core" / "tokens"
+
+
+def cache_key(*parts: Any) -> str:
+    """Return a file name's worth of hash of everything that decides what the rows are."""
+    return sha256(repr((FORMAT, *parts)).encode()).hexdigest()[:32]
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Return what two tokenizers share if they give the same ids."""
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+    else:
+        text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sha256(f"{text} {special}".encode()).hexdigest()
+
+
+def find(key: str, n_tokens: int | None, dtype: str) -> Cached | None:
+    """Return the rows kept under `key`, if they reach `n_tokens` or the source's end.
+
+    Args:
+        n_tokens: how far the source must have been read; None: to its end.
+    """
+    for path in sorted(cache_folder().glob(f"{key}.*.rows")):
+        _, reach, n_ctx, bos, _ = path.name.split(".")
+        if reach == "all" or (n_tokens is not None and int(reach) >= n_tokens):
+            log.info("tokens from %s", path)
+            return Cached(_mapped(path, dtype, int(n_ctx)), bos == "bos")
+    return None
+
+
+def keep(
+    blocks: Iterator[np.ndarray],
+    key: str,
+    *,
+    starts_with_bos: bool,
+    reach: Callable[[], int | None],
+    always: bool,
+) -> np.ndarray:
+    """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
+
+    Args:
+        blocks: rows (n, n_ctx), at least one block; consumed one by one.
+        reach: once they are, returns how many tokens the source was read for; None: to its end.
+        always: keep few rows too, because the source is slow.
+
+    Raises:
+        InputError: if the disk fills up.
+    """
+    head = [next(blocks)]
+    while not always and sum(block.size for block in head) < SMALL_TOKENS:
+        if (block := next(blocks, None)) is None:
+            return np.concatenate(head)
+        head.append(block)
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f"{key}.", suffix=".tmp", dir=folder)
+    except OSError as error:
+        # A home that cannot be written costs the next run its time and this one its memory.
+        log.warning("no token cache, so tokens stay in memory: %s", error)
+        return np.concatenate([*head, *blocks])
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for block in chain(head, blocks):
+                _write(file, block)
+        n_tokens, n_ctx = reach(), head[0].shape[1]
+        path = folder / ".".join(
+            (
+                key,
+                "all" if n_tokens is None else str(n_tokens),
+                str(n_ctx),
+                "bos" if starts_with_bos else "plain",
+                "rows",
+            )
+        )
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return _mapped(path, head[0].dtype, n_ctx)
+
+
+def _write(file: IO[bytes], block: np.ndarray) -> None:
+    try:
+        file.write(np.ascontiguousarray(block).tobytes())
+    except OSError as error:
+        raise InputError(
+            f"expected room for tokens in {cache_folder()}, got {error.strerror!r}: free some "
+            "space, or set XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+
+
+def _mapped(path: Path, dtype: Any, n_ctx: int) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty((0, n_ctx), dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r").reshape(-1, n_ctx)

@@ -1,0 +1,279 @@
+"""Text and tokens from anywhere to sequences: what a row is, what counts, what is held out."""
+
+import gzip
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gsae_core.config import DataConfig
+from gsae_core.errors import InputError
+from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
+
+BOS, EOS, VOCABULARY = 900, 901, 1000
+
+
+class WordTokenizer:
+    """`w7` is token 7; what the corpus uses of a Hugging Face tokenizer, and a count of its work."""
+
+    is_fast = False
+
+    def __init__(self, bos: int | None = BOS, eos: int | None = EOS) -> None:
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, None
+        self.n_tokenised = 0
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(VOCABULARY)}
+
+    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
+        assert options == {
+            "add_special_tokens": False,
+            "return_attention_mask": False,
+            "verbose": False,
+        }
+        rows = [[int(word[1:]) for word in text.split()] for text in texts]
+        self.n_tokenised += sum(map(len, rows))
+        return {"input_ids": rows}
+
+
+def words(start: int, stop: int) -> str:
+    return " ".join(f"w{i}" for i in range(start, stop))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def load(
+    source: str | Path,
+    tokenizer: Any = None,
+    *,
+    n_ctx: int | None = 4,
+    n_tokens: int | None = None,
+    model_n_ctx: int = 64,
+    held_out: float = 0.25,
+    **settings: Any,
+) -> Corpus:
+    cfg = DataConfig(source=str(source), n_ctx=n_ctx, held_out=held_out, **settings)
+    return load_corpus(
+        cfg, tokenizer or WordTokenizer(), n_tokens=n_tokens, model_n_ctx=model_n_ctx
+    )
+
+
+def rows(sequences: SequenceSet) -> list[list[int]]:
+    return sequences[:].ids.tolist()
+
+
+def counted(sequences: SequenceSet) -> list[int]:
+    ids, mask = sequences[:]
+    return ids[mask].tolist()
+
+
+def file(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(source: str | Path, *args: Any, **settings: Any) -> str:
+    with pytest.raises(InputError) as error:
+        load(source, *args, **settings)
+    return str(error.value)
+
+
+# Packing
+
+
+def test_rows_start_with_bos_and_hold_the_text_end_to_end(tmp_path: Path) -> None:
+    # 12 words and EOS are 13 ids: four rows of BOS and 3 ids; the EOS is left over.
+    corpus = load(file(tmp_path / "a.txt", words(0, 12)))
+    assert rows(corpus.held_out) == [[BOS, 0, 1, 2]]
+    assert rows(corpus.train) == [[BOS, 3, 4, 5], [BOS, 6, 7, 8], [BOS, 9, 10, 11]]
+    assert (corpus.n_ctx, corpus.bos, corpus.name) == (4, True, str(tmp_path / "a.txt"))
+
+
+def test_documents_are_separated_by_eos_and_special_positions_are_not_counted(
+    tmp_path: Path,
+) -> None:
+    lines = [json.dumps({"text": words(0, 4)}), json.dumps({"text": words(4, 9)})]
+    corpus = load(file(tmp_path / "a.jsonl", "\n".join(lines)))
+    # 0 1 2 | 3 EOS 4 | 5 6 7 | 8 EOS left over
+    assert rows(corpus.held_out) == [[BOS, 0, 1, 2]]
+    assert rows(corpus.train) == [[BOS, 3, EOS, 4], [BOS, 5, 6, 7]]
+    assert corpus.train[:].mask.tolist() == [[False, True, False, True], [False, True, True, True]]
+    assert corpus.train.counts.tolist() == [2, 3]
+    assert (corpus.n_train_tokens, corpus.n_held_out_tokens) == (5, 3)
+
+
+def test_bos_never_fills_whole_rows_and_says_so(tmp_path: Path) -> None:
+    corpus = load(file(tmp_path / "a.txt", words(0, 12)), bos="never")
+    assert rows(corpus.train) == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not corpus.bos
+
+
+def test_bos_auto_does_without_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    corpus = load(file(tmp_path / "a.txt", words(0, 12)), WordTokenizer(bos=None))
+    assert not corpus.bos
+    assert rows(corpus.held_out) == [[0, 1, 2, 3]]
+
+
+def test_bos_separates_documents_where_there_is_no_eos(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([words(0, 2), words(2, 9)]))
+    corpus = load(tmp_path / "a.json", WordTokenizer(eos=None), bos="never")
+    assert rows(corpus.held_out) == [[0, 1, BOS, 2]]
+
+
+def test_a_long_text_is_read_in_pieces_without_a_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core.lm import readers
+    from gsae_core.lm.pieces import text_pieces
+
+    path = file(tmp_path / "a.txt", "\n".join(f"w{i}" for i in range(100)))
+    whole = load(path)
+    pieces = list(text_pieces(path, 10))
+    assert len(pieces) > 10
+    assert [piece.ends for piece in pieces[-2:]] == [False, True]
+    monkeypatch.setattr(readers, "text_pieces", lambda path: iter(pieces))
+    assert rows(load(path).train) == rows(whole.train)
+
+
+def test_indices_and_slices_give_the_same_sequences(tmp_path: Path) -> None:
+    train = load(file(tmp_path / "a.txt", words(0, 60))).train
+    by_index = train[np.array([4, 1])]
+    assert by_index.ids.tolist() == [rows(train)[4], rows(train)[1]]
+    assert by_index.mask.tolist() == [train[4:5].mask[0].tolist(), train[1:2].mask[0].tolist()]
+
+
+def test_the_context_is_the_models_and_256_at_most(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.txt", words(0, 800))
+    assert load(path, n_ctx=None, model_n_ctx=64).n_ctx == 64
+    assert load(path, n_ctx=None, model_n_ctx=2048).n_ctx == 256
+
+
+# The split
+
+
+def test_training_and_held_out_sequences_never_overlap_and_lose_nothing(tmp_path: Path) -> None:
+    corpus = load(file(tmp_path / "a.txt", words(0, 900)), held_out=0.05)
+    # 901 ids are 300 rows of 3; ceil(300 * 0.05) = 15 are held out.
+    assert len(corpus.held_out) == 15
+    assert set(counted(corpus.train)).isdisjoint(counted(corpus.held_out))
+    assert sorted(counted(corpus.train) + counted(corpus.held_out)) == list(range(900))
+
+
+def test_a_corpus_for_fewer_tokens_is_a_prefix_of_one_for_more(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.txt", words(0, 900))
+    short, long = load(path, n_tokens=100), load(path)
+    # Rows of 3 counted tokens: 34 of them hold 100.
+    assert short.n_train_tokens == 102
+    assert rows(short.train) == rows(long.train)[:34]
+    assert rows(short.held_out) == rows(long.held_out)[: len(short.held_out)]
+    # Row 0 of every 4 is held out, and 34 training rows end in row 45: rows 0, 4 ... 44.
+    assert len(short.held_out) == 12
+
+
+def test_stdlib_is_split_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gsae_core.lm import readers
+    from gsae_core.lm.stdlib import is_held_out
+
+    names = [f"m{i}.py" for i in range(60)]
+    paths = {n: file(tmp_path / n, words(i * 15, i * 15 + 15)) for i, n in enumerate(names)}
+    monkeypatch.setattr(readers, "stdlib_paths", lambda: paths)
+    corpus = load("stdlib", n_ctx=6, held_out=0.1)
+    of_held_out = {names.index(n) for n in names if is_held_out(n, 10)}
+    assert {token // 15 for token in counted(corpus.held_out)} == of_held_out
+    assert {token // 15 for token in counted(corpus.train)} == set(range(60)) - of_held_out
+    # A short reading sees files from all over, not the first of the alphabet.
+    assert max(counted(load("stdlib", n_ctx=6, held_out=0.1, n_tokens=60).train)) > 300
+
+
+# Sources
+
+
+def test_a_folder_of_text_is_read_file_by_file_and_other_files_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "docs"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    file(folder / "a.txt", words(0, 10))
+    file(folder / "b.md", words(10, 20))
+    file(folder / "deep" / "c.py", words(20, 30))
+    file(folder / ".git" / "d.txt", words(30, 40))
+    (folder / "e.png").write_bytes(b"\x89PNG\0\0")
+    with caplog.at_level(logging.INFO):
+        corpus = load(folder)
+    seen = set(counted(corpus.train) + counted(corpus.held_out))
+    assert seen <= set(range(30))
+    assert len(seen) >= 27
+    assert "read as text, 1 other files left out" in caplog.text
+
+
+def as_jsonl(path: Path, texts: list[str]) -> Path:
+    return file(path, "".join(json.dumps({"id": "x", "text": text}) + "\n\n" for text in texts))
+
+
+def as_gz(path: Path, texts: list[str]) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return path
+
+
+def as_csv(path: Path, texts: list[str]) -> Path:
+    quoted = "".join('{},"{}"\n'.format(i, t.replace(" ", "\n")) for i, t in enumerate(texts))
+    return file(path, "id,content\n" + quoted)
+
+
+def as_parquet(path: Path, texts: list[str]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"n": list(range(len(texts))), "body": texts}), path)
+    return path
+
+
+def as_folder(path: Path, texts: list[str]) -> Path:
+    path.mkdir()
+    as_jsonl(path / "1.jsonl", texts[:1])
+    as_jsonl(path / "2.jsonl", texts[1:])
+    file(path / "README.md", "read me")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", as_jsonl),
+        ("a.jsonl.gz", as_gz),
+        ("a.csv", as_csv),
+        ("a.parquet", as_parquet),
+        ("a", as_folder),
+    ],
+)
+def test_every_table_gives_its_rows_in_order(tmp_path: Path, name: str, write: Any) -> None:
+    path = write(tmp_path / name, [words(0, 5), words(5, 11), words(11, 20)])
+    corpus = load(path, n_ctx=7, held_out=0.3)
+    assert rows(corpus.held_out) == [[BOS, 0, 1, 2, 3, 4, EOS]]
+    assert rows(corpus.train)[0] == [BOS, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_text_column_can_be_named(tmp_path: Path) -> None:
+    row = {"text": words(0, 9), "answer": words(100, 120)}
+    path = file(tmp_path / "a.jsonl", json.dumps(row))
+    assert min(counted(load(path, text_column="answer").train)) >= 100
+
+
+def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
+    lines = [{"text": None}, {"text": ""}, {"text": words(0, 9)}]
+    path = file(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert rows(load(path).held_out) == [[BOS, 0, 1, 2]]
