@@ -1,0 +1,168 @@
+"""The losses and their exact gradients by hand, for batches in which much of the dictionary fires.
+
+Seven matrix products (one shared encoder, two decoders, two gradients at the latents, two at the
+weights) where autograd runs eight, and rows in blocks that stay in cache, so that neither the
+latents nor their gradients ever exist for a whole batch.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.codes import chunk_rows
+from gsae_core.sae.gradients import StepSums, gain, l1_weights, leave_gradients, loss_parts
+from gsae_core.sae.losses import StepResult
+from gsae_core.sae.metrics import stats_from_counts
+
+
+@torch.no_grad()
+def manual_dense_step(
+    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], *, sparsity_coeff: float
+) -> StepResult:
+    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
+
+    Equal to `dense_step` up to rounding, without autograd, for every recipe, tie and auxiliary
+    decoder (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE).
+
+    Args:
+        sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
+        x: activations, in the units the SAE trains in.
+        sparsity_coeff: lambda, against squared error summed over d_in.
+
+    Raises:
+        InputError: if the last axis of `x` is not `d_in`.
+    """
+    sae.check_width(x)
+    batch = _Batch(sae, x, sparsity_coeff)
+    rows = chunk_rows(sae.d_sae)
+    for start in range(0, len(x), rows):
+        batch.add(slice(start, start + rows))
+    leave_gradients(sae, batch.sums, batch.l1_slope)
+    gated = isinstance(sae, GatedSAE)
+    return StepResult(
+        loss=loss_parts(
+            sae,
+            reconstruction=batch.reconstruction,
+            auxiliary=batch.auxiliary,
+            gate=batch.sums.gate,
+            n_rows=len(x),
+            l1_slope=batch.l1_slope,
+        ),
+        stats=stats_from_counts(
+            x=x,
+            x_hat=batch.x_hat,
+            x_hat_gate=batch.x_hat_aux,
+            fired=batch.fired.long(),
+            gate_open=batch.gate_open.long() if gated else None,
+        ),
+    )
+
+
+class _Batch:
+    """A batch on its way through the loss, a block of rows at a time; sums grow in place."""
+
+    def __init__(
+        self, sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], sparsity_coeff: float
+    ) -> None:
+        self.sae, self.x = sae, x
+        self.gated = isinstance(sae, GatedSAE)
+        self.W, self.b_gate = (
+            (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
+        )
+        self.W_mag = sae.W_mag if isinstance(sae, GatedSAE) else None
+        self.b_mag = sae.b_mag if isinstance(sae, GatedSAE) else None
+        self.gain = gain(sae)
+        self.l1_slope = sparsity_coeff / len(x)
+        weights = l1_weights(sae)
+        self.l1_slopes = self.l1_slope if weights is None else weights * self.l1_slope
+        self.scale = 2 / len(x)
+
+        self.x_hat = torch.empty_like(x)
+        self.x_hat_aux = None if sae.objective.aux == "off" else torch.empty_like(x)
+        self.reconstruction, self.auxiliary = x.new_zeros(()), x.new_zeros(())
+        # Counted in floating point, where a column sum is one vectorised pass; exact to 2^24 rows.
+        self.fired, self.gate_open = x.new_zeros(sae.d_sae), x.new_zeros(sae.d_sae)
+        self.sums = StepSums(
+            W_dec=torch.zeros_like(sae.W_dec),
+            W_gate=torch.zeros_like(self.W),
+            W_mag=None if self.W_mag is None else torch.zeros_like(self.W_mag),
+            dm=x.new_zeros(sae.d_sae),
+            dm_m=x.new_zeros(sae.d_sae),
+            dg=x.new_zeros(sae.d_sae),
+            gate=x.new_zeros(sae.d_sae),
+            error=x.new_zeros(sae.d_in),
+        )
+
+    def add(self, rows: slice) -> None:
+        """Add the block `rows` to the sums."""
+        xc = self.x[rows] - self.sae.b_dec
+        h = xc @ self.W
+        g = torch.relu_(h + self.b_gate)
+        opened = g.sign()
+        self.gate_open += opened.sum(0)
+        self.sums.gate += g.sum(0)
+
+        m = self._magnitude(h, g, opened, xc)
+        fires = m.sign() if self.gated else opened
+        self.fired += fires.sum(0)
+        error = self._error(m, rows, into=self.x_hat)
+        self.reconstruction += error.square().sum()
+        self.sums.error += error.sum(0)
+        self.sums.W_dec.addmm_(m.T, error)
+        dm = (error @ self.sae.W_dec.T).mul_(fires)
+        self.sums.dm += dm.sum(0)
+        if self.gain is not None:
+            self.sums.dm_m += m.mul_(dm).sum(0)
+
+        dg = self._gate_slope(g, opened, rows)
+        self.sums.dg += dg.sum(0)
+        if self.sums.W_mag is not None:
+            self.sums.W_mag.addmm_(xc.T, dm)
+        else:
+            dg.add_(dm if self.gain is None else dm.mul_(self.gain))
+        self.sums.W_gate.addmm_(xc.T, dg)
+
+    def _magnitude(
+        self,
+        h: Float[Tensor, "rows d_sae"],
+        g: Float[Tensor, "rows d_sae"],
+        opened: Float[Tensor, "rows d_sae"],
+        xc: Float[Tensor, "rows d_in"],
+    ) -> Float[Tensor, "rows d_sae"]:
+        """Return f; `h` is used up."""
+        if self.b_mag is None:
+            return g
+        if self.W_mag is not None:
+            torch.mm(xc, self.W_mag, out=h)
+        elif self.gain is not None:
+            h.mul_(self.gain)
+        return torch.relu_(h.add_(self.b_mag)).mul_(opened)
+
+    def _error(
+        self,
+        latents: Float[Tensor, "rows d_sae"],
+        rows: slice,
+        *,
+        into: Float[Tensor, "batch d_in"],
+    ) -> Float[Tensor, "rows d_in"]:
+        """Return 2 (x_hat - x) / B, and leave x_hat in `into`."""
+        x_hat = torch.addmm(self.sae.b_dec, latents, self.sae.W_dec)
+        into[rows] = x_hat
+        return x_hat.sub_(self.x[rows]).mul_(self.scale)
+
+    def _gate_slope(
+        self,
+        g: Float[Tensor, "rows d_sae"],
+        opened: Float[Tensor, "rows d_sae"],
+        rows: slice,
+    ) -> Float[Tensor, "rows d_sae"]:
+        """Return the gradient at pi_gate of the sparsity and auxiliary terms."""
+        if self.x_hat_aux is None:
+            return opened * self.l1_slopes
+        error = self._error(g, rows, into=self.x_hat_aux)
+        self.auxiliary += error.square().sum()
+        if self.sae.objective.aux == "unfrozen":
+            self.sums.error += error.sum(0)
+            self.sums.W_dec.addmm_(g.T, error)
+        return (error @ self.sae.W_dec.T).add_(self.l1_slopes).mul_(opened)

@@ -1,0 +1,115 @@
+"""The gradients of both losses, written out by hand from sums that sparse and dense code share."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.losses import LossParts
+
+
+@dataclass
+class StepSums:
+    """What a batch leaves behind on its way through the loss; sums over the batch, in place.
+
+    With S the entries where pi_gate > 0, e = x_hat - x and e' = x_hat_aux - x, a batch of B rows:
+
+        dm = 1[m > 0] <2e/B, W_dec_i>                      gradient at pi_mag
+        dg = lambda w_i / B + <2e'/B, W_dec_i>             gradient at pi_gate, on S
+
+    For a ReLU SAE the gate is the magnitude: m = g = f and its gradient is dm + dg, e' left out.
+    """
+
+    W_dec: Float[Tensor, "d_sae d_in"]
+    """Sum of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
+    W_gate: Float[Tensor, "d_in d_sae"]
+    """Sum of xc dh, dh = gain dm + dg; without the gain dm if the paths are untied."""
+    W_mag: Float[Tensor, "d_in d_sae"] | None
+    """Sum of xc dm if the paths are untied."""
+    dm: Float[Tensor, " d_sae"]
+    dm_m: Float[Tensor, " d_sae"]
+    """Sum of dm times m."""
+    dg: Float[Tensor, " d_sae"]
+    gate: Float[Tensor, " d_sae"]
+    """Sum of relu(pi_gate)."""
+    error: Float[Tensor, " d_in"]
+    """Sum of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
+
+
+@torch.no_grad()
+def l1_weights(sae: GatedSAE | ReluSAE) -> Float[Tensor, " d_sae"] | None:
+    """Return what multiplies each latent in the L1 term; None for ones."""
+    return None if sae.objective.l1_weight == "none" else sae.W_dec.norm(dim=1)
+
+
+@torch.no_grad()
+def gain(sae: GatedSAE | ReluSAE) -> Float[Tensor, " d_sae"] | None:
+    """Return the slope of pi_mag in h = xc @ W_gate; None for ones, or if the paths are untied."""
+    return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
+
+
+@torch.no_grad()
+def leave_gradients(sae: GatedSAE | ReluSAE, sums: StepSums, l1_slope: float) -> None:
+    """Put the gradient of every parameter in `.grad`, in place of what was there.
+
+    Args:
+        sae: whose parameters they are.
+        sums: of the batch; taken over, not copied.
+        l1_slope: lambda / B.
+    """
+    if sae.objective.l1_weight == "norm":
+        norms = sae.W_dec.norm(dim=1)
+        # A direction of length zero has no slope; autograd takes 0 there as well.
+        slopes = torch.where(norms > 0, l1_slope * sums.gate / norms, 0.0)
+        sums.W_dec.addcmul_(slopes[:, None], sae.W_dec)
+    sae.W_dec.grad = sums.W_dec
+    slope = gain(sae)
+    through_mag = sums.dm if slope is None else sums.dm * slope
+    # b_dec moves x_hat and, the other way, the centred input of both paths.
+    hears_gate = not (isinstance(sae, GatedSAE) and sae.detach_b_dec)
+    if isinstance(sae, ReluSAE):
+        sae.W_enc.grad, sae.b_enc.grad = sums.W_gate, sums.dm + sums.dg
+        sae.b_dec.grad = sums.error - sae.W_enc @ sae.b_enc.grad
+        return
+    sae.W_gate.grad, sae.b_gate.grad, sae.b_mag.grad = sums.W_gate, sums.dg, sums.dm
+    if sae.W_mag is not None:
+        sae.W_mag.grad = sums.W_mag
+        b_dec = sums.error - sae.W_mag @ sums.dm
+        sae.b_dec.grad = b_dec - sae.W_gate @ sums.dg if hears_gate else b_dec
+        return
+    through_h = through_mag + sums.dg if hears_gate else through_mag
+    sae.b_dec.grad = sums.error - sae.W_gate @ through_h
+    if sae.r_mag is not None:
+        # d pi_mag / d r_mag = exp(r_mag) h = pi_mag - b_mag, and pi_mag = m wherever dm is not 0.
+        sae.r_mag.grad = sums.dm_m - sae.b_mag * sums.dm
+
+
+@torch.no_grad()
+def loss_parts(
+    sae: GatedSAE | ReluSAE,
+    *,
+    reconstruction: Float[Tensor, ""],
+    auxiliary: Float[Tensor, ""],
+    gate: Float[Tensor, " d_sae"],
+    n_rows: int,
+    l1_slope: float,
+) -> LossParts:
+    """Return the terms of the loss.
+
+    Args:
+        sae: whose recipe weights the L1 term.
+        reconstruction: sum of |2e/B|^2, as the gradients have it: B/4 of it is the mean of |e|^2.
+        auxiliary: the same of e'; 0 without such a term.
+        gate: sum of relu(pi_gate) for each latent.
+        n_rows: B.
+        l1_slope: lambda / B.
+    """
+    weights = l1_weights(sae)
+    activity = gate.sum() if weights is None else torch.dot(gate, weights)
+    return LossParts(
+        reconstruction=reconstruction * (n_rows / 4),
+        sparsity=activity * l1_slope,
+        auxiliary=auxiliary * (n_rows / 4),
+    )

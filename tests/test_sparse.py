@@ -1,0 +1,267 @@
+"""The sparse step, and the dense one by hand, equal autograd on the losses of the paper."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.dense import manual_dense_step
+from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.sparse import sparse_step
+
+Step = Callable[..., StepResult]
+STEPS: list[Step] = [sparse_step, manual_dense_step]
+OBJECTIVES = [("P", "frozen"), ("P", "unfrozen"), ("P", "off")]
+OBJECTIVES += [("A", "unfrozen"), ("A", "off"), ("B", "frozen"), ("B", "off")]
+
+
+def random_sae(
+    kind: str, d_in: int, d_sae: int, *, shift: float = 0.0, seed: int = 0, **switches: Any
+) -> GatedSAE | ReluSAE:
+    """Return an SAE with every parameter drawn at random, gates shifted by `shift`."""
+    generator = torch.Generator().manual_seed(seed)
+    sae = ReluSAE(d_in, d_sae, **switches) if kind == "relu" else GatedSAE(d_in, d_sae, **switches)
+    sae.double()
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.5 * noise + (shift if name in ("b_gate", "b_enc") else 0.0)
+    return sae
+
+
+def taken(step: Step, sae: GatedSAE | ReluSAE, x: Tensor, coeff: float) -> dict[str, Tensor]:
+    """Return gradients, loss terms and statistics of one step by name; no gradient is zero."""
+    result = step(sae, x, sparsity_coeff=coeff)
+    named = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in sae.named_parameters()
+    }
+    named |= result.loss._asdict()
+    return named | {k: v for k, v in result.stats._asdict().items() if v is not None}
+
+
+def assert_equal_steps(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float, bound: float) -> None:
+    """Compare each tensor against its largest entry: the scale at which it was summed."""
+    expected = taken(dense_step, sae, x, coeff)
+    for step in STEPS:
+        got = taken(step, sae, x, coeff)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert got[name].dtype == value.dtype, name
+            error = (got[name] - value).abs().max().item()
+            assert error <= bound * max(1.0, value.abs().max().item()), (step, name, error)
+
+
+@st.composite
+def descriptions(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw what `instance` builds; sizes, switches and the layout of x in memory."""
+    d_in = draw(st.integers(1, 4))
+    if draw(st.integers(0, 3)) == 0:
+        switches = {"kind": "relu", "recipe": draw(st.sampled_from("PA"))}
+    else:
+        recipe, aux = draw(st.sampled_from(OBJECTIVES))
+        tie = draw(st.sampled_from(["r_mag", "none", "untied"]))
+        switches = {"kind": "gated", "recipe": recipe, "aux": aux, "tie": tie}
+        switches["detach_b_dec"] = draw(st.booleans())
+    return {
+        "switches": switches,
+        "d_in": d_in,
+        "d_sae": d_in + draw(st.integers(1, 5)),
+        "n_rows": draw(st.integers(1, 6)),
+        # -50 leaves no gate open and 50 leaves none closed.
+        "shift": draw(st.sampled_from([-50.0, -1.0, 0.0, 1.0, 50.0])),
+        "seed": draw(st.integers(0, 999)),
+        # Every other column of a wider matrix, or a matrix stored by columns, or a plain one.
+        "layout": draw(st.sampled_from(["strided", "transposed", "plain"])),
+        "coeff": draw(st.sampled_from([0.0, 0.3, 2.0])),
+    }
+
+
+def instance(what: dict[str, Any]) -> tuple[GatedSAE | ReluSAE, Tensor, float]:
+    sizes = {name: what[name] for name in ("d_in", "d_sae", "shift", "seed")}
+    sae = random_sae(**sizes, **what["switches"])
+    generator = torch.Generator().manual_seed(what["seed"] + 1)
+    d_in = what["d_in"]
+    wide = torch.randn(what["n_rows"], 2 * d_in, generator=generator, dtype=torch.float64)
+    x = wide[:, ::2] if what["layout"] == "strided" else wide[:, :d_in].contiguous()
+    if what["layout"] == "transposed":
+        x = x.T.contiguous().T
+    return sae, x, what["coeff"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(descriptions())
+def test_gradients_terms_and_statistics_equal_autograd_in_float64(what: dict[str, Any]) -> None:
+    sae, x, coeff = instance(what)
+    assert_equal_steps(sae, x, coeff, bound=1e-10)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(descriptions())
+def test_gradients_terms_and_statistics_equal_autograd_in_float32(what: dict[str, Any]) -> None:
+    sae, x, coeff = instance(what)
+    assert_equal_steps(sae.float(), x.float(), coeff, bound=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
+@pytest.mark.parametrize("tie", ["r_mag", "none", "untied"])
+@pytest.mark.parametrize("detach_b_dec", [False, True])
+def test_every_gated_objective_equals_autograd(
+    recipe: str, aux: str, tie: str, detach_b_dec: bool
+) -> None:
+    switches = {"recipe": recipe, "aux": aux, "tie": tie, "detach_b_dec": detach_b_dec}
+    sae = random_sae("gated", 5, 9, **switches)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_equal_steps(sae, x, 0.3, bound=1e-10)
+
+
+@pytest.mark.parametrize("recipe", ["P", "A"])
+def test_both_relu_objectives_equal_autograd(recipe: str) -> None:
+    sae = random_sae("relu", 5, 9, recipe=recipe)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_equal_steps(sae, x, 0.3, bound=1e-10)
+
+
+def test_latents_whose_gate_never_binds_equal_autograd() -> None:
+    # theta = b_mag - exp(r_mag) b_gate <= 0 for every latent: gates above magnitudes and
+    # magnitudes of 0 behind open gates both occur.
+    sae = random_sae("gated", 3, 6)
+    assert isinstance(sae, GatedSAE)
+    assert sae.r_mag is not None
+    with torch.no_grad():
+        sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate - torch.arange(6) / 4)
+    assert (sae.jumprelu_threshold() == 0).all()
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    stats = sparse_step(sae, x, sparsity_coeff=0.2).stats
+    assert stats.gate_open is not None
+    assert (stats.fired < stats.gate_open).any()
+    assert_equal_steps(sae, x, 0.2, bound=1e-10)
+
+
+def test_a_direction_of_length_zero_has_no_slope_under_recipe_a() -> None:
+    sae = random_sae("gated", 3, 5, recipe="A")
+    with torch.no_grad():
+        sae.W_dec[2] = 0
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_equal_steps(sae, x, 0.4, bound=1e-10)
+
+
+def test_rows_beyond_one_chunk_equal_autograd() -> None:
+    sae = random_sae("gated", 3, 2100, shift=-2.0)  # 256 rows a chunk
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert_equal_steps(sae, x, 0.1, bound=1e-10)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_by_hand(step: Step) -> None:
+    # One latent of two ever opens. d_in = 1, W_dec = W_gate = (1, -1), all biases 0, lambda = 0.5.
+    #   x = 2: pi_gate = (2, -2), f = (2, 0), x_hat = x_hat_aux = 2, errors 0
+    #   loss: reconstruction 0, sparsity 0.5 * 2 = 1, auxiliary 0
+    #   dm = 0, dg = (0.5, 0) -> W_gate.grad = x dg = (1, 0), b_dec.grad = -1 * 0.5
+    sae = GatedSAE(1, 2)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0], [-1.0]]))
+        sae.W_gate.copy_(torch.tensor([[1.0, -1.0]]))
+    result = step(sae, torch.tensor([[2.0]]), sparsity_coeff=0.5)
+    assert [float(term) for term in result.loss] == [0.0, 1.0, 0.0]
+    grads = {name: p.grad.tolist() for name, p in sae.named_parameters() if p.grad is not None}
+    assert grads == {
+        "W_dec": [[0.0], [0.0]],
+        "b_dec": [-0.5],
+        "W_gate": [[1.0, 0.0]],
+        "b_gate": [0.5, 0.0],
+        "r_mag": [0.0, 0.0],
+        "b_mag": [0.0, 0.0],
+    }
+    assert result.stats.fired.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do(step: Step) -> None:
+    sae = random_sae("gated", 4, 7)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    step(sae, x, sparsity_coeff=0.1)
+    first = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    step(sae, x, sparsity_coeff=0.1)
+    for name, p in sae.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(p.grad, first[name]), name
+        assert p.grad.stride() == p.stride(), name
+        assert not p.grad.requires_grad, name
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def largest(step: Step, sae: GatedSAE | ReluSAE, x: Tensor) -> int:
+    with _Largest() as seen:
+        step(sae, x, sparsity_coeff=0.1)
+    return seen.numel
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", ["gated", "relu"])
+def test_no_matrix_of_batch_by_dictionary_is_ever_made(step: Step, kind: str) -> None:
+    sae = random_sae(kind, 2, 2100, shift=-3.0)
+    x = torch.randn(1024, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    # A quarter of the rows at a time: 256 of 1024.
+    assert largest(step, sae, x) <= 256 * 2100
+    assert largest(dense_step, sae, x) >= 1024 * 2100
+
+
+def curve(step: Step, sae: GatedSAE | ReluSAE, batches: Tensor) -> Tensor:
+    """Return 200 losses of Adam with the rows of W_dec brought back to norm one."""
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3, betas=(0.0, 0.999))
+    losses = []
+    for x in batches:
+        losses.append(step(sae, x, sparsity_coeff=0.05).loss.total)
+        adam.step()
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("kind", ["gated", "relu"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_two_hundred_training_steps_follow_the_dense_loss_curve(
+    kind: str, dtype: torch.dtype, bound: float
+) -> None:
+    generator = torch.Generator().manual_seed(7)
+    atoms = torch.randn(12, 6, generator=generator, dtype=dtype)
+    active = torch.rand(200, 64, 12, generator=generator, dtype=dtype)
+    batches = (active * (active > 0.8)) @ atoms / 4
+    expected = curve(dense_step, fresh(kind, dtype), batches)
+    assert expected[-1] < 0.5 * expected[0]
+    for step in STEPS:
+        got = curve(step, fresh(kind, dtype), batches)
+        assert ((got - expected).abs() / expected).max() < bound
+
+
+def fresh(kind: str, dtype: torch.dtype) -> GatedSAE | ReluSAE:
+    sae = ReluSAE(6, 16) if kind == "relu" else GatedSAE(6, 16)
+    return sae.to(dtype)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_another_width_is_refused_in_the_words_of_encode(step: Step) -> None:
+    with pytest.raises(InputError, match="expected activations of width d_in=2, got shape"):
+        step(GatedSAE(2, 3), torch.zeros(4, 5), sparsity_coeff=0.1)
