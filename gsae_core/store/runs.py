@@ -275,9 +275,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(
-            f"expected a folder for the run, found a file at {folder}"
-        ) from None
+        raise InputError(f"expected a folder for the run, found a file at {folder}") from None
 
 
 def _occupied(folder: Path) -> str:
