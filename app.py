@@ -32,7 +32,11 @@ def actions() -> None:
         st.subheader("Train the bundled model", anchor=False)
         st.caption(f"{quick.description}.")
         if st.button(
-            "Start training", type="primary", icon="▶️", key="start_quick", width="stretch"
+            "Start training",
+            type="primary",
+            icon=":material/play_arrow:",
+            key="start_quick",
+            width="stretch",
         ):
             nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
             try:
@@ -47,7 +51,9 @@ def actions() -> None:
         st.caption(
             "Your model, layer, widths and λ; the memory and time it takes, before it starts."
         )
-        st.page_link("pages/1_Train.py", label="Choose settings", icon="🏋️", width="stretch")
+        st.page_link(
+            "pages/1_Train.py", label="Choose settings", icon=":material/tune:", width="stretch"
+        )
     with third:
         st.subheader("Open the latest results", anchor=False)
         if finished:
@@ -56,7 +62,7 @@ def actions() -> None:
             st.page_link(
                 "pages/3_Pareto.py",
                 label="Sparsity against fidelity",
-                icon="⚖️",
+                icon=":material/balance:",
                 width="stretch",
                 query_params={"run": latest.id},
             )
@@ -84,7 +90,10 @@ def jobs() -> None:
                 state_badge(status.state)
             with link:
                 st.page_link(
-                    "pages/2_Live.py", label="Watch", icon="📈", query_params={"run": run.id}
+                    "pages/2_Live.py",
+                    label="Watch",
+                    icon=":material/monitoring:",
+                    query_params={"run": run.id},
                 )
             now = progress(status, run.metrics())
             left = "" if now.seconds_left is None else f" · about {duration(now.seconds_left)} left"
@@ -105,7 +114,9 @@ def recent() -> None:
         on_select="rerun",
         selection_mode="single-row",
         column_config={
-            "done": st.column_config.ProgressColumn("done", format="percent", width="small"),
+            "done": st.column_config.ProgressColumn(
+                "done", format="%.0f %%", min_value=0, max_value=100, width="small"
+            ),
             "SAEs": st.column_config.NumberColumn(width="small"),
             "layer": st.column_config.NumberColumn(width="small"),
         },
@@ -127,7 +138,9 @@ def describe(run: Run) -> dict[str, object]:
     return {
         "run": run.id,
         "state": "unreadable" if status is None else status.state,
-        "done": None if status is None or not status.n_steps else status.step / status.n_steps,
+        "done": None
+        if status is None or not status.n_steps
+        else 100 * status.step / status.n_steps,
         "model": config.model.name,
         "layer": config.model.layer,
         "site": config.model.site,

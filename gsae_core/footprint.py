@@ -114,7 +114,7 @@ class Measured(NamedTuple):
     config: RunConfig
     share: float
     """Steps done over steps planned."""
-    seconds: float
+    seconds: float | int
     """Training time of those steps."""
 
 

@@ -18,19 +18,12 @@ _HOMES = {
     "cosine": ("sae/metrics.py", "Metrics.cosine"),
     "density": ("sae/metrics.py", "Metrics.density"),
     "alive_fraction": ("sae/metrics.py", "Metrics.alive_fraction"),
+    "loss_recovered": ("analysis/fidelity.py", "Fidelity.loss_recovered"),
+    "kl": ("analysis/fidelity.py", "Fidelity.kl"),
+    "delta_ce": ("plots/curves.py", "delta_ce"),
     "sparsity": ("config.py", "SAESpec.sparsity"),
     "matched_ratio": ("analysis/pareto.py", "matched_l0_ratio"),
     "frontier": ("analysis/pareto.py", "frontier"),
-}
-
-_OWN = {
-    "loss_recovered": "How much of the language model's performance survives when it reads "
-    "reconstructions instead of activations: 100 % is all of it, 0 % is as bad as setting the "
-    "activations to zero. (ce_zero - ce_sae) / (ce_zero - ce_clean) (arXiv:2404.16014v2, Eq. 5).",
-    "delta_ce": "How much worse the language model predicts the next token when it reads "
-    "reconstructions: its cross-entropy then, less its own, in nats per token. 0 is perfect.",
-    "kl": "How far the next-token probabilities move when the language model reads reconstructions: "
-    "KL divergence from its own, in nats per token. 0 is perfect.",
 }
 
 
@@ -41,15 +34,13 @@ def definition(term: str) -> str:
     Raises:
         KeyError: if no home is known for the term, or its home has no docstring.
     """
-    if term in _OWN:
-        return _OWN[term]
     file, path = _HOMES[term]
     return _docstrings(file)[path]
 
 
 def terms() -> tuple[str, ...]:
     """Return every term that has a definition."""
-    return (*_HOMES, *_OWN)
+    return tuple(_HOMES)
 
 
 @functools.cache

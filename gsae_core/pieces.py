@@ -74,10 +74,12 @@ def legend(saes: Sequence[SAESpec], theme: Theme) -> None:
             f'<span style="color:{colour}">{SIGNS[spec.architecture]}</span> '
             f"{html.escape(hover_name(spec))}</span>"
         )
-    st.html(f'<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem">{"".join(items)}</div>')
+    st.html(
+        f'<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">{"".join(items)}</div>'
+    )
 
 
-def seconds_since(moment: float) -> float:
+def seconds_since(moment: float | int) -> float:
     """Return the seconds since a time given in seconds since 1970."""
     return max(time.time() - moment, 0.0)
 
@@ -85,13 +87,13 @@ def seconds_since(moment: float) -> float:
 def facts(rows: Mapping[str, str]) -> None:
     """Show names and values in two columns."""
     body = "".join(
-        f'<dt style="opacity:.75">{html.escape(name)}</dt>'
-        f'<dd style="margin:0;overflow-wrap:anywhere">{html.escape(value)}</dd>'
+        f'<div style="opacity:.75">{html.escape(name)}</div>'
+        f'<div style="overflow-wrap:anywhere">{html.escape(value)}</div>'
         for name, value in rows.items()
     )
     st.html(
-        '<dl style="display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0">'
-        f"{body}</dl>"
+        '<div style="display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem">'
+        f"{body}</div>"
     )
 
 

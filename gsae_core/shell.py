@@ -16,11 +16,20 @@ from gsae_core.wording import percent
 NAME = "Gated SAE Studio"
 
 NAVIGATION = (
-    (None, (("app.py", "Home", "🏠"),)),
-    ("Build", (("pages/1_Train.py", "Train", "🏋️"), ("pages/2_Live.py", "Live", "📈"))),
+    (None, (("app.py", "Home", ":material/home:"),)),
+    (
+        "Build",
+        (
+            ("pages/1_Train.py", "Train", ":material/tune:"),
+            ("pages/2_Live.py", "Live", ":material/monitoring:"),
+        ),
+    ),
     (
         "Compare",
-        (("pages/3_Pareto.py", "Pareto", "⚖️"), ("pages/4_Shrinkage.py", "Shrinkage", "📏")),
+        (
+            ("pages/3_Pareto.py", "Pareto", ":material/balance:"),
+            ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
+        ),
     ),
 )
 
@@ -47,7 +56,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
 
     Args:
         title: page heading and browser tab.
-        icon: an emoji; other icons make the browser ask a font host for them.
+        icon: an emoji, for the browser tab; any other kind is asked for at a font host.
         purpose: one sentence under the heading.
     """
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
@@ -142,8 +151,12 @@ def need_run(frame: Frame, what: str) -> Run:
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
         left, right = st.columns(2)
-        left.page_link("app.py", label="Home: train on the bundled model in one press", icon="🏠")
-        right.page_link("pages/1_Train.py", label="Train with your own choices", icon="🏋️")
+        left.page_link(
+            "app.py", label="Home: train on the bundled model in one press", icon=":material/home:"
+        )
+        right.page_link(
+            "pages/1_Train.py", label="Train with your own choices", icon=":material/tune:"
+        )
     else:
         run_links(frame.runs)
     st.stop()
@@ -180,5 +193,10 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
             f"{run.id} is {status.state} and was not evaluated; resume it to get results.",
             kind="warning",
         )
-    st.page_link("pages/2_Live.py", label="Open the run", icon="📈", query_params={"run": run.id})
+    st.page_link(
+        "pages/2_Live.py",
+        label="Open the run",
+        icon=":material/monitoring:",
+        query_params={"run": run.id},
+    )
     st.stop()

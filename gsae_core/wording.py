@@ -4,7 +4,7 @@ import itertools
 import math
 
 
-def count(number: float) -> str:
+def count(number: float | int) -> str:
     """Return a count with at most three digits, e.g. `1.05 M`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -12,7 +12,7 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Return a length of time in its two largest units, e.g. `3 min 20 s`."""
     whole = round(seconds)
     units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
@@ -23,28 +23,28 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def ago(seconds: float) -> str:
+def ago(seconds: float | int) -> str:
     """Return how long ago something was, e.g. `5 min ago`."""
     if seconds < 2:
         return "just now"
     return f"{duration(seconds).split(' ')[0]} {duration(seconds).split(' ')[1]} ago"
 
 
-def fixed(number: float | None, digits: int = 3) -> str:
+def fixed(number: float | int | None, digits: int = 3) -> str:
     """Return a number with so many decimals, or a dash where there is none."""
     if number is None or not math.isfinite(number):
         return "–"
     return f"{number:,.{digits}f}"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float | int | None, digits: int = 1) -> str:
     """Return a share as a percentage, or a dash where there is none."""
     if share is None or not math.isfinite(share):
         return "–"
     return f"{100 * share:.{digits}f} %"
 
 
-def signed_percent(before: float, after: float) -> str:
+def signed_percent(before: float | int, after: float | int) -> str:
     """Return the change from one number to another as a share of the first, e.g. `+12.5 %`."""
     if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
         return "–"

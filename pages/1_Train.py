@@ -246,7 +246,7 @@ with right, st.container(border=True):
         if st.button(
             f"Start {count(config.train.n_tokens)} tokens",
             type="primary",
-            icon="▶️",
+            icon=":material/play_arrow:",
             width="stretch",
             key="start",
         ):

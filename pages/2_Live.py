@@ -93,19 +93,22 @@ def header(status: Status, rows: list[dict]) -> None:
 def controls(status: Status) -> None:
     """Draw Cancel while the run moves, Resume when it stopped early."""
     if status.state in ("queued", "starting", "running"):
-        if st.button("Cancel", icon="⏹️", key="cancel"):
+        if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
             run.request_cancel(by="app")
             st.rerun()
     elif status.state == "cancelling":
         stage = escalate_cancel(run)
         st.caption(f"The process was {STAGES.get(stage, 'ended')}.")
     elif status.state in RESUMABLE:
-        if st.button("Resume", icon="▶️", type="primary", key="resume"):
+        if st.button("Resume", icon=":material/play_arrow:", type="primary", key="resume"):
             start(run)
             st.rerun()
     else:
         st.page_link(
-            "pages/3_Pareto.py", label="See the results", icon="⚖️", query_params={"run": run.id}
+            "pages/3_Pareto.py",
+            label="See the results",
+            icon=":material/balance:",
+            query_params={"run": run.id},
         )
 
 
@@ -187,7 +190,7 @@ def view() -> None:
         st.code("\n".join(run.log_tail(30)) or "nothing yet", language=None, height=240)
 
 
-with st.expander("View", icon="🎛️"):
+with st.expander("View", icon=":material/settings:"):
     one, two, three, four = st.columns([2, 2, 2, 1], vertical_alignment="bottom")
     one.segmented_control(
         "Horizontal axis",
@@ -228,6 +231,6 @@ with st.expander("View", icon="🎛️"):
 state = shell.status_of(run)
 moving = state is not None and state.state in MOVING and not st.session_state.get("pause")
 st.fragment(view, run_every=1.0 if moving else None)()
-with st.expander("What the numbers mean", icon="📖"):
+with st.expander("What the numbers mean", icon=":material/menu_book:"):
     for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
         plain(f"{term}: {glossary.definition(term)}")

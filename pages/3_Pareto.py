@@ -154,7 +154,8 @@ if len(picked) == 2:
 
 st.subheader("All SAEs", anchor=False)
 table = evals[[column for column in COLUMNS if column in evals]].rename(columns=COLUMNS)
-formats = {"loss recovered": "percent", "alive": "percent", "L0": "%.1f"}
+table = table.assign(**{name: 100 * table[name] for name in ("loss recovered", "alive")})
+formats = {"loss recovered": "%.2f %%", "alive": "%.1f %%", "L0": "%.1f"}
 formats |= dict.fromkeys(("ΔCE (nats)", "KL (nats)"), "%.4f")
 formats |= dict.fromkeys(("FVU", "γ", "γ gate path", "cosine"), "%.3f")
 st.dataframe(
@@ -167,6 +168,7 @@ st.dataframe(
         for column in evals
         if column in COLUMNS and column not in ("name", "architecture", "d_sae")
     },
+    placeholder="–",
     alt="Every SAE of the run with its held-out numbers",
 )
 tokens = int(evals["n_tokens"].max())
@@ -181,7 +183,7 @@ right.download_button(
     evals.to_csv(index=False),
     file_name=f"{run.id}-evals.csv",
     mime="text/csv",
-    icon="⬇️",
+    icon=":material/download:",
     on_click="ignore",
     key="csv",
 )

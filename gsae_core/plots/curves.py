@@ -20,13 +20,24 @@ VALUE_FORMATS: dict[Measure, str] = {
 }
 
 
+def delta_ce(evals: pd.DataFrame) -> pd.Series:
+    """How much worse the language model predicts when it reads reconstructions; 0 is perfect.
+
+    Its cross-entropy then, less its own, in nats per token: ce_sae - ce_clean.
+    """
+    return pd.Series(evals["ce_sae"] - evals["ce_clean"])
+
+
 def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return `evals.json`'s SAEs as a table, with `delta_ce = ce_sae - ce_clean` (nats a token)."""
+    """Return `evals.json`'s SAEs as a table, with `delta_ce`, sorted by architecture and L0."""
     frame = pd.DataFrame(list(evals))
     if frame.empty:
         return frame
-    order = frame.assign(delta_ce=frame["ce_sae"] - frame["ce_clean"])
-    return order.sort_values(["architecture", "l0"]).reset_index(drop=True)
+    # JSON has null for NaN, which would make a column of objects.
+    numbers = frame.columns.difference(["name", "architecture", "d_in", "d_sae", "n_tokens"])
+    frame = frame.astype({str(name): float for name in numbers})
+    frame = frame.assign(delta_ce=delta_ce(frame))
+    return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
 
 
 def style(

@@ -1,5 +1,6 @@
 """Figures of a run that still moves, in Altair: charts keep their zoom while data arrive."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -71,7 +72,7 @@ def line_chart(
         scale=alt.Scale(nice=False),
     )
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
-    y_axis = alt.Axis(format="~g" if not log else "~s", tickCount=5)
+    y_axis = alt.Axis(values=round_values(data["raw"])) if log else alt.Axis(tickCount=5)
     base = alt.Chart(data).encode(
         x=x_axis,
         color=alt.Color(
@@ -124,7 +125,7 @@ def plane(
             "l0:Q",
             title=AXES["l0"],
             scale=alt.Scale(type="log"),
-            axis=alt.Axis(tickCount=4, format="~s"),
+            axis=alt.Axis(values=round_values(newest["l0"]), format="~g"),
         ),
         "y": alt.Y("fvu:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
         "color": alt.Color(
@@ -150,6 +151,19 @@ def plane(
         fontWeight="normal",
     )
     return (trail + here).properties(height=height, title=title).interactive()
+
+
+def round_values(values: pd.Series) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten within the values' range: ticks of a log axis.
+
+    Vega's own choice draws a grid line for every digit of every decade.
+    """
+    if values.empty:
+        return []
+    low, high = float(values.min()), float(values.max())
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
 
 
 def _sorted(saes: Sequence[SAESpec], colours: dict[str, str]) -> list[SAESpec]:

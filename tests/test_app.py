@@ -1,0 +1,315 @@
+"""Every page in every state, without a browser: no page may end in an exception."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from synthetic import config, metric_lines, write_metrics, write_run
+
+from gsae_core import launch as launching
+from gsae_core.store.runs import Run, list_runs
+from gsae_core.store.status import read_status, write_status
+
+APP = Path(__file__).resolve().parents[1] / "app.py"
+PAGES = [
+    "app.py",
+    "pages/1_Train.py",
+    "pages/2_Live.py",
+    "pages/3_Pareto.py",
+    "pages/4_Shrinkage.py",
+]
+RESULT_PAGES = PAGES[3:]
+HOSTILE = "<img src=x onerror=alert(1)>![](http://evil.example/x.png)"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of runs that the app is pointed at."""
+    monkeypatch.setenv("GSAE_RUNS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def worker() -> Iterator[int]:
+    """Id of a process that plays the one that trains."""
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def opened(page: str, **parameters: str) -> AppTest:
+    at = AppTest.from_file(str(APP), default_timeout=120)
+    if page != "app.py":
+        at.switch_page(page)
+    for name, value in parameters.items():
+        at.query_params[name] = value
+    return at.run()
+
+
+def text(at: AppTest) -> str:
+    """Return all that a page says."""
+    kinds = (at.html, at.caption, at.markdown, at.code, at.title, at.subheader)
+    return "\n".join(
+        str(element.value if hasattr(element, "value") else element.body)
+        for kind in kinds
+        for element in kind
+    )
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the runs that would have been started; no process is."""
+    ids: list[str] = []
+
+    def record(run: Run) -> int:
+        ids.append(run.id)
+        return 1
+
+    monkeypatch.setattr(launching, "start", record)
+    return ids
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_without_runs_says_so(root: Path, page: str) -> None:
+    at = opened(page)
+    assert not at.exception
+    if page in PAGES[2:]:
+        assert "No runs yet" in text(at)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_shows_a_finished_run(root: Path, page: str) -> None:
+    write_run(root, "done")
+    at = opened(page)
+    assert not at.exception
+    assert at.selectbox(key="run").value == "done"
+
+
+@pytest.mark.parametrize("page", PAGES[2:])
+def test_a_page_shows_a_running_job(root: Path, worker: int, page: str) -> None:
+    write_run(root, "moving", "running", share=0.25, pid=worker)
+    at = opened(page)
+    assert not at.exception
+    if page in RESULT_PAGES:
+        assert "moving is running, step 128 of 512" in text(at)  # a quarter of 2^20 / 2048
+
+
+@pytest.mark.parametrize("page", PAGES[2:])
+def test_a_page_shows_a_failed_job(root: Path, page: str) -> None:
+    write_run(root, "broken", "failed", share=0.1, error=f"CUDA out of memory {HOSTILE}")
+    at = opened(page)
+    assert not at.exception
+    said = text(at)
+    assert "<img src=x" not in said
+    if page == "pages/2_Live.py":
+        assert "Train fewer SAEs at once" in said
+        assert "loading the model" in said
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_an_unknown_run_in_the_address_is_named_and_not_replaced(root: Path, page: str) -> None:
+    write_run(root, "done")
+    at = opened(page, run=HOSTILE)
+    assert not at.exception
+    assert "is not on this machine; choose another in the sidebar" in text(at)
+    assert "<img" not in text(at)
+    assert at.selectbox(key="run").value is None
+
+
+def test_bad_values_in_the_address_are_dropped(root: Path) -> None:
+    write_run(root, "done")
+    for page, bad in (
+        ("pages/2_Live.py", {"x": "parsecs", "smooth": "9", "part": "?", "saes": HOSTILE}),
+        ("pages/3_Pareto.py", {"ym": "beauty", "pick": HOSTILE}),
+        ("pages/4_Shrinkage.py", {"gated": "none", "base": HOSTILE, "minfire": "-3"}),
+        ("pages/1_Train.py", {"preset": HOSTILE}),
+    ):
+        at = opened(page, run="done", **bad)
+        assert not at.exception, page
+
+
+def test_a_run_deleted_while_open_is_named(root: Path) -> None:
+    write_run(root, "older")
+    run = write_run(root, "victim")
+    at = opened("pages/3_Pareto.py", run="victim")
+    shutil.rmtree(run.folder)
+    at.run()
+    assert not at.exception
+    assert "Run victim is not on this machine" in text(at)
+
+
+def test_a_new_run_does_not_change_what_is_open(root: Path) -> None:
+    write_run(root, "first")
+    at = opened("pages/2_Live.py")
+    write_run(root, "second")
+    at.run()
+    assert at.selectbox(key="run").value == "first"
+
+
+def test_a_half_written_metrics_line_is_left_for_later(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 300, "tok')
+    assert not opened("pages/2_Live.py").exception
+
+
+def test_a_lost_run_can_be_resumed(root: Path) -> None:
+    write_run(root, "gone", "running", share=0.5)  # no process
+    at = opened("pages/2_Live.py")
+    assert not at.exception
+    assert "The run was lost" in text(at)
+    assert at.button(key="resume")
+
+
+def test_cancel_asks_the_process_and_shows_the_stage(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened("pages/2_Live.py")
+    at.button(key="cancel").click().run()
+    assert not at.exception
+    assert run.status.state == "cancelling"
+    assert "asked to finish its step and save" in text(at)
+
+
+def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
+    write_run(root, "done")
+    (root / "bad").mkdir()
+    (root / "bad" / "config.json").write_text("{", encoding="utf-8")
+    at = opened("app.py")
+    assert not at.exception
+    assert "bad cannot be read" in text(at)
+
+
+def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> None:
+    at = opened("app.py")
+    at.button(key="start_quick").click().run()
+    assert not at.exception
+    (run,) = list_runs(root)
+    assert started == [run.id]
+    assert run.config.preset == "quick"
+
+
+def test_a_double_press_starts_one_run(root: Path, started: list[str]) -> None:
+    first = launching.launch(root, config(), nonce="abc123")
+    write_status(first.folder, read_status(first.folder)._replace(state="finished"))
+    second = launching.launch(root, config(), nonce="abc123")
+    assert first.folder == second.folder
+    assert started == [first.id]
+
+
+def test_the_form_starts_what_its_command_line_says(root: Path, started: list[str]) -> None:
+    from gsae_core.command_line import parse
+    from gsae_core.flags import Train, run_config
+
+    at = opened("pages/1_Train.py")
+    at.text_input(key="lambdas").set_value("0.3, 0.6")
+    at.number_input(key="width").set_value(768)
+    at.text_input(key="tokens").set_value("2e6")
+    at.text_input(key="data").set_value("my files/*.txt; rm -rf ~")
+    at.run()
+    assert not at.exception
+    command = shlex.split(at.code[0].value)
+    assert command[:4] == ["python", "-m", "gsae_core", "train"]
+    flags = parse(command[3:])
+    assert isinstance(flags, Train)
+    at.button(key="start").click().run()
+    (run,) = list_runs(root)
+    assert run.config == run_config(flags)
+    assert [spec.d_sae for spec in run.config.saes] == [768, 768, 1152, 1152]
+    assert run.config.train.n_tokens == 2_000_000
+    assert started == [run.id]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("lambdas", "0.1 lots", "λ: expected numbers separated by spaces, like 0.1 0.2, got"),
+        ("lambdas", "-1", "λ: expected a number greater than 0, got -1.0"),
+        ("tokens", "many", "Tokens: expected a whole number, like 2_000_000, got"),
+        ("tokens", "100", "expected n_tokens of at least one batch (2048), got 100"),
+        ("lr", "0", "Learning rate: expected a number greater than 0, got 0.0"),
+    ],
+)
+def test_a_mistake_in_the_form_is_one_sentence_beside_it(
+    root: Path, key: str, value: str, sentence: str
+) -> None:
+    at = opened("pages/1_Train.py")
+    at.text_input(key=key).set_value(value).run()
+    assert not at.exception
+    assert sentence in text(at).replace("&#x27;", "'")
+    assert at.button(key="start").disabled
+
+
+def test_a_layer_the_model_lacks_is_named_before_it_starts(root: Path) -> None:
+    at = opened("pages/1_Train.py")
+    at.number_input(key="layer").set_value(7).run()
+    assert "Layer: expected 0 to 3, got 7; the model has 4 blocks" in text(at)
+
+
+def test_the_ratio_on_the_page_is_that_of_the_frontiers(root: Path) -> None:
+    # Recovery is 0.70 + 0.055 ln L0 for gated and 0.035 less for the baseline, so that at equal
+    # recovery ln L0 differs by 0.035 / 0.055 everywhere: a ratio of exp(7/11) = 1.89.
+    write_run(root, "done")
+    at = opened("pages/3_Pareto.py")
+    assert at.metric[0].value == "1.89×"
+
+
+def test_two_picks_show_what_changes(root: Path) -> None:
+    write_run(root, "done")
+    at = opened("pages/3_Pareto.py")
+    at.multiselect(key="pick").set_value(["gated-0.1", "gated-0.2"]).run()
+    assert not at.exception
+    # L0 is 12 / lambda: 120 and 60, half as many.
+    assert "-50.0 %" in [metric.delta for metric in at.metric]
+
+
+def test_hiding_rare_features_states_how_many_are_left(root: Path) -> None:
+    run = write_run(root, "done")
+    stats = run.feature_stats("gated-0.1")
+    at = opened("pages/4_Shrinkage.py", run="done", gated="gated-0.1", minfire="100")
+    left = int((stats["fired"] >= 100).sum())
+    assert f"{left:,} of 512 features fired on 100 tokens or more" in text(at)
+
+
+def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
+    run = write_run(root, "empty")
+    (run.folder / "evals.json").write_text(json.dumps({"saes": []}), encoding="utf-8")
+    at = opened("pages/3_Pareto.py")
+    assert not at.exception
+    assert "none of its SAEs could be evaluated" in text(at)
+
+
+def test_one_architecture_alone_has_pages_too(root: Path) -> None:
+    from gsae_core.config import sweep
+
+    base = config()
+    run = write_run(
+        root, "alone", run_config=base.model_copy(update={"saes": sweep(["gated"], [0.2], 512)})
+    )
+    write_metrics(run, metric_lines(run.config, share=1.0))
+    for page in PAGES[2:]:
+        at = opened(page)
+        assert not at.exception, page
+    assert "no Gated run" not in text(opened("pages/3_Pareto.py"))
+
+
+def test_every_page_begins_with_the_frame_and_none_navigates_by_itself() -> None:
+    for page in PAGES:
+        source = (APP.parent / page).read_text(encoding="utf-8")
+        assert source.count("shell.page(") == 1
+        assert "st.navigation" not in source
+        assert "unsafe_allow_html" not in source
+
+
+def test_no_page_needs_torch_or_shows_plotly_at_home() -> None:
+    code = "import sys; import {}; sys.exit(bool(set(sys.modules) & {}))"
+    modules = "gsae_core.shell, gsae_core.pieces, gsae_core.launch, gsae_core.machine, gsae_core.presets, gsae_core.progress"
+    heavy = {"torch", "plotly", "altair", "transformers", "tyro"}
+    done = subprocess.run([sys.executable, "-c", code.format(modules, heavy)], check=False)
+    assert done.returncode == 0
