@@ -33,7 +33,8 @@ class LanguageModel:
             weights TransformerLens has centred and folded, so that its residual stream is another.
         hf: the Hugging Face model (inside the bridge, where there is one).
         tokenizer: the Hugging Face tokenizer.
-        n_layers, d_model, n_ctx: blocks, width of the residual stream, longest sequence in tokens.
+        n_layers, d_model: number of blocks; width of the residual stream.
+        n_ctx, d_vocab: longest sequence, in tokens; number of tokens there are.
         device: where it computes.
     """
 
@@ -43,10 +44,11 @@ class LanguageModel:
         if bridge is None:
             self.family = hf.config.model_type
             self.d_model = hf.config.hidden_size
-            self.n_ctx = hf.config.max_position_embeddings
+            self.n_ctx, self.d_vocab = hf.config.max_position_embeddings, hf.config.vocab_size
         else:
             self.family = getattr(getattr(hf, "config", None), "model_type", "native")
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
+            self.d_vocab = bridge.cfg.d_vocab
         compatible = bridge is not None and bridge.compatibility_mode
         self.numerics: Numerics = "compatibility" if compatible else "raw"
         self.n_layers = len(self._blocks)
@@ -68,7 +70,7 @@ class LanguageModel:
         if self._bridge is not None:
             cfg = self._bridge.cfg
             return cfg.d_mlp if site == "mlp_hidden" else cfg.n_heads * cfg.d_head
-        projection = self._blocks[0].taps[site].module
+        projection: Any = self._blocks[0].taps[site].module
         # GPT-2 keeps its projections as Conv1D, which calls the width of its input nx.
         return projection.in_features if isinstance(projection, nn.Linear) else projection.nx
 
@@ -192,7 +194,8 @@ class Splice:
             hooked(self._tap, seen.append),
         ):
             self.logits: Tensor = model._forward(ids)
-        self.x: Tensor = seen[0].float()
+        # A copy made outside inference mode may later meet autograd.
+        self.x: Tensor = seen[0].to(torch.float32, copy=True)
         # Each block hands on one residual stream, so every earlier one may return the last one's.
         self._outputs = outputs | {block: outputs[earlier[-1]] for block in earlier}
 

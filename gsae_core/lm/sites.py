@@ -111,10 +111,11 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
     """
     found = []
     for layer, block in enumerate(bridge.blocks):
-        points = {site: bridge.hook_dict.get(hook_name(layer, site)) for site in SITES}
-        taps: dict[Site, Tap] = {
-            site: Tap(point, "output") for site, point in points.items() if point is not None
-        }
+        taps: dict[Site, Tap] = {}
+        for site in SITES:
+            point = bridge.hook_dict.get(hook_name(layer, site))
+            if point is not None:
+                taps[site] = Tap(point, "output")
         # A bridge's hook points lie inside the modules whose output they show.
         before: dict[Site, tuple[nn.Module, ...]] = {
             "mlp_hidden": (block.attn,),

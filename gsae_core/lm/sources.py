@@ -46,13 +46,15 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
     try:
         # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
         # scores, which SDPA cannot).
-        hf = AutoModelForCausalLM.from_pretrained(found, dtype=getattr(torch, dtype), **options)
+        hf: Any = AutoModelForCausalLM.from_pretrained(
+            found, dtype=getattr(torch, dtype), **options
+        )
     except OSError as error:
         raise InputError(
             f"expected model weights (model.safetensors) beside the config of {name!r}, "
             "found none that could be read; download or save the model again"
         ) from error
-    return hf.to(device), tokenizer
+    return hf.to(torch.device(device)), tokenizer
 
 
 def check_config(name: str, config: Any) -> None:
