@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.sae.sparse import sparse_step
 from gsae_core.training import StepReport, TrainConfig, Trainer, pupil, train
 
 D_IN, BATCH = 6, 16
@@ -123,13 +125,15 @@ def test_saes_trained_together_equal_each_trained_alone() -> None:
         assert numbers(report)[0] == numbers(last)[i]
 
 
-def test_a_run_cut_anywhere_and_resumed_has_the_same_bits() -> None:
+def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that both ways to compute a step are taken, by what the last one measured.
+    monkeypatch.setattr(pupil, "CROSSOVER", 0.4)
     batches = sparse_batches(N_STEPS)
     whole = all_kinds()
     expected = [numbers(report) for report in train(whole, batches, config())]
     assert sum(row[-1] for report in expected for row in report) > 0  # some were revived
     # Just before, at and after a revival (6, 12), and anywhere.
-    for cut in (0, 5, 6, 7, *random.Random(0).sample(range(8, N_STEPS + 1), 4)):
+    for cut in (0, 5, 6, 7, *random.Random(0).sample(range(8, N_STEPS + 1), 3)):
         first = Trainer(all_kinds(), config())
         for x in batches[:cut]:
             first.step(x)
@@ -232,6 +236,48 @@ def test_a_report_counts_steps_and_tokens_and_measures_before_the_step() -> None
     assert report.saes[0].loss is not None
     error = (x - before(x)).square().sum(1).mean().item()
     assert float(report.saes[0].loss.reconstruction) == pytest.approx(error, rel=1e-5)
+
+
+def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pupil.choose_step(None, cpu) is manual_dense_step
+    assert pupil.choose_step(0.5, cpu) is manual_dense_step
+    assert pupil.choose_step(0.01, cpu) is sparse_step
+    assert pupil.choose_step(0.01, gpu) is dense_step
+    sae = GatedSAE(D_IN, 9)
+    with torch.no_grad():
+        sae.b_gate.fill_(-100.0)
+        sae.b_gate[0] = 100.0
+        sae.b_mag.fill_(-100.0)
+    trainer = Trainer([sae], config())
+    trainer.step(sparse_batches(1)[0])
+    # One gate of nine is always open; that nothing fires makes no difference to the cost.
+    assert trainer.state_dict()["saes"][0]["density"] == pytest.approx(1 / 9)
+
+
+def test_both_steps_are_taken_and_training_does_not_tell_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = set()
+
+    def choose(density: float | None, device: torch.device) -> Callable[..., StepResult]:
+        step = original(density, device)
+        taken.add(step)
+        return step
+
+    original = pupil.choose_step
+    monkeypatch.setattr(pupil, "choose_step", choose)
+    monkeypatch.setattr(pupil, "CROSSOVER", 0.4)  # half of all gates are open at the start
+    batches = sparse_batches(N_STEPS)
+    cfg = config(lr=1e-3, revive_every=0)
+    mixed, dense = GatedSAE(D_IN, 9), GatedSAE(D_IN, 9)
+    list(train([mixed], batches, cfg))
+    assert taken == {manual_dense_step, sparse_step}
+    monkeypatch.setattr(pupil, "choose_step", lambda *_: dense_step)
+    list(train([dense], batches, cfg))
+    for name, parameter in mixed.named_parameters():
+        # Adam divides by the gradient's size, so rounding shows where that is near zero.
+        assert torch.allclose(parameter, dense.get_parameter(name), atol=2e-4), name
 
 
 def test_kept_reports_hold_no_numbers_per_latent() -> None:
@@ -430,14 +476,14 @@ def test_a_state_of_other_saes_is_refused_and_changes_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def superposition() -> list[Tensor]:
-    """32 sparse directions in 16 dimensions; the last batch is for evaluation."""
-    batches = sparse_batches(401, batch_size=128, d_in=16, n_true=32, p=0.06)
+    """32 sparse directions in 16 dimensions; the last 40 batches are kept to measure on."""
+    batches = sparse_batches(280, batch_size=128, d_in=16, n_true=32, p=0.06)
     return [x / 1.4 for x in batches]
 
 
 def test_a_gated_sae_is_unbiased_where_the_baseline_shrinks(superposition: list[Tensor]) -> None:
     cfg = TrainConfig(
-        n_tokens=400 * 128, batch_size=128, lr=0.01, sparsity=0.2, lr_warmup_steps=20,
+        n_tokens=240 * 128, batch_size=128, lr=0.01, sparsity=0.2, lr_warmup_steps=20,
         lr_decay_fraction=0.25, revive_every=0,
     )  # fmt: skip
     gated, relu = GatedSAE(16, 40), ReluSAE(16, 60)
@@ -461,7 +507,7 @@ def test_killed_latents_come_back_to_life(superposition: list[Tensor]) -> None:
         with torch.no_grad():
             sae.b_gate[:20] = -100.0
         cfg = TrainConfig(
-            n_tokens=300 * 128, batch_size=128, lr=0.01, sparsity=0.1, lr_warmup_steps=20,
+            n_tokens=200 * 128, batch_size=128, lr=0.01, sparsity=0.1, lr_warmup_steps=20,
             revive_every=revive_every, revive_window=40, revive_until=0.7,
         )  # fmt: skip
         list(train([sae], superposition, cfg))

@@ -12,7 +12,9 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.sparse import sparse_step
 from gsae_core.training.optim import DictionaryAdam, lr_factor, sparsity_factor
 from gsae_core.training.report import DeadCounts, SAEReport, slim
 from gsae_core.training.revive import dead_latents, revive_
@@ -20,13 +22,23 @@ from gsae_core.training.revive import dead_latents, revive_
 logger = logging.getLogger(__name__)
 
 
-def choose_step(density: float | None) -> Callable[..., StepResult]:
-    """Return the way to compute the next step: all give the same gradients up to rounding.
+# Share of open gates below which the sparse step is the faster one. Measured on one core with
+# d_in = 256: they cost the same at 11 % for 1024 latents and at 8.5 % for 3072, Gated and ReLU
+# alike; at 2 % the sparse step takes 0.4 to 0.5 of the time.
+CROSSOVER = 0.08
+
+
+def choose_step(density: float | None, device: torch.device) -> Callable[..., StepResult]:
+    """Return the fastest way to compute the next step; all give equal gradients up to rounding.
 
     Args:
         density: share of (input, latent) pairs with an open gate in the last step; None before it.
+        device: where the SAE is. Off the CPU it is autograd's dense step: the other two are
+            blocked for a CPU's caches.
     """
-    return dense_step
+    if device.type != "cpu":
+        return dense_step
+    return sparse_step if density is not None and density < CROSSOVER else manual_dense_step
 
 
 class Pupil:
@@ -88,7 +100,8 @@ class Pupil:
     def _learn(
         self, x: Float[Tensor, "batch d_in"], *, lr: float, sparsity_coeff: float, steps_done: int
     ) -> StepResult | None:
-        result = choose_step(self.density)(self.sae, x, sparsity_coeff=sparsity_coeff)
+        take_step = choose_step(self.density, x.device)
+        result = take_step(self.sae, x, sparsity_coeff=sparsity_coeff)
         stats = result.stats
         opened = stats.fired if stats.gate_open is None else stats.gate_open
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
