@@ -1,5 +1,7 @@
 """Dead latents: which ones, from which inputs, with what weights, and nothing else touched."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from gsae_core.training.revive import (
 D_IN, D_SAE = 3, 6
 DEAD = torch.tensor([1, 4])
 ALIVE = torch.tensor([0, 2, 3, 5])
-SAES = {
+SAES: dict[str, Callable[[], GatedSAE | ReluSAE]] = {
     "gated": lambda: GatedSAE(D_IN, D_SAE),
     "no r_mag": lambda: GatedSAE(D_IN, D_SAE, tie="none"),
     "untied": lambda: GatedSAE(D_IN, D_SAE, tie="untied"),
@@ -93,6 +95,7 @@ def test_losses_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_input_equal_to_b_dec_is_never_drawn() -> None:
     sae, _ = trained("relu")
+    assert isinstance(sae, ReluSAE)
     with torch.no_grad():
         sae.b_enc.fill_(1.0)  # so that b_dec itself is badly reconstructed
     pool = torch.stack([sae.b_dec.detach(), sae.b_dec.detach() + 1])

@@ -483,7 +483,7 @@ def superposition() -> list[Tensor]:
 
 def test_a_gated_sae_is_unbiased_where_the_baseline_shrinks(superposition: list[Tensor]) -> None:
     cfg = TrainConfig(
-        n_tokens=240 * 128, batch_size=128, lr=0.01, sparsity=0.2, lr_warmup_steps=20,
+        n_tokens=240 * 128, batch_size=128, lr=0.01, sparsity=(0.2,), lr_warmup_steps=20,
         lr_decay_fraction=0.25, revive_every=0,
     )  # fmt: skip
     gated, relu = GatedSAE(16, 40), ReluSAE(16, 60)
@@ -507,7 +507,7 @@ def test_killed_latents_come_back_to_life(superposition: list[Tensor]) -> None:
         with torch.no_grad():
             sae.b_gate[:20] = -100.0
         cfg = TrainConfig(
-            n_tokens=200 * 128, batch_size=128, lr=0.01, sparsity=0.1, lr_warmup_steps=20,
+            n_tokens=200 * 128, batch_size=128, lr=0.01, sparsity=(0.1,), lr_warmup_steps=20,
             revive_every=revive_every, revive_window=40, revive_until=0.7,
         )  # fmt: skip
         list(train([sae], superposition, cfg))
