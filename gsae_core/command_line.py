@@ -120,8 +120,7 @@ def _unknown(token: str, argv: Sequence[str]) -> str:
     command = argv[0]
     if not token.startswith("-"):
         return f"expected a flag of {command}, got {token!r}"
-    names = [field.name for field in dataclasses.fields(COMMANDS[command])]
-    flags = ["--" + name.replace("_", "-") for name in names]
-    near = difflib.get_close_matches(token.replace("_", "-"), flags, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"see {PROGRAM} {command} --help"
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(COMMANDS[command])]
+    near = difflib.get_close_matches(token.strip("-").replace("_", "-"), flags, n=1)
+    advice = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command} --help"
     return f"expected a flag of {command}, got {token!r}; {advice}"

@@ -5,7 +5,7 @@ import os
 import platform
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,22 +36,24 @@ def examine(runs: Path) -> Iterator[Check]:
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Check("python", "ok", system)
     for package in ("torch", "transformers", "transformer-lens", "datasets", "streamlit", "plotly"):
-        yield _version(package)
-    yield _device()
-    yield _memory()
-    yield from _folder(runs)
-    yield _bundled_model()
-    yield _hub()
+        yield version(package)
+    yield device()
+    yield memory()
+    yield from folder(runs)
+    yield bundled_model()
+    yield hub()
 
 
-def _version(package: str) -> Check:
+def version(package: str) -> Check:
+    """Return whether a package is there."""
     try:
         return Check(package, "ok", importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return Check(package, "bad", "not installed; pip install -r requirements.txt")
 
 
-def _device() -> Check:
+def device() -> Check:
+    """Return what the work runs on."""
     import torch
 
     if torch.cuda.is_available():
@@ -67,7 +69,8 @@ def _device() -> Check:
     )
 
 
-def _memory() -> Check:
+def memory() -> Check:
+    """Return whether the quick preset fits in memory."""
     free = psutil.virtual_memory().available
     if free < MEMORY:
         advice = f"close other programs: the quick preset wants {readable(MEMORY)}"
@@ -75,7 +78,8 @@ def _memory() -> Check:
     return Check("memory", "ok", f"{readable(free)} free")
 
 
-def _folder(runs: Path) -> Iterator[Check]:
+def folder(runs: Path) -> Iterator[Check]:
+    """Yield whether the disk has room and `runs` can be written; makes nothing there."""
     place = runs.absolute()
     while not place.exists():
         place = place.parent
@@ -95,7 +99,8 @@ def _folder(runs: Path) -> Iterator[Check]:
         )
 
 
-def _bundled_model() -> Check:
+def bundled_model() -> Check:
+    """Return whether the model that ships with the package predicts a token."""
     import torch
 
     from gsae_core.lm.model import load_model
@@ -109,11 +114,12 @@ def _bundled_model() -> Check:
     return Check("bundled model", "ok", f"loads and runs: {shape}")
 
 
-def _hub(connect: Callable[..., socket.socket] = socket.create_connection) -> Check:
+def hub() -> Check:
+    """Return whether the Hub answers within 3 s."""
     if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "yes", "on"):
         return Check("Hub", "note", "offline by HF_HUB_OFFLINE; local folders and files work")
     try:
-        connect((HUB, 443), timeout=3).close()
+        socket.create_connection((HUB, 443), timeout=3).close()
     except OSError as error:
         return Check(
             "Hub",

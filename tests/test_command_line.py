@@ -1,0 +1,261 @@
+"""argv -> a run: what flags change, and the sentence for every mistake tyro can find."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gsae_core.command_line import Doctor, Evaluate, Resume, parse
+from gsae_core.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SAESpec,
+    TrainRecipe,
+)
+from gsae_core.errors import InputError
+from gsae_core.flags import Train, run_config
+from gsae_core.launch import command_line
+from gsae_core.presets import preset
+
+
+def config(words: str) -> RunConfig:
+    """Return the run that `train` with these words describes."""
+    flags = parse(["train", *shlex.split(words)])
+    assert isinstance(flags, Train)
+    return run_config(flags)
+
+
+def refused(words: str) -> str:
+    with pytest.raises(InputError) as error:
+        run_config(parse(shlex.split(words)))  # pyright: ignore[reportArgumentType]
+    return str(error.value)
+
+
+def shapes(run: RunConfig) -> list[tuple[str, int]]:
+    return [(spec.name, spec.d_sae) for spec in run.saes]
+
+
+def test_flags_alone_make_a_run_over_the_configs_defaults() -> None:
+    run = config(
+        "--model gpt2 --layer 5 --site mlp_out --arch gated relu --sparsity 0.02 0.05 "
+        "--width 2048 --tokens 2_000_000 --data book.txt --seed 3 --device cpu"
+    )
+    assert run.model == ModelConfig(name="gpt2", layer=5, site="mlp_out")
+    assert run.data == DataConfig(source="book.txt")
+    assert run.train == TrainRecipe(n_tokens=2_000_000)
+    assert shapes(run) == [
+        ("gated-0.02", 2048),
+        ("gated-0.05", 2048),
+        ("relu-0.02", 3072),
+        ("relu-0.05", 3072),
+    ]
+    assert (run.seed, {spec.seed for spec in run.saes}, run.device) == (3, {3}, "cpu")
+
+
+def test_every_setting_of_the_configs_has_a_flag() -> None:
+    flags = {field.name for field in dataclasses.fields(Train)}
+    kinds = (ModelConfig, DataConfig, TrainRecipe, EvalConfig, SAESpec, RunConfig)
+    settings = {name for kind in kinds for name in kind.model_fields}
+    called = {"name": "model", "source": "data", "n_tokens": "tokens", "d_sae": "width"}
+    called |= {"architecture": "arch"}
+    # Parts of a run, and what only the ablation of a paragraph in the paper wants.
+    settings -= {"saes", "train", "evaluation", "detach_b_dec"}
+    assert {called.get(name, name) for name in settings} <= flags
+
+
+def test_a_preset_is_the_run_when_no_flag_changes_it() -> None:
+    assert config("--preset quick") == preset("quick").config()
+
+
+def test_flags_win_over_a_preset() -> None:
+    run = config(
+        "--preset quick --layer 1 --lr 0.01 --eval-tokens 99 --bos never --n-ctx 64 "
+        "--text-column body --dtype bfloat16 --activation-scale none --recipe B"
+    )
+    quick = preset("quick").config()
+    assert run.model == ModelConfig(layer=1, dtype="bfloat16")
+    assert (run.data.bos, run.data.n_ctx, run.data.text_column) == ("never", 64, "body")
+    assert run.train == quick.train.model_copy(update={"lr": 0.01})
+    assert run.evaluation.n_tokens == 99
+    assert run.activation_scale == "none"
+    assert {spec.recipe for spec in run.saes} == {"B"}
+    assert shapes(run) == shapes(quick)
+
+
+def test_new_lambdas_keep_what_else_a_preset_says_of_each_architecture() -> None:
+    run = config("--preset pythia-2.8b --layer 4 --sparsity 1e-3 2e-3")
+    got = [(s.name, s.d_sae, s.lr, s.loss_norm) for s in run.saes]
+    # Residual stream of Pythia-2.8B, arXiv:2404.16014v2, Tables 6 and 8.
+    assert got == [
+        ("relu-0.001", 49_152, 1e-3, "mean_power"),
+        ("relu-0.002", 49_152, 1e-3, "mean_power"),
+        ("gated-0.001", 32_768, 3e-4, "mean"),
+        ("gated-0.002", 32_768, 3e-4, "mean"),
+    ]
+
+
+def test_arch_picks_from_a_presets_sweep() -> None:
+    quick = preset("quick").config()
+    assert config("--preset quick --arch relu").saes == quick.saes[4:]
+
+
+def test_lr_overrules_the_learning_rates_of_single_saes() -> None:
+    run = config("--preset gemma-7b --lr 1e-4")
+    assert run.train.lr == 1e-4
+    assert {spec.lr for spec in run.saes} == {None}
+
+
+def test_width_is_the_gated_one() -> None:
+    assert shapes(config("--preset quick --sparsity 0.1 --width 10")) == [
+        ("gated-0.1", 10),
+        ("relu-0.1", 15),
+    ]
+
+
+def test_equal_width_takes_the_gated_width() -> None:
+    assert {d_sae for _, d_sae in shapes(config("--preset quick --equal-width"))} == {1024}
+    only = config("--preset quick --sparsity 0.1 --width 10 --equal-width")
+    assert shapes(only) == [("gated-0.1", 10), ("relu-0.1", 10)]
+
+
+def test_a_config_file_is_a_start_too(tmp_path: Path) -> None:
+    saved = config("--arch gated --sparsity 0.1 --width 10 --tokens 5000 --batch-size 8")
+    (tmp_path / "config.json").write_text(saved.model_dump_json())
+    assert config(f"--config {tmp_path}/config.json") == saved
+    more = config(f"--config {tmp_path}/config.json --arch gated relu --tokens 6000")
+    # The baseline that the file lacks is made after its Gated SAE, half as wide again.
+    assert shapes(more) == [("gated-0.1", 10), ("relu-0.1", 15)]
+    assert more.train.n_tokens == 6000
+
+
+def test_the_command_line_a_page_shows_describes_the_same_run() -> None:
+    words = (
+        "--preset quick --layer 1 --site attn_z --arch relu --sparsity 0.3 --width 64 "
+        "--tokens 50000 --equal-width --device cpu --seed 2 --lr 0.002"
+    )
+    flags = parse(["train", *shlex.split(words)])
+    assert isinstance(flags, Train)
+    shown = shlex.split(command_line(flags))
+    assert shown[:4] == ["python", "-m", "gsae_core", "train"]
+    assert parse(shown[3:]) == flags
+
+
+def test_the_other_commands_take_a_run() -> None:
+    assert parse(["resume", "runs/a"]) == Resume(Path("runs/a"))
+    assert parse(["evaluate", "runs/a", "--tokens", "1_000"]) == Evaluate(Path("runs/a"), 1000)
+    assert parse(["doctor"]) == Doctor(Path("runs"))
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["evaluate"], ["doctor"]])
+def test_help_is_printed_and_is_no_mistake(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: python -m gsae_core" in capsys.readouterr().out
+
+
+def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert ModelConfig.model_fields["layer"].description == "Block number, from 0."
+    assert "--layer INT Block number, from 0. (default: 2)" in shown
+    assert "{None" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            "",
+            "expected a command, one of train, resume, evaluate, doctor, got none; see "
+            "python -m gsae_core --help",
+        ),
+        ("tain", "expected a command, one of train, resume, evaluate, doctor, got 'tain'"),
+        (
+            "train --sparcity 0.1",
+            "expected a flag of train, got '--sparcity'; did you mean --sparsity?",
+        ),
+        (
+            "train --xyz 1",
+            "expected a flag of train, got '--xyz'; see python -m gsae_core train --help",
+        ),
+        ("train quick", "expected a flag of train, got 'quick'"),
+        ("resume a b", "expected a flag of resume, got 'b'"),
+        ("resume", "expected RUN after resume, got none"),
+        ("resume --fast", "expected RUN after resume, got '--fast'"),
+        ("train --preset", "--preset: expected NAME after it, got none"),
+        ("train --layer two", "--layer: expected a whole number, got 'two'"),
+        ("train --lr=fast", "--lr: expected a number, got 'fast'"),
+        ("train --sparsity 0.1 lots", "--sparsity: expected numbers, got '0.1 lots'"),
+        ("train --arch gated topk", "--arch: expected one of gated, relu, got 'topk'"),
+        (
+            "train --site mlp",
+            "--site: expected one of resid_pre, resid_post, mlp_hidden, mlp_out, attn_z, "
+            "attn_out, got 'mlp'",
+        ),
+        (
+            "train",
+            "expected --sparsity, got none; or start from a set-up: python -m gsae_core train "
+            "--preset quick",
+        ),
+        (
+            "train --sparsity 1 --width 8",
+            "expected --tokens, got none; or start from a set-up: python -m gsae_core train "
+            "--preset quick",
+        ),
+        (
+            "train --preset slow",
+            "expected a preset among quick, gelu-1l, pythia-2.8b, gemma-7b, gpt2-small, "
+            "gemma-2-2b, got 'slow'",
+        ),
+        (
+            "train --preset quick --config a.json",
+            "expected --preset or --config, got both (quick and a.json); leave one out",
+        ),
+        ("train --config nowhere", "expected a config file, found nothing at nowhere"),
+        (
+            "train --preset pythia-2.8b --equal-width",
+            "--equal-width: expected Gated SAEs of one width to take it from, got 32768, 131072; "
+            "give --width",
+        ),
+        (
+            "train --preset quick --tokens 5",
+            "--tokens: expected n_tokens of at least one batch (2048), got 5",
+        ),
+        (
+            "train --preset quick --layer -1",
+            "--layer: expected a number greater than or equal to 0, got -1",
+        ),
+        (
+            "train --preset quick --held-out 1",
+            "--held-out: expected a number less than 1, got 1.0",
+        ),
+        *(
+            (
+                f"train --preset quick --{flag} {came}",
+                f"--{flag}: expected a number greater than 0, got {said}",
+            )
+            for flag, came, said in [
+                ("sparsity", "-0.1", "-0.1"),
+                ("sparsity", "0", "0.0"),
+                ("width", "-8", "-8"),
+                ("width", "0", "0"),
+                ("tokens", "-1", "-1"),
+                ("tokens", "0", "0"),
+                ("lr", "-1e-3", "-0.001"),
+                ("lr", "0", "0.0"),
+                ("batch-size", "0", "0"),
+                ("n-ctx", "0", "0"),
+                ("eval-tokens", "0", "0"),
+            ]
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(words: str, sentence: str) -> None:
+    assert refused(words) == sentence
