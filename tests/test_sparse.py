@@ -64,7 +64,7 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
     """Draw what `instance` builds; sizes, switches and the layout of x in memory."""
     d_in = draw(st.integers(1, 4))
     if draw(st.integers(0, 3)) == 0:
-        switches = {"kind": "relu", "recipe": draw(st.sampled_from("PA"))}
+        switches: dict[str, Any] = {"kind": "relu", "recipe": draw(st.sampled_from("PA"))}
     else:
         recipe, aux = draw(st.sampled_from(OBJECTIVES))
         tie = draw(st.sampled_from(["r_mag", "none", "untied"]))

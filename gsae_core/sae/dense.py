@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.codes import chunk_rows
-from gsae_core.sae.gradients import StepSums, gain, l1_weights, leave_gradients, loss_parts
+from gsae_core.sae.gradients import (
+    StepSums,
+    gain,
+    l1_weights,
+    leave_gradients,
+    loss_parts,
+    squared_norm,
+)
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.metrics import stats_from_counts
 
@@ -88,7 +95,7 @@ class _Batch:
             W_gate=torch.zeros_like(self.W),
             W_mag=None if self.W_mag is None else torch.zeros_like(self.W_mag),
             dm=x.new_zeros(sae.d_sae),
-            dm_m=x.new_zeros(sae.d_sae),
+            dm_m=None if self.gain is None else x.new_zeros(sae.d_sae),
             dg=x.new_zeros(sae.d_sae),
             gate=x.new_zeros(sae.d_sae),
             error=x.new_zeros(sae.d_in),
@@ -107,12 +114,12 @@ class _Batch:
         fires = m.sign() if self.gated else opened
         self.fired += fires.sum(0)
         error = self._error(m, rows, into=self.x_hat)
-        self.reconstruction += error.square().sum()
+        self.reconstruction += squared_norm(error)
         self.sums.error += error.sum(0)
         self.sums.W_dec.addmm_(m.T, error)
         dm = (error @ self.sae.W_dec.T).mul_(fires)
         self.sums.dm += dm.sum(0)
-        if self.gain is not None:
+        if self.sums.dm_m is not None:
             self.sums.dm_m += m.mul_(dm).sum(0)
 
         dg = self._gate_slope(g, opened, rows)
@@ -161,7 +168,7 @@ class _Batch:
         if self.x_hat_aux is None:
             return opened * self.l1_slopes
         error = self._error(g, rows, into=self.x_hat_aux)
-        self.auxiliary += error.square().sum()
+        self.auxiliary += squared_norm(error)
         if self.sae.objective.aux == "unfrozen":
             self.sums.error += error.sum(0)
             self.sums.W_dec.addmm_(g.T, error)

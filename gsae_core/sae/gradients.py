@@ -29,8 +29,8 @@ class StepSums:
     W_mag: Float[Tensor, "d_in d_sae"] | None
     """Sum of xc dm if the paths are untied."""
     dm: Float[Tensor, " d_sae"]
-    dm_m: Float[Tensor, " d_sae"]
-    """Sum of dm times m."""
+    dm_m: Float[Tensor, " d_sae"] | None
+    """Sum of dm times m, where there is an r_mag to learn from it."""
     dg: Float[Tensor, " d_sae"]
     gate: Float[Tensor, " d_sae"]
     """Sum of relu(pi_gate)."""
@@ -82,6 +82,7 @@ def leave_gradients(sae: GatedSAE | ReluSAE, sums: StepSums, l1_slope: float) ->
     through_h = through_mag + sums.dg if hears_gate else through_mag
     sae.b_dec.grad = sums.error - sae.W_gate @ through_h
     if sae.r_mag is not None:
+        assert sums.dm_m is not None
         # d pi_mag / d r_mag = exp(r_mag) h = pi_mag - b_mag, and pi_mag = m wherever dm is not 0.
         sae.r_mag.grad = sums.dm_m - sae.b_mag * sums.dm
 
@@ -113,3 +114,8 @@ def loss_parts(
         sparsity=activity * l1_slope,
         auxiliary=auxiliary * (n_rows / 4),
     )
+
+
+def squared_norm(error: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
+    """Return the sum of squares, in one pass and without a matrix of them."""
+    return torch.dot(error.view(-1), error.view(-1))

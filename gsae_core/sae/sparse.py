@@ -13,7 +13,14 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.codes import ByLatent, SparseCodes, by_latent, encode_centred, weighted_sums
-from gsae_core.sae.gradients import StepSums, gain, l1_weights, leave_gradients, loss_parts
+from gsae_core.sae.gradients import (
+    StepSums,
+    gain,
+    l1_weights,
+    leave_gradients,
+    loss_parts,
+    squared_norm,
+)
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.metrics import stats_from_counts
 
@@ -56,7 +63,7 @@ def sparse_step(
         W_gate=_encoder_sums(entries, _slope_of_h(sae, codes, dm, dg), xc),
         W_mag=_encoder_sums(entries, dm, xc) if _untied(sae) else None,
         dm=_per_latent(codes, dm, sae.d_sae),
-        dm_m=_per_latent(codes, dm * codes.magnitude, sae.d_sae),
+        dm_m=None if gain(sae) is None else _per_latent(codes, dm * codes.magnitude, sae.d_sae),
         dg=_per_latent(codes, dg, sae.d_sae),
         gate=gate,
         error=mag.error.sum(0),
@@ -71,8 +78,8 @@ def sparse_step(
     return StepResult(
         loss=loss_parts(
             sae,
-            reconstruction=mag.error.square().sum(),
-            auxiliary=x.new_zeros(()) if aux is None else aux.error.square().sum(),
+            reconstruction=squared_norm(mag.error),
+            auxiliary=x.new_zeros(()) if aux is None else squared_norm(aux.error),
             gate=gate,
             n_rows=len(x),
             l1_slope=l1_slope,
