@@ -1,50 +1,14 @@
-"""Text and tokens from anywhere to sequences: what a row is, what counts, what is held out."""
+"""Text from anywhere to sequences: what a row is, what counts, what is held out."""
 
 import gzip
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from gsae_core.config import DataConfig
-from gsae_core.errors import InputError
-from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
-
-BOS, EOS, VOCABULARY = 900, 901, 1000
-
-
-class WordTokenizer:
-    """`w7` is token 7; what the corpus uses of a Hugging Face tokenizer, and a count of its work."""
-
-    is_fast = False
-
-    def __init__(self, bos: int | None = BOS, eos: int | None = EOS) -> None:
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, None
-        self.n_tokenised = 0
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-    def get_vocab(self) -> dict[str, int]:
-        return {f"w{i}": i for i in range(VOCABULARY)}
-
-    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
-        assert options == {
-            "add_special_tokens": False,
-            "return_attention_mask": False,
-            "verbose": False,
-        }
-        rows = [[int(word[1:]) for word in text.split()] for text in texts]
-        self.n_tokenised += sum(map(len, rows))
-        return {"input_ids": rows}
-
-
-def words(start: int, stop: int) -> str:
-    return " ".join(f"w{i}" for i in range(start, stop))
+from corpora import BOS, EOS, WordTokenizer, counted, file, load, rows, words
 
 
 @pytest.fixture(autouse=True)
@@ -52,42 +16,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
-
-
-def load(
-    source: str | Path,
-    tokenizer: Any = None,
-    *,
-    n_ctx: int | None = 4,
-    n_tokens: int | None = None,
-    model_n_ctx: int = 64,
-    held_out: float = 0.25,
-    **settings: Any,
-) -> Corpus:
-    cfg = DataConfig(source=str(source), n_ctx=n_ctx, held_out=held_out, **settings)
-    return load_corpus(
-        cfg, tokenizer or WordTokenizer(), n_tokens=n_tokens, model_n_ctx=model_n_ctx
-    )
-
-
-def rows(sequences: SequenceSet) -> list[list[int]]:
-    return sequences[:].ids.tolist()
-
-
-def counted(sequences: SequenceSet) -> list[int]:
-    ids, mask = sequences[:]
-    return ids[mask].tolist()
-
-
-def file(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def refusal(source: str | Path, *args: Any, **settings: Any) -> str:
-    with pytest.raises(InputError) as error:
-        load(source, *args, **settings)
-    return str(error.value)
 
 
 # Packing

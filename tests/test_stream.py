@@ -15,6 +15,8 @@ SPECIAL = 0
 class TokenModel:
     """Activation of token t at any position: (t, 2t). Counts the tokens it was asked for."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self.n_tokens = 0
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -121,9 +122,11 @@ def _load_npy(path: Path) -> np.ndarray:
 def _bin_layout(path: Path, vocabulary: int) -> tuple[str, int]:
     """Return the dtype of a flat file's ids, and the byte they start at."""
     with path.open("rb") as file:
-        head = np.frombuffer(file.read(8), "<i4") if path.stat().st_size >= 8 else ()
-    if tuple(head) in LLM_C_HEADERS:
-        return LLM_C_HEADERS[int(head[0]), int(head[1])], LLM_C_HEADER_BYTES
+        head = file.read(LLM_C_HEADER_BYTES)
+    if len(head) == LLM_C_HEADER_BYTES:
+        magic, version = struct.unpack("<ii", head[:8])
+        if (magic, version) in LLM_C_HEADERS:
+            return LLM_C_HEADERS[magic, version], LLM_C_HEADER_BYTES
     sidecar = path.with_name(path.name + ".json")
     if not sidecar.exists():
         return narrowest(vocabulary), 0

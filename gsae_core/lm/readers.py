@@ -16,6 +16,7 @@ hidden files and those of another kind are left out, and the log says how many.
 """
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -178,5 +179,5 @@ def _hashed(name: str) -> str:
 
 def _stamp(paths: list[Path]) -> tuple[str, ...]:
     """Return what changes when one of the files does, or their order."""
-    facts = [(str(path.resolve()), path.stat()) for path in paths]
+    facts = [(os.path.abspath(path), path.stat()) for path in paths]
     return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)

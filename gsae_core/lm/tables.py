@@ -110,6 +110,7 @@ def table_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
+    number = 0
     try:
         with open_text(path) as file:
             for number, line in enumerate(file, start=1):
@@ -191,7 +192,9 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise InputError(f"expected a split {split!r} in {folder}, found {', '.join(saved)}")
+            raise InputError(
+                f"expected a split {split!r} in {folder}, found {', '.join(map(str, saved))}"
+            )
         saved = saved[split]
     order = np.random.default_rng(0).permutation(len(saved))
     for start in range(0, len(order), 256):

@@ -9,9 +9,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def keep(
         log.warning("no token cache, so tokens stay in memory: %s", error)
         return np.concatenate([*head, *blocks])
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb", buffering=0) as file:
             for block in chain(head, blocks):
                 _write(file, block)
         n_tokens, n_ctx = reach(), head[0].shape[1]
@@ -120,9 +121,12 @@ def keep(
     return _mapped(path, head[0].dtype, n_ctx)
 
 
-def _write(file: IO[bytes], block: np.ndarray) -> None:
+def _write(file: FileIO, block: np.ndarray) -> None:
+    # Unbuffered, so that a full disk is noticed here and not once more when the file is closed.
+    data = memoryview(block.tobytes())
     try:
-        file.write(np.ascontiguousarray(block).tobytes())
+        while data:
+            data = data[file.write(data) :]
     except OSError as error:
         raise InputError(
             f"expected room for tokens in {cache_folder()}, got {error.strerror!r}: free some "

@@ -1,0 +1,182 @@
+"""Each mistake with a corpus is one sentence: what was expected, what came, what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpora import WordTokenizer, file, refusal, token_rows, words
+
+
+def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]:
+    """Return, for each mistake, the source, the settings and the sentence."""
+    text = file(folder / "a.txt", words(0, 100))
+    table = file(folder / "t.jsonl", json.dumps({"question": words(0, 9), "answer": words(0, 9)}))
+    numbers = file(folder / "n.jsonl", json.dumps({"text": 5}))
+    broken = file(folder / "b.jsonl", '{"text": "w1"}\n{"text"')
+    empty = file(folder / "empty.txt", "")
+    short = file(folder / "short.txt", words(0, 3))
+    strange = file(folder / "s.npy", "not an array")
+    beyond = token_rows(folder / "i.jsonl", [[1, 2, 1000]])
+    ragged = token_rows(folder / "r.jsonl", [[1, 2, 3, 4]] * 64 + [[1, 2]])
+    odd = folder / "odd.bin"
+    odd.write_bytes(b"12345")
+    binary = folder / "b.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    parquet = file(folder / "p.parquet", "no")
+    csv = file(folder / "c.csv", "a,text\n1,w1\n1,w1,3\n")
+    nothing = folder / "nothing"
+    nothing.mkdir()
+    return {
+        "no such column": (
+            table,
+            {"text_column": "body"},
+            f"expected a column 'body' in {table}, found question, answer: name one of these as "
+            "text_column",
+        ),
+        "which column": (
+            table,
+            {},
+            f"expected a column of text in {table}, found question, answer: name one as "
+            "text_column",
+        ),
+        "not a text column": (
+            numbers,
+            {},
+            f"expected text or token ids in column 'text' of {numbers}, got int; name another "
+            "column as text_column",
+        ),
+        "broken line": (
+            broken,
+            {},
+            f"expected a JSON object in line 2 of {broken}, got something else: Expecting ':' "
+            "delimiter: line 1 column 8 (char 7)",
+        ),
+        "empty": (empty, {}, f"expected some text in {empty}, got none"),
+        "short": (
+            short,
+            {},
+            f"expected enough text in {short} for a training and a held-out sequence of 4 tokens, "
+            "got 1 in all: give more text, a smaller n_ctx or another held_out",
+        ),
+        "not NumPy": (
+            strange,
+            {},
+            f"expected a NumPy array in {strange}, got something else: ",
+        ),
+        "foreign ids": (
+            beyond,
+            {},
+            "expected token ids from 0 to 999, got 1000: were they made by another tokenizer, or "
+            "stored in another width?",
+        ),
+        "ragged ids": (
+            ragged,
+            {},
+            "expected rows of 4 token ids like the first ones, got one of 2: give n_ctx to have "
+            "the rows packed anew",
+        ),
+        "half an id": (
+            odd,
+            {},
+            f"expected whole uint16 token ids in {odd}, got 5 bytes; say the width in "
+            'odd.bin.json, e.g. {"dtype": "uint32"}',
+        ),
+        "binary": (
+            binary,
+            {},
+            f"expected UTF-8 text in {binary}, got something else (not UTF-8, or with a NUL); "
+            "convert or remove the file",
+        ),
+        "not Parquet": (parquet, {}, f"expected Parquet in {parquet}, got something else: "),
+        "ragged CSV": (
+            csv,
+            {},
+            f"expected 2 fields in the row that ends at line 3 of {csv}, got another number",
+        ),
+        "empty folder": (
+            nothing,
+            {},
+            f"expected text, tables or token arrays in {nothing}, found 0 files, none of them "
+            "readable",
+        ),
+        "no file": (
+            folder / "missing.txt",
+            {},
+            "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
+            f"nothing at {folder / 'missing.txt'}: check the path",
+        ),
+        "no file of that kind": (
+            "missing.jsonl",
+            {},
+            "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
+            "nothing at missing.jsonl: check the path",
+        ),
+        "context": (
+            text,
+            {"n_ctx": 65},
+            "expected n_ctx of at most 64, the model's context, got 65: lower n_ctx or leave it "
+            "out",
+        ),
+        "no context": (
+            text,
+            {"n_ctx": 1},
+            "expected n_ctx of at least 2, got 1: nothing can be predicted",
+        ),
+        "no BOS": (
+            text,
+            {"bos": "always", "tokenizer": WordTokenizer(bos=None)},
+            "expected a tokenizer with a BOS token for bos='always', got one without: use "
+            "bos='auto' or 'never'",
+        ),
+    }
+
+
+def test_every_mistake_is_one_sentence_that_says_what_to_do(tmp_path: Path) -> None:
+    for source, settings, sentence in sentences(tmp_path).values():
+        refused = refusal(source, **settings)
+        # Two sentences end in another library's words.
+        assert refused.startswith(sentence) if sentence.endswith(": ") else refused == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "sentence"),
+    [
+        (
+            "owner/name",
+            ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)"),
+            "expected to stream owner/name from the Hub, got no connection (Couldn't reach "
+            "'owner/name' on the Hub (OfflineModeIsEnabled)): go online, unset HF_HUB_OFFLINE, or "
+            "use `stdlib` or a local file",
+        ),
+        (
+            "owner/name:small",
+            ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
+            "expected a config and split that owner/name has, got owner/name:small and 'train': "
+            "Config name is missing. Please pick one of ['a', 'b']",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, sentence: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    assert refusal(name) == sentence
+
+
+def test_a_data_set_that_the_hub_does_not_have_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from datasets.exceptions import DatasetNotFoundError
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DatasetNotFoundError("Dataset 'owner/nme' doesn't exist on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    assert refusal("owner/nme") == (
+        "expected a data set on the Hub, a file or a folder, found none called owner/nme: check "
+        "the name, or log in if it is gated (Dataset 'owner/nme' doesn't exist on the Hub)"
+    )
