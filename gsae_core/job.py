@@ -37,14 +37,12 @@ LOGGED_POINTS = 300
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """How far a run is: steps while training (with the last one's report), tokens evaluated."""
 
     stage: Stage
     done: int
-    """Steps while training, tokens while evaluating."""
     total: int
     report: StepReport | None = None
-    """The step just taken, while training."""
 
 
 def train_run(run: Run) -> Iterator[Progress]:
@@ -118,7 +116,7 @@ def _train(run: Run, bench: Bench, worker: Worker) -> Iterator[Progress]:
         run.add_event("resumed", step=trainer.steps_done)
     worker.step = trainer.steps_done
     log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=n_bytes)
-    every = max(1, round(trainer.cfg.n_steps / LOGGED_POINTS))
+    every = log_every(trainer.cfg.n_steps)
 
     def seconds() -> float:
         return seconds_before + time.monotonic() - began
@@ -157,6 +155,11 @@ def _train(run: Run, bench: Bench, worker: Worker) -> Iterator[Progress]:
         # Not after other exceptions: some SAEs may have taken the step and others not.
         if trainer.steps_done > saved_step:
             save()
+
+
+def log_every(n_steps: int) -> int:
+    """Return how many steps lie between two logged points."""
+    return max(1, round(n_steps / LOGGED_POINTS))
 
 
 def _evaluate(run: Run, model: LanguageModel, corpus: Corpus, n_tokens: int) -> Iterator[Progress]:

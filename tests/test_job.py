@@ -1,16 +1,25 @@
 """A run from config to files: units of lambda, memory asked first, what is written and said."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import N_STEPS, finish, tiny_config, write_text
 
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
+from gsae_core.footprint import n_parameters, training_bytes
+from gsae_core.job import Progress, evaluate_run, log_every, train_run
+from gsae_core.lm.corpus import load_corpus
+from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.losses import loss
+from gsae_core.store.checkpoint import load_sae, read_cfg, save_sae
+from gsae_core.store.runs import Run
+from gsae_core.store.worker import Worker
 from gsae_core.training import memory
-from gsae_core.training.memory import check_memory, n_parameters, resolve_device, training_bytes
+from gsae_core.training.memory import check_memory, resolve_device
 from gsae_core.training.units import sparsity_in_training_units
 
 
@@ -115,3 +124,212 @@ def test_a_device_this_machine_has_not_is_told() -> None:
             resolve_device(name)
         assert str(caught.value).startswith("expected a device of this machine (auto, cpu")
         assert str(caught.value).endswith(f"), got {name!r}")
+
+
+# A whole run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, text: Path
+) -> tuple[Run, list[Progress]]:
+    run = Run.create(
+        tmp_path_factory.mktemp("runs") / "run",
+        tiny_config(tiny_lm_folder, text, seed=1),
+    )
+    return run, list(train_run(run))
+
+
+def test_progress_tells_each_stage_in_turn(trained: tuple[Run, list[Progress]]) -> None:
+    stages = [progress.stage for progress in trained[1]]
+    assert list(dict.fromkeys(stages)) == ["loading", "training", "evaluating", "finished"]
+    training = [p for p in trained[1] if p.stage == "training"]
+    assert [p.done for p in training] == list(range(1, N_STEPS + 1))
+    assert {p.total for p in training} == {N_STEPS}
+    (*_, last) = [p for p in trained[1] if p.stage == "evaluating"]
+    assert last.done == last.total == 100
+
+
+def test_a_finished_run_holds_all_that_was_promised(trained: tuple[Run, list[Progress]]) -> None:
+    run = trained[0]
+    assert (run.status.state, run.status.step, run.status.error) == ("finished", N_STEPS, None)
+    rows = run.metrics()
+    assert [row["sae"] for row in rows] == ["gated", "relu"] * N_STEPS
+    promised = """step tokens seconds sae loss reconstruction sparsity_loss auxiliary l0 fvu gamma
+        gamma_gate dead_gate dead_magnitude lr sparsity_coeff"""
+    assert list(rows[0]) == promised.split()
+    parts = rows[0]["reconstruction"] + rows[0]["sparsity_loss"] + rows[0]["auxiliary"]
+    assert math.isclose(rows[0]["loss"], parts, rel_tol=1e-6)
+    assert (rows[-1]["step"], rows[-1]["tokens"]) == (N_STEPS, 16 * N_STEPS)
+    assert [row["name"] for row in run.evals()] == ["gated", "relu"]
+    table = run.feature_stats("gated")
+    assert len(table) == 24
+    row = run.evals()[0]
+    assert math.isclose(table["density"].sum(), row["l0"])
+    assert row["alive_fraction"] == (table["fired"] > 0).mean()
+
+
+def test_a_saved_sae_reads_raw_activations_and_says_how_it_came_about(
+    trained: tuple[Run, list[Progress]], tiny_lm: LanguageModel, text: Path
+) -> None:
+    run = trained[0]
+    metadata = read_cfg(run.sae_folder("gated"))["metadata"]
+    assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
+    assert metadata["n_tokens"] == 16 * N_STEPS
+    assert metadata["sparsity_coeff"] == 0.3
+    assert metadata["sparsity_coeff_raw"] == 0.3 / metadata["activation_scale"]
+    # E|s x|^2 = 1 over the whole training text, up to what 1200 tokens of a sample can say.
+    corpus = load_corpus(run.config.data, tiny_lm.tokenizer, n_tokens=None, model_n_ctx=16)
+    ids, mask = corpus.train[:]
+    x = tiny_lm.harvest(ids, layer=1, site="resid_pre")[mask]
+    power = (metadata["activation_scale"] * x).square().sum(1).mean().item()
+    assert math.isclose(power, 1, rel_tol=0.1)
+    sae = load_sae(run.sae_folder("gated"))
+    fvu = ((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert math.isclose(fvu, run.evals()[0]["fvu"], rel_tol=0.3)
+
+
+def test_evaluating_again_finds_the_same_and_fewer_tokens_when_asked(
+    trained: tuple[Run, list[Progress]],
+) -> None:
+    run = trained[0]
+    before = run.evals()
+    assert [p.stage for p in evaluate_run(run)][-1] == "finished"
+    assert run.evals() == before
+    for _ in evaluate_run(run, n_tokens=30):
+        pass
+    assert run.evals()[0]["n_tokens"] < before[0]["n_tokens"]
+
+
+def test_a_finished_run_is_not_trained_again(trained: tuple[Run, list[Progress]]) -> None:
+    with pytest.raises(InputError, match="expected a run with steps left, got run, which is fini"):
+        next(train_run(trained[0]))
+
+
+def test_an_sae_that_diverges_is_kept_and_marked_and_the_others_are_evaluated(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path
+) -> None:
+    wild = SAESpec(name="wild", architecture="relu", d_sae=20, sparsity=0.3, lr=1e30)
+    tame = SAESpec(name="tame", architecture="gated", d_sae=24, sparsity=0.3)
+    cfg = tiny_config(tiny_lm_folder, text, saes=(wild, tame))
+    run = Run.create(tmp_path / "run", cfg)
+    finish(run)
+    assert run.status.state == "finished"
+    assert [row["name"] for row in run.evals()] == ["tame"]
+    why = read_cfg(run.sae_folder("wild"))["metadata"]["stopped"]
+    assert why.startswith("step ")
+    stopped = [event for event in run.events() if event["event"] == "sae stopped"]
+    assert [(event["sae"], event["why"]) for event in stopped] == [("wild", why)]
+    assert all(p.isfinite().all() for p in load_sae(run.sae_folder("wild")).parameters())
+    assert max(row["step"] for row in run.metrics() if row["sae"] == "wild") < N_STEPS
+
+
+def test_a_run_whose_every_sae_diverges_fails_with_the_first_cause(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path
+) -> None:
+    wild = SAESpec(name="wild", architecture="relu", d_sae=20, sparsity=0.3, lr=1e30)
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text, saes=(wild,)))
+    with pytest.raises(InputError) as caught:
+        finish(run)
+    assert str(caught.value).startswith(
+        "expected an SAE that learns to the end, got none: wild stopped at step "
+    )
+    assert str(caught.value).endswith("; lower the learning rate and start a new run")
+    assert run.status.error == str(caught.value)
+
+
+def test_a_disk_too_small_for_the_states_is_told_before_training(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    monkeypatch.setattr("gsae_core.workshop.free_bytes", lambda path: 2_000)
+    with pytest.raises(InputError) as caught:
+        finish(run)
+    # gated: 2 x 12 x 24 + 3 x 24 + 12 = 660;  relu: 2 x 12 x 20 + 20 + 12 = 512
+    # two states of weights and two moments in float32: 2 x 4 x 3 x 1172 = 28 kB
+    assert str(caught.value) == (
+        f"expected about 28.1 kB free on the disk of {run.folder} for the resumable state and the "
+        "one it replaces, found 2.0 kB; make room and resume the run"
+    )
+
+
+def test_an_sae_of_another_width_than_the_site_is_told_on_evaluation(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path
+) -> None:
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    for spec in run.config.saes:
+        save_sae(build_sae(spec, 7), run.sae_folder(spec.name), metadata={"stopped": None})
+    with pytest.raises(InputError, match="expected SAE 'gated' to take activations of width 12"):
+        list(evaluate_run(run))
+
+
+def test_a_run_without_saes_cannot_be_evaluated(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path
+) -> None:
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    with pytest.raises(InputError, match=r"expected an SAE folder with cfg\.json and sae_weights"):
+        list(evaluate_run(run))
+
+
+def test_a_run_in_training_is_not_evaluated(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path
+) -> None:
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    with Worker(run), pytest.raises(InputError) as caught:
+        list(evaluate_run(run))
+    assert str(caught.value) == (
+        "expected a run that nobody is training, got run; wait until it has finished"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_memory_that_runs_out_is_told_in_a_sentence(
+    tmp_path: Path,
+    tiny_lm_folder: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+) -> None:
+    def fail(run: Run) -> None:
+        raise error
+
+    monkeypatch.setattr("gsae_core.job.set_up", fail)
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    with pytest.raises(InputError) as caught:
+        finish(run)
+    assert str(caught.value) == (
+        "expected more memory than the device has left; lower the batch size, the width or the "
+        f"number of SAEs ({error})"
+    )
+
+
+def test_an_unforeseen_error_fails_the_run_and_keeps_its_traceback_in_the_log(
+    tmp_path: Path, tiny_lm_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: Run) -> None:
+        raise RuntimeError("a bolt came loose")
+
+    monkeypatch.setattr("gsae_core.job.set_up", fail)
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    with pytest.raises(RuntimeError, match="a bolt came loose"):
+        finish(run)
+    assert run.status.error == "RuntimeError: a bolt came loose; see log.txt"
+    assert "Traceback" in "\n".join(run.log_tail())
+
+
+def test_long_runs_log_about_three_hundred_points() -> None:
+    for n_steps in (1, 30, 449, 450, 1000, 12_345, 400_000):
+        n_points = n_steps // log_every(n_steps)
+        assert n_points == n_steps if n_steps < 450 else 200 <= n_points <= 450

@@ -1,0 +1,238 @@
+"""Interrupted anywhere and resumed, a run ends with the bits of one that was left alone."""
+
+import errno
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
+
+from gsae_core.errors import InputError
+from gsae_core.job import Progress, train_run
+from gsae_core.store import files, resume
+from gsae_core.store.runs import Run
+
+STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # A forked child has none of the parent's worker threads, and sums must be in one order.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_lm_folder: Path, text: Path) -> Run:
+    return Run.create(tmp_path / "interrupted", tiny_config(tiny_lm_folder, text))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, text: Path
+) -> dict[str, Any]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run = Run.create(folder, tiny_config(tiny_lm_folder, text, checkpoint_minutes=60))
+    finish(run)
+    torch.set_num_threads(n_threads)
+    result = outcome(run)
+    assert result["state"] == "finished"
+    # Revivals happened, so their random choices and new warm-ups are part of what must come back.
+    assert {sae["warmup_start"] for sae in result["trainer"]["saes"]} & {10, 20}
+    return result
+
+
+def in_a_child(run: Run, act: Callable[[Progress], None], *, before: Any = None) -> int:
+    """Train in a forked process, `act` on each progress, and return how the process ended."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if before is not None:
+                before()
+            for progress in train_run(Run.open(run.folder)):
+                act(progress)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(run: Run, step: int) -> None:
+    def act(progress: Progress) -> None:
+        if progress.stage == "training" and progress.done == step:
+            kill_me()
+
+    assert os.WTERMSIG(in_a_child(run, act)) == signal.SIGKILL
+    assert run.status.state == "lost"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(
+    run: Run, undisturbed: dict[str, Any], step: int
+) -> None:
+    killed_at(run, step)
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+    run: Run, undisturbed: dict[str, Any]
+) -> None:
+    for step in (3, 12, 21, N_STEPS):
+        killed_at(run, step)
+    finish(run)
+    assert outcome(run) == undisturbed
+    resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
+    assert resumed[-1] > 0
+    steps = [row["step"] for row in run.metrics() if row["sae"] == "relu"]
+    assert steps == list(range(1, N_STEPS + 1))  # 30 steps are fewer than 300 points: all logged
+
+
+@pytest.mark.parametrize("line", ["replace", "fsync"])
+@pytest.mark.parametrize("n", [2, 5, 8, 11, 14])
+def test_killed_while_a_file_is_written_it_ends_with_the_same_bits(
+    run: Run, undisturbed: dict[str, Any], line: str, n: int
+) -> None:
+    # status.json and the states alike are written by a sibling, fsync, replace, fsync.
+    def arm() -> None:
+        calls = iter(range(n))
+        real = getattr(os, line)
+
+        def fatal(*args: Any) -> Any:
+            if next(calls, None) is None:
+                kill_me()
+            return real(*args)
+
+        setattr(files.os, line, fatal)
+
+    assert os.WTERMSIG(in_a_child(run, lambda progress: None, before=arm)) == signal.SIGKILL
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_killed_while_it_is_evaluated_it_ends_with_the_same_bits(
+    run: Run, undisturbed: dict[str, Any]
+) -> None:
+    def act(progress: Progress) -> None:
+        if progress.stage == "evaluating":
+            kill_me()
+
+    assert os.WTERMSIG(in_a_child(run, act)) == signal.SIGKILL
+    assert run.evals() == []
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_end_saves_and_says_cancelled(
+    run: Run, undisturbed: dict[str, Any], number: signal.Signals
+) -> None:
+    seen: list[str] = []
+
+    def act(progress: Progress) -> None:
+        if progress.stage == "training" and progress.done == 7:
+            os.kill(os.getpid(), number)
+        seen.append(progress.stage)
+        if progress.stage == "cancelled":
+            assert progress.done == 7
+
+    assert in_a_child(run, act) == 0
+    status = run.status
+    assert (status.state, status.step) == ("cancelled", 7)
+    assert (run.folder / "saes" / "gated" / "cfg.json").exists()  # kept, and told by its n_tokens
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_closing_the_iterator_saves_and_says_cancelled(
+    run: Run, undisturbed: dict[str, Any]
+) -> None:
+    progresses = train_run(run)
+    for progress in progresses:
+        if progress.stage == "training" and progress.done == 5:
+            break
+    assert isinstance(progresses, Iterator)
+    progresses.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert (run.status.state, run.status.step) == ("cancelled", 5)
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_a_disk_that_fills_up_while_saving_fails_the_run_and_loses_nothing(
+    run: Run, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+    calls = iter(range(2))
+
+    def fill_up(state: Any, path: Path) -> None:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(resume.torch, "save", fill_up)
+    with pytest.raises(InputError, match=r"expected .* kB free for .*state-\d+\.pt, found "):
+        finish(run)
+    status = run.status
+    assert status.state == "failed"
+    assert status.error is not None
+    assert status.error.endswith("; make room on the disk and resume the run")
+    monkeypatch.undo()
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_a_damaged_state_is_told_and_the_run_starts_over_without_it(
+    run: Run, undisturbed: dict[str, Any]
+) -> None:
+    killed_at(run, 20)
+    (state,) = (run.folder / "resume").glob("*.pt")
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(InputError, match="bytes in the resumable state"):
+        finish(run)
+    assert run.status.state == "failed"
+    for path in (run.folder / "resume").iterdir():
+        path.unlink()
+    finish(run)
+    assert outcome(run) == undisturbed
+
+
+def test_another_corpus_under_the_same_name_is_refused(
+    run: Run, text: Path, tmp_path: Path
+) -> None:
+    own = write_text(tmp_path / "own.txt")
+    config = run.config.model_copy(
+        update={"data": run.config.data.model_copy(update={"source": str(own)})}
+    )
+    run = Run.create(tmp_path / "moved", config)
+    killed_at(run, 20)
+    write_text(own, seed=1)
+    with pytest.raises(InputError) as caught:
+        finish(run)
+    assert str(caught.value).startswith("expected the activations this run began with (E|x|^2 = ")
+    assert str(caught.value).endswith("); the model or the corpus has changed, so start a new run")
