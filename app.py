@@ -19,7 +19,7 @@ from gsae_core.wording import ago, count, duration
 frame = shell.page(
     "Home",
     icon="🏠",
-    purpose="Train Gated Sparse Autoencoders next to their ReLU baseline, and see what the gate changes.",
+    purpose="Train Gated Sparse Autoencoders beside a ReLU baseline; see what the gate changes.",
 )
 
 
@@ -45,7 +45,7 @@ def actions() -> None:
                 notice(str(error), title="Nothing was started")
             else:
                 del st.session_state["nonce"]
-                st.switch_page("pages/2_Live.py", query_params={"run": run.id})
+                shell.go("pages/2_Live.py", run)
     with second:
         st.subheader("Train with choices", anchor=False)
         st.caption(
@@ -120,7 +120,7 @@ def recent() -> None:
             "SAEs": st.column_config.NumberColumn(width="small"),
             "layer": st.column_config.NumberColumn(width="small"),
         },
-        alt="The newest runs: name, state, share done, model, site, number of SAEs, tokens, last change",
+        alt="The newest runs: name, state, share done, model, site, SAEs, tokens, last change",
     )
     st.caption("Tick a row to open the run.")
     chosen = picked["selection"]["rows"]
@@ -128,7 +128,7 @@ def recent() -> None:
         run = frame.runs[chosen[0]]
         finished = rows[chosen[0]]["state"] == "finished"
         target = "pages/3_Pareto.py" if finished else "pages/2_Live.py"
-        st.switch_page(target, query_params={"run": run.id})
+        shell.go(target, run)
 
 
 def describe(run: Run) -> dict[str, object]:

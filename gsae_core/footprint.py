@@ -17,6 +17,12 @@ COPIES_IN_STATE = 3
 DENSE_MATRICES = 6
 # Encoder-sized products in a training step, forward and backward.
 PRODUCTS_PER_STEP = 8
+# 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
+MAX_CHUNK_VECTORS, MAX_CHUNK_BYTES = 2**20, 2**31
+
+# A short run is cut into 8 chunks, so that its first step need not wait for half of its harvest,
+# but never below 2^16 vectors: 16 of the usual batches, a few hundred sequences.
+CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
 # Guesses for a machine that has trained nothing yet, in floating-point operations a second.
 CORE_SPEED = 25e9
 GPU_SPEED = 20e12
@@ -82,13 +88,16 @@ def state_bytes(cfg: RunConfig, d_in: int) -> int:
     return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
 
 
-def chunk_vectors(cfg: RunConfig) -> int:
-    """Return how many activations are harvested and shuffled together.
+def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
+    """Return how many vectors to shuffle at a time: a function of the run's size, not the machine.
 
-    A function of the config alone: chunks decide the order of the data, which a resumed run has to
-    find again on whatever memory is free then.
+    Args:
+        d_in: width of a vector, kept as float32.
+        n_vectors: vectors of the whole run.
     """
-    return min(2**20, cfg.train.n_tokens)
+    fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
+    share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
+    return min(MAX_CHUNK_VECTORS, fitting, share)
 
 
 def operations(cfg: RunConfig, shape: ModelShape) -> float:

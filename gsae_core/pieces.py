@@ -75,7 +75,8 @@ def legend(saes: Sequence[SAESpec], theme: Theme) -> None:
             f"{html.escape(hover_name(spec))}</span>"
         )
     st.html(
-        f'<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">{"".join(items)}</div>'
+        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
+        f"{''.join(items)}</div>"
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import streamlit as st
 
@@ -63,9 +63,10 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     runs = list_runs(runs_root())
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
-        run = _pick_run(runs)
+        run = _pick_run(runs, arrived=st.session_state.get("page") != title)
         _job_badge(runs)
         _navigation(run)
+    st.session_state["page"] = title
     st.title(title, anchor=False)
     st.caption(purpose)
     missing = st.session_state.get("missing_run")
@@ -76,15 +77,18 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     return Frame(run, runs, theme)
 
 
-def _pick_run(runs: list[Run]) -> Run | None:
+def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     """Draw the run picker; a new run never changes what was chosen."""
     by_id = {run.id: run for run in runs}
     # Read before the widget is drawn: binding drops values that are not among the options.
+    # Just arrived on a page, the address counts; later the widget, which the address may lag.
+    here = "run" if not arrived else "next_run"
     asked = (
-        st.session_state.get("run")
+        st.session_state.get(here)
         or st.query_params.get("run")
         or st.session_state.get("chosen_run")
     )
+    st.session_state.pop("next_run", None)
     if asked is not None and asked not in by_id:
         st.session_state["missing_run"] = asked
         st.session_state["chosen_run"] = None
@@ -133,11 +137,18 @@ def _navigation(run: Run | None) -> None:
 
 
 def status_of(run: Run) -> Status | None:
-    """Return where a run stands, or None if its folder was deleted or damaged since it was listed."""
+    """Return where a run stands, or None if its folder was deleted or damaged meanwhile."""
     try:
         return run.status
     except InputError:
         return None
+
+
+def go(target: str, run: Run) -> NoReturn:
+    """Go to another page with a run."""
+    # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here.
+    st.session_state["next_run"] = run.id
+    st.switch_page(target)
 
 
 def need_run(frame: Frame, what: str) -> Run:
@@ -159,7 +170,7 @@ def need_run(frame: Frame, what: str) -> Run:
         )
     else:
         run_links(frame.runs)
-    st.stop()
+    return st.stop()
 
 
 def run_links(runs: list[Run], limit: int = 10) -> None:
@@ -174,7 +185,7 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
         evals, status = run.evals(), run.status
     except InputError as error:
         notice(str(error), title="This run cannot be read")
-        st.stop()
+        return st.stop()
     if evals:
         return evals
     if status.state == "finished":
@@ -199,4 +210,4 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
         icon=":material/monitoring:",
         query_params={"run": run.id},
     )
-    st.stop()
+    return st.stop()

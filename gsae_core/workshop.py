@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.errors import InputError
+from gsae_core.footprint import state_bytes
 from gsae_core.lm.corpus import Corpus, load_corpus
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
@@ -12,7 +13,7 @@ from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.store.checkpoint import save_sae
 from gsae_core.store.files import free_bytes, readable
 from gsae_core.store.runs import Run
-from gsae_core.training.memory import check_memory, resolve_device, state_bytes
+from gsae_core.training.memory import check_memory, resolve_device
 from gsae_core.training.trainer import Trainer
 from gsae_core.training.units import Sparsity, sparsity_in_training_units
 

@@ -10,7 +10,7 @@ from gsae_core.errors import InputError
 from gsae_core.flags import Train, run_config
 from gsae_core.footprint import (
     Measured,
-    chunk_vectors,
+    default_chunk_vectors,
     model_shape,
     operations,
     pace,
@@ -19,7 +19,7 @@ from gsae_core.footprint import (
 )
 from gsae_core.launch import command_line, in_labels, launch, numbers, whole
 from gsae_core.machine import machine
-from gsae_core.pieces import facts, notice
+from gsae_core.pieces import facts, notice, plain
 from gsae_core.plots.palette import LOOKS
 from gsae_core.presets import presets
 from gsae_core.store.files import readable
@@ -42,7 +42,7 @@ LABELS = {
 frame = shell.page(
     "Train",
     icon="🏋️",
-    purpose="One pass over the language model trains every λ of every architecture on the same activations.",
+    purpose="One pass over the language model trains every λ, all on the same activations.",
 )
 
 
@@ -76,8 +76,8 @@ def form() -> None:
         key="preset",
         on_change=fill,
         bind="query-params",
-        format_func=lambda name: f"{name}: {presets()[name].description}",
     )
+    plain(f"{presets()[st.session_state['preset']].description}.", size=".875rem")
     if "model_name" not in st.session_state:
         fill()
     with st.container(border=True):
@@ -101,12 +101,12 @@ def form() -> None:
             min_value=1,
             step=256,
             key="width",
-            help="Features of a Gated SAE; the ReLU baseline gets 1.5x as many, which evens the compute.",
+            help="Features of a Gated SAE; the baseline gets 1.5x as many, to even the compute.",
         )
         st.text_input(
             "λ",
             key="lambdas",
-            help="One SAE of each architecture per value; larger is sparser. Separate values by spaces.",
+            help="One SAE of each architecture per value, separated by spaces; larger is sparser.",
         )
     with st.container(border=True):
         st.markdown("**3 · Data and budget**")
@@ -114,7 +114,7 @@ def form() -> None:
         one.text_input(
             "Data",
             key="data",
-            help="`stdlib` (the bundled model's own kind of text), a file or folder, or a data set on the Hub.",
+            help="`stdlib` (Python's own source), a file or folder, or a data set on the Hub.",
         )
         two.text_input("Tokens", key="tokens", help="Activation vectors to train on.")
         three.number_input(
@@ -182,7 +182,9 @@ def preflight(config: RunConfig) -> None:
         facts(rows)
         return
     d_in = shape.width(config.model.site)
-    need = training_bytes(config, d_in, chunk_vectors=chunk_vectors(config))
+    need = training_bytes(
+        config, d_in, chunk_vectors=default_chunk_vectors(d_in, config.train.n_tokens)
+    )
     speed = pace(measured(), n_cores=here.n_cores, has_gpu=bool(here.gpus))
     seconds = operations(config, shape) / speed.operations_per_second
     source = (
@@ -199,7 +201,8 @@ def preflight(config: RunConfig) -> None:
     facts(rows)
     if config.model.layer >= shape.n_layers:
         raise InputError(
-            f"Layer: expected 0 to {shape.n_layers - 1}, got {config.model.layer}; the model has {shape.n_layers} blocks"
+            f"Layer: expected 0 to {shape.n_layers - 1}, got {config.model.layer}; "
+            f"the model has {shape.n_layers} blocks"
         )
     if need > here.memory_free and not here.gpus:
         notice(
@@ -227,7 +230,7 @@ def begin(config: RunConfig) -> None:
     nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
     run = launch(shell.runs_root(), config, nonce=nonce)
     del st.session_state["nonce"]
-    st.switch_page("pages/2_Live.py", query_params={"run": run.id})
+    shell.go("pages/2_Live.py", run)
 
 
 left, right = st.columns([3, 2], gap="large")

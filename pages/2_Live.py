@@ -6,7 +6,7 @@ from gsae_core import glossary, shell
 from gsae_core.errors import InputError
 from gsae_core.failures import explain
 from gsae_core.pieces import legend, notice, plain, seconds_since, state_badge
-from gsae_core.plots.live import line_chart, metrics_frame, plane
+from gsae_core.plots.live import XAxis, line_chart, metrics_frame, plane
 from gsae_core.progress import progress
 from gsae_core.store.jobs import escalate_cancel, start
 from gsae_core.store.metrics_log import MetricsCursor
@@ -14,13 +14,14 @@ from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
 from gsae_core.wording import ago, count, duration
 
+# Labels first: the address holds what a bound widget shows.
 LOSS_PARTS = {
-    "loss": "total",
-    "reconstruction": "squared error",
-    "sparsity_loss": "sparsity",
+    "total": "loss",
+    "squared error": "reconstruction",
+    "sparsity": "sparsity_loss",
     "auxiliary": "auxiliary",
 }
-X_AXES = {"tokens": "tokens", "step": "steps", "seconds": "time"}
+X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
 MOVING = ("queued", "starting", "running", "cancelling")
 RESUMABLE = ("cancelled", "failed", "lost")
 STAGES = {
@@ -32,7 +33,7 @@ STAGES = {
 frame = shell.page(
     "Live",
     icon="📈",
-    purpose="A run while it trains. It goes on when this tab is closed, and this page finds it again.",
+    purpose="A run while it trains. It goes on when this tab is closed; this page finds it again.",
 )
 run = shell.need_run(frame, "its curves")
 
@@ -120,8 +121,8 @@ def trouble(status: Status) -> None:
         st.code("\n".join(run.log_tail(30)) or "the log is empty", language=None, height=240)
     elif status.state == "lost":
         notice(
-            "The process is gone without a word: the machine restarted, or it was killed, often for "
-            "want of memory. Resume goes on from the last saved state.",
+            "The process is gone without a word: the machine restarted, or it was killed, "
+            "often for want of memory. Resume goes on from the last saved state.",
             kind="warning",
             title="The run was lost",
         )
@@ -139,9 +140,9 @@ def charts(rows: list[dict], status: Status) -> None:
             )
         return
     legend(saes, frame.theme)
-    x = st.session_state.get("x") or "tokens"
-    part = st.session_state.get("part") or "loss"
-    smoothing = st.session_state.get("smooth", 0.0)
+    x = X_AXES[st.session_state["x"]]
+    part = LOSS_PARTS[st.session_state["part"]]
+    smoothing = st.session_state["smooth"]
     plots = (
         (part, {"log": True}),
         ("l0", {"log": True}),
@@ -169,7 +170,7 @@ def charts(rows: list[dict], status: Status) -> None:
                     smoothing=0.0 if column == "lr" else smoothing,
                     **options,
                 )
-                alt = f"{column} of each SAE against {X_AXES[x]}"
+                alt = f"{column} of each SAE against {x}"
             st.altair_chart(chart, key=f"chart_{column or 'plane'}", alt=alt)
 
 
@@ -195,7 +196,6 @@ with st.expander("View", icon=":material/settings:"):
     one.segmented_control(
         "Horizontal axis",
         list(X_AXES),
-        format_func=X_AXES.__getitem__,
         default="tokens",
         required=True,
         key="x",
@@ -204,8 +204,7 @@ with st.expander("View", icon=":material/settings:"):
     two.segmented_control(
         "Loss",
         list(LOSS_PARTS),
-        format_func=LOSS_PARTS.__getitem__,
-        default="loss",
+        default="total",
         required=True,
         key="part",
         bind="query-params",

@@ -5,7 +5,7 @@ import streamlit as st
 from gsae_core import shell
 from gsae_core.glossary import definition
 from gsae_core.pieces import marked, plain
-from gsae_core.plots.curves import MEASURES, evaluation_frame, matched_ratio, tradeoff
+from gsae_core.plots.curves import Measure, evaluation_frame, matched_ratio, tradeoff
 from gsae_core.plots.palette import AXES, LOOKS
 from gsae_core.wording import fixed, percent, signed_percent
 
@@ -25,12 +25,19 @@ COLUMNS = {
     "alive_fraction": "alive",
 }
 DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4, "fvu": 3, "gamma": 3, "gamma_gate": 3, "cosine": 3}
+# Labels first: the address holds what a bound widget shows.
+LABELS: dict[str, Measure] = {
+    "loss recovered": "loss_recovered",
+    "CE increase": "delta_ce",
+    "FVU": "fvu",
+    "KL": "kl",
+}
 CARD = ("l0", "loss_recovered", "delta_ce", "kl", "fvu", "gamma")
 
 frame = shell.page(
     "Pareto",
     icon="⚖️",
-    purpose="How much of the language model's behaviour survives, for how many active features per token.",
+    purpose="How much of the language model survives, for how many active features per token.",
 )
 run = shell.need_run(frame, "its trade-off curves")
 evals = evaluation_frame(shell.need_evals(run))
@@ -74,7 +81,7 @@ def headline() -> None:
                     alt="Levels of loss recovered, L0 of both frontiers there, and their ratio",
                 )
                 st.caption(
-                    "Log L0 is taken linear in loss recovered between neighbouring SAEs of a frontier."
+                    "Log L0 is taken linear in loss recovered between SAEs next to each other."
                 )
 
 
@@ -116,16 +123,16 @@ def difference(first: str, second: str) -> None:
 
 
 headline()
-measure = st.segmented_control(
+label = st.segmented_control(
     "Fidelity",
-    MEASURES,
-    format_func=lambda m: AXES[m].partition(" (")[0],
-    default="loss_recovered",
+    list(LABELS),
+    default="loss recovered",
     required=True,
     key="ym",
     bind="query-params",
     help=definition("loss_recovered"),
 )
+measure = LABELS[label]
 figure = tradeoff(
     evals, measure, matched=matched_ratio(evals) if measure == "loss_recovered" else None
 )
@@ -135,7 +142,7 @@ st.plotly_chart(
     on_select=remember_click,
     selection_mode="points",
     config={"displaylogo": False},
-    alt=f"{AXES[measure]} against L0 for every SAE of the run, with the frontier of each architecture",
+    alt=f"{AXES[measure]} against L0 for every SAE of the run, with both frontiers",
 )
 picked = st.multiselect(
     "Compare",

@@ -1,4 +1,4 @@
-"""Shrinkage: how much shorter than the truth reconstructions are, for the SAE and for each feature."""
+"""Shrinkage: how much too short reconstructions are, for the SAE and for each feature."""
 
 import streamlit as st
 
@@ -23,7 +23,7 @@ CONFIG = {"displaylogo": False}
 frame = shell.page(
     "Shrinkage",
     icon="📏",
-    purpose="Whether reconstructions are as long as they should be: γ is 1 without bias, below 1 when shrunk.",
+    purpose="Whether reconstructions are as long as they should be: γ is 1, or less if shrunk.",
 )
 run = shell.need_run(frame, "γ and its histograms")
 evals = evaluation_frame(shell.need_evals(run))
@@ -46,9 +46,6 @@ def choose() -> dict[str, str | None]:
                 index=names.index(pair[architecture]) if names else None,
                 key=key,
                 bind="query-params",
-                format_func=lambda name: (
-                    f"{hover_name(specs[name])} · L0 {rows.loc[name, 'l0']:.1f}"
-                ),
                 placeholder="none in this run",
                 disabled=not names,
             )
@@ -121,8 +118,8 @@ min_fired = st.select_slider(
 features = statistics([name for name in chosen.values() if name], min_fired)
 for feature in features:
     plain(
-        f"{hover_name(feature.spec)}: {feature.n_features - feature.n_hidden:,} of {feature.n_features:,} features fired on "
-        f"{min_fired:,} tokens or more; their median γ is {fixed(feature.median)}.",
+        f"{hover_name(feature.spec)}: {len(feature.stats):,} of {feature.n_features:,} features "
+        f"fired on {min_fired:,} tokens or more; their median γ is {fixed(feature.median)}.",
         size=".9rem",
     )
 if any(len(feature.stats) for feature in features):

@@ -11,10 +11,10 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            "errors validation config paper presets glossary wording",
+            "errors validation config paper presets glossary wording footprint",
             "lm sae",
             "training analysis store",
-            "plots job machine progress failures flags",
+            "plots job workshop machine progress failures flags",
             "cli command_line report doctor __main__ launch shell pieces app pages",
         ]
     )

@@ -127,7 +127,7 @@ def tradeoff(
 
 
 def best(rows: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    """Return the Pareto-optimal rows, sparsest first: no other has lower L0 and a better measure."""
+    """Return the Pareto-optimal rows, sparsest first: no other is better in both."""
     sign = -1 if measure in LOWER_IS_BETTER else 1
     points = [
         Point(float(l0), sign * float(value), str(name))

@@ -1,4 +1,4 @@
-"""One look for every figure: Okabe-Ito colours, a marker per architecture, axis titles with units."""
+"""One look for every figure: Okabe-Ito colours, a marker per architecture, titles with units."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -3,17 +3,10 @@
 import psutil
 import torch
 
-from gsae_core.config import RunConfig, SAESpec
+from gsae_core.config import RunConfig
 from gsae_core.errors import InputError
+from gsae_core.footprint import training_bytes
 from gsae_core.store.files import readable
-
-FLOAT32 = 4
-# Weights, their gradients, and Adam's two moments.
-COPIES_IN_TRAINING = 4
-# Weights and both moments are what a resumed run needs.
-COPIES_IN_STATE = 3
-# (batch, d_sae) matrices alive at once in the dense step: pre-activations, latents, gradients.
-DENSE_MATRICES = 6
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,30 +34,6 @@ def resolve_device(name: str) -> torch.device:
             f"expected a device of this machine (auto, {', '.join(available)}), got {name!r}"
         )
     return device
-
-
-def n_parameters(spec: SAESpec, d_in: int) -> int:
-    """Return how many numbers an SAE learns."""
-    matrices = 3 if spec.architecture == "gated" and spec.tie == "untied" else 2
-    vectors = 1
-    if spec.architecture == "gated":
-        vectors = 3 if spec.tie == "r_mag" else 2
-    return matrices * d_in * spec.d_sae + vectors * spec.d_sae + d_in
-
-
-def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> int:
-    """Return about how much memory training takes, the language model left out."""
-    learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
-    widest = max(spec.d_sae for spec in cfg.saes)
-    step = DENSE_MATRICES * cfg.train.batch_size * widest
-    # A chunk and its shuffled copy.
-    harvest = 2 * chunk_vectors * d_in
-    return FLOAT32 * (learnt + step + harvest)
-
-
-def state_bytes(cfg: RunConfig, d_in: int) -> int:
-    """Return about how large a resumable state is."""
-    return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
 
 
 def free_memory(device: torch.device) -> int:
