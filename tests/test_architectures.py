@@ -46,11 +46,11 @@ def test_without_r_mag_the_paths_differ_by_their_biases_alone() -> None:
 
 def test_untied_paths_read_their_own_directions() -> None:
     sae = worked_example(tie="untied")
-    set_(sae, W_mag=[[0, 0, 0], [7, 0, 0]])
+    set_(sae, W_mag=[[7, 0, 0], [0, 0, 0]])
     x = torch.tensor([3.0, 1.0], dtype=torch.float64)
     pi_gate, pi_mag = sae.pre_activations(x)
     assert pi_gate.tolist() == [1, -1, 1]
-    assert pi_mag.tolist() == [7.5, 5, -3]  # 7 * xc_1 + b_mag
+    assert pi_mag.tolist() == [14.5, 5, -3]  # 7 * 2 + b_mag: centred like the gate
 
 
 def test_a_gate_at_exactly_zero_is_closed() -> None:
