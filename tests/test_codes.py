@@ -116,7 +116,7 @@ def test_codes_do_not_depend_on_where_chunks_of_rows_end() -> None:
     assert chunk_rows(d_sae) == 256
     sae = GatedSAE(2, d_sae).double()
     with torch.no_grad():
-        sae.b_gate -= 2.5
+        sae.b_gate.fill_(-2.5)
     x = torch.randn(600, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     codes = encode_sparse(sae, x)
     assert codes.latent.numel() > 100

@@ -236,7 +236,7 @@ def curve(step: Step, sae: GatedSAE | ReluSAE, batches: Tensor) -> Tensor:
         losses.append(step(sae, x, sparsity_coeff=0.05).loss.total)
         adam.step()
         with torch.no_grad():
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
     return torch.stack(losses)
 
 
