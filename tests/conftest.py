@@ -35,7 +35,13 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_inner": 20, "n_positions": 16}
+    shape: dict[str, Any] = {
+        "n_embd": 12,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_inner": 20,
+        "n_positions": 16,
+    }
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=40, bos_token_id=0, eos_token_id=0, **shape))
     with torch.no_grad():
         for parameter in hf.parameters():
