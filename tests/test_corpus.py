@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from corpora import BOS, EOS, WordTokenizer, counted, file, load, rows, words
 
 
@@ -79,6 +80,7 @@ def test_indices_and_slices_give_the_same_sequences(tmp_path: Path) -> None:
     train = load(file(tmp_path / "a.txt", words(0, 60))).train
     by_index = train[np.array([4, 1])]
     assert by_index.ids.tolist() == [rows(train)[4], rows(train)[1]]
+    assert train[torch.tensor([4, 1])].ids.tolist() == by_index.ids.tolist()
     assert by_index.mask.tolist() == [train[4:5].mask[0].tolist(), train[1:2].mask[0].tolist()]
 
 

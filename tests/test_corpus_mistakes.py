@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from corpora import WordTokenizer, file, refusal, token_rows, words
 
@@ -150,10 +151,16 @@ def test_every_mistake_is_one_sentence_that_says_what_to_do(tmp_path: Path) -> N
             "use `stdlib` or a local file",
         ),
         (
+            "owner/name",
+            httpx2.ReadTimeout("The read operation timed out"),  # no OSError
+            "expected to stream owner/name from the Hub, got no connection (The read operation "
+            "timed out): go online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file",
+        ),
+        (
             "owner/name:small",
             ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
-            "expected a config and split that owner/name has, got owner/name:small and 'train': "
-            "Config name is missing. Please pick one of ['a', 'b']",
+            "expected a data set, config and split that can be streamed, got owner/name:small and "
+            "'train': Config name is missing. Please pick one of ['a', 'b']",
         ),
     ],
 )

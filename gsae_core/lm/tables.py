@@ -210,6 +210,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
         InputError: if the Hub cannot be reached or has no such data set, config or split.
     """
     import datasets
+    import httpx2
     from datasets.exceptions import DatasetNotFoundError
 
     repository, _, config = name.partition(":")
@@ -220,16 +221,15 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
             f"expected a data set on the Hub, a file or a folder, found none called {repository}: "
             f"check the name, or log in if it is gated ({_first_line(error)})"
         ) from error
-    except (OSError, RuntimeError) as error:
-        # aiohttp, requests and httpx errors are OSErrors; a client closed in mid-stream is not.
+    except (OSError, httpx2.HTTPError) as error:
         raise InputError(
             f"expected to stream {name} from the Hub, got no connection ({_first_line(error)}): go "
             "online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # no such config or split; a set that needs code
         raise InputError(
-            f"expected a config and split that {repository} has, got {name} and {split!r}: "
-            f"{' '.join(str(error).split())}"
+            f"expected a data set, config and split that can be streamed, got {name} and "
+            f"{split!r}: {' '.join(str(error).split())}"
         ) from error
 
 
