@@ -82,7 +82,7 @@ def form() -> None:
         fill()
     with st.container(border=True):
         st.markdown("**1 · Where to read**")
-        one, two, three = st.columns([2, 1, 1])
+        one, two, three = st.columns([3, 2, 3])
         one.text_input(
             "Model",
             key="model_name",
@@ -94,7 +94,11 @@ def form() -> None:
         st.markdown("**2 · What to train**")
         one, two = st.columns([1, 1])
         one.multiselect(
-            "Architectures", ARCHITECTURES, key="archs", format_func=lambda a: LOOKS[a].label
+            "Architectures",
+            ARCHITECTURES,
+            key="archs",
+            wrap=True,
+            format_func=lambda a: LOOKS[a].label,
         )
         two.number_input(
             "Width",
@@ -190,7 +194,7 @@ def preflight(config: RunConfig) -> None:
     source = (
         "a rough guess: nothing was trained here yet"
         if speed.source is None
-        else f"at the speed of {speed.source}"
+        else f"at the speed of run {speed.source}"
     )
     rows |= {
         "Activations": f"{d_in} wide, from {config.model.hook_name}",

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from gsae_core.analysis.pareto import MatchedRatio, Point, frontier, matched_l0_ratio
-from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL
+from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL, round_values
 
 Measure = Literal["loss_recovered", "delta_ce", "fvu", "kl"]
 
@@ -51,7 +51,10 @@ def style(
     figure.update_xaxes(title=x, ticks="outside")
     figure.update_yaxes(title=y, ticks="outside")
     if log_x:
-        figure.update_xaxes(type="log", exponentformat="power", dtick=1 if decades else "D2")
+        figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    if log_x and not decades:
+        ticks = round_values(value for trace in figure.data for value in trace.x)
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
         margin={"l": 8, "r": 8, "t": 48, "b": 8},

@@ -1,6 +1,5 @@
 """Figures of a run that still moves, in Altair: charts keep their zoom while data arrive."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,11 +7,12 @@ import altair as alt
 import pandas as pd
 
 from gsae_core.config import SAESpec
-from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, shades
+from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, round_values, shades
 
 XAxis = Literal["tokens", "step", "seconds"]
 
 MAX_POINTS = 400  # per line: more than a chart's width in pixels shows, and a tick stays small
+Y_FORMATS = {"dead_gate": "~%", "dead_magnitude": "~%"}
 TRAIL = 40  # logged points of an SAE's path that the plane shows
 
 
@@ -71,8 +71,11 @@ def line_chart(
         axis=alt.Axis(format="~s", tickCount=5, grid=False),
         scale=alt.Scale(nice=False),
     )
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
-    y_axis = alt.Axis(values=round_values(data["raw"])) if log else alt.Axis(tickCount=5)
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    ticks = (
+        {"values": round_values(data["raw"]), "labelOverlap": False} if log else {"tickCount": 5}
+    )
+    y_axis = alt.Axis(format=Y_FORMATS.get(column, "~g"), **ticks)
     base = alt.Chart(data).encode(
         x=x_axis,
         color=alt.Color(
@@ -124,10 +127,15 @@ def plane(
         "x": alt.X(
             "l0:Q",
             title=AXES["l0"],
-            scale=alt.Scale(type="log"),
-            axis=alt.Axis(values=round_values(newest["l0"]), format="~g"),
+            scale=alt.Scale(type="log", padding=10),
+            axis=alt.Axis(values=round_values(data["l0"]), format="~g", labelOverlap=False),
         ),
-        "y": alt.Y("fvu:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
+        "y": alt.Y(
+            "fvu:Q",
+            title=None,
+            scale=alt.Scale(zero=False, padding=10),
+            axis=alt.Axis(tickCount=5, format="~g"),
+        ),
         "color": alt.Color(
             "sae:N", scale=alt.Scale(domain=domain, range=list(colours.values())), legend=None
         ),
@@ -151,19 +159,6 @@ def plane(
         fontWeight="normal",
     )
     return (trail + here).properties(height=height, title=title).interactive()
-
-
-def round_values(values: pd.Series) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten within the values' range: ticks of a log axis.
-
-    Vega's own choice draws a grid line for every digit of every decade.
-    """
-    if values.empty:
-        return []
-    low, high = float(values.min()), float(values.max())
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
 
 
 def _sorted(saes: Sequence[SAESpec], colours: dict[str, str]) -> list[SAESpec]:

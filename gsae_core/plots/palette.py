@@ -1,6 +1,7 @@
 """One look for every figure: Okabe-Ito colours, a marker per architecture, titles with units."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from gsae_core.config import Architecture, SAESpec
@@ -69,6 +70,20 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
             mix = 0.25 - 0.65 * strength if theme == "light" else 0.1 + 0.6 * strength
             colours[spec.name] = _mix(look.colour, mix)
     return colours
+
+
+def round_values(values: Iterable[float]) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten around the values' range: ticks of a log axis.
+
+    The chart libraries' own choices are a grid line for every digit, or labels like `2 5 10^2`.
+    """
+    positive = [float(value) for value in values if value > 0]
+    if not positive:
+        return []
+    low, high = min(positive), max(positive)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
 
 
 def _by_sparsity(spec: SAESpec) -> float:
