@@ -204,6 +204,24 @@ def test_a_revival_is_reported_and_warms_up_again() -> None:
     assert [r.lr for r in reports[6:10]] == pytest.approx(expected)
 
 
+def test_a_revived_latent_gets_a_whole_window() -> None:
+    trainer = Trainer([gated_with_corpses()], config())
+    for x in sparse_batches(6):
+        trainer.step(x)
+    (state,) = trainer.state_dict()["saes"]
+    assert state["since_fired"][:2].tolist() == [0, 0]
+    assert state["since_open"][:2].tolist() == [0, 0]
+
+
+def test_a_stream_may_fill_one_buffer_again_and_again() -> None:
+    ours, theirs = gated_with_corpses(), gated_with_corpses()
+    batches = sparse_batches(N_STEPS)
+    buffer = torch.empty(BATCH, D_IN)
+    list(train([ours], (buffer.copy_(x) for x in batches), config()))
+    list(train([theirs], batches, config()))
+    assert_same_bits(ours, theirs)
+
+
 def test_no_warm_up_where_nothing_was_revived() -> None:
     cfg = config(lr_decay_fraction=0.0, revive_window=1000)
     reports = [r.saes[0] for r in train([GatedSAE(D_IN, 9)], sparse_batches(N_STEPS), cfg)]
