@@ -175,7 +175,7 @@ def test_a_finished_run_holds_all_that_was_promised(trained: tuple[Run, list[Pro
     table = run.feature_stats("gated")
     assert len(table) == 24
     row = run.evals()[0]
-    assert math.isclose(table["density"].sum(), row["l0"])
+    assert math.isclose(float(table["density"].to_numpy().sum()), row["l0"])
     assert row["alive_fraction"] == (table["fired"] > 0).mean()
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
 from gsae_core.errors import InputError
 from gsae_core.job import Progress, train_run
 from gsae_core.store import files, resume
+from gsae_core.store.jobs import start
 from gsae_core.store.runs import Run
+from gsae_core.store.status import ACTIVE
 
 STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
 
@@ -236,3 +239,19 @@ def test_another_corpus_under_the_same_name_is_refused(
         finish(run)
     assert str(caught.value).startswith("expected the activations this run began with (E|x|^2 = ")
     assert str(caught.value).endswith("); the model or the corpus has changed, so start a new run")
+
+
+@pytest.mark.slow
+def test_a_detached_process_goes_on_where_a_killed_one_was(
+    run: Run, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    killed_at(run, 15)
+    pid = start(run)
+    assert pid == start(run) != os.getpid()
+    deadline = time.monotonic() + 200
+    while run.status.state in ACTIVE:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert run.status.state == "finished", run.log_tail()
+    assert outcome(run) == undisturbed
