@@ -256,3 +256,12 @@ def test_a_scale_that_cannot_be_divided_by_is_refused(scale: float) -> None:
     with pytest.raises(InputError) as caught:
         fold_scale_(ReluSAE(4, 7), scale)
     assert str(caught.value) == f"expected a positive, finite activation scale, got {scale}"
+
+
+@pytest.mark.parametrize(("d_in", "d_sae"), [(1, 3), (3, 1), (1, 1)])
+def test_an_axis_of_one_does_not_make_the_encoder_share_memory_with_the_dictionary(
+    d_in: int, d_sae: int
+) -> None:
+    gated, relu = GatedSAE(d_in, d_sae), ReluSAE(d_in, d_sae)
+    assert gated.W_gate.data_ptr() != gated.W_dec.data_ptr()
+    assert relu.W_enc.data_ptr() != relu.W_dec.data_ptr()

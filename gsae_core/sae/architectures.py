@@ -128,7 +128,7 @@ class GatedSAE(_SAE):
         self.aux: Aux = self.objective.aux
         self.tie: Tie = tie
         self.detach_b_dec = detach_b_dec
-        self.W_gate = nn.Parameter(self.W_dec.detach().T.contiguous())
+        self.W_gate = nn.Parameter(_transposed(self.W_dec))
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         # r_mag = 0 (or W_mag = W_gate) and equal biases: the start is exactly a ReLU SAE.
         self.r_mag = nn.Parameter(torch.zeros(d_sae)) if tie == "r_mag" else None
@@ -201,7 +201,7 @@ class ReluSAE(_SAE):
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
         self.objective = objective("relu", recipe=recipe)
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
+        self.W_enc = nn.Parameter(_transposed(self.W_dec))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -252,6 +252,11 @@ def fold_scale_(sae: GatedSAE | ReluSAE, scale: float) -> None:
     for name, parameter in sae.named_parameters():
         if name.startswith("b_"):
             parameter /= scale
+
+
+def _transposed(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_in d_sae"]:
+    # A clone, always: where an axis is 1, .T.contiguous() would share memory with the dictionary.
+    return W_dec.detach().T.clone(memory_format=torch.contiguous_format)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
