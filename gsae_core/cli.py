@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gsae_core.command_line import PROGRAM, Doctor, Evaluate, Resume, parse
 from gsae_core.config import EvalConfig
@@ -21,12 +21,16 @@ from gsae_core.store.runs import Run
 from gsae_core.validation import validated
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from gsae_core.job import Progress
     from gsae_core.training.report import StepReport
 
 MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
+
+UNITS = {"training": "step", "evaluating": "token"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,37 +136,41 @@ def _doctor(command: Doctor) -> int:
 
 def _follow(progress: "Iterator[Progress]") -> str:
     """Draw a bar for each stage until the work ends; return the last stage."""
-    from tqdm import tqdm
-
-    stage, units = "", {"training": "step", "evaluating": "token"}
-    with contextlib.ExitStack() as bars, contextlib.closing(progress):  # pyright: ignore
-        bar, shown = None, 0.0
+    stage, bar = "", None
+    # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
+    with contextlib.closing(progress), contextlib.ExitStack() as bars:  # pyright: ignore
         for now in progress:
             if now.stage != stage:
                 bars.close()
-                stage = now.stage
-                bar = None
-                if stage in units:
-                    # disable=None: no bar where stderr is a file.
-                    bar = bars.enter_context(
-                        tqdm(
-                            total=now.total,
-                            initial=0 if stage == "evaluating" else now.done - 1,
-                            desc=stage,
-                            unit=f" {units[stage]}",
-                            unit_scale=stage == "evaluating",
-                            disable=None,
-                        )
-                    )
-                elif stage == "loading":
+                stage, bar = now.stage, None
+                if stage == "loading":
                     print("loading the model and the text", file=sys.stderr, flush=True)
+                elif stage in UNITS:
+                    bar = bars.enter_context(_bar(now))
             if bar is not None:
                 bar.update(now.done - bar.n)
-                if now.report is not None and not bar.disable and time.monotonic() - shown > 1:
-                    # Reading a number waits for the device: once a second is cheap.
-                    shown = time.monotonic()
+                if now.report is not None and not bar.disable and _is_time(bar):
                     bar.set_postfix_str(_glance(now.report), refresh=False)
     return stage
+
+
+def _bar(now: "Progress") -> "tqdm[NoReturn]":
+    from tqdm import tqdm
+
+    return tqdm(
+        total=now.total,
+        # A resumed run begins where it stands: the bar's speed is of this process alone.
+        initial=now.done - 1 if now.stage == "training" else 0,
+        desc=now.stage,
+        unit=f" {UNITS[now.stage]}",
+        unit_scale=now.stage == "evaluating",
+        disable=None,  # no bar where stderr is a file
+    )
+
+
+def _is_time(bar: "tqdm[NoReturn]") -> bool:
+    # Reading a number waits for the device; as often as the bar is drawn is cheap.
+    return time.time() - bar.last_print_t >= bar.mininterval
 
 
 def _glance(report: "StepReport") -> str:

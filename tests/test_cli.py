@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core import job, workshop
+from gsae_core import cli, job, workshop
 from gsae_core.cli import main
 from gsae_core.report import matched_ratio
 from gsae_core.store.runs import Run
@@ -88,6 +89,19 @@ def test_train_ends_with_a_table_a_headline_and_the_folder(
     assert lines[-2:] == [matched_ratio(run.evals()).sentence, f"the run is in {run.folder}"]
     assert run.status.state == "finished"
     assert run.config.model.site == "mlp_hidden"
+
+
+def test_a_terminal_gets_a_bar_with_l0_and_loss(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(cli, "_is_time", lambda _: True)
+    assert main(small) == 0
+    bars = capsys.readouterr().err
+    assert re.search(
+        r"training: 100%.*20/20 .*, L0 [\d.]+ to [\d.]+, loss [\d.]+ to [\d.]+\]", bars
+    )
+    assert re.search(r"evaluating: 100%.*30\.0/30\.0", bars)
 
 
 def test_a_run_without_a_name_is_named_after_what_it_is(
