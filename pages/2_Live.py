@@ -22,6 +22,7 @@ LOSS_PARTS = {
     "auxiliary": "auxiliary",
 }
 X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
+LOG = ("l0", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
 RESUMABLE = ("cancelled", "failed", "lost")
 STAGES = {
@@ -143,19 +144,9 @@ def charts(rows: list[dict], status: Status) -> None:
     x = X_AXES[st.session_state["x"]]
     part = LOSS_PARTS[st.session_state["part"]]
     smoothing = st.session_state["smooth"]
-    plots = (
-        (part, {"log": True}),
-        ("l0", {"log": True}),
-        ("fvu", {}),
-        ("gamma", {"rule": 1.0}),
-        ("gamma_gate", {"rule": 1.0}),
-        (None, {}),
-        ("dead_gate", {}),
-        ("dead_magnitude", {}),
-        ("lr", {}),
-    )
+    plots = (part, "l0", "fvu", "gamma", "gamma_gate", None, "dead_gate", "dead_magnitude", "lr")
     cells = [cell for _ in range(3) for cell in st.columns(3, gap="medium")]
-    for cell, (column, options) in zip(cells, plots, strict=True):
+    for cell, column in zip(cells, plots, strict=True):
         with cell:
             if column is None:
                 chart = plane(table, saes, theme=frame.theme, finished=status.state == "finished")
@@ -168,7 +159,8 @@ def charts(rows: list[dict], status: Status) -> None:
                     x=x,
                     theme=frame.theme,
                     smoothing=0.0 if column == "lr" else smoothing,
-                    **options,
+                    log=column in LOG,
+                    rule=1.0 if column in ("gamma", "gamma_gate") else None,
                 )
                 alt = f"{column} of each SAE against {x}"
             st.altair_chart(chart, key=f"chart_{column or 'plane'}", alt=alt)

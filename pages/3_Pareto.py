@@ -160,7 +160,7 @@ if len(picked) == 2:
     difference(*picked)
 
 st.subheader("All SAEs", anchor=False)
-table = evals[[column for column in COLUMNS if column in evals]].rename(columns=COLUMNS)
+table = evals.loc[:, [column for column in COLUMNS if column in evals]].rename(columns=COLUMNS)
 table = table.assign(**{name: 100 * table[name] for name in ("loss recovered", "alive")})
 formats = {"loss recovered": "%.2f %%", "alive": "%.1f %%", "L0": "%.1f"}
 formats |= dict.fromkeys(("ΔCE (nats)", "KL (nats)"), "%.4f")
@@ -178,7 +178,7 @@ st.dataframe(
     placeholder="–",
     alt="Every SAE of the run with its held-out numbers",
 )
-tokens = int(evals["n_tokens"].max())
+tokens = max(evals["n_tokens"])
 left, right = st.columns([3, 1], vertical_alignment="center")
 left.caption(
     f"Measured on {tokens:,} held-out tokens. The language model alone loses "

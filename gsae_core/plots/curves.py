@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from gsae_core.analysis.pareto import MatchedRatio, Point, frontier, matched_l0_ratio
+from gsae_core.config import Architecture
 from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL, round_values
 
 Measure = Literal["loss_recovered", "delta_ce", "fvu", "kl"]
@@ -40,6 +41,11 @@ def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
 
 
+def of_architecture(evals: pd.DataFrame, architecture: Architecture) -> pd.DataFrame:
+    """Return the rows of one architecture."""
+    return pd.DataFrame(evals[evals["architecture"] == architecture])
+
+
 def style(
     figure: go.Figure, *, x: str, y: str, log_x: bool = False, decades: bool = False
 ) -> go.Figure:
@@ -53,7 +59,7 @@ def style(
     if log_x:
         figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     if log_x and not decades:
-        ticks = round_values(value for trace in figure.data for value in trace.x)
+        ticks = round_values(value for trace in figure.select_traces() for value in trace.x)
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
@@ -84,7 +90,7 @@ def tradeoff(
     if matched is not None:
         _draw_matches(figure, matched)
     for architecture, look in LOOKS.items():
-        rows = evals[evals["architecture"] == architecture].dropna(subset=["l0", measure])
+        rows = of_architecture(evals, architecture).dropna(subset=["l0", measure])
         if rows.empty:
             continue
         edge = best(rows, measure)

@@ -9,6 +9,7 @@ import pandas as pd
 from gsae_core.config import SAESpec
 from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, round_values, shades
 
+LiveChart = alt.LayerChart | alt.FacetChart
 XAxis = Literal["tokens", "step", "seconds"]
 
 MAX_POINTS = 400  # per line: more than a chart's width in pixels shows, and a tick stays small
@@ -26,10 +27,10 @@ def metrics_frame(lines: Sequence[dict], saes: Sequence[SAESpec]) -> pd.DataFram
         return pd.DataFrame(columns=["step", "tokens", "seconds", "sae", "label"])
     steps = frame["step"].drop_duplicates().to_list()
     stride = -(-len(steps) // MAX_POINTS)
-    kept = set(steps[::-1][::stride])
+    kept = steps[::-1][::stride]
     labels = {spec.name: hover_name(spec) for spec in saes}
-    frame = frame[frame["step"].isin(kept) & frame["sae"].isin(list(labels))]
-    return frame.assign(label=frame["sae"].map(labels)).reset_index(drop=True)
+    frame = pd.DataFrame(frame[frame["step"].isin(kept) & frame["sae"].isin(list(labels))])
+    return frame.assign(label=[labels[name] for name in frame["sae"]]).reset_index(drop=True)
 
 
 def smoothed(frame: pd.DataFrame, column: str, weight: float) -> pd.Series:
@@ -39,7 +40,7 @@ def smoothed(frame: pd.DataFrame, column: str, weight: float) -> pd.Series:
         weight: share of the past in each value, from 0 (raw) to below 1.
     """
     grouped = frame.groupby("sae", sort=False)[column]
-    return grouped.transform(lambda values: values.ewm(alpha=1 - weight, adjust=True).mean())
+    return pd.Series(grouped.transform(lambda v: v.ewm(alpha=1 - weight, adjust=True).mean()))
 
 
 def line_chart(
@@ -53,7 +54,7 @@ def line_chart(
     log: bool = False,
     rule: float | None = None,
     height: int = 220,
-) -> alt.LayerChart:
+) -> LiveChart:
     """Return one quantity against training, a line per SAE; smoothing leaves the raw line faint.
 
     Args:
@@ -61,9 +62,9 @@ def line_chart(
         rule: value marked with a thin line, such as gamma = 1.
     """
     colours = shades(saes, theme)
-    data = frame[[x, "sae", "label", column]].dropna().rename(columns={column: "raw"})
+    data = frame.loc[:, [x, "sae", "label"]].assign(raw=frame[column]).dropna()
     if log:
-        data = data[data["raw"] > 0]
+        data = data.query("raw > 0")
     data = data.assign(value=smoothed(data, "raw", smoothing))
     x_axis = alt.X(
         f"{x}:Q",
@@ -72,10 +73,10 @@ def line_chart(
         scale=alt.Scale(nice=False),
     )
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
-    ticks = (
-        {"values": round_values(data["raw"]), "labelOverlap": False} if log else {"tickCount": 5}
-    )
-    y_axis = alt.Axis(format=Y_FORMATS.get(column, "~g"), **ticks)
+    form = Y_FORMATS.get(column, "~g")
+    y_axis = alt.Axis(format=form, tickCount=5)
+    if log:
+        y_axis = alt.Axis(format=form, values=round_values(data["raw"]), labelOverlap=False)
     base = alt.Chart(data).encode(
         x=x_axis,
         color=alt.Color(
@@ -112,14 +113,14 @@ def line_chart(
 
 def plane(
     frame: pd.DataFrame, saes: Sequence[SAESpec], *, theme: Theme, finished: bool, height: int = 220
-) -> alt.LayerChart:
+) -> LiveChart:
     """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
 
     Markers are hollow while a run moves and solid when it is finished.
     """
     colours = shades(saes, theme)
-    data = frame[["step", "sae", "label", "l0", "fvu"]].dropna()
-    data = data[data["l0"] > 0].groupby("sae", sort=False).tail(TRAIL)
+    data = frame.loc[:, ["step", "sae", "label", "l0", "fvu"]].dropna().query("l0 > 0")
+    data = data.groupby("sae", sort=False).tail(TRAIL)
     newest = data.groupby("sae", sort=False).tail(1)
     domain = list(colours)
     shapes = [LOOKS[s.architecture].vega_shape for s in _sorted(saes, colours)]

@@ -1,5 +1,6 @@
 """Figures of shrinkage, in Plotly: gamma over a sweep, gamma per feature, gamma against density."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from gsae_core.config import SAESpec
-from gsae_core.plots.curves import hover, style
+from gsae_core.config import Architecture, SAESpec
+from gsae_core.plots.curves import hover, of_architecture, style
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
 
 BIN = 0.025  # width of a gamma bin
@@ -26,12 +27,12 @@ class FeatureGamma(NamedTuple):
     @property
     def median(self) -> float:
         """Median gamma of the features shown; NaN if none is."""
-        return float(self.stats["gamma"].median())
+        return float(np.median(self.stats["gamma"])) if len(self.stats) else math.nan
 
 
 def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> FeatureGamma:
-    """Return the features that fired at least `min_fired` times and have a finite gamma."""
-    shown = stats[(stats["fired"] >= min_fired) & np.isfinite(stats["gamma"])]
+    """Return the features that fired at least `min_fired` times and have a gamma."""
+    shown = pd.DataFrame(stats[stats["fired"] >= min_fired]).dropna(subset="gamma")
     return FeatureGamma(spec, shown, len(stats), len(stats) - len(shown))
 
 
@@ -42,14 +43,14 @@ def gamma_over_sweep(evals: pd.DataFrame) -> go.Figure:
         evals: `curves.evaluation_frame`'s rows.
     """
     gated, relu = LOOKS["gated"], LOOKS["relu"]
-    series = [
+    series: list[tuple[Architecture, str, str, str, str, str]] = [
         ("gated", "gamma", f"{gated.label}, output", gated.colour, gated.plotly_symbol, "solid"),
         ("gated", "gamma_gate", "Gated, gate path", THIRD, "triangle-up", "dot"),
         ("relu", "gamma", relu.label, relu.colour, relu.plotly_symbol, "dash"),
     ]
     figure = go.Figure()
     for architecture, column, label, colour, symbol, dash in series:
-        rows = evals[evals["architecture"] == architecture].dropna(subset=[column])
+        rows = of_architecture(evals, architecture).dropna(subset=column)
         rows = rows.sort_values("l0")
         if rows.empty:
             continue
@@ -130,7 +131,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     figure = go.Figure()
     for feature in features:
         look = LOOKS[feature.spec.architecture]
-        stats = feature.stats[feature.stats["density"] > 0]
+        stats = feature.stats.query("density > 0")
         stats = stats.iloc[:: -(-len(stats) // MAX_DOTS) or 1]
         figure.add_scatter(
             x=stats["density"].to_list(),
@@ -155,14 +156,12 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
 
     An architecture that was not evaluated is missing.
     """
-    gated = evals[evals["architecture"] == "gated"]
-    relu = evals[evals["architecture"] == "relu"]
+    gated = of_architecture(evals, "gated")
+    relu = of_architecture(evals, "relu")
     if gated.empty or relu.empty:
         present = gated if relu.empty else relu
         return {str(row["architecture"]): str(row["name"]) for _, row in present.tail(1).iterrows()}
     pairs = gated.merge(relu, how="cross", suffixes=("_gated", "_relu"))
-    apart = np.abs(
-        np.log(pairs["l0_gated"].clip(lower=1e-9)) - np.log(pairs["l0_relu"].clip(lower=1e-9))
-    )
-    best = pairs.loc[apart.idxmin()]
+    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_relu"]].to_numpy().clip(min=1e-9))
+    best = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
     return {"gated": str(best["name_gated"]), "relu": str(best["name_relu"])}
