@@ -101,6 +101,30 @@ def test_a_compatibility_bridge_has_another_residual_stream(tiny_tokenizer: Any)
     assert (ours[0] - ours[1]).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")  # TransformerLens' own
+def test_a_bridge_without_some_sites_says_which_it_has(tiny_tokenizer: Any) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    shape = {"d_model": 12, "d_head": 8, "n_heads": 2, "n_layers": 2, "n_ctx": 16, "d_vocab": 40}
+    options = {"act_fn": "gelu", "normalization_type": "LN", "attn_only": True, "seed": 0}
+    cls: Any = TransformerBridge  # boot_native is attached at import, unseen by type checkers
+    bridge = cls.boot_native(shape | options)
+    with pytest.raises(InputError, match=sentence("expected a tokenizer with the Transformer")):
+        load_model(bridge)
+    model = load_model(bridge, tokenizer=tiny_tokenizer)
+    with pytest.raises(InputError) as error:
+        model.harvest(IDS, layer=1, site="mlp_out")
+    assert str(error.value) == (
+        "expected a site that this TransformerBridge has, got 'mlp_out'; "
+        "layer 1 has resid_pre, resid_post, attn_z, attn_out"
+    )
+    _, cache = bridge.run_with_cache(IDS)
+    z = model.harvest(IDS, layer=1, site="attn_z")
+    assert torch.equal(z, cache["blocks.1.attn.hook_z"].flatten(2))
+    splice = model.splice(IDS, layer=1, site="resid_post")
+    assert torch.equal(splice.run(splice.x), model.logits(IDS))
+
+
 def test_harvesting_stops_at_the_site(tiny_lm: LanguageModel) -> None:
     ran: list[str] = []
     blocks = tiny_lm.hf.transformer.h

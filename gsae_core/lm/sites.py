@@ -117,10 +117,12 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
             if point is not None:
                 taps[site] = Tap(point, "output")
         # A bridge's hook points lie inside the modules whose output they show.
+        parts = dict(block.named_children())  # an attention-only model has no mlp
+        attn, mlp = ((parts[name],) if name in parts else () for name in ("attn", "mlp"))
         before: dict[Site, tuple[nn.Module, ...]] = {
-            "mlp_hidden": (block.attn,),
-            "mlp_out": (block.attn,),
-            "resid_post": (block.attn, block.mlp),
+            "mlp_hidden": attn,
+            "mlp_out": attn,
+            "resid_post": attn + mlp,
         }
         found.append(BlockSites(block, taps, before))
     return found
