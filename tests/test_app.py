@@ -193,6 +193,8 @@ def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> No
     (run,) = list_runs(root)
     assert started == [run.id]
     assert run.config.preset == "quick"
+    assert at.title[0].value == "Live"
+    assert at.selectbox(key="run").value == run.id
 
 
 def test_a_double_press_starts_one_run(root: Path, started: list[str]) -> None:
@@ -219,6 +221,7 @@ def test_the_form_starts_what_its_command_line_says(root: Path, started: list[st
     flags = parse(command[3:])
     assert isinstance(flags, Train)
     at.button(key="start").click().run()
+    assert at.title[0].value == "Live"
     (run,) = list_runs(root)
     assert run.config == run_config(flags)
     assert [spec.d_sae for spec in run.config.saes] == [768, 768, 1152, 1152]

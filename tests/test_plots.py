@@ -133,7 +133,7 @@ def test_the_ratio_follows_from_the_two_curves() -> None:
 
 def test_a_click_on_a_point_reports_its_name() -> None:
     figure = json.loads(tradeoff(EVALS, "kl").to_json())
-    markers = [trace for trace in figure["data"] if trace["mode"] == "markers"]
+    markers = [trace for trace in figure["data"] if trace.get("customdata")]
     names = [row[0] for trace in markers for row in trace["customdata"]]
     assert sorted(names) == ["gated-0.1", "gated-0.2", "relu-0.1", "relu-0.2"]
 
@@ -141,8 +141,11 @@ def test_a_click_on_a_point_reports_its_name() -> None:
 def test_the_interpolation_is_drawn_between_the_frontiers() -> None:
     matched = matched_ratio(EVALS)
     figure = tradeoff(EVALS, "loss_recovered", matched=matched)
-    segments = [tuple(t.x) for t in figure.data if t.legendgroup == "matched"]
+    lines = [t for t in figure.data if t.legendgroup == "matched" and t.mode == "lines"]
+    segments = [tuple(t.x) for t in lines]
     assert segments == [(pair.l0_gated, pair.l0_baseline) for pair in matched.pairs]
+    # An end that could be hovered would steal the click from the SAE it lies on.
+    assert {t.hoverinfo for t in lines} == {"skip"}
 
 
 def test_gamma_over_the_sweep_has_three_series_and_a_rule_at_one() -> None:

@@ -1,5 +1,6 @@
 """The trade-off between sparsity and fidelity, in Plotly."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -161,19 +162,30 @@ def matched_ratio(evals: pd.DataFrame) -> MatchedRatio:
 
 def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
     """Draw a level line between the two frontiers for each pair the ratio is taken from."""
-    for number, pair in enumerate(matched.pairs):
+    line = {"color": NEUTRAL, "width": 1, "dash": "dot"}
+    for pair in matched.pairs:
         figure.add_scatter(
             x=[pair.l0_gated, pair.l0_baseline],
             y=[pair.loss_recovered] * 2,
-            mode="lines+markers",
-            line={"color": NEUTRAL, "width": 1, "dash": "dot"},
-            marker={"symbol": "line-ns-open", "size": 8, "color": NEUTRAL},
+            mode="lines",
+            line=line,
             name="matched fidelity",
             legendgroup="matched",
-            showlegend=number == 0,
-            hovertemplate=hover(
-                f"at {pair.loss_recovered:.2%} of the loss recovered",
-                f"gated {pair.l0_gated:.1f}, baseline {pair.l0_baseline:.1f}",
-                f"ratio {pair.ratio:.2f}",
-            ),
+            showlegend=False,
+            hoverinfo="skip",  # the ends lie on SAEs, whose own clicks and hovers must win
         )
+    figure.add_scatter(
+        x=[math.sqrt(pair.l0_gated * pair.l0_baseline) for pair in matched.pairs],
+        y=[pair.loss_recovered for pair in matched.pairs],
+        mode="markers",
+        marker={"symbol": "line-ns-open", "size": 8, "color": NEUTRAL},
+        name="matched fidelity",
+        legendgroup="matched",
+        showlegend=bool(matched.pairs),
+        text=[
+            f"at {pair.loss_recovered:.2%} of the loss recovered<br>gated {pair.l0_gated:.1f}, "
+            f"baseline {pair.l0_baseline:.1f}<br>ratio {pair.ratio:.2f}"
+            for pair in matched.pairs
+        ],
+        hovertemplate=hover("%{text}"),
+    )
