@@ -1,5 +1,8 @@
-"""A language model of two small random layers, saved as any Hugging Face folder is."""
+"""A language model of two small random layers, saved as a Hugging Face folder; runs on it."""
 
+import random
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.store.runs import Run
 
 WORDS = 38
 """Words of the tiny tokenizer, `w0` to `w37`; with <|endoftext|> (id 0) and <unk>, 40 tokens."""
@@ -57,3 +61,49 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
 def tiny_lm(tiny_lm_folder: Path) -> LanguageModel:
     """The model of `tiny_lm_folder`; share it, and leave its weights alone."""
     return load_model(str(tiny_lm_folder))
+
+
+# 320 activations of the tiny model in 20 steps; E|x|^2 = 1, so lambda 0.05 and 0.4 differ.
+SMALL = shlex.split(
+    "--layer 1 --site mlp_hidden --arch gated relu --sparsity 0.05 0.4 --width 6 --tokens 320 "
+    "--batch-size 16 --eval-tokens 64 --lr-warmup-steps 2 --device cpu"
+)
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 2000 words that the tiny tokenizer knows."""
+    words = random.Random(0)
+    lines = [" ".join(f"w{words.randrange(38)}" for _ in range(20)) for _ in range(100)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def small_run(model: Path, text: Path, out: Path) -> list[str]:
+    return ["train", "--model", str(model), "--data", str(text), "--out", str(out), *SMALL]
+
+
+@pytest.fixture
+def small(tiny_lm_folder: Path, small_text: Path, tmp_path: Path) -> list[str]:
+    """`train` words that finish in about a second; the run goes to tmp_path / "run"."""
+    return small_run(tiny_lm_folder, small_text, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tiny_lm_folder: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    from gsae_core import cli
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        assert cli.main(small_run(tiny_lm_folder, small_text, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Run:
+    """A finished run in tmp_path / "run", to be spoilt at will."""
+    return Run.open(shutil.copytree(trained, tmp_path / "run"))
