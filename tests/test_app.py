@@ -1,79 +1,24 @@
 """Every page in every state, without a browser: no page may end in an exception."""
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from streamlit.testing.v1 import AppTest
+from app_pages import APP, HOSTILE, opened, text
 from synthetic import config, metric_lines, write_metrics, write_run
 
-from gsae_core import launch as launching
-from gsae_core.store.runs import Run, list_runs
-from gsae_core.store.status import read_status, write_status
+from gsae_core.config import sweep
 
-APP = Path(__file__).resolve().parents[1] / "app.py"
+pytest_plugins = ["app_pages"]
+
 PAGES = [
     "app.py",
-    "pages/1_Train.py",
-    "pages/2_Live.py",
-    "pages/3_Pareto.py",
-    "pages/4_Shrinkage.py",
+    *(f"pages/{name}.py" for name in ("1_Train", "2_Live", "3_Pareto", "4_Shrinkage")),
 ]
 RESULT_PAGES = PAGES[3:]
-HOSTILE = "<img src=x onerror=alert(1)>![](http://evil.example/x.png)"
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of runs that the app is pointed at."""
-    monkeypatch.setenv("GSAE_RUNS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def worker() -> Iterator[int]:
-    """Id of a process that plays the one that trains."""
-    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    yield process.pid
-    process.kill()
-    process.wait()
-
-
-def opened(page: str, **parameters: str) -> AppTest:
-    at = AppTest.from_file(str(APP), default_timeout=120)
-    if page != "app.py":
-        at.switch_page(page)
-    for name, value in parameters.items():
-        at.query_params[name] = value
-    return at.run()
-
-
-def text(at: AppTest) -> str:
-    """Return all that a page says."""
-    kinds = (at.html, at.caption, at.markdown, at.code, at.title, at.subheader)
-    return "\n".join(
-        str(element.value if hasattr(element, "value") else element.body)
-        for kind in kinds
-        for element in kind
-    )
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of the runs that would have been started; no process is."""
-    ids: list[str] = []
-
-    def record(run: Run) -> int:
-        ids.append(run.id)
-        return 1
-
-    monkeypatch.setattr(launching, "start", record)
-    return ids
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -186,75 +131,6 @@ def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
     assert "bad cannot be read" in text(at)
 
 
-def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> None:
-    at = opened("app.py")
-    at.button(key="start_quick").click().run()
-    assert not at.exception
-    (run,) = list_runs(root)
-    assert started == [run.id]
-    assert run.config.preset == "quick"
-    assert at.title[0].value == "Live"
-    assert at.selectbox(key="run").value == run.id
-
-
-def test_a_double_press_starts_one_run(root: Path, started: list[str]) -> None:
-    first = launching.launch(root, config(), nonce="abc123")
-    write_status(first.folder, read_status(first.folder)._replace(state="finished"))
-    second = launching.launch(root, config(), nonce="abc123")
-    assert first.folder == second.folder
-    assert started == [first.id]
-
-
-def test_the_form_starts_what_its_command_line_says(root: Path, started: list[str]) -> None:
-    from gsae_core.command_line import parse
-    from gsae_core.flags import Train, run_config
-
-    at = opened("pages/1_Train.py")
-    at.text_input(key="lambdas").set_value("0.3, 0.6")
-    at.number_input(key="width").set_value(768)
-    at.text_input(key="tokens").set_value("2e6")
-    at.text_input(key="data").set_value("my files/*.txt; rm -rf ~")
-    at.run()
-    assert not at.exception
-    command = shlex.split(at.code[0].value)
-    assert command[:4] == ["python", "-m", "gsae_core", "train"]
-    flags = parse(command[3:])
-    assert isinstance(flags, Train)
-    at.button(key="start").click().run()
-    assert at.title[0].value == "Live"
-    (run,) = list_runs(root)
-    assert run.config == run_config(flags)
-    assert [spec.d_sae for spec in run.config.saes] == [768, 768, 1152, 1152]
-    assert run.config.train.n_tokens == 2_000_000
-    assert started == [run.id]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"),
-    [
-        ("lambdas", "0.1 lots", "λ: expected numbers separated by spaces, like 0.1 0.2, got"),
-        ("lambdas", "-1", "λ: expected a number greater than 0, got -1.0"),
-        ("tokens", "many", "Tokens: expected a whole number, like 2_000_000, got"),
-        ("tokens", "100", "expected n_tokens of at least one batch (2048), got 100"),
-        ("lr", "0", "Learning rate: expected a number greater than 0, got 0.0"),
-    ],
-)
-def test_a_mistake_in_the_form_is_one_sentence_beside_it(
-    root: Path, key: str, value: str, sentence: str
-) -> None:
-    at = opened("pages/1_Train.py")
-    at.text_input(key=key).set_value(value).run()
-    assert not at.exception
-    assert sentence in text(at).replace("&#x27;", "'")
-    assert at.button(key="start").disabled
-
-
-def test_a_layer_the_model_lacks_is_named_before_it_starts(root: Path) -> None:
-    at = opened("pages/1_Train.py")
-    at.number_input(key="layer").set_value(7).run()
-    assert "Layer: expected 0 to 3, got 7; the model has 4 blocks" in text(at)
-
-
 def test_the_ratio_on_the_page_is_that_of_the_frontiers(root: Path) -> None:
     # Recovery is 0.70 + 0.055 ln L0 for gated and 0.035 less for the baseline, so that at equal
     # recovery ln L0 differs by 0.035 / 0.055 everywhere: a ratio of exp(7/11) = 1.89.
@@ -289,8 +165,6 @@ def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
 
 
 def test_one_architecture_alone_has_pages_too(root: Path) -> None:
-    from gsae_core.config import sweep
-
     base = config()
     run = write_run(
         root, "alone", run_config=base.model_copy(update={"saes": sweep(["gated"], [0.2], 512)})

@@ -1,0 +1,95 @@
+"""The small parts behind the pages: wording, progress, failures, footprint, machine."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from synthetic import config
+
+from gsae_core.failures import explain
+from gsae_core.footprint import Measured, ModelShape, model_shape, operations, pace
+from gsae_core.machine import machine
+from gsae_core.progress import progress
+from gsae_core.store.status import Status
+from gsae_core.wording import ago, count, duration, fixed, percent, signed_percent
+
+
+def status(step: int, n_steps: int) -> Status:
+    return Status("running", step, n_steps, None, None, 0.0, None)
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert [count(n) for n in (7, 1500, 1_048_576, 2e9)] == ["7", "1.5 k", "1.05 M", "2 B"]
+    assert [duration(s) for s in (9, 200, 3600, 90_000)] == ["9 s", "3 min 20 s", "1 h", "1 d 1 h"]
+    assert [ago(s) for s in (0.5, 200)] == ["just now", "3 min ago"]
+    assert [fixed(v) for v in (1.23456, None, math.nan)] == ["1.235", "–", "–"]
+    assert [percent(v) for v in (0.9528, None)] == ["95.3 %", "–"]
+    assert signed_percent(80.0, 90.0) == "+12.5 %"
+    assert signed_percent(0.0, 1.0) == "–"
+
+
+def test_time_left_is_steps_left_at_the_recent_speed() -> None:
+    rows = [{"step": s, "tokens": 10 * s, "seconds": 0.5 * s} for s in (1, 1, 2, 3)]
+    now = progress(status(3, 11), rows)
+    # Two steps took 1 s for 20 tokens: 0.5 s a step, 8 steps left.
+    assert now == (3 / 11, 20.0, 4.0)
+
+
+def test_nothing_logged_yet_has_no_speed() -> None:
+    assert progress(status(0, 10), []) == (0.0, None, None)
+    assert progress(status(0, 0), []).share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("CUDA out of memory", "Train fewer SAEs at once, narrow them, or use a smaller batch."),
+        ("No space left on device", "Free some disk space, then resume: nothing is lost."),
+        ("the loss is nan", "Lower the learning rate, or lengthen its warm-up."),
+        ("expected 0 to 3, got 7", ""),
+    ],
+)
+def test_a_failure_comes_with_the_one_thing_to_change(error: str, advice: str) -> None:
+    assert explain(error) == (f"{error}.", advice)
+
+
+def test_a_failure_without_a_reason_points_at_the_log() -> None:
+    assert explain(None).advice == "The last lines of its log are below."
+
+
+def test_the_width_of_each_site_is_read_from_the_folder(tmp_path: Path) -> None:
+    fields = {
+        "hidden_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 5,
+        "intermediate_size": 7,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    shape = model_shape(str(tmp_path))
+    assert shape == ModelShape(d_model=6, d_mlp=7, d_attn=20, n_layers=2)
+    assert [shape.width(site) for site in ("resid_pre", "mlp_hidden", "attn_z")] == [6, 7, 20]
+
+
+def test_a_hub_name_has_no_shape_before_it_is_here() -> None:
+    assert model_shape("someone/some-model") is None
+    assert model_shape("bundled") == ModelShape(d_model=256, d_mlp=1024, d_attn=256, n_layers=4)
+
+
+def test_speed_comes_from_a_run_of_this_machine_where_there_is_one() -> None:
+    run = config()
+    shape = model_shape("bundled")
+    assert shape is not None
+    guess = pace([], n_cores=2, has_gpu=False)
+    assert guess.source is None
+    measured = pace([Measured("a", run, 0.5, 100)], n_cores=2, has_gpu=False)
+    # Half of the operations in 100 s.
+    assert measured == (operations(run, shape) / 200, "a")
+
+
+def test_the_machine_says_what_is_free(tmp_path: Path) -> None:
+    here = machine(tmp_path / "not" / "made" / "yet")
+    assert 0 < here.memory_free <= here.memory_total
+    assert here.disk_free > 0
+    assert here.n_cores >= 1
