@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.command_line import PROGRAM, Doctor, Evaluate, Resume, parse
 from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
 from gsae_core.flags import Train, run_config
 from gsae_core.launch import run_id
-from gsae_core.report import evals_table, matched_ratio
+from gsae_core.report import evals_table
 from gsae_core.store.runs import Run
 from gsae_core.validation import validated
 

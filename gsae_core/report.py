@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gsae_core.analysis.pareto import MatchedRatio, Point, matched_l0_ratio
-from gsae_core.config import Architecture
 from gsae_core.wording import fixed, percent
 
 
@@ -37,17 +35,3 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in evals
     ]
     return aligned([head, *rows])
-
-
-def matched_ratio(evals: Sequence[Mapping[str, Any]]) -> MatchedRatio:
-    """Return L0(baseline) / L0(gated) at matched loss recovered, over the SAEs of a run."""
-
-    def points(architecture: Architecture) -> list[Point]:
-        return [
-            Point(row["l0"], row["loss_recovered"], row["name"])
-            for row in evals
-            if row["architecture"] == architecture
-            and None not in (row["l0"], row["loss_recovered"])
-        ]
-
-    return matched_l0_ratio(points("relu"), points("gated"))

@@ -3,9 +3,10 @@
 import streamlit as st
 
 from gsae_core import shell
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.glossary import definition
 from gsae_core.pieces import marked, plain
-from gsae_core.plots.curves import Measure, evaluation_frame, matched_ratio, tradeoff
+from gsae_core.plots.curves import Measure, evaluation_frame, tradeoff
 from gsae_core.plots.palette import AXES, LOOKS
 from gsae_core.wording import fixed, percent, signed_percent
 
@@ -41,6 +42,7 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "its trade-off curves")
 evals = evaluation_frame(shell.need_evals(run))
+matched = matched_ratio(evals.to_dict("records"))
 
 
 def say(column: str, value: float) -> str:
@@ -52,7 +54,6 @@ def say(column: str, value: float) -> str:
 
 def headline() -> None:
     """Draw the matched-fidelity ratio and where it comes from."""
-    matched = matched_ratio(evals)
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(
@@ -133,9 +134,7 @@ label = st.segmented_control(
     help=definition("loss_recovered"),
 )
 measure = LABELS[label]
-figure = tradeoff(
-    evals, measure, matched=matched_ratio(evals) if measure == "loss_recovered" else None
-)
+figure = tradeoff(evals, measure, matched=matched if measure == "loss_recovered" else None)
 st.plotly_chart(
     figure,
     key="plane",

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gsae_core import cli, job, workshop
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli import main
-from gsae_core.report import matched_ratio
 from gsae_core.store.runs import Run
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gsae_core.analysis.pareto import MatchedPair, Point, frontier, matched_l0_ratio
+from gsae_core.analysis.pareto import MatchedPair, Point, frontier, matched_l0_ratio, matched_ratio
 
 # arXiv:2404.16014v2, Tables 1 and 3: Gemma-7B, residual stream after block 20, L0 and % recovered.
 BASELINE_L20 = [
@@ -127,3 +127,16 @@ def test_a_missing_architecture_is_named(
     result = matched_l0_ratio(baseline, gated)
     assert math.isnan(result.median)
     assert result.sentence == f"no matched-fidelity ratio: there is no {missing} run"
+
+
+def test_one_evaluation_is_compared_by_architecture_and_what_was_not_measured_is_left_out() -> None:
+    rows = [
+        {"name": name, "architecture": name[:-2], "l0": l0, "loss_recovered": recovered}
+        for name, l0, recovered in [
+            ("relu-1", 40.0, 0.95),
+            ("gated-1", 10.0, 0.95),
+            ("gated-2", 1.0, None),
+            ("gated-3", 1.0, math.nan),
+        ]
+    ]
+    assert matched_ratio(rows).median == 4  # 40 / 10 at 0.95

@@ -8,8 +8,9 @@ import pytest
 from synthetic import config, evaluation, metric_lines
 
 from gsae_core import glossary
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.config import SAESpec, sweep
-from gsae_core.plots.curves import best, evaluation_frame, matched_ratio, tradeoff
+from gsae_core.plots.curves import best, evaluation_frame, tradeoff
 from gsae_core.plots.live import (
     MAX_POINTS,
     line_chart,
@@ -128,7 +129,7 @@ def test_the_frontier_leaves_out_what_another_beats_twice() -> None:
 
 def test_the_ratio_follows_from_the_two_curves() -> None:
     # ln L0 of the baseline exceeds the gated one's by 0.035 / 0.055 at equal recovery.
-    assert matched_ratio(EVALS).median == pytest.approx(np.exp(0.035 / 0.055))
+    assert matched_ratio(EVALS.to_dict("records")).median == pytest.approx(np.exp(0.035 / 0.055))
 
 
 def test_a_click_on_a_point_reports_its_name() -> None:
@@ -139,7 +140,7 @@ def test_a_click_on_a_point_reports_its_name() -> None:
 
 
 def test_the_interpolation_is_drawn_between_the_frontiers() -> None:
-    matched = matched_ratio(EVALS)
+    matched = matched_ratio(EVALS.to_dict("records"))
     figure = tradeoff(EVALS, "loss_recovered", matched=matched)
     lines = [t for t in figure.data if t.legendgroup == "matched" and t.mode == "lines"]
     segments = [tuple(t.x) for t in lines]

@@ -3,8 +3,8 @@
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
@@ -94,6 +94,20 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
     level = f"{len(pairs)} level{'s' if len(pairs) > 1 else ''} of loss recovered"
     sentence = f"L0(baseline) / L0(gated) = {median:.2f}, the median over {level} both reach"
     return MatchedRatio(median, pairs, sentence)
+
+
+def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
+    """Return `matched_l0_ratio` of the ReLU and the Gated SAEs of one evaluation.
+
+    Args:
+        evals: rows of evals.json; those with no L0 or loss recovered (null or NaN) are left out.
+    """
+    points: dict[str, list[Point]] = {"relu": [], "gated": []}
+    for row in evals:
+        place = (row["l0"], row["loss_recovered"])
+        if row["architecture"] in points and all(v is not None and math.isfinite(v) for v in place):
+            points[row["architecture"]].append(Point(*map(float, place), row["name"]))
+    return matched_l0_ratio(points["relu"], points["gated"])
 
 
 def _l0_at(curve: list[Point], height: float) -> float:

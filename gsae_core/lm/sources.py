@@ -1,6 +1,8 @@
 """Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,31 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
     try:
         # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
         # scores, which SDPA cannot).
-        hf: Any = AutoModelForCausalLM.from_pretrained(
-            found, dtype=getattr(torch, dtype), **options
-        )
+        with contextlib.nullcontext() if where is None else _no_bar():
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                found, dtype=getattr(torch, dtype), **options
+            )
     except OSError as error:
         raise InputError(
             f"expected model weights (model.safetensors) beside the config of {name!r}, "
             "found none that could be read; download or save the model again"
         ) from error
     return hf.to(torch.device(device)), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    # A bar over weights that load in a blink would only end up in logs; the Hub's bars, which the
+    # same switch controls, stay on for models that are downloaded.
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def check_config(name: str, config: Any) -> None:

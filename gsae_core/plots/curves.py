@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
-from gsae_core.analysis.pareto import MatchedRatio, Point, frontier, matched_l0_ratio
+from gsae_core.analysis.pareto import MatchedRatio, Point, frontier
 from gsae_core.config import Architecture
 from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL, round_values
 
@@ -144,20 +144,6 @@ def best(rows: pd.DataFrame, measure: Measure) -> pd.DataFrame:
         for l0, value, name in zip(rows["l0"], rows[measure], rows["name"], strict=True)
     ]
     return rows.set_index("name").loc[[point.name for point in frontier(points)]].reset_index()
-
-
-def matched_ratio(evals: pd.DataFrame) -> MatchedRatio:
-    """Return L0(baseline) / L0(gated) at matched loss recovered, over an evaluation's SAEs."""
-    points = {
-        architecture: [
-            Point(float(l0), float(recovered), str(name))
-            for l0, recovered, name in zip(
-                rows["l0"], rows["loss_recovered"], rows["name"], strict=True
-            )
-        ]
-        for architecture, rows in evals.groupby("architecture")
-    }
-    return matched_l0_ratio(points.get("relu", []), points.get("gated", []))
 
 
 def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
