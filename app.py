@@ -59,13 +59,9 @@ def actions() -> None:
         if finished:
             latest = finished[0]
             plain(f"{latest.id}: {len(latest.config.saes)} SAEs", size=".875rem")
-            st.page_link(
-                "pages/3_Pareto.py",
-                label="Sparsity against fidelity",
-                icon=":material/balance:",
-                width="stretch",
-                query_params={"run": latest.id},
-            )
+            label = "Sparsity against fidelity"
+            if st.button(label, icon=":material/balance:", key="results", width="stretch"):
+                shell.go("pages/3_Pareto.py", latest)
         else:
             st.caption("Nothing is finished yet; the first results take minutes.")
 
@@ -89,12 +85,9 @@ def jobs() -> None:
             with state:
                 state_badge(status.state)
             with link:
-                st.page_link(
-                    "pages/2_Live.py",
-                    label="Watch",
-                    icon=":material/monitoring:",
-                    query_params={"run": run.id},
-                )
+                watch = st.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}")
+                if watch:
+                    shell.go("pages/2_Live.py", run)
             now = progress(status, run.metrics())
             left = "" if now.seconds_left is None else f" · about {duration(now.seconds_left)} left"
             st.progress(now.share, text=f"step {status.step:,} of {status.n_steps:,}{left}")

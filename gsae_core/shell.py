@@ -146,9 +146,10 @@ def status_of(run: Run) -> Status | None:
 
 def go(target: str, run: Run) -> NoReturn:
     """Go to another page with a run."""
-    # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here.
+    # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here;
+    # and without an empty query it refuses to leave a page whose address holds such a parameter.
     st.session_state["next_run"] = run.id
-    st.switch_page(target)
+    st.switch_page(target, query_params={})
 
 
 def need_run(frame: Frame, what: str) -> Run:
@@ -176,7 +177,8 @@ def need_run(frame: Frame, what: str) -> Run:
 def run_links(runs: list[Run], limit: int = 10) -> None:
     """List runs by name; each opens its Live page."""
     for run in runs[:limit]:
-        st.page_link("pages/2_Live.py", label=escape_markdown(run.id), query_params={"run": run.id})
+        if st.button(escape_markdown(run.id), icon=":material/monitoring:", key=f"open_{run.id}"):
+            go("pages/2_Live.py", run)
 
 
 def need_evals(run: Run) -> list[dict[str, Any]]:

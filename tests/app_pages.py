@@ -1,33 +1,11 @@
-"""What tests of the pages share: an empty folder of runs, and a page opened without a browser."""
+"""A page opened without a browser, and all that it says; the fixtures are in conftest.py."""
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from streamlit.testing.v1 import AppTest
-
-from gsae_core import launch as launching
-from gsae_core.store.runs import Run
 
 APP = Path(__file__).resolve().parents[1] / "app.py"
 HOSTILE = "<img src=x onerror=alert(1)>![](http://evil.example/x.png)"
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of runs that the app is pointed at."""
-    monkeypatch.setenv("GSAE_RUNS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def worker() -> Iterator[int]:
-    """Id of a process that plays the one that trains."""
-    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    yield process.pid
-    process.kill()
-    process.wait()
 
 
 def opened(page: str, **parameters: str) -> AppTest:
@@ -47,16 +25,3 @@ def text(at: AppTest) -> str:
         for kind in kinds
         for element in kind
     )
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of the runs that would have been started; no process is."""
-    ids: list[str] = []
-
-    def record(run: Run) -> int:
-        ids.append(run.id)
-        return 1
-
-    monkeypatch.setattr(launching, "start", record)
-    return ids

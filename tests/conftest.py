@@ -3,6 +3,8 @@
 import random
 import shlex
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,34 @@ def trained(
 def finished(trained: Path, tmp_path: Path) -> Run:
     """A finished run in tmp_path / "run", to be spoilt at will."""
     return Run.open(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of runs that the app is pointed at."""
+    monkeypatch.setenv("GSAE_RUNS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def worker() -> Iterator[int]:
+    """Id of a process that plays the one that trains."""
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the runs that would have been started; no process is."""
+    from gsae_core import launch as launching
+
+    ids: list[str] = []
+
+    def record(run: Run) -> int:
+        ids.append(run.id)
+        return 1
+
+    monkeypatch.setattr(launching, "start", record)
+    return ids

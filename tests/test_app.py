@@ -12,8 +12,6 @@ from synthetic import config, metric_lines, write_metrics, write_run
 
 from gsae_core.config import sweep
 
-pytest_plugins = ["app_pages"]
-
 PAGES = [
     "app.py",
     *(f"pages/{name}.py" for name in ("1_Train", "2_Live", "3_Pareto", "4_Shrinkage")),

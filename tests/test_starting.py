@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from app_pages import opened, text
-from synthetic import config
+from synthetic import config, write_run
 
 from gsae_core import launch as launching
 from gsae_core.command_line import parse
@@ -14,14 +14,13 @@ from gsae_core.flags import Train, run_config
 from gsae_core.store.runs import list_runs
 from gsae_core.store.status import read_status, write_status
 
-pytest_plugins = ["app_pages"]
-
 
 def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> None:
-    at = opened("app.py")
+    write_run(root, "done")
+    at = opened("app.py", run="done")  # an address that holds a bound parameter
     at.button(key="start_quick").click().run()
     assert not at.exception
-    (run,) = list_runs(root)
+    (run,) = [run for run in list_runs(root) if run.id != "done"]
     assert started == [run.id]
     assert run.config.preset == "quick"
     assert at.title[0].value == "Live"
@@ -113,3 +112,22 @@ def test_a_run_is_named_so_that_any_model_name_is_safe() -> None:
 )
 def test_a_whole_number_may_be_typed_as_people_do(typed: str, number: int) -> None:
     assert launching.whole(typed, "Tokens") == number
+
+
+def test_watching_another_run_opens_that_one(root: Path, worker: int) -> None:
+    write_run(root, "moving", "running", share=0.5, pid=worker)
+    write_run(root, "done")
+    at = opened("app.py", run="done")
+    at.button(key="watch_moving").click().run()
+    assert not at.exception
+    assert at.title[0].value == "Live"
+    assert at.selectbox(key="run").value == "moving"
+
+
+def test_the_latest_results_open_whatever_run_was_chosen(root: Path) -> None:
+    write_run(root, "older", "failed", share=0.5)
+    write_run(root, "newer")
+    at = opened("app.py", run="older")
+    at.button(key="results").click().run()
+    assert at.title[0].value == "Pareto"
+    assert at.selectbox(key="run").value == "newer"

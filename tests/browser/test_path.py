@@ -108,6 +108,18 @@ def test_a_click_on_a_point_opens_its_card(page: Page, address: str) -> None:
     expect(card).to_be_visible(timeout=PAGE_SECONDS * 1000)
 
 
+def test_home_opens_the_latest_results_whatever_run_was_chosen(
+    page: Page, address: str, runs: Path
+) -> None:
+    write_run(runs, "failed", "failed", share=0.5, error="the disk was full")
+    page.goto(f"{address}/?run=failed")
+    at_rest(page)
+    page.get_by_role("button", name="Sparsity against fidelity").click()
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_have_text("Pareto", timeout=PAGE_SECONDS * 1000)
+    page.wait_for_url(re.compile("run=done"))
+
+
 def test_from_one_press_to_the_results(page: Page, address: str, runs: Path) -> None:
     watch = Watch(page, address)
     page.goto(f"{address}/Train?run=done")
@@ -119,7 +131,7 @@ def test_from_one_press_to_the_results(page: Page, address: str, runs: Path) -> 
         at_rest(page)
     page.get_by_role("button", name=re.compile("Start 65.5 k")).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Live", timeout=PAGE_SECONDS * 1000)
-    (new,) = [run for run in list_runs(runs) if run.id != "done"]
+    (new,) = [run for run in list_runs(runs) if run.id.startswith("quick")]
     page.wait_for_url(re.compile(new.id))
     page.reload()  # nothing is lost: the job is its own process
     expect(page.get_by_text("● finished")).to_be_visible(timeout=900_000)
