@@ -66,7 +66,10 @@ def header(status: Status, rows: list[dict]) -> None:
             )
         with buttons:
             controls(status)
-        st.progress(now.share, text=f"step {status.step:,} of {status.n_steps:,}")
+        text = f"step {status.step:,} of {status.n_steps:,}"
+        if status.state == "running" and status.step == status.n_steps:
+            text += f"; now measuring on {run.config.evaluation.n_tokens:,} held-out tokens"
+        st.progress(now.share, text=text)
         one, two, three, four = st.columns(4)
         tokens = rows[-1]["tokens"] if rows else 0
         one.metric(

@@ -103,6 +103,14 @@ def test_a_half_written_metrics_line_is_left_for_later(root: Path, worker: int) 
     assert not opened("pages/2_Live.py").exception
 
 
+def test_a_run_that_is_being_evaluated_says_so(root: Path, worker: int) -> None:
+    write_run(root, "moving", "running", share=1.0, pid=worker)
+    at = opened("pages/2_Live.py")
+    assert not at.exception
+    texts = [element.proto.text for element in at.get("progress")]
+    assert texts == ["step 512 of 512; now measuring on 131,072 held-out tokens"]
+
+
 def test_a_lost_run_can_be_resumed(root: Path) -> None:
     write_run(root, "gone", "running", share=0.5)  # no process
     at = opened("pages/2_Live.py")
