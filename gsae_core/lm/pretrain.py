@@ -29,11 +29,11 @@ from gsae_core.lm.trigram import trigram_ce
 N_CTX = 256
 VOCABULARY = 4096
 END = "<|endoftext|>"
-PROMPTS = (
-    "def read_lines(path, encoding=None):\n    ",
-    "class Queue:\n    def __init__(self, maxsize=0):\n        ",
-    '    """Return the number of ',
-    "import os\nimport sys\nimport ",
+PROMPTS = (  # none ends in white space, which the tokenizer joins to the word behind it
+    "def read_lines(path, encoding=None):",
+    "class Queue:\n    def __init__(self, maxsize=0):",
+    '    """Return the number of',
+    "import os\nimport sys",
 )
 
 log = logging.getLogger(__name__)
