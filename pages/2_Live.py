@@ -22,7 +22,7 @@ LOSS_PARTS = {
     "auxiliary": "auxiliary",
 }
 X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
-LOG = ("l0", *LOSS_PARTS.values())
+LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
 RESUMABLE = ("cancelled", "failed", "lost")
 STAGES = {

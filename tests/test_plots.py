@@ -105,6 +105,8 @@ def test_a_chart_drops_what_was_not_measured() -> None:
 
 def test_ticks_of_a_log_axis_are_round() -> None:
     assert round_values([9.0, 210.0]) == [10, 20, 50, 100, 200]
+    # 96 to 300 holds 100 and 200 only: too few, so finer digits.
+    assert round_values([120.0, 240.0]) == [100, 150, 200, 250, 300]
     assert round_values([0.0]) == []
 
 
@@ -191,6 +193,13 @@ def test_dots_are_thinned_and_carry_their_latent() -> None:
     (trace,) = gamma_against_density([select_features(SAES[0], table, min_fired=1)]).data
     # 4001 dots over at most 2000: every third.
     assert [row[0] for row in trace.customdata[:3]] == [0, 3, 6]
+
+
+def test_a_runaway_feature_does_not_flatten_the_others() -> None:
+    table = stats([50] * 1000, [1.0] * 999 + [46.0])
+    figure = gamma_against_density([select_features(SAES[0], table, min_fired=1)])
+    assert figure.layout.yaxis.range[1] < 2
+    assert [note.text for note in figure.layout.annotations] == ["beyond the axis: 1"]
 
 
 def test_the_pair_shown_first_is_nearest_in_l0() -> None:

@@ -119,7 +119,8 @@ def plane(
     Markers are hollow while a run moves and solid when it is finished.
     """
     colours = shades(saes, theme)
-    data = frame.loc[:, ["step", "sae", "label", "l0", "fvu"]].dropna().query("l0 > 0")
+    data = frame.loc[:, ["step", "sae", "label", "l0", "fvu"]].dropna()
+    data = data.query("l0 > 0 and fvu > 0")
     data = data.groupby("sae", sort=False).tail(TRAIL)
     newest = data.groupby("sae", sort=False).tail(1)
     domain = list(colours)
@@ -134,8 +135,8 @@ def plane(
         "y": alt.Y(
             "fvu:Q",
             title=None,
-            scale=alt.Scale(zero=False, padding=10),
-            axis=alt.Axis(tickCount=5, format="~g"),
+            scale=alt.Scale(type="log", padding=10),
+            axis=alt.Axis(values=round_values(data["fvu"]), format="~g", labelOverlap=False),
         ),
         "color": alt.Color(
             "sae:N", scale=alt.Scale(domain=domain, range=list(colours.values())), legend=None

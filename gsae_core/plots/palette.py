@@ -73,7 +73,7 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
 
 
 def round_values(values: Iterable[float]) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten around the values' range: ticks of a log axis.
+    """Return round ticks of a log axis: 1, 2, 5 times powers of ten, more where these are too few.
 
     The chart libraries' own choices are a grid line for every digit, or labels like `2 5 10^2`.
     """
@@ -82,8 +82,13 @@ def round_values(values: Iterable[float]) -> list[float]:
         return []
     low, high = min(positive), max(positive)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
+    found: list[float] = []
+    for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        found = [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def _by_sparsity(spec: SAESpec) -> float:

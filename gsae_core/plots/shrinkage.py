@@ -127,7 +127,10 @@ def common_bins(values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
-    """Return each feature's gamma against how often it fires."""
+    """Return each feature's gamma against how often it fires, on the histogram's range of gamma.
+
+    One runaway feature would flatten all the others; how many lie beyond is said.
+    """
     figure = go.Figure()
     for feature in features:
         look = LOOKS[feature.spec.architecture]
@@ -148,6 +151,21 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             ),
         )
     figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
+    edges = common_bins([feature.stats["gamma"].to_numpy() for feature in features])
+    low, high = float(edges[0]), float(edges[-1])
+    figure.update_yaxes(range=[low, high])
+    beyond = sum(not low <= y <= high for trace in figure.select_traces() for y in trace.y)
+    if beyond:
+        figure.add_annotation(
+            text=f"beyond the axis: {beyond:,}",
+            x=1,
+            xref="paper",
+            y=0,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
+            font={"size": 12, "color": NEUTRAL},
+        )
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
 
 
