@@ -94,7 +94,7 @@ st.plotly_chart(
 )
 with st.expander("Show as table"):
     st.dataframe(
-        evals[["name", "l0", "gamma", "gamma_gate"]].rename(
+        evals.loc[:, ["name", "l0", "gamma", "gamma_gate"]].rename(
             columns={"name": "SAE", "l0": "L0", "gamma": "γ", "gamma_gate": "γ gate path"}
         ),
         hide_index=True,

@@ -68,6 +68,7 @@ def test_the_width_of_each_site_is_read_from_the_folder(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     shape = model_shape(str(tmp_path))
+    assert shape is not None
     assert shape == ModelShape(d_model=6, d_mlp=7, d_attn=20, n_layers=2)
     assert [shape.width(site) for site in ("resid_pre", "mlp_hidden", "attn_z")] == [6, 7, 20]
 

@@ -1,7 +1,5 @@
 """Figures say what the data say: checked on the objects, since pixels prove little."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +8,7 @@ from synthetic import config, evaluation, metric_lines
 from gsae_core import glossary
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.config import SAESpec, sweep
-from gsae_core.plots.curves import best, evaluation_frame, tradeoff
+from gsae_core.plots.curves import best, evaluation_frame, traces, tradeoff
 from gsae_core.plots.live import (
     MAX_POINTS,
     line_chart,
@@ -18,7 +16,7 @@ from gsae_core.plots.live import (
     plane,
     smoothed,
 )
-from gsae_core.plots.palette import LOOKS, NEUTRAL, THIRD, hover_name, round_values, shades
+from gsae_core.plots.palette import LOOKS, NEUTRAL, THIRD, Theme, hover_name, round_values, shades
 from gsae_core.plots.shrinkage import (
     BIN,
     common_bins,
@@ -46,7 +44,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(("theme", "page"), [("light", "#ffffff"), ("dark", "#10151b")])
-def test_every_line_stands_out_from_the_page(theme: str, page: str) -> None:
+def test_every_line_stands_out_from_the_page(theme: Theme, page: str) -> None:
     colours = shades(sweep(["gated", "relu"], [0.1, 0.2, 0.3, 0.4, 0.5], 8), theme)
     for colour in [*colours.values(), NEUTRAL, THIRD]:
         assert contrast(colour, page) >= 2.7, colour  # WCAG asks 3 of what must be told apart
@@ -135,7 +133,7 @@ def test_the_ratio_follows_from_the_two_curves() -> None:
 
 
 def test_a_click_on_a_point_reports_its_name() -> None:
-    figure = json.loads(tradeoff(EVALS, "kl").to_json())
+    figure = tradeoff(EVALS, "kl").to_dict()
     markers = [trace for trace in figure["data"] if trace.get("customdata")]
     names = [row[0] for trace in markers for row in trace["customdata"]]
     assert sorted(names) == ["gated-0.1", "gated-0.2", "relu-0.1", "relu-0.2"]
@@ -144,7 +142,7 @@ def test_a_click_on_a_point_reports_its_name() -> None:
 def test_the_interpolation_is_drawn_between_the_frontiers() -> None:
     matched = matched_ratio(EVALS.to_dict("records"))
     figure = tradeoff(EVALS, "loss_recovered", matched=matched)
-    lines = [t for t in figure.data if t.legendgroup == "matched" and t.mode == "lines"]
+    lines = [t for t in traces(figure) if t.legendgroup == "matched" and t.mode == "lines"]
     segments = [tuple(t.x) for t in lines]
     assert segments == [(pair.l0_gated, pair.l0_baseline) for pair in matched.pairs]
     # An end that could be hovered would steal the click from the SAE it lies on.
@@ -153,8 +151,14 @@ def test_the_interpolation_is_drawn_between_the_frontiers() -> None:
 
 def test_gamma_over_the_sweep_has_three_series_and_a_rule_at_one() -> None:
     figure = gamma_over_sweep(EVALS)
-    assert [t.name for t in figure.data] == ["Gated, output", "Gated, gate path", "ReLU baseline"]
-    assert [(shape.y0, shape.y1) for shape in figure.layout.shapes] == [(1, 1)]
+    assert [t.name for t in traces(figure)] == [
+        "Gated, output",
+        "Gated, gate path",
+        "ReLU baseline",
+    ]
+    assert [(shape["y0"], shape["y1"]) for shape in figure.to_dict()["layout"]["shapes"]] == [
+        (1, 1)
+    ]
 
 
 def stats(fired: list[int], gamma: list[float]) -> pd.DataFrame:
@@ -181,7 +185,7 @@ def test_histogram_bars_are_shares_of_what_is_shown() -> None:
     gated = select_features(SAES[0], stats([50, 50, 50, 0], [0.99, 1.01, 1.01, 0.1]), min_fired=1)
     relu = select_features(SAES[2], stats([50], [0.8]), min_fired=1)
     figure = gamma_histogram([gated, relu])
-    first, second = figure.data
+    first, second = traces(figure)
     assert sum(first.y) == pytest.approx(1)
     assert max(first.y) == pytest.approx(2 / 3)
     assert first.x == second.x
@@ -190,7 +194,7 @@ def test_histogram_bars_are_shares_of_what_is_shown() -> None:
 
 def test_dots_are_thinned_and_carry_their_latent() -> None:
     table = stats([50] * 4001, [1.0] * 4001)
-    (trace,) = gamma_against_density([select_features(SAES[0], table, min_fired=1)]).data
+    (trace,) = traces(gamma_against_density([select_features(SAES[0], table, min_fired=1)]))
     # 4001 dots over at most 2000: every third.
     assert [row[0] for row in trace.customdata[:3]] == [0, 3, 6]
 
@@ -198,8 +202,10 @@ def test_dots_are_thinned_and_carry_their_latent() -> None:
 def test_a_runaway_feature_does_not_flatten_the_others() -> None:
     table = stats([50] * 1000, [1.0] * 999 + [46.0])
     figure = gamma_against_density([select_features(SAES[0], table, min_fired=1)])
-    assert figure.layout.yaxis.range[1] < 2
-    assert [note.text for note in figure.layout.annotations] == ["beyond the axis: 1"]
+    assert figure.to_dict()["layout"]["yaxis"]["range"][1] < 2
+    assert [note["text"] for note in figure.to_dict()["layout"]["annotations"]] == [
+        "beyond the axis: 1"
+    ]
 
 
 def test_the_pair_shown_first_is_nearest_in_l0() -> None:
@@ -211,7 +217,7 @@ def test_the_pair_shown_first_is_nearest_in_l0() -> None:
         }
     )
     assert nearest_pair(rows) == {"gated": "g2", "relu": "r2"}
-    assert nearest_pair(rows[:2]) == {"gated": "g2"}
+    assert nearest_pair(rows.head(2)) == {"gated": "g2"}
 
 
 @pytest.mark.parametrize("term", glossary.terms())

@@ -60,7 +60,7 @@ def style(
     if log_x:
         figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     if log_x and not decades:
-        ticks = round_values(value for trace in figure.select_traces() for value in trace.x)
+        ticks = round_values(value for trace in traces(figure) for value in trace.x)
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
@@ -69,6 +69,11 @@ def style(
         height=420,
     )
     return figure
+
+
+def traces(figure: go.Figure) -> list[Any]:
+    """Return a figure's traces, which Plotly types as strings."""
+    return list(figure.select_traces())
 
 
 def hover(*lines: str) -> str:

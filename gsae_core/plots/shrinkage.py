@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from gsae_core.config import Architecture, SAESpec
-from gsae_core.plots.curves import hover, of_architecture, style
+from gsae_core.plots.curves import hover, of_architecture, style, traces
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
 
 BIN = 0.025  # width of a gamma bin
@@ -154,7 +154,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     edges = common_bins([feature.stats["gamma"].to_numpy() for feature in features])
     low, high = float(edges[0]), float(edges[-1])
     figure.update_yaxes(range=[low, high])
-    beyond = sum(not low <= y <= high for trace in figure.select_traces() for y in trace.y)
+    beyond = sum(not low <= y <= high for trace in traces(figure) for y in trace.y)
     if beyond:
         figure.add_annotation(
             text=f"beyond the axis: {beyond:,}",
