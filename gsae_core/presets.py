@@ -90,17 +90,17 @@ def _quick(layer: int, site: Site) -> RunConfig:
     recipe = TrainRecipe(
         n_tokens=512 * 2048,
         batch_size=2048,
-        lr=1e-3,
-        lr_warmup_steps=50,
+        lr=2e-3,
+        lr_warmup_steps=20,
         lr_decay_fraction=0.2,
-        sparsity_warmup_steps=50,
+        sparsity_warmup_steps=20,
         revive_every=100,
         revive_window=50,
     )
     return RunConfig(
         preset="quick",
         model=ModelConfig(name="bundled", layer=layer, site=site),
-        saes=sweep(["gated", "relu"], [0.1, 0.2, 0.4, 0.8], 1024),
+        saes=sweep(["gated", "relu"], [0.12, 0.2, 0.3, 0.45], 1024),
         train=recipe,
         evaluation=EvalConfig(n_tokens=65_536),
     )

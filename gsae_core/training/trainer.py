@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class Trainer:
             for sae, lr, coeff in zip(saes, lrs, sparsity, strict=True)
         ]
         self._pool: list[Tensor] = []
+        self._workers = _workers(saes)
 
     @property
     def saes(self) -> tuple[GatedSAE | ReluSAE, ...]:
@@ -86,7 +89,8 @@ class Trainer:
         if collects(done, self.cfg, widest=max(sae.d_sae for sae in self.saes)):
             self._pool.append(x.detach().clone())
         pool = torch.cat(self._pool) if is_revival(done, self.cfg) else None
-        saes = tuple(pupil.step(x, steps_done=self.steps_done, pool=pool) for pupil in self._pupils)
+        learn = partial(Pupil.step, x=x, steps_done=self.steps_done, pool=pool)
+        saes = tuple((map if self._workers is None else self._workers.map)(learn, self._pupils))
         if pool is not None:
             self._pool.clear()
         self.steps_done = done
@@ -176,6 +180,18 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
         yield trainer.step(x)
+
+
+def _workers(saes: Sequence[GatedSAE | ReluSAE]) -> ThreadPoolExecutor | None:
+    """Return one thread for each core, or None where an SAE at a time is the better way.
+
+    On a CPU, two SAEs on a core each are faster than one on two: much of a sparse step (compaction,
+    gathers, counters) does not spread over cores, and no SAE waits for another.
+    """
+    n_workers = min(len(saes), torch.get_num_threads())
+    if n_workers < 2 or saes[0].b_dec.device.type != "cpu":
+        return None
+    return ThreadPoolExecutor(n_workers, "sae", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _is(a: object, b: object) -> bool:
