@@ -192,22 +192,26 @@ class _Losses:
     """Running float64 sums of losses and divergences; read once, at the end."""
 
     def __init__(self) -> None:
-        self.n, self._ce, self._kl = 0, [], []
+        # Floats, not tensors: tensors that outlive a batch pin the heap between its large blocks,
+        # and an evaluation on 65 k tokens that needs 0.7 GB grew to 4.2 GB (glibc).
+        self.n = 0
+        self._ce: list[float] = []
+        self._kl: list[float] = []
 
     def add(self, ce: Float[Tensor, " n"], kl: Float[Tensor, " n"] | None) -> None:
         self.n += len(ce)
         dtype = sum_dtype(ce.device)
-        self._ce.append(ce.sum(dtype=dtype))
+        self._ce.append(ce.sum(dtype=dtype).item())
         if kl is not None:
-            self._kl.append(kl.sum(dtype=dtype))
+            self._kl.append(kl.sum(dtype=dtype).item())
 
     @property
     def ce(self) -> float:
-        return math.fsum(map(float, self._ce)) / self.n
+        return math.fsum(self._ce) / self.n
 
     @property
     def kl(self) -> float:
-        return math.fsum(map(float, self._kl)) / self.n
+        return math.fsum(self._kl) / self.n
 
 
 class _Reference:
