@@ -27,6 +27,7 @@ class _SAE(nn.Module, ABC):
 
     architecture: Architecture
     objective: Objective
+    recipe: Recipe
     W_dec: nn.Parameter
     b_dec: nn.Parameter
 

@@ -4,13 +4,10 @@ The paper's answer is no: gamma returns to 1, and most of the gap to a Gated SAE
 (arXiv:2404.16014v2, section 5.2).
 """
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.config import Recipe
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.losses import loss
@@ -32,8 +29,7 @@ def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
     against. `baseline` is copied and stays as it is.
     """
     # Nothing trains the gate, so an auxiliary term would be work without an effect.
-    recipe = cast(Recipe, baseline.recipe)
-    sae = GatedSAE(baseline.d_in, baseline.d_sae, recipe=recipe, aux="off")
+    sae = GatedSAE(baseline.d_in, baseline.d_sae, recipe=baseline.recipe, aux="off")
     sae.to(baseline.W_enc)
     assert sae.r_mag is not None  # the default tie has one, and it starts at zero
     sae.W_gate.copy_(baseline.W_enc)
