@@ -100,7 +100,7 @@ def _quick(layer: int, site: Site) -> RunConfig:
     return RunConfig(
         preset="quick",
         model=ModelConfig(name="bundled", layer=layer, site=site),
-        saes=sweep(["gated", "relu"], [0.12, 0.2, 0.3, 0.45], 1024),
+        saes=sweep(["gated", "relu"], [0.1, 0.15, 0.2, 0.3], 1024),
         train=recipe,
         evaluation=EvalConfig(n_tokens=65_536),
     )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def train(
     """
     if trainer is None:
         trainer = Trainer(saes, cfg)
-    same = len(trainer.saes) == len(saes) and all(map(_is, trainer.saes, saes))
+    same = len(trainer.saes) == len(saes) and all(map(is_, trainer.saes, saes))
     if not same or trainer.cfg != cfg:
         raise InputError(
             f"expected a trainer made from the same SAEs and config, got one of other "
@@ -192,10 +193,6 @@ def _workers(saes: Sequence[GatedSAE | ReluSAE]) -> ThreadPoolExecutor | None:
     if n_workers < 2 or saes[0].b_dec.device.type != "cpu":
         return None
     return ThreadPoolExecutor(n_workers, "sae", initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _check_saes(saes: Sequence[GatedSAE | ReluSAE]) -> None:
