@@ -104,9 +104,10 @@ def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
     """
     points: dict[str, list[Point]] = {"relu": [], "gated": []}
     for row in evals:
-        place = (row["l0"], row["loss_recovered"])
-        if row["architecture"] in points and all(v is not None and math.isfinite(v) for v in place):
-            points[row["architecture"]].append(Point(*map(float, place), row["name"]))
+        l0, recovered = row["l0"], row["loss_recovered"]
+        measured = all(value is not None and math.isfinite(value) for value in (l0, recovered))
+        if row["architecture"] in points and measured:
+            points[row["architecture"]].append(Point(float(l0), float(recovered), row["name"]))
     return matched_l0_ratio(points["relu"], points["gated"])
 
 

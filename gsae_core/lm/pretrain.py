@@ -12,7 +12,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def new_model(end_id: int) -> GPT2LMHeadModel:
     )
 
 
-def next_token_loss(model: torch.nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
+def next_token_loss(model: Callable[..., Any], windows: Tensor, reduction: str = "mean") -> Tensor:
     """Return the cross-entropy (nats) of every token of `windows` (rows, pos) but the first."""
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction)
@@ -148,7 +148,7 @@ def train(model: GPT2LMHeadModel, tokens: np.ndarray, n_tokens: int, n_rows: int
             log.info("step %d/%d  loss %.3f  %.0f tokens/s", step, n_steps, running, speed)
 
 
-def completions(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def completions(model: Any, tokenizer: Any) -> Iterator[str]:
     """Yield each of `PROMPTS` with 48 sampled tokens behind it."""
     torch.manual_seed(0)
     for prompt in PROMPTS:
@@ -194,7 +194,7 @@ and this card are under the licence of this package.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="tokens to train on")
     parser.add_argument("--rows", type=int, default=32, help=f"windows of {N_CTX} tokens in a step")
@@ -207,7 +207,8 @@ def main() -> None:
     tokenizer = train_tokenizer(iter(learnt))
     tokens, held_out = encode(tokenizer, learnt), encode(tokenizer, kept)
     log.info("%d training and %d held-out tokens", len(tokens), len(held_out))
-    model = new_model(tokenizer.bos_token_id)
+    end: Any = tokenizer.bos_token_id
+    model = new_model(end)
     train(model, tokens, args.tokens, args.rows)
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
