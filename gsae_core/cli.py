@@ -1,14 +1,12 @@
 """`python -m gsae_core ...`: the only module that prints."""
 
 import contextlib
-import os
 import secrets
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gsae_core.analysis.pareto import matched_ratio
@@ -16,7 +14,7 @@ from gsae_core.command_line import PROGRAM, Doctor, Evaluate, Resume, parse
 from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
 from gsae_core.flags import Train, run_config
-from gsae_core.launch import run_id
+from gsae_core.launch import run_id, runs_root
 from gsae_core.report import evals_table
 from gsae_core.store.runs import Run
 from gsae_core.validation import validated
@@ -61,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(flags: Train) -> int:
     config = run_config(flags)
-    root = Path(os.environ.get("GSAE_RUNS", "runs"))
-    run = Run.create(flags.out or root / run_id(config, secrets.token_hex(2)), config)
+    run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
     print(f"run {run.folder}", flush=True)
     try:
         return _work(run)

@@ -1,6 +1,7 @@
 """Start a run from a page: one press, one run, and the command line that would do the same."""
 
 import dataclasses
+import os
 import re
 import shlex
 import time
@@ -15,6 +16,11 @@ from gsae_core.store.runs import Run
 
 if TYPE_CHECKING:
     from gsae_core.flags import Train
+
+
+def runs_root() -> Path:
+    """Return the folder runs are kept in: `runs`, unless GSAE_RUNS names another."""
+    return Path(os.environ.get("GSAE_RUNS", "runs"))
 
 
 def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:

@@ -1,11 +1,11 @@
 """The frame that app.py and every page share: title, navigation, run picker and job badge."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import streamlit as st
 
+from gsae_core import launch
 from gsae_core.errors import InputError
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
@@ -45,8 +45,8 @@ class Frame(NamedTuple):
 
 
 def runs_root() -> Path:
-    """Return the folder runs are kept in: `runs`, unless GSAE_RUNS names another."""
-    return Path(os.environ.get("GSAE_RUNS", "runs")).absolute()
+    """Return the folder runs are kept in, as the command line has it, from the root of the disk."""
+    return launch.runs_root().absolute()
 
 
 def page(title: str, *, icon: str, purpose: str) -> Frame:
