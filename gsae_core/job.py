@@ -20,7 +20,7 @@ from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.metrics import Metrics
 from gsae_core.store.checkpoint import check_width, load_sae, read_cfg
-from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats
+from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats, write_norm_deciles
 from gsae_core.store.metrics_log import MetricsLog
 from gsae_core.store.resume import has_state, load_state, save_state
 from gsae_core.store.runs import Run
@@ -190,6 +190,8 @@ def _evaluate(run: Run, model: LanguageModel, corpus: Corpus, n_tokens: int) -> 
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
         rows.append(_eval_row(spec, sae.d_in, evaluation))
         _write_latents(run.sae_folder(spec.name), evaluation.metrics)
+        deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
+        write_norm_deciles(run.sae_folder(spec.name), deciles)
     write_evals(run.folder, rows)
 
 
@@ -205,7 +207,7 @@ def _progress(
 
 
 def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation) -> EvalRow:
-    losses, metrics = evaluation
+    losses, metrics = evaluation.fidelity, evaluation.metrics
     return EvalRow(
         name=spec.name,
         architecture=spec.architecture,

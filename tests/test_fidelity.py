@@ -64,6 +64,9 @@ def test_the_identity_recovers_one_and_zero_recovers_nothing(
     same, gated, zero = measure(
         tiny_lm, identity(d_in), gated_identity(d_in), always_zero(d_in), site=site
     )
+    for deciles in (same.norms.deciles(), gated.norms.deciles()):
+        assert [d.ratio for d in deciles] == pytest.approx([1] * 10)
+    assert same.norms.n_tokens == N_TOKENS
     for result in (same.fidelity, gated.fidelity):
         assert result.loss_recovered == 1
         assert result.ce_sae == result.ce_clean

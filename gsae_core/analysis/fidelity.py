@@ -23,6 +23,7 @@ from gsae_core.lm.corpus import SequenceSet, TokenBatch
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.codes import encode_sparse, weighted_sums
+from gsae_core.sae.deciles import NormDeciles
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
 
 # Logits computed at a time. On a CPU they should not leave the cache for long; a GPU wants work.
@@ -66,6 +67,8 @@ class Evaluation(NamedTuple):
 
     fidelity: Fidelity
     metrics: Metrics
+    norms: NormDeciles
+    """Lengths of reconstructions, by the length of what they reconstruct."""
 
 
 def loss_recovered(*, ce_clean: float, ce_sae: float, ce_zero: float) -> float:
@@ -123,6 +126,7 @@ def evaluating(
     model.check(layer, site)
     clean, zero = _Losses(), _Losses()
     spliced, metrics = [_Losses() for _ in saes], [Metrics() for _ in saes]
+    norms = [NormDeciles() for _ in saes]
     n_done = 0
     for ids, mask in _batches(model, sequences, n_tokens):
         splice = model.splice(ids, layer=layer, site=site)
@@ -131,9 +135,10 @@ def evaluating(
         reference = _Reference(splice.logits, ids, mask)
         clean.add(reference.losses, None)
         zero.add(*reference.compare(splice.run(_replace(splice.x, mask, torch.zeros_like(x)))))
-        for sae, losses, measured in zip(saes, spliced, metrics, strict=True):
+        for sae, losses, measured, lengths in zip(saes, spliced, metrics, norms, strict=True):
             x_hat, stats = reconstruct(sae, x.to(sae.W_dec))
             measured.add(stats)
+            lengths.add(x=x.to(x_hat), x_hat=x_hat)
             losses.add(*reference.compare(splice.run(_replace(splice.x, mask, x_hat.to(x)))))
         n_done += int(mask.sum())
         yield n_done
@@ -143,8 +148,8 @@ def evaluating(
             "give more text or a longer context"
         )
     return [
-        Evaluation(_fidelity(clean, losses, zero), measured)
-        for losses, measured in zip(spliced, metrics, strict=True)
+        Evaluation(_fidelity(clean, losses, zero), measured, lengths)
+        for losses, measured, lengths in zip(spliced, metrics, norms, strict=True)
     ]
 
 

@@ -1,6 +1,8 @@
-"""evals.json and the per-latent statistics: what was measured on held-out tokens."""
+"""evals.json, per-latent statistics and norm deciles: what was measured on held-out tokens."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -8,7 +10,16 @@ from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from gsae_core.config import Architecture
+from gsae_core.errors import InputError
 from gsae_core.store.files import replace_durably, write_json
+from gsae_core.store.runs import Run
+from gsae_core.store.status import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DECILES = ("norm", "ratio", "gamma")
+"""Numbers of each tenth of the tokens, as `sae.deciles.Decile` defines them."""
 
 
 class EvalRow(BaseModel, frozen=True, extra="forbid"):
@@ -63,3 +74,36 @@ def write_feature_stats(
         lambda path: save_file(columns, path),
         n_bytes=sum(column.nbytes for column in columns.values()),
     )
+
+
+def write_norm_deciles(folder: Path, deciles: Sequence[Mapping[str, float]]) -> None:
+    """Replace an SAE's norm_deciles.json.
+
+    Args:
+        folder: of the SAE.
+        deciles: `DECILES` of each tenth of the tokens, shortest activations first.
+    """
+    write_json(folder / "norm_deciles.json", {"deciles": list(deciles)})
+
+
+def norm_deciles(run: Run, name: str) -> "pd.DataFrame":
+    """Return one row per tenth of the held-out tokens by |x|, shortest first.
+
+    Columns: `decile` (1 to 10), and `DECILES`.
+
+    Raises:
+        InputError: if the SAE is unknown, or was evaluated before these numbers were gathered.
+    """
+    import pandas as pd
+
+    path = run.sae_folder(name) / "norm_deciles.json"
+    if not path.exists():
+        raise InputError(
+            f"expected lengths of reconstructions of {name!r}, found none in {path.parent}; "
+            f"measure them: python -m gsae_core evaluate {run.folder}"
+        )
+    rows = read_json(path)["deciles"]
+    # JSON has null for NaN, which would make a column of objects.
+    frame = pd.DataFrame(rows, columns=list(DECILES)).astype(float)
+    frame.insert(0, "decile", range(1, len(frame) + 1))
+    return frame
