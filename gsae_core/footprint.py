@@ -1,7 +1,7 @@
 """How much memory, disk and time a run takes, from its config: asked before anything is loaded."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -42,20 +42,35 @@ class ModelShape(NamedTuple):
         return {"mlp_hidden": self.d_mlp, "attn_z": self.d_attn}.get(site, self.d_model)
 
 
+def model_folder(name: str) -> Path | None:
+    """Return the folder of the bundled model or of a local one; None for a name on the Hub."""
+    if name == "bundled":
+        return Path(str(resources.files("gsae_core").joinpath("assets/stdlib-gpt2")))
+    try:
+        folder = Path(name).expanduser()
+        return folder if (folder / "config.json").is_file() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of a user there is not
+        return None
+
+
 def model_shape(name: str) -> ModelShape | None:
     """Return the shape of the bundled model or of a local folder; None for a name on the Hub."""
-    folder = Path(name).expanduser()
-    if name == "bundled":
-        folder = Path(str(resources.files("gsae_core").joinpath("assets/stdlib-gpt2")))
-    if not (folder / "config.json").is_file():
+    folder = model_folder(name)
+    return None if folder is None else read_shape(folder / "config.json")
+
+
+def read_shape(path: Path) -> ModelShape | None:
+    """Return the shape that a Hugging Face config.json gives; None where it gives none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = fields.get("text_config", fields)
+        d_model = fields.get("hidden_size") or fields.get("n_embd")
+        n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
+        n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
+    except (ValueError, AttributeError):  # no JSON, or JSON of another kind
         return None
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    fields = fields.get("text_config", fields)
-    d_model = fields.get("hidden_size") or fields.get("n_embd")
-    n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
-    if d_model is None or n_layers is None:
+    if not all(isinstance(number, int) and number > 0 for number in (d_model, n_layers, n_heads)):
         return None
-    n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
     return ModelShape(
         d_model=d_model,
         d_mlp=fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model,
@@ -67,20 +82,33 @@ def model_shape(name: str) -> ModelShape | None:
 def n_parameters(spec: SAESpec, d_in: int) -> int:
     """Return how many numbers an SAE learns."""
     matrices = 3 if spec.architecture == "gated" and spec.tie == "untied" else 2
-    vectors = 1
-    if spec.architecture == "gated":
-        vectors = 3 if spec.tie == "r_mag" else 2
-    return matrices * d_in * spec.d_sae + vectors * spec.d_sae + d_in
+    # A bias each; JumpReLU thresholds; b_gate, b_mag and r_mag.
+    vectors = {"gated": 3 if spec.tie == "r_mag" else 2, "relu": 1, "jumprelu": 2, "topk": 1}
+    return matrices * d_in * spec.d_sae + vectors[spec.architecture] * spec.d_sae + d_in
+
+
+class Memory(NamedTuple):
+    """What training keeps in memory, in bytes; the language model left out."""
+
+    learnt: int
+    """Weights, gradients and both of Adam's moments, of every SAE."""
+    step: int
+    """The matrices of one step of the widest SAE."""
+    chunk: int
+    """A chunk of activations and its shuffled copy."""
+
+
+def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> Memory:
+    """Return about how much memory each part of training takes."""
+    learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
+    widest = max(spec.d_sae for spec in cfg.saes)
+    step = DENSE_MATRICES * cfg.train.batch_size * widest
+    return Memory(FLOAT32 * learnt, FLOAT32 * step, FLOAT32 * 2 * chunk_vectors * d_in)
 
 
 def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> int:
     """Return about how much memory training takes, the language model left out."""
-    learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
-    widest = max(spec.d_sae for spec in cfg.saes)
-    step = DENSE_MATRICES * cfg.train.batch_size * widest
-    # A chunk and its shuffled copy.
-    harvest = 2 * chunk_vectors * d_in
-    return FLOAT32 * (learnt + step + harvest)
+    return sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors))
 
 
 def state_bytes(cfg: RunConfig, d_in: int) -> int:
@@ -127,10 +155,20 @@ class Measured(NamedTuple):
     """Training time of those steps."""
 
 
-def pace(measured: Iterable[Measured], *, n_cores: int, has_gpu: bool) -> Pace:
-    """Return the speed of the first run that can tell, or a guess from the hardware."""
+def pace(
+    measured: Iterable[Measured],
+    *,
+    n_cores: int,
+    has_gpu: bool,
+    shapes: Callable[[str], ModelShape | None] = model_shape,
+) -> Pace:
+    """Return the speed of the first run that can tell, or a guess from the hardware.
+
+    Args:
+        shapes: returns the shape of a model by its name.
+    """
     for run in measured:
-        shape = model_shape(run.config.model.name)
+        shape = shapes(run.config.model.name)
         if shape is not None and run.seconds > 0 and run.share > 0:
             return Pace(operations(run.config, shape) * run.share / run.seconds, run.id)
     return Pace(GPU_SPEED if has_gpu else CORE_SPEED * n_cores, None)
