@@ -97,7 +97,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
         case tyro_errors.BadValue(argument=argument):
             return f"{_name(argument)}: expected {argument.lowered.metavar} after it, got none"
         case tyro_errors.InstantiationFailure(argument=argument) if argument is not None:
-            kind = {"INT": "a whole number", "FLOAT": "a number"}
+            kind = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
             metavar = str(argument.lowered.metavar)
             wanted = kind.get(metavar, "numbers" if "LAMBDA" in metavar else metavar)
             return f"{_name(argument)}: expected {wanted}, got {_value(_name(argument), argv)!r}"

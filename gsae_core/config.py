@@ -1,12 +1,14 @@
 """What a run is: frozen, validated, a JSON round trip, and the same text as `--help`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -17,13 +19,13 @@ from pydantic import (
 from gsae_core.errors import InputError
 from gsae_core.validation import Config, validated
 
-Architecture = Literal["gated", "relu"]
+Architecture = Literal["gated", "relu", "jumprelu", "topk"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
 Recipe = Literal["P", "A", "B"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu")
+ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out")
 
 
@@ -86,13 +88,15 @@ class SAESpec(Config):
     """Folder name inside the run."""
 
     architecture: Architecture
-    """`gated` (Eq. 6-8) or `relu` (the L1 baseline)."""
+    """`gated` (Eq. 6-8), `relu` (the L1 baseline), `jumprelu` (arXiv:2407.14435) or `topk`
+    (arXiv:2406.04093)."""
 
     d_sae: PositiveInt
     """Number of latents."""
 
     sparsity: PositiveFloat
-    """lambda, against squared error normalised as `loss_norm` says, in training units."""
+    """lambda, against squared error normalised as `loss_norm` says, in training units: it weighs
+    the sum of latents (L1), for `jumprelu` their number (L0). For `topk` it is k, that number."""
 
     loss_norm: LossNorm = "sum"
     """Squared error summed over d_in (Eq. 8), over d_in, or over d_in E|x|^2 (paper D.1)."""
@@ -114,8 +118,29 @@ class SAESpec(Config):
     detach_b_dec: bool = False
     """Keep the sparsity and auxiliary terms from moving b_dec through the centred input."""
 
+    init_threshold: PositiveFloat = 0.001
+    """Threshold of every latent of a JumpReLU SAE at the start, in training units."""
+
+    bandwidth: PositiveFloat = 0.001
+    """Width of the window around a JumpReLU threshold in which it learns, in training units."""
+
+    k_aux: PositiveInt | None = None
+    """Dead latents that a TopK SAE's auxiliary loss listens to; None takes d_in / 2."""
+
     seed: NonNegativeInt = 0
     """Seed of the initial weights."""
+
+    @field_validator("sparsity")
+    @classmethod
+    def _k_is_a_number_of_latents(cls, sparsity: float, info: Any) -> float:
+        if info.data.get("architecture") != "topk":
+            return sparsity
+        if sparsity != int(sparsity):
+            raise ValueError("expected a whole number of latents, the k of a TopK SAE")
+        d_sae = info.data.get("d_sae", math.inf)
+        if sparsity > d_sae:
+            raise ValueError(f"expected a k of at most d_sae={d_sae}")
+        return sparsity
 
 
 class TrainRecipe(Config):
@@ -163,8 +188,9 @@ class TrainRecipe(Config):
 class TrainConfig(TrainRecipe):
     """A recipe and one lambda (and, if need be, one learning rate) for each SAE."""
 
-    sparsity: Annotated[tuple[PositiveFloat, ...], BeforeValidator(lambda v: _as_tuple(v))]
-    """lambda of each SAE, against squared error summed over d_in; one number serves all."""
+    sparsity: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(lambda v: _as_tuple(v))]
+    """lambda of each SAE, against squared error summed over d_in; one number serves all. A TopK SAE
+    has none and takes no notice."""
 
     lrs: tuple[PositiveFloat, ...] | None = None
     """Peak learning rate of each SAE; None takes `lr` for all."""
@@ -229,17 +255,19 @@ def sweep(
     sparsity: list[float],
     width: int,
     *,
+    k: list[int] | None = None,
     equal_width: bool = False,
     **common: Any,
 ) -> tuple[SAESpec, ...]:
     """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
 
     The extra width evens the training compute (paper section 4.1); `equal_width` leaves it out.
+    TopK SAEs have a `k` each in place of a lambda.
     """
     specs = []
     for architecture in dict.fromkeys(architectures):
-        d_sae = width if architecture == "gated" or equal_width else width * 3 // 2
-        for coeff in dict.fromkeys(sparsity):
+        d_sae = width * 3 // 2 if architecture == "relu" and not equal_width else width
+        for coeff in dict.fromkeys((k or []) if architecture == "topk" else sparsity):
             name = f"{architecture}-{coeff:g}"
             fields = {"name": name, "architecture": architecture, "d_sae": d_sae, "sparsity": coeff}
             specs.append(validated(SAESpec, fields | common))

@@ -22,6 +22,7 @@ from gsae_core.config import (
 )
 from gsae_core.errors import InputError
 from gsae_core.presets import preset, presets
+from gsae_core.sweeps import Knob, resweep
 from gsae_core.validation import Config, ConfigKind, validated
 
 
@@ -54,7 +55,7 @@ class Train:
     """Train SAEs: the product of --arch and --sparsity, all on the same activations.
 
     Start from a preset or a config file and change what you like, or give --sparsity, --width and
-    --tokens.
+    --tokens. TopK SAEs take --k in place of --sparsity.
     """
 
     preset: Annotated[
@@ -86,13 +87,22 @@ class Train:
     arch: Annotated[
         tuple[Architecture, ...],
         _plain(
-            "Architectures of the sweep; without it the set-up's, or both.",
-            "{gated,relu} [{gated,relu}]",
+            "Architectures of the sweep; without it the set-up's, or gated and relu.",
+            f"{{{','.join(ARCHITECTURES)}}} [...]",
         ),
     ] = ()
     sparsity: Annotated[tuple[float, ...], _flag(SAESpec, "sparsity", "LAMBDA [LAMBDA ...]")] = ()
+    jumprelu_sparsity: Annotated[
+        tuple[float, ...],
+        _plain(
+            "lambda of the JumpReLU SAEs, which weighs the number of latents and is therefore of "
+            "another size; without it --sparsity.",
+            "LAMBDA [LAMBDA ...]",
+        ),
+    ] = ()
+    k: Annotated[tuple[int, ...], _plain("Latents of a token in a TopK SAE.", "INT [INT ...]")] = ()
     width: Annotated[
-        int | None, _plain("Latents of a Gated SAE; a ReLU SAE gets 1.5x as many.", "INT")
+        int | None, _plain("Latents of an SAE; a ReLU SAE gets 1.5x as many.", "INT")
     ] = None
     equal_width: Annotated[
         FlagCreatePairsOff[bool], _plain("Make the ReLU SAEs as wide as the Gated ones.")
@@ -101,6 +111,9 @@ class Train:
     tie: Annotated[Literal["r_mag", "none", "untied"] | None, _flag(SAESpec, "tie")] = None
     aux: Annotated[Literal["frozen", "unfrozen", "off"] | None, _flag(SAESpec, "aux")] = None
     loss_norm: Annotated[LossNorm | None, _flag(SAESpec, "loss_norm")] = None
+    init_threshold: Annotated[float | None, _flag(SAESpec, "init_threshold", "FLOAT")] = None
+    bandwidth: Annotated[float | None, _flag(SAESpec, "bandwidth", "FLOAT")] = None
+    k_aux: Annotated[int | None, _flag(SAESpec, "k_aux", "INT")] = None
 
     tokens: Annotated[int | None, _flag(TrainRecipe, "n_tokens", "INT")] = None
     batch_size: Annotated[int | None, _flag(TrainRecipe, "batch_size", "INT")] = None
@@ -141,7 +154,9 @@ _RECIPE = {"tokens": "n_tokens"} | {
 }
 _EVALUATION = {"eval_tokens": "n_tokens"}
 _RUN = {name: name for name in ("activation_scale", "seed", "device", "checkpoint_minutes")}
-_SPEC = {name: name for name in ("recipe", "tie", "aux", "loss_norm", "seed")}
+_OF_ONE = ("init_threshold", "bandwidth", "k_aux")
+_SPEC = {name: name for name in ("recipe", "tie", "aux", "loss_norm", "seed", *_OF_ONE)}
+_UNSAID: tuple[Architecture, ...] = ("gated", "relu")
 
 
 def run_config(flags: Train) -> RunConfig:
@@ -151,11 +166,12 @@ def run_config(flags: Train) -> RunConfig:
         InputError: one sentence in the words of the command line.
     """
     base = _base(flags)
-    if base is None and (
-        missing := [n for n in ("sparsity", "width", "tokens") if _absent(flags, n)]
-    ):
+    missing = [_said(name) for name in ("width", "tokens") if _absent(flags, name)]
+    knobs = [_knob(flags, architecture) for architecture in flags.arch or _UNSAID]
+    missing = [*(knob.flag for knob in knobs if not knob.values), *missing]
+    if base is None and missing:
         raise InputError(
-            f"expected {_said(missing[0])}, got none; or start from a set-up: "
+            f"expected {missing[0]}, got none; or start from a set-up: "
             "python -m gsae_core train --preset quick"
         )
     parts = {
@@ -183,7 +199,8 @@ def _base(flags: Train) -> RunConfig | None:
 
 
 def _absent(flags: Train, name: str) -> bool:
-    return getattr(flags, name) in (None, ())
+    value = getattr(flags, name)
+    return value is False or value in (None, ())
 
 
 def _said(flag: str) -> str:
@@ -203,34 +220,36 @@ def _over(
 
 
 def _specs(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
-    """Return the sweep: the base's SAEs, or the first of each architecture for each --sparsity."""
     in_base: tuple[Architecture, ...] = tuple(spec.architecture for spec in base)
+    architectures = tuple(dict.fromkeys(flags.arch or in_base or _UNSAID))
+    knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
+    _check_knobs(flags, knobs)
+    changes = _given(flags, _SPEC)
+    if flags.lr is not None:
+        changes["lr"] = None  # the run's, which --lr sets
+    called = {field: _said(flag) for flag, field in _SPEC.items()} | {"d_sae": "--width"}
     width = _width(flags, base)
-    called = {field: _said(flag) for flag, field in _SPEC.items()}
-    called |= {"d_sae": "--width", "sparsity": "--sparsity"}
-    specs = []
-    for architecture in dict.fromkeys(flags.arch or in_base or ARCHITECTURES):
-        own = [spec.model_dump() for spec in base if spec.architecture == architecture]
-        # An architecture the base lacks is made after the one it has.
-        alike = own or [_turned(spec, architecture) for spec in base] or [{}]
-        if flags.sparsity:
-            alike = [alike[0] | {"sparsity": coeff} for coeff in dict.fromkeys(flags.sparsity)]
-        for fields in alike:
-            fields = fields | {"architecture": architecture} | _given(flags, _SPEC)
-            if width is not None:
-                wider = architecture == "relu" and not flags.equal_width
-                fields["d_sae"] = width * 3 // 2 if wider else width
-            if flags.lr is not None:
-                fields["lr"] = None  # the run's, which --lr sets
-            if flags.sparsity or not own:
-                fields["name"] = f"{architecture}-{fields['sparsity']:g}"
-            specs.append(validated(SAESpec, fields, called))
-    return specs
+    return resweep(
+        base, knobs, width=width, equal_width=flags.equal_width, changes=changes, called=called
+    )
 
 
-def _turned(spec: SAESpec, architecture: Architecture) -> dict[str, Any]:
-    wider = spec.d_sae * 3 // 2 if architecture == "relu" else spec.d_sae * 2 // 3
-    return spec.model_dump() | {"d_sae": wider}
+def _knob(flags: Train, architecture: Architecture) -> Knob:
+    if architecture == "jumprelu" and flags.jumprelu_sparsity:
+        return Knob("--jumprelu-sparsity", flags.jumprelu_sparsity)
+    return Knob("--k", flags.k) if architecture == "topk" else Knob("--sparsity", flags.sparsity)
+
+
+def _check_knobs(flags: Train, knobs: dict[Architecture, Knob]) -> None:
+    """Raise InputError if a flag sets the sparsity of nothing in the sweep."""
+    for name in ("sparsity", "jumprelu_sparsity", "k"):
+        flag = _said(name)
+        if not _absent(flags, name) and flag not in {knob.flag for knob in knobs.values()}:
+            wanted = {"jumprelu_sparsity": "jumprelu", "k": "topk"}.get(name, "gated or relu")
+            raise InputError(
+                f"{flag}: expected {wanted} among the architectures, got {', '.join(knobs)}; "
+                f"name it after --arch, or leave {flag} out"
+            )
 
 
 def _width(flags: Train, base: tuple[SAESpec, ...]) -> int | None:

@@ -15,7 +15,7 @@ from gsae_core.store.status import State
 if TYPE_CHECKING:
     import pandas as pd
 
-SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆"}
+SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
 Colour = Literal["gray", "blue", "green", "orange", "red"]
 
 STATE_LOOKS: dict[State, tuple[str, Colour]] = {

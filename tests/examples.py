@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 
 
-def set_(sae: GatedSAE | ReluSAE, **values: list) -> None:
+def set_(sae: SAE, **values: list) -> None:
     """Replace the named parameters by the given numbers."""
     for name, value in values.items():
         parameter = sae.get_parameter(name)
         parameter.data = torch.tensor(value, dtype=parameter.dtype).reshape(parameter.shape)
 
 
-def perturb_(sae: GatedSAE | ReluSAE, seed: int = 1) -> None:
+def perturb_(sae: SAE, seed: int = 1) -> None:
     """Move every parameter away from its start: no bias is zero, nothing is symmetric."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in sae.parameters():

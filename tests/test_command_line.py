@@ -102,6 +102,47 @@ def test_arch_picks_from_a_presets_sweep() -> None:
     assert config("--preset quick --arch relu").saes == quick.saes[4:]
 
 
+def test_each_architecture_reads_its_own_sparsity() -> None:
+    run = config(
+        "--arch gated relu jumprelu topk --sparsity 0.1 0.2 --jumprelu-sparsity 0.003 --k 16 32 16 "
+        "--width 64 --tokens 9000 --bandwidth 0.01 --init-threshold 0.02 --k-aux 8"
+    )
+    assert [(spec.name, spec.d_sae, spec.sparsity) for spec in run.saes] == [
+        ("gated-0.1", 64, 0.1),
+        ("gated-0.2", 64, 0.2),
+        ("relu-0.1", 96, 0.1),
+        ("relu-0.2", 96, 0.2),
+        ("jumprelu-0.003", 64, 0.003),
+        ("topk-16", 64, 16),
+        ("topk-32", 64, 32),
+    ]
+    jumprelu, topk = run.saes[4], run.saes[6]
+    assert (jumprelu.bandwidth, jumprelu.init_threshold, topk.k_aux) == (0.01, 0.02, 8)
+
+
+def test_jumprelu_reads_the_lambdas_of_all_where_it_has_none_of_its_own() -> None:
+    run = config("--arch jumprelu --sparsity 0.002 --width 64 --tokens 9000")
+    assert shapes(run) == [("jumprelu-0.002", 64)]
+
+
+def test_topk_alone_needs_no_lambda() -> None:
+    assert shapes(config("--arch topk --k 4 --width 64 --tokens 9000")) == [("topk-4", 64)]
+
+
+def test_architectures_a_preset_lacks_are_as_wide_as_its_gated_ones() -> None:
+    run = config("--preset quick --arch gated jumprelu topk --jumprelu-sparsity 0.01 --k 8")
+    gated = [spec for spec in preset("quick").config().saes if spec.architecture == "gated"]
+    assert run.saes[:-2] == tuple(gated)
+    assert shapes(run)[-2:] == [("jumprelu-0.01", 1024), ("topk-8", 1024)]
+
+
+def test_a_config_with_every_architecture_is_a_start_as_it_stands(tmp_path: Path) -> None:
+    words = "--arch relu jumprelu topk --sparsity 0.1 --k 4 --width 64 --tokens 9000"
+    (tmp_path / "config.json").write_text(config(words).model_dump_json())
+    again = config(f"--config {tmp_path / 'config.json'} --sparsity 0.2")
+    assert shapes(again) == [("relu-0.2", 96), ("jumprelu-0.2", 64), ("topk-4", 64)]
+
+
 def test_lr_overrules_the_learning_rates_of_single_saes() -> None:
     run = config("--preset gemma-7b --lr 1e-4")
     assert run.train.lr == 1e-4
@@ -193,7 +234,59 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
         ("train --layer two", "--layer: expected a whole number, got 'two'"),
         ("train --lr=fast", "--lr: expected a number, got 'fast'"),
         ("train --sparsity 0.1 lots", "--sparsity: expected numbers, got '0.1 lots'"),
-        ("train --arch gated topk", "--arch: expected one of gated, relu, got 'topk'"),
+        (
+            "train --arch gated tanh",
+            "--arch: expected one of gated, relu, jumprelu, topk, got 'tanh'",
+        ),
+        (
+            "train --arch topk --width 8 --tokens 9000",
+            "expected --k, got none; or start from a set-up: python -m gsae_core train "
+            "--preset quick",
+        ),
+        (
+            "train --arch gated topk --width 8 --tokens 9000 --k 2",
+            "expected --sparsity, got none; or start from a set-up: python -m gsae_core train "
+            "--preset quick",
+        ),
+        (
+            "train --preset quick --arch topk",
+            "expected --k for topk, got none; what sets the sparsity of gated and relu in the "
+            "set-up means another thing there",
+        ),
+        (
+            "train --preset quick --arch jumprelu",
+            "expected --sparsity for jumprelu, got none; what sets the sparsity of gated and relu "
+            "in the set-up means another thing there",
+        ),
+        (
+            "train --preset quick --k 2",
+            "--k: expected topk among the architectures, got gated, relu; name it after --arch, "
+            "or leave --k out",
+        ),
+        (
+            "train --preset quick --jumprelu-sparsity 0.1",
+            "--jumprelu-sparsity: expected jumprelu among the architectures, got gated, relu; "
+            "name it after --arch, or leave --jumprelu-sparsity out",
+        ),
+        (
+            "train --preset quick --arch topk --k 2 --sparsity 0.1",
+            "--sparsity: expected gated or relu among the architectures, got topk; name it after "
+            "--arch, or leave --sparsity out",
+        ),
+        (
+            "train --preset quick --arch topk --k 4 2000",
+            "--k: expected a k of at most d_sae=1024, got 2000",
+        ),
+        ("train --preset quick --arch topk --k 2.5", "--k: expected whole numbers, got '2.5'"),
+        ("train --preset quick --arch topk --k 0", "--k: expected a number greater than 0, got 0"),
+        (
+            "train --preset quick --arch jumprelu --jumprelu-sparsity -1",
+            "--jumprelu-sparsity: expected a number greater than 0, got -1.0",
+        ),
+        (
+            "train --preset quick --arch jumprelu --sparsity 1 --bandwidth 0",
+            "--bandwidth: expected a number greater than 0, got 0.0",
+        ),
         (
             "train --site mlp",
             "--site: expected one of resid_pre, resid_post, mlp_hidden, mlp_out, attn_z, "

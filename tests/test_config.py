@@ -74,6 +74,16 @@ def test_a_sweep_is_the_product_with_baselines_half_as_wide_again() -> None:
     ]
 
 
+def test_a_sweeps_topk_saes_have_a_k_each_and_the_gated_width() -> None:
+    specs = sweep(["jumprelu", "topk"], [0.1, 0.2], 10, k=[4, 8, 4])
+    assert [(s.name, s.d_sae, s.sparsity) for s in specs] == [
+        ("jumprelu-0.1", 10, 0.1),
+        ("jumprelu-0.2", 10, 0.2),
+        ("topk-4", 10, 4),
+        ("topk-8", 10, 8),
+    ]
+
+
 def test_a_sweep_of_equal_width_leaves_the_extra_out() -> None:
     assert {s.d_sae for s in sweep(["gated", "relu"], [0.1], 10, equal_width=True)} == {10}
 
@@ -94,9 +104,26 @@ def test_one_lambda_serves_all_in_a_train_config() -> None:
         (SAESpec, SAE | {"d_sae": 0}, "d_sae: expected a number greater than 0, got 0"),
         (
             SAESpec,
-            SAE | {"architecture": "topk"},
-            "architecture: expected 'gated' or 'relu', got 'topk'",
+            SAE | {"architecture": "tanh"},
+            "architecture: expected 'gated', 'relu', 'jumprelu' or 'topk', got 'tanh'",
         ),
+        (
+            SAESpec,
+            SAE | {"architecture": "topk"},
+            "sparsity: expected a whole number of latents, the k of a TopK SAE, got 0.1",
+        ),
+        (
+            SAESpec,
+            SAE | {"architecture": "topk", "sparsity": 9},
+            "sparsity: expected a k of at most d_sae=8, got 9",
+        ),
+        (
+            SAESpec,
+            SAE | {"architecture": "topk", "sparsity": 0},
+            "sparsity: expected a number greater than 0, got 0",
+        ),
+        (SAESpec, SAE | {"bandwidth": 0}, "bandwidth: expected a number greater than 0, got 0"),
+        (SAESpec, SAE | {"k_aux": 0}, "k_aux: expected a number greater than 0, got 0"),
         (ModelConfig, {"layer": -1}, "layer: expected a number greater than or equal to 0, got -1"),
         (DataConfig, {"held_out": 1.0}, "held_out: expected a number less than 1, got 1.0"),
         (

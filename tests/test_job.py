@@ -59,16 +59,22 @@ def test_in_unit_activations_the_papers_two_norms_agree() -> None:
     assert by_mean == by_power == (1.5, 3.0)
 
 
-@pytest.mark.parametrize("architecture", ["gated", "relu"])
+@pytest.mark.parametrize("architecture", ["gated", "relu", "jumprelu"])
 def test_the_raw_lambda_gives_the_same_loss_up_to_the_scale_squared(architecture: str) -> None:
     scale = 0.25
     sae = build_sae(spec(architecture=architecture), 3).double()
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = sparsity_in_training_units(spec(), d_in=3, scale=scale, mean_square_norm=1.0)
+    one = spec(architecture=architecture)
+    got = sparsity_in_training_units(one, d_in=3, scale=scale, mean_square_norm=1.0)
     trained = loss(sae, scale * x, sparsity_coeff=got.coeff).total.item()
     fold_scale_(sae, scale)
     raw = loss(sae, x, sparsity_coeff=got.raw).total.item()
     assert math.isclose(trained, scale**2 * raw, rel_tol=1e-12)
+
+
+def test_k_is_no_lambda_and_has_no_units() -> None:
+    one = spec(architecture="topk", sparsity=1, loss_norm="mean_power")
+    assert sparsity_in_training_units(one, d_in=3, scale=2.0, mean_square_norm=7.0) == (0, 0)
 
 
 # Memory and device
@@ -81,6 +87,8 @@ def test_the_raw_lambda_gives_the_same_loss_up_to_the_scale_squared(architecture
         {"tie": "none"},
         {"tie": "untied"},
         {"architecture": "relu"},
+        {"architecture": "jumprelu"},
+        {"architecture": "topk", "sparsity": 1},
     ],
 )
 def test_parameters_are_counted_as_the_sae_has_them(fields: dict[str, object]) -> None:

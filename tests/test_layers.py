@@ -11,7 +11,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            "errors validation config paper presets glossary wording footprint",
+            "errors validation config sweeps paper presets glossary wording footprint",
             "lm sae",
             "training analysis store",
             "plots job workshop machine progress failures flags",

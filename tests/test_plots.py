@@ -45,21 +45,29 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize(("theme", "page"), [("light", "#ffffff"), ("dark", "#10151b")])
 def test_every_line_stands_out_from_the_page(theme: Theme, page: str) -> None:
-    colours = shades(sweep(["gated", "relu"], [0.1, 0.2, 0.3, 0.4, 0.5], 8), theme)
+    k = [1, 2, 3, 4, 5]
+    colours = shades(sweep(list(LOOKS), [0.1, 0.2, 0.3, 0.4, 0.5], 8, k=k), theme)
+    assert len(colours) == 4 * 5
     for colour in [*colours.values(), NEUTRAL, THIRD]:
         assert contrast(colour, page) >= 2.7, colour  # WCAG asks 3 of what must be told apart
 
 
 def test_architectures_differ_in_more_than_colour() -> None:
-    gated, relu = LOOKS["gated"], LOOKS["relu"]
-    assert gated.plotly_symbol != relu.plotly_symbol
-    assert gated.vega_shape != relu.vega_shape
-    assert gated.dash != relu.dash
+    for trait in ("label", "colour", "plotly_symbol", "vega_shape", "dash"):
+        assert len({getattr(look, trait) for look in LOOKS.values()}) == 4, trait
+
+
+def test_the_sparsest_sae_of_each_architecture_is_drawn_strongest() -> None:
+    colours = shades(sweep(["gated", "topk"], [0.1, 0.2], 8, k=[2, 4]), "light")
+    assert luminance(colours["gated-0.2"]) < luminance(colours["gated-0.1"])
+    assert luminance(colours["topk-2"]) < luminance(colours["topk-4"])  # a small k is sparse
 
 
 def test_an_sae_is_named_by_what_sets_it_apart() -> None:
     spec = SAESpec(name="a", architecture="relu", d_sae=3, sparsity=0.25)
     assert hover_name(spec) == "ReLU baseline, λ 0.25"
+    spec = SAESpec(name="a", architecture="topk", d_sae=64, sparsity=32)
+    assert hover_name(spec) == "TopK, k 32"
 
 
 def test_long_runs_are_thinned_and_keep_their_last_step() -> None:

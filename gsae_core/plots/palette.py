@@ -17,13 +17,17 @@ class Look(NamedTuple):
     plotly_symbol: str
     vega_shape: str
     dash: tuple[int, ...]
+    tint: float = 0.25
+    """How far towards white its palest shade may go on a light page; pale hues less."""
 
 
 LOOKS: dict[Architecture, Look] = {
     "gated": Look("Gated", "#0072B2", "circle", "circle", (1, 0)),
     "relu": Look("ReLU baseline", "#D55E00", "diamond", "diamond", (5, 3)),
+    "jumprelu": Look("JumpReLU", "#009E73", "triangle-up", "triangle-up", (2, 2), tint=0.15),
+    "topk": Look("TopK", "#CC79A7", "square", "square", (7, 2, 2, 2), tint=0.05),
 }
-THIRD = "#009E73"
+THIRD = "#3A9BD9"  # of the gate path: of the Gated hue, and lighter
 NEUTRAL = "#7d8894"  # 3.6:1 on white and 5.0:1 on the dark background
 
 AXES = {
@@ -35,7 +39,7 @@ AXES = {
     "loss": "loss (Eq. 8, scaled activations)",
     "reconstruction": "squared error (scaled activations)",
     "sparsity_loss": "sparsity penalty, λ included",
-    "auxiliary": "auxiliary error of the gate path",
+    "auxiliary": "auxiliary error (of the gate path, or of TopK's dead features)",
     "gamma": "relative reconstruction bias γ",
     "gamma_gate": "γ of the gate path",
     "dead_gate": "share of features, gate never open",
@@ -52,12 +56,17 @@ LOWER_IS_BETTER = {"l0", "fvu", "delta_ce", "kl"}
 
 
 def hover_name(spec: SAESpec) -> str:
-    """Return the text that names an SAE in tooltips, e.g. `Gated, λ 0.2`."""
-    return f"{LOOKS[spec.architecture].label}, λ {spec.sparsity:g}"
+    """Return the text that names an SAE in tooltips, e.g. `Gated, λ 0.2` or `TopK, k 32`."""
+    return f"{LOOKS[spec.architecture].label}, {knob(spec.architecture, spec.sparsity)}"
+
+
+def knob(architecture: Architecture | str, sparsity: float) -> str:
+    """Return what sets an SAE's sparsity, e.g. `λ 0.2`, or `k 32` for TopK."""
+    return f"{'k' if architecture == 'topk' else 'λ'} {sparsity:g}"
 
 
 def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
-    """Return a colour per SAE: the architecture's hue, stronger for a larger lambda.
+    """Return a colour per SAE: the architecture's hue, stronger for a sparser SAE.
 
     Stronger is darker on a light page and lighter on a dark one: lines keep a contrast of 3:1.
     """
@@ -66,8 +75,9 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
         family = sorted((s for s in saes if s.architecture == architecture), key=_by_sparsity)
         for rank, spec in enumerate(family):
             strength = rank / max(len(family) - 1, 1) if len(family) > 1 else 0.5
-            # From a quarter white to 40 % black, or from a tenth to 70 % white.
-            mix = 0.25 - 0.65 * strength if theme == "light" else 0.1 + 0.6 * strength
+            # From its tint to 40 % black, or from a tenth to 70 % white.
+            palest, strongest = (look.tint, -0.4) if theme == "light" else (0.1, 0.7)
+            mix = palest + (strongest - palest) * strength
             colours[spec.name] = _mix(look.colour, mix)
     return colours
 
@@ -92,7 +102,8 @@ def round_values(values: Iterable[float]) -> list[float]:
 
 
 def _by_sparsity(spec: SAESpec) -> float:
-    return spec.sparsity
+    # A larger lambda is sparser, a larger k is not.
+    return -spec.sparsity if spec.architecture == "topk" else spec.sparsity
 
 
 def _mix(colour: str, amount: float) -> str:

@@ -1,16 +1,18 @@
-"""The dictionaries: a Gated SAE and the ReLU baseline it is compared with."""
+"""The dictionaries: a Gated SAE, the ReLU baseline, and how a config becomes any of the four."""
 
 import math
-from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gsae_core.config import Architecture, Recipe, SAESpec
+from gsae_core.config import Recipe, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.sae.recipes import Aux, Objective, objective
+from gsae_core.sae.base import SAE, check_choice, transposed
+from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.recipes import Aux, objective
+from gsae_core.sae.topk import TopKSAE
 
 Tie = Literal["r_mag", "none", "untied"]
 
@@ -22,67 +24,7 @@ class PreActivations(NamedTuple):
     pi_mag: Float[Tensor, "*batch d_sae"]
 
 
-class _SAE(nn.Module, ABC):
-    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width."""
-
-    architecture: Architecture
-    objective: Objective
-    recipe: Recipe
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
-
-    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
-        super().__init__()
-        for name, width in (("d_in", d_in), ("d_sae", d_sae)):
-            if width < 1:
-                raise InputError(f"expected {name} of at least 1, got {width}")
-        _check_choice("recipe", recipe, get_args(Recipe))
-        self.d_in, self.d_sae, self.recipe = d_in, d_sae, recipe
-        # The paper does not state an initialisation; random unit directions with the encoder
-        # transposed from them and zeros elsewhere are what its re-implementations agree on.
-        directions = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-
-    @property
-    def unit_norm(self) -> bool:
-        """Whether rows of `W_dec` have to be kept at norm one while training."""
-        return self.objective.unit_norm
-
-    @abstractmethod
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`."""
-
-    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
-
-        Raises:
-            InputError: if the last axis of `f` is not `d_sae`.
-        """
-        if f.shape[-1] != self.d_sae:
-            raise InputError(
-                f"expected latents of width d_sae={self.d_sae}, got shape {tuple(f.shape)}; "
-                "decode() takes what this SAE's encode() returns"
-            )
-        return f @ self.W_dec + self.b_dec
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the reconstruction `decode(encode(x))`."""
-        return self.decode(self.encode(x))
-
-    def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}"
-
-    def check_width(self, x: Float[Tensor, "*batch width"]) -> None:
-        """Raise InputError if the last axis of `x` is not `d_in`."""
-        if x.shape[-1] != self.d_in:
-            raise InputError(
-                f"expected activations of width d_in={self.d_in}, got shape {tuple(x.shape)}; "
-                "was this SAE trained on another model or site?"
-            )
-
-
-class GatedSAE(_SAE):
+class GatedSAE(SAE):
     """Dictionary whose encoder decides *which* latents fire apart from *how much*.
 
         pi_gate = (x - b_dec) @ W_gate + b_gate
@@ -106,7 +48,7 @@ class GatedSAE(_SAE):
         seed: of the initial directions.
     """
 
-    architecture: Architecture = "gated"
+    architecture = "gated"
     r_mag: nn.Parameter | None
     W_mag: nn.Parameter | None
 
@@ -122,14 +64,14 @@ class GatedSAE(_SAE):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        _check_choice("tie", tie, get_args(Tie))
+        check_choice("tie", tie, get_args(Tie))
         if aux is not None:
-            _check_choice("aux", aux, get_args(Aux))
+            check_choice("aux", aux, get_args(Aux))
         self.objective = objective("gated", recipe=recipe, aux=aux)
         self.aux: Aux = self.objective.aux
         self.tie: Tie = tie
         self.detach_b_dec = detach_b_dec
-        self.W_gate = nn.Parameter(_transposed(self.W_dec))
+        self.W_gate = nn.Parameter(transposed(self.W_dec))
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         # r_mag = 0 (or W_mag = W_gate) and equal biases: the start is exactly a ReLU SAE.
         self.r_mag = nn.Parameter(torch.zeros(d_sae)) if tie == "r_mag" else None
@@ -182,7 +124,7 @@ class GatedSAE(_SAE):
         return f"{super().extra_repr()}, tie={self.tie!r}, aux={self.aux!r}"
 
 
-class ReluSAE(_SAE):
+class ReluSAE(SAE):
     """The L1 baseline: one number says both whether a latent fires and how much.
 
         f     = relu((x - b_dec) @ W_enc + b_enc)
@@ -197,12 +139,12 @@ class ReluSAE(_SAE):
         seed: of the initial directions.
     """
 
-    architecture: Architecture = "relu"
+    architecture = "relu"
 
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
         self.objective = objective("relu", recipe=recipe)
-        self.W_enc = nn.Parameter(_transposed(self.W_dec))
+        self.W_enc = nn.Parameter(transposed(self.W_dec))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -215,35 +157,46 @@ class ReluSAE(_SAE):
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
 
-def build_sae(spec: SAESpec, d_in: int) -> GatedSAE | ReluSAE:
+def build_sae(spec: SAESpec, d_in: int) -> SAE:
     """Return a new SAE as a run's config describes it.
 
-    A ReLU SAE has no gate, so `tie`, `aux` and `detach_b_dec` say nothing about it: a sweep over
-    both architectures may set them for its Gated half.
+    Each architecture reads the settings it has: a ReLU SAE has no gate, so `tie`, `aux` and
+    `detach_b_dec` say nothing about it, and a sweep may set them for its Gated half.
 
     Raises:
         InputError: if the recipe is unsound for the architecture.
     """
-    if spec.architecture == "relu":
-        return ReluSAE(d_in, spec.d_sae, recipe=spec.recipe, seed=spec.seed)
-    return GatedSAE(
-        d_in,
-        spec.d_sae,
-        recipe=spec.recipe,
-        tie=spec.tie,
-        aux=spec.aux,
-        detach_b_dec=spec.detach_b_dec,
-        seed=spec.seed,
-    )
+    size: dict[str, int] = {"d_in": d_in, "d_sae": spec.d_sae, "seed": spec.seed}
+    match spec.architecture:
+        case "gated":
+            return GatedSAE(
+                **size,
+                recipe=spec.recipe,
+                tie=spec.tie,
+                aux=spec.aux,
+                detach_b_dec=spec.detach_b_dec,
+            )
+        case "relu":
+            return ReluSAE(**size, recipe=spec.recipe)
+        case "jumprelu":
+            return JumpReluSAE(
+                **size,
+                recipe=spec.recipe,
+                init_threshold=spec.init_threshold,
+                bandwidth=spec.bandwidth,
+            )
+        case "topk":
+            return TopKSAE(**size, recipe=spec.recipe, k=int(spec.sparsity), k_aux=spec.k_aux)
 
 
 @torch.no_grad()
-def fold_scale_(sae: GatedSAE | ReluSAE, scale: float) -> None:
+def fold_scale_(sae: SAE, scale: float) -> None:
     """Turn an SAE trained on `scale * x` into the same one for raw `x`, in place.
 
     With y = s x, the encoder's products are (y - b_dec) @ W = s (x - b_dec / s) @ W. Dividing every
-    bias by s therefore divides pre-activations, latents and x_hat by s and leaves each gate as it
-    is; directions, norms and r_mag (a ratio) stay. In raw units the same optimum has lambda / s.
+    bias and threshold by s therefore divides pre-activations, latents and x_hat by s and leaves
+    each gate, and the order of the latents, as they are; directions, norms and r_mag (a ratio)
+    stay. In raw units the same optimum has lambda / s, or lambda / s^2 where lambda weighs L0.
 
     Raises:
         InputError: if `scale` is not a positive number.
@@ -253,13 +206,7 @@ def fold_scale_(sae: GatedSAE | ReluSAE, scale: float) -> None:
     for name, parameter in sae.named_parameters():
         if name.startswith("b_"):
             parameter /= scale
-
-
-def _transposed(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_in d_sae"]:
-    # A clone, always: where an axis is 1, .T.contiguous() would share memory with the dictionary.
-    return W_dec.detach().T.clone(memory_format=torch.contiguous_format)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+    if isinstance(sae, JumpReluSAE):
+        sae.log_threshold.sub_(math.log(scale))
+        sae.init_threshold /= scale
+        sae.bandwidth /= scale

@@ -3,11 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE, jump, step
 from gsae_core.sae.metrics import BatchStats, batch_stats
+from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, dead_latents_alone, largest
 
 
 class LossParts(NamedTuple):
@@ -17,10 +20,12 @@ class LossParts(NamedTuple):
     """|x - x_hat|^2, summed over d_in."""
 
     sparsity: Float[Tensor, ""]
-    """The L1 term, lambda included."""
+    """The L1 term, or the L0 term of a JumpReLU SAE, lambda included; 0 for a TopK SAE."""
 
     auxiliary: Float[Tensor, ""]
-    """|x - x_hat_aux|^2, x_hat_aux being decoded from relu(pi_gate); weight one; 0 if none."""
+    """|x - x_hat_aux|^2, x_hat_aux being decoded from relu(pi_gate); weight one; 0 if none.
+
+    Of a TopK SAE: 1/32 of what its dead latents leave of the error; 0 if none is dead."""
 
     @property
     def total(self) -> Float[Tensor, ""]:
@@ -42,24 +47,30 @@ class _Forward(NamedTuple):
     x_hat: Float[Tensor, "*batch d_in"]
     pi_gate: Float[Tensor, "*batch d_sae"] | None
     x_hat_aux: Float[Tensor, "*batch d_in"] | None
+    z: Float[Tensor, "*batch d_sae"] | None = None
+    """Pre-activations of a JumpReLU or TopK SAE, which have no gate."""
 
 
 def loss(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: float
+    sae: SAE,
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> LossParts:
     """Return the terms of the loss of this SAE's architecture and recipe.
 
     Args:
-        sae: a Gated SAE (`gated_loss`) or a ReLU SAE (`relu_loss`).
+        sae: of any architecture: `gated_loss`, `relu_loss`, `jumprelu_loss` or `topk_loss`.
         x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in.
+        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss; others take
+            no notice.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
     """
-    if isinstance(sae, GatedSAE):
-        return gated_loss(sae, x, sparsity_coeff=sparsity_coeff)
-    return relu_loss(sae, x, sparsity_coeff=sparsity_coeff)
+    return _forward_and_parts(sae, x, sparsity_coeff, dead)[1]
 
 
 def gated_loss(
@@ -92,8 +103,47 @@ def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: 
     return _relu_parts(sae, x, _relu_forward(sae, x), sparsity_coeff)
 
 
+def jumprelu_loss(
+    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: float
+) -> LossParts:
+    """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
+
+    The second term moves thresholds alone, and both move them by pseudo-derivatives
+    (`jumprelu.jump`, `jumprelu.step`).
+
+    Raises:
+        InputError: if the last axis of `x` is not `d_in`.
+    """
+    return _jumprelu_parts(sae, x, _jumprelu_forward(sae, x), sparsity_coeff)
+
+
+def topk_loss(
+    sae: TopKSAE, x: Float[Tensor, "*batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+) -> LossParts:
+    """Return the terms of arXiv:2406.04093: |x - x_hat|^2 + (1 / 32) |e - e_hat|^2.
+
+        e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
+        e_hat = relu(z) on the k_aux largest dead latents of a token, @ W_dec
+
+    Both squared errors are in the same units, so the ratio of the two weights is the paper's.
+
+    Args:
+        sae: its `W_dec` is live in both terms.
+        x: activations, in the units the SAE trains in.
+        dead: latents that have not fired for long; None leaves the auxiliary term out.
+
+    Raises:
+        InputError: if the last axis of `x` is not `d_in`.
+    """
+    return _topk_parts(sae, x, _topk_forward(sae, x), dead)
+
+
 def dense_step(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], *, sparsity_coeff: float
+    sae: SAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
@@ -102,24 +152,42 @@ def dense_step(
     Args:
         sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
         x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in.
+        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
     """
     sae.zero_grad(set_to_none=True)
-    if isinstance(sae, GatedSAE):
-        out = _gated_forward(sae, x)
-        parts = _gated_parts(sae, x, out, sparsity_coeff)
-    else:
-        out = _relu_forward(sae, x)
-        parts = _relu_parts(sae, x, out, sparsity_coeff)
+    out, parts = _forward_and_parts(sae, x, sparsity_coeff, dead)
     parts.total.backward()
     detached = LossParts(*(term.detach() for term in parts))
     stats = batch_stats(
         x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, f=out.f, pi_gate=out.pi_gate
     )
     return StepResult(loss=detached, stats=stats)
+
+
+def _forward_and_parts(
+    sae: SAE,
+    x: Float[Tensor, "*batch d_in"],
+    sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None,
+) -> tuple[_Forward, LossParts]:
+    match sae:
+        case GatedSAE():
+            out = _gated_forward(sae, x)
+            return out, _gated_parts(sae, x, out, sparsity_coeff)
+        case ReluSAE():
+            out = _relu_forward(sae, x)
+            return out, _relu_parts(sae, x, out, sparsity_coeff)
+        case JumpReluSAE():
+            out = _jumprelu_forward(sae, x)
+            return out, _jumprelu_parts(sae, x, out, sparsity_coeff)
+        case TopKSAE():
+            out = _topk_forward(sae, x)
+            return out, _topk_parts(sae, x, out, dead)
+    raise TypeError(f"no loss is known for {type(sae).__name__}")
 
 
 def _gated_forward(sae: GatedSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
@@ -167,6 +235,49 @@ def _relu_parts(
         reconstruction=_squared_error(x, out.x_hat),
         sparsity=sparsity_coeff * _l1(sae, out.f),
         auxiliary=x.new_zeros(()),
+    )
+
+
+def _jumprelu_forward(sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    z = sae.pre_activations(x)
+    f = jump(z, sae.threshold, sae.bandwidth)
+    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
+
+
+def _jumprelu_parts(
+    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], out: _Forward, sparsity_coeff: float
+) -> LossParts:
+    assert out.z is not None  # its forward pass always has one
+    l0 = step(out.z, sae.threshold, sae.bandwidth).sum(-1).mean()
+    return LossParts(
+        reconstruction=_squared_error(x, out.x_hat),
+        sparsity=sparsity_coeff * l0,
+        auxiliary=x.new_zeros(()),
+    )
+
+
+def _topk_forward(sae: TopKSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    z = sae.pre_activations(x)
+    f = largest(z, k=sae.k)
+    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
+
+
+def _topk_parts(
+    sae: TopKSAE,
+    x: Float[Tensor, "*batch d_in"],
+    out: _Forward,
+    dead: Bool[Tensor, " d_sae"] | None,
+) -> LossParts:
+    assert out.z is not None  # its forward pass always has one
+    spare = None if dead is None else dead_latents_alone(sae, out.z, dead)
+    auxiliary = x.new_zeros(())
+    if spare is not None:
+        error = (x - out.x_hat).detach()
+        auxiliary = AUX_WEIGHT * _squared_error(error, spare @ sae.W_dec)
+    return LossParts(
+        reconstruction=_squared_error(x, out.x_hat),
+        sparsity=x.new_zeros(()),
+        auxiliary=auxiliary,
     )
 
 

@@ -24,7 +24,8 @@ class Objective(NamedTuple):
     constant."""
 
     aux: Aux
-    """Decoder of the auxiliary term: a frozen copy (Eq. 8), the live one, or no such term."""
+    """Decoder of the gate's auxiliary term: a frozen copy (Eq. 8), the live one, or no such
+    term."""
 
 
 RECIPES: dict[Recipe, Objective] = {
@@ -37,7 +38,7 @@ RECIPES: dict[Recipe, Objective] = {
 def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
     """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
 
-    A ReLU SAE has no gate and so no auxiliary term (Eq. 4), whatever `aux` says.
+    The others have no gate and so no auxiliary reconstruction from it (Eq. 4), whatever `aux` says.
 
     Raises:
         InputError: for combinations in which norms can run away; nothing else is looked at, so
@@ -48,6 +49,14 @@ def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = N
             raise InputError(
                 "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
                 "L1 term, latents shrink and decoder norms grow without limit"
+            )
+        return RECIPES[recipe]._replace(aux="off")
+    if architecture != "gated":
+        if recipe != "P":
+            name = {"jumprelu": "JumpReLU", "topk": "TopK"}[architecture]
+            raise InputError(
+                f"expected recipe 'P' for a {name} SAE, got {recipe!r}: recipes A and B weigh an "
+                "L1 term, and this architecture has none"
             )
         return RECIPES[recipe]._replace(aux="off")
     chosen = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)

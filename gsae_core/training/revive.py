@@ -3,14 +3,18 @@
 The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. What
 happens to `b_gate`, `b_mag` and `r_mag` the paper leaves open; here all three become 0, so that
 theta = 0 and a revived latent starts as the plain ReLU latent it would have been at initialisation.
+A JumpReLU latent starts at the threshold it began with.
 """
+
+import math
 
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.training.optim import DictionaryAdam
 
 ENCODER_SHARE = 0.2  # Norm of a revived encoder direction, as a share of the alive mean (Bricken).
@@ -27,6 +31,7 @@ LATENT_AXIS = {
     "b_mag": 0,
     "b_enc": 0,
     "r_mag": 0,
+    "log_threshold": 0,
 }
 ENCODERS = ("W_gate", "W_mag", "W_enc")
 
@@ -64,7 +69,7 @@ def dead_latents(
 
 @torch.no_grad()
 def revive_(
-    sae: GatedSAE | ReluSAE,
+    sae: SAE,
     adam: DictionaryAdam,
     *,
     dead: Int64[Tensor, " dead"],
@@ -78,7 +83,7 @@ def revive_(
     - `W_dec` row: the input, less `b_dec`, scaled to norm one. Directions add up to x - b_dec, so
       an uncentred input would mostly teach every revived latent the mean activation.
     - encoder column: the same direction, at 0.2 of the mean norm over alive latents.
-    - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0.
+    - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `log_threshold`: what it began with.
     - Adam's moments of exactly these entries: 0.
 
     Inputs are drawn without replacement (twins would have the same gradients for ever), so where
@@ -97,6 +102,7 @@ def revive_(
     directions /= torch.linalg.vector_norm(directions, dim=1, keepdim=True)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
+    starts = {"log_threshold": math.log(sae.init_threshold)} if isinstance(sae, JumpReluSAE) else {}
     for name, parameter in sae.named_parameters():
         if name == "b_dec":
             continue
@@ -107,7 +113,7 @@ def revive_(
             length = ENCODER_SHARE * _mean_norm(parameter[:, alive])
             parameter.index_copy_(axis, latents, (length * directions).T)
         else:
-            parameter.index_fill_(axis, latents, 0.0)
+            parameter.index_fill_(axis, latents, starts.get(name, 0.0))
         for key, moment in adam.moments(name).items():
             # The step count is the whole tensor's and stays, so bias correction does not see that
             # these moments are young: first updates are 1 / sqrt(1 - beta2), some 30 times, too
@@ -118,9 +124,7 @@ def revive_(
 
 
 @torch.no_grad()
-def input_losses(
-    sae: GatedSAE | ReluSAE, pool: Float[Tensor, "pool d_in"]
-) -> Float[Tensor, " pool"]:
+def input_losses(sae: SAE, pool: Float[Tensor, "pool d_in"]) -> Float[Tensor, " pool"]:
     """Return |x - x_hat|^2 of each input; 0 for an input equal to `b_dec`, which has no direction.
 
     Reconstruction error alone: the L1 term is largest where many latents already fire.

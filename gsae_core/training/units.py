@@ -9,7 +9,7 @@ class Sparsity(NamedTuple):
     """One lambda in the two units that matter, both against squared error summed over d_in."""
 
     coeff: float
-    """Eq. 8's lambda for activations as the SAE trains on them."""
+    """Eq. 8's lambda for activations as the SAE trains on them; 0 for a TopK SAE: it has none."""
 
     raw: float
     """Eq. 8's lambda for raw activations: what gives the same SAE without any scaling."""
@@ -22,7 +22,8 @@ def sparsity_in_training_units(
 
     Dividing the squared error by d_in, or by d_in E|x|^2 (arXiv:2404.16014v2, D.1.1), multiplies
     lambda by the same. With y = s x, latents of a unit-norm dictionary scale by s too, and
-    |y - y_hat|^2 + lambda |f_y|_1 = s^2 (|x - x_hat|^2 + (lambda / s) |f_x|_1).
+    |y - y_hat|^2 + lambda |f_y|_1 = s^2 (|x - x_hat|^2 + (lambda / s) |f_x|_1). Where lambda weighs
+    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2.
 
     Args:
         spec: the SAE.
@@ -30,10 +31,13 @@ def sparsity_in_training_units(
         scale: s, which multiplies raw activations.
         mean_square_norm: E|x|^2 of raw activations.
     """
+    if spec.architecture == "topk":
+        return Sparsity(coeff=0.0, raw=0.0)
     divisor = {
         "sum": 1.0,
         "mean": float(d_in),
         "mean_power": d_in * scale**2 * mean_square_norm,
     }[spec.loss_norm]
     coeff = spec.sparsity * divisor
-    return Sparsity(coeff=coeff, raw=coeff / scale)
+    power = 2 if spec.architecture == "jumprelu" else 1
+    return Sparsity(coeff=coeff, raw=coeff / scale**power)

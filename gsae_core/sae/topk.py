@@ -1,0 +1,102 @@
+"""TopK SAEs: exactly as many latents a token as asked for, with no penalty to tune.
+
+Gao et al. 2024 (arXiv:2406.04093). Latents that never make it into the k largest would stay dead;
+an auxiliary loss lets them explain what the others leave over (its appendix on AuxK).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from gsae_core.config import Recipe
+from gsae_core.errors import InputError
+from gsae_core.sae.base import SAE, transposed
+from gsae_core.sae.recipes import objective
+
+AUX_WEIGHT = 1 / 32
+
+
+class TopKSAE(SAE):
+    """Dictionary that keeps a token's `k` largest latents.
+
+        z     = (x - b_dec) @ W_enc + b_enc
+        f     = relu(z) on the k largest z of a token, 0 elsewhere
+        x_hat = f @ W_dec + b_dec
+
+    A token whose k-th largest z is negative has fewer than k latents.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: latents a token may use.
+        k_aux: dead latents that the auxiliary loss listens to on each token; None takes d_in / 2.
+        recipe: `P`, the only one: latents compete by size, so their directions have one length.
+        seed: of the initial directions.
+    """
+
+    architecture = "topk"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int,
+        k_aux: int | None = None,
+        recipe: Recipe = "P",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
+        self.objective = objective("topk", recipe=recipe)
+        if not 1 <= k <= d_sae:
+            raise InputError(
+                f"expected k from 1 to d_sae={d_sae}, got {k}; k is how many latents a token may "
+                "use"
+            )
+        self.k, self.k_aux = k, max(d_in // 2, 1) if k_aux is None else k_aux
+        if self.k_aux < 1:
+            raise InputError(f"expected k_aux of at least 1, got {k_aux}")
+        self.W_enc = nn.Parameter(transposed(self.W_dec))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return z.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
+        self.check_width(x)
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents `f >= 0`, at most `k` of them positive on a token.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
+        return largest(self.pre_activations(x), k=self.k)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self.k}"
+
+
+def largest(z: Float[Tensor, "*batch d_sae"], *, k: int) -> Float[Tensor, "*batch d_sae"]:
+    """Return relu(z) on the k largest entries of each row, 0 elsewhere.
+
+    Gradients pass through the entries that are kept and positive; which those are is fixed.
+    """
+    kept = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter(-1, kept.indices, torch.relu(kept.values))
+
+
+def dead_latents_alone(
+    sae: TopKSAE, z: Float[Tensor, "*batch d_sae"], dead: Bool[Tensor, " d_sae"]
+) -> Float[Tensor, "*batch d_sae"] | None:
+    """Return relu(z) on each row's `k_aux` largest dead latents, 0 elsewhere; None if none is dead.
+
+    All dead latents where there are fewer than `k_aux`.
+    """
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return None
+    return largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, n_dead))
