@@ -12,7 +12,8 @@ from gsae_core.pieces import facts, notice, plain, seconds_since, state_badge
 from gsae_core.presets import preset
 from gsae_core.progress import progress
 from gsae_core.store.files import readable
-from gsae_core.store.runs import Run, unreadable_runs
+from gsae_core.store.listing import unreadable_runs
+from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE
 from gsae_core.wording import ago, count, duration
 

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.command_line import PROGRAM, Doctor, Evaluate, Resume, parse
+from gsae_core.bench.flags import Benchmark
+from gsae_core.command_line import PROGRAM, Bench, Doctor, Evaluate, Resume, parse
 from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
 from gsae_core.flags import Train, run_config
 from gsae_core.launch import run_id, runs_root
-from gsae_core.report import evals_table
+from gsae_core.machine import slot_of
+from gsae_core.report import evals_table, time_spent
 from gsae_core.store.runs import Run
+from gsae_core.store.worker import Worker
 from gsae_core.validation import validated
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _evaluate(command)
             case Doctor():
                 return _doctor(command)
+            case Bench(what=benchmark):
+                return _bench(benchmark)
     except InputError as error:
         _say(" ".join(str(error).split()))
         return MISTAKE
@@ -76,11 +81,14 @@ def _resume(command: Resume) -> int:
 
 
 def _work(run: Run) -> int:
-    """Train a run to its end, or to where it is interrupted."""
-    from gsae_core.job import train_run
-
+    """Train a run to its end, or to where it is interrupted, once its device is free."""
     try:
-        stage = _follow(train_run(run))
+        with Worker(run) as worker:
+            _take_turn(run, worker)
+            # After the wait: what is imported here fills memory.
+            from gsae_core.job import train_run
+
+            stage = _follow(train_run(run, worker=worker))
     except KeyboardInterrupt:
         stage = "cancelled"
     except InputError:
@@ -96,6 +104,15 @@ def _work(run: Run) -> int:
         return INTERRUPTED
     _report(run)
     return 0
+
+
+def _take_turn(run: Run, worker: Worker) -> None:
+    """Wait until no other run of this folder trains on the device; say so once."""
+    slot = slot_of(run.config.device)
+    for n, ahead in enumerate(worker.turn(slot)):
+        if n == 0:
+            runs = "1 run goes" if ahead == 1 else f"{ahead} runs go"
+            _say(f"waiting for {slot}: {runs} first; Ctrl-C leaves the line")
 
 
 def _evaluate(command: Evaluate) -> int:
@@ -130,6 +147,13 @@ def _doctor(command: Doctor) -> int:
         failed |= check.verdict == "bad"
         print(f"{check.verdict:<4}  {check.name:<16}  {check.found}", flush=True)
     return FAILURE if failed else 0
+
+
+def _bench(flags: Benchmark) -> int:
+    from gsae_core.bench.run import bench
+
+    print(bench(flags, _say), flush=True)
+    return 0
 
 
 def _follow(progress: "Iterator[Progress]") -> str:
@@ -184,6 +208,8 @@ def _glance(report: "StepReport") -> str:
 def _report(run: Run) -> None:
     evals = run.evals()
     print("\n".join(["", *evals_table(evals), "", matched_ratio(evals).sentence]))
+    for sentence in time_spent(run.recent_metrics()):
+        print(sentence)
     for event in run.events():
         if event["event"] == "sae stopped":
             print(f"{event['sae']} stopped: {event['why']}")

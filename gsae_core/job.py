@@ -5,39 +5,33 @@ command line may draw it. Killed at any line and started again, it ends with the
 """
 
 import contextlib
-import math
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from gsae_core.analysis.fidelity import Evaluation, evaluating
-from gsae_core.config import RunConfig, SAESpec
+from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
+from gsae_core.learning import learn
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
+from gsae_core.machine import slot_of
 from gsae_core.sae.metrics import Metrics
 from gsae_core.store.checkpoint import check_width, load_sae, read_cfg
 from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats, write_norm_deciles
-from gsae_core.store.metrics_log import MetricsLog
-from gsae_core.store.resume import has_state, load_state, save_state
 from gsae_core.store.runs import Run
 from gsae_core.store.status import lock
 from gsae_core.store.worker import Worker
 from gsae_core.training.report import StepReport
-from gsae_core.training.trainer import train
 from gsae_core.workshop import Bench, load_lm, load_text, save_saes, set_up
 
-Stage = Literal["loading", "training", "evaluating", "finished", "cancelled"]
-
-# Enough points for a chart as wide as a screen, few enough that a page reads them in one go.
-LOGGED_POINTS = 300
+Stage = Literal["waiting", "loading", "training", "evaluating", "finished", "cancelled"]
 
 
 class Progress(NamedTuple):
-    """How far a run is: steps while training (with the last one's report), tokens evaluated."""
+    """How far a run is: runs ahead of it, steps (with the last one's report), tokens evaluated."""
 
     stage: Stage
     done: int
@@ -45,34 +39,53 @@ class Progress(NamedTuple):
     report: StepReport | None = None
 
 
-def train_run(run: Run) -> Iterator[Progress]:
+def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
     """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
 
-    A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) ends it after the
-    step, saved, in state `cancelled`.
+    A run whose device trains another one waits for its turn. A request to stop (control.json,
+    SIGTERM, Ctrl-C, or closing this iterator) ends it after the step, saved, in state `cancelled`.
+
+    Args:
+        run: not finished.
+        worker: holds the run and its device already; it is the caller's to end.
 
     Raises:
         InputError: while iterating, for whatever a person can mend; status.json then says it too.
     """
+    if worker is not None:
+        yield from _train_and_evaluate(run, worker)
+        return
+    with Worker(run) as worker:
+        for ahead in worker.turn(slot_of(run.config.device)):
+            yield Progress("waiting", 0, ahead)
+        yield from _train_and_evaluate(run, worker)
+
+
+def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
     n_steps = run.config.train.n_steps
-    with Worker(run) as worker, _sentences_about_memory():
-        yield Progress("loading", worker.step, n_steps)
-        bench = set_up(run)
-        yield from _train(run, bench, worker)
-        save_saes(run, bench)
-        if bench.trainer.finished:
-            _refuse_if_all_stopped(bench)
-            model, corpus = bench.model, bench.corpus
-            del bench  # Optimiser states and a chunk of activations: room for the evaluation.
-            for progress in _evaluate(run, model, corpus, run.config.evaluation.n_tokens):
-                if worker.stop_requested:
-                    break
-                yield progress
-            else:
-                yield Progress("finished", n_steps, n_steps)
-                return
-        worker.outcome = "cancelled"
-        yield Progress("cancelled", worker.step, n_steps)
+    if not worker.stop_requested:
+        with _sentences_about_memory():
+            worker.enter("loading", total=0)
+            yield Progress("loading", worker.step, n_steps)
+            bench = set_up(run)
+            for report in learn(run, bench, worker):
+                yield Progress("training", report.step, report.n_steps, report)
+            save_saes(run, bench)
+            if bench.trainer.finished:
+                _refuse_if_all_stopped(bench)
+                model, corpus = bench.model, bench.corpus
+                del bench  # Optimiser states and a chunk of activations: room for the evaluation.
+                worker.enter("evaluating", total=run.config.evaluation.n_tokens)
+                for progress in _evaluate(run, model, corpus, run.config.evaluation.n_tokens):
+                    worker.done = progress.done
+                    if worker.stop_requested:
+                        break
+                    yield progress
+                else:
+                    yield Progress("finished", n_steps, n_steps)
+                    return
+    worker.outcome = "cancelled"
+    yield Progress("cancelled", worker.step, n_steps)
 
 
 def evaluate_run(run: Run, *, n_tokens: int | None = None) -> Iterator[Progress]:
@@ -100,66 +113,6 @@ def evaluate_run(run: Run, *, n_tokens: int | None = None) -> Iterator[Progress]
         model = load_lm(run.config)
         yield from _evaluate(run, model, load_text(run.config, model), n_tokens)
         yield Progress("finished", n_tokens, n_tokens)
-
-
-def _train(run: Run, bench: Bench, worker: Worker) -> Iterator[Progress]:
-    """Take the steps that are left, log them, and save whenever it is time and at the end."""
-    trainer = bench.trainer
-    resume = run.folder / "resume"
-    began, seconds_before, n_bytes = time.monotonic(), 0.0, 0
-    if has_state(resume):
-        state = load_state(resume)
-        _check_data(state["mean_square_norm"], bench.stream.mean_square_norm)
-        trainer.load_state_dict(state["trainer"])
-        seconds_before, n_bytes = state["seconds"], state["metrics_bytes"]
-        bench.stopped.update(state["stopped"])
-        run.add_event("resumed", step=trainer.steps_done)
-    worker.step = trainer.steps_done
-    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=n_bytes)
-    every = log_every(trainer.cfg.n_steps)
-
-    def seconds() -> float:
-        return seconds_before + time.monotonic() - began
-
-    def save() -> None:
-        state = {
-            "trainer": trainer.state_dict(),
-            "stopped": bench.stopped,
-            "mean_square_norm": bench.stream.mean_square_norm,
-            "seconds": seconds(),
-            "metrics_bytes": log.sync(),
-        }
-        save_state(resume, state)
-
-    with contextlib.closing(log):
-        saved_at, saved_step = time.monotonic(), trainer.steps_done
-        batches = bench.stream.batches(start=trainer.steps_done)
-        try:
-            for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
-                worker.step = report.step
-                if report.step % every == 0 or report.step in (1, report.n_steps):
-                    log.add(_rows(run.config, report, seconds()))
-                for spec, sae in zip(run.config.saes, report.saes, strict=True):
-                    if sae.stopped is not None and spec.name not in bench.stopped:
-                        bench.stopped[spec.name] = sae.stopped
-                        run.add_event("sae stopped", sae=spec.name, why=sae.stopped)
-                if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
-                    save()
-                    saved_at, saved_step = time.monotonic(), report.step
-                yield Progress("training", report.step, report.n_steps, report)
-                if worker.stop_requested:
-                    break
-        except GeneratorExit:
-            save()
-            raise
-        # Not after other exceptions: some SAEs may have taken the step and others not.
-        if trainer.steps_done > saved_step:
-            save()
-
-
-def log_every(n_steps: int) -> int:
-    """Return how many steps lie between two logged points."""
-    return max(1, round(n_steps / LOGGED_POINTS))
 
 
 def _evaluate(run: Run, model: LanguageModel, corpus: Corpus, n_tokens: int) -> Iterator[Progress]:
@@ -240,43 +193,6 @@ def _write_latents(folder: Path, metrics: Metrics) -> None:
         density=metrics.density.numpy(),
         gamma=metrics.gamma_per_feature.numpy(),
     )
-
-
-def _rows(cfg: RunConfig, report: StepReport, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for spec, sae in zip(cfg.saes, report.saes, strict=True):
-        if sae.loss is None:
-            continue
-        rows.append(
-            {
-                "step": report.step,
-                "tokens": report.tokens,
-                "seconds": round(seconds, 3),
-                "sae": spec.name,
-                "loss": float(sae.loss.total),
-                "reconstruction": float(sae.loss.reconstruction),
-                "sparsity_loss": float(sae.loss.sparsity),
-                "auxiliary": float(sae.loss.auxiliary),
-                "l0": sae.l0,
-                "fvu": sae.fvu,
-                "gamma": sae.gamma,
-                "gamma_gate": sae.gamma_gate,
-                "dead_gate": sae.gate_dead_fraction,
-                "dead_magnitude": sae.magnitude_dead_fraction,
-                "lr": sae.lr,
-                "sparsity_coeff": sae.sparsity_coeff,
-            }
-        )
-    return rows
-
-
-def _check_data(saved: float, found: float) -> None:
-    # One number sums up the activations; rounding may differ between machines, data may not.
-    if not math.isclose(saved, found, rel_tol=1e-4):
-        raise InputError(
-            f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
-            f"({found:.6g}); the model or the corpus has changed, so start a new run"
-        )
 
 
 def _refuse_if_all_stopped(bench: Bench) -> None:

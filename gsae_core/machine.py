@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,3 +54,29 @@ def gpus() -> tuple[str, ...]:
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     return tuple(answer.stdout.strip().splitlines()) if answer.returncode == 0 else ()
+
+
+def slot_of(device: str) -> str:
+    """Return the name of the slot a config's device means on this machine, e.g. `cuda-0`.
+
+    Asked without torch, which takes seconds and hundreds of MB for a process that only waits.
+    """
+    if device == "auto":
+        device = "cuda" if _visible_gpus() else "mps" if _is_apple() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return kind
+    visible, number = _visible_gpus(), int(index) if index.isdecimal() else 0
+    # CUDA_VISIBLE_DEVICES renumbers devices: cuda:0 of one shell may be cuda:1 of another.
+    return f"cuda-{visible[number] if number < len(visible) else number}"
+
+
+def _visible_gpus() -> list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(i) for i in range(len(gpus()))]
+    return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+def _is_apple() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"

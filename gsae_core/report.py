@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gsae_core.wording import fixed, percent
+from gsae_core.wording import count, duration, fixed, percent
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -35,3 +35,17 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in evals
     ]
     return aligned([head, *rows])
+
+
+def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what training took and the language model's share of it; nothing for older runs."""
+    last = rows[-1] if rows else {}
+    if not last.get("seconds") or "seconds_lm" not in last:
+        return []
+    seconds = last["seconds"]
+    return [
+        f"{count(last['tokens'])} tokens in {duration(seconds)}, "
+        f"{count(last['tokens'] / seconds)}/s; LM share "
+        f"{percent(last['seconds_lm'] / seconds, 0)}, SAE share "
+        f"{percent(last['seconds_sae'] / seconds, 0)}"
+    ]

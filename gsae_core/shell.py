@@ -9,7 +9,8 @@ from gsae_core import launch
 from gsae_core.errors import InputError
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
-from gsae_core.store.runs import Run, list_runs
+from gsae_core.store.listing import list_runs
+from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
 from gsae_core.wording import percent
 

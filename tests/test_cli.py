@@ -15,6 +15,7 @@ from gsae_core import cli, job, workshop
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli import main
 from gsae_core.store.runs import Run
+from gsae_core.store.worker import Worker
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,12 @@ def test_train_ends_with_a_table_a_headline_and_the_folder(
     table = [line.split()[:2] for line in lines if line.startswith(("gated", "relu"))]
     assert table == [["gated-0.05", "6"], ["gated-0.4", "6"], ["relu-0.05", "9"], ["relu-0.4", "9"]]
     run = Run.open(tmp_path / "run")
-    assert lines[-2:] == [matched_ratio(run.evals()).sentence, f"the run is in {run.folder}"]
+    assert lines[-3] == matched_ratio(run.evals()).sentence
+    # 20 steps of 16 vectors.
+    assert re.fullmatch(
+        r"320 tokens in \d+ s, [\d.]+( k)?/s; LM share \d+ %, SAE share \d+ %", lines[-2]
+    )
+    assert lines[-1] == f"the run is in {run.folder}"
     assert run.status.state == "finished"
     assert run.config.model.site == "mlp_hidden"
 
@@ -55,7 +61,7 @@ def test_a_run_without_a_name_is_named_after_what_it_is(
     monkeypatch.setenv("GSAE_RUNS", str(tmp_path / "all"))
     at = small.index("--out")
     assert main(small[:at] + small[at + 2 :]) == 0
-    (folder,) = (tmp_path / "all").iterdir()
+    (folder,) = (tmp_path / "all").glob("[!.]*")
     assert "L1-mlp_hidden" in folder.name
 
 
@@ -78,8 +84,8 @@ def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Press Ctrl-C after the third step of whatever is trained inside."""
     real = job.train_run
 
-    def interrupted(run: Run) -> Iterator[job.Progress]:
-        for progress in real(run):
+    def interrupted(run: Run, *, worker: Worker) -> Iterator[job.Progress]:
+        for progress in real(run, worker=worker):
             yield progress
             if progress.stage == "training" and progress.done == 3:
                 signal.raise_signal(signal.SIGINT)
@@ -108,6 +114,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert run.status.state == "finished"
     steps = [row["step"] for row in run.metrics() if row["sae"] == "gated-0.4"]
     assert steps == list(range(1, 21))
+
+
+def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looks = iter([2, 2, 2])
+
+    def ahead(_: object) -> int:
+        found = next(looks, None)
+        if found is None:
+            signal.raise_signal(signal.SIGINT)
+        return found or 1
+
+    monkeypatch.setattr("gsae_core.store.queue.Place.ahead", ahead)
+    monkeypatch.setattr("gsae_core.store.worker.TURN_SECONDS", 0.01)
+    assert main(small) == 130
+    run = Run.open(tmp_path / "run")
+    assert run.status.state == "cancelled"
+    assert capsys.readouterr().err.splitlines() == [
+        "gsae_core: waiting for cpu: 2 runs go first; Ctrl-C leaves the line",
+        "gsae_core: stopped after step 0 of 20; go on with: "
+        f"python -m gsae_core resume {run.folder}",
+    ]
 
 
 def test_ctrl_c_before_the_work_begins_ends_quietly(

@@ -10,7 +10,8 @@ from tiny_runs import N_STEPS, finish, tiny_config, write_text
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.footprint import n_parameters, training_bytes
-from gsae_core.job import Progress, evaluate_run, log_every, train_run
+from gsae_core.job import Progress, evaluate_run, train_run
+from gsae_core.learning import log_every
 from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import build_sae, fold_scale_
@@ -173,12 +174,18 @@ def test_a_finished_run_holds_all_that_was_promised(trained: tuple[Run, list[Pro
     assert (run.status.state, run.status.step, run.status.error) == ("finished", N_STEPS, None)
     rows = run.metrics()
     assert [row["sae"] for row in rows] == ["gated", "relu"] * N_STEPS
-    promised = """step tokens seconds sae loss reconstruction sparsity_loss auxiliary l0 fvu gamma
-        gamma_gate dead_gate dead_magnitude lr sparsity_coeff"""
+    promised = """step tokens seconds seconds_lm seconds_sae sae loss reconstruction
+        sparsity_loss auxiliary l0 fvu gamma gamma_gate dead_gate dead_magnitude lr
+        sparsity_coeff"""
     assert list(rows[0]) == promised.split()
     parts = rows[0]["reconstruction"] + rows[0]["sparsity_loss"] + rows[0]["auxiliary"]
     assert math.isclose(rows[0]["loss"], parts, rel_tol=1e-6)
     assert (rows[-1]["step"], rows[-1]["tokens"]) == (N_STEPS, 16 * N_STEPS)
+    # The model's and the SAEs' seconds are parts of all seconds; files and logs take the rest.
+    assert 0 < rows[-1]["seconds_lm"] + rows[-1]["seconds_sae"] <= rows[-1]["seconds"] + 0.002
+    stages = [e["event"] for e in run.events() if e["event"] not in ("set up", "sae stopped")]
+    assert stages == ["created", "loading", "training", "evaluating", "finished"]
+    assert (run.status.stage, run.status.done, run.status.total) == ("evaluating", 100, 100)
     assert [row["name"] for row in run.evals()] == ["gated", "relu"]
     table = run.feature_stats("gated")
     assert len(table) == 24

@@ -14,8 +14,10 @@ FLOORS = {
             "errors validation config sweeps paper presets glossary wording footprint",
             "lm sae",
             "training analysis store",
-            "plots job workshop machine progress failures flags",
-            "cli command_line report doctor __main__ launch shell pieces app pages",
+            "plots job learning samples workshop machine progress failures flags",
+            "bench",
+            "cli command_line report doctor __main__ launch shell pieces "
+            "cached cards address app pages",
         ]
     )
     for room in rooms.split()

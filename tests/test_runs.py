@@ -18,8 +18,9 @@ from gsae_core.store import files, jobs, runs
 from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats
 from gsae_core.store.files import append_line, replace_durably, to_json, write_json
 from gsae_core.store.jobs import escalate_cancel, start
+from gsae_core.store.listing import find_run, list_runs, unreadable_runs
 from gsae_core.store.metrics_log import MetricsCursor, MetricsLog, cut_back
-from gsae_core.store.runs import Run, find_run, list_runs, unreadable_runs
+from gsae_core.store.runs import Run
 from gsae_core.store.status import State, Status, of_process, read_status, write_status
 from gsae_core.store.worker import Worker
 
@@ -62,8 +63,16 @@ def test_a_new_run_is_queued_with_all_its_whole_batches_to_do(run: Run) -> None:
 
 def test_status_json_has_exactly_the_promised_keys(run: Run) -> None:
     fields = json.loads((run.folder / "status.json").read_text())
-    promised = ["state", "step", "n_steps", "pid", "process_started", "heartbeat", "error"]
-    assert list(fields) == promised
+    promised = """state step n_steps pid process_started heartbeat error stage done total"""
+    assert list(fields) == promised.split()
+
+
+def test_a_status_of_an_older_version_has_no_stage(run: Run) -> None:
+    fields = json.loads((run.folder / "status.json").read_text())
+    for key in ("stage", "done", "total"):
+        del fields[key]
+    (run.folder / "status.json").write_text(json.dumps(fields))
+    assert (run.status.stage, run.status.done, run.status.total) == (None, 0, 0)
 
 
 def test_a_run_opens_with_the_config_it_was_made_with(run: Run) -> None:
@@ -449,14 +458,23 @@ def test_a_cancellation_goes_from_asking_to_sigterm_to_sigkill(
 
 # Worker
 
+TRAINING = ("training", 7, 10)
 
-def test_a_worker_says_running_and_then_how_it_ended(run: Run) -> None:
+
+def test_a_worker_says_each_stage_and_then_how_it_ended(run: Run) -> None:
     with Worker(run) as worker:
         status = read_status(run.folder)
-        assert (status.state, status.pid) == ("running", os.getpid())
+        assert (status.state, status.pid) == ("starting", os.getpid())
         assert run.is_alive()
+        worker.enter("loading", total=0)
+        assert run.status.state == "starting"
         worker.step = 7
+        worker.enter("training", total=10, done=7)
+        status = run.status
+        assert (status.state, status.stage, status.done, status.total) == ("running", *TRAINING)
         worker.outcome = "cancelled"
+    stages = [event["event"] for event in run.events()]
+    assert stages == ["created", "loading", "training", "cancelled"]
     status = run.status
     assert (status.state, status.step, status.error) == ("cancelled", 7, None)
 

@@ -11,7 +11,7 @@ from gsae_core import launch as launching
 from gsae_core.command_line import parse
 from gsae_core.config import ModelConfig
 from gsae_core.flags import Train, run_config
-from gsae_core.store.runs import list_runs
+from gsae_core.store.listing import list_runs
 from gsae_core.store.status import read_status, write_status
 
 

@@ -1,5 +1,7 @@
 """Runs as processes: start one that outlives its starter, and end one by stages."""
 
+import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from gsae_core.store.files import write_json, writing
 from gsae_core.store.runs import FOLDER_BYTES, Run
 from gsae_core.store.status import (
     ACTIVE,
+    Status,
     lock,
     of_process,
     read_json,
@@ -23,6 +26,9 @@ CancelStage = Literal["none", "requested", "terminating", "killing", "gone"]
 
 # Patience with a stage of a cancellation before the next, in seconds.
 CANCEL_SECONDS = 10.0
+
+# A deleted run is called this until its files are gone; names with a dot are never listed.
+TRASH = ".deleted-"
 
 # Processes started here. Polling them collects the dead, which otherwise stay as zombies.
 _children: list[subprocess.Popen[bytes]] = []
@@ -42,8 +48,12 @@ def start(run: Run) -> int:
         if status.state == "finished":
             raise InputError(f"expected a run with steps left, got {run.id}, which is finished")
         process = status.process
-        if status.state in ACTIVE and process is not None:
+        if status.expects_process and process is not None:
             return process.pid
+        if run.is_ending(status):
+            raise InputError(
+                f"expected the last process of {run.id} to be gone, it is ending; try in a moment"
+            )
         (run.folder / "control.json").unlink(missing_ok=True)
         with writing(run.folder, FOLDER_BYTES), (run.folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
@@ -71,11 +81,13 @@ def escalate_cancel(run: Run) -> CancelStage:
     control = run.folder / "control.json"
     with lock(run.folder, "start"):
         status = read_status(run.folder)
+        process = status.process
+        if run.is_ending(status) and process is not None:
+            return _see_off(status, process)
         if status.state == "cancelled":
             return "gone"
-        if not control.exists() or status.state not in ACTIVE:
+        if not control.exists() or not status.expects_process:
             return "none"
-        process = status.process
         if process is None:
             write_status(run.folder, status._replace(state="cancelled"))
             control.unlink()
@@ -94,6 +106,49 @@ def escalate_cancel(run: Run) -> CancelStage:
         run.add_event("killed")
         _signal(process, "kill")
         return "killing"
+
+
+def delete(run: Run) -> None:
+    """Delete a run and everything in it; one deleted meanwhile is no mistake.
+
+    The folder is renamed out of sight before anything in it goes, so that no half of a run is
+    listed after an interruption; what an interruption left behind goes with the next deletion.
+
+    Raises:
+        InputError: if a process works on the run, or the folder cannot be written.
+    """
+    from filelock import Timeout
+
+    root = run.folder.parent
+    if run.folder.is_dir():
+        with writing(run.folder, 0), lock(run.folder, "start"):
+            held = lock(run.folder, "worker")
+            try:
+                held.acquire(blocking=False)
+            except Timeout:
+                raise InputError(_busy(run)) from None
+            with held:
+                if run.status.state in ("queued", *ACTIVE) and run.status.pid is not None:
+                    raise InputError(_busy(run))
+                run.folder.rename(root / f"{TRASH}{run.id}.{secrets.token_hex(3)}")
+    for trash in root.glob(f"{TRASH}*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _busy(run: Run) -> str:
+    return (
+        f"expected a run that no process works on, got {run.id}, which one does; "
+        "cancel it first, or wait until it has ended"
+    )
+
+
+def _see_off(status: Status, process: psutil.Process) -> CancelStage:
+    """Take a process that has saved and said so, but does not end, to its end."""
+    overdue = time.time() - status.heartbeat - CANCEL_SECONDS
+    if overdue < 0:
+        return "requested"
+    _signal(process, "terminate" if overdue < CANCEL_SECONDS else "kill")
+    return "terminating" if overdue < CANCEL_SECONDS else "killing"
 
 
 def _signal(process: psutil.Process, how: Literal["terminate", "kill"]) -> None:

@@ -1,11 +1,15 @@
 """metrics.jsonl: written line by line, read while it grows, cut back when a run resumes."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsae_core.errors import InputError
-from gsae_core.store.files import replace_durably, to_json, whole_lines, writing
+from gsae_core.store.files import replace_durably, to_json, writing
+
+# What a look at the newest rows reads: ten logged steps of 16 SAEs.
+TAIL_BYTES = 2**16
 
 
 class MetricsCursor(NamedTuple):
@@ -22,6 +26,8 @@ class MetricsSlice(NamedTuple):
     cursor: MetricsCursor
     restarted: bool
     """The file is another than the cursor's: `rows` is everything, forget what was read before."""
+    damaged: int = 0
+    """Whole lines that are no JSON objects, left out: a disk that was full leaves such."""
 
 
 def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
@@ -35,7 +41,35 @@ def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
         file.seek(offset)
         data = file.read()
     end = offset + data.rfind(b"\n") + 1
-    return MetricsSlice(whole_lines(data), MetricsCursor(identity, end), restarted)
+    rows, damaged = _rows(data[: end - offset])
+    return MetricsSlice(rows, MetricsCursor(identity, end), restarted, damaged)
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """Return the newest rows, from the last 64 kB of the file; oldest first."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+        file.seek(start)
+        data = file.read()
+    whole = data if start == 0 else data[data.find(b"\n") + 1 :]
+    return _rows(whole[: whole.rfind(b"\n") + 1])[0]
+
+
+def _rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects in whole lines, and how many lines hold none."""
+    rows, damaged = [], 0
+    for line in data.splitlines():
+        try:
+            row = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
 
 
 def cut_back(path: Path, n_bytes: int) -> None:

@@ -1,18 +1,19 @@
 """The run folder: what a run is, where it stands and what it measured, as files anyone can read.
 
     runs/<id>/  config.json  status.json  metrics.jsonl  evals.json  events.jsonl  log.txt
-                saes/<name>/  resume/  control.json
+                saes/<name>/  resume/  control.json  samples.json
 
 The command line, the app and notebooks hold no job in memory: they read this folder, and a
 detached process writes it. Nothing here imports torch.
 """
 
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
@@ -24,8 +25,8 @@ from gsae_core.store.files import (
     write_json,
     writing,
 )
-from gsae_core.store.metrics_log import MetricsCursor, MetricsSlice, read_since
-from gsae_core.store.status import ACTIVE, Status, lock, read_json, read_status, write_status
+from gsae_core.store.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
+from gsae_core.store.status import Status, lock, read_json, read_status, write_status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,13 +37,6 @@ FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
 
 # Config, status, events and the log; what weights need is checked when their size is known.
 FOLDER_BYTES = 2**20
-
-
-class UnreadableRun(NamedTuple):
-    """A folder that looks like a run and cannot be opened."""
-
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -115,25 +109,38 @@ class Run:
             InputError: if the run's files are gone or damaged.
         """
         status = read_status(self.folder)
-        if status.state not in ACTIVE:
-            return status
+        if not status.expects_process:
+            return status._replace(state="cancelling") if self.is_ending(status) else status
         cancel = (self.folder / "control.json").exists()
         if status.process is not None:
             return status._replace(state="cancelling") if cancel else status
         # The process may have ended in order between the two looks: its last word counts.
         status = read_status(self.folder)
-        if status.state not in ACTIVE:
+        if not status.expects_process:
             return status
         return status._replace(state="cancelled" if cancel else "lost")
 
+    def is_ending(self, status: Status) -> bool:
+        """Return whether the process of a cancelled run has saved but is not gone yet.
+
+        A process that was not started for this run, such as a notebook's, need not go.
+        """
+        if status.state != "cancelled" or status.pid == os.getpid() or status.process is None:
+            return False
+        return any(e["event"] == "started" and e["pid"] == status.pid for e in self.events())
+
     def is_alive(self) -> bool:
-        """Return whether a process trains this run: right id, right start, not a zombie."""
+        """Return whether a process holds this run: right id, right start, not a zombie."""
         status = read_status(self.folder)
-        return status.state in ACTIVE and status.process is not None
+        return status.expects_process and status.process is not None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
         return self.metrics_since(MetricsCursor()).rows
+
+    def recent_metrics(self) -> list[dict[str, Any]]:
+        """Return the newest rows alone, as many as speed and time left need; oldest first."""
+        return read_tail(self.folder / "metrics.jsonl")
 
     def metrics_since(self, cursor: MetricsCursor) -> MetricsSlice:
         """Return the rows written after `cursor`, and the cursor to ask with next time.
@@ -155,6 +162,11 @@ class Run:
     def add_event(self, event: str, **details: Any) -> None:
         """Append to events.jsonl."""
         append_line(self.folder / "events.jsonl", {"time": time.time(), "event": event, **details})
+
+    def samples(self) -> dict[str, Any] | None:
+        """Return samples.json: a few latents of each SAE with their top tokens; None before it."""
+        path = self.folder / "samples.json"
+        return read_json(path) if path.exists() else None
 
     def log_tail(self, n_lines: int = 30) -> list[str]:
         """Return the last lines of log.txt."""
@@ -209,9 +221,9 @@ class Run:
         """
         with lock(self.folder, "start"):
             status = self.status
-            if status.state == "queued":
+            if status.state == "queued" and status.pid is None:
                 write_status(self.folder, status._replace(state="cancelled"))
-            elif status.state in ("starting", "running"):
+            elif status.state in ("queued", "starting", "running"):
                 write_json(self.folder / "control.json", {"request": "cancel", "time": time.time()})
             else:
                 return
@@ -233,42 +245,6 @@ def check_run_id(run_id: str) -> str:
 
 
 open_run = Run.open
-
-
-def find_run(root: Path | str, run_id: str) -> Run:
-    """Return a run by its name; the name cannot lead out of `root`.
-
-    Raises:
-        InputError: if the name is no run id or there is no such run under `root`.
-    """
-    folder = Path(root).absolute() / check_run_id(run_id)
-    if not folder.resolve().is_relative_to(Path(root).resolve()):
-        raise InputError(f"expected a run inside {root}, got {run_id!r}, which leads out of it")
-    return Run.open(folder)
-
-
-def list_runs(root: Path | str) -> list[Run]:
-    """Return the runs under `root`, newest first; those that cannot be read are left out."""
-    return [run for run in _survey(Path(root)) if isinstance(run, Run)]
-
-
-def unreadable_runs(root: Path | str) -> list[UnreadableRun]:
-    """Return the folders under `root` that `list_runs` leaves out, each with its reason."""
-    return [run for run in _survey(Path(root)) if isinstance(run, UnreadableRun)]
-
-
-def _survey(root: Path) -> list[Run | UnreadableRun]:
-    found: list[tuple[float, Run | UnreadableRun]] = []
-    for config in root.glob("*/config.json"):
-        try:
-            run = find_run(root, config.parent.name)
-            read_status(run.folder)
-            found.append((config.stat().st_mtime, run))
-        except InputError as error:
-            found.append((0.0, UnreadableRun(config.parent.name, str(error))))
-        except FileNotFoundError:
-            continue  # Deleted between the listing and the look.
-    return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def _make_folder(folder: Path) -> None:

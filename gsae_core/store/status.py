@@ -17,6 +17,7 @@ State = Literal[
     "queued", "starting", "running", "cancelling", "cancelled", "finished", "failed", "lost"
 ]
 ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
+Stage = Literal["waiting", "loading", "training", "evaluating"]
 
 # A process's start is read from the boot clock, which moves by a little when the time is set.
 SAME_START_SECONDS = 2.0
@@ -38,23 +39,39 @@ class Status(NamedTuple):
     """When the process last wrote this file, in seconds since 1970."""
     error: str | None
     """Why the run failed, in one sentence."""
+    stage: Stage | None = None
+    """What the process does now; None before it did anything, and in older runs."""
+    done: int = 0
+    """How much of the stage is done: runs that went first, steps, or tokens evaluated."""
+    total: int = 0
+    """How much the stage has to do; 0 where that is not known."""
 
     @property
     def process(self) -> psutil.Process | None:
-        """The live process with this id *and* this start time, or None.
-
-        A process id alone proves nothing: ids are reused, and a dead child whose parent has not
-        collected it (a zombie) still answers signal 0.
-        """
+        """The live process with this id *and* this start time, or None."""
         if self.pid is None or self.process_started is None:
             return None
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_started) < SAME_START_SECONDS
-            alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return None
-        return process if same and alive else None
+        return live_process(self.pid, self.process_started)
+
+    @property
+    def expects_process(self) -> bool:
+        """Whether a process should be there: the run is active, or waits in line."""
+        return self.state in ACTIVE or (self.state == "queued" and self.pid is not None)
+
+
+def live_process(pid: int, started: float) -> psutil.Process | None:
+    """Return the live process with this id *and* this start time, or None.
+
+    A process id alone proves nothing: ids are reused, and a dead child whose parent has not
+    collected it (a zombie) still answers signal 0.
+    """
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < SAME_START_SECONDS
+        alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return None
+    return process if same and alive else None
 
 
 def of_process(status: Status, state: State, pid: int) -> Status:
@@ -76,7 +93,8 @@ def read_status(folder: Path) -> Status:
     """
     path = folder / "status.json"
     fields = read_json(path)
-    if set(fields) != set(Status._fields) or fields["state"] not in get_args(State):
+    known, needed = set(Status._fields), set(Status._fields) - set(Status._field_defaults)
+    if not needed <= set(fields) <= known or fields["state"] not in get_args(State):
         raise InputError(
             f"expected the keys {', '.join(Status._fields)} in {path}, "
             f"found {', '.join(fields) or 'none'}"
@@ -110,7 +128,13 @@ def lock(folder: Path, name: str) -> "BaseFileLock":
     """Return the lock `name` of a run: `start` for a moment, `worker` for a process's life.
 
     The system frees it when its holder dies, however it dies.
+
+    Raises:
+        InputError: if the folder is gone.
     """
+    if not folder.is_dir():
+        # Taking the lock would make the folder again, without the run in it.
+        raise InputError(f"expected the folder {folder}, found none; was the run deleted?")
     # Imported here: it costs as much as everything else the app's first page needs.
     from filelock import FileLock
 

@@ -5,28 +5,33 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from gsae_core.errors import InputError
+from gsae_core.store.queue import Place
 from gsae_core.store.runs import Run
-from gsae_core.store.status import State, lock, of_process, read_status, write_status
+from gsae_core.store.status import Stage, State, lock, of_process, read_status, write_status
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
 # How soon a request to stop is heard; looking costs microseconds.
 LOOK_SECONDS = 0.25
+# How soon a waiting run sees that the device is free.
+TURN_SECONDS = 0.5
 
 
 class Worker:
     """A run held by this process, from `with` to the end of the block.
 
-    On entry status.json says `running`, and a thread keeps its step and heartbeat fresh; log.txt
+    On entry status.json says `starting`, and a thread keeps its step and heartbeat fresh; log.txt
     receives the package's log. On leaving, status.json says how it ended: `outcome`, or `failed`
     with the cause in one sentence (a traceback goes to log.txt alone).
 
     Attributes:
         step: steps done; set by whoever trains.
+        done: how much of the present stage is done; set by whoever does it.
         outcome: the last state, unless an exception ends the block.
 
     Raises:
@@ -36,6 +41,7 @@ class Worker:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.step = 0
+        self.done = 0
         self.outcome: State = "finished"
         self._held = lock(run.folder, "worker")
         self._stop = threading.Event()
@@ -43,6 +49,9 @@ class Worker:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._handlers: dict[int, object] = {}
         self._log: logging.Handler | None = None
+        self._place: Place | None = None
+        # The heartbeat and the one who trains both write the status.
+        self._writing = threading.Lock()
 
     @property
     def stop_requested(self) -> bool:
@@ -71,7 +80,8 @@ class Worker:
                 if status.state != "starting":
                     # Started by hand: a request in the folder was meant for an earlier process.
                     (self.run.folder / "control.json").unlink(missing_ok=True)
-                self._status = of_process(status, "running", os.getpid())
+                self._status = of_process(status, "starting", os.getpid())
+                self._status = self._status._replace(stage=None, done=0, total=0)
                 self.step = status.step
                 write_status(self.run.folder, self._status)
             self._catch_signals()
@@ -81,6 +91,38 @@ class Worker:
             self._held.release()
             raise
         return self
+
+    def turn(self, slot: str) -> Iterator[int]:
+        """Wait until the device is free; yield how many runs go first, about twice a second.
+
+        Ends at once when somebody asks the run to stop. The device is held until the worker ends.
+
+        Args:
+            slot: name of the device, from `machine.slot_of`.
+        """
+        self._place = Place(self.run.folder, slot)
+        ahead = self._place.ahead()
+        if ahead:
+            self._status = self._status._replace(state="queued")
+            self.enter("waiting", total=0)
+            logger.info("waiting for %s: %d ahead", slot, ahead)
+        while ahead and not self.stop_requested:
+            if ahead != self.done:
+                self.done = ahead
+                self._write("queued")
+            yield ahead
+            self._stop.wait(TURN_SECONDS)
+            ahead = self._place.ahead()
+        if not ahead:
+            self._status = self._status._replace(state="starting")
+
+    def enter(self, stage: Stage, *, total: int, done: int = 0) -> None:
+        """Say that a stage begins: in status.json, and with the time of it in events.jsonl."""
+        states: dict[Stage, State] = {"waiting": "queued", "loading": "starting"}
+        self.done = done
+        self._status = self._status._replace(stage=stage, total=total)
+        self._write(states.get(stage, "running"))
+        self.run.add_event(stage, step=self.step)
 
     def __exit__(
         self,
@@ -101,13 +143,16 @@ class Worker:
             self.outcome, sentence = "failed", f"{type(error).__name__}: {first}; see log.txt"
             logger.error("the run failed", exc_info=error)
         try:
-            with lock(self.run.folder, "start"):
-                self._write(self.outcome, error=sentence)
-                self.run.add_event(self.outcome, step=self.step, error=sentence)
-                (self.run.folder / "control.json").unlink(missing_ok=True)
+            if self.run.folder.is_dir():
+                with lock(self.run.folder, "start"):
+                    self._write(self.outcome, error=sentence)
+                    self.run.add_event(self.outcome, step=self.step, error=sentence)
+                    (self.run.folder / "control.json").unlink(missing_ok=True)
         finally:
             self._restore_signals()
             self._close_log()
+            if self._place is not None:
+                self._place.leave()
             self._held.release()
 
     def _beat(self) -> None:
@@ -116,9 +161,12 @@ class Worker:
         while not self._done.wait(LOOK_SECONDS):
             if control.exists():
                 self._stop.set()
+            if not self.run.folder.is_dir():
+                self._stop.set()  # Deleted by hand: nobody wants the rest.
+                continue
             if time.monotonic() - beat >= HEARTBEAT_SECONDS:
                 beat = time.monotonic()
-                state: State = "cancelling" if self.stop_requested else "running"
+                state: State = "cancelling" if self.stop_requested else self._status.state
                 try:
                     self._write(state)
                 except InputError as error:
@@ -126,10 +174,15 @@ class Worker:
                     logger.warning("no heartbeat: %s", error)
 
     def _write(self, state: State, *, error: str | None = None) -> None:
-        self._status = self._status._replace(
-            state=state, step=self.step, heartbeat=time.time(), error=error
-        )
-        write_status(self.run.folder, self._status)
+        with self._writing:
+            self._status = self._status._replace(
+                state=state,
+                step=self.step,
+                heartbeat=time.time(),
+                error=error,
+                done=self.done,
+            )
+            write_status(self.run.folder, self._status)
 
     def _catch_signals(self) -> None:
         # Python delivers signals to the main thread only; elsewhere control.json is the way.

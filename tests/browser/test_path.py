@@ -12,7 +12,7 @@ from driver import FLAGS, chromium_path, serving
 from playwright.sync_api import ConsoleMessage, Page, Request, expect, sync_playwright
 from synthetic import write_run
 
-from gsae_core.store.runs import list_runs
+from gsae_core.store.listing import list_runs
 
 pytestmark = [
     pytest.mark.browser,

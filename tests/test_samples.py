@@ -1,0 +1,126 @@
+"""A look at a few latents: which ones, where they fire, in whose words."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import N_STEPS, finish, tiny_config, write_text
+from torch import Tensor
+
+from gsae_core.lm.model import LanguageModel
+from gsae_core.samples import TOKEN_LENGTH, activations, choose, firings, token_text
+from gsae_core.store.runs import Run
+
+
+class Halves:
+    """Latent i is what input i exceeds 1/2 by."""
+
+    d_sae = 3
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x - 0.5).relu()
+
+
+X = torch.tensor([[1.0, 0.0, 2.0], [0.4, 0.0, 0.7], [0.9, 0.0, 0.6]])
+
+
+def test_firings_are_counted_over_the_tokens() -> None:
+    # Above 1/2: tokens 0 and 2, none, all three.
+    assert firings(Halves(), X).tolist() == [2, 0, 3]
+    torch.testing.assert_close(activations(Halves(), X, [2]), torch.tensor([[1.5], [0.2], [0.1]]))
+
+
+def test_the_densest_and_some_living_ones_are_chosen_and_none_twice() -> None:
+    fired = torch.tensor([0, 5, 0, 1, 9, 2, 3, 4])
+    chosen = choose(fired, seed=0)
+    assert [i for i, how in chosen if how == "densest"] == [4, 1]
+    random = [i for i, how in chosen if how == "random"]
+    assert sorted(random) == [3, 5, 6, 7]  # all that live beside them, and not 0 and 2
+    assert choose(fired, seed=0) == chosen
+
+
+def test_the_same_latents_are_shown_while_they_live() -> None:
+    fired = torch.arange(1, 101)
+    before = [i for i, how in choose(fired, seed=3) if how == "random"]
+    fired[before[0]] = 0
+    after = [i for i, how in choose(fired, seed=3) if how == "random"]
+    assert after[:-1] == before[1:]
+
+
+def test_nothing_is_chosen_where_all_are_dead() -> None:
+    assert choose(torch.zeros(4, dtype=torch.int64), seed=0) == []
+
+
+def test_a_very_long_token_is_cut_short() -> None:
+    class Tokenizer:
+        def decode(self, ids: list[int], **_: object) -> str:
+            return "x" * 10_000
+
+    assert token_text(Tokenizer(), 0) == "x" * TOKEN_LENGTH + "…"
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("sampled")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        text = write_text(folder / "words.txt")
+        run = Run.create(folder / "run", tiny_config(tiny_lm_folder, text, seed=1))
+        finish(run)
+        return run
+
+
+def test_a_run_ends_with_a_sample_of_every_sae(sampled: Run) -> None:
+    samples = sampled.samples()
+    assert samples is not None
+    # A look every 30 / 20, rounded to 2 steps; the last step is even.
+    assert (samples["step"], samples["every"]) == (N_STEPS, 2)
+    assert set(samples["saes"]) == {"gated", "relu"}
+    for sae in samples["saes"].values():
+        assert sae["latents"]
+        for latent in sae["latents"]:
+            for example in latent["examples"]:
+                assert example["values"][example["at"]] > 0
+                assert len(example["tokens"]) == len(example["values"]) <= 13
+        firsts = [latent["examples"][0] for latent in sae["latents"] if latent["examples"]]
+        assert all(example["values"][example["at"]] == max(example["values"]) for example in firsts)
+
+
+def test_values_are_those_of_the_saved_sae_on_raw_activations(
+    sampled: Run, tiny_lm: LanguageModel
+) -> None:
+    from gsae_core.lm.corpus import load_corpus
+    from gsae_core.store.checkpoint import load_sae
+
+    samples = sampled.samples()
+    assert samples is not None
+    corpus = load_corpus(sampled.config.data, tiny_lm.tokenizer, n_tokens=480, model_n_ctx=16)
+    ids, mask = corpus.held_out[:]
+    x = tiny_lm.harvest(ids, layer=1, site="resid_pre")[mask]
+    for name in ("gated", "relu"):
+        f = load_sae(sampled.sae_folder(name)).encode(x).detach()
+        latent = samples["saes"][name]["latents"][-1]
+        column = f[:, latent["latent"]]
+        assert latent["fired"] == int((column > 0).sum())
+        top = latent["examples"][0]
+        assert top["values"][top["at"]] == pytest.approx(float(column.max()), rel=1e-3)
+
+
+def test_a_full_disk_costs_the_sample_and_not_the_run(
+    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core import samples
+    from gsae_core.errors import InputError
+
+    def full(*_: object) -> None:
+        raise InputError("expected 1 kB free, found 0 bytes")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(samples, "write_json", full)
+    run = Run.create(
+        tmp_path / "run", tiny_config(tiny_lm_folder, write_text(tmp_path / "words.txt"))
+    )
+    finish(run)
+    assert run.status.state == "finished"
+    assert "no sample of latents: expected 1 kB free" in "\n".join(run.log_tail(200))
+    assert run.samples() is None
