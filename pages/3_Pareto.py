@@ -1,39 +1,38 @@
 """Pareto: what each SAE costs in active features and what it keeps of the language model."""
 
+import pandas as pd
 import streamlit as st
 
-from gsae_core import shell
+from gsae_core import cached, shell
+from gsae_core.address import correct
+from gsae_core.analysis.compare_configs import ground
 from gsae_core.analysis.pareto import matched_ratio
+from gsae_core.analysis.results import (
+    NUMBERS,
+    against,
+    published,
+    published_places,
+    published_ratio,
+    published_source,
+    several_runs,
+)
+from gsae_core.cards import TITLES, card, comparer, difference_card
 from gsae_core.glossary import definition
-from gsae_core.pieces import marked, plain
-from gsae_core.plots.curves import Measure, evaluation_frame, tradeoff
-from gsae_core.plots.palette import AXES, LOOKS
-from gsae_core.wording import fixed, percent, signed_percent
+from gsae_core.pieces import escape_markdown, figure_tools, plain
+from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
+from gsae_core.plots.palette import AXES
+from gsae_core.wording import fixed, percent
 
-COLUMNS = {
-    "name": "SAE",
-    "architecture": "architecture",
-    "sparsity": "λ",
-    "d_sae": "features",
-    "l0": "L0",
-    "loss_recovered": "loss recovered",
-    "delta_ce": "ΔCE (nats)",
-    "kl": "KL (nats)",
-    "fvu": "FVU",
-    "gamma": "γ",
-    "gamma_gate": "γ gate path",
-    "cosine": "cosine",
-    "alive_fraction": "alive",
-}
-DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4, "fvu": 3, "gamma": 3, "gamma_gate": 3, "cosine": 3}
 # Labels first: the address holds what a bound widget shows.
 LABELS: dict[str, Measure] = {
     "loss recovered": "loss_recovered",
     "CE increase": "delta_ce",
     "FVU": "fvu",
     "KL": "kl",
+    "L0": "l0",
 }
-CARD = ("l0", "loss_recovered", "delta_ce", "kl", "fvu", "gamma")
+PLACES = {place.label: place for place in published_places()}
+MAX_OTHERS = len(RUN_LOOKS) - 2  # beside the run of the sidebar and a baseline
 
 frame = shell.page(
     "Pareto",
@@ -41,19 +40,76 @@ frame = shell.page(
     purpose="How much of the language model survives, for how many active features per token.",
 )
 run = shell.need_run(frame, "its trade-off curves")
-evals = evaluation_frame(shell.need_evals(run))
-matched = matched_ratio(evals.to_dict("records"))
+shell.need_evals(run)
+by_id = {other.id: other for other in cached.evaluated(frame.runs)} | {run.id: run}
+others = [name for name in by_id if name != run.id]
 
 
-def say(column: str, value: float) -> str:
-    """Return a number of the table as text."""
-    if column in ("loss_recovered", "alive_fraction"):
-        return percent(value, 2 if column == "loss_recovered" else 1)
-    return fixed(value, DIGITS.get(column, 3))
+def choose_axes() -> tuple[Measure, Measure, bool]:
+    """Draw the choice of axes; return x, y and whether x is logarithmic."""
+    correct("ym", list(LABELS), what="measure", shown="loss recovered")
+    correct("xm", list(LABELS), what="measure", shown="L0")
+    up, along, log = st.columns([6, 3, 2], vertical_alignment="bottom")
+    y = up.segmented_control(
+        "Fidelity",
+        [label for label in LABELS if label != "L0"],
+        default="loss recovered",
+        required=True,
+        key="ym",
+        bind="query-params",
+        help=definition("loss_recovered"),
+    )
+    x = along.selectbox(
+        "Against",
+        ["L0", "FVU", "CE increase", "KL", "loss recovered"],
+        key="xm",
+        bind="query-params",
+        help=definition("l0"),
+    )
+    log_x = log.toggle("Log axis", value=True, key="logx", bind="query-params")
+    return LABELS[x or "L0"], LABELS[y], log_x
 
 
-def headline() -> None:
-    """Draw the matched-fidelity ratio and where it comes from."""
+def choose_company() -> tuple[list[str], str | None, str | None]:
+    """Draw the choice of further runs, of a baseline run and of the paper's; return all three."""
+    correct("runs", others, what="other run with results on this machine", shown="those that are")
+    correct("base", list(by_id), what="run with results on this machine", shown="no baseline")
+    correct("paper", list(PLACES), what="site in the paper's tables", shown="none")
+    first, second, third = st.columns(3)
+    more = first.multiselect(
+        "Also show runs",
+        others,
+        key="runs",
+        bind="query-params",
+        max_selections=MAX_OTHERS,
+        placeholder="none" if others else "no other run has results yet",
+        disabled=not others,
+        help="Hue and shape tell the architecture; fill, size and dash tell the run.",
+    )
+    base = second.selectbox(
+        "Baseline run",
+        list(by_id),
+        index=None,
+        key="base",
+        bind="query-params",
+        placeholder="none",
+        help="Adds columns of differences: each SAE is held against the baseline run's SAE of the "
+        "same architecture and λ.",
+    )
+    paper = third.selectbox(
+        "Published results",
+        list(PLACES),
+        index=None,
+        key="paper",
+        bind="query-params",
+        placeholder="none",
+        help="The runs of the paper's tables at one site (model, site, block), faint behind yours.",
+    )
+    return more, base, paper
+
+
+def headline(evals: pd.DataFrame) -> None:
+    """Draw the matched-fidelity ratio of each run and where it comes from."""
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(
@@ -66,24 +122,34 @@ def headline() -> None:
             st.caption(
                 "Above 1, the Gated SAEs need fewer active features for the same loss recovered."
             )
+        runs = list(dict.fromkeys(evals["run"]))
+        for other in runs[1:]:
+            rows = evals[evals["run"] == other].to_dict("records")
+            plain(f"{other}: {matched_ratio(rows).sentence}.", size=".9rem")
         if matched.pairs:
             with st.expander("The interpolation"):
-                st.dataframe(
-                    [
-                        {
-                            "loss recovered": percent(pair.loss_recovered, 2),
-                            "L0 gated": fixed(pair.l0_gated, 1),
-                            "L0 baseline": fixed(pair.l0_baseline, 1),
-                            "ratio": fixed(pair.ratio, 2),
-                        }
-                        for pair in matched.pairs
-                    ],
-                    hide_index=True,
-                    alt="Levels of loss recovered, L0 of both frontiers there, and their ratio",
-                )
-                st.caption(
-                    "Log L0 is taken linear in loss recovered between SAEs next to each other."
-                )
+                interpolation()
+
+
+def interpolation() -> None:
+    """Draw the levels the ratio is the median over."""
+    st.dataframe(
+        [
+            {
+                "loss recovered": percent(pair.loss_recovered, 2),
+                "L0 gated": fixed(pair.l0_gated, 1),
+                "L0 baseline": fixed(pair.l0_baseline, 1),
+                "ratio": fixed(pair.ratio, 2),
+            }
+            for pair in matched.pairs
+        ],
+        hide_index=True,
+        alt="Levels of loss recovered, L0 of both frontiers there, and their ratio",
+    )
+    st.caption(
+        "One line per SAE on a frontier whose height the other frontier reaches; log L0 is taken "
+        "linear in loss recovered between SAEs next to each other. Dotted in the plot."
+    )
 
 
 def remember_click() -> None:
@@ -94,102 +160,140 @@ def remember_click() -> None:
     st.session_state["pick"] = [*kept, *names][-2:]
 
 
-def card(name: str) -> None:
-    """Draw one SAE's numbers."""
-    row = evals[evals["name"] == name].iloc[0]
-    with st.container(border=True):
-        look = LOOKS[row["architecture"]]
-        marked(
-            row["architecture"], f"{look.label}, λ {row['sparsity']:g}, {row['d_sae']:,} features"
+def plot(evals: pd.DataFrame, picked: list[str]) -> None:
+    """Draw the plane, what is not in it, and the paper's runs behind it."""
+    place = PLACES.get(paper or "")
+    figure = tradeoff(
+        evals,
+        y,
+        x=x,
+        log_x=log_x,
+        matched=matched,
+        picked=picked,
+        paper=None if place is None else published(place),
+    )
+    st.plotly_chart(
+        figure,
+        key="plane",
+        on_select=remember_click,
+        selection_mode="points",
+        config={"displaylogo": False},
+        alt=f"{AXES[y]} against {AXES[x]} for every SAE, with each architecture's frontier",
+    )
+    figure_tools(
+        evals.loc[:, ["run", "name", "architecture", "sparsity", *dict.fromkeys([x, y])]],
+        name="plane",
+        about=f"{definition(y)}\n\nFrontier: {definition('frontier')}",
+    )
+    grounds = {name: ground(by_id[name].config) for name in shown_runs}
+    if len(set(grounds.values())) > 1:
+        listed = "; ".join(f"{name}: {where}" for name, where in grounds.items())
+        plain(f"These runs were not measured on the same ground ({listed}).", size=".875rem")
+    if x == y:
+        st.caption(f"Both axes show {AXES[x]}: the SAEs lie on the diagonal.")
+    missing = len(evals) - len(placed(evals, x, y, log_x=log_x))
+    if missing:
+        st.caption(
+            f"{missing} of {len(evals)} SAEs have no place here: not measured, or not above "
+            "0 on the logarithmic axis."
         )
-        for cells in (CARD[:3], CARD[3:]):
-            for cell, column in zip(st.columns(3), cells, strict=True):
-                cell.metric(COLUMNS[column], say(column, row[column]), help=definition(column))
+    if place is not None and (x, y) != ("l0", "loss_recovered"):
+        st.caption("The paper published L0 and loss recovered; choose these axes to see its runs.")
+    elif place is not None:
+        st.caption(
+            f"Faint: {len(published(place))} runs of {place.model}, {place.site} of block "
+            f"{place.layer}, as printed in {published_source(place)}; "
+            f"{published_ratio(place).sentence}. Another language model's: read the distance "
+            "between its two curves, not their height."
+        )
 
 
-def difference(first: str, second: str) -> None:
-    """Draw what changes from one SAE to another."""
-    rows = evals.set_index("name")
-    with st.container(border=True):
-        plain(f"From {first} to {second}")
-        for cells in (CARD[:3], CARD[3:]):
-            for cell, column in zip(st.columns(3), cells, strict=True):
-                before, after = float(rows.loc[first, column]), float(rows.loc[second, column])
-                cell.metric(
-                    COLUMNS[column],
-                    say(column, after),
-                    delta=signed_percent(before, after),
-                    delta_color="off",
-                )
+def table(evals: pd.DataFrame, base: str | None) -> None:
+    """Draw every number of every SAE, and its change against the baseline run."""
+    st.subheader("All SAEs", anchor=False)
+    shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
+    shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
+    shown = shown.assign(**shares)
+    if base:
+        shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
+        shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
+    st.dataframe(
+        shown.drop(columns="run") if shown["run"].nunique() == 1 else shown,
+        hide_index=True,
+        column_config=columns(topk="topk" in set(evals["architecture"])),
+        placeholder="–",
+        alt="Every SAE with its held-out numbers",
+    )
+    figure_tools(evals, name="evaluations")
+    first = evals.iloc[0]
+    st.caption(
+        f"{escape_markdown(run.id)}: {first['n_tokens']:,} held-out tokens, on which the language "
+        f"model alone loses {fixed(first['ce_clean'], 4)} nats per token, and with the site set to "
+        f"zero {fixed(first['ce_zero'], 4)}."
+    )
 
 
-headline()
-label = st.segmented_control(
-    "Fidelity",
-    list(LABELS),
-    default="loss recovered",
-    required=True,
-    key="ym",
-    bind="query-params",
-    help=definition("loss_recovered"),
-)
-measure = LABELS[label]
-figure = tradeoff(evals, measure, matched=matched if measure == "loss_recovered" else None)
-st.plotly_chart(
-    figure,
-    key="plane",
-    on_select=remember_click,
-    selection_mode="points",
-    config={"displaylogo": False},
-    alt=f"{AXES[measure]} against L0 for every SAE of the run, with both frontiers",
-)
+def columns(*, topk: bool) -> dict:
+    """Return heading, format and definition of each column of the table."""
+    formats = {"loss_recovered": "%.2f %%", "alive_fraction": "%.1f %%", "l0": "%.1f"}
+    formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
+    configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
+    number = st.column_config.NumberColumn
+    return (
+        configs
+        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
+        | {
+            name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
+            for name, title in TITLES.items()
+        }
+        | {
+            f"change_{name}": number(
+                f"Δ {TITLES[name]}",
+                format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
+                help=f"Less the baseline run's. {definition(name)}",
+            )
+            for name in NUMBERS[:6]
+        }
+    )
+
+
+def cards(evals: pd.DataFrame, picked: list[str]) -> None:
+    """Draw the cards of the SAEs picked, and what changes between two."""
+    rows = {str(row["id"]): row for row in evals.to_dict("records")}
+    for number, (cell, name) in enumerate(zip(st.columns(2), picked, strict=False), start=1):
+        with cell:
+            asked = card(rows[name], by_id[str(rows[name]["run"])], number=number)
+        if asked == "live":
+            shell.go("pages/2_Live.py", by_id[str(rows[name]["run"])])
+        elif asked == "shrinkage":
+            st.session_state["open_sae"] = str(rows[name]["name"])
+            shell.go("pages/4_Shrinkage.py", by_id[str(rows[name]["run"])])
+    if len(picked) == 2:
+        difference_card(rows[picked[0]], rows[picked[1]])
+
+
+place_of_ratio = st.container()
+x, y, log_x = choose_axes()
+more, base, paper = choose_company()
+shown_runs = dict.fromkeys([run.id, *more, *([base] if base else [])])
+evals = several_runs({name: cached.evaluations(by_id[name]) for name in shown_runs})
+matched = matched_ratio(evals[evals["run"] == run.id].to_dict("records"))
+with place_of_ratio:
+    headline(evals)
+names = list(evals["id"])
+correct("pick", names, what="SAE shown here", shown="those that are")
+place_of_plot = st.container()
 picked = st.multiselect(
     "Compare",
-    list(evals["name"]),
+    names,
     key="pick",
     max_selections=2,
     bind="query-params",
     placeholder="click points, or choose up to two SAEs",
 )
-if picked:
-    for cell, name in zip(st.columns(2), picked, strict=False):
-        with cell:
-            card(name)
-if len(picked) == 2:
-    difference(*picked)
-
-st.subheader("All SAEs", anchor=False)
-table = evals.loc[:, [column for column in COLUMNS if column in evals]].rename(columns=COLUMNS)
-table = table.assign(**{name: 100 * table[name] for name in ("loss recovered", "alive")})
-formats = {"loss recovered": "%.2f %%", "alive": "%.1f %%", "L0": "%.1f"}
-formats |= dict.fromkeys(("ΔCE (nats)", "KL (nats)"), "%.4f")
-formats |= dict.fromkeys(("FVU", "γ", "γ gate path", "cosine"), "%.3f")
-st.dataframe(
-    table,
-    hide_index=True,
-    column_config={
-        COLUMNS[column]: st.column_config.NumberColumn(
-            format=formats.get(COLUMNS[column]), help=definition(column)
-        )
-        for column in evals
-        if column in COLUMNS and column not in ("name", "architecture", "d_sae")
-    },
-    placeholder="–",
-    alt="Every SAE of the run with its held-out numbers",
-)
-tokens = max(evals["n_tokens"])
-left, right = st.columns([3, 1], vertical_alignment="center")
-left.caption(
-    f"Measured on {tokens:,} held-out tokens. The language model alone loses "
-    f"{fixed(evals['ce_clean'].iloc[0], 4)} nats per token, and with the site set to zero "
-    f"{fixed(evals['ce_zero'].iloc[0], 4)}."
-)
-right.download_button(
-    "Download CSV",
-    evals.to_csv(index=False),
-    file_name=f"{run.id}-evals.csv",
-    mime="text/csv",
-    icon=":material/download:",
-    on_click="ignore",
-    key="csv",
-)
+with place_of_plot:
+    plot(evals, picked)
+cards(evals, picked)
+table(evals, base)
+correct("cols", names, what="SAE shown here", shown="those that are")
+comparer(evals, by_id, picked)

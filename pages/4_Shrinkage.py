@@ -1,24 +1,36 @@
 """Shrinkage: how much too short reconstructions are, for the SAE and for each feature."""
 
+import pandas as pd
 import streamlit as st
 
-from gsae_core import shell
+from gsae_core import cached, shell
+from gsae_core.address import correct
+from gsae_core.analysis.results import published, published_places, published_source
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
-from gsae_core.pieces import notice, plain
-from gsae_core.plots.curves import evaluation_frame
+from gsae_core.pieces import figure_tools, notice, plain
+from gsae_core.plots.gamma import Length, gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
+    Bins,
     FeatureGamma,
+    baselines,
+    common_bins,
+    features_in_bin,
     gamma_against_density,
     gamma_histogram,
-    gamma_over_sweep,
+    histogram_table,
     nearest_pair,
     select_features,
 )
 from gsae_core.wording import fixed
 
 CONFIG = {"displaylogo": False}
+LIMITS = [1, 3, 10, 30, 100, 300, 1000]
+MAX_ROWS = 2000
+# Labels first: the address holds what a bound widget shows.
+LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}
+PLACES = {place.label: place for place in published_places()}
 
 frame = shell.page(
     "Shrinkage",
@@ -26,115 +38,224 @@ frame = shell.page(
     purpose="Whether reconstructions are as long as they should be: γ is 1, or less if shrunk.",
 )
 run = shell.need_run(frame, "γ and its histograms")
-evals = evaluation_frame(shell.need_evals(run))
+shell.need_evals(run)
+evals = cached.evaluations(run)
 specs = {spec.name: spec for spec in run.config.saes}
 rows = evals.set_index("name")
-pair = nearest_pair(evals)
 
 
 def choose() -> dict[str, str | None]:
-    """Draw one picker per architecture; the pair nearest in L0 is chosen to begin with."""
+    """Draw a picker for each side; the pair nearest in L0 is chosen to begin with."""
+    pair = dict(nearest_pair(evals))
+    gated = list(evals.loc[evals["architecture"] == "gated", "name"])
+    sides = {"gated": ("Gated SAE", gated), "base": ("Baseline", list(baselines(evals)["name"]))}
+    asked = st.session_state.pop("open_sae", None)
     chosen: dict[str, str | None] = {}
-    for cell, (architecture, key, label) in zip(
-        st.columns(2), (("gated", "gated", "Gated SAE"), ("relu", "base", "Baseline")), strict=True
-    ):
-        names = list(evals.loc[evals["architecture"] == architecture, "name"])
+    for cell, (side, (label, names)) in zip(st.columns(2), sides.items(), strict=True):
         with cell:
-            chosen[architecture] = st.selectbox(
+            correct(side, names, what="SAE of this run to show here", shown="the nearest in L0")
+            if asked in names:
+                st.session_state[side] = asked
+            chosen[side] = st.selectbox(
                 label,
                 names,
-                index=names.index(pair[architecture]) if names else None,
-                key=key,
+                index=names.index(pair[side]) if names else None,
+                key=side,
                 bind="query-params",
                 placeholder="none in this run",
                 disabled=not names,
             )
+            if name := chosen[side]:
+                st.caption(f"{hover_name(specs[name])} · L0 {fixed(rows.loc[name, 'l0'], 1)}")
     return chosen
 
 
-def headline(gated: str | None, base: str | None) -> None:
+def headline() -> None:
     """Draw the three gammas."""
     one, two, three = st.columns(3, border=True)
-    one.metric(
-        "γ gated, output",
-        fixed(rows.loc[gated, "gamma"]) if gated else "–",
-        help=definition("gamma"),
-    )
-    two.metric(
-        "γ gated, gate path",
-        fixed(rows.loc[gated, "gamma_gate"]) if gated else "–",
-        help=definition("gamma_gate"),
-    )
-    three.metric(
-        "γ baseline", fixed(rows.loc[base, "gamma"]) if base else "–", help=definition("gamma")
-    )
+    for cell, label, name, number in (
+        (one, "γ gated, output", gated, "gamma"),
+        (two, "γ gated, gate path", gated, "gamma_gate"),
+        (three, "γ baseline", base, "gamma"),
+    ):
+        value = fixed(float(rows.loc[name, number])) if name else "–"
+        cell.metric(label, value, help=definition(number))
 
 
-def statistics(names: list[str], min_fired: int) -> list[FeatureGamma]:
-    """Return the features to draw, or say why there are none."""
+def over_the_sweep() -> None:
+    """Draw gamma against L0, and the paper's behind it."""
+    st.subheader("Over the sweep", anchor=False, help=definition("gamma"))
+    correct("paper", list(PLACES), what="site in the paper's tables", shown="none")
+    paper = st.selectbox(
+        "Published results",
+        list(PLACES),
+        index=None,
+        key="paper",
+        bind="query-params",
+        placeholder="none",
+        help="The runs of the paper's tables at one site (model, site, block), faint behind yours.",
+    )
+    place = PLACES.get(paper or "")
+    st.plotly_chart(
+        gamma_over_sweep(evals, paper=None if place is None else published(place)),
+        key="sweep",
+        config=CONFIG,
+        alt="γ against L0 for every architecture, and for the gate path",
+    )
+    columns = ["name", "architecture", "sparsity", "l0", "gamma", "gamma_gate"]
+    figure_tools(evals.loc[:, columns], name="sweep", about=definition("gamma"))
+    if place is not None:
+        st.caption(
+            f"Faint: {place.model}, {place.site} of block {place.layer}, as printed in "
+            f"{published_source(place)}; rows with an L0 of 0 or below have no place."
+        )
+
+
+def by_length() -> None:
+    """Draw lengths of reconstructions from the shortest activations to the longest."""
+    st.subheader("By length of the activation", anchor=False, help=definition("norm_ratio"))
+    correct("lengths", list(LENGTHS), what="measure of length", shown="the length ratio")
+    label = st.segmented_control(
+        "Measure",
+        list(LENGTHS),
+        default="length ratio",
+        required=True,
+        key="lengths",
+        bind="query-params",
+        help=f"{definition('norm_ratio')}\n\nγ: {definition('norm_gamma')}",
+    )
     try:
-        return [
-            select_features(specs[name], run.feature_stats(name), min_fired=min_fired)
-            for name in names
+        found = [(specs[name], cached.deciles(run, name)) for name in chosen if name]
+    except InputError as error:
+        notice(str(error), kind="info", title="Evaluated before lengths were measured")
+        st.code(f"python -m gsae_core evaluate {run.folder}", language=None, wrap_lines=True)
+        return
+    st.plotly_chart(
+        lengths_by_decile(found, LENGTHS[label]),
+        key="deciles",
+        config=CONFIG,
+        alt=f"{label} of each tenth of the tokens, shortest activations first",
+    )
+    figure_tools(
+        pd.concat([table.assign(sae=spec.name) for spec, table in found], ignore_index=True),
+        name="lengths",
+        about=definition("norm_ratio" if LENGTHS[label] == "ratio" else "norm_gamma"),
+    )
+
+
+def feature_by_feature() -> None:
+    """Draw gamma of every feature that fired often enough to tell."""
+    st.subheader("Feature by feature", anchor=False, help=definition("gamma_per_feature"))
+    correct("minfire", [str(limit) for limit in LIMITS], what="limit offered", shown="30")
+    min_fired = st.select_slider(
+        "Hide features that fired on fewer held-out tokens than",
+        LIMITS,
+        value=30,
+        key="minfire",
+        bind="query-params",
+        help="γ of a feature that fired a few times is mostly noise.",
+    )
+    try:
+        features = [
+            select_features(specs[name], cached.feature_stats(run, name), min_fired=min_fired)
+            for name in chosen
+            if name
         ]
     except InputError as error:
         notice(str(error), kind="warning", title="No per-feature numbers yet")
-        st.stop()
+        return
+    for feature in features:
+        plain(feature.sentence(min_fired), size=".9rem")
+    if not any(len(feature.stats) for feature in features):
+        notice("The limit hides every feature; lower it.", kind="info")
+        st.button("Show all that fired", key="show_all", on_click=show_all)
+        return
+    bins = common_bins(features)
+    correct("bin", bins.labels, what="bin of γ here", shown="no list of features")
+    spot = st.container()
+    label = st.selectbox(
+        "Features of a bin",
+        bins.labels,
+        index=None,
+        key="bin",
+        bind="query-params",
+        placeholder="click a bar, or choose a range of γ",
+    )
+    with spot:
+        figures(features, bins, label)
+    if label is not None:
+        listing(features, bins, label)
 
 
-chosen = choose()
-headline(chosen["gated"], chosen["relu"])
+def show_all() -> None:
+    """Lower the limit to one firing."""
+    st.session_state["minfire"] = LIMITS[0]
 
-st.subheader("Over the sweep", anchor=False)
-st.plotly_chart(
-    gamma_over_sweep(evals),
-    key="sweep",
-    config=CONFIG,
-    alt="γ against L0 for the gated output, its gate path and the baseline",
-)
-with st.expander("Show as table"):
+
+def remember_bin() -> None:
+    """Choose the bin that was clicked."""
+    points = st.session_state["histogram"]["selection"]["points"]
+    if points and points[0].get("customdata"):
+        st.session_state["bin"] = points[0]["customdata"][0]
+
+
+def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None:
+    """Draw the histogram and gamma against density, side by side."""
+    left, right = st.columns(2, gap="medium")
+    with left:
+        st.plotly_chart(
+            gamma_histogram(features, bins=bins, chosen=label),
+            key="histogram",
+            on_select=remember_bin,
+            selection_mode="points",
+            config=CONFIG,
+            alt="Share of features in each bin of γ",
+        )
+        about = definition("gamma_per_feature")
+        figure_tools(histogram_table(features, bins), name="histogram", about=about)
+    with right:
+        st.plotly_chart(
+            gamma_against_density(features),
+            key="scatter",
+            config=CONFIG,
+            alt="γ of each feature against its density",
+        )
+        figure_tools(every_feature(features), name="features", about=definition("density"))
+
+
+def every_feature(features: list[FeatureGamma]) -> pd.DataFrame:
+    """Return the features shown of every SAE, one below the other."""
+    tables = [f.stats.reset_index(names="latent").assign(sae=f.spec.name) for f in features]
+    return pd.concat(tables, ignore_index=True)
+
+
+def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
+    """Draw the features of a bin."""
+    found = features_in_bin(features, bins, label)
+    if found.empty:
+        st.caption(f"No feature shown has γ {label}.")
+        return
+    number = st.column_config.NumberColumn
     st.dataframe(
-        evals.loc[:, ["name", "l0", "gamma", "gamma_gate"]].rename(
-            columns={"name": "SAE", "l0": "L0", "gamma": "γ", "gamma_gate": "γ gate path"}
-        ),
+        found.head(MAX_ROWS),
         hide_index=True,
         column_config={
-            "L0": st.column_config.NumberColumn(format="%.1f"),
-            "γ": st.column_config.NumberColumn(format="%.3f"),
-            "γ gate path": st.column_config.NumberColumn(format="%.3f"),
+            "sae": "SAE",
+            "latent": number("feature", format="%d"),
+            "gamma": number("γ", format="%.3f", help=definition("gamma_per_feature")),
+            "density": number(format="%.3g", help=definition("density")),
+            "fired": number("firings", format="localized", help=definition("firings")),
+            "gate_open": number("gate open", format="localized", help=definition("gate_density")),
         },
-        alt="γ of every SAE of the run",
+        alt=f"Features with γ {label}: SAE, feature, γ, density and firings",
     )
+    st.caption(f"{min(len(found), MAX_ROWS):,} of {len(found):,} features, most firings first.")
 
-st.subheader("Feature by feature", anchor=False, help=definition("gamma_per_feature"))
-min_fired = st.select_slider(
-    "Hide features that fired on fewer held-out tokens than",
-    [1, 3, 10, 30, 100, 300, 1000],
-    value=30,
-    key="minfire",
-    bind="query-params",
-    help="γ of a feature that fired a few times is mostly noise.",
-)
-features = statistics([name for name in chosen.values() if name], min_fired)
-for feature in features:
-    plain(
-        f"{hover_name(feature.spec)}: {len(feature.stats):,} of {feature.n_features:,} features "
-        f"fired on {min_fired:,} tokens or more; their median γ is {fixed(feature.median)}.",
-        size=".9rem",
-    )
-if any(len(feature.stats) for feature in features):
-    left, right = st.columns(2, gap="medium")
-    left.plotly_chart(
-        gamma_histogram(features),
-        key="histogram",
-        config=CONFIG,
-        alt="Share of features in each bin of γ",
-    )
-    right.plotly_chart(
-        gamma_against_density(features),
-        key="scatter",
-        config=CONFIG,
-        alt="γ of each feature against its density",
-    )
-else:
-    notice(f"No feature fired on {min_fired:,} tokens or more; lower the limit.", kind="info")
+
+pair = choose()
+gated, base = pair["gated"], pair["base"]
+chosen = (gated, base)
+headline()
+over_the_sweep()
+by_length()
+feature_by_feature()

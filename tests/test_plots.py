@@ -3,26 +3,29 @@
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import config, evaluation, metric_lines
+from synthetic import evaluation
 
 from gsae_core import glossary
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.config import SAESpec, sweep
-from gsae_core.plots.curves import best, evaluation_frame, traces, tradeoff
-from gsae_core.plots.live import (
-    MAX_POINTS,
-    line_chart,
-    metrics_frame,
-    plane,
-    smoothed,
+from gsae_core.analysis.results import (
+    Place,
+    evaluation_frame,
+    published,
+    several_runs,
 )
+from gsae_core.config import SAESpec, sweep
+from gsae_core.plots.curves import RUN_LOOKS, best, placed, traces, tradeoff
+from gsae_core.plots.gamma import gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import LOOKS, NEUTRAL, THIRD, Theme, hover_name, round_values, shades
 from gsae_core.plots.shrinkage import (
     BIN,
+    MAX_BINS,
+    FeatureGamma,
     common_bins,
+    features_in_bin,
     gamma_against_density,
     gamma_histogram,
-    gamma_over_sweep,
+    histogram_table,
     nearest_pair,
     select_features,
 )
@@ -70,58 +73,11 @@ def test_an_sae_is_named_by_what_sets_it_apart() -> None:
     assert hover_name(spec) == "TopK, k 32"
 
 
-def test_long_runs_are_thinned_and_keep_their_last_step() -> None:
-    lines = [{"step": step, "sae": "gated-0.1", "l0": 1.0} for step in range(1, 1001)]
-    frame = metrics_frame(lines, SAES)
-    # 1000 steps over at most 400 points: every third, counted from the end.
-    assert len(frame) == 334
-    assert len(frame) <= MAX_POINTS
-    assert frame["step"].iloc[-1] == 1000
-
-
-def test_only_the_saes_asked_for_are_drawn() -> None:
-    lines = metric_lines(config(), share=0.1)
-    frame = metrics_frame(lines, SAES[:1])
-    assert set(frame["sae"]) == {"gated-0.1"}
-    assert metrics_frame([], SAES).empty
-
-
-def test_smoothing_is_causal_and_unbiased_at_the_start() -> None:
-    frame = pd.DataFrame({"sae": ["a", "a", "b", "a"], "v": [2.0, 4.0, 100.0, 8.0]})
-    # Weight 0.5: 2; (4 + 2/2) / (1 + 1/2) = 10/3; (8 + 4/2 + 2/4) / (1 + 1/2 + 1/4) = 6.
-    assert smoothed(frame, "v", 0.5).to_list() == pytest.approx([2, 10 / 3, 100, 6])
-    assert smoothed(frame, "v", 0.0).to_list() == [2, 4, 100, 8]
-
-
-def test_a_smoothed_line_keeps_the_raw_one_beneath_it() -> None:
-    frame = metrics_frame(metric_lines(config(), share=0.2), config().saes)
-    plain = line_chart(frame, "l0", config().saes, x="tokens", theme="light")
-    smooth = line_chart(frame, "l0", config().saes, x="tokens", theme="light", smoothing=0.5)
-    assert len(smooth.to_dict()["layer"]) == len(plain.to_dict()["layer"]) + 1
-
-
-def test_a_chart_drops_what_was_not_measured() -> None:
-    frame = metrics_frame(metric_lines(config(), share=0.2), config().saes)
-    chart = line_chart(frame, "gamma_gate", config().saes, x="step", theme="dark", rule=1.0)
-    drawn = {
-        row["sae"] for rows in chart.to_dict()["datasets"].values() for row in rows if "sae" in row
-    }
-    assert drawn == {"gated-0.1", "gated-0.2", "gated-0.4", "gated-0.8"}
-
-
 def test_ticks_of_a_log_axis_are_round() -> None:
     assert round_values([9.0, 210.0]) == [10, 20, 50, 100, 200]
     # 96 to 300 holds 100 and 200 only: too few, so finer digits.
     assert round_values([120.0, 240.0]) == [100, 150, 200, 250, 300]
     assert round_values([0.0]) == []
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_the_plane_is_hollow_until_the_run_is_finished(finished: bool) -> None:
-    frame = metrics_frame(metric_lines(config(), share=0.2), config().saes)
-    spec = plane(frame, config().saes, theme="light", finished=finished).to_dict()
-    marks = [layer["mark"] for layer in spec["layer"] if layer["mark"]["type"] == "point"]
-    assert [mark["filled"] for mark in marks] == [finished]
 
 
 def test_delta_ce_is_the_cross_entropy_added() -> None:
@@ -157,6 +113,90 @@ def test_the_interpolation_is_drawn_between_the_frontiers() -> None:
     assert {t.hoverinfo for t in lines} == {"skip"}
 
 
+def test_several_runs_differ_in_more_than_the_legend() -> None:
+    evals = several_runs({"a": EVALS, "b": EVALS})
+    drawn = [t for t in traces(tradeoff(evals)) if t.mode == "markers"]
+    assert [t.name for t in drawn] == [
+        "Gated · a",
+        "ReLU baseline · a",
+        "Gated · b",
+        "ReLU baseline · b",
+    ]
+    assert [t.marker.symbol for t in drawn] == ["circle", "diamond", "circle-open", "diamond-open"]
+    looks = [(look.suffix, look.size) for look in RUN_LOOKS]
+    assert len(set(looks)) == len(looks)
+
+
+def test_each_run_has_its_own_frontiers() -> None:
+    worse = EVALS.assign(loss_recovered=EVALS["loss_recovered"] - 0.5)
+    lines = [
+        t for t in traces(tradeoff(several_runs({"a": EVALS, "b": worse}))) if t.mode == "lines"
+    ]
+    assert [len(t.x) for t in lines] == [2, 2, 2, 2]
+
+
+def test_any_measure_goes_on_either_axis() -> None:
+    # FVU falls as KL falls in these runs, so the frontier of two things to keep small is a point.
+    figure = tradeoff(EVALS, "kl", x="fvu", log_x=False)
+    assert (
+        figure.to_dict()["layout"]["xaxis"]["title"]["text"] == "fraction of variance unexplained"
+    )
+    lines = [t for t in traces(figure) if t.mode == "lines"]
+    assert [len(t.x) for t in lines] == [1, 1]
+
+
+def test_what_a_log_axis_has_no_place_for_is_left_out() -> None:
+    rows = EVALS.assign(l0=[0.0, 5.0, -1.0, 7.0])
+    assert len(placed(rows, "l0", "kl", log_x=True)) == 2
+    assert len(placed(rows, "l0", "kl", log_x=False)) == 4
+    rows = EVALS.assign(kl=[np.nan, 1.0, 1.0, 1.0])
+    assert len(placed(rows, "l0", "kl", log_x=False)) == 3
+
+
+def test_what_is_picked_wears_a_numbered_ring() -> None:
+    figure = tradeoff(EVALS, picked=["relu-0.1", "not here"])
+    (ring,) = [t for t in traces(figure) if t.name == "picked"]
+    assert ring.text == ("1",)
+    assert ring.x == (160.0,)  # 16 / 0.1
+    assert ring.hoverinfo == "skip"
+
+
+def test_the_papers_runs_are_fainter_and_take_no_clicks() -> None:
+    place = Place("gemma-7b", "resid_post", 20)
+    figure = tradeoff(EVALS, paper=published(place))
+    faint = [t for t in traces(figure) if t.opacity is not None]
+    assert {t.name for t in faint if t.mode == "markers"} == {
+        "Gated, published",
+        "ReLU baseline, published",
+    }
+    assert all(t.customdata is None and t.opacity < 1 for t in faint)
+    # Ten Gated and eleven baseline runs in Tables 1 and 3.
+    assert sorted(len(t.x) for t in faint if t.mode == "markers") == [10, 11]
+    assert 0 < max(y for t in faint for y in t.y) <= 1
+    # They have no KL.
+    assert not [t for t in traces(tradeoff(EVALS, "kl", paper=published(place))) if t.opacity]
+
+
+def test_published_rows_without_a_place_on_a_log_axis_are_not_drawn() -> None:
+    # Table 3: MLP of block 20 has one row with L0 -91.1.
+    paper = published(Place("gemma-7b", "mlp_out", 20))
+    for figure in (tradeoff(EVALS, paper=paper), gamma_over_sweep(EVALS, paper=paper)):
+        drawn = [x for t in traces(figure) if t.name == "Gated, published" for x in t.x]
+        assert len(drawn) == 9
+        assert min(drawn) > 0
+
+
+def test_lengths_are_drawn_from_the_shortest_tenth_to_the_longest() -> None:
+    table = pd.DataFrame(
+        {"decile": range(1, 11), "norm": 2.0, "ratio": np.linspace(0.5, 0.95, 10), "gamma": 1.0}
+    )
+    (line,) = traces(lengths_by_decile([(SAES[0], table)]))
+    assert list(line.x) == list(range(1, 11))
+    assert line.y[0] == 0.5
+    (line,) = traces(lengths_by_decile([(SAES[0], table)], "gamma"))
+    assert set(line.y) == {1.0}
+
+
 def test_gamma_over_the_sweep_has_three_series_and_a_rule_at_one() -> None:
     figure = gamma_over_sweep(EVALS)
     assert [t.name for t in traces(figure)] == [
@@ -182,22 +222,75 @@ def test_rare_and_unmeasured_features_are_hidden_and_counted() -> None:
     assert chosen.median == pytest.approx(1.0)
 
 
+def features(gamma: list[float], *, spec: SAESpec = SAES[0]) -> FeatureGamma:
+    return select_features(spec, stats([50] * len(gamma), gamma), min_fired=1)
+
+
 def test_bins_are_common_and_hold_one() -> None:
-    edges = common_bins([np.array([0.5, 0.6]), np.array([0.9])])
-    assert edges[0] <= 0.5
-    assert edges[-1] > 1.0
-    assert np.diff(edges) == pytest.approx(BIN)
+    bins = common_bins([features([0.5, 0.6]), features([0.9])])
+    assert bins.edges[0] <= 0.5
+    assert bins.edges[-1] > 1.0
+    assert np.diff(bins.edges) == pytest.approx(BIN)
+
+
+def test_bins_widen_until_a_pointer_can_hit_them() -> None:
+    bins = common_bins([features([-3.0, 9.0] * 100)])
+    # 12 wide: 0.025 takes 480 bins, 0.2 takes 60.
+    assert bins.width == pytest.approx(0.2)
+    assert len(bins.labels) <= MAX_BINS
+
+
+def test_a_bin_lists_the_features_that_its_bar_counts() -> None:
+    # Edges are multiples of 0.025 from 0.95 to 1.05, one bin beyond either end.
+    shown = [features([0.99, 1.01, 1.02, 0.976]), features([1.012], spec=SAES[2])]
+    bins = common_bins(shown)
+    table = histogram_table(shown, bins).set_index("γ")
+    assert table.loc["1.000 to 1.025"].to_dict() == {"gated-0.1": 2, "relu-0.1": 1}
+    found = features_in_bin(shown, bins, "1.000 to 1.025")
+    pairs = zip(found["sae"], found["latent"], strict=True)
+    assert set(pairs) == {("gated-0.1", 1), ("gated-0.1", 2), ("relu-0.1", 0)}
+
+
+def test_the_last_bin_says_that_it_holds_what_lies_beyond() -> None:
+    shown = [features([1.0] * 999 + [46.0])]
+    bins = common_bins(shown)
+    assert bins.labels[-1].endswith("or more")
+    assert bins.labels[0].startswith("below")
+    assert features_in_bin(shown, bins, bins.labels[-1])["gamma"].to_list() == [46.0]
+
+
+def test_a_feature_list_begins_with_what_fired_most() -> None:
+    shown = [select_features(SAES[0], stats([5, 90, 40], [1.01] * 3), min_fired=1)]
+    found = features_in_bin(shown, common_bins(shown), "1.000 to 1.025")
+    assert found["latent"].to_list() == [1, 2, 0]
+
+
+def test_a_limit_that_hides_everything_says_what_it_excludes() -> None:
+    hidden = select_features(SAES[0], stats([0, 5, 9], [np.nan, 1.0, 1.0]), min_fired=10)
+    assert hidden.sentence(10) == (
+        "Gated, λ 0.1: none of 3 features fired on 10 tokens or more; 1 never fired, and the "
+        "busiest fired on 9."
+    )
 
 
 def test_histogram_bars_are_shares_of_what_is_shown() -> None:
     gated = select_features(SAES[0], stats([50, 50, 50, 0], [0.99, 1.01, 1.01, 0.1]), min_fired=1)
     relu = select_features(SAES[2], stats([50], [0.8]), min_fired=1)
-    figure = gamma_histogram([gated, relu])
+    figure = gamma_histogram([gated, relu], bins=common_bins([gated, relu]))
     first, second = traces(figure)
     assert sum(first.y) == pytest.approx(1)
     assert max(first.y) == pytest.approx(2 / 3)
     assert first.x == second.x
     assert first.name == "Gated, λ 0.1 (N = 3)"
+
+
+def test_a_click_on_a_bar_reports_its_bin_and_a_chosen_bin_is_marked() -> None:
+    shown = [features([0.99, 1.01])]
+    bins = common_bins(shown)
+    figure = gamma_histogram(shown, bins=bins, chosen="1.000 to 1.025")
+    assert [row[0] for row in traces(figure)[0].customdata] == bins.labels
+    (mark,) = [shape for shape in figure.to_dict()["layout"]["shapes"] if shape["type"] == "rect"]
+    assert (mark["x0"], mark["x1"]) == pytest.approx((1.0, 1.025))
 
 
 def test_dots_are_thinned_and_carry_their_latent() -> None:
@@ -224,8 +317,16 @@ def test_the_pair_shown_first_is_nearest_in_l0() -> None:
             "l0": [10.0, 100.0, 30.0, 90.0],
         }
     )
-    assert nearest_pair(rows) == {"gated": "g2", "relu": "r2"}
+    assert nearest_pair(rows) == {"gated": "g2", "base": "r2"}
     assert nearest_pair(rows.head(2)) == {"gated": "g2"}
+    assert nearest_pair(rows.tail(2)) == {"base": "r2"}
+
+
+def test_where_no_relu_sae_is_another_serves_as_the_baseline() -> None:
+    rows = pd.DataFrame(
+        {"name": ["g", "j"], "architecture": ["gated", "jumprelu"], "l0": [10.0, 30.0]}
+    )
+    assert nearest_pair(rows) == {"gated": "g", "base": "j"}
 
 
 @pytest.mark.parametrize("term", glossary.terms())

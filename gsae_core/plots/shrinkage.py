@@ -1,18 +1,21 @@
-"""Figures of shrinkage, in Plotly: gamma over a sweep, gamma per feature, gamma against density."""
+"""Shrinkage feature by feature, in Plotly: gamma in common bins, and against density."""
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from gsae_core.config import Architecture, SAESpec
-from gsae_core.plots.curves import hover, of_architecture, style, traces
-from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
+from gsae_core.analysis.results import of_architecture
+from gsae_core.config import SAESpec
+from gsae_core.plots.curves import hover, style, traces
+from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, hover_name
 
-BIN = 0.025  # width of a gamma bin
+BIN = 0.025  # width of a gamma bin; doubled until they fit
+MAX_BINS = 80  # more are thinner than a pointer can hit
 MAX_DOTS = 2000  # dots per SAE in a scatter: more hide each other and slow the page
 
 
@@ -23,95 +26,106 @@ class FeatureGamma(NamedTuple):
     stats: pd.DataFrame
     n_features: int
     n_hidden: int
+    busiest: int
+    """Firings of the feature that fired most, hidden or not."""
+    n_silent: int
+    """Features that never fired."""
 
     @property
     def median(self) -> float:
         """Median gamma of the features shown; NaN if none is."""
         return float(np.median(self.stats["gamma"])) if len(self.stats) else math.nan
 
+    def sentence(self, min_fired: int) -> str:
+        """Say how many features are shown, or which limit hides them all."""
+        name = hover_name(self.spec)
+        if len(self.stats):
+            return (
+                f"{name}: {len(self.stats):,} of {self.n_features:,} features fired on "
+                f"{min_fired:,} tokens or more; their median γ is {self.median:.3f}."
+            )
+        return (
+            f"{name}: none of {self.n_features:,} features fired on {min_fired:,} tokens or more; "
+            f"{self.n_silent:,} never fired, and the busiest fired on {self.busiest:,}."
+        )
+
+
+class Bins(NamedTuple):
+    """Common bins of gamma; the first and the last also hold what lies beyond them."""
+
+    edges: np.ndarray
+
+    @property
+    def width(self) -> float:
+        """Width of every bin."""
+        return float(self.edges[1] - self.edges[0])
+
+    @property
+    def labels(self) -> list[str]:
+        """Name of each bin, as lists and addresses show it."""
+        inner = [f"{low:.3f} to {high:.3f}" for low, high in pairwise(self.edges)]
+        return [f"below {self.edges[1]:.3f}", *inner[1:-1], f"{self.edges[-2]:.3f} or more"]
+
+    def place(self, gamma: pd.Series) -> np.ndarray:
+        """Return the number of the bin of each gamma."""
+        return np.digitize(gamma.to_numpy(), self.edges[1:-1])
+
 
 def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> FeatureGamma:
     """Return the features that fired at least `min_fired` times and have a gamma."""
     shown = pd.DataFrame(stats[stats["fired"] >= min_fired]).dropna(subset="gamma")
-    return FeatureGamma(spec, shown, len(stats), len(stats) - len(shown))
-
-
-def gamma_over_sweep(evals: pd.DataFrame) -> go.Figure:
-    """Return gamma against L0: gated output, its gate path, and the baseline; 1 means no shrinkage.
-
-    Args:
-        evals: `curves.evaluation_frame`'s rows.
-    """
-    gated, relu = LOOKS["gated"], LOOKS["relu"]
-    series: list[tuple[Architecture, str, str, str, str, str]] = [
-        ("gated", "gamma", f"{gated.label}, output", gated.colour, gated.plotly_symbol, "solid"),
-        ("gated", "gamma_gate", "Gated, gate path", THIRD, "triangle-up", "dot"),
-        ("relu", "gamma", relu.label, relu.colour, relu.plotly_symbol, "dash"),
-    ]
-    figure = go.Figure()
-    for architecture, column, label, colour, symbol, dash in series:
-        rows = of_architecture(evals, architecture).dropna(subset=column)
-        rows = rows.sort_values("l0")
-        if rows.empty:
-            continue
-        figure.add_scatter(
-            x=rows["l0"].to_list(),
-            y=rows[column].to_list(),
-            mode="lines+markers",
-            name=label,
-            line={"color": colour, "dash": dash, "width": 2},
-            marker={"symbol": symbol, "size": 10},
-            customdata=[
-                [name, f"{sparsity:g}"]
-                for name, sparsity in zip(rows["name"], rows["sparsity"], strict=True)
-            ],
-            hovertemplate=hover(label, "λ %{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
-        )
-    figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
-    # On the left, where the dense end of a Gated curve, close to 1, does not run through it.
-    figure.add_annotation(
-        x=0,
-        xref="paper",
-        xanchor="left",
-        y=1,
-        yanchor="bottom",
-        showarrow=False,
-        text="no shrinkage",
-        font={"size": 12, "color": NEUTRAL},
+    fired = stats["fired"]
+    return FeatureGamma(
+        spec=spec,
+        stats=shown,
+        n_features=len(stats),
+        n_hidden=len(stats) - len(shown),
+        busiest=int(fired.max()) if len(fired) else 0,
+        n_silent=int((fired == 0).sum()),
     )
-    return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
 
 
-def gamma_histogram(features: Sequence[FeatureGamma]) -> go.Figure:
+def gamma_histogram(
+    features: Sequence[FeatureGamma], *, bins: Bins, chosen: str | None = None
+) -> go.Figure:
     """Return the share of features per bin of gamma, all SAEs on the same bins.
 
-    Values beyond the axis are counted in its first and last bin.
+    A bar's `customdata` begins with its bin's label, which is what a click reports.
+
+    Args:
+        bins: `common_bins` of the features.
+        chosen: label of a bin to mark.
     """
-    edges = common_bins([f.stats["gamma"].to_numpy() for f in features])
-    centres = (edges[:-1] + edges[1:]) / 2
+    labels, centres = bins.labels, bins.edges[:-1] + bins.width / 2
     figure = go.Figure()
     for feature in features:
         look = LOOKS[feature.spec.architecture]
-        values = np.clip(feature.stats["gamma"].to_numpy(), edges[0], edges[-1] - BIN / 2)
-        counts, _ = np.histogram(values, bins=edges)
-        share = counts / max(len(values), 1)
+        counts = np.bincount(bins.place(feature.stats["gamma"]), minlength=len(labels))
+        n = len(feature.stats)
         figure.add_bar(
             x=centres.tolist(),
-            y=share.tolist(),
-            width=BIN,
-            name=f"{hover_name(feature.spec)} (N = {len(values):,})",
+            y=(counts / max(n, 1)).tolist(),
+            width=bins.width,
+            name=f"{hover_name(feature.spec)} (N = {n:,})",
             marker={
                 "color": look.colour,
                 "line": {"width": 0},
                 "pattern": {"shape": "" if look.dash == (1, 0) else "/", "size": 5},
             },
             opacity=0.6,
-            customdata=[[int(count)] for count in counts],
+            unselected={"marker": {"opacity": 0.6}},
+            selected={"marker": {"opacity": 0.6}},
+            customdata=[[label, int(count)] for label, count in zip(labels, counts, strict=True)],
             hovertemplate=hover(
                 hover_name(feature.spec),
-                "γ about %{x:.3f}",
-                "%{y:.1%} of the features shown (%{customdata[0]:,})",
+                "γ %{customdata[0]}",
+                "%{y:.1%} of the features shown (%{customdata[1]:,})",
             ),
+        )
+    if chosen in labels:
+        left = float(bins.edges[labels.index(chosen)])
+        figure.add_vrect(
+            x0=left, x1=left + bins.width, fillcolor=NEUTRAL, opacity=0.25, line_width=0
         )
     figure.update_layout(barmode="overlay", bargap=0)
     figure.add_vline(x=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
@@ -119,13 +133,44 @@ def gamma_histogram(features: Sequence[FeatureGamma]) -> go.Figure:
     return style(figure, x="γ of the feature", y="share of the features shown")
 
 
-def common_bins(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return bin edges, multiples of `BIN`, that span 99 % of all values and gamma = 1."""
-    pooled = np.concatenate([*values, np.array([1.0])])
+def histogram_table(features: Sequence[FeatureGamma], bins: Bins) -> pd.DataFrame:
+    """Return the counts the histogram draws, one row per bin and one column per SAE."""
+    table = pd.DataFrame({"γ": bins.labels})
+    for feature in features:
+        counts = np.bincount(bins.place(feature.stats["gamma"]), minlength=len(table))
+        table[feature.spec.name] = counts
+    return table
+
+
+def features_in_bin(features: Sequence[FeatureGamma], bins: Bins, label: str) -> pd.DataFrame:
+    """Return the features of one bin, those that fired most first.
+
+    Columns: `sae`, `latent`, `gamma`, `density`, `fired`, `gate_open`.
+    """
+    number = bins.labels.index(label)
+    found = [
+        feature.stats[bins.place(feature.stats["gamma"]) == number]
+        .rename_axis("latent")
+        .reset_index()
+        .assign(sae=feature.spec.name)
+        for feature in features
+    ]
+    table = pd.concat(found, ignore_index=True).sort_values("fired", ascending=False)
+    return table.loc[:, ["sae", "latent", "gamma", "density", "fired", "gate_open"]]
+
+
+def common_bins(features: Sequence[FeatureGamma]) -> Bins:
+    """Return bins that span 99 % of the gammas shown, and gamma = 1.
+
+    Edges are multiples of `BIN`, or of `BIN` doubled until no more than `MAX_BINS` are needed.
+    """
+    pooled = np.concatenate([*(f.stats["gamma"].to_numpy() for f in features), np.array([1.0])])
     low, high = np.quantile(pooled, [0.005, 0.995])
-    first = int(np.floor(min(low, 1.0) / BIN)) - 1
-    last = int(np.ceil(max(high, 1.0) / BIN)) + 1
-    return np.arange(first, last + 1) * BIN
+    low, high, width = min(low, 1.0 - BIN), max(high, 1.0 + BIN), BIN
+    while (high - low) / width > MAX_BINS - 3:
+        width *= 2
+    first, last = math.floor(low / width) - 1, math.ceil(high / width) + 1
+    return Bins(np.arange(first, last + 1) * width)
 
 
 def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
@@ -143,7 +188,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             y=stats["gamma"].to_list(),
             mode="markers",
             name=hover_name(feature.spec),
-            marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 5, "opacity": 0.5},
+            marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 5, "opacity": 0.6},
             customdata=[[int(latent)] for latent in stats.index],
             hovertemplate=hover(
                 hover_name(feature.spec),
@@ -153,7 +198,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             ),
         )
     figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
-    edges = common_bins([feature.stats["gamma"].to_numpy() for feature in features])
+    edges = common_bins(features).edges
     low, high = float(edges[0]), float(edges[-1])
     figure.update_yaxes(range=[low, high])
     beyond = sum(not low <= y <= high for trace in traces(figure) for y in trace.y)
@@ -171,17 +216,25 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
 
 
-def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
-    """Return, by architecture, the names of the gated SAE and the baseline whose L0 are closest.
+def baselines(evals: pd.DataFrame) -> pd.DataFrame:
+    """Return the SAEs a gated one is held against: ReLU first, then the others."""
+    others = evals[evals["architecture"] != "gated"]
+    return pd.DataFrame(others.iloc[(others["architecture"] != "relu").argsort(kind="stable")])
 
-    An architecture that was not evaluated is missing.
+
+def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
+    """Return the names of the gated SAE and the baseline whose L0 are closest: `gated`, `base`.
+
+    Where no ReLU SAE was evaluated, any other that is not gated serves as the baseline. A kind of
+    which there is none is missing.
     """
-    gated = of_architecture(evals, "gated")
-    relu = of_architecture(evals, "relu")
-    if gated.empty or relu.empty:
-        present = gated if relu.empty else relu
-        return {str(row["architecture"]): str(row["name"]) for _, row in present.tail(1).iterrows()}
-    pairs = gated.merge(relu, how="cross", suffixes=("_gated", "_relu"))
-    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_relu"]].to_numpy().clip(min=1e-9))
+    gated, base = of_architecture(evals, "gated"), baselines(evals)
+    if (base["architecture"] == "relu").any():
+        base = of_architecture(base, "relu")
+    if gated.empty or base.empty:
+        kinds = (("gated", gated), ("base", base))
+        return {kind: str(rows["name"].iloc[-1]) for kind, rows in kinds if len(rows)}
+    pairs = gated.merge(base, how="cross", suffixes=("_gated", "_base"))
+    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_base"]].to_numpy().clip(min=1e-9))
     best = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
-    return {"gated": str(best["name_gated"]), "relu": str(best["name_relu"])}
+    return {"gated": str(best["name_gated"]), "base": str(best["name_base"])}

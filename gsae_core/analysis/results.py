@@ -1,0 +1,147 @@
+"""Evaluations as tables: one run or several, what changes between SAEs, what the paper printed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from gsae_core.analysis.pareto import MatchedRatio, matched_ratio
+from gsae_core.config import Architecture, Site
+from gsae_core.paper import PaperRun, paper_runs
+
+NUMBERS = (
+    "l0",
+    "loss_recovered",
+    "delta_ce",
+    "kl",
+    "fvu",
+    "gamma",
+    "gamma_gate",
+    "cosine",
+    "alive_fraction",
+)
+"""The measured numbers of an SAE, in the order they are shown."""
+
+WORDS = ("name", "architecture", "run", "id")
+
+
+class Change(NamedTuple):
+    """One number of two SAEs."""
+
+    number: str
+    before: float
+    after: float
+
+    @property
+    def difference(self) -> float:
+        """`after - before`, in the number's own unit; NaN where one was not measured."""
+        return self.after - self.before
+
+
+class Place(NamedTuple):
+    """A site the paper trained SAEs at."""
+
+    model: str
+    site: Site
+    layer: int
+
+    @property
+    def label(self) -> str:
+        """What names it in a list and in an address, e.g. `gemma-7b resid_post 20`."""
+        return f"{self.model} {self.site} {self.layer}"
+
+
+def delta_ce(evals: pd.DataFrame) -> pd.Series:
+    """How much worse the language model predicts when it reads reconstructions; 0 is perfect.
+
+    Its cross-entropy then, less its own, in nats per token: ce_sae - ce_clean.
+    """
+    return pd.Series(evals["ce_sae"] - evals["ce_clean"])
+
+
+def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return `evals.json`'s SAEs as a table, with `delta_ce`, sorted by architecture and L0."""
+    frame = pd.DataFrame(list(evals))
+    if frame.empty:
+        return frame
+    # JSON has null for NaN, which would make a column of objects.
+    numbers = frame.columns.difference([*WORDS, "d_in", "d_sae", "n_tokens"])
+    frame = frame.astype({str(name): float for name in numbers})
+    frame = frame.assign(delta_ce=delta_ce(frame))
+    return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
+
+
+def of_architecture(evals: pd.DataFrame, architecture: Architecture) -> pd.DataFrame:
+    """Return the rows of one architecture."""
+    return pd.DataFrame(evals[evals["architecture"] == architecture])
+
+
+def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the SAEs of several runs in one table, runs in the order given.
+
+    Args:
+        evals: `evaluation_frame` of each run, by its id.
+
+    Returns:
+        Their rows with two columns more: `run`, and `id`, which is `run/name`: neither may hold a
+        slash, so it names one SAE in an address too.
+    """
+    frames = [
+        frame.assign(run=run, id=[f"{run}/{name}" for name in frame["name"]])
+        for run, frame in evals.items()
+        if len(frame)
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Return how each SAE's numbers differ from those of its counterpart in a baseline run.
+
+    The counterpart has the same architecture and lambda; of several the first counts.
+
+    Args:
+        frame: `several_runs`' rows, those of the baseline run among them.
+        base: id of the baseline run.
+
+    Returns:
+        Columns `change_<number>` for each of `NUMBERS`, rows as in `frame`; NaN for the baseline's
+        own SAEs and where there is no counterpart.
+    """
+    keys = ["architecture", "sparsity"]
+    ours = pd.DataFrame(frame[frame["run"] == base]).drop_duplicates(keys)
+    paired = frame[[*keys, "run"]].merge(ours[[*keys, *NUMBERS]], on=keys, how="left")
+    paired.index = frame.index
+    differences = frame[list(NUMBERS)] - paired[list(NUMBERS)]
+    return differences.mask(frame["run"] == base).add_prefix("change_")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Return each of `NUMBERS` of two rows."""
+    return [Change(name, float(before[name]), float(after[name])) for name in NUMBERS]
+
+
+def published_places() -> list[Place]:
+    """Return the sites of the paper's tables, in their order."""
+    runs = (Place(run.model, run.site, run.layer) for run in paper_runs())
+    return list(dict.fromkeys(runs))
+
+
+def published(place: Place) -> pd.DataFrame:
+    """Return the paper's runs at a site: `PaperRun`'s columns, `loss_recovered` as a share of 1."""
+    rows = [run for run in paper_runs() if Place(run.model, run.site, run.layer) == place]
+    frame = pd.DataFrame(rows, columns=list(PaperRun._fields))
+    return frame.assign(
+        loss_recovered=frame["loss_recovered"] / 100,
+        name=[f"{run.architecture}-{run.sparsity:g}" for run in rows],
+    )
+
+
+def published_ratio(place: Place) -> MatchedRatio:
+    """Return the matched-fidelity ratio of the paper's runs at a site."""
+    return matched_ratio(published(place).to_dict("records"))
+
+
+def published_source(place: Place) -> str:
+    """Return where the numbers stand in print."""
+    tables = "Tables 1-4" if place.model == "gemma-7b" else "Tables 5-8"
+    return f"arXiv:2404.16014v2, appendix B, {tables}"

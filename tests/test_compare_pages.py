@@ -1,0 +1,335 @@
+"""Pareto and Shrinkage in every state, without a browser; what is clicked is set by its key."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import streamlit as st
+from app_pages import HOSTILE, opened, text
+from streamlit.testing.v1 import AppTest
+from synthetic import config, write_run
+
+from gsae_core.config import RunConfig, sweep
+from gsae_core.store.runs import Run
+
+PARETO, SHRINKAGE = "pages/3_Pareto.py", "pages/4_Shrinkage.py"
+
+
+def one_pair(width: int = 64, **fields: object) -> RunConfig:
+    return config().model_copy(
+        update={"saes": sweep(["gated", "relu"], [0.2], width), **fields}  # two SAEs
+    )
+
+
+def columns(at: AppTest, which: int = 0) -> list[str]:
+    return list(at.dataframe[which].value.columns)
+
+
+def table_of_saes(at: AppTest) -> AppTest:
+    (found,) = [t for t in at.dataframe if "architecture" in t.value]
+    return found.value
+
+
+# Pareto
+
+
+def test_the_ratio_on_the_page_is_that_of_the_frontiers(root: Path) -> None:
+    # Recovery is 0.70 + 0.055 ln L0 for gated and 0.035 less for the baseline, so that at equal
+    # recovery ln L0 differs by 0.035 / 0.055 everywhere: a ratio of exp(7/11) = 1.89.
+    write_run(root, "done")
+    at = opened(PARETO)
+    assert at.metric[0].value == "1.89×"
+
+
+def test_two_picks_show_what_changes(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO)
+    at.multiselect(key="pick").set_value(["done/gated-0.1", "done/gated-0.2"]).run()
+    assert not at.exception
+    # L0 is 12 / lambda: 120 and 60, half as many.
+    assert "-60.0 (-50.0 %)" in [metric.delta for metric in at.metric]
+    # Recovery 0.70 + 0.055 ln L0: less by 5.5 ln 2 = 3.81 points.
+    assert "-3.81 points" in [metric.delta for metric in at.metric]
+
+
+def test_a_link_opens_both_cards_and_the_difference(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO, run="done", pick=["done/relu-0.4", "done/gated-0.4"])
+    assert not at.exception
+    said = text(at)
+    assert "ReLU baseline, λ 0.4, 768 features" in said
+    assert "From 1, done/relu-0.4, to 2, done/gated-0.4" in said
+
+
+def test_every_number_of_a_card_has_its_definition(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO, run="done", pick=["done/relu-0.4"])
+    assert len(at.metric) == 1 + 9
+    assert all(len(metric.help) > 20 for metric in at.metric)
+
+
+def test_runs_are_shown_side_by_side_each_with_its_ratio(root: Path) -> None:
+    write_run(root, "done")
+    write_run(root, "other", run_config=one_pair())
+    at = opened(PARETO, run="done", runs="other")
+    assert not at.exception
+    assert set(table_of_saes(at)["run"]) == {"done", "other"}
+    assert "other: " in text(at)
+
+
+def test_a_pinned_baseline_adds_columns_of_differences(root: Path) -> None:
+    write_run(root, "base")
+    run = write_run(root, "done")
+    evals = run.evals()
+    for row in evals:
+        row["l0"] += 5
+    (run.folder / "evals.json").write_text(json.dumps({"saes": evals}), encoding="utf-8")
+    at = opened(PARETO, run="done", base="base")
+    assert not at.exception
+    table = table_of_saes(at)
+    assert table.loc[table["run"] == "done", "change_l0"].to_list() == pytest.approx([5] * 8)
+    assert "change_l0" not in table_of_saes(opened(PARETO, run="done"))
+
+
+def test_runs_of_other_sites_are_not_compared_in_silence(root: Path) -> None:
+    write_run(root, "done")
+    moved = config().model.model_copy(update={"layer": 3, "name": HOSTILE})
+    write_run(root, "moved", run_config=one_pair(model=moved))
+    at = opened(PARETO, run="done", runs="moved")
+    assert "not measured on the same ground" in text(at)
+    assert "<img" not in text(at)
+    assert "same ground" not in text(opened(PARETO, run="done"))
+
+
+def test_the_papers_runs_are_named_with_their_tables(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO, run="done", paper="gemma-7b resid_post 20")
+    assert not at.exception
+    assert "Faint: 21 runs of gemma-7b, resid_post of block 20, as printed in arXiv" in text(at)
+    at.segmented_control(key="ym").set_value("KL").run()
+    assert "The paper published L0 and loss recovered" in text(at)
+
+
+def test_settings_are_compared_and_only_what_differs_is_shown(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO, run="done", pick=["done/gated-0.1", "done/gated-0.2"])
+    table = at.dataframe[-1].value
+    assert list(table.columns) == ["done/gated-0.1", "done/gated-0.2"]
+    assert table.index.to_list() == ["sae.sparsity"]
+    at.toggle(key="diff").set_value(False).run()
+    assert "train.lr" in at.dataframe[-1].value.index
+
+
+def test_what_the_address_gets_wrong_is_said(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(
+        PARETO,
+        run="done",
+        ym="beauty",
+        xm="?",
+        runs="gone",
+        base=HOSTILE,
+        paper="gpt-5",
+        pick="a/b",
+    )
+    assert not at.exception
+    said = text(at)
+    for value in ("beauty", "?", "gone", "gpt-5", "a/b"):
+        assert f"asks for &#x27;{value}&#x27;" in said
+    assert "<img" not in said
+    assert at.segmented_control(key="ym").value == "loss recovered"
+
+
+def test_a_run_chosen_beside_itself_is_shown_once(root: Path) -> None:
+    write_run(root, "one")
+    write_run(root, "two")
+    at = opened(PARETO, run="one", runs="two", base="two")
+    at.selectbox(key="run").set_value("two").run()
+    assert not at.exception
+    assert at.multiselect(key="runs").value == []
+    assert len(table_of_saes(at)) == 8
+
+
+def test_a_click_is_kept_and_the_third_replaces_the_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(root, "done")
+    clicks = []
+    chart = st.plotly_chart
+
+    def spy(*args: object, **settings: object) -> object:
+        clicks.append(settings["on_select"])
+        return chart(*args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(st, "plotly_chart", spy)
+    assert not opened(PARETO).exception
+    points = [{"customdata": ["done/a", "λ 1"]}, {"x": 1}]  # the paper's have no name
+    state = {"plane": {"selection": {"points": points}}, "pick": ["done/b", "done/c"]}
+    monkeypatch.setattr(st, "session_state", state)
+    clicks[0]()
+    assert state["pick"] == ["done/c", "done/a"]
+
+
+def test_evaluations_are_read_again_when_they_change_and_only_then(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(root, "done")
+    read = []
+    evals = Run.evals
+
+    def counted(self: Run) -> list[dict]:
+        read.append(self.id)
+        return evals(self)
+
+    monkeypatch.setattr(Run, "evals", counted)
+    write_run(root, "other")
+    at = opened(PARETO, run="done", runs="other")
+    before = read.count("other")
+    at.run()
+    assert (before, read.count("other")) == (1, 1)
+    other = Run.open(root / "other")
+    rows = evals(other)[:3]
+    (other.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
+    at.run()
+    assert len(table_of_saes(at)) == 8 + 3
+    assert run.id == "done"
+
+
+def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
+    run = write_run(root, "empty")
+    (run.folder / "evals.json").write_text(json.dumps({"saes": []}), encoding="utf-8")
+    for page in (PARETO, SHRINKAGE):
+        at = opened(page)
+        assert not at.exception
+        assert "none of its SAEs could be evaluated" in text(at)
+
+
+# Shrinkage
+
+
+def test_hiding_rare_features_states_how_many_are_left(root: Path) -> None:
+    run = write_run(root, "done")
+    stats = run.feature_stats("gated-0.1")
+    at = opened(SHRINKAGE, run="done", gated="gated-0.1", minfire="100")
+    left = sum(count >= 100 for count in stats["fired"])
+    assert f"{left:,} of 512 features fired on 100 tokens or more" in text(at)
+
+
+def test_the_three_gammas_are_those_of_the_evaluation(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(SHRINKAGE, run="done", gated="gated-0.4", base="relu-0.4")
+    # 0.985 + 0.02 0.4, 0.9 - 0.3 0.4 and 0.95 - 0.22 0.4
+    assert [metric.value for metric in at.metric] == ["0.993", "0.780", "0.862"]
+    assert all(len(metric.help) > 20 for metric in at.metric)
+
+
+def test_a_bin_lists_its_features(root: Path) -> None:
+    run = write_run(root, "done")
+    at = opened(SHRINKAGE, run="done", gated="gated-0.4", bin="1.000 to 1.025")
+    assert not at.exception
+    found = at.dataframe[-1].value
+    assert {"sae", "latent", "gamma", "density", "fired", "gate_open"} == set(found.columns)
+    assert found["gamma"].between(1.0, 1.025).all()
+    own = found[found["sae"] == "gated-0.4"]
+    stats = run.feature_stats("gated-0.4").query("fired >= 30 and 1 <= gamma < 1.025")
+    assert sorted(own["latent"]) == sorted(stats.index)
+
+
+def test_a_limit_that_hides_everything_says_so_and_can_be_lifted(root: Path) -> None:
+    run = write_run(root, "done", run_config=one_pair())
+    for spec in run.config.saes:
+        from safetensors.numpy import load_file, save_file
+
+        path = run.sae_folder(spec.name) / "feature_stats.safetensors"
+        columns = load_file(path)
+        save_file(columns | {"fired": columns["fired"].clip(0, 500)}, path)
+    at = opened(SHRINKAGE, run="done", minfire="1000")
+    assert not at.exception
+    assert "and the busiest fired on 500" in text(at)
+    assert "hides every feature; lower it" in text(at)
+    at.button(key="show_all").click().run()
+    assert at.select_slider(key="minfire").value == 1
+    assert "hides every feature" not in text(at)
+
+
+def test_a_run_measured_before_lengths_were_is_told_the_command(root: Path) -> None:
+    run = write_run(root, "old", run_config=one_pair())
+    for spec in run.config.saes:
+        (run.sae_folder(spec.name) / "norm_deciles.json").unlink()
+    at = opened(SHRINKAGE, run="old")
+    assert not at.exception
+    assert "Evaluated before lengths were measured" in text(at)
+    assert at.code[0].value == f"python -m gsae_core evaluate {run.folder}"
+    assert "Feature by feature" in text(at)  # the rest of the page is there
+
+
+def test_a_run_without_feature_statistics_says_so(root: Path) -> None:
+    run = write_run(root, "done", run_config=one_pair())
+    for spec in run.config.saes:
+        (run.sae_folder(spec.name) / "feature_stats.safetensors").unlink()
+    at = opened(SHRINKAGE)
+    assert not at.exception
+    assert "No per-feature numbers yet" in text(at)
+
+
+def test_what_the_address_of_shrinkage_gets_wrong_is_said(root: Path) -> None:
+    write_run(root, "done", run_config=one_pair())
+    bad = {"gated": "none", "base": HOSTILE, "minfire": "-3", "bin": "left", "lengths": "km"}
+    at = opened(SHRINKAGE, run="done", **bad)
+    assert not at.exception
+    for value in ("none", "-3", "left", "km"):
+        assert f"asks for &#x27;{value}&#x27;" in text(at)
+    assert "<img" not in text(at)
+
+
+def test_a_card_opens_shrinkage_with_its_sae(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(SHRINKAGE, run="done")
+    assert at.selectbox(key="gated").value != "gated-0.1"
+    at.session_state["open_sae"] = "gated-0.1"
+    at.run()
+    assert at.selectbox(key="gated").value == "gated-0.1"
+
+
+@pytest.mark.parametrize("page", [PARETO, SHRINKAGE])
+def test_wide_saes_and_rows_without_numbers_are_shown(root: Path, page: str) -> None:
+    run = write_run(root, "wide", run_config=one_pair(16_384))
+    evals = run.evals()
+    for name in ("kl", "gamma", "cosine"):
+        evals[0][name] = None
+    (run.folder / "evals.json").write_text(json.dumps({"saes": evals}), encoding="utf-8")
+    at = opened(page, run="wide", ym="KL")
+    assert not at.exception
+    if page == PARETO:
+        assert "1 of 2 SAEs have no place here" in text(at)
+    else:
+        assert "16,384 features" in text(at)
+
+
+@pytest.mark.parametrize("page", [PARETO, SHRINKAGE])
+def test_all_four_architectures_are_shown(root: Path, page: str) -> None:
+    saes = sweep(["gated", "relu", "jumprelu", "topk"], [0.2], 64, k=[16])
+    write_run(root, "four", run_config=config().model_copy(update={"saes": saes}))
+    at = opened(page, run="four", pick=["four/topk-16"])
+    assert not at.exception
+    if page == PARETO:
+        assert "TopK, k 16, 64 features" in text(at)
+    else:
+        assert at.selectbox(key="base").options[0] == "relu-0.2"
+
+
+def test_helpers_of_the_address_leave_what_it_gets_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gsae_core import address
+
+    said: list[str] = []
+    query = SimpleNamespace(get_all=lambda key: {"runs": ["a", "x" * 200]}.get(key, []))
+    state = {"runs": ["a", "gone"], "base": "gone", "other": 3}
+    monkeypatch.setattr(address, "st", SimpleNamespace(query_params=query, session_state=state))
+    monkeypatch.setattr(address, "plain", lambda words, size: said.append(words))
+    address.correct("runs", ["a"], what="run", shown="a")
+    address.correct("base", ["a"], what="run", shown="a")
+    address.correct("other", ["a"], what="run", shown="a")
+    assert state == {"runs": ["a"], "other": 3}
+    (sentence,) = said
+    assert sentence == f"The address asks for '{'x' * 80}…', which is no run; showing a."
