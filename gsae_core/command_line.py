@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro import _errors as tyro_errors
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 
+from gsae_core.bench.flags import BENCHES, Benchmark
 from gsae_core.errors import InputError
 from gsae_core.flags import Train
 
@@ -51,11 +52,19 @@ class Doctor:
     ] = Path("runs")
 
 
-Command = Train | Resume | Evaluate | Doctor
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure what training costs on this machine, beside other libraries where they are here."""
+
+    what: OmitArgPrefixes[OmitSubcommandPrefixes[Benchmark]]
+
+
+Command = Train | Resume | Evaluate | Doctor | Bench
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
+    "bench": Bench,
     "doctor": Doctor,
 }
 
@@ -71,6 +80,9 @@ def parse(argv: Sequence[str]) -> Command:
     if not argv or argv[0] not in [*COMMANDS, "-h", "--help"]:
         came = repr(argv[0]) if argv else f"none; see {PROGRAM} --help"
         raise InputError(f"expected a command, one of {', '.join(COMMANDS)}, got {came}")
+    if argv[0] == "bench" and (len(argv) < 2 or argv[1] not in [*BENCHES, "-h", "--help"]):
+        came = repr(argv[1]) if len(argv) > 1 else f"none; see {PROGRAM} bench --help"
+        raise InputError(f"expected a benchmark, one of {', '.join(BENCHES)}, got {came}")
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
         raise InputError(_sentence(event, argv))
@@ -88,7 +100,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
         case tyro_errors.MissingArgs(unrecognized_tokens=[token, *_]):
             return _unknown(token, argv)
         case tyro_errors.MissingArgs(missing_arguments=[first, *_]):
-            return f"expected {first.arg.lowered.metavar} after {argv[0]}, got none"
+            return f"expected {first.arg.lowered.metavar} after {_called(argv)}, got none"
         case tyro_errors.InvalidChoice(argument=argument, value=value):
             choices = str(argument.lowered.metavar).partition("}")[0].strip("{").replace(",", ", ")
             return f"{_name(argument)}: expected one of {choices}, got {value!r}"
@@ -99,7 +111,7 @@ def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
         case tyro_errors.InstantiationFailure(argument=argument) if argument is not None:
             kind = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
             metavar = str(argument.lowered.metavar)
-            wanted = kind.get(metavar, "numbers" if "LAMBDA" in metavar else metavar)
+            wanted = kind.get(metavar, "numbers" if "..." in metavar else metavar)
             return f"{_name(argument)}: expected {wanted}, got {_value(_name(argument), argv)!r}"
     return f"expected a command line that {event.prog} --help describes, got {' '.join(argv)!r}"
 
@@ -116,11 +128,17 @@ def _value(flag: str, argv: Sequence[str]) -> str:
     return " ".join(after[:end])
 
 
+def _called(argv: Sequence[str]) -> str:
+    """Return the command's name, both words of a benchmark's."""
+    return " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
+
+
 def _unknown(token: str, argv: Sequence[str]) -> str:
-    command = argv[0]
+    command = _called(argv)
     if not token.startswith("-"):
         return f"expected a flag of {command}, got {token!r}"
-    flags = [field.name.replace("_", "-") for field in dataclasses.fields(COMMANDS[command])]
+    kind = BENCHES[argv[1]] if argv[0] == "bench" else COMMANDS[command]
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(token.strip("-").replace("_", "-"), flags, n=1)
     advice = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command} --help"
     return f"expected a flag of {command}, got {token!r}; {advice}"

@@ -1,0 +1,1 @@
+"""What things cost here, and what they cost in other libraries: `python -m gsae_core bench`."""

@@ -1,0 +1,199 @@
+"""Our own ways of doing each benchmark's work: `python -m gsae_core.bench.own JOB`."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gsae_core.bench.problem import Problem, load_problem, measured_l0
+from gsae_core.bench.serve import Job, Work, serve
+from gsae_core.config import RunConfig, TrainConfig
+from gsae_core.job import train_run
+from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.model import load_model
+from gsae_core.lm.stream import ActivationStream
+from gsae_core.sae.architectures import GatedSAE
+from gsae_core.sae.dense import manual_dense_step
+from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.sparse import sparse_step
+from gsae_core.store.runs import Run
+from gsae_core.training.trainer import Trainer
+
+# So small that no weight of this size moves in float32: L0 stays what the problem sets it to, and
+# every operation of a step is done all the same.
+LR = 1e-12
+SPARSITY = 0.1
+
+
+def product(job: Job) -> Work:
+    """The encoder's matrix product alone: the unit of the tables."""
+    problem = load_problem(job["problem"], job["device"])
+    W_gate = problem.W_dec.T.contiguous()
+
+    def run() -> None:
+        torch.mm(problem.x, W_gate)
+
+    return Work(run)
+
+
+def whole_step(job: Job) -> Work:
+    """A step of the trainer: gradients, projection, Adam, renormalisation, counters."""
+    problem = load_problem(job["problem"], job["device"])
+    saes = [_sae(problem) for _ in range(job["saes"])]
+    recipe = TrainConfig(
+        # More steps than anybody waits for; none of them revives.
+        n_tokens=10**6 * len(problem.x),
+        batch_size=len(problem.x),
+        lr=LR,
+        lr_warmup_steps=0,
+        revive_every=0,
+        sparsity=(SPARSITY,),
+    )
+    trainer = Trainer(saes, recipe)
+
+    def run() -> None:
+        trainer.step(problem.x)
+
+    def tidy() -> None:
+        for sae in saes:
+            sae.zero_grad(set_to_none=True)
+
+    return Work(run, tidy, lambda: _l0(saes[0], problem))
+
+
+def gradients(take_step: Callable[..., StepResult]) -> Callable[[Job], Work]:
+    """Return the way that takes `take_step` alone: loss and gradients, no optimiser."""
+
+    def prepare(job: Job) -> Work:
+        problem = load_problem(job["problem"], job["device"])
+        sae = _sae(problem)
+
+        def run() -> None:
+            take_step(sae, problem.x, sparsity_coeff=SPARSITY)
+
+        return Work(run, lambda: sae.zero_grad(set_to_none=True), lambda: _l0(sae, problem))
+
+    return prepare
+
+
+def _sae(problem: Problem) -> GatedSAE:
+    d_sae, d_in = problem.W_dec.shape
+    sae = GatedSAE(d_in, d_sae).to(problem.x.device)
+    with torch.no_grad():
+        sae.W_dec.copy_(problem.W_dec)
+        sae.W_gate.copy_(problem.W_dec.T)
+        sae.b_gate.copy_(problem.bias)
+        sae.b_mag.copy_(problem.bias)
+    return sae
+
+
+@torch.no_grad()
+def _l0(sae: GatedSAE, problem: Problem) -> dict[str, Any]:
+    return {"l0": measured_l0(problem.x, sae.W_gate, sae.b_gate)}
+
+
+def harvest(job: Job) -> Work:
+    """`LanguageModel.harvest` over the job's sequences, so many rows a pass."""
+    model = load_model(job["model"], device=job["device"])
+    passes = _ids(job).split(job["rows"])
+
+    def run() -> None:
+        for ids in passes:
+            model.harvest(ids, layer=job["layer"], site="resid_post")
+
+    return Work(run)
+
+
+def bare(job: Job) -> Work:
+    """The Hugging Face model itself, stopped by a hook that raises: no package of ours in it."""
+    hf = load_model(job["model"], device=job["device"]).hf
+    lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
+    block: Any = max(lists, key=len)[job["layer"]]
+    passes = _ids(job).to(job["device"]).split(job["rows"])
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Reached
+
+    block.register_forward_hook(stop)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for ids in passes:
+            try:
+                hf(input_ids=ids, use_cache=False)
+            except Reached:
+                continue
+            raise RuntimeError("the model computed its logits without passing the site")
+
+    return Work(run)
+
+
+def stream(job: Job) -> Work:
+    """Batches as training reads them: harvested, shuffled, scaled; an epoch is one chunk."""
+    model = load_model(job["model"], device=job["device"])
+    sequences = SequenceSet(_ids(job).numpy())
+    n = sequences.n_tokens
+    batches = ActivationStream(
+        model,
+        sequences,
+        layer=job["layer"],
+        site="resid_post",
+        batch_size=job["batch"],
+        seed=0,
+        n_batches=10**6 * (n // job["batch"]),
+        chunk_vectors=n,
+    ).batches()
+
+    def run() -> None:
+        for _ in range(n // job["batch"]):
+            next(batches)
+
+    return Work(run)
+
+
+def _ids(job: Job) -> Tensor:
+    return load_file(job["tokens_file"])["ids"]
+
+
+def train(job: Job) -> Work:
+    """A whole run, as `gsae_core train` makes it: loading, stream, steps, log, files."""
+    config = RunConfig.model_validate_json(job["config"])
+
+    def run() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            made = Run.create(Path(folder) / "run", config)
+            for _ in train_run(made):
+                pass
+            rows = made.metrics()
+        last = [row["l0"] for row in rows if row["step"] == rows[-1]["step"]]
+        return {"l0": sum(last) / len(last)}
+
+    return Work(run)
+
+
+WAYS: dict[str, Callable[[Job], Work]] = {
+    "product": product,
+    "whole step": whole_step,
+    "sparse": gradients(sparse_step),
+    "dense by hand": gradients(manual_dense_step),
+    "autograd": gradients(dense_step),
+    "harvest": harvest,
+    "bare": bare,
+    "stream": stream,
+    "train": train,
+}
+
+
+def prepare(job: Job) -> Work:
+    return WAYS[job["way"]](job)
+
+
+if __name__ == "__main__":
+    serve(prepare)
