@@ -11,7 +11,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            "errors validation config sweeps paper presets glossary wording footprint",
+            "errors validation config sweeps paper presets glossary wording footprint threads",
             "lm sae",
             "training analysis store",
             "plots job learning samples workshop machine progress failures flags",

@@ -27,7 +27,7 @@ def adam_for(sae: GatedSAE | ReluSAE) -> DictionaryAdam:
 def set_gradients(sae: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in sae.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def test_a_cosine_rises_from_a_tenth_to_one() -> None:
@@ -96,6 +96,30 @@ def test_a_first_step_by_hand() -> None:
     # The part along the row never reaches the moments: v = (1 - 0.999) * 3^2.
     moment = adam.moments("W_dec")["exp_avg_sq"]
     assert torch.allclose(moment[0], torch.tensor([0.0, 0.009]), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_over_the_dictionary_is_projection_then_adam_then_renormalisation(
+    dtype: torch.dtype,
+) -> None:
+    sae = GatedSAE(5, 70).to(dtype)
+    adam = DictionaryAdam(sae, beta1=0.5, beta2=0.999)
+    W_dec = torch.nn.Parameter(sae.W_dec.detach().clone())
+    reference = torch.optim.Adam([W_dec], betas=(0.5, 0.999), eps=1e-8)
+    for step in range(1, 6):
+        set_gradients(sae, seed=step)
+        assert sae.W_dec.grad is not None
+        W_dec.grad = sae.W_dec.grad.clone()
+        remove_parallel_(W_dec.grad, W_dec=W_dec)
+        reference.param_groups[0]["lr"] = 0.1 / step
+        reference.step()
+        normalise_rows_(W_dec)
+        adam.step(0.1 / step)
+        tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(sae.W_dec, W_dec, rtol=0, atol=tolerance)
+    moments, expected = adam.moments("W_dec"), reference.state[W_dec]
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(moments[name], expected[name])
 
 
 def test_free_norms_are_neither_projected_nor_renormalised() -> None:

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsae_core.sae import loops
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.threads import over_rows, spread
 
 # A block of pre-activations should stay in cache until its active entries are picked out, yet each
 # matrix product packs the encoder afresh: below 256 rows that packing costs a third of the product.
@@ -49,6 +51,14 @@ class ByLatent(NamedTuple):
     """Which row each entry is in."""
 
 
+class Products(NamedTuple):
+    """Entries of a batch with h = <xc, W_gate_i> above their latent's threshold."""
+
+    row_offsets: Int64[Tensor, " rows_and_end"]
+    latent: Int64[Tensor, " nnz"]
+    h: Float[Tensor, " nnz"]
+
+
 def chunk_rows(d_sae: int) -> int:
     """Return how many rows to encode at a time."""
     return max(CHUNK_ROWS, CHUNK_ELEMENTS // d_sae)
@@ -58,7 +68,7 @@ def chunk_rows(d_sae: int) -> int:
 def encode_sparse(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
 
-    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once.
+    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
@@ -71,48 +81,77 @@ def encode_sparse(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"]) -> Sp
 def encode_centred(sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return `encode_sparse(sae, x)` from xc = x - b_dec, which gradients need too."""
     W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
-    W_mag = sae.W_mag if isinstance(sae, GatedSAE) else None
-    n_rows, d_sae = xc.shape[0], sae.d_sae
-    rows = min(chunk_rows(d_sae), max(n_rows, 1))
-    block, opened = xc.new_empty(rows, d_sae), torch.empty(rows, d_sae, dtype=torch.bool)
-    opened = opened.to(xc.device)
-    places, products, mag_products = [], [], []
-    for start in range(0, n_rows, rows):
-        part = xc[start : start + rows]
-        h, mask = block[: len(part)], opened[: len(part)]
-        torch.mm(part, W, out=h)
-        # h > -b exactly where the rounded sum h + b > 0, so the matrix is read once, not written.
-        torch.gt(h, -bias, out=mask)
-        here = _nonzero(mask)
-        products.append(h.view(-1).take(here))
-        if W_mag is not None:
-            mag_products.append(torch.mm(part, W_mag, out=h).view(-1).take(here))
-        places.append(here.add_(start * d_sae))
-    place = torch.cat(places) if places else torch.empty(0, dtype=torch.int64, device=xc.device)
-    h = torch.cat(products) if products else xc.new_empty(0)
-    bounds = torch.arange(n_rows + 1, device=xc.device) * d_sae
-    offsets = torch.searchsorted(place, bounds)
-    latent = place - bounds[:-1].repeat_interleave(offsets.diff(), output_size=place.numel())
-    gate = h + bias.take(latent)
-    if not isinstance(sae, GatedSAE):
-        return SparseCodes(row_offsets=offsets, latent=latent, gate=gate, magnitude=gate)
-    if W_mag is not None:
-        h = torch.cat(mag_products) if mag_products else h
-    elif sae.r_mag is not None:
-        h = h * sae.r_mag.exp().take(latent)
-    magnitude = torch.relu_(h + sae.b_mag.take(latent))
-    return SparseCodes(row_offsets=offsets, latent=latent, gate=gate, magnitude=magnitude)
+    # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
+    found = products_above(xc, W, -bias)
+    gate = found.h + bias.take(found.latent)
+    magnitude = _magnitude(sae, xc, found) if isinstance(sae, GatedSAE) else gate
+    return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
+
+
+@torch.no_grad()
+def products_above(
+    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
+) -> Products:
+    """Return the entries of xc @ W above `above`, a threshold for each latent."""
+    W, above = W.detach(), above.detach()
+    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
+    spare: list[_Scratch] = []
+
+    def chunk(k: int) -> Products:
+        part = xc[k * rows : (k + 1) * rows]
+        if not xc.is_cpu:
+            return _pick(part, W, above)
+        scratch = spare.pop() if spare else _Scratch(rows, W)
+        found = _pick_cpu(part, W, above, scratch)
+        spare.append(scratch)
+        return found
+
+    return joined(spread(chunk, -(-len(xc) // rows)), xc)
+
+
+def joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
+    """Return the entries of consecutive chunks as those of one batch."""
+    start = torch.zeros(1, dtype=torch.int64, device=like.device)
+    if not parts:
+        return Products(start, start[:0], like.new_empty(0))
+    counts = torch.cat([part.row_offsets.diff() for part in parts])
+    return Products(
+        row_offsets=torch.cat([start, counts.cumsum(0)]),
+        latent=torch.cat([part.latent for part in parts]),
+        h=torch.cat([part.h for part in parts]),
+    )
+
+
+def sampled_products(
+    x: Float[Tensor, "batch width"],
+    W: Float[Tensor, "width d_sae"],
+    row_offsets: Int64[Tensor, " rows_and_end"],
+    latent: Int64[Tensor, " nnz"],
+) -> Float[Tensor, " nnz"]:
+    """Return <x_t, W_i> for the entries (t, i) alone, on the CPU."""
+    out = x.new_empty(latent.numel())
+    arrays = (row_offsets.numpy(), latent.numpy(), numpy(x), numpy(W.T), out.numpy())
+    over_rows(len(x), lambda first, last: loops.dot_rows(first, last, *arrays))
+    return out
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
+    return tensor.detach().contiguous().numpy()
 
 
 def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
     """Return the transpose of `codes`: what weight gradients and the feature index walk along."""
-    # PyTorch sorts 16-bit keys in half the time of 32-bit ones, and those in half that of 64.
-    key = codes.latent.to(torch.int16 if d_sae <= 2**15 else torch.int32)
-    order = torch.sort(key, stable=True).indices
-    counts = torch.bincount(codes.latent, minlength=d_sae)
-    return ByLatent(
-        offsets=F.pad(counts.cumsum(0), (1, 0)), order=order, row=codes.rows().take(order)
-    )
+    latent = codes.latent
+    if latent.device.type != "cpu":
+        order = torch.sort(latent, stable=True).indices
+        offsets = F.pad(torch.bincount(latent, minlength=d_sae).cumsum(0), (1, 0))
+        return ByLatent(offsets, order, codes.rows().take(order))
+    offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
+    entries = ByLatent(offsets, torch.empty_like(latent), torch.empty_like(latent))
+    arrays = (each.numpy() for each in (codes.row_offsets, latent, *entries))
+    loops.sort_by_latent(*arrays)
+    return entries
 
 
 def weighted_sums(
@@ -123,17 +162,59 @@ def weighted_sums(
 ) -> Float[Tensor, "bags width"]:
     """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries.
 
-    `embedding_bag` is this product on every device. On the CPU it takes 0.8x the time of
-    `torch.sparse` (MKL), and its derivative to `weight` is the sampled product <grad, dense[index]>
-    in the time of `torch.sparse.sampled_addmm`.
+    `embedding_bag` is this product on every device, and its derivative to `weight` is the sampled
+    product <grad, dense[index]>.
     """
     return F.embedding_bag(
         index, dense, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 
-def _nonzero(mask: Bool[Tensor, "rows d_sae"]) -> Int64[Tensor, " nnz"]:
-    if mask.device.type == "cpu":
-        # NumPy skips zeros eight at a time: a third of PyTorch's time at 3 % density.
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero().view(-1)
+def _magnitude(
+    sae: GatedSAE, xc: Float[Tensor, "batch d_in"], found: Products
+) -> Float[Tensor, " nnz"]:
+    """Return f on the entries."""
+    h = found.h
+    if sae.W_mag is not None and h.device.type == "cpu":
+        h = sampled_products(xc, sae.W_mag, found.row_offsets, found.latent)
+    elif sae.W_mag is not None:
+        rows = SparseCodes(found.row_offsets, found.latent, h, h).rows()
+        h = torch.linalg.vecdot(xc[rows], sae.W_mag.T[found.latent])
+    elif sae.r_mag is not None:
+        h = h * sae.r_mag.exp().take(found.latent)
+    return torch.relu_(h + sae.b_mag.take(found.latent))
+
+
+def _pick(
+    part: Float[Tensor, "rows d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
+) -> Products:
+    h = part @ W
+    mask = h > above
+    counts = mask.sum(1)
+    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
+
+
+class _Scratch:
+    """Room for one chunk's products and for every entry it could have; used again and again.
+
+    What is never written to costs no memory: the system gives out pages as they are reached.
+    """
+
+    def __init__(self, rows: int, like: Float[Tensor, "d_in d_sae"]) -> None:
+        self.h = like.new_empty(rows, like.shape[1])
+        self.latent = np.empty(self.h.numel(), np.int64)
+        self.value = np.empty(self.h.numel(), self.h.numpy().dtype)
+
+
+def _pick_cpu(
+    part: Float[Tensor, "rows d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    above: Float[Tensor, " d_sae"],
+    scratch: _Scratch,
+) -> Products:
+    h = torch.mm(part, W, out=scratch.h[: len(part)])
+    latent, value = scratch.latent, scratch.value
+    offsets = np.zeros(len(part) + 1, np.int64)
+    n = loops.pick_above(h.numpy(), above.numpy(), latent, value, offsets[1:])
+    found = (offsets, latent[:n].copy(), value[:n].copy())
+    return Products(*map(torch.from_numpy, found))

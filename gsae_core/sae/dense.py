@@ -50,10 +50,10 @@ def manual_dense_step(
     return StepResult(
         loss=loss_parts(
             sae,
-            reconstruction=batch.reconstruction,
-            auxiliary=batch.auxiliary,
+            # Gathered as |2e/B|^2: B/4 of their sum is the mean of |e|^2.
+            reconstruction=batch.reconstruction * (len(x) / 4),
+            auxiliary=batch.auxiliary * (len(x) / 4),
             gate=batch.sums.gate,
-            n_rows=len(x),
             l1_slope=batch.l1_slope,
         ),
         stats=stats_from_counts(

@@ -94,25 +94,21 @@ def loss_parts(
     reconstruction: Float[Tensor, ""],
     auxiliary: Float[Tensor, ""],
     gate: Float[Tensor, " d_sae"],
-    n_rows: int,
     l1_slope: float,
 ) -> LossParts:
     """Return the terms of the loss.
 
     Args:
         sae: whose recipe weights the L1 term.
-        reconstruction: sum of |2e/B|^2, as the gradients have it: B/4 of it is the mean of |e|^2.
-        auxiliary: the same of e'; 0 without such a term.
+        reconstruction: mean of |e|^2.
+        auxiliary: mean of |e'|^2; 0 without such a term.
         gate: sum of relu(pi_gate) for each latent.
-        n_rows: B.
         l1_slope: lambda / B.
     """
     weights = l1_weights(sae)
     activity = gate.sum() if weights is None else torch.dot(gate, weights)
     return LossParts(
-        reconstruction=reconstruction * (n_rows / 4),
-        sparsity=activity * l1_slope,
-        auxiliary=auxiliary * (n_rows / 4),
+        reconstruction=reconstruction, sparsity=activity * l1_slope, auxiliary=auxiliary
     )
 
 

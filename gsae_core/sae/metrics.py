@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from gsae_core.errors import InputError
+from gsae_core.sae import loops
 
 
 class BatchStats(NamedTuple):
@@ -110,6 +111,47 @@ def stats_from_counts(
         x_dot_gate=None if x_hat_gate is None else _row_dot(x, x_hat_gate).sum(),
         latent_power=latent_power,
         latent_aligned=latent_aligned,
+    )
+
+
+@torch.no_grad()
+def stats_from_rows(
+    *,
+    x: Float[Tensor, "batch d_in"],
+    row_sums: Float64[Tensor, "batch sums"],
+    aux: bool,
+    fired: Int64[Tensor, " d_sae"],
+    gate_open: Int64[Tensor, " d_sae"] | None,
+) -> BatchStats:
+    """Return the sums of a batch that `loops.decode_rows` went through, on the CPU.
+
+    Args:
+        x: activations.
+        row_sums: what the loop added up for each row.
+        aux: whether there was a second reconstruction, from relu(pi_gate).
+        fired: tokens on which each latent's f > 0.
+        gate_open: tokens on which each gate was open; None for a ReLU SAE.
+    """
+    x_sum = torch.zeros(x.shape[1], dtype=torch.float64)
+    loops.sum_columns(x.numpy(), x_sum.numpy())
+    power, hat, along = (
+        row_sums[:, k] for k in (loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT)
+    )
+    lengths = (power * hat).sqrt()
+    cosines = torch.where(lengths > 0, along / lengths, 0.0)
+    totals = row_sums.sum(0)
+    return BatchStats(
+        n_tokens=torch.full((), x.shape[0], dtype=torch.int64),
+        squared_error=totals[loops.ERROR_POWER],
+        x_sum=x_sum,
+        x_power=totals[loops.X_POWER],
+        x_hat_power=totals[loops.X_HAT_POWER],
+        x_dot_x_hat=totals[loops.X_DOT_X_HAT],
+        cosine=cosines.sum(),
+        fired=fired,
+        gate_open=gate_open,
+        gate_power=totals[loops.AUX_POWER] if aux else None,
+        x_dot_gate=totals[loops.X_DOT_AUX] if aux else None,
     )
 
 

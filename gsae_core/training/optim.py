@@ -8,9 +8,12 @@ from torch import Tensor
 
 from gsae_core.config import TrainRecipe
 from gsae_core.errors import InputError
+from gsae_core.sae import loops
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.threads import over_rows
 
 WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
+EPS = 1e-8
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # What torch's Adam keeps of a parameter.
 
 
@@ -71,7 +74,7 @@ class DictionaryAdam:
         self._sae = sae
         self._named = dict(sae.named_parameters())
         self._adam = torch.optim.Adam(
-            self._named.values(), betas=(beta1, beta2), eps=1e-8, fused=True
+            self._named.values(), betas=(beta1, beta2), eps=EPS, fused=True
         )
 
     @torch.no_grad()
@@ -82,13 +85,37 @@ class DictionaryAdam:
         """
         for parameter in self._named.values():
             _match_layout_(parameter)
-        W_dec = self._sae.W_dec
-        if self._sae.unit_norm and W_dec.grad is not None:
-            remove_parallel_(W_dec.grad, W_dec=W_dec)
+        W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
+        on_sphere = self._sae.unit_norm and grad is not None
+        one_pass = on_sphere and W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
         self._adam.param_groups[0]["lr"] = lr
+        if one_pass:
+            W_dec.grad = None  # left out of the step of all others
+        elif on_sphere and grad is not None:
+            remove_parallel_(grad, W_dec=W_dec)
         self._adam.step()
-        if self._sae.unit_norm:
+        if one_pass:
+            W_dec.grad = grad
+            self._step_on_sphere(lr)
+        elif on_sphere:
             normalise_rows_(W_dec)
+
+    def _step_on_sphere(self, lr: float) -> None:
+        """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""
+        W_dec, beta1, beta2 = self._sae.W_dec, *self._adam.param_groups[0]["betas"]
+        state = self._adam.state[W_dec]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(W_dec) for _ in range(2))
+        state["step"] += 1
+        t = int(state["step"])
+        arrays = [W_dec.detach(), W_dec.grad, state["exp_avg"], state["exp_avg_sq"]]
+        scalars = (lr / (1 - beta1**t), 1 - beta1, 1 - beta2, math.sqrt(1 - beta2**t), EPS)
+        matrices = [each.numpy() for each in arrays]
+        numbers = [matrices[0].dtype.type(each) for each in scalars]
+        over_rows(
+            len(W_dec), lambda first, last: loops.adam_on_sphere(first, last, *matrices, *numbers)
+        )
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """Return Adam's live state of a parameter; empty before its first step."""
@@ -126,7 +153,8 @@ class DictionaryAdam:
             # Adam.load_state_dict goes by position; the step count stays float32 in any precision.
             self._adam.state[parameter] = {
                 "step": moments["step"].to(parameter.device, copy=True),
-                **{key: moments[key].to(parameter, copy=True) for key in MOMENTS[1:]},
+                # In the layout of the parameter, for the reason given at `_match_layout_`.
+                **{key: torch.empty_like(parameter).copy_(moments[key]) for key in MOMENTS[1:]},
             }
 
 

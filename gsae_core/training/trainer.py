@@ -2,9 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -15,8 +13,9 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.threads import spread
 from gsae_core.training.pupil import Pupil
-from gsae_core.training.report import StepReport
+from gsae_core.training.report import SAEReport, StepReport
 from gsae_core.training.revive import collects, is_revival
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ class Trainer:
             for sae, lr, coeff in zip(saes, lrs, sparsity, strict=True)
         ]
         self._pool: list[Tensor] = []
-        self._workers = _workers(saes)
 
     @property
     def saes(self) -> tuple[GatedSAE | ReluSAE, ...]:
@@ -90,8 +88,7 @@ class Trainer:
         if collects(done, self.cfg, widest=max(sae.d_sae for sae in self.saes)):
             self._pool.append(x.detach().clone())
         pool = torch.cat(self._pool) if is_revival(done, self.cfg) else None
-        learn = partial(Pupil.step, x=x, steps_done=self.steps_done, pool=pool)
-        saes = tuple((map if self._workers is None else self._workers.map)(learn, self._pupils))
+        saes = self._each(lambda pupil: pupil.step(x, steps_done=self.steps_done, pool=pool))
         if pool is not None:
             self._pool.clear()
         self.steps_done = done
@@ -103,6 +100,17 @@ class Trainer:
             seconds=self.seconds,
             saes=saes,
         )
+
+    def _each(self, learn: Callable[[Pupil], SAEReport]) -> tuple[SAEReport, ...]:
+        """Return every pupil's report.
+
+        On a CPU, two SAEs on a core each are faster than one on two: much of a step (counters,
+        small sums) does not spread over cores, and no SAE waits for another. One stacked encoder
+        product for all would save nothing there: products of one SAE's size run at full rate.
+        """
+        if self.saes[0].b_dec.device.type != "cpu":
+            return tuple(map(learn, self._pupils))
+        return tuple(spread(lambda i: learn(self._pupils[i]), len(self._pupils)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, batches left out: copies, on the CPU.
@@ -181,18 +189,6 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
         yield trainer.step(x)
-
-
-def _workers(saes: Sequence[GatedSAE | ReluSAE]) -> ThreadPoolExecutor | None:
-    """Return one thread for each core, or None where an SAE at a time is the better way.
-
-    On a CPU, two SAEs on a core each are faster than one on two: much of a sparse step (compaction,
-    gathers, counters) does not spread over cores, and no SAE waits for another.
-    """
-    n_workers = min(len(saes), torch.get_num_threads())
-    if n_workers < 2 or saes[0].b_dec.device.type != "cpu":
-        return None
-    return ThreadPoolExecutor(n_workers, "sae", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _check_saes(saes: Sequence[GatedSAE | ReluSAE]) -> None:

@@ -1,0 +1,44 @@
+"""One thread a core, for work that torch and numba do outside the interpreter lock."""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def spread(task: Callable[[int], Result], n: int) -> list[Result]:
+    """Return task(0), ..., task(n - 1), computed side by side on as many threads as torch may use.
+
+    Each thread runs torch on itself alone, so that tasks which are spread already spread no
+    further. Who splits work into tasks decides the rounding; the number of threads does not.
+    """
+    threads = torch.get_num_threads()
+    if threads < 2 or n < 2:
+        return [task(i) for i in range(n)]
+    grad = torch.is_grad_enabled()  # which each thread keeps for itself
+
+    def run(i: int) -> Result:
+        with torch.set_grad_enabled(grad):
+            return task(i)
+
+    return list(one_thread_a_core(threads, os.getpid()).map(run, range(n)))
+
+
+def over_rows(n: int, loop: Callable[[int, int], None], *, least: int = 64) -> None:
+    """Call loop(first, last) for pieces of 0 to n, side by side."""
+    size = max(least, -(-n // (4 * torch.get_num_threads())))
+    spread(lambda k: loop(k * size, min(n, (k + 1) * size)), -(-n // size))
+
+
+@functools.cache
+def one_thread_a_core(threads: int, pid: int) -> ThreadPoolExecutor:
+    """Return this process's pool of so many threads; `pid` because no thread survives a fork."""
+    # Products inside a task would otherwise each wake a team of threads of their own.
+    return ThreadPoolExecutor(
+        threads, f"core-{pid}", initializer=torch.set_num_threads, initargs=(1,)
+    )
