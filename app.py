@@ -5,8 +5,10 @@ import secrets
 import streamlit as st
 
 from gsae_core import shell
+from gsae_core.controls import confirm_cancel
 from gsae_core.errors import InputError
 from gsae_core.launch import launch
+from gsae_core.live_view import draw_progress
 from gsae_core.machine import machine
 from gsae_core.pieces import facts, notice, plain, seconds_since, state_badge
 from gsae_core.presets import preset
@@ -14,8 +16,7 @@ from gsae_core.progress import progress
 from gsae_core.store.files import readable
 from gsae_core.store.listing import unreadable_runs
 from gsae_core.store.runs import Run
-from gsae_core.store.status import ACTIVE
-from gsae_core.wording import ago, count, duration
+from gsae_core.wording import ago, count
 
 frame = shell.page(
     "Home",
@@ -27,7 +28,8 @@ frame = shell.page(
 def actions() -> None:
     """Draw the three ways to begin."""
     quick = preset("quick")
-    finished = [run for run in frame.runs if (s := shell.status_of(run)) and s.state == "finished"]
+    finished = [r for r in frame.runs if r.id in frame.statuses]
+    finished = [r for r in finished if frame.statuses[r.id].state == "finished"]
     first, second, third = st.columns(3, border=True)
     with first:
         st.subheader("Train the bundled model", anchor=False)
@@ -68,30 +70,31 @@ def actions() -> None:
 
 
 def jobs() -> None:
-    """Draw the jobs that run now, refreshed while there are any."""
-    active = [
-        (run, status)
-        for run in frame.runs
-        if (status := shell.status_of(run)) is not None and status.state in (*ACTIVE, "queued")
-    ]
+    """Draw the jobs that run or wait, refreshed while there are any."""
     st.subheader("Running now", anchor=False)
-    if not active:
+    looked = [(run, status) for run in frame.runs if (status := shell.status_of(run)) is not None]
+    moving = [(run, status) for run, status in looked if status.expects_process]
+    drawn = {name for name, status in frame.statuses.items() if status.expects_process}
+    if {run.id for run, _ in moving} != drawn:
+        st.rerun()  # one ended or began: the table below says so too
+    if not moving:
         st.caption("No job is running.")
-        return
-    for run, status in active:
+    for run, status in moving:
         with st.container(border=True):
-            name, state, link = st.columns([4, 2, 2], vertical_alignment="center")
+            name, state, watch, cancel = st.columns([5, 2, 2, 2], vertical_alignment="center")
             with name:
                 plain(run.id)
             with state:
                 state_badge(status.state)
-            with link:
-                watch = st.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}")
-                if watch:
-                    shell.go("pages/2_Live.py", run)
-            now = progress(status, run.metrics())
-            left = "" if now.seconds_left is None else f" · about {duration(now.seconds_left)} left"
-            st.progress(now.share, text=f"step {status.step:,} of {status.n_steps:,}{left}")
+            if watch.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}"):
+                shell.go("pages/2_Live.py", run)
+            if status.state != "cancelling" and cancel.button(
+                "Cancel", icon=":material/stop_circle:", key=f"cancel_{run.id}"
+            ):
+                # Asked by the whole page: a dialog of this part would go with its next refresh.
+                st.session_state["to_cancel"] = run.id
+                st.rerun()
+            draw_progress(run, status, progress(status, run.recent_metrics()), eta=True)
 
 
 def recent() -> None:
@@ -127,7 +130,7 @@ def recent() -> None:
 
 def describe(run: Run) -> dict[str, object]:
     """Return a run's row of the table."""
-    status = shell.status_of(run)
+    status = frame.statuses.get(run.id)
     config = run.config
     return {
         "run": run.id,
@@ -160,7 +163,7 @@ def this_machine() -> None:
 
 
 actions()
-busy = any((s := shell.status_of(run)) and s.state in ACTIVE for run in frame.runs)
+busy = any(status.expects_process for status in frame.statuses.values())
 left, right = st.columns([2, 1], gap="large")
 with left:
     st.fragment(jobs, run_every=2 if busy else None)()
@@ -169,3 +172,7 @@ with right:
 recent()
 for broken in unreadable_runs(shell.runs_root()):
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
+to_cancel = st.session_state.pop("to_cancel", None)
+for run in frame.runs:
+    if run.id == to_cancel:
+        confirm_cancel(run)

@@ -8,14 +8,17 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from gsae_core.config import Architecture, SAESpec
-from gsae_core.plots.palette import LOOKS, Theme, hover_name, shades
+from gsae_core.config import Architecture
+from gsae_core.plots.palette import LOOKS
 from gsae_core.store.status import State
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gsae_core.plots.live import Line
+
 SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
+SHAPES = {LOOKS[architecture].vega_shape: sign for architecture, sign in SIGNS.items()}
 Colour = Literal["gray", "blue", "green", "orange", "red"]
 
 STATE_LOOKS: dict[State, tuple[str, Colour]] = {
@@ -64,19 +67,16 @@ def state_badge(state: State) -> None:
     st.badge(f"{sign} {state}", color=colour)
 
 
-def legend(saes: Sequence[SAESpec], theme: Theme) -> None:
-    """Show which colour and marker is which SAE, once for all charts of a page."""
-    colours = shades(saes, theme)
-    by_name = {spec.name: spec for spec in saes}
+def line_legend(lines: Sequence["Line"]) -> None:
+    """Show which colour, dash and marker is which SAE, once for all charts of a page."""
     items = []
-    for name, colour in colours.items():
-        spec = by_name[name]
-        line = "solid" if LOOKS[spec.architecture].dash == (1, 0) else "dashed"
+    for line in lines:
+        stroke = "solid" if line.dash == (1, 0) else "dashed"
         items.append(
             f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
-            f'border-top:3px {line} {colour};vertical-align:middle"></span> '
-            f'<span style="color:{colour}">{SIGNS[spec.architecture]}</span> '
-            f"{html.escape(hover_name(spec))}</span>"
+            f'border-top:3px {stroke} {line.colour};vertical-align:middle"></span> '
+            f'<span style="color:{line.colour}">{SHAPES[line.shape]}</span> '
+            f"{html.escape(line.label)}</span>"
         )
     st.html(
         '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
@@ -108,8 +108,8 @@ def marked(architecture: Architecture, text: str) -> None:
     st.html(f'<div style="font-weight:600">{sign} {html.escape(text)}</div>')
 
 
-def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data") -> None:
-    """Draw the button under a figure that shows it as a table, saves it, and copies its link.
+def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data", about: str = "") -> None:
+    """Draw the button under a figure that explains it, tables it, saves it, and copies its link.
 
     What the popover holds is made when it is opened: nine figures a second cost nine buttons.
 
@@ -117,6 +117,7 @@ def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data") -> No
         frame: what the figure draws, a column for each axis, in the figure's own units.
         name: of the figure, once a page: the key of its widgets and the name of the file.
         label: of the button.
+        about: what the figure's numbers mean, from the glossary.
     """
     tools = st.popover(
         label,
@@ -124,11 +125,14 @@ def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data") -> No
         type="tertiary",
         key=f"tools_{name}",
         on_change="rerun",
-        help="Show as table · Download data · Copy link",
+        help=f"{'Definition · ' if about else ''}Show as table · Download data · Copy link",
     )
     if not tools.open:
         return
     with tools:
+        if about:
+            st.caption("Definition")
+            plain(about, size=".9rem")
         st.caption("Show as table")
         st.dataframe(
             frame, hide_index=True, height=260, key=f"table_{name}", alt=f"The data of {name}"
@@ -153,6 +157,8 @@ def copy_link() -> None:
 
 def page_address() -> str:
     """Return the address of this page with all that shapes it: run, axes and choices."""
-    query = urlencode(st.query_params.to_dict(), doseq=True)
+    # A list is a parameter several times over, of which to_dict() keeps the last alone.
+    parameters = {name: st.query_params.get_all(name) for name in st.query_params}
+    query = urlencode(parameters, doseq=True)
     # The server's idea of the address never has a query.
     return f"{st.context.url or ''}{'?' if query else ''}{query}"

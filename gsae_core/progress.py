@@ -1,7 +1,7 @@
 """How far a run is and how long it still takes, from what it wrote so far."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gsae_core.store.status import Status
 
@@ -20,6 +20,12 @@ class Progress(NamedTuple):
     seconds_left: float | None
     """Training time left at that speed."""
 
+    lm_share: float | None = None
+    """Share of all training seconds spent in the language model; None for older runs."""
+
+    sae_share: float | None = None
+    """Share of all training seconds spent in the SAEs' steps."""
+
 
 def progress(status: Status, rows: Sequence[Mapping[str, Any]]) -> Progress:
     """Return where a run stands.
@@ -30,10 +36,84 @@ def progress(status: Status, rows: Sequence[Mapping[str, Any]]) -> Progress:
     share = min(status.step / status.n_steps, 1.0) if status.n_steps else 0.0
     steps = {row["step"]: row for row in rows}
     recent = list(steps.values())[-RECENT:]
+    shares = _shares(recent[-1]) if recent else (None, None)
     if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
-        return Progress(share, None, None)
+        return Progress(share, None, None, *shares)
     first, last = recent[0], recent[-1]
     seconds = last["seconds"] - first["seconds"]
     step_seconds = seconds / (last["step"] - first["step"])
     left = max(status.n_steps - status.step, 0) * step_seconds
-    return Progress(share, (last["tokens"] - first["tokens"]) / seconds, left)
+    return Progress(share, (last["tokens"] - first["tokens"]) / seconds, left, *shares)
+
+
+def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    # Of all seconds and not of the last steps: activations are harvested in bursts.
+    if "seconds_lm" not in row or not row["seconds"]:
+        return None, None
+    return row["seconds_lm"] / row["seconds"], row["seconds_sae"] / row["seconds"]
+
+
+class Phase(NamedTuple):
+    """A stretch of a run's life."""
+
+    name: str
+    seconds: float | None
+    """Its length so far, over all resumes; None if it has not begun."""
+    mark: Literal["done", "now", "ahead", "stopped"]
+
+
+PHASES = ("queued", "starting", "training", "evaluating")
+# What an event of events.jsonl begins; other events change nothing.
+_BEGINS = {
+    "created": "queued",
+    "waiting": "queued",
+    "started": "starting",
+    "loading": "starting",
+    "training": "training",
+    "evaluating": "evaluating",
+}
+_ENDS = ("finished", "cancelled", "failed")
+
+
+def timeline(
+    events: Sequence[Mapping[str, Any]], status: Status, *, now: float
+) -> tuple[Phase, ...]:
+    """Return the stretches of a run's life in order, the last one named by how it ended.
+
+    Args:
+        events: what `Run.events` returns.
+        now: seconds since 1970.
+    """
+    spent: dict[str, float] = {}
+    current, since = None, 0.0
+    for event in events:
+        begins = _BEGINS.get(event["event"])
+        if begins is None and event["event"] not in _ENDS:
+            continue
+        # A process that died without a word said nothing of when: that stretch is left out.
+        if current is not None and not (event["event"] == "started" and current != "queued"):
+            spent[current] = spent.get(current, 0.0) + event["time"] - since
+        current, since = begins, event["time"]
+        if begins is not None:
+            spent.setdefault(begins, 0.0)
+    over = status.state in (*_ENDS, "lost")
+    if current is not None:
+        until = status.heartbeat if over else now
+        spent[current] += max(until - since, 0.0)
+    stopped = over and status.state != "finished"
+    last = [name for name in PHASES if name in spent][-1:]
+    phases = [
+        Phase(name, spent.get(name), _mark(name, spent, last, over, stopped)) for name in PHASES
+    ]
+    end = status.state if over else "finished"
+    return (*phases, Phase(end, None, "stopped" if stopped else "done" if over else "ahead"))
+
+
+def _mark(
+    name: str, spent: Mapping[str, float], last: list[str], over: bool, stopped: bool
+) -> Literal["done", "now", "ahead", "stopped"]:
+    if name not in spent:
+        return "ahead"
+    if [name] != last:
+        return "done"
+    return "stopped" if stopped else "done" if over else "now"

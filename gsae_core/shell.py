@@ -9,7 +9,8 @@ from gsae_core import launch
 from gsae_core.errors import InputError
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
-from gsae_core.store.listing import list_runs
+from gsae_core.store.jobs import escalate_cancel
+from gsae_core.store.listing import list_runs, unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
 from gsae_core.wording import percent
@@ -43,6 +44,8 @@ class Frame(NamedTuple):
     runs: list[Run]
     """Every run on this machine, newest first."""
     theme: Theme
+    statuses: dict[str, Status]
+    """Where each run stood when the page was drawn; those that cannot be read are left out."""
 
 
 def runs_root() -> Path:
@@ -60,22 +63,41 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         icon: an emoji, for the browser tab; any other kind is asked for at a font host.
         purpose: one sentence under the heading.
     """
+    deleted = st.session_state.get("deleted")
+    if deleted is not None and title != "Home":
+        st.switch_page("app.py", query_params={})
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
     runs = list_runs(runs_root())
+    found = {run.id: status_of(run) for run in runs}
+    statuses = {name: status for name, status in found.items() if status is not None}
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=st.session_state.get("page") != title)
-        _job_badge(runs)
+        _jobs(runs, statuses)
         _navigation(run)
     st.session_state["page"] = title
     st.title(title, anchor=False)
     st.caption(purpose)
+    st.session_state.pop("deleted", None)
+    if deleted is not None:
+        notice(f"{deleted} was deleted.", kind="info")
+    if refused := st.session_state.pop("refused", None):
+        notice(refused[1], title=refused[0])
     missing = st.session_state.get("missing_run")
     if missing:
-        others = "choose another in the sidebar" if runs else "there are no runs here yet"
-        notice(f"Run {missing} is not on this machine; {others}.", kind="warning")
+        _say_missing(missing, runs)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
-    return Frame(run, runs, theme)
+    return Frame(run, runs, theme, statuses)
+
+
+def _say_missing(run_id: str, runs: list[Run]) -> None:
+    """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
+    reason = dict(unreadable_runs(runs_root())).get(run_id)
+    if reason is not None:
+        notice(reason, kind="warning", title=f"{run_id} cannot be opened")
+        return
+    others = "choose another in the sidebar" if runs else "there are no runs here yet"
+    notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")
 
 
 def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
@@ -115,17 +137,54 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     return by_id[chosen]
 
 
-def _job_badge(runs: list[Run]) -> None:
-    """Say how many jobs run, and how far the newest is."""
-    active = [
-        status for status in (status_of(run) for run in runs) if status and status.state in ACTIVE
-    ]
-    if not active:
+def _jobs(runs: list[Run], statuses: dict[str, Status]) -> None:
+    """Draw the job badge, which refreshes itself while a job moves, on every page."""
+    moving = [run for run in runs if run.id in statuses and statuses[run.id].expects_process]
+
+    def badge() -> None:
+        now = {run.id: status for run in moving if (status := status_of(run)) is not None}
+        for run in moving:
+            if run.id in now and now[run.id].state == "cancelling":
+                escalate_cancel(run)  # whichever page is open
+        tell_endings(now)
+        _badge([status for status in now.values() if status.expects_process])
+
+    st.fragment(badge, run_every=3.0 if moving else None)()
+    # What ended between two looks of the badge is told by the page that is drawn next.
+    tell_endings(statuses)
+
+
+def _badge(moving: list[Status]) -> None:
+    """Say how many jobs run and wait, and how far the newest is."""
+    active = [status for status in moving if status.state in ACTIVE]
+    waiting = len(moving) - len(active)
+    if not moving:
         st.badge("no job running", icon=None, color="gray")
         return
-    newest = active[0]
-    done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
-    st.badge(f"● {len(active)} running · {done}", color="blue")
+    words = []
+    if active:
+        newest = active[0]
+        done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
+        words.append(f"● {len(active)} running · {done}")
+    if waiting:
+        words.append(f"{waiting} queued")
+    st.badge(" · ".join(words), color="blue" if active else "gray")
+
+
+ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
+
+
+def tell_endings(statuses: dict[str, Status]) -> None:
+    """Say once, on whatever page, that a run seen moving in this session has ended."""
+    watched: set[str] = st.session_state.setdefault("watched", set())
+    for name, status in statuses.items():
+        if status.expects_process:
+            watched.add(name)
+        elif name in watched:
+            watched.discard(name)
+            if status.state in ENDINGS:
+                said = f"{escape_markdown(name)} {'is ' * (status.state == 'lost')}{status.state}"
+                st.toast(said, icon=ENDINGS[status.state], duration="long")
 
 
 def _navigation(run: Run | None) -> None:
@@ -145,12 +204,19 @@ def status_of(run: Run) -> Status | None:
         return None
 
 
-def go(target: str, run: Run) -> NoReturn:
-    """Go to another page with a run."""
+def go(target: str, run: Run, **parameters: str) -> NoReturn:
+    """Go to another page with a run, and with parameters that no widget here is bound to."""
     # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here;
     # and without an empty query it refuses to leave a page whose address holds such a parameter.
     st.session_state["next_run"] = run.id
-    st.switch_page(target, query_params={})
+    st.switch_page(target, query_params=parameters)
+
+
+def forget(run: Run) -> None:
+    """Leave a run that was deleted: the next page is Home, which says so. For callbacks."""
+    for key in ("run", "chosen_run", "next_run"):
+        st.session_state.pop(key, None)
+    st.session_state["deleted"] = run.id
 
 
 def need_run(frame: Frame, what: str) -> Run:

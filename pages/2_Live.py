@@ -1,18 +1,39 @@
 """Live: one run while it trains -- where it stands, what it measures, and how to stop it."""
 
+import pandas as pd
 import streamlit as st
 
-from gsae_core import glossary, shell
+from gsae_core import address, shell
+from gsae_core.controls import controls
 from gsae_core.errors import InputError
-from gsae_core.failures import explain
-from gsae_core.pieces import legend, notice, plain, seconds_since, state_badge
-from gsae_core.plots.live import XAxis, line_chart, metrics_frame, plane
+from gsae_core.glossary import definition
+from gsae_core.live_view import (
+    STAGES,
+    draw_log,
+    draw_numbers,
+    draw_progress,
+    draw_samples,
+    draw_timeline,
+    draw_trouble,
+    explain_numbers,
+    newest_numbers,
+)
+from gsae_core.pieces import figure_tools, line_legend, notice, plain, state_badge
+from gsae_core.plots.live import (
+    LiveChart,
+    XAxis,
+    line_chart,
+    lines_of,
+    lines_of_runs,
+    plane,
+    tracks,
+)
 from gsae_core.progress import progress
-from gsae_core.store.jobs import escalate_cancel, start
+from gsae_core.store.jobs import escalate_cancel
 from gsae_core.store.metrics_log import MetricsCursor
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
-from gsae_core.wording import ago, count, duration
+from gsae_core.wording import count
 
 # Labels first: the address holds what a bound widget shows.
 LOSS_PARTS = {
@@ -24,12 +45,7 @@ LOSS_PARTS = {
 X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
 LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
-RESUMABLE = ("cancelled", "failed", "lost")
-STAGES = {
-    "requested": "asked to finish its step and save",
-    "terminating": "did not answer in 10 s; told to end",
-    "killing": "did not end in 20 s; being killed",
-}
+MAX_OVERLAID = 4  # runs beside the page's own: five hues are told apart, and five are read in time
 
 frame = shell.page(
     "Live",
@@ -37,157 +53,134 @@ frame = shell.page(
     purpose="A run while it trains. It goes on when this tab is closed; this page finds it again.",
 )
 run = shell.need_run(frame, "its curves")
+drawn = frame.statuses.get(run.id)
+if drawn is None:
+    notice(f"{run.id} was deleted, or its status is damaged.", title="This run cannot be read")
+    st.stop()
 
 
-def read_rows(run: Run) -> list[dict]:
-    """Return every metric line so far, reading only what was added since the last look."""
-    kept_run, rows, cursor = st.session_state.get("metrics", (None, [], MetricsCursor()))
-    if kept_run != run.id:
-        rows, cursor = [], MetricsCursor()
-    added = run.metrics_since(cursor)
-    rows = added.rows if added.restarted else rows + added.rows
-    st.session_state["metrics"] = (run.id, rows, added.cursor)
-    return rows
+def read(one: Run) -> tuple[pd.DataFrame, int]:
+    """Return every metric line so far, reading only what was added; and how many are damaged."""
+    kept = st.session_state.setdefault("metrics", {})
+    table, cursor, damaged = kept.get(one.id, (pd.DataFrame(), MetricsCursor(), 0))
+    added = one.metrics_since(cursor)
+    if added.restarted:
+        table, damaged = pd.DataFrame(), 0
+    if added.rows:
+        parts = [part for part in (table, pd.DataFrame(added.rows)) if not part.empty]
+        table = pd.concat(parts, ignore_index=True)
+    kept[one.id] = table, added.cursor, damaged + added.damaged
+    return table, damaged + added.damaged
 
 
-def header(status: Status, rows: list[dict]) -> None:
-    """Draw state, progress and speed, and what can be done about them."""
-    now = progress(status, rows)
+def header(status: Status, table: pd.DataFrame) -> None:
+    """Draw state, progress and speed."""
+    newest = table.tail(10 * len(run.config.saes)).to_dict("records")
+    now = progress(status, newest)
     with st.container(border=True):
-        state, name, buttons = st.columns([2, 5, 3], vertical_alignment="center")
-        with state:
-            state_badge(status.state)
-        with name:
-            config = run.config
-            plain(
-                f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
-                f"{count(config.train.n_tokens)} tokens of {config.data.source}",
-                size=".9rem",
-            )
-        with buttons:
-            controls(status)
-        text = f"step {status.step:,} of {status.n_steps:,}"
-        if status.state == "running" and status.step == status.n_steps:
-            text += f"; now measuring on {run.config.evaluation.n_tokens:,} held-out tokens"
-        st.progress(now.share, text=text)
-        one, two, three, four = st.columns(4)
-        tokens = rows[-1]["tokens"] if rows else 0
-        one.metric(
-            "Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out."
-        )
-        two.metric(
-            "Speed",
-            "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
-            help="Activation vectors a second, over the last ten logged steps.",
-        )
-        left = (
-            "–"
-            if now.seconds_left is None or status.state not in MOVING
-            else duration(now.seconds_left)
-        )
-        three.metric(
-            "Time left", left, help="Training steps left at this speed; evaluation comes after."
-        )
-        four.metric(
-            "Last sign of life",
-            ago(seconds_since(status.heartbeat)),
-            help="When the training process last wrote its status.",
-        )
+        draw_timeline(run, status)
+        draw_progress(run, status, now)
+        tokens = newest[-1]["tokens"] if newest else 0
+        draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING)
+        if status.state == "cancelling":
+            st.caption(f"The process was {STAGES.get(escalate_cancel(run), 'ended')}.")
 
 
-def controls(status: Status) -> None:
-    """Draw Cancel while the run moves, Resume when it stopped early."""
-    if status.state in ("queued", "starting", "running"):
-        if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
-            run.request_cancel(by="app")
-            st.rerun()
-    elif status.state == "cancelling":
-        stage = escalate_cancel(run)
-        st.caption(f"The process was {STAGES.get(stage, 'ended')}.")
-    elif status.state in RESUMABLE:
-        if st.button("Resume", icon=":material/play_arrow:", type="primary", key="resume"):
-            start(run)
-            st.rerun()
-    else:
-        st.page_link(
-            "pages/3_Pareto.py",
-            label="See the results",
-            icon=":material/balance:",
-            query_params={"run": run.id},
-        )
+def figure(chart: LiveChart, *, name: str, alt: str) -> None:
+    """Draw one chart and its tools."""
+    st.vega_lite_chart(chart.data, chart.spec, key=f"chart_{name}", alt=alt)
+    about = f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
+    figure_tools(chart.data, name=name, about=about)
 
 
-def trouble(status: Status) -> None:
-    """Say what went wrong and what to change."""
-    if status.state == "failed":
-        cause, advice = explain(status.error)
-        notice(f"{cause} {advice}", title="Training failed")
-        st.code("\n".join(run.log_tail(30)) or "the log is empty", language=None, height=240)
-    elif status.state == "lost":
-        notice(
-            "The process is gone without a word: the machine restarted, or it was killed, "
-            "often for want of memory. Resume goes on from the last saved state.",
-            kind="warning",
-            title="The run was lost",
-        )
-
-
-def charts(rows: list[dict], status: Status) -> None:
+def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
     """Draw the curves and the plane."""
-    chosen = st.session_state.get("saes") or [spec.name for spec in run.config.saes]
-    saes = [spec for spec in run.config.saes if spec.name in chosen]
-    table = metrics_frame(rows, saes)
-    if table.empty:
+    chosen = st.session_state.get("saes")
+    runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
+    if len(runs) > 1:
+        lines = lines_of_runs(runs, frame.theme)
+    else:
+        lines = lines_of(run.id, runs[run.id], frame.theme)
+    logged = tracks(tables, lines)
+    if all(part.empty for part in logged):
         with st.container(border=True):
             st.caption(
                 "The first numbers appear after the model is loaded and the first steps are done."
             )
         return
-    legend(saes, frame.theme)
+    line_legend(lines)
     x = X_AXES[st.session_state["x"]]
-    part = LOSS_PARTS[st.session_state["part"]]
-    smoothing = st.session_state["smooth"]
-    plots = (part, "l0", "fvu", "gamma", "gamma_gate", None, "dead_gate", "dead_magnitude", "lr")
+    plots = (
+        LOSS_PARTS[st.session_state["part"]],
+        *("l0", "fvu", "gamma", "gamma_gate", None, "dead_gate", "dead_magnitude", "lr"),
+    )
     cells = [cell for _ in range(3) for cell in st.columns(3, gap="medium")]
     for cell, column in zip(cells, plots, strict=True):
         with cell:
             if column is None:
-                chart = plane(table, saes, theme=frame.theme, finished=status.state == "finished")
                 alt = "L0 against FVU of each SAE now, with the path it came by"
-            else:
-                chart = line_chart(
-                    table,
-                    column,
-                    saes,
-                    x=x,
-                    theme=frame.theme,
-                    smoothing=0.0 if column == "lr" else smoothing,
-                    log=column in LOG,
-                    rule=1.0 if column in ("gamma", "gamma_gate") else None,
-                )
-                alt = f"{column} of each SAE against {x}"
-            st.altair_chart(chart, key=f"chart_{column or 'plane'}", alt=alt)
+                figure(plane(lines, logged, finished=finished), name="plane", alt=alt)
+                continue
+            chart = line_chart(
+                lines,
+                logged,
+                column,
+                x=x,
+                smoothing=0.0 if column == "lr" else st.session_state["smooth"],
+                log=column in LOG and st.session_state["log"],
+                rule=1.0 if column in ("gamma", "gamma_gate") else None,
+            )
+            figure(chart, name=column, alt=f"{column} of each SAE against {x}")
+    if len(runs) == 1:
+        newest = {
+            line.sae: part.iloc[-1].to_dict()
+            for line, part in zip(lines, logged, strict=True)
+            if not part.empty
+        }
+        with st.expander("The newest numbers", icon=":material/table_rows:"):
+            st.dataframe(newest_numbers(newest), hide_index=True, alt="Newest numbers of each SAE")
 
 
 def view() -> None:
     """Draw everything that moves."""
     try:
         status = run.status
-        rows = read_rows(run)
+        tables = {one.id: read(one) for one in shown}
+        states = {one.id: one.status.state for one in shown}
+        if status.state != drawn.state:
+            st.rerun()  # the whole page: its buttons and its timer are of another state
+        header(status, tables[run.id][0])
+        draw_trouble(run, status)
     except InputError as error:
         notice(str(error), title="This run can no longer be read")
         return
-    header(status, rows)
-    trouble(status)
-    if not st.session_state.get("pause") and moving and status.state not in MOVING:
-        st.rerun()  # once: the whole page is drawn again without a timer
-    charts(rows, status)
-    with st.expander("Log", expanded=status.state == "starting"):
-        st.code("\n".join(run.log_tail(30)) or "nothing yet", language=None, height=240)
+    damaged = sum(n for _, n in tables.values())
+    if damaged:
+        notice(f"{damaged} lines of metrics.jsonl cannot be read and are left out.", kind="warning")
+    finished = [name for name, state in states.items() if state == "finished"]
+    charts({name: table for name, (table, _) in tables.items()}, finished)
+    with st.expander("Sample of features", icon=":material/visibility:", expanded=True):
+        draw_samples(run, [spec.name for spec in run.config.saes])
+    if status.state not in ("failed", "lost", "cancelled"):
+        with st.expander("Log", expanded=status.state == "starting"):
+            draw_log(run)
 
 
+with st.container(horizontal=True, vertical_alignment="center"):
+    state_badge(drawn.state)
+    config = run.config
+    plain(
+        f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
+        f"{count(config.train.n_tokens)} tokens of {config.data.source}",
+        size=".9rem",
+    )
+controls(run, drawn)
+others = [other.id for other in frame.runs if other.id != run.id]
+names = [spec.name for spec in run.config.saes]
+address.correct("overlay", others, what="other run here", shown="the rest")
+address.correct("saes", names, what="SAE of this run", shown="the rest")
 with st.expander("View", icon=":material/settings:"):
-    one, two, three, four = st.columns([2, 2, 2, 1], vertical_alignment="bottom")
+    one, two, three, four, five = st.columns([2, 3, 2, 1, 1], vertical_alignment="bottom")
     one.segmented_control(
         "Horizontal axis",
         list(X_AXES),
@@ -197,12 +190,7 @@ with st.expander("View", icon=":material/settings:"):
         bind="query-params",
     )
     two.segmented_control(
-        "Loss",
-        list(LOSS_PARTS),
-        default="total",
-        required=True,
-        key="part",
-        bind="query-params",
+        "Loss", list(LOSS_PARTS), default="total", required=True, key="part", bind="query-params"
     )
     three.slider(
         "Smoothing",
@@ -214,17 +202,28 @@ with st.expander("View", icon=":material/settings:"):
         bind="query-params",
         help="Exponential moving average; the raw line stays visible.",
     )
-    four.toggle("Pause", key="pause", help="Stop refreshing; training goes on.")
-    st.multiselect(
-        "SAEs",
-        [spec.name for spec in run.config.saes],
-        key="saes",
-        placeholder="all",
+    four.toggle(
+        "Log",
+        value=True,
+        key="log",
         bind="query-params",
+        help="Logarithmic axes for losses, L0 and FVU.",
     )
-state = shell.status_of(run)
-moving = state is not None and state.state in MOVING and not st.session_state.get("pause")
-st.fragment(view, run_every=1.0 if moving else None)()
+    five.toggle("Pause", key="pause", help="Stop refreshing; training goes on.")
+    left, right = st.columns(2)
+    left.multiselect("SAEs", names, key="saes", placeholder="all", bind="query-params")
+    right.multiselect(
+        "Lay other runs over it",
+        others,
+        key="overlay",
+        placeholder="none",
+        bind="query-params",
+        max_selections=MAX_OVERLAID,
+        help="Hue tells the run then; dash and marker still tell the architecture.",
+    )
+shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]
+moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id in frame.statuses)
+paused = st.session_state.get("pause")
+st.fragment(view, run_every=1.0 if moving and not paused else None)()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
-    for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
-        plain(f"{term}: {glossary.definition(term)}")
+    explain_numbers()

@@ -16,7 +16,8 @@ FLOORS = {
             "training analysis store",
             "plots job learning samples workshop machine progress failures flags",
             "bench",
-            "cli command_line report doctor __main__ launch shell pieces "
+            "controls live_view token_strip cli command_line report doctor __main__ launch shell "
+            "pieces "
             "cached cards address app pages",
         ]
     )

@@ -10,7 +10,7 @@ from synthetic import config
 from gsae_core.failures import explain
 from gsae_core.footprint import Measured, ModelShape, model_shape, operations, pace
 from gsae_core.machine import machine
-from gsae_core.progress import progress
+from gsae_core.progress import Phase, progress, timeline
 from gsae_core.store.status import Status
 from gsae_core.wording import ago, count, duration, fixed, percent, signed_percent
 
@@ -33,11 +33,68 @@ def test_time_left_is_steps_left_at_the_recent_speed() -> None:
     rows = [{"step": s, "tokens": 10 * s, "seconds": 0.5 * s} for s in (1, 1, 2, 3)]
     now = progress(status(3, 11), rows)
     # Two steps took 1 s for 20 tokens: 0.5 s a step, 8 steps left.
-    assert now == (3 / 11, 20.0, 4.0)
+    assert now == (3 / 11, 20.0, 4.0, None, None)
+
+
+def test_the_shares_are_of_all_seconds_so_far() -> None:
+    row = {"step": 4, "tokens": 40, "seconds": 8.0, "seconds_lm": 2.0, "seconds_sae": 5.0}
+    now = progress(status(4, 8), [row])
+    assert (now.lm_share, now.sae_share) == (0.25, 0.625)
+
+
+def happened(*events: tuple[str, float]) -> list[dict[str, object]]:
+    return [{"event": name, "time": moment} for name, moment in events]
+
+
+def lengths(phases: tuple[Phase, ...]) -> list[tuple[str, float | None, str]]:
+    return [tuple(phase) for phase in phases]
+
+
+def test_a_timeline_measures_each_stretch_to_the_next() -> None:
+    events = happened(
+        ("created", 0), ("started", 1), ("waiting", 3), ("loading", 10), ("set up", 12)
+    )
+    events += happened(("training", 14), ("evaluating", 54), ("finished", 60))
+    state = status(8, 8)._replace(state="finished", heartbeat=60.0)
+    # Queued before the process began, and again until the device was free.
+    assert lengths(timeline(events, state, now=1000.0)) == [
+        ("queued", 1 + 7, "done"),
+        ("starting", 2 + 4, "done"),
+        ("training", 40, "done"),
+        ("evaluating", 6, "done"),
+        ("finished", None, "done"),
+    ]
+
+
+def test_a_timeline_goes_on_while_the_run_does() -> None:
+    events = happened(("created", 0), ("started", 0), ("loading", 1), ("training", 5))
+    assert lengths(timeline(events, status(4, 8), now=25.0)) == [
+        ("queued", 0, "done"),
+        ("starting", 5, "done"),
+        ("training", 20, "now"),
+        ("evaluating", None, "ahead"),
+        ("finished", None, "ahead"),
+    ]
+
+
+def test_a_run_that_was_lost_trained_until_its_last_sign_of_life() -> None:
+    events = happened(("created", 0), ("started", 0), ("training", 5))
+    lost = status(4, 8)._replace(state="lost", heartbeat=25.0)
+    assert lengths(timeline(events, lost, now=1000.0))[2:] == [
+        ("training", 20, "stopped"),
+        ("evaluating", None, "ahead"),
+        ("lost", None, "stopped"),
+    ]
+
+
+def test_what_a_killed_process_did_since_nobody_knows_when_is_left_out() -> None:
+    events = happened(("created", 0), ("started", 0), ("training", 5), ("started", 900))
+    events += happened(("loading", 901), ("training", 910))
+    assert lengths(timeline(events, status(4, 8), now=920.0))[2] == ("training", 10, "now")
 
 
 def test_nothing_logged_yet_has_no_speed() -> None:
-    assert progress(status(0, 10), []) == (0.0, None, None)
+    assert progress(status(0, 10), []) == (0.0, None, None, None, None)
     assert progress(status(0, 0), []).share == 0.0
 
 

@@ -1,169 +1,306 @@
-"""Figures of a run that still moves, in Altair: charts keep their zoom while data arrive."""
+"""Figures of a run that still moves, in Vega-Lite: charts keep their zoom while data arrive.
 
-from collections.abc import Sequence
-from typing import Literal
+A chart is a specification that no data change, and a slim table. Streamlit hands new rows to the
+chart that is there; a new specification would be a new chart, zoomed out.
+"""
 
-import altair as alt
+import functools
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 import pandas as pd
 
 from gsae_core.config import SAESpec
-from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, round_values, shades
+from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, shades
 
-LiveChart = alt.LayerChart | alt.FacetChart
+if TYPE_CHECKING:
+    import altair
+
 XAxis = Literal["tokens", "step", "seconds"]
 
-MAX_POINTS = 400  # per line: more than a chart's width in pixels shows, and a tick stays small
-Y_FORMATS = {"dead_gate": "~%", "dead_magnitude": "~%"}
+# A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most or,
+# whatever the others need, less than its least.
+CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
+PERCENT = ("dead_gate", "dead_magnitude", "lm_share")
 TRAIL = 40  # logged points of an SAE's path that the plane shows
+RUN_COLOURS = {
+    "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
+    "dark": ("#56B4E9", "#f08a3c", "#2bbf95", "#d993ba", "#e6b53c"),
+}
+"""Of runs laid over each other, the first that of the page's run."""
 
 
-def metrics_frame(lines: Sequence[dict], saes: Sequence[SAESpec]) -> pd.DataFrame:
-    """Return metric lines as a table: one row per SAE and logged step, of the SAEs asked for.
+class Line(NamedTuple):
+    """One SAE of one run, and how all charts draw it."""
 
-    Long runs are thinned evenly to `MAX_POINTS` logged steps; the newest is always kept.
+    run: str
+    sae: str
+    label: str
+    colour: str
+    dash: tuple[int, ...]
+    shape: str
+    """Vega's name of its marker."""
+
+
+class LiveChart(NamedTuple):
+    """A Vega-Lite chart: its specification without data, and the data."""
+
+    spec: dict[str, Any]
+    data: pd.DataFrame
+
+    def altair(self) -> "altair.Chart | altair.LayerChart":
+        """Return the chart for a notebook."""
+        import altair
+
+        inline = {"values": self.data.to_dict("records")}
+        chart = altair.Chart.from_dict(self.spec | {"data": inline})
+        assert isinstance(chart, altair.Chart | altair.LayerChart)
+        return chart
+
+
+def lines_of(run: str, saes: Sequence[SAESpec], theme: Theme) -> tuple[Line, ...]:
+    """Return a run's SAEs as lines: hue by architecture, strength by sparsity."""
+    colours = shades(saes, theme)
+    looks = {spec.name: (LOOKS[spec.architecture], hover_name(spec)) for spec in saes}
+    return tuple(
+        Line(run, name, label, colours[name], look.dash, look.vega_shape)
+        for name, (look, label) in looks.items()
+    )
+
+
+def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
+    """Return the SAEs of several runs as lines: hue by run, dash and marker by architecture."""
+    colours = RUN_COLOURS[theme]
+    return tuple(
+        Line(
+            run,
+            spec.name,
+            f"{hover_name(spec)} · {run}",
+            colours[i % len(colours)],
+            LOOKS[spec.architecture].dash,
+            LOOKS[spec.architecture].vega_shape,
+        )
+        for i, (run, saes) in enumerate(runs.items())
+        for spec in saes
+    )
+
+
+def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[pd.DataFrame]:
+    """Return what was logged of each line, oldest first; empty where nothing was yet.
+
+    Args:
+        frames: metric lines of each run as a table, in the order in which they were written.
     """
-    frame = pd.DataFrame(lines)
-    if frame.empty:
-        return pd.DataFrame(columns=["step", "tokens", "seconds", "sae", "label"])
-    steps = frame["step"].drop_duplicates().to_list()
-    stride = -(-len(steps) // MAX_POINTS)
-    kept = steps[::-1][::stride]
-    labels = {spec.name: hover_name(spec) for spec in saes}
-    frame = pd.DataFrame(frame[frame["step"].isin(kept) & frame["sae"].isin(list(labels))])
-    return frame.assign(label=[labels[name] for name in frame["sae"]]).reset_index(drop=True)
+    parts = {
+        (run, sae): part.reset_index(drop=True)
+        for run, frame in frames.items()
+        if not frame.empty
+        for sae, part in frame.groupby("sae", sort=False)
+    }
+    return [parts.get((line.run, line.sae), pd.DataFrame()) for line in lines]
 
 
-def smoothed(frame: pd.DataFrame, column: str, weight: float) -> pd.Series:
-    """Return the exponential moving average of a column within each SAE: causal, unbiased early on.
+def smoothed(values: pd.Series, weight: float) -> pd.Series:
+    """Return the exponential moving average: causal, and unbiased early on.
 
     Args:
         weight: share of the past in each value, from 0 (raw) to below 1.
     """
-    grouped = frame.groupby("sae", sort=False)[column]
-    return pd.Series(grouped.transform(lambda v: v.ewm(alpha=1 - weight, adjust=True).mean()))
+    return values if weight == 0 else values.ewm(alpha=1 - weight, adjust=True).mean()
+
+
+def thin(values: np.ndarray, limit: int) -> np.ndarray:
+    """Return at most `limit` places that keep the look of a line.
+
+    They are the first and the last, and the lowest and the highest of each stretch between.
+    """
+    if len(values) <= limit:
+        return np.arange(len(values))
+    edges = np.linspace(1, len(values) - 1, (limit - 2) // 2 + 1).astype(int)
+    kept = {0, len(values) - 1}
+    for start, stop in itertools.pairwise(edges):
+        if stop > start:
+            kept |= {start + int(values[start:stop].argmin())}
+            kept |= {start + int(values[start:stop].argmax())}
+    return np.array(sorted(kept))
 
 
 def line_chart(
-    frame: pd.DataFrame,
+    lines: Sequence[Line],
+    logged: Sequence[pd.DataFrame],
     column: str,
-    saes: Sequence[SAESpec],
     *,
     x: XAxis,
-    theme: Theme,
     smoothing: float = 0.0,
     log: bool = False,
     rule: float | None = None,
-    height: int = 220,
 ) -> LiveChart:
     """Return one quantity against training, a line per SAE; smoothing leaves the raw line faint.
 
     Args:
+        logged: what `tracks` returns for `lines`.
         column: a key of `metrics.jsonl`, e.g. `l0`.
         rule: value marked with a thin line, such as gamma = 1.
     """
-    colours = shades(saes, theme)
-    data = frame.loc[:, [x, "sae", "label"]].assign(raw=frame[column]).dropna()
-    if log:
-        data = data.query("raw > 0")
-    data = data.assign(value=smoothed(data, "raw", smoothing))
-    x_axis = alt.X(
-        f"{x}:Q",
-        title=AXES[x],
-        axis=alt.Axis(format="~s", tickCount=5, grid=False),
-        scale=alt.Scale(nice=False),
-    )
-    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
-    form = Y_FORMATS.get(column, "~g")
-    y_axis = alt.Axis(format=form, tickCount=5)
-    if log:
-        y_axis = alt.Axis(format=form, values=round_values(data["raw"]), labelOverlap=False)
-    base = alt.Chart(data).encode(
-        x=x_axis,
-        color=alt.Color(
-            "sae:N",
-            scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-            legend=None,
-        ),
-        strokeDash=alt.StrokeDash(
-            "sae:N",
-            scale=alt.Scale(
-                domain=list(colours),
-                range=[list(LOOKS[s.architecture].dash) for s in _sorted(saes, colours)],
-            ),
-            legend=None,
-        ),
-        tooltip=[
-            alt.Tooltip("label:N", title="SAE"),
-            alt.Tooltip(f"{x}:Q", title=AXES[x], format=",.4~g" if x == "seconds" else ","),
-            alt.Tooltip("raw:Q", title=AXES[column], format=".4~g"),
-        ],
-    )
-    y = alt.Y("value:Q", title=None, scale=scale, axis=y_axis)
-    layers = [base.mark_line(strokeWidth=2, clip=True).encode(y=y)]
-    if smoothing > 0:
-        raw = alt.Y("raw:Q", title=None, scale=scale, axis=y_axis)
-        layers.insert(0, base.mark_line(strokeWidth=1, opacity=0.25, clip=True).encode(y=raw))
-    if rule is not None:
-        mark = alt.Chart(pd.DataFrame({"value": [rule]})).mark_rule(strokeDash=[2, 2], opacity=0.6)
-        layers.insert(0, mark.encode(y="value:Q", color=alt.value("#7d8894")))
-    title = alt.TitleParams(AXES[column], anchor="start", fontSize=13, fontWeight="normal")
-    chart = alt.layer(*layers).properties(height=height, title=title)
-    return chart.interactive(bind_y=False)
+    limit = min(max(CHART_POINTS // max(len(lines), 1), LEAST_POINTS), MOST_POINTS)
+    parts = []
+    for index, part in enumerate(logged):
+        if column not in part or x not in part:
+            continue
+        raw = pd.to_numeric(part[column], errors="coerce")
+        shown = raw.notna() & (raw > 0) if log else raw.notna()
+        places = thin(raw[shown].to_numpy(), limit)
+        data = {
+            "x": part.loc[shown, x].to_numpy(dtype="float64")[places],
+            "line": np.full(len(places), index, dtype="int16"),
+            "raw": raw[shown].to_numpy(dtype="float32")[places],
+        }
+        if smoothing > 0:
+            smooth = smoothed(raw[shown], smoothing)
+            data["value"] = smooth.to_numpy(dtype="float32")[places]
+        parts.append(pd.DataFrame(data))
+    columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return LiveChart(_line_spec(tuple(lines), column, x, smoothing > 0, log, rule), table)
 
 
 def plane(
-    frame: pd.DataFrame, saes: Sequence[SAESpec], *, theme: Theme, finished: bool, height: int = 220
+    lines: Sequence[Line], logged: Sequence[pd.DataFrame], *, finished: Sequence[str] = ()
 ) -> LiveChart:
     """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
 
-    Markers are hollow while a run moves and solid when it is finished.
+    Args:
+        finished: runs that are done: their markers are solid, those of others hollow.
     """
-    colours = shades(saes, theme)
-    data = frame.loc[:, ["step", "sae", "label", "l0", "fvu"]].dropna()
-    data = data.query("l0 > 0 and fvu > 0")
-    data = data.groupby("sae", sort=False).tail(TRAIL)
-    newest = data.groupby("sae", sort=False).tail(1)
-    domain = list(colours)
-    shapes = [LOOKS[s.architecture].vega_shape for s in _sorted(saes, colours)]
-    encoding = {
-        "x": alt.X(
-            "l0:Q",
-            title=AXES["l0"],
-            scale=alt.Scale(type="log", padding=10),
-            axis=alt.Axis(values=round_values(data["l0"]), format="~g", labelOverlap=False),
-        ),
-        "y": alt.Y(
-            "fvu:Q",
-            title=None,
-            scale=alt.Scale(type="log", padding=10),
-            axis=alt.Axis(values=round_values(data["fvu"]), format="~g", labelOverlap=False),
-        ),
-        "color": alt.Color(
-            "sae:N", scale=alt.Scale(domain=domain, range=list(colours.values())), legend=None
-        ),
+    parts = []
+    for index, (line, part) in enumerate(zip(lines, logged, strict=True)):
+        if part.empty:
+            continue
+        path = part.loc[:, ["step", "l0", "fvu"]].apply(pd.to_numeric, errors="coerce").dropna()
+        path = path[(path["l0"] > 0) & (path["fvu"] > 0)].tail(TRAIL)
+        last = np.arange(len(path)) == len(path) - 1
+        # 2 is a solid marker, 1 a hollow one, 0 a point of the path.
+        path = path.assign(line=index, now=last * (2 if line.run in finished else 1))
+        parts.append(path)
+    columns = ["step", "l0", "fvu", "line", "now"]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return LiveChart(_plane_spec(tuple(lines)), table)
+
+
+def _shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
+    names = json.dumps([line.label for line in lines])
+    return {
+        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": "normal"},
+        "height": 220,
+        "transform": [{"calculate": f"{names}[datum.line]", "as": "SAE"}],
     }
-    trail = alt.Chart(data).mark_line(opacity=0.35, strokeWidth=1.5, clip=True)
-    trail = trail.encode(order="step:Q", **encoding)
-    here = alt.Chart(newest).mark_point(size=90, filled=finished, strokeWidth=2, opacity=1)
-    here = here.encode(
-        shape=alt.Shape("sae:N", scale=alt.Scale(domain=domain, range=shapes), legend=None),
-        tooltip=[
-            alt.Tooltip("label:N", title="SAE"),
-            alt.Tooltip("l0:Q", title="L0", format=".1f"),
-            alt.Tooltip("fvu:Q", title="FVU", format=".3f"),
+
+
+def _scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
+    values = [list(v) if isinstance(v := getattr(line, trait), tuple) else v for line in lines]
+    return {"domain": list(range(len(lines))), "range": values}
+
+
+@functools.lru_cache(maxsize=256)
+def _line_spec(
+    lines: tuple[Line, ...], column: str, x: XAxis, smooth: bool, log: bool, rule: float | None
+) -> dict[str, Any]:
+    form = "~%" if column in PERCENT else "~g"
+    scale = {"type": "log", "nice": False} if log else {"zero": False}
+    axis = {"format": form, **({"values": _log_ticks("y")} if log else {"tickCount": 5})}
+    encoding = {
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "title": AXES[x],
+            "axis": {"format": "~s", "tickCount": 5, "grid": False},
+            "scale": {"nice": False},
+        },
+        "color": {"field": "line", "type": "nominal", "scale": _scale(lines, "colour")},
+        "strokeDash": {"field": "line", "type": "nominal", "scale": _scale(lines, "dash")},
+        "tooltip": [
+            {"field": "SAE", "type": "nominal"},
+            {"field": "x", "type": "quantitative", "title": AXES[x], "format": ",.6~g"},
+            {"field": "raw", "type": "quantitative", "title": AXES[column], "format": ".4~g"},
         ],
-        **encoding,
-    )
-    title = alt.TitleParams(
-        "L0 against fraction of variance unexplained",
-        anchor="start",
-        fontSize=13,
-        fontWeight="normal",
-    )
-    return (trail + here).properties(height=height, title=title).interactive()
+    }
+    for channel in ("color", "strokeDash"):
+        encoding[channel]["legend"] = None  # one legend serves all charts of a page
+
+    def y(field: str) -> dict[str, Any]:
+        return {"field": field, "type": "quantitative", "title": None, "scale": scale, "axis": axis}
+
+    zoom = {
+        "name": "zoom",
+        "select": {"type": "interval", "encodings": ["x"]},
+        "bind": "scales",
+    }
+    mark = {"type": "line", "strokeWidth": 2, "clip": True}
+    main = {"mark": mark, "params": [zoom], "encoding": {**encoding, "y": y("raw")}}
+    layers = [main]
+    if smooth:
+        main["encoding"]["y"] = y("value")
+        faint = {**mark, "strokeWidth": 1, "opacity": 0.25}
+        layers.insert(0, {"mark": faint, "encoding": {**encoding, "y": y("raw")}})
+    if rule is not None:
+        ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
+        layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
+    return {**_shared(lines, AXES[column]), "layer": layers}
 
 
-def _sorted(saes: Sequence[SAESpec], colours: dict[str, str]) -> list[SAESpec]:
-    """Return the SAEs in the order of the colour scale."""
-    by_name = {spec.name: spec for spec in saes}
-    return [by_name[name] for name in colours]
+@functools.lru_cache(maxsize=64)
+def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
+    def log_axis(channel: str, field: str, title: str | None) -> dict[str, Any]:
+        return {
+            "field": field,
+            "type": "quantitative",
+            "title": title,
+            "scale": {"type": "log", "padding": 10},
+            "axis": {"values": _log_ticks(channel), "format": "~g"},
+        }
+
+    colour = {"field": "line", "type": "nominal", "scale": _scale(lines, "colour"), "legend": None}
+    here = {
+        "x": log_axis("x", "l0", AXES["l0"]),
+        "y": log_axis("y", "fvu", None),
+        "color": colour,
+    }
+    trail = {
+        "mark": {"type": "line", "opacity": 0.35, "strokeWidth": 1.5, "clip": True},
+        "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
+        "encoding": {**here, "order": {"field": "step", "type": "quantitative"}},
+    }
+    shape = {"field": "line", "type": "nominal", "scale": _scale(lines, "shape"), "legend": None}
+    marker = {
+        "transform": [{"filter": "datum.now > 0"}],
+        "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1, "clip": True},
+        "encoding": {
+            **here,
+            "shape": shape,
+            "fillOpacity": {"condition": {"test": "datum.now > 1", "value": 1}, "value": 0},
+            "fill": {**colour},
+            "tooltip": [
+                {"field": "SAE", "type": "nominal"},
+                {"field": "l0", "type": "quantitative", "title": "L0", "format": ".1f"},
+                {"field": "fvu", "type": "quantitative", "title": "FVU", "format": ".3f"},
+            ],
+        },
+    }
+    return {**_shared(lines, "FVU against L0, with the way there"), "layer": [trail, marker]}
+
+
+def _log_ticks(scale: str) -> dict[str, str]:
+    """Return round ticks of a log axis, chosen in the browser from what the axis shows.
+
+    Vega's own are a grid line for every digit; ours chosen here would follow the data, and a
+    specification that changes throws the zoom away. Those off the axis are left out by Vega.
+    """
+    coarse, fine = (
+        [float(f"{digit}e{decade}") for decade in range(-7, 8) for digit in digits]
+        for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
+    wide = f"domain('{scale}')[1] > 20 * domain('{scale}')[0]"
+    return {"expr": f"{wide} ? {json.dumps(coarse)} : {json.dumps(fine)}"}

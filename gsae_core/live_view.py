@@ -1,0 +1,219 @@
+"""Parts of the Live page: where a run stands, how it got there, what its latents see."""
+
+import html
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+from gsae_core.errors import InputError
+from gsae_core.failures import explain
+from gsae_core.glossary import definition
+from gsae_core.pieces import figure_tools, notice, plain, seconds_since
+from gsae_core.progress import Phase, Progress, timeline
+from gsae_core.store.queue import line
+from gsae_core.store.runs import Run
+from gsae_core.store.status import Status
+from gsae_core.token_strip import token_strip
+from gsae_core.wording import ago, count, duration, fixed, percent
+
+MARKS = {"done": ("✓", "#00795a"), "now": ("●", "#0072B2"), "stopped": ("✕", "#b04e00")}
+STAGES = {
+    "requested": "asked to finish its step and save",
+    "terminating": "did not answer in 10 s; told to end",
+    "killing": "did not end in 20 s; being killed",
+}
+
+
+def draw_timeline(run: Run, status: Status) -> None:
+    """Show the stretches of a run's life with their lengths."""
+    phases = timeline(run.events(), status, now=time.time())
+    items = "".join(_phase(phase) for phase in phases)
+    st.html(
+        '<ol aria-label="What the run has been through" style="display:flex;flex-wrap:wrap;'
+        'gap:.25rem 1.5rem;list-style:none;margin:0;padding:0;font-size:.9rem">'
+        f"{items}</ol>"
+    )
+
+
+def _phase(phase: Phase) -> str:
+    sign, colour = MARKS.get(phase.mark, ("○", "inherit"))
+    weight = "600" if phase.mark in ("now", "stopped") else "400"
+    faint = ";opacity:.6" if phase.mark == "ahead" else ""
+    length = "" if phase.seconds is None else f" {duration(phase.seconds)}"
+    return (
+        f'<li style="font-weight:{weight}{faint}"><span style="color:{colour}">{sign}</span> '
+        f'{phase.name}<span style="opacity:.75;font-weight:400">{length}</span></li>'
+    )
+
+
+def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False) -> None:
+    """Show the bar of the present stage, in numbers too.
+
+    Args:
+        eta: say how long training still takes.
+    """
+    if status.state == "queued":
+        waiting = [w.run for w in line(run.folder.parent)]
+        place = f"; number {waiting.index(run.id) + 1} in line" if run.id in waiting else ""
+        waits = f"waits until its device is free{place}"
+        st.progress(0.0, text="not started yet" if status.pid is None else waits)
+    elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
+        share = min(status.done / status.total, 1.0) if status.total else 0.0
+        text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
+        st.progress(share, text=text)
+    else:
+        text = f"step {status.step:,} of {status.n_steps:,}"
+        if status.state == "starting":
+            text += "; loading the model and the text"
+        if eta and now.seconds_left is not None:
+            text += f" · about {duration(now.seconds_left)} left"
+        st.progress(now.share, text=text)
+
+
+def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) -> None:
+    """Show how far and how fast."""
+    one, two, three, four, five = st.columns(5)
+    one.metric("Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out.")
+    two.metric(
+        "Speed",
+        "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
+        help="Activation vectors a second, over the last ten logged steps.",
+    )
+    three.metric(
+        "LM share",
+        "–" if now.lm_share is None else percent(now.lm_share, 0),
+        help="Share of training time spent in the language model. The SAEs' steps took "
+        f"{percent(now.sae_share, 0)}; files, logs and looks at latents took the rest.",
+    )
+    left = now.seconds_left if moving and status.stage != "evaluating" else None
+    four.metric(
+        "Time left",
+        "–" if left is None else duration(left),
+        help="Training steps left at this speed; evaluation comes after.",
+    )
+    five.metric(
+        "Last sign of life",
+        ago(seconds_since(status.heartbeat)),
+        help="When the training process last wrote its status.",
+    )
+
+
+def draw_trouble(run: Run, status: Status) -> None:
+    """Say why a run stopped early, what its log says, and what to change."""
+    if status.state == "failed":
+        cause, advice = explain(status.error)
+        notice(f"{cause} {advice}", title="Training failed")
+    elif status.state == "lost":
+        notice(
+            "The process is gone without a word: the machine restarted, or it was killed, "
+            "often for want of memory. Resume goes on from the last saved state.",
+            kind="warning",
+            title="The run was lost",
+        )
+    elif status.state == "cancelled":
+        who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
+        by = f" from {who[-1]}" if who and who[-1] else ""
+        notice(
+            f"It stopped after step {status.step:,} of {status.n_steps:,}, as a request{by} "
+            "asked. Resume goes on from there.",
+            kind="info",
+            title="The run was cancelled",
+        )
+    else:
+        return
+    draw_log(run)
+
+
+def draw_log(run: Run) -> None:
+    """Show the end of the log as it stands."""
+    st.code("\n".join(run.log_tail(30)) or "the log is empty", language=None, height=240)
+
+
+def draw_samples(run: Run, names: Sequence[str]) -> None:
+    """Show a few latents of one SAE and where they fire."""
+    try:
+        samples = run.samples()
+    except InputError as error:
+        notice(str(error), title="The sample of features cannot be read")
+        return
+    known = [name for name in names if samples and name in samples["saes"]]
+    if samples is None or not known:
+        st.caption("The first sample of features is taken a few steps into training.")
+        return
+    kept = st.session_state.get("feat")
+    if kept not in known:
+        st.session_state["feat"] = known[0]
+    name = st.selectbox("SAE", known, key="feat", bind="query-params")
+    st.caption(
+        f"On {samples['n_tokens']:,} held-out tokens after step {samples['step']:,}; a new look "
+        f"every {samples['every']:,} steps. Drawn at random among the "
+        f"{samples['saes'][name]['alive']:,} that fired, and the two that fire most."
+    )
+    latents = samples["saes"][name]["latents"]
+    if not latents:
+        st.caption("No feature fired on these tokens.")
+        return
+    st.html("".join(_latent(latent, samples["n_tokens"]) for latent in latents))
+    figure_tools(_sample_table(latents), name=f"features-{name}")
+
+
+def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
+    top = max((max(e["values"]) for e in latent["examples"]), default=0.0)
+    strips = "".join(
+        f'<div style="overflow-wrap:anywhere;margin:.15rem 0">'
+        f'<span style="display:inline-block;min-width:4.5rem;opacity:.75;font-size:.85rem">'
+        f"{e['values'][e['at']]:.3g}</span>"
+        f"{token_strip(e['tokens'], e['values'], at=e['at'], top=top)}</div>"
+        for e in latent["examples"]
+    )
+    how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
+    return (
+        f'<div style="margin-bottom:.75rem"><strong>Feature {int(latent["latent"]):,}</strong> '
+        f'<span style="opacity:.75;font-size:.875rem">{html.escape(how)} · '
+        f"{latent['fired']:,} of {n_tokens:,} tokens "
+        f"({percent(latent['fired'] / n_tokens, 2)})</span>{strips}</div>"
+    )
+
+
+def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "feature": latent["latent"],
+                "chosen": latent["chosen"],
+                "fired": latent["fired"],
+                "activation": example["values"][example["at"]],
+                "token": example["tokens"][example["at"]],
+                "context": "".join(example["tokens"]),
+            }
+            for latent in latents
+            for example in latent["examples"]
+        ]
+    )
+
+
+def explain_numbers() -> None:
+    """Show what each number of the page means, in the words of what computes it."""
+    for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
+        plain(f"{term}: {definition(term)}")
+
+
+def newest_numbers(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the newest numbers of each SAE as a table's rows."""
+    return [
+        {
+            "SAE": name,
+            "L0": fixed(row.get("l0"), 1),
+            "FVU": fixed(row.get("fvu"), 3),
+            "γ": fixed(row.get("gamma"), 3),
+            "γ gate path": fixed(row.get("gamma_gate"), 3),
+            "loss": fixed(row.get("loss"), 4),
+            "gate-dead": percent(row.get("dead_gate"), 1),
+            "magnitude-dead": percent(row.get("dead_magnitude"), 1),
+        }
+        for name, row in rows.items()
+    ]

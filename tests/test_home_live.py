@@ -1,0 +1,354 @@
+"""Home and Live in every state: what they say, what they offer, and what each press does once."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from app_pages import HOSTILE, opened, text
+from streamlit.testing.v1 import AppTest
+from synthetic import config, write_run
+
+from gsae_core.store import jobs
+from gsae_core.store.runs import Run
+from gsae_core.store.status import of_process, read_status, write_status
+
+LIVE = "pages/2_Live.py"
+NASTY = [
+    "<script>document.title='owned'</script>",
+    "![x](http://evil.example/x.png)",
+    "\u202eright to left\u200b",
+    "\x1b[31m\x00",
+    "x" * 10_000,
+    "</span><style>*{display:none}</style>",
+]
+
+
+def bars(at: AppTest) -> list[str]:
+    return [element.proto.text for element in at.get("progress")]
+
+
+def toasts(at: AppTest) -> list[str]:
+    return [toast.value for toast in at.toast]
+
+
+def begun(run: Run, worker: int, **fields: object) -> None:
+    """Let a process play the one of the run, in a stage."""
+    status = of_process(read_status(run.folder), "running", worker)
+    write_status(run.folder, status._replace(**fields))
+
+
+def write_samples(run: Run, tokens: list[str]) -> None:
+    example = {"tokens": tokens, "values": [1.5] * len(tokens), "at": 0}
+    latent = {"latent": 17, "chosen": "random", "fired": 12, "examples": [example]}
+    saes = {spec.name: {"alive": 300, "latents": [latent]} for spec in run.config.saes}
+    samples = {"step": 50, "every": 25, "n_tokens": 2048, "saes": saes}
+    (run.folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+
+
+# States
+
+
+def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=1.0, pid=worker)
+    begun(run, worker, stage="evaluating", done=1024, total=131_072)
+    at = opened(LIVE)
+    assert not at.exception
+    assert bars(at) == ["evaluating: 1,024 of 131,072 held-out tokens"]
+
+
+def test_a_waiting_run_says_its_place_in_line(root: Path, worker: int) -> None:
+    run = write_run(root, "waits", "queued", share=0.0, pid=worker)
+    tickets = root / ".slots" / "cpu"
+    tickets.mkdir(parents=True)
+    started = read_status(run.folder).process_started
+    for n, name in enumerate(("other", "waits")):
+        ticket = {"run": name, "pid": worker, "started": started}
+        (tickets / f"{n}-{name}.json").write_text(json.dumps(ticket))
+    at = opened(LIVE)
+    assert bars(at) == ["waits until its device is free; number 2 in line"]
+    assert "1 queued" in text(at)
+    assert at.button(key="cancel")
+
+
+def test_a_run_that_was_made_and_not_started_can_be(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(root, "made", "queued", share=0.0)
+    pressed: list[str] = []
+    monkeypatch.setattr(jobs, "start", lambda run: pressed.append(run.id))
+    at = opened(LIVE)
+    assert bars(at) == ["not started yet"]
+    at.button(key="resume").click().run()
+    assert pressed == ["made"]
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("failed", "make room"), ("lost", "The run was lost"), ("cancelled", "request from ada")],
+)
+def test_a_run_that_stopped_says_why_shows_its_log_and_can_go_on(
+    root: Path, state: str, said: str
+) -> None:
+    error = "expected 2 GB free, found 1 kB; make room on the disk and resume the run"
+    # Without a process, a running one is lost.
+    made = "running" if state == "lost" else state
+    run = write_run(root, "gone", made, share=0.5, error=error)  # pyright: ignore
+    run.add_event("cancel requested", by="ada")
+    at = opened(LIVE)
+    assert not at.exception
+    assert said in text(at)
+    assert "loading the model" in at.code[0].value
+    assert {at.button(key=key).label for key in ("resume", "delete", "duplicate")} == {
+        "Resume",
+        "Delete",
+        "Duplicate with changes",
+    }
+
+
+def test_the_timeline_names_each_stretch(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    now = time.time()
+    events = [("created", 100), ("started", 95), ("loading", 94), ("training", 90)]
+    lines = [{"time": now - ago, "event": name} for name, ago in events]
+    (run.folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = text(opened(LIVE))
+    assert "queued<span" in said
+    assert " 5 s</span>" in said  # queued, and starting
+    assert " 1 min 30 s</span>" in said
+
+
+# Presses
+
+
+def test_cancel_is_asked_once_more_and_then_asks_the_process(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened(LIVE)
+    at.button(key="cancel").click().run()
+    assert run.status.state == "running"
+    at.button(key="confirm_cancel").click().run()
+    assert not at.exception
+    assert run.status.state == "cancelling"
+    assert "asked to finish its step and save" in text(at)
+
+
+def test_keeping_a_run_keeps_it(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened(LIVE)
+    at.button(key="cancel").click().run()
+    at.button(key="keep").click().run()
+    assert run.status.state == "running"
+
+
+def test_a_run_is_cancelled_from_home_too(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened("app.py")
+    at.button(key="cancel_moving").click().run()
+    at.button(key="confirm_cancel").click().run()
+    assert not at.exception
+    assert run.status.state == "cancelling"
+
+
+def test_delete_is_asked_once_more_and_leads_home(root: Path) -> None:
+    run = write_run(root, "old")
+    write_run(root, "kept")
+    at = opened(LIVE, run="old")
+    at.button(key="delete").click().run()
+    assert run.folder.exists()
+    at.button(key="confirm_delete").click().run()
+    assert not at.exception
+    assert not run.folder.exists()
+    assert at.title[0].value == "Home"
+    assert "old was deleted" in text(at)
+    assert at.selectbox(key="run").value == "kept"
+
+
+def test_deleting_what_began_to_train_meanwhile_is_refused(root: Path, worker: int) -> None:
+    run = write_run(root, "old", "cancelled", share=0.5)
+    at = opened(LIVE)
+    at.button(key="delete").click().run()
+    begun(run, worker)
+    at.button(key="confirm_delete").click().run()
+    assert not at.exception
+    assert "expected a run that no process works on, got old" in text(at)
+    assert run.folder.exists()
+
+
+def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(root, "gone", "cancelled", share=0.5)
+    spawned: list[list[str]] = []
+
+    class Child:
+        pid = os.getpid()
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            spawned.append(command)
+
+        def poll(self) -> None: ...
+
+    one, other = opened(LIVE), opened(LIVE)
+    monkeypatch.setattr(jobs.subprocess, "Popen", Child)
+    one.button(key="resume").click().run()
+    other.button(key="resume").click().run()
+    assert not one.exception
+    assert not other.exception
+    assert len(spawned) == 1
+
+
+def test_duplicate_opens_train_with_the_run(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(LIVE)
+    at.button(key="duplicate").click().run()
+    assert not at.exception
+    assert at.title[0].value == "Train"
+
+
+def test_the_end_of_a_watched_run_is_told_once_on_any_page(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened("app.py")
+    assert toasts(at) == []
+    write_status(run.folder, read_status(run.folder)._replace(state="finished"))
+    at.switch_page("pages/1_Train.py").run()
+    assert toasts(at) == ["moving finished"]
+    at.run()
+    assert toasts(at) == []
+
+
+def test_a_run_that_ended_before_this_visit_is_not_news(root: Path) -> None:
+    write_run(root, "done")
+    assert toasts(opened("app.py")) == []
+
+
+# The view
+
+
+def test_all_that_shapes_the_view_is_in_the_address(root: Path) -> None:
+    write_run(root, "done")
+    write_run(root, "other", "failed", share=0.5)
+    at = opened(
+        LIVE, run="done", x="time", part="sparsity", smooth="0.5", log="false", overlay="other"
+    )
+    assert not at.exception
+    assert at.segmented_control(key="x").value == "time"
+    assert at.slider(key="smooth").value == 0.5
+    assert at.toggle(key="log").value is False
+    assert at.multiselect(key="overlay").value == ["other"]
+    assert "Gated, λ 0.1 · other" in text(at)
+
+
+def test_a_run_to_lay_over_that_is_not_here_is_named(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(LIVE, run="done", overlay="elsewhere")
+    assert not at.exception
+    assert "elsewhere" in text(at)
+
+
+def test_an_overlaid_run_deleted_while_open_does_not_end_the_page(root: Path) -> None:
+    write_run(root, "done")
+    other = write_run(root, "other")
+    at = opened(LIVE, run="done", overlay="other")
+    shutil.rmtree(other.folder)
+    at.run()
+    assert not at.exception
+
+
+def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened(LIVE)
+    (_, before, _) = at.session_state["metrics"]["moving"]
+    path = run.folder / "metrics.jsonl"
+    row = run.metrics()[-1] | {"step": 300}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n" + '{"step": 301, "tok')
+    at.run()
+    table, after, damaged = at.session_state["metrics"]["moving"]
+    assert not at.exception
+    assert table["step"].iloc[-1] == 300
+    assert after.offset == before.offset + len(json.dumps(row)) + 1
+    assert damaged == 0
+
+
+def test_a_damaged_line_is_left_out_and_told(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 301, "tok\n')
+    at = opened(LIVE)
+    assert not at.exception
+    assert "1 lines of metrics.jsonl cannot be read" in text(at)
+
+
+@pytest.mark.parametrize("token", NASTY)
+def test_a_hostile_token_is_text(root: Path, token: str) -> None:
+    run = write_run(root, "done")
+    write_samples(run, [token, " and", "\n"])
+    at = opened(LIVE)
+    assert not at.exception
+    (sample,) = [html.value for html in at.html if "Feature 17" in html.value]
+    for piece in ("<script", "<style", "<img", "\u202e", "\u200b", "\x1b", "\x00"):
+        assert piece not in sample
+    assert "·and" in sample
+    assert "↵" in sample
+    assert all(token not in element.value for element in at.markdown)
+
+
+def test_a_hostile_log_and_error_are_text(root: Path) -> None:
+    run = write_run(root, "broken", "failed", share=0.1, error="".join(NASTY[:3]))
+    (run.folder / "log.txt").write_text("\n".join(NASTY), encoding="utf-8")
+    at = opened(LIVE)
+    assert not at.exception
+    assert "<script" not in "".join(element.value for element in at.html)
+
+
+# What is not well
+
+
+def test_a_run_of_a_newer_version_is_told_from_one_that_is_not_here(root: Path) -> None:
+    run = write_run(root, "future")
+    (run.folder / "events.jsonl").write_text('{"event": "created", "schema_version": 99}\n')
+    at = opened(LIVE, run="future")
+    assert not at.exception
+    assert "a newer version of gsae-core made it: update to open it" in text(at)
+
+
+def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
+    write_run(root, "done")
+    (root / "bad").mkdir()
+    (root / "bad" / "config.json").write_text("{", encoding="utf-8")
+    at = opened("app.py")
+    assert not at.exception
+    assert "bad cannot be read" in text(at)
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_told_on_the_press(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, os.strerror(13))
+
+    at = opened("app.py")
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    at.button(key="start_quick").click().run()
+    assert not at.exception
+    assert "Nothing was started" in text(at)
+    assert "choose a folder you own" in text(at)
+
+
+def test_a_damaged_sample_is_told(root: Path) -> None:
+    run = write_run(root, "done")
+    (run.folder / "samples.json").write_text("{")
+    at = opened(LIVE)
+    assert not at.exception
+    assert "The sample of features cannot be read" in text(at)
+
+
+def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:
+    for n in range(200):
+        run = Run.create(root / f"run-{n:03d}", config())
+        os.utime(run.folder / "config.json", (n, n))
+    at = opened("app.py")
+    assert not at.exception
+    assert at.dataframe[0].value["run"].iloc[0] == "run-199"
+    assert len(at.dataframe[0].value) == 20
+    assert HOSTILE not in text(at)

@@ -1,0 +1,125 @@
+"""Live charts: a specification that no data change, and slim data that keep a line's look."""
+
+import altair
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import config, metric_lines
+
+from gsae_core.plots.live import (
+    CHART_POINTS,
+    Line,
+    line_chart,
+    lines_of,
+    lines_of_runs,
+    plane,
+    smoothed,
+    thin,
+    tracks,
+)
+from gsae_core.plots.palette import Theme
+
+CONFIG = config()
+LINES = lines_of("a", CONFIG.saes, "light")
+
+
+def logged(share: float, lines: tuple[Line, ...] = LINES) -> list[pd.DataFrame]:
+    return tracks({"a": pd.DataFrame(metric_lines(CONFIG, share=share))}, lines)
+
+
+def test_a_thinned_line_keeps_its_ends_and_its_extremes() -> None:
+    values = np.zeros(1001)
+    values[[333, 777]] = [9.0, -9.0]
+    places = thin(values, 100)
+    assert len(places) <= 100
+    assert {0, 333, 777, 1000} <= set(places.tolist())
+    assert (np.diff(places) > 0).all()
+
+
+def test_a_short_line_is_drawn_whole() -> None:
+    assert thin(np.arange(5.0), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_chart_of_many_long_lines_stays_small() -> None:
+    n = 100_000
+    long = pd.DataFrame({"step": np.arange(n), "l0": np.sin(np.arange(n)) + 2})
+    chart = line_chart(LINES, [long] * 8, "l0", x="step")
+    assert len(chart.data) <= CHART_POINTS
+    assert set(chart.data["line"]) == set(range(8))
+
+
+def test_smoothing_is_causal_and_unbiased_at_the_start() -> None:
+    # Weight 0.5: 2; (4 + 2/2) / (1 + 1/2) = 10/3; (8 + 4/2 + 2/4) / (1 + 1/2 + 1/4) = 6.
+    values = pd.Series([2.0, 4.0, 8.0])
+    assert smoothed(values, 0.5).to_list() == pytest.approx([2, 10 / 3, 6])
+    assert smoothed(values, 0.0).to_list() == [2, 4, 8]
+
+
+def test_a_smoothed_line_keeps_the_raw_one_beneath_it() -> None:
+    plain = line_chart(LINES, logged(0.2), "l0", x="tokens")
+    smooth = line_chart(LINES, logged(0.2), "l0", x="tokens", smoothing=0.5)
+    assert len(smooth.spec["layer"]) == len(plain.spec["layer"]) + 1
+    assert smooth.data["raw"].equals(plain.data["raw"])
+    faint, main = (layer["mark"].get("opacity", 1) for layer in smooth.spec["layer"])
+    assert faint < main
+
+
+@pytest.mark.parametrize("column", ["l0", "loss", "gamma", "lr", "dead_gate"])
+def test_new_data_leave_the_specification_alone(column: str) -> None:
+    # A specification that changed would be a new chart, and the zoom would be gone.
+    early = line_chart(LINES, logged(0.1), column, x="tokens", log=column == "l0")
+    late = line_chart(LINES, logged(0.9), column, x="tokens", log=column == "l0")
+    assert early.spec == late.spec
+    assert len(early.data) < len(late.data)
+    assert plane(LINES, logged(0.1)).spec == plane(LINES, logged(0.9), finished=["a"]).spec
+
+
+def test_a_chart_drops_what_was_not_measured() -> None:
+    chart = line_chart(LINES, logged(0.2), "gamma_gate", x="step", rule=1.0)
+    # The first four SAEs are gated; a baseline has no gate.
+    assert set(chart.data["line"]) == {0, 1, 2, 3}
+
+
+def test_a_log_axis_leaves_out_what_it_cannot_show() -> None:
+    part = pd.DataFrame({"step": [1, 2, 3], "l0": [0.0, None, 5.0]})
+    chart = line_chart(LINES[:1], [part], "l0", x="step", log=True)
+    assert chart.data["raw"].to_list() == [5.0]
+    both = line_chart(LINES[:1], [part], "l0", x="step")
+    assert both.data["raw"].to_list() == [0.0, 5.0]
+
+
+def test_a_marker_is_solid_when_its_run_is_finished() -> None:
+    # The last point of each path is 1, hollow, or 2, solid; the way there is 0.
+    hollow, solid = (plane(LINES, logged(0.2), finished=done).data for done in ([], ["a"]))
+    assert set(hollow["now"]) == {0, 1}
+    assert set(solid["now"]) == {0, 2}
+    assert (hollow["now"] == 1).sum() == len(LINES)
+
+
+def test_nothing_logged_is_an_empty_chart() -> None:
+    nothing = tracks({"a": pd.DataFrame()}, LINES)
+    assert line_chart(LINES, nothing, "l0", x="step").data.empty
+    assert plane(LINES, nothing).data.empty
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_runs_laid_over_each_other_differ_in_hue_and_architectures_in_dash(theme: Theme) -> None:
+    lines = lines_of_runs({"a": CONFIG.saes, "b": CONFIG.saes}, theme)
+    for run in ("a", "b"):
+        assert len({line.colour for line in lines if line.run == run}) == 1
+        assert len({line.dash for line in lines if line.run == run}) == 2
+    assert len({line.colour for line in lines}) == 2
+    assert len({line.label for line in lines}) == len(lines) == 16
+
+
+def test_a_run_without_an_sae_of_another_is_drawn_with_what_it_has() -> None:
+    lines = lines_of_runs({"a": CONFIG.saes, "b": CONFIG.saes[:1]}, "light")
+    frames = {"a": pd.DataFrame(metric_lines(CONFIG, share=0.1)), "b": pd.DataFrame()}
+    assert [part.empty for part in tracks(frames, lines)] == [False] * 8 + [True]
+
+
+def test_a_notebook_gets_an_altair_chart() -> None:
+    for chart in (plane(LINES, logged(0.1)), line_chart(LINES, logged(0.1), "fvu", x="step")):
+        made = chart.altair()
+        assert isinstance(made, altair.LayerChart)
+        made.to_dict()  # checks it against Vega-Lite's schema
