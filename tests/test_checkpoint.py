@@ -11,7 +11,8 @@ from examples import perturb_
 from safetensors.torch import load_file, save_file
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE, fold_scale_
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, fold_scale_
+from gsae_core.sae.base import SAE
 from gsae_core.store import resume
 from gsae_core.store.checkpoint import check_width, load_sae, read_cfg, save_sae
 from gsae_core.store.resume import has_state, load_state, save_state, state_bytes
@@ -31,21 +32,40 @@ def relu() -> ReluSAE:
     return sae
 
 
+def jumprelu() -> JumpReluSAE:
+    sae = JumpReluSAE(2, 3, init_threshold=0.5, bandwidth=0.25)
+    perturb_(sae)
+    return sae
+
+
+def topk() -> TopKSAE:
+    sae = TopKSAE(2, 3, k=2, k_aux=3)
+    perturb_(sae)
+    return sae
+
+
 def sae_lens_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
     """SAELens 6's own arithmetic, from the description of its format."""
-    xc = x - w["b_dec"] * cfg["apply_b_dec_to_input"]
-    if cfg["architecture"] == "standard":
-        f = torch.relu(xc @ w["W_enc"] + w["b_enc"])
+    xc = x - w["b_dec"] * cfg.get("apply_b_dec_to_input", True)
+    if cfg["architecture"] != "gated":
+        z = xc @ w["W_enc"] + w["b_enc"]
+        f = torch.relu(z)
+        if cfg["architecture"] == "jumprelu":
+            f = f * (z > w["threshold"])
+        if cfg["architecture"] == "topk":
+            norms = w["W_dec"].norm(dim=1) if cfg.get("rescale_acts_by_decoder_norm") else 1
+            kept = (z * norms).topk(cfg["k"])
+            f = torch.zeros_like(z).scatter(-1, kept.indices, torch.relu(kept.values)) / norms
     else:
         gate = (xc @ w["W_enc"] + w["b_gate"] > 0).float()
         f = gate * torch.relu(xc @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
     return f @ w["W_dec"] + w["b_dec"]
 
 
-SAES = [gated, lambda: gated(tie="none"), lambda: gated(tie="untied", aux="off"), relu]
+SAES = [gated, lambda: gated(tie="none"), lambda: gated(tie="untied", aux="off"), relu, topk]
 
 
-@pytest.mark.parametrize("make", SAES, ids=["gated", "one-scale", "untied", "relu"])
+@pytest.mark.parametrize("make", SAES, ids=["gated", "one-scale", "untied", "relu", "topk"])
 def test_an_sae_comes_back_with_the_same_bits_and_settings(tmp_path: Path, make: Any) -> None:
     sae = make()
     save_sae(sae, tmp_path / "sae", metadata={"hook_name": "blocks.2.hook_resid_post"})
@@ -56,23 +76,42 @@ def test_an_sae_comes_back_with_the_same_bits_and_settings(tmp_path: Path, make:
         assert torch.equal(back.get_parameter(name), value)
     if isinstance(sae, GatedSAE) and isinstance(back, GatedSAE):
         assert (back.tie, back.aux, back.detach_b_dec) == (sae.tie, sae.aux, sae.detach_b_dec)
+    if isinstance(back, TopKSAE):
+        assert (back.k, back.k_aux) == (2, 3)
     assert torch.equal(back(X), sae(X))
 
 
-@pytest.mark.parametrize("make", [gated, lambda: gated(tie="none"), relu])
+def test_thresholds_come_back_to_the_last_digits_of_a_logarithm(tmp_path: Path) -> None:
+    sae = jumprelu()
+    save_sae(sae, tmp_path, metadata={})
+    back = load_sae(tmp_path)
+    assert isinstance(back, JumpReluSAE)
+    assert (back.init_threshold, back.bandwidth) == (0.5, 0.25)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(back.get_parameter(name), sae.get_parameter(name))
+    # log theta is rounded to 2^-24 of itself, and here it lies within 1.
+    torch.testing.assert_close(back.threshold, sae.threshold, rtol=2e-7, atol=0)
+    assert torch.equal(back(X), sae(X))
+
+
+@pytest.mark.parametrize("make", [gated, lambda: gated(tie="none"), relu, jumprelu, topk])
 def test_the_folder_means_the_same_in_sae_lens(tmp_path: Path, make: Any) -> None:
     sae = make()
     save_sae(sae, tmp_path, metadata={"model_name": "bundled", "prepend_bos": True})
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     weights = load_file(tmp_path / "sae_weights.safetensors")
-    names = {"W_enc", "W_dec", "b_dec"} | (
-        {"b_enc"} if isinstance(sae, ReluSAE) else {"b_gate", "b_mag", "r_mag"}
-    )
-    assert set(weights) == names
+    own = {
+        "gated": {"b_gate", "b_mag", "r_mag"},
+        "relu": {"b_enc"},
+        "jumprelu": {"b_enc", "threshold"},
+        "topk": {"b_enc"},
+    }
+    assert set(weights) == {"W_enc", "W_dec", "b_dec"} | own[sae.architecture]
     assert tuple(weights["W_enc"].shape) == (2, 3)
     keys = """d_in d_sae dtype device apply_b_dec_to_input normalize_activations
         reshape_activations architecture metadata"""
-    assert set(cfg) == set(keys.split())
+    assert set(cfg) - {"k"} == set(keys.split())
+    assert cfg.get("k") == (2 if isinstance(sae, TopKSAE) else None)
     assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (2, 3, "float32")
     assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     assert cfg["metadata"]["prepend_bos"] is True
@@ -87,12 +126,14 @@ def test_untied_paths_are_no_architecture_of_sae_lens_and_the_folder_says_so(
     assert "W_mag" in load_file(tmp_path / "sae_weights.safetensors")
 
 
-def plain_sae_lens_folder(folder: Path, sae: GatedSAE | ReluSAE, **cfg: Any) -> None:
+def plain_sae_lens_folder(folder: Path, sae: SAE, **cfg: Any) -> None:
     """What SAELens 6 writes: no word about recipes, no checksum."""
     tensors = {k.replace("W_gate", "W_enc"): v.detach() for k, v in sae.named_parameters()}
+    if isinstance(sae, JumpReluSAE):
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
     save_file(tensors, folder / "sae_weights.safetensors")
     fields = {
-        "architecture": "standard" if isinstance(sae, ReluSAE) else "gated",
+        "architecture": "standard" if isinstance(sae, ReluSAE) else sae.architecture,
         "d_in": 2,
         "d_sae": 3,
         "dtype": "torch.float32",
@@ -111,15 +152,44 @@ def test_a_folder_of_sae_lens_opens(tmp_path: Path, make: Any) -> None:
     assert back.recipe == "A"  # perturbed rows are not of unit norm
 
 
+@pytest.mark.parametrize("make", [jumprelu, topk])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_the_comparison_set_opens_too(tmp_path: Path, make: Any, rescaled: bool) -> None:
+    sae = make()
+    plain_sae_lens_folder(tmp_path, sae, k=2, rescale_acts_by_decoder_norm=rescaled)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    back = load_sae(tmp_path)
+    expected = sae_lens_forward(read_cfg(tmp_path), weights, X)
+    torch.testing.assert_close(back(X), expected)
+    assert type(back) is type(sae)
+    assert back.recipe == "P"  # they have no other
+    if rescaled and isinstance(sae, TopKSAE):
+        torch.testing.assert_close(back.W_dec.norm(dim=1), torch.ones(3))
+
+
+def test_a_threshold_of_zero_or_less_is_a_plain_relu(tmp_path: Path) -> None:
+    # SAELens' own arithmetic is relu(z) where z > threshold; f would be negative without the relu.
+    sae = jumprelu()
+    plain_sae_lens_folder(tmp_path, sae)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    weights["threshold"] = torch.tensor([-1.0, 0.0, 0.5])
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    back = load_sae(tmp_path)
+    assert isinstance(back, JumpReluSAE)
+    assert back.threshold.tolist() == [0, 0, 0.5]
+    expected = sae_lens_forward(read_cfg(tmp_path), weights, X)
+    torch.testing.assert_close(back(X), expected)
+
+
 def test_unit_norms_without_a_recipe_are_the_papers(tmp_path: Path) -> None:
     plain_sae_lens_folder(tmp_path, GatedSAE(2, 3))
     assert load_sae(tmp_path).recipe == "P"
 
 
-@pytest.mark.parametrize("make", [gated, relu])
+@pytest.mark.parametrize("make", [gated, relu, jumprelu, topk])
 def test_uncentred_input_is_folded_into_the_biases(tmp_path: Path, make: Any) -> None:
     sae = make()
-    plain_sae_lens_folder(tmp_path, sae, apply_b_dec_to_input=False)
+    plain_sae_lens_folder(tmp_path, sae, apply_b_dec_to_input=False, k=2)
     weights = load_file(tmp_path / "sae_weights.safetensors")
     expected = sae_lens_forward(read_cfg(tmp_path), weights, X)
     torch.testing.assert_close(load_sae(tmp_path)(X), expected)
@@ -205,10 +275,27 @@ def test_missing_keys_are_told(folder: Path) -> None:
 
 
 def test_an_architecture_we_have_not_is_told(folder: Path) -> None:
-    edit_cfg(folder, architecture="topk")
+    edit_cfg(folder, architecture="temporal")
     assert sentence(folder) == (
-        f"expected architecture gated, standard or gated_untied in {folder / 'cfg.json'}, "
-        "got 'topk'"
+        "expected architecture gated, standard, jumprelu, topk or gated_untied in "
+        f"{folder / 'cfg.json'}, got 'temporal'"
+    )
+
+
+@pytest.mark.parametrize("k", [None, 0, 4, 1.5, "2"])
+def test_a_topk_folder_without_a_sound_k_is_told(folder: Path, k: Any) -> None:
+    edit_cfg(folder, architecture="topk", k=k)
+    assert sentence(folder) == (
+        f"expected a k from 1 to d_sae=3 in {folder / 'cfg.json'}, as a topk SAE has, got {k!r}"
+    )
+
+
+def test_other_tensors_than_the_architecture_has_are_told(folder: Path) -> None:
+    edit_cfg(folder, architecture="jumprelu")
+    assert sentence(folder) == (
+        "expected tensors W_dec [3, 2], W_enc [2, 3], b_dec [2], b_enc [3], threshold [3] in "
+        f"{folder / 'sae_weights.safetensors'}, as its cfg.json says, found W_dec [3, 2], "
+        "W_enc [2, 3], b_dec [2], b_gate [3], b_mag [3], r_mag [3]"
     )
 
 

@@ -2,10 +2,13 @@
 
 An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations. Names of tensors:
 
-| ours     | `gated`  | ours    | `standard` |
-|----------|----------|---------|------------|
-| `W_gate` | `W_enc`  | `W_enc` | `W_enc`    |
-| others   | the same | others  | the same   |
+| ours            | `gated`  | `standard`, `topk` | `jumprelu`              |
+|-----------------|----------|--------------------|-------------------------|
+| `W_gate`        | `W_enc`  |                    |                         |
+| `log_threshold` |          |                    | `threshold`, of its exp |
+| others          | the same | the same           | the same                |
+
+A `topk` config holds `k` as well.
 """
 
 from pathlib import Path
@@ -17,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import BANDWIDTH, INIT_THRESHOLD
 from gsae_core.store.files import replace_durably, sha256, write_json
 from gsae_core.store.status import read_json
 
@@ -28,11 +33,13 @@ SAE_LENS_VERSION = "6.54.12"
 
 # What SAELens' loader cannot build; our own reader takes it.
 UNTIED = "gated_untied"
+NAMES = {"relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk"}
+KNOWN = ("gated", "standard", "jumprelu", "topk", UNTIED)
 
 FORBIDDEN_SIBLING = "activation_scaler.json"
 
 
-def save_sae(sae: GatedSAE | ReluSAE, folder: Path, *, metadata: dict[str, Any]) -> None:
+def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any]) -> None:
     """Write an SAE that takes raw activations; SAELens 6 opens the folder unchanged.
 
     Args:
@@ -44,25 +51,14 @@ def save_sae(sae: GatedSAE | ReluSAE, folder: Path, *, metadata: dict[str, Any])
     Raises:
         InputError: if the disk is full or the folder cannot be written.
     """
-    tensors = {
-        ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
-        for name, value in sae.named_parameters()
-    }
-    architecture = "standard"
-    ours: dict[str, Any] = {"recipe": sae.recipe}
-    if isinstance(sae, GatedSAE):
-        architecture = UNTIED if sae.tie == "untied" else "gated"
-        ours |= {"tie": sae.tie, "aux": sae.aux, "detach_b_dec": sae.detach_b_dec}
-        if sae.tie == "none":
-            # SAELens multiplies by exp(r_mag) always.
-            tensors["r_mag"] = torch.zeros_like(tensors["b_mag"])
+    tensors = _tensors(sae)
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     folder.mkdir(parents=True, exist_ok=True)
     replace_durably(folder / WEIGHTS, lambda path: save_file(tensors, path), n_bytes=n_bytes)
     write_json(
         folder / "cfg.json",
         {
-            "architecture": architecture,
+            "architecture": _name(sae),
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
@@ -70,8 +66,9 @@ def save_sae(sae: GatedSAE | ReluSAE, folder: Path, *, metadata: dict[str, Any])
             "apply_b_dec_to_input": True,
             "normalize_activations": "none",
             "reshape_activations": "none",
+            **({"k": sae.k} if isinstance(sae, TopKSAE) else {}),
             "metadata": {"sae_lens_version": SAE_LENS_VERSION}
-            | ours
+            | _settings(sae)
             | metadata
             # Weights and config are two files; this says that they belong together, and whole.
             | {"weights_sha256": sha256(folder / WEIGHTS)},
@@ -79,7 +76,38 @@ def save_sae(sae: GatedSAE | ReluSAE, folder: Path, *, metadata: dict[str, Any])
     )
 
 
-def load_sae(folder: Path | str) -> GatedSAE | ReluSAE:
+def _name(sae: SAE) -> str:
+    return UNTIED if isinstance(sae, GatedSAE) and sae.tie == "untied" else NAMES[sae.architecture]
+
+
+@torch.no_grad()
+def _tensors(sae: SAE) -> dict[str, Tensor]:
+    tensors = {
+        ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
+        for name, value in sae.named_parameters()
+    }
+    if isinstance(sae, JumpReluSAE):
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if isinstance(sae, GatedSAE) and sae.tie == "none":
+        # SAELens multiplies by exp(r_mag) always.
+        tensors["r_mag"] = torch.zeros_like(tensors["b_mag"])
+    return tensors
+
+
+def _settings(sae: SAE) -> dict[str, Any]:
+    """Return what SAELens has no key for, and training would go on with."""
+    settings: dict[str, Any] = {"recipe": sae.recipe}
+    match sae:
+        case GatedSAE():
+            settings |= {"tie": sae.tie, "aux": sae.aux, "detach_b_dec": sae.detach_b_dec}
+        case JumpReluSAE():
+            settings |= {"init_threshold": sae.init_threshold, "bandwidth": sae.bandwidth}
+        case TopKSAE():
+            settings["k_aux"] = sae.k_aux
+    return settings
+
+
+def load_sae(folder: Path | str) -> SAE:
     """Return the SAE in a folder, ours or SAELens 6's, on the CPU in float32.
 
     Raises:
@@ -94,27 +122,59 @@ def load_sae(folder: Path | str) -> GatedSAE | ReluSAE:
     # A recipe says how to go on training; a file that names none has norms that tell.
     norms = tensors["W_dec"].norm(dim=1) if "W_dec" in tensors else torch.ones(1)
     recipe = metadata.get("recipe") or ("P" if (norms - 1).abs().max() < 1e-4 else "A")
-    if cfg["architecture"] == "standard":
-        sae: GatedSAE | ReluSAE = ReluSAE(d_in, d_sae, recipe=recipe)
-    else:
-        tie = "untied" if cfg["architecture"] == UNTIED else metadata.get("tie", "r_mag")
-        if tie == "none":
-            tensors.pop("r_mag", None)
-        if "W_enc" in tensors:
-            tensors["W_gate"] = tensors.pop("W_enc")
-        sae = GatedSAE(
-            d_in,
-            d_sae,
-            recipe=recipe,
-            tie=tie,
-            aux=metadata.get("aux"),
-            detach_b_dec=metadata.get("detach_b_dec", False),
-        )
+    match cfg["architecture"]:
+        case "standard":
+            sae: SAE = ReluSAE(d_in, d_sae, recipe=recipe)
+        case "jumprelu":
+            sae = JumpReluSAE(
+                d_in,
+                d_sae,
+                init_threshold=metadata.get("init_threshold", INIT_THRESHOLD),
+                bandwidth=metadata.get("bandwidth", BANDWIDTH),
+            )
+        case "topk":
+            sae = TopKSAE(d_in, d_sae, k=_k(folder, cfg), k_aux=metadata.get("k_aux"))
+        case _:
+            tie = "untied" if cfg["architecture"] == UNTIED else metadata.get("tie", "r_mag")
+            if tie == "none":
+                tensors.pop("r_mag", None)
+            sae = GatedSAE(
+                d_in,
+                d_sae,
+                recipe=recipe,
+                tie=tie,
+                aux=metadata.get("aux"),
+                detach_b_dec=metadata.get("detach_b_dec", False),
+            )
     _check_tensors(folder, sae, tensors)
-    sae.load_state_dict(tensors)
+    _fill_(sae, tensors)
     if not cfg.get("apply_b_dec_to_input", True):
         _centre_input_(sae)
+    if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
+        _take_norms_into_encoder_(sae)
     return sae
+
+
+def _k(folder: Path, cfg: dict[str, Any]) -> int:
+    k, d_sae = cfg.get("k"), cfg["d_sae"]
+    if not (isinstance(k, int) and 1 <= k <= d_sae):
+        raise InputError(
+            f"expected a k from 1 to d_sae={d_sae} in {folder / 'cfg.json'}, as a topk SAE has, "
+            f"got {k!r}"
+        )
+    return k
+
+
+def _fill_(sae: SAE, tensors: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into the SAE, which has their shapes; thresholds become logarithms."""
+    state = dict(tensors)
+    if isinstance(sae, GatedSAE):
+        state["W_gate"] = state.pop("W_enc")
+    if isinstance(sae, JumpReluSAE):
+        # SAELens takes relu(z) where z > threshold, so one below zero does what zero does; the
+        # logarithm of zero is -inf, whose exponential is zero again.
+        state["log_threshold"] = state.pop("threshold").clamp(min=0).log()
+    sae.load_state_dict(state)
 
 
 def read_cfg(folder: Path) -> dict[str, Any]:
@@ -130,7 +190,7 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     return read_json(folder / "cfg.json")
 
 
-def check_width(sae: GatedSAE | ReluSAE, width: int, *, name: str, hook_name: str) -> None:
+def check_width(sae: SAE, width: int, *, name: str, hook_name: str) -> None:
     """Check that an SAE fits a place in a model.
 
     Raises:
@@ -150,10 +210,10 @@ def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
             f"expected {', '.join(missing)} in {folder / 'cfg.json'}, found only "
             f"{', '.join(cfg) or 'an empty object'}"
         )
-    if cfg["architecture"] not in ("gated", "standard", UNTIED):
+    if cfg["architecture"] not in KNOWN:
         raise InputError(
-            f"expected architecture gated, standard or {UNTIED} in {folder / 'cfg.json'}, "
-            f"got {cfg['architecture']!r}"
+            f"expected architecture {', '.join(KNOWN[:-1])} or {KNOWN[-1]} in "
+            f"{folder / 'cfg.json'}, got {cfg['architecture']!r}"
         )
     normalisation = cfg.get("normalize_activations", "none")
     if normalisation != "none" or (folder / FORBIDDEN_SIBLING).exists():
@@ -184,9 +244,12 @@ def _read_weights(folder: Path, cfg: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _check_tensors(folder: Path, sae: GatedSAE | ReluSAE, tensors: dict[str, Tensor]) -> None:
-    expected = _shapes(dict(sae.named_parameters()))
-    found = _shapes(tensors)
+def _check_tensors(folder: Path, sae: SAE, tensors: dict[str, Tensor]) -> None:
+    # In the file's own names, which the sentence speaks of. A scale of ones for r_mag was dropped.
+    named = _tensors(sae)
+    if isinstance(sae, GatedSAE) and sae.tie == "none":
+        del named["r_mag"]
+    expected, found = _shapes(named), _shapes(tensors)
     if expected != found:
         raise InputError(
             f"expected tensors {expected} in {folder / WEIGHTS}, as its cfg.json says, "
@@ -195,26 +258,35 @@ def _check_tensors(folder: Path, sae: GatedSAE | ReluSAE, tensors: dict[str, Ten
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:
-    # SAELens' one name for two of ours, so that the sentence speaks of what is in the file.
-    shapes = {
-        ("W_enc" if name == "W_gate" else name): tuple(tensor.shape)
-        for name, tensor in tensors.items()
-    }
-    return ", ".join(f"{name} {list(shapes[name])}" for name in sorted(shapes))
+    return ", ".join(f"{name} {list(tensors[name].shape)}" for name in sorted(tensors))
 
 
 @torch.no_grad()
-def _centre_input_(sae: GatedSAE | ReluSAE) -> None:
+def _centre_input_(sae: SAE) -> None:
     """Make an SAE that was written for uncentred input right for `x - b_dec`, in place.
 
     x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
     """
-    if isinstance(sae, ReluSAE):
+    if isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE):
         sae.b_enc.add_(sae.b_dec @ sae.W_enc)
         return
+    assert isinstance(sae, GatedSAE)  # there is no fifth kind
     shift = sae.b_dec @ sae.W_gate
     sae.b_gate.add_(shift)
     if sae.W_mag is not None:
         sae.b_mag.add_(sae.b_dec @ sae.W_mag)
     else:
         sae.b_mag.add_(shift if sae.r_mag is None else shift * sae.r_mag.exp())
+
+
+@torch.no_grad()
+def _take_norms_into_encoder_(sae: TopKSAE) -> None:
+    """Make a TopK SAE whose latents compete by |f_i d_i| one with unit directions, in place.
+
+    SAELens can rank and report latents times the norms of their directions; with directions of
+    length one the same is the plain rule.
+    """
+    norms = sae.W_dec.norm(dim=1)
+    sae.W_enc.mul_(norms)
+    sae.b_enc.mul_(norms)
+    sae.W_dec.div_(norms[:, None])
