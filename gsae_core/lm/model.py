@@ -6,7 +6,6 @@ computed (a bridge switches to eager attention and takes about twice the time an
 """
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError
 from gsae_core.lm.sites import bridge_blocks, hf_blocks, hooked, recording, replaying
 from gsae_core.lm.sources import check_config, open_source
+from gsae_core.lm.turns import Turns
 
 Numerics = Literal["raw", "compatibility"]
 Edit = Callable[[Tensor], Tensor]
@@ -53,8 +53,7 @@ class LanguageModel:
         self.numerics: Numerics = "compatibility" if compatible else "raw"
         self.n_layers = len(self._blocks)
         self.device: torch.device = next(hf.parameters()).device
-        # Hooks and replayed outputs belong to the modules, which threads share: one pass at a time.
-        self._lock = threading.RLock()
+        self._turns = Turns()
         # Dropout would make activations depend on when they are harvested.
         (hf if bridge is None else bridge).eval()
 
@@ -98,7 +97,8 @@ class LanguageModel:
     ) -> Float[Tensor, "rows pos d_in"]:
         """Return the activations of a site as float32, on the model's device.
 
-        The forward pass stops there: no later block runs, and no logits are computed.
+        The forward pass stops there: no later block runs, and no logits are computed. Threads that
+        read the same site run side by side (in a TransformerBridge, one after the other).
 
         Args:
             ids: token ids, every row of one length; attention is causal and nothing is padding.
@@ -109,18 +109,15 @@ class LanguageModel:
             InputError: if there is no such layer or site, or the rows exceed the model's context.
         """
         self.check(layer, site)
-        seen: list[Tensor] = []
-
-        def stop(x: Tensor) -> None:
-            seen.append(x)
-            raise _SiteReached
-
-        with self._lock, hooked(self._blocks[layer].taps[site], stop):
+        tap = self._blocks[layer].taps[site]
+        # What a bridge keeps of a pass besides its hooks is not ours to know.
+        key = (layer, site) if self._bridge is None else object()
+        with self._turns.together(key, lambda: hooked(tap, _stop)):
             try:
                 self._forward(ids)
-            except _SiteReached:
+            except _SiteReached as reached:
                 # A copy made outside inference mode may later meet autograd.
-                return seen[0].to(torch.float32, copy=True)
+                return reached.x.to(torch.float32, copy=True)
         raise RuntimeError(f"{self.name} computed its logits without passing {site} of {layer}")
 
     def logits(
@@ -143,12 +140,12 @@ class LanguageModel:
             InputError: if the site does not exist or is half given, or `edit` changes the shape.
         """
         if edit is None and layer is None and site is None:
-            with self._lock:
+            with self._turns.alone():
                 return self._forward(ids)
         if edit is None or layer is None or site is None:
             raise InputError("expected layer, site and edit together, got only some of them")
         self.check(layer, site)
-        with self._lock, hooked(self._blocks[layer].taps[site], _in_model_dtype(edit)):
+        with self._turns.alone(), hooked(self._blocks[layer].taps[site], _in_model_dtype(edit)):
             return self._forward(ids)
 
     def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> "Splice":
@@ -189,7 +186,7 @@ class Splice:
         before = model._blocks[layer].before.get(site, ())
         seen: list[Tensor] = []
         with (
-            model._lock,
+            model._turns.alone(),
             recording((*earlier[-1:], *before)) as outputs,
             hooked(self._tap, seen.append),
         ):
@@ -206,7 +203,7 @@ class Splice:
             InputError: if `x` has another shape than the site's activations.
         """
         with (
-            self._model._lock,
+            self._model._turns.alone(),
             replaying(self._outputs),
             hooked(self._tap, _in_model_dtype(lambda _: x)),
         ):
@@ -214,7 +211,18 @@ class Splice:
 
 
 class _SiteReached(Exception):
-    """Ends a forward pass whose rest nobody needs."""
+    """Ends a forward pass whose rest nobody needs, and carries `x` out of it.
+
+    An exception belongs to the thread it is raised in, so one hook serves passes side by side.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+def _stop(x: Tensor) -> None:
+    raise _SiteReached(x)
 
 
 def _in_model_dtype(edit: Edit) -> Edit:

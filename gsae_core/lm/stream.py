@@ -13,10 +13,9 @@ So nothing but `i` needs to be saved to resume, and two runs with one config see
 """
 
 import logging
-import time
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,32 +25,18 @@ from torch import Tensor
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.footprint import default_chunk_vectors
+from gsae_core.lm.chunks import ChunkPlan, Chunks
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import Harvest, Harvester, VectorSource
 
 log = logging.getLogger(__name__)
 
-
-# Tokens in one forward pass. A CPU wants its caches and its allocator left alone: the bundled model
-# harvests 11,000 tokens a CPU-second by 2,048 at a time, 6,800 by 16,384. A GPU wants work.
-CPU_FORWARD_TOKENS, FORWARD_TOKENS = 2**11, 2**15
 
 # E|x|^2 is measured on about so many vectors: the relative error is well below a percent.
 SCALE_VECTORS = 2**15
 
 # Keeps the seeds of permutations and of chunks apart, whatever the run's seed.
 SEQUENCES, VECTORS = 1, 2
-
-
-@runtime_checkable
-class Harvester(Protocol):
-    """What a stream needs of a language model."""
-
-    def width(self, site: Site) -> int: ...
-
-    def harvest(self, ids: Tensor, *, layer: int, site: Site) -> Tensor: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
 
 class _Epoch(NamedTuple):
@@ -80,13 +65,14 @@ class ActivationStream:
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time; None: `default_chunk_vectors`.
+        source: where the vectors come from; None: a `Harvest` of `model`.
+        ahead: fill the next chunk while this one is used; None: on CUDA only.
 
     Attributes:
         d_in: width of a vector.
         scale: what raw activations are multiplied by.
         chunk_vectors: as given or derived; part of what decides the batches.
         tokens_per_epoch: counted tokens of all sequences.
-        seconds_harvesting: time spent in the language model so far.
 
     Raises:
         InputError: if the sequences hold less than one batch, or cannot be scaled to unit length.
@@ -104,11 +90,15 @@ class ActivationStream:
         n_batches: int,
         scale: Literal["unit", "none"] = "unit",
         chunk_vectors: int | None = None,
+        source: VectorSource | None = None,
+        ahead: bool | None = None,
     ) -> None:
-        self._model, self._sequences, self._layer = model, sequences, layer
+        self._source = source or Harvest(model, sequences, layer=layer, site=site)
+        self._chunks = Chunks(self._source, ahead=ahead)
+        self._sequences, self._layer = sequences, layer
         self._site: Site = site
         self._batch_size, self._seed, self.n_batches = batch_size, seed, n_batches
-        self.d_in = model.width(site)
+        self.d_in = self._source.d_in
         self.tokens_per_epoch = sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
             raise InputError(
@@ -117,9 +107,7 @@ class ActivationStream:
             )
         n_vectors = n_batches * batch_size
         self.chunk_vectors = chunk_vectors or default_chunk_vectors(self.d_in, n_vectors)
-        self.seconds_harvesting = 0.0
         self._epoch: tuple[int, _Epoch] | None = None
-        self._chunk: tuple[tuple[int, int], Tensor] | None = None
         self.scale = 1.0 if scale == "none" else self._unit_scale()
         log.info(
             "%d batches of %d: %.2f epochs of %d tokens, shuffled %d at a time, scaled by %g",
@@ -131,16 +119,25 @@ class ActivationStream:
             self.scale,
         )
 
+    @property
+    def seconds_harvesting(self) -> float:
+        """Seconds spent in the language model so far, or reading what it wrote to disk.
+
+        On a CPU, time that training waits. On CUDA, time of the harvest's own stream, most of it
+        beside training, as far as the device has come.
+        """
+        return self._source.seconds
+
     @cached_property
     def mean_square_norm(self) -> float:
         """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
         order = self._order(0)
         enough = np.searchsorted(np.cumsum(self._sequences.counts[order]), SCALE_VECTORS) + 1
-        total, n = 0.0, 0
-        for x in self._harvest(np.sort(order[:enough])):
-            total += float(x.double().square().sum())
-            n += len(x)
-        return total / n
+        # Pieces of one size, whatever the size of a pass or of a file: not a bit depends on it. On
+        # the CPU, because Apple's GPUs know no float64.
+        found = [x.cpu() for x in self._source.vectors(np.sort(order[:enough]))]
+        pieces = torch.cat(found).split(2**12)
+        return sum(float(x.double().square().sum()) for x in pieces) / sum(map(len, pieces))
 
     def batch(self, i: int) -> Float[Tensor, "batch d_in"]:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.
@@ -160,7 +157,9 @@ class ActivationStream:
             k = int(np.searchsorted(edges, offset, side="right")) - 1
             taken = min(stop - start, int(edges[k + 1]) - offset)
             first = offset - int(edges[k])
-            parts.append(self._shuffled_chunk(epoch, k)[first : first + taken] * self.scale)
+            chunk = self._chunks.get((epoch, k), self._plans)
+            part = chunk[first : first + taken].to(self._source.device, non_blocking=True)
+            parts.append(part * self.scale)
             start += taken
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -189,44 +188,20 @@ class ActivationStream:
             self._epoch = epoch, _Epoch(order, edges, np.concatenate([[0], ends[stops - 1]]))
         return self._epoch[1]
 
-    def _shuffled_chunk(self, epoch: int, k: int) -> Float[Tensor, "vectors d_in"]:
-        """Return the raw vectors of a chunk in their final order; one chunk is kept."""
-        if self._chunk is None or self._chunk[0] != (epoch, k):
-            self._chunk = None  # frees its memory before the next one is filled
-            plan = self._plan(epoch)
-            which = plan.order[plan.sequence_edges[k] : plan.sequence_edges[k + 1]]
-            n = int(plan.vector_edges[k + 1] - plan.vector_edges[k])
-            rng = np.random.default_rng([self._seed, epoch, k, VECTORS])
-            places = torch.from_numpy(rng.permutation(n))
-            chunk: Tensor | None = None
-            done = 0
-            # Sorted, so that a mapped file is read in one direction.
-            for x in self._harvest(np.sort(which)):
-                if chunk is None:
-                    chunk = x.new_empty(n, self.d_in)
-                chunk[places[done : done + len(x)].to(x.device)] = x
-                done += len(x)
-            assert chunk is not None
-            assert done == n
-            self._chunk = (epoch, k), chunk
-        return self._chunk[1]
+    def _plans(self, epoch: int, k: int) -> tuple[ChunkPlan, ChunkPlan | None]:
+        """Return what a chunk holds, and what the next one does, if a batch reaches it."""
+        this, last = self._chunk(epoch, k), len(self._plan(epoch).vector_edges) - 2
+        if k < last:
+            return this, self._chunk(epoch, k + 1)
+        if (epoch + 1) * self.tokens_per_epoch < self.n_batches * self._batch_size:
+            return this, self._chunk(epoch + 1, 0)
+        return this, None
 
-    def _harvest(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of sequences, float32, a forward pass at a time."""
-        on_cpu = self._model.device.type == "cpu"
-        rows = max(1, (CPU_FORWARD_TOKENS if on_cpu else FORWARD_TOKENS) // self._sequences.n_ctx)
-        for start in range(0, len(which), rows):
-            ids, mask = self._sequences[which[start : start + rows]]
-            counted = mask.flatten().nonzero().squeeze(1)
-            if not len(counted):
-                continue
-            began = time.perf_counter()
-            x = self._model.harvest(ids, layer=self._layer, site=self._site).flatten(0, 1)
-            x = x.index_select(0, counted.to(x.device)).float()
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)  # or the time would be that of the next step
-            self.seconds_harvesting += time.perf_counter() - began
-            yield x
+    def _chunk(self, epoch: int, k: int) -> ChunkPlan:
+        plan = self._plan(epoch)
+        which = plan.order[plan.sequence_edges[k] : plan.sequence_edges[k + 1]]
+        n = int(plan.vector_edges[k + 1] - plan.vector_edges[k])
+        return ChunkPlan(epoch, k, np.sort(which), n, (self._seed, epoch, k, VECTORS))
 
     def _unit_scale(self) -> float:
         if not 0 < self.mean_square_norm < float("inf"):
