@@ -228,6 +228,9 @@ class RunConfig(Config):
     checkpoint_minutes: PositiveFloat = 2.0
     """Wall-clock minutes between resumable states."""
 
+    cache_activations: bool = False
+    """Write the activations to disk first, for later runs of the same model, place and text."""
+
     preset: str | None = None
     """Name of the preset this came from; a label only."""
 

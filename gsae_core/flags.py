@@ -142,6 +142,10 @@ class Train:
     checkpoint_minutes: Annotated[float | None, _flag(RunConfig, "checkpoint_minutes", "FLOAT")] = (
         None
     )
+    cache_activations: Annotated[
+        FlagCreatePairsOff[bool],
+        _plain(RunConfig.model_fields["cache_activations"].description or ""),
+    ] = False
 
 
 # Flag -> field, one table for each config.
@@ -153,7 +157,10 @@ _RECIPE = {"tokens": "n_tokens"} | {
     name: name for name in TrainRecipe.model_fields if name != "n_tokens"
 }
 _EVALUATION = {"eval_tokens": "n_tokens"}
-_RUN = {name: name for name in ("activation_scale", "seed", "device", "checkpoint_minutes")}
+_RUN = {
+    name: name
+    for name in ("activation_scale", "seed", "device", "checkpoint_minutes", "cache_activations")
+}
 _OF_ONE = ("init_threshold", "bandwidth", "k_aux")
 _SPEC = {name: name for name in ("recipe", "tie", "aux", "loss_norm", "seed", *_OF_ONE)}
 _UNSAID: tuple[Architecture, ...] = ("gated", "relu")

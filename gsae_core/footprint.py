@@ -116,6 +116,17 @@ def state_bytes(cfg: RunConfig, d_in: int) -> int:
     return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
 
 
+def cache_bytes(cfg: RunConfig, d_in: int) -> int:
+    """Return about how large the run's activation cache gets; 0 without one.
+
+    An upper bound where the text is shorter than the run and is read more than once.
+    """
+    if not cfg.cache_activations:
+        return 0
+    each = FLOAT32 if cfg.model.dtype == "float32" else FLOAT32 // 2
+    return each * cfg.train.n_steps * cfg.train.batch_size * d_in
+
+
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
     """Return how many vectors to shuffle at a time: a function of the run's size, not the machine.
 

@@ -7,9 +7,12 @@ from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.footprint import state_bytes
 from gsae_core.lm.corpus import Corpus, load_corpus
+from gsae_core.lm.harvest import Harvest, VectorSource
 from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.rows import rows_per_pass
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.sae.architectures import build_sae, fold_scale_
+from gsae_core.store.activation_cache import open_cache
 from gsae_core.store.checkpoint import save_sae
 from gsae_core.store.files import free_bytes, readable
 from gsae_core.store.runs import Run
@@ -43,6 +46,7 @@ def set_up(run: Run) -> Bench:
             f"state and the one it replaces, found {readable(free)}; make room and resume the run"
         )
     corpus = load_text(cfg, model)
+    harvest = _harvest(run, model, corpus)
     stream = ActivationStream(
         model,
         corpus.train,
@@ -52,6 +56,7 @@ def set_up(run: Run) -> Bench:
         seed=cfg.seed,
         n_batches=cfg.train.n_steps,
         scale=cfg.activation_scale,
+        source=_source(cfg, model, corpus, harvest),
     )
     sparsity = [
         sparsity_in_training_units(
@@ -74,6 +79,7 @@ def set_up(run: Run) -> Bench:
         n_train_tokens=corpus.n_train_tokens,
         n_held_out_tokens=corpus.n_held_out_tokens,
         chunk_vectors=stream.chunk_vectors,
+        rows_per_pass=harvest.rows,
         activation_scale=stream.scale,
         mean_square_norm=stream.mean_square_norm,
         numerics=model.numerics,
@@ -94,6 +100,27 @@ def load_text(cfg: RunConfig, model: LanguageModel) -> Corpus:
     return load_corpus(
         cfg.data, model.tokenizer, n_tokens=cfg.train.n_tokens, model_n_ctx=model.n_ctx
     )
+
+
+def _harvest(run: Run, model: LanguageModel, corpus: Corpus) -> Harvest:
+    """Return a harvest in passes of the size the run began with, where it began on this kind."""
+    place = run.config.model
+    rows = [
+        event["rows_per_pass"]
+        for event in run.events()
+        if "rows_per_pass" in event and event["device"].partition(":")[0] == model.device.type
+    ]
+    if not rows:
+        rows.append(rows_per_pass(model, layer=place.layer, site=place.site, n_ctx=corpus.n_ctx))
+    return Harvest(model, corpus.train, layer=place.layer, site=place.site, rows=rows[0])
+
+
+def _source(cfg: RunConfig, model: LanguageModel, corpus: Corpus, harvest: Harvest) -> VectorSource:
+    if not cfg.cache_activations:
+        return harvest
+    cache = open_cache(model, harvest, corpus.train, layer=cfg.model.layer, site=cfg.model.site)
+    cache.fill()
+    return cache
 
 
 def save_saes(run: Run, bench: Bench) -> None:

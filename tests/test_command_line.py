@@ -97,6 +97,14 @@ def test_new_lambdas_keep_what_else_a_preset_says_of_each_architecture() -> None
     ]
 
 
+def test_a_cache_is_asked_for_by_a_flag_and_kept_from_a_config_file(tmp_path: Path) -> None:
+    assert not config("--preset quick").cache_activations
+    cached = config("--preset quick --cache-activations")
+    assert cached.cache_activations
+    (tmp_path / "config.json").write_text(cached.model_dump_json())
+    assert config(f"--config {tmp_path / 'config.json'}").cache_activations
+
+
 def test_arch_picks_from_a_presets_sweep() -> None:
     quick = preset("quick").config()
     assert config("--preset quick --arch relu").saes == quick.saes[4:]
@@ -214,10 +222,10 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
     [
         (
             "",
-            "expected a command, one of train, resume, evaluate, doctor, got none; see "
+            "expected a command, one of train, resume, evaluate, bench, doctor, got none; see "
             "python -m gsae_core --help",
         ),
-        ("tain", "expected a command, one of train, resume, evaluate, doctor, got 'tain'"),
+        ("tain", "expected a command, one of train, resume, evaluate, bench, doctor, got 'tain'"),
         (
             "train --sparcity 0.1",
             "expected a flag of train, got '--sparcity'; did you mean --sparsity?",

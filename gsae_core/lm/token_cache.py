@@ -34,10 +34,10 @@ class Cached(NamedTuple):
     starts_with_bos: bool
 
 
-def cache_folder() -> Path:
-    """Return where tokens are kept between runs; it can be deleted whenever no run is on."""
+def cache_folder(kind: str = "tokens") -> Path:
+    """Return where a kind of thing is kept between runs; delete it whenever no run is on."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "gsae_core" / "tokens"
+    return Path(root) / "gsae_core" / kind
 
 
 def cache_key(*parts: Any) -> str:

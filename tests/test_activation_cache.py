@@ -1,0 +1,358 @@
+"""The activation cache: the same batches, harvested once, whatever happens to its files."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_runs import finish, outcome, tiny_config, write_text
+from torch import Tensor
+
+from gsae_core.errors import InputError
+from gsae_core.footprint import cache_bytes
+from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.fingerprint import fingerprint
+from gsae_core.lm.harvest import Harvest, VectorSource
+from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.stream import ActivationStream
+from gsae_core.store.activation_cache import CachedActivations, open_cache
+from gsae_core.store.runs import Run
+
+D_IN, N_CTX = 3, 5
+
+
+class TokenModel:
+    """Activation of token t: (t, t / 3, -t). Counts the sequences it was asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.n_sequences, self._fails_at = 0, fails_at
+        self._lock = threading.Lock()
+
+    def width(self, site: str) -> int:
+        return D_IN
+
+    def harvest(self, ids: Tensor, *, layer: int, site: str) -> Tensor:
+        with self._lock:
+            self.n_sequences += len(ids)
+            if self._fails_at is not None and self.n_sequences > self._fails_at:
+                raise KeyboardInterrupt
+        return torch.stack([ids, ids / 3, -ids], dim=-1).float()
+
+
+def sequences(n: int = 10) -> SequenceSet:
+    """Row r holds 0 (not counted) and 10 r + 1 to 10 r + 4: 4 counted vectors."""
+    rows = 10 * np.arange(n)[:, None] + np.arange(N_CTX)
+    rows[:, 0] = 0
+    return SequenceSet(rows.astype(np.uint16), (0,))
+
+
+# A shard holds 4 sequences of 5 positions of 3 float32, in passes of 2: shards of 4, 4 and 2.
+SHARD = 4 * N_CTX * D_IN * 4
+
+
+class Made(NamedTuple):
+    model: TokenModel
+    cache: CachedActivations
+
+
+def cached(
+    folder: Path,
+    set_: SequenceSet | None = None,
+    model: TokenModel | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Made:
+    model, set_ = model or TokenModel(), set_ or sequences()
+    harvest = Harvest(model, set_, layer=0, site="mlp_out", rows=2)
+    return Made(model, CachedActivations(harvest, set_, folder, dtype=dtype, shard_bytes=SHARD))
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read(cache: CachedActivations, n: int = 10) -> Tensor:
+    return torch.cat(list(cache.vectors(np.arange(n))))
+
+
+WANTED = torch.tensor(
+    [[t, t / 3, -t] for r in range(10) for t in range(10 * r + 1, 10 * r + 5)], dtype=torch.float32
+)
+
+
+def test_what_is_read_is_what_was_harvested_in_any_selection(tmp_path: Path) -> None:
+    _, cache = cached(tmp_path)
+    cache.fill()
+    assert len(shards(tmp_path)) == 3
+    assert torch.equal(read(cache), WANTED)
+    which = np.array([1, 3, 4, 9])
+    found = torch.cat(list(cache.vectors(which)))
+    assert torch.equal(found, WANTED.view(10, 4, D_IN)[which].flatten(0, 1))
+
+
+def test_a_second_reader_asks_the_model_for_nothing(tmp_path: Path) -> None:
+    model, cache = cached(tmp_path)
+    cache.fill()
+    assert model.n_sequences == 10
+    again, cache = cached(tmp_path)
+    cache.fill()
+    assert torch.equal(read(cache), WANTED)
+    assert again.n_sequences == 0
+
+
+def test_a_longer_reading_of_the_text_harvests_only_what_it_lacks(tmp_path: Path) -> None:
+    cached(tmp_path, sequences(10)).cache.fill()
+    longer = cached(tmp_path, sequences(14))
+    longer.cache.fill()
+    # Sequences 0 to 7 are two whole shards; 8 to 11 were half there, 12 and 13 not at all.
+    assert longer.model.n_sequences == 6
+
+
+def test_an_interruption_loses_one_shard_at_most(tmp_path: Path) -> None:
+    # The third pass of two sequences, the first of the second shard, is interrupted.
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, model=TokenModel(fails_at=4)).cache.fill()
+    assert len(shards(tmp_path)) == 1
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+    model, cache = cached(tmp_path)
+    cache.fill()
+    assert model.n_sequences == 6
+    assert torch.equal(read(cache), WANTED)
+
+
+def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    _, cache = cached(tmp_path)
+    cache.fill()
+    (path, *_) = shards(tmp_path)
+    path.rename(left := tmp_path / f".{path.name}.123.tmp")
+    cached(tmp_path).cache.fill()
+    assert path.exists()
+    assert not left.exists()
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(flip_a_bit, "checksum"), (cut_short, "deserializing"), (empty, "header")],
+)
+def test_a_damaged_shard_is_told_of_and_harvested_again(
+    damage: Callable[[Path], None],
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cached(tmp_path).cache.fill()
+    (path, *_) = shards(tmp_path)
+    damage(path)
+    model, cache = cached(tmp_path)
+    cache.fill()
+    assert torch.equal(read(cache), WANTED)
+    assert model.n_sequences in (2, 4)  # the sequences of one shard, no others
+    told = caplog.records[-1].getMessage()
+    assert told.startswith(
+        f"expected the activations that were written to {path}, got damaged ones ("
+    )
+    assert reason in told
+    assert told.endswith("); harvesting them again")
+    again, cache = cached(tmp_path)
+    assert torch.equal(read(cache), WANTED)
+    assert again.n_sequences == 0
+
+
+def test_its_size_is_told_before_it_is_filled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, cache = cached(tmp_path)
+    assert cache.n_bytes == 40 * D_IN * 4
+    with caplog.at_level(logging.INFO, "gsae_core"):
+        cache.fill()
+    assert caplog.records[0].getMessage() == (
+        "activation cache: 480 bytes for 40 vectors, 480 bytes of them still to be harvested, "
+        f"in {tmp_path}"
+    )
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_harvested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsae_core.store.activation_cache.free_bytes", lambda path: 479)
+    model, cache = cached(tmp_path)
+    with pytest.raises(InputError) as error:
+        cache.fill()
+    assert str(error.value) == (
+        f"expected 480 bytes free on the disk of {tmp_path} for the activation cache, found 479 "
+        "bytes; make room, set XDG_CACHE_HOME to a folder on another disk, or train without "
+        "--cache-activations"
+    )
+    assert model.n_sequences == 0
+
+
+def test_a_disk_that_gives_back_other_bytes_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsae_core.store.activation_cache._sha256", lambda x: str(id(x)))
+    with pytest.raises(InputError, match="expected to read back what was just written to"):
+        cached(tmp_path).cache.fill()
+
+
+def test_half_precision_halves_the_cache_where_it_loses_nothing(tmp_path: Path) -> None:
+    # Tokens up to 94 are exact in bfloat16; thirds of them are not.
+    whole = SequenceSet(np.array([[3, 6], [9, 12]], np.uint16))
+    thirds = SequenceSet(np.array([[1, 2], [4, 5]], np.uint16))
+    for set_, n_bytes in ((whole, 2), (thirds, 4)):
+        folder = tmp_path / str(n_bytes)
+        _, cache = cached(folder, set_, dtype=torch.bfloat16)
+        cache.fill()
+        (path,) = shards(folder)
+        with safe_open(path, "pt") as file:
+            assert file.get_tensor("x").itemsize == n_bytes
+        tokens = set_[:].ids.flatten()
+        x = read(cache, 2)
+        assert x.dtype == torch.float32
+        assert torch.equal(x, torch.stack([tokens, tokens / 3, -tokens], 1).float())
+    assert cached(tmp_path, whole, dtype=torch.bfloat16).cache.n_bytes == 4 * D_IN * 2
+
+
+def test_two_runs_that_fill_one_cache_share_the_work(tmp_path: Path) -> None:
+    made = [cached(tmp_path) for _ in range(2)]
+    threads = [threading.Thread(target=each.cache.fill) for each in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(each.model.n_sequences for each in made) == 10
+    assert all(torch.equal(read(each.cache), WANTED) for each in made)
+
+
+def test_time_spent_reading_and_harvesting_adds_up(tmp_path: Path) -> None:
+    _, cache = cached(tmp_path)
+    assert cache.seconds == 0
+    cache.fill()
+    filled = cache.seconds
+    read(cache)
+    assert 0 < filled < cache.seconds
+
+
+def batches(
+    model: LanguageModel, set_: SequenceSet, source: VectorSource | None, seed: int
+) -> list[Tensor]:
+    stream = ActivationStream(
+        model,
+        set_,
+        layer=1,
+        site="mlp_out",
+        batch_size=64,
+        seed=seed,
+        n_batches=25,
+        chunk_vectors=300,
+        source=source,
+    )
+    return list(stream.batches())
+
+
+def test_batches_have_the_same_bits_from_the_cache_for_every_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = load_model("bundled")
+    rows = np.random.default_rng(0).integers(1, model.d_vocab, (20, 64), np.uint16)
+    rows[:, 0] = 0
+    set_ = SequenceSet(rows, (0,))
+    harvest = Harvest(model, set_, layer=1, site="mlp_out")
+    cache = open_cache(model, harvest, set_, layer=1, site="mlp_out")
+    for seed in (0, 1):
+        wanted = batches(model, set_, None, seed)
+        found = batches(model, set_, cache, seed)
+        # 20 rows of 63 counted tokens are 1260 vectors, so 25 batches of 64 are more than an epoch.
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
+    tiny_lm_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    set_ = sequences()
+
+    def folder(model: LanguageModel, layer: int = 0, rows: int = 2) -> Path:
+        harvest = Harvest(model, set_, layer=layer, site="mlp_out", rows=rows)
+        return open_cache(model, harvest, set_, layer=layer, site="mlp_out").folder
+
+    model = load_model(str(tiny_lm_folder))
+    copy = tmp_path / "copy"
+    model.hf.save_pretrained(copy)
+    tiny_tokenizer.save_pretrained(copy)
+    again = load_model(str(copy))
+    assert folder(model) == folder(again)
+    assert folder(model) != folder(model, layer=1)
+    assert folder(model) != folder(model, rows=1)
+    with torch.no_grad():
+        again.hf.transformer.h[0].ln_1.bias[3] += 1
+    assert folder(model) != folder(again)
+    narrow = load_model(str(tiny_lm_folder), dtype="bfloat16")
+    assert fingerprint(model) != fingerprint(narrow)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt")
+
+
+def test_a_run_from_the_cache_ends_with_the_bits_of_one_without(
+    tiny_lm_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = Run.create(tmp_path / "plain", tiny_config(tiny_lm_folder, text))
+    finish(plain)
+    config = tiny_config(tiny_lm_folder, text, cache_activations=True)
+    filling = Run.create(tmp_path / "filling", config)
+    finish(filling)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a forward pass over the training split")
+
+    monkeypatch.setattr(Harvest, "vectors", never)
+    reading = Run.create(tmp_path / "reading", config)
+    finish(reading)
+    assert outcome(plain) == outcome(filling) == outcome(reading)
+
+
+def test_a_runs_footprint_names_the_size_of_its_cache(tiny_lm_folder: Path, text: Path) -> None:
+    # 30 batches of 16 vectors of 12 float32.
+    config = tiny_config(tiny_lm_folder, text, cache_activations=True)
+    assert cache_bytes(config, 12) == 30 * 16 * 12 * 4
+    assert cache_bytes(tiny_config(tiny_lm_folder, text), 12) == 0
+    narrow = config.model.model_copy(update={"dtype": "bfloat16"})
+    assert cache_bytes(config.model_copy(update={"model": narrow}), 12) == 30 * 16 * 12 * 2
+
+
+def test_a_resumed_run_keeps_the_size_of_its_forward_passes(
+    tiny_lm_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gsae_core.workshop as workshop
+
+    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+    monkeypatch.setattr(workshop, "rows_per_pass", lambda *_, **__: 7)
+    workshop.set_up(run)
+    monkeypatch.setattr(workshop, "rows_per_pass", lambda *_, **__: 9)
+    workshop.set_up(run)
+    rows = [event["rows_per_pass"] for event in run.events() if event["event"] == "set up"]
+    assert rows == [7, 7]
