@@ -27,6 +27,9 @@ TITLES = {
 }
 """Heading of each of `NUMBERS`."""
 
+# On a card beside another there is room for one word.
+SHORT = TITLES | {"loss_recovered": "recovered"}
+
 DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4}
 SHARES = {"loss_recovered": 2, "alive_fraction": 1}
 """Numbers written in percent, and their decimals."""
@@ -47,6 +50,34 @@ def say_change(number: str, before: float, after: float) -> str:
     if number in SHARES:
         return f"{100 * difference:+.{SHARES[number]}f} points"
     return f"{difference:+,.{DIGITS.get(number, 3)}f} ({signed_percent(before, after)})"
+
+
+def table_columns(*, topk: bool) -> dict[str, Any]:
+    """Return heading, format and definition of each column of a table of SAEs.
+
+    Args:
+        topk: whether TopK SAEs are among them, whose sparsity is a number of features.
+    """
+    formats = {"loss_recovered": "%.2f %%", "alive_fraction": "%.1f %%", "l0": "%.1f"}
+    formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
+    configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
+    number = st.column_config.NumberColumn
+    return (
+        configs
+        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
+        | {
+            name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
+            for name, title in TITLES.items()
+        }
+        | {
+            f"change_{name}": number(
+                f"Δ {TITLES[name]}",
+                format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
+                help=f"Less the baseline run's. {definition(name)}",
+            )
+            for name in NUMBERS[:6]
+        }
+    )
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -72,7 +103,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
         plain(f"{run.id} / {row['name']}", size=".85rem")
         for names in _rows_of_three():
             for cell, name in zip(st.columns(3), names, strict=True):
-                cell.metric(TITLES[name], say(name, row[name]), help=definition(name))
+                cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
         spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
         with st.expander("What it was made from"):
             facts(

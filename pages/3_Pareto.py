@@ -16,7 +16,7 @@ from gsae_core.analysis.results import (
     published_source,
     several_runs,
 )
-from gsae_core.cards import TITLES, card, comparer, difference_card
+from gsae_core.cards import card, comparer, difference_card, table_columns
 from gsae_core.glossary import definition
 from gsae_core.pieces import escape_markdown, figure_tools, plain
 from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
@@ -217,10 +217,13 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     if base:
         shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
         shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
+        # Each change beside its number: at the far right nobody sees them.
+        pairs = [column for name in NUMBERS for column in (name, f"change_{name}")]
+        shown = shown[[*shown.columns[:5], *(column for column in pairs if column in shown)]]
     st.dataframe(
         shown.drop(columns="run") if shown["run"].nunique() == 1 else shown,
         hide_index=True,
-        column_config=columns(topk="topk" in set(evals["architecture"])),
+        column_config=table_columns(topk="topk" in set(evals["architecture"])),
         placeholder="–",
         alt="Every SAE with its held-out numbers",
     )
@@ -230,30 +233,6 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
         f"{escape_markdown(run.id)}: {first['n_tokens']:,} held-out tokens, on which the language "
         f"model alone loses {fixed(first['ce_clean'], 4)} nats per token, and with the site set to "
         f"zero {fixed(first['ce_zero'], 4)}."
-    )
-
-
-def columns(*, topk: bool) -> dict:
-    """Return heading, format and definition of each column of the table."""
-    formats = {"loss_recovered": "%.2f %%", "alive_fraction": "%.1f %%", "l0": "%.1f"}
-    formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
-    configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
-    number = st.column_config.NumberColumn
-    return (
-        configs
-        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
-        | {
-            name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
-            for name, title in TITLES.items()
-        }
-        | {
-            f"change_{name}": number(
-                f"Δ {TITLES[name]}",
-                format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
-                help=f"Less the baseline run's. {definition(name)}",
-            )
-            for name in NUMBERS[:6]
-        }
     )
 
 
