@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from gsae_core.config import RunConfig
 from gsae_core.errors import InputError
+from gsae_core.store.files import writing
 from gsae_core.store.jobs import start
+from gsae_core.store.listing import list_runs
 from gsae_core.store.runs import Run
+from gsae_core.store.status import ACTIVE, lock
 
 if TYPE_CHECKING:
     from gsae_core.flags import Train
@@ -26,17 +29,30 @@ def runs_root() -> Path:
 def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
     """Make a run under `root` and start it; return the one there is if it was made before.
 
+    A run with the same config that waits or trains now is that one too, whoever started it: its
+    seed is the same, so a second one would find the same numbers.
+
     Args:
         nonce: one for each intention to start: a double press has the same and starts one run.
 
     Raises:
         InputError: if the folder cannot be made or written.
     """
-    made = sorted(root.glob(f"*-{nonce}/config.json"))
-    run = Run.open(made[0].parent) if made else Run.create(root / run_id(config, nonce), config)
-    if run.status.state == "queued":
-        start(run)
+    with writing(root, 0):
+        root.mkdir(parents=True, exist_ok=True)
+        # Two visitors who press at once are served one after the other.
+        with lock(root, "launch"):
+            made = sorted(root.glob(f"*-{nonce}/config.json"))
+            run = Run.open(made[0].parent) if made else _same_job(root, config)
+            run = run or Run.create(root / run_id(config, nonce), config)
+            if run.status.state == "queued":
+                start(run)
     return run
+
+
+def _same_job(root: Path, config: RunConfig) -> Run | None:
+    alike = (run for run in list_runs(root) if run.config == config)
+    return next((run for run in alike if run.status.state in ("queued", *ACTIVE)), None)
 
 
 def run_id(config: RunConfig, nonce: str) -> str:
@@ -59,7 +75,12 @@ def command_line(flags: "Train") -> str:
 def _words(value: Any) -> list[str]:
     if value is True:
         return []
-    return [f"{v:g}" if isinstance(v, float) else str(v) for v in _listed(value)]
+    return [_exact(v) if isinstance(v, float) else str(v) for v in _listed(value)]
+
+
+def _exact(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _listed(value: Any) -> tuple[Any, ...]:
@@ -82,13 +103,15 @@ def numbers(text: str, field: str) -> tuple[float, ...]:
 
 
 def whole(text: str, field: str) -> int:
-    """Return the whole number in a text field; 2e6, 2_000_000 and 2,000,000 are all read.
+    """Return the whole number in a text field; 2e6, 2 M, 2_000_000 and 2,000,000 are all read.
 
     Raises:
         InputError: if it is no whole number.
     """
     try:
-        number = float(text.replace(",", "").replace("_", "").replace(" ", ""))
+        digits = re.sub(r"[\s,_]", "", text)
+        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(digits[-1:].lower())
+        number = float(digits) if unit is None else round(float(digits[:-1]) * unit, 3)
         if number != int(number):
             raise ValueError
     except (ValueError, OverflowError):

@@ -1,44 +1,37 @@
 """Train: choose a model, a place in it and a sweep; see what it takes; start it."""
 
 import secrets
+from pathlib import Path
 
 import streamlit as st
 
 from gsae_core import shell
-from gsae_core.config import ARCHITECTURES, SITES, RunConfig
+from gsae_core.catalogue import ModelFacts, model_facts
+from gsae_core.config import DataConfig, RunConfig
 from gsae_core.errors import InputError
+from gsae_core.estimates import Expected, Finished, alike, expected_l0
 from gsae_core.flags import Train, run_config
-from gsae_core.footprint import (
-    Measured,
-    default_chunk_vectors,
-    model_shape,
-    operations,
-    pace,
-    state_bytes,
-    training_bytes,
-)
-from gsae_core.launch import command_line, in_labels, launch, numbers, whole
+from gsae_core.footprint import Measured, Pace, pace
+from gsae_core.launch import command_line, in_labels, launch, run_id
 from gsae_core.machine import machine
-from gsae_core.pieces import facts, notice, plain
-from gsae_core.plots.palette import LOOKS
+from gsae_core.notebook_cell import notebook_cell
+from gsae_core.pieces import copy_link, facts, notice, plain
+from gsae_core.preflight import Fix, Refusal, gpu_memory, preflight
 from gsae_core.presets import presets
+from gsae_core.preview import Preview, preview_within
 from gsae_core.store.files import readable
+from gsae_core.train_form import LABELS, Base, at_place, corrected, shown, to_flags
+from gsae_core.train_view import bar, plan, side_by_side, token_lines
+from gsae_core.train_widgets import advanced, budget, computing, in_cache, what, where
 from gsae_core.wording import count, duration
 
-LABELS = {
-    "--layer": "Layer",
-    "--site": "Site",
-    "--width": "Width",
-    "--sparsity": "λ",
-    "--tokens": "Tokens",
-    "--batch-size": "Batch size",
-    "--lr": "Learning rate",
-    "--seed": "Seed",
-    "--device": "Device",
-    "--model": "Model",
-    "--data": "Data",
-}
+PREVIEW_SECONDS = 20
+IN_LABELS = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
+state = st.session_state
 
+arrived = state.get("page") != "Train"
+# Read before the widgets are drawn: they drop from the address what they cannot take.
+asked = {name: st.query_params.get_all(name) for name in st.query_params} if arrived else {}
 frame = shell.page(
     "Train",
     icon="🏋️",
@@ -46,220 +39,254 @@ frame = shell.page(
 )
 
 
-def fill() -> None:
-    """Put a preset's numbers into the form; called when another preset is chosen."""
-    config = presets()[st.session_state["preset"]].config()
-    gated = [spec for spec in config.saes if spec.architecture == "gated"] or list(config.saes)
-    values = {
-        "model_name": config.model.name,
-        "layer": config.model.layer,
-        "site": config.model.site,
-        "archs": list(dict.fromkeys(spec.architecture for spec in config.saes)),
-        "width": gated[0].d_sae,
-        "lambdas": " ".join(f"{spec.sparsity:g}" for spec in gated),
-        "tokens": f"{config.train.n_tokens:_}",
-        "batch": config.train.batch_size,
-        "lr": f"{config.train.lr:g}",
-        "data": config.data.source,
-        "seed": config.seed,
-        "device": config.device,
-    }
-    for key, value in values.items():
-        st.session_state[key] = value
-
-
-def form() -> None:
-    """Draw the fields."""
-    st.selectbox(
-        "Start from",
-        list(presets()),
-        key="preset",
-        on_change=fill,
-        bind="query-params",
-    )
-    plain(f"{presets()[st.session_state['preset']].description}.", size=".875rem")
-    if "model_name" not in st.session_state:
-        fill()
-    with st.container(border=True):
-        st.markdown("**1 · Where to read**")
-        one, two, three = st.columns([3, 2, 3])
-        one.text_input(
-            "Model",
-            key="model_name",
-            help="`bundled`, a local Hugging Face folder, or a name on the Hub.",
+def choose_base() -> Base:
+    """Draw what the form starts from, and fill it in when that changes."""
+    one, two = st.columns(2)
+    runs = {run.id: run for run in frame.runs}
+    with two:
+        chosen = st.selectbox(
+            "Or repeat a run",
+            list(runs),
+            index=None,
+            key="from",
+            bind="query-params",
+            placeholder="none" if runs else "no runs yet",
+            disabled=not runs,
+            help="Fills in everything that run was made with; change what you like.",
         )
-        two.number_input("Layer", min_value=0, step=1, key="layer", help="Block number, from 0.")
-        three.selectbox("Site", SITES, key="site", help="Where in the block activations are read.")
-    with st.container(border=True):
-        st.markdown("**2 · What to train**")
-        one, two = st.columns([1, 1])
-        one.multiselect(
-            "Architectures",
-            ARCHITECTURES,
-            key="archs",
-            wrap=True,
-            format_func=lambda a: LOOKS[a].label,
+    with one:
+        name = st.selectbox(
+            "Start from a set-up",
+            list(presets()),
+            key="preset",
+            bind="query-params",
+            disabled=chosen is not None,
         )
-        two.number_input(
-            "Width",
-            min_value=1,
-            step=256,
-            key="width",
-            help="Features of a Gated SAE; the baseline gets 1.5x as many, to even the compute.",
-        )
-        st.text_input(
-            "λ",
-            key="lambdas",
-            help="One SAE of each architecture per value, separated by spaces; larger is sparser.",
-        )
-    with st.container(border=True):
-        st.markdown("**3 · Data and budget**")
-        one, two, three = st.columns(3)
-        one.text_input(
-            "Data",
-            key="data",
-            help="`stdlib` (Python's own source), a file or folder, or a data set on the Hub.",
-        )
-        two.text_input("Tokens", key="tokens", help="Activation vectors to train on.")
-        three.number_input(
-            "Batch size", min_value=1, step=256, key="batch", help="Activation vectors in a step."
-        )
-        one, two, three = st.columns(3)
-        one.text_input("Learning rate", key="lr", help="Peak of Adam's learning rate.")
-        two.number_input("Seed", min_value=0, step=1, key="seed")
-        three.text_input(
-            "Device",
-            key="device",
-            help="`auto` (CUDA, then Apple, then CPU), `cpu`, `cuda`, `cuda:1` or `mps`.",
-        )
+    if chosen is None:
+        base = Base(presets()[name].config(), preset=name)
+        plain(f"{presets()[name].description}.", size=".875rem")
+    else:
+        base = Base(runs[chosen].config, run=runs[chosen].folder / "config.json")
+        plain(f"The settings of {chosen}; a run that differs in nothing finds the same numbers.")
+    if unknown := [run for run in asked.get("from", []) if run not in runs]:
+        notice(f"Run {unknown[0][:80]} is not on this machine; showing {name}.", kind="warning")
+    if state.get("filled") != base.id or "from" in asked:
+        state.update(shown(base.config))
+        state["filled"] = base.id
+    return base
 
 
-def chosen() -> Train:
-    """Return the form as the command line's flags, leaving out what the preset says already.
-
-    Raises:
-        InputError: if a number cannot be read.
-    """
-    state = st.session_state
-    name = state["preset"]
-    base = presets()[name].config()
-    gated = [spec for spec in base.saes if spec.architecture == "gated"] or list(base.saes)
-    archs = tuple(state["archs"])
-    if not archs:
-        raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
-    lambdas = numbers(state["lambdas"], "λ")
-    tokens, lr = whole(state["tokens"], "Tokens"), numbers(state["lr"], "Learning rate")
-    if len(lr) != 1:
-        raise InputError(f"Learning rate: expected one number, got {state['lr']!r}")
-
-    def changed(value, default):
-        return None if value == default else value
-
-    return Train(
-        preset=name,
-        model=changed(state["model_name"].strip(), base.model.name),
-        layer=changed(int(state["layer"]), presets()[name].layer),
-        site=changed(state["site"], presets()[name].site),
-        arch=() if archs == tuple(dict.fromkeys(s.architecture for s in base.saes)) else archs,
-        width=changed(int(state["width"]), gated[0].d_sae),
-        sparsity=() if lambdas == tuple(spec.sparsity for spec in gated) else lambdas,
-        tokens=changed(tokens, base.train.n_tokens),
-        batch_size=changed(int(state["batch"]), base.train.batch_size),
-        lr=changed(lr[0], base.train.lr),
-        data=changed(state["data"].strip(), base.data.source),
-        seed=changed(int(state["seed"]), base.seed),
-        device=changed(state["device"].strip(), base.device),
-    )
+@st.cache_data(max_entries=32, show_spinner="Reading the first lines")
+def preview_of(data: str, model: str, revision: str | None) -> Preview:
+    """Return the first lines of a corpus; `data` is its config as JSON."""
+    config = DataConfig.model_validate_json(data)
+    return preview_within(PREVIEW_SECONDS, config, model, revision)
 
 
-def preflight(config: RunConfig) -> None:
-    """Draw what the run takes and what there is."""
-    here = machine(shell.runs_root())
-    shape = model_shape(config.model.name)
-    n_steps = config.train.n_tokens // config.train.batch_size
-    rows = {
-        "SAEs": f"{len(config.saes)}, trained together",
-        "Steps": f"{n_steps:,} of {config.train.batch_size:,} tokens",
-    }
-    if shape is None:
-        rows |= {"Memory and time": "known once the model is here; the run checks before it trains"}
-        facts(rows)
+def preview(config: RunConfig) -> None:
+    """Draw ten lines of the corpus as tokens, and how much of it there is."""
+    if not st.toggle("Show ten lines as tokens", key="peek", bind="query-params"):
         return
-    d_in = shape.width(config.model.site)
-    need = training_bytes(
-        config, d_in, chunk_vectors=default_chunk_vectors(d_in, config.train.n_tokens)
-    )
-    speed = pace(measured(), n_cores=here.n_cores, has_gpu=bool(here.gpus))
-    seconds = operations(config, shape) / speed.operations_per_second
-    source = (
-        "a rough guess: nothing was trained here yet"
-        if speed.source is None
-        else f"at the speed of run {speed.source}"
-    )
-    rows |= {
-        "Activations": f"{d_in} wide, from {config.model.hook_name}",
-        "Memory": f"about {readable(need)}; {readable(here.memory_free)} free",
-        "Disk": f"about {readable(3 * state_bytes(config, d_in))}; {readable(here.disk_free)} free",
-        "Time": f"about {duration(seconds)}, {source}",
-    }
-    facts(rows)
-    if config.model.layer >= shape.n_layers:
-        raise InputError(
-            f"Layer: expected 0 to {shape.n_layers - 1}, got {config.model.layer}; "
-            f"the model has {shape.n_layers} blocks"
-        )
-    if need > here.memory_free and not here.gpus:
-        notice(
-            "This is more memory than is free; lower the width, the batch size or the number of λ.",
-            kind="warning",
-        )
+    try:
+        found = preview_of(config.data.model_dump_json(), config.model.name, config.model.revision)
+    except InputError as error:
+        notice(str(error), title="No preview")
+        return
+    token_lines(found.lines)
+    said = [f"{found.sampled_tokens:,} tokens read"]
+    if found.sampled_bytes:
+        said.append(f"{found.sampled_bytes / found.sampled_tokens:.1f} bytes a token")
+    if found.n_tokens is not None:
+        passes = config.train.n_tokens / max(found.n_tokens * (1 - config.data.held_out), 1)
+        said.append(f"about {count(found.n_tokens)} in all, so {passes:.2g} passes over the text")
+    else:
+        said.append("how many there are in all is known when it has been read")
+    st.caption(" · ".join(said))
 
 
-def measured() -> list[Measured]:
-    """Return how long the newest runs took, for the estimate."""
+@st.cache_data(max_entries=256, show_spinner=False)
+def results(folder: Path, mtime_ns: int) -> Finished:
+    """Return a run with its evaluation; `mtime_ns` is the evaluation's."""
+    run = next(run for run in frame.runs if run.folder == folder)
+    return Finished(run.id, run.config, run.evals())
+
+
+def expected(config: RunConfig) -> dict[str, Expected]:
+    """Return the L0 to expect of each SAE, from finished runs at the same place."""
+    found = []
+    for run in frame.runs:
+        evals = run.folder / "evals.json"
+        if alike(config, run.config) and evals.exists():
+            try:
+                found.append(results(run.folder, evals.stat().st_mtime_ns))
+            except (InputError, FileNotFoundError, KeyError):
+                continue  # damaged or deleted meanwhile: Home says so
+    ranges = {spec.name: expected_l0(spec, config, found) for spec in config.saes}
+    return {name: l0 for name, l0 in ranges.items() if l0 is not None}
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def last_seconds(metrics: Path, mtime_ns: int) -> tuple[int, float] | None:
+    """Return the last logged step of a run and its seconds of training."""
+    run = next(run for run in frame.runs if run.folder == metrics.parent)
+    rows = run.metrics()
+    return (rows[-1]["step"], rows[-1]["seconds"]) if rows else None
+
+
+def speed(here_has_gpu: bool, n_cores: int) -> Pace:
+    """Return how fast this machine trains, by its newest runs."""
     found = []
     for run in frame.runs[:5]:
-        status = shell.status_of(run)
-        rows = run.metrics()
-        if status is not None and rows and status.n_steps:
-            last = rows[-1]
-            found.append(
-                Measured(run.id, run.config, last["step"] / status.n_steps, last["seconds"])
+        metrics, status = run.folder / "metrics.jsonl", shell.status_of(run)
+        if status is not None and status.n_steps and metrics.exists():
+            last = last_seconds(metrics, metrics.stat().st_mtime_ns)
+            if last is not None:
+                found.append(Measured(run.id, run.config, last[0] / status.n_steps, last[1]))
+    return pace(
+        found,
+        n_cores=n_cores,
+        has_gpu=here_has_gpu,
+        shapes=lambda name: model_facts(name, in_cache()).shape,
+    )
+
+
+def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
+    """Draw what the run takes and what there is; return why it cannot start."""
+    here = machine(shell.runs_root())
+    on_gpu = gpu_memory(here, config.device) is not None
+    now = speed(on_gpu, here.n_cores)
+    flight = preflight(config, about, here, now)
+    ranges = expected(config)
+    plan(config, ranges)
+    runs = list(dict.fromkeys(run for l0 in ranges.values() for run in l0.runs))
+    if runs:
+        others = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        which = f"{'run' if len(runs) == 1 else 'runs'} {', '.join(runs[:3])}{others}"
+        plain(f"L0 as in {which} at this place, interpolated over λ.", size=".875rem")
+    for one in flight.bars:
+        bar(one)
+    n_steps, batch = config.train.n_steps, config.train.batch_size
+    rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {len(config.saes)} SAEs at once"}
+    if flight.seconds is None:
+        rows["Memory and time"] = "known once the model is here; the run checks before it trains"
+    else:
+        source = (
+            "a rough guess: nothing was trained here yet"
+            if now.source is None
+            else f"at the speed of {now.source}"
+        )
+        rows["Time"] = f"about {duration(flight.seconds)}, {source}"
+        rows |= cost(flight.seconds, on_gpu=on_gpu)
+    if flight.download or about.where == "hub":
+        size = f"about {readable(flight.download)}" if flight.download else "size not known"
+        rows["Download"] = f"{size}, from the Hub"
+    facts(rows)
+    return flight.refusals
+
+
+def cost(seconds: float, *, on_gpu: bool) -> dict[str, str]:
+    """Return the rows about hours and their price."""
+    hours = seconds / 3600
+    rows = {"GPU hours": f"about {hours:,.2g}"} if on_gpu else {}
+    if state.get("price"):
+        rows["Cost"] = f"about {hours * state['price']:,.2f}, at {state['price']:,.2f} an hour"
+    return rows
+
+
+def refuse(refusals: tuple[Refusal, ...]) -> None:
+    """Draw why the run cannot start, with a button for each change that would let it."""
+    for number, refusal in enumerate(refusals):
+        notice(in_labels(refusal.sentence, IN_LABELS), title="This cannot start yet")
+        for fix in refusal.fixes:
+            st.button(
+                f"Set {LABELS[fix.flag]} to {fix.value}",
+                key=f"fix_{number}_{fix.flag}",
+                on_click=apply,
+                args=(fix,),
+                icon=":material/build:",
             )
-    return found
+
+
+def apply(fix: Fix) -> None:
+    """Change a field."""
+    kinds = {"layer": int, "width": int, "cache_activations": lambda value: value == "on"}
+    state[fix.flag] = kinds.get(fix.flag, str)(fix.value)
 
 
 def begin(config: RunConfig) -> None:
     """Start the run and show it."""
-    nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
-    run = launch(shell.runs_root(), config, nonce=nonce)
-    del st.session_state["nonce"]
+    nonce = state.setdefault("nonce", secrets.token_hex(3))
+    try:
+        run = launch(shell.runs_root(), config, nonce=nonce)
+    except InputError as error:
+        notice(str(error), title="Nothing was started")
+        return
+    del state["nonce"]
     shell.go("pages/2_Live.py", run)
 
 
-left, right = st.columns([3, 2], gap="large")
+def copies(flags: Train, config: RunConfig) -> None:
+    """Offer the same run for a terminal and for a notebook."""
+    with st.popover("Copy as command line", icon=":material/terminal:", width="stretch"):
+        st.code(command_line(flags), language="bash", wrap_lines=True)
+    with st.popover("Copy as notebook cell", icon=":material/code:", width="stretch"):
+        name = run_id(config, secrets.token_hex(2))
+        st.code(notebook_cell(config, name=name), language="python", wrap_lines=True)
+    with st.popover("Copy link", icon=":material/link:", width="stretch"):
+        copy_link()
+
+
+def start(config: RunConfig, refused: bool) -> None:
+    """Draw the button."""
+    label = f"Start {count(config.train.n_tokens)} tokens"
+    if st.button(
+        label,
+        type="primary",
+        icon=":material/play_arrow:",
+        width="stretch",
+        key="start",
+        disabled=refused,
+    ):
+        begin(config)
+
+
+with side_by_side():
+    left, right = st.columns([3, 2], gap="large")
 with left:
-    form()
+    base = choose_base()
+    given = shown(base.config)
+    with st.container(border=True):
+        st.markdown("**1 · Where to read**")
+        about = where(base, given)
+    given = shown(at_place(base, state["layer"], state["site"]).config)
+    with st.container(border=True):
+        st.markdown("**2 · What to train**")
+        what(given, about)
+    with st.container(border=True):
+        st.markdown("**3 · Data and budget**")
+        budget(given)
+        lines = st.container()
+    with st.container(border=True):
+        st.markdown("**4 · Machine**")
+        computing(given)
+    advanced(given)
+values = {flag: state[flag] for flag in given}
+with left:
+    for sentence in corrected(asked, values):
+        plain(sentence, size=".875rem")
 with right, st.container(border=True):
     st.subheader("Before it starts", anchor=False)
     try:
-        flags = chosen()
+        flags = to_flags(values, base)
         config = run_config(flags)
-        preflight(config)
     except InputError as error:
-        notice(in_labels(str(error), LABELS), title="This cannot start yet")
+        notice(in_labels(str(error), IN_LABELS), title="This cannot start yet")
         st.button("Start", type="primary", disabled=True, width="stretch", key="start")
-    else:
-        if st.button(
-            f"Start {count(config.train.n_tokens)} tokens",
-            type="primary",
-            icon=":material/play_arrow:",
-            width="stretch",
-            key="start",
-        ):
-            try:
-                begin(config)
-            except InputError as error:
-                notice(str(error), title="Nothing was started")
-        st.caption("The same run from a terminal:")
-        st.code(command_line(flags), language="bash", wrap_lines=True)
+        st.stop()
+    refusals = before(config, about)
+    refuse(refusals)
+    start(config, bool(refusals))
+    copies(flags, config)
+# Last, because it may wait for the network; the rest of the page is there already.
+with lines:
+    preview(config)

@@ -11,14 +11,16 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            "errors validation config sweeps paper presets glossary wording footprint threads",
+            "errors validation config sweeps paper presets glossary wording footprint threads "
+            "catalogue estimates notebook_cell",
             "lm sae",
             "training analysis store",
-            "plots job learning samples workshop machine progress failures flags",
+            "plots job learning samples workshop machine progress failures flags preflight preview",
             "bench",
             "controls live_view token_strip cli command_line report doctor __main__ launch shell "
             "pieces "
-            "cached cards address app pages",
+            "cached cards address app pages "
+            "train_form train_view train_widgets block_diagram",
         ]
     )
     for room in rooms.split()

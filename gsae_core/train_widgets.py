@@ -1,0 +1,228 @@
+"""The widgets of the Train page: each is a flag of `train`, and its value is in the address."""
+
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from gsae_core.block_diagram import ABOUT, block_diagram
+from gsae_core.catalogue import ModelFacts, cached_models, choices, model_facts
+from gsae_core.config import ARCHITECTURES, SITES
+from gsae_core.errors import InputError
+from gsae_core.pieces import notice, plain
+from gsae_core.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
+from gsae_core.wording import count
+
+FIELDS = form_fields()
+DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
+BIND = "query-params"
+WIDTH = "Features of an SAE; a ReLU baseline gets 1.5x as many, to even the compute."
+KNOB_HELP = {
+    "sparsity": "One Gated and one ReLU SAE per value, separated by spaces; larger is sparser.",
+    "jumprelu_sparsity": "One JumpReLU SAE per value; it weighs the number of features, so it is "
+    "of another size than the λ of an L1 penalty.",
+    "k": "Features that a TopK SAE fires: one SAE per value.",
+}
+state = st.session_state
+
+
+@st.cache_data(ttl=30, max_entries=1, show_spinner=False)
+def in_cache() -> dict[str, Path]:
+    """Return the models in the Hub's cache; asked anew every half minute."""
+    return cached_models()
+
+
+def field(flag: str, given: Values, **options: Any) -> None:
+    """Draw the widget of a flag; what the set-up gives is its default, left out of the address."""
+    about, value = FIELDS[flag], given[flag]
+    options = {"key": flag, "bind": BIND, "help": about.help} | options
+    if about.kind == "choice":
+        index = about.choices.index(value) if value in about.choices else None
+        state[flag] = state.get(flag) or None
+        st.selectbox(about.label, about.choices, index=index, **options)
+    elif about.kind == "switch":
+        st.toggle(about.label, value, **options)
+    else:
+        st.text_input(about.label, value, **options)
+
+
+def where(base: Base, given: Values) -> ModelFacts:
+    """Draw the model, and the place in it."""
+    cached = in_cache()
+    names = choices(cached)
+    extra = [name for name in (given["model"], state["model"]) if name not in names]
+    st.selectbox(
+        "Model",
+        [*names, *dict.fromkeys(extra)],
+        index=[*names, *dict.fromkeys(extra)].index(given["model"]),
+        key="model",
+        bind=BIND,
+        accept_new_options=True,
+        help="Type to search. `bundled`, a local Hugging Face folder, or any name on the Hub.",
+    )
+    about = model_facts(str(state["model"] or "").strip(), cached)
+    said = {"bundled": "ships with the package", "folder": "local folder", "cached": "in the cache"}
+    size = "size known once it is here" if about.parameters is None else count(about.parameters)
+    parts = [size if about.parameters is None else f"{size} parameters"]
+    if about.shape is not None:
+        parts += [f"{about.shape.n_layers} layers", f"d_model {about.shape.d_model:,}"]
+    parts.append(said.get(about.where, "from the Hub"))
+    if about.gated and about.where == "hub":
+        parts.append("🔒 its licence must be accepted on the Hub first")
+    plain(" · ".join(parts), size=".875rem")
+    with st.expander("Compare models"):
+        model_table(cached)
+    place(base, given, about)
+    return about
+
+
+def place(base: Base, given: Values, about: ModelFacts) -> None:
+    """Draw the layer and the site, as fields and as a picture to click in."""
+    picture = st.container()
+    one, two = st.columns([2, 3])
+    last = None if about.shape is None else about.shape.n_layers - 1
+    if last is not None and state["layer"] > last:
+        st.caption(f"Layer {state['layer']} became {last}: the model has {last + 1} blocks.")
+        state["layer"] = last
+    default = given["layer"] if last is None else min(given["layer"], last)
+    layer_help = "Block number, from 0."
+    one.number_input("Layer", 0, last, default, 1, key="layer", bind=BIND, help=layer_help)
+    site = SITES.index(given["site"])
+    two.selectbox("Site", SITES, site, key="site", bind=BIND, help=FIELDS["site"].help)
+    width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
+    st.caption(f"{ABOUT[state['site']].capitalize()}{width}.")
+    if not covers(base, state["layer"], state["site"]):
+        st.caption(
+            f"{base.preset} has no runs at this place: its settings stay, its name does not."
+        )
+    with picture:
+        block_diagram(
+            site=state["site"],
+            layer=state["layer"],
+            n_layers=None if last is None else last + 1,
+            parallel=about.family == "gpt_neox",
+            pick=lambda flag, value: state.update({flag: value}),
+        )
+
+
+def model_table(cached: dict[str, Path]) -> None:
+    """Draw the models side by side; a ticked row is chosen."""
+    about = [model_facts(name, cached) for name in choices(cached)]
+
+    def chosen() -> None:
+        if rows := state["models"]["selection"]["rows"]:
+            state["model"] = about[rows[0]].name
+
+    licence = {True: "to accept", False: "open", None: "–"}
+    st.dataframe(
+        [
+            {
+                "model": model.name,
+                "parameters": model.parameters,
+                "layers": model.shape and model.shape.n_layers,
+                "d_model": model.shape and model.shape.d_model,
+                "licence": "open" if model.where == "bundled" else licence[model.gated],
+                "here": model.where in ("bundled", "cached"),
+            }
+            for model in about
+        ],
+        key="models",
+        hide_index=True,
+        on_select=chosen,
+        selection_mode="single-row",
+        height=260,
+        column_config={"parameters": st.column_config.NumberColumn(format="compact")},
+        alt="Models: name, parameters, layers, width, licence, whether on this machine",
+    )
+
+
+def what(given: Values, about: ModelFacts) -> None:
+    """Draw the SAEs of the sweep."""
+    one, two = st.columns(2)
+    one.multiselect(
+        "Architectures",
+        ARCHITECTURES,
+        default=given["arch"],
+        key="arch",
+        bind=BIND,
+        wrap=True,
+    )
+    with two:
+        st.number_input("Width", 1, None, given["width"], 256, key="width", bind=BIND, help=WIDTH)
+        if about.shape is not None and state["width"]:
+            d_in = about.shape.width(state["site"])
+            st.caption(f"{state['width'] / d_in:.3g} × the {d_in:,} activations")
+    many = {"relu"} < set(state["arch"])
+    st.toggle(
+        "Baselines as wide as the others",
+        given["equal_width"],
+        key="equal_width",
+        bind=BIND,
+        disabled=not many,
+        help="Off: ReLU SAEs get 1.5x the width, which evens the compute (paper, section 4.1).",
+    )
+    turned = [knob for knob, archs in KNOBS.items() if set(archs) & set(state["arch"])]
+    for knob in turned:
+        one, two = st.columns([5, 2], vertical_alignment="bottom")
+        one.text_input(LABELS[knob], given[knob], key=knob, bind=BIND, help=KNOB_HELP[knob])
+        if knob == turned[0] and knob != "k":
+            with two:
+                spacing(knob)
+
+
+def spacing(knob: str) -> None:
+    """Draw the helper that spaces lambdas evenly on a log scale."""
+
+    def fill_in() -> None:
+        try:
+            values = log_spaced(state["log_low"], state["log_high"], state["log_n"])
+        except InputError as error:
+            state["log_error"] = str(error)
+        else:
+            state[knob] = " ".join(f"{value:g}" for value in values)
+
+    with st.popover("Log-spaced", width="stretch"):
+        st.number_input("From", 0.0, None, 0.1, format="%g", key="log_low")
+        st.number_input("To", 0.0, None, 1.0, format="%g", key="log_high")
+        st.number_input("Values", 2, 32, 4, key="log_n")
+        st.button("Fill in", on_click=fill_in, key="log_fill", width="stretch")
+        if error := state.pop("log_error", ""):
+            notice(error)
+
+
+def budget(given: Values) -> None:
+    """Draw the text, how much of it, and how fast to learn from it."""
+    field("data", given, placeholder="stdlib, a path, or a data set on the Hub")
+    one, two, three = st.columns(3)
+    with one:
+        field("tokens", given)
+    with two:
+        field("batch_size", given)
+    with three:
+        field("lr", given)
+
+
+def computing(given: Values) -> None:
+    """Draw what it is computed with, and what an hour of that costs."""
+    for column, flag in zip(st.columns(3), ("dtype", "device", "seed"), strict=True):
+        with column:
+            field(flag, given)
+    st.number_input(
+        "Price per hour",
+        0.0,
+        None,
+        None,
+        key="price",
+        bind=BIND,
+        placeholder="optional: what an hour of this machine costs",
+    )
+
+
+def advanced(given: Values) -> None:
+    """Draw every other flag of `train`."""
+    with st.expander("Advanced: recipe, corpus, evaluation"):
+        rest = [flag for flag in FIELDS if flag not in DRAWN]
+        for start in range(0, len(rest), 3):
+            for column, flag in zip(st.columns(3), rest[start : start + 3], strict=False):
+                with column:
+                    field(flag, given)

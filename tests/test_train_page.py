@@ -1,0 +1,275 @@
+"""The Train page without a browser: filled in, changed, refused, mended, started."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from app_pages import HOSTILE, opened, text
+from streamlit.testing.v1 import AppTest
+from synthetic import config, write_run
+
+from gsae_core import launch as launching
+from gsae_core.command_line import parse
+from gsae_core.flags import Train, run_config
+from gsae_core.presets import preset
+from gsae_core.store.listing import list_runs
+
+TRAIN = "pages/1_Train.py"
+
+
+def said(at: AppTest) -> str:
+    return text(at).replace("&#x27;", "'")
+
+
+def command(at: AppTest) -> Train:
+    """Return what the shown command line says to a shell."""
+    words = shlex.split(at.code[0].value)
+    assert words[:3] == ["python", "-m", "gsae_core"]
+    flags = parse(words[3:])
+    assert isinstance(flags, Train)
+    return flags
+
+
+def test_the_page_opens_ready_to_start_the_quick_set_up(root: Path) -> None:
+    at = opened(TRAIN)
+    assert not at.exception
+    assert at.code[0].value == "python -m gsae_core train --preset quick"
+    assert not at.button(key="start").disabled
+    assert at.text_input(key="tokens").value == "1,048,576"
+    assert "4.27 M parameters · 4 layers · d_model 256 · ships with the package" in said(at)
+    assert "a rough guess: nothing was trained here yet" in said(at)
+
+
+def test_the_form_starts_what_its_command_line_and_its_notebook_cell_say(
+    root: Path, started: list[str]
+) -> None:
+    at = opened(TRAIN)
+    at.text_input(key="sparsity").set_value("0.3, 0.6")
+    at.number_input(key="width").set_value(768)
+    at.text_input(key="tokens").set_value("2e6")
+    at.text_input(key="data").set_value("my files/*.txt; rm -rf ~")
+    at.selectbox(key="site").set_value("attn_z")
+    at.run()
+    assert not at.exception
+    flags = command(at)
+    scope: dict = {}
+    exec(at.code[1].value.partition("\nrun = ")[0], scope)
+    at.button(key="start").click().run()
+    assert at.title[0].value == "Live"
+    (run,) = list_runs(root)
+    assert run.config == run_config(flags) == scope["config"]
+    assert [spec.d_sae for spec in run.config.saes] == [768, 768, 1152, 1152]
+    assert run.config.train.n_tokens == 2_000_000
+    assert run.config.model.site == "attn_z"
+    assert started == [run.id]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("sparsity", "0.1 lots", "λ: expected numbers separated by spaces, like 0.1 0.2, got"),
+        ("sparsity", "-1", "λ: expected a number greater than 0, got -1.0"),
+        ("tokens", "many", "Tokens: expected a whole number, like 2_000_000, got"),
+        ("tokens", "100", "expected n_tokens of at least one batch (2048), got 100"),
+        ("lr", "0", "Learning rate: expected a number greater than 0, got 0.0"),
+        ("device", "toaster", "Device: expected auto, cpu, cuda, cuda:1 or mps, got 'toaster'"),
+        ("data", "", "Data: expected a name, got none"),
+    ],
+)
+def test_a_mistake_in_the_form_is_one_sentence_beside_it(
+    root: Path, key: str, value: str, sentence: str
+) -> None:
+    at = opened(TRAIN)
+    at.text_input(key=key).set_value(value).run()
+    assert not at.exception
+    assert sentence in said(at)
+    assert at.button(key="start").disabled
+
+
+def test_a_form_without_architectures_says_what_to_choose(root: Path) -> None:
+    at = opened(TRAIN)
+    at.multiselect(key="arch").set_value([]).run()
+    wanted = "expected at least one architecture, got none; choose Gated, ReLU or both"
+    assert wanted in said(at)
+
+
+def test_each_architecture_has_the_field_that_sets_its_sparsity(root: Path) -> None:
+    at = opened(TRAIN)
+    at.multiselect(key="arch").set_value(["gated", "jumprelu", "topk"]).run()
+    at.text_input(key="jumprelu_sparsity").set_value("0.002")
+    at.text_input(key="k").set_value("8 16").run()
+    assert not at.exception
+    saes = run_config(command(at)).saes
+    assert [(s.architecture, s.sparsity) for s in saes if s.architecture != "gated"] == [
+        ("jumprelu", 0.002),
+        ("topk", 8),
+        ("topk", 16),
+    ]
+    at.multiselect(key="arch").set_value(["topk"]).run()
+    assert [field.key for field in at.text_input if field.key in ("sparsity", "k")] == ["k"]
+
+
+def test_another_set_up_fills_the_form(root: Path) -> None:
+    at = opened(TRAIN)
+    at.text_input(key="tokens").set_value("5000").run()
+    at.selectbox(key="preset").set_value("gpt2-small").run()
+    assert not at.exception
+    assert at.selectbox(key="model").value == "openai-community/gpt2"
+    assert at.text_input(key="tokens").value == "300,000,000"
+    assert at.code[0].value == "python -m gsae_core train --preset gpt2-small"
+    assert "124 M parameters · 12 layers · d_model 768 · from the Hub" in said(at)
+
+
+def test_a_gated_licence_is_told_before_the_download(root: Path) -> None:
+    assert "its licence must be accepted on the Hub" in said(opened(TRAIN, preset="gemma-2-2b"))
+
+
+def test_a_model_nobody_knows_is_taken_at_its_word(root: Path) -> None:
+    at = opened(TRAIN, model=HOSTILE)
+    assert not at.exception
+    shown = [str(e.value) for kind in (at.html, at.markdown, at.caption) for e in kind]
+    assert not any("<img" in part or "![](" in part for part in shown)
+    assert "known once the model is here" in said(at)
+    assert command(at).model == HOSTILE
+
+
+def test_a_place_the_paper_has_no_runs_at_drops_the_name_of_the_set_up(root: Path) -> None:
+    at = opened(TRAIN, preset="pythia-2.8b", site="mlp_hidden")
+    assert not at.exception
+    assert "pythia-2.8b has no runs at this place" in said(at)
+    assert command(at).preset is None
+
+
+def test_the_address_fills_the_form(root: Path) -> None:
+    at = opened(TRAIN, layer="1", site="mlp_out", sparsity="0.5", width="2048", tokens="1e6")
+    assert not at.exception
+    made = run_config(command(at))
+    assert (made.model.layer, made.model.site) == (1, "mlp_out")
+    assert made.train.n_tokens == 1_000_000
+    assert {spec.sparsity for spec in made.saes} == {0.5}
+    assert made.saes[0].d_sae == 2048
+
+
+def test_values_of_the_address_that_cannot_be_are_corrected_and_named(root: Path) -> None:
+    at = opened(TRAIN, layer="99", site="nowhere", width="-3", dtype=HOSTILE)
+    assert not at.exception
+    assert "Layer: 99 is not a choice here; showing 2" in said(at)
+    assert "Site: nowhere is not a choice here; showing resid_post" in said(at)
+    assert "Width: -3 is not a choice here; showing 1024" in said(at)
+    assert "<img" not in text(at)
+    assert at.code[0].value == "python -m gsae_core train --preset quick"
+
+
+def test_a_smaller_model_takes_the_layer_along(root: Path) -> None:
+    at = opened(TRAIN, preset="gpt2-small")
+    assert at.number_input(key="layer").value == 8
+    at.selectbox(key="model").set_value("bundled").run()
+    assert not at.exception
+    assert at.number_input(key="layer").value == 3
+    assert "Layer 8 became 3: the model has 4 blocks." in said(at)
+
+
+def test_a_run_of_the_address_is_filled_in_and_can_be_changed(
+    root: Path, started: list[str]
+) -> None:
+    write_run(root, "first")
+    at = opened(TRAIN, **{"from": "first"})
+    assert not at.exception
+    assert at.text_input(key="sparsity").value == "0.1 0.2 0.4 0.8"
+    assert run_config(command(at)) == config()
+    at.text_input(key="seed").set_value("3").run()
+    at.button(key="start").click().run()
+    (new,) = [run for run in list_runs(root) if run.id != "first"]
+    assert new.config.seed == 3
+    assert new.config.train == config().train
+    assert started == [new.id]
+
+
+def test_an_unknown_run_of_the_address_is_named(root: Path) -> None:
+    at = opened(TRAIN, **{"from": HOSTILE})
+    assert not at.exception
+    assert "is not on this machine; showing quick." in said(at)
+    assert "<img" not in text(at)
+
+
+def test_earlier_results_say_which_l0_to_expect(root: Path) -> None:
+    write_run(root, "first")
+    at = opened(TRAIN, **{"from": "first"})
+    # 12 / 0.1 and 16 / 0.8 of the made-up evaluation.
+    for part in ("λ 0.1 ", "→ L0 120", "λ 0.8 ", "→ L0 20"):
+        assert part in said(at)
+    assert "L0 as in run first at this place, interpolated over λ." in said(at)
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_runs_that_are_not_finished_promise_no_l0(root: Path, state: str) -> None:
+    write_run(root, "other", "failed" if state == "failed" else "running", share=0.5)
+    at = opened(TRAIN)
+    assert not at.exception
+    assert "→ L0" not in said(at)
+
+
+def test_what_does_not_fit_is_refused_and_one_press_mends_it(root: Path) -> None:
+    at = opened(TRAIN, width=str(2**28))
+    assert not at.exception
+    assert "expected memory for about" in said(at)
+    assert at.button(key="start").disabled
+    at.button(key="fix_0_width").click().run()
+    assert not at.exception
+    assert at.number_input(key="width").value < 2**28
+    assert "expected memory for about" not in said(at)
+
+
+def test_a_price_makes_a_cost(root: Path) -> None:
+    assert "Cost" not in said(opened(TRAIN))
+    assert "at 3.60 an hour" in said(opened(TRAIN, price="3.6"))
+
+
+def test_lambdas_are_spaced_by_a_press(root: Path) -> None:
+    at = opened(TRAIN)
+    at.number_input(key="log_low").set_value(0.01)
+    at.number_input(key="log_high").set_value(1.0)
+    at.number_input(key="log_n").set_value(3)
+    at.button(key="log_fill").click().run()
+    assert not at.exception
+    assert at.text_input(key="sparsity").value == "0.01 0.1 1"
+    at.number_input(key="log_low").set_value(2.0)
+    at.button(key="log_fill").click().run()
+    assert "expected two numbers above 0, the smaller first, got 2 and 1" in said(at)
+
+
+def test_ten_lines_are_shown_and_a_hostile_corpus_stays_text(root: Path, tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script>\t![](http://x)\u202e\u200b\x07\n" + "a" * 10_000
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(nasty, encoding="utf-8")
+    at = opened(TRAIN, data=str(corpus), peek="true")
+    assert not at.exception
+    (strip,) = [str(e.value) for e in at.html if "First lines as tokens" in str(e.value)]
+    assert "<script" not in strip
+    for sign in ("&lt;", "⇥", "↵", "U+202E", "U+200B", "U+0007"):
+        assert sign in strip
+    assert "tokens read" in said(at)
+
+
+def test_a_corpus_that_is_not_there_is_a_sentence_beside_the_form(root: Path) -> None:
+    at = opened(TRAIN, data="no/such/file.txt", peek="true")
+    assert not at.exception
+    assert "nothing at no/such/file.txt: check the path" in said(at)
+
+
+def test_two_visitors_who_press_start_share_one_run(root: Path, started: list[str]) -> None:
+    one, two = opened(TRAIN), opened(TRAIN)
+    one.button(key="start").click().run()
+    two.button(key="start").click().run()
+    (run,) = list_runs(root)
+    assert two.title[0].value == "Live"
+    assert two.selectbox(key="run").value == run.id
+
+
+def test_another_seed_is_another_run(root: Path, started: list[str]) -> None:
+    quick = preset("quick").config()
+    first = launching.launch(root, quick, nonce="a1")
+    again = launching.launch(root, quick, nonce="b2")
+    other = launching.launch(root, quick.model_copy(update={"seed": 1}), nonce="c3")
+    assert again.folder == first.folder
+    assert other.folder != first.folder
