@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gsae_core.lm.model import load_model
-    from gsae_core.sae.architectures import GatedSAE, ReluSAE
+    from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
     from gsae_core.store.checkpoint import load_sae
     from gsae_core.store.runs import open_run
 
-__all__ = ["GatedSAE", "ReluSAE", "load_model", "load_sae", "open_run"]
+__all__ = [
+    "GatedSAE",
+    "JumpReluSAE",
+    "ReluSAE",
+    "TopKSAE",
+    "load_model",
+    "load_sae",
+    "open_run",
+]
 
 _HOMES = {
     "GatedSAE": "gsae_core.sae.architectures",
+    "JumpReluSAE": "gsae_core.sae.architectures",
     "ReluSAE": "gsae_core.sae.architectures",
+    "TopKSAE": "gsae_core.sae.architectures",
     "load_model": "gsae_core.lm.model",
     "load_sae": "gsae_core.store.checkpoint",
     "open_run": "gsae_core.store.runs",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
 from gsae_core.training import revive
 from gsae_core.training.optim import DictionaryAdam
 from gsae_core.training.revive import (
@@ -22,16 +23,18 @@ from gsae_core.training.revive import (
 D_IN, D_SAE = 3, 6
 DEAD = torch.tensor([1, 4])
 ALIVE = torch.tensor([0, 2, 3, 5])
-SAES: dict[str, Callable[[], GatedSAE | ReluSAE]] = {
+SAES: dict[str, Callable[[], SAE]] = {
     "gated": lambda: GatedSAE(D_IN, D_SAE),
     "no r_mag": lambda: GatedSAE(D_IN, D_SAE, tie="none"),
     "untied": lambda: GatedSAE(D_IN, D_SAE, tie="untied"),
     "free norms": lambda: GatedSAE(D_IN, D_SAE, recipe="A"),
     "relu": lambda: ReluSAE(D_IN, D_SAE),
+    "jumprelu": lambda: JumpReluSAE(D_IN, D_SAE, init_threshold=0.5),
+    "topk": lambda: TopKSAE(D_IN, D_SAE, k=2),
 }
 
 
-def trained(kind: str) -> tuple[GatedSAE | ReluSAE, DictionaryAdam]:
+def trained(kind: str) -> tuple[SAE, DictionaryAdam]:
     """An SAE of random weights, no two alike, whose optimiser has seen one random gradient."""
     sae = SAES[kind]()
     generator = torch.Generator().manual_seed(1)
@@ -149,6 +152,8 @@ def test_each_weight_of_a_revived_latent(kind: str) -> None:
     for name, parameter in sae.named_parameters():
         if name in ("b_gate", "b_mag", "b_enc", "r_mag"):
             assert parameter[DEAD].tolist() == [0.0, 0.0], name
+    if isinstance(sae, JumpReluSAE):
+        assert sae.threshold[DEAD].tolist() == pytest.approx([0.5, 0.5])
     if isinstance(sae, GatedSAE) and sae.W_mag is None:
         assert sae.jumprelu_threshold()[DEAD].tolist() == [0.0, 0.0]
 

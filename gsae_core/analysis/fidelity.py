@@ -21,7 +21,8 @@ from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet, TokenBatch
 from gsae_core.lm.model import LanguageModel
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE
+from gsae_core.sae.base import SAE
 from gsae_core.sae.codes import encode_sparse, weighted_sums
 from gsae_core.sae.deciles import NormDeciles
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
@@ -82,7 +83,7 @@ def loss_recovered(*, ce_clean: float, ce_sae: float, ce_zero: float) -> float:
 
 def fidelity(
     model: LanguageModel,
-    saes: Sequence[GatedSAE | ReluSAE],
+    saes: Sequence[SAE],
     sequences: SequenceSet,
     *,
     layer: int,
@@ -100,7 +101,7 @@ def fidelity(
 
 def evaluating(
     model: LanguageModel,
-    saes: Sequence[GatedSAE | ReluSAE],
+    saes: Sequence[SAE],
     sequences: SequenceSet,
     *,
     layer: int,
@@ -155,7 +156,7 @@ def evaluating(
 
 @torch.no_grad()
 def reconstruct(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"]
+    sae: SAE, x: Float[Tensor, "batch d_in"]
 ) -> tuple[Float[Tensor, "batch d_in"], BatchStats]:
     """Return x_hat and the sums behind every metric, those of each latent included.
 

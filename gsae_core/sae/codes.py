@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gsae_core.sae import loops
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows, spread
 
 # A block of pre-activations should stay in cache until its active entries are picked out, yet each
@@ -29,7 +30,7 @@ class SparseCodes(NamedTuple):
     latent: Int64[Tensor, " nnz"]
     """Which latent each entry is, 0 to d_sae - 1."""
     gate: Float[Tensor, " nnz"]
-    """pi_gate > 0; for a ReLU SAE its latent f, as if the gate were the magnitude."""
+    """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
     magnitude: Float[Tensor, " nnz"]
     """f = relu(pi_mag): 0 where a gate opens onto nothing."""
 
@@ -65,7 +66,7 @@ def chunk_rows(d_sae: int) -> int:
 
 
 @torch.no_grad()
-def encode_sparse(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
 
     Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core.
@@ -74,7 +75,9 @@ def encode_sparse(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"]) -> Sp
         InputError: if the last axis of `x` is not `d_in`.
     """
     sae.check_width(x)
-    return encode_centred(sae, x - sae.b_dec)
+    if isinstance(sae, GatedSAE | ReluSAE):
+        return encode_centred(sae, x - sae.b_dec)
+    return _encode_whole_rows(sae, x)
 
 
 @torch.no_grad()
@@ -86,6 +89,17 @@ def encode_centred(sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"]) -> 
     gate = found.h + bias.take(found.latent)
     magnitude = _magnitude(sae, xc, found) if isinstance(sae, GatedSAE) else gate
     return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
+
+
+def _encode_whole_rows(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+    """Return `encode_sparse(sae, x)` where a latent's fate is not told by its own product alone."""
+    rows = chunk_rows(sae.d_sae)
+
+    def chunk(k: int) -> Products:
+        return _above(sae.encode(x[k * rows : (k + 1) * rows]), x.new_zeros(sae.d_sae))
+
+    found = joined(spread(chunk, -(-len(x) // rows)), x)
+    return SparseCodes(found.row_offsets, found.latent, gate=found.h, magnitude=found.h)
 
 
 @torch.no_grad()
@@ -188,7 +202,10 @@ def _magnitude(
 def _pick(
     part: Float[Tensor, "rows d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
 ) -> Products:
-    h = part @ W
+    return _above(part @ W, above)
+
+
+def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
     mask = h > above
     counts = mask.sum(1)
     return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])

@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 
 
-def pursue(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch width"], *, k: int
-) -> Float[Tensor, "batch d_sae"]:
+def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
     """Return at most `k` non-negative latents a token for the SAE's dictionary, to be decoded.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gsae_core.config import TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.sae import loops
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows
 
 WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
@@ -70,7 +70,7 @@ class DictionaryAdam:
     libraries came to reset the wrong ones.
     """
 
-    def __init__(self, sae: GatedSAE | ReluSAE, *, beta1: float, beta2: float) -> None:
+    def __init__(self, sae: SAE, *, beta1: float, beta2: float) -> None:
         self._sae = sae
         self._named = dict(sae.named_parameters())
         self._adam = torch.optim.Adam(

@@ -12,6 +12,7 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse import sparse_step
@@ -51,9 +52,7 @@ class Pupil:
         sparsity: final lambda of this SAE.
     """
 
-    def __init__(
-        self, sae: GatedSAE | ReluSAE, cfg: TrainConfig, *, lr: float, sparsity: float
-    ) -> None:
+    def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
         self.sae, self.cfg, self.lr, self.sparsity = sae, cfg, lr, sparsity
         self.adam = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
         # Steps since a latent fired, and since its gate opened.
@@ -100,8 +99,13 @@ class Pupil:
     def _learn(
         self, x: Float[Tensor, "batch d_in"], *, lr: float, sparsity_coeff: float, steps_done: int
     ) -> StepResult | None:
-        take_step = choose_step(self.density, x.device)
-        result = take_step(self.sae, x, sparsity_coeff=sparsity_coeff)
+        if isinstance(self.sae, GatedSAE | ReluSAE):
+            take_step = choose_step(self.density, x.device)
+            result = take_step(self.sae, x, sparsity_coeff=sparsity_coeff)
+        else:
+            # Autograd's step: the only one that knows the comparison set.
+            dead = self.since_fired >= self.cfg.revive_window
+            result = dense_step(self.sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
         stats = result.stats
         opened = stats.fired if stats.gate_open is None else stats.gate_open
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
@@ -176,7 +180,7 @@ class Pupil:
         self.stopped = state["stopped"]
 
 
-def _cause(sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
+def _cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
     if not bool(x.isfinite().all()):
         return "the activations are not finite"
     for name, term in zip(result.loss._fields, result.loss, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
 from gsae_core.threads import spread
 from gsae_core.training.pupil import Pupil
 from gsae_core.training.report import SAEReport, StepReport
@@ -33,7 +33,7 @@ class Trainer:
             `lrs` fit neither way, or `n_tokens` is less than a batch.
     """
 
-    def __init__(self, saes: Sequence[GatedSAE | ReluSAE], cfg: TrainConfig) -> None:
+    def __init__(self, saes: Sequence[SAE], cfg: TrainConfig) -> None:
         _check_saes(saes)
         if cfg.n_steps == 0:
             raise InputError(
@@ -59,7 +59,7 @@ class Trainer:
         self._pool: list[Tensor] = []
 
     @property
-    def saes(self) -> tuple[GatedSAE | ReluSAE, ...]:
+    def saes(self) -> tuple[SAE, ...]:
         """The SAEs that learn, in the order in which they were given."""
         return tuple(pupil.sae for pupil in self._pupils)
 
@@ -145,7 +145,7 @@ class Trainer:
 
 
 def train(
-    saes: Sequence[GatedSAE | ReluSAE],
+    saes: Sequence[SAE],
     batches: Iterable[Float[Tensor, "batch d_in"]],
     cfg: TrainConfig,
     *,
@@ -191,7 +191,7 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
         yield trainer.step(x)
 
 
-def _check_saes(saes: Sequence[GatedSAE | ReluSAE]) -> None:
+def _check_saes(saes: Sequence[SAE]) -> None:
     if not saes:
         raise InputError("expected at least one SAE, got none; pass a list of SAEs")
     if len({id(sae) for sae in saes}) < len(saes):
