@@ -123,7 +123,7 @@ def _grid(frame: _Frame, axes: Axes) -> list[str]:
         parts.append(
             f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{tick_label(tick)}</text>'
         )
-    one = frame.y(1)
+    one = frame.y(1.0)
     middle = (TOP + bottom) / 2
     return [
         *parts,
@@ -175,7 +175,7 @@ def _legend(lines: Sequence[Line]) -> list[str]:
     for i, line in enumerate(lines):
         if not line.points:
             continue
-        parts.append(_mark(i, x, 64))
+        parts.append(_mark(i, x, 64.0))
         parts.append(f'<text class="name" x="{x + 10:.0f}" y="68">{escape(line.name)}</text>')
         # No font is at hand to measure with; 6.6 px a letter is generous for system fonts.
         x += 34 + 6.6 * len(line.name)
