@@ -54,9 +54,9 @@ def actions() -> None:
         st.caption(
             "Your model, layer, widths and λ; the memory and time it takes, before it starts."
         )
-        st.page_link(
-            "pages/1_Train.py", label="Choose settings", icon=":material/tune:", width="stretch"
-        )
+        icon = ":material/tune:"
+        if st.button("Choose settings", icon=icon, key="choose", width="stretch"):
+            st.switch_page("pages/1_Train.py", query_params={})
     with third:
         st.subheader("Open the latest results", anchor=False)
         if finished:
@@ -81,19 +81,17 @@ def jobs() -> None:
         st.caption("No job is running.")
     for run, status in moving:
         with st.container(border=True):
-            name, state, watch, cancel = st.columns([5, 2, 2, 2], vertical_alignment="center")
-            with name:
-                plain(run.id)
-            with state:
+            plain(run.id)
+            with st.container(horizontal=True, vertical_alignment="center"):
                 state_badge(status.state)
-            if watch.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}"):
-                shell.go("pages/2_Live.py", run)
-            if status.state != "cancelling" and cancel.button(
-                "Cancel", icon=":material/stop_circle:", key=f"cancel_{run.id}"
-            ):
-                # Asked by the whole page: a dialog of this part would go with its next refresh.
-                st.session_state["to_cancel"] = run.id
-                st.rerun()
+                if st.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}"):
+                    shell.go("pages/2_Live.py", run)
+                if status.state != "cancelling" and st.button(
+                    "Cancel", icon=":material/stop_circle:", key=f"cancel_{run.id}"
+                ):
+                    # Asked by the whole page: a dialog of this part would go with its refresh.
+                    st.session_state["to_cancel"] = run.id
+                    st.rerun()
             draw_progress(run, status, progress(status, run.recent_metrics()), eta=True)
 
 

@@ -20,7 +20,7 @@ CANCELLABLE = ("queued", "starting", "running")
 
 def controls(run: Run, status: Status) -> None:
     """Draw the buttons that a run's state allows."""
-    with st.container(horizontal=True, horizontal_alignment="right", gap="small"):
+    with st.container(horizontal=True, width="content", gap="small"):
         if status.state == "finished":
             st.page_link(
                 "pages/3_Pareto.py",

@@ -18,7 +18,8 @@ from gsae_core.store.status import Status
 from gsae_core.token_strip import token_strip
 from gsae_core.wording import ago, count, duration, fixed, percent
 
-MARKS = {"done": ("✓", "#00795a"), "now": ("●", "#0072B2"), "stopped": ("✕", "#b04e00")}
+# Mixed with the colour of the text, which is dark on a light page and light on a dark one.
+MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
 STAGES = {
     "requested": "asked to finish its step and save",
     "terminating": "did not answer in 10 s; told to end",
@@ -38,7 +39,8 @@ def draw_timeline(run: Run, status: Status) -> None:
 
 
 def _phase(phase: Phase) -> str:
-    sign, colour = MARKS.get(phase.mark, ("○", "inherit"))
+    sign, hue = MARKS.get(phase.mark, ("○", "currentColor"))
+    colour = f"color-mix(in srgb, {hue} 70%, currentColor)"
     weight = "600" if phase.mark in ("now", "stopped") else "400"
     faint = ";opacity:.6" if phase.mark == "ahead" else ""
     length = "" if phase.seconds is None else f" {duration(phase.seconds)}"
@@ -128,7 +130,9 @@ def draw_trouble(run: Run, status: Status) -> None:
 
 def draw_log(run: Run) -> None:
     """Show the end of the log as it stands."""
-    st.code("\n".join(run.log_tail(30)) or "the log is empty", language=None, height=240)
+    lines = run.log_tail(30)
+    height = 240 if len(lines) > 8 else "content"
+    st.code("\n".join(lines) or "the log is empty", language=None, height=height)
 
 
 def draw_samples(run: Run, names: Sequence[str]) -> None:

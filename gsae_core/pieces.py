@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from gsae_core.config import Architecture
-from gsae_core.plots.palette import LOOKS
+from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.store.status import State
 
 if TYPE_CHECKING:
@@ -68,19 +68,30 @@ def state_badge(state: State) -> None:
 
 
 def line_legend(lines: Sequence["Line"]) -> None:
-    """Show which colour, dash and marker is which SAE, once for all charts of a page."""
-    items = []
-    for line in lines:
-        stroke = "solid" if line.dash == (1, 0) else "dashed"
-        items.append(
-            f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
-            f'border-top:3px {stroke} {line.colour};vertical-align:middle"></span> '
-            f'<span style="color:{line.colour}">{SHAPES[line.shape]}</span> '
-            f"{html.escape(line.label)}</span>"
-        )
+    """Show which colour, dash and marker is which SAE, once for all charts of a page.
+
+    Of several runs it shows which colour is which run, and which dash which architecture.
+    """
+    if len({line.run for line in lines}) == 1:
+        items = [_legend_item(line.label, line.colour, line.dash, line.shape) for line in lines]
+    else:
+        runs = {line.run: line.colour for line in reversed(lines)}
+        items = [_legend_item(run, colour, (1, 0), None) for run, colour in runs.items()]
+        kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
+        items += [_legend_item(*kind[:1], NEUTRAL, kind[1], s) for s, kind in kinds.items()]
     st.html(
         '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
         f"{''.join(items)}</div>"
+    )
+
+
+def _legend_item(label: str, colour: str, dash: tuple[int, ...], shape: str | None) -> str:
+    stroke = "solid" if dash == (1, 0) else "dashed"
+    sign = "" if shape is None else f'<span style="color:{colour}">{SHAPES[shape]}</span> '
+    return (
+        f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
+        f'border-top:3px {stroke} {colour};vertical-align:middle"></span> '
+        f"{sign}{html.escape(label)}</span>"
     )
 
 

@@ -88,7 +88,16 @@ def header(status: Status, table: pd.DataFrame) -> None:
 
 def figure(chart: LiveChart, *, name: str, alt: str) -> None:
     """Draw one chart and its tools."""
-    st.vega_lite_chart(chart.data, chart.spec, key=f"chart_{name}", alt=alt)
+    # A zoom that Streamlit does not hear of is thrown away with the next data: it empties the
+    # store of every selection bound to scales unless the selection is one of its own.
+    st.vega_lite_chart(
+        chart.data,
+        chart.spec,
+        key=f"chart_{name}",
+        alt=alt,
+        on_select="rerun",
+        selection_mode="zoom",
+    )
     about = f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
     figure_tools(chart.data, name=name, about=about)
 
@@ -166,22 +175,22 @@ def view() -> None:
             draw_log(run)
 
 
-with st.container(horizontal=True, vertical_alignment="center"):
-    state_badge(drawn.state)
-    config = run.config
-    plain(
-        f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
-        f"{count(config.train.n_tokens)} tokens of {config.data.source}",
-        size=".9rem",
-    )
-controls(run, drawn)
 others = [other.id for other in frame.runs if other.id != run.id]
 names = [spec.name for spec in run.config.saes]
 address.correct("overlay", others, what="other run here", shown="the rest")
 address.correct("saes", names, what="SAE of this run", shown="the rest")
-with st.expander("View", icon=":material/settings:"):
-    one, two, three, four, five = st.columns([2, 3, 2, 1, 1], vertical_alignment="bottom")
-    one.segmented_control(
+config = run.config
+plain(
+    f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
+    f"{count(config.train.n_tokens)} tokens of {config.data.source}",
+    size=".9rem",
+)
+with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    state_badge(drawn.state)
+    controls(run, drawn)
+    options = st.popover("View", icon=":material/settings:")
+with options:
+    st.segmented_control(
         "Horizontal axis",
         list(X_AXES),
         default="tokens",
@@ -189,10 +198,10 @@ with st.expander("View", icon=":material/settings:"):
         key="x",
         bind="query-params",
     )
-    two.segmented_control(
+    st.segmented_control(
         "Loss", list(LOSS_PARTS), default="total", required=True, key="part", bind="query-params"
     )
-    three.slider(
+    st.slider(
         "Smoothing",
         0.0,
         0.95,
@@ -202,17 +211,15 @@ with st.expander("View", icon=":material/settings:"):
         bind="query-params",
         help="Exponential moving average; the raw line stays visible.",
     )
-    four.toggle(
-        "Log",
+    st.toggle(
+        "Logarithmic",
         value=True,
         key="log",
         bind="query-params",
-        help="Logarithmic axes for losses, L0 and FVU.",
+        help="The axes of losses, L0 and FVU.",
     )
-    five.toggle("Pause", key="pause", help="Stop refreshing; training goes on.")
-    left, right = st.columns(2)
-    left.multiselect("SAEs", names, key="saes", placeholder="all", bind="query-params")
-    right.multiselect(
+    st.multiselect("SAEs", names, key="saes", placeholder="all", bind="query-params")
+    st.multiselect(
         "Lay other runs over it",
         others,
         key="overlay",
@@ -221,6 +228,7 @@ with st.expander("View", icon=":material/settings:"):
         max_selections=MAX_OVERLAID,
         help="Hue tells the run then; dash and marker still tell the architecture.",
     )
+    st.toggle("Pause", key="pause", help="Stop refreshing; training goes on.")
 shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]
 moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id in frame.statuses)
 paused = st.session_state.get("pause")

@@ -235,7 +235,8 @@ def test_all_that_shapes_the_view_is_in_the_address(root: Path) -> None:
     assert at.slider(key="smooth").value == 0.5
     assert at.toggle(key="log").value is False
     assert at.multiselect(key="overlay").value == ["other"]
-    assert "Gated, λ 0.1 · other" in text(at)
+    assert "ReLU baseline" in text(at)
+    assert "</span> other</span>" in text(at)
 
 
 def test_a_run_to_lay_over_that_is_not_here_is_named(root: Path) -> None:

@@ -115,7 +115,7 @@ def test_runs_laid_over_each_other_differ_in_hue_and_architectures_in_dash(theme
 def test_a_run_without_an_sae_of_another_is_drawn_with_what_it_has() -> None:
     lines = lines_of_runs({"a": CONFIG.saes, "b": CONFIG.saes[:1]}, "light")
     frames = {"a": pd.DataFrame(metric_lines(CONFIG, share=0.1)), "b": pd.DataFrame()}
-    assert [part.empty for part in tracks(frames, lines)] == [False] * 8 + [True]
+    assert [part.empty for part in tracks(frames, lines)] == [True] + [False] * 8
 
 
 def test_a_notebook_gets_an_altair_chart() -> None:

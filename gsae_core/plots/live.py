@@ -24,7 +24,21 @@ XAxis = Literal["tokens", "step", "seconds"]
 # A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most or,
 # whatever the others need, less than its least.
 CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
-PERCENT = ("dead_gate", "dead_magnitude", "lm_share")
+PERCENT = ("dead_gate", "dead_magnitude")
+TITLES = {
+    "loss": "loss (Eq. 8)",
+    "reconstruction": "squared error",
+    "sparsity_loss": "sparsity penalty",
+    "auxiliary": "auxiliary error",
+    "l0": "L0",
+    "fvu": "FVU",
+    "gamma": "γ of the output",
+    "gamma_gate": "γ of the gate path",
+    "dead_gate": "dead: gate never opens",
+    "dead_magnitude": "dead: gate opens, silent",
+    "lr": "learning rate",
+}
+"""Short enough for a third of a narrow window; tooltips have the long ones."""
 TRAIL = 40  # logged points of an SAE's path that the plane shows
 RUN_COLOURS = {
     "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
@@ -72,8 +86,12 @@ def lines_of(run: str, saes: Sequence[SAESpec], theme: Theme) -> tuple[Line, ...
 
 
 def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
-    """Return the SAEs of several runs as lines: hue by run, dash and marker by architecture."""
+    """Return the SAEs of several runs as lines: hue by run, dash and marker by architecture.
+
+    The first run comes last, so that it is drawn over the others.
+    """
     colours = RUN_COLOURS[theme]
+    drawn = list(enumerate(runs.items()))[::-1]
     return tuple(
         Line(
             run,
@@ -83,7 +101,7 @@ def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[
             LOOKS[spec.architecture].dash,
             LOOKS[spec.architecture].vega_shape,
         )
-        for i, (run, saes) in enumerate(runs.items())
+        for i, (run, saes) in drawn
         for spec in saes
     )
 
@@ -194,7 +212,8 @@ def _shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
     names = json.dumps([line.label for line in lines])
     return {
         "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": "normal"},
-        "height": 220,
+        "height": 240,
+        "padding": {"left": 0, "right": 4, "top": 0, "bottom": 0},
         "transform": [{"calculate": f"{names}[datum.line]", "as": "SAE"}],
     }
 
@@ -248,7 +267,7 @@ def _line_spec(
     if rule is not None:
         ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
         layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
-    return {**_shared(lines, AXES[column]), "layer": layers}
+    return {**_shared(lines, TITLES[column]), "layer": layers}
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,7 +277,7 @@ def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
             "field": field,
             "type": "quantitative",
             "title": title,
-            "scale": {"type": "log", "padding": 10},
+            "scale": {"type": "log", "nice": False, "padding": 14},
             "axis": {"values": _log_ticks(channel), "format": "~g"},
         }
 
@@ -289,7 +308,7 @@ def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
             ],
         },
     }
-    return {**_shared(lines, "FVU against L0, with the way there"), "layer": [trail, marker]}
+    return {**_shared(lines, "FVU against L0"), "layer": [trail, marker]}
 
 
 def _log_ticks(scale: str) -> dict[str, str]:
