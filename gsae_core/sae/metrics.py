@@ -123,7 +123,7 @@ def stats_from_rows(
     fired: Int64[Tensor, " d_sae"],
     gate_open: Int64[Tensor, " d_sae"] | None,
 ) -> BatchStats:
-    """Return the sums of a batch that `loops.decode_rows` went through, on the CPU.
+    """Return the sums of a batch that `loops.decode_rows`, or its like on a GPU, went through.
 
     Args:
         x: activations.
@@ -132,8 +132,11 @@ def stats_from_rows(
         fired: tokens on which each latent's f > 0.
         gate_open: tokens on which each gate was open; None for a ReLU SAE.
     """
-    x_sum = torch.zeros(x.shape[1], dtype=torch.float64)
-    loops.sum_columns(x.numpy(), x_sum.numpy())
+    if x.device.type == "cpu":
+        x_sum = torch.zeros(x.shape[1], dtype=torch.float64)
+        loops.sum_columns(x.numpy(), x_sum.numpy())
+    else:
+        x_sum = x.sum(0, dtype=torch.float64)
     power, hat, along = (
         row_sums[:, k] for k in (loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT)
     )
@@ -141,7 +144,7 @@ def stats_from_rows(
     cosines = torch.where(lengths > 0, along / lengths, 0.0)
     totals = row_sums.sum(0)
     return BatchStats(
-        n_tokens=torch.full((), x.shape[0], dtype=torch.int64),
+        n_tokens=torch.full((), x.shape[0], dtype=torch.int64, device=x.device),
         squared_error=totals[loops.ERROR_POWER],
         x_sum=x_sum,
         x_power=totals[loops.X_POWER],

@@ -1,0 +1,266 @@
+"""The sparse step on a GPU: the functions of `sparse.py` as Triton kernels, never waiting for it.
+
+A step launches four kernels of its own (`triton_encode.py`, `triton_gradients.py`):
+
+    encode_tiles    pi_gate of a tile of rows x latents in registers; active entries are appended
+    place_entries   the same entries, by row and latent (CSR) and by latent and row (its transpose)
+    decode_rows     both reconstructions, errors, and <error, W_dec_i> at the entries
+    sum_latents     weight gradients and every per-latent sum, one program a latent
+
+How many entries a batch has is known on the device alone, so buffers have the caller's capacity.
+It is one number for the whole batch, because rows and tiles vary far more than their sum does:
+a tile claims a stretch of the buffer with one atomic addition and leaves its counts per row and
+per latent; prefix sums over those counts say where each entry belongs. That makes the order
+exact whatever order tiles finished in, and costs no sort. A batch with more entries than the
+capacity leaves empty sums and a flag, and the caller takes the dense step.
+"""
+
+import functools
+import logging
+import subprocess
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from gsae_core.errors import InputError
+from gsae_core.sae import loops
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.gradients import leave_gradients, loss_parts
+from gsae_core.sae.launches import (
+    PRECISIONS,
+    launch_decode,
+    launch_encode,
+    launch_sums,
+    power_of_two,
+)
+from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.metrics import stats_from_rows
+
+logger = logging.getLogger(__name__)
+
+MAX_D_IN = 16384  # A row, both its reconstructions and a direction are held in registers.
+MAX_CAPACITY = 2**30  # Places are 32-bit numbers, and a tile may reach beyond the end.
+MIN_CAPABILITY = (8, 0)  # TF32, bf16 and asynchronous copies came with Ampere.
+
+
+class KernelResult(NamedTuple):
+    """What a step leaves besides `.grad`; nothing here has been waited for."""
+
+    result: StepResult
+    """Meaningless if `overflowed`, and so are the gradients."""
+    overflowed: Bool[Tensor, ""]
+    """Whether more gates were open than there was room for: take the dense step then."""
+    n_open: Int64[Tensor, ""]
+    """Open gates of the batch, right even if they overflowed."""
+
+
+def available(device: torch.device, sae: nn.Module | None = None) -> str | None:
+    """Return why the kernels cannot run, in a sentence fit for a log; None if they can.
+
+    Args:
+        device: of the activations.
+        sae: asked about too, if given.
+    """
+    return _device_refusal(device) or (None if sae is None else _sae_refusal(sae))
+
+
+def check_kernels(device: torch.device, sae: nn.Module | None = None) -> None:
+    """Raise InputError with the sentence of `available` unless the kernels can run."""
+    if (reason := available(device, sae)) is not None:
+        raise InputError(reason)
+
+
+def capacity_for(n_open: float) -> int:
+    """Return the room to give a step of which about `n_open` open gates are expected.
+
+    A quarter more than expected, rounded up to a power of two: sizes that come back let the
+    allocator hand out the same buffers again.
+    """
+    return max(4096, power_of_two(int(1.25 * n_open) + 1))
+
+
+def overflow_note(*, n_open: int, capacity: int) -> str:
+    """Return the sentence for a log when a step had to be taken again."""
+    return (
+        f"expected at most {capacity} open gates, got {n_open}: "
+        "this step was taken again by the dense way, with the same gradients"
+    )
+
+
+def cuda_step(
+    sae: GatedSAE | ReluSAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    capacity: int | None = None,
+    precision: str = "ieee",
+) -> StepResult:
+    """Return what `sparse_step` returns, from the GPU; takes the dense step upon overflow.
+
+    It waits for the device once, to see whether entries overflowed. A trainer that waits for its
+    loss anyway calls `kernel_step` and reads the flag along with it.
+
+    Args:
+        sae: learns later, when an optimiser reads `.grad`.
+        x: activations, in the units the SAE trains in.
+        sparsity_coeff: lambda, against squared error summed over d_in.
+        capacity: room for open gates; a sixteenth of all (input, latent) pairs by default.
+        precision: of the encoder's product, one of `PRECISIONS`.
+
+    Raises:
+        InputError: as `kernel_step`.
+    """
+    capacity = capacity or capacity_for(len(x) * sae.d_sae / 20)
+    attempt = kernel_step(
+        sae, x, sparsity_coeff=sparsity_coeff, capacity=capacity, precision=precision
+    )
+    if bool(attempt.overflowed):
+        logger.warning(overflow_note(n_open=int(attempt.n_open), capacity=capacity))
+        return dense_step(sae, x, sparsity_coeff=sparsity_coeff)
+    return attempt.result
+
+
+@torch.no_grad()
+def kernel_step(
+    sae: GatedSAE | ReluSAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    capacity: int,
+    precision: str = "ieee",
+) -> KernelResult:
+    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
+
+    Equal to `dense_step` up to rounding, for every recipe, tie and auxiliary decoder
+    (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE), unless entries overflow.
+    Never waits for the device. Temporary memory: 36 bytes for each of `capacity`, two or three
+    matrices of the shape of `x` and one or two of the shape of `W_dec`.
+
+    Args:
+        sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
+        x: activations, in the units the SAE trains in.
+        sparsity_coeff: lambda, against squared error summed over d_in.
+        capacity: how many gates may be open in the batch; see `capacity_for`.
+        precision: of the encoder's product, one of `PRECISIONS`.
+
+    Raises:
+        InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
+    """
+    _check_arguments(sae, x, capacity, precision)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(x):
+        return _step(sae, x.contiguous(), sparsity_coeff / len(x), capacity, precision)
+
+
+def _step(
+    sae: GatedSAE | ReluSAE,
+    x: Float[Tensor, "batch d_in"],
+    l1_slope: float,
+    capacity: int,
+    precision: str,
+) -> KernelResult:
+    xc = x - sae.b_dec
+    entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
+    decoded = launch_decode(sae, entries, x=x, xc=xc)
+    sums, fired, gate_open = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=l1_slope)
+    leave_gradients(sae, sums, l1_slope)
+    totals = decoded.row_sums.sum(0).to(x.dtype)
+    loss = loss_parts(
+        sae,
+        reconstruction=totals[loops.ERROR_POWER] / len(x),
+        auxiliary=totals[loops.AUX_ERROR_POWER] / len(x),
+        gate=sums.gate,
+        l1_slope=l1_slope,
+    )
+    stats = stats_from_rows(
+        x=x,
+        row_sums=decoded.row_sums,
+        aux=decoded.aux_slope is not None,
+        fired=fired,
+        gate_open=gate_open if isinstance(sae, GatedSAE) else None,
+    )
+    result = StepResult(loss=loss, stats=stats)
+    return KernelResult(result=result, overflowed=entries.overflowed, n_open=entries.n_open)
+
+
+def _check_arguments(
+    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], capacity: int, precision: str
+) -> None:
+    sae.check_width(x)
+    check_kernels(x.device, sae)
+    if x.dtype != torch.float32:
+        raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")
+    if precision not in PRECISIONS:
+        choices = ", ".join(PRECISIONS)
+        raise InputError(f"expected precision to be one of {choices}, got {precision!r}")
+    if not 1 <= capacity <= MAX_CAPACITY:
+        raise InputError(
+            f"expected a capacity of 1 to {MAX_CAPACITY} open gates, got {capacity}; "
+            "take the dense step when so many gates are open"
+        )
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return (
+            f"expected Triton for the sparse step on a GPU, got {str(error)!r}; it comes with "
+            "PyTorch's CUDA builds for Linux, and without it the dense step is taken"
+        )
+    if knobs.runtime.interpret:
+        return None  # Triton plays the GPU itself, on any device.
+    if device.type != "cuda":
+        return (
+            f"expected a CUDA device for the sparse step's kernels, got '{device.type}'; "
+            "sparse_step does the same on a CPU"
+        )
+    if torch.version.cuda is None:
+        return (
+            "expected an NVIDIA GPU for the sparse step's kernels, got another make, on which they "
+            "are untried; the dense step is taken"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return (
+            f"expected a GPU of compute capability 8.0 or newer, got {capability[0]}."
+            f"{capability[1]} ({torch.cuda.get_device_name(device)}); the dense step is taken"
+        )
+    return _launch_refusal(device)
+
+
+@functools.cache
+def _launch_refusal(device: torch.device) -> str | None:
+    """Return why not even a kernel of one line runs: no compiler, no headers, an old driver."""
+    from gsae_core.sae.triton_encode import probe
+
+    try:
+        with torch.cuda.device(device):
+            probe[(1,)](torch.zeros(1, device=device))
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return (
+            f"expected Triton to run a kernel, got {str(error)!r}; it needs a C compiler and the "
+            "headers of Python (apt-get install gcc python3-dev), else the dense step is taken"
+        )
+    return None
+
+
+def _sae_refusal(sae: nn.Module) -> str | None:
+    if not isinstance(sae, GatedSAE | ReluSAE):
+        return (
+            "expected a Gated or a ReLU SAE for the sparse step's kernels, got a "
+            f"{type(sae).__name__}; take the dense step"
+        )
+    if sae.b_dec.dtype != torch.float32:
+        return (
+            f"expected a float32 SAE for the sparse step's kernels, got {sae.b_dec.dtype}; "
+            "call sae.float(), or take the dense step"
+        )
+    if sae.d_in > MAX_D_IN:
+        return (
+            f"expected d_in of at most {MAX_D_IN} for the sparse step's kernels, got {sae.d_in}: "
+            "they hold a row of x in registers; take the dense step"
+        )
+    return None

@@ -1,0 +1,291 @@
+"""The GPU kernels, played by Triton's interpreter: test_kernels.py runs this file on its own.
+
+Triton reads TRITON_INTERPRET when it is first imported, for the whole process, and building a
+PyTorch optimiser imports it. So these tests get a process in which it is set from the start.
+"""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from test_sparse import OBJECTIVES, descriptions, instance, largest, random_sae, taken
+from torch import Tensor
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.kernels import available, capacity_for, check_kernels, cuda_step, kernel_step
+from gsae_core.sae.launches import launch_encode
+from gsae_core.sae.losses import StepResult, dense_step
+
+ROOM = 8192
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def opened(sae: GatedSAE | ReluSAE, x: Tensor) -> Tensor:
+    """Return which gates are open."""
+    return sae.pre_activations(x).pi_gate > 0 if isinstance(sae, GatedSAE) else sae.encode(x) > 0
+
+
+def on_device(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+    attempt = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=ROOM)
+    assert not attempt.overflowed
+    return attempt.result
+
+
+def assert_equals_dense(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float = 0.3) -> None:
+    """Compare each tensor against its largest entry: the scale at which it was summed."""
+    expected = taken(dense_step, sae, x, coeff)
+    got = taken(on_device, sae, x, coeff)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype, name
+        error = (got[name] - value).abs().max().item()
+        assert error <= 1e-5 * max(1.0, value.abs().max().item()), (name, error)
+
+
+def test_the_kernels_are_available_to_an_interpreter_on_a_cpu() -> None:
+    assert available(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
+@pytest.mark.parametrize("tie", ["r_mag", "none", "untied"])
+def test_every_gated_objective_equals_the_dense_step(recipe: str, aux: str, tie: str) -> None:
+    sae = random_sae("gated", 5, 9, recipe=recipe, aux=aux, tie=tie).float()
+    assert_equals_dense(sae, numbers(7, 5))
+
+
+@pytest.mark.parametrize("tie", ["r_mag", "none", "untied"])
+def test_a_gate_that_b_dec_does_not_hear_equals_the_dense_step(tie: str) -> None:
+    sae = random_sae("gated", 5, 9, tie=tie, detach_b_dec=True).float()
+    assert_equals_dense(sae, numbers(7, 5))
+
+
+@pytest.mark.parametrize("recipe", ["P", "A"])
+def test_both_relu_objectives_equal_the_dense_step(recipe: str) -> None:
+    assert_equals_dense(random_sae("relu", 5, 9, recipe=recipe).float(), numbers(7, 5))
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(descriptions())
+def test_random_sizes_switches_and_layouts_equal_the_dense_step(what: dict[str, Any]) -> None:
+    sae, x, coeff = instance(what)
+    assert_equals_dense(sae.float(), x.float(), coeff)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "d_in", "d_sae", "shift"),
+    [
+        pytest.param(8, 3, 9, -1.5, id="empty rows"),
+        pytest.param(8, 3, 9, -50.0, id="no active latent"),
+        pytest.param(8, 3, 40, 50.0, id="all active"),
+        pytest.param(8, 1, 9, 0.0, id="d_in of 1"),
+        pytest.param(1, 3, 9, 0.0, id="one row"),
+        pytest.param(8, 16, 40, 0.0, id="d_sae no multiple of a tile"),
+        pytest.param(2, 600, 9, 0.0, id="more columns than one program sums"),
+    ],
+)
+def test_an_edge_case_equals_the_dense_step(
+    n_rows: int, d_in: int, d_sae: int, shift: float
+) -> None:
+    sae, x = random_sae("gated", d_in, d_sae, shift=shift).float(), numbers(n_rows, d_in)
+    counts = opened(sae, x).sum(1)
+    if shift == -1.5:
+        assert counts.min() == 0 < counts.max()
+    if abs(shift) == 50:
+        assert (counts == (d_sae if shift > 0 else 0)).all()
+    assert_equals_dense(sae, x)
+
+
+def test_activations_strided_in_memory_equal_the_dense_step() -> None:
+    sae = random_sae("gated", 5, 9).float()
+    for x in (numbers(7, 10)[:, ::2], numbers(5, 7).T):
+        assert not x.is_contiguous()
+        assert_equals_dense(sae, x)
+
+
+def test_latents_whose_gate_never_binds_equal_the_dense_step() -> None:
+    # theta = b_mag - exp(r_mag) b_gate <= 0 for every latent.
+    sae = random_sae("gated", 3, 6).float()
+    assert isinstance(sae, GatedSAE)
+    assert sae.r_mag is not None
+    with torch.no_grad():
+        sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate - torch.arange(6) / 4)
+    x = numbers(50, 3)
+    stats = on_device(sae, x, sparsity_coeff=0.2).stats
+    assert stats.gate_open is not None
+    assert (stats.fired < stats.gate_open).any()
+    assert_equals_dense(sae, x)
+
+
+def test_a_step_by_hand() -> None:
+    # One latent of two ever opens. d_in = 1, W_dec = W_gate = (1, -1), all biases 0, lambda = 0.5.
+    #   x = 2: pi_gate = (2, -2), f = (2, 0), x_hat = x_hat_aux = 2, errors 0
+    #   loss: reconstruction 0, sparsity 0.5 * 2 = 1, auxiliary 0
+    #   dm = 0, dg = (0.5, 0) -> W_gate.grad = x dg = (1, 0), b_dec.grad = -1 * 0.5
+    sae = GatedSAE(1, 2)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0], [-1.0]]))
+        sae.W_gate.copy_(torch.tensor([[1.0, -1.0]]))
+    result = on_device(sae, torch.tensor([[2.0]]), sparsity_coeff=0.5)
+    assert [float(term) for term in result.loss] == [0.0, 1.0, 0.0]
+    assert {name: p.grad.tolist() for name, p in sae.named_parameters() if p.grad is not None} == {
+        "W_dec": [[0.0], [0.0]],
+        "b_dec": [-0.5],
+        "W_gate": [[1.0, 0.0]],
+        "b_gate": [0.5, 0.0],
+        "r_mag": [0.0, 0.0],
+        "b_mag": [0.0, 0.0],
+    }
+    assert result.stats.fired.tolist() == [1, 0]
+
+
+@torch.no_grad()
+def test_entries_of_many_tiles_come_in_the_order_of_sparse_codes() -> None:
+    # Two tiles of rows by two of latents; a tile ends at 128 of either.
+    sae = random_sae("gated", 3, 130, shift=-3.0).float()
+    assert isinstance(sae, GatedSAE)
+    sae.b_gate[129] = 0.0
+    x = numbers(130, 3)
+    gates = opened(sae, x)
+    row, latent = gates.nonzero(as_tuple=True)
+    assert gates.sum(1).min() == 0
+    assert gates[128:, 128:].any()
+    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=ROOM, precision="ieee")
+    nnz = int(entries.n_open)
+    assert entries.row_offsets.tolist() == [0, *gates.sum(1).cumsum(0).tolist()]
+    assert entries.latent[:nnz].tolist() == latent.tolist()
+    assert entries.latent_offsets.tolist() == [0, *gates.sum(0).cumsum(0).tolist()]
+    # The transpose: rows of each latent in turn, and where each pair stands by row.
+    latent_T, row_T = gates.T.nonzero(as_tuple=True)
+    assert entries.row_by_latent[:nnz].tolist() == row_T.tolist()
+    place = {pair: at for at, pair in enumerate(zip(row.tolist(), latent.tolist(), strict=True))}
+    turned = [place[pair] for pair in zip(row_T.tolist(), latent_T.tolist(), strict=True)]
+    assert entries.place_by_latent[:nnz].tolist() == turned
+    torch.testing.assert_close(entries.gate[:nnz], sae.pre_activations(x).pi_gate[gates])
+    torch.testing.assert_close(entries.magnitude[:nnz], sae.encode(x)[gates])
+
+
+def test_many_tiles_equal_the_dense_step() -> None:
+    assert_equals_dense(random_sae("gated", 3, 130, shift=-3.0).float(), numbers(130, 3))
+
+
+def test_a_latent_with_more_entries_in_a_tile_than_are_compared_at_once_keeps_its_order() -> None:
+    # Four gates open on all of 100 rows; entries of a tile are compared 64 at a time.
+    sae = random_sae("gated", 2, 4, shift=50.0).float()
+    x = numbers(100, 2)
+    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=400, precision="ieee")
+    assert entries.row_by_latent.tolist() == list(range(100)) * 4
+
+
+def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do() -> None:
+    sae = random_sae("gated", 4, 7, tie="untied").float()
+    on_device(sae, numbers(5, 4), sparsity_coeff=0.1)
+    first = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    on_device(sae, numbers(5, 4), sparsity_coeff=0.1)
+    for name, p in sae.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(p.grad, first[name]), name
+        assert p.grad.stride() == p.stride(), name
+        assert not p.grad.requires_grad, name
+
+
+def test_no_matrix_of_batch_by_dictionary_is_ever_made() -> None:
+    sae = random_sae("gated", 2, 300, shift=-50.0).float()
+
+    def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+        return kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100).result
+
+    # 40 x 300 pre-activations; the interpreter also copies byte by byte, at most the 4800 bytes
+    # of both counts per latent.
+    assert largest(step, sae, numbers(40, 2)) <= 4800 < 40 * 300
+    assert largest(dense_step, sae, numbers(40, 2)) >= 40 * 300
+
+
+def test_activations_that_are_no_numbers_show_in_the_loss() -> None:
+    x = numbers(7, 5)
+    x[3, 2] = torch.nan
+    result = on_device(random_sae("gated", 5, 9).float(), x, sparsity_coeff=0.1)
+    assert result.loss.total.isnan()
+
+
+# Overflow
+
+
+@pytest.mark.parametrize(("spare", "overflowed"), [(0, False), (-1, True)])
+def test_one_open_gate_more_than_there_is_room_for_raises_the_flag(
+    spare: int, overflowed: bool
+) -> None:
+    sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
+    n_open = int(opened(sae, x).sum())
+    attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=n_open + spare)
+    assert bool(attempt.overflowed) is overflowed
+    assert int(attempt.n_open) == n_open
+
+
+def test_overflow_takes_the_dense_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
+    expected = taken(dense_step, sae, x, 0.3)
+    with caplog.at_level(logging.WARNING):
+        result = cuda_step(sae, x, sparsity_coeff=0.3, capacity=10)
+    assert caplog.messages == [
+        f"expected at most 10 open gates, got {opened(sae, x).sum()}: "
+        "this step was taken again by the dense way, with the same gradients"
+    ]
+    assert all(torch.equal(term, expected[name]) for name, term in result.loss._asdict().items())
+    for name, p in sae.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(p.grad, expected[name]), name
+
+
+def test_a_step_with_room_takes_no_dense_step(caplog: pytest.LogCaptureFixture) -> None:
+    sae, x = random_sae("relu", 5, 9).float(), numbers(7, 5)
+    result = cuda_step(sae, x, sparsity_coeff=0.3)
+    assert not caplog.messages
+    torch.testing.assert_close(result.loss.total, dense_step(sae, x, sparsity_coeff=0.3).loss.total)
+
+
+def test_room_is_a_quarter_more_than_expected_and_a_power_of_two() -> None:
+    assert [capacity_for(n) for n in (0.0, 3000.0, 3277.0, 1e5)] == [4096, 4096, 8192, 131072]
+
+
+# Refusals
+
+
+def test_other_architectures_are_refused() -> None:
+    with pytest.raises(InputError, match=r"expected a Gated or a ReLU SAE .* got a Linear; take"):
+        check_kernels(torch.device("cpu"), torch.nn.Linear(2, 3))
+
+
+def test_another_precision_of_floating_point_numbers_is_refused() -> None:
+    sae = random_sae("gated", 3, 5)
+    with pytest.raises(InputError, match=r"expected a float32 SAE .* got torch.float64; call"):
+        check_kernels(torch.device("cpu"), sae)
+    with pytest.raises(InputError, match=r"expected float32 activations, got torch.float64; call"):
+        kernel_step(sae.float(), numbers(2, 3).double(), sparsity_coeff=0.1, capacity=10)
+
+
+def test_activations_wider_than_registers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"expected d_in of at most 16384 .* got 16385: they hold"):
+        check_kernels(torch.device("cpu"), GatedSAE(16385, 1))
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="one of ieee, tf32x3, tf32, bf16, got 'fp8'"):
+        kernel_step(GatedSAE(2, 3), numbers(2, 2), sparsity_coeff=0.1, capacity=9, precision="fp8")
+
+
+@pytest.mark.parametrize("capacity", [0, 2**30 + 1])
+def test_a_capacity_beyond_32_bits_is_refused(capacity: int) -> None:
+    with pytest.raises(InputError, match=f"expected a capacity of 1 to .* got {capacity}; take"):
+        kernel_step(GatedSAE(2, 3), numbers(2, 2), sparsity_coeff=0.1, capacity=capacity)
+
+
+def test_another_width_is_refused_in_the_words_of_encode() -> None:
+    with pytest.raises(InputError, match="expected activations of width d_in=2, got shape"):
+        kernel_step(GatedSAE(2, 3), numbers(4, 5), sparsity_coeff=0.1, capacity=9)

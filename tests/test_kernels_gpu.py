@@ -1,0 +1,104 @@
+"""The GPU kernels on a GPU: `python -m pytest -m gpu`."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_sparse import OBJECTIVES, random_sae, taken
+from torch import Tensor
+
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.kernels import capacity_for, cuda_step, kernel_step
+from gsae_core.sae.launches import launch_encode
+from gsae_core.sae.losses import StepResult, dense_step
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float) -> dict[str, Tensor]:
+    gates = sae.pre_activations(x).pi_gate if isinstance(sae, GatedSAE) else sae.encode(x)
+    room = capacity_for(float((gates > 0).sum()))
+    attempt = SimpleNamespace()
+
+    def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+        attempt.outcome = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room)
+        return attempt.outcome.result
+
+    got = taken(step, sae, x, coeff)
+    assert not attempt.outcome.overflowed
+    return got
+
+
+def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest error of a tensor relative to its largest entry."""
+    assert got.keys() == expected.keys()
+    return max(
+        ((got[name] - value).abs().max() / value.abs().max().clamp(min=1.0)).item()
+        for name, value in expected.items()
+    )
+
+
+def gpu_example(d_in: int, d_sae: int, n_rows: int = 500, **switches: Any) -> tuple[Any, Tensor]:
+    sae = random_sae("gated", d_in, d_sae, **switches).float().cuda()
+    with torch.no_grad():
+        sae.get_parameter("W_gate").div_(d_in**0.5)
+        sae.get_parameter("b_gate").sub_(1.5)
+    return sae, torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
+@pytest.mark.parametrize("tie", ["r_mag", "none", "untied"])
+def test_on_a_gpu_every_objective_equals_the_dense_step(recipe: str, aux: str, tie: str) -> None:
+    sae, x = gpu_example(96, 1000, recipe=recipe, aux=aux, tie=tie)
+    expected = taken(dense_step, sae, x, 0.3)
+    assert worst(on_gpu(sae, x, 0.3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("d_in", [1, 17, 300, 768, 2304, 16384])
+def test_on_a_gpu_every_width_equals_the_dense_step(d_in: int) -> None:
+    sae, x = gpu_example(d_in, 700)
+    expected = taken(dense_step, sae, x, 0.3)
+    assert worst(on_gpu(sae, x, 0.3), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("precision", "least", "most"),
+    [("ieee", 0.0, 1e-5), ("tf32x3", 0.0, 1e-5), ("tf32", 1e-5, 2e-3), ("bf16", 1e-4, 2e-2)],
+)
+def test_on_a_gpu_gates_are_as_exact_as_their_precision(
+    precision: str, least: float, most: float
+) -> None:
+    # Factors keep 24, about 22, 11 and 8 bits; errors of 512 products average out in their sum.
+    sae, x = gpu_example(512, 4096)
+    exact = (x - sae.b_dec).double() @ sae.W_gate.double() + sae.b_gate
+    entries = launch_encode(sae, x - sae.b_dec, capacity=2**20, precision=precision)
+    n_open = int(entries.n_open)
+    row = torch.arange(len(x), device=x.device).repeat_interleave(entries.row_offsets.diff())
+    error = entries.gate[:n_open] - exact[row, entries.latent[:n_open].long()]
+    assert least <= error.abs().max() / exact.abs().max() <= most
+
+
+def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits() -> None:
+    sae, x = gpu_example(256, 5000, n_rows=2000)
+    first = on_gpu(sae, x, 0.3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=2**20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, term in attempt.result.loss._asdict().items():
+        assert torch.equal(term, first[name]), name
+    for name, p in sae.named_parameters():
+        assert torch.equal(p.grad, first[name]), name
+
+
+def test_on_a_gpu_overflow_takes_the_dense_step() -> None:
+    sae, x = gpu_example(64, 1000)
+    expected = taken(dense_step, sae, x, 0.3)
+    assert worst(taken(_cramped, sae, x, 0.3), expected) < 1e-6
+
+
+def _cramped(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+    return cuda_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)
