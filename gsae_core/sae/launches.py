@@ -19,7 +19,7 @@ Triton's interpreter rounds the first three alike and cannot multiply bf16.
 """
 
 # A tile of the encoder: rows, latents. For sm_90, 8.0 and 8.9 alike it takes 96 KiB of shared
-# memory at most (all of Ada's) and the 255 registers a thread has, without spilling.
+# memory at most (all of Ada's) and the 255 registers a thread has, 16 bytes beside them at worst.
 ROWS = LATENTS = 128
 
 
