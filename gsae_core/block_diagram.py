@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib import resources
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from gsae_core.config import SITES, Site
 
@@ -22,7 +23,7 @@ def _asset(name: str) -> str:
     return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
 
 
-_diagram = st.components.v2.component(
+_diagram = component(
     "gsae_block_diagram",
     html='<div class="block"></div>',
     css=_asset("block-diagram.css"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gsae_core.config import RunConfig, SAESpec, sweep
+from gsae_core.config import Architecture, RunConfig, SAESpec, sweep
 from gsae_core.errors import InputError
 
 
@@ -62,7 +62,8 @@ def _saes_code(saes: tuple[SAESpec, ...]) -> str:
 
 
 def _sweep_code(saes: tuple[SAESpec, ...]) -> str | None:
-    architectures = list(dict.fromkeys(spec.architecture for spec in saes))
+    found: dict[Architecture, None] = {spec.architecture: None for spec in saes}
+    architectures = list(found)
     sparsity = list(dict.fromkeys(spec.sparsity for spec in saes))
     swept = {"name", "architecture", "d_sae", "sparsity"}
     common = {

@@ -19,6 +19,7 @@ from gsae_core.config import (
     ModelConfig,
     RunConfig,
     SAESpec,
+    Site,
     TrainRecipe,
 )
 from gsae_core.errors import InputError
@@ -162,7 +163,7 @@ class Base:
         return Train(preset=self.preset) if self.run is None else Train(config=self.run)
 
 
-def at_place(base: Base, layer: int, site: str) -> Base:
+def at_place(base: Base, layer: int, site: Site) -> Base:
     """Return a paper's set-up at another of its places: widths and lambdas are those found there.
 
     At a place that it does not cover, and for any other base, return `base`.
@@ -281,10 +282,10 @@ def _whole(number: float) -> int:
 
 
 def _architectures(chosen: list[str]) -> tuple[Architecture, ...]:
-    found = tuple(architecture for architecture in ARCHITECTURES if architecture in chosen)
+    found: list[Architecture] = [a for a in ARCHITECTURES if a in chosen]
     if not found:
         raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
-    return found
+    return tuple(found)
 
 
 def _read(field: Field, value: Any) -> Any:

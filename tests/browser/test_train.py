@@ -1,0 +1,184 @@
+"""Train in a real browser: click the site, see what it takes, start; by the keyboard alone too.
+
+Run with `python -m pytest tests/browser/test_train.py -m browser`.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from driver import FLAGS, chromium_path, serving
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from synthetic import config, write_run
+
+from gsae_core.store.listing import list_runs
+from gsae_core.store.runs import Run
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(chromium_path() is None, reason="no chromium on this machine's PATH"),
+]
+
+KNOWN_404 = re.compile(r"/_stcore/(health|host-config)$")
+PATIENCE = 90_000  # ms: seconds on an idle machine, a minute on a loaded one
+TINY = "tokens=8192&batch_size=1024&width=64&sparsity=0.3&eval_tokens=2048&device=cpu"
+# The element that has the focus, inside a component's shadow root too.
+FOCUSED = """() => {
+  let at = document.activeElement
+  while (at && at.shadowRoot && at.shadowRoot.activeElement) at = at.shadowRoot.activeElement
+  return at ? (at.getAttribute('aria-label') || at.textContent || '').trim() : ''
+}"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root, "done")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with serving(runs) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """A tab that must ask nobody else for anything, and complain about nothing."""
+    page = browser.new_page(viewport={"width": 1360, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    home = (address, address.replace("http", "ws"), "data:", "blob:")
+    strangers: list[str] = []
+    complaints: list[str] = []
+
+    def heard(message: ConsoleMessage) -> None:
+        if message.type == "error" and not KNOWN_404.search(message.location.get("url", "")):
+            complaints.append(message.text)
+
+    page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith(home) else None)
+    page.on("console", heard)
+    yield page
+    page.close()
+    assert strangers == []
+    assert complaints == []
+
+
+def opened(page: Page, url: str) -> None:
+    page.goto(url)
+    expect(page.get_by_role("radiogroup", name="Site in the block")).to_be_visible()
+    at_rest(page)
+
+
+def at_rest(page: Page) -> None:
+    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+
+
+def tab_to(page: Page, wanted: str) -> None:
+    """Press Tab until what has the focus begins with `wanted`."""
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED).startswith(wanted):
+            return
+    raise AssertionError(f"expected to reach {wanted!r} by Tab")
+
+
+def started_by(runs: Path, before: list[Run]) -> Run:
+    (new,) = [run for run in list_runs(runs) if run.id not in {old.id for old in before}]
+    return new
+
+
+def test_a_click_in_the_block_changes_the_field_the_address_and_what_it_takes(
+    page: Page, address: str
+) -> None:
+    opened(page, f"{address}/Train")
+    memory = page.get_by_role("meter", name="Memory")
+    before = memory.get_attribute("aria-valuenow")
+    page.get_by_role("radio", name=re.compile("^mlp_hidden")).click()
+    page.wait_for_url(re.compile("site=mlp_hidden"))
+    chosen = page.get_by_role("radio", name=re.compile("^mlp_hidden"))
+    expect(chosen).to_have_attribute("aria-checked", "true")
+    expect(page.get_by_text("after the activation function, 1,024 wide")).to_be_visible()
+    expect(memory).not_to_have_attribute("aria-valuenow", before or "")
+    page.get_by_role("radio", name="block 1").click()
+    page.wait_for_url(re.compile("layer=1"))
+    expect(page.get_by_label("Layer", exact=True)).to_have_value("1")
+
+
+def test_the_field_beside_it_moves_the_picture(page: Page, address: str) -> None:
+    opened(page, f"{address}/Train?site=attn_out")
+    picture = page.get_by_role("radiogroup", name="Site in the block")
+    expect(picture.locator("[aria-checked=true]")).to_contain_text("attn_out")
+    page.get_by_label("Site", exact=True).click()
+    page.keyboard.type("resid_pre", delay=30)
+    page.wait_for_timeout(500)  # the list is filtered as one types
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("site=resid_pre"))
+    expect(picture.locator("[aria-checked=true]")).to_contain_text("resid_pre")
+
+
+def test_by_the_keyboard_alone_from_the_site_to_a_finished_run(
+    page: Page, address: str, runs: Path
+) -> None:
+    before = list_runs(runs)
+    opened(page, f"{address}/Train?{TINY}")
+    tab_to(page, "resid_post")
+    page.keyboard.press("ArrowDown")  # from the last site round to none: the one before it
+    page.wait_for_url(re.compile("site=mlp_out"))
+    expect(page.get_by_text("What the mlp adds to the residual stream, 256 wide")).to_be_visible()
+    at_rest(page)
+    assert page.evaluate(FOCUSED).startswith("mlp_out")  # the focus stays where one works
+    tab_to(page, "play_arrow")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Live")
+    run = started_by(runs, before)
+    page.wait_for_url(re.compile(run.id))
+    assert run.config.model.site == "mlp_out"
+    expect(page.get_by_text("● finished")).to_be_visible(timeout=600_000)
+    assert run.status.state == "finished"
+
+
+def test_two_presses_at_once_start_one_run(page: Page, address: str, runs: Path) -> None:
+    before = list_runs(runs)
+    opened(page, f"{address}/Train?{TINY}&seed=5")
+    page.get_by_role("button", name=re.compile("Start 8.19 k")).dblclick()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Live")
+    at_rest(page)
+    assert started_by(runs, before).config.seed == 5
+
+
+def test_duplicating_a_run_fills_the_form_whatever_stood_in_it(page: Page, address: str) -> None:
+    opened(page, f"{address}/Train")
+    page.get_by_label("Tokens", exact=True).fill("5000")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("tokens=5000"))
+    page.get_by_role("link", name="Live").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Live")
+    at_rest(page)
+    page.goto(f"{address}/Live?run=done")
+    page.get_by_role("button", name=re.compile("Duplicate")).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Train")
+    expect(page.get_by_label("λ", exact=True)).to_have_value("0.1 0.2 0.4 0.8")
+    expect(page.get_by_label("Tokens", exact=True)).to_have_value("1,048,576")
+    assert [spec.sparsity for spec in config().saes[:2]] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("width", [700, 1400])
+def test_nothing_sticks_out_of_the_page(page: Page, address: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    opened(page, f"{address}/Train?peek=true")
+    expect(page.get_by_role("list", name="First lines as tokens")).to_be_visible()
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("node => node.scrollWidth <= node.clientWidth")
