@@ -73,7 +73,7 @@ def training(tmp_path: Path) -> Iterator[Run]:
     start(run)
     eventually(lambda: run.status.state == "running" and run.status.step > 0)
     yield run
-    process = read_status(run.folder).process
+    process = read_status(run.folder).process if run.folder.exists() else None
     if process is not None:
         process.kill()
         process.wait()
