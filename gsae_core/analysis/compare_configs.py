@@ -35,13 +35,11 @@ def side_by_side(columns: Mapping[str, Mapping[str, str]], *, differences: bool)
     """
     shown = dict(list(columns.items())[:MAX_COLUMNS])
     names = list(dict.fromkeys(name for column in shown.values() for name in column))
-    table = pd.DataFrame(
-        {label: [column.get(name, MISSING) for name in names] for label, column in shown.items()},
-        index=pd.Index(names, name="setting"),
-    )
+    rows = {name: [column.get(name, MISSING) for column in shown.values()] for name in names}
     if differences and len(shown) > 1:
-        table = table[table.nunique(axis=1) > 1]
-    return table
+        rows = {name: row for name, row in rows.items() if len(set(row)) > 1}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(shown))
+    return table.rename_axis("setting")
 
 
 def _flat(fields: Mapping[str, Any], prefix: str) -> dict[str, str]:
