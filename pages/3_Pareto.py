@@ -124,7 +124,7 @@ def headline(evals: pd.DataFrame) -> None:
             )
         runs = list(dict.fromkeys(evals["run"]))
         for other in runs[1:]:
-            rows = evals[evals["run"] == other].to_dict("records")
+            rows = evals.query("run == @other").to_dict("records")
             plain(f"{other}: {matched_ratio(rows).sentence}.", size=".9rem")
         if matched.pairs:
             with st.expander("The interpolation"):
@@ -160,7 +160,7 @@ def remember_click() -> None:
     st.session_state["pick"] = [*kept, *names][-2:]
 
 
-def plot(evals: pd.DataFrame, picked: list[str]) -> None:
+def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None:
     """Draw the plane, what is not in it, and the paper's runs behind it."""
     place = PLACES.get(paper or "")
     figure = tradeoff(
@@ -254,9 +254,11 @@ def cards(evals: pd.DataFrame, picked: list[str]) -> None:
 place_of_ratio = st.container()
 x, y, log_x = choose_axes()
 more, base, paper = choose_company()
-shown_runs = dict.fromkeys([run.id, *more, *([base] if base else [])])
+shown_runs: list[str] = [run.id, *more]
+if base and base not in shown_runs:
+    shown_runs.append(base)
 evals = several_runs({name: cached.evaluations(by_id[name]) for name in shown_runs})
-matched = matched_ratio(evals[evals["run"] == run.id].to_dict("records"))
+matched = matched_ratio(evals.query("run == @run.id").to_dict("records"))
 with place_of_ratio:
     headline(evals)
 names = list(evals["id"])
@@ -271,7 +273,7 @@ picked = st.multiselect(
     placeholder="click points, or choose up to two SAEs",
 )
 with place_of_plot:
-    plot(evals, picked)
+    plot(evals, picked, x, y)
 cards(evals, picked)
 table(evals, base)
 correct("cols", names, what="SAE shown here", shown="those that are")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import streamlit as st
 from app_pages import HOSTILE, opened, text
@@ -22,11 +23,7 @@ def one_pair(width: int = 64, **fields: object) -> RunConfig:
     )
 
 
-def columns(at: AppTest, which: int = 0) -> list[str]:
-    return list(at.dataframe[which].value.columns)
-
-
-def table_of_saes(at: AppTest) -> AppTest:
+def table_of_saes(at: AppTest) -> pd.DataFrame:
     (found,) = [t for t in at.dataframe if "architecture" in t.value]
     return found.value
 

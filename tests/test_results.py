@@ -13,6 +13,7 @@ from gsae_core.analysis.results import (
     against,
     changes,
     evaluation_frame,
+    of_architecture,
     published,
     published_places,
     published_ratio,
@@ -40,15 +41,15 @@ def test_differences_are_taken_from_the_baselines_sae_of_the_same_architecture_a
     ours = EVALS.assign(l0=EVALS["l0"] + 3, kl=EVALS["kl"] * 2)
     frame = several_runs({"new": ours, "base": EVALS})
     found = against(frame, "base")
-    new = found[frame["run"] == "new"]
+    new = pd.DataFrame(found[frame["run"] == "new"])
     assert new["change_l0"].to_list() == pytest.approx([3] * 4)
     assert new["change_kl"].to_list() == pytest.approx(EVALS["kl"].to_list())
     # A baseline does not differ from itself: nothing rather than a column of zeros.
-    assert found[frame["run"] == "base"].isna().all(axis=None)
+    assert found[frame["run"] == "base"].isna().to_numpy().all()
 
 
 def test_an_sae_without_a_counterpart_has_no_difference() -> None:
-    frame = several_runs({"new": EVALS, "base": EVALS[EVALS["architecture"] == "gated"]})
+    frame = several_runs({"new": EVALS, "base": of_architecture(EVALS, "gated")})
     missing = against(frame, "base")["change_l0"].isna()
     assert frame.loc[missing & (frame["run"] == "new"), "architecture"].unique().tolist() == [
         "relu"

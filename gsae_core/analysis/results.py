@@ -112,7 +112,7 @@ def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     paired = frame[[*keys, "run"]].merge(ours[[*keys, *NUMBERS]], on=keys, how="left")
     paired.index = frame.index
     differences = frame[list(NUMBERS)] - paired[list(NUMBERS)]
-    return differences.mask(frame["run"] == base).add_prefix("change_")
+    return pd.DataFrame(differences.mask(frame["run"] == base)).add_prefix("change_")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:

@@ -129,7 +129,7 @@ def tradeoff(
     runs = list(dict.fromkeys(evals["run"]))
     for run, run_look in zip(runs, RUN_LOOKS, strict=False):
         for architecture, look in LOOKS.items():
-            rows = of_architecture(evals[evals["run"] == run], architecture)
+            rows = of_architecture(pd.DataFrame(evals[evals["run"] == run]), architecture)
             if len(rows):
                 name = look.label + (f" · {run}" if len(runs) > 1 else "")
                 _draw_architecture(figure, rows, x, y, look, run_look, name)

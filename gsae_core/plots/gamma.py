@@ -74,7 +74,7 @@ def _series(evals: pd.DataFrame) -> list[Series]:
             kinds.append((f"{look.label}, gate path", "gamma_gate", THIRD, "triangle-down", "dot"))
         for name, column, colour, symbol, line in kinds:
             rows = of_architecture(evals, architecture).dropna(subset=[column, "l0"])
-            rows = rows[rows["l0"] > 0].sort_values("l0")
+            rows = pd.DataFrame(rows[rows["l0"] > 0]).sort_values("l0")
             if len(rows):
                 found.append(Series(name, rows, column, colour, symbol, line))
     return found
@@ -84,7 +84,7 @@ def _draw_paper(figure: go.Figure, paper: pd.DataFrame) -> None:
     """Draw the published gammas, faint; a few printed L0 are 0 or negative and have no place."""
     for architecture, look in LOOKS.items():
         rows = of_architecture(paper, architecture)
-        rows = rows[rows["l0"] > 0].sort_values("l0")
+        rows = pd.DataFrame(rows[rows["l0"] > 0]).sort_values("l0")
         if rows.empty:
             continue
         figure.add_scatter(

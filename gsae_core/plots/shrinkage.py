@@ -66,15 +66,15 @@ class Bins(NamedTuple):
         inner = [f"{low:.3f} to {high:.3f}" for low, high in pairwise(self.edges)]
         return [f"below {self.edges[1]:.3f}", *inner[1:-1], f"{self.edges[-2]:.3f} or more"]
 
-    def place(self, gamma: pd.Series) -> np.ndarray:
-        """Return the number of the bin of each gamma."""
-        return np.digitize(gamma.to_numpy(), self.edges[1:-1])
+    def place(self, stats: pd.DataFrame) -> np.ndarray:
+        """Return the number of the bin of each feature, by its `gamma`."""
+        return np.digitize(stats["gamma"].to_numpy(), self.edges[1:-1])
 
 
 def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> FeatureGamma:
     """Return the features that fired at least `min_fired` times and have a gamma."""
     shown = pd.DataFrame(stats[stats["fired"] >= min_fired]).dropna(subset="gamma")
-    fired = stats["fired"]
+    fired = stats["fired"].to_numpy()
     return FeatureGamma(
         spec=spec,
         stats=shown,
@@ -100,7 +100,7 @@ def gamma_histogram(
     figure = go.Figure()
     for feature in features:
         look = LOOKS[feature.spec.architecture]
-        counts = np.bincount(bins.place(feature.stats["gamma"]), minlength=len(labels))
+        counts = np.bincount(bins.place(feature.stats), minlength=len(labels))
         n = len(feature.stats)
         figure.add_bar(
             x=centres.tolist(),
@@ -137,7 +137,7 @@ def histogram_table(features: Sequence[FeatureGamma], bins: Bins) -> pd.DataFram
     """Return the counts the histogram draws, one row per bin and one column per SAE."""
     table = pd.DataFrame({"γ": bins.labels})
     for feature in features:
-        counts = np.bincount(bins.place(feature.stats["gamma"]), minlength=len(table))
+        counts = np.bincount(bins.place(feature.stats), minlength=len(table))
         table[feature.spec.name] = counts
     return table
 
@@ -149,7 +149,7 @@ def features_in_bin(features: Sequence[FeatureGamma], bins: Bins, label: str) ->
     """
     number = bins.labels.index(label)
     found = [
-        feature.stats[bins.place(feature.stats["gamma"]) == number]
+        feature.stats[bins.place(feature.stats) == number]
         .rename_axis("latent")
         .reset_index()
         .assign(sae=feature.spec.name)
@@ -229,7 +229,7 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
     which there is none is missing.
     """
     gated, base = of_architecture(evals, "gated"), baselines(evals)
-    if (base["architecture"] == "relu").any():
+    if "relu" in set(base["architecture"]):
         base = of_architecture(base, "relu")
     if gated.empty or base.empty:
         kinds = (("gated", gated), ("base", base))
