@@ -111,7 +111,7 @@ def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
     else:
         lines = lines_of(run.id, runs[run.id], frame.theme)
     logged = tracks(tables, lines)
-    if all(part.empty for part in logged):
+    if not any(logged):
         with st.container(border=True):
             st.caption(
                 "The first numbers appear after the model is loaded and the first steps are done."
@@ -142,21 +142,25 @@ def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
             figure(chart, name=column, alt=f"{column} of each SAE against {x}")
     if len(runs) == 1:
         newest = {
-            line.sae: part.iloc[-1].to_dict()
+            line.sae: {name: float(values[-1]) for name, values in part.items()}
             for line, part in zip(lines, logged, strict=True)
-            if not part.empty
+            if part
         }
         with st.expander("The newest numbers", icon=":material/table_rows:"):
             st.dataframe(newest_numbers(newest), hide_index=True, alt="Newest numbers of each SAE")
 
 
-def view() -> None:
-    """Draw everything that moves."""
+def view(was: Status) -> None:
+    """Draw everything that moves.
+
+    Args:
+        was: where the run stood when the page around this was drawn.
+    """
     try:
         status = run.status
         tables = {one.id: read(one) for one in shown}
         states = {one.id: one.status.state for one in shown}
-        if status.state != drawn.state:
+        if status.state != was.state:
             st.rerun()  # the whole page: its buttons and its timer are of another state
         header(status, tables[run.id][0])
         draw_trouble(run, status)
@@ -232,6 +236,6 @@ with options:
 shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]
 moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id in frame.statuses)
 paused = st.session_state.get("pause")
-st.fragment(view, run_every=1.0 if moving and not paused else None)()
+st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
     explain_numbers()
