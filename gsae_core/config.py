@@ -179,6 +179,10 @@ class TrainRecipe(Config):
     revive_until: Annotated[float, Field(ge=0, le=1)] = 0.7
     """No revival after this share of the steps, so that what is revived can still learn."""
 
+    screened: bool = False
+    """Find open gates by a bfloat16 product and decide in float32: the same gates, up to twice the
+    speed on a CPU with bfloat16 units; slower on one without."""
+
     @property
     def n_steps(self) -> int:
         """Whole batches in `n_tokens`."""

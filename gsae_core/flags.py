@@ -130,6 +130,9 @@ class Train:
     revive_every: Annotated[int | None, _flag(TrainRecipe, "revive_every", "INT")] = None
     revive_window: Annotated[int | None, _flag(TrainRecipe, "revive_window", "INT")] = None
     revive_until: Annotated[float | None, _flag(TrainRecipe, "revive_until", "FLOAT")] = None
+    screened: Annotated[
+        FlagCreatePairsOff[bool], _plain(TrainRecipe.model_fields["screened"].description or "")
+    ] = False
     eval_tokens: Annotated[int | None, _flag(EvalConfig, "n_tokens", "INT")] = None
 
     activation_scale: Annotated[

@@ -131,6 +131,7 @@ def _rows(
                 "reconstruction": float(sae.loss.reconstruction),
                 "sparsity_loss": float(sae.loss.sparsity),
                 "auxiliary": float(sae.loss.auxiliary),
+                **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
                 "l0": sae.l0,
                 "fvu": sae.fvu,
                 "gamma": sae.gamma,

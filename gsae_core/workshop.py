@@ -84,7 +84,7 @@ def set_up(run: Run) -> Bench:
         mean_square_norm=stream.mean_square_norm,
         numerics=model.numerics,
     )
-    return Bench(model, corpus, stream, Trainer(saes, train_cfg), sparsity, {})
+    return Bench(model, corpus, stream, Trainer(saes, train_cfg, measure=True), sparsity, {})
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:

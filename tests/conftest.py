@@ -18,6 +18,14 @@ WORDS = 38
 """Words of the tiny tokenizer, `w0` to `w37`; with <|endoftext|> (id 0) and <unk>, 40 tokens."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine remembers from real runs (speeds, tokens) decides nothing in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One token a word, split at spaces; BOS and EOS are token 0."""

@@ -12,7 +12,7 @@ FLOORS = {
     for floor, rooms in enumerate(
         [
             "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell",
+            "catalogue estimates notebook_cell measured",
             "lm sae",
             "training analysis store",
             "plots job learning samples workshop machine progress failures flags preflight preview",

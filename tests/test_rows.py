@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.rows import fastest, remembered, rows_per_pass
+from gsae_core.lm.rows import fastest, rows_per_pass
 
 
 def test_the_smallest_size_that_hardly_another_beats_is_chosen() -> None:
@@ -24,28 +24,6 @@ def test_sizes_beyond_the_first_that_does_not_fit_are_not_tried() -> None:
     assert fastest([8, 16, 32, 64], seconds) == 16
     assert tried == [8, 16, 32]
     assert fastest([64], seconds) is None
-
-
-def test_a_size_is_measured_once_and_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    answers = iter([24, 32])
-    assert remembered("a-gpu", lambda: next(answers)) == 24
-    assert remembered("a-gpu", lambda: next(answers)) == 24
-    assert remembered("another", lambda: next(answers)) == 32
-    (kept,) = tmp_path.rglob("a-gpu.json")
-    kept.write_text("{")  # a process died while writing
-    assert remembered("a-gpu", lambda: 40) == 40
-
-
-def test_a_cache_that_cannot_be_written_costs_the_measurement_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert remembered("a-gpu", lambda: 24) == 24
-    assert "measured but not kept" in caplog.text
 
 
 def test_on_a_cpu_the_size_is_a_constant(

@@ -18,7 +18,7 @@ from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import Metrics, batch_stats
 from gsae_core.sae.sparse import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, pupil, train
+from gsae_core.training import StepReport, TrainConfig, Trainer, steps, train
 
 D_IN, BATCH = 6, 16
 N_STEPS = 24
@@ -127,7 +127,7 @@ def test_saes_trained_together_equal_each_trained_alone() -> None:
 
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that both ways to compute a step are taken, by what the last one measured.
-    monkeypatch.setattr(pupil, "CROSSOVER", 0.4)
+    monkeypatch.setattr(steps, "CROSSOVER", 0.4)
     batches = sparse_batches(N_STEPS)
     whole = all_kinds()
     expected = [numbers(report) for report in train(whole, batches, config())]
@@ -256,12 +256,7 @@ def test_a_report_counts_steps_and_tokens_and_measures_before_the_step() -> None
     assert float(report.saes[0].loss.reconstruction) == pytest.approx(error, rel=1e-5)
 
 
-def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert pupil.choose_step(None, cpu) is manual_dense_step
-    assert pupil.choose_step(0.5, cpu) is manual_dense_step
-    assert pupil.choose_step(0.01, cpu) is sparse_step
-    assert pupil.choose_step(0.01, gpu) is dense_step
+def test_an_open_gate_counts_towards_the_density_whether_or_not_its_latent_fires() -> None:
     sae = GatedSAE(D_IN, 9)
     with torch.no_grad():
         sae.b_gate.fill_(-100.0)
@@ -278,20 +273,20 @@ def test_both_steps_are_taken_and_training_does_not_tell_them_apart(
 ) -> None:
     taken = set()
 
-    def choose(density: float | None, device: torch.device) -> Callable[..., StepResult]:
-        step = original(density, device)
+    def choose(*args: Any, **kwargs: Any) -> Callable[..., StepResult]:
+        step = original(*args, **kwargs)
         taken.add(step)
         return step
 
-    original = pupil.choose_step
-    monkeypatch.setattr(pupil, "choose_step", choose)
-    monkeypatch.setattr(pupil, "CROSSOVER", 0.4)  # half of all gates are open at the start
+    original = steps.choose_step
+    monkeypatch.setattr(steps, "choose_step", choose)
+    monkeypatch.setattr(steps, "CROSSOVER", 0.4)  # half of all gates are open at the start
     batches = sparse_batches(N_STEPS)
     cfg = config(lr=1e-3, revive_every=0)
     mixed, dense = GatedSAE(D_IN, 9), GatedSAE(D_IN, 9)
     list(train([mixed], batches, cfg))
     assert taken == {manual_dense_step, sparse_step}
-    monkeypatch.setattr(pupil, "choose_step", lambda *_: dense_step)
+    monkeypatch.setattr(steps, "choose_step", lambda *_, **__: dense_step)
     list(train([dense], batches, cfg))
     for name, parameter in mixed.named_parameters():
         # Adam divides by the gradient's size, so rounding shows where that is near zero.
@@ -352,7 +347,7 @@ def spoil(name: str, value: float) -> Callable[..., StepResult]:
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     monkeypatch: pytest.MonkeyPatch, value: float, cause: str
 ) -> None:
-    monkeypatch.setattr(pupil, "choose_step", lambda *_: spoil("W_gate", value))
+    monkeypatch.setattr(steps, "choose_step", lambda *_, **__: spoil("W_gate", value))
     sae = GatedSAE(D_IN, 9)
     before = copy.deepcopy(sae)
     report = Trainer([sae], config()).step(sparse_batches(1)[0])

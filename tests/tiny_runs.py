@@ -62,7 +62,9 @@ def finish(run: Run) -> None:
 
 def outcome(run: Run) -> dict[str, Any]:
     """Return everything a run ends with that must not depend on how often it was interrupted."""
-    metrics = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.metrics()]
+    metrics = [
+        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.metrics()
+    ]
     trainer = load_state(run.folder / "resume")["trainer"]
     del trainer["seconds"]
     return {

@@ -4,13 +4,14 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from gsae_core.bench.contestants import Result
 from gsae_core.machine import gpus
+from gsae_core.measured import processor
 from gsae_core.store.files import readable
 from gsae_core.wording import fixed
 
@@ -118,8 +119,9 @@ def milliseconds(ms: float) -> str:
 
 def machine_facts(*, threads: int, device: str) -> dict[str, Any]:
     """Return what the figures depend on: no names of hosts, users or folders."""
+    cores, features = psutil.cpu_count(), torch.backends.cpu.get_cpu_capability()
     return {
-        "processor": processor(),
+        "processor": f"{processor()} ({cores} cores, {features})",
         "device": device,
         "gpus": list(gpus()) if device.startswith("cuda") else [],
         "threads": threads,
@@ -134,17 +136,3 @@ def machine_line(facts: dict[str, Any]) -> str:
     where = ", ".join(facts["gpus"]) or facts["processor"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", *SHOWN_VERSIONS))
     return f"{where}, {facts['threads']} threads, {facts['system']}; {versions}"
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the processor's model name and how many cores this machine has of it."""
-    import psutil
-
-    name = platform.processor() or platform.machine()
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    features = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({psutil.cpu_count()} cores, {features})"

@@ -5,22 +5,15 @@ run records the number it began with and keeps it when it is resumed; on a CPU, 
 are disturbed more easily than they are wrong, the number is a constant (`default_rows`).
 """
 
-import json
-import logging
 import time
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from gsae_core.config import Site
 from gsae_core.lm.harvest import PASS_TOKENS, default_rows
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.token_cache import cache_folder
-
-log = logging.getLogger(__name__)
+from gsae_core.measured import remembered
 
 CANDIDATE_TOKENS = (2**12, 2**13, 2**14, 2**15, 2**16, 2**17)
 # The SAEs come onto the GPU afterwards: a pass that takes more of its memory is not worth it.
@@ -43,12 +36,12 @@ def rows_per_pass(model: LanguageModel, *, layer: int, site: Site, n_ctx: int) -
         n_ctx,
     )
 
-    def measure() -> int:
+    def measure() -> float:
         candidates = sorted({max(1, tokens // n_ctx) for tokens in CANDIDATE_TOKENS})
         rows = fastest(candidates, lambda n: _seconds_per_row(model, n, n_ctx, layer, site))
-        return rows or max(1, PASS_TOKENS // n_ctx)
+        return float(rows or max(1, PASS_TOKENS // n_ctx))
 
-    return remembered(sha256(repr(what).encode()).hexdigest()[:32], measure)
+    return int(remembered("rows", what, measure))
 
 
 def fastest(candidates: list[int], seconds_per_row: Callable[[int], float | None]) -> int | None:
@@ -65,33 +58,6 @@ def fastest(candidates: list[int], seconds_per_row: Callable[[int], float | None
         if best is None or seconds * WORTH_IT < best[0]:
             best = seconds, rows
     return None if best is None else best[1]
-
-
-def remembered(key: str, measure: Callable[[], int]) -> int:
-    """Return the number kept under `key`, measured and kept if there is none."""
-    folder = cache_folder("rows")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.warning("the size of a forward pass is measured but not kept: %s", error)
-        return measure()
-    # Two runs that start together measure one after the other, or they would measure each other.
-    with FileLock(folder / ".lock"):
-        path = folder / f"{key}.json"
-        rows = _read(path)
-        if rows is None:
-            rows = measure()
-            path.write_text(json.dumps({"rows": rows}), encoding="utf-8")
-            log.info("%d sequences in a forward pass, by measurement; kept in %s", rows, path)
-    return rows
-
-
-def _read(path: Path) -> int | None:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not measured yet, or a process died while writing
-    return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def _seconds_per_row(

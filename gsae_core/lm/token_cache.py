@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gsae_core.errors import InputError
+from gsae_core.measured import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,6 @@ class Cached(NamedTuple):
 
     rows: np.ndarray
     starts_with_bos: bool
-
-
-def cache_folder(kind: str = "tokens") -> Path:
-    """Return where a kind of thing is kept between runs; delete it whenever no run is on."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "gsae_core" / kind
 
 
 def cache_key(*parts: Any) -> str:
@@ -61,7 +56,7 @@ def find(key: str, n_tokens: int | None, dtype: str) -> Cached | None:
     Args:
         n_tokens: how far the source must have been read; None: to its end.
     """
-    for path in sorted(cache_folder().glob(f"{key}.*.rows")):
+    for path in sorted(cache_folder("tokens").glob(f"{key}.*.rows")):
         _, reach, n_ctx, bos, _ = path.name.split(".")
         if reach == "all" or (n_tokens is not None and int(reach) >= n_tokens):
             log.info("tokens from %s", path)
@@ -92,7 +87,7 @@ def keep(
         if (block := next(blocks, None)) is None:
             return np.concatenate(head)
         head.append(block)
-    folder = cache_folder()
+    folder = cache_folder("tokens")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f"{key}.", suffix=".tmp", dir=folder)
@@ -129,8 +124,8 @@ def _write(file: FileIO, block: np.ndarray) -> None:
             data = data[file.write(data) :]
     except OSError as error:
         raise InputError(
-            f"expected room for tokens in {cache_folder()}, got {error.strerror!r}: free some "
-            "space, or set XDG_CACHE_HOME to a folder on another disk"
+            f"expected room for tokens in {cache_folder('tokens')}, got {error.strerror!r}: free "
+            "some space, or set XDG_CACHE_HOME to a folder on another disk"
         ) from error
 
 

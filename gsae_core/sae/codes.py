@@ -83,11 +83,29 @@ def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
 @torch.no_grad()
 def encode_centred(sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return `encode_sparse(sae, x)` from xc = x - b_dec, which gradients need too."""
+    return codes_of(sae, xc, products_above(xc, *gates(sae)))
+
+
+@torch.no_grad()
+def gates(
+    sae: GatedSAE | ReluSAE,
+) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+    """Return the encoder, and above what product each latent's gate is open."""
     W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
     # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
-    found = products_above(xc, W, -bias)
-    gate = found.h + bias.take(found.latent)
-    magnitude = _magnitude(sae, xc, found) if isinstance(sae, GatedSAE) else gate
+    return W, -bias
+
+
+@torch.no_grad()
+def codes_of(
+    sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
+) -> SparseCodes:
+    """Return the codes whose products with the encoder are `found`."""
+    if isinstance(sae, GatedSAE):
+        gate = found.h + sae.b_gate.take(found.latent)
+        magnitude = _magnitude(sae, xc, found)
+    else:
+        gate = magnitude = found.h + sae.b_enc.take(found.latent)
     return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
 
 

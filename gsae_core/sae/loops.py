@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -66,61 +64,6 @@ def pick_above(h, above, latent, value, ends):
     return n
 
 
-@intrinsic
-def _float32_of_bits(typing_context: Any, bits: Any) -> Any:
-    """Return the float32 with these bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@compiled
-def _bfloat16(bits):
-    return _float32_of_bits(np.uint32(bits) << np.uint32(16))  # pyright: ignore[reportCallIssue]
-
-
-@compiled
-def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, ends):
-    """Write where a bfloat16 h may stand for a number above `above`; return how many entries.
-
-    h is off by at most row_slack[t] * slack[i] + row_slack_2[t] * slack_2[i] + |h| / 256.
-
-    Args:
-        h: (rows, d_sae), the bits of bfloat16 numbers as uint16.
-        above: (d_sae,).
-        row_slack, row_slack_2: (rows,).
-        slack, slack_2: (d_sae,).
-        latent: room for rows * d_sae entries; a few slots past the last one are written too.
-        ends: (rows,), becomes the end of each row's entries.
-    """
-    n, whole = 0, h.shape[1] // BLOCK * BLOCK
-    relative = np.float32(1 / 256)
-    for t in range(h.shape[0]):
-        row, a, b = h[t], row_slack[t], row_slack_2[t]
-        for start in range(0, whole, BLOCK):
-            hits = 0
-            for j in range(start, start + BLOCK):
-                value = _bfloat16(row[j])
-                bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
-                hits += value + bound > above[j]
-            if hits:
-                for j in range(start, start + BLOCK):
-                    value = _bfloat16(row[j])
-                    bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
-                    latent[n] = j
-                    n += value + bound > above[j]
-        for j in range(whole, h.shape[1]):
-            value = _bfloat16(row[j])
-            bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
-            if value + bound > above[j]:
-                latent[n] = j
-                n += 1
-        ends[t] = n
-    return n
-
-
 @compiled
 def dot_rows(first, last, offsets, latent, x, W, out):
     """Write <x_t, W_i> for every entry (t, i) of rows first to last - 1: the sampled product.
@@ -140,24 +83,6 @@ def dot_rows(first, last, offsets, latent, x, W, out):
             for j in range(row.shape[0]):
                 total += row[j] * w[j]
             out[e] = total
-
-
-@compiled
-def keep_above(ends, latent, value, above):
-    """Drop, in place, the entries whose value is not above their latent's threshold.
-
-    Returns how many are left. Args as for `pick_above`.
-    """
-    n = start = 0
-    for t in range(ends.shape[0]):
-        end = ends[t]
-        for e in range(start, end):
-            i, v = latent[e], value[e]
-            if v > above[i]:
-                latent[n], value[n] = i, v
-                n += 1
-        start, ends[t] = end, n
-    return n
 
 
 # Columns of `row_sums` in `decode_rows`, all sums over d_in.

@@ -38,6 +38,9 @@ class StepResult(NamedTuple):
 
     loss: LossParts
     stats: BatchStats
+    n_candidates: int | None = None
+    """Products that a screened encode computed again in float32; those not above their threshold
+    are what its bound cost. None without a screen."""
 
 
 class _Forward(NamedTuple):

@@ -17,18 +17,25 @@ from gsae_core.sae.codes import (
     ByLatent,
     SparseCodes,
     by_latent,
-    encode_centred,
+    codes_of,
+    gates,
     numpy,
+    products_above,
 )
 from gsae_core.sae.gradients import StepSums, gain, l1_weights, leave_gradients, loss_parts
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.metrics import stats_from_rows
+from gsae_core.sae.screened import screened_products_above
 from gsae_core.threads import over_rows
 
 
 @torch.no_grad()
 def sparse_step(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], *, sparsity_coeff: float
+    sae: GatedSAE | ReluSAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    screened: bool = False,
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
@@ -40,6 +47,8 @@ def sparse_step(
             parameters stay as they are.
         x: activations, in the units the SAE trains in.
         sparsity_coeff: lambda, against squared error summed over d_in.
+        screened: look for open gates by a bfloat16 product first (`screened.py`); of no effect
+            in float64, for which the rounding would be too coarse a screen.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
@@ -48,7 +57,13 @@ def sparse_step(
     l1_slope = sparsity_coeff / len(x)
     x = x.contiguous()
     xc = x - sae.b_dec
-    codes = encode_centred(sae, xc)
+    W, above = gates(sae)
+    n_candidates = None
+    if screened and x.dtype == torch.float32:
+        found, n_candidates = screened_products_above(xc, W, above)
+    else:
+        found = products_above(xc, W, above)
+    codes = codes_of(sae, xc, found)
     entries = by_latent(codes, sae.d_sae)
     decoded = _decode(sae, codes, x)
 
@@ -92,6 +107,7 @@ def sparse_step(
             fired=_per_latent(entries, fires) if gated else opened,
             gate_open=opened if gated else None,
         ),
+        n_candidates=n_candidates,
     )
 
 

@@ -31,7 +31,7 @@ from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.fingerprint import fingerprint
 from gsae_core.lm.harvest import Harvest, Stopwatch
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.token_cache import cache_folder
+from gsae_core.measured import cache_folder
 from gsae_core.store.files import free_bytes, readable, replace_durably, write_json, writing
 
 log = logging.getLogger(__name__)

@@ -2,44 +2,32 @@
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.dense import manual_dense_step
-from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.losses import StepResult
+from gsae_core.sae.metrics import sum_dtype
 from gsae_core.training.optim import DictionaryAdam, lr_factor, sparsity_factor
 from gsae_core.training.report import DeadCounts, SAEReport, slim
 from gsae_core.training.revive import dead_latents, revive_
+from gsae_core.training.steps import Attempt, Stepper
 
 logger = logging.getLogger(__name__)
 
 
-# Share of open gates below which the sparse step is the faster one. Measured on one core with
-# d_in = 256: they cost the same at 11 % for 1024 latents, Gated and ReLU alike, and at 8.5 % for a
-# Gated SAE of 3072; at 2 % the sparse step takes 0.4 to 0.5 of the time.
-CROSSOVER = 0.08
+class _Seen(NamedTuple):
+    """What a step turned out to be, as numbers."""
 
-
-def choose_step(density: float | None, device: torch.device) -> Callable[..., StepResult]:
-    """Return the fastest way to compute the next step; all give equal gradients up to rounding.
-
-    Args:
-        density: share of (input, latent) pairs with an open gate in the last step; None before it.
-        device: where the SAE is. Off the CPU it is autograd's dense step: the other two are
-            blocked for a CPU's caches.
-    """
-    if device.type != "cpu":
-        return dense_step
-    return sparse_step if density is not None and density < CROSSOVER else manual_dense_step
+    loss: float
+    norm: float
+    n_open: int
+    overflowed: bool
 
 
 class Pupil:
@@ -50,10 +38,20 @@ class Pupil:
         cfg: the recipe.
         lr: peak learning rate of this SAE.
         sparsity: final lambda of this SAE.
+        crossover: density of open gates from which its dense step is the faster one.
     """
 
-    def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        cfg: TrainConfig,
+        *,
+        lr: float,
+        sparsity: float,
+        crossover: float,
+    ) -> None:
         self.sae, self.cfg, self.lr, self.sparsity = sae, cfg, lr, sparsity
+        self._stepper = Stepper(sae, crossover=crossover, screened=cfg.screened)
         self.adam = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
         # Steps since a latent fired, and since its gate opened.
         self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.b_dec.device)
@@ -93,43 +91,49 @@ class Pupil:
             stats=None if result is None else slim(result.stats),
             dead=dead,
             n_revived=n_revived,
+            n_candidates=None if result is None else result.n_candidates,
             stopped=self.stopped,
         )
 
     def _learn(
         self, x: Float[Tensor, "batch d_in"], *, lr: float, sparsity_coeff: float, steps_done: int
     ) -> StepResult | None:
-        if isinstance(self.sae, GatedSAE | ReluSAE):
-            take_step = choose_step(self.density, x.device)
-            result = take_step(self.sae, x, sparsity_coeff=sparsity_coeff)
-        else:
-            # Autograd's step: the only one that knows the comparison set.
-            dead = self.since_fired >= self.cfg.revive_window
-            result = dense_step(self.sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-        stats = result.stats
+        attempt = self._stepper.attempt(
+            x, sparsity_coeff=sparsity_coeff, density=self.density, dead=self._silent()
+        )
+        seen = self._read(attempt)
+        if seen.overflowed:
+            logger.info("%s", attempt.overflow_note(seen.n_open))
+            attempt = self._stepper.dense(x, sparsity_coeff=sparsity_coeff, dead=self._silent())
+            seen = self._read(attempt)
+        result, stats = attempt.result, attempt.result.stats
         opened = stats.fired if stats.gate_open is None else stats.gate_open
-        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
-        # Everything the CPU has to know of this step, in one wait for the device.
-        loss, norm, n_open = torch.stack(
-            [
-                value.to(result.loss.total)
-                for value in (
-                    result.loss.total,
-                    torch.nn.utils.get_total_norm(gradients),
-                    opened.sum(),
-                )
-            ]
-        ).tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not math.isfinite(seen.loss) or not math.isfinite(seen.norm):
             self.stopped = f"step {steps_done + 1}: {_cause(self.sae, x, result)}"
             self.sae.zero_grad(set_to_none=True)
             logger.warning("an SAE has stopped learning at %s", self.stopped)
             return None
         self.adam.step(lr)
-        self.density = n_open / (x.shape[0] * self.sae.d_sae)
+        self.density = seen.n_open / (x.shape[0] * self.sae.d_sae)
         self.since_fired.add_(1).masked_fill_(stats.fired > 0, 0)
         self.since_open.add_(1).masked_fill_(opened > 0, 0)
         return result
+
+    def _read(self, attempt: Attempt) -> _Seen:
+        """Return everything the CPU has to know of a step, after one wait for the device."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        total = attempt.result.loss.total
+        # float32 counts exactly only up to 2^24.
+        values = (total, norm, attempt.n_open, attempt.overflowed)
+        loss, norm, n_open, overflowed = torch.stack(
+            [value.to(sum_dtype(total.device)) for value in values]
+        ).tolist()
+        return _Seen(loss=loss, norm=norm, n_open=int(n_open), overflowed=bool(overflowed))
+
+    def _silent(self) -> Bool[Tensor, " d_sae"]:
+        """Return which latents did not fire within the window; a TopK SAE asks for them."""
+        return self.since_fired >= self.cfg.revive_window
 
     def _dead(self) -> DeadCounts:
         window = self.cfg.revive_window
@@ -156,6 +160,8 @@ class Pupil:
             "since_open": self.since_open.to("cpu", copy=True),
             "warmup_start": self.warmup_start,
             "density": self.density,
+            # Another number here would round some later step differently.
+            "crossover": self._stepper.crossover,
             "stopped": self.stopped,
         }
 
@@ -177,6 +183,8 @@ class Pupil:
         self.since_open.copy_(state["since_open"])
         self.warmup_start = state["warmup_start"]
         self.density = state["density"]
+        # Earlier states have none.
+        self._stepper.crossover = state.get("crossover", self._stepper.crossover)
         self.stopped = state["stopped"]
 
 

@@ -1,5 +1,6 @@
 """What a training step has to say; numbers are computed when they are read."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,9 @@ class SAEReport:
     n_revived: int
     """Latents started again after this step."""
 
+    n_candidates: int | None
+    """Products a screened encode computed again in float32; None for a step without a screen."""
+
     stopped: str | None
     """Why and when this SAE stopped learning; None while it learns."""
 
@@ -65,6 +69,18 @@ class SAEReport:
     def gamma_gate(self) -> float:
         """The same bias when latents are read off the gate; NaN without a gate or once stopped."""
         return Metrics(self.stats).gamma_gate
+
+    @property
+    def screen_ratio(self) -> float:
+        """Products computed again in float32 for each gate that opened; NaN without a screen.
+
+        1 would be a screen that let nothing through in vain: what it exceeds 1 by is how often
+        the bound on bfloat16's rounding was needed.
+        """
+        if self.n_candidates is None or self.stats is None:
+            return math.nan
+        opened = self.stats.fired if self.stats.gate_open is None else self.stats.gate_open
+        return self.n_candidates / max(int(opened.sum()), 1)
 
     @property
     def gate_dead_fraction(self) -> float:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,14 @@ from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.threads import spread
 from gsae_core.training.pupil import Pupil
-from gsae_core.training.report import SAEReport, StepReport
+from gsae_core.training.report import StepReport
 from gsae_core.training.revive import collects, is_revival
+from gsae_core.training.steps import crossover
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Trainer:
@@ -27,13 +31,15 @@ class Trainer:
     Args:
         saes: learn in place. Each learns as it would alone: nothing passes between them.
         cfg: the recipe; `sparsity` and `lrs` hold one number for all SAEs, or one for each.
+        measure: whether to find out, in some seconds for each shape that is new to this machine,
+            from which density of open gates on the dense step is the faster one.
 
     Raises:
         InputError: if there is no SAE, one is given twice, their `d_in` differ, `sparsity` or
             `lrs` fit neither way, or `n_tokens` is less than a batch.
     """
 
-    def __init__(self, saes: Sequence[SAE], cfg: TrainConfig) -> None:
+    def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
         _check_saes(saes)
         if cfg.n_steps == 0:
             raise InputError(
@@ -52,9 +58,14 @@ class Trainer:
         self.cfg = cfg
         self.steps_done = 0
         self.seconds = 0.0
+        crossovers = _on_a_core_each(
+            lambda sae: crossover(sae, cfg.batch_size, screened=cfg.screened, measure=measure),
+            saes,
+            on_cpu=saes[0].b_dec.is_cpu,
+        )
         self._pupils = [
-            Pupil(sae, cfg, lr=lr, sparsity=coeff)
-            for sae, lr, coeff in zip(saes, lrs, sparsity, strict=True)
+            Pupil(sae, cfg, lr=lr, sparsity=coeff, crossover=point)
+            for sae, lr, coeff, point in zip(saes, lrs, sparsity, crossovers, strict=True)
         ]
         self._pool: list[Tensor] = []
 
@@ -88,7 +99,11 @@ class Trainer:
         if collects(done, self.cfg, widest=max(sae.d_sae for sae in self.saes)):
             self._pool.append(x.detach().clone())
         pool = torch.cat(self._pool) if is_revival(done, self.cfg) else None
-        saes = self._each(lambda pupil: pupil.step(x, steps_done=self.steps_done, pool=pool))
+        saes = _on_a_core_each(
+            lambda pupil: pupil.step(x, steps_done=self.steps_done, pool=pool),
+            self._pupils,
+            on_cpu=x.is_cpu,
+        )
         if pool is not None:
             self._pool.clear()
         self.steps_done = done
@@ -100,17 +115,6 @@ class Trainer:
             seconds=self.seconds,
             saes=saes,
         )
-
-    def _each(self, learn: Callable[[Pupil], SAEReport]) -> tuple[SAEReport, ...]:
-        """Return every pupil's report.
-
-        On a CPU, two SAEs on a core each are faster than one on two: much of a step (counters,
-        small sums) does not spread over cores, and no SAE waits for another. One stacked encoder
-        product for all would save nothing there: products of one SAE's size run at full rate.
-        """
-        if self.saes[0].b_dec.device.type != "cpu":
-            return tuple(map(learn, self._pupils))
-        return tuple(spread(lambda i: learn(self._pupils[i]), len(self._pupils)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, batches left out: copies, on the CPU.
@@ -189,6 +193,20 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
         yield trainer.step(x)
+
+
+def _on_a_core_each(
+    task: Callable[[Item], Result], items: Sequence[Item], *, on_cpu: bool
+) -> tuple[Result, ...]:
+    """Return the task's result for each SAE.
+
+    On a CPU, two SAEs on a core each are faster than one on two: much of a step (counters, small
+    sums) does not spread over cores, and no SAE waits for another. One stacked encoder product for
+    all of them would save nothing there: a product of one SAE's size runs at full rate.
+    """
+    if not on_cpu:
+        return tuple(map(task, items))
+    return tuple(spread(lambda i: task(items[i]), len(items)))
 
 
 def _check_saes(saes: Sequence[SAE]) -> None:

@@ -1,0 +1,203 @@
+"""Which of the ways to compute a step is the fastest one here; all give the same gradients."""
+
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from gsae_core.measured import known, processor, remembered
+from gsae_core.sae import kernels
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.dense import manual_dense_step
+from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.sparse import sparse_step
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[..., StepResult]
+KIND = "crossovers"
+
+# Taken where nothing was measured. On two cores (AVX-512) and shapes from 256 x 1024 to 512 x 16384
+# the two ways cost the same at 0.08 to 0.2 on both cores and at 0.15 to 0.3 on one.
+CROSSOVER = 0.15
+
+# A crossover is measured with so many rows on a CPU, where products run at full rate with them, and
+# with whole batches on a GPU.
+MEASURED_ROWS = 512
+# Below so many multiplications a step is too short to be worth the measurement.
+WORTH_MEASURING = 2**30
+DENSITIES = (0.01, 0.08)
+ROUNDS = 3
+
+
+class Attempt(NamedTuple):
+    """A step that was given to the device and not waited for; gradients are in `.grad`."""
+
+    result: StepResult
+    n_open: Int64[Tensor, ""]
+    """Open gates of the batch."""
+    overflowed: Bool[Tensor, ""]
+    """Whether more gates opened than a GPU's buffers had room for: the rest means nothing then."""
+    capacity: int = 0
+
+    def overflow_note(self, n_open: int) -> str:
+        """Return the sentence for the log when the step has to be taken again."""
+        return kernels.overflow_note(n_open=n_open, capacity=self.capacity)
+
+
+class Stepper:
+    """The ways in which one SAE can compute a step.
+
+    Args:
+        sae: stays where it is from now on.
+        crossover: density of open gates from which the dense step is the faster one.
+        screened: whether sparse steps on a CPU look for open gates in bfloat16 first.
+    """
+
+    def __init__(self, sae: SAE, *, crossover: float, screened: bool) -> None:
+        self._sae, self.crossover, self._screened = sae, crossover, screened
+        device = sae.W_dec.device
+        self._kernels = device.type == "cuda"
+        if self._kernels and (refusal := kernels.available(device, sae)) is not None:
+            logger.warning("every step is a dense one: %s", refusal)
+            self._kernels = False
+
+    def attempt(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        *,
+        sparsity_coeff: float,
+        density: float | None,
+        dead: Bool[Tensor, " d_sae"],
+    ) -> Attempt:
+        """Take a step by the fastest way.
+
+        Args:
+            x: activations.
+            sparsity_coeff: lambda.
+            density: share of open gates in the last step; None before it.
+            dead: latents that a TopK SAE is to bring back.
+        """
+        sae = self._sae
+        if self._kernels and density is not None and density < self.crossover:
+            assert isinstance(sae, GatedSAE | ReluSAE)  # the kernels refuse others
+            room = kernels.capacity_for(density * len(x) * sae.d_sae)
+            done = kernels.kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room)
+            return Attempt(done.result, done.n_open, done.overflowed, room)
+        if not _has_fast_steps(sae):
+            return self.dense(x, sparsity_coeff=sparsity_coeff, dead=dead)
+        step = choose_step(density=density, crossover=self.crossover, screened=self._screened)
+        return _attempt(step(sae, x, sparsity_coeff=sparsity_coeff))
+
+    def dense(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        *,
+        sparsity_coeff: float,
+        dead: Bool[Tensor, " d_sae"],
+    ) -> Attempt:
+        """Take autograd's step, which every SAE has on every device."""
+        return _attempt(dense_step(self._sae, x, sparsity_coeff=sparsity_coeff, dead=dead))
+
+
+def choose_step(*, density: float | None, crossover: float, screened: bool) -> Step:
+    """Return the fastest step of a Gated or ReLU SAE on a CPU.
+
+    Args:
+        density: share of (input, latent) pairs with an open gate in the last step; None before it.
+        crossover: density from which the dense step is the faster one.
+        screened: whether the sparse step is to look for open gates in bfloat16 first.
+    """
+    if density is None or density >= crossover:
+        return manual_dense_step
+    return functools.partial(sparse_step, screened=True) if screened else sparse_step
+
+
+def crossover(sae: SAE, batch_size: int, *, screened: bool, measure: bool) -> float:
+    """Return the density from which the dense step is the faster one on this machine.
+
+    The sparse step's time is a line in the density and the dense step's a constant. The line is
+    drawn through `DENSITIES`, and where they meet is remembered for this processor or GPU, number
+    of threads and shape.
+
+    Args:
+        sae: of the shape in question; stays as it is.
+        batch_size: rows of a batch.
+        screened: whether the sparse step is the screened one.
+        measure: whether to take some seconds if nothing is remembered; else it is `CROSSOVER`.
+    """
+    device = sae.W_dec.device
+    on_gpu = device.type == "cuda" and kernels.available(device, sae) is None
+    if not on_gpu and not _has_fast_steps(sae):
+        return CROSSOVER  # asked for nothing: its steps are dense ones
+    rows = batch_size if on_gpu else min(batch_size, MEASURED_ROWS)
+    shape = (type(sae).__name__, screened, rows, sae.d_in, sae.d_sae, str(sae.W_dec.dtype))
+    machine = torch.cuda.get_device_name(device) if on_gpu else processor()
+    key = (machine, torch.get_num_threads(), torch.__version__, *shape)
+    if not measure or batch_size * sae.d_in * sae.d_sae < WORTH_MEASURING:
+        number = known(KIND, key)
+        return CROSSOVER if number is None else number
+    return remembered(KIND, key, lambda: _meeting_point(sae, rows, screened=screened))
+
+
+def _attempt(result: StepResult) -> Attempt:
+    stats = result.stats
+    opened = stats.fired if stats.gate_open is None else stats.gate_open
+    return Attempt(result, opened.sum(), torch.zeros((), dtype=torch.bool, device=opened.device))
+
+
+def _has_fast_steps(sae: SAE) -> bool:
+    """Return whether the steps written for a CPU's caches can compute this one's."""
+    exact = sae.W_dec.dtype in (torch.float32, torch.float64)
+    return isinstance(sae, GatedSAE | ReluSAE) and sae.W_dec.is_cpu and exact
+
+
+def _meeting_point(sae: Any, rows: int, *, screened: bool) -> float:
+    device, build = sae.W_dec.device, functools.partial(type(sae), sae.d_in, sae.d_sae)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(rows, sae.d_in, generator=generator) / sae.d_in**0.5).to(sae.W_dec)
+    probe = build().to(sae.W_dec)
+    products = x[:64] @ (probe.W_gate if isinstance(probe, GatedSAE) else probe.W_enc).detach()
+    ordered = products.flatten().sort(descending=True).values
+    ways: dict[float | None, Callable[[], object]] = {}
+    for density in DENSITIES:
+        each = build().to(sae.W_dec)
+        _set_gates(each, -float(ordered[round(density * len(ordered))]))
+        stepper = Stepper(each, crossover=1.0, screened=screened)
+        ways[density] = functools.partial(
+            stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=each.b_dec[:0] > 0
+        )
+    dense = dense_step if device.type == "cuda" else manual_dense_step
+    ways[None] = functools.partial(dense, probe, x, sparsity_coeff=0.1)
+    taken = _alternate(ways, device)
+    low, high = DENSITIES
+    slope = max((taken[high] - taken[low]) / (high - low), 1e-9)
+    return min(max(low + (taken[None] - taken[low]) / slope, 0.0), 1.0)
+
+
+def _set_gates(sae: GatedSAE | ReluSAE, bias: float) -> None:
+    with torch.no_grad():
+        for each in (sae.b_gate, sae.b_mag) if isinstance(sae, GatedSAE) else (sae.b_enc,):
+            each.fill_(bias)
+
+
+def _alternate(
+    ways: dict[float | None, Callable[[], object]], device: torch.device
+) -> dict[float | None, float]:
+    """Return each way's median seconds; they take turns, and the first round warms up."""
+    taken: dict[float | None, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}

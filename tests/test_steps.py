@@ -1,0 +1,122 @@
+"""Which way a step is computed, and what is remembered of this machine's speed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gsae_core.measured import known, processor, remembered
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.dense import manual_dense_step
+from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.topk import TopKSAE
+from gsae_core.training import steps
+from gsae_core.training.steps import CROSSOVER, Stepper, choose_step, crossover
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gsae_core"
+
+
+def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
+    def chosen(density: float | None, *, screened: bool = False) -> object:
+        return choose_step(density=density, crossover=0.2, screened=screened)
+
+    assert chosen(None) is manual_dense_step
+    assert chosen(0.2) is manual_dense_step
+    assert chosen(0.19) is sparse_step
+    assert chosen(0.3, screened=True) is manual_dense_step
+    step = chosen(0.1, screened=True)
+    assert getattr(step, "func", None) is sparse_step
+    assert getattr(step, "keywords", None) == {"screened": True}
+
+
+@pytest.mark.parametrize(
+    "sae", [GatedSAE(3, 5).to(torch.bfloat16), JumpReluSAE(3, 5), TopKSAE(3, 5, k=2)]
+)
+def test_what_the_fast_steps_do_not_know_takes_autograds(
+    sae: SAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "choose_step", None)  # not to be asked
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
+    dead = torch.zeros(5, dtype=torch.bool)
+    stepper = Stepper(sae, crossover=0.2, screened=False)
+    attempt = stepper.attempt(x, sparsity_coeff=0.1, density=0.01, dead=dead)
+    assert sae.W_dec.grad is not None
+    assert not attempt.overflowed
+    opened = attempt.result.stats.gate_open
+    expected = attempt.result.stats.fired if opened is None else opened
+    assert int(attempt.n_open) == int(expected.sum())
+
+
+def test_float64_is_not_screened() -> None:
+    sae = GatedSAE(3, 5).double()
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stepper = Stepper(sae, crossover=0.2, screened=True)
+    dead = torch.zeros(5, dtype=torch.bool)
+    attempt = stepper.attempt(x, sparsity_coeff=0.1, density=0.01, dead=dead)
+    assert attempt.result.n_candidates is None
+
+
+def test_a_crossover_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(sae: GatedSAE | ReluSAE, rows: int, *, screened: bool) -> float:
+        measured.append((type(sae), rows, screened))
+        return 0.25
+
+    monkeypatch.setattr(steps, "_meeting_point", measure)
+    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    gated, relu = GatedSAE(3, 5), ReluSAE(3, 5)
+    assert crossover(gated, 64, screened=False, measure=False) == CROSSOVER
+    assert crossover(gated, 64, screened=False, measure=True) == 0.25
+    assert crossover(gated, 64, screened=False, measure=True) == 0.25
+    assert crossover(gated, 64, screened=False, measure=False) == 0.25
+    assert crossover(gated, 64, screened=True, measure=True) == 0.25
+    assert crossover(relu, 10_000, screened=False, measure=True) == 0.25
+    assert measured == [(GatedSAE, 64, False), (GatedSAE, 64, True), (ReluSAE, 512, False)]
+    assert crossover(TopKSAE(3, 5, k=1), 64, screened=False, measure=True) == CROSSOVER
+
+
+def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:
+    assert crossover(GatedSAE(3, 5), 64, screened=False, measure=True) == CROSSOVER
+    assert not cache.exists()
+
+
+def test_a_measured_crossover_is_a_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    for kind in (GatedSAE, ReluSAE):
+        assert 0 <= crossover(kind(8, 300), 64, screened=False, measure=True) <= 1
+
+
+def test_what_cannot_be_read_is_measured_again(cache: Path) -> None:
+    assert remembered("speeds", ("a", 1), lambda: 2.5) == 2.5
+    (path,) = (cache / "speeds").glob("*.json")
+    assert json.loads(path.read_text()) == {"number": 2.5, "key": "('a', 1)"}
+    path.write_text('{"numb')
+    assert known("speeds", ("a", 1)) is None
+    assert remembered("speeds", ("a", 1), lambda: 3.0) == 3
+    path.write_text('{"number": true}')
+    assert known("speeds", ("a", 1)) is None
+
+
+def test_without_a_place_to_keep_it_a_number_is_measured_in_every_run(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("a file where a folder should be")
+    assert remembered("speeds", "key", lambda: 7.0) == 7
+    assert "measured again in every run" in caplog.text
+
+
+def test_the_processor_is_the_one_of_the_systems_list(tmp_path: Path) -> None:
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor\t: 0\nmodel name\t: Frobnicator 9000\n")
+    assert processor(listing) == "Frobnicator 9000"
+    assert processor(tmp_path / "none") != "Frobnicator 9000"
+    assert os.linesep not in processor()
