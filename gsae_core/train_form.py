@@ -73,6 +73,7 @@ LABELS = {
     "init_threshold": "Initial threshold",
     "bandwidth": "Bandwidth",
     "k_aux": "Auxiliary k",
+    "screened": "Screened encoder",
     "cache_activations": "Cache activations",
 }
 _NOT_FIELDS = {"preset", "config", "out"}

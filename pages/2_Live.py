@@ -25,9 +25,9 @@ from gsae_core.plots.live import (
     line_chart,
     lines_of,
     lines_of_runs,
-    plane,
     tracks,
 )
+from gsae_core.plots.plane import plane
 from gsae_core.progress import progress
 from gsae_core.store.jobs import escalate_cancel
 from gsae_core.store.metrics_log import MetricsCursor

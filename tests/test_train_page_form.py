@@ -123,6 +123,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "seed": "3",
         "device": "cpu",
         "checkpoint_minutes": "1.5",
+        "screened": True,
         "cache_activations": True,
     }
     assert changed.keys() == shown(base.config).keys()

@@ -39,7 +39,6 @@ TITLES = {
     "lr": "learning rate",
 }
 """Short enough for a third of a narrow window; tooltips have the long ones."""
-TRAIL = 40  # logged points of an SAE's path that the plane shows
 RUN_COLOURS = {
     "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
     "dark": ("#56B4E9", "#f08a3c", "#2bbf95", "#d993ba", "#e6b53c"),
@@ -192,39 +191,19 @@ def line_chart(
         parts.append(data)
     columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
     return LiveChart(
-        _line_spec(tuple(lines), column, x, smoothing > 0, log, rule), _table(parts, columns)
+        _line_spec(tuple(lines), column, x, smoothing > 0, log, rule), table(parts, columns)
     )
 
 
-def plane(
-    lines: Sequence[Line], logged: Sequence[Track], *, finished: Sequence[str] = ()
-) -> LiveChart:
-    """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
-
-    Args:
-        finished: runs that are done: their markers are solid, those of others hollow.
-    """
-    parts: list[dict[str, np.ndarray]] = []
-    for index, (line, part) in enumerate(zip(lines, logged, strict=True)):
-        if not {"step", "l0", "fvu"} <= set(part):
-            continue
-        path = np.flatnonzero((part["l0"] > 0) & (part["fvu"] > 0))[-TRAIL:]
-        now = np.zeros(len(path), dtype="int16")
-        # 2 is a solid marker, 1 a hollow one, 0 a point of the path.
-        now[-1:] = 2 if line.run in finished else 1
-        data = {name: part[name][path] for name in ("step", "l0", "fvu")}
-        parts.append(data | {"line": np.full(len(path), index, dtype="int16"), "now": now})
-    columns = ["step", "l0", "fvu", "line", "now"]
-    return LiveChart(_plane_spec(tuple(lines)), _table(parts, columns))
-
-
-def _table(parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
+def table(parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
+    """Return columns set end to end; empty ones where there are no parts."""
     if not parts:
         return pd.DataFrame(columns=list(columns))
     return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in columns})
 
 
-def _shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
+def shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
+    """Return what every live chart's specification begins with."""
     names = json.dumps([line.label for line in lines])
     return {
         "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": "normal"},
@@ -234,7 +213,8 @@ def _shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
     }
 
 
-def _scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
+def series_scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
+    """Return the scale from a line's number to its colour, dash or shape."""
     values = [list(v) if isinstance(v := getattr(line, trait), tuple) else v for line in lines]
     return {"domain": list(range(len(lines))), "range": values}
 
@@ -245,7 +225,7 @@ def _line_spec(
 ) -> dict[str, Any]:
     form = "~%" if column in PERCENT else "~g"
     scale = {"type": "log", "nice": False} if log else {"zero": False}
-    axis = {"format": form, **({"values": _log_ticks("y")} if log else {"tickCount": 5})}
+    axis = {"format": form, **({"values": log_ticks("y")} if log else {"tickCount": 5})}
     encoding = {
         "x": {
             "field": "x",
@@ -254,8 +234,8 @@ def _line_spec(
             "axis": {"format": "~s", "tickCount": 5, "grid": False},
             "scale": {"nice": False},
         },
-        "color": {"field": "line", "type": "nominal", "scale": _scale(lines, "colour")},
-        "strokeDash": {"field": "line", "type": "nominal", "scale": _scale(lines, "dash")},
+        "color": {"field": "line", "type": "nominal", "scale": series_scale(lines, "colour")},
+        "strokeDash": {"field": "line", "type": "nominal", "scale": series_scale(lines, "dash")},
         "tooltip": [
             {"field": "SAE", "type": "nominal"},
             {"field": "x", "type": "quantitative", "title": AXES[x], "format": ",.6~g"},
@@ -283,51 +263,10 @@ def _line_spec(
     if rule is not None:
         ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
         layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
-    return {**_shared(lines, TITLES[column]), "layer": layers}
+    return {**shared(lines, TITLES[column]), "layer": layers}
 
 
-@functools.lru_cache(maxsize=64)
-def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
-    def log_axis(channel: str, field: str, title: str | None) -> dict[str, Any]:
-        return {
-            "field": field,
-            "type": "quantitative",
-            "title": title,
-            "scale": {"type": "log", "nice": False, "padding": 14},
-            "axis": {"values": _log_ticks(channel), "format": "~g"},
-        }
-
-    colour = {"field": "line", "type": "nominal", "scale": _scale(lines, "colour"), "legend": None}
-    here = {
-        "x": log_axis("x", "l0", AXES["l0"]),
-        "y": log_axis("y", "fvu", None),
-        "color": colour,
-    }
-    trail = {
-        "mark": {"type": "line", "opacity": 0.35, "strokeWidth": 1.5, "clip": True},
-        "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
-        "encoding": {**here, "order": {"field": "step", "type": "quantitative"}},
-    }
-    shape = {"field": "line", "type": "nominal", "scale": _scale(lines, "shape"), "legend": None}
-    marker = {
-        "transform": [{"filter": "datum.now > 0"}],
-        "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1, "clip": True},
-        "encoding": {
-            **here,
-            "shape": shape,
-            "fillOpacity": {"condition": {"test": "datum.now > 1", "value": 1}, "value": 0},
-            "fill": {**colour},
-            "tooltip": [
-                {"field": "SAE", "type": "nominal"},
-                {"field": "l0", "type": "quantitative", "title": "L0", "format": ".1f"},
-                {"field": "fvu", "type": "quantitative", "title": "FVU", "format": ".3f"},
-            ],
-        },
-    }
-    return {**_shared(lines, "FVU against L0"), "layer": [trail, marker]}
-
-
-def _log_ticks(scale: str) -> dict[str, str]:
+def log_ticks(scale: str) -> dict[str, str]:
     """Return round ticks of a log axis, chosen in the browser from what the axis shows.
 
     Vega's own are a grid line for every digit; ours chosen here would follow the data, and a
