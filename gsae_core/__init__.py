@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gsae_core.analysis.features import open_index
     from gsae_core.lm.model import load_model
     from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
     from gsae_core.store.checkpoint import load_sae
@@ -20,6 +21,7 @@ __all__ = [
     "TopKSAE",
     "load_model",
     "load_sae",
+    "open_index",
     "open_run",
 ]
 
@@ -30,6 +32,7 @@ _HOMES = {
     "TopKSAE": "gsae_core.sae.architectures",
     "load_model": "gsae_core.lm.model",
     "load_sae": "gsae_core.store.checkpoint",
+    "open_index": "gsae_core.analysis.features",
     "open_run": "gsae_core.store.runs",
 }
 

@@ -12,13 +12,14 @@ FLOORS = {
     for floor, rooms in enumerate(
         [
             "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell measured",
+            "catalogue estimates notebook_cell measured token_strip versions",
             "lm sae",
             "training analysis store",
-            "plots job learning samples workshop machine progress failures flags preflight preview",
+            "plots job indexing learning samples workshop machine progress failures flags preflight "
+            "preview",
             "bench",
-            "controls live_view token_strip cli command_line report doctor __main__ launch shell "
-            "pieces "
+            "controls live_view cli command_line report doctor __main__ launch shell "
+            "pieces job_badge "
             "cached cards address app pages "
             "train_form train_view train_widgets block_diagram",
         ]

@@ -1,0 +1,299 @@
+"""The feature index: built once (`index_build`), asked anything, from files, without torch.
+
+    index = open_index("runs/my-run/features/gated-0.1")   # or open_run(...).features("gated-0.1")
+    index.table                                            # a row per feature
+    index.feature(7).top(20)                               # where it fires
+
+Every query reads only the slices it needs of arrays that are mapped into memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from gsae_core.analysis.examples import Example, window
+from gsae_core.analysis.feature import Feature
+from gsae_core.analysis.index_files import (
+    ARRAYS,
+    TABLE,
+    VOCABULARY,
+    load_array,
+    read_manifest,
+)
+from gsae_core.errors import InputError
+from gsae_core.store.labels import Labels
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Places whose features are counted for a query by token or text; more are sampled evenly.
+MOST_PLACES = 2**14
+
+Range = tuple[float | None, float | None]
+
+
+class FeatureIndex:
+    """An index in a folder, as it was when it was opened.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it is of.
+        labels: what people and models said of its features; grows.
+        n_features, n_tokens: latents; counted tokens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.n_features, self.n_tokens = self.manifest.d_sae, self.manifest.n_tokens
+        self.labels = Labels(folder)
+        data = folder / self.manifest.data
+        self._data = data
+        # All are opened at once: a build that replaces this one may delete them later.
+        self._arrays = {name: load_array(data, name) for name in ARRAYS}
+
+    def __len__(self) -> int:
+        return self.n_features
+
+    def __getitem__(self, number: int) -> Feature:
+        return self.feature(number)
+
+    def array(self, name: str) -> np.ndarray:
+        """Return one of `index_files.ARRAYS`, mapped into memory read-only."""
+        return self._arrays[name]
+
+    @property
+    def n_places(self) -> int:
+        """Places of tokens, masked ones included."""
+        return self._arrays["ids"].size
+
+    def feature(self, number: int) -> Feature:
+        """Return one feature; a dead one is a feature too (`is_dead`).
+
+        Raises:
+            InputError: if there is no such number.
+        """
+        if not 0 <= number < self.n_features:
+            raise InputError(
+                f"expected a feature from 0 to {self.n_features - 1}, got {number} "
+                f"({self.manifest.sae} has {self.n_features} features)"
+            )
+        return Feature(self, number)
+
+    @cached_property
+    def table(self) -> "pd.DataFrame":
+        """A row per feature, by its number; `feature_table.COLUMNS` says what the columns mean."""
+        import pandas as pd
+
+        return pd.read_parquet(self._data / TABLE).rename_axis("feature")
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Return a feature's row of the table, by column."""
+        return {name: column.iat[number] for name, column in self.table.items()}
+
+    def alive(self) -> Bool[np.ndarray, " d_sae"]:
+        """Return which features fired at least once."""
+        return np.diff(self.array("offsets")) > 0
+
+    def random_alive(self, *, seed: int) -> int:
+        """Return the number of a feature that fired, drawn evenly.
+
+        Raises:
+            InputError: if none did.
+        """
+        alive = np.flatnonzero(self.alive())
+        if not len(alive):
+            raise InputError(
+                f"expected a feature that fires, found none in {self.manifest.sae}: all "
+                f"{self.n_features} are dead on these {self.n_tokens} tokens"
+            )
+        return int(np.random.default_rng(seed).choice(alive))
+
+    def select(self, **ranges: Range) -> "pd.DataFrame":
+        """Return the rows whose numbers lie in ranges, ends included; None leaves an end open.
+
+        E.g. `index.select(density=(1e-4, 1e-2), theta=(0.1, None))`. A number that a feature has
+        not (NaN) lies in no range.
+
+        Raises:
+            InputError: if there is no such column of numbers.
+        """
+        table = self.table
+        kept = np.ones(len(table), bool)
+        for name, (low, high) in ranges.items():
+            numbers = [column for column, dtype in table.dtypes.items() if dtype.kind in "if"]
+            if name not in numbers:
+                raise InputError(f"expected a column out of {', '.join(numbers)}, got {name!r}")
+            column = table[name].to_numpy()
+            kept &= ~np.isnan(column)
+            if low is not None:
+                kept &= column >= low
+            if high is not None:
+                kept &= column <= high
+        return table[kept]
+
+    def by_token(self, token: int) -> "pd.DataFrame":
+        """Return the features that fire on a token of the vocabulary; columns as in `by_places`.
+
+        Raises:
+            InputError: if the vocabulary has no such token.
+        """
+        if not 0 <= token < len(self.vocabulary):
+            raise InputError(
+                f"expected a token id from 0 to {len(self.vocabulary) - 1}, got {token}"
+            )
+        return self.by_places(np.flatnonzero(self._flat_ids == token))
+
+    def by_text(self, text: str) -> "pd.DataFrame":
+        """Return the features that fire on tokens that contain `text`; columns as in `by_places`.
+
+        Spaces count: ` the` finds words, `the` parts of words too.
+
+        Raises:
+            InputError: if there is no text.
+        """
+        if not text:
+            raise InputError("expected some text to look for, got none")
+        holds = np.array([text in token for token in self.vocabulary])
+        return self.by_places(np.flatnonzero(holds[self._flat_ids]))
+
+    def by_places(self, places: np.ndarray) -> "pd.DataFrame":
+        """Return the features that fire on any of these places, the most specific first.
+
+        Columns: `feature`; `on`, those places it fires on; `recall`, their share of the places;
+        `precision`, their share of the feature's firings; `f1`, the harmonic mean of both, by which
+        rows are ordered. Of more than 2^14 places an even sample is looked at, and `on` and
+        `precision` are scaled to all; `attrs["places"]` and `attrs["looked_at"]` say so.
+        """
+        import pandas as pd
+
+        counted = places[self.array("mask").reshape(-1)[places]]
+        step = -(-len(counted) // MOST_PLACES) or 1
+        looked_at = counted[::step]
+        on = np.bincount(self.latents_at(looked_at), minlength=self.n_features)
+        found = np.flatnonzero(on)
+        scale = len(counted) / max(len(looked_at), 1)
+        fired = np.diff(self.array("offsets"))[found]
+        recall = on[found] / max(len(looked_at), 1)
+        precision = np.minimum(on[found] * scale / fired, 1.0)
+        frame = pd.DataFrame(
+            {
+                "feature": found,
+                "on": np.rint(on[found] * scale).astype(np.int64),
+                "recall": recall,
+                "precision": precision,
+                "f1": 2 * recall * precision / (recall + precision),
+            }
+        )
+        frame = frame.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
+        frame.attrs = {"places": len(counted), "looked_at": len(looked_at)}
+        return frame
+
+    def latents_at(self, places: np.ndarray) -> np.ndarray:
+        """Return which features fire on places, place after place; one that fires twice is there
+        twice."""
+        row_offsets = self.array("row_offsets")
+        start = row_offsets[places]
+        counts = row_offsets[places + 1] - start
+        # Entry e of place p is start[p] + e: ranges set end to end.
+        shift = np.repeat(start - np.cumsum(counts) + counts, counts)
+        return self.array("latent")[shift + np.arange(len(shift))]
+
+    def companions(self, number: int) -> "pd.DataFrame":
+        """Return `Feature.co_firing`."""
+        import pandas as pd
+
+        found = np.array(self.array("companions")[number]).astype(np.int64)
+        both = np.array(self.array("companion_counts")[number]).astype(np.int64)
+        found, both = found[both > 0], both[both > 0]
+        fired = self._strided_firings
+        either = fired[number] + fired[found] - both
+        n_tokens = self.n_tokens / self.manifest.companion_stride
+        lift = both * n_tokens / np.maximum(fired[number] * fired[found], 1)
+        columns = {"feature": found, "both": both, "jaccard": both / either, "lift": lift}
+        return pd.DataFrame(columns)
+
+    @cached_property
+    def _strided_firings(self) -> np.ndarray:
+        """Firings of each feature on every `companion_stride`-th place, int64."""
+        stride = self.manifest.companion_stride
+        if stride == 1:
+            return np.diff(self.array("offsets"))
+        places = np.arange(0, self.n_places, stride)
+        return np.bincount(self.latents_at(places), minlength=self.n_features)
+
+    def examples(
+        self,
+        feature: Feature,
+        places: Sequence[int],
+        *,
+        before: int | None,
+        after: int | None,
+        values: Sequence[float] | None = None,
+    ) -> list[Example]:
+        """Return places in their context, with a feature's value on every token.
+
+        Args:
+            values: what to say of the places themselves; None: the feature's value there.
+        """
+        ids = self.array("ids")
+        n_ctx = ids.shape[1]
+        found = []
+        for i, place in enumerate(places):
+            sequence, first, last = window(place, n_ctx, before=before, after=after)
+            context = ids[sequence, first:last].tolist()
+            around = feature.on(np.arange(sequence * n_ctx + first, sequence * n_ctx + last))
+            at = place - sequence * n_ctx - first
+            found.append(
+                Example(
+                    tokens=tuple(self.texts(context)),
+                    ids=tuple(context),
+                    values=tuple(around.tolist()),
+                    at=at,
+                    value=float(around[at]) if values is None else values[i],
+                    sequence=sequence,
+                    position=first + at,
+                    split=self.split_of(sequence),
+                )
+            )
+        return found
+
+    def texts(self, tokens: Sequence[int]) -> list[str]:
+        """Return what tokens of the vocabulary stand for."""
+        return [self.vocabulary[token] for token in tokens]
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """What each token id stands for; part of a character is U+FFFD."""
+        import json
+
+        return json.loads((self._data / VOCABULARY).read_text(encoding="utf-8"))
+
+    def split_of(self, sequence: int) -> str:
+        """Return the split a sequence is from."""
+        for split in self.manifest.splits:
+            if sequence < split.n_sequences:
+                return split.name
+            sequence -= split.n_sequences
+        raise IndexError(f"expected a sequence of the index, got one {sequence} beyond its last")
+
+    @property
+    def _flat_ids(self) -> np.ndarray:
+        return self.array("ids").reshape(-1)
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureIndex({self.manifest.sae}, {self.n_features} features, {self.n_tokens} tokens)"
+        )
+
+
+def open_index(folder: Path | str) -> FeatureIndex:
+    """Return the feature index in a folder, such as `runs/<id>/features/<name>`.
+
+    Raises:
+        InputError: if there is none, it is cut short, or a newer version made it.
+    """
+    return FeatureIndex(Path(folder))

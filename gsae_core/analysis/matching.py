@@ -1,0 +1,97 @@
+"""A feature's like in another index: by decoder direction, or by firing on the same tokens."""
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from gsae_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gsae_core.analysis.feature import Feature
+    from gsae_core.analysis.features import FeatureIndex
+
+By = Literal["decoder", "firing"]
+
+# Firings looked at to find who else fires there; more are sampled evenly.
+MOST_FIRINGS = 2**14
+
+
+def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd.DataFrame":
+    """Return the features of another index that are most like this one, best first.
+
+    Columns: `feature`; `cosine` of the decoder directions; `both`, tokens on which both fire; `f1`,
+    the harmonic mean of the shares of either's firings that those are; `mutual`, whether this
+    feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
+
+    Of more than 2^14 firings an even sample is looked at, and `both` is scaled to all.
+
+    Raises:
+        InputError: if the two are of different widths or not over the same tokens.
+    """
+    import pandas as pd
+
+    check_comparable(feature.index, other)
+    cosine = cosines(feature, other)
+    both = fired_with(feature, other)
+    fired = np.diff(other.array("offsets"))
+    f1 = 2 * both / np.maximum(fired + len(feature.places), 1)
+    best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
+    mutual = [_nearest(other, int(j), feature.index) == feature.number for j in best]
+    return pd.DataFrame(
+        {
+            "feature": best,
+            "cosine": cosine[best],
+            "both": np.rint(both[best]).astype(np.int64),
+            "f1": f1[best],
+            "mutual": mutual,
+        }
+    )
+
+
+def check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
+    """Check that two indices are of one place in one model, over the same tokens.
+
+    Raises:
+        InputError: if not.
+    """
+    a, b = one.manifest, other.manifest
+    if a.d_in != b.d_in:
+        raise InputError(
+            f"expected two SAEs of one place in one model, got widths {a.d_in} ({a.sae}) and "
+            f"{b.d_in} ({b.sae})"
+        )
+    if a.tokens_sha256 != b.tokens_sha256:
+        raise InputError(
+            f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for {a.sae} "
+            f"and {b.n_tokens} of {b.text} for {b.sae}; build one again with the other's --tokens "
+            "and --split"
+        )
+
+
+def cosines(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
+    """Return the cosine of a feature's decoder direction with every one of another index."""
+    return unit_rows(other.array("decoder")) @ unit_rows(
+        feature.index.array("decoder")[feature.number][None]
+    ).reshape(-1)
+
+
+def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
+    """Return rows scaled to length one; a row of zeros stays."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
+def fired_with(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
+    """Return on how many of a feature's tokens each feature of another index fires."""
+    places: Integer[np.ndarray, " fired"] = feature.places
+    step = -(-len(places) // MOST_FIRINGS) or 1
+    looked_at = np.asarray(places[::step]).astype(np.int64)
+    counts = np.bincount(other.latents_at(looked_at), minlength=other.n_features)
+    return counts * (len(places) / max(len(looked_at), 1))
+
+
+def _nearest(one: "FeatureIndex", number: int, other: "FeatureIndex") -> int:
+    return int(np.argmax(cosines(one.feature(number), other)))

@@ -1,0 +1,153 @@
+"""labels.jsonl: what people and models said of features; appended to, never rewritten.
+
+One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `model`, `score`,
+`time`. The newest of a kind counts; the others stay as its history. An empty text takes a label or
+a note back, and a star is on where its text is `on`.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, get_args
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import to_json, whole_lines, writing
+from gsae_core.store.status import lock
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["label", "note", "star"]
+FILE = "labels.jsonl"
+LONGEST: dict[Kind, int] = {"label": 200, "note": 10_000, "star": 2}
+
+
+class Said(NamedTuple):
+    """One thing said of one feature."""
+
+    feature: int
+    kind: Kind
+    text: str
+    author: str
+    """Who said it: a person's name, or `automatic`."""
+    model: str | None
+    """The model that wrote it, if one did."""
+    score: float | None
+    """How well it tells where the feature fires, 0.5 is guessing; None: not measured."""
+    time: float
+    """Seconds since 1970."""
+
+
+class Labels:
+    """What was said of an index's features; reads its file again whenever it has grown.
+
+    Args:
+        folder: of the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / FILE
+        self._seen: tuple[int, int] | None = None
+        self._all: list[Said] = []
+
+    def add(
+        self,
+        feature: int,
+        kind: Kind,
+        text: str,
+        *,
+        author: str,
+        model: str | None = None,
+        score: float | None = None,
+    ) -> Said:
+        """Append one thing, whole and on the disk before this returns; others may append meanwhile.
+
+        Raises:
+            InputError: if a label has several lines or a text is too long, or the disk is full.
+        """
+        _check(kind, text)
+        said = Said(feature, kind, text, author, model, score, time.time())
+        line = (to_json(said._asdict()) + "\n").encode()
+        with (
+            writing(self._path, len(line)),
+            lock(self._folder, "labels"),
+            self._path.open("ab+") as file,
+        ):
+            if file.seek(0, os.SEEK_END) and _is_cut_short(file):
+                line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        return said
+
+    def all(self) -> list[Said]:
+        """Return everything that was said, oldest first; a line cut short is left out."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return []
+        version = found.st_mtime_ns, found.st_size
+        if version != self._seen:
+            self._all = [Said(**fields) for fields in _objects(self._path.read_bytes())]
+            self._seen = version
+        return self._all
+
+    def latest(self, kind: Kind) -> dict[int, Said]:
+        """Return what counts of a kind, by feature; nothing where it was taken back."""
+        newest = {said.feature: said for said in self.all() if said.kind == kind}
+        return {feature: said for feature, said in newest.items() if said.text not in ("", "off")}
+
+    def of(self, feature: int) -> dict[Kind, Said]:
+        """Return what counts of one feature, by kind."""
+        found = ((kind, self.latest(kind).get(feature)) for kind in get_args(Kind))
+        return {kind: said for kind, said in found if said is not None}
+
+    def frame(self) -> "pd.DataFrame":
+        """Return a row per feature of which anything counts: `label`, `note`, `star`, `author`,
+        `model`, `score`; the last three are the label's."""
+        import pandas as pd
+
+        label, note, star = (self.latest(kind) for kind in get_args(Kind))
+        features = sorted({*label, *note, *star})
+        rows = [
+            {
+                "label": label[i].text if i in label else "",
+                "note": note[i].text if i in note else "",
+                "star": i in star,
+                "author": label[i].author if i in label else "",
+                "model": (label[i].model or "") if i in label else "",
+                "score": label[i].score if i in label else None,
+            }
+            for i in features
+        ]
+        columns = ["label", "note", "star", "author", "model", "score"]
+        frame = pd.DataFrame(rows, columns=columns, index=pd.Index(features, name="feature"))
+        return frame.astype({"star": bool, "score": float})
+
+
+def _check(kind: Kind, text: str) -> None:
+    if kind == "star" and text not in ("on", "off"):
+        raise InputError(f"expected a star that is on or off, got {text!r}")
+    if len(text) > LONGEST[kind]:
+        raise InputError(
+            f"expected a {kind} of at most {LONGEST[kind]} characters, got {len(text)}; "
+            "shorten it, or keep the rest elsewhere"
+        )
+    if kind == "label" and len(text.splitlines()) > 1:
+        raise InputError("expected a label of one line, got several; what is long fits a note")
+
+
+def _is_cut_short(file: BinaryIO) -> bool:
+    """Return whether a writer died in the middle of the last line."""
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _objects(data: bytes) -> list[dict]:
+    found = []
+    for line in data.splitlines(keepends=True):
+        try:
+            found += whole_lines(line)
+        except ValueError:
+            continue  # cut short by a death; the next writer began a new line
+    return found
