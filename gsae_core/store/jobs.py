@@ -11,7 +11,7 @@ import psutil
 
 from gsae_core.errors import InputError
 from gsae_core.store.files import write_json, writing
-from gsae_core.store.runs import FOLDER_BYTES, Run
+from gsae_core.store.job_folder import FOLDER_BYTES, Job
 from gsae_core.store.status import (
     ACTIVE,
     Status,
@@ -34,7 +34,7 @@ TRASH = ".deleted-"
 _children: list[subprocess.Popen[bytes]] = []
 
 
-def start(run: Run) -> int:
+def start(run: Job) -> int:
     """Train a run, or go on with it, in a process that outlives this one; return its id.
 
     Pressing twice starts one process: the second call returns the first one's id.
@@ -43,7 +43,7 @@ def start(run: Run) -> int:
         InputError: if the run is finished, or its folder cannot be written.
     """
     _children[:] = [child for child in _children if child.poll() is None]
-    with lock(run.folder, "start"):
+    with writing(run.folder, FOLDER_BYTES), lock(run.folder, "start"):
         status = read_status(run.folder)
         if status.state == "finished":
             raise InputError(f"expected a run with steps left, got {run.id}, which is finished")
@@ -55,7 +55,7 @@ def start(run: Run) -> int:
                 f"expected the last process of {run.id} to be gone, it is ending; try in a moment"
             )
         (run.folder / "control.json").unlink(missing_ok=True)
-        with writing(run.folder, FOLDER_BYTES), (run.folder / "log.txt").open("ab") as log:
+        with (run.folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-u", "-m", "gsae_core", "resume", str(run.folder)],
                 stdin=subprocess.DEVNULL,
@@ -70,16 +70,19 @@ def start(run: Run) -> int:
         return child.pid
 
 
-def escalate_cancel(run: Run) -> CancelStage:
+def escalate_cancel(run: Job) -> CancelStage:
     """Take a requested cancellation as far as it needs to go by now, and say how far that is.
 
     Call it about once a second after `run.request_cancel()`. The process is asked by control.json
     first; after 10 s it and its children get SIGTERM, after 10 s more SIGKILL. `gone` is said only
     when the process is, and then status.json says `cancelled`.
+
+    Raises:
+        InputError: if the folder is gone or cannot be written.
     """
     _children[:] = [child for child in _children if child.poll() is None]
     control = run.folder / "control.json"
-    with lock(run.folder, "start"):
+    with writing(run.folder, 0), lock(run.folder, "start"):
         status = read_status(run.folder)
         process = status.process
         if run.is_ending(status) and process is not None:
@@ -108,7 +111,7 @@ def escalate_cancel(run: Run) -> CancelStage:
         return "killing"
 
 
-def delete(run: Run) -> None:
+def delete(run: Job) -> None:
     """Delete a run and everything in it; one deleted meanwhile is no mistake.
 
     The folder is renamed out of sight before anything in it goes, so that no half of a run is
@@ -135,7 +138,7 @@ def delete(run: Run) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def _busy(run: Run) -> str:
+def _busy(run: Job) -> str:
     return (
         f"expected a run that no process works on, got {run.id}, which one does; "
         "cancel it first, or wait until it has ended"

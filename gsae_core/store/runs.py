@@ -8,7 +8,6 @@ detached process writes it. Nothing here imports torch.
 """
 
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -17,33 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
-from gsae_core.store.files import (
-    append_line,
-    free_bytes,
-    readable,
-    whole_lines,
-    write_json,
-    writing,
-)
+from gsae_core.store.files import append_line, free_bytes, readable, write_json, writing
+from gsae_core.store.job_folder import FOLDER_BYTES, Job
 from gsae_core.store.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
-from gsae_core.store.status import Status, lock, read_json, read_status, write_status
+from gsae_core.store.status import Status, lock, read_json, write_status
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gsae_core.analysis.features import FeatureIndex
 
 SCHEMA_VERSION = 1
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
 
-# Config, status, events and the log; what weights need is checked when their size is known.
-FOLDER_BYTES = 2**20
-
 
 @dataclass(frozen=True)
-class Run:
+class Run(Job):
     """A run folder and the config it was made with; everything else is read when asked for."""
 
-    folder: Path
     config: RunConfig
 
     @classmethod
@@ -93,47 +84,6 @@ class Run:
         _check_schema(folder)
         return cls(folder, load_config(folder / "config.json"))
 
-    @property
-    def id(self) -> str:
-        """The folder's name."""
-        return self.folder.name
-
-    @property
-    def status(self) -> Status:
-        """Where the run stands now, as far as this machine can tell.
-
-        status.json is what the process said last; a process that is gone cannot correct it. So an
-        active run without its process reads `cancelled` if that was asked for, else `lost`.
-
-        Raises:
-            InputError: if the run's files are gone or damaged.
-        """
-        status = read_status(self.folder)
-        if not status.expects_process:
-            return status._replace(state="cancelling") if self.is_ending(status) else status
-        cancel = (self.folder / "control.json").exists()
-        if status.process is not None:
-            return status._replace(state="cancelling") if cancel else status
-        # The process may have ended in order between the two looks: its last word counts.
-        status = read_status(self.folder)
-        if not status.expects_process:
-            return status
-        return status._replace(state="cancelled" if cancel else "lost")
-
-    def is_ending(self, status: Status) -> bool:
-        """Return whether the process of a cancelled run has saved but is not gone yet.
-
-        A process that was not started for this run, such as a notebook's, need not go.
-        """
-        if status.state != "cancelled" or status.pid == os.getpid() or status.process is None:
-            return False
-        return any(e["event"] == "started" and e["pid"] == status.pid for e in self.events())
-
-    def is_alive(self) -> bool:
-        """Return whether a process holds this run: right id, right start, not a zombie."""
-        status = read_status(self.folder)
-        return status.expects_process and status.process is not None
-
     def metrics(self) -> list[dict[str, Any]]:
         """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
         return self.metrics_since(MetricsCursor()).rows
@@ -154,30 +104,10 @@ class Run:
         path = self.folder / "evals.json"
         return read_json(path)["saes"] if path.exists() else []
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`."""
-        path = self.folder / "events.jsonl"
-        return whole_lines(path.read_bytes()) if path.exists() else []
-
-    def add_event(self, event: str, **details: Any) -> None:
-        """Append to events.jsonl."""
-        append_line(self.folder / "events.jsonl", {"time": time.time(), "event": event, **details})
-
     def samples(self) -> dict[str, Any] | None:
         """Return samples.json: a few latents of each SAE with their top tokens; None before it."""
         path = self.folder / "samples.json"
         return read_json(path) if path.exists() else None
-
-    def log_tail(self, n_lines: int = 30) -> list[str]:
-        """Return the last lines of log.txt."""
-        path = self.folder / "log.txt"
-        if not path.exists():
-            return []
-        with path.open("rb") as file:
-            # A long log is read from near its end; lines of a traceback are far below 400 bytes.
-            file.seek(max(0, path.stat().st_size - 400 * n_lines))
-            text = file.read().decode("utf-8", errors="replace")
-        return text.splitlines()[-n_lines:]
 
     def sae_folder(self, name: str) -> Path:
         """Return the folder of one SAE.
@@ -211,23 +141,19 @@ class Run:
         columns = load_file(path)
         return pd.DataFrame({key: columns[key] for key in FEATURE_STATS}).rename_axis("latent")
 
-    def request_cancel(self, *, by: str = "") -> None:
-        """Ask the process to finish its step, save and stop; a second request changes nothing.
+    def features(self, name: str) -> "FeatureIndex":
+        """Return the feature index of one SAE.
 
-        A run that was never started is cancelled at once.
-
-        Args:
-            by: who asks, for the run's events.
+        Raises:
+            InputError: if the SAE is unknown, has no index, or has changed since it was built.
         """
-        with lock(self.folder, "start"):
-            status = self.status
-            if status.state == "queued" and status.pid is None:
-                write_status(self.folder, status._replace(state="cancelled"))
-            elif status.state in ("queued", "starting", "running"):
-                write_json(self.folder / "control.json", {"request": "cancel", "time": time.time()})
-            else:
-                return
-            self.add_event("cancel requested", by=by)
+        from gsae_core.analysis.features import open_index
+        from gsae_core.analysis.index_files import check_weights
+
+        sae_folder = self.sae_folder(name)
+        index = open_index(self.folder / "features" / name)
+        check_weights(index.manifest, sae_folder)
+        return index
 
 
 def check_run_id(run_id: str) -> str:

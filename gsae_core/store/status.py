@@ -17,7 +17,9 @@ State = Literal[
     "queued", "starting", "running", "cancelling", "cancelled", "finished", "failed", "lost"
 ]
 ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
-Stage = Literal["waiting", "loading", "training", "evaluating"]
+Stage = Literal[
+    "waiting", "loading", "training", "evaluating", "downloading", "importing", "uploading"
+]
 
 # A process's start is read from the boot clock, which moves by a little when the time is set.
 SAME_START_SECONDS = 2.0

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from gsae_core.errors import InputError
+from gsae_core.store.job_folder import Job
 from gsae_core.store.queue import Place
-from gsae_core.store.runs import Run
 from gsae_core.store.status import Stage, State, lock, of_process, read_status, write_status
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Worker:
         InputError: on entry, if the run is finished or another process holds it.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Job) -> None:
         self.run = run
         self.step = 0
         self.done = 0
