@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub, serving_hub
 
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.store.runs import Run
@@ -148,3 +149,31 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launching, "start", record)
     return ids
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """An empty Hub on loopback that huggingface_hub's client, and processes started here, ask."""
+    from huggingface_hub import constants
+
+    from gsae_core.store import hub_download
+
+    home = tmp_path_factory.mktemp("hf-home")
+    with serving_hub() as hub:
+        # The library reads its environment when it is imported, which it was.
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
+        monkeypatch.setattr(hub_download, "PAUSE_SECONDS", 0.0)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(home))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield hub

@@ -12,16 +12,19 @@ FLOORS = {
     for floor, rooms in enumerate(
         [
             "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell measured token_strip versions",
+            "catalogue estimates notebook_cell measured token_strip versions hub_errors "
+            "sae_catalogue",
             "lm sae",
             "training analysis store",
             "plots job indexing learning samples workshop machine progress failures flags preflight "
-            "preview",
+            "preview model_card card_figure hub_flags",
             "bench",
             "controls live_view cli command_line report doctor __main__ launch shell "
             "pieces job_badge "
+            "hub_command hub_view hub_library hub_choices "
             "cached cards address app pages "
-            "train_form train_view train_widgets block_diagram",
+            "train_form train_view train_widgets block_diagram "
+            "loaded inspect_parts prompt_reading prompt_view steer_job steer_view token_picker",
         ]
     )
     for room in rooms.split()

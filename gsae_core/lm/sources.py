@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gsae_core.errors import InputError
+from gsae_core.hub_errors import hub_sentence, is_hub_trouble
 from gsae_core.lm.sites import FAMILIES
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "stdlib-gpt2"
@@ -25,6 +26,7 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
     Raises:
         InputError: if there is no such model, its kind is unsupported, or it lacks a tokenizer.
     """
+    import httpx2
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +36,7 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
     try:
         config = AutoConfig.from_pretrained(found, **options)
     except OSError as error:
-        raise InputError(_hub_sentence(name, revision, error)) from error
+        raise InputError(hub_sentence(error, name, what="model", revision=revision)) from error
     except ValueError as error:  # transformers' word for a model_type that it has never heard of
         raise InputError(_unsupported(name, "unknown to transformers")) from error
     check_config(name, config)
@@ -52,7 +54,9 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
             hf: Any = AutoModelForCausalLM.from_pretrained(
                 found, dtype=getattr(torch, dtype), **options
             )
-    except OSError as error:
+    except (OSError, httpx2.HTTPError) as error:
+        if is_hub_trouble(error):
+            raise InputError(hub_sentence(error, name, what="model", revision=revision)) from error
         raise InputError(
             f"expected model weights (model.safetensors) beside the config of {name!r}, "
             "found none that could be read; download or save the model again"
@@ -137,38 +141,4 @@ def _no_tokenizer(name: str) -> str:
     return (
         f"expected a tokenizer (tokenizer.json) beside the model, found none in {name!r}; "
         "save it there with tokenizer.save_pretrained()"
-    )
-
-
-def _hub_sentence(name: str, revision: str | None, error: BaseException) -> str:
-    """Return what went wrong at the Hub, told by the exceptions that led to `error`."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(c, GatedRepoError) for c in causes):
-        return (
-            f"expected access to {name!r}, but its owner asks for an agreement first; "
-            "accept it on the model's page and run `hf auth login`"
-        )
-    if any(isinstance(c, RevisionNotFoundError) for c in causes):
-        return (
-            f"expected a branch, tag or commit of {name!r}, got {revision!r}; "
-            "look at the model's page for the revisions there are"
-        )
-    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
-        return (
-            f"expected the name of a model on the Hub, found no {name!r} there; check its "
-            "spelling, or log in with `hf auth login` if it is private"
-        )
-    return (
-        f"expected to download {name!r} from the Hub, but we are offline and it is not in the "
-        "cache; give a local model folder, or 'bundled' for the model that ships with the package"
     )

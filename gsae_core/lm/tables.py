@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gsae_core.errors import InputError
+from gsae_core.hub_errors import data_sentence
 from gsae_core.lm.pieces import Piece, not_text, open_text
 
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
@@ -216,22 +217,10 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     repository, _, config = name.partition(":")
     try:
         yield from datasets.load_dataset(repository, config or None, split=split, streaming=True)
-    except DatasetNotFoundError as error:
-        raise InputError(
-            f"expected a data set on the Hub, a file or a folder, found none called {repository}: "
-            f"check the name, or log in if it is gated ({_first_line(error)})"
-        ) from error
-    except (OSError, httpx2.HTTPError) as error:
-        raise InputError(
-            f"expected to stream {name} from the Hub, got no connection ({_first_line(error)}): go "
-            "online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file"
-        ) from error
+    except (DatasetNotFoundError, OSError, httpx2.HTTPError) as error:
+        raise InputError(data_sentence(error, name)) from error
     except (ValueError, RuntimeError) as error:  # no such config or split; a set that needs code
         raise InputError(
             f"expected a data set, config and split that can be streamed, got {name} and "
             f"{split!r}: {' '.join(str(error).split())}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

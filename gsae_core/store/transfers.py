@@ -1,0 +1,199 @@
+"""Downloads from the Hub and uploads to it as jobs: started, watched and ended like training.
+
+    runs/.hub/<id>/  request.json  status.json  events.jsonl  log.txt  control.json
+                     files/<owner>/<name>/...   what came, until it is a run
+
+The id follows from what is asked for, so that asking again goes on with what was begun.
+"""
+
+import hashlib
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from gsae_core.errors import InputError
+from gsae_core.store.files import append_line, write_json, writing
+from gsae_core.store.hub import Repository
+from gsae_core.store.hub_layouts import HubFile, HubSAE
+from gsae_core.store.job_folder import FOLDER_BYTES, Job
+from gsae_core.store.runs import check_run_id
+from gsae_core.store.status import Status, lock, read_json, read_status, write_status
+
+FOLDER = ".hub"
+
+Kind = Literal["pull", "push"]
+
+
+class PullRequest(NamedTuple):
+    """What to fetch, and the run to make of it."""
+
+    repo: str
+    commit: str
+    path: str
+    library: str
+    files: tuple[HubFile, ...]
+    to: str
+    """Name of the run."""
+
+    model: str | None = None
+    layer: int | None = None
+    site: str | None = None
+    """Where the SAE belongs, where its files do not say."""
+
+
+class PushRequest(NamedTuple):
+    """What to send, and where."""
+
+    run: str
+    saes: tuple[str, ...]
+    repo: str
+    public: bool
+
+
+class Transfer(Job):
+    """A folder with a request, and where it stands."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which way it goes."""
+        return self._fields()["kind"]
+
+    @property
+    def request(self) -> PullRequest | PushRequest:
+        """What was asked for.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        fields = dict(self._fields())
+        kind = fields.pop("kind")
+        try:
+            if kind == "push":
+                return PushRequest(**fields | {"saes": tuple(fields["saes"])})
+            files = tuple(HubFile(**file) for file in fields["files"])
+            return PullRequest(**fields | {"files": files})
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"expected a request of this version in {self.folder / 'request.json'}, got another"
+                f" ({error}); delete the folder and ask again"
+            ) from None
+
+    @property
+    def files(self) -> Path:
+        """Folder that what comes is kept in; it ends with the repository's name."""
+        request = self.request
+        return self.folder / "files" / request.repo
+
+    @property
+    def result(self) -> str | None:
+        """Return what a finished one led to: the run's name, or the address of the commit."""
+        ends = [event["result"] for event in self.events() if event["event"] == "arrived"]
+        return ends[-1] if ends else None
+
+    def _fields(self) -> dict[str, Any]:
+        return read_json(self.folder / "request.json")
+
+
+def ask(root: Path, request: PullRequest | PushRequest) -> Transfer:
+    """Return the transfer of a request, made if there is none; one that ended begins anew.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    folder = root / FOLDER / _id(request)
+    transfer = Transfer(folder)
+    with writing(folder, FOLDER_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, "start"):
+            known = (folder / "request.json").exists()
+            if known and transfer.status.expects_process:
+                return transfer
+            # A new try may go to a run of another name.
+            write_json(folder / "request.json", _plain(request))
+            if not known or read_status(folder).state == "finished":
+                write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
+                append_line(folder / "events.jsonl", {"time": time.time(), "event": "created"})
+    return transfer
+
+
+def _plain(request: PullRequest | PushRequest) -> dict[str, Any]:
+    fields = request._asdict()
+    if isinstance(request, PullRequest):
+        return {"kind": "pull"} | fields | {"files": [file._asdict() for file in request.files]}
+    return {"kind": "push"} | fields
+
+
+def _id(request: PullRequest | PushRequest) -> str:
+    if isinstance(request, PullRequest):
+        parts = ("pull", request.repo, request.commit, request.path)
+    else:
+        parts = ("push", request.repo, request.run, *request.saes, str(request.public))
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{parts[0]}-{request.repo}").strip("-.")
+    return f"{stem[:48]}-{digest}"
+
+
+def is_transfer(folder: Path) -> bool:
+    """Return whether a folder is a transfer's and not a run's."""
+    return (folder / "request.json").is_file()
+
+
+def transfers(root: Path) -> list[Transfer]:
+    """Return the transfers of a folder of runs, newest first; damaged ones are left out."""
+    found = []
+    for path in (root / FOLDER).glob("*/request.json"):
+        if path.parent.name.startswith("."):
+            continue  # Deleted, but for the removal of its files.
+        transfer = Transfer(path.parent)
+        try:
+            transfer.request, transfer.status  # noqa: B018
+            found.append((path.stat().st_mtime, transfer))
+        except (InputError, FileNotFoundError):
+            continue
+    return [transfer for _, transfer in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def find_transfer(root: Path, transfer_id: str) -> Transfer:
+    """Return a transfer by its name; the name cannot lead out of `root`.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folder = root / FOLDER / check_run_id(transfer_id)
+    if not is_transfer(folder):
+        raise InputError(f"expected a transfer of {root}, found none called {transfer_id!r}")
+    return Transfer(folder)
+
+
+def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> PullRequest:
+    """Return the request for an SAE of a repository at the commit that was looked at.
+
+    Args:
+        to: name of the run that is made of it.
+        place: `model`, `layer` and `site`, where the files do not say them.
+
+    Raises:
+        InputError: if `to` can be no run's name.
+    """
+    return PullRequest(
+        repo=repository.repo,
+        commit=repository.commit,
+        path=sae.path,
+        library=sae.library,
+        files=sae.files,
+        to=check_run_id(to),
+        **place,
+    )
+
+
+def run_name(repo: str, path: str) -> str:
+    """Return a name for the run that an SAE becomes: the repository's and the folder's."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([repo.rpartition("/")[2], path]))
+    return stem.strip("-._")[:64].rstrip("-._") or "pulled"
+
+
+def clear_files(transfer: Transfer) -> None:
+    """Throw away what came, once it is a run."""
+    shutil.rmtree(transfer.folder / "files", ignore_errors=True)
