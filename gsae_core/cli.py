@@ -9,15 +9,19 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from gsae_core.analysis.index_files import read_manifest
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.bench.flags import Benchmark
-from gsae_core.command_line import PROGRAM, Bench, Doctor, Evaluate, Resume, parse
+from gsae_core.command_line import PROGRAM, Bench, Doctor, Evaluate, Index, Resume, parse
 from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
 from gsae_core.flags import Train, run_config
 from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
 from gsae_core.report import evals_table, time_spent
+from gsae_core.store.files import readable
+from gsae_core.store.index_jobs import index_folder
+from gsae_core.store.job_folder import Job
 from gsae_core.store.runs import Run
 from gsae_core.store.worker import Worker
 from gsae_core.validation import validated
@@ -25,6 +29,7 @@ from gsae_core.validation import validated
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from gsae_core.indexing import Progress as IndexProgress
     from gsae_core.job import Progress
     from gsae_core.training.report import StepReport
 
@@ -32,7 +37,7 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-UNITS = {"training": "step", "evaluating": "token"}
+UNITS = {"training": "step", "evaluating": "token", "indexing": "token"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _resume(command)
             case Evaluate():
                 return _evaluate(command)
+            case Index():
+                return _index(command)
             case Doctor():
                 return _doctor(command)
             case Bench(what=benchmark):
@@ -133,7 +140,33 @@ def _evaluate(command: Evaluate) -> int:
     return 0
 
 
-def _unexpected(run: Run, error: Exception) -> int:
+def _index(command: Index) -> int:
+    from gsae_core.indexing import index_run
+
+    run = Run.open(command.run)
+    names = [command.sae] if command.sae else [spec.name for spec in run.config.saes]
+    for name in names:
+        folder = index_folder(run, name)
+        steps = index_run(run, name, n_tokens=command.tokens, split=command.split)
+        try:
+            stage = _follow(steps)
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            return _unexpected(Job(folder), error)  # the worker has put the traceback into the log
+        if stage != "finished":
+            _say(f"stopped; go on with: {PROGRAM} index {run.folder} --sae {name}")
+            return INTERRUPTED
+        manifest = read_manifest(folder)
+        print(
+            f"{name}: {manifest.n_tokens:,} tokens, L0 {manifest.l0:.1f}, "
+            f"{readable(manifest.n_bytes)} in {folder}",
+            flush=True,
+        )
+    return 0
+
+
+def _unexpected(run: Job, error: Exception) -> int:
     first = str(error).partition("\n")[0]
     _say(f"{type(error).__name__}: {first}; the traceback is in {run.folder / 'log.txt'}")
     return FAILURE
@@ -156,7 +189,7 @@ def _bench(flags: Benchmark) -> int:
     return 0
 
 
-def _follow(progress: "Iterator[Progress]") -> str:
+def _follow(progress: "Iterator[Progress | IndexProgress]") -> str:
     """Draw a bar for each stage until the work ends; return the last stage."""
     stage, bar = "", None
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
@@ -171,12 +204,13 @@ def _follow(progress: "Iterator[Progress]") -> str:
                     bar = bars.enter_context(_bar(now))
             if bar is not None:
                 bar.update(now.done - bar.n)
-                if now.report is not None and not bar.disable and _is_time(bar):
-                    bar.set_postfix_str(_glance(now.report), refresh=False)
+                report = getattr(now, "report", None)
+                if report is not None and not bar.disable and _is_time(bar):
+                    bar.set_postfix_str(_glance(report), refresh=False)
     return stage
 
 
-def _bar(now: "Progress") -> "tqdm[NoReturn]":
+def _bar(now: "Progress | IndexProgress") -> "tqdm[NoReturn]":
     from tqdm import tqdm
 
     return tqdm(
@@ -185,7 +219,7 @@ def _bar(now: "Progress") -> "tqdm[NoReturn]":
         initial=now.done - 1 if now.stage == "training" else 0,
         desc=now.stage,
         unit=f" {UNITS[now.stage]}",
-        unit_scale=now.stage == "evaluating",
+        unit_scale=now.stage != "training",
         disable=None,  # no bar where stderr is a file
     )
 

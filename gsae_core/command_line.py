@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro import _errors as tyro_errors
@@ -44,6 +44,31 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Index:
+    """Build the feature index of a run's SAEs: where each feature fires, and what it writes.
+
+    Interrupted, it goes on where it was. Without --tokens and --split it takes what was asked for
+    last: a million tokens, half of them held out.
+    """
+
+    run: Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+    sae: Annotated[
+        str | None,
+        arg(help="Name of one SAE; without it all of them.", metavar="NAME", help_behavior_hint=""),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        arg(
+            help="Tokens to read, masked positions left out.", metavar="INT", help_behavior_hint=""
+        ),
+    ] = None
+    split: Annotated[
+        Literal["mixed", "train", "held_out"] | None,
+        arg(help="Which of the text to read.", help_behavior_hint=""),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Check that this machine can do the work, line by line; exit 1 if something cannot work."""
 
@@ -59,11 +84,12 @@ class Bench:
     what: OmitArgPrefixes[OmitSubcommandPrefixes[Benchmark]]
 
 
-Command = Train | Resume | Evaluate | Doctor | Bench
+Command = Train | Resume | Evaluate | Index | Doctor | Bench
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
+    "index": Index,
     "bench": Bench,
     "doctor": Doctor,
 }

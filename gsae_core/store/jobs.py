@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import psutil
@@ -34,10 +35,13 @@ TRASH = ".deleted-"
 _children: list[subprocess.Popen[bytes]] = []
 
 
-def start(run: Job) -> int:
+def start(run: Job, command: Sequence[str] | None = None) -> int:
     """Train a run, or go on with it, in a process that outlives this one; return its id.
 
     Pressing twice starts one process: the second call returns the first one's id.
+
+    Args:
+        command: words after `python -m gsae_core` that work on the folder; None: `resume FOLDER`.
 
     Raises:
         InputError: if the run is finished, or its folder cannot be written.
@@ -55,9 +59,10 @@ def start(run: Job) -> int:
                 f"expected the last process of {run.id} to be gone, it is ending; try in a moment"
             )
         (run.folder / "control.json").unlink(missing_ok=True)
+        words = command or ("resume", str(run.folder))
         with (run.folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-u", "-m", "gsae_core", "resume", str(run.folder)],
+                [sys.executable, "-u", "-m", "gsae_core", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -18,7 +18,16 @@ State = Literal[
 ]
 ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
 Stage = Literal[
-    "waiting", "loading", "training", "evaluating", "downloading", "importing", "uploading"
+    "waiting",
+    "loading",
+    "training",
+    "evaluating",
+    "indexing",
+    "sorting",
+    "describing",
+    "downloading",
+    "importing",
+    "uploading",
 ]
 
 # A process's start is read from the boot clock, which moves by a little when the time is set.

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from gsae_core.errors import InputError
@@ -92,15 +93,16 @@ class Worker:
             raise
         return self
 
-    def turn(self, slot: str) -> Iterator[int]:
+    def turn(self, slot: str, *, of: Path | None = None) -> Iterator[int]:
         """Wait until the device is free; yield how many runs go first, about twice a second.
 
         Ends at once when somebody asks the run to stop. The device is held until the worker ends.
 
         Args:
             slot: name of the device, from `machine.slot_of`.
+            of: the run in whose place in the line the work stands; None: the run itself.
         """
-        self._place = Place(self.run.folder, slot)
+        self._place = Place(of or self.run.folder, slot)
         ahead = self._place.ahead()
         if ahead:
             self._status = self._status._replace(state="queued")

@@ -1,0 +1,160 @@
+"""What a direction does to the next token, through the model's own final norm and unembedding.
+
+A direction d at a site reaches the last residual stream along its direct path alone:
+
+    resid_pre, resid_post, mlp_out, attn_out    r -> r + e d
+    attn_z, mlp_hidden                          r -> r + e W_out d       through W_O or W_out, and
+                                                through the norm that follows it where there is one
+    logits = cap tanh(W_U norm(r) / cap)        (without a cap: W_U norm(r))
+
+The effect is the derivative of the logits to e at e = 0, averaged over tokens: the final norm is no
+linear map, so what a direction does depends on the activation it is added to. It comes from the
+model's own norm module by automatic differentiation, so that LayerNorm, RMSNorm and Gemma's
+(1 + w) need no formula here.
+
+At the last layer's resid_post (and its mlp_out and mlp_hidden; in a parallel block attn_out and
+attn_z too) the direct path is the only one, and the effect equals the change of the logits over a
+small coefficient. Elsewhere later blocks, and the same block's MLP, read the direction too: this is
+what they do not change. With a cap, its slope is averaged apart from the norm's.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from gsae_core.config import Site
+from gsae_core.errors import InputError
+from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.sites import FAMILIES
+
+FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
+"""Names of the final norm in the headless models of `FAMILIES`."""
+TOKENS_AT_ONCE = 256
+DIRECTIONS_AT_ONCE = 1024
+JACOBIAN_ROWS = 16
+
+
+class LogitMap(NamedTuple):
+    """The linear map from a site's directions to changes of the logits."""
+
+    to_stream: Float[Tensor, "d_model d_in"]
+    """Derivative of the normed last residual stream to the site, averaged over tokens."""
+    W_U: Float[Tensor, "d_vocab d_model"]
+    cap_slope: Float[Tensor, " d_vocab"] | None
+    """Average derivative of the cap on the logits; None where the model has none."""
+    n_tokens: int
+    """Tokens averaged over."""
+
+    def effect(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_vocab"]:
+        """Return the change of each logit per unit of each direction."""
+        logits = directions.to(self.W_U) @ self.to_stream.T @ self.W_U.T
+        return logits if self.cap_slope is None else logits * self.cap_slope
+
+
+class Extremes(NamedTuple):
+    """The tokens that directions raise and lower most, the strongest first."""
+
+    top: Int64[Tensor, "n k"]
+    top_effect: Float[Tensor, "n k"]
+    bottom: Int64[Tensor, "n k"]
+    bottom_effect: Float[Tensor, "n k"]
+
+
+@torch.no_grad()
+def logit_map(
+    model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
+) -> LogitMap:
+    """Return the map of a site, its derivative averaged over all positions of `ids`.
+
+    Raises:
+        InputError: if there is no such site, or the model is a TransformerBridge.
+    """
+    model.check(layer, site)
+    if model._bridge is not None:
+        raise InputError(
+            "expected a Hugging Face model for logit effects, got a TransformerBridge; load the "
+            "model by its name or folder"
+        )
+    hf = model.hf
+    norm = _plain(final_norm(hf))
+    last = model.harvest(ids, layer=model.n_layers - 1, site="resid_post").flatten(0, 1)
+    added = _path(model, ids, layer=layer, site=site)
+    W_U = hf.get_output_embeddings().weight.detach().float()
+    d_in, n = model.width(site), len(last)
+    to_stream = last.new_zeros(model.d_model, d_in)
+    for at in range(0, n, TOKENS_AT_ONCE):
+        rows = slice(at, at + TOKENS_AT_ONCE)
+
+        def stream(nudge: Tensor, rows: slice = rows) -> Tensor:
+            return norm(last[rows] + added(nudge, rows)).sum(0)
+
+        with torch.enable_grad():
+            jacobian = torch.func.jacrev(stream, chunk_size=JACOBIAN_ROWS)
+            to_stream += jacobian(last.new_zeros(d_in)).detach()
+    return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
+
+
+@torch.no_grad()
+def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> Extremes:
+    """Return the tokens that each direction raises most and lowers most."""
+    k = min(k, len(effects.W_U))
+    found = []
+    for block in directions.split(DIRECTIONS_AT_ONCE):
+        logits = effects.effect(block)
+        top, bottom = logits.topk(k), logits.topk(k, largest=False)
+        found.append((top.indices, top.values, bottom.indices, bottom.values))
+    return Extremes(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def final_norm(hf: Any) -> nn.Module:
+    """Return the norm before the unembedding of a model of a family in `sites.FAMILIES`.
+
+    Raises:
+        InputError: if the model has none under a name we know.
+    """
+    for name in FINAL_NORMS:
+        module = getattr(hf.base_model, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise InputError(
+        f"expected a final norm called {', '.join(FINAL_NORMS)} in the model, found none in "
+        f"{type(hf.base_model).__name__}"
+    )
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """Return a copy in float32 that asks for no gradients: the model's own stays as it is."""
+    return copy.deepcopy(module).float().requires_grad_(False)
+
+
+def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
+    """Return (nudge, rows) -> what a nudge at the site adds to the residual stream of tokens."""
+    if site not in ("attn_z", "mlp_hidden"):
+        return lambda nudge, rows: nudge
+    layout = FAMILIES[model.family]
+    block = model._blocks[layer].block
+    is_attn = site == "attn_z"
+    project = _plain(block.get_submodule(layout.attn_proj if is_attn else layout.mlp_proj))
+    whole = layout.attn if is_attn else layout.mlp
+    after = layout.attn_out if is_attn else layout.mlp_out
+    if after == whole:
+        # A bias moves nothing: only the difference is added.
+        return lambda nudge, rows: project(nudge) - project(torch.zeros_like(nudge))
+    norm = _plain(block.get_submodule(after))
+    z = model.harvest(ids, layer=layer, site=site).flatten(0, 1)
+    return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))
+
+
+def _cap_slope(
+    hf: Any, norm: nn.Module, last: Float[Tensor, "n d_model"], W_U: Float[Tensor, "v d_model"]
+) -> Float[Tensor, " v"] | None:
+    cap = getattr(hf.config, "final_logit_softcapping", None)
+    if cap is None:
+        return None
+    slope = W_U.new_zeros(len(W_U))
+    for rows in last.split(TOKENS_AT_ONCE):
+        slope += (1 - torch.tanh(norm(rows) @ W_U.T / cap) ** 2).sum(0)
+    return slope / len(last)
