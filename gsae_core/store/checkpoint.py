@@ -39,7 +39,9 @@ KNOWN = ("gated", "standard", "jumprelu", "topk", UNTIED)
 FORBIDDEN_SIBLING = "activation_scaler.json"
 
 
-def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any]) -> None:
+def save_sae(
+    sae: SAE, folder: Path, *, metadata: dict[str, Any], dtype: torch.dtype | None = None
+) -> None:
     """Write an SAE that takes raw activations; SAELens 6 opens the folder unchanged.
 
     Args:
@@ -47,11 +49,13 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any]) -> None:
         folder: `cfg.json` and `sae_weights.safetensors` in it are replaced, each whole.
         metadata: goes to `cfg.json` under `metadata`; SAELens reads `model_name`, `hook_name`,
             `dataset_path`, `context_size` and `prepend_bos` there.
+        dtype: of the tensors in the file; None takes the SAE's.
 
     Raises:
         InputError: if the disk is full or the folder cannot be written.
     """
-    tensors = _tensors(sae)
+    dtype = dtype or sae.W_dec.dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(sae).items()}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     folder.mkdir(parents=True, exist_ok=True)
     replace_durably(folder / WEIGHTS, lambda path: save_file(tensors, path), n_bytes=n_bytes)
@@ -61,7 +65,7 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any]) -> None:
             "architecture": _name(sae),
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
-            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": True,
             "normalize_activations": "none",
@@ -149,9 +153,9 @@ def load_sae(folder: Path | str) -> SAE:
     _check_tensors(folder, sae, tensors)
     _fill_(sae, tensors)
     if not cfg.get("apply_b_dec_to_input", True):
-        _centre_input_(sae)
+        centre_input_(sae)
     if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
-        _take_norms_into_encoder_(sae)
+        take_norms_into_encoder_(sae)
     return sae
 
 
@@ -262,7 +266,7 @@ def _shapes(tensors: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def _centre_input_(sae: SAE) -> None:
+def centre_input_(sae: SAE) -> None:
     """Make an SAE that was written for uncentred input right for `x - b_dec`, in place.
 
     x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
@@ -280,7 +284,7 @@ def _centre_input_(sae: SAE) -> None:
 
 
 @torch.no_grad()
-def _take_norms_into_encoder_(sae: TopKSAE) -> None:
+def take_norms_into_encoder_(sae: TopKSAE) -> None:
     """Make a TopK SAE whose latents compete by |f_i d_i| one with unit directions, in place.
 
     SAELens can rank and report latents times the norms of their directions; with directions of

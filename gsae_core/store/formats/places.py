@@ -1,0 +1,147 @@
+"""Which model and site an SAE is for, out of its config, or out of the path it was released under.
+
+TransformerLens, Hugging Face and dictionary_learning spell sites in their own ways; one that has
+no counterpart among ours stays unnamed, and whoever imports it says where it belongs.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gsae_core.config import SITES, Site
+from gsae_core.store.formats.found import Format, Place
+
+# Of TransformerLens; `hook_mlp_out` and its like are ours but for the prefix.
+_HOOKS: dict[str, Site] = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_post": "resid_post",
+    "mlp.hook_post": "mlp_hidden",
+    "hook_mlp_out": "mlp_out",
+    "attn.hook_z": "attn_z",
+    "hook_attn_out": "attn_out",
+}
+# Of modules' outputs in Hugging Face models, after the block's number.
+_MODULES: dict[str, Site] = {
+    "": "resid_post",
+    ".output": "resid_post",
+    ".mlp": "mlp_out",
+    ".self_attn": "attn_out",
+    ".attn": "attn_out",
+    ".attention": "attn_out",
+    ".self_attn.o_proj.input": "attn_z",
+    ".post_feedforward_layernorm.output": "mlp_out",
+}
+_SUBMODULES: dict[Site | str, Site] = {
+    "resid": "resid_post",
+    "mlp": "mlp_out",
+    "attn": "attn_out",
+}
+_GEMMA_3: dict[str, Site] = {
+    "resid_post": "resid_post",
+    "attn_out": "attn_z",
+    "mlp_out": "mlp_out",
+}
+_GEMMA_2: dict[str, Site] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
+
+
+def place_of(format_: Format, config: dict[str, Any], weights: Path) -> Place:
+    """Return the place that an SAE's config and path tell of."""
+    match format_:
+        case "gsae_core" | "sae_lens" | "sae_lens_legacy":
+            metadata = config.get("metadata")
+            said = config | (metadata if isinstance(metadata, dict) else {})
+            return _lens(said)
+        case "dictionary_learning":
+            return _dictionary_learning(config)
+        case "sparsify":
+            return _module(weights.parent.name, model=None)
+        case "gemma_scope":
+            return _gemma_scope(weights)
+        case "gemma_scope_2":
+            return _gemma_scope_2(config, weights)
+        case "batch_topk":
+            return _lens(config | {"hook_name": config.get("hook_point")})
+        case "llama_scope":
+            model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(weights) else None
+            return _lens({"model_name": model, "hook_name": config.get("hook_point_in")})
+        case _:
+            return Place()
+
+
+def hook_place(hook: str) -> tuple[int | None, Site | None]:
+    """Return layer and site of a TransformerLens hook name, where ours has them."""
+    found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", hook)
+    if found is None:
+        return None, None
+    return int(found[1]), _HOOKS.get(found[2])
+
+
+def _text(value: Any) -> str | None:
+    return value[:200] if isinstance(value, str) and value else None
+
+
+def _lens(said: dict[str, Any]) -> Place:
+    hook = _text(said.get("hook_name")) or _text(said.get("hook_point"))
+    model = _text(said.get("model_name"))
+    if hook is None:
+        return Place(model=model)
+    layer, site = hook_place(hook.replace("{layer}", str(said.get("hook_point_layer"))))
+    # One head of many: no site of ours is that narrow.
+    head = said.get("hook_head_index", said.get("hook_point_head_index"))
+    return Place(model, layer, site if head is None else None, hook)
+
+
+def _dictionary_learning(config: dict[str, Any]) -> Place:
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict):
+        return Place()
+    name, layer = _text(trainer.get("submodule_name")), trainer.get("layer")
+    if name is not None and layer is not None:
+        # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
+        name = re.sub(rf"(_layer)?_?{layer}$", "", name)
+    sites = {site: site for site in SITES} | _SUBMODULES
+    return Place(
+        model=_text(trainer.get("lm_name")),
+        layer=layer if isinstance(layer, int) and layer >= 0 else None,
+        site=sites.get(name or ""),
+        hook_name=_text(trainer.get("submodule_name")),
+    )
+
+
+def _module(name: str, *, model: str | None) -> Place:
+    found = re.search(r"(?:^|\.)(?:layers|h)[._](\d{1,4})(.*)$", name)
+    if found is None:
+        return Place(model=model, hook_name=_text(name))
+    return Place(model, int(found[1]), _MODULES.get(found[2]), name)
+
+
+def _gemma_scope(weights: Path) -> Place:
+    """Read `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`."""
+    path = weights.absolute().as_posix()
+    layer = re.search(r"layer_(\d{1,4})", path)
+    # A Hub cache writes the repository's / as --.
+    release = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path)
+    number = int(layer[1]) if layer else None
+    if release is None:
+        return Place(layer=number)
+    tuned = "-it" if release[2] == "it" else ""
+    return Place(f"google/gemma-2-{release[1]}{tuned}", number, _GEMMA_2[release[3]])
+
+
+def _gemma_scope_2(config: dict[str, Any], weights: Path) -> Place:
+    model = _text(config.get("model_name"))
+    if model is not None and "/" not in model:
+        model = f"google/{model}"
+    hook = _text(config.get("hf_hook_point_in"))
+    if hook is not None:
+        return _module(hook.removeprefix("model."), model=model)
+    path = weights.absolute().as_posix()
+    layer = re.search(r"layer_(\d{1,4})", path)
+    sites = [site for part, site in _GEMMA_3.items() if part in path]
+    return Place(model, int(layer[1]) if layer else None, sites[0] if sites else None)
+
+
+def claimed_l0(weights: Path) -> float | None:
+    """Return the L0 that a Gemma Scope path states, e.g. `average_l0_71`."""
+    found = re.search(r"average_l0_(\d{1,6})", weights.as_posix())
+    return float(found[1]) if found else None

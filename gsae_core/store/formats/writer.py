@@ -1,0 +1,224 @@
+"""An SAE of ours -> files of another library, read back and compared before they are there.
+
+gsae_core, saelens     cfg.json, sae_weights.safetensors
+jumprelu               the same layout; a Gated SAE as the JumpReLU SAE that computes the same
+dictionary_learning    ae.pt, config.json
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.store.checkpoint import save_sae
+from gsae_core.store.files import sync, write_json, writing
+from gsae_core.store.formats.compare import Parity, parity
+from gsae_core.store.formats.found import Export
+from gsae_core.store.formats.places import hook_place
+from gsae_core.store.formats.reader import read_sae
+
+LARGEST_DIFFERENCE = 1e-6
+
+DICTIONARY_LEARNING = {
+    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
+    "relu": ("AutoEncoder", "StandardTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+}
+
+
+class Exported(NamedTuple):
+    """Files that are there, and how closely they compute what the SAE does."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    parity: Parity
+
+    @property
+    def largest_difference(self) -> float:
+        """The larger of the two relative differences, of latents and of reconstructions."""
+        return self.parity.largest
+
+
+def write_sae(
+    sae: SAE, folder: Path | str, *, format: Export, metadata: dict[str, Any]
+) -> Exported:
+    """Write an SAE in a format, once it was read back and found to compute the same.
+
+    Args:
+        sae: takes raw activations.
+        folder: new or empty; the SAE is there whole or not at all.
+        format: one of `EXPORTS`.
+        metadata: of the SAE's cfg.json: model, site, data and how it was trained.
+
+    Raises:
+        InputError: if the folder is taken or cannot be written, the format has no such SAE, or what
+            was written computes something else.
+    """
+    folder = Path(folder).absolute()
+    if format not in get_args(Export):
+        raise InputError(f"expected a format of {', '.join(get_args(Export))}, got {format!r}")
+    _refuse_if_unknown_there(sae, format)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"expected a new or empty folder for the SAE, found files at {folder}; choose another, "
+            "or remove it"
+        )
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with writing(folder, sum(p.nbytes for p in sae.parameters())):
+        try:
+            unfinished.mkdir(parents=True)
+            _write(sae, unfinished, format, metadata)
+            found = parity(sae, read_sae(unfinished).sae)
+            check_parity(found)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(unfinished, folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Exported(folder, tuple(sorted(folder.iterdir())), found)
+
+
+def check_parity(found: Parity) -> None:
+    """Raise InputError unless the two SAEs that were compared agree."""
+    if not found.largest <= LARGEST_DIFFERENCE:
+        raise InputError(
+            f"expected the written files to compute the same within {LARGEST_DIFFERENCE:g}, found "
+            f"{found.sentence}; nothing was written"
+        )
+
+
+def _refuse_if_unknown_there(sae: SAE, format: Export) -> None:
+    if isinstance(sae, GatedSAE) and sae.tie == "untied" and format != "gsae_core":
+        raise InputError(
+            "expected a Gated SAE whose paths share directions, got one with tie 'untied', which "
+            "no other library has; export it as gsae_core"
+        )
+    if isinstance(sae, TopKSAE) and format == "jumprelu":
+        raise InputError(
+            "expected an SAE whose latents have thresholds of their own, got TopK, whose threshold "
+            "depends on the token; export it as saelens"
+        )
+
+
+def _write(sae: SAE, folder: Path, format: Export, metadata: dict[str, Any]) -> None:
+    match format:
+        case "gsae_core" | "saelens":
+            save_sae(sae, folder, metadata=metadata)
+        case "jumprelu":
+            save_sae(to_jumprelu(sae), folder, metadata=metadata, dtype=torch.float32)
+        case "dictionary_learning":
+            _write_dictionary_learning(sae, folder, metadata)
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SAE) -> JumpReluSAE:
+    """Return the JumpReLU SAE that computes the same, in double precision.
+
+        W_enc = W_gate exp(r_mag),  b_enc = b_mag,  theta = max(0, b_mag - exp(r_mag) b_gate)
+
+    arXiv:2404.16014v2, section 3.2: pi_mag > theta is pi_gate > 0, times a positive number. A ReLU
+    SAE is one with theta = 0.
+
+    Raises:
+        InputError: for TopK and for untied paths, which have no such threshold.
+    """
+    _refuse_if_unknown_there(sae, "jumprelu")
+    jump = JumpReluSAE(sae.d_in, sae.d_sae).double()
+    state = {name: p.detach().double() for name, p in sae.named_parameters()}
+    match sae:
+        case GatedSAE():
+            gain = torch.ones_like(state["b_mag"]) if sae.r_mag is None else state["r_mag"].exp()
+            threshold = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
+            W_enc, b_enc = state["W_gate"] * gain, state["b_mag"]
+        case JumpReluSAE():
+            threshold = state["log_threshold"].exp()
+            W_enc, b_enc = state["W_enc"], state["b_enc"]
+        case _:
+            threshold = torch.zeros_like(state["b_enc"])
+            W_enc, b_enc = state["W_enc"], state["b_enc"]
+    new = {"W_enc": W_enc, "b_enc": b_enc, "log_threshold": threshold.log()}
+    jump.load_state_dict(new | {"W_dec": state["W_dec"], "b_dec": state["b_dec"]})
+    return jump
+
+
+def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
+    kind, trainer = DICTIONARY_LEARNING[sae.architecture]
+    state = {name: t.detach().contiguous() for name, t in _linears(sae).items()}
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    torch.save(state, folder / "ae.pt")
+    layer, site = hook_place(str(metadata.get("hook_name")))
+    coeff = metadata.get("sparsity_coeff_raw", metadata.get("sparsity"))
+    write_json(
+        folder / "config.json",
+        {
+            "trainer": {
+                "dict_class": kind,
+                "trainer_class": trainer,
+                "activation_dim": sae.d_in,
+                "dict_size": sae.d_sae,
+                "layer": layer,
+                "lm_name": metadata.get("model_name"),
+                "submodule_name": None if site is None else f"{site}_layer_{layer}",
+                "wandb_name": metadata.get("name", kind),
+                "device": "cpu",
+            }
+            | ({"k": sae.k} if isinstance(sae, TopKSAE) else {"l1_penalty": coeff}),
+            "buffer": {
+                "d_submodule": sae.d_in,
+                "io": "out",
+                "ctx_len": metadata.get("context_size"),
+                "device": "cpu",
+            },
+            "gsae_core": metadata,
+        },
+    )
+
+
+def _linears(sae: SAE) -> dict[str, Tensor]:
+    """Return the library's names: weights of `nn.Linear`s, transposed, but for JumpReLU's."""
+    shared = {"decoder.weight": sae.W_dec.T}
+    match sae:
+        case GatedSAE():
+            r_mag = torch.zeros_like(sae.b_mag) if sae.r_mag is None else sae.r_mag
+            return shared | {
+                "encoder.weight": sae.W_gate.T,
+                "decoder_bias": sae.b_dec,
+                "gate_bias": sae.b_gate,
+                "mag_bias": sae.b_mag,
+                "r_mag": r_mag,
+            }
+        case ReluSAE():
+            return shared | {
+                "encoder.weight": sae.W_enc.T,
+                "encoder.bias": sae.b_enc,
+                "bias": sae.b_dec,
+            }
+        case TopKSAE():
+            return shared | {
+                "encoder.weight": sae.W_enc.T,
+                "encoder.bias": sae.b_enc,
+                "b_dec": sae.b_dec,
+                "k": torch.tensor(sae.k, dtype=torch.int32),
+                # Never set: the library then counts, as ours does.
+                "threshold": torch.tensor(-1.0),
+            }
+        case JumpReluSAE():
+            # The only one that reads x and not x - b_dec. Of double precision, for a difference of
+            # large numbers is rounded here.
+            shift = sae.b_dec.double() @ sae.W_enc.double()
+            return {
+                "W_enc": sae.W_enc,
+                "b_enc": sae.b_enc.double() - shift,
+                "W_dec": sae.W_dec,
+                "b_dec": sae.b_dec,
+                "threshold": sae.threshold,
+            }
+    raise AssertionError(type(sae))
