@@ -3,6 +3,7 @@
 import copy
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,27 @@ def test_harvesting_stops_at_the_site(tiny_lm: LanguageModel) -> None:
         for handle in handles:
             handle.remove()
     assert ran == ["attention 0"]
+
+
+def test_threads_continue_one_pass_side_by_side_each_from_its_own_activations(
+    tiny_lm: LanguageModel,
+) -> None:
+    splice = tiny_lm.splice(IDS, layer=1, site="mlp_out")
+    scaled = [splice.x, splice.x * 2]
+    alone = [splice.run(x) for x in scaled]
+    inside = threading.Barrier(2, timeout=60)  # broken if one had to wait for the other
+
+    def wait(*_: object) -> None:
+        inside.wait()
+
+    handle = tiny_lm.hf.lm_head.register_forward_hook(wait)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(splice.run, scaled))
+    finally:
+        handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not torch.equal(*together)
 
 
 def test_a_continuation_skips_the_blocks_before_its_site(tiny_lm: LanguageModel) -> None:

@@ -6,7 +6,6 @@ computed (a bridge switches to eager attention and takes about twice the time an
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError
-from gsae_core.lm.sites import bridge_blocks, hf_blocks, hooked, recording, replaying
+from gsae_core.lm.sites import bridge_blocks, hf_blocks, hooked
 from gsae_core.lm.sources import check_config, open_source
+from gsae_core.lm.splice import Edit, Splice, in_model_dtype
 from gsae_core.lm.turns import Turns
 
 Numerics = Literal["raw", "compatibility"]
-Edit = Callable[[Tensor], Tensor]
 
 
 class LanguageModel:
@@ -145,10 +144,10 @@ class LanguageModel:
         if edit is None or layer is None or site is None:
             raise InputError("expected layer, site and edit together, got only some of them")
         self.check(layer, site)
-        with self._turns.alone(), hooked(self._blocks[layer].taps[site], _in_model_dtype(edit)):
+        with self._turns.alone(), hooked(self._blocks[layer].taps[site], in_model_dtype(edit)):
             return self._forward(ids)
 
-    def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> "Splice":
+    def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> Splice:
         """Return one clean pass over `ids`, ready to be continued from other activations.
 
         Raises:
@@ -170,46 +169,6 @@ class LanguageModel:
         return self.hf(input_ids=ids, use_cache=False).logits.float()
 
 
-class Splice:
-    """A clean pass over one batch, and passes that differ from it from one site on.
-
-    What ran before the site is remembered, so a continuation costs only what comes after it.
-
-    Attributes:
-        x: the site's activations in the clean pass, float32 (rows, pos, d_in).
-        logits: the clean next-token logits, float32 (rows, pos, d_vocab).
-    """
-
-    def __init__(self, model: LanguageModel, ids: Tensor, layer: int, site: Site) -> None:
-        self._model, self._ids, self._tap = model, ids, model._blocks[layer].taps[site]
-        earlier = [sites.block for sites in model._blocks[:layer]]
-        before = model._blocks[layer].before.get(site, ())
-        seen: list[Tensor] = []
-        with (
-            model._turns.alone(),
-            recording((*earlier[-1:], *before)) as outputs,
-            hooked(self._tap, seen.append),
-        ):
-            self.logits: Tensor = model._forward(ids)
-        # A copy made outside inference mode may later meet autograd.
-        self.x: Tensor = seen[0].to(torch.float32, copy=True)
-        # Each block hands on one residual stream, so every earlier one may return the last one's.
-        self._outputs = outputs | {block: outputs[earlier[-1]] for block in earlier}
-
-    def run(self, x: Float[Tensor, "rows pos d_in"]) -> Float[Tensor, "rows pos d_vocab"]:
-        """Return the logits that follow when the rest of the model reads `x` at the site.
-
-        Raises:
-            InputError: if `x` has another shape than the site's activations.
-        """
-        with (
-            self._model._turns.alone(),
-            replaying(self._outputs),
-            hooked(self._tap, _in_model_dtype(lambda _: x)),
-        ):
-            return self._model._forward(self._ids)
-
-
 class _SiteReached(Exception):
     """Ends a forward pass whose rest nobody needs, and carries `x` out of it.
 
@@ -223,21 +182,6 @@ class _SiteReached(Exception):
 
 def _stop(x: Tensor) -> None:
     raise _SiteReached(x)
-
-
-def _in_model_dtype(edit: Edit) -> Edit:
-    """Return `edit` between a float32 view of the model's tensor and the model's own precision."""
-
-    def edited(x: Tensor) -> Tensor:
-        new = edit(x.float())
-        if new.shape != x.shape:
-            raise InputError(
-                f"expected an edit that keeps the shape {tuple(x.shape)}, got {tuple(new.shape)}; "
-                "was this SAE trained at another site?"
-            )
-        return new.to(x)
-
-    return edited
 
 
 def load_model(
