@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -94,9 +96,10 @@ class SAESpec(Config):
     d_sae: PositiveInt
     """Number of latents."""
 
-    sparsity: PositiveFloat
+    sparsity: Annotated[PositiveFloat, WrapValidator(lambda v, handler: _or_nan(v, handler))]
     """lambda, against squared error normalised as `loss_norm` says, in training units: it weighs
-    the sum of latents (L1), for `jumprelu` their number (L0). For `topk` it is k, that number."""
+    the sum of latents (L1), for `jumprelu` their number (L0). For `topk` it is k, that number.
+    NaN, null in JSON, where an imported SAE's files do not say."""
 
     loss_norm: LossNorm = "sum"
     """Squared error summed over d_in (Eq. 8), over d_in, or over d_in E|x|^2 (paper D.1)."""
@@ -141,6 +144,10 @@ class SAESpec(Config):
         if sparsity > d_sae:
             raise ValueError(f"expected a k of at most d_sae={d_sae}")
         return sparsity
+
+
+def _or_nan(value: Any, handler: Callable[[Any], float]) -> float:
+    return math.nan if value is None else handler(value)
 
 
 class TrainRecipe(Config):
@@ -238,12 +245,23 @@ class RunConfig(Config):
     preset: str | None = None
     """Name of the preset this came from; a label only."""
 
+    imported: str | None = None
+    """Library whose files the SAEs were read from; None for those trained here. An imported run's
+    recipe says nothing of how they learnt: its `n_tokens` bounds the text that is read."""
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> "RunConfig":
         names = [spec.name for spec in self.saes]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"expected a different name for each SAE, got {twice!r} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_here_with_a_sparsity(self) -> "RunConfig":
+        unsaid = next((spec.name for spec in self.saes if math.isnan(spec.sparsity)), None)
+        if self.imported is None and unsaid is not None:
+            raise ValueError(f"expected a sparsity to train {unsaid!r} with, got none")
         return self
 
     @field_validator("train")

@@ -26,9 +26,13 @@ class Finished(NamedTuple):
 
 
 def alike(config: RunConfig, other: RunConfig) -> bool:
-    """Whether lambda means the same in both runs: one model, place and scale of activations."""
+    """Whether lambda means the same in both runs: one model, place and scale of activations.
+
+    Of an imported run it does not: other libraries average and scale in ways of their own.
+    """
     return (
-        config.model.name == other.model.name
+        other.imported is None
+        and config.model.name == other.model.name
         and config.model.layer == other.model.layer
         and config.model.site == other.model.site
         and config.activation_scale == other.activation_scale

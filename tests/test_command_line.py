@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core.command_line import Doctor, Evaluate, Resume, parse
+from gsae_core.command_line import COMMANDS, Doctor, Evaluate, Resume, parse
 from gsae_core.config import (
     DataConfig,
     EvalConfig,
@@ -61,8 +61,9 @@ def test_every_setting_of_the_configs_has_a_flag() -> None:
     settings = {name for kind in kinds for name in kind.model_fields}
     called = {"name": "model", "source": "data", "n_tokens": "tokens", "d_sae": "width"}
     called |= {"architecture": "arch"}
-    # Parts of a run, and what only the ablation of a paragraph in the paper wants.
-    settings -= {"saes", "train", "evaluation", "detach_b_dec"}
+    # Parts of a run, what only the ablation of a paragraph in the paper wants, and what `import`
+    # alone sets.
+    settings -= {"saes", "train", "evaluation", "detach_b_dec", "imported"}
     assert {called.get(name, name) for name in settings} <= flags
 
 
@@ -222,10 +223,10 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
     [
         (
             "",
-            "expected a command, one of train, resume, evaluate, bench, doctor, got none; see "
+            f"expected a command, one of {', '.join(COMMANDS)}, got none; see "
             "python -m gsae_core --help",
         ),
-        ("tain", "expected a command, one of train, resume, evaluate, bench, doctor, got 'tain'"),
+        ("tain", f"expected a command, one of {', '.join(COMMANDS)}, got 'tain'"),
         (
             "train --sparcity 0.1",
             "expected a flag of train, got '--sparcity'; did you mean --sparsity?",

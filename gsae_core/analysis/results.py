@@ -108,7 +108,8 @@ def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
         own SAEs and where there is no counterpart.
     """
     keys = ["architecture", "sparsity"]
-    ours = pd.DataFrame(frame[frame["run"] == base]).drop_duplicates(keys)
+    # pandas takes NaN, an imported SAE's unknown lambda, to equal NaN.
+    ours = pd.DataFrame(frame[frame["run"] == base]).dropna(subset=keys).drop_duplicates(keys)
     paired = frame[[*keys, "run"]].merge(ours[[*keys, *NUMBERS]], on=keys, how="left")
     paired.index = frame.index
     differences = frame[list(NUMBERS)] - paired[list(NUMBERS)]

@@ -31,7 +31,7 @@ _MODULES: dict[str, Site] = {
     ".self_attn.o_proj.input": "attn_z",
     ".post_feedforward_layernorm.output": "mlp_out",
 }
-_SUBMODULES: dict[Site | str, Site] = {
+_SUBMODULES: dict[str, Site] = {
     "resid": "resid_post",
     "mlp": "mlp_out",
     "attn": "attn_out",
@@ -99,7 +99,7 @@ def _dictionary_learning(config: dict[str, Any]) -> Place:
     if name is not None and layer is not None:
         # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
         name = re.sub(rf"(_layer)?_?{layer}$", "", name)
-    sites = {site: site for site in SITES} | _SUBMODULES
+    sites: dict[str, Site] = {site: site for site in SITES} | _SUBMODULES
     return Place(
         model=_text(trainer.get("lm_name")),
         layer=layer if isinstance(layer, int) and layer >= 0 else None,
@@ -137,7 +137,7 @@ def _gemma_scope_2(config: dict[str, Any], weights: Path) -> Place:
         return _module(hook.removeprefix("model."), model=model)
     path = weights.absolute().as_posix()
     layer = re.search(r"layer_(\d{1,4})", path)
-    sites = [site for part, site in _GEMMA_3.items() if part in path]
+    sites: list[Site] = [site for part, site in _GEMMA_3.items() if part in path]
     return Place(model, int(layer[1]) if layer else None, sites[0] if sites else None)
 
 
@@ -145,3 +145,13 @@ def claimed_l0(weights: Path) -> float | None:
     """Return the L0 that a Gemma Scope path states, e.g. `average_l0_71`."""
     found = re.search(r"average_l0_(\d{1,6})", weights.as_posix())
     return float(found[1]) if found else None
+
+
+# TransformerLens and older configs leave the owner out.
+_OWNERS = {"pythia": "EleutherAI", "gpt2": "openai-community", "gemma": "google"}
+
+
+def hub_name(model: str) -> str:
+    """Return the Hub's name of a model that TransformerLens calls by a shorter one."""
+    owner = _OWNERS.get(model.partition("-")[0])
+    return model if "/" in model or owner is None else f"{owner}/{model.removesuffix('-small')}"

@@ -1,0 +1,164 @@
+"""`import`, `export` and `list`: what each does, as the lines it prints."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gsae_core.errors import InputError
+from gsae_core.exchange_flags import ExportSAE, Import, List
+from gsae_core.launch import runs_root
+from gsae_core.report import aligned
+from gsae_core.store.formats.detect import find_saes
+from gsae_core.store.formats.found import Found, Place
+from gsae_core.store.listing import list_runs, unreadable_runs
+from gsae_core.store.runs import Run
+from gsae_core.store.status import read_json
+from gsae_core.validation import validated
+from gsae_core.wording import fixed
+
+PROGRAM = "python -m gsae_core"
+
+# Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
+OWN = {"recipe", "tie", "aux", "detach_b_dec", "init_threshold", "bandwidth", "k_aux"}
+
+
+def import_lines(command: Import) -> Iterator[str]:
+    """Yield what was imported, and every assumption, having imported it."""
+    from gsae_core.config import ModelConfig
+    from gsae_core.store.imports import import_saes
+
+    if command.layer is not None:
+        validated(ModelConfig, {"layer": command.layer}, {"layer": "--layer"})
+    run, sources = import_saes(
+        command.path,
+        command.to,
+        model=command.model,
+        layer=command.layer,
+        site=command.site,
+        saes=command.sae,
+        data=command.data,
+    )
+    yield f"run {run.folder}"
+    for name, source in sources.items():
+        yield f"{name}: {source.architecture} of {source.library}"
+        yield from (f"  {sentence}" for sentence in source.assumed)
+    yield f"for {run.config.model.name}, {run.config.model.hook_name}"
+    yield f"measure it with: {PROGRAM} evaluate {run.folder}"
+
+
+def export_lines(command: ExportSAE) -> Iterator[str]:
+    """Yield what was written and how close it is, having written it."""
+    from gsae_core.store.checkpoint import load_sae, read_cfg
+    from gsae_core.store.formats.writer import write_sae
+
+    run = Run.open(command.run)
+    name = command.sae or _only(run)
+    folder = run.sae_folder(name)
+    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
+    if metadata.get("stopped"):
+        yield f"{name} stopped learning: {metadata['stopped']}"
+    sae = load_sae(folder)
+    if command.format == "jumprelu":
+        metadata["converted_from"] = sae.architecture
+    written = write_sae(sae, command.to, format=command.format, metadata=metadata)
+    for path in written.files:
+        yield str(path)
+    yield f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}"
+
+
+def _only(run: Run) -> str:
+    names = [spec.name for spec in run.config.saes]
+    if len(names) > 1:
+        raise InputError(f"expected --sae with one of this run's SAEs ({', '.join(names)})")
+    return names[0]
+
+
+def list_lines(command: List) -> list[str]:
+    """Return a table of the runs or SAEs at a path.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    path = runs_root() if command.path is None else command.path
+    if (path / "config.json").is_file() and (path / "status.json").is_file():
+        return _saes_of(Run.open(path))
+    if path.is_dir():
+        runs = list_runs(path)
+        damaged = [f"{run.id}: {run.reason}" for run in unreadable_runs(path)]
+        if runs:
+            return _runs(runs) + damaged
+    elif command.path is None:
+        raise InputError(f"expected runs in {path}, found no such folder; train or import first")
+    return _foreign(find_saes(path))
+
+
+def _runs(runs: list[Run]) -> list[str]:
+    rows = [
+        [
+            run.id,
+            run.status.state,
+            run.config.model.name,
+            run.config.model.hook_name,
+            ", ".join(dict.fromkeys(spec.architecture for spec in run.config.saes)),
+            str(len(run.config.saes)),
+            run.config.imported or "ours",
+        ]
+        for run in runs
+    ]
+    return aligned([["run", "state", "model", "site", "architectures", "SAEs", "from"], *rows])
+
+
+def _saes_of(run: Run) -> list[str]:
+    measured = {row["name"]: row for row in run.evals()}
+    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "from"]
+    rows, notes = [], []
+    for spec in run.config.saes:
+        source = _source(run.sae_folder(spec.name))
+        row = measured.get(spec.name, {})
+        d_in, l0 = row.get("d_in"), row.get("l0")
+        rows.append(
+            [
+                spec.name,
+                spec.architecture,
+                "–" if d_in is None else str(d_in),
+                str(spec.d_sae),
+                _number(spec.sparsity),
+                "–" if l0 is None else fixed(l0, 1),
+                source.get("library", "ours"),
+            ]
+        )
+        notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
+    place = f"{run.config.model.name}, {run.config.model.hook_name}"
+    return [f"{run.id}, {run.status.state}: {place}", *aligned([head, *rows]), *notes]
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    """Return where an imported SAE came from; empty for one of ours, or one not saved yet."""
+    path = folder / "cfg.json"
+    cfg = read_json(path) if path.is_file() else {}
+    return (cfg.get("metadata") or {}).get("source") or {}
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:g}"  # NaN: its files do not say
+
+
+def _foreign(found: list[Found]) -> list[str]:
+    rows = [
+        [
+            sae.name,
+            sae.architecture,
+            "–" if sae.d_in is None else str(sae.d_in),
+            "–" if sae.d_sae is None else str(sae.d_sae),
+            _place(sae.place),
+            sae.library,
+            str(sae.weights),
+        ]
+        for sae in found
+    ]
+    return aligned([["SAE", "architecture", "d_in", "latents", "place", "format", "file"], *rows])
+
+
+def _place(place: Place) -> str:
+    known = [place.model, None if place.layer is None else f"layer {place.layer}", place.site]
+    return " ".join(part for part in known if part) or place.hook_name or "–"
