@@ -30,10 +30,13 @@ def actions() -> None:
     quick = preset("quick")
     finished = [r for r in frame.runs if r.id in frame.statuses]
     finished = [r for r in finished if frame.statuses[r.id].state == "finished"]
-    first, second, third = st.columns(3, border=True)
-    with first:
-        st.subheader("Train the bundled model", anchor=False)
-        st.caption(f"{quick.description}.")
+    cells = [
+        # As high as the highest, with the buttons on one line.
+        cell.container(border=True, height="stretch", vertical_alignment="distribute")
+        for cell in st.columns(3)
+    ]
+    with cells[0]:
+        heading("Train the bundled model", f"{quick.description}.")
         if st.button(
             "Start training",
             type="primary",
@@ -41,44 +44,54 @@ def actions() -> None:
             key="start_quick",
             width="stretch",
         ):
-            nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
-            try:
-                run = launch(shell.runs_root(), quick.config(), nonce=nonce)
-            except InputError as error:
-                notice(str(error), title="Nothing was started")
-            else:
-                del st.session_state["nonce"]
-                shell.go("pages/2_Live.py", run)
-    with second:
-        st.subheader("Train with choices", anchor=False)
-        st.caption(
-            "Your model, layer, widths and λ; the memory and time it takes, before it starts."
-        )
+            begin_quick()
+    with cells[1]:
+        what = "Your model, layer, widths and λ; the memory and time it takes, before it starts."
+        heading("Train with choices", what)
         icon = ":material/tune:"
         if st.button("Choose settings", icon=icon, key="choose", width="stretch"):
             st.switch_page("pages/1_Train.py", query_params={})
-    with third:
-        st.subheader("Open the latest results", anchor=False)
+    with cells[2]:
         if finished:
             latest = finished[0]
-            plain(f"{latest.id}: {len(latest.config.saes)} SAEs", size=".875rem")
+            heading("Open the latest results", f"{latest.id}: {len(latest.config.saes)} SAEs.")
             label = "Sparsity against fidelity"
             if st.button(label, icon=":material/balance:", key="results", width="stretch"):
                 shell.go("pages/3_Pareto.py", latest)
         else:
-            st.caption("Nothing is finished yet; the first results take minutes.")
+            heading("New to sparse autoencoders?", "What the words and the numbers mean.")
+            if st.button("Start here", icon=":material/help:", key="help", width="stretch"):
+                st.switch_page("pages/9_Help.py", query_params={})
+
+
+def heading(title: str, text: str) -> None:
+    """Draw what an action is."""
+    with st.container(gap="small"):
+        st.subheader(title, anchor=False)
+        plain(text, size=".875rem")
+
+
+def begin_quick() -> None:
+    """Start the quick set-up and show it."""
+    nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
+    try:
+        run = launch(shell.runs_root(), preset("quick").config(), nonce=nonce)
+    except InputError as error:
+        notice(str(error), title="Nothing was started")
+        return
+    del st.session_state["nonce"]
+    shell.go("pages/2_Live.py", run)
 
 
 def jobs() -> None:
     """Draw the jobs that run or wait, refreshed while there are any."""
-    st.subheader("Running now", anchor=False)
     looked = [(run, status) for run in frame.runs if (status := shell.status_of(run)) is not None]
     moving = [(run, status) for run, status in looked if status.expects_process]
     drawn = {name for name, status in frame.statuses.items() if status.expects_process}
     if {run.id for run, _ in moving} != drawn:
         st.rerun()  # one ended or began: the table below says so too
-    if not moving:
-        st.caption("No job is running.")
+    if moving:
+        st.subheader("Running now", anchor=False)
     for run, status in moving:
         with st.container(border=True):
             plain(run.id)
@@ -150,24 +163,23 @@ def this_machine() -> None:
     here = machine(shell.runs_root())
     st.subheader("This machine", anchor=False)
     device = here.gpus[0] if here.gpus else "none found: training runs on the processor"
-    facts(
-        {
-            "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
-            "Processor": f"{here.n_cores} cores",
-            "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
-            "Disk": f"{readable(here.disk_free)} free for runs",
-        }
-    )
+    cells = st.columns([2, 1, 1, 1])
+    found = {
+        "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
+        "Processor": f"{here.n_cores} cores",
+        "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
+        "Disk": f"{readable(here.disk_free)} free for runs",
+    }
+    for cell, (name, value) in zip(cells, found.items(), strict=True):
+        with cell:
+            facts({name: value})
 
 
 actions()
 busy = any(status.expects_process for status in frame.statuses.values())
-left, right = st.columns([2, 1], gap="large")
-with left:
-    st.fragment(jobs, run_every=2 if busy else None)()
-with right:
-    this_machine()
+st.fragment(jobs, run_every=2 if busy else None)()
 recent()
+this_machine()
 for broken in unreadable_runs(shell.runs_root()):
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
 to_cancel = st.session_state.pop("to_cancel", None)

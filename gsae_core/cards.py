@@ -117,7 +117,8 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
                     "measured on": f"{int(row['n_tokens']):,} held-out tokens",
                 }
             )
-        live, shrinkage = st.columns(2)
+        with st.container(horizontal=True, gap="small"):
+            live, shrinkage = st.container(width="content"), st.container(width="content")
         if live.button("Live", icon=":material/monitoring:", key=f"live_{number}"):
             return "live"
         if shrinkage.button("Shrinkage", icon=":material/straighten:", key=f"shrink_{number}"):

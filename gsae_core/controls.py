@@ -21,13 +21,10 @@ CANCELLABLE = ("queued", "starting", "running")
 def controls(run: Run, status: Status) -> None:
     """Draw the buttons that a run's state allows."""
     with st.container(horizontal=True, width="content", gap="small"):
-        if status.state == "finished":
-            st.page_link(
-                "pages/3_Pareto.py",
-                label="See the results",
-                icon=":material/balance:",
-                query_params={"run": run.id},
-            )
+        if status.state == "finished" and st.button(
+            "See the results", icon=":material/balance:", type="primary", key="see_results"
+        ):
+            shell.go("pages/3_Pareto.py", run)
         idle = status.state == "queued" and status.pid is None
         if idle or status.state in RESUMABLE:
             label = "Start" if idle else "Resume"

@@ -9,14 +9,14 @@ import streamlit as st
 
 from gsae_core.errors import InputError
 from gsae_core.failures import explain
-from gsae_core.glossary import definition
+from gsae_core.glossary import definition, title
 from gsae_core.pieces import figure_tools, notice, plain, seconds_since
 from gsae_core.progress import Phase, Progress, timeline
 from gsae_core.store.queue import line
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
 from gsae_core.token_strip import token_strip
-from gsae_core.wording import ago, count, duration, fixed, percent
+from gsae_core.wording import ago, count, duration, fixed, percent, unhidden
 
 # Mixed with the colour of the text, which is dark on a light page and light on a dark one.
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
@@ -76,29 +76,35 @@ def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False)
 
 def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) -> None:
     """Show how far and how fast."""
-    one, two, three, four, five = st.columns(5)
-    one.metric("Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out.")
-    two.metric(
+    cells = st.columns(5 if moving else 4)
+    cells[0].metric(
+        "Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out."
+    )
+    cells[1].metric(
         "Speed",
         "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
         help="Activation vectors a second, over the last ten logged steps.",
     )
-    three.metric(
+    cells[2].metric(
         "LM share",
         "–" if now.lm_share is None else percent(now.lm_share, 0),
         help="Share of training time spent in the language model. The SAEs' steps took "
         f"{percent(now.sae_share, 0)}; files, logs and looks at latents took the rest.",
     )
-    left = now.seconds_left if moving and status.stage != "evaluating" else None
-    four.metric(
+    last = ago(seconds_since(status.heartbeat))
+    if not moving:
+        cells[3].metric("Ended", last, help="When the training process last wrote its status.")
+        return
+    left = now.seconds_left if status.stage != "evaluating" else None
+    cells[3].metric(
         "Time left",
         "–" if left is None else duration(left),
         help="Training steps left at this speed; evaluation comes after.",
     )
-    five.metric(
+    cells[4].metric(
         "Last sign of life",
-        ago(seconds_since(status.heartbeat)),
-        help="When the training process last wrote its status.",
+        last.removesuffix(" ago"),  # in a narrow window there is no room for it
+        help="How long ago the training process last wrote its status.",
     )
 
 
@@ -132,7 +138,7 @@ def draw_log(run: Run) -> None:
     """Show the end of the log as it stands."""
     lines = run.log_tail(30)
     height = 240 if len(lines) > 8 else "content"
-    st.code("\n".join(lines) or "the log is empty", language=None, height=height)
+    st.code(unhidden("\n".join(lines)) or "the log is empty", language=None, height=height)
 
 
 def draw_samples(run: Run, names: Sequence[str]) -> None:
@@ -203,7 +209,7 @@ def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:
 def explain_numbers() -> None:
     """Show what each number of the page means, in the words of what computes it."""
     for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
-        plain(f"{term}: {definition(term)}")
+        plain(f"{title(term)}: {definition(term)}")
 
 
 def newest_numbers(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

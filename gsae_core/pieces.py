@@ -11,6 +11,7 @@ import streamlit as st
 from gsae_core.config import Architecture
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.store.status import State
+from gsae_core.wording import unhidden
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,22 +44,27 @@ def notice(
         "warning": ("#E69F00", "status"),
         "error": ("#D55E00", "alert"),
     }[kind]
-    head = f"<strong>{html.escape(title)}</strong><br>" if title else ""
+    head = f"<strong>{escaped(title)}</strong><br>" if title else ""
     st.html(
         f'<div role="{role}" style="padding:.75rem 1rem;border-radius:.5rem;overflow-wrap:anywhere;'
         f"border-left:4px solid {colour};background:color-mix(in srgb, {colour} 12%, transparent)"
-        f'">{head}{html.escape(text)}</div>'
+        f'">{head}{escaped(text)}</div>'
     )
+
+
+def escaped(text: str) -> str:
+    """Return text as HTML that shows it as it stands, and nothing of it hidden."""
+    return html.escape(unhidden(text))
 
 
 def plain(text: str, *, size: str = "1rem") -> None:
     """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
-    st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{html.escape(text)}</div>')
+    st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{escaped(text)}</div>')
 
 
 def escape_markdown(text: str) -> str:
     """Return text that Markdown shows as it stands, for labels that know nothing else."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()<>#+-.!|$:~^" else c for c in text)
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()<>#+-.!|$:~^" else c for c in unhidden(text))
 
 
 def state_badge(state: State) -> None:
@@ -91,7 +97,7 @@ def _legend_item(label: str, colour: str, dash: tuple[int, ...], shape: str | No
     return (
         f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
         f'border-top:3px {stroke} {colour};vertical-align:middle"></span> '
-        f"{sign}{html.escape(label)}</span>"
+        f"{sign}{escaped(label)}</span>"
     )
 
 
@@ -103,8 +109,8 @@ def seconds_since(moment: float | int) -> float:
 def facts(rows: Mapping[str, str]) -> None:
     """Show names and values in two columns."""
     body = "".join(
-        f'<div style="opacity:.75">{html.escape(name)}</div>'
-        f'<div style="overflow-wrap:anywhere">{html.escape(value)}</div>'
+        f'<div style="opacity:.75">{escaped(name)}</div>'
+        f'<div style="overflow-wrap:anywhere">{escaped(value)}</div>'
         for name, value in rows.items()
     )
     st.html(
@@ -116,7 +122,7 @@ def facts(rows: Mapping[str, str]) -> None:
 def marked(architecture: Architecture, text: str) -> None:
     """Show text behind the colour and marker of an architecture."""
     sign = f'<span style="color:{LOOKS[architecture].colour}">{SIGNS[architecture]}</span>'
-    st.html(f'<div style="font-weight:600">{sign} {html.escape(text)}</div>')
+    st.html(f'<div style="font-weight:600">{sign} {escaped(text)}</div>')
 
 
 def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data", about: str = "") -> None:

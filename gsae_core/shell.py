@@ -7,15 +7,23 @@ import streamlit as st
 
 from gsae_core import launch
 from gsae_core.errors import InputError
+from gsae_core.job_badge import job_badge, say_connected, status_of
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
-from gsae_core.store.jobs import escalate_cancel
 from gsae_core.store.listing import list_runs, unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
-from gsae_core.wording import percent
 
 NAME = "Gated SAE Studio"
+
+# Streamlit shows the focus on links and buttons by a shade that is hard to tell from hovering, and
+# keeps 80 px free on either side of figures that need them.
+STYLE = (
+    "<style>:is(a,button,summary,[role=radio],[tabindex]):focus-visible"
+    "{outline:2px solid color-mix(in srgb,#0072B2 60%,currentColor)!important;"
+    "outline-offset:2px}"
+    "[data-testid=stMainBlockContainer]{padding:3.5rem clamp(1rem,3vw,4rem) 3rem}</style>"
+)
 
 NAVIGATION = (
     (None, (("app.py", "Home", ":material/home:"),)),
@@ -33,7 +41,7 @@ NAVIGATION = (
             ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
         ),
     ),
-)
+    ("About", ()
 
 
 class Frame(NamedTuple):
@@ -73,9 +81,10 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=st.session_state.get("page") != title)
-        _jobs(runs, statuses)
+        job_badge(runs, statuses)
         _navigation(run)
     st.session_state["page"] = title
+    st.html(STYLE)
     st.title(title, anchor=False)
     st.caption(purpose)
     st.session_state.pop("deleted", None)
@@ -86,6 +95,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     missing = st.session_state.get("missing_run")
     if missing:
         _say_missing(missing, runs)
+    say_connected(title, run, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
     return Frame(run, runs, theme, statuses)
 
@@ -137,56 +147,6 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     return by_id[chosen]
 
 
-def _jobs(runs: list[Run], statuses: dict[str, Status]) -> None:
-    """Draw the job badge, which refreshes itself while a job moves, on every page."""
-    moving = [run for run in runs if run.id in statuses and statuses[run.id].expects_process]
-
-    def badge() -> None:
-        now = {run.id: status for run in moving if (status := status_of(run)) is not None}
-        for run in moving:
-            if run.id in now and now[run.id].state == "cancelling":
-                escalate_cancel(run)  # whichever page is open
-        tell_endings(now)
-        _badge([status for status in now.values() if status.expects_process])
-
-    st.fragment(badge, run_every=3.0 if moving else None)()
-    # What ended between two looks of the badge is told by the page that is drawn next.
-    tell_endings(statuses)
-
-
-def _badge(moving: list[Status]) -> None:
-    """Say how many jobs run and wait, and how far the newest is."""
-    active = [status for status in moving if status.state in ACTIVE]
-    waiting = len(moving) - len(active)
-    if not moving:
-        st.badge("no job running", icon=None, color="gray")
-        return
-    words = []
-    if active:
-        newest = active[0]
-        done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
-        words.append(f"● {len(active)} running · {done}")
-    if waiting:
-        words.append(f"{waiting} queued")
-    st.badge(" · ".join(words), color="blue" if active else "gray")
-
-
-ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
-
-
-def tell_endings(statuses: dict[str, Status]) -> None:
-    """Say once, on whatever page, that a run seen moving in this session has ended."""
-    watched: set[str] = st.session_state.setdefault("watched", set())
-    for name, status in statuses.items():
-        if status.expects_process:
-            watched.add(name)
-        elif name in watched:
-            watched.discard(name)
-            if status.state in ENDINGS:
-                said = f"{escape_markdown(name)} {'is ' * (status.state == 'lost')}{status.state}"
-                st.toast(said, icon=ENDINGS[status.state], duration="long")
-
-
 def _navigation(run: Run | None) -> None:
     parameters = {} if run is None else {"run": run.id}
     for group, links in NAVIGATION:
@@ -194,14 +154,6 @@ def _navigation(run: Run | None) -> None:
             st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
         for target, label, icon in links:
             st.page_link(target, label=label, icon=icon, query_params=parameters)
-
-
-def status_of(run: Run) -> Status | None:
-    """Return where a run stands, or None if its folder was deleted or damaged meanwhile."""
-    try:
-        return run.status
-    except InputError:
-        return None
 
 
 def go(target: str, run: Run, **parameters: str) -> NoReturn:

@@ -1,21 +1,17 @@
 """Tokens in their context as HTML: escaped, every character visible, each kept to itself."""
 
 import html
-import unicodedata
 from collections.abc import Sequence
 
-# Marks, joiners and overrides of these categories are invisible, or move what stands beside them.
-HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+from gsae_core.wording import unhidden
+
 SIGNS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 STRONGEST = 0.6  # opacity of the strongest highlight: body text keeps a contrast of 5:1 on it
 
 
 def visible(text: str) -> str:
     """Return a token's text with a sign for all that cannot be seen, e.g. `·the` or `⟨200F⟩`."""
-    return "".join(
-        SIGNS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN else c)
-        for c in text
-    )
+    return "".join(SIGNS.get(c) or unhidden(c) for c in text)
 
 
 def token_strip(tokens: Sequence[str], values: Sequence[float], *, at: int, top: float) -> str:

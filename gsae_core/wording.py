@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import unicodedata
+
+# Marks, joiners and overrides of these categories are invisible, or move what stands beside them.
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def count(number: float | int) -> str:
@@ -49,3 +53,17 @@ def signed_percent(before: float | int, after: float | int) -> str:
     if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
         return "–"
     return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+def unhidden(text: str, *, keep: str = "\n\t") -> str:
+    """Return text in which what cannot be seen is written out, e.g. `⟨202E⟩`.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN and c not in keep else c
+        for c in text
+    )

@@ -26,6 +26,7 @@ from gsae_core.train_widgets import advanced, budget, computing, in_cache, what,
 from gsae_core.wording import count, duration
 
 PREVIEW_SECONDS = 20
+MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
 IN_LABELS = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
 state = st.session_state
 
@@ -116,7 +117,7 @@ def expected(config: RunConfig) -> dict[str, Expected]:
     found = []
     for run in frame.runs:
         evals = run.folder / "evals.json"
-        if alike(config, run.config) and evals.exists():
+        if len(found) < MAX_EARLIER and alike(config, run.config) and evals.exists():
             try:
                 found.append(results(run.folder, evals.stat().st_mtime_ns))
             except (InputError, FileNotFoundError, KeyError):

@@ -7,6 +7,7 @@ from gsae_core import address, shell
 from gsae_core.controls import controls
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
+from gsae_core.job_badge import escalate
 from gsae_core.live_view import (
     STAGES,
     draw_log,
@@ -29,7 +30,6 @@ from gsae_core.plots.live import (
 )
 from gsae_core.plots.plane import plane
 from gsae_core.progress import progress
-from gsae_core.store.jobs import escalate_cancel
 from gsae_core.store.metrics_log import MetricsCursor
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
@@ -83,7 +83,7 @@ def header(status: Status, table: pd.DataFrame) -> None:
         tokens = newest[-1]["tokens"] if newest else 0
         draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING)
         if status.state == "cancelling":
-            st.caption(f"The process was {STAGES.get(escalate_cancel(run), 'ended')}.")
+            st.caption(f"The process was {STAGES.get(escalate(run), 'ended')}.")
 
 
 def figure(chart: LiveChart, *, name: str, alt: str) -> None:
@@ -169,7 +169,12 @@ def view(was: Status) -> None:
         return
     damaged = sum(n for _, n in tables.values())
     if damaged:
-        notice(f"{damaged} lines of metrics.jsonl cannot be read and are left out.", kind="warning")
+        lines, they = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
+        notice(
+            f"{lines} of metrics.jsonl cannot be read and {they} left out. A full disk leaves "
+            "such: make sure that there is room.",
+            kind="warning",
+        )
     finished = [name for name, state in states.items() if state == "finished"]
     charts({name: table for name, (table, _) in tables.items()}, finished)
     with st.expander("Sample of features", icon=":material/visibility:", expanded=True):

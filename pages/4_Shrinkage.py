@@ -256,6 +256,6 @@ pair = choose()
 gated, base = pair["gated"], pair["base"]
 chosen = (gated, base)
 headline()
-over_the_sweep()
-by_length()
-feature_by_feature()
+# What is chosen in a section concerns it alone: the rest of the page is not drawn anew.
+for section in (over_the_sweep, by_length, feature_by_feature):
+    st.fragment(section)()

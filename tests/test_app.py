@@ -1,90 +1,94 @@
 """Every page in every state, without a browser: no page may end in an exception."""
 
-import shutil
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from app_pages import APP, HOSTILE, opened, text
+from app_pages import APP, HOSTILE, NASTY, PAGES, hostile_run, opened, text
 from synthetic import config, metric_lines, write_metrics, write_run
 
 from gsae_core.config import sweep
 
-PAGES = [
-    "app.py",
-    *(f"pages/{name}.py" for name in ("1_Train", "2_Live", "3_Pareto", "4_Shrinkage")),
-]
-RESULT_PAGES = PAGES[3:]
+RESULT_PAGES = ["pages/3_Pareto.py", "pages/4_Shrinkage.py"]
 
 
+def source(page: str) -> str:
+    return (APP.parent / page).read_text(encoding="utf-8")
+
+
+NEED_A_RUN = [page for page in PAGES if "need_run(" in source(page)]
+# What any page is bound to, and a few names that none is.
+PARAMETERS = shlex.split(
+    "model layer site preset from arch width sparsity tokens data peek x part smooth log saes "
+    "overlay feat ym xm logx runs base paper pick cols diff gated lengths minfire bin topic find "
+    "feature view ctx q dens text tok f s mode seed repo rev nothing"
+)
+
+
+def wide(root: Path, worker: int) -> None:
+    saes = sweep(["gated", "relu"], [0.2], 16_384)
+    write_run(root, "wide", run_config=config().model_copy(update={"saes": saes}))
+
+
+def interrupted(state: str) -> Callable[[Path, int], None]:
+    def make(root: Path, worker: int) -> None:
+        # Without a process, a running one is lost.
+        made = "running" if state == "lost" else state
+        write_run(root, state, made, share=0.1, error=f"out of memory {HOSTILE}")  # type: ignore
+
+    return make
+
+
+STATES: dict[str, Callable[[Path, int], object]] = {
+    "nothing": lambda root, worker: None,
+    "finished": lambda root, worker: write_run(root, "done"),
+    "running": lambda root, worker: write_run(root, "moving", "running", share=0.25, pid=worker),
+    "waiting": lambda root, worker: write_run(root, "waits", "queued", share=0.0, pid=worker),
+    "not started": lambda root, worker: write_run(root, "made", "queued", share=0.0),
+    **{state: interrupted(state) for state in ("failed", "lost", "cancelled")},
+    "16k features": wide,
+    "hostile": lambda root, worker: hostile_run(root),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_without_runs_says_so(root: Path, page: str) -> None:
-    at = opened(page)
-    assert not at.exception
-    if page in PAGES[2:]:
-        assert "No runs yet" in text(at)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_shows_a_finished_run(root: Path, page: str) -> None:
-    write_run(root, "done")
-    at = opened(page)
-    assert not at.exception
-    assert at.selectbox(key="run").value == "done"
-
-
-@pytest.mark.parametrize("page", PAGES[2:])
-def test_a_page_shows_a_running_job(root: Path, worker: int, page: str) -> None:
-    write_run(root, "moving", "running", share=0.25, pid=worker)
-    at = opened(page)
-    assert not at.exception
-    if page in RESULT_PAGES:
-        assert "moving is running, step 128 of 512" in text(at)  # a quarter of 2^20 / 2048
-
-
-@pytest.mark.parametrize("page", PAGES[2:])
-def test_a_page_shows_a_failed_job(root: Path, page: str) -> None:
-    write_run(root, "broken", "failed", share=0.1, error=f"CUDA out of memory {HOSTILE}")
+def test_a_page_is_there_in_every_state(root: Path, worker: int, page: str, state: str) -> None:
+    STATES[state](root, worker)
     at = opened(page)
     assert not at.exception
     said = text(at)
-    assert "<img src=x" not in said
-    if page == "pages/2_Live.py":
-        assert "Train fewer SAEs at once" in said
-        assert "loading the model" in said
+    for hidden in "\u202e\u2067\u200b\ufeff\x1b\x00":
+        assert hidden not in said, f"{page} shows {hidden!r} as it stands"
+    read_as_html = [str(element.value) for kind in (at.html, at.markdown) for element in kind]
+    for tag in ("<script", "<img", "<form", "<style>*"):
+        assert tag not in "".join(read_as_html), f"{page} lets {tag!r} through"
+    if state == "nothing" and page in NEED_A_RUN:
+        assert "No runs yet" in said
+    if state == "running" and page in RESULT_PAGES:
+        assert "moving is running, step 128 of 512" in said  # a quarter of 2^20 / 2048
+    if state == "finished":
+        assert at.selectbox(key="run").value == "done"
 
 
+@pytest.mark.parametrize("value", [HOSTILE, NASTY[2], "99999999", "-1", "nan", "x" * 5000])
 @pytest.mark.parametrize("page", PAGES)
-def test_an_unknown_run_in_the_address_is_named_and_not_replaced(root: Path, page: str) -> None:
+def test_bad_values_in_the_address_are_dropped(root: Path, page: str, value: str) -> None:
     write_run(root, "done")
-    at = opened(page, run=HOSTILE)
+    at = opened(page, run="done", **dict.fromkeys(PARAMETERS, value))
     assert not at.exception
-    assert "is not on this machine; choose another in the sidebar" in text(at)
     assert "<img" not in text(at)
-    assert at.selectbox(key="run").value is None
+    assert "\u202e" not in text(at)
 
 
-def test_bad_values_in_the_address_are_dropped(root: Path) -> None:
-    write_run(root, "done")
-    for page, bad in (
-        ("pages/2_Live.py", {"x": "parsecs", "smooth": "9", "part": "?", "saes": HOSTILE}),
-        ("pages/3_Pareto.py", {"ym": "beauty", "pick": HOSTILE}),
-        ("pages/4_Shrinkage.py", {"gated": "none", "base": HOSTILE, "minfire": "-3"}),
-        ("pages/1_Train.py", {"preset": HOSTILE}),
-    ):
-        at = opened(page, run="done", **bad)
-        assert not at.exception, page
-
-
-def test_a_run_deleted_while_open_is_named(root: Path) -> None:
-    write_run(root, "older")
-    run = write_run(root, "victim")
-    at = opened("pages/3_Pareto.py", run="victim")
-    shutil.rmtree(run.folder)
-    at.run()
-    assert not at.exception
-    assert "Run victim is not on this machine" in text(at)
+def test_a_page_about_a_failed_job_says_what_to_change(root: Path) -> None:
+    write_run(root, "broken", "failed", share=0.1, error=f"CUDA out of memory {HOSTILE}")
+    said = text(opened("pages/2_Live.py"))
+    assert "Train fewer SAEs at once" in said
+    assert "loading the model" in said
 
 
 def test_a_new_run_does_not_change_what_is_open(root: Path) -> None:
@@ -101,18 +105,16 @@ def test_one_architecture_alone_has_pages_too(root: Path) -> None:
         root, "alone", run_config=base.model_copy(update={"saes": sweep(["gated"], [0.2], 512)})
     )
     write_metrics(run, metric_lines(run.config, share=1.0))
-    for page in PAGES[2:]:
-        at = opened(page)
-        assert not at.exception, page
+    for page in PAGES:
+        assert not opened(page).exception, page
     assert "no Gated run" not in text(opened("pages/3_Pareto.py"))
 
 
 def test_every_page_begins_with_the_frame_and_none_navigates_by_itself() -> None:
     for page in PAGES:
-        source = (APP.parent / page).read_text(encoding="utf-8")
-        assert source.count("shell.page(") == 1
-        assert "st.navigation" not in source
-        assert "unsafe_allow_html" not in source
+        assert source(page).count("shell.page(") == 1
+        assert "st.navigation" not in source(page)
+        assert "unsafe_allow_html" not in source(page)
 
 
 def test_home_loads_neither_torch_nor_figures() -> None:

@@ -7,23 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from app_pages import HOSTILE, opened, text
+from app_pages import HOSTILE, NASTY, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
+from gsae_core import job_badge
 from gsae_core.store import jobs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import of_process, read_status, write_status
 
 LIVE = "pages/2_Live.py"
-NASTY = [
-    "<script>document.title='owned'</script>",
-    "![x](http://evil.example/x.png)",
-    "\u202eright to left\u200b",
-    "\x1b[31m\x00",
-    "x" * 10_000,
-    "</span><style>*{display:none}</style>",
-]
 
 
 def bars(at: AppTest) -> list[str]:
@@ -38,14 +31,6 @@ def begun(run: Run, worker: int, **fields: object) -> None:
     """Let a process play the one of the run, in a stage."""
     status = of_process(read_status(run.folder), "running", worker)
     write_status(run.folder, status._replace(**fields))
-
-
-def write_samples(run: Run, tokens: list[str]) -> None:
-    example = {"tokens": tokens, "values": [1.5] * len(tokens), "at": 0}
-    latent = {"latent": 17, "chosen": "random", "fired": 12, "examples": [example]}
-    saes = {spec.name: {"alive": 300, "latents": [latent]} for spec in run.config.saes}
-    samples = {"step": 50, "every": 25, "n_tokens": 2048, "saes": saes}
-    (run.folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
 
 
 # States
@@ -165,17 +150,6 @@ def test_delete_is_asked_once_more_and_leads_home(root: Path) -> None:
     assert at.selectbox(key="run").value == "kept"
 
 
-def test_deleting_what_began_to_train_meanwhile_is_refused(root: Path, worker: int) -> None:
-    run = write_run(root, "old", "cancelled", share=0.5)
-    at = opened(LIVE)
-    at.button(key="delete").click().run()
-    begun(run, worker)
-    at.button(key="confirm_delete").click().run()
-    assert not at.exception
-    assert "expected a run that no process works on, got old" in text(at)
-    assert run.folder.exists()
-
-
 def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(root, "gone", "cancelled", share=0.5)
     spawned: list[list[str]] = []
@@ -219,6 +193,37 @@ def test_the_end_of_a_watched_run_is_told_once_on_any_page(root: Path, worker: i
 def test_a_run_that_ended_before_this_visit_is_not_news(root: Path) -> None:
     write_run(root, "done")
     assert toasts(opened("app.py")) == []
+
+
+def test_a_visit_that_finds_a_run_at_work_says_so_until_it_ends(root: Path, worker: int) -> None:
+    run = write_run(root, "moving", "running", share=0.5, pid=worker)
+    at = opened(LIVE)
+    assert "Reconnected to moving: training goes on whether this page is open" in text(at)
+    write_status(run.folder, read_status(run.folder)._replace(state="finished"))
+    at.run()
+    assert "Reconnected" not in text(at)
+
+
+@pytest.mark.parametrize("page", ["app.py", LIVE])
+def test_a_server_that_was_started_again_says_so_on_the_first_page(
+    root: Path, worker: int, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(root, "moving", "running", share=0.5, pid=worker)
+    monkeypatch.setattr(job_badge, "server_started", lambda: time.time() + 60)
+    at = opened(page)
+    said = "Reconnected to moving: training went on while the app was started again."
+    assert said in text(at)
+    at.run()
+    assert said in text(at)
+    at.switch_page("pages/3_Pareto.py").run()
+    assert said not in text(at)
+
+
+def test_a_run_begun_in_this_visit_was_never_away(root: Path, worker: int) -> None:
+    at = opened("app.py")
+    write_run(root, "moving", "running", share=0.5, pid=worker)
+    at.switch_page(LIVE).run()
+    assert "Reconnected" not in text(at)
 
 
 # The view
@@ -271,15 +276,6 @@ def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
     assert damaged == 0
 
 
-def test_a_damaged_line_is_left_out_and_told(root: Path, worker: int) -> None:
-    run = write_run(root, "moving", "running", share=0.5, pid=worker)
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 301, "tok\n')
-    at = opened(LIVE)
-    assert not at.exception
-    assert "1 lines of metrics.jsonl cannot be read" in text(at)
-
-
 @pytest.mark.parametrize("token", NASTY)
 def test_a_hostile_token_is_text(root: Path, token: str) -> None:
     run = write_run(root, "done")
@@ -303,37 +299,6 @@ def test_a_hostile_log_and_error_are_text(root: Path) -> None:
 
 
 # What is not well
-
-
-def test_a_run_of_a_newer_version_is_told_from_one_that_is_not_here(root: Path) -> None:
-    run = write_run(root, "future")
-    (run.folder / "events.jsonl").write_text('{"event": "created", "schema_version": 99}\n')
-    at = opened(LIVE, run="future")
-    assert not at.exception
-    assert "a newer version of gsae-core made it: update to open it" in text(at)
-
-
-def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
-    write_run(root, "done")
-    (root / "bad").mkdir()
-    (root / "bad" / "config.json").write_text("{", encoding="utf-8")
-    at = opened("app.py")
-    assert not at.exception
-    assert "bad cannot be read" in text(at)
-
-
-def test_a_folder_of_runs_that_cannot_be_written_is_told_on_the_press(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: Path, *_: object, **__: object) -> None:
-        raise PermissionError(13, os.strerror(13))
-
-    at = opened("app.py")
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    at.button(key="start_quick").click().run()
-    assert not at.exception
-    assert "Nothing was started" in text(at)
-    assert "choose a folder you own" in text(at)
 
 
 def test_a_damaged_sample_is_told(root: Path) -> None:

@@ -10,6 +10,7 @@ from gsae_core.plots.live import (
     CHART_POINTS,
     Line,
     Track,
+    ceiling,
     line_chart,
     lines_of,
     lines_of_runs,
@@ -63,6 +64,13 @@ def test_a_smoothed_line_keeps_the_raw_one_beneath_it() -> None:
     assert smooth.data["raw"].equals(plain.data["raw"])
     faint, main = (layer["mark"].get("opacity", 1) for layer in smooth.spec["layer"])
     assert faint < main
+
+
+def test_the_axis_of_gamma_is_made_for_what_comes_after_the_first_steps() -> None:
+    assert ceiling([np.array([4.0, 3.0, 0.9, 0.8])]) == 1.5
+    assert ceiling([np.array([4.0, 3.0, 0.9, 0.8]), np.array([1.0, 2.0])]) == 3.0
+    assert ceiling([np.array([1.0, 50.0])]) is None
+    assert ceiling([]) == 1.5
 
 
 @pytest.mark.parametrize("column", ["l0", "loss", "gamma", "lr", "dead_gate"])

@@ -12,7 +12,7 @@ from gsae_core.footprint import Measured, ModelShape, model_shape, operations, p
 from gsae_core.machine import machine
 from gsae_core.progress import Phase, progress, timeline
 from gsae_core.store.status import Status
-from gsae_core.wording import ago, count, duration, fixed, percent, signed_percent
+from gsae_core.wording import ago, count, duration, fixed, percent, signed_percent, unhidden
 
 
 def status(step: int, n_steps: int) -> Status:
@@ -27,6 +27,12 @@ def test_numbers_read_as_people_write_them() -> None:
     assert [percent(v) for v in (0.9528, None)] == ["95.3 %", "–"]
     assert signed_percent(80.0, 90.0) == "+12.5 %"
     assert signed_percent(0.0, 1.0) == "–"
+
+
+def test_what_cannot_be_seen_is_written_out() -> None:
+    assert unhidden("naïve 名 λ\t\n") == "naïve 名 λ\t\n"
+    assert unhidden("a\u202eb\u200b\x00") == "a⟨202E⟩b⟨200B⟩⟨0000⟩"
+    assert unhidden("a\nb", keep="") == "a⟨000A⟩b"
 
 
 def test_time_left_is_steps_left_at_the_recent_speed() -> None:

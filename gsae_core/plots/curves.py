@@ -135,7 +135,7 @@ def tradeoff(
                 _draw_architecture(figure, rows, x, y, look, run_look, name)
     for axis, measure in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         if measure == "loss_recovered":
-            axis(tickformat=".1%")
+            axis(tickformat="~%")
     return style(figure, x=AXES[x], y=AXES[y], log_x=log_x)
 
 
@@ -289,6 +289,7 @@ def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
         marker={"symbol": "line-ns-open", "size": 8, "color": NEUTRAL},
         name="matched fidelity",
         legendgroup="matched",
+        legendrank=2000,  # after the SAEs it is about
         showlegend=bool(matched.pairs),
         text=[
             f"at {pair.loss_recovered:.2%} of the loss recovered<br>gated {pair.l0_gated:.1f}, "

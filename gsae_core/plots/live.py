@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from gsae_core.config import SAESpec
-from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, shades
+from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, log_ticks, shades
 
 if TYPE_CHECKING:
     import altair
@@ -25,6 +25,9 @@ XAxis = Literal["tokens", "step", "seconds"]
 # whatever the others need, less than its least.
 CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
 PERCENT = ("dead_gate", "dead_magnitude")
+GAMMAS = ("gamma", "gamma_gate")
+# Tops of the axis of gamma: its first steps may reach 4, and all that matters later lies near 1.
+CEILINGS = (1.5, 3.0, 10.0)
 TITLES = {
     "loss": "loss (Eq. 8)",
     "reconstruction": "squared error",
@@ -190,9 +193,18 @@ def line_chart(
             data["value"] = smoothed(raw, smoothing)[places].astype("float32")
         parts.append(data)
     columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
-    return LiveChart(
-        _line_spec(tuple(lines), column, x, smoothing > 0, log, rule), table(parts, columns)
-    )
+    top = ceiling([part["raw"] for part in parts]) if column in GAMMAS else None
+    spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, rule, top)
+    return LiveChart(spec, table(parts, columns))
+
+
+def ceiling(series: Sequence[np.ndarray]) -> float | None:
+    """Return the lowest of `CEILINGS` above the later half of every line; None if none is.
+
+    A new ceiling is a new specification, which ends a zoom: hence few of them, far apart.
+    """
+    late = [float(values[len(values) // 2 :].max()) for values in series if len(values)]
+    return next((top for top in CEILINGS if max(late, default=0.0) < 0.95 * top), None)
 
 
 def table(parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
@@ -221,10 +233,18 @@ def series_scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _line_spec(
-    lines: tuple[Line, ...], column: str, x: XAxis, smooth: bool, log: bool, rule: float | None
+    lines: tuple[Line, ...],
+    column: str,
+    x: XAxis,
+    smooth: bool,
+    log: bool,
+    rule: float | None,
+    top: float | None,
 ) -> dict[str, Any]:
     form = "~%" if column in PERCENT else "~g"
-    scale = {"type": "log", "nice": False} if log else {"zero": False}
+    scale: dict[str, Any] = {"type": "log", "nice": False} if log else {"zero": False}
+    if top is not None:
+        scale = {"domain": [0, top], "nice": False}
     axis = {"format": form, **({"values": log_ticks("y")} if log else {"tickCount": 5})}
     encoding = {
         "x": {
@@ -263,18 +283,8 @@ def _line_spec(
     if rule is not None:
         ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
         layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
+    if column in PERCENT:
+        # Where nothing is dead the axis would have no length: it reaches a percent at least.
+        unseen = {"type": "rule", "opacity": 0}
+        layers += [{"mark": unseen, "encoding": {"y": {"datum": end}}} for end in (0, 0.01)]
     return {**shared(lines, TITLES[column]), "layer": layers}
-
-
-def log_ticks(scale: str) -> dict[str, str]:
-    """Return round ticks of a log axis, chosen in the browser from what the axis shows.
-
-    Vega's own are a grid line for every digit; ours chosen here would follow the data, and a
-    specification that changes throws the zoom away. Those off the axis are left out by Vega.
-    """
-    coarse, fine = (
-        [float(f"{digit}e{decade}") for decade in range(-7, 8) for digit in digits]
-        for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
-    )
-    wide = f"domain('{scale}')[1] > 20 * domain('{scale}')[0]"
-    return {"expr": f"{wide} ? {json.dumps(coarse)} : {json.dumps(fine)}"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.plots.live import Line, LiveChart, Track, log_ticks, series_scale, shared, table
-from gsae_core.plots.palette import AXES
+from gsae_core.plots.live import Line, LiveChart, Track, series_scale, shared, table
+from gsae_core.plots.palette import AXES, log_ticks
 
 TRAIL = 40  # logged points of an SAE's path that the plane shows
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gsae_core.store.files import append_line, whole_lines, write_json
+from gsae_core.store.files import append_line, whole_lines, write_json, writing
 from gsae_core.store.status import Status, lock, read_status, write_status
 
 # Config, status, events and the log; what weights need is checked when their size is known.
@@ -92,8 +92,11 @@ class Job:
 
         Args:
             by: who asks, for the run's events.
+
+        Raises:
+            InputError: if the folder is gone or cannot be written.
         """
-        with lock(self.folder, "start"):
+        with writing(self.folder, FOLDER_BYTES), lock(self.folder, "start"):
             status = self.status
             if status.state == "queued" and status.pid is None:
                 write_status(self.folder, status._replace(state="cancelled"))

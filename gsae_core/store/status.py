@@ -1,5 +1,6 @@
 """status.json: where a run stands, and whether the process that wrote it is really there."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -103,6 +104,18 @@ def read_status(folder: Path) -> Status:
         InputError: if the file is missing or damaged.
     """
     path = folder / "status.json"
+    try:
+        seen = path.stat()
+    except FileNotFoundError:
+        raise InputError(_gone(path)) from None
+    return _parsed(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+# Replaced as a whole at each write, so that a new file is a new number. Every page asks each of a
+# folder's runs twice, and most have ended.
+@functools.lru_cache(maxsize=4096)
+def _parsed(path: Path, inode: int, mtime_ns: int, size: int) -> Status:
+    """Return a status file's content; the last three arguments tell a new file from the old."""
     fields = read_json(path)
     known, needed = set(Status._fields), set(Status._fields) - set(Status._field_defaults)
     if not needed <= set(fields) <= known or fields["state"] not in get_args(State):
@@ -127,12 +140,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"expected {path}, found no such file; was the run deleted?") from None
+        raise InputError(_gone(path)) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
     return fields
+
+
+def _gone(path: Path) -> str:
+    return f"expected {path}, found no such file; was the run deleted?"
 
 
 def lock(folder: Path, name: str) -> "BaseFileLock":
