@@ -41,7 +41,8 @@ NAVIGATION = (
             ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
         ),
     ),
-    ("About", ()
+    ("About", (("pages/9_Help.py", "Help", ":material/help:"),)),
+)
 
 
 class Frame(NamedTuple):

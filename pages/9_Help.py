@@ -1,0 +1,77 @@
+"""Help: what words and numbers mean, how they are computed, what the app does and does not do."""
+
+import re
+from importlib import resources
+
+import streamlit as st
+
+from gsae_core import glossary, shell
+from gsae_core.pieces import copy_link, plain
+from gsae_core.versions import versions
+
+frame = shell.page(
+    "Help",
+    icon="❔",
+    purpose="What words and numbers mean, how they are computed, and what stays on this machine.",
+)
+
+
+def written(name: str) -> None:
+    """Show one of the texts that ship with the package."""
+    path = resources.files("gsae_core").joinpath(f"assets/help/{name}.md")
+    st.markdown(path.read_text(encoding="utf-8"))
+
+
+def words() -> None:
+    """Show every number's definition, or those that a search leaves."""
+    sought = st.text_input(
+        "Find", key="find", bind="query-params", placeholder="a word of a name or a definition"
+    )
+    found = glossary.search(sought or "")
+    for term in found:
+        with st.container(border=True):
+            st.markdown(f"**{glossary.title(term)}**")
+            for paragraph in re.split(r"\n\s*\n", glossary.definition(term)):
+                plain(paragraph)
+    if not found:
+        plain(f"No definition holds {sought!r}.")
+        st.button("Show all", on_click=st.session_state.update, args=({"find": ""},))
+    st.caption("Each is the documentation of the code that computes the number.")
+
+
+def formulas() -> None:
+    """Show the equations as the code states them."""
+    st.caption("As the code that computes them states them; x is an activation, f its features.")
+    for name in glossary.formulas():
+        st.markdown(f"**{glossary.title(name)}**")
+        st.code(glossary.definition(name), language=None, wrap_lines=True)
+
+
+def about() -> None:
+    """Show what is installed, to be copied into a report."""
+    st.code("\n".join(f"{name} {number}" for name, number in versions().items()), language=None)
+
+
+SECTIONS = {
+    "Start": lambda: written("start"),
+    "Glossary": words,
+    "Formulas": formulas,
+    "Keyboard": lambda: written("keyboard"),
+    "Limits": lambda: written("limits"),
+    "Versions": about,
+    "Privacy": lambda: written("privacy"),
+}
+
+asked = st.query_params.get("topic")
+if asked in glossary.terms() and asked not in SECTIONS:
+    # A link to one number opens the glossary at it.
+    st.session_state.update(topic="Glossary", find=glossary.title(asked))
+elif asked is not None and asked not in SECTIONS:
+    short = asked if len(asked) <= 80 else f"{asked[:80]}…"
+    plain(f"There is no topic {short!r}; showing Start.", size=".9rem")
+topic = st.segmented_control(
+    "Topic", list(SECTIONS), default="Start", required=True, key="topic", bind="query-params"
+)
+SECTIONS[topic]()
+with st.popover("Copy link", icon=":material/link:", type="tertiary"):
+    copy_link()

@@ -1,0 +1,78 @@
+"""Help: every number and formula in the words of its code; what is installed is said."""
+
+import re
+from importlib.metadata import version
+
+import pytest
+from app_pages import HOSTILE, opened, text
+
+from gsae_core import glossary
+from gsae_core.versions import PACKAGES, versions
+
+HELP = "pages/9_Help.py"
+SECTIONS = ["Start", "Glossary", "Formulas", "Keyboard", "Limits", "Versions", "Privacy"]
+
+
+@pytest.mark.parametrize("topic", SECTIONS)
+def test_every_topic_can_be_linked_to(root: object, topic: str) -> None:
+    at = opened(HELP, topic=topic)
+    assert not at.exception
+    assert at.segmented_control(key="topic").value == topic
+    assert len(text(at)) > 300
+
+
+def test_the_glossary_holds_every_number_of_the_pages(root: object) -> None:
+    said = text(opened(HELP, topic="Glossary"))
+    for term in glossary.terms():
+        assert f"**{glossary.title(term)}**" in said
+
+
+def test_a_link_to_a_number_opens_its_definition_alone(root: object) -> None:
+    at = opened(HELP, topic="gamma")
+    assert not at.exception
+    assert at.segmented_control(key="topic").value == "Glossary"
+    assert "Relative reconstruction bias: 1 is unbiased" in text(at)
+    assert "Cosine of the angle" not in text(at)
+
+
+def test_a_search_finds_words_of_definitions_and_says_when_none_has_them(root: object) -> None:
+    at = opened(HELP, topic="Glossary", find="ZERO ablation")
+    assert "**loss recovered**" in text(at)
+    assert "**FVU**" not in text(at)
+    at.text_input(key="find").set_value(HOSTILE).run()
+    assert not at.exception
+    assert "No definition holds" in text(at)
+    assert "<img" not in text(at)
+    at.button[0].click().run()
+    assert "**FVU**" in text(at)
+
+
+def test_a_topic_that_is_none_is_named(root: object) -> None:
+    at = opened(HELP, topic="cooking")
+    assert "There is no topic &#x27;cooking&#x27;; showing Start." in text(at)
+
+
+def test_formulas_are_those_of_the_code_without_what_callers_need() -> None:
+    for name in glossary.formulas():
+        found = glossary.definition(name)
+        assert "arXiv" in found or "W_dec" in found
+        assert "Args:" not in found
+        assert "Raises:" not in found
+    assert "1[pi_gate > 0] * relu(pi_mag)" in glossary.definition("gated")
+
+
+def test_a_number_is_defined_by_what_it_is_not_by_what_a_function_returns() -> None:
+    for term in glossary.terms():
+        assert not re.match("Returns? ", glossary.definition(term))
+    assert glossary.definition("matched_ratio").startswith("How many times more")
+
+
+def test_titles_are_one_a_term() -> None:
+    titles = [glossary.title(term) for term in glossary.terms()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_versions_are_those_installed() -> None:
+    found = versions()
+    assert set(PACKAGES) < set(found)
+    assert found["streamlit"] == version("streamlit")
