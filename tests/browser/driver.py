@@ -1,7 +1,8 @@
-"""A server of the app and a browser to look at it with."""
+"""A server of the app, a browser to look at it with, and what is held against every page."""
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,8 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -22,6 +26,21 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+PATIENCE = 90_000  # ms: seconds on an idle machine, a minute on a loaded one
+AT_REST = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+PAGES = ["", *sorted(file.stem.partition("_")[2] for file in (ROOT / "pages").glob("[0-9]*.py"))]
+"""Every page's part of the address; Home has none."""
+
+# Streamlit asks for these beside each page before it finds them at the root.
+KNOWN_404 = re.compile(r"/_stcore/(health|host-config)$")
+# What a browser says while the server it knows is being started again.
+SERVER_AWAY = re.compile(r"ERR_CONNECTION_|WebSocket connection to|ERR_EMPTY_RESPONSE")
+# The element that has the focus, inside a component's shadow root too.
+FOCUSED = """() => {
+  let at = document.activeElement
+  while (at && at.shadowRoot && at.shadowRoot.activeElement) at = at.shadowRoot.activeElement
+  return at ? (at.getAttribute('aria-label') || at.textContent || '').trim() : ''
+}"""
 
 
 def chromium_path() -> str | None:
@@ -37,13 +56,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(runs: Path, *, patience: float = 90.0) -> Iterator[str]:
+def serving(runs: Path, *, port: int | None = None, patience: float = 90.0) -> Iterator[str]:
     """Serve the app over a folder of runs; yield its address, and stop it in the end.
 
     Raises:
         TimeoutError: if it does not answer in `patience` seconds.
     """
-    port = free_port()
+    port = port or free_port()
     command = [
         sys.executable,
         "-m",
@@ -76,3 +95,72 @@ def _answers(url: str) -> bool:
             return answer.status == 200
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
+
+
+class Watch:
+    """What the tabs of a visitor asked for, and what their consoles complained about."""
+
+    def __init__(self, context: BrowserContext) -> None:
+        self.strangers: list[str] = []
+        self.complaints: list[str] = []
+        self.server_may_go = False
+        """Whether a test starts its server again, of which a browser complains."""
+        context.on("request", lambda request: self._asked(request.url))
+        context.on("console", self._heard)
+        context.on("page", lambda page: page.on("websocket", lambda s: self._asked(s.url)))
+
+    def _asked(self, url: str) -> None:
+        parts = urlsplit(url)
+        inside = parts.scheme in ("data", "blob")
+        if not inside and parts.hostname not in ("localhost", "127.0.0.1"):
+            self.strangers.append(url)
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        known = KNOWN_404.search(message.location.get("url", ""))
+        away = self.server_may_go and SERVER_AWAY.search(message.text)
+        if message.type == "error" and not known and not away:
+            self.complaints.append(message.text)
+
+    def verdict(self) -> None:
+        """Fail if anything outside was asked for, or anything went wrong in a page."""
+        strangers, complaints = list(self.strangers), list(self.complaints)
+        self.strangers.clear()
+        self.complaints.clear()
+        assert not strangers, strangers
+        assert not complaints, complaints
+
+
+def opened(page: Page, address: str) -> None:
+    """Open an address and wait until the page is there."""
+    page.goto(address)
+    at_rest(page)
+
+
+def at_rest(page: Page) -> None:
+    """Wait until the script has ended and every piece of the page is there."""
+    page.wait_for_selector(AT_REST)
+    page.wait_for_function("!document.querySelector('[data-testid=\"stSkeleton\"]')")
+
+
+def sees(page: Page, heading: str) -> None:
+    """Wait until a page of this title is there, without an exception in it."""
+    expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+    at_rest(page)
+    assert page.get_by_test_id("stException").count() == 0
+
+
+def tab_to(page: Page, wanted: str, *, most: int = 120) -> None:
+    """Press Tab until what has the focus begins with `wanted`."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED).startswith(wanted):
+            return
+    raise AssertionError(f"expected to reach {wanted!r} by Tab")
+
+
+def eventually(what: Callable[[], bool], *, seconds: float = 120) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)

@@ -1,30 +1,45 @@
-"""Take the pictures in docs/screenshots: every page, light and dark, on a run of your choice.
+"""Take the pictures in docs/screenshots: every page, light and dark, on a finished run.
 
-python tests/browser/screenshots.py RUNS_FOLDER RUN_ID --to docs/screenshots
+    python -m gsae_core train --preset quick --out runs/quick
+    python tests/browser/screenshots.py runs quick --to docs/screenshots
+
+A page's pictures are a line of `SHOTS`. To look at a page as others see it: `--width 700`, another
+folder of runs, or an empty one.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
-from driver import FLAGS, chromium_path, serving
+from driver import FLAGS, at_rest, chromium_path, serving
 from playwright.sync_api import Page, sync_playwright
 
-PAGES = {"home": "", "train": "Train", "live": "Live", "pareto": "Pareto", "shrinkage": "Shrinkage"}
-HEIGHTS = {"home": 900, "train": 1000, "live": 1300, "pareto": 1450, "shrinkage": 1500}
+
+class Shot(NamedTuple):
+    """A page and how much of it is on the picture."""
+
+    address: str
+    height: int
+
+
+SHOTS = {
+    "home": Shot("?run={run}", 900),
+    "train": Shot("Train?from={run}", 1250),
+    "live": Shot("Live?run={run}", 1500),
+    "pareto": Shot("Pareto?run={run}&pick={run}/gated-0.2&pick={run}/relu-0.2", 1550),
+    "shrinkage": Shot("Shrinkage?run={run}&gated=gated-0.2&base=relu-0.15", 1750),
+    "help": Shot("Help?run={run}", 900),
+}
 
 
 def shoot(page: Page, address: str, file: Path, *, width: int, height: int) -> None:
     """Save a picture of a page once it has come to rest."""
     page.set_viewport_size({"width": width, "height": height})
     page.goto(address)
-    page.wait_for_selector(
-        '[data-testid="stApp"][data-test-script-state="notRunning"]', timeout=180_000
-    )
-    page.wait_for_function(
-        "!document.querySelector('[data-testid=\"stSkeleton\"]')", timeout=180_000
-    )
+    at_rest(page)
+    page.mouse.move(width / 2, 5)
     page.wait_for_timeout(1500)  # charts draw after the script has ended
-    page.screenshot(path=file, timeout=120_000, animations="disabled")
+    page.screenshot(path=file, animations="disabled")
 
 
 def main() -> None:
@@ -35,17 +50,19 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/screenshots"))
     parser.add_argument("--width", type=int, default=1360)
     parser.add_argument("--themes", nargs="+", default=["light", "dark"])
-    parser.add_argument("--pages", nargs="+", default=list(PAGES))
+    parser.add_argument("--pages", nargs="+", default=list(SHOTS), choices=list(SHOTS))
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
-    with serving(options.runs) as address, sync_playwright() as playwright:
+    with serving(options.runs.absolute()) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
         for theme in options.themes:
             page = browser.new_page(color_scheme=theme)
+            page.set_default_timeout(180_000)
             for name in options.pages:
-                target = f"{address}/{PAGES[name]}?run={options.run}"
+                shot = SHOTS[name]
+                target = f"{address}/{shot.address.format(run=options.run)}"
                 file = options.to / f"{name}-{theme}.png"
-                shoot(page, target, file, width=options.width, height=HEIGHTS[name])
+                shoot(page, target, file, width=options.width, height=shot.height)
                 print(file, file.stat().st_size)
             page.close()
         browser.close()

@@ -4,95 +4,23 @@ Run with `python -m pytest tests/browser/test_train.py -m browser`.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import FLAGS, chromium_path, serving
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
-from synthetic import config, write_run
+from driver import FOCUSED, at_rest, sees, tab_to
+from playwright.sync_api import Page, expect
+from synthetic import config
 
 from gsae_core.store.listing import list_runs
 from gsae_core.store.runs import Run
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(chromium_path() is None, reason="no chromium on this machine's PATH"),
-]
-
-KNOWN_404 = re.compile(r"/_stcore/(health|host-config)$")
-PATIENCE = 90_000  # ms: seconds on an idle machine, a minute on a loaded one
 TINY = "tokens=8192&batch_size=1024&width=64&sparsity=0.3&eval_tokens=2048&device=cpu"
-# The element that has the focus, inside a component's shadow root too.
-FOCUSED = """() => {
-  let at = document.activeElement
-  while (at && at.shadowRoot && at.shadowRoot.activeElement) at = at.shadowRoot.activeElement
-  return at ? (at.getAttribute('aria-label') || at.textContent || '').trim() : ''
-}"""
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    write_run(root, "done")
-    return root
-
-
-@pytest.fixture(scope="module")
-def address(runs: Path) -> Iterator[str]:
-    with serving(runs) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, address: str) -> Iterator[Page]:
-    """A tab that must ask nobody else for anything, and complain about nothing."""
-    page = browser.new_page(viewport={"width": 1360, "height": 1000})
-    page.set_default_timeout(PATIENCE)
-    expect.set_options(timeout=PATIENCE)
-    home = (address, address.replace("http", "ws"), "data:", "blob:")
-    strangers: list[str] = []
-    complaints: list[str] = []
-
-    def heard(message: ConsoleMessage) -> None:
-        if message.type == "error" and not KNOWN_404.search(message.location.get("url", "")):
-            complaints.append(message.text)
-
-    page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith(home) else None)
-    page.on("console", heard)
-    yield page
-    page.close()
-    assert strangers == []
-    assert complaints == []
 
 
 def opened(page: Page, url: str) -> None:
     page.goto(url)
     expect(page.get_by_role("radiogroup", name="Site in the block")).to_be_visible()
     at_rest(page)
-
-
-def at_rest(page: Page) -> None:
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-
-
-def tab_to(page: Page, wanted: str) -> None:
-    """Press Tab until what has the focus begins with `wanted`."""
-    for _ in range(120):
-        page.keyboard.press("Tab")
-        if page.evaluate(FOCUSED).startswith(wanted):
-            return
-    raise AssertionError(f"expected to reach {wanted!r} by Tab")
 
 
 def started_by(runs: Path, before: list[Run]) -> Run:
@@ -146,7 +74,7 @@ def test_by_the_keyboard_alone_from_the_site_to_a_finished_run(
     run = started_by(runs, before)
     page.wait_for_url(re.compile(run.id))
     assert run.config.model.site == "mlp_out"
-    expect(page.get_by_text("● finished")).to_be_visible(timeout=600_000)
+    expect(page.get_by_text("● finished")).to_be_visible(timeout=300_000)
     assert run.status.state == "finished"
 
 
@@ -165,8 +93,7 @@ def test_duplicating_a_run_fills_the_form_whatever_stood_in_it(page: Page, addre
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("tokens=5000"))
     page.get_by_role("link", name="Live").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text("Live")
-    at_rest(page)
+    sees(page, "Live")
     page.goto(f"{address}/Live?run=done")
     page.get_by_role("button", name=re.compile("Duplicate")).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Train")
