@@ -1,0 +1,228 @@
+"""One text through a language model and an SAE: which features fire on each token, and what for.
+
+A feature's activation f on a token writes f W_dec_i into the reconstruction. Two shares of that are
+told: of the reconstruction itself, by inner product, and of a logit, to first order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from gsae_core.analysis.alike import MATCHED, best_matches
+from gsae_core.analysis.fidelity import reconstruct
+from gsae_core.analysis.reading import Prompt
+from gsae_core.config import Site
+from gsae_core.errors import InputError
+from gsae_core.lm.model import LanguageModel
+from gsae_core.sae.architectures import GatedSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.codes import SparseCodes, encode_sparse
+from gsae_core.sae.metrics import Metrics
+
+BOTH, ONLY_GATED, ONLY_BASELINE = "both", "only gated", "only baseline"
+
+
+class TextNumbers(NamedTuple):
+    """What an SAE makes of one text. Of special tokens nothing is counted."""
+
+    n_tokens: int
+    """Tokens counted."""
+    l0: float
+    """Features that fire on a token, on average."""
+    fvu: float
+    """Residual over total sum of squares about this text's own mean; NaN of one token."""
+    ce_clean: float
+    """Next-token loss of the model as it is, nats per token; NaN where nothing is predicted."""
+    ce_sae: float
+    """The same when it reads the SAE's reconstructions."""
+
+    @property
+    def delta_ce(self) -> float:
+        """Loss that reading reconstructions adds, nats per token of this text."""
+        return self.ce_sae - self.ce_clean
+
+
+class Look(NamedTuple):
+    """One text seen through one SAE."""
+
+    prompt: Prompt
+    features: pd.DataFrame
+    """A row for each feature that fires on a token, strongest first within a token: `position`,
+    `token`, `latent`, `activation` f, `gate` (pi_gate; NaN for an SAE without a gate) and `share`
+    of the token's reconstruction: f <W_dec_i, x_hat - b_dec> / |x_hat - b_dec|^2, which adds up to
+    1 over a token's features."""
+    tokens: pd.DataFrame
+    """A row for each token: `position`, `token`, `counted`, `n_active`, `strongest` (largest f),
+    `loss` and `loss_sae` of predicting this token, in nats (NaN where it is not predicted)."""
+    numbers: TextNumbers
+
+
+@torch.no_grad()
+def look(
+    model: LanguageModel, saes: Sequence[SAE], prompt: Prompt, *, layer: int, site: Site
+) -> list[Look]:
+    """Return a text as each SAE sees it; one clean pass of the model serves all.
+
+    Args:
+        saes: take raw activations of this site.
+
+    Raises:
+        InputError: if the site does not exist, an SAE has another width, or no token is counted.
+    """
+    if not prompt.counted.any():
+        raise InputError(
+            "expected a token that is no special one, got none; add some words to the text"
+        )
+    splice = model.splice(prompt.ids, layer=layer, site=site)
+    counted = prompt.counted.to(model.device)
+    x = splice.x[0, counted]
+    clean = _losses(splice.logits, prompt)
+    looks = []
+    for sae in saes:
+        x_hat, stats = reconstruct(sae, x.to(sae.W_dec))
+        read = splice.x.clone()
+        read[0, counted] = x_hat.to(x)
+        spliced = _losses(splice.run(read), prompt)
+        features = _features(sae, x.to(sae.W_dec), prompt)
+        tokens = _tokens(prompt, features, clean, spliced)
+        metrics = Metrics(stats)
+        # A single token lies on its own mean: there is nothing to explain.
+        fvu = metrics.fvu if len(x) > 1 else float("nan")
+        numbers = TextNumbers(
+            len(x), metrics.l0, fvu, float(clean.nanmean()), float(spliced.nanmean())
+        )
+        looks.append(Look(prompt, features, tokens, numbers))
+    return looks
+
+
+def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> Float[Tensor, " pos"]:
+    """Return the loss of predicting each token; NaN at the first, and beside special tokens.
+
+    A prediction counts when the token it is made at and the token it predicts count.
+    """
+    losses = torch.full(prompt.counted.shape, torch.nan, dtype=torch.float64)
+    losses[1:] = F.cross_entropy(logits[0, :-1].cpu(), prompt.ids[0, 1:], reduction="none").double()
+    predicted = prompt.counted.clone()
+    predicted[1:] &= prompt.counted[:-1]
+    return losses.where(predicted, torch.nan)
+
+
+def _features(sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt) -> pd.DataFrame:
+    codes = encode_sparse(sae, x)
+    fires = codes.magnitude > 0
+    row, latent, f = codes.rows()[fires], codes.latent[fires], codes.magnitude[fires]
+    gate = codes.gate[fires] if isinstance(sae, GatedSAE) else torch.full_like(f, torch.nan)
+    position = prompt.counted.nonzero()[:, 0].to(row.device)[row].tolist()
+    table = pd.DataFrame(
+        {
+            "position": position,
+            "token": [prompt.tokens[i] for i in position],
+            "latent": latent.tolist(),
+            "activation": f.tolist(),
+            "gate": gate.tolist(),
+            "share": _shares(sae, codes)[fires].tolist(),
+        }
+    ).astype({"position": "int64", "latent": "int64"})
+    order = ["position", "activation"]
+    return table.sort_values(order, ascending=[True, False], ignore_index=True, kind="stable")
+
+
+def _shares(sae: SAE, codes: SparseCodes) -> Float[Tensor, " nnz"]:
+    """Return each entry's share of its token's reconstruction."""
+    row, n_rows = codes.rows(), codes.row_offsets.numel() - 1
+    written = codes.magnitude[:, None] * sae.W_dec[codes.latent]
+    whole = written.new_zeros(n_rows, sae.d_in).index_add_(0, row, written)
+    return (written * whole[row]).sum(1) / whole.square().sum(1)[row]
+
+
+def _tokens(
+    prompt: Prompt,
+    features: pd.DataFrame,
+    clean: Float[Tensor, " pos"],
+    spliced: Float[Tensor, " pos"],
+) -> pd.DataFrame:
+    positions = range(len(prompt.tokens))
+    by_token = features.groupby("position")["activation"]
+    return pd.DataFrame(
+        {
+            "position": positions,
+            "token": prompt.tokens,
+            "counted": prompt.counted.tolist(),
+            "n_active": by_token.size().reindex(positions, fill_value=0).to_numpy(),
+            "strongest": by_token.max().reindex(positions, fill_value=0.0).to_numpy(),
+            "loss": clean.tolist(),
+            "loss_sae": spliced.tolist(),
+        }
+    )
+
+
+class Alignment(NamedTuple):
+    """Two SAEs on the same tokens."""
+
+    table: pd.DataFrame
+    """A row for each feature, or pair of matched features, that fires on a token: `position`,
+    `where` (both, only gated, only baseline), `gated`, `baseline` (latents; NA where the feature
+    has no match), `cosine`, `gated_activation`, `baseline_activation` (0 where it does not
+    fire)."""
+    threshold: float
+    """Cosine from which two mutual best matches count as one feature."""
+
+
+def align(
+    gated: Look, baseline: Look, sae: SAE, base: SAE, *, threshold: float = MATCHED
+) -> Alignment:
+    """Return which features of a token both SAEs see, and which only one does.
+
+    Two features are the same where each is the other's best match by decoder cosine and the cosine
+    is at least `threshold`. Everything else is seen by one alone, however alike it looks.
+    """
+    pairs = _pairs(gated, baseline, sae, base, threshold=threshold)
+    columns = ["position", "latent", "activation"]
+    left = gated.features[columns].rename(
+        columns={"latent": "gated", "activation": "gated_activation"}
+    )
+    right = baseline.features[columns].rename(
+        columns={"latent": "baseline", "activation": "baseline_activation"}
+    )
+    left = left.merge(pairs, on="gated", how="left").astype({"baseline": "Int64"})
+    right = right.merge(pairs, on="baseline", how="left").astype({"gated": "Int64"})
+    left["gated"] = left["gated"].astype("Int64")
+    right["baseline"] = right["baseline"].astype("Int64")
+    # Keys without a match must not meet each other: pandas joins missing values to missing values.
+    found = left[left["baseline"].notna()].merge(
+        right[right["gated"].notna()], on=["position", "gated", "baseline", "cosine"], how="outer"
+    )
+    alone = [left[left["baseline"].isna()], right[right["gated"].isna()]]
+    table = pd.concat([found, *alone], ignore_index=True)
+    activations = ["gated_activation", "baseline_activation"]
+    table[activations] = table[activations].fillna(0.0)
+    one, two = (table[name] > 0 for name in activations)
+    table["where"] = ONLY_BASELINE
+    table.loc[one, "where"] = ONLY_GATED
+    table.loc[one & two, "where"] = BOTH
+    table["strongest"] = table[activations].max(axis=1)
+    table = table.sort_values(["position", "strongest"], ascending=[True, False])
+    names = ["position", "where", "gated", "baseline", "cosine", *activations]
+    return Alignment(table[names].reset_index(drop=True), threshold)
+
+
+def _pairs(gated: Look, baseline: Look, sae: SAE, base: SAE, *, threshold: float) -> pd.DataFrame:
+    """Return the matched pairs of which at least one feature fires somewhere in the text."""
+    sides = ((gated, sae, base, False), (baseline, base, sae, True))
+    tables = []
+    for seen, own, other, swapped in sides:
+        active = torch.tensor(sorted(set(seen.features["latent"])), dtype=torch.int64)
+        found = best_matches(active, own.W_dec, other.W_dec)
+        keep = found.matched(threshold)
+        latent, partner = found.latent[keep].tolist(), found.partner[keep].tolist()
+        one, two = (partner, latent) if swapped else (latent, partner)
+        cosine = found.cosine[keep].tolist()
+        tables.append(pd.DataFrame({"gated": one, "baseline": two, "cosine": cosine}))
+    # Found from both sides, a pair's cosine differs in its last digits.
+    pairs = pd.concat(tables, ignore_index=True).drop_duplicates(["gated", "baseline"])
+    return pairs.astype({"gated": "int64", "baseline": "int64", "cosine": "float64"})
