@@ -1,0 +1,197 @@
+"""What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NoReturn, ParamSpec, TypeVar
+
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from gsae_core import cached, shell
+from gsae_core.config import Architecture
+from gsae_core.errors import InputError
+from gsae_core.loaded import finished_saes
+from gsae_core.pieces import notice, plain
+from gsae_core.plots.shrinkage import nearest_pair
+from gsae_core.shell import Frame
+from gsae_core.store.runs import Run
+from gsae_core.token_strip import visible
+
+ADDRESS_TEXT = 500
+"""Characters of a text that an address carries; a longer one stays in the session."""
+
+CODE = 'import json\n\ndef read_config(path):\n    with open(path, encoding="utf-8") as file:'
+PROSE = "When Mary and John went to the shop, John gave a bottle of milk to"
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
+    """Return the chosen run and its SAEs that can be looked through, or end the page.
+
+    Args:
+        what: what the page would show, to complete "... appear here".
+    """
+    run = shell.need_run(frame, what)
+    names = finished_saes(run)
+    if names:
+        return run, names
+    shell.need_evals(run)
+    notice(
+        f"expected the weights of {run.id}'s SAEs in {run.folder / 'saes'}, found none; copy them "
+        "back, or train the run again",
+        title="This run has no SAEs to look through",
+    )
+    return st.stop()
+
+
+def first_choice(run: Run, names: Sequence[str]) -> str:
+    """Return the SAE to look through to begin with.
+
+    The Gated one with a baseline nearest to it in L0, where the run was evaluated.
+    """
+    evals = cached.evaluations(run)
+    pair = nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
+    return pair.get("gated") or pair.get("base") or names[0]
+
+
+def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
+    """Return what to compare an SAE with: of another kind, nearest in L0; None if it is alone."""
+    own = architecture(run, name)
+    others = [n for n in names if n != name]
+    unlike = [n for n in others if architecture(run, n) != own] or others
+    evals = cached.evaluations(run)
+    l0 = dict(zip(evals["name"], evals["l0"], strict=True)) if len(evals) else {}
+    known = [n for n in unlike if l0.get(n, 0) > 0 and l0.get(name, 0) > 0]
+    if known:
+        return min(known, key=lambda n: abs(math.log(l0[n] / l0[name])))
+    return unlike[0] if unlike else None
+
+
+def stacking(key: str, *, least: int = 22) -> DeltaGenerator:
+    """Return a container whose columns stack where one would be narrower than `least` rem.
+
+    Streamlit's own stack below 640 px, where tables and texts beside each other are long cut off.
+    """
+    row = f".st-key-{key}>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
+    st.html(
+        f"<style>{row}{{flex-wrap:wrap}}"
+        f"{row}>[data-testid=stColumn]{{min-width:min({least}rem,100%)}}</style>"
+    )
+    return st.container(key=key)
+
+
+def architecture(run: Run, name: str) -> Architecture:
+    """Return what kind of SAE a name stands for."""
+    return next(spec.architecture for spec in run.config.saes if spec.name == name)
+
+
+def pick_sae(
+    label: str,
+    names: Sequence[str],
+    *,
+    page: str,
+    param: str,
+    default: str | None,
+    none: str | None = None,
+) -> str | None:
+    """Draw a picker of SAEs that the address follows; return the choice.
+
+    It is not bound to the address as other widgets are: Streamlit would then refuse to leave for a
+    page that is given the same parameter.
+
+    Args:
+        page: the page's name, so that each has a picker of its own.
+        default: shown where the address names none; None with `none`.
+        none: what to offer for no SAE at all.
+    """
+    key = f"{page}_{param}"
+    offered = [*names, *([none] if none else [])]
+    if st.session_state.get(key) not in offered:  # just arrived, or another run was chosen
+        asked = st.query_params.get(param)
+        if asked is not None and asked not in offered:
+            _say_stranger(asked, "SAE of this run", default or none or "none")
+        st.session_state[key] = asked if asked in offered else (default or none)
+    choice = st.selectbox(label, offered, key=key)
+    _write(param, choice)
+    return None if choice == none else choice
+
+
+def text_field(label: str, *, page: str, model: str) -> str:
+    """Draw the field for a text, which the address and the other page share; return the text."""
+    key = f"{page}_text"
+    if key not in st.session_state:
+        asked = st.query_params.get("text")
+        if asked is not None and len(asked) > ADDRESS_TEXT:
+            plain(
+                f"An address carries at most {ADDRESS_TEXT} characters of text; the rest of this "
+                "one's was cut.",
+                size=".9rem",
+            )
+            asked = asked[:ADDRESS_TEXT]
+        example = CODE if model == "bundled" else PROSE
+        st.session_state[key] = asked or st.session_state.get("text_kept") or example
+    text = st.text_area(label, key=key, height=120) or ""
+    st.session_state["text_kept"] = text
+    _write("text", text if text.strip() and len(text) <= ADDRESS_TEXT else None)
+    return text
+
+
+def correct_number(
+    key: str, low: float | int, high: float | int, *, what: str, shown: str, whole: bool = True
+) -> None:
+    """Say that the number an address gives is none, or is out of range; binding drops it silently.
+
+    Call it before the widget bound to `key` is drawn.
+    """
+    asked = st.query_params.get(key)
+    if asked is None:
+        return
+    pattern = r"-?\d{1,15}" if whole else r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
+    if re.fullmatch(pattern, asked.strip()) is None:
+        _say_stranger(asked, what, shown)
+    elif not low <= float(asked) <= high:
+        plain(
+            f"{what} {asked} is out of range ({low:g} to {high:g}); showing {shown}.", size=".9rem"
+        )
+
+
+def said(draw: Callable[P, R]) -> Callable[P, R]:
+    """Make a part of a page show an InputError as a sentence, and end the page there."""
+
+    @functools.wraps(draw)
+    def safely(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return draw(*args, **kwargs)
+        except InputError as error:
+            return stop_with(error)
+
+    return safely
+
+
+def stop_with(error: InputError) -> NoReturn:
+    """Show what went wrong, and end the page."""
+    sentence = str(error)
+    notice(f"{sentence[:1].upper()}{sentence[1:]}.")
+    return st.stop()
+
+
+def quoted(token: str, *, most: int = 24) -> str:
+    """Return a token as it is shown inside a sentence or a list: nothing hidden, nothing long."""
+    shown = visible(token)
+    return shown if len(shown) <= most else f"{shown[:most]}…"
+
+
+def _say_stranger(asked: str, what: str, shown: str) -> None:
+    short = quoted(asked, most=80)
+    plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")
+
+
+def _write(param: str, value: str | None) -> None:
+    """Have the address say what is shown."""
+    if value is None:
+        st.query_params.pop(param, None)
+    elif st.query_params.get(param) != value:
+        st.query_params[param] = value

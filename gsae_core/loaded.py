@@ -1,0 +1,219 @@
+"""Language models, SAEs and what was computed with them, kept in memory for every visitor.
+
+Whatever is here is shared: read, never changed. Nothing here is imported before a page needs it,
+for torch and transformers take seconds.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import streamlit as st
+
+from gsae_core.cached import Version
+from gsae_core.cached import _version as version
+from gsae_core.catalogue import cached_models, count_parameters
+from gsae_core.errors import InputError
+from gsae_core.footprint import model_folder
+from gsae_core.store.files import readable
+from gsae_core.store.runs import Run
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.scales import Scales
+    from gsae_core.lm.model import LanguageModel
+    from gsae_core.sae.base import SAE
+
+PATIENCE = 20.0
+"""Seconds that a visitor waits for a language model that others use."""
+
+HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
+
+
+class Desk:
+    """Who works with a model: one visitor at a time, the others wait a while and are told."""
+
+    def __init__(self) -> None:
+        self._lock, self._counting = threading.Lock(), threading.Lock()
+        self._n_waiting = 0
+
+    @contextmanager
+    def turn(self, *, patience: float = PATIENCE) -> Iterator[None]:
+        """Within, nobody else has the model.
+
+        Raises:
+            InputError: if it does not come free in `patience` seconds.
+        """
+        with self._counting:
+            ahead = self._n_waiting + 1
+            self._n_waiting += 1
+        try:
+            free = self._lock.acquire(timeout=patience)
+        finally:
+            with self._counting:
+                self._n_waiting -= 1
+        if not free:
+            raise InputError(
+                f"the language model is busy: {ahead} ahead of you after {patience:g} s of "
+                "waiting; try again in a moment"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class Loaded(NamedTuple):
+    """A language model in memory, and who works with it."""
+
+    model: "LanguageModel"
+    desk: Desk
+
+
+def language_model(run: Run) -> Loaded:
+    """Return the language model a run's SAEs are for; at most two are kept.
+
+    Raises:
+        InputError: if it is gone, cannot be loaded or does not fit in memory.
+    """
+    _imported()
+    place = run.config.model
+    folder = model_folder(place.name)
+    stamp = None if folder is None else version(folder / "config.json")
+    return _language_model(place.name, place.revision, place.dtype, stamp)
+
+
+def sae(run: Run, name: str) -> "SAE":
+    """Return a finished SAE of a run, on its model's device.
+
+    Raises:
+        InputError: if its files are missing or damaged, or it is for another place.
+    """
+    _imported()
+    folder = run.sae_folder(name)
+    return _sae(str(folder), version(folder / "sae_weights.safetensors"), _run=run, _name=name)
+
+
+def scales(run: Run, name: str) -> "Scales":
+    """Return the scale of each feature of an SAE: from its index, or from held-out tokens.
+
+    Raises:
+        InputError: if the model, the SAE or the text cannot be read.
+    """
+    _imported()
+    folder = str(run.sae_folder(name))
+    weights = version(run.sae_folder(name) / "sae_weights.safetensors")
+    index = version(run.folder / "features" / name / "manifest.json")
+    return _scales(folder, weights, index, _run=run, _name=name)
+
+
+def identity(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
+    """Return what changes when the model or one of the SAEs does, to keep results by."""
+    place = run.config.model
+    folder = model_folder(place.name)
+    stamp = None if folder is None else version(folder / "config.json")
+    weights = [run.sae_folder(name) / "sae_weights.safetensors" for name in names]
+    return (place.name, place.revision, stamp, *((str(path), version(path)) for path in weights))
+
+
+def finished_saes(run: Run) -> list[str]:
+    """Return the names of the SAEs whose weights are there, in the run's order."""
+    names = [spec.name for spec in run.config.saes]
+    return [n for n in names if (run.sae_folder(n) / "sae_weights.safetensors").is_file()]
+
+
+_importing: list[threading.Thread] = []
+_starting = threading.Lock()
+
+
+def import_ahead() -> None:
+    """Begin to import what a model takes, once, while the page is still being drawn."""
+    with _starting:
+        if not _importing:
+            _importing.append(threading.Thread(target=_imports, name="imports", daemon=True))
+            _importing[0].start()
+
+
+def _imports() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    from gsae_core.analysis import attribution, continuation  # noqa: F401
+
+
+def _imported() -> None:
+    """Wait until what is imported ahead is there.
+
+    Two threads that import packages with cycles, as torch and transformers are, may each find the
+    other's modules half made.
+    """
+    import_ahead()
+    _importing[0].join()
+
+
+# Arguments with an underscore are no part of the key.
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _language_model(name: str, revision: str | None, dtype: Any, stamp: Version) -> Loaded:
+    from gsae_core.lm.model import load_model
+    from gsae_core.training.memory import resolve_device
+
+    device, need = resolve_device("auto"), _needs(name)
+    if need > _free(device):
+        # The other model makes room before this one is refused.
+        _language_model.clear()
+    if need > _free(device):
+        raise InputError(
+            f"expected about {readable(need)} of memory free for {name}, found "
+            f"{readable(_free(device))}; close what else runs, or look at a run of a smaller model"
+        )
+    return Loaded(load_model(name, revision=revision, device=str(device), dtype=dtype), Desk())
+
+
+def _needs(name: str) -> int:
+    """Return the bytes a model takes, counted as float32; 0 where that is not known."""
+    folder = model_folder(name) or cached_models().get(name)
+    return round(HEADROOM * 4 * ((folder and count_parameters(folder)) or 0))
+
+
+def _free(device: Any) -> int:
+    from gsae_core.training.memory import free_memory
+
+    return free_memory(device)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _sae(folder: str, weights: Version, _run: Run, _name: str) -> "SAE":
+    from gsae_core.store.checkpoint import check_width, load_sae
+
+    model, place = language_model(_run).model, _run.config.model
+    found = load_sae(folder)
+    model.check(place.layer, place.site)
+    check_width(found, model.width(place.site), name=_name, hook_name=place.hook_name)
+    return found.requires_grad_(False).to(model.device)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _scales(folder: str, weights: Version, index: Version, _run: Run, _name: str) -> "Scales":
+    from gsae_core.analysis.scales import measure_scales, scales_of_index
+
+    found = sae(_run, _name)
+    if index is not None:
+        try:
+            return scales_of_index(_run.features(_name), found)
+        except InputError:
+            # Of an older SAE, or cut short: the Features page says so; here held-out text serves.
+            pass
+    model, desk = language_model(_run)
+    held_out, place = _held_out(_run, model), _run.config.model
+    with desk.turn():
+        return measure_scales(model, found, held_out, layer=place.layer, site=place.site)
+
+
+def _held_out(run: Run, model: "LanguageModel") -> Any:
+    """Return held-out sequences of a run: a shorter reading than training's, so a prefix of it."""
+    from gsae_core.analysis.scales import N_TOKENS
+    from gsae_core.lm.corpus import load_corpus
+
+    data = run.config.data
+    n_tokens = min(run.config.train.n_tokens, round(N_TOKENS / data.held_out))
+    corpus = load_corpus(data, model.tokenizer, n_tokens=n_tokens, model_n_ctx=model.n_ctx)
+    return corpus.held_out

@@ -1,0 +1,186 @@
+"""Prompt: one text through an SAE, token by token, and through another beside it."""
+
+import pandas as pd
+import streamlit as st
+
+from gsae_core import loaded, prompt_view, shell
+from gsae_core.address import correct
+from gsae_core.inspect_parts import (
+    architecture,
+    beside,
+    correct_number,
+    first_choice,
+    need_saes,
+    pick_sae,
+    said,
+    stacking,
+    text_field,
+)
+from gsae_core.pieces import figure_tools, plain
+from gsae_core.prompt_reading import (
+    MEASURES,
+    SORTS,
+    Chosen,
+    Seen,
+    attributed,
+    cells,
+    feature_rows,
+    next_tokens,
+    read,
+)
+from gsae_core.token_picker import token_picker
+
+loaded.import_ahead()
+frame = shell.page(
+    "Prompt",
+    icon="💬",
+    purpose="Which features fire on each token of your text, how strongly, and what they do to "
+    "the next.",
+)
+
+
+@said
+def choose() -> tuple[Chosen, str]:
+    """Draw the pickers and the text."""
+    run, names = need_saes(frame, "the features of any text")
+    left, right = st.columns(2)
+    with left:
+        name = pick_sae("SAE", names, page="prompt", param="sae", default=first_choice(run, names))
+    assert name is not None
+    with right:
+        others = [n for n in names if n != name]
+        other = pick_sae(
+            "Beside it",
+            others,
+            page="prompt",
+            param="base",
+            default=beside(run, name, names),
+            none="none",
+        )
+    text = text_field("Text", page="prompt", model=run.config.model.name)
+    return Chosen(run, name, other), text
+
+
+@said
+def first_answer(chosen: Chosen, text: str) -> Seen:
+    """Read the text, and say what was read."""
+    with st.spinner("Reading the text", show_time=True):
+        seen = read(chosen, text)
+    prompt_view.say_reading(seen)
+    prompt_view.numbers(chosen, seen)
+    return seen
+
+
+def pick_token(index: int) -> None:
+    """Look at the token that was clicked."""
+    st.session_state["tok"] = index
+
+
+def which_token(seen: Seen) -> int:
+    """Draw the number of the token that is looked at; a click in the strip changes it."""
+    last = len(seen.looks[0].prompt.tokens) - 1
+    correct_number("tok", 0, last, what="token", shown=f"token {last}")
+    if not 0 <= (st.session_state.get("tok") or 0) <= last:
+        st.session_state["tok"] = last  # the text became shorter
+    return int(
+        st.number_input("Token", 0, last, value=last, key="tok", bind="query-params", step=1)
+    )
+
+
+@said
+def whole_text(chosen: Chosen, seen: Seen) -> None:
+    """Draw the strip, and what of a token is looked at."""
+    strip = st.container()
+    with stacking("controls", least=9):
+        one, two, three = st.columns([1, 1.7, 2.6], vertical_alignment="bottom")
+    with one:
+        position = which_token(seen)
+    offered = next_tokens(chosen, seen, position)
+    with two:
+        target = st.selectbox(
+            "Next token",
+            range(len(offered)),
+            format_func=lambda i: prompt_view.label_of(offered[i]),
+            key="target",
+            help="Attribution is to the logit of this token, coming next after the chosen one.",
+        )
+    with three:
+        correct("by", list(MEASURES), what="measure of the strip", shown="active features")
+        measure = st.segmented_control(
+            "Shade tokens by",
+            list(MEASURES),
+            default="active features",
+            required=True,
+            key="by",
+            bind="query-params",
+        )
+    tables = attributed(chosen, seen, position=position, token=offered[target].id)
+    with strip:
+        token_picker(
+            cells(seen, tables, measure),
+            picked=position,
+            two=chosen.other is not None,
+            pick=pick_token,
+        )
+        prompt_view.legend(chosen, measure)
+        figure_tools(
+            seen.looks[0].tokens.drop(columns="counted"),
+            name="tokens_of_text",
+            about=MEASURES[measure][1],
+        )
+    one_token(chosen, seen, tables[0], position, prompt_view.label_of(offered[target]))
+
+
+def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, target: str) -> None:
+    """Draw the features of the token, and the same of both SAEs."""
+    token = prompt_view.quoted(seen.looks[0].prompt.tokens[position])
+    with stacking("token"):
+        left, right = st.columns(2, gap="medium")
+    with left:
+        st.subheader("Features of the token", anchor=False)
+        plain(f"token {position}, ‘{token}’", size=".9rem")
+        correct("sort", list(SORTS), what="order", shown="activation")
+        sort = st.segmented_control(
+            "Strongest first by",
+            list(SORTS),
+            default="activation",
+            required=True,
+            key="sort",
+            bind="query-params",
+        )
+        features(chosen, seen, table, position, sort, target)
+    with right:
+        st.subheader("Beside the other SAE", anchor=False)
+        if chosen.other is None:
+            st.caption("Choose a second SAE above to see what both see, and what only one does.")
+        else:
+            plain(f"token {position}, ‘{token}’", size=".9rem")
+            prompt_view.alignment_view(seen, chosen, position=position)
+
+
+def features(
+    chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, sort: str, target: str
+) -> None:
+    """Draw the table of features, and where to go with one of them."""
+    rows = feature_rows(table, position=position, sort=sort)
+    if rows.empty:
+        st.caption("No feature fires on this token; special tokens are not read by the SAE.")
+        return
+    gated = architecture(chosen.run, chosen.name) == "gated"
+    ticked = prompt_view.features_table(
+        rows, gated=gated, target=target, key=f"features_{sort}_{position}"
+    )
+    latent = int(rows["latent"].iloc[0]) if ticked is None else ticked
+    how = "ticked" if ticked is not None else "the first; tick another"
+    st.caption(f"Feature {latent} ({how}) on every token:")
+    prompt_view.on_every_token(seen, latent, at=position)
+    with st.container(horizontal=True):
+        if st.button("Open in Features", icon=":material/search:", key="to_features"):
+            shell.go("pages/5_Features.py", chosen.run, sae=chosen.name, feature=str(latent))
+        if st.button("Steer with it", icon=":material/alt_route:", key="to_steer"):
+            shell.go("pages/7_Steer.py", chosen.run, sae=chosen.name, f=str(latent))
+
+
+chosen, text = choose()
+seen = first_answer(chosen, text)
+whole_text(chosen, seen)

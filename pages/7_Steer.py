@@ -1,0 +1,292 @@
+"""Steer: turn up to three features up or off, and read how the model goes on."""
+
+import time
+
+import streamlit as st
+
+from gsae_core import loaded, shell, steer_job, steer_view
+from gsae_core.address import correct
+from gsae_core.errors import InputError
+from gsae_core.inspect_parts import (
+    architecture,
+    beside,
+    correct_number,
+    first_choice,
+    need_saes,
+    pick_sae,
+    quoted,
+    said,
+    stacking,
+    stop_with,
+    text_field,
+)
+from gsae_core.pieces import copy_link, plain
+from gsae_core.plots.palette import LOOKS
+from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job, Push, Settings
+
+MODES = ["add", "clamp", "ablate"]
+LIMIT = 10.0
+ROWS = ("", "2", "3")  # f, s and mode of the first feature; f2, s2 and mode2 of the second
+EVERY = 0.08  # seconds between two drawings of a text that grows
+
+loaded.import_ahead()
+frame = shell.page(
+    "Steer",
+    icon="🎚️",
+    purpose="Add to, clamp or ablate features while the model writes, beside what it writes by "
+    "itself.",
+)
+
+
+@said
+def choose_saes() -> tuple[str, str | None, str]:
+    """Draw the pickers of SAEs and the prompt."""
+    left, right = st.columns(2)
+    with left:
+        name = pick_sae("SAE", names, page="steer", param="sae", default=first_choice(run, names))
+    assert name is not None
+    with right:
+        others = [n for n in names if n != name]
+        other = pick_sae(
+            "Matched in",
+            others,
+            page="steer",
+            param="base",
+            default=beside(run, name, names),
+            none="none",
+        )
+    text = text_field("Prompt", page="steer", model=run.config.model.name)
+    return name, other, text
+
+
+@said
+def choose_features(name: str, text: str) -> tuple[Push, ...]:
+    """Draw a row for each feature that is steered, and one more."""
+    d_sae = loaded.sae(run, name).d_sae
+    with st.spinner("Measuring how strongly features fire", show_time=True):
+        scales, why = steer_job.scales_or_prompt(run, name, text)
+    if why is not None:
+        plain(f"Units are of this prompt alone: the run's held-out text cannot be read ({why}).")
+    pushes: list[Push] = []
+    for row in ROWS:
+        push = feature_row(row, d_sae, scales)
+        if push is None:
+            break
+        if push.latent in [each.latent for each in pushes]:
+            plain(f"Feature {push.latent} is there already; it is steered once.", size=".9rem")
+            break
+        pushes.append(push)
+    if not pushes:
+        suggestions(name, text)
+    return tuple(pushes)
+
+
+def feature_row(row: str, d_sae: int, scales: object) -> Push | None:
+    """Draw what is done to one feature; None if none is given."""
+    f, s, mode = f"f{row}", f"s{row}", f"mode{row}"
+    correct_number(f, 0, d_sae - 1, what="feature", shown="none")
+    if (st.session_state.get(f) or 0) >= d_sae:
+        st.session_state[f] = None  # of a wider SAE
+    with stacking(f"feature{row}", least=10):
+        one, two, three = st.columns([1, 1.6, 3], vertical_alignment="top")
+    with one:
+        latent = st.number_input(
+            "Feature" if not row else f"Feature {row} (optional)",
+            0,
+            d_sae - 1,
+            value=None,
+            key=f,
+            bind="query-params",
+            placeholder=f"0 to {d_sae - 1}",
+        )
+    if latent is None:
+        return None
+    with two:
+        correct(mode, MODES, what="mode", shown="add")
+        how = st.segmented_control(
+            "Mode",
+            MODES,
+            default="add",
+            required=True,
+            key=mode,
+            bind="query-params",
+            help="add: f + strength, on every token. clamp: f = strength, whether it fires or "
+            "not. ablate: f = 0.",
+        )
+    with three:
+        correct_number(s, -LIMIT, LIMIT, what="strength", shown="4", whole=False)
+        strength = st.slider(
+            "Strength, in units of the feature's own scale",
+            -LIMIT,
+            LIMIT,
+            value=4.0,
+            step=0.25,
+            key=s,
+            bind="query-params",
+            disabled=how == "ablate",
+        )
+        steer_view.scale_under(scales, int(latent), limit=LIMIT)
+    return Push(int(latent), how, strength)
+
+
+def suggestions(name: str, text: str) -> None:
+    """Offer features that fire on the prompt."""
+    found = steer_job.active_features(run, name, text)
+    if not found:
+        st.caption("No feature fires on this prompt; give a feature's number.")
+        return
+    st.caption("Give a feature's number, or take one that fires on the prompt; then it is steered.")
+    labels = {
+        f"feature {latent} · {units:.2f} × its scale on {quoted(token)}": latent
+        for latent, units, token in found
+    }
+    st.selectbox(
+        "Or one that fires on the prompt",
+        list(labels),
+        index=None,
+        key="suggested",
+        placeholder="strongest for its own scale first",
+        on_change=lambda: take(labels),
+    )
+
+
+def take(labels: dict[str, int]) -> None:
+    """Steer with the feature that was chosen from the list."""
+    chosen = st.session_state.get("suggested")
+    if chosen in labels:
+        st.session_state["f"] = labels[chosen]
+
+
+def choose_sampling() -> tuple[int, float, int, bool]:
+    """Draw how tokens are drawn."""
+    one, two, three, four = st.columns([1, 1.3, 1.3, 1.6], vertical_alignment="bottom")
+    with one:
+        correct_number("seed", 0, 2**31 - 1, what="seed", shown="0")
+        seed = st.number_input("Seed", 0, 2**31 - 1, value=0, key="seed", bind="query-params")
+    with two:
+        correct_number("temp", 0, 2, what="temperature", shown="0.8", whole=False)
+        temperature = st.slider(
+            "Temperature",
+            0.0,
+            2.0,
+            value=0.8,
+            step=0.1,
+            key="temp",
+            bind="query-params",
+            help="0 always takes the likeliest token. Default and steered share their random "
+            "numbers: they differ only where the predictions do.",
+        )
+    with three:
+        correct_number("len", 10, 200, what="length", shown="60")
+        length = st.slider("New tokens", 10, 200, 60, 10, key="len", bind="query-params")
+    with four:
+        keep = st.toggle(
+            "Keep the SAE's error",
+            value=True,
+            key="err",
+            bind="query-params",
+            help="On: x + (f' - f) W_dec, what the SAE fails to reconstruct stays. Off: the model "
+            "reads the reconstruction of f'.",
+        )
+    return int(length), float(temperature), int(seed), bool(keep)
+
+
+def the_job(settings: Settings) -> Job:
+    """Return the job of these settings: the session's, or a new one."""
+    job = st.session_state.get("steer_job")
+    if job is None or job.settings != settings:
+        with st.spinner("Two passes over the prompt", show_time=True):
+            job = steer_job.start(run, settings)
+        st.session_state["steer_job"] = job
+    return job
+
+
+def stop(job: Job, *, stopped: bool) -> None:
+    """Stop a continuation, or let it go on."""
+    job.stopped = stopped
+
+
+def titles(job: Job) -> dict[str, str]:
+    """Return the heading of each column."""
+    kind = LOOKS[architecture(run, job.settings.name)].label
+    found = {DEFAULT: "Default", STEERED: f"Steered · {kind} {job.settings.name}"}
+    if job.settings.other is not None:
+        kind = LOOKS[architecture(run, job.settings.other)].label
+        found[BASELINE] = f"Matched · {kind} {job.settings.other}"
+    return found
+
+
+def results(job: Job) -> None:
+    """Draw the continuations as they grow, then how predictions shift."""
+    named = titles(job)
+    st.subheader("How it goes on", anchor=False)
+    steer_view.say_matches(job)
+    buttons = st.empty()
+    with stacking("texts", least=18):
+        spots = st.columns(len(job.tokens))
+    bodies = {}
+    for spot, kind in zip(spots, job.tokens, strict=True):
+        with spot:
+            steer_view.heading(kind, named[kind])
+            bodies[kind] = st.empty()
+    draw(job, bodies)
+    if job.stream is not None and not job.stopped:
+        buttons.button(
+            "Stop",
+            icon=":material/stop_circle:",
+            key="stop",
+            on_click=stop,
+            args=(job,),
+            kwargs={"stopped": True},
+        )
+        grow(job, bodies)
+    if job.stopped and job.stream is not None:
+        buttons.button(
+            "Go on",
+            icon=":material/play_arrow:",
+            key="go_on",
+            on_click=stop,
+            args=(job,),
+            kwargs={"stopped": False},
+        )
+    else:
+        buttons.empty()
+    draw(job, bodies)
+    steer_view.say_end(run, job)
+    st.subheader("The next token", anchor=False)
+    with stacking("shifts", least=24):
+        steer_view.shift_columns(st.columns(max(len(job.shifts), 2)), job, named)
+
+
+def grow(job: Job, bodies: dict) -> None:
+    """Let the continuations grow to their end, showing them on the way."""
+    drawn = time.monotonic()
+    while steer_job.advance(run, job):
+        if time.monotonic() - drawn > EVERY:
+            draw(job, bodies)  # where a press of Stop ends this run of the page
+            drawn = time.monotonic()
+
+
+def draw(job: Job, bodies: dict) -> None:
+    """Draw every continuation as far as it is."""
+    for kind, body in bodies.items():
+        body.html(steer_view.continuation(run, job, kind))
+
+
+run, names = need_saes(frame, "steered continuations")
+name, other, text = choose_saes()
+try:
+    pushes = choose_features(name, text)
+    length, temperature, seed, keep = choose_sampling()
+    if not pushes:
+        st.stop()
+    weights = loaded.identity(run, [name, *([other] if other else [])])
+    job = the_job(Settings(weights, name, other, text, pushes, keep, length, temperature, seed))
+    results(job)
+except InputError as error:
+    stop_with(error)
+with st.container(horizontal=True):
+    if st.button("Open in Features", icon=":material/search:", key="to_features"):
+        shell.go("pages/5_Features.py", run, sae=name, feature=str(pushes[0].latent))
+    with st.popover("Copy link", icon=":material/link:", type="tertiary"):
+        copy_link()

@@ -1,0 +1,138 @@
+"""Prompt and Steer in a real browser: what is clicked, what the address keeps, what is hostile.
+
+Run with `python -m pytest tests/browser/test_prompt_steer.py -m browser`.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from app_pages import NASTY
+from driver import at_rest, opened, serving
+from playwright.sync_api import Page, expect
+
+from gsae_core import cli
+
+SMALL = [
+    *("train", "--model", "bundled", "--layer", "2", "--arch", "gated", "relu"),
+    *("--sparsity", "0.2", "--width", "64", "--tokens", "16384", "--batch-size", "1024"),
+    *("--eval-tokens", "4096", "--lr-warmup-steps", "2", "--device", "cpu"),
+]
+TEXT = "import%20json%0Adef%20f(x):%0A"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The app over one run of two small SAEs on the bundled model."""
+    root = tmp_path_factory.mktemp("runs")
+    assert cli.main([*SMALL, "--out", str(root / "small")]) == 0
+    with serving(root) as address:
+        yield address
+
+
+def strip(page: Page):
+    return page.locator(".picker [role=option]")
+
+
+def test_a_click_on_a_token_shows_its_features(page: Page, address: str) -> None:
+    opened(page, f"{address}/Prompt?run=small&text={TEXT}")
+    expect(strip(page).nth(1)).to_have_text("import")
+    strip(page).nth(1).click()
+    expect(page.get_by_text("token 1, ‘import’").first).to_be_visible()
+    expect(strip(page).nth(1)).to_have_attribute("aria-selected", "true")
+    page.wait_for_url(re.compile("tok=1"))
+    page.reload()
+    at_rest(page)
+    expect(page.get_by_text("token 1, ‘import’").first).to_be_visible()
+
+
+def test_a_token_is_picked_by_keyboard_and_says_its_value_on_focus(
+    page: Page, address: str
+) -> None:
+    opened(page, f"{address}/Prompt?run=small&text={TEXT}&tok=1")
+    strip(page).nth(1).focus()
+    expect(page.locator(".picker .tip")).to_contain_text("active features:")
+    page.keyboard.press("ArrowRight")
+    expect(strip(page).nth(2)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("token 2, ‘·j").first).to_be_visible()
+
+
+def test_a_feature_is_taken_from_prompt_to_steer_with_its_text(page: Page, address: str) -> None:
+    opened(page, f"{address}/Prompt?run=small&text={TEXT}&tok=1")
+    page.get_by_role("button", name="Steer with it").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Steer")
+    at_rest(page)
+    expect(page.get_by_label("Prompt")).to_have_value("import json\ndef f(x):\n")
+    expect(page.get_by_label("Feature", exact=True)).not_to_have_value("")
+    expect(page.get_by_text("KL, next token (nats)").first).to_be_visible()
+    page.wait_for_url(re.compile(r"f=\d+"))
+    assert page.get_by_test_id("stException").count() == 0
+
+
+def test_a_cold_link_to_steer_shows_all_it_names(page: Page, address: str) -> None:
+    opened(page, f"{address}/Steer?run=small&f=3&s=-2&mode=clamp&seed=7&len=20&text={TEXT}")
+    expect(page.get_by_label("Seed")).to_have_value("7")
+    expect(
+        page.get_by_text("default 20 tokens").or_(page.get_by_text("ended before 20"))
+    ).to_be_visible()
+    expect(page.get_by_text("decoder cosine")).to_be_visible()
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_test_id("stCode").first).to_contain_text("f=3")
+    expect(page.get_by_test_id("stCode").first).to_contain_text("mode=clamp")
+
+
+def test_a_long_continuation_is_stopped_and_goes_on(page: Page, address: str) -> None:
+    page.goto(f"{address}/Steer?run=small&f=3&s=0&len=200&temp=2&seed=3&text={TEXT}")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Stopped; what is there stays.")).to_be_visible()
+    page.get_by_role("button", name="Go on").click()
+    expect(page.get_by_text("Stopped; what is there stays.")).to_be_hidden()
+    at_rest(page)
+    expect(page.get_by_text(re.compile(r"^default \d+ tokens"))).to_be_visible()
+
+
+@pytest.mark.parametrize("name", ["Prompt", "Steer"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_hangs_out_of_a_narrow_window(
+    page: Page, address: str, name: str, scheme: str
+) -> None:
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.set_viewport_size({"width": 400, "height": 900})
+    opened(page, f"{address}/{name}?run=small&f=3&text={TEXT}")
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("node => node.scrollWidth - node.clientWidth") <= 1
+    assert page.get_by_test_id("stException").count() == 0
+
+
+def test_hostile_text_is_shown_and_never_obeyed(page: Page, address: str) -> None:
+    opened(page, f"{address}/Prompt?run=small&text={TEXT}")
+    body = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    field = page.get_by_label("Text")
+    for nasty in NASTY:
+        if len(nasty) > 500:
+            continue
+        field.fill(nasty)
+        field.press("Control+Enter")
+        expect(page.get_by_text("tokens, read in").first).to_be_visible()
+        at_rest(page)
+        assert page.get_by_test_id("stException").count() == 0
+        assert page.locator("img[src='x'], img[src*='evil'], form[action*='evil']").count() == 0
+        assert page.evaluate("window.owned") is None
+        assert page.title().startswith("Prompt")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == body
+
+
+def test_a_run_that_goes_while_it_is_looked_through_is_named(
+    page: Page, address: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = next(Path(tmp_path_factory.getbasetemp()).glob("runs*/small")).parent
+    shutil.copytree(root / "small", root / "victim")
+    opened(page, f"{address}/Prompt?run=victim&text={TEXT}")
+    expect(strip(page).nth(1)).to_have_text("import")
+    shutil.rmtree(root / "victim")
+    strip(page).nth(2).click()
+    expect(page.get_by_text("Run victim is not on this machine")).to_be_visible()
+    assert page.get_by_test_id("stException").count() == 0

@@ -1,0 +1,295 @@
+"""The Prompt page without a browser: what it says of a text, and of what is no text."""
+
+import html
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from synthetic import write_run
+
+from gsae_core import inspect_parts, loaded, prompt_reading
+from gsae_core.errors import InputError
+from gsae_core.loaded import Desk
+from gsae_core.store.runs import Run
+from gsae_core.token_picker import read_pick
+
+PROMPT = "pages/6_Prompt.py"
+TEXT = "w1 w2 w3 w2 w9"
+
+
+@pytest.fixture
+def run(root: Path, finished: Run) -> Run:
+    """A finished run of four small SAEs on the tiny model, in the app's folder."""
+    return finished
+
+
+def field(at: Any) -> Any:
+    return at.text_area(key="prompt_text")
+
+
+def features(at: Any) -> Any:
+    return at.dataframe[0].value
+
+
+def test_a_text_from_the_address_is_read(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, sae="gated-0.05", base="relu-0.05")
+    assert not at.exception
+    assert field(at).value == TEXT
+    assert "6 tokens, read in" in text(at)  # BOS in front
+    assert [m.label for m in at.metric] == ["L0", "ΔCE (nats)", "FVU"] * 2
+    assert at.number_input(key="tok").value == 5
+    assert list(features(at)["latent"])
+    assert at.query_params["text"] == TEXT
+    assert at.query_params["sae"] == "gated-0.05"
+
+
+def test_another_token_has_other_features(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05")
+    before = features(at)["activation"].to_list()
+    assert at.selectbox(key="target").options[0].startswith("w3")  # what follows w2
+    at.number_input(key="tok").set_value(1).run()
+    assert not at.exception
+    assert features(at)["activation"].to_list() != before
+    assert at.selectbox(key="target").options[0].startswith("w2")
+
+
+def test_features_are_sorted_as_asked(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05", sort="attribution")
+    sizes = features(at)["effect"].abs()
+    assert sizes.is_monotonic_decreasing
+    at.segmented_control(key="sort").set_value("activation").run()
+    assert features(at)["activation"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("measure", prompt_reading.MEASURES)
+def test_the_strip_is_shaded_by_every_measure(run: Run, measure: str) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, by=measure)
+    assert not at.exception
+    assert html.escape(prompt_reading.MEASURES[measure][1]) in text(at)
+
+
+def test_a_special_token_has_no_features(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, tok="0")
+    assert not at.exception
+    assert "special tokens are not read by the SAE" in text(at)
+
+
+def test_one_sae_alone_is_looked_through(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, sae="relu-0.4", base="none")
+    assert not at.exception
+    assert len(at.metric) == 3
+    assert "Choose a second SAE above" in text(at)
+
+
+def test_a_text_is_kept_for_the_next_page(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT)
+    field(at).set_value("w7 w8").run()
+    at.switch_page("pages/7_Steer.py").run()
+    assert not at.exception
+    assert at.text_area(key="steer_text").value == "w7 w8"
+
+
+def test_a_rerun_reads_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT)
+
+    def never(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("read twice")
+
+    monkeypatch.setattr("gsae_core.analysis.prompt.look", never)
+    at.run()
+    assert not at.exception
+
+
+# What is no text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "Expected some text, got none; type or paste a sentence."),
+        ("   \n", "Expected some text, got none; type or paste a sentence."),
+        ("w1 " * 700_000, "Expected a text of at most 20,000 characters, got 2,100,000; paste the"),
+    ],
+)
+def test_what_is_no_text_is_one_sentence(run: Run, words: str, sentence: str) -> None:
+    at = opened(PROMPT, run=run.id)
+    field(at).set_value(words).run()
+    assert not at.exception
+    assert sentence in text(at)
+    assert "text" not in at.query_params
+
+
+def test_words_the_tokenizer_lacks_are_said(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text="w1 漢字 w2")
+    assert not at.exception
+    assert "1 are unknown to this model&#x27;s tokenizer" in text(at).replace("'", "&#x27;")
+
+
+def test_a_long_text_is_cut_and_says_so(run: Run) -> None:
+    at = opened(PROMPT, run=run.id)
+    field(at).set_value("w1 " * 30).run()
+    assert "16 tokens" in text(at)
+    assert "the last 15 had no room and are left out" in text(at)
+
+
+def test_an_address_carries_500_characters(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text="w1 " * 400)
+    assert not at.exception
+    assert "An address carries at most 500 characters" in text(at)
+    assert len(field(at).value) == 500
+
+
+@pytest.mark.parametrize("words", [HOSTILE, *NASTY, "\u202e\u200bw1\x00"])
+def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
+    at = opened(PROMPT, run=run.id)
+    field(at).set_value(words).run()
+    assert not at.exception
+    said = text(at)
+    for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):
+        assert piece not in said.replace(words, "")
+
+
+# What the address gets wrong
+
+
+@pytest.mark.parametrize(
+    ("param", "value", "said"),
+    [
+        ("tok", "99", "token 99 is out of range (0 to 5); showing token 5."),
+        ("tok", "-1", "token -1 is out of range"),
+        ("tok", "nan", "asks for 'nan', which is no token"),
+        ("sae", HOSTILE, "which is no SAE of this run; showing gated-"),
+        ("base", "gone", "asks for 'gone', which is no SAE of this run; showing"),
+        ("by", "beauty", "asks for 'beauty', which is no measure of the strip"),
+        ("sort", "size", "asks for 'size', which is no order"),
+    ],
+)
+def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, said: str) -> None:
+    at = opened(PROMPT, run=run.id, **{"text": TEXT, param: value})
+    assert not at.exception
+    assert said in text(at).replace("&#x27;", "'")
+    assert "<img" not in text(at)
+
+
+# Runs that cannot be looked through
+
+
+def test_no_runs_at_all(root: Path) -> None:
+    at = opened(PROMPT)
+    assert not at.exception
+    assert "No runs yet" in text(at)
+
+
+def test_a_run_that_still_trains_says_when_its_saes_come(root: Path, worker: int) -> None:
+    write_run(root, "moving", "running", share=0.25, pid=worker)
+    at = opened(PROMPT)
+    assert not at.exception
+    assert "moving is running, step 128 of 512" in text(at)
+
+
+def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PROMPT)
+    assert not at.exception
+    assert "weights of done" in text(at)
+    assert "found none; copy them back, or train the run again" in text(at)
+
+
+def test_a_hostile_run_is_only_text(root: Path) -> None:
+    hostile_run(root)
+    at = opened(PROMPT)
+    assert not at.exception
+    assert "<script" not in text(at)
+
+
+def test_a_model_folder_that_is_gone_is_named(run: Run) -> None:
+    path = run.folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["model"]["name"] = "/gone/tiny<b>"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    at = opened(PROMPT, run=run.id, text=TEXT)
+    assert not at.exception
+    assert "Expected a Hugging Face model folder with a config.json" in text(at)
+    assert "/gone/tiny&lt;b&gt;" in text(at)
+
+
+def test_damaged_weights_are_named(run: Run) -> None:
+    path = run.sae_folder("gated-0.05") / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    at = opened(PROMPT, run=run.id, text=TEXT, sae="gated-0.05")
+    assert not at.exception
+    assert "Expected whole safetensors in" in text(at)
+
+
+def test_an_sae_of_another_place_is_named(run: Run) -> None:
+    path = run.folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["model"]["site"] = "resid_pre"  # 12 wide, where its SAEs read 20
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    at = opened(PROMPT, run=run.id, text=TEXT)
+    assert not at.exception
+    assert "to take activations of width 12" in text(at)
+
+
+def test_a_model_that_is_busy_says_so() -> None:
+    desk, entered, leave = Desk(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with desk.turn():
+            entered.set()
+            leave.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    entered.wait(30)
+    with pytest.raises(InputError, match=r"busy: 1 ahead of you after 0.01 s .*; try again in"):
+        desk.turn(patience=0.01).__enter__()
+    leave.set()
+    worker.join()
+    with desk.turn(patience=0.01):
+        pass  # nobody is in the way any more
+
+
+def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = loaded.language_model(run).desk
+    monkeypatch.setattr(Desk.turn.__wrapped__, "__kwdefaults__", {"patience": 0.01})  # type: ignore
+    with desk.turn():
+        at = opened(PROMPT, run=run.id, text="w30 w31 w32")
+    assert not at.exception
+    assert "The language model is busy: 1 ahead of you" in text(at)
+
+
+def test_a_model_too_large_for_the_memory_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded._language_model.clear()
+    monkeypatch.setattr(loaded, "_free", lambda _device: 1000)
+    with pytest.raises(InputError, match=r"of memory free for .*; close what else runs, or look"):
+        loaded.language_model(run)
+
+
+# What browsers send
+
+
+@pytest.mark.parametrize(
+    ("sent", "index"),
+    [
+        *[(0, 0), (3.0, 3), (4, None), (-1, None), (1.5, None), (True, None), ("1", None)],
+        *[(None, None), (float("nan"), None), ([1], None), ({"a": 1}, None)],
+    ],
+)
+def test_a_click_names_a_token_there_is(sent: object, index: int | None) -> None:
+    assert read_pick(sent, 4) == index
+
+
+def test_a_ticked_row_that_is_gone_is_none() -> None:
+    for rows, row in (([], None), ([2], 2), ([5], None)):
+        assert prompt_reading.chosen_row({"selection": {"rows": rows}}, 3) == row
+
+
+def test_a_quoted_token_hides_nothing_and_is_short() -> None:
+    # Six signs for the override, then 18 characters of 24.
+    assert inspect_parts.quoted("\u202ea b" + "x" * 99) == "⟨202E⟩a·b" + "x" * 15 + "…"

@@ -1,0 +1,307 @@
+"""The Steer page without a browser: continuations, what steers them, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from safetensors.torch import load_file, save_file
+from synthetic import write_run
+
+from gsae_core import steer_view
+from gsae_core.analysis.continuation import Loop
+from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job
+from gsae_core.store.files import sha256
+from gsae_core.store.runs import Run
+
+STEER = "pages/7_Steer.py"
+TEXT = "w1 w2 w3 w2 w9"
+PAIR = {"sae": "gated-0.05", "base": "relu-0.05", "text": TEXT}
+
+
+@pytest.fixture
+def run(root: Path, finished: Run) -> Run:
+    return finished
+
+
+def job(at: Any) -> Job:
+    return at.session_state["steer_job"]
+
+
+def kill_feature(run: Run, name: str, latent: int) -> None:
+    """Give a feature of a Gated SAE a gate that never opens."""
+    folder = run.sae_folder(name)
+    path = folder / "sae_weights.safetensors"
+    tensors = load_file(path)
+    tensors["b_gate"][latent] = -1e9
+    save_file(tensors, path)
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    cfg["metadata"]["weights_sha256"] = sha256(path)
+    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+
+
+def test_default_steered_and_the_match_stand_side_by_side(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", s="3", **PAIR)
+    assert not at.exception
+    done = job(at)
+    assert done.stream is None
+    assert set(done.tokens) == {DEFAULT, STEERED, BASELINE}
+    assert all(tokens for tokens in done.tokens.values())
+    said = text(at)
+    assert "feature 2 ↔" in said
+    assert "decoder cosine" in said
+    assert "1 unit =" in said
+    assert [m.label for m in at.metric] == ["KL, next token (nats)", "KL, mean per token"] * 2
+    assert set(at.dataframe[0].value.columns) >= {"token", "before", "after", "delta_logit"}
+
+
+def test_strength_zero_writes_what_the_default_writes(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", s="0", **PAIR)
+    done = job(at)
+    assert done.tokens[STEERED] == done.tokens[DEFAULT] == done.tokens[BASELINE]
+    assert done.shifts[STEERED].kl == 0
+    assert done.kl == {STEERED: 0, BASELINE: 0}
+    assert (done.shifts[STEERED].table["change"] == 0).all()
+
+
+def test_results_survive_reruns(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", **PAIR)
+    before = job(at)
+    at.run()
+    assert job(at) is before
+    at.slider(key="s").set_value(-5.0).run()
+    assert job(at) is not before
+    assert job(at).settings.pushes[0].strength == -5.0
+
+
+def test_a_stopped_continuation_stays_and_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core import steer_job
+
+    advance, steps = steer_job.advance, [0]
+
+    def interrupted(run: Run, job: Job) -> bool:
+        steps[0] += 1
+        if steps[0] == 4:
+            job.stopped = True  # as a press of Stop between two tokens
+            return False
+        return advance(run, job)
+
+    monkeypatch.setattr(steer_job, "advance", interrupted)
+    at = opened(STEER, run=run.id, f="2", **PAIR)
+    assert not at.exception
+    kept = {kind: list(tokens) for kind, tokens in job(at).tokens.items()}
+    assert sum(map(len, kept.values())) == 3
+    assert "Stopped; what is there stays." in text(at)
+    at.button(key="go_on").click().run()
+    assert not at.exception
+    assert job(at).stream is None
+    assert all(job(at).tokens[kind][: len(tokens)] == tokens for kind, tokens in kept.items())
+
+
+def test_three_features_are_steered_at_once(run: Run) -> None:
+    rest = {"f2": "1", "s2": "-2", "mode2": "clamp", "f3": "4", "mode3": "ablate"}
+    at = opened(STEER, run=run.id, f="2", **PAIR, **rest)
+    assert not at.exception
+    pushes = [tuple(push) for push in job(at).settings.pushes]
+    assert pushes == [(2, "add", 4.0), (1, "clamp", -2.0), (4, "ablate", 4.0)]
+    assert at.slider(key="s3").disabled
+
+
+def test_a_feature_given_twice_is_steered_once(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", f2="2", **PAIR)
+    assert not at.exception
+    assert "Feature 2 is there already" in text(at)
+    assert len(job(at).settings.pushes) == 1
+
+
+def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
+    at = opened(STEER, run=run.id, **PAIR)
+    assert not at.exception
+    assert "steer_job" not in at.session_state
+    offered = at.selectbox(key="suggested")
+    assert "× its scale on" in offered.options[0]
+    offered.set_value(offered.options[0]).run()
+    assert not at.exception
+    assert f"feature {at.number_input(key='f').value} " in offered.options[0]
+    assert job(at).stream is None
+
+
+def test_one_sae_is_steered_alone(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", text=TEXT, sae="relu-0.4", base="none")
+    assert not at.exception
+    assert set(job(at).tokens) == {DEFAULT, STEERED}
+
+
+def test_the_error_can_be_left_out(run: Run) -> None:
+    with_error = job(opened(STEER, run=run.id, f="2", s="0", **PAIR))
+    without = job(opened(STEER, run=run.id, f="2", s="0", err="false", **PAIR))
+    assert with_error.shifts[STEERED].kl == 0
+    assert without.shifts[STEERED].kl > 0
+
+
+def test_a_dead_feature_says_what_its_unit_is(run: Run) -> None:
+    kill_feature(run, "gated-0.05", 3)
+    at = opened(STEER, run=run.id, f="3", **PAIR)
+    assert not at.exception
+    said = text(at)
+    assert "did not fire on" in said
+    assert "so it has no scale of its own: 1 unit =" in said
+    assert "its decoder norm is 1" in said
+
+
+def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -> None:
+    path = run.folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["data"]["source"] = "/gone/text.txt"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    at = opened(STEER, run=run.id, f="2", **PAIR)
+    assert not at.exception
+    assert "Units are of this prompt alone" in text(at)
+    assert "tokens of this prompt" in text(at)
+    assert job(at).stream is None
+
+
+# What the address and the reader get wrong
+
+
+@pytest.mark.parametrize(
+    ("param", "value", "said"),
+    [
+        ("f", "99", "feature 99 is out of range (0 to 5); showing none."),
+        ("f", "-3", "feature -3 is out of range"),
+        ("f", HOSTILE, "which is no feature; showing none"),
+        ("s", "nan", "asks for 'nan', which is no strength; showing 4"),
+        ("s", "inf", "asks for 'inf', which is no strength; showing 4"),
+        ("s", "1e9", "strength 1e9 is out of range (-10 to 10); showing 4"),
+        ("mode", "boost", "asks for 'boost', which is no mode; showing add"),
+        ("seed", "-1", "seed -1 is out of range"),
+        ("temp", "9", "temperature 9 is out of range (0 to 2); showing 0.8"),
+        ("len", "5000", "length 5000 is out of range (10 to 200); showing 60"),
+    ],
+)
+def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, said: str) -> None:
+    at = opened(STEER, run=run.id, **PAIR | {"f": "2", param: value})
+    assert not at.exception
+    assert said in text(at).replace("&#x27;", "'")
+    assert "<img" not in text(at)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "Expected some text, got none"),
+        ("w1 " * 700_000, "Expected a text of at most 20,000 characters, got 2,100,000"),
+    ],
+)
+def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) -> None:
+    at = opened(STEER, run=run.id, f="2")
+    at.text_area(key="steer_text").set_value(words).run()
+    assert not at.exception
+    assert sentence in text(at)
+
+
+@pytest.mark.parametrize("words", [HOSTILE, *NASTY])
+def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
+    at = opened(STEER, run=run.id, f="2", len="10")
+    at.text_area(key="steer_text").set_value(words).run()
+    assert not at.exception
+    said = text(at)
+    for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):
+        assert piece not in said
+
+
+def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(run: Run) -> None:
+    at = opened(STEER, run=run.id, f="2", **PAIR | {"text": "w1 " * 16})
+    assert not at.exception
+    assert {kind: len(tokens) for kind, tokens in job(at).tokens.items()} == {
+        DEFAULT: 1,
+        STEERED: 1,
+        BASELINE: 1,
+    }
+    assert "where the model's context was full" in text(at)
+
+
+# Runs that cannot be steered
+
+
+def test_no_runs_at_all(root: Path) -> None:
+    at = opened(STEER)
+    assert not at.exception
+    assert "No runs yet" in text(at)
+
+
+def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(STEER, f="2")
+    assert not at.exception
+    assert "copy them back, or train the run again" in text(at)
+
+
+def test_a_hostile_run_is_only_text(root: Path) -> None:
+    hostile_run(root)
+    at = opened(STEER)
+    assert not at.exception
+    assert "<script" not in text(at)
+
+
+def test_a_model_folder_that_is_gone_is_named(run: Run) -> None:
+    path = run.folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["model"]["name"] = "/gone/tiny"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    at = opened(STEER, run=run.id, f="2", text=TEXT)
+    assert not at.exception
+    assert "Expected a Hugging Face model folder with a config.json" in text(at)
+
+
+# What is drawn
+
+
+def test_hostile_tokens_are_drawn_as_text() -> None:
+    drawn = steer_view.continuation_html(NASTY, [True] * len(NASTY), going=True)
+    for piece in ("<script", "<img", "<form", "<style", "\u202e", "\u200b", "\x1b", "\x00"):
+        assert piece not in drawn
+    assert "⟨202E⟩" in drawn
+    assert "&lt;script&gt;" in drawn
+
+
+def test_line_ends_act_and_are_seen() -> None:
+    drawn = steer_view.continuation_html(["a b\n"], [False], going=False)
+    assert "a b↵\n<" in drawn
+
+
+def test_tokens_that_differ_are_marked_without_colour_too() -> None:
+    one, two = (steer_view.continuation_html(["x"], [d], going=False) for d in (False, True))
+    assert "border-bottom" not in one
+    assert "border-bottom:2px dotted" in two
+
+
+@pytest.mark.parametrize(
+    ("found", "default", "said"),
+    [
+        (Loop(1, 20), None, "The last 20 steered tokens repeat the same token: steered too hard"),
+        (Loop(3, 12), None, "repeat the same 3 tokens"),
+        (Loop(2, 12), Loop(2, 14), "the default goes round as well: raise the temperature"),
+        (None, Loop(1, 12), ""),
+    ],
+)
+def test_a_text_that_goes_round_is_warned_of(
+    found: Loop | None, default: Loop | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(steer_view, "notice", lambda words, **_: shown.append(words))
+    steer_view.say_loop(found, default)
+    assert said in "".join(shown)
+    assert bool(shown) == bool(said)
+
+
+def test_marks_lie_where_the_slider_has_their_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(steer_view.st, "html", drawn.append)
+    marks = [steer_view.Mark(1.0, "p99"), steer_view.Mark(99.0, "max")]
+    steer_view.ruler(marks, low=-10, high=10)
+    assert "left:55.00%" in drawn[0]  # 11 of 20
+    assert "max" not in drawn[0]
