@@ -65,6 +65,103 @@ def pick_above(h, above, latent, value, ends):
 
 
 @compiled
+def add_rows(first, last, latent, weight, W, total):
+    """Add to `total`, (width,), weight[e] * W[latent[e]] of entries first to last - 1.
+
+    Four rows at a time: a sum is then read and written once for four products, and four rows are on
+    their way from memory together. Half the time of one by one.
+    """
+    e = first
+    while e + 4 <= last:
+        a, b, c, d = W[latent[e]], W[latent[e + 1]], W[latent[e + 2]], W[latent[e + 3]]
+        p, q, r, s = weight[e], weight[e + 1], weight[e + 2], weight[e + 3]
+        for j in range(total.shape[0]):
+            total[j] += p * a[j] + q * b[j] + r * c[j] + s * d[j]
+        e += 4
+    while e < last:
+        a, p = W[latent[e]], weight[e]
+        for j in range(total.shape[0]):
+            total[j] += p * a[j]
+        e += 1
+
+
+@compiled
+def add_rows_to_both(first, last, latent, m, g, W, out, aux):
+    """`add_rows` of `m` to `out` and of `g` to `aux`, with each row read once."""
+    e = first
+    while e + 4 <= last:
+        a, b, c, d = W[latent[e]], W[latent[e + 1]], W[latent[e + 2]], W[latent[e + 3]]
+        p, q, r, s = m[e], m[e + 1], m[e + 2], m[e + 3]
+        t, u, v, w = g[e], g[e + 1], g[e + 2], g[e + 3]
+        for j in range(out.shape[0]):
+            out[j] += p * a[j] + q * b[j] + r * c[j] + s * d[j]
+            aux[j] += t * a[j] + u * b[j] + v * c[j] + w * d[j]
+        e += 4
+    add_rows(e, last, latent, m, W, out)
+    add_rows(e, last, latent, g, W, aux)
+
+
+@compiled
+def add_rows_in_order(first, last, order, row, weight, dense, total):
+    """Add to `total`, (width,), weight[order[k]] * dense[row[k]] for places first to last - 1."""
+    k = first
+    while k + 4 <= last:
+        a, b, c, d = dense[row[k]], dense[row[k + 1]], dense[row[k + 2]], dense[row[k + 3]]
+        p, q = weight[order[k]], weight[order[k + 1]]
+        r, s = weight[order[k + 2]], weight[order[k + 3]]
+        for j in range(total.shape[0]):
+            total[j] += p * a[j] + q * b[j] + r * c[j] + s * d[j]
+        k += 4
+    while k < last:
+        a, p = dense[row[k]], weight[order[k]]
+        for j in range(total.shape[0]):
+            total[j] += p * a[j]
+        k += 1
+
+
+@compiled
+def dot_entries(first, last, latent, W, row, out):
+    """Write <row, W[latent[e]]> to out[e] for entries first to last - 1, four at a time."""
+    zero = row.dtype.type(0)
+    e = first
+    while e + 4 <= last:
+        a, b, c, d = W[latent[e]], W[latent[e + 1]], W[latent[e + 2]], W[latent[e + 3]]
+        p, q, r, s = zero, zero, zero, zero
+        for j in range(row.shape[0]):
+            p += row[j] * a[j]
+            q += row[j] * b[j]
+            r += row[j] * c[j]
+            s += row[j] * d[j]
+        out[e], out[e + 1], out[e + 2], out[e + 3] = p, q, r, s
+        e += 4
+    while e < last:
+        a, p = W[latent[e]], zero
+        for j in range(row.shape[0]):
+            p += row[j] * a[j]
+        out[e] = p
+        e += 1
+
+
+@compiled
+def dot_entries_with_both(first, last, latent, W, row, other, out, aux):
+    """`dot_entries` of `row` to `out` and of `other` to `aux`, with each row of W read once."""
+    zero = row.dtype.type(0)
+    e = first
+    while e + 2 <= last:
+        a, b = W[latent[e]], W[latent[e + 1]]
+        p, q, r, s = zero, zero, zero, zero
+        for j in range(row.shape[0]):
+            p += row[j] * a[j]
+            q += other[j] * a[j]
+            r += row[j] * b[j]
+            s += other[j] * b[j]
+        out[e], aux[e], out[e + 1], aux[e + 1] = p, q, r, s
+        e += 2
+    dot_entries(e, last, latent, W, row, out)
+    dot_entries(e, last, latent, W, other, aux)
+
+
+@compiled
 def dot_rows(first, last, offsets, latent, x, W, out):
     """Write <x_t, W_i> for every entry (t, i) of rows first to last - 1: the sampled product.
 
@@ -76,13 +173,7 @@ def dot_rows(first, last, offsets, latent, x, W, out):
         W: (d_sae, width).
     """
     for t in range(first, last):
-        row = x[t]
-        for e in range(offsets[t], offsets[t + 1]):
-            w = W[latent[e]]
-            total = out.dtype.type(0)
-            for j in range(row.shape[0]):
-                total += row[j] * w[j]
-            out[e] = total
+        dot_entries(offsets[t], offsets[t + 1], latent, W, x[t], out)
 
 
 # Columns of `row_sums` in `decode_rows`, all sums over d_in.
@@ -123,16 +214,10 @@ def decode_rows(
         for j in range(width):
             out[j] = b[j]
             aux[j] = b[j]
-        for e in range(offsets[t], offsets[t + 1]):
-            w, me = W[latent[e]], m[e]
-            if two:
-                ge = g[e]
-                for j in range(width):
-                    out[j] += me * w[j]
-                    aux[j] += ge * w[j]
-            else:
-                for j in range(width):
-                    out[j] += me * w[j]
+        if two:
+            add_rows_to_both(offsets[t], offsets[t + 1], latent, m, g, W, out, aux)
+        else:
+            add_rows(offsets[t], offsets[t + 1], latent, m, W, out)
         power, hat, along, off = 0.0, zero, zero, zero
         for j in range(width):
             exact = np.float64(row[j])  # FVU subtracts |sum x|^2 / n from the sum of these.
@@ -156,18 +241,10 @@ def decode_rows(
         if keep:
             aux_error[t] = aux
         sums[t, AUX_POWER], sums[t, X_DOT_AUX], sums[t, AUX_ERROR_POWER] = hat, along, off
-        for e in range(offsets[t], offsets[t + 1]):
-            w = W[latent[e]]
-            slope, aux_slope = zero, zero
-            if two:
-                for j in range(width):
-                    slope += out[j] * w[j]
-                    aux_slope += aux[j] * w[j]
-                dg[e] = aux_slope
-            else:
-                for j in range(width):
-                    slope += out[j] * w[j]
-            dm[e] = slope
+        if two:
+            dot_entries_with_both(offsets[t], offsets[t + 1], latent, W, out, aux, dm, dg)
+        else:
+            dot_entries(offsets[t], offsets[t + 1], latent, W, out, dm)
 
 
 @compiled
@@ -209,10 +286,7 @@ def sum_rows(first, last, offsets, order, row, weight, dense, out, add):
         total = out[i]
         if not add:
             total[:] = 0
-        for place in range(offsets[i], offsets[i + 1]):
-            w, source = weight[order[place]], dense[row[place]]
-            for j in range(total.shape[0]):
-                total[j] += w * source[j]
+        add_rows_in_order(offsets[i], offsets[i + 1], order, row, weight, dense, total)
 
 
 # Latents whose sums are turned into columns together: a cache line of float32.
@@ -229,10 +303,9 @@ def sum_rows_into_columns(first, last, offsets, order, row, weight, dense, out):
         for k in range(n):
             total = tile[k]
             total[:] = 0
-            for place in range(offsets[start + k], offsets[start + k + 1]):
-                w, source = weight[order[place]], dense[row[place]]
-                for j in range(width):
-                    total[j] += w * source[j]
+            add_rows_in_order(
+                offsets[start + k], offsets[start + k + 1], order, row, weight, dense, total
+            )
         for j in range(width):
             for k in range(n):
                 out[j, start + k] = tile[k, j]
@@ -260,37 +333,3 @@ def sum_columns(x, out):
     for t in range(x.shape[0]):
         for j in range(x.shape[1]):
             out[j] += x[t, j]
-
-
-@compiled
-def adam_on_sphere(first, last, W, grad, mean, square, rate, new1, new2, root, eps):
-    """Move unit rows first to last - 1 of W by Adam, along the sphere, in one pass over each.
-
-    The gradient loses its component along the row, Adam takes its step, the row is scaled back to
-    norm one.
-
-    Args:
-        first, last: rows.
-        W, grad, mean, square: (d_sae, d_in): weights, their gradient, Adam's two moments.
-        rate: learning rate / (1 - beta1^t); like all numbers here in the precision of W, for an
-            integer beside it would lift the whole loop to float64.
-        new1, new2: 1 - beta1 and 1 - beta2, the share of the new in each moment.
-        root: sqrt(1 - beta2^t).
-        eps: added to the root of the second moment.
-    """
-    width, zero = W.shape[1], W.dtype.type(0)
-    for i in range(first, last):
-        w, g, m, v = W[i], grad[i], mean[i], square[i]
-        along = zero
-        for j in range(width):
-            along += w[j] * g[j]
-        norm = zero
-        for j in range(width):
-            g[j] -= along * w[j]
-            m[j] += (g[j] - m[j]) * new1
-            v[j] += (g[j] * g[j] - v[j]) * new2
-            w[j] -= rate * m[j] / (np.sqrt(v[j]) / root + eps)
-            norm += w[j] * w[j]
-        norm = np.sqrt(norm)
-        for j in range(width):
-            w[j] /= norm

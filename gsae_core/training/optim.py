@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gsae_core.config import TrainRecipe
 from gsae_core.errors import InputError
-from gsae_core.sae import loops
 from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows
+from gsae_core.training.adam_loop import adam_on_sphere
 
 WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
 EPS = 1e-8
@@ -113,9 +113,7 @@ class DictionaryAdam:
         scalars = (lr / (1 - beta1**t), 1 - beta1, 1 - beta2, math.sqrt(1 - beta2**t), EPS)
         matrices = [each.numpy() for each in arrays]
         numbers = [matrices[0].dtype.type(each) for each in scalars]
-        over_rows(
-            len(W_dec), lambda first, last: loops.adam_on_sphere(first, last, *matrices, *numbers)
-        )
+        over_rows(len(W_dec), lambda first, last: adam_on_sphere(first, last, *matrices, *numbers))
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """Return Adam's live state of a parameter; empty before its first step."""
