@@ -10,7 +10,7 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.sae import screen_loops
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.codes import products_above
+from gsae_core.sae.picking import products_above
 from gsae_core.sae.screened import screened_products_above
 from gsae_core.sae.sparse import sparse_step
 from gsae_core.training.trainer import Trainer

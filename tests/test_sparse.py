@@ -5,30 +5,36 @@ from typing import Any
 
 import pytest
 import torch
+from examples import Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
 from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse import sparse_step
 
 Step = Callable[..., StepResult]
 STEPS: list[Step] = [sparse_step, manual_dense_step]
+KINDS: dict[str, Any] = {
+    "gated": GatedSAE,
+    "relu": ReluSAE,
+    "jumprelu": JumpReluSAE,
+    "topk": TopKSAE,
+}
 OBJECTIVES = [("P", "frozen"), ("P", "unfrozen"), ("P", "off")]
 OBJECTIVES += [("A", "unfrozen"), ("A", "off"), ("B", "frozen"), ("B", "off")]
 
 
 def random_sae(
     kind: str, d_in: int, d_sae: int, *, shift: float = 0.0, seed: int = 0, **switches: Any
-) -> GatedSAE | ReluSAE:
+) -> Any:
     """Return an SAE with every parameter drawn at random, gates shifted by `shift`."""
     generator = torch.Generator().manual_seed(seed)
-    sae = ReluSAE(d_in, d_sae, **switches) if kind == "relu" else GatedSAE(d_in, d_sae, **switches)
-    sae.double()
+    sae = KINDS[kind](d_in, d_sae, **switches).double()
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -36,9 +42,11 @@ def random_sae(
     return sae
 
 
-def taken(step: Step, sae: GatedSAE | ReluSAE, x: Tensor, coeff: float) -> dict[str, Tensor]:
+def taken(
+    step: Step, sae: SAE, x: Tensor, coeff: float, dead: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return gradients, loss terms and statistics of one step by name; no gradient is zero."""
-    result = step(sae, x, sparsity_coeff=coeff)
+    result = step(sae, x, sparsity_coeff=coeff, **({} if dead is None else {"dead": dead}))
     named = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in sae.named_parameters()
@@ -47,11 +55,13 @@ def taken(step: Step, sae: GatedSAE | ReluSAE, x: Tensor, coeff: float) -> dict[
     return named | {k: v for k, v in result.stats._asdict().items() if v is not None}
 
 
-def assert_equal_steps(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float, bound: float) -> None:
+def assert_equal_steps(
+    sae: SAE, x: Tensor, coeff: float, bound: float, dead: Tensor | None = None
+) -> None:
     """Compare each tensor against its largest entry: the scale at which it was summed."""
-    expected = taken(dense_step, sae, x, coeff)
+    expected = taken(dense_step, sae, x, coeff, dead)
     for step in STEPS:
-        got = taken(step, sae, x, coeff)
+        got = taken(step, sae, x, coeff, dead)
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             assert got[name].dtype == value.dtype, name
@@ -59,32 +69,52 @@ def assert_equal_steps(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float, bound: 
             assert error <= bound * max(1.0, value.abs().max().item()), (step, name, error)
 
 
+EVERY_KIND = ("gated", "relu", "gated", "jumprelu", "gated", "topk")
+"""Most are gated, which has the most settings."""
+
+
 @st.composite
-def descriptions(draw: st.DrawFn) -> dict[str, Any]:
+def descriptions(draw: st.DrawFn, kinds: tuple[str, ...] = EVERY_KIND) -> dict[str, Any]:
     """Draw what `instance` builds; sizes, switches and the layout of x in memory."""
     d_in = draw(st.integers(1, 4))
-    if draw(st.integers(0, 3)) == 0:
-        switches: dict[str, Any] = {"kind": "relu", "recipe": draw(st.sampled_from("PA"))}
-    else:
-        recipe, aux = draw(st.sampled_from(OBJECTIVES))
-        tie = draw(st.sampled_from(["r_mag", "none", "untied"]))
-        switches = {"kind": "gated", "recipe": recipe, "aux": aux, "tie": tie}
-        switches["detach_b_dec"] = draw(st.booleans())
+    # Loops compare 32 latents at once: fewer, more, and no whole number of them.
+    d_sae = d_in + draw(st.one_of(st.integers(1, 5), st.integers(28, 70)))
     return {
-        "switches": switches,
+        "switches": draw(switches(d_sae, kinds)),
         "d_in": d_in,
-        "d_sae": d_in + draw(st.integers(1, 5)),
+        "d_sae": d_sae,
         "n_rows": draw(st.integers(1, 6)),
-        # -50 leaves no gate open and 50 leaves none closed.
-        "shift": draw(st.sampled_from([-50.0, -1.0, 0.0, 1.0, 50.0])),
+        # -50 leaves no gate open and 50 leaves none closed; to many latents of such values float32
+        # itself loses the gradient of b_dec, a difference of large sums.
+        "shift": draw(st.sampled_from([-50.0, -1.0, 0.0, 1.0, 50.0 if d_sae < 10 else 5.0])),
         "seed": draw(st.integers(0, 999)),
         # Every other column of a wider matrix, or a matrix stored by columns, or a plain one.
         "layout": draw(st.sampled_from(["strided", "transposed", "plain"])),
         "coeff": draw(st.sampled_from([0.0, 0.3, 2.0])),
+        "dead": draw(st.sampled_from([None, 0.0, 0.4, 1.0])),
     }
 
 
-def instance(what: dict[str, Any]) -> tuple[GatedSAE | ReluSAE, Tensor, float]:
+@st.composite
+def switches(draw: st.DrawFn, d_sae: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Draw an architecture and its settings."""
+    kind = draw(st.sampled_from(kinds))
+    if kind == "relu":
+        return {"kind": kind, "recipe": draw(st.sampled_from("PA"))}
+    if kind == "jumprelu":
+        # A window that no latent is in, one that some are in, and one that reaches below zero.
+        threshold, bandwidth = draw(st.sampled_from([(1.0, 1e-6), (1.0, 0.5), (0.05, 3.0)]))
+        return {"kind": kind, "init_threshold": threshold, "bandwidth": bandwidth}
+    if kind == "topk":
+        k = draw(st.sampled_from([1, 2, d_sae // 2, d_sae]))
+        return {"kind": kind, "k": k, "k_aux": draw(st.sampled_from([None, 1, 3]))}
+    recipe, aux = draw(st.sampled_from(OBJECTIVES))
+    tie = draw(st.sampled_from(["r_mag", "none", "untied"]))
+    detach = draw(st.booleans())
+    return {"kind": kind, "recipe": recipe, "aux": aux, "tie": tie, "detach_b_dec": detach}
+
+
+def instance(what: dict[str, Any]) -> tuple[Any, Tensor, float, Tensor | None]:
     sizes = {name: what[name] for name in ("d_in", "d_sae", "shift", "seed")}
     sae = random_sae(**sizes, **what["switches"])
     generator = torch.Generator().manual_seed(what["seed"] + 1)
@@ -93,21 +123,23 @@ def instance(what: dict[str, Any]) -> tuple[GatedSAE | ReluSAE, Tensor, float]:
     x = wide[:, ::2] if what["layout"] == "strided" else wide[:, :d_in].contiguous()
     if what["layout"] == "transposed":
         x = x.T.contiguous().T
-    return sae, x, what["coeff"]
+    share = what["dead"]
+    dead = None if share is None else torch.rand(sae.d_sae, generator=generator) < share
+    return sae, x, what["coeff"], dead
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=200)
 @given(descriptions())
 def test_gradients_terms_and_statistics_equal_autograd_in_float64(what: dict[str, Any]) -> None:
-    sae, x, coeff = instance(what)
-    assert_equal_steps(sae, x, coeff, bound=1e-10)
+    sae, x, coeff, dead = instance(what)
+    assert_equal_steps(sae, x, coeff, 1e-10, dead)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=120)
 @given(descriptions())
 def test_gradients_terms_and_statistics_equal_autograd_in_float32(what: dict[str, Any]) -> None:
-    sae, x, coeff = instance(what)
-    assert_equal_steps(sae.float(), x.float(), coeff, bound=1e-5)
+    sae, x, coeff, dead = instance(what)
+    assert_equal_steps(sae.float(), x.float(), coeff, 1e-5, dead)
 
 
 @pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
@@ -153,10 +185,23 @@ def test_a_direction_of_length_zero_has_no_slope_under_recipe_a() -> None:
     assert_equal_steps(sae, x, 0.4, bound=1e-10)
 
 
-def test_rows_beyond_one_chunk_equal_autograd() -> None:
-    sae = random_sae("gated", 3, 2100, shift=-2.0)  # 256 rows a chunk
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("gated", {}), ("relu", {}), ("jumprelu", {"bandwidth": 0.3}), ("topk", {"k": 9})],
+)
+def test_rows_beyond_one_chunk_equal_autograd(kind: str, settings: dict[str, Any]) -> None:
+    sae = random_sae(kind, 3, 2100, shift=-2.0, **settings)  # 256 rows a chunk
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    assert_equal_steps(sae, x, 0.1, bound=1e-10)
+    assert_equal_steps(sae, x, 0.1, 1e-10, dead=torch.arange(2100) % 5 == 0)
+
+
+def test_thresholds_of_zero_equal_autograd() -> None:
+    # exp(-2000) is 0: such latents fire wherever z > 0, and half of their window lies below it.
+    sae = random_sae("jumprelu", 3, 6, bandwidth=0.5)
+    with torch.no_grad():
+        sae.get_parameter("log_threshold")[:3] = -2000
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert_equal_steps(sae, x, 0.2, bound=1e-10)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -197,68 +242,25 @@ def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do(step: Ste
         assert not p.grad.requires_grad, name
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-def largest(step: Step, sae: GatedSAE | ReluSAE, x: Tensor) -> int:
-    with _Largest() as seen:
-        step(sae, x, sparsity_coeff=0.1)
+def largest(step: Step, sae: SAE, x: Tensor) -> int:
+    dead = {"dead": torch.arange(sae.d_sae) % 7 == 0} if isinstance(sae, TopKSAE) else {}
+    with Largest() as seen:
+        step(sae, x, sparsity_coeff=0.1, **dead)
     return seen.numel
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("kind", ["gated", "relu"])
-def test_no_matrix_of_batch_by_dictionary_is_ever_made(step: Step, kind: str) -> None:
-    sae = random_sae(kind, 2, 2100, shift=-3.0)
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("gated", {}), ("relu", {}), ("jumprelu", {}), ("topk", {"k": 9})]
+)
+def test_no_matrix_of_batch_by_dictionary_is_ever_made(
+    step: Step, kind: str, settings: dict[str, Any]
+) -> None:
+    sae = random_sae(kind, 2, 2100, shift=-3.0, **settings)
     x = torch.randn(1024, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     # A quarter of the rows at a time: 256 of 1024.
     assert largest(step, sae, x) <= 256 * 2100
     assert largest(dense_step, sae, x) >= 1024 * 2100
-
-
-def curve(step: Step, sae: GatedSAE | ReluSAE, batches: Tensor) -> Tensor:
-    """Return 200 losses of Adam with the rows of W_dec brought back to norm one."""
-    adam = torch.optim.Adam(sae.parameters(), lr=3e-3, betas=(0.0, 0.999))
-    losses = []
-    for x in batches:
-        losses.append(step(sae, x, sparsity_coeff=0.05).loss.total)
-        adam.step()
-        with torch.no_grad():
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-    return torch.stack(losses)
-
-
-@pytest.mark.parametrize("kind", ["gated", "relu"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_two_hundred_training_steps_follow_the_dense_loss_curve(
-    kind: str, dtype: torch.dtype, bound: float
-) -> None:
-    generator = torch.Generator().manual_seed(7)
-    atoms = torch.randn(12, 6, generator=generator, dtype=dtype)
-    active = torch.rand(200, 64, 12, generator=generator, dtype=dtype)
-    batches = (active * (active > 0.8)) @ atoms / 4
-    expected = curve(dense_step, fresh(kind, dtype), batches)
-    assert expected[-1] < 0.5 * expected[0]
-    for step in STEPS:
-        got = curve(step, fresh(kind, dtype), batches)
-        assert ((got - expected).abs() / expected).max() < bound
-
-
-def fresh(kind: str, dtype: torch.dtype) -> GatedSAE | ReluSAE:
-    sae = ReluSAE(6, 16) if kind == "relu" else GatedSAE(6, 16)
-    return sae.to(dtype)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -1,21 +1,25 @@
 """Which way a step is computed, and what is remembered of this machine's speed."""
 
+import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from examples import set_
 
 from gsae_core.measured import known, processor, remembered
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse import sparse_step
 from gsae_core.sae.topk import TopKSAE
 from gsae_core.training import steps
-from gsae_core.training.steps import CROSSOVER, Stepper, choose_step, crossover
+from gsae_core.training.steps import CROSSOVER, Stepper, _active, choose_step, crossover
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +41,12 @@ def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
     assert getattr(step, "keywords", None) == {"screened": True}
 
 
-@pytest.mark.parametrize(
-    "sae", [GatedSAE(3, 5).to(torch.bfloat16), JumpReluSAE(3, 5), TopKSAE(3, 5, k=2)]
-)
+@pytest.mark.parametrize("sae", [GatedSAE(3, 5), JumpReluSAE(3, 5), TopKSAE(3, 5, k=2)])
 def test_what_the_fast_steps_do_not_know_takes_autograds(
     sae: SAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "choose_step", None)  # not to be asked
+    sae = copy.deepcopy(sae).to(torch.bfloat16)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
     dead = torch.zeros(5, dtype=torch.bool)
     stepper = Stepper(sae, crossover=0.2, screened=False)
@@ -53,6 +56,66 @@ def test_what_the_fast_steps_do_not_know_takes_autograds(
     opened = attempt.result.stats.gate_open
     expected = attempt.result.stats.fired if opened is None else opened
     assert int(attempt.n_open) == int(expected.sum())
+
+
+@pytest.mark.parametrize(
+    "sae", [GatedSAE(3, 5), ReluSAE(3, 5), JumpReluSAE(3, 5), TopKSAE(3, 5, k=1)]
+)
+@pytest.mark.parametrize(("density", "way"), [(0.01, "sparse_step"), (0.5, "manual_dense_step")])
+def test_every_architecture_takes_the_way_its_last_density_says(
+    sae: SAE, density: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def record(*args: Any, **settings: Any) -> StepResult:
+        taken.append(way)
+        return dense_step(*args, **settings)
+
+    monkeypatch.setattr(steps, way, record)
+    stepper = Stepper(copy.deepcopy(sae), crossover=0.3, screened=False)
+    x, dead = torch.ones(4, 3), torch.zeros(5, dtype=torch.bool)
+    stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=dead)
+    assert taken == [way]
+
+
+def test_only_a_topk_sae_knows_its_density_before_its_first_step() -> None:
+    assert first_way(TopKSAE(3, 10, k=2)) == "sparse"
+    assert first_way(TopKSAE(3, 10, k=4)) == "dense"
+    assert first_way(JumpReluSAE(3, 10)) == "dense"
+
+
+def first_way(sae: SAE) -> str:
+    ways = {"sparse_step": "sparse", "manual_dense_step": "dense"}
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        for way, name in ways.items():
+
+            def record(*args: Any, name: str = name, **settings: Any) -> StepResult:
+                taken.append(name)
+                return dense_step(*args, **settings)
+
+            patch.setattr(steps, way, record)
+        stepper = Stepper(sae, crossover=0.3, screened=False)
+        dead = torch.zeros(sae.d_sae, dtype=torch.bool)
+        stepper.attempt(torch.ones(4, 3), sparsity_coeff=0.1, density=None, dead=dead)
+    return taken[0]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_the_window_of_a_jumprelu_sae_and_the_dead_of_a_topk_sae_count_as_work(
+    density: float,
+) -> None:
+    # z = 1, 1, 1 on both inputs; theta = 2 with a window from 0.5: nothing fires, all is near.
+    # The largest latent and the two dead ones: 3 entries an input, one of them twice.
+    jumprelu = JumpReluSAE(1, 3, init_threshold=2.0, bandwidth=3.0)
+    topk = TopKSAE(1, 3, k=1, k_aux=5)
+    dead = torch.tensor([True, False, True])
+    for sae, fired in ((jumprelu, 0), (topk, 2)):
+        set_(sae, W_enc=[[0, 0, 0]], b_enc=[1, 1, 1])
+        stepper = Stepper(sae, crossover=0.3, screened=False)
+        attempt = stepper.attempt(torch.ones(2, 1), sparsity_coeff=0.1, density=density, dead=dead)
+        assert int(attempt.n_open) == 6
+        assert int(attempt.result.stats.fired.sum()) == fired
 
 
 def test_float64_is_not_screened() -> None:
@@ -81,7 +144,8 @@ def test_a_crossover_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatc
     assert crossover(gated, 64, screened=True, measure=True) == 0.25
     assert crossover(relu, 10_000, screened=False, measure=True) == 0.25
     assert measured == [(GatedSAE, 64, False), (GatedSAE, 64, True), (ReluSAE, 512, False)]
-    assert crossover(TopKSAE(3, 5, k=1), 64, screened=False, measure=True) == CROSSOVER
+    half = TopKSAE(3, 5, k=1).to(torch.bfloat16)  # its steps are dense ones: nothing to measure
+    assert crossover(half, 64, screened=False, measure=True) == CROSSOVER
 
 
 def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:
@@ -91,8 +155,17 @@ def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:
 
 def test_a_measured_crossover_is_a_density(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
-    for kind in (GatedSAE, ReluSAE):
-        assert 0 <= crossover(kind(8, 300), 64, screened=False, measure=True) <= 1
+    for sae in (GatedSAE(8, 300), ReluSAE(8, 300), JumpReluSAE(8, 300), TopKSAE(8, 300, k=5)):
+        assert 0 <= crossover(sae, 64, screened=False, measure=True) <= 1
+
+
+@pytest.mark.parametrize(
+    "sae", [GatedSAE(8, 300), ReluSAE(8, 300), JumpReluSAE(8, 300), TopKSAE(8, 300, k=5)]
+)
+def test_what_a_crossover_is_measured_with_has_the_density_it_is_to_have(sae: SAE) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    active = (_active(sae, x, 0.08).encode(x) > 0).float().mean()
+    assert float(active) == pytest.approx(0.08, abs=1e-3)
 
 
 def test_what_cannot_be_read_is_measured_again(cache: Path) -> None:

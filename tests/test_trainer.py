@@ -326,8 +326,8 @@ def test_an_sae_that_overflows_stops_where_it_was_and_the_others_go_on() -> None
 def spoil(name: str, value: float) -> Callable[..., StepResult]:
     """A step that leaves `value` in one entry of a gradient."""
 
-    def step(sae: GatedSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
-        result = dense_step(sae, x, sparsity_coeff=sparsity_coeff)
+    def step(sae: GatedSAE, x: Tensor, **settings: Any) -> StepResult:
+        result = dense_step(sae, x, **settings)
         grad = sae.get_parameter(name).grad
         assert grad is not None
         grad.view(-1)[0] = value

@@ -18,15 +18,9 @@ from gsae_core.analysis.index_files import NEAR_KEPT
 from gsae_core.sae import loops
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import (
-    Products,
-    SparseCodes,
-    codes_of,
-    gates,
-    products_above,
-    weighted_sums,
-)
+from gsae_core.sae.codes import SparseCodes, codes_of, gates, weighted_sums
 from gsae_core.sae.metrics import sum_dtype
+from gsae_core.sae.picking import Products, products_above
 from gsae_core.threads import over_rows
 
 CALIBRATION_TOKENS = 2**12
@@ -92,7 +86,8 @@ def find(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"])
         near_latent=split.near_latent.cpu().numpy(),
         near_margin=split.near_margin.float().cpu().numpy(),
         gate_open=fired if split.gate_open is None else split.gate_open.cpu().numpy(),
-        toward=np.bincount(latent, weights=value * came.toward, minlength=sae.d_sae),
+        # Of no entries at all, NumPy's sums are integers.
+        toward=np.bincount(latent, weights=value * came.toward, minlength=sae.d_sae) + 0.0,
         x_sum=came.x_sum,
         sums=np.array([len(x), *came.sums]),
     )

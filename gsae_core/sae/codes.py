@@ -2,21 +2,21 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.sae import loops
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.threads import over_rows, spread
-
-# A block of pre-activations should stay in cache until its active entries are picked out, yet each
-# matrix product packs the encoder afresh: below 256 rows that packing costs a third of the product.
-CHUNK_ELEMENTS = 2**19
-CHUNK_ROWS = 256
+from gsae_core.sae.picking import (
+    Products,
+    Wanted,
+    largest_products,
+    products_above,
+    sampled_products,
+)
 
 
 class SparseCodes(NamedTuple):
@@ -52,19 +52,6 @@ class ByLatent(NamedTuple):
     """Which row each entry is in."""
 
 
-class Products(NamedTuple):
-    """Entries of a batch with h = <xc, W_gate_i> above their latent's threshold."""
-
-    row_offsets: Int64[Tensor, " rows_and_end"]
-    latent: Int64[Tensor, " nnz"]
-    h: Float[Tensor, " nnz"]
-
-
-def chunk_rows(d_sae: int) -> int:
-    """Return how many rows to encode at a time."""
-    return max(CHUNK_ROWS, CHUNK_ELEMENTS // d_sae)
-
-
 @torch.no_grad()
 def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
@@ -75,15 +62,16 @@ def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         InputError: if the last axis of `x` is not `d_in`.
     """
     sae.check_width(x)
-    if isinstance(sae, GatedSAE | ReluSAE):
-        return encode_centred(sae, x - sae.b_dec)
-    return _encode_whole_rows(sae, x)
-
-
-@torch.no_grad()
-def encode_centred(sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"]) -> SparseCodes:
-    """Return `encode_sparse(sae, x)` from xc = x - b_dec, which gradients need too."""
-    return codes_of(sae, xc, products_above(xc, *gates(sae)))
+    xc = x - sae.b_dec
+    match sae:
+        case GatedSAE() | ReluSAE():
+            return codes_of(sae, xc, products_above(xc, *gates(sae)))
+        case JumpReluSAE():
+            return _jumprelu_codes(sae, products_above(xc, *thresholds(sae, below=0.0)))
+        case TopKSAE():
+            (kept,) = largest_products(xc, sae.W_enc, [Wanted(sae.b_enc, sae.k)])
+            return kept_codes(kept)
+    raise TypeError(f"no codes are known for {type(sae).__name__}")
 
 
 @torch.no_grad()
@@ -109,67 +97,31 @@ def codes_of(
     return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
 
 
-def _encode_whole_rows(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
-    """Return `encode_sparse(sae, x)` where a latent's fate is not told by its own product alone."""
-    rows = chunk_rows(sae.d_sae)
+@torch.no_grad()
+def thresholds(
+    sae: JumpReluSAE, *, below: float
+) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+    """Return the encoder, and above what product z may reach theta - below.
 
-    def chunk(k: int) -> Products:
-        return _above(sae.encode(x[k * rows : (k + 1) * rows]), x.new_zeros(sae.d_sae))
+    No product above it is left out by rounding; a few just short of theta - below are let in.
+    """
+    theta, b = sae.threshold, sae.b_enc
+    # Here the sum h + b is compared with a number that is not 0, so that each side rounds.
+    rounding = 8 * torch.finfo(b.dtype).eps * (theta + below + b.abs())
+    return sae.W_enc, theta - below - b - rounding
 
-    found = joined(spread(chunk, -(-len(x) // rows)), x)
+
+def kept_codes(found: Products) -> SparseCodes:
+    """Return the codes of latents without a gate; `found` holds them in place of products."""
     return SparseCodes(found.row_offsets, found.latent, gate=found.h, magnitude=found.h)
 
 
-@torch.no_grad()
-def products_above(
-    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
-) -> Products:
-    """Return the entries of xc @ W above `above`, a threshold for each latent."""
-    W, above = W.detach(), above.detach()
-    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
-    spare: list[_Scratch] = []
-
-    def chunk(k: int) -> Products:
-        part = xc[k * rows : (k + 1) * rows]
-        if not xc.is_cpu:
-            return _pick(part, W, above)
-        scratch = spare.pop() if spare else _Scratch(rows, W)
-        found = _pick_cpu(part, W, above, scratch)
-        spare.append(scratch)
-        return found
-
-    return joined(spread(chunk, -(-len(xc) // rows)), xc)
-
-
-def joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
-    """Return the entries of consecutive chunks as those of one batch."""
-    start = torch.zeros(1, dtype=torch.int64, device=like.device)
-    if not parts:
-        return Products(start, start[:0], like.new_empty(0))
-    counts = torch.cat([part.row_offsets.diff() for part in parts])
-    return Products(
-        row_offsets=torch.cat([start, counts.cumsum(0)]),
-        latent=torch.cat([part.latent for part in parts]),
-        h=torch.cat([part.h for part in parts]),
-    )
-
-
-def sampled_products(
-    x: Float[Tensor, "batch width"],
-    W: Float[Tensor, "width d_sae"],
-    row_offsets: Int64[Tensor, " rows_and_end"],
-    latent: Int64[Tensor, " nnz"],
-) -> Float[Tensor, " nnz"]:
-    """Return <x_t, W_i> for the entries (t, i) alone, on the CPU."""
-    out = x.new_empty(latent.numel())
-    arrays = (row_offsets.numpy(), latent.numpy(), numpy(x), numpy(W.T), out.numpy())
-    over_rows(len(x), lambda first, last: loops.dot_rows(first, last, *arrays))
-    return out
-
-
-def numpy(tensor: Tensor) -> np.ndarray:
-    """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
-    return tensor.detach().contiguous().numpy()
+def _jumprelu_codes(sae: JumpReluSAE, found: Products) -> SparseCodes:
+    offsets, latent, h = found
+    z = h + sae.b_enc.take(latent)
+    fires = z > sae.threshold.take(latent)
+    before = F.pad(fires.cumsum(0), (1, 0))
+    return kept_codes(Products(before.take(offsets), latent[fires], z[fires]))
 
 
 def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
@@ -215,41 +167,3 @@ def _magnitude(
     elif sae.r_mag is not None:
         h = h * sae.r_mag.exp().take(found.latent)
     return torch.relu_(h + sae.b_mag.take(found.latent))
-
-
-def _pick(
-    part: Float[Tensor, "rows d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
-) -> Products:
-    return _above(part @ W, above)
-
-
-def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
-    mask = h > above
-    counts = mask.sum(1)
-    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
-
-
-class _Scratch:
-    """Room for one chunk's products and for every entry it could have; used again and again.
-
-    What is never written to costs no memory: the system gives out pages as they are reached.
-    """
-
-    def __init__(self, rows: int, like: Float[Tensor, "d_in d_sae"]) -> None:
-        self.h = like.new_empty(rows, like.shape[1])
-        self.latent = np.empty(self.h.numel(), np.int64)
-        self.value = np.empty(self.h.numel(), self.h.numpy().dtype)
-
-
-def _pick_cpu(
-    part: Float[Tensor, "rows d_in"],
-    W: Float[Tensor, "d_in d_sae"],
-    above: Float[Tensor, " d_sae"],
-    scratch: _Scratch,
-) -> Products:
-    h = torch.mm(part, W, out=scratch.h[: len(part)])
-    latent, value = scratch.latent, scratch.value
-    offsets = np.zeros(len(part) + 1, np.int64)
-    n = loops.pick_above(h.numpy(), above.numpy(), latent, value, offsets[1:])
-    found = (offsets, latent[:n].copy(), value[:n].copy())
-    return Products(*map(torch.from_numpy, found))

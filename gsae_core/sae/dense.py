@@ -2,15 +2,16 @@
 
 Seven matrix products (one shared encoder, two decoders, two gradients at the latents, two at the
 weights) where autograd runs eight, and rows in blocks that stay in cache, so that neither the
-latents nor their gradients ever exist for a whole batch.
+latents nor their gradients ever exist for a whole batch. Five without a gate: `dense_plain.py`.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.codes import chunk_rows
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.dense_plain import plain_dense_step
 from gsae_core.sae.gradients import (
     StepSums,
     gain,
@@ -21,26 +22,43 @@ from gsae_core.sae.gradients import (
 )
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.metrics import stats_from_counts
+from gsae_core.sae.picking import chunk_rows
 
 
 @torch.no_grad()
 def manual_dense_step(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], *, sparsity_coeff: float
+    sae: SAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    Equal to `dense_step` up to rounding, without autograd, for every recipe, tie and auxiliary
-    decoder (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE).
+    Equal to `dense_step` up to rounding, without autograd, for every architecture, recipe, tie and
+    auxiliary decoder.
 
     Args:
         sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
         x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in.
+        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
     """
     sae.check_width(x)
+    match sae:
+        case GatedSAE() | ReluSAE():
+            return _gated_step(sae, x, sparsity_coeff)
+        case JumpReluSAE() | TopKSAE():
+            return plain_dense_step(sae, x, l0_slope=sparsity_coeff / len(x), dead=dead)
+    raise TypeError(f"no dense step by hand is known for {type(sae).__name__}")
+
+
+def _gated_step(
+    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], sparsity_coeff: float
+) -> StepResult:
     batch = _Batch(sae, x, sparsity_coeff)
     rows = chunk_rows(sae.d_sae)
     for start in range(0, len(x), rows):

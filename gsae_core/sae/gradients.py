@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.losses import LossParts
 
 
@@ -64,15 +64,16 @@ def leave_gradients(sae: GatedSAE | ReluSAE, sums: StepSums, l1_slope: float) ->
         # A direction of length zero has no slope; autograd takes 0 there as well.
         slopes = torch.where(norms > 0, l1_slope * sums.gate / norms, 0.0)
         sums.W_dec.addcmul_(slopes[:, None], sae.W_dec)
-    sae.W_dec.grad = sums.W_dec
+    if isinstance(sae, ReluSAE):
+        leave_plain_gradients(
+            sae, W_dec=sums.W_dec, W_enc=sums.W_gate, b_enc=sums.dm + sums.dg, error=sums.error
+        )
+        return
     slope = gain(sae)
     through_mag = sums.dm if slope is None else sums.dm * slope
     # b_dec moves x_hat and, the other way, the centred input of both paths.
-    hears_gate = not (isinstance(sae, GatedSAE) and sae.detach_b_dec)
-    if isinstance(sae, ReluSAE):
-        sae.W_enc.grad, sae.b_enc.grad = sums.W_gate, sums.dm + sums.dg
-        sae.b_dec.grad = sums.error - sae.W_enc @ sae.b_enc.grad
-        return
+    hears_gate = not sae.detach_b_dec
+    sae.W_dec.grad = sums.W_dec
     sae.W_gate.grad, sae.b_gate.grad, sae.b_mag.grad = sums.W_gate, sums.dg, sums.dm
     if sae.W_mag is not None:
         sae.W_mag.grad = sums.W_mag
@@ -85,6 +86,51 @@ def leave_gradients(sae: GatedSAE | ReluSAE, sums: StepSums, l1_slope: float) ->
         assert sums.dm_m is not None
         # d pi_mag / d r_mag = exp(r_mag) h = pi_mag - b_mag, and pi_mag = m wherever dm is not 0.
         sae.r_mag.grad = sums.dm_m - sae.b_mag * sums.dm
+
+
+@torch.no_grad()
+def leave_plain_gradients(
+    sae: ReluSAE | JumpReluSAE | TopKSAE,
+    *,
+    W_dec: Float[Tensor, "d_sae d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    error: Float[Tensor, " d_in"],
+) -> None:
+    """Put the gradients of an SAE with a single encoder path in `.grad`: taken over, not copied.
+
+    Args:
+        sae: whose parameters they are; a threshold's gradient is left as it is.
+        W_dec: of the dictionary.
+        W_enc: of the encoder.
+        b_enc: of its bias: the sum over the batch of the gradient at the pre-activations.
+        error: sum over the batch of the gradient at x_hat.
+    """
+    sae.W_dec.grad, sae.W_enc.grad, sae.b_enc.grad = W_dec, W_enc, b_enc
+    # b_dec moves x_hat and, the other way, the centred input.
+    sae.b_dec.grad = error - sae.W_enc @ b_enc
+
+
+@torch.no_grad()
+def threshold_gradient(
+    sae: JumpReluSAE,
+    *,
+    slope: Float[Tensor, " d_sae"],
+    n_near: Float[Tensor, " d_sae"],
+    l0_slope: float,
+) -> Float[Tensor, " d_sae"]:
+    """Return the gradient at log theta of both terms of a JumpReLU SAE's loss.
+
+        theta dtheta,  dtheta = -(1 / eps) sum over the window of (theta df + lambda / B)
+
+    Args:
+        sae: whose thresholds they are.
+        slope: for each latent the sum, over the inputs in its window, of the gradient at f.
+        n_near: how many inputs are in its window.
+        l0_slope: lambda / B.
+    """
+    theta = sae.threshold
+    return -(theta / sae.bandwidth) * (theta * slope + l0_slope * n_near)
 
 
 @torch.no_grad()

@@ -39,8 +39,9 @@ class StepResult(NamedTuple):
     loss: LossParts
     stats: BatchStats
     n_candidates: int | None = None
-    """Products that a screened encode computed again in float32; those not above their threshold
-    are what its bound cost. None without a screen."""
+    """Products that a screened encode computed again in float32; None without a screen."""
+    n_entries: int | None = None
+    """(Input, latent) pairs that cost work, where they are not just those that fire."""
 
 
 class _Forward(NamedTuple):
@@ -67,8 +68,7 @@ def loss(
         sae: of any architecture: `gated_loss`, `relu_loss`, `jumprelu_loss` or `topk_loss`.
         x: activations, in the units the SAE trains in.
         sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss; others take
-            no notice.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss alone.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.sae import loops, screen_loops
-from gsae_core.sae.codes import Products, chunk_rows, joined
+from gsae_core.sae.picking import Products, chunk_rows, joined
 from gsae_core.threads import over_rows, spread
 
 

@@ -83,6 +83,9 @@ class TopKSAE(SAE):
 def largest(z: Float[Tensor, "*batch d_sae"], *, k: int) -> Float[Tensor, "*batch d_sae"]:
     """Return relu(z) on the k largest entries of each row, 0 elsewhere.
 
+    Which of two equal entries is kept is torch.topk's choice; `picking.largest_products`, which
+    training and evaluation on a CPU use, keeps the lower one.
+
     Gradients pass through the entries that are kept and positive; which those are is fixed.
     """
     kept = z.topk(k, dim=-1, sorted=False)

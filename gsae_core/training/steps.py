@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsae_core.measured import known, processor, remembered
 from gsae_core.sae import kernels
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
@@ -42,7 +42,7 @@ class Attempt(NamedTuple):
 
     result: StepResult
     n_open: Int64[Tensor, ""]
-    """Open gates of the batch."""
+    """Open gates of the batch, or whatever else cost work: see `StepResult.n_entries`."""
     overflowed: Bool[Tensor, ""]
     """Whether more gates opened than a GPU's buffers had room for: the rest means nothing then."""
     capacity: int = 0
@@ -86,6 +86,8 @@ class Stepper:
             dead: latents that a TopK SAE is to bring back.
         """
         sae = self._sae
+        if density is None and isinstance(sae, TopKSAE):
+            density = sae.k / sae.d_sae  # known beforehand; no latent counts as dead that early
         if self._kernels and density is not None and density < self.crossover:
             assert isinstance(sae, GatedSAE | ReluSAE)  # the kernels refuse others
             room = kernels.capacity_for(density * len(x) * sae.d_sae)
@@ -94,7 +96,7 @@ class Stepper:
         if not _has_fast_steps(sae):
             return self.dense(x, sparsity_coeff=sparsity_coeff, dead=dead)
         step = choose_step(density=density, crossover=self.crossover, screened=self._screened)
-        return _attempt(step(sae, x, sparsity_coeff=sparsity_coeff))
+        return _attempt(step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead))
 
     def dense(
         self,
@@ -108,7 +110,7 @@ class Stepper:
 
 
 def choose_step(*, density: float | None, crossover: float, screened: bool) -> Step:
-    """Return the fastest step of a Gated or ReLU SAE on a CPU.
+    """Return the fastest step on a CPU, of any architecture.
 
     Args:
         density: share of (input, latent) pairs with an open gate in the last step; None before it.
@@ -150,29 +152,27 @@ def crossover(sae: SAE, batch_size: int, *, screened: bool, measure: bool) -> fl
 def _attempt(result: StepResult) -> Attempt:
     stats = result.stats
     opened = stats.fired if stats.gate_open is None else stats.gate_open
-    return Attempt(result, opened.sum(), torch.zeros((), dtype=torch.bool, device=opened.device))
+    n_open = opened.sum() if result.n_entries is None else torch.tensor(result.n_entries)
+    return Attempt(result, n_open, torch.zeros((), dtype=torch.bool, device=opened.device))
 
 
 def _has_fast_steps(sae: SAE) -> bool:
     """Return whether the steps written for a CPU's caches can compute this one's."""
     exact = sae.W_dec.dtype in (torch.float32, torch.float64)
-    return isinstance(sae, GatedSAE | ReluSAE) and sae.W_dec.is_cpu and exact
+    known = isinstance(sae, GatedSAE | ReluSAE | JumpReluSAE | TopKSAE)
+    return known and sae.W_dec.is_cpu and exact
 
 
-def _meeting_point(sae: Any, rows: int, *, screened: bool) -> float:
-    device, build = sae.W_dec.device, functools.partial(type(sae), sae.d_in, sae.d_sae)
+def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
+    device = sae.W_dec.device
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(rows, sae.d_in, generator=generator) / sae.d_in**0.5).to(sae.W_dec)
-    probe = build().to(sae.W_dec)
-    products = x[:64] @ (probe.W_gate if isinstance(probe, GatedSAE) else probe.W_enc).detach()
-    ordered = products.flatten().sort(descending=True).values
+    probe = _active(sae, x, None)
     ways: dict[float | None, Callable[[], object]] = {}
     for density in DENSITIES:
-        each = build().to(sae.W_dec)
-        _set_gates(each, -float(ordered[round(density * len(ordered))]))
-        stepper = Stepper(each, crossover=1.0, screened=screened)
+        stepper = Stepper(_active(sae, x, density), crossover=1.0, screened=screened)
         ways[density] = functools.partial(
-            stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=each.b_dec[:0] > 0
+            stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=probe.b_dec[:0] > 0
         )
     dense = dense_step if device.type == "cuda" else manual_dense_step
     ways[None] = functools.partial(dense, probe, x, sparsity_coeff=0.1)
@@ -182,10 +182,31 @@ def _meeting_point(sae: Any, rows: int, *, screened: bool) -> float:
     return min(max(low + (taken[None] - taken[low]) / slope, 0.0), 1.0)
 
 
-def _set_gates(sae: GatedSAE | ReluSAE, bias: float) -> None:
+def _active(like: SAE, x: Float[Tensor, "rows d_in"], density: float | None) -> SAE:
+    """Return an SAE like this one of which such a share is active on x; None: as it starts."""
+    sae = _new(like, density).to(like.W_dec)
+    if density is None or isinstance(sae, TopKSAE):
+        return sae
+    products = (x[:64] @ sae.W_dec.T).detach().flatten()
+    bias = -products.sort(descending=True).values[round(density * len(products))]
     with torch.no_grad():
-        for each in (sae.b_gate, sae.b_mag) if isinstance(sae, GatedSAE) else (sae.b_enc,):
-            each.fill_(bias)
+        for name, parameter in sae.named_parameters():
+            if name in ("b_gate", "b_mag", "b_enc"):
+                parameter.fill_(bias)
+        if isinstance(sae, JumpReluSAE):
+            sae.b_enc += sae.threshold
+    return sae
+
+
+def _new(like: SAE, density: float | None) -> SAE:
+    match like:
+        case TopKSAE():
+            k = like.k if density is None else max(1, round(density * like.d_sae))
+            return TopKSAE(like.d_in, like.d_sae, k=k)
+        case JumpReluSAE():
+            return JumpReluSAE(like.d_in, like.d_sae, bandwidth=like.bandwidth)
+    build: Any = type(like)
+    return build(like.d_in, like.d_sae)
 
 
 def _alternate(
