@@ -7,14 +7,27 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from gsae_core import hub_command
 from gsae_core.analysis.index_files import read_manifest
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.bench.flags import Benchmark
-from gsae_core.command_line import PROGRAM, Bench, Doctor, Evaluate, Index, Resume, parse
+from gsae_core.command_line import (
+    PROGRAM,
+    Bench,
+    Doctor,
+    Evaluate,
+    Index,
+    Pull,
+    Push,
+    Resume,
+    parse,
+)
 from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
+from gsae_core.exchange_flags import ExportSAE, Import, List
 from gsae_core.flags import Train, run_config
 from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
@@ -23,12 +36,14 @@ from gsae_core.store.files import readable
 from gsae_core.store.index_jobs import index_folder
 from gsae_core.store.job_folder import Job
 from gsae_core.store.runs import Run
+from gsae_core.store.transfers import Transfer, is_transfer
 from gsae_core.store.worker import Worker
 from gsae_core.validation import validated
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from gsae_core.hub_work import Progress as HubProgress
     from gsae_core.indexing import Progress as IndexProgress
     from gsae_core.job import Progress
     from gsae_core.training.report import StepReport
@@ -37,7 +52,7 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-UNITS = {"training": "step", "evaluating": "token", "indexing": "token"}
+UNITS = {"training": "step", "evaluating": "token", "indexing": "token", "downloading": "byte"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _evaluate(command)
             case Index():
                 return _index(command)
+            case Pull():
+                return hub_command.pull(command, **_screen())
+            case Push():
+                return hub_command.push(command, **_screen())
+            case Import() | ExportSAE() | List():
+                return _exchange(command)
             case Doctor():
                 return _doctor(command)
             case Bench(what=benchmark):
@@ -84,7 +105,14 @@ def _train(flags: Train) -> int:
 
 
 def _resume(command: Resume) -> int:
+    if is_transfer(command.run):
+        return hub_command.go_on(Transfer(command.run.absolute()), **_screen())
     return _work(Run.open(command.run))
+
+
+def _screen() -> dict[str, Any]:
+    """Return how work for the Hub shows itself: sentences, lines of the answer, bars."""
+    return {"say": _say, "show": partial(print, flush=True), "follow": _follow}
 
 
 def _work(run: Run) -> int:
@@ -172,6 +200,21 @@ def _unexpected(run: Job, error: Exception) -> int:
     return FAILURE
 
 
+def _exchange(command: Import | ExportSAE | List) -> int:
+    from gsae_core import exchange
+
+    match command:
+        case Import():
+            lines = exchange.import_lines(command)
+        case ExportSAE():
+            lines = exchange.export_lines(command)
+        case List():
+            lines = exchange.list_lines(command)
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
 def _doctor(command: Doctor) -> int:
     from gsae_core.doctor import examine
 
@@ -189,7 +232,7 @@ def _bench(flags: Benchmark) -> int:
     return 0
 
 
-def _follow(progress: "Iterator[Progress | IndexProgress]") -> str:
+def _follow(progress: "Iterator[Progress | IndexProgress | HubProgress]") -> str:
     """Draw a bar for each stage until the work ends; return the last stage."""
     stage, bar = "", None
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
@@ -210,7 +253,7 @@ def _follow(progress: "Iterator[Progress | IndexProgress]") -> str:
     return stage
 
 
-def _bar(now: "Progress | IndexProgress") -> "tqdm[NoReturn]":
+def _bar(now: "Progress | IndexProgress | HubProgress") -> "tqdm[NoReturn]":
     from tqdm import tqdm
 
     return tqdm(

@@ -12,7 +12,9 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 
 from gsae_core.bench.flags import BENCHES, Benchmark
 from gsae_core.errors import InputError
+from gsae_core.exchange_flags import ExportSAE, Import, List
 from gsae_core.flags import Train
+from gsae_core.hub_flags import Pull, Push
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -84,12 +86,18 @@ class Bench:
     what: OmitArgPrefixes[OmitSubcommandPrefixes[Benchmark]]
 
 
-Command = Train | Resume | Evaluate | Index | Doctor | Bench
+Exchange = Import | ExportSAE | List
+Command = Train | Resume | Evaluate | Index | Exchange | Pull | Push | Doctor | Bench
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
     "index": Index,
+    "import": Import,
+    "export": ExportSAE,
+    "list": List,
+    "pull": Pull,
+    "push": Push,
     "bench": Bench,
     "doctor": Doctor,
 }

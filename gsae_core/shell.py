@@ -32,6 +32,7 @@ NAVIGATION = (
         (
             ("pages/1_Train.py", "Train", ":material/tune:"),
             ("pages/2_Live.py", "Live", ":material/monitoring:"),
+            ("pages/8_Hub.py", "Hub", ":material/cloud_download:"),
         ),
     ),
     (
@@ -39,6 +40,14 @@ NAVIGATION = (
         (
             ("pages/3_Pareto.py", "Pareto", ":material/balance:"),
             ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
+        ),
+    ),
+    (
+        "Inspect",
+        (
+            ("pages/5_Features.py", "Features", ":material/search:"),
+            ("pages/6_Prompt.py", "Prompt", ":material/chat:"),
+            ("pages/7_Steer.py", "Steer", ":material/alt_route:"),
         ),
     ),
     ("About", (("pages/9_Help.py", "Help", ":material/help:"),)),

@@ -69,7 +69,7 @@ class Hub:
     """The repositories, and how the server misbehaves.
 
     Attributes:
-        cut: path -> bytes after which a file's transfer breaks, and how many times it does.
+        cut: path -> byte of the file at which its transfer breaks, and how many times it does.
         damaged: paths whose bytes come flipped.
         padded: paths that come longer than they say.
         no_ranges: whether ranges are taken no notice of.
@@ -346,10 +346,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, len(body), headers | {"Accept-Ranges": "bytes"})
         if self.command == "HEAD":
             return
-        limit, times = self.hub.cut.get(path, (len(body), 0))
+        limit, times = self.hub.cut.get(path, (len(content), 0))
         if times:
             self.hub.cut[path] = (limit, times - 1)
-            body = body[:limit]
+            body = content[start : max(start, limit)]
         for at in range(0, len(body), 2**14):
             self.wfile.write(body[at : at + 2**14])
             self.wfile.flush()

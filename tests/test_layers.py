@@ -12,18 +12,21 @@ FLOORS = {
     for floor, rooms in enumerate(
         [
             "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell measured token_strip versions hub_errors "
+            "catalogue estimates notebook_cell measured token_strip example_strips markup versions hub_errors "
             "sae_catalogue",
             "lm sae",
             "training analysis store",
-            "plots job indexing learning samples workshop machine progress failures flags preflight "
-            "preview model_card card_figure hub_flags",
+            "plots job indexing learning samples workshop machine progress failures flags "
+            "preflight preview model_card card_figure hub_flags hub_work",
             "bench",
             "controls live_view cli command_line report doctor __main__ launch shell "
+            "exchange exchange_flags "
             "pieces job_badge "
-            "hub_command hub_view hub_library hub_choices "
+            "hub_command hub_view hub_library hub_transfers "
             "cached cards address app pages "
             "train_form train_view train_widgets block_diagram "
+            "feature_bar feature_dashboard feature_examples feature_files feature_links "
+            "feature_relations features_view index_panel make_example example "
             "loaded inspect_parts prompt_reading prompt_view steer_job steer_view token_picker",
         ]
     )

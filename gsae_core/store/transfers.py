@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.store.files import append_line, write_json, writing
 from gsae_core.store.hub import Repository
@@ -39,7 +40,7 @@ class PullRequest(NamedTuple):
 
     model: str | None = None
     layer: int | None = None
-    site: str | None = None
+    site: Site | None = None
     """Where the SAE belongs, where its files do not say."""
 
 
@@ -79,6 +80,11 @@ class Transfer(Job):
                 f"expected a request of this version in {self.folder / 'request.json'}, got another"
                 f" ({error}); delete the folder and ask again"
             ) from None
+
+    @property
+    def root(self) -> Path:
+        """Folder of the runs it belongs to."""
+        return self.folder.parent.parent
 
     @property
     def files(self) -> Path:
@@ -137,7 +143,7 @@ def _id(request: PullRequest | PushRequest) -> str:
 
 def is_transfer(folder: Path) -> bool:
     """Return whether a folder is a transfer's and not a run's."""
-    return (folder / "request.json").is_file()
+    return folder.absolute().parent.name == FOLDER and (folder / "request.json").is_file()
 
 
 def transfers(root: Path) -> list[Transfer]:
@@ -192,6 +198,26 @@ def run_name(repo: str, path: str) -> str:
     """Return a name for the run that an SAE becomes: the repository's and the folder's."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([repo.rpartition("/")[2], path]))
     return stem.strip("-._")[:64].rstrip("-._") or "pulled"
+
+
+def new_run_folder(root: Path, name: str) -> Path:
+    """Return the folder that a run of this name will have.
+
+    Raises:
+        InputError: if there is one already.
+    """
+    folder = root / check_run_id(name)
+    if folder.exists():
+        raise InputError(
+            f"expected a new name for the run, got {name}, which there is in {root}; choose another"
+        )
+    return folder
+
+
+def free_name(root: Path, name: str) -> str:
+    """Return `name`, with a number after it if there is a run of that name."""
+    names = (name, *(f"{name[:60]}-{n}" for n in range(2, 1000)))
+    return next(free for free in names if not (root / free).exists())
 
 
 def clear_files(transfer: Transfer) -> None:

@@ -1,0 +1,26 @@
+"""Hub: SAEs of others to open here, and those made here to share."""
+
+import streamlit as st
+
+from gsae_core import shell
+from gsae_core.hub_library import library, share
+from gsae_core.hub_transfers import moving, on_the_way
+from gsae_core.hub_view import catalogue, offline, repository
+
+frame = shell.page(
+    "Hub",
+    icon="🤗",
+    purpose="Open SAEs that others trained, and share your own.",
+)
+root = shell.runs_root()
+offline()
+busy = moving(root)
+st.fragment(on_the_way, run_every=1.0 if busy else None)(root, busy)
+find, own, here = st.tabs(["Find", "Export and send", "On this machine"])
+with find:
+    catalogue()
+    repository(root)
+with own:
+    share(frame)
+with here:
+    library(frame)
