@@ -26,7 +26,7 @@ frame = shell.page(
 
 
 def actions() -> None:
-    """Draw the three ways to begin."""
+    """Draw the three ways to begin: train, fetch, look."""
     quick = preset("quick")
     finished = [r for r in frame.runs if r.id in frame.statuses]
     finished = [r for r in finished if frame.statuses[r.id].state == "finished"]
@@ -36,32 +36,40 @@ def actions() -> None:
         for cell in st.columns(3)
     ]
     with cells[0]:
-        heading("Train the bundled model", f"{quick.description}.")
-        if st.button(
-            "Start training",
-            type="primary",
-            icon=":material/play_arrow:",
-            key="start_quick",
-            width="stretch",
-        ):
-            begin_quick()
+        heading("Train", f"{quick.description}. Or choose model, layer, widths and λ yourself.")
+        with st.container(gap="small"):
+            if st.button(
+                "Start training",
+                type="primary",
+                icon=":material/play_arrow:",
+                key="start_quick",
+                width="stretch",
+            ):
+                begin_quick()
+            icon = ":material/tune:"
+            if st.button("Choose settings", icon=icon, key="choose", width="stretch"):
+                st.switch_page("pages/1_Train.py", query_params={})
     with cells[1]:
-        what = "Your model, layer, widths and λ; the memory and time it takes, before it starts."
-        heading("Train with choices", what)
-        icon = ":material/tune:"
-        if st.button("Choose settings", icon=icon, key="choose", width="stretch"):
-            st.switch_page("pages/1_Train.py", query_params={})
+        heading("Open from the Hub", "SAEs that others trained and published, to look inside.")
+        icon = ":material/cloud_download:"
+        if st.button("Find SAEs", icon=icon, key="hub", width="stretch"):
+            st.switch_page("pages/8_Hub.py", query_params={})
     with cells[2]:
-        if finished:
-            latest = finished[0]
-            heading("Open the latest results", f"{latest.id}: {len(latest.config.saes)} SAEs.")
-            label = "Sparsity against fidelity"
-            if st.button(label, icon=":material/balance:", key="results", width="stretch"):
-                shell.go("pages/3_Pareto.py", latest)
-        else:
-            heading("New to sparse autoencoders?", "What the words and the numbers mean.")
-            if st.button("Start here", icon=":material/help:", key="help", width="stretch"):
-                st.switch_page("pages/9_Help.py", query_params={})
+        results(finished)
+
+
+def results(finished: list[Run]) -> None:
+    """Draw the way to the newest results; before there are any, to what the words mean."""
+    if finished:
+        latest = finished[0]
+        heading("Explore", f"{latest.id} is the newest result: {len(latest.config.saes)} SAEs.")
+        icon = ":material/balance:"
+        if st.button("Latest results", icon=icon, key="results", width="stretch"):
+            shell.go("pages/3_Pareto.py", latest)
+    else:
+        heading("New to sparse autoencoders?", "What the words and the numbers mean.")
+        if st.button("Start here", icon=":material/help:", key="help", width="stretch"):
+            st.switch_page("pages/9_Help.py", query_params={})
 
 
 def heading(title: str, text: str) -> None:
@@ -163,7 +171,7 @@ def this_machine() -> None:
     here = machine(shell.runs_root())
     st.subheader("This machine", anchor=False)
     device = here.gpus[0] if here.gpus else "none found: training runs on the processor"
-    cells = st.columns([2, 1, 1, 1])
+    cells = st.columns([5, 2, 4, 4])
     found = {
         "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
         "Processor": f"{here.n_cores} cores",

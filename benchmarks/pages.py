@@ -23,7 +23,7 @@ from statistics import median
 from typing import NamedTuple
 
 import psutil
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
@@ -34,7 +34,7 @@ from synthetic import config, metric_lines, write_run
 from gsae_core.config import sweep
 
 N_RUNS, WIDTH = 200, 16_384
-WINDOW = {"width": 1360, "height": 1000}
+WINDOW: ViewportSize = {"width": 1360, "height": 1000}
 # Seconds from now until the page satisfies `ready`, seen at each frame; the press comes first.
 CLOCK = """([press, ready]) => new Promise((done, failed) => {
   const is = new Function('return ' + ready), go = new Function(press)

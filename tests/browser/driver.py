@@ -34,7 +34,10 @@ PAGES = ["", *sorted(file.stem.partition("_")[2] for file in (ROOT / "pages").gl
 # Streamlit asks for these beside each page before it finds them at the root.
 KNOWN_404 = re.compile(r"/_stcore/(health|host-config)$")
 # What a browser says while the server it knows is being started again.
-SERVER_AWAY = re.compile(r"ERR_CONNECTION_|WebSocket connection to|ERR_EMPTY_RESPONSE")
+SERVER_AWAY = re.compile(
+    "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|WebSocket connection to|when disconnected from server|"
+    "Client Error in reaching server|Is Streamlit still running"
+)
 # The element that has the focus, inside a component's shadow root too.
 FOCUSED = """() => {
   let at = document.activeElement

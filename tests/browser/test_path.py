@@ -67,12 +67,12 @@ def test_from_home_to_the_results_with_a_refresh_on_the_way(
     opened(page, address)
     page.get_by_role("button", name="Choose settings").click()
     sees(page, "Train")
-    fill(page, "Tokens", "65536")
+    fill(page, "Tokens", "32768")
     fill(page, "λ", "0.2 0.6")
     fill(page, "Learning rate", "0.002")
     page.get_by_text("Advanced").click()
     fill(page, "Evaluation tokens", "8192")
-    page.get_by_role("button", name=re.compile("Start 65.5 k")).click()
+    page.get_by_role("button", name=re.compile("Start 32.8 k")).click()
     sees(page, "Live")
     run = started_since(runs, before)
     page.wait_for_url(re.compile(run.id))
@@ -91,7 +91,7 @@ def test_from_home_to_the_results_with_a_refresh_on_the_way(
     assert run.id in page.url
     page.get_by_role("link", name="Home").click()
     sees(page, "Home")
-    page.get_by_role("button", name="Sparsity against fidelity").click()
+    page.get_by_role("button", name="Latest results").click()
     sees(page, "Pareto")
     page.wait_for_url(re.compile(run.id))
 
@@ -101,7 +101,7 @@ def test_home_opens_the_latest_results_whatever_run_was_chosen(
 ) -> None:
     write_run(runs, "failed", "failed", share=0.5, error="the disk was full")
     opened(page, f"{address}/?run=failed")
-    page.get_by_role("button", name="Sparsity against fidelity").click()
+    page.get_by_role("button", name="Latest results").click()
     sees(page, "Pareto")
     assert "run=failed" not in page.url
 
