@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gsae_core.analysis.index_build import Part, build_index
+from gsae_core.analysis.index_build import build_index
 from gsae_core.analysis.index_files import weights_sha256
+from gsae_core.analysis.index_plan import Part
 from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
 from gsae_core.machine import slot_of
 from gsae_core.store.checkpoint import load_sae

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
+from gsae_core import markup
 from gsae_core.config import Architecture
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.store.status import State
@@ -108,15 +109,7 @@ def seconds_since(moment: float | int) -> float:
 
 def facts(rows: Mapping[str, str]) -> None:
     """Show names and values in two columns."""
-    body = "".join(
-        f'<div style="opacity:.75">{escaped(name)}</div>'
-        f'<div style="overflow-wrap:anywhere">{escaped(value)}</div>'
-        for name, value in rows.items()
-    )
-    st.html(
-        '<div style="display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem">'
-        f"{body}</div>"
-    )
+    st.html(markup.facts(rows))
 
 
 def marked(architecture: Architecture, text: str) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Places whose features are counted for a query by token or text; more are sampled evenly.
 MOST_PLACES = 2**14
 
-Range = tuple[float | None, float | None]
+Range = tuple[float | int | None, float | int | None]
 
 
 class FeatureIndex:

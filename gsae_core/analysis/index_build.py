@@ -7,7 +7,6 @@ on the plan alone, so an interrupted build loses one shard and ends with the sam
 folder with another plan, of other weights or tokens, is thrown away.
 """
 
-import hashlib
 import logging
 import shutil
 import time
@@ -25,32 +24,29 @@ from torch import Tensor
 from gsae_core.analysis.feature_table import describe
 from gsae_core.analysis.index_codes import CALIBRATION_TOKENS, Found, find, near_band
 from gsae_core.analysis.index_files import MANIFEST, SCHEMA_VERSION, Manifest, Split
+from gsae_core.analysis.index_plan import (
+    Part,
+    Shard,
+    cut_into_shards,
+    take_up,
+    tensors_sha256,
+    tokens_sha256,
+    versions,
+)
 from gsae_core.analysis.index_sort import sort_shards
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.base import SAE
 from gsae_core.store.checkpoint import check_width
-from gsae_core.store.files import free_bytes, readable, replace_durably, write_json, writing
-from gsae_core.store.status import read_json
+from gsae_core.store.files import replace_durably, write_json, writing
 
 log = logging.getLogger(__name__)
 
-SHARD_TOKENS = 2**16
 BATCH_TOKENS = 2**12
 """Activations that are encoded at once."""
 Stage = Literal["indexing", "sorting", "describing"]
-
-
-class Part(NamedTuple):
-    """The first sequences of a split of the text."""
-
-    split: str
-    sequences: SequenceSet
-    n: int
-    """How many of them are read."""
 
 
 class Progress(NamedTuple):
@@ -59,14 +55,6 @@ class Progress(NamedTuple):
     stage: Stage
     done: int
     total: int
-
-
-class Shard(NamedTuple):
-    """Some sequences of one part."""
-
-    part: int
-    first: int
-    last: int
 
 
 def build_index(
@@ -104,19 +92,19 @@ def build_index(
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
     began = time.time()
     building = folder / "building"
-    shards = _shards(parts)
+    shards = cut_into_shards(parts)
     n_tokens = sum(int(part.sequences.counts[: part.n].sum()) for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
     plan = {
         "schema_version": SCHEMA_VERSION,
-        "weights_sha256": weights_sha256 or _tensors_sha256(sae),
-        "tokens_sha256": _tokens_sha256(parts),
+        "weights_sha256": weights_sha256 or tensors_sha256(sae),
+        "tokens_sha256": tokens_sha256(parts),
         "hook": [layer, site],
         "device": model.device.type,
         "shards": [list(shard) for shard in shards],
     }
-    _take_up(building, plan)
+    take_up(building, plan)
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     band = _band(building, sae, parts, harvests, n_tokens=n_tokens)
     done = 0
@@ -165,36 +153,12 @@ def build_index(
         logit_tokens=facts.logit_tokens,
         made=time.time(),
         seconds=time.time() - began,
-        versions=_versions(),
+        versions=versions(),
         data=f"data-{time.time_ns():x}",
         files={path.name: path.stat().st_size for path in sorted(data.iterdir())},
     )
     _publish(folder, manifest)
     yield Progress("describing", sae.d_sae, sae.d_sae)
-
-
-def _shards(parts: Sequence[Part]) -> list[Shard]:
-    """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
-    found = []
-    for number, part in enumerate(parts):
-        ends = np.cumsum(part.sequences.counts[: part.n])
-        first = 0
-        while first < part.n:
-            before = int(ends[first - 1]) if first else 0
-            last = min(int(np.searchsorted(ends, before + SHARD_TOKENS)) + 1, part.n)
-            found.append(Shard(number, first, last))
-            first = last
-    return found
-
-
-def _take_up(building: Path, plan: dict[str, Any]) -> None:
-    """Go on with a build of the same plan, or begin anew."""
-    path = building / "plan.json"
-    with writing(building, 2**20):
-        if not (path.is_file() and read_json(path) == plan):
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-            write_json(path, plan)
 
 
 def _band(
@@ -230,7 +194,7 @@ def _read_shard(
     sae: SAE, harvest: Harvest, shard: Shard, band: Float[Tensor, " d_sae"]
 ) -> dict[str, np.ndarray]:
     found: list[Found] = []
-    for x in _batches(harvest.vectors(np.arange(shard.first, shard.last))):
+    for x in in_batches(harvest.vectors(np.arange(shard.first, shard.last))):
         found.append(find(sae, x.to(band.device), band))
     starts = np.cumsum([0, *(len(each.counts) for each in found)])
     rows = [each.near_row + start for each, start in zip(found, starts, strict=False)]
@@ -253,7 +217,7 @@ def _read_shard(
     }
 
 
-def _batches(vectors: Iterator[Float[Tensor, "n d_in"]]) -> Iterator[Float[Tensor, "m d_in"]]:
+def in_batches(vectors: Iterator[Float[Tensor, "n d_in"]]) -> Iterator[Float[Tensor, "m d_in"]]:
     """Yield the vectors of whole passes together, `BATCH_TOKENS` or a few more at a time."""
     waiting: list[Tensor] = []
     for x in vectors:
@@ -292,38 +256,3 @@ def _publish(folder: Path, manifest: Manifest) -> None:
         if old.name != manifest.data:
             shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(building, ignore_errors=True)
-
-
-def _tensors_sha256(sae: SAE) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(sae.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tokens_sha256(parts: Sequence[Part]) -> str:
-    """Return a hash of the ids read; it does not depend on how they are stored."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for start in range(0, part.n, 2**12):
-            ids, mask = part.sequences[start : min(start + 2**12, part.n)]
-            digest.update(ids.numpy().astype("<i8").tobytes())
-            digest.update(mask.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("gsae-core", "torch", "transformers", "numpy")}
-
-
-def room_for(folder: Path, n_bytes: int) -> None:
-    """Raise InputError if the disk has less room than a build is about to take."""
-    free = free_bytes(folder)
-    if free < n_bytes:
-        raise InputError(
-            f"expected {readable(n_bytes)} free for the feature index in {folder}, found "
-            f"{readable(free)}; make room on the disk and start again: nothing read so far is lost"
-        )

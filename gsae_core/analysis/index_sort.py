@@ -21,7 +21,7 @@ from gsae_core.store.files import writing
 from gsae_core.threads import spread
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.index_build import Part, Shard
+    from gsae_core.analysis.index_plan import Part, Shard
 
 # Features sorted in one task.
 SORTED_AT_ONCE = 64

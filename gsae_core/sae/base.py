@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
+from gsae_core.markup import facts
 from gsae_core.sae.recipes import Objective
 
 
@@ -62,6 +63,17 @@ class SAE(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}"
+
+    def _repr_html_(self) -> str:
+        return facts(
+            {
+                "SAE": self.architecture,
+                "features": f"{self.d_sae:,}",
+                "width of activations": f"{self.d_in:,}",
+                "recipe": self.recipe,
+                "settings": self.extra_repr(),
+            }
+        )
 
     def check_width(self, x: Float[Tensor, "*batch width"]) -> None:
         """Raise InputError if the last axis of `x` is not `d_in`."""

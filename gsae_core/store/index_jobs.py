@@ -96,7 +96,9 @@ def prepare(
                     f"{builder}, which is; wait for it, or cancel it first"
                 )
             before = request(job)
-            asked = Request(n_tokens or before.n_tokens, split or before.split)
+            asked = Request(
+                before.n_tokens if n_tokens is None else n_tokens, split or before.split
+            )
             _check(asked)
             write_json(folder / "request.json", asked._asdict())
             # A process that was started for it is in the status already.

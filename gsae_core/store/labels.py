@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["label", "note", "star"]
 FILE = "labels.jsonl"
-LONGEST: dict[Kind, int] = {"label": 200, "note": 10_000, "star": 2}
+LONGEST: dict[Kind, int] = {"label": 200, "note": 10_000, "star": 3}
 
 
 class Said(NamedTuple):
@@ -95,7 +95,8 @@ class Labels:
     def latest(self, kind: Kind) -> dict[int, Said]:
         """Return what counts of a kind, by feature; nothing where it was taken back."""
         newest = {said.feature: said for said in self.all() if said.kind == kind}
-        return {feature: said for feature, said in newest.items() if said.text not in ("", "off")}
+        nothing = "off" if kind == "star" else ""
+        return {feature: said for feature, said in newest.items() if said.text != nothing}
 
     def of(self, feature: int) -> dict[Kind, Said]:
         """Return what counts of one feature, by kind."""

@@ -1,0 +1,178 @@
+"""Automatic labels of features, and how well a label tells where its feature fires.
+
+A label is written from the strongest examples and scored on others: by *detection* (which of these
+texts does the feature fire in?) or *fuzzing* (in which of these is what is marked what it fires
+on?), after Bills et al. 2023 and EleutherAI's automated interpretability. A score is the share of
+right answers over as many true as false texts: 0.5 is guessing. It is never shown as truth.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from gsae_core.analysis.examples import Example
+from gsae_core.analysis.writers import Writer
+from gsae_core.errors import InputError
+from gsae_core.store.labels import LONGEST, Said
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.feature import Feature
+
+By = Literal["detection", "fuzzing"]
+N_SHOWN, N_SCORED = 12, 5
+"""Examples that a label is written from; texts of each kind that it is scored on."""
+BEFORE, AFTER = 12, 6
+LOOKED_AT = 200
+"""Texts looked at to find some in which a feature is silent."""
+
+WRITE = """A feature of a language model fires on the tokens between << and >> in these texts.
+In at most ten words, say what those tokens have in common. Answer with that phrase alone.
+
+{texts}
+
+The feature fires on:"""
+
+DETECT = """A feature of a language model fires on: {label}
+
+In which of these {n} texts does it fire? Answer with {n} digits separated by spaces, 1 for a text
+in which it does and 0 for one in which it does not.
+
+{texts}
+
+Digits:"""
+
+FUZZ = """A feature of a language model fires on: {label}
+
+In which of these {n} texts do << and >> mark what it fires on? Answer with {n} digits separated by
+spaces, 1 where they do and 0 where they do not.
+
+{texts}
+
+Digits:"""
+
+
+class Scored(NamedTuple):
+    """How a label did."""
+
+    score: float
+    """Share of right answers; 0.5 is guessing."""
+    answers: tuple[int, ...]
+    truth: tuple[int, ...]
+
+
+def write_label(feature: "Feature", writer: Writer) -> str:
+    """Return a label in a line, from the feature's strongest examples.
+
+    Raises:
+        InputError: if the feature is dead, the writer does not answer, or answers nothing.
+    """
+    if feature.is_dead:
+        raise InputError(
+            f"expected a feature that fires, got {feature.number}, which is dead on these "
+            f"{feature.index.n_tokens} tokens: there is nothing to label"
+        )
+    texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
+    answer = writer.answer(WRITE.format(texts=texts), max_tokens=40).strip()
+    lines = [line.strip(" \"'.") for line in answer.splitlines() if line.strip(" \"'.")]
+    if not lines:
+        raise InputError(f"expected a label from {writer.name}, got an empty answer; try another")
+    return lines[0][: LONGEST["label"]]
+
+
+def score_label(
+    feature: "Feature", label: str, writer: Writer, *, by: By = "detection", seed: int = 0
+) -> Scored:
+    """Return how well a label tells where the feature fires, on texts drawn by `seed`.
+
+    Raises:
+        InputError: if the writer does not answer with as many digits as there are texts, or the
+            feature fires in every text that was looked at.
+    """
+    rng = np.random.default_rng([feature.number, seed])
+    fires = feature.random(N_SCORED, seed=seed, before=BEFORE, after=AFTER)
+    if by == "detection":
+        silent = _silent(feature, len(fires), seed=seed)
+        # As many of either kind, or a writer that always says yes would score above guessing.
+        fires = fires[: len(silent)]
+        texts = [plain(example) for example in [*fires, *silent]]
+    else:
+        texts = [marked(e) for e in fires] + [marked(e, _elsewhere(e, rng)) for e in fires]
+    truth = np.array([1] * len(fires) + [0] * len(fires))
+    order = rng.permutation(len(truth))
+    shown = numbered([texts[i] for i in order])
+    question = (DETECT if by == "detection" else FUZZ).format(
+        label=label, n=len(order), texts=shown
+    )
+    answers = _digits(writer.answer(question, max_tokens=4 * len(order)), len(order), writer.name)
+    right = np.array(answers) == truth[order]
+    return Scored(float(right.mean()), tuple(answers), tuple(int(t) for t in truth[order]))
+
+
+def label_feature(
+    feature: "Feature", writer: Writer, *, by: By = "detection", seed: int = 0
+) -> Said:
+    """Write a label, score it, and append both to the index's labels as automatic.
+
+    Raises:
+        InputError: as `write_label` and `score_label` do.
+    """
+    label = write_label(feature, writer)
+    score = score_label(feature, label, writer, by=by, seed=seed).score
+    labels = feature.index.labels
+    return labels.add(
+        feature.number, "label", label, author="automatic", model=writer.name, score=score
+    )
+
+
+def marked(example: Example, which: set[int] | None = None) -> str:
+    """Return a text with << >> around the tokens that the feature fires on, or around others."""
+    fires = {i for i, value in enumerate(example.values) if value > 0} if which is None else which
+    return "".join(
+        f"<<{token}>>" if i in fires else token for i, token in enumerate(example.tokens)
+    )
+
+
+def plain(example: Example) -> str:
+    """Return a text as it stands."""
+    return "".join(example.tokens)
+
+
+def numbered(texts: Sequence[str]) -> str:
+    """Return texts as a numbered list, each on a line of its own."""
+    return "\n".join(f"{i}. {' '.join(text.split())}" for i, text in enumerate(texts, start=1))
+
+
+def _silent(feature: "Feature", n: int, *, seed: int) -> list[Example]:
+    """Return up to `n` texts in which the feature is silent throughout.
+
+    Raises:
+        InputError: if none of those drawn is.
+    """
+    drawn = feature.non_activating(LOOKED_AT, seed=seed, before=BEFORE, after=AFTER)
+    silent = [example for example in drawn if not any(example.values)]
+    if not silent:
+        raise InputError(
+            f"expected texts in which feature {feature.number} is silent, found none among "
+            f"{len(drawn)}: it fires in nearly every text; score its label by fuzzing"
+        )
+    order = np.random.default_rng(seed).permutation(len(silent))
+    return [silent[i] for i in order[:n]]
+
+
+def _elsewhere(example: Example, rng: np.random.Generator) -> set[int]:
+    """Return as many silent tokens of a text as it fires on, or as there are."""
+    silent = [i for i, value in enumerate(example.values) if value <= 0]
+    n = min(len(silent), len(example.values) - len(silent))
+    return {int(i) for i in rng.choice(silent, n, replace=False)} if n else set()
+
+
+def _digits(answer: str, n: int, name: str) -> list[int]:
+    digits = [int(digit) for digit in re.findall(r"(?<!\d)[01](?!\d)", answer)]
+    if len(digits) != n:
+        raise InputError(
+            f"expected {n} digits, 0 or 1, from {name}, got {answer.strip()[:80]!r}; the model is "
+            "too small for scoring, or needs another prompt"
+        )
+    return digits

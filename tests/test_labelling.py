@@ -1,0 +1,183 @@
+"""Automatic labels: written from examples, scored on others, by a model here or an address."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from index_cases import built, some_sae
+
+from gsae_core.analysis.examples import Example
+from gsae_core.analysis.features import FeatureIndex
+from gsae_core.analysis.labelling import label_feature, marked, score_label, write_label
+from gsae_core.analysis.writers import LocalWriter, RemoteWriter, Writer
+from gsae_core.errors import InputError
+from gsae_core.lm.model import LanguageModel
+
+
+def sparse(index: FeatureIndex) -> int:
+    """Return a feature that fires seldom, and at least ten times."""
+    fired = index.table["fired"]
+    return int(fired[fired >= 10].idxmin())
+
+
+class Answers:
+    """A writer that knows the truth of a text by a test of its own."""
+
+    name = "oracle"
+
+    def __init__(self, knows: object) -> None:
+        self.questions: list[str] = []
+        self._knows = knows
+
+    def answer(self, question: str, *, max_tokens: int) -> str:
+        self.questions.append(question)
+        if "Digits:" not in question:
+            return ' "words of a kind." \nmore'
+        texts = re.findall(r"^\d+\. (.*)$", question, re.MULTILINE)
+        return " ".join(str(int(self._knows(text))) for text in texts)  # type: ignore[operator]
+
+
+@pytest.fixture
+def index(tiny_lm: LanguageModel, tmp_path: Path) -> FeatureIndex:
+    return built(tiny_lm, some_sae("topk"), tmp_path)
+
+
+def test_a_label_is_the_first_line_of_the_answer(index: FeatureIndex) -> None:
+    writer = Answers(bool)
+    assert write_label(index.feature(sparse(index)), writer) == "words of a kind"
+    assert "<<w" in writer.questions[0]
+
+
+def test_who_knows_everything_scores_1_and_who_knows_nothing_half(index: FeatureIndex) -> None:
+    feature = index.feature(sparse(index))
+    drawn = feature.random(5, seed=0, before=12, after=6)
+    true = {" ".join("".join(e.tokens).split()) for e in drawn}
+    assert score_label(feature, "x", Answers(lambda text: text in true)).score == 1
+    assert score_label(feature, "x", Answers(lambda text: True)).score == 0.5
+    true = {" ".join(marked(e).split()) for e in drawn}
+    found = score_label(feature, "x", Answers(lambda text: text in true), by="fuzzing")
+    assert found.score == 1
+    assert sum(found.truth) == len(found.truth) - sum(found.truth) == 5
+
+
+def test_a_label_is_kept_with_author_model_and_score(index: FeatureIndex) -> None:
+    label_feature(index.feature(sparse(index)), Answers(lambda text: False))
+    said = index.labels.of(sparse(index))["label"]
+    assert (said.text, said.author, said.model, said.score) == (
+        "words of a kind",
+        "automatic",
+        "oracle",
+        0.5,
+    )
+
+
+def test_marks_stand_around_what_fires() -> None:
+    example = Example(("a", " b", "c"), (1, 2, 3), (0.0, 2.0, 0.0), 1, 2.0, 0, 1, "train")
+    assert marked(example) == "a<< b>>c"
+    assert marked(example, {0, 2}) == "<<a>> b<<c>>"
+
+
+def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:
+    dead = int(index.table["fired"].idxmin())
+    with pytest.raises(InputError, match=f"expected a feature that fires, got {dead}, which is de"):
+        write_label(index.feature(dead), Answers(bool))
+
+    class Mumbles(Answers):
+        def answer(self, question: str, *, max_tokens: int) -> str:
+            return ""
+
+    with pytest.raises(InputError, match="expected a label from oracle, got an empty answer"):
+        write_label(index.feature(sparse(index)), Mumbles(bool))
+    with pytest.raises(InputError, match="expected 10 digits, 0 or 1, from oracle, got ''"):
+        score_label(index.feature(sparse(index)), "x", Mumbles(bool))
+
+
+def test_a_model_on_this_machine_writes(tiny_lm_folder: Path) -> None:
+    writer = LocalWriter(str(tiny_lm_folder))
+    assert isinstance(writer, Writer)
+    answer = writer.answer(" ".join(["w1"] * 40), max_tokens=4)
+    assert all(re.fullmatch(r"w\d+|<unk>", word) for word in answer.split())
+
+
+def test_what_fires_in_every_text_has_no_score_by_detection(
+    tiny_lm: LanguageModel, tmp_path: Path
+) -> None:
+    # It fires on 355 of 600 tokens, and a text is as long as a sequence.
+    feature = built(tiny_lm, some_sae("gated"), tmp_path).feature(7)
+    with pytest.raises(
+        InputError, match=r"expected texts in which feature 7 is silent, found none"
+    ):
+        score_label(feature, "x", Answers(bool))
+    assert len(score_label(feature, "x", Answers(bool), by="fuzzing").truth) == 10
+
+
+# Behind an address
+
+
+class Handler(BaseHTTPRequestHandler):
+    seen: list[dict] = []  # noqa: RUF012
+    headers_seen: list[str | None] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append(body | {"path": self.path})
+        self.headers_seen.append(self.headers.get("Authorization"))
+        code = 404 if body["model"] == "missing" else 200
+        answer = {"choices": [{"message": {"content": "full stops"}}]}
+        data = json.dumps({"odd": 1} if body["model"] == "odd" else answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_is_asked_as_openais_would_be(
+    address: str, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", address + "/")
+    assert write_label(index.feature(sparse(index)), RemoteWriter("small")) == "full stops"
+    body = Handler.seen[-1]
+    assert body["path"] == "/v1/chat/completions"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("small", 0, 40)
+    assert "<<w" in body["messages"][0]["content"]
+    assert Handler.headers_seen[-1] is None
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    RemoteWriter("small").answer("?", max_tokens=1)
+    assert Handler.headers_seen[-1] == "Bearer secret"
+
+
+def test_a_server_that_does_not_help_is_one_sentence(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        InputError, match=r"expected an answer from .*, got 404 .* 'missing' served"
+    ):
+        RemoteWriter("missing", base_url=address).answer("?", max_tokens=1)
+    with pytest.raises(InputError, match=r"expected a chat completion from .*, got something else"):
+        RemoteWriter("odd", base_url=address).answer("?", max_tokens=1)
+    with pytest.raises(InputError, match=r"expected an answer from .*, got none .* is the server"):
+        RemoteWriter("any", base_url="http://127.0.0.1:1/v1").answer("?", max_tokens=1)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(InputError, match="expected an address in OPENAI_BASE_URL such as http"):
+        RemoteWriter("any")
+    with pytest.raises(InputError, match="expected an address in OPENAI_BASE_URL"):
+        RemoteWriter("any", base_url="file:///etc/hosts")
