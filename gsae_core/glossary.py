@@ -113,6 +113,17 @@ def search(words: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def feature_columns() -> dict[str, str]:
+    """Return what each column of a feature index's table means: `feature_table.COLUMNS`."""
+    home = "analysis/feature_table.py"
+    source = resources.files("gsae_core").joinpath(home).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COLUMNS":
+            return ast.literal_eval(node.value)
+    raise KeyError(f"expected COLUMNS in {home}, found none")
+
+
+@functools.cache
 def _docstrings(file: str) -> dict[str, str]:
     """Return the docstrings in a module of this package, by dotted path; fields of classes too."""
     source = resources.files("gsae_core").joinpath(file).read_text(encoding="utf-8")

@@ -16,6 +16,9 @@ from gsae_core.errors import InputError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "assets" / "example"
+"""The run that ships with the package: read, never written, wherever it is installed."""
+
 
 @contextmanager
 def writing(path: Path, n_bytes: int) -> Iterator[None]:
@@ -28,6 +31,11 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
     Raises:
         InputError: how much is needed and how much is free, or that the place is not writable.
     """
+    if path.absolute().is_relative_to(EXAMPLE):
+        raise InputError(
+            "expected a run of your own, got the bundled example, which is only read; train one "
+            "like it: Duplicate with changes on its Live page"
+        )
     try:
         yield
     except OSError as error:

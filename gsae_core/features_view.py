@@ -1,0 +1,283 @@
+"""The list of features: how often they fire, which of them are wanted, and in what order."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from gsae_core.address import correct
+from gsae_core.analysis.feature_filter import (
+    ANY,
+    ORDERS,
+    RANGES,
+    Chosen,
+    Range,
+    Wanted,
+    choose,
+    parse_range,
+    range_text,
+)
+from gsae_core.errors import InputError
+from gsae_core.feature_files import Opened
+from gsae_core.glossary import feature_columns
+from gsae_core.inspect_parts import architecture
+from gsae_core.pieces import figure_tools, notice, plain
+from gsae_core.plots.features import density_histogram
+from gsae_core.plots.palette import Theme
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.features import FeatureIndex
+
+COLUMNS = feature_columns()
+MOST_ROWS = 2000
+PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
+"""Parameter of the address for each range."""
+TEXTS = ("q", "label", *PARAMS.values())
+LIVES = {"all": "all", "alive": "alive", "dead": "dead"}
+EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
+
+
+def ask(sae: Opened) -> tuple[Wanted, str]:
+    """Draw the search field, the filters and the order; return what is wanted."""
+    text = st.text_input(
+        "Search",
+        key="q",
+        bind="query-params",
+        placeholder="part of a token or of a label, e.g. import",
+        help="Features that fire on tokens with this text, the most specific first, and those "
+        "whose label has it. Spaces and capitals count in tokens.",
+    )
+    left, right = st.columns([1, 1.4], vertical_alignment="bottom")
+    with left:
+        wanted = _filters(text or "")
+    with right:
+        correct("sort", list(ORDERS), what="order", shown="the usual one")
+        order = st.selectbox(
+            "Order",
+            list(ORDERS),
+            index=None,
+            key="sort",
+            bind="query-params",
+            placeholder="best match" if text else "number",
+            label_visibility="collapsed",
+        )
+    order = order or ("best match" if text else "number")
+    return wanted, "number" if order == "best match" and not text else order
+
+
+def _filters(text: str) -> Wanted:
+    """Draw the filters behind a button that says how many are in use."""
+    used = _in_use()
+    label = f"Filters ({used})" if used else "Filters"
+    ranges: dict[str, Range] = {}
+    with st.popover(label, icon=":material/filter_list:", width="stretch", key="filters"):
+        for name, title in RANGES.items():
+            ranges[name] = _range(name, title)
+        correct("life", list(LIVES), what="choice here", shown="all")
+        life = st.segmented_control(
+            "Features",
+            list(LIVES),
+            default="all",
+            required=True,
+            key="life",
+            bind="query-params",
+            help="A dead feature fired on none of the tokens that were read.",
+        )
+        label = st.text_input("Label contains", key="label", bind="query-params")
+        starred = st.toggle("Starred only", key="star", bind="query-params")
+        st.button("Clear all", key="clear", on_click=clear, icon=":material/filter_list_off:")
+    return Wanted(**ranges, life=life or "all", starred=starred, label=label or "", text=text)
+
+
+def _range(name: str, title: str) -> Range:
+    asked = st.text_input(
+        title.capitalize() if title.isascii() else title,
+        key=PARAMS[name],
+        bind="query-params",
+        placeholder=f"from..to, e.g. {EXAMPLES[name]}",
+        help=COLUMNS[name],
+    )
+    try:
+        return parse_range(asked or "", title)
+    except InputError as error:
+        plain(f"{error}; it filters nothing as it is.", size=".875rem")
+        return ANY
+
+
+def _in_use() -> int:
+    """Return how many filters the popover holds values for."""
+    texts = [st.session_state.get(key, st.query_params.get(key)) for key in TEXTS[1:]]
+    life = st.session_state.get("life", st.query_params.get("life", "all"))
+    star = st.session_state.get("star", st.query_params.get("star") == "true")
+    return sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
+
+
+def clear() -> None:
+    """Ask for everything again."""
+    for key in TEXTS:
+        st.session_state[key] = ""
+    st.session_state["life"], st.session_state["star"] = "all", False
+
+
+def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
+    """Return the rows that are wanted."""
+    matches = None
+    if wanted.text and sae.index is not None:
+        matches = _matches(sae.index, wanted.text)
+    said = sae.index.labels.frame() if sae.index is not None else _NOTHING_SAID
+    return choose(sae.rows, wanted, said=said, matches=matches, order=order)
+
+
+_NOTHING_SAID = pd.DataFrame({"label": pd.Series(dtype=object), "star": pd.Series(dtype=bool)})
+
+
+def _matches(index: "FeatureIndex", text: str) -> Mapping[int, float]:
+    found = index.by_text(text)
+    return dict(zip(found["feature"].tolist(), found["f1"].tolist(), strict=True))
+
+
+def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
+    """Draw how often features fire; a click on a bar lists its features."""
+    density = sae.rows["density"].to_numpy(dtype=float)
+    kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
+    kind = architecture(sae.run, sae.name)
+    chart = density_histogram(density, kept, theme=theme, architecture=kind)
+    if chart.data["n"].sum() == 0:
+        return
+    st.vega_lite_chart(
+        chart.data,
+        chart.spec,
+        key="density",
+        on_select=_remember_bar,
+        selection_mode="bar",
+        alt="How many features fire how often; a click on a bar lists its features",
+    )
+    n_dead = int((sae.rows["fired"].to_numpy(dtype=float) == 0).sum())
+    dead = f" {n_dead:,} dead ones have no place on a log axis." if n_dead else ""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"Click a bar to list its features.{dead}")
+        figure_tools(chart.data, name="densities", about=COLUMNS["density"])
+
+
+def _remember_bar() -> None:
+    """Filter by the bar that was clicked; a click beside the bars asks for all again."""
+    st.session_state["dens"] = bar_range(st.session_state["density"]["selection"].get("bar"))
+
+
+def bar_range(sent: Any) -> str:
+    """Return the range of densities a browser says was clicked, as the filter reads it."""
+    try:
+        ends = [(float(bar["low"]), float(bar["high"])) for bar in sent or []]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    if not ends:
+        return ""
+    return range_text(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
+    """Draw the list, and say how much of it is shown."""
+    n = len(chosen.rows)
+    everything = n > MOST_ROWS and bool(st.session_state.get("everything"))
+    rows = chosen.rows if everything else chosen.rows.head(MOST_ROWS)
+    features = rows["feature"].to_numpy()
+    at = (features == current).nonzero()[0]
+    number = st.column_config.NumberColumn
+
+    def picked() -> None:
+        row = picked_row(st.session_state["list"], len(features))
+        if row is not None:
+            go_to(int(features[row]))
+
+    st.dataframe(
+        rows.assign(density=100 * rows["density"], gate_density=100 * rows["gate_density"]),
+        hide_index=True,
+        height=min(38 + 35 * max(len(rows), 1), 560),
+        key="list",
+        on_select=picked,
+        selection_mode="single-row-required",
+        selection_default={"selection": {"rows": [int(at[0]) if len(at) else 0]}},
+        column_order=_columns(sae, rows),
+        column_config={
+            "star": st.column_config.CheckboxColumn("★", width=36, help="Starred"),
+            "feature": number("feature", format="%d", width=62, pinned=True),
+            "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
+            "label": st.column_config.TextColumn("label"),
+            "density": number("density", format="%.3g %%", width=78, help=COLUMNS["density"]),
+            "max": number("max", format="%.3g", width=60, help=COLUMNS["max"]),
+            "theta": number("θ", format="%.3g", width=60, help=COLUMNS["theta"]),
+            "gamma": number("γ", format="%.3f", width=60, help=COLUMNS["gamma"]),
+            "gain": number("e^r", format="%.3g", width=60, help=COLUMNS["gain"]),
+            "gate_density": number(
+                "gate open", format="%.3g %%", width=86, help=COLUMNS["gate_density"]
+            ),
+        },
+        alt="The features that the filters leave: number, what they fire on, and their numbers",
+    )
+    _count(chosen, len(rows))
+
+
+def _count(chosen: Chosen, n_shown: int) -> None:
+    n = len(chosen.rows)
+    of = f"{chosen.n_all:,}".replace(",", " ")
+    shown = f"{n_shown:,}".replace(",", " ")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if n == chosen.n_all == n_shown:
+            st.caption(f"All {of} features.")
+        elif n == n_shown:
+            st.caption(f"{shown} of {of} features.")
+        else:
+            fit = "" if n == chosen.n_all else f" ({n:,} fit)".replace(",", " ")
+            st.caption(f"{shown} of {of} features{fit}.")
+        if n > MOST_ROWS:
+            st.toggle("All rows", key="everything")
+
+
+def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
+    """Return the columns that say anything of this SAE."""
+    wanted = ["feature"]
+    wanted += ["star"] * bool(rows["star"].any()) + ["label"] * bool((rows["label"] != "").any())
+    if sae.index is not None:
+        wanted.append("tokens")
+    numbers = ["density", "max", "theta", "gamma", "gain", "gate_density"]
+    if architecture(sae.run, sae.name) != "gated":
+        numbers = ["density", "max", "theta", "gamma"]
+    return wanted + [name for name in numbers if sae.rows[name].notna().any()]
+
+
+def picked_row(event: Any, n_rows: int) -> int | None:
+    """Return which row a browser says is ticked; None if that is none there is."""
+    rows = event["selection"]["rows"]
+    return int(rows[0]) if rows and 0 <= rows[0] < n_rows else None
+
+
+def go_to(feature: int) -> None:
+    """Show a feature; for callbacks, before its field is drawn."""
+    st.session_state["feature"] = feature
+
+
+def landing(sae: Opened) -> int:
+    """Return the feature to begin with: the first that fires on few tokens, but some."""
+    density = sae.rows["density"].to_numpy(dtype=float)
+    for low, high in ((1e-4, 0.02), (0.0, 1.0)):
+        found = ((density > low) & (density <= high)).nonzero()[0]
+        if len(found):
+            return int(found[0])
+    return 0
+
+
+def nothing_left(sae: Opened, chosen: Chosen, wanted: Wanted) -> None:
+    """Say that no feature is left, which filter excludes most, and offer to clear them."""
+    if wanted.text and sae.index is None:
+        text = "Tokens can be searched once there is an index; no label has this text."
+    elif list(chosen.excluded) == ["search"]:
+        text = (
+            f"No feature fires on a token that contains {wanted.text!r}, and no label has it. A "
+            "token is a piece of a word; try a shorter text."
+        )
+    else:
+        name, n = next(iter(chosen.excluded.items()))
+        text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
+    notice(text, kind="info", title="No feature is left")
+    st.button("Clear filters", key="clear_all", on_click=clear, icon=":material/filter_list_off:")

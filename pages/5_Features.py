@@ -1,0 +1,144 @@
+"""Features: one at a time, where it fires, how its gate decides, what it writes."""
+
+import streamlit as st
+
+from gsae_core import feature_bar, feature_dashboard, feature_examples, features_view, shell
+from gsae_core.analysis.feature import Feature
+from gsae_core.analysis.feature_filter import Chosen
+from gsae_core.analysis.features import FeatureIndex
+from gsae_core.errors import InputError
+from gsae_core.feature_files import Opened, open_index, open_sae, weights_of
+from gsae_core.feature_relations import match, near, relations
+from gsae_core.index_panel import panel
+from gsae_core.inspect_parts import (
+    beside,
+    first_choice,
+    need_saes,
+    pick_sae,
+    said,
+    stacking,
+)
+from gsae_core.pieces import notice, plain
+from gsae_core.store.runs import Run
+
+frame = shell.page(
+    "Features",
+    icon="🔎",
+    purpose="What each feature means: where it fires, how its gate decides, what it makes likely.",
+)
+
+
+@said
+def choose() -> tuple[Run, Opened, str | None]:
+    """Draw the pickers; return the SAE that is shown, and the name of the one beside it."""
+    run, names = need_saes(frame, "its features")
+    left, right = st.columns(2)
+    with left:
+        name = pick_sae(
+            "SAE", names, page="features", param="sae", default=first_choice(run, names)
+        )
+    assert name is not None
+    with right:
+        others = [each for each in names if each != name]
+        base = pick_sae(
+            "Beside it",
+            others,
+            page="features",
+            param="base",
+            default=beside(run, name, names),
+            none="none",
+        )
+    return run, open_sae(run, name), base
+
+
+def other_index(run: Run, base: str | None) -> FeatureIndex | None:
+    """Return the index of the SAE beside; None without one that can be read."""
+    try:
+        return None if base is None else open_index(run, base)
+    except InputError:
+        return None  # its own page says why
+
+
+def build(run: Run, sae: Opened, base: str | None, other: FeatureIndex | None) -> None:
+    """Draw what has to be built before anything is known of where features fire."""
+    names = [sae.name] if base is None or other is not None else [sae.name, base]
+    panel(run, names, problem=sae.problem)
+
+
+def listing(sae: Opened) -> Chosen:
+    """Draw how often features fire, the filters and the list."""
+    picture = st.container()
+    wanted, order = features_view.ask(sae)
+    chosen = features_view.find(sae, wanted, order)
+    with picture:
+        features_view.density_chart(sae, chosen, frame.theme)
+    if chosen.rows.empty:
+        features_view.nothing_left(sae, chosen, wanted)
+    return chosen
+
+
+def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: str | None) -> None:
+    """Draw the feature that is chosen."""
+    feature_bar.say_refused()
+    number = feature_bar.navigation(sae, chosen, go=features_view.go_to)
+    if st.session_state.get("list_is_old") or "leave_for" in st.session_state:
+        st.rerun()
+    if sae.index is None:
+        feature_bar.heading(number)
+        feature_dashboard.from_weights(sae, weights_of(sae.run, sae.name).iloc[number].to_dict())
+        return
+    feature = sae.index.feature(number)
+    feature_bar.said(feature)
+    if feature.is_dead:
+        dead(sae, feature)
+    else:
+        alive(sae, feature, other, base)
+    feature_bar.take_along(sae, feature)
+
+
+def dead(sae: Opened, feature: Feature) -> None:
+    """Draw a feature that never fired: its weights, what it nearly fired on, who is near."""
+    text = f"It did not fire in {feature.index.n_tokens:,} tokens."
+    notice(text, kind="info", title=f"Feature {feature.number} is dead")
+    feature_dashboard.from_weights(sae, feature.stats)
+    near(sae, feature, go=features_view.go_to, alive_only=True)
+    if len(feature.near_misses[0]):
+        st.subheader("Where it came nearest to firing", anchor=False)
+        feature_examples.just_missed(feature)
+
+
+def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str | None) -> None:
+    """Draw all there is to a feature that fires."""
+    feature_dashboard.summary(feature)
+    feature_dashboard.numbers(feature)
+    feature_dashboard.pictures(feature, frame.theme)
+    st.subheader("Where it fires", anchor=False)
+    found, problem = match(feature, other)
+    like = found.feature if found is not None else None
+    feature_examples.examples(feature, like, name=sae.name, beside=base or "")
+    st.subheader("What it writes", anchor=False)
+    feature_dashboard.logits(feature)
+    relations(sae, feature, found, base=base, problem=problem, go=features_view.go_to)
+
+
+run, sae, base = choose()
+feature_bar.leave(sae)
+other = other_index(run, base)
+if sae.index is None:
+    build(run, sae, base, other)
+st.session_state.pop("list_is_old", None)
+current = feature_bar.which(sae, features_view.landing(sae))
+with stacking("features_split", least=19):
+    left, right = st.columns([1, 1.75], gap="medium")
+with left:
+    chosen = listing(sae)
+    if not chosen.rows.empty:
+        features_view.table(sae, chosen, current=current)
+with right:
+    st.fragment(one_feature)(sae, chosen, other, base)
+if sae.index is not None:
+    manifest = sae.index.manifest
+    splits = " and ".join(
+        f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in manifest.splits
+    )
+    plain(f"Read from {splits} tokens of {manifest.text}.", size=".8125rem")
