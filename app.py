@@ -10,7 +10,7 @@ from gsae_core.errors import InputError
 from gsae_core.launch import launch
 from gsae_core.live_view import draw_progress
 from gsae_core.machine import machine
-from gsae_core.pieces import facts, notice, plain, seconds_since, state_badge
+from gsae_core.pieces import facts_in_line, notice, plain, seconds_since, state_badge
 from gsae_core.presets import preset
 from gsae_core.progress import progress
 from gsae_core.store.files import readable
@@ -171,16 +171,14 @@ def this_machine() -> None:
     here = machine(shell.runs_root())
     st.subheader("This machine", anchor=False)
     device = here.gpus[0] if here.gpus else "none found: training runs on the processor"
-    cells = st.columns([5, 2, 4, 4])
-    found = {
-        "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
-        "Processor": f"{here.n_cores} cores",
-        "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
-        "Disk": f"{readable(here.disk_free)} free for runs",
-    }
-    for cell, (name, value) in zip(cells, found.items(), strict=True):
-        with cell:
-            facts({name: value})
+    facts_in_line(
+        {
+            "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
+            "Processor": f"{here.n_cores} cores",
+            "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
+            "Disk": f"{readable(here.disk_free)} free for runs",
+        }
+    )
 
 
 actions()
