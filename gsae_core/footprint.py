@@ -13,8 +13,12 @@ FLOAT32 = 4
 COPIES_IN_TRAINING = 4
 # Weights and both moments are what a resumed run needs.
 COPIES_IN_STATE = 3
-# (batch, d_sae) matrices alive at once in the dense step: pre-activations, latents, gradients.
-DENSE_MATRICES = 6
+# What a step holds beyond gradients, in float32 matrices (batch, d_sae), measured at 256 x 16384.
+# Autograd's dense step, which GPUs take while much is active; a TopK SAE's with dead latents:
+DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 6.6, "topk": 6.6}
+# A sparse step's entries near the crossover: 3.5 of any architecture, where steps by hand hold 1.6
+# of rows in blocks. Those blocks are as large for small batches.
+SPARSE_MATRICES, LEAST_ROWS = 3.5, 512
 # Encoder-sized products in a training step, forward and backward.
 PRODUCTS_PER_STEP = 8
 # 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
@@ -93,22 +97,38 @@ class Memory(NamedTuple):
     learnt: int
     """Weights, gradients and both of Adam's moments, of every SAE."""
     step: int
-    """The matrices of one step of the widest SAE."""
+    """What the steps taken at once hold: one on a GPU, one a core on a CPU."""
     chunk: int
     """A chunk of activations and its shuffled copy."""
 
 
-def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> Memory:
-    """Return about how much memory each part of training takes."""
+def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> Memory:
+    """Return about how much memory each part of training takes.
+
+    Args:
+        cfg: the run.
+        d_in: width of the activations.
+        chunk_vectors: activations that are shuffled at a time.
+        n_cores: cores that take steps at once; None on a GPU.
+    """
     learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
-    widest = max(spec.d_sae for spec in cfg.saes)
-    step = DENSE_MATRICES * cfg.train.batch_size * widest
+    step = _step_numbers(cfg, n_cores)
     return Memory(FLOAT32 * learnt, FLOAT32 * step, FLOAT32 * 2 * chunk_vectors * d_in)
 
 
-def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int) -> int:
+def _step_numbers(cfg: RunConfig, n_cores: int | None) -> int:
+    rows = cfg.train.batch_size
+    if n_cores is None:
+        return max(
+            round(DENSE_MATRICES[spec.architecture] * rows * spec.d_sae) for spec in cfg.saes
+        )
+    widest = sorted((spec.d_sae for spec in cfg.saes), reverse=True)[:n_cores]
+    return round(SPARSE_MATRICES * max(rows, LEAST_ROWS) * sum(widest))
+
+
+def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> int:
     """Return about how much memory training takes, the language model left out."""
-    return sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors))
+    return sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores))
 
 
 def state_bytes(cfg: RunConfig, d_in: int) -> int:

@@ -117,9 +117,10 @@ def _memory(config: RunConfig, facts: ModelFacts, here: Machine) -> Bar:
     assert facts.shape is not None
     d_in = facts.shape.width(config.model.site)
     chunk = default_chunk_vectors(d_in, config.train.n_tokens)
-    parts = memory_parts(config, d_in, chunk_vectors=chunk)
     model = (facts.parameters or 0) * DTYPE_BYTES[config.model.dtype]
     gpu = gpu_memory(here, config.device)
+    n_cores = here.n_cores if gpu is None else None
+    parts = memory_parts(config, d_in, chunk_vectors=chunk, n_cores=n_cores)
     return Bar(
         "Memory" if gpu is None else f"Memory of {gpu[0]}",
         (

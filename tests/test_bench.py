@@ -15,7 +15,7 @@ from tiny_runs import tiny_config, write_text
 from gsae_core import cli
 from gsae_core.bench import harvest, train
 from gsae_core.bench.contestants import Entry, Outcome, Result, contest
-from gsae_core.bench.flags import BENCHES, Train
+from gsae_core.bench.flags import BENCHES, Curves, Train
 from gsae_core.bench.own import WAYS
 from gsae_core.bench.peers import found, peer_entry
 from gsae_core.bench.problem import Problem, load_problem, make_problem, measured_l0, save_problem
@@ -200,6 +200,29 @@ def test_steps_leave_l0_where_it_is(way: str, step_job: dict[str, Any]) -> None:
         work.run()
     work.tidy()
     assert work.look() == {"l0": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "l0"),
+    [
+        ({"screened": True}, 2.0),
+        ({"architecture": "jumprelu"}, 2.0),
+        ({"architecture": "topk", "l0": 2.0}, 2.0),
+        ({"half": True}, 12.0),
+    ],
+)
+def test_other_settings_hold_their_l0_too(
+    settings: dict[str, Any], l0: float, step_job: dict[str, Any]
+) -> None:
+    work = WAYS["whole step"](step_job | settings)
+    for _ in range(3):
+        work.run()
+    assert work.look()["l0"] == pytest.approx(l0, abs=1)
+
+
+def test_curves_measure_what_they_draw_and_no_variants() -> None:
+    points = [step for steps in Curves().steps().values() for step in steps]
+    assert all(step.brief for step in points)
 
 
 def test_several_saes_learn_at_once(step_job: dict[str, Any]) -> None:
@@ -438,7 +461,12 @@ def test_bench_step_prints_json_in_which_every_way_holds_the_l0(
     read = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in read["rows"]}
     assert rows["encoder product"]["ratio"] == 1.0
-    assert {row["l0"] for name, row in rows.items() if name != "encoder product"} == {4.0}
+    half = {name for name in rows if "half the latents active" in name}
+    assert [rows[name]["l0"] for name in half] == [pytest.approx(16, abs=1)] * 2
+    # In z - theta instead of z, rounding may shut the gates that are the closest to it.
+    others = [row["l0"] for name, row in rows.items() if name not in {*half, "encoder product"}]
+    assert others == [pytest.approx(4.0, abs=2 / 64)] * len(others)
+    assert {"our step, screened encode", "our step, JumpReLU", "our step, TopK"} <= rows.keys()
     assert all(len(row["rounds_ms"]) == 2 for row in rows.values())
 
 

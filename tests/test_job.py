@@ -107,22 +107,26 @@ def config(d_sae: int) -> RunConfig:
 def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
     # gated: 2 x 3 x 5 + 3 x 5 + 3 = 48;  relu: 2 x 3 x 2 + 2 + 3 = 17
     learnt = 4 * (48 + 17)
-    step = 6 * 10 * 5
     harvest = 2 * 100 * 3
-    assert training_bytes(config(5), 3, chunk_vectors=100) == 4 * (learnt + step + harvest)
+    # A GPU's largest step: 8.2 matrices of the gated, 10 x 5. On cores: 3.5 of 512 rows, at least,
+    # of the widest or of both.
+    for n_cores, step in ((None, 410), (1, 3.5 * 512 * 5), (2, 3.5 * 512 * 7), (9, 3.5 * 512 * 7)):
+        need = training_bytes(config(5), 3, chunk_vectors=100, n_cores=n_cores)
+        assert need == 4 * (learnt + step + harvest)
 
 
 def test_a_dictionary_too_wide_for_memory_is_told_with_need_and_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 8 * 10**9)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10 * 10**9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     check_memory(config(10**6), 3, torch.device("cpu"), chunk_vectors=100)
     with pytest.raises(InputError) as caught:
         check_memory(config(10**9), 3, torch.device("cpu"), chunk_vectors=100)
-    # 4 (4 x 9e9 + 6 x 10 x 1e9) = 384 GB
+    # 4 (4 x 9e9 + 3.5 x 512 x 1e9) = 7312 GB
     assert str(caught.value) == (
-        "expected about 384.0 GB of memory on cpu for 2 SAEs of up to 1000000000 latents, found "
-        "8.0 GB free; lower the width, the batch size or the number of SAEs"
+        "expected about 7312.0 GB of memory on cpu for 2 SAEs of up to 1000000000 latents, found "
+        "10.0 GB free; lower the width, the batch size or the number of SAEs"
     )
 
 

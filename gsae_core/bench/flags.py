@@ -55,6 +55,10 @@ class Step:
     device: _Device = "cpu"
     rounds: _Rounds = 7
     threads: _Threads = None
+    brief: Annotated[
+        FlagCreatePairsOff[bool],
+        _optional("Leave out other architectures, the screened encode and half-active latents."),
+    ] = False
     json: _Json = False
     peers: _Peers = None
     no_peers: _NoPeers = False
@@ -182,6 +186,7 @@ class Curves:
                 device=self.device,
                 rounds=self.rounds,
                 threads=self.threads,
+                brief=True,
                 peers=self.peers,
                 # They learn one SAE at a time, and have that point from the first curve.
                 no_peers=self.no_peers or saes > 1,

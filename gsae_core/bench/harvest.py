@@ -63,7 +63,11 @@ def bench_harvest(flags: Harvest, say: Say) -> Table:
         },
         unit=BARE,
         rows=rows_of(outcome.results, unit=BARE, n_tokens=n_tokens),
-        notes=(*comparisons({each.name: each for each in outcome.results}), *outcome.notes),
+        notes=(
+            f"{OURS} and {STREAM} choose their own number of sequences a pass, as in a run",
+            *comparisons({each.name: each for each in outcome.results}),
+            *outcome.notes,
+        ),
         machine=machine_facts(threads=threads, device=flags.device),
     )
 

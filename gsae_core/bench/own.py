@@ -5,19 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gsae_core.bench.problem import Problem, load_problem, measured_l0
+from gsae_core.bench.problem import Problem, load_problem
 from gsae_core.bench.serve import Job, Work, serve
 from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.job import train_run
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import load_model
+from gsae_core.lm.rows import rows_per_pass
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.sae.architectures import GatedSAE
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.codes import encode_sparse
 from gsae_core.sae.dense import manual_dense_step
+from gsae_core.sae.kernels import cuda_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse import sparse_step
 from gsae_core.store.runs import Run
@@ -43,7 +49,7 @@ def product(job: Job) -> Work:
 def whole_step(job: Job) -> Work:
     """A step of the trainer: gradients, projection, Adam, renormalisation, counters."""
     problem = load_problem(job["problem"], job["device"])
-    saes = [_sae(problem) for _ in range(job["saes"])]
+    saes = [_sae(problem, job) for _ in range(job["saes"])]
     recipe = TrainConfig(
         # More steps than anybody waits for; none of them revives.
         n_tokens=10**6 * len(problem.x),
@@ -52,6 +58,7 @@ def whole_step(job: Job) -> Work:
         lr_warmup_steps=0,
         revive_every=0,
         sparsity=(SPARSITY,),
+        screened=job.get("screened", False),
     )
     trainer = Trainer(saes, recipe)
 
@@ -70,7 +77,7 @@ def gradients(take_step: Callable[..., StepResult]) -> Callable[[Job], Work]:
 
     def prepare(job: Job) -> Work:
         problem = load_problem(job["problem"], job["device"])
-        sae = _sae(problem)
+        sae = _sae(problem, job)
 
         def run() -> None:
             take_step(sae, problem.x, sparsity_coeff=SPARSITY)
@@ -80,32 +87,59 @@ def gradients(take_step: Callable[..., StepResult]) -> Callable[[Job], Work]:
     return prepare
 
 
-def _sae(problem: Problem) -> GatedSAE:
+def _sparse(sae: SAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+    if x.is_cuda:
+        assert isinstance(sae, GatedSAE | ReluSAE)  # the kernels know no others
+        return cuda_step(sae, x, sparsity_coeff=sparsity_coeff)
+    return sparse_step(sae, x, sparsity_coeff=sparsity_coeff)
+
+
+def _sae(problem: Problem, job: Job) -> SAE:
+    """Return the problem's SAE, of the job's architecture; `half` opens half of its gates."""
     d_sae, d_in = problem.W_dec.shape
-    sae = GatedSAE(d_in, d_sae).to(problem.x.device)
+    bias = torch.zeros_like(problem.bias) if job.get("half") else problem.bias
+    match job.get("architecture", "gated"):
+        case "jumprelu":
+            sae = JumpReluSAE(d_in, d_sae)
+            # It fires above its threshold instead of above zero.
+            bias = bias + sae.threshold.detach().to(bias)
+        case "topk":
+            sae = TopKSAE(d_in, d_sae, k=max(1, round(job["l0"])))
+            bias = torch.zeros_like(bias)  # rank decides
+        case "relu":
+            sae = ReluSAE(d_in, d_sae)
+        case _:
+            sae = GatedSAE(d_in, d_sae)
+    values = {"W_dec": problem.W_dec, "W_gate": problem.W_dec.T, "W_enc": problem.W_dec.T}
+    values |= dict.fromkeys(("b_gate", "b_mag", "b_enc"), bias)
+    sae.to(problem.x.device)
     with torch.no_grad():
-        sae.W_dec.copy_(problem.W_dec)
-        sae.W_gate.copy_(problem.W_dec.T)
-        sae.b_gate.copy_(problem.bias)
-        sae.b_mag.copy_(problem.bias)
+        for name, parameter in sae.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
     return sae
 
 
-@torch.no_grad()
-def _l0(sae: GatedSAE, problem: Problem) -> dict[str, Any]:
-    return {"l0": measured_l0(problem.x, sae.W_gate, sae.b_gate)}
+def _l0(sae: SAE, problem: Problem) -> dict[str, Any]:
+    return {"l0": encode_sparse(sae, problem.x).latent.numel() / len(problem.x)}
 
 
 def harvest(job: Job) -> Work:
-    """`LanguageModel.harvest` over the job's sequences, so many rows a pass."""
+    """A run's own harvest of the job's sequences: side by side on a CPU, so many rows a pass."""
     model = load_model(job["model"], device=job["device"])
-    passes = _ids(job).split(job["rows"])
+    ids = _ids(job)
+    n_ctx = ids.shape[1]
+    rows = rows_per_pass(model, layer=job["layer"], site="resid_post", n_ctx=n_ctx)
+    reader = Harvest(
+        model, SequenceSet(ids.numpy()), layer=job["layer"], site="resid_post", rows=rows
+    )
+    which = np.arange(len(ids))
 
     def run() -> None:
-        for ids in passes:
-            model.harvest(ids, layer=job["layer"], site="resid_post")
+        n_vectors = sum(len(x) for x in reader.vectors(which))
+        assert n_vectors == len(ids) * n_ctx
 
-    return Work(run)
+    return Work(run, look=lambda: {"rows": rows})
 
 
 def bare(job: Job) -> Work:
@@ -181,7 +215,7 @@ def train(job: Job) -> Work:
 WAYS: dict[str, Callable[[Job], Work]] = {
     "product": product,
     "whole step": whole_step,
-    "sparse": gradients(sparse_step),
+    "sparse": gradients(_sparse),
     "dense by hand": gradients(manual_dense_step),
     "autograd": gradients(dense_step),
     "harvest": harvest,

@@ -43,6 +43,7 @@ def bench_step(flags: Step, say: Say) -> Table:
             "device": flags.device,
             "threads": threads,
             "saes": flags.saes,
+            "l0": flags.l0,
         }
         entries, notes = _entries(flags, job)
         outcome = contest(entries, rounds=flags.rounds, warm_up=WARM_UP, say=say)
@@ -52,8 +53,8 @@ def bench_step(flags: Step, say: Say) -> Table:
         notes.append(f"{OURS}: time for each of {flags.saes} SAEs that learn at once; others: one")
     results = [per_sae(result, flags.saes) for result in outcome.results]
     return Table(
-        title=f"One Gated training step: batch {flags.batch}, d_in {flags.d_in}, "
-        f"d_sae {flags.d_sae}, L0 {flags.l0:g}, float32{each}",
+        title=f"One training step, Gated where not said otherwise: batch {flags.batch}, "
+        f"d_in {flags.d_in}, d_sae {flags.d_sae}, L0 {flags.l0:g}, float32{each}",
         settings={
             name: getattr(flags, name)
             for name in ("batch", "d_in", "d_sae", "l0", "saes", "rounds", "no_peers")
@@ -75,6 +76,8 @@ def per_sae(result: Result, n_saes: int) -> Result:
 def _entries(flags: Step, job: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     """Return who takes part, and a sentence about who does not."""
     entries = [our_entry(PRODUCT, "product", job), our_entry(OURS, "whole step", job)]
+    if flags.saes == 1 and not flags.brief:
+        entries += _variants(flags, job)
     if flags.saes == 1:
         entries.append(our_entry("gradients alone: sparse", "sparse", job))
         entries.append(our_entry("gradients alone: dense by hand", "dense by hand", job))
@@ -84,6 +87,10 @@ def _entries(flags: Step, job: dict[str, Any]) -> tuple[list[Entry], list[str]]:
         return entries, [f"{names} not measured: each takes about {readable(need)}"]
     if flags.saes == 1:
         entries.append(our_entry("gradients alone: autograd", "autograd", job))
+    if flags.saes == 1 and not flags.brief:
+        half = "gradients alone, half the latents active"
+        for way in ("dense by hand", "autograd"):
+            entries.append(our_entry(f"{half}: {way}", way, job | {"half": True}))
     if flags.no_peers:
         return entries, []
     there, notes = found(flags.peers, ("saelens", "dictionary_learning"))
@@ -94,3 +101,13 @@ def _entries(flags: Step, job: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     for peer in there:
         entries.append(peer_entry(names[peer], peer, f"{peer}_step.py", job, folder=flags.peers))
     return entries, notes
+
+
+def _variants(flags: Step, job: dict[str, Any]) -> list[Entry]:
+    """Return our step with the screened encode, and of the other architectures."""
+    variants = {"screened encode": {"screened": True}} if flags.device == "cpu" else {}
+    variants |= {"JumpReLU": {"architecture": "jumprelu"}, "TopK": {"architecture": "topk"}}
+    return [
+        our_entry(f"{OURS}, {name}", "whole step", job | settings)
+        for name, settings in variants.items()
+    ]

@@ -50,7 +50,9 @@ def check_memory(cfg: RunConfig, d_in: int, device: torch.device, *, chunk_vecto
     Raises:
         InputError: says how much is needed and how much is free.
     """
-    need, free = training_bytes(cfg, d_in, chunk_vectors=chunk_vectors), free_memory(device)
+    n_cores = torch.get_num_threads() if device.type == "cpu" else None
+    need = training_bytes(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores)
+    free = free_memory(device)
     if need > free:
         widest = max(spec.d_sae for spec in cfg.saes)
         raise InputError(
