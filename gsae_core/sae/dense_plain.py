@@ -71,7 +71,8 @@ class _Batch:
         self.W_dec, self.W_enc = torch.zeros_like(sae.W_dec), torch.zeros_like(sae.W_enc)
         self.error = x.new_zeros(sae.d_in)
         # Counted in floating point, where a column sum is one vectorised pass; exact to 2^24 rows.
-        self.dz, self.fired = x.new_zeros(sae.d_sae), x.new_zeros(sae.d_sae)
+        self.dz: Tensor = x.new_zeros(sae.d_sae)
+        self.fired: Tensor = x.new_zeros(sae.d_sae)
         self.n_entries = 0
 
     def encode(self, rows: slice) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_sae"]]:

@@ -194,7 +194,7 @@ def _active(like: SAE, x: Float[Tensor, "rows d_in"], density: float | None) -> 
             if name in ("b_gate", "b_mag", "b_enc"):
                 parameter.fill_(bias)
         if isinstance(sae, JumpReluSAE):
-            sae.b_enc += sae.threshold
+            sae.b_enc.add_(sae.threshold)
     return sae
 
 
