@@ -1,6 +1,7 @@
 """Pieces of a page that show text from elsewhere: escaped HTML, for Markdown would act on it."""
 
 import html
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -61,6 +62,12 @@ def escaped(text: str) -> str:
 def plain(text: str, *, size: str = "1rem") -> None:
     """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
     st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{escaped(text)}</div>')
+
+
+def paragraphs(text: str, *, size: str = "1rem") -> None:
+    """Show text as `plain` does, with the gaps that empty lines stand for."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        plain(paragraph, size=size)
 
 
 def escape_markdown(text: str) -> str:
@@ -151,7 +158,7 @@ def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data", about
     with tools:
         if about:
             st.caption("Definition")
-            plain(about, size=".9rem")
+            paragraphs(about, size=".9rem")
         st.caption("Show as table")
         st.dataframe(
             frame, hide_index=True, height=260, key=f"table_{name}", alt=f"The data of {name}"

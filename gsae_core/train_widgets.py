@@ -151,7 +151,7 @@ def what(given: Values, about: ModelFacts) -> None:
         st.number_input("Width", 1, None, given["width"], 256, key="width", bind=BIND, help=WIDTH)
         if about.shape is not None and state["width"]:
             d_in = about.shape.width(state["site"])
-            st.caption(f"{state['width'] / d_in:.3g} × the {d_in:,} activations")
+            st.caption(f"{expansion(state['width'] / d_in)} × the {d_in:,} activations")
     many = {"relu"} < set(state["arch"])
     st.toggle(
         "Baselines as wide as the others",
@@ -168,6 +168,11 @@ def what(given: Values, about: ModelFacts) -> None:
         if knob == turned[0] and knob != "k":
             with two:
                 spacing(knob)
+
+
+def expansion(factor: float) -> str:
+    """Return how many times as wide, in figures that people read."""
+    return f"{factor:,.0f}" if factor >= 1000 else f"{factor:.3g}"
 
 
 def spacing(knob: str) -> None:

@@ -200,12 +200,17 @@ def refuse(refusals: tuple[Refusal, ...]) -> None:
         notice(in_labels(refusal.sentence, IN_LABELS), title="This cannot start yet")
         for fix in refusal.fixes:
             st.button(
-                f"Set {LABELS[fix.flag]} to {fix.value}",
+                f"Set {LABELS[fix.flag]} to {grouped(fix.value)}",
                 key=f"fix_{number}_{fix.flag}",
                 on_click=apply,
                 args=(fix,),
                 icon=":material/build:",
             )
+
+
+def grouped(value: str) -> str:
+    """Return a field's value as people read it: thousands set apart."""
+    return f"{int(value):,}" if value.isdecimal() else value
 
 
 def apply(fix: Fix) -> None:

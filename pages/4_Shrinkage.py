@@ -56,6 +56,9 @@ def choose() -> dict[str, str | None]:
             correct(side, names, what="SAE of this run to show here", shown="the nearest in L0")
             if asked in names:
                 st.session_state[side] = asked
+            elif names and st.session_state.get(side, pair[side]) is None:
+                # Pareto has a baseline of this name too, a run: none there is not none here.
+                st.session_state[side] = pair[side]
             chosen[side] = st.selectbox(
                 label,
                 names,

@@ -1,12 +1,11 @@
 """Help: what words and numbers mean, how they are computed, what the app does and does not do."""
 
-import re
 from importlib import resources
 
 import streamlit as st
 
 from gsae_core import glossary, shell
-from gsae_core.pieces import copy_link, plain
+from gsae_core.pieces import copy_link, paragraphs, plain
 from gsae_core.versions import versions
 
 frame = shell.page(
@@ -31,8 +30,7 @@ def words() -> None:
     for term in found:
         with st.container(border=True):
             st.markdown(f"**{glossary.title(term)}**")
-            for paragraph in re.split(r"\n\s*\n", glossary.definition(term)):
-                plain(paragraph)
+            paragraphs(glossary.definition(term))
     if not found:
         plain(f"No definition holds {sought!r}.")
         st.button("Show all", on_click=st.session_state.update, args=({"find": ""},))

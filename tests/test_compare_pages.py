@@ -221,6 +221,18 @@ def test_the_three_gammas_are_those_of_the_evaluation(root: Path) -> None:
     assert all(len(metric.help) > 20 for metric in at.metric)
 
 
+def test_no_baseline_run_on_pareto_is_not_no_baseline_here(root: Path) -> None:
+    write_run(root, "done")
+    at = opened(PARETO, run="done")
+    assert at.selectbox(key="base").value is None
+    at.switch_page(SHRINKAGE).run()
+    assert not at.exception
+    assert str(at.selectbox(key="base").value).startswith("relu-")
+    at.session_state["base"] = None  # as a browser brings it along
+    at.run()
+    assert str(at.selectbox(key="base").value).startswith("relu-")
+
+
 def test_a_bin_lists_its_features(root: Path) -> None:
     run = write_run(root, "done")
     at = opened(SHRINKAGE, run="done", gated="gated-0.4", bin="1.000 to 1.025")

@@ -88,6 +88,7 @@ def test_from_home_to_the_results_with_a_refresh_on_the_way(
     page.get_by_role("link", name="Shrinkage").click()
     sees(page, "Shrinkage")
     expect(page.get_by_text("γ gated, gate path")).to_be_visible()
+    expect(page.get_by_text(re.compile(r"^ReLU baseline, λ .* · L0"))).to_be_visible()
     assert run.id in page.url
     page.get_by_role("link", name="Home").click()
     sees(page, "Home")
