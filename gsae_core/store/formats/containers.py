@@ -9,6 +9,7 @@ Nothing is extracted, executed or allocated before sizes agree. Nothing here imp
 
 import math
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Literal, NamedTuple
 
@@ -28,6 +29,16 @@ MOST_ENTRIES = 4096
 
 # Weights hardly compress. Zeros do, a thousandfold, so that small files are left alone.
 LARGEST_RATIO, BELOW_SUSPICION = 100, 16 * 2**20
+
+# What zipfile raises over bytes that are no zip; names that are no text are a ValueError.
+BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)
 
 SAFETENSORS_BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
@@ -110,7 +121,9 @@ def _look_into_zip(path: Path) -> Held | None:
             for entry in entries:
                 if PurePosixPath(entry.filename).name == "data.pkl":
                     return Held("pickle", dict.fromkeys(_pickled_names(path, archive, entry)))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError) as error:
+    except InputError:
+        raise
+    except (*BROKEN_ZIP, OSError) as error:
         raise InputError(
             f"expected a whole zip archive in {path}, found a damaged one ({error}); copy the "
             "file again"
@@ -152,7 +165,9 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> 
         return npy_header(path, entry, file)[0]
 
 
-def npy_header(path: Path, entry: zipfile.ZipInfo, file: IO[bytes]) -> tuple[Shape, bool, np.dtype]:
+def npy_header(
+    path: Path, entry: zipfile.ZipInfo, file: IO[bytes] | zipfile.ZipExtFile
+) -> tuple[Shape, bool, np.dtype]:
     """Return shape, whether columns come first, and type, which agree with the entry's size."""
     try:
         version = np.lib.format.read_magic(file)  # pyright: ignore[reportArgumentType]

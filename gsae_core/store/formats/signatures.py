@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from gsae_core.store.formats.containers import Held, Kind
 from gsae_core.store.formats.found import FORMATS, Format
 
-EVERY: frozenset[Kind] = frozenset({"safetensors", "npz", "pickle"})
+TORCH: frozenset[Kind] = frozenset({"safetensors", "pickle"})
 SAFE: frozenset[Kind] = frozenset({"safetensors"})
 
 
@@ -17,7 +17,7 @@ class Signature(NamedTuple):
     architecture: str
     required: frozenset[str]
     optional: frozenset[str] = frozenset()
-    kinds: frozenset[Kind] = EVERY
+    kinds: frozenset[Kind] = TORCH
     marker: frozenset[str] = frozenset()
     """Names in the config beside it that tell this library from another with the same tensors."""
 

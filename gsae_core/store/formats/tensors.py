@@ -1,7 +1,6 @@
 """Tensors out of a file that was looked into: only those asked for, in float32 on the CPU."""
 
 import math
-import pickle
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.store.formats.containers import look, npy_header
+from gsae_core.store.formats.containers import BROKEN_ZIP, look, npy_header
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -59,10 +58,7 @@ def _npz(path: Path, wanted: set[str]) -> dict[str, Any]:
                     found[name] = torch.from_numpy(array)
     except InputError:
         raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(_damaged(path, error)) from None
-    except Exception as error:
-        # zlib's own class of error; the module is not always there to name it.
+    except (*BROKEN_ZIP, OSError, TypeError) as error:
         raise InputError(_damaged(path, error)) from None
     return found
 
@@ -78,8 +74,6 @@ def _pickle(path: Path, wanted: set[str]) -> dict[str, Any]:
         # Mapped: an optimiser's state beside the weights is never read. weights_only: torch's
         # reader builds tensors and plain values and calls nothing else.
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(_not_tensors(path, error)) from None
     except Exception as error:
         # What a damaged pickle makes torch's reader raise is not listed anywhere.
         raise InputError(_not_tensors(path, error)) from None

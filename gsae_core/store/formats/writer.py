@@ -47,7 +47,7 @@ class Exported(NamedTuple):
 
 
 def write_sae(
-    sae: SAE, folder: Path | str, *, format: Export, metadata: dict[str, Any]
+    sae: SAE, folder: Path | str, *, format: Export | str, metadata: dict[str, Any]
 ) -> Exported:
     """Write an SAE in a format, once it was read back and found to compute the same.
 
@@ -95,7 +95,7 @@ def check_parity(found: Parity) -> None:
         )
 
 
-def _refuse_if_unknown_there(sae: SAE, format: Export) -> None:
+def _refuse_if_unknown_there(sae: SAE, format: str) -> None:
     if isinstance(sae, GatedSAE) and sae.tie == "untied" and format != "gsae_core":
         raise InputError(
             "expected a Gated SAE whose paths share directions, got one with tie 'untied', which "
@@ -108,7 +108,7 @@ def _refuse_if_unknown_there(sae: SAE, format: Export) -> None:
         )
 
 
-def _write(sae: SAE, folder: Path, format: Export, metadata: dict[str, Any]) -> None:
+def _write(sae: SAE, folder: Path, format: str, metadata: dict[str, Any]) -> None:
     match format:
         case "gsae_core" | "saelens":
             save_sae(sae, folder, metadata=metadata)

@@ -1,0 +1,110 @@
+"""SAEs as other libraries write them, small: their files, and their own arithmetic."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+D_IN, D_SAE = 3, 5
+Arithmetic = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def weights(*names: str, seed: int = 0) -> dict[str, Tensor]:
+    """Return random tensors in our layout; thresholds are positive."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    made = {
+        name: torch.randn(shapes.get(name, (D_SAE,)), generator=generator)
+        for name in ("W_enc", "W_dec", "b_dec", *names)
+    }
+    if "threshold" in made:
+        made["threshold"] = made["threshold"].abs() * 0.5
+    return made
+
+
+def relu(w: dict[str, Tensor], *, centred: bool = True) -> Arithmetic:
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = (x - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"]
+        f = torch.relu(z) * (z > w.get("threshold", torch.tensor(0.0)))
+        return f, f @ w["W_dec"] + w["b_dec"]
+
+    return compute
+
+
+def topk(w: dict[str, Tensor], k: int) -> Arithmetic:
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).topk(k)
+        f = torch.zeros(len(x), D_SAE).scatter(-1, kept.indices, kept.values)
+        return f, f @ w["W_dec"] + w["b_dec"]
+
+    return compute
+
+
+def gated(w: dict[str, Tensor], *, centred: bool = True) -> Arithmetic:
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = (x - w["b_dec"] * centred) @ w["W_enc"]
+        f = (h + w["b_gate"] > 0) * torch.relu(h * w["r_mag"].exp() + w["b_mag"])
+        return f, f @ w["W_dec"] + w["b_dec"]
+
+    return compute
+
+
+def scaled(compute: Arithmetic, s: float) -> Arithmetic:
+    """Return the same for raw activations, where the file's was trained on `s` times them."""
+
+    def raw(x: Tensor) -> tuple[Tensor, Tensor]:
+        f, x_hat = compute(s * x)
+        return f, x_hat / s
+
+    return raw
+
+
+def sae_lens(folder: Path, w: dict[str, Tensor], architecture: str, **cfg: Any) -> Path:
+    """Write SAELens' folder; its version is 6 unless `legacy`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    legacy = cfg.pop("legacy", False)
+    fields = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32"}
+    place = {"hook_name": "blocks.4.hook_resid_pre", "model_name": "gpt2-small"}
+    fields |= place if legacy else {"metadata": {"sae_lens_version": "6.54.12"} | place}
+    (folder / "cfg.json").write_text(json.dumps(fields | cfg))
+    save_file(w, folder / "sae_weights.safetensors")
+    return folder
+
+
+def transposed(w: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as `nn.Linear`s hold them."""
+    return {
+        "encoder.weight": w["W_enc"].T.contiguous(),
+        "decoder.weight": w["W_dec"].T.contiguous(),
+    }
+
+
+def pickled(folder: Path, state: dict[str, Any], config: dict[str, Any] | None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "ae.pt")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def dictionary_learning(folder: Path, state: dict[str, Any], dict_class: str, **more: Any) -> Path:
+    trainer = {
+        "dict_class": dict_class,
+        "activation_dim": D_IN,
+        "dict_size": D_SAE,
+        "layer": 8,
+        "lm_name": "EleutherAI/pythia-70m-deduped",
+        "submodule_name": "resid_post_layer_8",
+    }
+    return pickled(folder, state, {"trainer": trainer | more, "buffer": {}})
+
+
+def npz(path: Path, w: dict[str, Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, allow_pickle=False, **{name: tensor.numpy() for name, tensor in w.items()})
+    return path
