@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gsae_core.analysis.index_build import build_index
+from gsae_core.analysis import index_build
 from gsae_core.analysis.index_files import weights_sha256
 from gsae_core.analysis.index_plan import Part
 from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
@@ -58,7 +58,7 @@ def index_run(
                 worker.done = progress.done
                 if worker.stop_requested and progress.done != progress.total:
                     break
-                yield progress
+                yield Progress(*progress)
             else:
                 yield Progress("finished", 1, 1)
                 return
@@ -66,14 +66,14 @@ def index_run(
         yield Progress("cancelled", 0, 0)
 
 
-def _build(run: Run, name: str, asked: Request) -> Iterator[Progress]:
+def _build(run: Run, name: str, asked: Request) -> Iterator[index_build.Progress]:
     cfg, sae_folder = run.config, run.sae_folder(name)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
     corpus = load_corpus(
         cfg.data, model.tokenizer, n_tokens=asked.n_tokens, model_n_ctx=model.n_ctx
     )
-    steps = build_index(
+    return index_build.build_index(
         model,
         sae.to(model.device),
         choose_parts(corpus, asked.n_tokens, asked.split),
@@ -86,8 +86,6 @@ def _build(run: Run, name: str, asked: Request) -> Iterator[Progress]:
         revision=cfg.model.revision,
         n_tokens_asked=asked.n_tokens,
     )
-    for stage, done, total in steps:
-        yield Progress(stage, done, total)
 
 
 def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[Part]:

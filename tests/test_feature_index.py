@@ -189,7 +189,9 @@ def test_ranges_select_rows_and_nan_lies_in_none(case: Case) -> None:
     low, high = 0.05, 0.3
     found = case.index.select(density=(low, high), mean=(None, None))
     assert set(found.index) == {
-        i for i in range(D_SAE) if low <= table["density"][i] <= high and table["fired"][i]
+        i
+        for i in range(D_SAE)
+        if low <= table["density"][i] <= high and table["fired"][i]  # pyright: ignore
     }
 
 
@@ -209,7 +211,7 @@ def test_the_theta_rule_is_the_lowest_a_gated_latent_fires(
     np.testing.assert_allclose(line["pi_mag"], on_line, atol=1e-5)
     fires = line["f"] > 0
     assert fires.sum() == row["fired"]
-    assert (line["pi_gate"][fires] > -1e-5).all()
+    assert (line["pi_gate"][fires] > -1e-5).all()  # pyright: ignore
     np.testing.assert_allclose(line["pi_mag"][fires], line["f"][fires], atol=1e-5)
 
 

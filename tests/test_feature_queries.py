@@ -75,7 +75,7 @@ def test_just_missed_are_silent_and_say_by_how_much(index: FeatureIndex, truth: 
     sae = some_sae("gated")
     pi_gate = sae.pre_activations(truth.x).pi_gate[:, FEATURE].detach()  # pyright: ignore
     pi_gate = dict(zip(truth.places.tolist(), pi_gate.tolist(), strict=True))
-    theta = float(index.table["theta"][FEATURE])
+    theta = float(index.table["theta"][FEATURE])  # pyright: ignore
     found = index.feature(FEATURE).just_missed(5, before=1, after=1)
     assert len(found) == 5
     for example in found:
@@ -206,7 +206,7 @@ def test_the_json_is_a_batch_as_neuronpedias_importer_reads_it(
     }
     alive, dead = batch["features"]
     assert alive["feature_index"] == FEATURE
-    assert alive["frac_nonzero"] == float(index.table["density"][FEATURE])
+    assert alive["frac_nonzero"] == float(index.table["density"][FEATURE])  # pyright: ignore
     assert sum(alive["freq_hist_data_bar_heights"]) == len(features[0].values)
     assert len(alive["pos_str"]) == len(alive["neg_values"]) == 10
     top = alive["activations"][0]

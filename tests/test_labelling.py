@@ -21,7 +21,7 @@ from gsae_core.lm.model import LanguageModel
 def sparse(index: FeatureIndex) -> int:
     """Return a feature that fires seldom, and at least ten times."""
     fired = index.table["fired"]
-    return int(fired[fired >= 10].idxmin())
+    return int(fired[fired >= 10].idxmin())  # pyright: ignore
 
 
 class Answers:
@@ -82,7 +82,7 @@ def test_marks_stand_around_what_fires() -> None:
 
 
 def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:
-    dead = int(index.table["fired"].idxmin())
+    dead = int(index.table["fired"].idxmin())  # pyright: ignore
     with pytest.raises(InputError, match=f"expected a feature that fires, got {dead}, which is de"):
         write_label(index.feature(dead), Answers(bool))
 
@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_: object) -> None:  # pyright: ignore
         pass
 
 

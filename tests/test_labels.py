@@ -59,7 +59,7 @@ def test_the_table_has_a_row_for_each_feature_with_something(tmp_path: Path) -> 
     assert frame.index.tolist() == [5, 9]
     assert frame["star"].tolist() == [False, True]
     assert frame["label"].tolist() == ["dots", ""]
-    assert frame["score"][5] == 0.7
+    assert frame["score"][5] == 0.7  # pyright: ignore
 
 
 def test_what_another_process_says_is_seen(tmp_path: Path) -> None:

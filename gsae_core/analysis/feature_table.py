@@ -220,8 +220,7 @@ def _write_companions(data: Path, d_sae: int) -> int:
     looked_at = np.arange(0, len(per_place), stride)
     fired = np.zeros(d_sae, np.int64)
     for part in np.array_split(looked_at, max(1, len(looked_at) // 2**16)):
-        for place_latents in (_latents_at(row_offsets, latent, part),):
-            fired += np.bincount(place_latents, minlength=d_sae)
+        fired += np.bincount(_latents_at(row_offsets, latent, part), minlength=d_sae)
     who = np.full((d_sae, N_NEIGHBOURS), -1)
     both = np.zeros((d_sae, N_NEIGHBOURS), np.int64)
     arrays = (offsets, token, row_offsets, latent, fired, stride, who, both)
@@ -276,6 +275,8 @@ def _write_table(path: Path, columns: dict[str, Any]) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value)
-    replace_durably(
-        path, lambda to: to.write_text(text, encoding="utf-8") and None, n_bytes=len(text)
-    )
+
+    def write(to: Path) -> None:
+        to.write_text(text, encoding="utf-8")
+
+    replace_durably(path, write, n_bytes=len(text))

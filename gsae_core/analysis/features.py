@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Places whose features are counted for a query by token or text; more are sampled evenly.
-MOST_PLACES = 2**14
+MOST_PLACES = 2**13
 
 Range = tuple[float | int | None, float | int | None]
 
@@ -50,8 +50,7 @@ class FeatureIndex:
         self.folder, self.manifest = folder, read_manifest(folder)
         self.n_features, self.n_tokens = self.manifest.d_sae, self.manifest.n_tokens
         self.labels = Labels(folder)
-        data = folder / self.manifest.data
-        self._data = data
+        self._data = data = folder / self.manifest.data
         # All are opened at once: a build that replaces this one may delete them later.
         self._arrays = {name: load_array(data, name) for name in ARRAYS}
 
@@ -68,7 +67,7 @@ class FeatureIndex:
     @property
     def n_places(self) -> int:
         """Places of tokens, masked ones included."""
-        return self._arrays["ids"].size
+        return self.array("ids").size
 
     def feature(self, number: int) -> Feature:
         """Return one feature; a dead one is a feature too (`is_dead`).
@@ -92,7 +91,7 @@ class FeatureIndex:
 
     def row(self, number: int) -> Mapping[str, Any]:
         """Return a feature's row of the table, by column."""
-        return {name: column.iat[number] for name, column in self.table.items()}
+        return {str(name): column.iat[number] for name, column in self.table.items()}
 
     def alive(self) -> Bool[np.ndarray, " d_sae"]:
         """Return which features fired at least once."""
@@ -133,7 +132,7 @@ class FeatureIndex:
                 kept &= column >= low
             if high is not None:
                 kept &= column <= high
-        return table[kept]
+        return table.loc[kept]
 
     def by_token(self, token: int) -> "pd.DataFrame":
         """Return the features that fire on a token of the vocabulary; columns as in `by_places`.
@@ -165,7 +164,7 @@ class FeatureIndex:
 
         Columns: `feature`; `on`, those places it fires on; `recall`, their share of the places;
         `precision`, their share of the feature's firings; `f1`, the harmonic mean of both, by which
-        rows are ordered. Of more than 2^14 places an even sample is looked at, and `on` and
+        rows are ordered. Of more than 2^13 places an even sample is looked at, and `on` and
         `precision` are scaled to all; `attrs["places"]` and `attrs["looked_at"]` say so.
         """
         import pandas as pd
@@ -193,8 +192,7 @@ class FeatureIndex:
         return frame
 
     def latents_at(self, places: np.ndarray) -> np.ndarray:
-        """Return which features fire on places, place after place; one that fires twice is there
-        twice."""
+        """Return which features fire on places, place after place, with repetitions."""
         row_offsets = self.array("row_offsets")
         start = row_offsets[places]
         counts = row_offsets[places + 1] - start
@@ -234,11 +232,7 @@ class FeatureIndex:
         after: int | None,
         values: Sequence[float] | None = None,
     ) -> list[Example]:
-        """Return places in their context, with a feature's value on every token.
-
-        Args:
-            values: what to say of the places themselves; None: the feature's value there.
-        """
+        """Return places in context; `values` says what to say of them instead of the feature's."""
         ids = self.array("ids")
         n_ctx = ids.shape[1]
         found = []
@@ -279,6 +273,13 @@ class FeatureIndex:
                 return split.name
             sequence -= split.n_sequences
         raise IndexError(f"expected a sequence of the index, got one {sequence} beyond its last")
+
+    @cached_property
+    def decoder_norms(self) -> np.ndarray:
+        """Length of each decoder direction; 1 in place of 0, for what is divided by it."""
+        W_dec = self.array("decoder")
+        norms = np.sqrt(np.einsum("ij,ij->i", W_dec, W_dec))
+        return np.where(norms > 0, norms, 1)
 
     @property
     def _flat_ids(self) -> np.ndarray:

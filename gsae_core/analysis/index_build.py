@@ -192,7 +192,7 @@ def _band(
 
 def _read_shard(
     sae: SAE, harvest: Harvest, shard: Shard, band: Float[Tensor, " d_sae"]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     found: list[Found] = []
     for x in in_batches(harvest.vectors(np.arange(shard.first, shard.last))):
         found.append(find(sae, x.to(band.device), band))

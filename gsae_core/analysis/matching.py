@@ -1,5 +1,6 @@
 """A feature's like in another index: by decoder direction, or by firing on the same tokens."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -39,14 +40,14 @@ def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd
     fired = np.diff(other.array("offsets"))
     f1 = 2 * both / np.maximum(fired + len(feature.places), 1)
     best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
-    mutual = [_nearest(other, int(j), feature.index) == feature.number for j in best]
+    back = _cosines(other, best.tolist(), feature.index)
     return pd.DataFrame(
         {
             "feature": best,
             "cosine": cosine[best],
             "both": np.rint(both[best]).astype(np.int64),
             "f1": f1[best],
-            "mutual": mutual,
+            "mutual": back.argmax(0) == feature.number,
         }
     )
 
@@ -73,15 +74,15 @@ def check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
 
 def cosines(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
     """Return the cosine of a feature's decoder direction with every one of another index."""
-    return unit_rows(other.array("decoder")) @ unit_rows(
-        feature.index.array("decoder")[feature.number][None]
-    ).reshape(-1)
+    return _cosines(feature.index, [feature.number], other)[:, 0]
 
 
-def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
-    """Return rows scaled to length one; a row of zeros stays."""
-    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
-    return rows / np.where(lengths > 0, lengths, 1)
+def _cosines(
+    one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
+) -> Float[np.ndarray, "d_sae numbers"]:
+    """Return the cosines of several directions with every one of another index, in one product."""
+    directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
+    return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
 
 
 def fired_with(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
@@ -91,7 +92,3 @@ def fired_with(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, "
     looked_at = np.asarray(places[::step]).astype(np.int64)
     counts = np.bincount(other.latents_at(looked_at), minlength=other.n_features)
     return counts * (len(places) / max(len(looked_at), 1))
-
-
-def _nearest(one: "FeatureIndex", number: int, other: "FeatureIndex") -> int:
-    return int(np.argmax(cosines(one.feature(number), other)))

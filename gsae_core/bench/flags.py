@@ -128,6 +128,39 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Index:
+    """Time building a feature index: ours beside reading and encoding alone, and SAEDashboard.
+
+    SAEDashboard makes dashboards of --slice features from activations it has on disk already; the
+    time for all is counted as so many slices, which is the least that it could be.
+    """
+
+    width: Annotated[int, _flag("Number of latents.", "INT")] = 16384
+    tokens: Annotated[int, _flag("Tokens to read.", "INT")] = 2**17
+    l0: Annotated[float, _flag("Latents that fire on an average token.", "FLOAT")] = 50.0
+    layer: Annotated[int, _flag("Block whose resid_post is read, from 0.", "INT")] = 2
+    slice: Annotated[int, _flag("Features that SAEDashboard shows in a round.", "INT")] = 256
+    device: _Device = "cpu"
+    rounds: Annotated[int, _flag("Rounds that count.", "INT")] = 3
+    threads: _Threads = None
+    json: _Json = False
+    peers: _Peers = None
+    no_peers: _NoPeers = False
+
+    def check(self) -> None:
+        """Raise InputError for the first flag that cannot be."""
+        _at_least_one(self, "width", "tokens", "slice", "rounds", "threads")
+        if not 0 < self.l0 < self.width:
+            raise InputError(
+                f"--l0: expected a number above 0 and below --width ({self.width}), got {self.l0:g}"
+            )
+        if self.slice > self.width:
+            raise InputError(
+                f"--slice: expected at most --width ({self.width}) features, got {self.slice}"
+            )
+
+
+@dataclass(frozen=True)
 class Curves:
     """Draw how a step's time grows with the width, with L0 and with the number of SAEs.
 
@@ -208,11 +241,12 @@ class Curves:
                 step.check()
 
 
-Benchmark = Step | Harvest | Train | Curves
+Benchmark = Step | Harvest | Train | Index | Curves
 BENCHES: dict[str, type[Benchmark]] = {
     "step": Step,
     "harvest": Harvest,
     "train": Train,
+    "index": Index,
     "curves": Curves,
 }
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gsae_core.bench.own_index import harvest_and_encode, index
 from gsae_core.bench.problem import Problem, load_problem
 from gsae_core.bench.serve import Job, Work, serve
 from gsae_core.config import RunConfig, TrainConfig
@@ -222,6 +223,8 @@ WAYS: dict[str, Callable[[Job], Work]] = {
     "bare": bare,
     "stream": stream,
     "train": train,
+    "harvest and encode": harvest_and_encode,
+    "index": index,
 }
 
 

@@ -6,9 +6,13 @@ from typing import Any, Literal
 from gsae_core.bench.contestants import ROOT, Entry
 from gsae_core.errors import InputError
 
-Peer = Literal["saelens", "dictionary_learning"]
+Peer = Literal["saelens", "dictionary_learning", "saedashboard"]
 
-NAMES: dict[Peer, str] = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning"}
+NAMES: dict[Peer, str] = {
+    "saelens": "SAELens",
+    "dictionary_learning": "dictionary_learning",
+    "saedashboard": "SAEDashboard",
+}
 FOLDER = ROOT / ".peers"
 SCRIPTS = ROOT / "benchmarks" / "peers"
 

@@ -1,7 +1,7 @@
 """The benchmark that a command line asks for -> the text to print."""
 
 from gsae_core.bench.contestants import Say
-from gsae_core.bench.flags import Benchmark, Curves, Harvest, Step, Train
+from gsae_core.bench.flags import Benchmark, Curves, Harvest, Index, Step, Train
 
 
 def bench(flags: Benchmark, say: Say) -> str:
@@ -23,6 +23,10 @@ def bench(flags: Benchmark, say: Say) -> str:
             from gsae_core.bench.train import bench_train
 
             return bench_train(flags, say).text(as_json=flags.json)
+        case Index():
+            from gsae_core.bench.index import bench_index
+
+            return bench_index(flags, say).text(as_json=flags.json)
         case Curves():
             from gsae_core.bench.curves import bench_curves
 
