@@ -196,7 +196,7 @@ def ticks(browser: Browser, root: Path, address: str, rounds: int) -> Iterator[B
     seconds, sizes, written, before = [], [], 0, 0.0
     path.write_text("", encoding="utf-8")
     try:
-        page.on("websocket", lambda socket: socket.on("framereceived", sent.append))
+        page.on("websocket", lambda s: s.on("framereceived", lambda f: sent.append(f)))
         page.goto(f"{address}/Live?run=moving")
         at_rest(page)
         for turn in range(rounds + 1):
