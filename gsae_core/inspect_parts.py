@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -25,7 +25,8 @@ ADDRESS_TEXT = 500
 CODE = 'import json\n\ndef read_config(path):\n    with open(path, encoding="utf-8") as file:'
 PROSE = "When Mary and John went to the shop, John gave a bottle of milk to"
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
@@ -52,7 +53,7 @@ def first_choice(run: Run, names: Sequence[str]) -> str:
 
     The Gated one with a baseline nearest to it in L0, where the run was evaluated.
     """
-    evals = cached.evaluations(run)
+    evals: Any = cached.evaluations(run)
     pair = nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
     return pair.get("gated") or pair.get("base") or names[0]
 

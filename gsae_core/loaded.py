@@ -4,6 +4,7 @@ Whatever is here is shared: read, never changed. Nothing here is imported before
 for torch and transformers take seconds.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,18 @@ from gsae_core.store.files import readable
 from gsae_core.store.runs import Run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gsae_core.analysis.scales import Scales
     from gsae_core.lm.model import LanguageModel
     from gsae_core.sae.base import SAE
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 20.0
 """Seconds that a visitor waits for a language model that others use."""
 
+MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on
 HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
 
 
@@ -38,12 +44,13 @@ class Desk:
         self._n_waiting = 0
 
     @contextmanager
-    def turn(self, *, patience: float = PATIENCE) -> Iterator[None]:
+    def turn(self, *, patience: float | None = None) -> Iterator[None]:
         """Within, nobody else has the model.
 
         Raises:
-            InputError: if it does not come free in `patience` seconds.
+            InputError: if it does not come free in `patience` seconds; None: `PATIENCE`.
         """
+        patience = PATIENCE if patience is None else patience
         with self._counting:
             ahead = self._n_waiting + 1
             self._n_waiting += 1
@@ -193,19 +200,31 @@ def _sae(folder: str, weights: Version, _run: Run, _name: str) -> "SAE":
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _scales(folder: str, weights: Version, index: Version, _run: Run, _name: str) -> "Scales":
-    from gsae_core.analysis.scales import measure_scales, scales_of_index
+    from gsae_core.analysis.scales import scales_of, scales_of_index
 
     found = sae(_run, _name)
     if index is not None:
         try:
             return scales_of_index(_run.features(_name), found)
-        except InputError:
-            # Of an older SAE, or cut short: the Features page says so; here held-out text serves.
-            pass
-    model, desk = language_model(_run)
-    held_out, place = _held_out(_run, model), _run.config.model
+        except InputError as error:
+            # Of an older SAE, or cut short: its page says so, and the unit says where it is from.
+            logger.info("no scales from the index of %s: %s", _name, error)
+    place, data = _run.config.model, _run.config.data.model_dump_json()
+    x = _held_out_vectors(data, identity(_run, []), place.layer, place.site, _run=_run)
+    return scales_of(found, x, source="held-out tokens")
+
+
+# Both SAEs of a page read the same vectors; 64 MB of them at most.
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _held_out_vectors(
+    data: str, model: tuple[Any, ...], layer: int, site: Any, _run: Run
+) -> "Tensor":
+    from gsae_core.analysis.scales import N_TOKENS, counted_vectors
+
+    lm, desk = language_model(_run)
+    n_tokens = min(N_TOKENS, MOST_NUMBERS // lm.width(site))
     with desk.turn():
-        return measure_scales(model, found, held_out, layer=place.layer, site=place.site)
+        return counted_vectors(lm, _held_out(_run, lm), layer=layer, site=site, n_tokens=n_tokens)
 
 
 def _held_out(run: Run, model: "LanguageModel") -> Any:

@@ -51,7 +51,7 @@ class Chosen(NamedTuple):
         return [self.name, *([self.other] if self.other else [])]
 
     def architectures(self) -> "list[Architecture]":
-        specs = {spec.name: spec.architecture for spec in self.run.config.saes}
+        specs: dict[str, Architecture] = {s.name: s.architecture for s in self.run.config.saes}
         return [specs[name] for name in self.names]
 
 
@@ -80,7 +80,7 @@ def _read(key: tuple[Any, ...], _model: loaded.Loaded, _saes: "list[SAE]", _bega
     prompt = read_prompt(_model.model, text, bos=bos)
     with _model.desk.turn():
         looks = look(_model.model, _saes, prompt, layer=layer, site=site)
-    aligned = align(*looks, *_saes) if len(looks) == 2 else None
+    aligned = align(looks[0], looks[1], _saes[0], _saes[1]) if len(looks) == 2 else None
     return Seen(looks, aligned, time.perf_counter() - _began)
 
 
@@ -128,13 +128,13 @@ def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell
     return found
 
 
-def _measured(look: "Look", table: pd.DataFrame, measure: str) -> "pd.Series[float]":
+def _measured(look: "Look", table: pd.DataFrame, measure: str) -> Any:
     column = MEASURES[measure][0]
     tokens = look.tokens
     if column == "added":
         return tokens["loss_sae"] - tokens["loss"]
     if column == "effect":
-        sums = table.groupby("position")["effect"].sum()
+        sums: Any = table.groupby("position")["effect"].sum()
         return sums.reindex(tokens["position"], fill_value=0.0).reset_index(drop=True)
     return tokens[column].astype(float)
 
@@ -148,7 +148,7 @@ def _about(values: Sequence[float], measure: str) -> str:
 def feature_rows(table: pd.DataFrame, *, position: int, sort: str) -> pd.DataFrame:
     """Return the features of a token, the strongest by `sort` first, either sign."""
     column = SORTS[sort]
-    here = table[table["position"] == position]
+    here: Any = table[table["position"] == position]
     order = here[column].abs().sort_values(ascending=False, kind="stable").index
     return here.loc[order, ["latent", "activation", "gate", "share", "effect"]].reset_index(
         drop=True

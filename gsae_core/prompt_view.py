@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
@@ -124,8 +124,10 @@ def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) ->
 def on_every_token(seen: Seen, latent: int, *, at: int, which: int = 0) -> None:
     """Draw one feature's activation on every token of the text."""
     look = seen.looks[which]
-    own = look.features[look.features["latent"] == latent]
-    values = own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)
+    own: Any = look.features[look.features["latent"] == latent]
+    values: Any = (
+        own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)
+    )
     top = float(values.max())
     strip = token_strip(look.prompt.tokens, values.tolist(), at=at, top=top)
     st.html(f'<div style="overflow-wrap:anywhere;line-height:1.9">{strip}</div>')
@@ -136,7 +138,7 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     """Draw what both SAEs see of a token, and what only one does."""
     aligned = seen.alignment
     assert aligned is not None
-    here = aligned.table[aligned.table["position"] == position]
+    here: Any = aligned.table[aligned.table["position"] == position]
     names = _names(chosen)
     _bar({names[where]: int((here["where"] == where).sum()) for where in names})
     titles = {"gated": chosen.name, "baseline": chosen.other}

@@ -81,7 +81,7 @@ def token_picker(
 def read_pick(sent: object, n_tokens: int) -> int | None:
     """Return which token a browser says was picked; None if that is no token there is."""
     # True is an int to Python, and no place in a text.
-    is_number = isinstance(sent, int | float) and not isinstance(sent, bool)
-    if is_number and sent == sent and 0 <= sent < n_tokens and sent == int(sent):
-        return int(sent)
-    return None
+    if isinstance(sent, bool) or not isinstance(sent, int | float):
+        return None
+    # NaN is neither below nor above anything.
+    return int(sent) if 0 <= sent < n_tokens and sent == int(sent) else None

@@ -1,6 +1,7 @@
 """Steer: turn up to three features up or off, and read how the model goes on."""
 
 import time
+from typing import Any
 
 import streamlit as st
 
@@ -24,7 +25,7 @@ from gsae_core.pieces import copy_link, plain
 from gsae_core.plots.palette import LOOKS
 from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job, Push, Settings
 
-MODES = ["add", "clamp", "ablate"]
+MODES: list[Any] = ["add", "clamp", "ablate"]
 LIMIT = 10.0
 ROWS = ("", "2", "3")  # f, s and mode of the first feature; f2, s2 and mode2 of the second
 EVERY = 0.08  # seconds between two drawings of a text that grows
@@ -81,7 +82,7 @@ def choose_features(name: str, text: str) -> tuple[Push, ...]:
     return tuple(pushes)
 
 
-def feature_row(row: str, d_sae: int, scales: object) -> Push | None:
+def feature_row(row: str, d_sae: int, scales: Any) -> Push | None:
     """Draw what is done to one feature; None if none is given."""
     f, s, mode = f"f{row}", f"s{row}", f"mode{row}"
     correct_number(f, 0, d_sae - 1, what="feature", shown="none")
@@ -231,8 +232,9 @@ def results(job: Job) -> None:
             bodies[kind] = st.empty()
     draw(job, bodies)
     if job.stream is not None and not job.stopped:
+        # Streamlit's own Stop, at the top, ends this run of the page and not the job.
         buttons.button(
-            "Stop",
+            "Stop writing",
             icon=":material/stop_circle:",
             key="stop",
             on_click=stop,
@@ -258,7 +260,7 @@ def results(job: Job) -> None:
         steer_view.shift_columns(st.columns(max(len(job.shifts), 2)), job, named)
 
 
-def grow(job: Job, bodies: dict) -> None:
+def grow(job: Job, bodies: dict[str, Any]) -> None:
     """Let the continuations grow to their end, showing them on the way."""
     drawn = time.monotonic()
     while steer_job.advance(run, job):
@@ -267,7 +269,7 @@ def grow(job: Job, bodies: dict) -> None:
             drawn = time.monotonic()
 
 
-def draw(job: Job, bodies: dict) -> None:
+def draw(job: Job, bodies: dict[str, Any]) -> None:
     """Draw every continuation as far as it is."""
     for kind, body in bodies.items():
         body.html(steer_view.continuation(run, job, kind))

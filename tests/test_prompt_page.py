@@ -255,7 +255,7 @@ def test_a_model_that_is_busy_says_so() -> None:
 
 def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = loaded.language_model(run).desk
-    monkeypatch.setattr(Desk.turn.__wrapped__, "__kwdefaults__", {"patience": 0.01})  # type: ignore
+    monkeypatch.setattr(loaded, "PATIENCE", 0.01)
     with desk.turn():
         at = opened(PROMPT, run=run.id, text="w30 w31 w32")
     assert not at.exception

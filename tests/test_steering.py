@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from examples import numbers, random_gated, random_relu, set_, worked_example
@@ -23,7 +24,7 @@ from gsae_core.analysis.continuation import (
     steered_logits,
 )
 from gsae_core.analysis.reading import Prompt, read_prompt
-from gsae_core.analysis.scales import measure_scales, scales_of
+from gsae_core.analysis.scales import measure_scales, scales_of, scales_of_index
 from gsae_core.analysis.steering import MAX_STRENGTH, Intervention, Steering, intervention
 from gsae_core.errors import InputError
 from gsae_core.lm.decoding import Decoding
@@ -331,8 +332,6 @@ def test_where_nothing_fires_a_unit_is_as_long_as_an_activation() -> None:
 
 
 def test_scales_are_measured_on_the_first_counted_tokens(tiny_lm: LanguageModel) -> None:
-    import numpy as np
-
     from gsae_core.lm.corpus import SequenceSet
 
     ids = np.random.default_rng(0).integers(2, 40, (9, 16))
@@ -350,6 +349,35 @@ def test_scales_are_measured_on_the_first_counted_tokens(tiny_lm: LanguageModel)
     for latent in scales.fired.nonzero().flatten().tolist():
         own = f[:, latent][f[:, latent] > 0]
         torch.testing.assert_close(scales.p99[latent], own.quantile(0.99), rtol=1e-4, atol=1e-5)
+
+
+class Sorted:
+    """What scales read of a feature index: three latents, of which the second never fired."""
+
+    n_tokens = 500
+
+    def array(self, name: str) -> np.ndarray:
+        firings = np.concatenate([np.arange(101, 0, -1), [7.0]]).astype(np.float32)
+        return {"offsets": np.array([0, 101, 101, 102]), "value": firings}[name]
+
+
+def test_scales_of_an_index_are_read_from_its_sorted_firings() -> None:
+    sae = ReluSAE(2, 3)
+    set_(sae, W_dec=[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    index: Any = Sorted()
+    scales = scales_of_index(index, sae)
+    # 101 to 1: a hundredth of the way down from the top is the second, 100.
+    assert scales.p99.tolist() == pytest.approx([100, math.nan, 7], nan_ok=True)
+    assert scales.largest.tolist() == [101, 0, 7]
+    assert "fired on 101 of 500 tokens of the feature index" in scales.unit(0).sentence
+    # The lower median of 100 and 3 times 7 is 21; latent 1 has a norm of 2.
+    assert scales.unit(1).value == pytest.approx(10.5)
+
+
+def test_an_index_of_another_sae_is_refused() -> None:
+    index: Any = Sorted()
+    with pytest.raises(InputError, match=r"an SAE with 7 features, got one with 3; build the in"):
+        scales_of_index(index, random_relu())
 
 
 # Mistakes

@@ -5,8 +5,9 @@ told: of the reconstruction itself, by inner product, and of a logit, to first o
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -146,15 +147,16 @@ def _tokens(
     clean: Float[Tensor, " pos"],
     spliced: Float[Tensor, " pos"],
 ) -> pd.DataFrame:
-    positions = range(len(prompt.tokens))
-    by_token = features.groupby("position")["activation"]
+    n, position = len(prompt.tokens), features["position"].to_numpy()
+    strongest = np.zeros(n)
+    np.maximum.at(strongest, position, features["activation"].to_numpy())
     return pd.DataFrame(
         {
-            "position": positions,
+            "position": range(n),
             "token": prompt.tokens,
             "counted": prompt.counted.tolist(),
-            "n_active": by_token.size().reindex(positions, fill_value=0).to_numpy(),
-            "strongest": by_token.max().reindex(positions, fill_value=0.0).to_numpy(),
+            "n_active": np.bincount(position, minlength=n),
+            "strongest": strongest,
             "loss": clean.tolist(),
             "loss_sae": spliced.tolist(),
         }
@@ -183,12 +185,10 @@ def align(
     """
     pairs = _pairs(gated, baseline, sae, base, threshold=threshold)
     columns = ["position", "latent", "activation"]
-    left = gated.features[columns].rename(
-        columns={"latent": "gated", "activation": "gated_activation"}
-    )
-    right = baseline.features[columns].rename(
-        columns={"latent": "baseline", "activation": "baseline_activation"}
-    )
+    left: Any = gated.features[columns]
+    left = left.rename(columns={"latent": "gated", "activation": "gated_activation"})
+    right: Any = baseline.features[columns]
+    right = right.rename(columns={"latent": "baseline", "activation": "baseline_activation"})
     left = left.merge(pairs, on="gated", how="left").astype({"baseline": "Int64"})
     right = right.merge(pairs, on="baseline", how="left").astype({"gated": "Int64"})
     left["gated"] = left["gated"].astype("Int64")
@@ -198,7 +198,7 @@ def align(
         right[right["gated"].notna()], on=["position", "gated", "baseline", "cosine"], how="outer"
     )
     alone = [left[left["baseline"].isna()], right[right["gated"].isna()]]
-    table = pd.concat([found, *alone], ignore_index=True)
+    table: Any = pd.concat([found, *alone], ignore_index=True)
     activations = ["gated_activation", "baseline_activation"]
     table[activations] = table[activations].fillna(0.0)
     one, two = (table[name] > 0 for name in activations)

@@ -12,7 +12,7 @@ from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import by_latent, encode_sparse
+from gsae_core.sae.codes import encode_sparse
 
 if TYPE_CHECKING:
     from gsae_core.analysis.features import FeatureIndex
@@ -101,6 +101,18 @@ def measure_scales(
     Raises:
         InputError: if the site does not exist or the SAE has another width.
     """
+    x = counted_vectors(model, sequences, layer=layer, site=site, n_tokens=n_tokens)
+    return scales_of(sae, x, source="held-out tokens")
+
+
+def counted_vectors(
+    model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site, n_tokens: int
+) -> Float[Tensor, "tokens d_in"]:
+    """Return the activations of the first counted tokens of `sequences`.
+
+    Raises:
+        InputError: if the site does not exist, or there is no token to count.
+    """
     vectors, left = [], n_tokens
     rows = max(1, READ_TOKENS // sequences.n_ctx)
     for start in range(0, len(sequences), rows):
@@ -112,7 +124,7 @@ def measure_scales(
         left -= len(x)
     if not vectors:
         raise InputError("expected held-out text to measure features on, got none")
-    return scales_of(sae, torch.cat(vectors), source="held-out tokens")
+    return torch.cat(vectors)
 
 
 @torch.no_grad()
@@ -122,26 +134,17 @@ def scales_of(sae: SAE, x: Float[Tensor, "tokens d_in"], *, source: str) -> Scal
     The percentile lies between two activations as `torch.quantile` has it: linearly.
     """
     codes = encode_sparse(sae, x)
-    entries = by_latent(codes, sae.d_sae)
-    f = codes.magnitude[entries.order]
-    p99 = torch.full((sae.d_sae,), torch.nan)
-    largest, fired = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae, dtype=torch.int64)
-    offsets = entries.offsets.tolist()
-    for latent in entries.offsets.diff().nonzero().flatten().tolist():
-        own = f[offsets[latent] : offsets[latent + 1]]
-        own = own[own > 0]  # a gate may open onto nothing
-        if len(own):
-            p99[latent], largest[latent] = own.quantile(QUANTILE).cpu(), own.max().cpu()
-            fired[latent] = len(own)
-    norm = sae.W_dec.detach().norm(dim=1).float().cpu()
-    written = (p99 * norm)[fired > 0]
-    length = x.square().sum(-1).mean().sqrt()
-    typical = written.median() if len(written) else length
-    return Scales(p99, largest, fired, norm, float(typical), len(x), source)
+    fires = codes.magnitude > 0  # a gate may open onto nothing
+    latent, f = (column[fires].cpu().numpy() for column in (codes.latent, codes.magnitude))
+    order = np.lexsort((-f, latent))
+    ends = np.cumsum(np.bincount(latent, minlength=sae.d_sae))
+    length = float(x.square().sum(-1).mean().sqrt())
+    offsets = np.concatenate([[0], ends])
+    return _of_sorted(sae, offsets, f[order], n_tokens=len(x), source=source, if_none=length)
 
 
 def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
-    """Return the scales of an SAE from its feature index: two reads a feature, no model.
+    """Return the scales of an SAE from its feature index: three reads a feature, no model.
 
     Raises:
         InputError: if the index is of an SAE of another width.
@@ -152,16 +155,34 @@ def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
             f"expected the feature index of an SAE with {sae.d_sae} features, got one with "
             f"{len(offsets) - 1}; build the index of this SAE"
         )
+    value, source = index.array("value"), "tokens of the feature index"
+    return _of_sorted(sae, offsets, value, n_tokens=index.n_tokens, source=source, if_none=1.0)
+
+
+def _of_sorted(
+    sae: SAE,
+    offsets: np.ndarray,
+    value: np.ndarray,
+    *,
+    n_tokens: int,
+    source: str,
+    if_none: float,
+) -> Scales:
+    """Return scales from every firing, latent by latent, the strongest first.
+
+    Args:
+        offsets: latent i owns values offsets[i] to offsets[i + 1].
+        if_none: the typical length where nothing fires.
+    """
     fired = np.diff(offsets)
     alive = np.flatnonzero(fired)
-    value, first = index.array("value"), offsets[alive]
-    # Strongest first: the percentile lies a hundredth of the way down, between two entries.
+    # The percentile lies a hundredth of the way down, between two entries.
     place = (1 - QUANTILE) * (fired[alive] - 1)
     above, below = np.floor(place).astype(np.int64), np.ceil(place).astype(np.int64)
-    high, low = (np.asarray(value[first + at], np.float64) for at in (above, below))
+    high, low = (np.asarray(value[offsets[alive] + at], np.float64) for at in (above, below))
     p99, largest = np.full(sae.d_sae, np.nan), np.zeros(sae.d_sae)
     p99[alive] = high + (place - above) * (low - high)
-    largest[alive] = value[first]
+    largest[alive] = value[offsets[alive]]
     norm = sae.W_dec.detach().norm(dim=1).float().cpu()
     written = torch.from_numpy(p99[alive]).float() * norm[torch.from_numpy(alive)]
     return Scales(
@@ -169,7 +190,7 @@ def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
         largest=torch.from_numpy(largest).float(),
         fired=torch.from_numpy(fired),
         decoder_norm=norm,
-        typical=float(written.median()) if len(alive) else 1.0,
-        n_tokens=index.n_tokens,
-        source="tokens of the feature index",
+        typical=float(written.median()) if len(alive) else if_none,
+        n_tokens=n_tokens,
+        source=source,
     )

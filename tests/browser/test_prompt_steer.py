@@ -86,7 +86,7 @@ def test_a_cold_link_to_steer_shows_all_it_names(page: Page, address: str) -> No
 
 def test_a_long_continuation_is_stopped_and_goes_on(page: Page, address: str) -> None:
     page.goto(f"{address}/Steer?run=small&f=3&s=0&len=200&temp=2&seed=3&text={TEXT}")
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop writing").click()
     expect(page.get_by_text("Stopped; what is there stays.")).to_be_visible()
     page.get_by_role("button", name="Go on").click()
     expect(page.get_by_text("Stopped; what is there stays.")).to_be_hidden()
@@ -110,7 +110,7 @@ def test_nothing_hangs_out_of_a_narrow_window(
 def test_hostile_text_is_shown_and_never_obeyed(page: Page, address: str) -> None:
     opened(page, f"{address}/Prompt?run=small&text={TEXT}")
     body = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    field = page.get_by_label("Text")
+    field = page.get_by_role("textbox", name="Text")
     for nasty in NASTY:
         if len(nasty) > 500:
             continue
