@@ -5,7 +5,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import streamlit as st
@@ -24,7 +23,7 @@ from gsae_core.store.transfers import PushRequest, ask
 EXPORT_SECONDS = 600
 
 # The address holds what a bound widget shows, so labels lead to formats.
-FORMATS: dict[str, Export] = {EXPORTS[name]: name for name in get_args(Export)}
+FORMATS: dict[str, Export] = {label: name for name, label in EXPORTS.items()}
 
 
 def library(frame: shell.Frame) -> None:
@@ -112,10 +111,10 @@ def share(frame: shell.Frame) -> None:
         )
         return
     plain(f"SAEs of {run.id}", size=".9rem")
-    left, right = st.columns(2, gap="large")
-    with left:
+    left, right = st.columns(2, gap="medium")
+    with left.container(border=True):
         _export(run)
-    with right:
+    with right.container(border=True):
         _push(run)
 
 

@@ -12,7 +12,8 @@ FLOORS = {
     for floor, rooms in enumerate(
         [
             "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell measured token_strip example_strips markup versions hub_errors "
+            "catalogue estimates notebook_cell measured token_strip example_strips "
+            "markup versions hub_errors "
             "sae_catalogue",
             "lm sae",
             "training analysis store",
@@ -22,7 +23,7 @@ FLOORS = {
             "controls live_view cli command_line report doctor __main__ launch shell "
             "exchange exchange_flags "
             "pieces job_badge "
-            "hub_command hub_view hub_library hub_transfers "
+            "hub_command hub_view hub_library hub_transfers hub_catalogue "
             "cached cards address app pages "
             "train_form train_view train_widgets block_diagram "
             "feature_bar feature_dashboard feature_examples feature_files feature_links "

@@ -1,0 +1,387 @@
+"""The Hub page: what it finds, what it offers, what each press does once, and hostile names."""
+
+import time
+from pathlib import Path
+
+import pytest
+from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from hub_server import TOKEN, Hub
+from streamlit.testing.v1 import AppTest
+from synthetic import config, write_run
+
+from gsae_core import hub_catalogue, hub_library, hub_view, sae_catalogue
+from gsae_core.sae_catalogue import Release, Wanted, ranged, releases, search
+from gsae_core.store import jobs
+from gsae_core.store.hub import Facts, look, one_sae, parse_address
+from gsae_core.store.runs import Run
+from gsae_core.store.status import of_process, read_status, write_status
+from gsae_core.store.transfers import PullRequest, PushRequest, Transfer, ask, plan_pull, transfers
+
+HUB = "pages/8_Hub.py"
+CFG = b'{"architecture": "gated", "d_in": 12, "d_sae": 24, "metadata": {"model_name": "gpt2"}}'
+FILES = {"a/cfg.json": CFG, "a/sae_weights.safetensors": b"w" * 5000}
+
+
+@pytest.fixture(autouse=True)
+def fresh(hub: Hub) -> None:
+    hub_view._looked.clear()
+    hub_view._described.clear()
+
+
+@pytest.fixture
+def pressed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the transfers that would have been started; no process is."""
+    ids: list[str] = []
+
+    def record(transfer: Transfer) -> int:
+        ids.append(transfer.id)
+        return 1
+
+    monkeypatch.setattr(jobs, "start", record)
+    return ids
+
+
+def pull(root: Path, hub: Hub, name: str = "ada/saes") -> Transfer:
+    if ("models", name) not in hub.repos:
+        hub.add(name, FILES)
+    repository = look(parse_address(name))
+    return ask(root, plan_pull(repository, one_sae(repository), to="pulled"))
+
+
+def stands(transfer: Transfer, state: str, **fields: object) -> None:
+    status = read_status(transfer.folder)
+    write_status(transfer.folder, status._replace(state=state, **fields))  # pyright: ignore
+
+
+def keys(at: AppTest) -> set[str]:
+    return {str(button.key) for button in at.button}
+
+
+# Empty, offline, wrong
+
+
+def test_an_empty_machine_shows_the_catalogue_and_says_what_is_missing(root: Path) -> None:
+    at = opened(HUB)
+    assert not at.exception
+    assert f"{len(releases())} of {len(releases())} releases" in text(at)
+    assert "Nothing is here yet. What is downloaded or trained appears here." in text(at)
+    assert "Choose a run in the sidebar" in text(at)
+
+
+def test_offline_is_one_sentence_and_the_rest_works(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_run(root, "done")
+    at = opened(HUB, repo="ada/saes")
+    assert not at.exception
+    assert "HF_HUB_OFFLINE is set, so nothing is fetched or sent" in text(at)
+    assert "Nothing can be listed" in text(at)
+    assert {"export", "push"} <= keys(at)
+
+
+@pytest.mark.parametrize(
+    ("repo", "said"),
+    [
+        ("ada/none", "found no &#x27;ada/none&#x27; there; check its spelling"),
+        ("no repository", "expected a repository on the Hub as OWNER/NAME"),
+        (HOSTILE, "expected a repository on the Hub as OWNER/NAME"),
+        ("ada/saes:../..", "could lead out of the download"),
+    ],
+)
+def test_a_repository_in_the_address_that_is_none_is_a_sentence(
+    root: Path, repo: str, said: str
+) -> None:
+    at = opened(HUB, repo=repo)
+    assert not at.exception
+    assert said in text(at)
+    assert "<img" not in text(at)
+
+
+def test_a_repository_without_saes_says_how_to_name_a_file(root: Path, hub: Hub) -> None:
+    hub.add("ada/lm", {"model.safetensors": b"w" * 100})
+    said = text(opened(HUB, repo="ada/lm"))
+    assert "None of its files lies as a library lays out SAEs" in said
+
+
+# Looking and fetching
+
+
+def test_the_only_sae_of_a_repository_is_chosen_and_described(root: Path, hub: Hub) -> None:
+    hub.add("ada/saes", FILES, card={"license": "mit"})
+    at = opened(HUB, repo="ada/saes")
+    assert not at.exception
+    said = text(at)
+    assert at.selectbox(key="sae").value == "a"
+    assert "licence mit" in said
+    assert "yes, SAELens 6 files can be read" in said
+    assert "12 wide activations, 24 features" in said
+    assert at.button(key="download").label == "Download 5.1 kB"
+    assert hub.requests("GET", "/storage/") == []
+
+
+def test_of_several_saes_one_is_chosen_and_the_address_may_name_it(root: Path, hub: Hub) -> None:
+    both = FILES | {path.replace("a/", "b/"): content for path, content in FILES.items()}
+    hub.add("ada/two", both)
+    at = opened(HUB, repo="ada/two")
+    assert at.selectbox(key="sae").value is None
+    assert "download" not in keys(at)
+    assert opened(HUB, repo="ada/two", sae="b").selectbox(key="sae").value == "b"
+    assert opened(HUB, repo="ada/two", sae=HOSTILE).selectbox(key="sae").value is None
+
+
+def test_a_press_starts_one_download_of_the_commit_that_was_shown(
+    root: Path, hub: Hub, pressed: list[str]
+) -> None:
+    repo = hub.add("ada/saes", FILES)
+    at = opened(HUB, repo="ada/saes")
+    at.button(key="download").click().run()
+    assert not at.exception
+    (transfer,) = transfers(root)
+    assert pressed == [transfer.id]
+    request = transfer.request
+    assert isinstance(request, PullRequest)
+    assert (request.commit, request.to) == (repo.refs["main"], "saes-a")
+    assert "↓ ada/saes · a → saes-a" in text(at)
+
+
+def test_a_name_that_is_taken_or_no_name_starts_nothing(
+    root: Path, hub: Hub, pressed: list[str]
+) -> None:
+    write_run(root, "done")
+    hub.add("ada/saes", FILES)
+    at = opened(HUB, repo="ada/saes")
+    for name, said in (
+        ("done", "expected a new name for the run"),
+        ("../x", "expected a run name"),
+    ):
+        (field,) = [field for field in at.text_input if field.label == "Name of the run"]
+        field.set_value(name).run()
+        at.button(key="download").click().run()
+        assert said in text(at)
+    assert pressed == []
+
+
+def test_what_does_not_fit_on_the_disk_cannot_be_started(
+    root: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("ada/saes", FILES)
+    monkeypatch.setattr(hub_view, "free_bytes", lambda path: 6000)
+    at = opened(HUB, repo="ada/saes")
+    assert at.button(key="download").disabled
+    assert "It takes about 10.2 kB while it is opened, and 6.0 kB are free" in text(at)
+
+
+def test_files_of_hostile_names_are_shown_as_they_stand(root: Path, hub: Hub) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    hub.add("ada/odd", {f"{name}/cfg.json": CFG, f"{name}/sae_weights.safetensors": b"w" * 99})
+    at = opened(HUB, repo="ada/odd")
+    assert not at.exception
+    assert "<img" not in text(at)
+    assert "&lt;img" in text(at) or at.selectbox(key="sae").value == name
+
+
+def test_hostile_words_of_a_config_and_a_card_stay_words(root: Path, hub: Hub) -> None:
+    nasty = "".join(NASTY[:3])
+    fields = CFG.replace(b"gpt2", nasty.encode("unicode_escape").replace(b"\\x", b"\\u00"))
+    files = {"a/cfg.json": fields, "a/sae_weights.safetensors": b"w" * 99}
+    hub.add("ada/odd", files, card={"license": nasty})
+    at = opened(HUB, repo="ada/odd")
+    assert not at.exception
+    assert "<script" not in text(at)
+    assert "<img" not in text(at)
+    assert "\u202e" not in text(at)
+
+
+# Transfers
+
+
+def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
+    root: Path, hub: Hub, worker: int
+) -> None:
+    transfer = pull(root, hub)
+    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    stands(transfer, "running", stage="downloading", done=2500, total=5086)
+    at = opened(HUB)
+    (bar,) = [element.proto.text for element in at.get("progress")]
+    assert bar == "downloading: 2.5 kB of 5.1 kB"
+    at.button(key=f"stop_{transfer.id}").click().run()
+    assert transfer.status.state == "cancelling"
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_what_stopped_can_go_on_or_be_put_away(
+    root: Path, hub: Hub, pressed: list[str], state: str
+) -> None:
+    transfer = pull(root, hub)
+    stands(transfer, state, error=f"expected 2 GB free, found 1 kB {HOSTILE}")
+    at = opened(HUB)
+    assert ("expected 2 GB free, found 1 kB" in text(at)) == (state == "failed")
+    assert "<img" not in text(at)
+    at.button(key=f"on_{transfer.id}").click().run()
+    assert pressed == [transfer.id]
+    at.button(key=f"away_{transfer.id}").click().run()
+    assert transfers(root) == []
+
+
+def test_a_process_that_is_gone_is_said_to_be(root: Path, hub: Hub) -> None:
+    transfer = pull(root, hub)
+    stands(transfer, "running", pid=2**22 - 1, process_started=time.time())
+    assert "Its process is gone without a word" in text(opened(HUB))
+
+
+def test_a_finished_download_opens_its_run(root: Path, hub: Hub) -> None:
+    transfer = pull(root, hub)
+    write_run(root, "pulled")
+    transfer.add_event("arrived", result="pulled")
+    stands(transfer, "finished")
+    at = opened(HUB)
+    at.button(key=f"open_{transfer.id}").click().run()
+    assert not at.exception
+    assert at.title[0].value == "Live"
+
+
+# What is here
+
+
+def test_a_finished_run_can_be_sent_once_with_the_names_that_were_chosen(
+    root: Path, pressed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    write_run(root, "done")
+    at = opened(HUB)
+    assert at.button(key="push").disabled
+    at.text_input(key="push_repo").set_value("ada/mine").run()
+    at.button(key="push").click().run()
+    assert not at.exception
+    (transfer,) = transfers(root)
+    assert pressed == [transfer.id]
+    assert transfer.request == PushRequest("done", ("gated-0.1",), "ada/mine", False)
+
+
+def test_without_a_token_nothing_is_sent_and_no_field_asks_for_one(
+    root: Path, pressed: list[str]
+) -> None:
+    write_run(root, "done")
+    at = opened(HUB)
+    at.text_input(key="push_repo").set_value("ada/mine").run()
+    at.button(key="push").click().run()
+    assert "expected a Hub token that may write, found none" in text(at)
+    assert pressed == []
+    assert not [field for field in at.text_input if "token" in field.label.lower()]
+
+
+def test_an_unfinished_run_is_neither_sent_nor_exported(root: Path) -> None:
+    write_run(root, "half", "cancelled", share=0.5)
+    at = opened(HUB)
+    assert "half is cancelled: only finished SAEs leave this machine" in text(at)
+    assert not {"export", "push"} & keys(at)
+
+
+def test_the_library_names_origin_and_size_and_deletes_once_asked_again(root: Path) -> None:
+    write_run(root, "mine")
+    foreign = config().model_copy(update={"imported": "Gemma Scope"})
+    run = write_run(root, "theirs", run_config=foreign)
+    at = opened(HUB)
+    (table,) = [t.value for t in at.dataframe if "from" in t.value.columns]
+    assert dict(zip(table["run"], table["from"], strict=True)) == {
+        "mine": "trained here",
+        "theirs": "Gemma Scope",
+    }
+    assert all(size[-2:] in ("kB", "MB") for size in table["size"])
+    at.selectbox(key="doomed").select("theirs").run()
+    at.button(key="delete").click().run()
+    assert run.folder.exists()
+    at.button(key="confirm_delete").click().run()
+    assert not run.folder.exists()
+
+
+def test_a_run_of_hostile_words_does_nothing_here(root: Path) -> None:
+    hostile_run(root)
+    at = opened(HUB)
+    assert not at.exception
+    assert "<script" not in text(at)
+    assert "<img" not in text(at)
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "queued"])
+def test_the_page_opens_beside_a_run_in_any_state(root: Path, worker: int, state: str) -> None:
+    pid = worker if state == "running" else None
+    write_run(root, "one", state, share=0.5, pid=pid)  # pyright: ignore[reportArgumentType]
+    assert not opened(HUB, repo="", rev="main", sae="?", run="one").exception
+
+
+@pytest.mark.slow
+def test_an_export_says_how_close_it_is_and_a_second_one_why_not(
+    finished: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports" / "x"
+    done, said = hub_library.export(finished, "gated-0.05", "jumprelu", folder)
+    assert done
+    assert said.startswith("largest difference ")
+    done, said = hub_library.export(finished, "gated-0.05", "jumprelu", folder)
+    assert not done
+    assert said.startswith("expected")
+    assert hub_library.zipped(folder)[:2] == b"PK"
+
+
+# The catalogue
+
+
+def test_every_release_is_complete_enough_to_be_found() -> None:
+    found = releases()
+    assert len(found) == 91
+    assert sum(release.count or 0 for release in found) == 9022
+    for release in found:
+        assert (release.repo is None) == (release.where is not None)
+        assert release.layout in hub_view.FORMATS
+        assert release.l0 is None or release.l0[0] <= release.l0[1]
+
+
+def test_the_gated_release_is_found_by_word_layer_architecture_and_width() -> None:
+    (release,) = search(Wanted("pythia-70m", layer=3, architecture="gated", width=4096))
+    assert release.repo == "canrager/lm_sae"
+    assert release.prefix == "pythia70m_sweep_gated_ctx128_0730"
+    assert search(Wanted("pythia-70m", layer=5, architecture="gated")) == []
+
+
+def test_an_l0_finds_what_reaches_it_and_nothing_that_states_none() -> None:
+    found = search(Wanted("gemma-scope-2b-pt-res", l0=71))
+    assert [release.repo for release in found] == ["google/gemma-scope-2b-pt-res"]
+    assert not search(Wanted("lm_sae", l0=71))
+
+
+def test_what_is_not_on_the_hub_says_where_it_is() -> None:
+    (release,) = search(Wanted("OpenAI v5", width=32768, architecture="topk", layer=0))[-1:]
+    assert release.repo is None
+    assert str(release.where).startswith("az://openaipublic/")
+    assert "Azure" in str(release.note)
+
+
+def test_a_picked_release_fills_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    state: dict[str, object] = {}
+    monkeypatch.setattr(hub_catalogue.st, "session_state", state)
+    (gated,) = search(Wanted("pythia-70m", architecture="gated"))
+    hub_catalogue.choose_release(gated)
+    assert state["repo"] == "canrager/lm_sae:pythia70m_sweep_gated_ctx128_0730"
+    hub_catalogue.choose_release(Release(title="t", layout="openai", model="m", where="az://x"))
+    assert state["repo"] == ""
+
+
+def test_layers_are_written_as_a_person_would() -> None:
+    assert ranged(()) == "–"
+    assert ranged((0, 1, 2)) == "0–2"
+    assert ranged((3, 4)) == "3, 4"
+    assert [hub_catalogue.short(n) for n in (4096, 16384, 2**20)] == ["4,096", "16k", "1M"]
+    assert sae_catalogue.Release.model_validate(
+        {"title": "t", "layout": "openai", "model": "m", "layers": "2-4"}
+    ).layers == (2, 3, 4)
+
+
+def test_what_names_do_not_tell_is_said_to_come_later() -> None:
+    from gsae_core.store.hub_layouts import HubFile, HubSAE
+
+    sae = HubSAE("x.pt", None, (HubFile("x.pt", 10, None, "0" * 40),))
+    told = hub_view.compatibility(sae, Facts(None, None, None, None, None))
+    assert told["opens here"] == "unknown: its content tells once it is here"
+    assert told["download"] == "10 bytes in 1 file: x.pt"
