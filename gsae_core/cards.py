@@ -8,6 +8,7 @@ import streamlit as st
 
 from gsae_core.analysis.compare_configs import MAX_COLUMNS, settings, side_by_side
 from gsae_core.analysis.results import NUMBERS, changes
+from gsae_core.config import RunConfig, SAESpec
 from gsae_core.glossary import definition
 from gsae_core.pieces import facts, marked, plain
 from gsae_core.plots.palette import LOOKS, knob
@@ -111,8 +112,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
                     "model": config.model.name,
                     "site": config.model.hook_name,
                     "text": config.data.source,
-                    "trained on": f"{count(config.train.n_tokens)} tokens",
-                    "learning rate": f"{(spec and spec.lr) or config.train.lr:g}",
+                    **_training(config, spec),
                     "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
                     "measured on": f"{int(row['n_tokens']):,} held-out tokens",
                 }
@@ -124,6 +124,16 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
         if shrinkage.button("Shrinkage", icon=":material/straighten:", key=f"shrink_{number}"):
             return "shrinkage"
     return None
+
+
+def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
+    """Return how an SAE learnt; of an imported one no more than who trained it."""
+    if config.imported is not None:
+        return {"imported from": config.imported}
+    return {
+        "trained on": f"{count(config.train.n_tokens)} tokens",
+        "learning rate": f"{(spec and spec.lr) or config.train.lr:g}",
+    }
 
 
 def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

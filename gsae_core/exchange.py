@@ -1,8 +1,6 @@
 """`import`, `export` and `list`: what each does, as the lines it prints."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from gsae_core.errors import InputError
 from gsae_core.exchange_flags import ExportSAE, Import, List
@@ -113,14 +111,15 @@ def _saes_of(run: Run) -> list[str]:
     head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "from"]
     rows, notes = [], []
     for spec in run.config.saes:
-        source = _source(run.sae_folder(spec.name))
-        row = measured.get(spec.name, {})
-        d_in, l0 = row.get("d_in"), row.get("l0")
+        path = run.sae_folder(spec.name) / "cfg.json"
+        cfg = read_json(path) if path.is_file() else {}  # none before the first save
+        source = (cfg.get("metadata") or {}).get("source") or {}
+        l0 = measured.get(spec.name, {}).get("l0")
         rows.append(
             [
                 spec.name,
                 spec.architecture,
-                "–" if d_in is None else str(d_in),
+                str(cfg.get("d_in", "–")),
                 str(spec.d_sae),
                 _number(spec.sparsity),
                 "–" if l0 is None else fixed(l0, 1),
@@ -130,13 +129,6 @@ def _saes_of(run: Run) -> list[str]:
         notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
     place = f"{run.config.model.name}, {run.config.model.hook_name}"
     return [f"{run.id}, {run.status.state}: {place}", *aligned([head, *rows]), *notes]
-
-
-def _source(folder: Path) -> dict[str, Any]:
-    """Return where an imported SAE came from; empty for one of ours, or one not saved yet."""
-    path = folder / "cfg.json"
-    cfg = read_json(path) if path.is_file() else {}
-    return (cfg.get("metadata") or {}).get("source") or {}
 
 
 def _number(value: float) -> str:

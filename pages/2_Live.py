@@ -191,7 +191,11 @@ address.correct("saes", names, what="SAE of this run", shown="the rest")
 config = run.config
 plain(
     f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
-    f"{count(config.train.n_tokens)} tokens of {config.data.source}",
+    + (
+        f"{count(config.train.n_tokens)} tokens of {config.data.source}"
+        if config.imported is None
+        else f"imported from {config.imported}"
+    ),
     size=".9rem",
 )
 with st.container(horizontal=True, vertical_alignment="center", gap="small"):

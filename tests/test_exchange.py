@@ -8,7 +8,7 @@ from typing import Any
 import foreign_files as files
 import pytest
 import torch
-from app_pages import PAGES, opened
+from app_pages import PAGES, opened, text
 from safetensors.torch import save_file
 
 from gsae_core import cli
@@ -182,6 +182,8 @@ def test_every_page_shows_an_imported_run(imported: Run, page: str) -> None:
         at = opened(page, run="imported")
         assert not at.exception
         assert not at.error
+        if page == "pages/2_Live.py":
+            assert "imported from SAELens 6" in text(at)
 
 
 def test_export_reads_back_what_it_wrote(

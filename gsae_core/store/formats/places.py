@@ -99,7 +99,8 @@ def _dictionary_learning(config: dict[str, Any]) -> Place:
     if name is not None and layer is not None:
         # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
         name = re.sub(rf"(_layer)?_?{layer}$", "", name)
-    sites: dict[str, Site] = {site: site for site in SITES} | _SUBMODULES
+    ours: dict[str, Site] = dict(zip(SITES, SITES, strict=True))
+    sites = ours | _SUBMODULES
     return Place(
         model=_text(trainer.get("lm_name")),
         layer=layer if isinstance(layer, int) and layer >= 0 else None,
