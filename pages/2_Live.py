@@ -91,7 +91,7 @@ def figure(chart: LiveChart, *, name: str, alt: str) -> None:
     # A zoom that Streamlit does not hear of is thrown away with the next data: it empties the
     # store of every selection bound to scales unless the selection is one of its own.
     st.vega_lite_chart(
-        chart.data,
+        chart.arrow(),
         chart.spec,
         key=f"chart_{name}",
         alt=alt,

@@ -132,3 +132,10 @@ def test_a_notebook_gets_an_altair_chart() -> None:
         made = chart.altair()
         assert isinstance(made, altair.LayerChart)
         made.to_dict()  # checks it against Vega-Lite's schema
+
+
+def test_streamlit_gets_the_same_columns_as_a_notebook() -> None:
+    chart = line_chart(LINES, logged(0.1), "fvu", x="step")
+    table = chart.arrow()
+    assert table.column_names == list(chart.data.columns)
+    pd.testing.assert_frame_equal(table.to_pandas(), chart.data)

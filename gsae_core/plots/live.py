@@ -18,6 +18,7 @@ from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, log_ticks, s
 
 if TYPE_CHECKING:
     import altair
+    import pyarrow as pa
 
 XAxis = Literal["tokens", "step", "seconds"]
 
@@ -70,6 +71,12 @@ class LiveChart(NamedTuple):
 
     spec: dict[str, Any]
     data: pd.DataFrame
+
+    def arrow(self) -> "pa.Table":
+        """Return the data as Streamlit sends them: of a data frame it would convert each second."""
+        import pyarrow as pa
+
+        return pa.table({str(name): self.data[name].to_numpy() for name in self.data})
 
     def altair(self) -> "altair.Chart | altair.LayerChart":
         """Return the chart for a notebook."""
