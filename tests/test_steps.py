@@ -19,7 +19,7 @@ from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse import sparse_step
 from gsae_core.sae.topk import TopKSAE
 from gsae_core.training import steps
-from gsae_core.training.steps import CROSSOVER, Stepper, _active, choose_step, crossover
+from gsae_core.training.steps import CROSSOVER, HIGHEST, Stepper, _active, choose_step, crossover
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:
 def test_a_measured_crossover_is_a_density(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
     for sae in (GatedSAE(8, 300), ReluSAE(8, 300), JumpReluSAE(8, 300), TopKSAE(8, 300, k=5)):
-        assert 0 <= crossover(sae, 64, screened=False, measure=True) <= 1
+        assert 0 <= crossover(sae, 64, screened=False, measure=True) <= HIGHEST
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ MEASURED_ROWS = 512
 # Below so many multiplications a step is too short to be worth the measurement.
 WORTH_MEASURING = 2**30
 DENSITIES = (0.01, 0.08)
+# A sparse step's memory grows with the density (some 90 bytes an entry); that of the estimate made
+# before a run is enough up to here, and the two ways cost about the same there.
+HIGHEST = 0.2
 ROUNDS = 3
 
 
@@ -179,7 +182,7 @@ def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
     taken = _alternate(ways, device)
     low, high = DENSITIES
     slope = max((taken[high] - taken[low]) / (high - low), 1e-9)
-    return min(max(low + (taken[None] - taken[low]) / slope, 0.0), 1.0)
+    return min(max(low + (taken[None] - taken[low]) / slope, 0.0), HIGHEST)
 
 
 def _active(like: SAE, x: Float[Tensor, "rows d_in"], density: float | None) -> SAE:
