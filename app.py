@@ -7,6 +7,7 @@ import streamlit as st
 from gsae_core import shell
 from gsae_core.controls import confirm_cancel
 from gsae_core.errors import InputError
+from gsae_core.example import SHOWN_FEATURE, SHOWN_SAE, example_run, is_example
 from gsae_core.launch import launch
 from gsae_core.live_view import draw_progress
 from gsae_core.machine import machine
@@ -59,16 +60,28 @@ def actions() -> None:
 
 
 def results(finished: list[Run]) -> None:
-    """Draw the way to the newest results; before there are any, to what the words mean."""
-    if finished:
-        latest = finished[0]
-        heading("Explore", f"{latest.id} is the newest result: {len(latest.config.saes)} SAEs.")
-        icon = ":material/balance:"
-        if st.button("Latest results", icon=icon, key="results", width="stretch"):
-            shell.go("pages/3_Pareto.py", latest)
+    """Draw the ways to results: the newest, and those that ship with the package."""
+    own = [run for run in finished if not is_example(run)]
+    if own:
+        heading("Explore", f"{own[0].id} is the newest result: {len(own[0].config.saes)} SAEs.")
     else:
-        heading("New to sparse autoencoders?", "What the words and the numbers mean.")
-        if st.button("Start here", icon=":material/help:", key="help", width="stretch"):
+        heading("Explore", "A finished Gated SAE beside its baseline, and what the words mean.")
+    with st.container(gap="small"):
+        icon = ":material/balance:"
+        if own and st.button("Latest results", icon=icon, key="results", width="stretch"):
+            shell.go("pages/3_Pareto.py", own[0])
+        shipped = example_run()
+        if shipped is not None and st.button(
+            "Explore the bundled example",
+            icon=":material/search:",
+            key="example",
+            width="stretch",
+            help="Its features, over text of the bundled model; opens at once, and is only read.",
+        ):
+            chosen = {"sae": SHOWN_SAE, "feature": str(SHOWN_FEATURE)}
+            shell.go("pages/5_Features.py", shipped, **chosen)
+        icon = ":material/help:"
+        if not own and st.button("Start here", icon=icon, key="help", width="stretch"):
             st.switch_page("pages/9_Help.py", query_params={})
 
 
@@ -161,7 +174,7 @@ def describe(run: Run) -> dict[str, object]:
         "layer": config.model.layer,
         "site": config.model.site,
         "SAEs": len(config.saes),
-        "tokens": count(config.train.n_tokens),
+        "tokens": count(config.train.n_tokens) if config.imported is None else "imported",
         "last change": "–" if status is None else ago(seconds_since(status.heartbeat)),
     }
 

@@ -9,6 +9,7 @@ import streamlit as st
 
 from gsae_core import shell
 from gsae_core.errors import InputError
+from gsae_core.example import is_example
 from gsae_core.pieces import plain
 from gsae_core.store import jobs
 from gsae_core.store.runs import Run
@@ -33,7 +34,7 @@ def controls(run: Run, status: Status) -> None:
         if status.state in CANCELLABLE and not idle:
             if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
                 confirm_cancel(run)
-        elif status.state != "cancelling" and st.button(
+        elif (status.state != "cancelling" and not is_example(run)) and st.button(
             "Delete", icon=":material/delete:", key="delete"
         ):
             confirm_delete(run)

@@ -25,11 +25,9 @@ def is_example(run: Run) -> bool:
 
 
 def labels_folder(root: Path, name: str) -> Path:
-    """Return where labels of one of its SAEs are kept, made if it is not there yet.
+    """Return where what is said of one of its SAEs is kept; it need not be there yet.
 
     Args:
         root: folder of runs; what is in it under a name with a dot is not listed.
     """
-    folder = root / ".example" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return root / ".example" / name

@@ -194,8 +194,7 @@ def take_along(sae: Opened, feature: "Feature") -> None:
     number = feature.number
     with st.container(horizontal=True, gap="small"):
         if st.button("Steer with it", icon=":material/alt_route:", key="to_steer"):
-            st.session_state["leave_for"] = "pages/7_Steer.py"
-            st.rerun()
+            shell.go("pages/7_Steer.py", sae.run, sae=sae.name, f=str(number))
         share = st.popover(
             "Share and export", icon=":material/ios_share:", key="share", on_change="rerun"
         )
@@ -236,14 +235,6 @@ def _json(sae: Opened, feature: "Feature") -> str:
 
     manifest = feature.index.manifest
     return json.dumps(batch([feature], model_id=manifest.model, sae_set=sae.name))
-
-
-def leave(sae: Opened) -> None:
-    """Go where a button of the dashboard asked to: a part of a page cannot leave it."""
-    target = st.session_state.pop("leave_for", None)
-    if target is not None:
-        number = st.session_state.get("feature") or 0
-        shell.go(target, sae.run, sae=sae.name, f=str(number))
 
 
 def say_refused() -> None:

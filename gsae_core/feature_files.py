@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 import streamlit as st
 
-from gsae_core import cached
+from gsae_core import cached, launch
 from gsae_core.analysis.feature_filter import listing, weight_listing
 from gsae_core.analysis.features import FeatureIndex
 from gsae_core.analysis.index_files import MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
@@ -14,7 +14,9 @@ from gsae_core.analysis.weight_table import WEIGHTS, weight_table
 from gsae_core.cached import Version
 from gsae_core.cached import _version as version
 from gsae_core.errors import InputError
+from gsae_core.example import is_example, labels_folder
 from gsae_core.store.index_jobs import index_folder
+from gsae_core.store.labels import Labels
 from gsae_core.store.runs import Run
 
 
@@ -63,7 +65,8 @@ def open_index(run: Run, name: str) -> FeatureIndex | None:
     # At every look: a mapped file that was cut short since would end the server.
     manifest = read_manifest(folder)
     weights = version(run.sae_folder(name) / "cfg.json")
-    return _index(str(folder), manifest.made, weights, _run=run, _name=name)
+    said = labels_folder(launch.runs_root().absolute(), name) if is_example(run) else folder
+    return _index(str(folder), manifest.made, weights, str(said), _run=run, _name=name)
 
 
 def weights_of(run: Run, name: str) -> pd.DataFrame:
@@ -108,8 +111,12 @@ def cost(run: Run, name: str, n_tokens: int) -> Cost:
 
 # Arguments with an underscore are no part of the key: what stands before them tells them apart.
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _index(folder: str, made: float, weights: Version, _run: Run, _name: str) -> FeatureIndex:
-    return _run.features(_name)
+def _index(
+    folder: str, made: float, weights: Version, said: str, _run: Run, _name: str
+) -> FeatureIndex:
+    index = _run.features(_name)
+    index.labels = Labels(Path(said))
+    return index
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

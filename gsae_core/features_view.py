@@ -216,6 +216,8 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
         alt="The features that the filters leave: number, what they fire on, and their numbers",
     )
     _count(chosen, len(rows))
+    if "γ" in chosen.excluded and sae.index is not None:
+        st.caption("γ here is over the index's tokens; that of Shrinkage is over held-out ones.")
 
 
 def _count(chosen: Chosen, n_shown: int) -> None:
@@ -257,8 +259,13 @@ def go_to(feature: int) -> None:
     st.session_state["feature"] = feature
 
 
-def landing(sae: Opened) -> int:
-    """Return the feature to begin with: the first that fires on few tokens, but some."""
+def landing(sae: Opened, chosen: Chosen) -> int:
+    """Return the feature to begin with: the first that fires on few tokens, but some.
+
+    Of a list that is filtered it is the first.
+    """
+    if 0 < len(chosen.rows) < chosen.n_all:
+        return int(chosen.rows["feature"].iloc[0])
     density = sae.rows["density"].to_numpy(dtype=float)
     for low, high in ((1e-4, 0.02), (0.0, 1.0)):
         found = ((density > low) & (density <= high)).nonzero()[0]

@@ -1,15 +1,17 @@
 """Building the index of an SAE from its page: started as a process, watched, ended."""
 
+import contextlib
+
 import streamlit as st
 
 from gsae_core.errors import InputError
 from gsae_core.failures import explain
 from gsae_core.feature_files import cost
-from gsae_core.job_badge import escalate
 from gsae_core.pieces import notice, plain
 from gsae_core.store.files import readable
 from gsae_core.store.index_jobs import N_TOKENS, index_job, start_index
 from gsae_core.store.job_folder import Job
+from gsae_core.store.jobs import escalate_cancel
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
 from gsae_core.wording import count, duration
@@ -115,7 +117,7 @@ def _watch(run: Run, name: str) -> None:
         return
     status = job.status
     if status.state == "cancelling":
-        escalate(job)  # type: ignore[arg-type]
+        _escalate(job)
     with st.container(border=True):
         left, right = st.columns([4, 1], vertical_alignment="bottom")
         left.progress(_share(status), text=f"Index of {name}: {_stage(status)}")
@@ -129,6 +131,11 @@ def _watch(run: Run, name: str) -> None:
                 on_click=_cancel,
                 args=(job,),
             )
+
+
+def _escalate(job: Job) -> None:
+    with contextlib.suppress(InputError):  # read-only, or gone: the process ends by itself
+        escalate_cancel(job)
 
 
 def _share(status: Status) -> float:

@@ -7,6 +7,7 @@ import streamlit as st
 
 from gsae_core import launch
 from gsae_core.errors import InputError
+from gsae_core.example import EXAMPLE_ID, example_run
 from gsae_core.job_badge import job_badge, say_connected, status_of
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
@@ -85,7 +86,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     if deleted is not None and title != "Home":
         st.switch_page("app.py", query_params={})
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
-    runs = list_runs(runs_root())
+    runs = _runs()
     found = {run.id: status_of(run) for run in runs}
     statuses = {name: status for name, status in found.items() if status is not None}
     with st.sidebar:
@@ -108,6 +109,22 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     say_connected(title, run, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
     return Frame(run, runs, theme, statuses)
+
+
+def _runs() -> list[Run]:
+    """Return every run, and the one that ships with the package once it was asked for."""
+    runs = list_runs(runs_root())
+    asked = (
+        st.query_params.get("run"),
+        *(st.session_state.get(key) for key in ("run", "next_run", "chosen_run")),
+    )
+    if EXAMPLE_ID in asked:
+        st.session_state["with_example"] = True
+    shipped = example_run() if st.session_state.get("with_example") else None
+    # A run of one's own with its name comes first.
+    if shipped is None or any(run.id == EXAMPLE_ID for run in runs):
+        return runs
+    return [*runs, shipped]
 
 
 def _say_missing(run_id: str, runs: list[Run]) -> None:

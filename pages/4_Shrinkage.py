@@ -8,7 +8,7 @@ from gsae_core.address import correct
 from gsae_core.analysis.results import published, published_places, published_source
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
-from gsae_core.pieces import figure_tools, notice, plain
+from gsae_core.pieces import escape_markdown, figure_tools, notice, plain
 from gsae_core.plots.gamma import Length, gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
@@ -28,6 +28,7 @@ from gsae_core.wording import fixed
 CONFIG = {"displaylogo": False}
 LIMITS = [1, 3, 10, 30, 100, 300, 1000]
 MAX_ROWS = 2000
+FEATURES = "pages/5_Features.py"
 # Labels first: the address holds what a bound widget shows.
 LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}
 PLACES = {place.label: place for place in published_places()}
@@ -239,9 +240,12 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
         st.caption(f"No feature shown has γ {label}.")
         return
     number = st.column_config.NumberColumn
-    st.dataframe(
+    picked = st.dataframe(
         found.head(MAX_ROWS),
         hide_index=True,
+        key=f"listed_{label}",
+        on_select="rerun",
+        selection_mode="single-row",
         column_config={
             "sae": "SAE",
             "latent": number("feature", format="%d"),
@@ -252,7 +256,19 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
         },
         alt=f"Features with γ {label}: SAE, feature, γ, density and firings",
     )
-    st.caption(f"{min(len(found), MAX_ROWS):,} of {len(found):,} features, most firings first.")
+    st.caption(
+        f"{min(len(found), MAX_ROWS):,} of {len(found):,} features, most firings first; tick one "
+        "to see where it fires."
+    )
+    between = bins.range_text(label)
+    if ticked := picked["selection"]["rows"]:
+        row = found.iloc[ticked[0]]
+        shell.go(FEATURES, run, sae=row["sae"], feature=str(row["latent"]), gamma=between)
+    with st.container(horizontal=True):
+        for name in found["sae"].unique():
+            text = f"Features of {escape_markdown(name)} with γ {label}"
+            if st.button(text, icon=":material/search:", key=f"features_of_{name}"):
+                shell.go(FEATURES, run, sae=name, gamma=between)
 
 
 pair = choose()

@@ -81,7 +81,7 @@ def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: s
     """Draw the feature that is chosen."""
     feature_bar.say_refused()
     number = feature_bar.navigation(sae, chosen, go=features_view.go_to)
-    if st.session_state.get("list_is_old") or "leave_for" in st.session_state:
+    if st.session_state.pop("list_is_old", False):
         st.rerun()
     if sae.index is None:
         feature_bar.heading(number)
@@ -122,20 +122,20 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
 
 
 run, sae, base = choose()
-feature_bar.leave(sae)
 other = other_index(run, base)
 if sae.index is None:
     build(run, sae, base, other)
-st.session_state.pop("list_is_old", None)
-current = feature_bar.which(sae, features_view.landing(sae))
+st.session_state.pop("list_is_old", None)  # it is drawn anew
 with stacking("features_split", least=19):
     left, right = st.columns([1, 1.75], gap="medium")
 with left:
     chosen = listing(sae)
+with right:
+    current = feature_bar.which(sae, features_view.landing(sae, chosen))
+    st.fragment(one_feature)(sae, chosen, other, base)
+with left:
     if not chosen.rows.empty:
         features_view.table(sae, chosen, current=current)
-with right:
-    st.fragment(one_feature)(sae, chosen, other, base)
 if sae.index is not None:
     manifest = sae.index.manifest
     splits = " and ".join(

@@ -66,6 +66,13 @@ class Bins(NamedTuple):
         inner = [f"{low:.3f} to {high:.3f}" for low, high in pairwise(self.edges)]
         return [f"below {self.edges[1]:.3f}", *inner[1:-1], f"{self.edges[-2]:.3f} or more"]
 
+    def range_text(self, label: str) -> str:
+        """Return a bin as `feature_filter.parse_range` reads it; the outer ones are open."""
+        number = self.labels.index(label)
+        low = f"{self.edges[number]:.4g}" if number > 0 else ""
+        high = f"{self.edges[number + 1]:.4g}" if number < len(self.edges) - 2 else ""
+        return f"{low}..{high}"
+
     def place(self, stats: pd.DataFrame) -> np.ndarray:
         """Return the number of the bin of each feature, by its `gamma`."""
         return np.digitize(stats["gamma"].to_numpy(), self.edges[1:-1])

@@ -68,6 +68,8 @@ class Labels:
         _check(kind, text)
         said = Said(feature, kind, text, author, model, score, time.time())
         line = (to_json(said._asdict()) + "\n").encode()
+        with writing(self._path, 0):
+            self._folder.mkdir(parents=True, exist_ok=True)
         with (
             writing(self._path, len(line)),
             lock(self._folder, "labels"),
