@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from sae_lens import SAE, HookedSAETransformer
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gsae_core.bench.serve import Job, Work, serve
 
 # Sequences in a forward pass: 2048 tokens.
 ROWS = 8
+END = "<|endoftext|>"
 
 
 def prepare(job: Job) -> Work:
@@ -66,11 +68,15 @@ def _model(job: Job) -> HookedSAETransformer:
         device=job["device"],
         tokenizer_prepends_bos=False,
     )
-    # Its transformers is older than the class that the folder names.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(Path(job["model_folder"]) / "tokenizer.json")
-    )
-    model = HookedSAETransformer(cfg, tokenizer=tokenizer)
+    # Its transformers is older than the class that the folder names, and TransformerLens reads a
+    # tokenizer again from where it came from: from a folder that this version has written.
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(
+            tokenizer_file=str(Path(job["model_folder"]) / "tokenizer.json"),
+            bos_token=END,
+            eos_token=END,
+        ).save_pretrained(folder)
+        model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
     # Masks, which a checkpoint does not hold, are what is missing.
     model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
     return model.eval()
