@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsae_core.sae import loops
+from gsae_core.sae import latent_loops
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.picking import (
@@ -134,7 +134,7 @@ def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
     offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
     entries = ByLatent(offsets, torch.empty_like(latent), torch.empty_like(latent))
     arrays = (each.numpy() for each in (codes.row_offsets, latent, *entries))
-    loops.sort_by_latent(*arrays)
+    latent_loops.sort_by_latent(*arrays)
     return entries
 
 

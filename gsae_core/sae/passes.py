@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from gsae_core.sae import loops
+from gsae_core.sae import latent_loops, loops
 from gsae_core.sae.codes import ByLatent, SparseCodes
 from gsae_core.sae.picking import Products, numpy, products_above
 from gsae_core.sae.recipes import Aux
@@ -113,7 +113,9 @@ def weight_sums(
     d_sae = entries.offsets.numel() - 1
     out = dense.new_empty(d_sae, dense.shape[1]) if add_to is None else add_to
     arrays = tuple(numpy(each) for each in (*entries, weight, dense, out))
-    over_rows(d_sae, lambda first, last: loops.sum_rows(first, last, *arrays, add_to is not None))
+    over_rows(
+        d_sae, lambda first, last: latent_loops.sum_rows(first, last, *arrays, add_to is not None)
+    )
     return out
 
 
@@ -124,7 +126,7 @@ def encoder_sums(
     d_sae = entries.offsets.numel() - 1
     out = xc.new_empty(xc.shape[1], d_sae)
     arrays = tuple(numpy(each) for each in (*entries, weight, xc, out))
-    over_rows(d_sae, lambda first, last: loops.sum_rows_into_columns(first, last, *arrays))
+    over_rows(d_sae, lambda first, last: latent_loops.sum_rows_into_columns(first, last, *arrays))
     return out
 
 
@@ -134,5 +136,7 @@ def per_latent(
     """Return each latent's sum of `value`; a count where it is of truth values."""
     kind = torch.int64 if value.dtype == torch.bool else value.dtype
     out = torch.empty(entries.offsets.numel() - 1, dtype=kind)
-    loops.sum_entries(entries.offsets.numpy(), entries.order.numpy(), numpy(value), out.numpy())
+    latent_loops.sum_entries(
+        entries.offsets.numpy(), entries.order.numpy(), numpy(value), out.numpy()
+    )
     return out

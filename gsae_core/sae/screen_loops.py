@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gsae_core.sae.loops import BLOCK, TILE, compiled
+from gsae_core.sae.latent_loops import TILE
+from gsae_core.sae.loops import BLOCK, compiled
 
 
 @intrinsic
