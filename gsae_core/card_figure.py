@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from gsae_core.analysis.pareto import Point, frontier
+from gsae_core.config import Architecture
 from gsae_core.plots.palette import AXES, LOOKS, round_values
 
 WIDTH, HEIGHT = 640, 400
@@ -37,7 +38,7 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     placed = [row for row in rows if _is_placed(row)]
     if not placed:
         raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
-    x = _Axis([row["l0"] for row in placed], LEFT, WIDTH - RIGHT, log=True)
+    x = _Axis([float(row["l0"]) for row in placed], LEFT, WIDTH - RIGHT, log=True)
     y = _Axis([100 * row["loss_recovered"] for row in placed], HEIGHT - BOTTOM, TOP, log=False)
     kinds = [kind for kind in LOOKS if any(row["architecture"] == kind for row in placed)]
     parts = [_head(title), *_grid(x, y), *_legend(kinds)]
@@ -70,7 +71,7 @@ class _Axis:
         if self.log:
             inside = (t for t in round_values(values) if self.low <= math.log(t) <= self.high)
             return list(inside)
-        step = 10 ** math.floor(math.log10(self.high - self.low))
+        step = 10.0 ** math.floor(math.log10(self.high - self.low))
         while (self.high - self.low) / step > 6:
             step *= 2
         while (self.high - self.low) / step < 3:
@@ -120,7 +121,7 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
     ]
 
 
-def _legend(kinds: Sequence[str]) -> list[str]:
+def _legend(kinds: Sequence[Architecture]) -> list[str]:
     parts, x = [], LEFT + 6.0
     for kind in kinds:
         label = LOOKS[kind].label
@@ -132,7 +133,7 @@ def _legend(kinds: Sequence[str]) -> list[str]:
 
 
 def _series(
-    rows: Sequence[Mapping[str, Any]], kind: str, x: _Axis, y: _Axis, chosen: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], kind: Architecture, x: _Axis, y: _Axis, chosen: Sequence[str]
 ) -> list[str]:
     points = [Point(float(r["l0"]), 100 * float(r["loss_recovered"]), r["name"]) for r in rows]
     best = " ".join(f"{x.at(p.l0):.1f},{y.at(p.loss_recovered):.1f}" for p in frontier(points))
@@ -147,7 +148,7 @@ def _series(
     return parts
 
 
-def _mark(kind: str, x: float, y: float, inner: str = "") -> str:
+def _mark(kind: Architecture, x: float, y: float, inner: str = "") -> str:
     match kind:
         case "gated":
             shape, where = "circle", f'cx="{x:.1f}" cy="{y:.1f}" r="4.5"'

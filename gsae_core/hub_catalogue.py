@@ -76,10 +76,10 @@ def catalogue_table(found: Sequence[Release]) -> pd.DataFrame:
 
 
 def short(width: int) -> str:
-    """Return a number of features as releases write it: `16k`, `1M`; powers of two and others."""
+    """Return a number of features as releases write it: `16k` for 16,384, `1M`."""
     if width % 2**20 == 0:
         return f"{width // 2**20}M"
-    return f"{width // 1000}k" if width >= 10_000 else f"{width:,}"
+    return f"{width // 1000}k" if width >= 1000 else str(width)
 
 
 def _l0(release: Release) -> str:

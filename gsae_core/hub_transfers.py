@@ -48,15 +48,11 @@ def _card(transfer: Transfer, status: Status) -> None:
     if status.state == "cancelling":
         jobs.escalate_cancel(transfer)
     with st.container(border=True):
-        words, buttons = st.columns([3, 2], vertical_alignment="center")
-        with words:
-            if isinstance(request, PullRequest):
-                path = f" · {request.path}" if request.path else ""
-                plain(f"↓ {request.repo}{path} → {request.to}")
-            else:
-                plain(f"↑ {request.run}: {', '.join(request.saes)} → {request.repo}")
-        with buttons:
-            _buttons(transfer, status)
+        if isinstance(request, PullRequest):
+            path = f" · {request.path}" if request.path else ""
+            plain(f"↓ {request.repo}{path} → {request.to}")
+        else:
+            plain(f"↑ {request.run}: {', '.join(request.saes)} → {request.repo}")
         if status.state in ("starting", "running", "cancelling") and status.total:
             done = f"{readable(status.done)} of {readable(status.total)}"
             text = f"{STAGES.get(status.stage or '', 'starting')}: {done}"
@@ -71,10 +67,11 @@ def _card(transfer: Transfer, status: Status) -> None:
                 "on takes up what came.",
                 kind="warning",
             )
+        _buttons(transfer, status)
 
 
 def _buttons(transfer: Transfer, status: Status) -> None:
-    with st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         state_badge(status.state)
         key = transfer.id
         if status.state in ("queued", "starting", "running"):

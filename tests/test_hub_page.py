@@ -1,5 +1,7 @@
 """The Hub page: what it finds, what it offers, what each press does once, and hostile names."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -102,6 +104,14 @@ def test_a_repository_without_saes_says_how_to_name_a_file(root: Path, hub: Hub)
     hub.add("ada/lm", {"model.safetensors": b"w" * 100})
     said = text(opened(HUB, repo="ada/lm"))
     assert "None of its files lies as a library lays out SAEs" in said
+
+
+def test_the_page_loads_no_torch() -> None:
+    code = (
+        "import gsae_core.hub_catalogue, gsae_core.hub_library, gsae_core.hub_transfers, "
+        "gsae_core.hub_view, sys; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 # Looking and fetching
@@ -372,7 +382,7 @@ def test_layers_are_written_as_a_person_would() -> None:
     assert ranged(()) == "–"
     assert ranged((0, 1, 2)) == "0–2"
     assert ranged((3, 4)) == "3, 4"
-    assert [hub_catalogue.short(n) for n in (4096, 16384, 2**20)] == ["4,096", "16k", "1M"]
+    assert [hub_catalogue.short(n) for n in (4096, 16384, 2**20)] == ["4k", "16k", "1M"]
     assert sae_catalogue.Release.model_validate(
         {"title": "t", "layout": "openai", "model": "m", "layers": "2-4"}
     ).layers == (2, 3, 4)

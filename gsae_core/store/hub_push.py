@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from gsae_core.errors import InputError
 from gsae_core.hub_errors import hub_answers
-from gsae_core.store.checkpoint import WEIGHTS, read_cfg
 from gsae_core.store.files import sha256
 from gsae_core.store.runs import Run
 
 # Of an SAE's folder; what else is in it was made here and is made anew elsewhere.
+WEIGHTS = "sae_weights.safetensors"
 SENT = ("cfg.json", WEIGHTS, "feature_stats.safetensors", "norm_deciles.json")
 OF_RUN = ("config.json", "evals.json")
 
@@ -94,6 +94,9 @@ def check_repo(repo: str) -> str:
 
 
 def _check_whole(folder: Path, name: str) -> None:
+    # Imported here: it brings torch, and a page asks this module for less.
+    from gsae_core.store.checkpoint import read_cfg
+
     cfg = read_cfg(folder)
     metadata = cfg.get("metadata") or {}
     if metadata.get("stopped"):

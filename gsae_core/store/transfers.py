@@ -68,13 +68,13 @@ class Transfer(Job):
         Raises:
             InputError: if the file is gone or damaged.
         """
-        fields = dict(self._fields())
-        kind = fields.pop("kind")
+        fields: dict[str, Any] = dict(self._fields())
         try:
-            if kind == "push":
-                return PushRequest(**fields | {"saes": tuple(fields["saes"])})
-            files = tuple(HubFile(**file) for file in fields["files"])
-            return PullRequest(**fields | {"files": files})
+            if fields.pop("kind") == "push":
+                fields["saes"] = tuple(fields["saes"])
+                return PushRequest(**fields)
+            fields["files"] = tuple(HubFile(**file) for file in fields["files"])
+            return PullRequest(**fields)
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"expected a request of this version in {self.folder / 'request.json'}, got another"
@@ -154,7 +154,7 @@ def transfers(root: Path) -> list[Transfer]:
             continue  # Deleted, but for the removal of its files.
         transfer = Transfer(path.parent)
         try:
-            transfer.request, transfer.status  # noqa: B018
+            _ = transfer.request, transfer.status
             found.append((path.stat().st_mtime, transfer))
         except (InputError, FileNotFoundError):
             continue
