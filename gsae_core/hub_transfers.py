@@ -33,8 +33,10 @@ def on_the_way(root: Path, drawn: bool) -> None:
     found = transfers(root)
     if not found:
         return
-    if drawn and not any(transfer.status.expects_process for transfer in found):
-        st.rerun()  # the whole page: the library has a run more
+    if drawn != any(transfer.status.expects_process for transfer in found):
+        # The whole page: its timer is of another state, and the library may have a run more. A
+        # press in here draws this part alone.
+        st.rerun()
     st.subheader("Transfers", anchor=False)
     for transfer in found[:MOST_SHOWN]:
         try:
@@ -92,7 +94,9 @@ def _buttons(transfer: Transfer, status: Status) -> None:
                 args=(transfer,),
             )
         elif status.state == "finished" and transfer.kind == "pull" and transfer.result:
-            if st.button("Open", icon=":material/monitoring:", type="primary", key=f"open_{key}"):
+            if st.button(
+                "Open the run", icon=":material/monitoring:", type="primary", key=f"open_{key}"
+            ):
                 _open(transfer)
         elif status.state == "finished":
             plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")

@@ -98,7 +98,7 @@ def test_an_sae_is_fetched_cancelled_taken_up_and_opened(
     first = loopback.requests("GET", "/storage/")[0]
     assert str(first.range).startswith("bytes=")
     assert "saes-layer_1" in {run.id for run in list_runs(own_runs)}
-    tab.get_by_role("button", name="Open", exact=True).click()
+    tab.get_by_role("button", name="Open the run").click()
     expect(tab.get_by_role("heading", name="Live")).to_be_visible()
     expect(tab.get_by_label("Run", exact=True).first).to_be_visible()
 
