@@ -11,12 +11,27 @@ from gsae_core import shell
 from gsae_core.analysis.feature_filter import Chosen, beside
 from gsae_core.errors import InputError
 from gsae_core.feature_files import Opened
+from gsae_core.glossary import feature_columns
 from gsae_core.inspect_parts import correct_number
-from gsae_core.pieces import copy_link, escaped, notice
+from gsae_core.pieces import copy_link, escaped, notice, plain
 
 if TYPE_CHECKING:
     from gsae_core.analysis.feature import Feature
     from gsae_core.store.labels import Labels
+
+
+TERMS = {
+    "density": "density",
+    "max": "strongest",
+    "q50": "median",
+    "theta": "θ",
+    "gain": "e^r",
+    "gamma": "γ",
+    "gate_density": "gate open",
+    "top_tokens": "fires on",
+    "top_logits": "makes more likely",
+}
+"""Columns of the table, by what people call them."""
 
 
 def which(sae: Opened, landing: int) -> int:
@@ -91,7 +106,21 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
                 args=(sae, go),
                 help="Any feature that fires",
             )
+            _terms()
     return int(number if number is not None else held or 0)
+
+
+def _terms() -> None:
+    """Draw what the numbers of a feature mean, one click away."""
+    terms = st.popover(
+        "Terms", icon=":material/help:", type="tertiary", key="terms", on_change="rerun"
+    )
+    if not terms.open:
+        return
+    with terms:
+        columns = feature_columns()
+        for name, title in TERMS.items():
+            plain(f"{title}: {columns[name]}", size=".9rem")
 
 
 def _random(sae: Opened, go: Callable[[int], None]) -> None:

@@ -11,7 +11,8 @@ from gsae_core.feature_files import Opened
 from gsae_core.glossary import feature_columns
 from gsae_core.inspect_parts import architecture, quoted
 from gsae_core.pieces import facts, figure_tools, plain
-from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
+from gsae_core.plots.features import activation_histogram, histogram_table
+from gsae_core.plots.gate_plane import gate_plane
 from gsae_core.plots.palette import Theme
 from gsae_core.wording import percent
 

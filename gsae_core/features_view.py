@@ -154,7 +154,7 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
         alt="How many features fire how often; a click on a bar lists its features",
     )
     n_dead = int((sae.rows["fired"].to_numpy(dtype=float) == 0).sum())
-    dead = f" {n_dead:,} dead ones have no place on a log axis." if n_dead else ""
+    dead = f" {n_dead:,} {'are' if n_dead > 1 else 'is'} dead, off a log axis." if n_dead else ""
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(f"Click a bar to list its features.{dead}")
         figure_tools(chart.data, name="densities", about=COLUMNS["density"])

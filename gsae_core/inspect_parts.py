@@ -1,5 +1,6 @@
 """What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
 
+import contextlib
 import functools
 import math
 import re
@@ -8,6 +9,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
+from streamlit.errors import StreamlitAPIException
 
 from gsae_core import cached, shell
 from gsae_core.config import Architecture
@@ -192,7 +194,10 @@ def _say_stranger(asked: str, what: str, shown: str) -> None:
 
 def _write(param: str, value: str | None) -> None:
     """Have the address say what is shown."""
-    if value is None:
-        st.query_params.pop(param, None)
-    elif st.query_params.get(param) != value:
-        st.query_params[param] = value
+    # A widget of the page that was just left (Shrinkage's `base`) holds its name until this run
+    # has ended; the next one writes it.
+    with contextlib.suppress(StreamlitAPIException):
+        if value is None:
+            st.query_params.pop(param, None)
+        elif st.query_params.get(param) != value:
+            st.query_params[param] = value

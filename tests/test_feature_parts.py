@@ -13,7 +13,8 @@ from gsae_core.errors import InputError
 from gsae_core.example import example_run, labels_folder
 from gsae_core.example_strips import Row, readable_token, strips
 from gsae_core.lm.model import LanguageModel
-from gsae_core.plots.features import activation_histogram, density_histogram, gate_plane
+from gsae_core.plots.features import activation_histogram, density_histogram
+from gsae_core.plots.gate_plane import gate_plane
 from gsae_core.store import jobs
 from gsae_core.store.checkpoint import save_sae
 from gsae_core.store.files import EXAMPLE
