@@ -40,7 +40,9 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
         raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
     x = _Axis([float(row["l0"]) for row in placed], LEFT, WIDTH - RIGHT, log=True)
     y = _Axis([100 * row["loss_recovered"] for row in placed], HEIGHT - BOTTOM, TOP, log=False)
-    kinds = [kind for kind in LOOKS if any(row["architecture"] == kind for row in placed)]
+    kinds: list[Architecture] = [
+        kind for kind in LOOKS if any(row["architecture"] == kind for row in placed)
+    ]
     parts = [_head(title), *_grid(x, y), *_legend(kinds)]
     for kind in kinds:
         parts += _series([row for row in placed if row["architecture"] == kind], kind, x, y, chosen)
