@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gsae_core.lm.harvest import VectorSource
@@ -168,12 +168,25 @@ def fill(source: VectorSource, plan: ChunkPlan, check: Callable[[], None] = lamb
         check()
         if chunk is None:
             chunk = _room(plan.n, x)
-        # To pinned memory this waits for the pass, but for no other stream.
-        chunk[places[done : done + len(x)].to(chunk.device)] = x.to(chunk.device)
+        _scatter(chunk, places[done : done + len(x)], x)
         done += len(x)
     assert chunk is not None
     assert done == plan.n
     return Filled(chunk, None)
+
+
+def _scatter(
+    chunk: Float[Tensor, "n d_in"],
+    places: Int64[Tensor, " vectors"],
+    x: Float[Tensor, "vectors d_in"],
+) -> None:
+    if chunk.device.type == "cpu" and x.device.type == "cpu":
+        # torch would wake a team of threads for each pass, which then spin for work on the cores
+        # that the next passes run on: a quarter of the processor time of a whole harvest.
+        chunk.numpy()[places.numpy()] = x.numpy()
+    else:
+        # To pinned memory this waits for the pass, but for no other stream.
+        chunk[places.to(chunk.device)] = x.to(chunk.device)
 
 
 def _room(n: int, like: Float[Tensor, "vectors d_in"]) -> Float[Tensor, "{n} d_in"]:
