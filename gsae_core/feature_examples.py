@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from gsae_core.address import correct
+from gsae_core.analysis.feature_html import example_row
 from gsae_core.analysis.feature_pair import Pair, pair, values_on
-from gsae_core.example_strips import Row, strips
+from gsae_core.example_strips import strips
 from gsae_core.pieces import escaped
 
 if TYPE_CHECKING:
@@ -73,13 +74,20 @@ def examples(feature: "Feature", other: "Feature | None", *, name: str, beside: 
         if not found:
             st.caption(_none(view, feature))
             continue
-        rows = [_row(example, other, margin=view == "Just missed") for example in found]
+        rows = [
+            example_row(
+                example,
+                margin=view == "Just missed",
+                below=None if other is None else values_on(other, example).tolist(),
+            )
+            for example in found
+        ]
         st.html(strips(rows, top=top, below_top=below_top, breaks=breaks))
 
 
 def just_missed(feature: "Feature") -> None:
     """Draw what a feature that never fired came nearest to firing on."""
-    rows = [_row(example, None, margin=True) for example in feature.just_missed(SHOWN["snippet"])]
+    rows = [example_row(each, margin=True) for each in feature.just_missed(SHOWN["snippet"])]
     st.html(strips(rows, top=0.0))
 
 
@@ -105,14 +113,6 @@ def _none(view: str, feature: "Feature") -> str:
     if view == "Just missed":
         return "No token came near its threshold without passing it."
     return f"It fired on none of {feature.index.n_tokens:,} tokens."
-
-
-def _row(example: "Example", other: "Feature | None", *, margin: bool) -> Row:
-    below = None if other is None else values_on(other, example).tolist()
-    split = example.split.replace("_", " ")
-    where = f"{split} text, sequence {example.sequence}, token {example.position}"
-    said = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
-    return Row(example.tokens, example.values, example.at, said, where, below)
 
 
 def _legend(name: str, beside: str) -> None:

@@ -1,5 +1,6 @@
 """What the Features page reads: an SAE's index, or its weights, kept until the files change."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from gsae_core.store.labels import Labels
 from gsae_core.store.runs import Run
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True)
+class Opened:
     """An SAE as the page can show it."""
 
     run: Run
@@ -95,9 +97,8 @@ def cost(run: Run, name: str, n_tokens: int) -> Cost:
     """
     spec = next(spec for spec in run.config.saes if spec.name == name)
     evals = cached.evaluations(run)
-    found = evals[evals["name"] == name] if len(evals) else evals
-    l0 = float(found["l0"].iloc[0]) if len(found) else 50.0
-    d_in = int(found["d_in"].iloc[0]) if len(found) and "d_in" in found else 512
+    found = next((row for row in evals.to_dict("records") if row["name"] == name), {})
+    l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
     tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
     n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
     rows = run.recent_metrics()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
-import pandas as pd
+import numpy as np
 import streamlit as st
 
 from gsae_core.errors import InputError
@@ -58,9 +58,9 @@ def relations(
     with right:
         st.html('<div style="font-weight:600">Fires on the same tokens</div>')
         together = feature.co_firing.head(N_SHOWN)
-        links = _links(
-            sae, together["feature"], together["jaccard"], "of the tokens of either: both"
-        )
+        numbers = together["jaccard"].to_numpy()
+        about = "of the tokens of either: both"
+        links = _links(sae, together["feature"].to_numpy(), numbers, about)
         if links:
             feature_links(links, label="Features that fire together", key="together", go=go)
         else:
@@ -84,16 +84,17 @@ def near(
     st.html(f'<div style="font-weight:600">{title}</div>')
     found = feature.neighbours
     if alive_only:
-        found = found[feature.index.alive()[found["feature"].to_numpy()]]
+        found = found.loc[feature.index.alive()[found["feature"].to_numpy()]]
     found = found.head(N_SHOWN)
-    links = _links(sae, found["feature"], found["cosine"], "cosine of decoder directions")
+    numbers, about = found["cosine"].to_numpy(), "cosine of decoder directions"
+    links = _links(sae, found["feature"].to_numpy(), numbers, about)
     if links:
         feature_links(links, label=title, key="near", go=go)
     else:
         st.caption("None of its nearest fires either." if alive_only else "It has no neighbours.")
 
 
-def _links(sae: Opened, features: pd.Series, numbers: pd.Series, about: str) -> Sequence[Link]:
+def _links(sae: Opened, features: np.ndarray, numbers: np.ndarray, about: str) -> Sequence[Link]:
     labels = sae.index.labels.latest("label") if sae.index is not None else {}
     shared = {"run": sae.run.id, "sae": sae.name}
     return [

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -12,6 +13,7 @@ from gsae_core.analysis.feature_filter import (
     ORDERS,
     RANGES,
     Chosen,
+    Life,
     Range,
     Wanted,
     choose,
@@ -34,7 +36,7 @@ MOST_ROWS = 2000
 PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
 """Parameter of the address for each range."""
 TEXTS = ("q", "label", *PARAMS.values())
-LIVES = {"all": "all", "alive": "alive", "dead": "dead"}
+LIVES: tuple[Life, ...] = ("all", "alive", "dead")
 EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
 
 
@@ -87,7 +89,8 @@ def _filters(text: str) -> Wanted:
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
         st.button("Clear all", key="clear", on_click=clear, icon=":material/filter_list_off:")
-    return Wanted(**ranges, life=life or "all", starred=starred, label=label or "", text=text)
+    kept = next((each for each in LIVES if each == life), "all")
+    return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
 
 
 def _range(name: str, title: str) -> Range:
@@ -143,7 +146,7 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
     kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
     kind = architecture(sae.run, sae.name)
     chart = density_histogram(density, kept, theme=theme, architecture=kind)
-    if chart.data["n"].sum() == 0:
+    if not chart.data["n"].to_numpy().any():
         return
     st.vega_lite_chart(
         chart.data,
@@ -245,7 +248,9 @@ def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
     numbers = ["density", "max", "theta", "gamma", "gain", "gate_density"]
     if architecture(sae.run, sae.name) != "gated":
         numbers = ["density", "max", "theta", "gamma"]
-    return wanted + [name for name in numbers if sae.rows[name].notna().any()]
+    return wanted + [
+        name for name in numbers if np.isfinite(sae.rows[name].to_numpy(dtype=float)).any()
+    ]
 
 
 def picked_row(event: Any, n_rows: int) -> int | None:

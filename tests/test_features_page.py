@@ -41,7 +41,7 @@ def indexed(root: Path) -> Run:
 
 def shown(at: AppTest) -> str:
     assert not at.exception
-    return text(at) + "\n".join(str(item.value) for item in at.get("alert"))
+    return text(at)
 
 
 # What there is to show

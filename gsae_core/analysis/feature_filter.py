@@ -162,15 +162,16 @@ def choose(
         star=said["star"].reindex(rows["feature"], fill_value=False).to_numpy(dtype=bool),
     )
     if wanted.text:
-        score = rows["feature"].map(matches or {}).fillna(0.0).to_numpy(dtype=float)
-        rows = rows.assign(match=score + _holds(rows["label"], wanted.text))
+        known = matches or {}
+        score = np.array([known.get(int(i), 0.0) for i in rows["feature"].to_numpy()])
+        rows = rows.assign(match=score + _holds(rows["label"].to_numpy(), wanted.text))
     masks = dict(_masks(rows, wanted))
     kept = np.ones(len(rows), bool)
     for mask in masks.values():
         kept &= mask
     excluded = {name: int((~mask).sum()) for name, mask in masks.items()}
     column, rising = ORDERS[order]
-    found = rows[kept]
+    found: pd.DataFrame = rows.loc[kept]
     if column in found:
         found = found.sort_values(column, ascending=rising, kind="stable", na_position="last")
     ranked = dict(sorted(excluded.items(), key=lambda pair: -pair[1]))
@@ -195,13 +196,13 @@ def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "Mapping[str, Bool[np.ndarra
     if wanted.starred:
         masks["starred"] = rows["star"].to_numpy(dtype=bool)
     if wanted.label:
-        masks["label"] = _holds(rows["label"], wanted.label)
+        masks["label"] = _holds(rows["label"].to_numpy(), wanted.label)
     if wanted.text:
         masks["search"] = rows["match"].to_numpy(dtype=float) > 0
     return masks
 
 
-def _holds(labels: "pd.Series", part: str) -> Bool[np.ndarray, " rows"]:
+def _holds(labels: np.ndarray, part: str) -> Bool[np.ndarray, " rows"]:
     sought = part.strip().casefold()
     return np.array([sought in label.casefold() for label in labels], bool)
 

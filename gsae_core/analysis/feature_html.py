@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsae_core.analysis.examples import Example
+from gsae_core.example_strips import Row, strips
 from gsae_core.markup import facts
 from gsae_core.store.files import replace_durably
 from gsae_core.token_strip import visible
@@ -153,13 +154,23 @@ def logits_table(logits: "Logits") -> str:
 
 def examples(found: Sequence[Example], *, top: Any) -> str:
     """Return examples as strips, one under the other, on one colour scale."""
-    rows = (
-        '<div style="margin:.25rem 0;overflow-wrap:anywhere">'
-        f'<small title="{example.split}, sequence {example.sequence}, position {example.position}" '
-        f'style="opacity:.75">{example.value:.3g}</small> {example.html(top=float(top))}</div>'
-        for example in found
-    )
-    return "".join(rows) or "<p>None.</p>"
+    rows = [example_row(example) for example in found]
+    return strips(rows, top=float(top)) if rows else "<p>None.</p>"
+
+
+def example_row(
+    example: Example, *, margin: bool = False, below: Sequence[float] | None = None
+) -> Row:
+    """Return an example as a row of a list.
+
+    Args:
+        margin: its value is the margin of a near miss.
+        below: another SAE's feature on the same tokens.
+    """
+    where = f"{example.split.replace('_', ' ')} text, sequence {example.sequence}"
+    said = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
+    about = f"{where}, token {example.position}"
+    return Row(example.tokens, example.values, example.at, said, about, below)
 
 
 def _more(feature: "Feature", *, k: int) -> str:

@@ -38,8 +38,8 @@ def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
     row = feature.stats
     gain, b_gate, b_mag = (float(row[name]) for name in ("gain", "b_gate", "b_mag"))
     cross = b_mag - gain * b_gate
-    right = max(float(line["pi_gate"].max()), 1e-9) * 1.05
-    left = min(-0.45 * right, float(line["pi_gate"].min()))
+    right = max(float(line["pi_gate"].to_numpy().max()), 1e-9) * 1.05
+    left = min(-0.45 * right, float(line["pi_gate"].to_numpy().min()))
     left = min(left, -1.15 * cross / gain) if 0 < cross < gain * right else left
     ends = [(x, gain * x + cross) for x in (left, right)]
     top = max(ends[1][1], 1e-9) * 1.08

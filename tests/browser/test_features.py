@@ -150,7 +150,7 @@ def test_a_feature_is_reached_and_read_by_keyboard_alone(page: Page, address: st
     feature(page, 13)
     page.locator("body").press("p")
     feature(page, 12)
-    tab_to(page, "Previous")
+    tab_to(page, "chevron_left")  # the sign of "Previous"
     page.keyboard.press("Tab")
     page.keyboard.press("Control+a")
     page.keyboard.type("20")
