@@ -17,7 +17,7 @@ from gsae_core.plots.palette import NEUTRAL, Theme
 if TYPE_CHECKING:
     from gsae_core.analysis.feature import Feature
 
-DOTS = 240
+DOTS = 120
 """Tokens drawn in the plane of gate and magnitude; more hide each other."""
 
 Region = Literal["silent", "vetoed", "open", "fires"]

@@ -28,6 +28,7 @@ SHOTS = {
     "live": Shot("Live?run={run}", 1500),
     "pareto": Shot("Pareto?run={run}&pick={run}/gated-0.2&pick={run}/relu-0.2", 1550),
     "shrinkage": Shot("Shrinkage?run={run}&gated=gated-0.2&base=relu-0.15", 1750),
+    "features": Shot("Features?run=example&sae=gated-0.35&feature=293", 1500),
     "help": Shot("Help?run={run}", 900),
 }
 
