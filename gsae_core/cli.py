@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gsae_core import hub_command
+from gsae_core import hub_command, label_command
 from gsae_core.analysis.index_files import read_manifest
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.bench.flags import Benchmark
@@ -20,8 +20,6 @@ from gsae_core.command_line import (
     Doctor,
     Evaluate,
     Index,
-    Pull,
-    Push,
     Resume,
     parse,
 )
@@ -29,6 +27,8 @@ from gsae_core.config import EvalConfig
 from gsae_core.errors import InputError
 from gsae_core.exchange_flags import ExportSAE, Import, List
 from gsae_core.flags import Train, run_config
+from gsae_core.hub_flags import Pull, Push
+from gsae_core.label_flags import Label
 from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
 from gsae_core.report import evals_table, time_spent
@@ -52,7 +52,15 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-UNITS = {"training": "step", "evaluating": "token", "indexing": "token", "downloading": "byte"}
+UNITS = {
+    "training": "step",
+    "evaluating": "token",
+    "indexing": "token",
+    "downloading": "byte",
+    "labelling": "feature",
+}
+WHOLE = ("training", "labelling")
+"""Stages of few enough units to be counted in full."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _evaluate(command)
             case Index():
                 return _index(command)
+            case Label():
+                return label_command.label(command, **_screen())
             case Pull():
                 return hub_command.pull(command, **_screen())
             case Push():
@@ -111,7 +121,7 @@ def _resume(command: Resume) -> int:
 
 
 def _screen() -> dict[str, Any]:
-    """Return how work for the Hub shows itself: sentences, lines of the answer, bars."""
+    """Return how a command kept elsewhere shows itself: sentences, lines of the answer, bars."""
     return {"say": _say, "show": partial(print, flush=True), "follow": _follow}
 
 
@@ -201,16 +211,9 @@ def _unexpected(run: Job, error: Exception) -> int:
 
 
 def _exchange(command: Import | ExportSAE | List) -> int:
-    from gsae_core import exchange
+    from gsae_core.exchange import lines
 
-    match command:
-        case Import():
-            lines = exchange.import_lines(command)
-        case ExportSAE():
-            lines = exchange.export_lines(command)
-        case List():
-            lines = exchange.list_lines(command)
-    for line in lines:
+    for line in lines(command):
         print(line, flush=True)
     return 0
 
@@ -262,7 +265,7 @@ def _bar(now: "Progress | IndexProgress | HubProgress") -> "tqdm[NoReturn]":
         initial=now.done - 1 if now.stage == "training" else 0,
         desc=now.stage,
         unit=f" {UNITS[now.stage]}",
-        unit_scale=now.stage != "training",
+        unit_scale=now.stage not in WHOLE,
         disable=None,  # no bar where stderr is a file
     )
 

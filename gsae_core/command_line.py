@@ -15,6 +15,7 @@ from gsae_core.errors import InputError
 from gsae_core.exchange_flags import ExportSAE, Import, List
 from gsae_core.flags import Train
 from gsae_core.hub_flags import Pull, Push
+from gsae_core.label_flags import Label
 
 if TYPE_CHECKING:
     from tyro._arguments import ArgumentDefinition
@@ -66,7 +67,11 @@ class Index:
     ] = None
     split: Annotated[
         Literal["mixed", "train", "held_out"] | None,
-        arg(help="Which of the text to read.", help_behavior_hint=""),
+        arg(
+            help="Which of the text to read.",
+            metavar="{mixed,train,held_out}",
+            help_behavior_hint="",
+        ),
     ] = None
 
 
@@ -87,12 +92,13 @@ class Bench:
 
 
 Exchange = Import | ExportSAE | List
-Command = Train | Resume | Evaluate | Index | Exchange | Pull | Push | Doctor | Bench
+Command = Train | Resume | Evaluate | Index | Label | Exchange | Pull | Push | Doctor | Bench
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
     "index": Index,
+    "label": Label,
     "import": Import,
     "export": ExportSAE,
     "list": List,
@@ -172,7 +178,7 @@ def _unknown(token: str, argv: Sequence[str]) -> str:
     if not token.startswith("-"):
         return f"expected a flag of {command}, got {token!r}"
     kind = BENCHES[argv[1]] if argv[0] == "bench" else COMMANDS[command]
-    flags = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+    flags = [field.name.strip("_").replace("_", "-") for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(token.strip("-").replace("_", "-"), flags, n=1)
     advice = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command} --help"
     return f"expected a flag of {command}, got {token!r}; {advice}"

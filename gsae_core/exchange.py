@@ -1,6 +1,6 @@
 """`import`, `export` and `list`: what each does, as the lines it prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gsae_core.errors import InputError
 from gsae_core.exchange_flags import ExportSAE, Import, List
@@ -18,6 +18,17 @@ PROGRAM = "python -m gsae_core"
 
 # Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
 OWN = {"recipe", "tie", "aux", "detach_b_dec", "init_threshold", "bandwidth", "k_aux"}
+
+
+def lines(command: Import | ExportSAE | List) -> Iterable[str]:
+    """Return what a command prints, as it does its work."""
+    match command:
+        case Import():
+            return import_lines(command)
+        case ExportSAE():
+            return export_lines(command)
+        case List():
+            return list_lines(command)
 
 
 def import_lines(command: Import) -> Iterator[str]:
@@ -50,7 +61,7 @@ def export_lines(command: ExportSAE) -> Iterator[str]:
     from gsae_core.store.formats.writer import write_sae
 
     run = Run.open(command.run)
-    name = command.sae or _only(run)
+    name = command.sae or only_sae(run)
     folder = run.sae_folder(name)
     metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
     if metadata.get("stopped"):
@@ -64,7 +75,12 @@ def export_lines(command: ExportSAE) -> Iterator[str]:
     yield f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}"
 
 
-def _only(run: Run) -> str:
+def only_sae(run: Run) -> str:
+    """Return the name of a run's one SAE.
+
+    Raises:
+        InputError: if it has several.
+    """
     names = [spec.name for spec in run.config.saes]
     if len(names) > 1:
         raise InputError(f"expected --sae with one of this run's SAEs ({', '.join(names)})")

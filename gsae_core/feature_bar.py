@@ -161,13 +161,11 @@ def said(feature: "Feature") -> None:
             width="stretch",
         )
         _notes(labels, number, known["note"].text if "note" in known else "")
-    if "label" in known and (known["label"].model or known["label"].score is not None):
-        by = known["label"]
-        score = "" if by.score is None else f", score {by.score:.2f}"
-        st.html(
-            f'<div style="font-size:.8125rem;opacity:.75">label by {escaped(by.author)}'
-            f"{', ' + escaped(by.model) if by.model else ''}{score}</div>"
-        )
+    if by := known.get("label"):
+        author = escaped(by.author)
+        who = f"{escaped(by.model)} ({author})" if by.model else author
+        score = "" if by.score is None else f", score {by.score:.2f} where 0.5 is guessing"
+        st.html(f'<div style="font-size:.8125rem;opacity:.75">written by {who}{score}</div>')
 
 
 def heading(number: int) -> None:

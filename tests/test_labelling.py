@@ -99,8 +99,10 @@ def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:
 def test_a_model_on_this_machine_writes(tiny_lm_folder: Path) -> None:
     writer = LocalWriter(str(tiny_lm_folder))
     assert isinstance(writer, Writer)
-    answer = writer.answer(" ".join(["w1"] * 40), max_tokens=4)
+    answer = writer.answer(" ".join(["w1"] * 12), max_tokens=4)
     assert all(re.fullmatch(r"w\d+|<unk>", word) for word in answer.split())
+    with pytest.raises(InputError, match=r"holds a question and its answer, 17 tokens, got .* 16"):
+        writer.answer(" ".join(["w1"] * 13), max_tokens=4)
 
 
 def test_what_fires_in_every_text_has_no_score_by_detection(
@@ -126,13 +128,18 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(body | {"path": self.path})
         self.headers_seen.append(self.headers.get("Authorization"))
-        code = 404 if body["model"] == "missing" else 200
+        code = {"missing": 404, "locked": 401, "elsewhere": 302}.get(body["model"], 200)
         answer = {"choices": [{"message": {"content": "full stops"}}]}
         data = json.dumps({"odd": 1} if body["model"] == "odd" else answer).encode()
         self.send_response(code)
+        if code == 302:
+            self.send_header("Location", "/other")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        raise AssertionError("expected nobody to be led elsewhere")
 
     def log_message(self, *_: object) -> None:  # pyright: ignore
         pass
@@ -181,3 +188,29 @@ def test_a_server_that_does_not_help_is_one_sentence(
         RemoteWriter("any")
     with pytest.raises(InputError, match="expected an address in OPENAI_BASE_URL"):
         RemoteWriter("any", base_url="file:///etc/hosts")
+    with pytest.raises(InputError, match=r"got 401 .*; does OPENAI_API_KEY hold a token for it"):
+        RemoteWriter("locked", base_url=address).answer("?", max_tokens=1)
+
+
+def test_nobody_is_led_to_another_address(address: str) -> None:
+    with pytest.raises(InputError, match=r"expected an answer from .*, got 302"):
+        RemoteWriter("elsewhere", base_url=address).answer("?", max_tokens=1)
+
+
+def test_no_secret_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("http://ada:hidden@host/v1", "https://host/v1?key=hidden"):
+        with pytest.raises(InputError, match="without a user, a password or a query") as error:
+            RemoteWriter("any", base_url=url)
+        assert "hidden" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "hid\nden")
+    with pytest.raises(InputError, match="expected a token of plain characters") as error:
+        RemoteWriter("any", base_url="http://host/v1")
+    assert "den" not in str(error.value).replace("OPENAI_API_KEY", "")
+
+
+def test_what_cannot_be_seen_is_no_part_of_a_label(index: FeatureIndex) -> None:
+    class Colours(Answers):
+        def answer(self, question: str, *, max_tokens: int) -> str:
+            return "\x1b\x07\nfull\u202e stops"
+
+    assert write_label(index.feature(sparse(index)), Colours(bool)) == "full stops"

@@ -18,12 +18,12 @@ FLOORS = {
             "lm sae",
             "training analysis store",
             "plots job indexing learning samples workshop machine progress failures flags "
-            "preflight preview model_card card_figure hub_flags hub_work",
+            "preflight preview model_card card_figure hub_flags hub_work label_flags",
             "bench",
             "controls live_view cli command_line report doctor __main__ launch shell "
             "exchange exchange_flags "
             "pieces job_badge "
-            "hub_command hub_view hub_library hub_transfers hub_catalogue "
+            "label_command hub_command hub_view hub_library hub_transfers hub_catalogue "
             "cached cards address app pages "
             "train_form train_view train_widgets block_diagram "
             "feature_bar feature_dashboard feature_examples feature_files feature_links "

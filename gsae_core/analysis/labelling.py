@@ -53,6 +53,14 @@ spaces, 1 where they do and 0 where they do not.
 Digits:"""
 
 
+class NotLabelled(InputError):
+    """One feature cannot be labelled; the next one may be."""
+
+
+class NotUnderstood(NotLabelled):
+    """The writer answered, but not what it was asked."""
+
+
 class Scored(NamedTuple):
     """How a label did."""
 
@@ -66,19 +74,32 @@ def write_label(feature: "Feature", writer: Writer) -> str:
     """Return a label in a line, from the feature's strongest examples.
 
     Raises:
-        InputError: if the feature is dead, the writer does not answer, or answers nothing.
+        InputError: if the feature is dead, the writer does not answer, or (NotUnderstood) answers
+            nothing.
+    """
+    check_fires(feature)
+    texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
+    answer = writer.answer(WRITE.format(texts=texts), max_tokens=40).strip()
+    lines = ["".join(filter(str.isprintable, line)).strip(" \"'.") for line in answer.splitlines()]
+    label = next(filter(None, lines), "")
+    if not label:
+        raise NotUnderstood(
+            f"expected a label from {writer.name}, got an empty answer; try another"
+        )
+    return label[: LONGEST["label"]]
+
+
+def check_fires(feature: "Feature") -> None:
+    """Check that there is something to label.
+
+    Raises:
+        InputError: if the feature is dead.
     """
     if feature.is_dead:
         raise InputError(
             f"expected a feature that fires, got {feature.number}, which is dead on these "
             f"{feature.index.n_tokens} tokens: there is nothing to label"
         )
-    texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
-    answer = writer.answer(WRITE.format(texts=texts), max_tokens=40).strip()
-    lines = [line.strip(" \"'.") for line in answer.splitlines() if line.strip(" \"'.")]
-    if not lines:
-        raise InputError(f"expected a label from {writer.name}, got an empty answer; try another")
-    return lines[0][: LONGEST["label"]]
 
 
 def score_label(
@@ -87,8 +108,8 @@ def score_label(
     """Return how well a label tells where the feature fires, on texts drawn by `seed`.
 
     Raises:
-        InputError: if the writer does not answer with as many digits as there are texts, or the
-            feature fires in every text that was looked at.
+        InputError: if the writer does not answer; NotUnderstood: not with as many digits as there
+            are texts; NotLabelled: the feature fires in every text that was looked at.
     """
     rng = np.random.default_rng([feature.number, seed])
     fires = feature.random(N_SCORED, seed=seed, before=BEFORE, after=AFTER)
@@ -111,15 +132,18 @@ def score_label(
 
 
 def label_feature(
-    feature: "Feature", writer: Writer, *, by: By = "detection", seed: int = 0
+    feature: "Feature", writer: Writer, *, by: By | None = "detection", seed: int = 0
 ) -> Said:
     """Write a label, score it, and append both to the index's labels as automatic.
+
+    Args:
+        by: how it is scored; None: not at all.
 
     Raises:
         InputError: as `write_label` and `score_label` do.
     """
     label = write_label(feature, writer)
-    score = score_label(feature, label, writer, by=by, seed=seed).score
+    score = score_label(feature, label, writer, by=by, seed=seed).score if by else None
     labels = feature.index.labels
     return labels.add(
         feature.number, "label", label, author="automatic", model=writer.name, score=score
@@ -153,7 +177,7 @@ def _silent(feature: "Feature", n: int, *, seed: int) -> list[Example]:
     drawn = feature.non_activating(LOOKED_AT, seed=seed, before=BEFORE, after=AFTER)
     silent = [example for example in drawn if not any(example.values)]
     if not silent:
-        raise InputError(
+        raise NotLabelled(
             f"expected texts in which feature {feature.number} is silent, found none among "
             f"{len(drawn)}: it fires in nearly every text; score its label by fuzzing"
         )
@@ -171,7 +195,7 @@ def _elsewhere(example: Example, rng: np.random.Generator) -> set[int]:
 def _digits(answer: str, n: int, name: str) -> list[int]:
     digits = [int(digit) for digit in re.findall(r"(?<!\d)[01](?!\d)", answer)]
     if len(digits) != n:
-        raise InputError(
+        raise NotUnderstood(
             f"expected {n} digits, 0 or 1, from {name}, got {answer.strip()[:80]!r}; the model is "
             "too small for scoring, or needs another prompt"
         )
