@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from gsae_core.config import Site
+from gsae_core.config import SITES, Site
 
 
 def _plain(text: str, metavar: str | None = None) -> Any:
@@ -32,7 +32,9 @@ class Import:
         str | None, _plain("Language model, where the files say none or another name.", "NAME")
     ] = None
     layer: Annotated[int | None, _plain("Block number, from 0, likewise.", "INT")] = None
-    site: Annotated[Site | None, _plain("Place in the block, likewise.")] = None
+    site: Annotated[
+        Site | None, _plain("Place in the block, likewise.", f"{{{','.join(SITES)}}}")
+    ] = None
     data: Annotated[
         str | None,
         _plain("Text to evaluate on; without it the Python standard library's.", "NAME"),

@@ -361,3 +361,11 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(words: str, sentence: str) -> None:
     assert refused(words) == sentence
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_offers_none_as_no_choice(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse([command, "--help"])
+    assert ended.value.code == 0
+    assert "{None" not in capsys.readouterr().out
