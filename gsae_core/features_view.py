@@ -132,7 +132,7 @@ def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
     return choose(sae.rows, wanted, said=said, matches=matches, order=order)
 
 
-_NOTHING_SAID = pd.DataFrame({"label": pd.Series(dtype=object), "star": pd.Series(dtype=bool)})
+_NOTHING_SAID = pd.DataFrame(columns=["label", "star", "author", "model", "score"], dtype=object)
 
 
 def _matches(index: "FeatureIndex", text: str) -> Mapping[int, float]:
@@ -207,6 +207,7 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
             "feature": number("feature", format="%d", width=62, pinned=True),
             "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
             "label": st.column_config.TextColumn("label"),
+            "by": st.column_config.TextColumn("by", help="Who wrote the label; 0.5 is guessing"),
             "density": number("density", format="%.3g %%", width=78, help=COLUMNS["density"]),
             "max": number("max", format="%.3g", width=60, help=COLUMNS["max"]),
             "theta": number("θ", format="%.3g", width=60, help=COLUMNS["theta"]),
@@ -242,7 +243,8 @@ def _count(chosen: Chosen, n_shown: int) -> None:
 def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
     """Return the columns that say anything of this SAE."""
     wanted = ["feature"]
-    wanted += ["star"] * bool(rows["star"].any()) + ["label"] * bool((rows["label"] != "").any())
+    wanted += ["star"] * bool(rows["star"].any())
+    wanted += ["label", "by"] * bool((rows["label"] != "").any())
     if sae.index is not None:
         wanted.append("tokens")
     numbers = ["density", "max", "theta", "gamma", "gain", "gate_density"]

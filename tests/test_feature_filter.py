@@ -147,3 +147,12 @@ def test_a_feature_outside_the_list_goes_on_from_where_its_number_stands() -> No
     assert beside(rows, 8, -1) == 7
     assert beside(rows, 99, 1) == 2
     assert beside(rows.head(0), 1, 1) is None
+
+
+def test_a_label_stands_beside_who_wrote_it_and_its_score(labels: Labels) -> None:
+    labels.add(0, "label", "dots", author="ada")
+    labels.add(1, "label", "commas", author="automatic", model="small", score=0.9)
+    labels.add(2, "label", "ends", author="automatic", model="small")
+    labels.add(3, "star", "on", author="ada")
+    rows = chosen(labels).rows
+    assert rows["by"].tolist() == ["ada", "small, 0.90", "small", "", ""]

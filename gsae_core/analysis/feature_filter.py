@@ -149,7 +149,7 @@ def choose(
     matches: "Mapping[int, float] | None" = None,
     order: str = "number",
 ) -> Chosen:
-    """Return the rows that are wanted, ordered, with `label` and `star` beside them.
+    """Return the rows that are wanted, ordered, with `label`, `by` and `star` beside them.
 
     Args:
         said: `Labels.frame()`.
@@ -157,8 +157,10 @@ def choose(
             known, and only labels are searched.
         order: a key of `ORDERS`; rows without the number come last.
     """
+    by = dict(zip(said.index, _writers(said), strict=True))
     rows = rows.assign(
         label=said["label"].reindex(rows["feature"]).fillna("").to_numpy(dtype=object),
+        by=np.array([by.get(i, "") for i in rows["feature"].tolist()], dtype=object),
         star=said["star"].reindex(rows["feature"], fill_value=False).to_numpy(dtype=bool),
     )
     if wanted.text:
@@ -176,6 +178,15 @@ def choose(
         found = found.sort_values(column, ascending=rising, kind="stable", na_position="last")
     ranked = dict(sorted(excluded.items(), key=lambda pair: -pair[1]))
     return Chosen(found.reset_index(drop=True), len(rows), ranked)
+
+
+def _writers(said: "pd.DataFrame") -> list[str]:
+    """Return who wrote each label: a person, or a model with its score."""
+    found = zip(said["author"], said["model"], said["score"], strict=True)
+    return [
+        (model or author) + (f", {score:.2f}" if score == score else "")
+        for author, model, score in found
+    ]
 
 
 def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "Mapping[str, Bool[np.ndarray, ' rows']]":
