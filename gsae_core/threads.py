@@ -29,6 +29,14 @@ def spread(task: Callable[[int], Result], n: int) -> list[Result]:
     return list(one_thread_a_core(threads, os.getpid()).map(run, range(n)))
 
 
+def on_one_core(task: Callable[[], Result]) -> Result:
+    """Return task(), computed by a thread like those of `spread`: with the bits it has there."""
+    threads = torch.get_num_threads()
+    if threads < 2:
+        return task()
+    return one_thread_a_core(threads, os.getpid()).submit(task).result()
+
+
 def over_rows(n: int, loop: Callable[[int, int], None], *, least: int = 64) -> None:
     """Call loop(first, last) for pieces of 0 to n, side by side."""
     size = max(least, -(-n // (4 * torch.get_num_threads())))

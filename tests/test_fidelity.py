@@ -22,6 +22,7 @@ from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.threads import on_one_core
 
 ROWS = np.random.default_rng(0).integers(2, 40, size=(5, 9))
 ROWS[:, 0] = 0  # BOS: not counted
@@ -139,12 +140,12 @@ def test_losses_equal_loops_over_whole_forward_passes(
 
 def test_divergence_is_the_one_of_the_definition() -> None:
     # p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3; both tokens count.
-    from gsae_core.analysis.fidelity import _Reference
+    from gsae_core.analysis.predictions import Reference
 
     ids, mask = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
     p = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log()
     q = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]]).log()
-    reference = _Reference(p, ids, mask)
+    reference = Reference(p, ids, mask)
     ce, kl = reference.compare(q)
     assert reference.losses.tolist() == pytest.approx([math.log(2)])
     assert ce.tolist() == pytest.approx([math.log(4 / 3)])
@@ -183,7 +184,8 @@ def test_special_positions_are_shown_to_no_sae(tiny_lm: LanguageModel) -> None:
             seen.append(x)
 
     measure(tiny_lm, Spy(12, 5))
-    x = tiny_lm.harvest(torch.from_numpy(ROWS), layer=0, site="resid_post")
+    ids = torch.from_numpy(ROWS)
+    x = on_one_core(lambda: tiny_lm.harvest(ids, layer=0, site="resid_post"))
     assert torch.equal(torch.cat(seen), x[torch.from_numpy(ROWS) != 0])
 
 

@@ -14,22 +14,21 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gsae_core.analysis.predictions import Losses, Reference, RunningLosses
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet, TokenBatch
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.splice import Splice
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.codes import encode_sparse, weighted_sums
 from gsae_core.sae.deciles import NormDeciles
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
-from gsae_core.threads import spread
-
-Losses = tuple[Tensor, Tensor]
-"""Loss and divergence of every counted prediction of a batch, each (n,)."""
+from gsae_core.threads import on_one_core, spread
 
 # Logits computed at a time. On a CPU they should not leave the cache for long; a GPU wants work.
 LOGITS_CPU, LOGITS_GPU = 2**22, 2**27
@@ -129,15 +128,19 @@ def evaluating(
             predicted.
     """
     model.check(layer, site)
-    clean, zero = _Losses(), _Losses()
-    spliced, metrics = [_Losses() for _ in saes], [Metrics() for _ in saes]
+    clean, zero = RunningLosses(), RunningLosses()
+    spliced, metrics = [RunningLosses() for _ in saes], [Metrics() for _ in saes]
     norms = [NormDeciles() for _ in saes]
     n_done = 0
+    # A thread an SAE costs a fifth less than products and sums that each wake every thread.
+    on_cpu = model.device.type == "cpu"
+    side_by_side, here = (spread, on_one_core) if on_cpu else (_in_turn, _now)
     for ids, mask in _batches(model, sequences, n_tokens):
-        splice = model.splice(ids, layer=layer, site=site)
+        # Where the passes run that it is compared with: else the identity would differ in rounding.
+        splice = here(lambda ids=ids: model.splice(ids, layer=layer, site=site))
         ids, mask = ids.to(model.device), mask.to(model.device)
         x = splice.x[mask]
-        reference = _Reference(splice.logits, ids, mask)
+        reference = Reference(splice.logits, ids, mask)
         clean.add(reference.losses, None)
 
         def compared(x_hat: Tensor, splice=splice, mask=mask, reference=reference) -> Losses:
@@ -151,8 +154,6 @@ def evaluating(
             norms[i].add(x=x.to(x_hat), x_hat=x_hat)
             return compared(x_hat.to(x))
 
-        # A thread an SAE costs a fifth less than products and sums that each wake every thread.
-        side_by_side = spread if model.device.type == "cpu" else _in_turn
         for losses, found in zip(
             [*spliced, zero], side_by_side(evaluated, len(saes) + 1), strict=True
         ):
@@ -210,62 +211,8 @@ def reconstruct(
     return x_hat, stats
 
 
-class _Losses:
-    """Running float64 sums of losses and divergences; read once, at the end."""
-
-    def __init__(self) -> None:
-        # Floats, not tensors: tensors that outlive a batch pin the heap between its large blocks,
-        # and an evaluation on 65 k tokens that needs 0.7 GB grew to 4.2 GB (glibc).
-        self.n = 0
-        self._ce: list[float] = []
-        self._kl: list[float] = []
-
-    def add(self, ce: Float[Tensor, " n"], kl: Float[Tensor, " n"] | None) -> None:
-        self.n += len(ce)
-        dtype = sum_dtype(ce.device)
-        self._ce.append(ce.sum(dtype=dtype).item())
-        if kl is not None:
-            self._kl.append(kl.sum(dtype=dtype).item())
-
-    @property
-    def ce(self) -> float:
-        return math.fsum(self._ce) / self.n
-
-    @property
-    def kl(self) -> float:
-        return math.fsum(self._kl) / self.n
-
-
-class _Reference:
-    """The clean predictions of a batch, with which spliced ones are compared."""
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        logits: Float[Tensor, "rows pos d_vocab"],
-        ids: Int64[Tensor, "rows pos"],
-        mask: Bool[Tensor, "rows pos"],
-    ) -> None:
-        self._counted = mask[:, :-1] & mask[:, 1:]
-        self._targets = ids[:, 1:, None]
-        self._log_p = logits[:, :-1].log_softmax(-1)
-        self._p = self._log_p.exp()
-        self.losses = self._losses(self._log_p)
-
-    def _losses(self, log_q: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, " n"]:
-        return -log_q.gather(-1, self._targets)[..., 0][self._counted]
-
-    @torch.inference_mode()
-    def compare(
-        self, logits: Float[Tensor, "rows pos d_vocab"]
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Return the loss and KL(clean || these) of every counted prediction, in nats."""
-        log_q = logits[:, :-1].log_softmax(-1)
-        losses = self._losses(log_q)
-        # The difference before the product: equal predictions diverge by exactly 0. In place, for
-        # a vocabulary's width of memory traffic costs as much as a block of the model.
-        torch.sub(self._log_p, log_q, out=log_q)
-        return losses, log_q.mul_(self._p).sum(-1)[self._counted]
+def _now(task: Callable[[], Splice]) -> Splice:
+    return task()
 
 
 def _in_turn(task: Callable[[int], Losses], n: int) -> list[Losses]:
@@ -298,7 +245,7 @@ def _batches(model: LanguageModel, sequences: SequenceSet, n_tokens: int) -> Ite
         left -= int(counts[:begun].sum())
 
 
-def _fidelity(clean: _Losses, sae: _Losses, zero: _Losses) -> Fidelity:
+def _fidelity(clean: RunningLosses, sae: RunningLosses, zero: RunningLosses) -> Fidelity:
     return Fidelity(
         ce_clean=clean.ce,
         ce_sae=sae.ce,
