@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gsae_core.analysis.feature_table import describe
-from gsae_core.analysis.index_codes import CALIBRATION_TOKENS, Found, find, near_band
+from gsae_core.analysis.index_codes import CALIBRATION_TOKENS, Finder, Found, NearBand, finder
 from gsae_core.analysis.index_files import MANIFEST, SCHEMA_VERSION, Manifest, Split
 from gsae_core.analysis.index_plan import (
     Part,
@@ -44,8 +44,6 @@ from gsae_core.store.files import replace_durably, write_json, writing
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = 2**12
-"""Activations that are encoded at once."""
 Stage = Literal["indexing", "sorting", "describing"]
 
 
@@ -107,12 +105,12 @@ def build_index(
     take_up(building, plan)
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     band = _band(building, sae, parts, harvests, n_tokens=n_tokens)
-    done = 0
+    find, done = finder(sae, band), 0
     yield Progress("indexing", done, n_tokens)
     for number, shard in enumerate(shards):
         path = building / f"shard-{number:05d}.safetensors"
         if not _is_whole(path):
-            _write_shard(path, _read_shard(sae, harvests[shard.part], shard, band))
+            _write_shard(path, _read_shard(harvests[shard.part], shard, find))
         counts = parts[shard.part].sequences.counts
         done += int(counts[shard.first : shard.last].sum())
         yield Progress("indexing", done, n_tokens)
@@ -178,9 +176,11 @@ def _band(
         batches.append((harvest, which))
         n_sample += int(part.sequences.counts[which].sum())
     log.info("band of near misses from %d tokens of %d sequences", n_sample, n_sequences)
-    vectors = (x for harvest, which in batches for x in harvest.vectors(which))
-    band = near_band(sae, vectors, n_sample=max(n_sample, 1), n_tokens=n_tokens)
-    array = band.float().cpu().numpy()
+    band = NearBand(sae, n_sample=max(n_sample, 1), n_tokens=n_tokens)
+    for harvest, which in batches:
+        for _ in harvest.through(band.add, which):
+            pass
+    array = band.width.float().cpu().numpy()
 
     def write(to: Path) -> None:
         with to.open("wb") as file:
@@ -190,43 +190,31 @@ def _band(
     return torch.from_numpy(array).to(device)
 
 
-def _read_shard(
-    sae: SAE, harvest: Harvest, shard: Shard, band: Float[Tensor, " d_sae"]
-) -> dict[str, Any]:
+SUMMED = ("gate_open", "toward", "x_sum", "sums")
+
+
+def _read_shard(harvest: Harvest, shard: Shard, find: Finder) -> dict[str, Any]:
+    totals: dict[str, Any] = {}
     found: list[Found] = []
-    for x in in_batches(harvest.vectors(np.arange(shard.first, shard.last))):
-        found.append(find(sae, x.to(band.device), band))
+    for each in harvest.through(find, np.arange(shard.first, shard.last)):
+        totals = {name: totals.get(name, 0) + getattr(each, name) for name in SUMMED}
+        # What is added up already is as long as the dictionary is wide, each time.
+        found.append(each._replace(**{name: getattr(each, name)[:0] for name in SUMMED}))
     starts = np.cumsum([0, *(len(each.counts) for each in found)])
     rows = [each.near_row + start for each, start in zip(found, starts, strict=False)]
-    narrow = np.uint16 if sae.d_sae <= 2**16 else np.uint32
 
-    def joined(name: str, dtype: Any) -> np.ndarray:
-        return np.concatenate([getattr(each, name) for each in found]).astype(dtype, copy=False)
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(each, name) for each in found])
 
     return {
-        "counts": joined("counts", np.uint32),
-        "latent": joined("latent", narrow),
-        "value": joined("value", np.float32),
+        "counts": joined("counts").astype(np.uint32),
+        "latent": joined("latent"),
+        "value": joined("value"),
         "near_row": np.concatenate(rows).astype(np.uint32),
-        "near_latent": joined("near_latent", narrow),
-        "near_margin": joined("near_margin", np.float32),
-        **{
-            name: sum(getattr(each, name) for each in found)
-            for name in ("gate_open", "toward", "x_sum", "sums")
-        },
+        "near_latent": joined("near_latent"),
+        "near_margin": joined("near_margin"),
+        **totals,
     }
-
-
-def in_batches(vectors: Iterator[Float[Tensor, "n d_in"]]) -> Iterator[Float[Tensor, "m d_in"]]:
-    """Yield the vectors of whole passes together, `BATCH_TOKENS` or a few more at a time."""
-    waiting: list[Tensor] = []
-    for x in vectors:
-        waiting.append(x)
-        if sum(map(len, waiting)) >= BATCH_TOKENS:
-            yield torch.cat(waiting)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting)
 
 
 def _write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:

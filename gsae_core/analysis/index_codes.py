@@ -5,30 +5,31 @@ fires where its margin is above 0. Of the margins at or below 0 a band is kept, 
 latent as it takes to hold some tokens whatever its scale (`near_band`).
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsae_core.analysis import index_loops
+from gsae_core.analysis.index_compare import compare
+from gsae_core.analysis.index_entries import Entries, Rules, narrow
 from gsae_core.analysis.index_files import NEAR_KEPT
-from gsae_core.sae import loops
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import SparseCodes, codes_of, gates, weighted_sums
-from gsae_core.sae.metrics import sum_dtype
+from gsae_core.sae.codes import SparseCodes, codes_of, gates
 from gsae_core.sae.picking import Products, products_above
-from gsae_core.threads import over_rows
 
 CALIBRATION_TOKENS = 2**12
 """Tokens that set the width of the band."""
 BAND_TOKENS = 2 * NEAR_KEPT
 """Tokens that the band holds on average; the nearest `NEAR_KEPT` are kept."""
-DENSE_ROWS = 2**8
-"""Rows of pre-activations that exist at once where all are looked at."""
+DENSE_ROWS, DENSE_ELEMENTS = 2**8, 2**22
+"""Most rows, and numbers, of pre-activations that exist at once where all are looked at."""
 
 
 class Found(NamedTuple):
@@ -36,10 +37,10 @@ class Found(NamedTuple):
 
     counts: Int64[np.ndarray, " rows"]
     """Active entries of each row."""
-    latent: Int64[np.ndarray, " nnz"]
+    latent: Integer[np.ndarray, " nnz"]
     value: Float32[np.ndarray, " nnz"]
     near_row: Int64[np.ndarray, " near"]
-    near_latent: Int64[np.ndarray, " near"]
+    near_latent: Integer[np.ndarray, " near"]
     near_margin: Float32[np.ndarray, " near"]
     gate_open: Int64[np.ndarray, " d_sae"]
     """Rows on which each latent's pi_gate > 0; without a gate, those on which it fires."""
@@ -60,32 +61,53 @@ class _Split(NamedTuple):
     gate_open: Int64[Tensor, " d_sae"] | None
 
 
+Finder = Callable[[Float[Tensor, "rows d_in"]], Found]
+
+
 @torch.no_grad()
-def find(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"]) -> Found:
-    """Return what fires on each row, and what nearly did.
+def finder(sae: SAE, band: Float[Tensor, " d_sae"]) -> Finder:
+    """Return the function from activations to what fires on each row, and what nearly does.
+
+    Threads may call it side by side.
 
     Args:
         sae: takes raw activations.
-        x: activations.
         band: of `near_band`: the margin above which a silent latent counts as a near miss.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
     """
-    sae.check_width(x)
-    split = _whole_rows(sae, x, band) if isinstance(sae, TopKSAE) else _by_product(sae, x, band)
+    on_cpu = band.is_cpu and band.dtype in (torch.float32, torch.float64)
+    compiled = on_cpu and not isinstance(sae, TopKSAE) and not _untied(sae)
+    entries = Entries(*_rules(sae, band)) if compiled else None
+
+    @torch.no_grad()
+    def find(x: Float[Tensor, "rows d_in"]) -> Found:
+        x = x.to(band.device)
+        if isinstance(sae, TopKSAE):
+            split = _whole_rows(sae, x, band)
+        elif entries is None:
+            split = _by_product(sae, x, band)
+        else:
+            split = _Split(*entries.of(x - sae.b_dec))
+        return _found(sae, x, split)
+
+    return find
+
+
+def _found(sae: SAE, x: Float[Tensor, "rows d_in"], split: "_Split") -> Found:
     codes = split.active
-    came = _compare(sae, x, codes)
+    came = compare(sae, x, codes)
     latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
-    fired = np.bincount(latent, minlength=sae.d_sae)
+    if split.gate_open is None:
+        gate_open = np.bincount(latent, minlength=sae.d_sae)
+    else:
+        gate_open = split.gate_open.cpu().numpy()
     return Found(
         counts=codes.row_offsets.diff().cpu().numpy(),
-        latent=latent,
+        latent=latent.astype(narrow(sae.d_sae)),
         value=value,
         near_row=split.near_row.cpu().numpy(),
-        near_latent=split.near_latent.cpu().numpy(),
+        near_latent=split.near_latent.cpu().numpy().astype(narrow(sae.d_sae)),
         near_margin=split.near_margin.float().cpu().numpy(),
-        gate_open=fired if split.gate_open is None else split.gate_open.cpu().numpy(),
+        gate_open=gate_open,
         # Of no entries at all, NumPy's sums are integers.
         toward=np.bincount(latent, weights=value * came.toward, minlength=sae.d_sae) + 0.0,
         x_sum=came.x_sum,
@@ -93,27 +115,38 @@ def find(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"])
     )
 
 
-@torch.no_grad()
-def near_band(
-    sae: SAE, batches: Iterator[Float[Tensor, "rows d_in"]], *, n_sample: int, n_tokens: int
-) -> Float[Tensor, " d_sae"]:
-    """Return for each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
+class NearBand:
+    """For each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
 
     It is the r-th largest margin of a silent token in the sample, with r / n_sample equal to
     BAND_TOKENS / n_tokens (and r at least 2): tokens are as likely to lie above it as below,
     whatever the latent's scale. -inf where the sample has fewer: the band then holds all.
 
     Args:
-        batches: activations of the sample, `n_sample` in all.
+        n_sample: tokens that will be added.
     """
-    rank = min(max(2, round(BAND_TOKENS * n_sample / n_tokens)), n_sample)
-    best = sae.W_dec.new_full((rank, sae.d_sae), -torch.inf)
-    for batch in batches:
-        for x in batch.split(DENSE_ROWS):
-            margin, fires = margins(sae, x)
-            both = torch.cat([best, margin.masked_fill_(fires, -torch.inf)])
-            best = both.topk(rank, dim=0, sorted=True).values
-    return best[-1]
+
+    def __init__(self, sae: SAE, *, n_sample: int, n_tokens: int) -> None:
+        rank = min(max(2, round(BAND_TOKENS * n_sample / n_tokens)), n_sample)
+        self._sae, self._lock = sae, threading.Lock()
+        self._best = sae.W_dec.detach().new_full((sae.d_sae, rank), -torch.inf)
+        self.width = self._best[:, 0].clone()
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Look at activations; threads may add theirs side by side, in any order."""
+        x = x.to(self.width.device)
+        for rows in x.split(max(1, min(DENSE_ROWS, DENSE_ELEMENTS // self._sae.d_sae))):
+            margin, fires = margins(self._sae, rows)
+            margin = margin.masked_fill_(fires, -torch.inf)
+            with self._lock:
+                if self.width.is_cpu and self.width.dtype != torch.bfloat16:
+                    arrays = (margin, self._best, self.width)
+                    index_loops.keep_largest(*(each.numpy() for each in arrays))
+                else:
+                    both = torch.cat([self._best, margin.T], dim=1)
+                    self._best = both.topk(self._best.shape[1], dim=1, sorted=True).values
+                    self.width = self._best[:, -1].contiguous()
 
 
 @torch.no_grad()
@@ -147,6 +180,26 @@ def _thresholds(sae: SAE) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " 
         case ReluSAE():
             return gates(sae)
     raise TypeError(f"no thresholds are known for {type(sae).__name__}")
+
+
+def _rules(sae: SAE, band: Float[Tensor, " d_sae"]) -> tuple[Tensor, Tensor, Rules, bool]:
+    """Return what `Entries` takes."""
+    W, edge = _thresholds(sae)
+    always, ones = torch.full_like(edge, -torch.inf), torch.ones_like(edge)
+    match sae:
+        case GatedSAE():
+            gain = ones if sae.r_mag is None else sae.r_mag.exp()
+            rules = Rules(gates(sae)[1], gain, sae.b_mag, torch.zeros_like(edge), edge, band)
+        case ReluSAE():
+            rules = Rules(gates(sae)[1], ones, sae.b_enc, torch.zeros_like(edge), edge, band)
+        case JumpReluSAE():
+            slack = 8 * torch.finfo(edge.dtype).eps * (sae.threshold + sae.b_enc.abs())
+            rules = Rules(always, ones, sae.b_enc, sae.threshold, edge, band)
+            return W, edge + band - slack, rules, False
+        case _:
+            raise TypeError(f"no thresholds are known for {type(sae).__name__}")
+    # Every open gate counts, also one that opens onto no magnitude.
+    return W, torch.minimum(edge + band, rules.opens), rules, True
 
 
 def _by_product(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"]) -> _Split:
@@ -221,47 +274,3 @@ def _whole_rows(
     )
     active = SparseCodes(torch.cat(offsets), latent, value, value)
     return _Split(active, near_row, near_latent, near_margin, None)
-
-
-class _Compared(NamedTuple):
-    """A batch beside its reconstruction."""
-
-    toward: Float[np.ndarray, " nnz"]
-    """<x - x_hat, W_dec_i> of each active entry."""
-    x_sum: Float64[np.ndarray, " d_in"]
-    sums: Float64[np.ndarray, " sums"]
-
-
-def _compare(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> _Compared:
-    if x.device.type != "cpu":
-        return _compare_elsewhere(sae, x, codes)
-    offsets, latent, f, W, b, rows = (
-        each.detach().contiguous().numpy()
-        for each in (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
-    )
-    error, toward = np.empty_like(rows), np.empty_like(f)
-    sums, x_sum = np.zeros((len(rows), loops.N_ROW_SUMS)), np.zeros(rows.shape[1])
-    none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
-
-    def decode(first: int, last: int) -> None:
-        entries = (first, last, offsets, latent, f, f, W, b, rows, scale, False)
-        loops.decode_rows(*entries, error, none, toward, toward, sums)
-
-    over_rows(len(rows), decode)
-    loops.sum_columns(rows, x_sum)
-    kept = [loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT, loops.ERROR_POWER]
-    return _Compared(toward, x_sum, sums[:, kept].sum(0))
-
-
-def _compare_elsewhere(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> _Compared:
-    with torch.enable_grad():
-        f = codes.magnitude.detach().requires_grad_()
-        decoded = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
-    x_hat = decoded.detach() + sae.b_dec
-    # The product's derivative to its weights is the sampled product <., W_dec_i>.
-    (toward,) = torch.autograd.grad(decoded, f, x - x_hat)
-    dtype = sum_dtype(x.device)
-    pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
-    sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
-    x_sum = x.to(dtype).sum(0)
-    return _Compared(toward.cpu().numpy(), *(each.double().cpu().numpy() for each in (x_sum, sums)))

@@ -25,16 +25,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from gsae_core.analysis import index_loops
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.harvest import default_rows
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.sites import FAMILIES
+from gsae_core.threads import spread
 
 FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
 """Names of the final norm in the headless models of `FAMILIES`."""
 TOKENS_AT_ONCE = 256
-DIRECTIONS_AT_ONCE = 1024
-JACOBIAN_ROWS = 16
+DIRECTIONS_AT_ONCE = 256
 
 
 class LogitMap(NamedTuple):
@@ -80,20 +82,23 @@ def logit_map(
         )
     hf = model.hf
     norm = _plain(final_norm(hf))
-    last = model.harvest(ids, layer=model.n_layers - 1, site="resid_post").flatten(0, 1)
+    last = _activations(model, ids, layer=model.n_layers - 1, site="resid_post")
     added = _path(model, ids, layer=layer, site=site)
     W_U = hf.get_output_embeddings().weight.detach().float()
     d_in, n = model.width(site), len(last)
-    to_stream = last.new_zeros(model.d_model, d_in)
-    for at in range(0, n, TOKENS_AT_ONCE):
-        rows = slice(at, at + TOKENS_AT_ONCE)
 
-        def stream(nudge: Tensor, rows: slice = rows) -> Tensor:
-            return norm(last[rows] + added(nudge, rows)).sum(0)
-
+    def jacobian(k: int) -> Float[Tensor, "d_model d_in"]:
+        rows = slice(k * TOKENS_AT_ONCE, (k + 1) * TOKENS_AT_ONCE)
         with torch.enable_grad():
-            jacobian = torch.func.jacrev(stream, chunk_size=JACOBIAN_ROWS)
-            to_stream += jacobian(last.new_zeros(d_in)).detach()
+            nudge = last.new_zeros(d_in, requires_grad=True)
+            stream = norm(last[rows] + added(nudge, rows)).sum(0)
+            # Row by row: a norm's own backward is ten times as fast as a batched one.
+            found = [torch.autograd.grad(one, nudge, retain_graph=True)[0] for one in stream]
+        return torch.stack(found)
+
+    parts = range(-(-n // TOKENS_AT_ONCE))
+    found = spread(jacobian, len(parts)) if last.is_cpu else map(jacobian, parts)
+    to_stream = sum(found, last.new_zeros(model.d_model, d_in))
     return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
 
 
@@ -101,12 +106,38 @@ def logit_map(
 def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> Extremes:
     """Return the tokens that each direction raises most and lowers most."""
     k = min(k, len(effects.W_U))
-    found = []
-    for block in directions.split(DIRECTIONS_AT_ONCE):
-        logits = effects.effect(block)
-        top, bottom = logits.topk(k), logits.topk(k, largest=False)
-        found.append((top.indices, top.values, bottom.indices, bottom.values))
+    blocks = directions.split(DIRECTIONS_AT_ONCE)
+
+    def of(i: int) -> Extremes:
+        logits = effects.effect(blocks[i])
+        top, top_effect = largest_in_rows(logits, k)
+        bottom, bottom_effect = largest_in_rows(logits, k, smallest=True)
+        return Extremes(top, top_effect, bottom, bottom_effect)
+
+    found = spread(of, len(blocks)) if directions.is_cpu else map(of, range(len(blocks)))
     return Extremes(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def largest_in_rows(
+    h: Float[Tensor, "rows columns"], k: int, *, own: int = -1, smallest: bool = False
+) -> tuple[Int64[Tensor, "rows k"], Float[Tensor, "rows k"]]:
+    """Return each row's k largest values, best first, and in which columns they are.
+
+    Args:
+        own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
+        smallest: return the smallest instead, the lowest first.
+    """
+    if not (h.is_cpu and h.dtype in (torch.float32, torch.float64)):
+        if own >= 0:
+            rows = torch.arange(len(h), device=h.device)
+            h = h.index_put((rows, rows + own), h.new_tensor(torch.inf if smallest else -torch.inf))
+        found = h.topk(k, largest=not smallest)
+        return found.indices, found.values
+    # torch.topk sorts whole rows: ten times the time.
+    who, best = torch.zeros(len(h), k, dtype=torch.int64), h.new_full((len(h), k), -torch.inf)
+    sign = h.numpy().dtype.type(-1 if smallest else 1)
+    index_loops.largest_in_rows(h.numpy(), sign, own, who.numpy(), best.numpy())
+    return who, best.neg_() if smallest else best
 
 
 def final_norm(hf: Any) -> nn.Module:
@@ -130,6 +161,19 @@ def _plain(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float().requires_grad_(False)
 
 
+def _activations(
+    model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
+) -> Float[Tensor, "n d"]:
+    """Return the activations at every position; on a CPU a pass on each core."""
+    passes = ids.split(default_rows(ids.shape[1], ids.device))
+
+    def of(i: int) -> Tensor:
+        return model.harvest(passes[i], layer=layer, site=site).flatten(0, 1)
+
+    found = spread(of, len(passes)) if ids.device.type == "cpu" else map(of, range(len(passes)))
+    return torch.cat(list(found)).float()
+
+
 def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
     """Return (nudge, rows) -> what a nudge at the site adds to the residual stream of tokens."""
     if site not in ("attn_z", "mlp_hidden"):
@@ -144,7 +188,7 @@ def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
         # A bias moves nothing: only the difference is added.
         return lambda nudge, rows: project(nudge) - project(torch.zeros_like(nudge))
     norm = _plain(block.get_submodule(after))
-    z = model.harvest(ids, layer=layer, site=site).flatten(0, 1)
+    z = _activations(model, ids, layer=layer, site=site)
     return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from gsae_core.analysis.features import open_index
-from gsae_core.analysis.index_build import build_index, in_batches
+from gsae_core.analysis.index_build import build_index
 from gsae_core.analysis.index_plan import Part
 from gsae_core.bench.serve import Job, Work
 from gsae_core.lm.corpus import SequenceSet
@@ -32,9 +32,9 @@ def harvest_and_encode(job: Job) -> Work:
 
     def run() -> dict[str, Any]:
         n, fired = 0, 0
-        for x in in_batches(source.vectors(np.arange(len(sequences)))):
-            codes = encode_sparse(sae, x)
-            n, fired = n + len(x), fired + codes.latent.numel()
+        encoded = source.through(lambda x: encode_sparse(sae, x), np.arange(len(sequences)))
+        for codes in encoded:
+            n, fired = n + len(codes.row_offsets) - 1, fired + codes.latent.numel()
         return {"l0": fired / n}
 
     return Work(run)

@@ -129,16 +129,29 @@ class Harvest:
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of sequences, float32, in order, a forward pass at a time."""
+        return self.through(lambda x: x, which)
+
+    def through(
+        self, work: Callable[[Float[Tensor, "vectors d_in"]], Result], which: np.ndarray
+    ) -> Iterator[Result]:
+        """Yield what `work` makes of the vectors of each pass, in order.
+
+        It runs where the pass ran: on a CPU in a thread that has one core, several at once.
+        """
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
+
+        def task(group: np.ndarray) -> list[Result]:
+            x = self._pass(group)
+            return [work(x)] if len(x) else []
+
         # A generator cannot be timed by `with`: its time runs on while it is not asked.
-        passes = _side_by_side(self._pass, groups, _n_threads(self.device))
+        results = _side_by_side(task, groups, _n_threads(self.device))
         while True:
             with self._watch.running():
-                x = next(passes, None)
-            if x is None:
+                made = next(results, None)
+            if made is None:
                 return
-            if len(x):
-                yield x
+            yield from made
 
     def _pass(self, which: np.ndarray) -> Float[Tensor, "vectors d_in"]:
         ids, mask = self._sequences[which]
