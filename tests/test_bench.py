@@ -395,8 +395,11 @@ def test_the_scripts_of_the_peers_are_where_they_are_looked_for(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("bench", "expected a benchmark, one of step, harvest, train, curves, got none; see "),
-        ("bench index", "expected a benchmark, one of step, harvest, train, curves, got 'index'"),
+        ("bench", "expected a benchmark, one of step, harvest, train, index, curves, got none"),
+        (
+            "bench speed",
+            "expected a benchmark, one of step, harvest, train, index, curves, got 'speed'",
+        ),
         ("bench step --batc 3", "expected a flag of bench step, got '--batc'; did you mean --b"),
         ("bench step 3", "expected a flag of bench step, got '3'"),
         ("bench step --batch two", "--batch: expected a whole number, got 'two'"),

@@ -228,7 +228,9 @@ def test_a_run_is_cancelling_until_its_process_is_gone(run: Run, worker: int) ->
     assert run.status.state == "cancelling"
     with pytest.raises(InputError, match="expected the last process of waits to be gone"):
         start(run)
-    psutil.Process(worker).kill()
+    process = psutil.Process(worker)
+    process.kill()
+    psutil.wait_procs([process], timeout=10)
     assert run.status.state == "cancelled"
 
 
