@@ -142,7 +142,8 @@ def import_ahead() -> None:
 
 
 def _imports() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    # The Auto classes alone leave half of the imports for when a model is loaded.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_layers  # noqa: F401
 
     from gsae_core.analysis import attribution, continuation  # noqa: F401
 
