@@ -29,6 +29,12 @@ SHOTS = {
     "pareto": Shot("Pareto?run={run}&pick={run}/gated-0.2&pick={run}/relu-0.2", 1550),
     "shrinkage": Shot("Shrinkage?run={run}&gated=gated-0.2&base=relu-0.15", 1750),
     "features": Shot("Features?run=example&sae=gated-0.35&feature=293", 1500),
+    "prompt": Shot(
+        "Prompt?run=example&sae=gated-0.35&text=def read(self, size=-1):%0A    return self._file",
+        1500,
+    ),
+    "steer": Shot("Steer?run=example&sae=gated-0.35&f=293&s=1&len=40&text=class Reader:", 1400),
+    "hub": Shot("Hub?run={run}", 1300),
     "help": Shot("Help?run={run}", 900),
 }
 
