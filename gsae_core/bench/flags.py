@@ -141,7 +141,7 @@ class Index:
     layer: Annotated[int, _flag("Block whose resid_post is read, from 0.", "INT")] = 2
     slice: Annotated[int, _flag("Features that SAEDashboard shows in a round.", "INT")] = 256
     device: _Device = "cpu"
-    rounds: Annotated[int, _flag("Rounds that count.", "INT")] = 3
+    rounds: Annotated[int, _flag("Rounds that count.", "INT")] = 2
     threads: _Threads = None
     json: _Json = False
     peers: _Peers = None

@@ -1,6 +1,7 @@
 """Our ways of `bench index`: a whole index, and the reading and encoding it cannot do without."""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def harvest_and_encode(job: Job) -> Work:
     source = Harvest(model, sequences, layer=job["layer"], site=SITE)
 
     def run() -> dict[str, Any]:
-        n, fired = 0, 0
+        n, fired, began = 0, 0, time.process_time()
         encoded = source.through(lambda x: encode_sparse(sae, x), np.arange(len(sequences)))
         for codes in encoded:
             n, fired = n + len(codes.row_offsets) - 1, fired + codes.latent.numel()
-        return {"l0": fired / n}
+        return {"l0": fired / n, "processor_s": time.process_time() - began}
 
     return Work(run)
 
@@ -47,6 +48,7 @@ def index(job: Job) -> Work:
     part = Part("train", sequences, len(sequences))
 
     def run() -> dict[str, Any]:
+        began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             steps = build_index(
                 model,
@@ -61,6 +63,7 @@ def index(job: Job) -> Work:
             for _ in steps:
                 pass
             manifest = open_index(folder).manifest
-        return {"l0": manifest.l0, "disk_bytes": manifest.n_bytes}
+        seconds = time.process_time() - began
+        return {"l0": manifest.l0, "disk_bytes": manifest.n_bytes, "processor_s": seconds}
 
     return Work(run)
