@@ -11,6 +11,7 @@ from gsae_core.card_figure import pareto_svg
 from gsae_core.config import RunConfig, SAESpec
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.store.runs import Run
+from gsae_core.store.status import read_json
 from gsae_core.wording import count, fixed, percent
 
 FIGURE = "pareto.svg"
@@ -38,7 +39,7 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
             parts.append(f"![Loss recovered against L0 of every SAE of the run]({FIGURE})")
             parts.append(f"Rings mark the SAEs here. {_sentence(matched_ratio(evals).sentence)}")
     parts += ["## How they were trained", _recipe(run.config, specs)]
-    parts += ["## Load", *_loading(repo, specs[0])]
+    parts += ["## Load", *_loading(repo, specs[0], norm=_norm(run, specs[0]))]
     return {"README.md": "\n\n".join(parts) + "\n"} | files
 
 
@@ -121,7 +122,15 @@ def _knob(spec: SAESpec) -> str:
     return "" if math.isnan(spec.sparsity) else f"{knob(spec.architecture, spec.sparsity)}, "
 
 
-def _loading(repo: str, spec: SAESpec) -> list[str]:
+def _norm(run: Run, spec: SAESpec) -> str | None:
+    """Return how an SAE normalises each token; None where it does not."""
+    path = run.sae_folder(spec.name) / "cfg.json"
+    # A card can be made before there are weights.
+    said = read_json(path).get("normalize_activations") if path.is_file() else None
+    return None if said in (None, "none") else str(said)
+
+
+def _loading(repo: str, spec: SAESpec, *, norm: str | None) -> list[str]:
     parts = [
         "With gsae_core, which also evaluates and explores them:",
         _python(
@@ -142,6 +151,9 @@ def _loading(repo: str, spec: SAESpec) -> list[str]:
                 f'sae = SAE.from_pretrained("{repo}", "{spec.name}")',
             ),
         ]
+    if norm is not None:
+        # The lines below encode x as it is.
+        return [*parts, f"Each token is normalised on its way in and out (`{_code(norm)}`)."]
     if spec.architecture == "gated" and spec.tie != "untied":
         parts += [*_as_jumprelu(repo, spec), *_as_dictionary_learning(spec)]
     return parts

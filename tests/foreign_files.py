@@ -64,6 +64,39 @@ def scaled(compute: Arithmetic, s: float) -> Arithmetic:
     return raw
 
 
+def layer_normed(compute: Arithmetic) -> Arithmetic:
+    """Return the same between layer norm and its undoing, as OpenAI, BatchTopK and SAELens do."""
+
+    def raw(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = x.mean(dim=-1, keepdim=True)
+        std = ((x - mu).square().sum(-1, keepdim=True) / (D_IN - 1)).sqrt()
+        f, u_hat = compute((x - mu) / (std + 1e-5))
+        return f, u_hat * std + mu
+
+    return raw
+
+
+def constant_normed(compute: Arithmetic) -> Arithmetic:
+    """Return the same where every token is first as long as the root of its width (SAELens)."""
+
+    def raw(x: Tensor) -> tuple[Tensor, Tensor]:
+        factor = D_IN**0.5 / x.square().sum(-1, keepdim=True).sqrt()
+        f, u_hat = compute(factor * x)
+        return f, u_hat / factor
+
+    return raw
+
+
+def whitened(compute: Arithmetic, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Arithmetic:
+    """Return the same between SAELens' whitening and its undoing."""
+
+    def raw(x: Tensor) -> tuple[Tensor, Tensor]:
+        f, z_hat = compute((x - mean) @ matrix)
+        return f, z_hat @ inverse + mean
+
+    return raw
+
+
 def sae_lens(folder: Path, w: dict[str, Tensor], architecture: str, **cfg: Any) -> Path:
     """Write SAELens' folder; its version is 6 unless `legacy`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,89 @@ def test_the_scale_beside_a_checkpoint_from_mid_run_is_folded(tmp_path: Path, sa
     assert "its scale of 0.25 lay beside it in activation_scaler.json" in assumed
 
 
+NORMED = {"layer_norm": files.layer_normed, "constant_norm_rescale": files.constant_normed}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("norm", list(NORMED))
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_sae_lens_normalising_every_token(
+    tmp_path: Path, architecture: str, norm: str, legacy: bool
+) -> None:
+    own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+    w = weights(*own.get(architecture, ("b_enc",)))
+    folder = files.sae_lens(tmp_path, w, architecture, legacy=legacy, normalize_activations=norm)
+    # As the library leaves it beside a checkpoint from the middle of training.
+    scaler = {"scaling_factor": None, "has_whitening": False}
+    (folder / "activation_scaler.json").write_text(json.dumps(scaler))
+    compute = (gated if architecture == "gated" else relu)(w)
+    said = agrees(
+        folder, NORMED[norm](compute), "sae_lens_legacy" if legacy else "sae_lens", place=LENS_PLACE
+    )
+    assert f"normalises each token itself ({norm})" in said
+
+
+def test_the_copies_of_openai_s_topk_in_sae_lens_layout(tmp_path: Path) -> None:
+    w = weights("b_enc")
+    cfg = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}, "legacy": True}
+    folder = files.sae_lens(tmp_path, w, "standard", normalize_activations="layer_norm", **cfg)
+    agrees(folder, files.layer_normed(topk(w, 2)), "sae_lens_legacy")
+
+
+def whitening(folder: Path, inverse_error: float = 0.0, **scaler: Any) -> list[Tensor]:
+    """Write a whitening beside a checkpoint as SAELens does; return mean, matrix and inverse."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(files.D_IN, files.D_IN, generator=generator, dtype=torch.float64)
+    mean = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    made = [mean, matrix, torch.linalg.inv(matrix) + inverse_error]
+    names = ("mean", "matrix", "inverse_matrix")
+    save_file(
+        {n: t.contiguous() for n, t in zip(names, made, strict=True)},
+        folder / "activation_whitening.safetensors",
+    )
+    said = {"scaling_factor": None, "has_whitening": True} | scaler
+    (folder / "activation_scaler.json").write_text(json.dumps(said))
+    return [each.float() for each in made]
+
+
+@pytest.mark.parametrize("inverse_error", [0.0, 0.1])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_whitening_beside_a_checkpoint_from_mid_run_is_folded(
+    tmp_path: Path, architecture: str, centred: bool, inverse_error: float
+) -> None:
+    own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+    w = weights(*own.get(architecture, ("b_enc",)))
+    cfg = {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": centred}
+    folder = files.sae_lens(tmp_path, w, architecture, **cfg)
+    map_ = whitening(folder, inverse_error)
+    compute = (gated if architecture == "gated" else relu)(w, centred=centred)
+    said = agrees(folder, files.whitened(compute, *map_), "sae_lens")
+    assert "the whitening in activation_whitening.safetensors is folded" in said
+    assert read_sae(folder).sae.input_norm is None
+
+
+def test_topk_competing_by_norm_counts_norms_before_whitening_is_undone(tmp_path: Path) -> None:
+    w = weights("b_enc")
+    norms = w["W_dec"].norm(dim=1)
+    by_norm = w | {"W_enc": w["W_enc"] * norms, "b_enc": w["b_enc"] * norms}
+    by_norm["W_dec"] = w["W_dec"] / norms[:, None]
+    cfg = {"normalize_activations": "covariance_whitening", "rescale_acts_by_decoder_norm": True}
+    folder = files.sae_lens(tmp_path, w, "topk", k=2, **cfg)
+    map_ = whitening(folder)
+    agrees(folder, files.whitened(topk(by_norm, 2), *map_), "sae_lens")
+
+
+def test_directions_that_whitening_made_of_unit_norm_are_free_in_activations(
+    tmp_path: Path,
+) -> None:
+    w = weights("b_gate", "b_mag", "r_mag")
+    w["W_dec"] = w["W_dec"] / w["W_dec"].norm(dim=1, keepdim=True)
+    folder = files.sae_lens(tmp_path, w, "gated", normalize_activations="covariance_whitening")
+    whitening(folder)
+    assert read_sae(folder).sae.recipe == "A"
+
+
 def test_factors_learnt_after_training_are_folded_into_directions(tmp_path: Path) -> None:
     w = weights("b_enc", "scaling_factor")
     cfg = {"finetuning_scaling_factor": True, "legacy": True}
@@ -227,10 +310,35 @@ def test_a_relu_autoencoder_of_openai(tmp_path: Path) -> None:
     assert "normalises for TopK alone" in agrees(tmp_path, relu(w), "openai")
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "topk", "jumprelu"])
-def test_the_batch_topk_repository(tmp_path: Path, kind: str) -> None:
+def test_a_topk_autoencoder_of_openai_by_its_own_arithmetic(tmp_path: Path) -> None:
     w = weights("b_enc")
-    config = {"sae_type": kind, "top_k": 2, "input_unit_norm": False, "model_name": "gpt2-small"}
+    settings = {"k": 2, "postact_fn": "ReLU"}
+    state = openai_state(w) | {"activation": "TopK", "activation_state_dict": settings}
+    files.pickled(tmp_path, state, None)
+
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = x.mean(dim=-1, keepdim=True)
+        std = (x - mu).std(dim=-1, keepdim=True)
+        u = (x - mu) / (std + 1e-5)
+        z = torch.nn.functional.linear(u - w["b_dec"], state["encoder.weight"], w["b_enc"])
+        largest = z.topk(2, dim=-1)
+        f = torch.zeros_like(z).scatter_(-1, largest.indices, largest.values.relu())
+        x_hat = torch.nn.functional.linear(f, state["decoder.weight"]) + w["b_dec"]
+        return f, x_hat * std + mu
+
+    said = agrees(tmp_path, compute, "openai")
+    assert "normalises each token itself (layer_norm)" in said
+    assert "normalises for TopK, and for TopK alone" in said
+    sae, source = read_sae(tmp_path)
+    assert (sae.input_norm, source.sparsity) == ("layer_norm", 2)
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("kind", ["vanilla", "topk", "jumprelu"])
+def test_the_batch_topk_repository(tmp_path: Path, kind: str, unit_norm: bool) -> None:
+    w = weights("b_enc")
+    config = {"sae_type": kind, "top_k": 2, "model_name": "gpt2-small"}
+    config |= {"input_unit_norm": unit_norm}
     config |= {"hook_point": "blocks.8.hook_resid_pre"}
     compute: files.Arithmetic = relu(w)
     state = dict(w)
@@ -241,6 +349,7 @@ def test_the_batch_topk_repository(tmp_path: Path, kind: str) -> None:
         state["jumprelu.log_threshold"] = theta.log()
         compute = relu(w | {"threshold": theta}, centred=False)
     files.pickled(tmp_path, state, config)
+    compute = files.layer_normed(compute) if unit_norm else compute
     agrees(tmp_path, compute, "batch_topk", place=("gpt2-small", 8, "resid_pre"))
 
 
@@ -294,6 +403,10 @@ def batch_topk(**config: Any) -> Writer:
     return lambda folder: files.pickled(folder, weights("b_enc"), config)
 
 
+def openai_topk(**settings: Any) -> dict[str, Any]:
+    return openai_state(W) | {"activation": "TopK", "activation_state_dict": settings}
+
+
 W = weights("b_enc", "threshold")
 SPARSIFY = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"], "W_dec": W["W_dec"]}
 SPARSIFY |= {"b_dec": W["b_dec"]}
@@ -306,7 +419,14 @@ COUNTED |= {"threshold": torch.tensor(0.5)}
     ("write", "sentence"),
     [
         (unit_gated(), "multiplied r_mag by the norms and lost them"),
-        (lens(normalize_activations="layer_norm"), "normalises every token"),
+        (
+            lens(normalize_activations="batch_norm"),
+            "expected normalize_activations to be one of none, .* found 'batch_norm'",
+        ),
+        (
+            lens(normalize_activations="covariance_whitening"),
+            "expected has_whitening in activation_scaler.json .* found None and 'covariance_wh",
+        ),
         (lens(normalize_activations="expected_average_only_in"), "and no activation_scaler.json"),
         (lens("temporal"), "expected architecture to be one of 'standard', 'gated', 'jumprelu'"),
         (lens(activation_fn_str="tanh-relu"), "expected activation_fn_str to be one of 'relu'"),
@@ -334,15 +454,15 @@ COUNTED |= {"threshold": torch.tensor(0.5)}
         ),
         (
             lambda folder: files.pickled(folder, openai_state(W) | {"activation": "TopK"}, None),
-            "found OpenAI's TopK, which layer-normalises every token",
+            "expected a k from 1 to d_sae=5 for the TopK SAE in .*, found None",
+        ),
+        (
+            lambda folder: files.pickled(folder, openai_topk(k=2, postact_fn="Identity"), None),
+            "expected postact_fn to be one of 'ReLU' in .*, found 'Identity'",
         ),
         (
             lambda folder: files.pickled(folder, openai_state(W) | {"activation": "Tanh"}, None),
             "expected the activation ReLU or TopK in .* found 'Tanh'",
-        ),
-        (
-            batch_topk(sae_type="topk", input_unit_norm=True, top_k=2),
-            "trained with input_unit_norm",
         ),
         (batch_topk(sae_type="batchtopk"), "whose latents depend on the batch they are in"),
         (batch_topk(sae_type="jumprelu"), "expected jumprelu.log_threshold in"),
@@ -381,6 +501,32 @@ def test_what_cannot_be_read_exactly_is_refused(
     with pytest.raises(InputError, match=sentence) as refused:
         read_sae(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_a_whitening_that_is_lost_broken_or_another_s_is_refused(tmp_path: Path) -> None:
+    folder = files.sae_lens(
+        tmp_path, weights("b_enc"), "standard", normalize_activations="covariance_whitening"
+    )
+    whitening(folder, scaling_factor=2.0)
+    with pytest.raises(
+        InputError, match=r"'covariance_whitening' and activation_scaler.json of 2; "
+    ):
+        read_sae(folder)
+    whitening(folder)
+    path = folder / "activation_whitening.safetensors"
+    save_file({"mean": torch.ones(3), "matrix": torch.ones(2, 2)}, path)
+    sentence = r"expected mean, matrix and inverse_matrix for 3 activations in .*, found matrix "
+    with pytest.raises(InputError, match=sentence + r"\[2, 2\], mean \[3\]; copy the whole"):
+        read_sae(folder)
+    save_file({n: torch.full(s, torch.nan) for n, s in WHITENING_SHAPES.items()}, path)
+    with pytest.raises(InputError, match="expected finite numbers in"):
+        read_sae(folder)
+    path.write_bytes(b"not tensors at all, and long")
+    with pytest.raises(InputError, match=r"found none; copy the whole checkpoint again"):
+        read_sae(folder)
+
+
+WHITENING_SHAPES = {"mean": (3,), "matrix": (3, 3), "inverse_matrix": (3, 3)}
 
 
 @pytest.mark.parametrize("write", [unit_gated(normalize_sae_decoder=True)])

@@ -1,6 +1,8 @@
 """The card beside pushed SAEs: its numbers are the run's, its code runs, its words do nothing."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -101,6 +103,22 @@ def test_the_card_s_dictionary_learning_names_are_those_of_the_export(
     assert held["state"].keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(held["state"][name], tensor)
+
+
+def test_code_that_would_leave_out_a_token_s_normalising_is_not_shown(
+    finished: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    copy = Run.open(tmp_path / "copy")
+    path = copy.sae_folder(NAME) / "cfg.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"normalize_activations": "layer_norm"})
+    )
+    card = make_card(copy, [NAME], "ada/mine")["README.md"]
+    assert "Each token is normalised on its way in and out (`layer_norm`)." in card
+    assert f'SAE.from_pretrained("ada/mine", "{NAME}")' in card
+    assert "def encode" not in card
+    assert "GatedAutoEncoder" not in card
 
 
 def test_a_relu_sae_is_not_shown_as_what_it_is_not(finished: Run) -> None:

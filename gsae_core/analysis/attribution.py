@@ -5,7 +5,8 @@
 The derivative is taken at the model's own activations and runs through everything after the site:
 later blocks, the final norm and the unembedding. It is exact for a small change of f at any site;
 for taking a feature away altogether it is the tangent's answer, which the final norm and later
-blocks bend.
+blocks bend. Of an SAE that normalises its inputs, f_i writes scale(q) f_i W_dec_i, and the effect
+has that factor too.
 """
 
 from typing import NamedTuple
@@ -74,6 +75,8 @@ def effects(seen: Look, sae: SAE, slope: Float[Tensor, "pos d_in"]) -> pd.DataFr
     position = torch.tensor(features["position"].to_numpy(), device=sae.W_dec.device)
     along = (sae.W_dec[latent] * slope.to(sae.W_dec)[position]).sum(1).cpu()
     f = torch.tensor(features["activation"].to_numpy(), dtype=along.dtype)
+    if seen.scale is not None:
+        f = f * seen.scale[position.cpu()]
     return features.assign(effect=(f * along).tolist())
 
 

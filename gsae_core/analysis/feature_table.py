@@ -43,7 +43,8 @@ COLUMNS = {
     "top_tokens": "Vocabulary's tokens it fires on most, by summed value.",
     "top_token_shares": "Their shares of its summed value.",
     "top_logit_tokens": "Next tokens it raises most; empty where logit effects are unknown.",
-    "top_logits": "Change of their logits per unit of the feature.",
+    "top_logits": "Change of their logits per unit of the feature (times a token's scale where "
+    "the SAE normalises its inputs).",
     "bottom_logit_tokens": "Next tokens it lowers most.",
     "bottom_logits": "Change of their logits per unit of the feature.",
 }

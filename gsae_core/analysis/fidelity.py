@@ -177,20 +177,24 @@ def reconstruct(
 ) -> tuple[Float[Tensor, "batch d_in"], BatchStats]:
     """Return x_hat and the sums behind every metric, those of each latent included.
 
+    Of an SAE that normalises its inputs all compare raw activations, save those of each latent:
+    they weigh tokens alike, as the SAE sees them.
+
     Through the active entries alone: besides the encoder's product all costs O(active * d_in).
     """
-    codes = encode_sparse(sae, x)
+    seen, codes = sae.normalised(x), encode_sparse(sae, x)
     gated = isinstance(sae, GatedSAE)
     with torch.enable_grad():
         value = codes.magnitude.detach().requires_grad_()
         decoded = weighted_sums(sae.W_dec.detach(), codes.latent, value, codes.row_offsets)
-    x_hat = decoded.detach() + sae.b_dec
-    # The product's own derivative is the sampled product <x - x_hat, W_dec_i> on active entries.
-    (toward_error,) = torch.autograd.grad(decoded, value, x - x_hat)
+    u_hat = decoded.detach() + sae.b_dec
+    # The product's own derivative is the sampled product <u - u_hat, W_dec_i> on active entries.
+    (toward_error,) = torch.autograd.grad(decoded, value, seen.u - u_hat)
+    x_hat = seen.undo(u_hat)
     x_hat_gate = None
     if gated:
         gate = weighted_sums(sae.W_dec, codes.latent, codes.gate, codes.row_offsets)
-        x_hat_gate = gate + sae.b_dec
+        x_hat_gate = seen.undo(gate + sae.b_dec)
 
     fires = codes.magnitude > 0
     latent, f = codes.latent[fires], codes.magnitude[fires].to(sum_dtype(x.device))

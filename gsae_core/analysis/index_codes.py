@@ -45,7 +45,7 @@ class Found(NamedTuple):
     gate_open: Int64[np.ndarray, " d_sae"]
     """Rows on which each latent's pi_gate > 0; without a gate, those on which it fires."""
     toward: Float64[np.ndarray, " d_sae"]
-    """Sum over rows of f_i d_i . (x - x_hat)."""
+    """Sum over rows of f_i d_i . (x - x_hat), as the SAE sees x: see `SAE.normalised`."""
     x_sum: Float64[np.ndarray, " d_in"]
     sums: Float64[np.ndarray, " sums"]
     """Over rows: 1, |x|^2, |x_hat|^2, x . x_hat, |x - x_hat|^2."""
@@ -86,7 +86,7 @@ def finder(sae: SAE, band: Float[Tensor, " d_sae"]) -> Finder:
         elif entries is None:
             split = _by_product(sae, x, band)
         else:
-            split = _Split(*entries.of(x - sae.b_dec))
+            split = _Split(*entries.of(sae.normalised(x).u - sae.b_dec))
         return _found(sae, x, split)
 
     return find
@@ -158,7 +158,7 @@ def margins(
         z, kept, edge = _topk(sae, x)
         return (z - edge).masked_fill_(z <= 0, -torch.inf), kept
     W, threshold = _thresholds(sae)
-    margin = (x - sae.b_dec) @ W - threshold
+    margin = (sae.normalised(x).u - sae.b_dec) @ W - threshold
     return margin, margin > 0
 
 
@@ -204,7 +204,7 @@ def _rules(sae: SAE, band: Float[Tensor, " d_sae"]) -> tuple[Tensor, Tensor, Rul
 
 def _by_product(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"]) -> _Split:
     """Find entries by a threshold on the product that each latent has of its own."""
-    xc = x - sae.b_dec
+    xc = sae.normalised(x).u - sae.b_dec
     W, threshold = _thresholds(sae)
     bound = threshold + band
     if isinstance(sae, GatedSAE | ReluSAE):

@@ -18,14 +18,14 @@ class Compared(NamedTuple):
     """A batch beside its reconstruction."""
 
     toward: Float[np.ndarray, " nnz"]
-    """<x - x_hat, W_dec_i> of each active entry."""
+    """<u - u_hat, W_dec_i> of each active entry; mostly u is x: see `SAE.normalised`."""
     x_sum: Float64[np.ndarray, " d_in"]
     sums: Float64[np.ndarray, " sums"]
 
 
 def compare(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> Compared:
     """Return how far reconstructions are from their activations, along each active entry."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or sae.input_norm is not None:
         return _compare_elsewhere(sae, x, codes)
     offsets, latent, f, W, b, rows = (
         each.detach().contiguous().numpy()
@@ -46,12 +46,14 @@ def compare(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> Comp
 
 
 def _compare_elsewhere(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> Compared:
+    seen = sae.normalised(x)
     with torch.enable_grad():
         f = codes.magnitude.detach().requires_grad_()
         decoded = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
-    x_hat = decoded.detach() + sae.b_dec
+    u_hat = decoded.detach() + sae.b_dec
     # The product's derivative to its weights is the sampled product <., W_dec_i>.
-    (toward,) = torch.autograd.grad(decoded, f, x - x_hat)
+    (toward,) = torch.autograd.grad(decoded, f, seen.u - u_hat)
+    x_hat = seen.undo(u_hat)
     dtype = sum_dtype(x.device)
     pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
     sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])

@@ -58,7 +58,7 @@ def take_up(building: Path, plan: dict[str, Any]) -> None:
 
 
 def tensors_sha256(sae: SAE) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((sae.input_norm or "").encode())
     for key, tensor in sorted(sae.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

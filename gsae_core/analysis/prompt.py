@@ -56,11 +56,14 @@ class Look(NamedTuple):
     """A row for each feature that fires on a token, strongest first within a token: `position`,
     `token`, `latent`, `activation` f, `gate` (pi_gate; NaN for an SAE without a gate) and `share`
     of the token's reconstruction: f <W_dec_i, x_hat - b_dec> / |x_hat - b_dec|^2, which adds up to
-    1 over a token's features."""
+    1 over a token's features. Of an SAE that normalises its inputs f and share count in u."""
     tokens: pd.DataFrame
     """A row for each token: `position`, `token`, `counted`, `n_active`, `strongest` (largest f),
     `loss` and `loss_sae` of predicting this token, in nats (NaN where it is not predicted)."""
     numbers: TextNumbers
+    scale: Float[Tensor, " pos"] | None = None
+    """How far one unit of a reconstruction's u moves x on each token, of an SAE that normalises its
+    inputs; None: one. NaN on special tokens."""
 
 
 @torch.no_grad()
@@ -97,7 +100,7 @@ def look(
         numbers = TextNumbers(
             len(x), metrics.l0, fvu, float(clean.nanmean()), float(spliced.nanmean())
         )
-        looks.append(Look(prompt, features, tokens, numbers))
+        looks.append(Look(prompt, features, tokens, numbers, _scale(sae, x.to(sae.W_dec), prompt)))
     return looks
 
 
@@ -131,6 +134,16 @@ def _features(sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt) -> pd.
     ).astype({"position": "int64", "latent": "int64"})
     order = ["position", "activation"]
     return table.sort_values(order, ascending=[True, False], ignore_index=True, kind="stable")
+
+
+def _scale(
+    sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt
+) -> Float[Tensor, " pos"] | None:
+    scale = sae.normalised(x).scale
+    if scale is None:
+        return None
+    whole = torch.full(prompt.counted.shape, torch.nan, dtype=scale.dtype)
+    return whole.masked_scatter(prompt.counted, scale[:, 0].cpu())
 
 
 def _shares(sae: SAE, codes: SparseCodes) -> Float[Tensor, " nnz"]:

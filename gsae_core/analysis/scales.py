@@ -47,10 +47,12 @@ class Scales(NamedTuple):
     decoder_norm: Float[Tensor, " d_sae"]
     typical: float
     """Median over the features that fired of p99 times decoder norm: the length of what a feature
-    writes. If none fired, the root mean square length of the activations."""
+    writes. If none fired, the root mean square length of the activations, as the SAE sees them."""
     n_tokens: int
     source: str
     """Which tokens: `held-out tokens`, `tokens of the feature index`, `tokens of this prompt`."""
+    normalised: bool = False
+    """Whether the SAE normalises its inputs: lengths are then times each token's own scale."""
 
     def unit(self, latent: int) -> Unit:
         """Return the unit of a feature: its 99th percentile.
@@ -76,6 +78,8 @@ class Scales(NamedTuple):
             f"1 unit = {value:.3g}, which writes a vector of length {value * norm:.3g}, as a "
             f"typical feature does (its decoder norm is {norm:.3g})"
         )
+        if self.normalised:
+            said += "; in activations, that length times each token's own scale"
         return Unit(value, False, said)
 
 
@@ -138,7 +142,7 @@ def scales_of(sae: SAE, x: Float[Tensor, "tokens d_in"], *, source: str) -> Scal
     latent, f = (column[fires].cpu().numpy() for column in (codes.latent, codes.magnitude))
     order = np.lexsort((-f, latent))
     ends = np.cumsum(np.bincount(latent, minlength=sae.d_sae))
-    length = float(x.square().sum(-1).mean().sqrt())
+    length = float(sae.normalised(x).u.square().sum(-1).mean().sqrt())
     offsets = np.concatenate([[0], ends])
     return _of_sorted(sae, offsets, f[order], n_tokens=len(x), source=source, if_none=length)
 
@@ -193,4 +197,5 @@ def _of_sorted(
         typical=float(written.median()) if len(alive) else if_none,
         n_tokens=n_tokens,
         source=source,
+        normalised=sae.input_norm is not None,
     )

@@ -4,6 +4,14 @@
     x'  = x + (f' - f) @ W_dec                       the SAE's error stays: x - x_hat is untouched
     x'  = f' @ W_dec + b_dec                         or goes: the model reads the reconstruction
 
+An SAE that normalises its inputs reads and writes u, whose unit is as long in x as scale(token)
+(`sae.input_norm`). The same f then moves x by scale(token) times as much:
+
+    x'  = x + scale(token) (f' - f) @ W_dec
+    x'  = scale(token) (f' @ W_dec + b_dec) + mean(token)
+
+with the scale and mean of x itself; those of x' are others.
+
 Strengths count in units of each feature's own scale (`analysis.scales`). Every counted token is
 edited, those of the prompt and those that follow; special tokens (BOS, EOS, padding) keep their
 activations, for no SAE is trained on them.
@@ -93,14 +101,16 @@ class Steering:
         self.sae.check_width(x)
         if self.is_identity:
             return x
-        f = None if self._needs_no_latents else self.sae.encode(x.to(self.sae.W_dec))
+        inputs = x.to(self.sae.W_dec)
+        seen = self.sae.normalised(inputs)
+        f = None if self._needs_no_latents else self.sae.encode(inputs)
         if self.keep_error:
-            return x + self._change(f).to(x)
+            return x + seen.in_raw_units(self._change(f)).to(x)
         assert f is not None
         for each in self.interventions:
             before = f[..., each.latent] if each.mode == "add" else 0.0
             f[..., each.latent] = before + each.amount
-        return self.sae.decode(f).to(x)
+        return seen.undo(self.sae.decode(f)).to(x)
 
     @property
     def _needs_no_latents(self) -> bool:

@@ -94,7 +94,7 @@ class GatedSAE(SAE):
             InputError: if the last axis of `x` is not `d_in`.
         """
         self.check_width(x)
-        xc = x - self.b_dec
+        xc = self.normalised(x).u - self.b_dec
         h = xc @ self.W_gate
         if self.W_mag is not None:
             return PreActivations(pi_gate=h + self.b_gate, pi_mag=xc @ self.W_mag + self.b_mag)
@@ -154,7 +154,7 @@ class ReluSAE(SAE):
             InputError: if the last axis of `x` is not `d_in`.
         """
         self.check_width(x)
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+        return torch.relu((self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc)
 
 
 def build_sae(spec: SAESpec, d_in: int) -> SAE:
@@ -199,8 +199,9 @@ def fold_scale_(sae: SAE, scale: float) -> None:
     stay. In raw units the same optimum has lambda / s, or lambda / s^2 where lambda weighs L0.
 
     Raises:
-        InputError: if `scale` is not a positive number.
+        InputError: if `scale` is not a positive number, or the SAE normalises every token.
     """
+    sae.check_trains()
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(f"expected a positive, finite activation scale, got {scale}")
     for name, parameter in sae.named_parameters():

@@ -10,17 +10,25 @@ from torch import Tensor, nn
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.markup import facts
+from gsae_core.sae.input_norm import InputNorm, Normalised, normalised
 from gsae_core.sae.recipes import Objective
 
 
 class SAE(nn.Module, ABC):
-    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width."""
+    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width.
+
+    One that was read from another library may normalise each token on its way in (`input_norm`);
+    its equations then hold for `u` of `normalised(x)`, and its x_hat is undone from there.
+    """
 
     architecture: Architecture
     objective: Objective
     recipe: Recipe
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+    input_norm: InputNorm | None = None
+    """How tokens are normalised before anything else; None, as everything trained here: not at all.
+    Such an SAE still takes and returns raw activations, and cannot be trained further."""
 
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
         super().__init__()
@@ -47,6 +55,9 @@ class SAE(nn.Module, ABC):
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
 
+        Latents alone do not say how a token was normalised: of an SAE with `input_norm` this is a
+        reconstruction of u, which `normalised(x).undo` turns into one of x.
+
         Raises:
             InputError: if the last axis of `f` is not `d_sae`.
         """
@@ -58,11 +69,16 @@ class SAE(nn.Module, ABC):
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the reconstruction `decode(encode(x))`."""
-        return self.decode(self.encode(x))
+        """Return the reconstruction of `x`: `decode(encode(x))`, in units of x."""
+        return self.normalised(x).undo(self.decode(self.encode(x)))
+
+    def normalised(self, x: Float[Tensor, "*batch d_in"]) -> Normalised:
+        """Return activations as the encoder sees them, and what undoes it; mostly `x` itself."""
+        return normalised(x, self.input_norm)
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}"
+        norm = "" if self.input_norm is None else f", input_norm={self.input_norm!r}"
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}{norm}"
 
     def _repr_html_(self) -> str:
         return facts(
@@ -81,6 +97,15 @@ class SAE(nn.Module, ABC):
             raise InputError(
                 f"expected activations of width d_in={self.d_in}, got shape {tuple(x.shape)}; "
                 "was this SAE trained on another model or site?"
+            )
+
+    def check_trains(self) -> None:
+        """Raise InputError if this SAE can be used and not trained."""
+        if self.input_norm is not None:
+            raise InputError(
+                f"expected an SAE that learns from activations as they are, got one that "
+                f"normalises every token ({self.input_norm}); it can be evaluated, explored and "
+                "steered, not trained or converted"
             )
 
 

@@ -62,7 +62,7 @@ def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         InputError: if the last axis of `x` is not `d_in`.
     """
     sae.check_width(x)
-    xc = x - sae.b_dec
+    xc = sae.normalised(x).u - sae.b_dec
     match sae:
         case GatedSAE() | ReluSAE():
             return codes_of(sae, xc, products_above(xc, *gates(sae)))

@@ -45,9 +45,10 @@ def manual_dense_step(
         dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
 
     Raises:
-        InputError: if the last axis of `x` is not `d_in`.
+        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
     """
     sae.check_width(x)
+    sae.check_trains()
     match sae:
         case GatedSAE() | ReluSAE():
             return _gated_step(sae, x, sparsity_coeff)

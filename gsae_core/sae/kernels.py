@@ -189,6 +189,7 @@ def _check_arguments(
     sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], capacity: int, precision: str
 ) -> None:
     sae.check_width(x)
+    sae.check_trains()
     check_kernels(x.device, sae)
     if x.dtype != torch.float32:
         raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")

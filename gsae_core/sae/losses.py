@@ -159,7 +159,7 @@ def dense_step(
         dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
 
     Raises:
-        InputError: if the last axis of `x` is not `d_in`.
+        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
     """
     sae.zero_grad(set_to_none=True)
     out, parts = _forward_and_parts(sae, x, sparsity_coeff, dead)
@@ -194,6 +194,7 @@ def _forward_and_parts(
 
 
 def _gated_forward(sae: GatedSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    sae.check_trains()
     pi_gate, pi_mag = sae.pre_activations(x)
     f = (pi_gate > 0) * torch.relu(pi_mag)
     if sae.detach_b_dec:
@@ -227,6 +228,7 @@ def _gated_parts(
 
 
 def _relu_forward(sae: ReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    sae.check_trains()
     f = sae.encode(x)
     return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None)
 
@@ -242,6 +244,7 @@ def _relu_parts(
 
 
 def _jumprelu_forward(sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    sae.check_trains()
     z = sae.pre_activations(x)
     f = jump(z, sae.threshold, sae.bandwidth)
     return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
@@ -260,6 +263,7 @@ def _jumprelu_parts(
 
 
 def _topk_forward(sae: TopKSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
+    sae.check_trains()
     z = sae.pre_activations(x)
     f = largest(z, k=sae.k)
     return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)

@@ -295,7 +295,8 @@ class Metrics:
         Dividing latent i's activations by gamma_i, all others as they are, brings reconstructions
         as close to x as its one factor can: sum f_i^2 / sum f_i (f_i + d_i . (x - x_hat)), for unit
         directions. NaN where a latent never fired or the sums were not gathered. This project's
-        own measure; with few firings it is mostly noise.
+        own measure; with few firings it is mostly noise. Of an SAE that normalises its inputs, x
+        is what it sees: a token's scale, which no latent can help, weighs nothing here.
         """
         if self.sums is None or self.sums.latent_power is None or self.sums.latent_aligned is None:
             return torch.full_like(self.firings, math.nan, dtype=torch.float64)

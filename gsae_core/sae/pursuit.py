@@ -16,10 +16,12 @@ from gsae_core.sae.base import SAE
 def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
     """Return at most `k` non-negative latents a token for the SAE's dictionary, to be decoded.
 
+    Of an SAE with `input_norm` they are chosen for u and decode to u_hat.
+
     Raises:
         InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
     """
-    return gradient_pursuit(x, sae.W_dec, sae.b_dec, k=k)
+    return gradient_pursuit(sae.normalised(x).u, sae.W_dec, sae.b_dec, k=k)
 
 
 @torch.no_grad()

@@ -27,7 +27,11 @@ def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
     so each token's active latents stay among the baseline's: L0 can fall and never rise. The
     comparison in the paper (section 5.2) takes a baseline as wide as the Gated SAE it is held
     against. `baseline` is copied and stays as it is.
+
+    Raises:
+        InputError: if it normalises every token.
     """
+    baseline.check_trains()
     # Nothing trains the gate, so an auxiliary term would be work without an effect.
     sae = GatedSAE(baseline.d_in, baseline.d_sae, recipe=baseline.recipe, aux="off")
     sae.to(baseline.W_enc)

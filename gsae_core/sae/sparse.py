@@ -47,9 +47,10 @@ def sparse_step(
             float64, and on a TopK SAE, whose latents have no threshold to be screened against.
 
     Raises:
-        InputError: if the last axis of `x` is not `d_in`.
+        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
     """
     sae.check_width(x)
+    sae.check_trains()
     x = x.contiguous()
     match sae:
         case GatedSAE() | ReluSAE():

@@ -66,7 +66,7 @@ class TopKSAE(SAE):
             InputError: if the last axis of `x` is not `d_in`.
         """
         self.check_width(x)
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents `f >= 0`, at most `k` of them positive on a token.

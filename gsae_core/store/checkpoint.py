@@ -1,6 +1,7 @@
 """SAEs on disk, in SAELens 6's layout.
 
-An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations. Names of tensors:
+An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations, and says under
+`normalize_activations` if it normalises each token itself. Names of tensors:
 
 | ours            | `gated`  | `standard`, `topk` | `jumprelu`              |
 |-----------------|----------|--------------------|-------------------------|
@@ -12,9 +13,10 @@ A `topk` config holds `k` as well.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
+from gsae_core.sae.input_norm import InputNorm
 from gsae_core.sae.jumprelu import BANDWIDTH, INIT_THRESHOLD
 from gsae_core.store.files import replace_durably, sha256, write_json
 from gsae_core.store.status import read_json
@@ -68,7 +71,7 @@ def save_sae(
             "dtype": str(dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": True,
-            "normalize_activations": "none",
+            "normalize_activations": sae.input_norm or "none",
             "reshape_activations": "none",
             **({"k": sae.k} if isinstance(sae, TopKSAE) else {}),
             "metadata": {"sae_lens_version": SAE_LENS_VERSION}
@@ -152,6 +155,8 @@ def load_sae(folder: Path | str) -> SAE:
             )
     _check_tensors(folder, sae, tensors)
     _fill_(sae, tensors)
+    said = cfg.get("normalize_activations", "none")
+    sae.input_norm = None if said == "none" else said
     if not cfg.get("apply_b_dec_to_input", True):
         centre_input_(sae)
     if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
@@ -220,7 +225,7 @@ def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
             f"{folder / 'cfg.json'}, got {cfg['architecture']!r}"
         )
     normalisation = cfg.get("normalize_activations", "none")
-    if normalisation != "none" or (folder / FORBIDDEN_SIBLING).exists():
+    if normalisation not in ("none", *get_args(InputNorm)) or (folder / FORBIDDEN_SIBLING).exists():
         raise InputError(
             f"expected an SAE that takes raw activations, got one in {folder} whose input "
             f"normalisation is not folded into its weights (normalize_activations "
@@ -271,14 +276,20 @@ def centre_input_(sae: SAE) -> None:
 
     x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
     """
+    shift_input_(sae, sae.b_dec)
+
+
+@torch.no_grad()
+def shift_input_(sae: SAE, by: Float[Tensor, " d_in"]) -> None:
+    """Make the encoder read its input plus `by`, in place: biases take up by @ W."""
     if isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE):
-        sae.b_enc.add_(sae.b_dec @ sae.W_enc)
+        sae.b_enc.add_(by @ sae.W_enc)
         return
     assert isinstance(sae, GatedSAE)  # there is no fifth kind
-    shift = sae.b_dec @ sae.W_gate
+    shift = by @ sae.W_gate
     sae.b_gate.add_(shift)
     if sae.W_mag is not None:
-        sae.b_mag.add_(sae.b_dec @ sae.W_mag)
+        sae.b_mag.add_(by @ sae.W_mag)
     else:
         sae.b_mag.add_(shift if sae.r_mag is None else shift * sae.r_mag.exp())
 

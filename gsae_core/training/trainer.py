@@ -35,8 +35,8 @@ class Trainer:
             from which density of open gates on the dense step is the faster one.
 
     Raises:
-        InputError: if there is no SAE, one is given twice, their `d_in` differ, `sparsity` or
-            `lrs` fit neither way, or `n_tokens` is less than a batch.
+        InputError: if there is no SAE, one is given twice or normalises every token, their `d_in`
+            differ, `sparsity` or `lrs` fit neither way, or `n_tokens` is less than a batch.
     """
 
     def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
@@ -216,6 +216,8 @@ def _check_saes(saes: Sequence[SAE]) -> None:
         raise InputError(
             "expected different SAEs, got the same one twice; copy.deepcopy() makes another"
         )
+    for sae in saes:
+        sae.check_trains()
     widths = sorted({sae.d_in for sae in saes})
     if len(widths) > 1:
         raise InputError(

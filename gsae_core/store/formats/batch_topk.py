@@ -16,11 +16,6 @@ KINDS = {"vanilla": "relu", "topk": "topk", "jumprelu": "jumprelu", "batchtopk":
 def read(found: Found, tensors: dict[str, Tensor], config: dict[str, Any]) -> Parts:
     path = found.config or found.weights
     kind = one_of(config, "sae_type", KINDS, path)
-    if config.get("input_unit_norm") not in (False, None, "False"):
-        raise InputError(
-            f"expected an SAE that takes raw activations in {found.weights}, found one trained "
-            "with input_unit_norm, which normalises every token; no SAE here computes that"
-        )
     if kind == "batchtopk":
         raise InputError(
             f"expected an SAE whose latents depend on one token in {found.weights}, found a "
@@ -32,6 +27,9 @@ def read(found: Found, tensors: dict[str, Tensor], config: dict[str, Any]) -> Pa
     k = whole(config.get("top_k")) if kind == "topk" else None
     sparsity = float(k) if k is not None else number(config, "l1_coeff")
     parts = Parts(kind, ours, centred=kind != "jumprelu", k=k, sparsity=sparsity)
+    if config.get("input_unit_norm") not in (False, None, "False"):
+        # Despite its name: less the mean, over the deviation.
+        parts.input_norm = "layer_norm"
     if kind == "jumprelu":
         if log_threshold is None:
             raise InputError(

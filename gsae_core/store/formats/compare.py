@@ -60,10 +60,11 @@ def parity(sae: SAE, other: SAE, *, n_tokens: int = TOKENS, seed: int = 0) -> Pa
     for rows in x.split(max(1, 2**22 // sae.d_sae)):
         f, g = sae.encode(rows), other.encode(rows)
         edge = ((f > 0) != (g > 0)) & _at_threshold(sae, rows)
-        x_hat = sae.decode(f)
+        x_hat = sae.normalised(rows).undo(sae.decode(f))
+        x_hat_other = other.normalised(rows).undo(other.decode(g))
         kept = ~edge.any(dim=1)
         latents = max(latents, _largest((f - g).masked_fill(edge, 0.0)))
-        reconstructions = max(reconstructions, _largest((x_hat - other.decode(g))[kept]))
+        reconstructions = max(reconstructions, _largest((x_hat - x_hat_other)[kept]))
         largest_f, largest_x = max(largest_f, _largest(f)), max(largest_x, _largest(x_hat))
         n_active, n_edge = n_active + int((f > 0).sum()), n_edge + int(edge.sum())
     return Parity(
@@ -117,6 +118,6 @@ def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
             z = sae.pre_activations(x)
             margin = torch.minimum(z.abs(), (z - z.topk(sae.k).values[:, -1:]).abs())
         case _:
-            z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc  # pyright: ignore
+            z = (sae.normalised(x).u - sae.b_dec) @ sae.W_enc + sae.b_enc  # pyright: ignore
             margin = z.abs()
     return margin <= AT_THRESHOLD * z.abs().amax()

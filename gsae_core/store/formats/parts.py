@@ -1,24 +1,28 @@
-"""An SAE in no library's words: weights as ours are laid out, and the three ways files differ.
+"""An SAE in no library's words: weights as ours are laid out, and the four ways files differ.
 
     input centred or not        x @ W + b = (x - b_dec) @ W + (b + b_dec @ W)
     input scaled by s or not    f(s x) with W s, and x_hat / s with W_dec / s and b_dec / s
+    input whitened or not       f((x - m) M) with M @ W, and x_hat M^-1 + m likewise
     latents scaled on the way   (c f) @ W_dec = f @ (c W_dec)
 
-Each is the same function in other numbers, so an SAE reads as well here as where it comes from.
+Each is the same function in other numbers, so an SAE reads as well here as where it comes from. A
+file whose library normalises token by token stays so: no other numbers would do the same.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.store.checkpoint import centre_input_, take_norms_into_encoder_
+from gsae_core.sae.input_norm import InputNorm
+from gsae_core.store.checkpoint import centre_input_, shift_input_, take_norms_into_encoder_
 
 BIASES: dict[Architecture, tuple[str, ...]] = {
     "gated": ("b_gate", "b_mag", "r_mag"),
@@ -26,6 +30,15 @@ BIASES: dict[Architecture, tuple[str, ...]] = {
     "jumprelu": ("b_enc", "threshold"),
     "topk": ("b_enc",),
 }
+
+
+class Whitening(NamedTuple):
+    """What a file's encoder reads in place of x, (x - mean) @ matrix, and what leads back."""
+
+    mean: Float[Tensor, " d_in"]
+    matrix: Float[Tensor, "d_in d_in"]
+    inverse: Float[Tensor, "d_in d_in"]
+    """Back by z @ inverse + mean."""
 
 
 @dataclass
@@ -43,6 +56,12 @@ class Parts:
     k: int | None = None
     scale: float = 1.0
     """What activations are multiplied by before they reach the file's encoder."""
+
+    input_norm: InputNorm | None = None
+    """How the library normalises each token, before all else."""
+
+    whitening: Whitening | None = None
+    """An affine map that activations go through before they reach the file's encoder."""
 
     latents_by_norm: bool = False
     """Whether TopK ranks and reports latents times the norms of their directions."""
@@ -67,6 +86,12 @@ def build(parts: Parts, path: Path) -> SAE:
         tensors["b_dec"] = tensors["b_dec"] / parts.scale
     sae = _empty(parts, d_in, d_sae, tensors, path)
     _fill_(sae, tensors)
+    sae.input_norm = parts.input_norm
+    if parts.input_norm is not None:
+        parts.assumed.append(
+            f"Takes raw activations and normalises each token itself ({parts.input_norm}), which "
+            "is undone on its reconstruction; latents count in normalised units."
+        )
     if not parts.centred:
         centre_input_(sae)
         parts.assumed.append(
@@ -76,12 +101,32 @@ def build(parts: Parts, path: Path) -> SAE:
     if parts.latents_by_norm and isinstance(sae, TopKSAE):
         take_norms_into_encoder_(sae)
         parts.assumed.append("Latents compete by size times the norm of their direction; folded.")
+    if parts.whitening is not None:
+        fold_whitening_(sae, parts.whitening)
     return sae
+
+
+@torch.no_grad()
+def fold_whitening_(sae: SAE, whitening: Whitening) -> None:
+    """Turn an SAE of whitened activations into the same one for raw `x`, in place.
+
+    In double precision, and right also where `inverse` is the inverse but nearly: biases take what
+    b_dec loses on its way out and in again.
+    """
+    mean, matrix, inverse = (each.double() for each in whitening)
+    b_dec = sae.b_dec.double() @ inverse
+    shift_input_(sae, (b_dec @ matrix - sae.b_dec).to(sae.b_dec))
+    for name, W in sae.named_parameters():
+        if name in ("W_enc", "W_gate", "W_mag"):
+            W.copy_(matrix @ W.double())
+    sae.W_dec.copy_(sae.W_dec.double() @ inverse)
+    sae.b_dec.copy_(b_dec + mean)
 
 
 def _empty(parts: Parts, d_in: int, d_sae: int, tensors: dict[str, Tensor], path: Path) -> SAE:
     # A recipe says how to go on training; a file that names none has norms that tell.
-    norms = tensors["W_dec"].norm(dim=1)
+    W_dec, whitening = tensors["W_dec"].double(), parts.whitening
+    norms = (W_dec if whitening is None else W_dec @ whitening.inverse.double()).norm(dim=1)
     recipe = "P" if (norms - 1).abs().max() < 1e-4 else "A"
     match parts.architecture:
         case "gated":

@@ -1,19 +1,24 @@
 """SAELens, 6 and older: `cfg.json` and safetensors; some are unfolded, some folded wrongly."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
+from gsae_core.sae.input_norm import InputNorm
+from gsae_core.store.formats.containers import look
 from gsae_core.store.formats.found import Found
-from gsae_core.store.formats.parts import BIASES, Parts
+from gsae_core.store.formats.parts import BIASES, Parts, Whitening
 from gsae_core.store.formats.safe_json import read_object
+from gsae_core.store.formats.tensors import as_float32, load_values
 from gsae_core.store.formats.values import mapping, number, one_of, whole
 
 SCALER = "activation_scaler.json"
 MEAN_NORM = "expected_average_only_in"
+WHITENER = "activation_whitening.safetensors"
+WHITENING = "covariance_whitening"
 
 NEEDED = "its architecture and its input normalisation"
 ARCHITECTURES: dict[Any, Architecture] = {
@@ -41,12 +46,12 @@ def read(found: Found, tensors: dict[str, Tensor], config: dict[str, Any]) -> Pa
         dict(tensors),
         centred=bool(config.get("apply_b_dec_to_input", True)),
         k=whole(config.get("k", arguments.get("k"))),
-        scale=_scale(found, config),
         latents_by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
         l0=number(metadata, "l0"),
         sparsity=number(config, "l1_coefficient")
         or number(mapping(metadata, "training_architecture_details"), "l1_coefficient"),
     )
+    _normalise_(parts, found, config)
     if parts.centred and "apply_b_dec_to_input" not in config:
         parts.assumed.append("The config does not say so: the encoder reads x - b_dec.")
     if architecture == "topk":
@@ -67,27 +72,56 @@ def read(found: Found, tensors: dict[str, Tensor], config: dict[str, Any]) -> Pa
     return parts
 
 
-def _scale(found: Found, config: dict[str, Any]) -> float:
-    """Return what activations have to be multiplied by: 1 where it is folded into the weights."""
+def _normalise_(parts: Parts, found: Found, config: dict[str, Any]) -> None:
+    """Say what activations go through first: nothing, where it is folded into the weights."""
     said = config.get("normalize_activations")
     # 5 and older wrote a bool: true is scaling by the mean norm.
     said = {None: "none", False: "none", True: MEAN_NORM}.get(said, said)
     beside = found.weights.with_name(SCALER)
     scaler = read_object(beside) if beside.is_file() else {}
     factor = number(scaler, "scaling_factor")
-    if scaler.get("has_whitening") or said not in ("none", MEAN_NORM):
+    if said not in ("none", MEAN_NORM, WHITENING, *get_args(InputNorm)):
+        known = ", ".join(("none", MEAN_NORM, WHITENING, *get_args(InputNorm)))
         raise InputError(
-            f"expected an SAE that takes raw or evenly scaled activations, found one in "
-            f"{found.weights} that normalises every token or whitens them ({str(said)[:40]!r}), "
-            "which no SAE here does; export its folded form, if it has one"
+            f"expected normalize_activations to be one of {known} for {found.weights}, found "
+            f"{str(said)[:40]!r}; export its folded form, if it has one"
         )
-    if (said == "none") != (factor is None):
+    if (said == WHITENING) != bool(scaler.get("has_whitening")):
+        raise InputError(
+            f"expected has_whitening in {SCALER} beside {found.weights} where "
+            f"normalize_activations is {WHITENING!r} and only there, found "
+            f"{scaler.get('has_whitening')!r} and {said!r}; copy the whole checkpoint again"
+        )
+    if (said == MEAN_NORM) != (factor is not None):
         beside_it = f"{SCALER} of {factor:g}" if factor is not None else f"no {SCALER}"
         raise InputError(
             f"expected normalize_activations and {SCALER} to agree beside {found.weights}, found "
             f"{said!r} and {beside_it}; the scale of its activations is not known"
         )
-    return factor or 1.0
+    parts.scale = factor or 1.0
+    parts.input_norm = next((norm for norm in get_args(InputNorm) if norm == said), None)
+    if said == WHITENING:
+        parts.whitening = _whitening(found, d_in=parts.tensors["b_dec"].numel())
+        parts.assumed.append(
+            f"A checkpoint from the middle of training: the whitening in {WHITENER} is folded into "
+            "the weights."
+        )
+
+
+def _whitening(found: Found, *, d_in: int) -> Whitening:
+    path = found.weights.with_name(WHITENER)
+    shapes = {"mean": [d_in], "matrix": [d_in, d_in], "inverse_matrix": [d_in, d_in]}
+    held = look(path) if path.is_file() else None
+    readable = held is not None and held.kind == "safetensors"
+    tensors = load_values(path, shapes) if readable else {}
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        there = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(tensors.items()))
+        raise InputError(
+            f"expected mean, matrix and inverse_matrix for {d_in} activations in {path}, found "
+            f"{there or 'none'}; copy the whole checkpoint again"
+        )
+    as_float32(tensors, path)  # refuses what is not a finite number
+    return Whitening(tensors["mean"], tensors["matrix"], tensors["inverse_matrix"])
 
 
 def _take_scaling_factor_(parts: Parts, used: bool, found: Found) -> None:

@@ -106,6 +106,11 @@ def _refuse_if_unknown_there(sae: SAE, format: str) -> None:
             "expected an SAE whose latents have thresholds of their own, got TopK, whose threshold "
             "depends on the token; export it as saelens"
         )
+    if sae.input_norm is not None and format == "dictionary_learning":
+        raise InputError(
+            f"expected an SAE whose inputs are not normalised token by token, got one that does so "
+            f"({sae.input_norm}), which dictionary_learning cannot say; export it as saelens"
+        )
 
 
 def _write(sae: SAE, folder: Path, format: str, metadata: dict[str, Any]) -> None:
@@ -145,6 +150,7 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
             threshold = torch.zeros_like(state["b_enc"])
             W_enc, b_enc = state["W_enc"], state["b_enc"]
     new = {"W_enc": W_enc, "b_enc": b_enc, "log_threshold": threshold.log()}
+    jump.input_norm = sae.input_norm
     jump.load_state_dict(new | {"W_dec": state["W_dec"], "b_dec": state["b_dec"]})
     return jump
 
