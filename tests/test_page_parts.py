@@ -53,7 +53,7 @@ def happened(*events: tuple[str, float]) -> list[dict[str, object]]:
 
 
 def lengths(phases: tuple[Phase, ...]) -> list[tuple[str, float | None, str]]:
-    return [tuple(phase) for phase in phases]
+    return [(phase[0], phase[1], phase[2]) for phase in phases]
 
 
 def test_a_timeline_measures_each_stretch_to_the_next() -> None:
