@@ -89,7 +89,7 @@ def _filters(text: str) -> Wanted:
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
         st.button("Clear all", key="clear", on_click=clear, icon=":material/filter_list_off:")
-    kept: Life = next((each for each in LIVES if str(each) == life), LIVES[0])
+    kept: Life = "alive" if life == "alive" else "dead" if life == "dead" else "all"
     return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
 
 
