@@ -3,11 +3,12 @@
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import torch
 
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
@@ -43,10 +44,22 @@ def over_rows(n: int, loop: Callable[[int, int], None], *, least: int = 64) -> N
     spread(lambda k: loop(k * size, min(n, (k + 1) * size)), -(-n // size))
 
 
+class _OneThreadEach(ThreadPoolExecutor):
+    """A pool in which torch computes each task on the task's own thread."""
+
+    def submit(
+        self, fn: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+    ) -> Future[Result]:
+        def alone() -> Result:
+            # Products would otherwise each wake a team of threads of their own. Said before every
+            # task: what torch is told elsewhere later reaches threads that there are already.
+            torch.set_num_threads(1)
+            return fn(*args, **kwargs)
+
+        return super().submit(alone)
+
+
 @functools.cache
 def one_thread_a_core(threads: int, pid: int) -> ThreadPoolExecutor:
     """Return this process's pool of so many threads; `pid` because no thread survives a fork."""
-    # Products inside a task would otherwise each wake a team of threads of their own.
-    return ThreadPoolExecutor(
-        threads, f"core-{pid}", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    return _OneThreadEach(threads, f"core-{pid}")

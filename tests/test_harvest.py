@@ -16,7 +16,6 @@ from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest, Stopwatch, default_rows
 from gsae_core.lm.model import LanguageModel, load_model
-from gsae_core.threads import one_thread_a_core
 
 CPU = torch.device("cpu")
 
@@ -25,14 +24,8 @@ CPU = torch.device("cpu")
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets how many threads torch may use; the number there was comes back."""
     before = torch.get_num_threads()
-
-    def use(n: int) -> None:
-        torch.set_num_threads(n)
-        # What torch is told here reaches threads there are already: those of an older pool.
-        one_thread_a_core.cache_clear()
-
-    yield use
-    use(before)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def sequences(n: int = 12, n_ctx: int = 7, special: tuple[int, ...] = (0,)) -> SequenceSet:

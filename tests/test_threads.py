@@ -28,6 +28,14 @@ def test_results_come_in_order_and_tasks_spread_no_further(
     assert spread(lambda i: i, 2) == [0, 1]
 
 
+def test_a_setting_made_later_reaches_no_task(threads: Callable[[int], None]) -> None:
+    threads(2)
+    spread(lambda i: i, 4)  # the pool of two is there now
+    threads(3)
+    threads(2)
+    assert spread(lambda _: torch.get_num_threads(), 4) == [1, 1, 1, 1]
+
+
 def test_a_task_records_gradients_if_its_caller_does(threads: Callable[[int], None]) -> None:
     threads(2)
     with torch.no_grad():
