@@ -1,12 +1,12 @@
 """The transformer block as a picture in which one clicks the site to read at."""
 
 from collections.abc import Callable
-from importlib import resources
 
 import streamlit as st
 from streamlit.components.v2 import component
 
 from gsae_core.config import SITES, Site
+from gsae_core.pieces import asset
 
 ABOUT: dict[Site, str] = {
     "resid_pre": "the residual stream as it enters the block",
@@ -19,15 +19,11 @@ ABOUT: dict[Site, str] = {
 """What is read at each site."""
 
 
-def _asset(name: str) -> str:
-    return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
-
-
 _diagram = component(
     "gsae_block_diagram",
     html='<div class="block"></div>',
-    css=_asset("block-diagram.css"),
-    js=_asset("block-diagram.js"),
+    css=asset("block-diagram.css"),
+    js=asset("block-diagram.js"),
 )
 
 

@@ -19,7 +19,7 @@ Version = tuple[int, int] | None
 def evaluations(run: Run) -> pd.DataFrame:
     """Return `evaluation_frame` of a run; empty where it was not evaluated or cannot be read."""
     try:
-        return _evaluations(str(run.folder), _version(run.folder / "evals.json"), _run=run)
+        return _evaluations(str(run.folder), version(run.folder / "evals.json"), _run=run)
     except InputError:
         return pd.DataFrame()
 
@@ -31,7 +31,7 @@ def feature_stats(run: Run, name: str) -> pd.DataFrame:
         InputError: as there.
     """
     path = run.sae_folder(name) / "feature_stats.safetensors"
-    return _feature_stats(str(run.folder), name, _version(path), _run=run)
+    return _feature_stats(str(run.folder), name, version(path), _run=run)
 
 
 def deciles(run: Run, name: str) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def deciles(run: Run, name: str) -> pd.DataFrame:
         InputError: as there.
     """
     path = run.sae_folder(name) / "norm_deciles.json"
-    return _deciles(str(run.folder), name, _version(path), _run=run)
+    return _deciles(str(run.folder), name, version(path), _run=run)
 
 
 def evaluated(runs: list[Run]) -> list[Run]:
@@ -49,7 +49,7 @@ def evaluated(runs: list[Run]) -> list[Run]:
     return [run for run in runs if (run.folder / "evals.json").exists()]
 
 
-def _version(path: Path) -> Version:
+def version(path: Path) -> Version:
     """Return what changes when a file does; None where there is none."""
     try:
         found = path.stat()

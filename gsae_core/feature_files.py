@@ -12,8 +12,7 @@ from gsae_core.analysis.feature_filter import listing, weight_listing
 from gsae_core.analysis.features import FeatureIndex
 from gsae_core.analysis.index_files import MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
 from gsae_core.analysis.weight_table import WEIGHTS, weight_table
-from gsae_core.cached import Version
-from gsae_core.cached import _version as version
+from gsae_core.cached import Version, version
 from gsae_core.errors import InputError
 from gsae_core.example import is_example, labels_folder
 from gsae_core.store.index_jobs import index_folder

@@ -1,22 +1,18 @@
 """Features to go on to, as a list of links: a plain click stays in the page."""
 
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import NamedTuple
 
 import streamlit as st
 from streamlit.components.v2 import component
 
-
-def _asset(name: str) -> str:
-    return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
-
+from gsae_core.pieces import asset
 
 _links = component(
     "gsae_feature_links",
     html='<ul class="links"></ul>',
-    css=_asset("feature-links.css"),
-    js=_asset("feature-links.js"),
+    css=asset("feature-links.css"),
+    js=asset("feature-links.js"),
 )
 
 

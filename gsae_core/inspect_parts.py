@@ -122,6 +122,30 @@ def pick_sae(
     return None if choice == none else choice
 
 
+def pick_pair(
+    run: Run, names: Sequence[str], *, page: str, other: str = "Beside it"
+) -> tuple[str, str | None]:
+    """Draw pickers of an SAE and of one to see beside it, side by side; return both choices.
+
+    Args:
+        other: label of the second.
+    """
+    left, right = st.columns(2)
+    with left:
+        name = pick_sae("SAE", names, page=page, param="sae", default=first_choice(run, names))
+    assert name is not None
+    with right:
+        base = pick_sae(
+            other,
+            [each for each in names if each != name],
+            page=page,
+            param="base",
+            default=beside(run, name, names),
+            none="none",
+        )
+    return name, base
+
+
 def text_field(label: str, *, page: str, model: str) -> str:
     """Draw the field for a text, which the address and the other page share; return the text."""
     key = f"{page}_text"

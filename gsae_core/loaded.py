@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import streamlit as st
 
-from gsae_core.cached import Version
-from gsae_core.cached import _version as version
+from gsae_core.cached import Version, version
 from gsae_core.catalogue import cached_models, count_parameters
 from gsae_core.errors import InputError
 from gsae_core.footprint import model_folder

@@ -4,6 +4,7 @@ import html
 import re
 import time
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlencode
 
@@ -52,6 +53,11 @@ def notice(
         f"border-left:4px solid {colour};background:color-mix(in srgb, {colour} 12%, transparent)"
         f'">{head}{escaped(text)}</div>'
     )
+
+
+def asset(name: str) -> str:
+    """Return a script or a style sheet that ships with the package."""
+    return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
 
 
 def escaped(text: str) -> str:

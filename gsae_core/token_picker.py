@@ -1,24 +1,19 @@
 """A text as a strip of tokens in which one is picked, by pointer or by keyboard."""
 
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import NamedTuple
 
 import streamlit as st
 from streamlit.components.v2 import component
 
+from gsae_core.pieces import asset
 from gsae_core.token_strip import visible
-
-
-def _asset(name: str) -> str:
-    return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
-
 
 _picker = component(
     "gsae_token_picker",
     html='<div class="picker"></div>',
-    css=_asset("token-picker.css"),
-    js=_asset("token-picker.js"),
+    css=asset("token-picker.css"),
+    js=asset("token-picker.js"),
 )
 
 

@@ -11,10 +11,8 @@ from gsae_core.feature_files import Opened, open_index, open_sae, weights_of
 from gsae_core.feature_relations import match, near, relations
 from gsae_core.index_panel import panel
 from gsae_core.inspect_parts import (
-    beside,
-    first_choice,
     need_saes,
-    pick_sae,
+    pick_pair,
     said,
     stacking,
 )
@@ -32,22 +30,7 @@ frame = shell.page(
 def choose() -> tuple[Run, Opened, str | None]:
     """Draw the pickers; return the SAE that is shown, and the name of the one beside it."""
     run, names = need_saes(frame, "its features")
-    left, right = st.columns(2)
-    with left:
-        name = pick_sae(
-            "SAE", names, page="features", param="sae", default=first_choice(run, names)
-        )
-    assert name is not None
-    with right:
-        others = [each for each in names if each != name]
-        base = pick_sae(
-            "Beside it",
-            others,
-            page="features",
-            param="base",
-            default=beside(run, name, names),
-            none="none",
-        )
+    name, base = pick_pair(run, names, page="features")
     return run, open_sae(run, name), base
 
 

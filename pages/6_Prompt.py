@@ -7,11 +7,9 @@ from gsae_core import loaded, prompt_view, shell
 from gsae_core.address import correct
 from gsae_core.inspect_parts import (
     architecture,
-    beside,
     correct_number,
-    first_choice,
     need_saes,
-    pick_sae,
+    pick_pair,
     said,
     stacking,
     text_field,
@@ -43,20 +41,7 @@ frame = shell.page(
 def choose() -> tuple[Chosen, str]:
     """Draw the pickers and the text."""
     run, names = need_saes(frame, "the features of any text")
-    left, right = st.columns(2)
-    with left:
-        name = pick_sae("SAE", names, page="prompt", param="sae", default=first_choice(run, names))
-    assert name is not None
-    with right:
-        others = [n for n in names if n != name]
-        other = pick_sae(
-            "Beside it",
-            others,
-            page="prompt",
-            param="base",
-            default=beside(run, name, names),
-            none="none",
-        )
+    name, other = pick_pair(run, names, page="prompt")
     text = text_field("Text", page="prompt", model=run.config.model.name)
     return Chosen(run, name, other), text
 

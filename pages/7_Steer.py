@@ -10,11 +10,9 @@ from gsae_core.address import correct
 from gsae_core.errors import InputError
 from gsae_core.inspect_parts import (
     architecture,
-    beside,
     correct_number,
-    first_choice,
     need_saes,
-    pick_sae,
+    pick_pair,
     quoted,
     said,
     stacking,
@@ -42,20 +40,7 @@ frame = shell.page(
 @said
 def choose_saes() -> tuple[str, str | None, str]:
     """Draw the pickers of SAEs and the prompt."""
-    left, right = st.columns(2)
-    with left:
-        name = pick_sae("SAE", names, page="steer", param="sae", default=first_choice(run, names))
-    assert name is not None
-    with right:
-        others = [n for n in names if n != name]
-        other = pick_sae(
-            "Matched in",
-            others,
-            page="steer",
-            param="base",
-            default=beside(run, name, names),
-            none="none",
-        )
+    name, other = pick_pair(run, names, page="steer", other="Matched in")
     text = text_field("Prompt", page="steer", model=run.config.model.name)
     return name, other, text
 
