@@ -186,22 +186,24 @@ def server_of(address: str) -> psutil.Process:
 def ticks(browser: Browser, root: Path, address: str, rounds: int) -> Iterator[Budget]:
     """Measure what looking at a moving run costs: the server's processor time, and what it sends.
 
-    A look comes each second; eight SAEs log into a file of up to 2000 points each.
+    A look comes each second and finds a new point of each of eight SAEs, behind 2000 others.
     """
     process = subprocess.Popen(["sleep", "600"], start_new_session=True)
     run = write_run(root, "moving", "running", share=0.05, pid=process.pid)
     lines = metric_lines(config(), share=1.0, n_points=2000)
     path, server = run.folder / "metrics.jsonl", server_of(address)
     page, sent = tab(browser), []
-    seconds, sizes, written, before = [], [], 0, 0.0
-    path.write_text("", encoding="utf-8")
+    a_second = len(config().saes)
+    written = len(lines) - a_second * 5 * (rounds + 1)
+    seconds, sizes, before = [], [], 0.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:written]), encoding="utf-8")
     try:
         page.on("websocket", lambda s: s.on("framereceived", lambda f: sent.append(f)))
         page.goto(f"{address}/Live?run=moving")
         at_rest(page)
         for turn in range(rounds + 1):
             for _ in range(5):
-                upto = written + len(lines) // (5 * rounds + 5)
+                upto = written + a_second
                 with path.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line) + "\n" for line in lines[written:upto])
                 written = upto

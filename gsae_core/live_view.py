@@ -166,7 +166,7 @@ def draw_samples(run: Run, names: Sequence[str]) -> None:
         st.caption("No feature fired on these tokens.")
         return
     st.html("".join(_latent(latent, samples["n_tokens"]) for latent in latents))
-    figure_tools(_sample_table(latents), name=f"features-{name}")
+    figure_tools(lambda: _sample_table(latents), name=f"features-{name}")
 
 
 def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:

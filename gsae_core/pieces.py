@@ -3,7 +3,7 @@
 import html
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlencode
@@ -140,13 +140,20 @@ def marked(architecture: Architecture, text: str) -> None:
     st.html(f'<div style="font-weight:600">{sign} {escaped(text)}</div>')
 
 
-def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data", about: str = "") -> None:
+def figure_tools(
+    frame: "pd.DataFrame | Callable[[], pd.DataFrame]",
+    *,
+    name: str,
+    label: str = "Data",
+    about: str = "",
+) -> None:
     """Draw the button under a figure that explains it, tables it, saves it, and copies its link.
 
     What the popover holds is made when it is opened: nine figures a second cost nine buttons.
 
     Args:
-        frame: what the figure draws, a column for each axis, in the figure's own units.
+        frame: what the figure draws, a column for each axis, in the figure's own units; or what
+            returns it.
         name: of the figure, once a page: the key of its widgets and the name of the file.
         label: of the button.
         about: what the figure's numbers mean, from the glossary.
@@ -161,17 +168,18 @@ def figure_tools(frame: "pd.DataFrame", *, name: str, label: str = "Data", about
     )
     if not tools.open:
         return
+    table = frame() if callable(frame) else frame
     with tools:
         if about:
             st.caption("Definition")
             paragraphs(about, size=".9rem")
         st.caption("Show as table")
         st.dataframe(
-            frame, hide_index=True, height=260, key=f"table_{name}", alt=f"The data of {name}"
+            table, hide_index=True, height=260, key=f"table_{name}", alt=f"The data of {name}"
         )
         st.download_button(
             "Download data",
-            lambda: frame.to_csv(index=False),
+            lambda: table.to_csv(index=False),
             file_name=f"{name}.csv",
             mime="text/csv",
             icon=":material/download:",

@@ -7,8 +7,8 @@ same ones from look to look while they live, and those that fire most.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,28 +16,21 @@ from torch import Tensor
 
 from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
+from gsae_core.sae.base import SAE
+from gsae_core.sae.codes import SparseCodes, encode_sparse
 from gsae_core.store.files import write_json
 from gsae_core.store.runs import Run
 from gsae_core.workshop import Bench
 
 logger = logging.getLogger(__name__)
 
-LOOKS_PER_RUN = 20
+LOOKS_PER_RUN, LEAST_EVERY = 20, 10  # steps: a look costs about as much as a step
 FIRST_LOOK = 50  # steps, in a long run: the twentieth part of days is a long wait
-SAMPLE_TOKENS = 2048  # encoding them twice costs about as much as a small step
+SAMPLE_TOKENS = 2048
 N_RANDOM, N_DENSEST, N_EXAMPLES = 4, 2, 3
 BEFORE, AFTER = 8, 4  # tokens of context
 TOKEN_LENGTH = 64  # characters kept of a token: some vocabularies hold whole pages
-ENCODED_AT_ONCE = 2**24  # numbers, 64 MB
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What a look needs of an SAE."""
-
-    d_sae: int
-
-    def encode(self, x: Tensor) -> Tensor: ...
+ENCODED_AT_ONCE = 2**22  # latents of tokens, some 100 MB where all of them fire
 
 
 class HeldOut(NamedTuple):
@@ -61,7 +54,7 @@ class Sampler:
     def __init__(self, run: Run, bench: Bench) -> None:
         self._run, self._bench = run, bench
         self._n_steps = run.config.train.n_steps
-        self.every = max(1, round(self._n_steps / LOOKS_PER_RUN))
+        self.every = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
         self._held_out: HeldOut | None = None
 
     def see(self, step: int) -> None:
@@ -84,7 +77,7 @@ class Sampler:
             logger.warning("no sample of latents: %s", error)
 
     @torch.no_grad()
-    def _look(self, spec: SAESpec, sae: Encoder) -> dict[str, Any]:
+    def _look(self, spec: SAESpec, sae: SAE) -> dict[str, Any]:
         assert self._held_out is not None
         held_out = self._held_out
         fired = firings(sae, held_out.x)
@@ -130,20 +123,33 @@ class Sampler:
         return list(examples.values())
 
 
-def firings(sae: Encoder, x: Float[Tensor, "tokens d_in"]) -> Int64[Tensor, " d_sae"]:
+def firings(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Int64[Tensor, " d_sae"]:
     """Return on how many tokens each latent fires."""
-    fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=x.device)
-    for rows in x.split(max(1, ENCODED_AT_ONCE // sae.d_sae)):
-        fired += (sae.encode(rows) > 0).sum(0)
-    return fired.cpu()
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for codes in _codes(sae, x):
+        fired += codes.latent[codes.magnitude > 0].bincount(minlength=sae.d_sae).cpu()
+    return fired
 
 
 def activations(
-    sae: Encoder, x: Float[Tensor, "tokens d_in"], latents: Sequence[int]
+    sae: SAE, x: Float[Tensor, "tokens d_in"], latents: Sequence[int]
 ) -> Float[Tensor, "tokens chosen"]:
     """Return some latents' activations."""
-    rows = x.split(max(1, ENCODED_AT_ONCE // sae.d_sae))
-    return torch.cat([sae.encode(part)[:, list(latents)] for part in rows])
+    column = torch.full((sae.d_sae,), -1, device=x.device)
+    column[list(latents)] = torch.arange(len(latents), device=x.device)
+    parts = []
+    for codes in _codes(sae, x):
+        at = column[codes.latent]
+        wanted = at >= 0
+        part = x.new_zeros(codes.row_offsets.numel() - 1, len(latents))
+        part[codes.rows()[wanted], at[wanted]] = codes.magnitude[wanted]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _codes(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Iterator[SparseCodes]:
+    for rows in x.split(max(1, ENCODED_AT_ONCE // sae.d_sae)):
+        yield encode_sparse(sae, rows)
 
 
 def choose(fired: Int64[Tensor, " d_sae"], *, seed: int) -> list[tuple[int, str]]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import streamlit as st
 
 from gsae_core import launch
+from gsae_core.collector import spare_modules
 from gsae_core.errors import InputError
 from gsae_core.example import EXAMPLE_ID, example_run
 from gsae_core.job_badge import job_badge, say_connected, status_of
@@ -82,6 +83,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         icon: an emoji, for the browser tab; any other kind is asked for at a font host.
         purpose: one sentence under the heading.
     """
+    spare_modules()
     deleted = st.session_state.get("deleted")
     if deleted is not None and title != "Home":
         st.switch_page("app.py", query_params={})

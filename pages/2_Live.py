@@ -67,10 +67,16 @@ def read(one: Run) -> tuple[pd.DataFrame, int]:
     if added.restarted:
         table, damaged = pd.DataFrame(), 0
     if added.rows:
-        parts = [part for part in (table, pd.DataFrame(added.rows)) if not part.empty]
+        # A category is read as numbers from then on, and strings are not: a tick's largest part.
+        new = pd.DataFrame(added.rows).astype({"sae": pd.CategoricalDtype(names_of(one))})
+        parts = [part for part in (table, new) if not part.empty]
         table = pd.concat(parts, ignore_index=True)
     kept[one.id] = table, added.cursor, damaged + added.damaged
     return table, damaged + added.damaged
+
+
+def names_of(one: Run) -> list[str]:
+    return [spec.name for spec in one.config.saes]
 
 
 def header(status: Status, table: pd.DataFrame) -> None:
@@ -99,7 +105,7 @@ def figure(chart: LiveChart, *, name: str, alt: str) -> None:
         selection_mode="zoom",
     )
     about = f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
-    figure_tools(chart.data, name=name, about=about)
+    figure_tools(lambda: chart.data, name=name, about=about)
 
 
 def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
@@ -159,7 +165,7 @@ def view(was: Status) -> None:
     try:
         status = run.status
         tables = {one.id: read(one) for one in shown}
-        states = {one.id: one.status.state for one in shown}
+        states = {one.id: one.status.state for one in shown[1:]} | {run.id: status.state}
         if status.state != was.state:
             st.rerun()  # the whole page: its buttons and its timer are of another state
         header(status, tables[run.id][0])
@@ -178,14 +184,14 @@ def view(was: Status) -> None:
     finished = [name for name, state in states.items() if state == "finished"]
     charts({name: table for name, (table, _) in tables.items()}, finished)
     with st.expander("Sample of features", icon=":material/visibility:", expanded=True):
-        draw_samples(run, [spec.name for spec in run.config.saes])
+        draw_samples(run, names)
     if status.state not in ("failed", "lost", "cancelled"):
         with st.expander("Log", expanded=status.state == "starting"):
             draw_log(run)
 
 
 others = [other.id for other in frame.runs if other.id != run.id]
-names = [spec.name for spec in run.config.saes]
+names = names_of(run)
 address.correct("overlay", others, what="other run here", shown="the rest")
 address.correct("saes", names, what="SAE of this run", shown="the rest")
 config = run.config

@@ -5,29 +5,41 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import N_STEPS, finish, tiny_config, write_text
-from torch import Tensor
 
+from gsae_core import samples
 from gsae_core.lm.model import LanguageModel
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.samples import TOKEN_LENGTH, activations, choose, firings, token_text
 from gsae_core.store.runs import Run
-
-
-class Halves:
-    """Latent i is what input i exceeds 1/2 by."""
-
-    d_sae = 3
-
-    def encode(self, x: Tensor) -> Tensor:
-        return (x - 0.5).relu()
-
 
 X = torch.tensor([[1.0, 0.0, 2.0], [0.4, 0.0, 0.7], [0.9, 0.0, 0.6]])
 
 
-def test_firings_are_counted_over_the_tokens() -> None:
+@pytest.mark.parametrize("at_once", [1, 2**22])
+def test_firings_are_counted_over_the_tokens(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "ENCODED_AT_ONCE", at_once)
+    # Latent i is what input i exceeds 1/2 by.
+    sae = ReluSAE(3, 3)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(3))
+        sae.b_enc.fill_(-0.5)
+        sae.b_dec.zero_()
     # Above 1/2: tokens 0 and 2, none, all three.
-    assert firings(Halves(), X).tolist() == [2, 0, 3]
-    torch.testing.assert_close(activations(Halves(), X, [2]), torch.tensor([[1.5], [0.2], [0.1]]))
+    assert firings(sae, X).tolist() == [2, 0, 3]
+    f = activations(sae, X, [2, 0])
+    torch.testing.assert_close(f, torch.tensor([[1.5, 0.5], [0.2, 0.0], [0.1, 0.4]]))
+
+
+def test_a_gate_that_opens_onto_nothing_is_no_firing() -> None:
+    sae = GatedSAE(1, 2)
+    with torch.no_grad():
+        sae.W_gate.fill_(1.0)
+        sae.r_mag.zero_()
+        sae.b_dec.zero_()
+        sae.b_gate.zero_()
+        sae.b_mag.copy_(torch.tensor([-2.0, 0.0]))
+    # pi_gate = 1 in both latents; magnitudes are relu(1 - 2) and relu(1).
+    assert firings(sae, torch.ones(1, 1)).tolist() == [0, 1]
 
 
 def test_the_densest_and_some_living_ones_are_chosen_and_none_twice() -> None:
@@ -71,12 +83,12 @@ def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path) -> R
 
 
 def test_a_run_ends_with_a_sample_of_every_sae(sampled: Run) -> None:
-    samples = sampled.samples()
-    assert samples is not None
-    # A look every 30 / 20, rounded to 2 steps; the last step is even.
-    assert (samples["step"], samples["every"]) == (N_STEPS, 2)
-    assert set(samples["saes"]) == {"gated", "relu"}
-    for sae in samples["saes"].values():
+    found = sampled.samples()
+    assert found is not None
+    # A look every 30 / 20 steps would be more often than it may.
+    assert (found["step"], found["every"]) == (N_STEPS, 10)
+    assert set(found["saes"]) == {"gated", "relu"}
+    for sae in found["saes"].values():
         assert sae["latents"]
         for latent in sae["latents"]:
             for example in latent["examples"]:
@@ -92,14 +104,14 @@ def test_values_are_those_of_the_saved_sae_on_raw_activations(
     from gsae_core.lm.corpus import load_corpus
     from gsae_core.store.checkpoint import load_sae
 
-    samples = sampled.samples()
-    assert samples is not None
+    found = sampled.samples()
+    assert found is not None
     corpus = load_corpus(sampled.config.data, tiny_lm.tokenizer, n_tokens=480, model_n_ctx=16)
     ids, mask = corpus.held_out[:]
     x = tiny_lm.harvest(ids, layer=1, site="resid_pre")[mask]
     for name in ("gated", "relu"):
         f = load_sae(sampled.sae_folder(name)).encode(x).detach()
-        latent = samples["saes"][name]["latents"][-1]
+        latent = found["saes"][name]["latents"][-1]
         column = f[:, latent["latent"]]
         assert latent["fired"] == int((column > 0).sum())
         top = latent["examples"][0]
@@ -109,7 +121,6 @@ def test_values_are_those_of_the_saved_sae_on_raw_activations(
 def test_a_full_disk_costs_the_sample_and_not_the_run(
     tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core import samples
     from gsae_core.errors import InputError
 
     def full(*_: object) -> None:

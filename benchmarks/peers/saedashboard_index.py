@@ -6,14 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from bundled_gpt2 import bundled_gpt2
 from sae_dashboard.sae_vis_data import SaeVisConfig
 from sae_dashboard.sae_vis_runner import SaeVisRunner
 from sae_lens import SAE, HookedSAETransformer
 from safetensors.torch import load_file
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gsae_core.bench.serve import Job, Work, serve
 
@@ -51,23 +49,7 @@ def prepare(job: Job) -> Work:
 
 
 def _model(job: Job) -> HookedSAETransformer:
-    """Return the bundled GPT-2, weights as they are, as the class that the runner takes."""
-    hf = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=torch.float32)
-    shape = hf.config
-    cfg = HookedTransformerConfig(
-        n_layers=shape.n_layer,
-        d_model=shape.n_embd,
-        n_ctx=shape.n_positions,
-        d_head=shape.n_embd // shape.n_head,
-        n_heads=shape.n_head,
-        d_mlp=4 * shape.n_embd,
-        d_vocab=shape.vocab_size,
-        act_fn=shape.activation_function,
-        normalization_type="LN",
-        eps=shape.layer_norm_epsilon,
-        device=job["device"],
-        tokenizer_prepends_bos=False,
-    )
+    """Return the bundled GPT-2 as the class that the runner takes."""
     # Its transformers is older than the class that the folder names, and TransformerLens reads a
     # tokenizer again from where it came from: from a folder that this version has written.
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +58,12 @@ def _model(job: Job) -> HookedSAETransformer:
             bos_token=END,
             eos_token=END,
         ).save_pretrained(folder)
-        model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
-    # Masks, which a checkpoint does not hold, are what is missing.
-    model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
-    return model.eval()
+        return bundled_gpt2(
+            HookedSAETransformer,
+            folder=job["model_folder"],
+            device=job["device"],
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+        )
 
 
 if __name__ == "__main__":

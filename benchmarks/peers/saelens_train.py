@@ -5,14 +5,14 @@ from typing import Any
 
 import sae_lens
 import torch
+from bundled_gpt2 import bundled_gpt2
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAEConfig
 from safetensors.torch import load_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformer_lens import HookedTransformer
+from transformers import AutoTokenizer
 
 from gsae_core.bench.serve import Job, Work, serve
 
@@ -33,7 +33,12 @@ def prepare(job: Job) -> Work:
             runner = LanguageModelSAETrainingRunner(
                 _config(job, n_ctx=ids.shape[1], folder=folder),
                 override_dataset=dataset,
-                override_model=_model(job),
+                override_model=bundled_gpt2(
+                    HookedTransformer,
+                    folder=job["model_folder"],
+                    device=job["device"],
+                    tokenizer=AutoTokenizer.from_pretrained(job["model_folder"]),
+                ),
             )
             runner.run()
         kept[:] = [runner]
@@ -46,33 +51,6 @@ def prepare(job: Job) -> Work:
         return {"l0": l0, "version": sae_lens.__version__}
 
     return Work(run, look=look)
-
-
-def _model(job: Job) -> HookedTransformer:
-    """Return the bundled GPT-2 as the class that SAELens loads by default, weights as they are.
-
-    `HookedTransformer.from_pretrained` knows published names alone.
-    """
-    hf = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=torch.float32)
-    shape = hf.config
-    cfg = HookedTransformerConfig(
-        n_layers=shape.n_layer,
-        d_model=shape.n_embd,
-        n_ctx=shape.n_positions,
-        d_head=shape.n_embd // shape.n_head,
-        n_heads=shape.n_head,
-        d_mlp=4 * shape.n_embd,
-        d_vocab=shape.vocab_size,
-        act_fn=shape.activation_function,
-        normalization_type="LN",
-        eps=shape.layer_norm_epsilon,
-        device=job["device"],
-        tokenizer_prepends_bos=False,
-    )
-    model = HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(job["model_folder"]))
-    # Masks, which a checkpoint does not hold, are what is missing.
-    model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
-    return model.eval()
 
 
 def _config(job: Job, *, n_ctx: int, folder: str) -> LanguageModelSAERunnerConfig[Any]:

@@ -104,10 +104,10 @@ class Train:
     """
 
     width: Annotated[int, _flag("Number of latents.", "INT")] = 4096
-    tokens: Annotated[int, _flag("Activation vectors to train on.", "INT")] = 2**19
+    tokens: Annotated[int, _flag("Activation vectors to train on.", "INT")] = 2**20
     batch: Annotated[int, _flag("Activation vectors in a step.", "INT")] = 2048
     layer: Annotated[int, _flag("Block whose resid_post is read, from 0.", "INT")] = 2
-    sparsity: Annotated[float, _flag("lambda of the single SAE.", "FLOAT")] = 0.15
+    sparsity: Annotated[float, _flag("lambda of the single SAE.", "FLOAT")] = 0.5
     saes: Annotated[int, _flag("SAEs in the sweep.", "INT")] = 8
     device: _Device = "cpu"
     rounds: Annotated[int, _flag("Times each of them trains.", "INT")] = 1

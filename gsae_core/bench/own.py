@@ -1,5 +1,6 @@
 """Our own ways of doing each benchmark's work: `python -m gsae_core.bench.own JOB`."""
 
+import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,8 @@ def _ids(job: Job) -> Tensor:
 def train(job: Job) -> Work:
     """A whole run, as `gsae_core train` makes it: loading, stream, steps, log, files."""
     config = RunConfig.model_validate_json(job["config"])
+    # SAELens' runner has imported its own before its time begins.
+    importlib.import_module("transformers.models.gpt2.modeling_gpt2")
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:

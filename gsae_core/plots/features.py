@@ -55,7 +55,7 @@ def density_histogram(
         low, high = (10.0 ** (end / BINS_A_DECADE) for end in (number, number + 1))
         rows.append((low, high, int(here.sum()), int((here & kept[fires]).sum())))
     data = pd.DataFrame(rows, columns=["low", "high", "n", "kept"])
-    return LiveChart(_density_spec(hue(architecture, theme)), data)
+    return LiveChart.of(_density_spec(hue(architecture, theme)), data)
 
 
 @functools.lru_cache(maxsize=16)
@@ -124,7 +124,9 @@ def activation_histogram(
     shown = math.isfinite(theta) and 0 < theta <= float(histogram.edges[-1])
     # Of one row: the band and its rule are drawn once.
     data["theta"] = [theta if shown else math.nan, *[math.nan] * (len(data) - 1)]
-    return LiveChart(_activation_spec(hue(architecture, theme), RED[theme], name), data)
+    return LiveChart(
+        _activation_spec(hue(architecture, theme), RED[theme], name), dict(data.items())
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -63,7 +63,7 @@ def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
     dots["kind"] = np.where(fired, "dot", "miss")
     columns = ["kind", "x", "x2", "y", "y2", "region", "said", "f"]
     data = pd.concat([pd.DataFrame(rows), dots], ignore_index=True).reindex(columns=columns)
-    return LiveChart(_plane_spec(hue("gated", theme), RED[theme]), data)
+    return LiveChart.of(_plane_spec(hue("gated", theme), RED[theme]), data)
 
 
 def _regions(row: Mapping[str, Any]) -> dict[Region, int]:

@@ -5,7 +5,6 @@ chart that is there; a new specification would be a new chart, zoomed out.
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -70,13 +69,31 @@ class LiveChart(NamedTuple):
     """A Vega-Lite chart: its specification without data, and the data."""
 
     spec: dict[str, Any]
-    data: pd.DataFrame
+    columns: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, spec: dict[str, Any], data: pd.DataFrame) -> "LiveChart":
+        """Return the chart of a table."""
+        return cls(spec, {str(name): data[name].to_numpy() for name in data})
+
+    @property
+    def data(self) -> pd.DataFrame:
+        """The data for a table: made when asked for, for a table a second costs."""
+        return pd.DataFrame(dict(self.columns))
 
     def arrow(self) -> "pa.Table":
-        """Return the data as Streamlit sends them: of a data frame it would convert each second."""
+        """Return the data as Streamlit sends them, single precision.
+
+        Seven digits draw a line and fill a tooltip; `data` keeps all of them.
+        """
         import pyarrow as pa
 
-        return pa.table({str(name): self.data[name].to_numpy() for name in self.data})
+        return pa.table(
+            {
+                name: column.astype("float32") if column.dtype == "float64" else column
+                for name, column in self.columns.items()
+            }
+        )
 
     def altair(self) -> "altair.Chart | altair.LayerChart":
         """Return the chart for a notebook."""
@@ -129,13 +146,13 @@ def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[Tr
     for run, frame in frames.items():
         if frame.empty:
             continue
-        # Arrays once, instead of a table for each line and chart: those took 60 ms a tick, not 10.
-        columns = {str(name): frame[name].to_numpy() for name in frame.select_dtypes("number")}
-        names = frame["sae"].to_numpy(dtype=object)
-        for sae in dict.fromkeys(names):
-            rows = np.flatnonzero(names == sae)
-            values = {name: column[rows].astype("float64") for name, column in columns.items()}
-            parts[run, sae] = values
+        # Arrays once, instead of a table for each line and chart: those took 60 ms a tick, not 4.
+        numbers = frame.select_dtypes("number")
+        values = numbers.to_numpy("float64")
+        names = frame["sae"].astype("category").cat
+        for code, sae in enumerate(names.categories):
+            columns = np.ascontiguousarray(values[names.codes.to_numpy() == code].T)
+            parts[run, str(sae)] = dict(zip(map(str, numbers), columns, strict=True))
     return [parts.get((line.run, line.sae), {}) for line in lines]
 
 
@@ -157,13 +174,16 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
     """
     if len(values) <= limit:
         return np.arange(len(values))
-    edges = np.linspace(1, len(values) - 1, (limit - 2) // 2 + 1).astype(int).tolist()
-    kept = {0, len(values) - 1}
-    for start, stop in itertools.pairwise(edges):
-        if stop > start:
-            kept |= {start + int(values[start:stop].argmin())}
-            kept |= {start + int(values[start:stop].argmax())}
-    return np.array(sorted(kept))
+    inner, n_stretches = values[1:-1], (limit - 2) // 2
+    width = -(-len(inner) // n_stretches)
+    # One call for all stretches: of nine charts a second, eight lines each, loops took half a core.
+    filled = np.full((-(-len(inner) // width), width), inner[-1])  # the first of equals is found
+    filled.ravel()[: len(inner)] = inner
+    starts = 1 + width * np.arange(len(filled))
+    kept = np.zeros(len(values), dtype=bool)
+    kept[starts + filled.argmin(axis=1)] = kept[starts + filled.argmax(axis=1)] = True
+    kept[[0, -1]] = True
+    return kept.nonzero()[0]
 
 
 def line_chart(
@@ -202,7 +222,7 @@ def line_chart(
     columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
     top = ceiling([part["raw"] for part in parts]) if column in GAMMAS else None
     spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, rule, top)
-    return LiveChart(spec, table(parts, columns))
+    return LiveChart(spec, joined(parts, columns))
 
 
 def ceiling(series: Sequence[np.ndarray]) -> float | None:
@@ -214,11 +234,13 @@ def ceiling(series: Sequence[np.ndarray]) -> float | None:
     return next((top for top in CEILINGS if max(late, default=0.0) < 0.95 * top), None)
 
 
-def table(parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
+def joined(
+    parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]
+) -> dict[str, np.ndarray]:
     """Return columns set end to end; empty ones where there are no parts."""
     if not parts:
-        return pd.DataFrame(columns=list(columns))
-    return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in columns})
+        return {name: np.empty(0) for name in columns}
+    return {name: np.concatenate([p[name] for p in parts]) for name in columns}
 
 
 def shared(lines: Sequence[Line], title: str) -> dict[str, Any]:

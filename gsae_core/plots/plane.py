@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.plots.live import Line, LiveChart, Track, series_scale, shared, table
+from gsae_core.plots.live import Line, LiveChart, Track, joined, series_scale, shared
 from gsae_core.plots.palette import AXES, log_ticks
 
 TRAIL = 40  # logged points of an SAE's path that the plane shows
@@ -31,7 +31,7 @@ def plane(
         data = {name: part[name][path] for name in ("step", "l0", "fvu")}
         parts.append(data | {"line": np.full(len(path), index, dtype="int16"), "now": now})
     columns = ["step", "l0", "fvu", "line", "now"]
-    return LiveChart(_plane_spec(tuple(lines)), table(parts, columns))
+    return LiveChart(_plane_spec(tuple(lines)), joined(parts, columns))
 
 
 @functools.lru_cache(maxsize=64)

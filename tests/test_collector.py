@@ -1,0 +1,58 @@
+"""What garbage collections leave out, and what they still find."""
+
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from gsae_core import collector
+
+
+class Node:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture(autouse=True)
+def spared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(collector, "_n_modules", 0)
+    collector.spare_modules()
+    yield
+    gc.callbacks.remove(collector._freeze)
+    gc.unfreeze()
+
+
+def test_asking_twice_is_asking_once() -> None:
+    collector.spare_modules()
+    assert gc.callbacks.count(collector._freeze) == 1
+
+
+def test_what_is_alive_when_modules_were_imported_is_left_out_from_then_on() -> None:
+    gc.collect()
+    frozen = gc.get_freeze_count()
+    assert frozen > 10_000  # pytest and torch alone hold more
+    assert len(gc.get_objects()) < frozen / 10
+
+
+def test_garbage_is_found_all_the_same() -> None:
+    gc.collect()
+    seen = weakref.ref(Node())
+    assert seen() is not None
+    gc.collect()
+    assert seen() is None
+
+
+def test_nothing_more_is_left_out_until_a_module_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gc.collect()
+    before = gc.get_freeze_count()
+    kept = [Node() for _ in range(100)]
+    gc.collect()
+    assert gc.get_freeze_count() == before
+    monkeypatch.setitem(sys.modules, "imported_just_now", types.ModuleType("imported_just_now"))
+    gc.collect()
+    assert gc.get_freeze_count() >= before + len(kept)
