@@ -216,7 +216,7 @@ def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None
             alt="Share of features in each bin of γ",
         )
         about = definition("gamma_per_feature")
-        figure_tools(histogram_table(features, bins), name="histogram", about=about)
+        figure_tools(lambda: histogram_table(features, bins), name="histogram", about=about)
     with right:
         st.plotly_chart(
             gamma_against_density(features),
@@ -224,7 +224,7 @@ def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None
             config=CONFIG,
             alt="γ of each feature against its density",
         )
-        figure_tools(every_feature(features), name="features", about=definition("density"))
+        figure_tools(lambda: every_feature(features), name="features", about=definition("density"))
 
 
 def every_feature(features: list[FeatureGamma]) -> pd.DataFrame:

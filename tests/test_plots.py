@@ -294,10 +294,13 @@ def test_a_click_on_a_bar_reports_its_bin_and_a_chosen_bin_is_marked() -> None:
 
 
 def test_dots_are_thinned_and_carry_their_latent() -> None:
-    table = stats([50] * 4001, [1.0] * 4001)
-    (trace,) = traces(gamma_against_density([select_features(SAES[0], table, min_fired=1)]))
-    # 4001 dots over at most 2000: every third.
+    table = stats([50] * 2001, [46.0] + [1.0] * 2000)
+    figure = gamma_against_density([select_features(SAES[0], table, min_fired=1)])
+    (trace,) = traces(figure)
+    # 2001 dots over at most 1000: every third. What is beyond is counted among all.
     assert list(trace.customdata[:3]) == [0, 3, 6]
+    (note,) = figure.to_dict()["layout"]["annotations"]
+    assert note["text"] == "beyond the axis: 1<br>one feature in 3 drawn"
 
 
 def test_a_runaway_feature_does_not_flatten_the_others() -> None:

@@ -11,12 +11,12 @@ import plotly.graph_objects as go
 
 from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
-from gsae_core.plots.curves import hover, style, traces
+from gsae_core.plots.curves import hover, style
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, hover_name
 
 BIN = 0.025  # width of a gamma bin; doubled until they fit
 MAX_BINS = 80  # more are thinner than a pointer can hit
-MAX_DOTS = 2000  # dots per SAE in a scatter: more hide each other and slow the page
+MAX_DOTS = 1000  # dots per SAE in a scatter: more hide each other and slow the page
 
 
 class FeatureGamma(NamedTuple):
@@ -183,13 +183,19 @@ def common_bins(features: Sequence[FeatureGamma]) -> Bins:
 def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     """Return each feature's gamma against how often it fires, on the histogram's range of gamma.
 
-    One runaway feature would flatten all the others; how many lie beyond is said.
+    One runaway feature would flatten all the others; how many lie beyond is said. Of many features
+    every so-manieth is drawn, which is said too.
     """
     figure = go.Figure()
+    edges = common_bins(features).edges
+    low, high = float(edges[0]), float(edges[-1])
+    beyond, one_in = 0, 1
     for feature in features:
         look = LOOKS[feature.spec.architecture]
         stats = feature.stats.query("density > 0")
-        stats = stats.iloc[:: -(-len(stats) // MAX_DOTS) or 1]
+        beyond += int((~stats["gamma"].between(low, high)).sum())
+        every = -(-len(stats) // MAX_DOTS) or 1
+        one_in, stats = max(one_in, every), stats.iloc[::every]
         figure.add_scatter(
             # Arrays: Plotly checks lists number by number, which took half of the page's time.
             x=stats["density"].to_numpy(),
@@ -206,19 +212,20 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             ),
         )
     figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
-    edges = common_bins(features).edges
-    low, high = float(edges[0]), float(edges[-1])
     figure.update_yaxes(range=[low, high])
-    beyond = sum(not low <= y <= high for trace in traces(figure) for y in trace.y)
-    if beyond:
+    notes = [f"beyond the axis: {beyond:,}"] if beyond else []
+    if one_in > 1:
+        notes.append(f"one feature in {one_in} drawn")
+    if notes:
         figure.add_annotation(
-            text=f"beyond the axis: {beyond:,}",
+            text="<br>".join(notes),
             x=1,
             xref="paper",
             y=0,
             yref="paper",
             yanchor="bottom",
             showarrow=False,
+            align="right",
             font={"size": 12, "color": NEUTRAL},
         )
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
