@@ -32,6 +32,7 @@ from driver import FLAGS, at_rest, chromium_path, serving
 from synthetic import config, metric_lines, write_run
 
 from gsae_core.config import sweep
+from gsae_core.example import EXAMPLE_ID
 
 N_RUNS, WIDTH = 200, 16_384
 WINDOW: ViewportSize = {"width": 1360, "height": 1000}
@@ -176,6 +177,45 @@ def widgets(browser: Browser, address: str, rounds: int) -> Iterator[Budget]:
     page.context.close()
 
 
+def prompts(browser: Browser, rounds: int) -> Iterator[Budget]:
+    """Measure answers to a text: the first of a server whose Home was seen alone, and the next."""
+    cold, warm, linked = [], [], []
+    with tempfile.TemporaryDirectory() as runs:
+        for _ in range(rounds):
+            with serving(Path(runs)) as address:
+                page = tab(browser)
+                page.goto(f"{address}/?run={EXAMPLE_ID}")
+                at_rest(page)
+                begun = time.perf_counter()
+                page.evaluate(press_link("Prompt"))
+                text = page.get_by_label("Text", exact=True)
+                text.fill("import json")
+                text.press("Control+Enter")
+                _answered(page, "import")
+                cold.append(time.perf_counter() - begun)
+                begun = time.perf_counter()
+                text.fill("return x")
+                text.press("Control+Enter")
+                _answered(page, "return")
+                warm.append(time.perf_counter() - begun)
+                page.context.close()
+            with serving(Path(runs)) as address:
+                page = tab(browser)
+                begun = time.perf_counter()
+                page.goto(f"{address}/Prompt?run={EXAMPLE_ID}&text=import%20json")
+                _answered(page, "import")
+                linked.append(time.perf_counter() - begun)
+                page.context.close()
+    yield Budget("Prompt's first answer, opened from Home", 6.0, median(cold))
+    yield Budget("Prompt's next answer", 1.0, median(warm))
+    yield Budget("Prompt's first answer, a link to a cold server", inf, median(linked))
+
+
+def _answered(page: Page, token: str) -> None:
+    page.locator(".picker [role=option]").filter(has_text=token).first.wait_for()
+    at_rest(page)
+
+
 def server_of(address: str) -> psutil.Process:
     """Return the process that serves an address."""
     port = address.rpartition(":")[2]
@@ -262,6 +302,7 @@ def main() -> None:
                     print(json.dumps(budget._asdict(), ensure_ascii=False), flush=True)
 
         add("home", lambda: home(browser, options.rounds))
+        add("prompt", lambda: prompts(browser, options.rounds))
         with folder() as root, serving(root) as address:
             add("first", lambda: first_plotly(browser, address, options.rounds))
             add("switch", lambda: switches(browser, address, options.rounds))
