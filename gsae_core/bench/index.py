@@ -24,7 +24,7 @@ from gsae_core.training.memory import resolve_device
 ALONE = "harvest and encode"
 OURS = "our index"
 SAEDASHBOARD = "SAEDashboard, a slice"
-SAMPLE_ROWS = 16
+SAMPLE_ROWS = 32
 """Sequences whose activations set the gates."""
 
 
@@ -121,7 +121,9 @@ def _tokens(flags: Index, model: LanguageModel) -> torch.Tensor:
 @torch.no_grad()
 def _save_problem(flags: Index, model: LanguageModel, ids: torch.Tensor, folder: Path) -> None:
     """Save a Gated SAE of random directions whose gates are open at the rate asked for."""
-    x = model.harvest(ids[:SAMPLE_ROWS], layer=flags.layer, site="resid_post").flatten(0, 1)
+    # Evenly spread: the beginning of a text is of one kind, and L0 came out half as large again.
+    which = torch.linspace(0, len(ids) - 1, min(SAMPLE_ROWS, len(ids))).long()
+    x = model.harvest(ids[which], layer=flags.layer, site="resid_post").flatten(0, 1)
     sae = GatedSAE(x.shape[1], flags.width)
     sae.b_dec.copy_(x.mean(0))
     rate = flags.l0 / flags.width
