@@ -36,7 +36,16 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
     sampler = Sampler(run, bench)
     every = log_every(trainer.cfg.n_steps)
 
+    def note_stopped() -> None:
+        # As far as is known without waiting for the device, which hears of a step late.
+        for spec, why in zip(run.config.saes, trainer.stopped, strict=True):
+            if why is not None and spec.name not in bench.stopped:
+                bench.stopped[spec.name] = why
+                run.add_event("sae stopped", sae=spec.name, why=why)
+
     def save() -> None:
+        trainer.settle()
+        note_stopped()
         state = {
             "trainer": trainer.state_dict(),
             "stopped": bench.stopped,
@@ -57,10 +66,7 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
                     times = {"seconds": clock.seconds, "seconds_lm": clock.seconds_lm}
                     log.add(_rows(run.config, report, **times))
                 sampler.see(report.step)
-                for spec, sae in zip(run.config.saes, report.saes, strict=True):
-                    if sae.stopped is not None and spec.name not in bench.stopped:
-                        bench.stopped[spec.name] = sae.stopped
-                        run.add_event("sae stopped", sae=spec.name, why=sae.stopped)
+                note_stopped()
                 if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
                     save()
                     saved_at, saved_step = time.monotonic(), report.step

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 By = Literal["decoder", "firing"]
 
 # Firings looked at to find who else fires there; more are sampled evenly.
-MOST_FIRINGS = 2**14
+MOST_FIRINGS = 2**13
 
 
 def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd.DataFrame":
@@ -27,7 +27,7 @@ def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd
     the harmonic mean of the shares of either's firings that those are; `mutual`, whether this
     feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
 
-    Of more than 2^14 firings an even sample is looked at, and `both` is scaled to all.
+    Of more than 2^13 firings an even sample is looked at, and `both` is scaled to all.
 
     Raises:
         InputError: if the two are of different widths or not over the same tokens.

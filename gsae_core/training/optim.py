@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
@@ -58,9 +58,12 @@ def remove_parallel_(
 
 
 @torch.no_grad()
-def normalise_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Scale each row of `W_dec` to norm one, in place."""
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+def normalise_rows_(
+    W_dec: Float[Tensor, "d_sae d_in"], *, unless: Bool[Tensor, ""] | None = None
+) -> None:
+    """Scale each row of `W_dec` to norm one, in place; where `unless` is true, keep its bits."""
+    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+    W_dec /= norms if unless is None else norms.masked_fill(unless, 1.0)
 
 
 class DictionaryAdam:
@@ -78,27 +81,37 @@ class DictionaryAdam:
         )
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, *, unless: Bool[Tensor, ""] | None = None) -> None:
         """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
 
         A dictionary whose recipe leaves norms free is neither projected nor renormalised.
+
+        Args:
+            lr: learning rate.
+            unless: on the device: if true there, weights and moments keep their bits and `.grad`
+                means nothing afterwards. Nobody waits to find out.
         """
         for parameter in self._named.values():
             _match_layout_(parameter)
         W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
         on_sphere = self._sae.unit_norm and grad is not None
-        one_pass = on_sphere and W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
+        loops_know = W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
+        one_pass = on_sphere and loops_know and unless is None
         self._adam.param_groups[0]["lr"] = lr
         if one_pass:
             W_dec.grad = None  # left out of the step of all others
         elif on_sphere and grad is not None:
             remove_parallel_(grad, W_dec=W_dec)
+        # What a GradScaler sets: the fused kernel reads it on the device, and if it is 1 then
+        # weights, moments and step counts stay as they are (torch 2.13, CPU and CUDA).
+        found = None if unless is None else unless.to(torch.float32)
+        self._adam.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         self._adam.step()
         if one_pass:
             W_dec.grad = grad
             self._step_on_sphere(lr)
         elif on_sphere:
-            normalise_rows_(W_dec)
+            normalise_rows_(W_dec, unless=unless)
 
     def _step_on_sphere(self, lr: float) -> None:
         """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""

@@ -1,33 +1,57 @@
-"""One SAE in training: its step, its optimiser, its counters, and when it has to stop."""
+"""One SAE in training: its step, its optimiser, its counters, and when it has to stop.
+
+Whoever looks at a step's loss before its weights move waits for the device, which meanwhile has
+nothing to do. On CUDA nobody does. A step is *begun*: its gradients are computed, the device
+itself keeps a step that overflowed or is not finite from weights, moments and counters, and four
+numbers set out for the CPU. It is *settled* when they are read, after the next step's gradients
+have been given to the device: an overflowing step is taken again, the dense way, and the next one's
+gradients after it; one that is not finite stops the SAE. Weights go through the same values as with
+a step settled at once, which is what happens elsewhere.
+"""
 
 import logging
-import math
+import time
 from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import StepResult
-from gsae_core.sae.metrics import sum_dtype
 from gsae_core.training.optim import DictionaryAdam, lr_factor, sparsity_factor
-from gsae_core.training.report import DeadCounts, SAEReport, slim
+from gsae_core.training.report import Answer, DeadCounts, Outcome, SAEReport, slim
 from gsae_core.training.revive import dead_latents, revive_
+from gsae_core.training.silence import Silence
 from gsae_core.training.steps import Attempt, Stepper
+from gsae_core.training.verdict import Courier, Seen, cause, read, spoilt, weigh
 
 logger = logging.getLogger(__name__)
 
+# Where steps are settled late: an event tells when a copy to pinned memory has arrived.
+AHEAD_ON = ("cuda",)
 
-class _Seen(NamedTuple):
-    """What a step turned out to be, as numbers."""
 
-    loss: float
-    norm: float
-    n_open: int
-    overflowed: bool
+class _Lesson(NamedTuple):
+    """One step's batch, what it is taken with, and where its outcome goes."""
+
+    x: Float[Tensor, "batch d_in"]
+    number: int
+    """Steps done, this one included."""
+    lr: float
+    sparsity_coeff: float
+    answer: Answer
+
+
+class _Begun(NamedTuple):
+    """A step the device has been given; nobody has looked at its numbers."""
+
+    lesson: _Lesson
+    attempt: Attempt
+    density: float | None
+    """What its way was chosen by."""
+    dead: DeadCounts
 
 
 class Pupil:
@@ -39,6 +63,11 @@ class Pupil:
         lr: peak learning rate of this SAE.
         sparsity: final lambda of this SAE.
         crossover: density of open gates from which its dense step is the faster one.
+
+    Attributes:
+        ahead: whether a step is settled after the next one has been begun.
+        stopped: why and when it stopped, as far as is known; None while it learns.
+        seconds_settling: seconds that settling took outside of steps.
     """
 
     def __init__(
@@ -51,14 +80,18 @@ class Pupil:
         crossover: float,
     ) -> None:
         self.sae, self.cfg, self.lr, self.sparsity = sae, cfg, lr, sparsity
+        self.ahead = sae.b_dec.device.type in AHEAD_ON
         self._stepper = Stepper(sae, crossover=crossover, screened=cfg.screened)
         self.adam = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
-        # Steps since a latent fired, and since its gate opened.
-        self.since_fired = torch.zeros(sae.d_sae, dtype=torch.int32, device=sae.b_dec.device)
-        self.since_open = torch.zeros_like(self.since_fired)
+        self._silence = Silence(sae, window=cfg.revive_window)
+        self._courier = Courier(sae.b_dec.device)
+        self._begun: _Begun | None = None
         self.warmup_start = 0
-        self.density: float | None = None
+        # Shares of open gates in the last step that was settled, and in the one before it.
+        self._density: float | None = None
+        self._density_before: float | None = None
         self.stopped: str | None = None
+        self.seconds_settling = 0.0
 
     def step(
         self,
@@ -70,96 +103,155 @@ class Pupil:
         """Learn from one batch, then revive dead latents if there is a pool to revive them from.
 
         Args:
-            x: activations.
+            x: activations; if `ahead`, nobody else writes to them before the next step is over.
             steps_done: steps before this one.
             pool: recent inputs at a step that ends with a revival, else None.
         """
-        lr = self.lr * lr_factor(steps_done, self.cfg, warmup_start=self.warmup_start)
-        coeff = self.sparsity * sparsity_factor(steps_done, self.cfg)
-        result = None
+        lesson = _Lesson(
+            x=x,
+            number=steps_done + 1,
+            lr=self.lr * lr_factor(steps_done, self.cfg, warmup_start=self.warmup_start),
+            sparsity_coeff=self.sparsity * sparsity_factor(steps_done, self.cfg),
+            answer=Answer(self.settle if self.ahead else None),
+        )
+        if self.stopped is not None:
+            self._give_nothing(lesson)
+        elif self.ahead:
+            self._begin(lesson)
+        else:
+            self._learn(lesson)
+        # Whatever comes after the last step finds it settled.
+        if pool is not None or lesson.number >= self.cfg.n_steps:
+            self._settle()
         n_revived = 0
-        if self.stopped is None:
-            result = self._learn(x, lr=lr, sparsity_coeff=coeff, steps_done=steps_done)
-        dead = self._dead()
-        if result is not None and pool is not None:
-            n_revived = self._revive(pool, steps_done=steps_done + 1)
+        if self.stopped is None and pool is not None:
+            n_revived = self._revive(pool, steps_done=lesson.number)
         return SAEReport(
-            lr=lr,
-            sparsity_coeff=coeff,
+            lr=lesson.lr,
+            sparsity_coeff=lesson.sparsity_coeff,
             d_sae=self.sae.d_sae,
-            loss=None if result is None else result.loss,
-            stats=None if result is None else slim(result.stats),
-            dead=dead,
             n_revived=n_revived,
-            n_candidates=None if result is None else result.n_candidates,
-            stopped=self.stopped,
+            answer=lesson.answer,
         )
 
-    def _learn(
-        self, x: Float[Tensor, "batch d_in"], *, lr: float, sparsity_coeff: float, steps_done: int
-    ) -> StepResult | None:
-        attempt = self._stepper.attempt(
-            x, sparsity_coeff=sparsity_coeff, density=self.density, dead=self._silent()
-        )
-        seen = self._read(attempt)
+    def _learn(self, lesson: _Lesson) -> None:
+        """Take a step and settle it at once."""
+        attempt = self._attempt(lesson, density=self._density)
+        seen = read(weigh(self.sae, attempt))
         if seen.overflowed:
             logger.info("%s", attempt.overflow_note(seen.n_open))
-            attempt = self._stepper.dense(x, sparsity_coeff=sparsity_coeff, dead=self._silent())
-            seen = self._read(attempt)
-        result, stats = attempt.result, attempt.result.stats
-        opened = stats.fired if stats.gate_open is None else stats.gate_open
-        if not math.isfinite(seen.loss) or not math.isfinite(seen.norm):
-            self.stopped = f"step {steps_done + 1}: {_cause(self.sae, x, result)}"
-            self.sae.zero_grad(set_to_none=True)
-            logger.warning("an SAE has stopped learning at %s", self.stopped)
-            return None
-        self.adam.step(lr)
-        self.density = seen.n_open / (x.shape[0] * self.sae.d_sae)
-        self.since_fired.add_(1).masked_fill_(stats.fired > 0, 0)
-        self.since_open.add_(1).masked_fill_(opened > 0, 0)
-        return result
+            attempt = self._dense(lesson)
+            seen = read(weigh(self.sae, attempt))
+        if not seen.finite:
+            self._stop(lesson, attempt.result)
+            return
+        self.adam.step(lesson.lr)
+        self._silence.count(attempt.result.stats)
+        self._conclude(lesson, attempt.result, seen, dead=self._silence.dead)
 
-    def _read(self, attempt: Attempt) -> _Seen:
-        """Return everything the CPU has to know of a step, after one wait for the device."""
-        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        total = attempt.result.loss.total
-        # float32 counts exactly only up to 2^24.
-        values = (total, norm, attempt.n_open, attempt.overflowed)
-        loss, norm, n_open, overflowed = torch.stack(
-            [value.to(sum_dtype(total.device)) for value in values]
-        ).tolist()
-        return _Seen(loss=loss, norm=norm, n_open=int(n_open), overflowed=bool(overflowed))
+    def _begin(self, lesson: _Lesson) -> None:
+        """Give the device a step, then settle the one before."""
+        # Of step t - 2, whoever settled step t - 1 and when: a run saved or looked at in between
+        # must not compute step t another way than one that was left alone.
+        density = self._density_before if self._begun is None else self._density
+        attempt = self._attempt(lesson, density=density)
+        moved = self._settle()
+        if self.stopped is not None:
+            self._give_nothing(lesson)
+            return
+        if moved:
+            density = self._density_before
+            attempt = self._attempt(lesson, density=density)
+        self._begun = self._guarded(lesson, attempt, density)
 
-    def _silent(self) -> Bool[Tensor, " d_sae"]:
-        """Return which latents did not fire within the window; a TopK SAE asks for them."""
-        return self.since_fired >= self.cfg.revive_window
+    def _guarded(self, lesson: _Lesson, attempt: Attempt, density: float | None) -> _Begun:
+        """Take the rest of a step on the device, which leaves all as it was if it is spoilt."""
+        weighed = weigh(self.sae, attempt)
+        self._courier.send(weighed)
+        bad = spoilt(weighed)
+        self.adam.step(lesson.lr, unless=bad)
+        self._silence.count(attempt.result.stats, unless=bad)
+        return _Begun(lesson, attempt, density, self._silence.dead)
 
-    def _dead(self) -> DeadCounts:
-        window = self.cfg.revive_window
-        shut = self.since_open >= window
-        return DeadCounts(gate=shut.sum(), magnitude=((self.since_fired >= window) & ~shut).sum())
+    def settle(self) -> None:
+        """Wait for the step that was begun last and draw its consequences; do nothing if none."""
+        started = time.perf_counter()
+        self._settle()
+        self.seconds_settling += time.perf_counter() - started
+
+    def _settle(self) -> bool:
+        """Settle, and return whether weights moved: the step had to be taken again."""
+        if self._begun is None:
+            return False
+        begun, seen = self._begun, self._courier.read()
+        lesson = begun.lesson
+        if again := seen.overflowed:
+            logger.info("%s", begun.attempt.overflow_note(seen.n_open))
+            begun = self._guarded(lesson, self._dense(lesson), None)
+            seen = self._courier.read()
+        if seen.finite:
+            self._conclude(lesson, begun.attempt.result, seen, dead=begun.dead)
+            if again:
+                # Where a step had too many gates the next one has them too, and may be told.
+                self._density_before = self._density
+        else:
+            # For the gradients that tell the cause: others may be in their place by now.
+            attempt = self._dense(lesson) if again else self._attempt(lesson, density=begun.density)
+            self._stop(lesson, attempt.result)
+        self._begun = None
+        return again
+
+    def _attempt(self, lesson: _Lesson, *, density: float | None) -> Attempt:
+        return self._stepper.attempt(
+            lesson.x,
+            sparsity_coeff=lesson.sparsity_coeff,
+            density=density,
+            dead=self._silence.over,
+        )
+
+    def _dense(self, lesson: _Lesson) -> Attempt:
+        return self._stepper.dense(
+            lesson.x, sparsity_coeff=lesson.sparsity_coeff, dead=self._silence.over
+        )
+
+    def _conclude(
+        self, lesson: _Lesson, result: StepResult, seen: Seen, *, dead: DeadCounts
+    ) -> None:
+        self._density_before = self._density
+        self._density = seen.n_open / (lesson.x.shape[0] * self.sae.d_sae)
+        outcome = Outcome(result.loss, slim(result.stats), result.n_candidates, dead, stopped=None)
+        lesson.answer.give(outcome)
+
+    def _stop(self, lesson: _Lesson, result: StepResult) -> None:
+        """Stop for good, with the weights the step before left; its gradients tell the cause."""
+        self.stopped = f"step {lesson.number}: {cause(self.sae, lesson.x, result)}"
+        self.sae.zero_grad(set_to_none=True)
+        logger.warning("an SAE has stopped learning at %s", self.stopped)
+        self._give_nothing(lesson)
+
+    def _give_nothing(self, lesson: _Lesson) -> None:
+        lesson.answer.give(Outcome(None, None, None, self._silence.dead, self.stopped))
 
     def _revive(self, pool: Float[Tensor, "pool d_in"], *, steps_done: int) -> int:
-        dead = dead_latents(self.since_fired, window=self.cfg.revive_window)
+        dead = dead_latents(self._silence.since_fired, window=self.cfg.revive_window)
         if len(dead) == 0:
             return 0  # and no warm-up again: nothing here is young
         revived = revive_(self.sae, self.adam, dead=dead, pool=pool, seed=steps_done)
-        self.since_fired[revived] = 0
-        self.since_open[revived] = 0
+        self._silence.restart(revived)
         if len(revived):
             self.warmup_start = steps_done
         return len(revived)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies, on the CPU, of everything the next step depends on."""
+        """Return copies, on the CPU, of everything the next step depends on; it settles first."""
+        self.settle()
         return {
             "weights": {k: v.to("cpu", copy=True) for k, v in self.sae.state_dict().items()},
             "moments": self.adam.state_dict(),
-            "since_fired": self.since_fired.to("cpu", copy=True),
-            "since_open": self.since_open.to("cpu", copy=True),
+            **self._silence.state_dict(),
             "warmup_start": self.warmup_start,
-            "density": self.density,
+            "density": self._density,
+            "density_before": self._density_before,
             # Another number here would round some later step differently.
             "crossover": self._stepper.crossover,
             "stopped": self.stopped,
@@ -177,27 +269,16 @@ class Pupil:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `check` has passed."""
+        self.settle()  # for the reports that are still to be read
         self.sae.load_state_dict(state["weights"])
         self.adam.load_state_dict(state["moments"])
-        self.since_fired.copy_(state["since_fired"])
-        self.since_open.copy_(state["since_open"])
+        self._silence.load_state_dict(state)
         self.warmup_start = state["warmup_start"]
-        self.density = state["density"]
-        # Earlier states have none.
+        self._density = state["density"]
+        # Earlier states have neither of these.
+        self._density_before = state.get("density_before", self._density)
         self._stepper.crossover = state.get("crossover", self._stepper.crossover)
         self.stopped = state["stopped"]
-
-
-def _cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
-    if not bool(x.isfinite().all()):
-        return "the activations are not finite"
-    for name, term in zip(result.loss._fields, result.loss, strict=True):
-        if not bool(term.isfinite()):
-            return f"the {name} loss is not finite"
-    for name, parameter in sae.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return f"the gradient of {name} is not finite"
-    return "the gradients are too large to be squared"
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -1,7 +1,8 @@
 """What a training step has to say; numbers are computed when they are read."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxtyping import Int64
@@ -21,9 +22,47 @@ class DeadCounts(NamedTuple):
     """The gate opened, onto a magnitude of zero every time."""
 
 
+class Outcome(NamedTuple):
+    """What a step turned out to be; fields of the same name as in `SAEReport`."""
+
+    loss: LossParts | None
+    stats: BatchStats | None
+    n_candidates: int | None
+    dead: DeadCounts
+    stopped: str | None
+
+
+class Answer:
+    """The outcome of one step, which may still be on its way from the device.
+
+    Args:
+        settle: makes whoever took the step `give` its outcome; None where that is about to be done.
+    """
+
+    def __init__(self, settle: Callable[[], None] | None) -> None:
+        self._settle = settle
+        self.known: Outcome | None = None
+        """The outcome, if it can be had without waiting."""
+
+    def give(self, outcome: Outcome) -> None:
+        # A kept report must not keep an SAE and its moments.
+        self.known, self._settle = outcome, None
+
+    def read(self) -> Outcome:
+        """Return the outcome, waiting for the device where it is not known yet."""
+        if self.known is None and self._settle is not None:
+            self._settle()
+        assert self.known is not None
+        return self.known
+
+
 @dataclass(frozen=True)
 class SAEReport:
-    """One SAE at one step. Reading a property waits for the device; an unread report does not."""
+    """One SAE at one step. Reading a property waits for the device; an unread report does not.
+
+    Where the trainer does not wait for its steps (CUDA), reading also settles the last one, which
+    may have to be taken again: let the thread that trains do it.
+    """
 
     lr: float
     """Learning rate of this step."""
@@ -33,22 +72,40 @@ class SAEReport:
 
     d_sae: int
 
-    loss: LossParts | None
-    """Batch means before the step; None for an SAE that has stopped."""
-
-    stats: BatchStats | None
-    """Sums of this batch, counts already summed over latents; None for an SAE that has stopped."""
-
-    dead: DeadCounts
-
     n_revived: int
     """Latents started again after this step."""
 
-    n_candidates: int | None
-    """Products a screened encode computed again in float32; None for a step without a screen."""
+    answer: Answer = field(repr=False)
 
-    stopped: str | None
-    """Why and when this SAE stopped learning; None while it learns."""
+    @property
+    def loss(self) -> LossParts | None:
+        """Batch means before the step; None for an SAE that has stopped."""
+        return self.answer.read().loss
+
+    @property
+    def stats(self) -> BatchStats | None:
+        """Sums of this batch, counts already summed over latents; None for a stopped SAE."""
+        return self.answer.read().stats
+
+    @property
+    def n_candidates(self) -> int | None:
+        """Products a screened encode computed again in float32; None for a step without one."""
+        return self.answer.read().n_candidates
+
+    @property
+    def dead(self) -> DeadCounts:
+        """Latents that did not fire within the window, as the step left them."""
+        return self.answer.read().dead
+
+    @property
+    def stopped(self) -> str | None:
+        """Why and when this SAE stopped learning; None while it learns, as far as is known.
+
+        It never waits for the device: on CUDA the step at which an SAE stopped says so once it is
+        settled, which is when the next step is taken, when its loss is read, or when it was the
+        last one.
+        """
+        return None if self.answer.known is None else self.answer.known.stopped
 
     @property
     def l0(self) -> float:

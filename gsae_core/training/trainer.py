@@ -57,7 +57,7 @@ class Trainer:
         sparsity = _one_each("sparsity", cfg.sparsity, n_saes=len(saes))
         self.cfg = cfg
         self.steps_done = 0
-        self.seconds = 0.0
+        self._seconds = 0.0
         crossovers = _on_a_core_each(
             lambda sae: crossover(sae, cfg.batch_size, screened=cfg.screened, measure=measure),
             saes,
@@ -71,19 +71,43 @@ class Trainer:
 
     @property
     def saes(self) -> tuple[SAE, ...]:
-        """The SAEs that learn, in the order in which they were given."""
+        """The SAEs that learn, in the order in which they were given; asking settles the last step.
+
+        On CUDA, an SAE held elsewhere may lack a step that has to be taken again until the next
+        step, `settle`, or any number of its report.
+        """
+        self.settle()
         return tuple(pupil.sae for pupil in self._pupils)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or every SAE has stopped."""
+        """Whether all steps are done, or every SAE has stopped, as far as is known."""
         return self.steps_done >= self.cfg.n_steps or all(p.stopped for p in self._pupils)
+
+    @property
+    def stopped(self) -> tuple[str | None, ...]:
+        """Why and when each SAE stopped, as far as is known without waiting for the device.
+
+        On CUDA, known of the last step once it is settled.
+        """
+        return tuple(pupil.stopped for pupil in self._pupils)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds spent inside steps so far, and settling them, over resumes."""
+        return self._seconds + sum(pupil.seconds_settling for pupil in self._pupils)
+
+    def settle(self) -> None:
+        """Wait for the device until the last step has reached the weights, or has been refused."""
+        for pupil in self._pupils:
+            pupil.settle()
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> StepReport:
         """Let every SAE learn from one batch, then revive dead latents where that is due.
 
         An SAE whose loss or gradients are not finite stops with its weights as the step before left
-        them; the others go on.
+        them; the others go on. On CUDA nothing here waits for this step, the last one and those
+        that revive left out: `settle` does.
 
         Raises:
             InputError: if `x` is of another shape than `(batch_size, d_in)`.
@@ -96,7 +120,9 @@ class Trainer:
                 f"{tuple(x.shape)}; leave out an incomplete last batch, or change batch_size"
             )
         done = self.steps_done + 1
-        if collects(done, self.cfg, widest=max(sae.d_sae for sae in self.saes)):
+        if self._pupils[0].ahead:
+            x = x.detach().clone()  # a stream may fill one buffer again and again
+        if collects(done, self.cfg, widest=max(pupil.sae.d_sae for pupil in self._pupils)):
             self._pool.append(x.detach().clone())
         pool = torch.cat(self._pool) if is_revival(done, self.cfg) else None
         saes = _on_a_core_each(
@@ -107,7 +133,7 @@ class Trainer:
         if pool is not None:
             self._pool.clear()
         self.steps_done = done
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         return StepReport(
             step=done,
             n_steps=self.cfg.n_steps,
@@ -121,6 +147,7 @@ class Trainer:
 
         Tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only`.
         """
+        self.settle()
         return {
             "steps_done": self.steps_done,
             "seconds": self.seconds,
@@ -143,9 +170,10 @@ class Trainer:
             pupil.check(saved, i)
         for pupil, saved in zip(self._pupils, state["saes"], strict=True):
             pupil.load_state_dict(saved)
+            pupil.seconds_settling = 0.0
         device = self.saes[0].b_dec.device
         self._pool = [x.to(device, copy=True) for x in state["pool"]]
-        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+        self.steps_done, self._seconds = state["steps_done"], state["seconds"]
 
 
 def train(
@@ -156,6 +184,9 @@ def train(
     trainer: Trainer | None = None,
 ) -> Iterator[StepReport]:
     """Train SAEs in place and yield a report a step, until `cfg.n_steps` or until all have stopped.
+
+    Once the iterator has ended, or is closed, every step is in the weights. Between steps on CUDA
+    the last one may not be; reading its report, or `trainer.saes`, makes sure.
 
         for report in train([sae], batches, cfg):
             if report.step % 100 == 0:
@@ -188,11 +219,18 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
     while not trainer.finished:
         x = next(batches, None)
         if x is None:
+            trainer.settle()
+            if trainer.finished:
+                return  # the last batch stopped them all
             raise InputError(
                 f"expected {n_steps - first} batches of {trainer.cfg.batch_size}, got "
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
-        yield trainer.step(x)
+        try:
+            yield trainer.step(x)
+        except GeneratorExit:
+            trainer.settle()
+            raise
 
 
 def _on_a_core_each(
