@@ -1,0 +1,480 @@
+"""A step settled after the next one has begun learns what one settled at once does, unwaited for.
+
+What CUDA does, made to happen on a CPU.
+"""
+
+import copy
+import gc
+import io
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import flat
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.losses import LossParts, dense_step
+from gsae_core.sae.sparse import sparse_step
+from gsae_core.training import StepReport, TrainConfig, Trainer, pupil, steps, train
+from gsae_core.training.steps import Attempt, Stepper
+
+D_IN, BATCH, N_STEPS = 6, 16, 24
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pupil, "AHEAD_ON", ("cpu",))
+    # So that both ways to compute a step are taken, by what earlier ones measured.
+    monkeypatch.setattr(steps, "CROSSOVER", 0.4)
+
+
+def some_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(12, D_IN, generator=generator)
+    on = torch.rand(N_STEPS, BATCH, 12, generator=generator) < 0.2
+    return list((on * (0.5 + torch.rand(on.shape, generator=generator))) @ directions)
+
+
+BATCHES = some_batches()
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "n_tokens": N_STEPS * BATCH,
+        "batch_size": BATCH,
+        "sparsity": 0.1,
+        "lr": 0.01,
+        "lr_warmup_steps": 3,
+        "sparsity_warmup_steps": 5,
+        "revive_every": 6,
+        "revive_window": 4,
+        "revive_until": 0.7,
+    }
+    return TrainConfig(**settings | changes)
+
+
+def gated() -> GatedSAE:
+    """Latent 0's gate never opens, until it is revived."""
+    sae = GatedSAE(D_IN, 9, seed=1)
+    with torch.no_grad():
+        sae.b_gate[0] = -100.0
+    return sae
+
+
+def all_kinds() -> list[SAE]:
+    return [
+        gated(),
+        ReluSAE(D_IN, 13, seed=2),
+        GatedSAE(D_IN, 8, recipe="A", tie="untied", seed=3),
+        JumpReluSAE(D_IN, 10, seed=4),
+        TopKSAE(D_IN, 11, k=2, seed=5),
+    ]
+
+
+def numbers(report: StepReport) -> list[tuple[Any, ...]]:
+    """Every number of a report but the wall-clock time."""
+    return [
+        (
+            *map(float, each.loss or ()),
+            *(each.lr, each.sparsity_coeff, each.n_revived, each.n_candidates),
+            *(str(each.l0), str(each.fvu), str(each.gamma), each.dead_fraction, each.stopped),
+        )
+        for each in report.saes
+    ]
+
+
+def learnt(trainer: Trainer) -> Any:
+    """Every bit the next steps depend on."""
+    return flat({key: v for key, v in trainer.state_dict().items() if key != "seconds"})
+
+
+def run(
+    saes: list[SAE], after: Callable[[Trainer, StepReport], object] = lambda *_: None, **kw: Any
+) -> tuple[Any, list[list[tuple[Any, ...]]]]:
+    """Return what N steps leave, and the numbers of all reports, read at the end."""
+    trainer = Trainer(saes, config(**kw))
+    reports = []
+    for x in BATCHES:
+        reports.append(trainer.step(x))
+        after(trainer, reports[-1])
+    return learnt(trainer), [numbers(report) for report in reports]
+
+
+Attempts = Callable[..., Attempt]
+
+
+def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
+    """Let attempts at these batches say that buffers overflowed, and leave garbage behind."""
+    original = Stepper.attempt
+
+    def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
+        made = original(self, x, **settings)
+        if not any(torch.equal(x, BATCHES[i]) for i in which):
+            return made
+        for i, parameter in enumerate(self._sae.parameters()):
+            parameter.grad = torch.full_like(parameter, math.nan if i % 2 else 1e3)
+        loss = LossParts(*(term * 0 + 77.0 for term in made.result.loss))
+        stats = made.result.stats._replace(fired=made.result.stats.fired * 0 + 1)
+        result = made.result._replace(loss=loss, stats=stats)
+        return Attempt(result, torch.tensor(5000), torch.tensor(True), 4096)
+
+    monkeypatch.setattr(Stepper, "attempt", attempt)
+
+
+def dense_at(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
+    """Take the dense step at these batches in the first place."""
+    original = Stepper.attempt
+
+    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
+        if any(torch.equal(x, BATCHES[i]) for i in which):
+            return self.dense(x, **settings)
+        return original(self, x, density=density, **settings)
+
+    monkeypatch.setattr(Stepper, "attempt", attempt)
+
+
+def densities(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
+    """Return what will say by which density the step at each batch was chosen, in the end."""
+    chosen: dict[int, float | None] = {}
+    original = Stepper.attempt
+
+    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
+        (i,) = (i for i, batch in enumerate(BATCHES) if torch.equal(x, batch))
+        chosen[i] = density
+        return original(self, x, density=density, **settings)
+
+    monkeypatch.setattr(Stepper, "attempt", attempt)
+    return chosen
+
+
+def settle(trainer: Trainer, _: StepReport) -> None:
+    trainer.settle()
+
+
+def test_steps_settled_late_leave_the_bits_of_steps_settled_at_once() -> None:
+    late, reports = run(all_kinds())
+    at_once, expected = run(all_kinds(), settle)
+    assert late == at_once
+    assert reports == expected
+    assert sum(each[5] for each in reports[5]) > 0  # some were revived after step 6
+
+
+def test_a_report_read_early_or_a_state_saved_in_between_changes_no_bit() -> None:
+    untouched, expected = run(all_kinds())
+    seen = []
+
+    def look(trainer: Trainer, report: StepReport) -> None:
+        if report.step % 3 == 0:
+            seen.append((report.step, numbers(report)))
+        if report.step % 5 == 0:
+            trainer.state_dict()
+        if report.step % 7 == 0:
+            assert trainer.saes[0].d_sae == 9
+
+    looked_at, reports = run(all_kinds(), look)
+    assert looked_at == untouched
+    assert reports == expected
+    assert seen == [(i, expected[i - 1]) for i in range(3, N_STEPS + 1, 3)]
+
+
+def test_what_is_learnt_is_what_a_trainer_that_waits_learns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One way of computing gradients, so that only the moment of looking at them differs; Adam's
+    # rows of a CPU's one pass round differently, hence no equality.
+    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    ours, theirs = all_kinds(), all_kinds()
+    _, reports = run(ours, lr=1e-3)
+    monkeypatch.setattr(pupil, "AHEAD_ON", ())
+    _, expected = run(theirs, lr=1e-3)
+    for sae, other in zip(ours, theirs, strict=True):
+        for name, parameter in sae.named_parameters():
+            assert torch.allclose(parameter, other.get_parameter(name), atol=1e-5), name
+    assert [[row[5] for row in report] for report in reports] == [
+        [row[5] for row in report] for report in expected
+    ]
+
+
+@pytest.mark.parametrize("which", [(0, 4, 7, 8), (5, N_STEPS - 1)])
+def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one(
+    monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...]
+) -> None:
+    # 5 is the batch of a revival. Steps of one kind round alike, whatever density they go by, and
+    # unlike the dense one.
+    monkeypatch.setattr(steps, "choose_step", lambda **_: sparse_step)
+    with monkeypatch.context() as patch:
+        dense_at(patch, *which)
+        expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
+    assert expected != run([gated(), ReluSAE(D_IN, 13)])[0]
+    overflow_at(monkeypatch, *which)
+    for each in expected["saes"]:
+        del each["density_before"]
+    for after in (lambda *_: None, settle):
+        got, reports = run([gated(), ReluSAE(D_IN, 13)], after)
+        for each in got["saes"]:
+            del each["density_before"]
+        assert got == expected
+        assert reports == expected_numbers
+
+
+def test_a_step_is_chosen_by_the_density_two_steps_before_or_by_one_that_overflowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = []
+
+    def look(trainer: Trainer, _: StepReport) -> None:
+        measured.append(trainer.state_dict()["saes"][0]["density"])
+
+    overflow_at(monkeypatch, 9)
+    chosen = densities(monkeypatch)
+    run([gated()], look)
+    expected = {0: None, 1: None} | {i: measured[i - 2] for i in range(2, N_STEPS)}
+    expected[10] = measured[9]
+    assert len(set(measured)) > N_STEPS / 2
+    assert chosen == expected
+    chosen.clear()
+    run([gated()])
+    assert chosen == expected
+
+
+def test_an_overflow_is_logged_once_with_the_gates_that_were_open(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    overflow_at(monkeypatch, 4)
+    with caplog.at_level("INFO", logger="gsae_core.training.pupil"):
+        run([gated()])
+    assert caplog.messages == [
+        "expected at most 4096 open gates, got 5000: "
+        "this step was taken again by the dense way, with the same gradients"
+    ]
+
+
+def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow_at(monkeypatch, 9)
+    expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
+    # Around a revival and an overflow, at both ends, and elsewhere.
+    for cut in (0, 1, 2, 5, 6, 7, 9, 10, 11, 17, N_STEPS):
+        first = Trainer([gated(), ReluSAE(D_IN, 13)], config())
+        for x in BATCHES[:cut]:
+            first.step(x)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        saes: list[SAE] = [GatedSAE(D_IN, 9, seed=7), ReluSAE(D_IN, 13, seed=8)]
+        second = Trainer(saes, config())
+        second.load_state_dict(torch.load(file, weights_only=True))
+        reports = list(train(saes, BATCHES[cut:], config(), trainer=second))
+        assert [numbers(report) for report in reports] == expected_numbers[cut:], cut
+        assert learnt(second) == expected, cut
+
+
+def test_a_state_that_knows_one_density_loads() -> None:
+    first = Trainer([gated()], config())
+    for x in BATCHES[:4]:
+        first.step(x)
+    state = first.state_dict()
+    density = state["saes"][0]["density"]
+    assert state["saes"][0].pop("density_before") != density
+    second = Trainer([gated()], config())
+    second.load_state_dict(state)
+    assert second.state_dict()["saes"][0]["density_before"] == density
+    second.step(BATCHES[4])
+
+
+def test_reports_of_before_a_state_was_loaded_keep_their_numbers() -> None:
+    trainer = Trainer([gated()], config())
+    state = trainer.state_dict()
+    report = trainer.step(BATCHES[0])
+    trainer.load_state_dict(state)
+    assert numbers(report) == run([gated()])[1][0]
+    trainer.step(BATCHES[0])
+    for x in BATCHES[1:]:
+        trainer.step(x)
+    assert learnt(trainer) == run([gated()])[0]
+
+
+@pytest.mark.parametrize("k", [0, 4, 5, N_STEPS - 1])
+def test_activations_that_are_not_finite_stop_an_sae_as_the_step_before_left_it(k: int) -> None:
+    batches = [x.clone() for x in BATCHES]
+    batches[k][3, 1] = math.nan
+    saes = all_kinds()
+    trainer, shorter = Trainer(saes, config()), Trainer(untouched := all_kinds(), config())
+    for x in batches[:k]:
+        trainer.step(x)
+        shorter.step(x)
+    before = learnt(shorter)
+    report = trainer.step(batches[k])
+    # Known at once where something had to be settled: a revival, the end.
+    waited = k in (5, N_STEPS - 1)
+    sentence = f"step {k + 1}: the activations are not finite"
+    assert [each.stopped for each in report.saes] == [sentence if waited else None] * 5
+    if not waited:
+        assert trainer.stopped == (None,) * 5
+        later = trainer.step(BATCHES[k])
+        assert [each.stopped for each in later.saes] == [sentence] * 5
+        assert all(each.loss is None and math.isnan(each.l0) for each in later.saes)
+    assert trainer.finished
+    assert trainer.stopped == (sentence,) * 5
+    assert [each.stopped for each in report.saes] == [sentence] * 5
+    assert all(each.loss is None for each in report.saes)
+    assert all(p.grad is None for sae in saes for p in sae.parameters())
+    for sae, other in zip(saes, untouched, strict=True):
+        for name, parameter in sae.named_parameters():
+            assert torch.equal(parameter, other.get_parameter(name)), name
+    for ours, theirs in zip(learnt(trainer)["saes"], before["saes"], strict=True):
+        assert ours["since_fired"] == theirs["since_fired"]
+        assert ours["since_open"] == theirs["since_open"]
+
+
+def test_reading_the_loss_of_the_step_that_stopped_an_sae_tells_why() -> None:
+    trainer = Trainer([gated()], config())
+    (report,) = trainer.step(BATCHES[0] * math.inf).saes
+    assert report.stopped is None
+    assert report.loss is None
+    assert report.stopped == "step 1: the activations are not finite"
+
+
+def test_an_sae_that_overflows_float32_stops_and_the_others_go_on() -> None:
+    sick, well = gated(), ReluSAE(D_IN, 13)
+    trainer = Trainer([sick, well], config())
+    for x in BATCHES[:4]:
+        trainer.step(x)
+    trainer.settle()
+    with torch.no_grad():
+        assert sick.r_mag is not None
+        sick.r_mag.fill_(100.0)  # exp(100) is beyond float32
+    before = copy.deepcopy(sick)
+    reports = list(train([sick, well], BATCHES[4:], config(), trainer=trainer))
+    sentence = "step 5: the reconstruction loss is not finite"
+    assert [r.saes[0].stopped for r in reports] == [sentence] * 20  # read late, all say so
+    assert [r.saes[1].stopped for r in reports] == [None] * 20
+    for name, parameter in sick.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)), name
+    alone = ReluSAE(D_IN, 13)
+    run([alone])
+    for name, parameter in well.named_parameters():
+        assert torch.equal(parameter, alone.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (math.nan, "step 3: the gradient of W_gate is not finite"),
+        (1e30, "step 3: the gradients are too large to be squared"),
+    ],
+)
+@pytest.mark.parametrize("overflows", [False, True])
+def test_the_cause_is_told_after_the_next_gradients_took_the_place_of_those_that_had_it(
+    monkeypatch: pytest.MonkeyPatch, value: float, cause: str, overflows: bool
+) -> None:
+    def spoil(way: Attempts) -> Attempts:
+        def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
+            made = way(self, x, **settings)
+            grad = self._sae.get_parameter("W_gate").grad
+            assert grad is not None
+            if torch.equal(x, BATCHES[2]):
+                grad.view(-1)[0] = value
+            return made
+
+        return attempt
+
+    monkeypatch.setattr(Stepper, "dense", spoil(Stepper.dense))
+    monkeypatch.setattr(Stepper, "attempt", spoil(Stepper.attempt))
+    if overflows:
+        overflow_at(monkeypatch, 2)
+    sae = gated()
+    reports = list(train([sae], BATCHES, config()))
+    assert [r.saes[0].stopped for r in reports] == [None, None, cause, cause]
+    assert [r.saes[0].loss is None for r in reports] == [False, False, True, True]
+
+
+def test_a_stream_may_fill_one_buffer_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow_at(monkeypatch, 4)
+    ours, theirs = gated(), gated()
+    buffer = torch.empty(BATCH, D_IN)
+    list(train([ours], (buffer.copy_(x) for x in BATCHES), config()))
+    list(train([theirs], BATCHES, config()))
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+def test_an_iterator_that_is_left_in_the_middle_leaves_every_step_in_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overflow_at(monkeypatch, 4)
+    left = gated()
+    for report in train([left], BATCHES, config()):
+        if report.step == 5:
+            break
+    whole = Trainer([gated()], config())
+    for x in BATCHES[:5]:
+        whole.step(x)
+    for name, parameter in whole.saes[0].named_parameters():
+        assert torch.equal(parameter, left.get_parameter(name)), name
+
+
+def test_batches_that_end_where_every_sae_stopped_are_enough() -> None:
+    reports = list(train([gated()], [BATCHES[0], BATCHES[1] * math.nan], config()))
+    assert [r.saes[0].stopped for r in reports] == [None, "step 2: the activations are not finite"]
+
+
+def test_a_kept_report_keeps_no_sae() -> None:
+    sae = gated()
+    reports = list(train([sae], BATCHES, config()))
+    there = weakref.ref(sae)
+    del sae
+    gc.collect()
+    assert there() is None
+    assert reports[0].saes[0].l0 > 0
+
+
+class ReadsNothing(TorchDispatchMode):
+    """Fails where a tensor's numbers, or how many there are of a kind, reach the interpreter."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        assert name not in {
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::_unique2",
+        }, name
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(name: str) -> Callable[..., None]:
+        def read(*_: Any, **__: Any) -> None:
+            raise AssertionError(f"a step that logs nothing called Tensor.{name}")
+
+        return read
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, name, refuse(name))
+    with ReadsNothing():
+        yield
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("sae", [gated(), ReluSAE(D_IN, 13), JumpReluSAE(D_IN, 10)], ids=repr)
+def test_a_step_that_logs_nothing_reads_no_tensor(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sae: SAE
+) -> None:
+    # A CPU's own steps read sizes by nature; autograd's is the one a GPU has too.
+    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    trainer = Trainer([sae], config(revive_every=0))
+    request.getfixturevalue("unread")
+    reports = [trainer.step(x) for x in BATCHES[: N_STEPS - 1]]
+    assert all(each.stopped is None for report in reports for each in report.saes)
+    assert not trainer.finished
