@@ -147,12 +147,12 @@ class Trainer:
 
         Tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only`.
         """
-        self.settle()
+        saes = [pupil.state_dict() for pupil in self._pupils]
         return {
             "steps_done": self.steps_done,
             "seconds": self.seconds,
             "pool": [x.to("cpu", copy=True) for x in self._pool],
-            "saes": [pupil.state_dict() for pupil in self._pupils],
+            "saes": saes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
