@@ -202,12 +202,12 @@ def test_what_is_learnt_is_what_a_trainer_that_waits_learns(
     ]
 
 
-@pytest.mark.parametrize("which", [(0, 4, 7, 8), (5, N_STEPS - 1)])
+@pytest.mark.parametrize("which", [(0, 3, 7, 8), (5, N_STEPS - 1)])
 def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one(
     monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...]
 ) -> None:
-    # 5 is the batch of a revival. Steps of one kind round alike, whatever density they go by, and
-    # unlike the dense one.
+    # 3 is where a latent turns dead, 5 the batch of a revival. Steps of one kind round alike,
+    # whatever density they go by, and unlike the dense one.
     monkeypatch.setattr(steps, "choose_step", lambda **_: sparse_step)
     with monkeypatch.context() as patch:
         dense_at(patch, *which)
@@ -215,11 +215,11 @@ def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one
     assert expected != run([gated(), ReluSAE(D_IN, 13)])[0]
     overflow_at(monkeypatch, *which)
     for each in expected["saes"]:
-        del each["density_before"]
+        del each["known_before"]
     for after in (lambda *_: None, settle):
         got, reports = run([gated(), ReluSAE(D_IN, 13)], after)
         for each in got["saes"]:
-            del each["density_before"]
+            del each["known_before"]
         assert got == expected
         assert reports == expected_numbers
 
@@ -281,10 +281,10 @@ def test_a_state_that_knows_one_density_loads() -> None:
         first.step(x)
     state = first.state_dict()
     density = state["saes"][0]["density"]
-    assert state["saes"][0].pop("density_before") != density
+    assert state["saes"][0].pop("known_before")["density"] != density
     second = Trainer([gated()], config())
     second.load_state_dict(state)
-    assert second.state_dict()["saes"][0]["density_before"] == density
+    assert second.state_dict()["saes"][0]["known_before"]["density"] == density
     second.step(BATCHES[4])
 
 
@@ -471,7 +471,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("sae", [gated(), ReluSAE(D_IN, 13), JumpReluSAE(D_IN, 10)], ids=repr)
+@pytest.mark.parametrize(
+    "sae",
+    [gated(), ReluSAE(D_IN, 13), JumpReluSAE(D_IN, 10), TopKSAE(D_IN, 11, k=2)],
+    ids=lambda sae: sae.architecture,
+)
 def test_a_step_that_logs_nothing_reads_no_tensor(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sae: SAE
 ) -> None:
@@ -502,3 +506,31 @@ def test_the_device_has_the_next_gradients_to_compute_before_anybody_waits(
     for x in BATCHES[:3]:
         trainer.step(x)
     assert done == ["begin", "begin", "wait", "begin", "wait"]
+
+
+def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # All latents fire on every batch but latent 0, and it has been silent for 2, 3, 4 steps when
+    # steps 3, 4, 5 begin; the numbers that step 5 goes by, those of step 3, let it be 4 by then.
+    asked = []
+    original = Stepper.attempt
+
+    def attempt(self: Stepper, x: Tensor, *, dead: Tensor | None, **settings: Any) -> Attempt:
+        asked.append(None if dead is None else int(dead.sum()))
+        return original(self, x, dead=dead, **settings)
+
+    monkeypatch.setattr(Stepper, "attempt", attempt)
+    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    sae = TopKSAE(D_IN, 3, k=2)
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.tensor([-100.0, 100.0, 100.0]))
+    trainer = Trainer([sae], config(revive_every=0, lr=1e-6))
+    reports = [trainer.step(x) for x in BATCHES[:6]]
+    # Of steps 1 and 2 nothing is known.
+    assert asked == [0, 0, None, None, 1, 1]
+    losses = [each.saes[0].loss for each in reports]
+    assert [float(loss.auxiliary) for loss in losses[:4] if loss] == [0.0] * 4
+    # The latent is below zero everywhere: once dead, it leaves all of the error.
+    assert losses[4] is not None
+    assert float(losses[4].auxiliary) == pytest.approx(float(losses[4].reconstruction) / 32)

@@ -10,7 +10,7 @@ from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE, jump, step
 from gsae_core.sae.metrics import BatchStats, batch_stats
-from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, dead_latents_alone, largest
+from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, dead_latents_unread, largest
 
 
 class LossParts(NamedTuple):
@@ -276,11 +276,11 @@ def _topk_parts(
     dead: Bool[Tensor, " d_sae"] | None,
 ) -> LossParts:
     assert out.z is not None  # its forward pass always has one
-    spare = None if dead is None else dead_latents_alone(sae, out.z, dead)
     auxiliary = x.new_zeros(())
-    if spare is not None:
+    if dead is not None:
         error = (x - out.x_hat).detach()
-        auxiliary = AUX_WEIGHT * _squared_error(error, spare @ sae.W_dec)
+        spare = dead_latents_unread(sae, out.z, dead)
+        auxiliary = AUX_WEIGHT * _squared_error(error, spare @ sae.W_dec) * dead.any()
     return LossParts(
         reconstruction=_squared_error(x, out.x_hat),
         sparsity=x.new_zeros(()),

@@ -103,3 +103,11 @@ def dead_latents_alone(
     if n_dead == 0:
         return None
     return largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, n_dead))
+
+
+def dead_latents_unread(
+    sae: TopKSAE, z: Float[Tensor, "*batch d_sae"], dead: Bool[Tensor, " d_sae"]
+) -> Float[Tensor, "*batch d_sae"]:
+    """Return the same, all 0 if none is dead, without waiting for the device to say how many."""
+    # Where fewer are dead than are kept the rest kept is relu(-inf) = 0.
+    return largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, sae.d_sae))

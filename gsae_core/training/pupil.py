@@ -2,11 +2,10 @@
 
 Whoever looks at a step's loss before its weights move waits for the device, which meanwhile has
 nothing to do. On CUDA nobody does. A step is *begun*: its gradients are computed, the device
-itself keeps a step that overflowed or is not finite from weights, moments and counters, and four
+itself keeps a step that overflowed or is not finite from weights, moments and counters, and a few
 numbers set out for the CPU. It is *settled* when they are read, after the next step's gradients
 have been given to the device: an overflowing step is taken again, the dense way, and the next one's
-gradients after it; one that is not finite stops the SAE. Weights go through the same values as with
-a step settled at once, which is what happens elsewhere.
+gradients after it; one that is not finite stops the SAE. Elsewhere a step is settled at once.
 """
 
 import logging
@@ -34,7 +33,7 @@ AHEAD_ON = ("cuda",)
 
 
 class _Lesson(NamedTuple):
-    """One step's batch, what it is taken with, and where its outcome goes."""
+    """A step's batch, what it is taken with, and where its outcome goes."""
 
     x: Float[Tensor, "batch d_in"]
     number: int
@@ -44,12 +43,21 @@ class _Lesson(NamedTuple):
     answer: Answer
 
 
+class _Known(NamedTuple):
+    """What a step leaves for the choice of a later one's way."""
+
+    density: float | None = None
+    """Share of open gates; None before the first step."""
+    silent: int | None = None
+    """`Seen.silent`; None where it is not known."""
+
+
 class _Begun(NamedTuple):
     """A step the device has been given; nobody has looked at its numbers."""
 
     lesson: _Lesson
     attempt: Attempt
-    density: float | None
+    known: _Known
     """What its way was chosen by."""
     dead: DeadCounts
 
@@ -87,9 +95,8 @@ class Pupil:
         self._courier = Courier(sae.b_dec.device)
         self._begun: _Begun | None = None
         self.warmup_start = 0
-        # Shares of open gates in the last step that was settled, and in the one before it.
-        self._density: float | None = None
-        self._density_before: float | None = None
+        # Of the last step that was settled, and of the one before it.
+        self._known = self._known_before = _Known()
         self.stopped: str | None = None
         self.seconds_settling = 0.0
 
@@ -136,12 +143,12 @@ class Pupil:
 
     def _learn(self, lesson: _Lesson) -> None:
         """Take a step and settle it at once."""
-        attempt = self._attempt(lesson, density=self._density)
-        seen = read(weigh(self.sae, attempt))
+        attempt = self._attempt(lesson, self._known)
+        seen = read(self._weigh(attempt))
         if seen.overflowed:
             logger.info("%s", attempt.overflow_note(seen.n_open))
             attempt = self._dense(lesson)
-            seen = read(weigh(self.sae, attempt))
+            seen = read(self._weigh(attempt))
         if not seen.finite:
             self._stop(lesson, attempt.result)
             return
@@ -153,25 +160,25 @@ class Pupil:
         """Give the device a step, then settle the one before."""
         # Of step t - 2, whoever settled step t - 1 and when: a run saved or looked at in between
         # must not compute step t another way than one that was left alone.
-        density = self._density_before if self._begun is None else self._density
-        attempt = self._attempt(lesson, density=density)
+        known = self._known_before if self._begun is None else self._known
+        attempt = self._attempt(lesson, known)
         moved = self._settle()
         if self.stopped is not None:
             self._give_nothing(lesson)
             return
         if moved:
-            density = self._density_before
-            attempt = self._attempt(lesson, density=density)
-        self._begun = self._guarded(lesson, attempt, density)
+            known = self._known_before
+            attempt = self._attempt(lesson, known)
+        self._begun = self._guarded(lesson, attempt, known)
 
-    def _guarded(self, lesson: _Lesson, attempt: Attempt, density: float | None) -> _Begun:
+    def _guarded(self, lesson: _Lesson, attempt: Attempt, known: _Known) -> _Begun:
         """Take the rest of a step on the device, which leaves all as it was if it is spoilt."""
-        weighed = weigh(self.sae, attempt)
+        weighed = self._weigh(attempt)
         self._courier.send(weighed)
         bad = spoilt(weighed)
         self.adam.step(lesson.lr, unless=bad)
         self._silence.count(attempt.result.stats, unless=bad)
-        return _Begun(lesson, attempt, density, self._silence.dead)
+        return _Begun(lesson, attempt, known, self._silence.dead)
 
     def settle(self) -> None:
         """Wait for the step that was begun last and draw its consequences; do nothing if none."""
@@ -187,26 +194,29 @@ class Pupil:
         lesson = begun.lesson
         if again := seen.overflowed:
             logger.info("%s", begun.attempt.overflow_note(seen.n_open))
-            begun = self._guarded(lesson, self._dense(lesson), None)
+            begun = self._guarded(lesson, self._dense(lesson), begun.known)
             seen = self._courier.read()
         if seen.finite:
             self._conclude(lesson, begun.attempt.result, seen, dead=begun.dead)
             if again:
                 # Where a step had too many gates the next one has them too, and may be told.
-                self._density_before = self._density
+                self._known_before = self._known
         else:
             # For the gradients that tell the cause: others may be in their place by now.
-            attempt = self._dense(lesson) if again else self._attempt(lesson, density=begun.density)
+            attempt = self._dense(lesson) if again else self._attempt(lesson, begun.known)
             self._stop(lesson, attempt.result)
         self._begun = None
         return again
 
-    def _attempt(self, lesson: _Lesson, *, density: float | None) -> Attempt:
+    def _attempt(self, lesson: _Lesson, known: _Known) -> Attempt:
+        # It has not been counted, and one more step may have followed it: two steps on at most. A
+        # loss that hears dead latents costs as much where there are none, unless that is known.
+        none_dead = known.silent is not None and known.silent + 2 < self.cfg.revive_window
         return self._stepper.attempt(
             lesson.x,
             sparsity_coeff=lesson.sparsity_coeff,
-            density=density,
-            dead=self._silence.over,
+            density=known.density,
+            dead=None if none_dead else self._silence.over,
         )
 
     def _dense(self, lesson: _Lesson) -> Attempt:
@@ -214,11 +224,14 @@ class Pupil:
             lesson.x, sparsity_coeff=lesson.sparsity_coeff, dead=self._silence.over
         )
 
+    def _weigh(self, attempt: Attempt) -> Float[Tensor, "5"]:
+        return weigh(self.sae, attempt, silent=self._silence.longest)
+
     def _conclude(
         self, lesson: _Lesson, result: StepResult, seen: Seen, *, dead: DeadCounts
     ) -> None:
-        self._density_before = self._density
-        self._density = seen.n_open / (lesson.x.shape[0] * self.sae.d_sae)
+        density = seen.n_open / (lesson.x.shape[0] * self.sae.d_sae)
+        self._known_before, self._known = self._known, _Known(density, seen.silent)
         outcome = Outcome(result.loss, slim(result.stats), result.n_candidates, dead, stopped=None)
         lesson.answer.give(outcome)
 
@@ -250,8 +263,9 @@ class Pupil:
             "moments": self.adam.state_dict(),
             **self._silence.state_dict(),
             "warmup_start": self.warmup_start,
-            "density": self._density,
-            "density_before": self._density_before,
+            "density": self._known.density,
+            "silent": self._known.silent,
+            "known_before": self._known_before._asdict(),
             # Another number here would round some later step differently.
             "crossover": self._stepper.crossover,
             "stopped": self.stopped,
@@ -274,9 +288,9 @@ class Pupil:
         self.adam.load_state_dict(state["moments"])
         self._silence.load_state_dict(state)
         self.warmup_start = state["warmup_start"]
-        self._density = state["density"]
-        # Earlier states have neither of these.
-        self._density_before = state.get("density_before", self._density)
+        # Earlier states have neither "silent", "known_before" nor "crossover".
+        self._known = _Known(state["density"], state.get("silent"))
+        self._known_before = _Known(**state.get("known_before", self._known._asdict()))
         self._stepper.crossover = state.get("crossover", self._stepper.crossover)
         self.stopped = state["stopped"]
 

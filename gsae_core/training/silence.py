@@ -42,6 +42,11 @@ class Silence:
         self.since_open[latents] = 0
 
     @property
+    def longest(self) -> Int32[Tensor, ""]:
+        """Steps since the latent that has not fired for longest did."""
+        return self.since_fired.max()
+
+    @property
     def over(self) -> Bool[Tensor, " d_sae"]:
         """Which latents did not fire within the window; a TopK SAE asks for them."""
         return self.since_fired >= self._window

@@ -78,15 +78,15 @@ class Stepper:
         *,
         sparsity_coeff: float,
         density: float | None,
-        dead: Bool[Tensor, " d_sae"],
+        dead: Bool[Tensor, " d_sae"] | None,
     ) -> Attempt:
         """Take a step by the fastest way.
 
         Args:
             x: activations.
             sparsity_coeff: lambda.
-            density: share of open gates in the last step; None before it.
-            dead: latents that a TopK SAE is to bring back.
+            density: share of open gates in an earlier step; None before there is one.
+            dead: latents that a TopK SAE is to bring back; None if there are none.
         """
         sae = self._sae
         if density is None and isinstance(sae, TopKSAE):
@@ -106,7 +106,7 @@ class Stepper:
         x: Float[Tensor, "batch d_in"],
         *,
         sparsity_coeff: float,
-        dead: Bool[Tensor, " d_sae"],
+        dead: Bool[Tensor, " d_sae"] | None,
     ) -> Attempt:
         """Take autograd's step, which every SAE has on every device."""
         return _attempt(dense_step(self._sae, x, sparsity_coeff=sparsity_coeff, dead=dead))

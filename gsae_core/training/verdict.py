@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from gsae_core.sae.base import SAE
@@ -20,6 +20,8 @@ class Seen(NamedTuple):
     norm: float
     n_open: int
     overflowed: bool
+    silent: int
+    """Steps that some latent had not fired for when this one began, none longer."""
 
     @property
     def finite(self) -> bool:
@@ -27,22 +29,22 @@ class Seen(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def weigh(sae: SAE, attempt: Attempt) -> Float[Tensor, "4"]:
-    """Return loss, norm of all gradients, open gates and overflow of a step, on its device."""
+def weigh(sae: SAE, attempt: Attempt, *, silent: Int32[Tensor, ""]) -> Float[Tensor, "5"]:
+    """Return the numbers of a step that was not counted yet, on its device."""
     gradients = [p.grad for p in sae.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     total = attempt.result.loss.total
     # float32 counts exactly only up to 2^24.
-    values = (total, norm, attempt.n_open, attempt.overflowed)
+    values = (total, norm, attempt.n_open, attempt.overflowed, silent)
     return torch.stack([value.to(sum_dtype(total.device)) for value in values])
 
 
-def spoilt(weighed: Float[Tensor, "4"]) -> Bool[Tensor, ""]:
+def spoilt(weighed: Float[Tensor, "5"]) -> Bool[Tensor, ""]:
     """Return, on the device, whether a step must not reach the weights."""
     return ~weighed[:2].isfinite().all() | (weighed[3] != 0)
 
 
-def read(weighed: Float[Tensor, "4"]) -> Seen:
+def read(weighed: Float[Tensor, "5"]) -> Seen:
     """Return the numbers of a step, after one wait for the device."""
     return _seen(*weighed.tolist())
 
@@ -57,11 +59,11 @@ class Courier:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         # Pinned: a copy to any other memory would wait.
-        self._room = torch.zeros(4, dtype=sum_dtype(device), pin_memory=on_cuda)
+        self._room = torch.zeros(5, dtype=sum_dtype(device), pin_memory=on_cuda)
         self._numbers = self._room.numpy()  # the same memory
         self._arrived = torch.cuda.Event() if on_cuda else None
 
-    def send(self, weighed: Float[Tensor, "4"]) -> None:
+    def send(self, weighed: Float[Tensor, "5"]) -> None:
         """Copy the numbers once the device has them; those sent before are gone then."""
         self._room.copy_(weighed, non_blocking=True)
         if self._arrived is not None:
@@ -87,5 +89,5 @@ def cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
     return "the gradients are too large to be squared"
 
 
-def _seen(loss: float, norm: float, n_open: float, overflowed: float) -> Seen:
-    return Seen(loss=loss, norm=norm, n_open=int(n_open), overflowed=bool(overflowed))
+def _seen(loss: float, norm: float, n_open: float, overflowed: float, silent: float) -> Seen:
+    return Seen(loss, norm, int(n_open), overflowed=bool(overflowed), silent=int(silent))
