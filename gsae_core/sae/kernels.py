@@ -99,8 +99,8 @@ def cuda_step(
 ) -> StepResult:
     """Return what `sparse_step` returns, from the GPU; takes the dense step upon overflow.
 
-    It waits for the device once, to see whether entries overflowed. A trainer that waits for its
-    loss anyway calls `kernel_step` and reads the flag along with it.
+    It waits for the device once, to see whether entries overflowed. The trainer calls `kernel_step`
+    and reads the flag later.
 
     Args:
         sae: learns later, when an optimiser reads `.grad`.
