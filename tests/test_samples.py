@@ -34,7 +34,6 @@ def test_a_gate_that_opens_onto_nothing_is_no_firing() -> None:
     sae = GatedSAE(1, 2)
     with torch.no_grad():
         sae.W_gate.fill_(1.0)
-        sae.r_mag.zero_()
         sae.b_dec.zero_()
         sae.b_gate.zero_()
         sae.b_mag.copy_(torch.tensor([-2.0, 0.0]))

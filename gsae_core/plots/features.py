@@ -124,9 +124,7 @@ def activation_histogram(
     shown = math.isfinite(theta) and 0 < theta <= float(histogram.edges[-1])
     # Of one row: the band and its rule are drawn once.
     data["theta"] = [theta if shown else math.nan, *[math.nan] * (len(data) - 1)]
-    return LiveChart(
-        _activation_spec(hue(architecture, theme), RED[theme], name), dict(data.items())
-    )
+    return LiveChart.of(_activation_spec(hue(architecture, theme), RED[theme], name), data)
 
 
 @functools.lru_cache(maxsize=16)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.plots.live import Line, LiveChart, Track, joined, series_scale, shared
+from gsae_core.plots.live import Line, LiveChart, Track, joined
+from gsae_core.plots.live_spec import series_scale, shared
 from gsae_core.plots.palette import AXES, log_ticks
 
 TRAIL = 40  # logged points of an SAE's path that the plane shows
