@@ -10,7 +10,7 @@ import pytest
 import torch
 from index_cases import Dense, built, dense, some_parts, some_sae
 
-from gsae_core.analysis import neuronpedia
+from gsae_core.analysis import matching, neuronpedia
 from gsae_core.analysis.examples import distinct
 from gsae_core.analysis.feature_html import card, page, write_page
 from gsae_core.analysis.features import FeatureIndex
@@ -149,6 +149,24 @@ def test_a_match_counts_shared_tokens(
     assert nearest["feature"] == int(cosine.argmax())
     back = mine @ all_theirs[int(cosine.argmax())]
     assert nearest["mutual"] == (int(back.argmax()) == FEATURE)
+
+
+def test_of_tokens_with_too_many_firings_an_even_sample_is_counted_and_scaled(
+    index: FeatureIndex, truth: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feature = index.feature(FEATURE)
+    theirs = truth.f > 0
+    on = truth.f[:, FEATURE] > 0
+    # One too few for all asks for every second token; one less than half, for every third.
+    found = int(theirs[on].sum())
+    for most, step in ((found, 1), (found - 1, 2), (found // 2 - 1, 3)):
+        monkeypatch.setattr(matching, "MOST_FOUND", most)
+        counts = matching.fired_with(feature, index)
+        looked_at = -(-len(feature.places) // step)
+        assert counts[FEATURE] == pytest.approx(len(feature.places))
+        unit = len(feature.places) / looked_at
+        np.testing.assert_allclose(counts / unit, np.rint(counts / unit), atol=1e-9)
+        assert (counts / unit).max() == pytest.approx(looked_at)
 
 
 def test_indices_of_other_tokens_are_not_compared(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 By = Literal["decoder", "firing"]
 
-# Firings looked at to find who else fires there; more are sampled evenly.
-MOST_FIRINGS = 2**13
+# Firings looked at to find who else fires there, and firings found there; of more, an even sample.
+MOST_FIRINGS, MOST_FOUND = 2**13, 2**19
 
 
 def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd.DataFrame":
@@ -27,7 +27,8 @@ def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd
     the harmonic mean of the shares of either's firings that those are; `mutual`, whether this
     feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
 
-    Of more than 2^13 firings an even sample is looked at, and `both` is scaled to all.
+    Of more than 2^13 firings, or of tokens on which more than 2^19 features fire together, an even
+    sample is looked at, and `both` is scaled to all.
 
     Raises:
         InputError: if the two are of different widths or not over the same tokens.
@@ -88,7 +89,9 @@ def _cosines(
 def fired_with(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
     """Return on how many of a feature's tokens each feature of another index fires."""
     places: Integer[np.ndarray, " fired"] = feature.places
-    step = -(-len(places) // MOST_FIRINGS) or 1
+    row_offsets = other.array("row_offsets")
+    found = int((row_offsets[places.astype(np.int64) + 1] - row_offsets[places]).sum())
+    step = max(-(-len(places) // MOST_FIRINGS), -(-found // MOST_FOUND), 1)
     looked_at = np.asarray(places[::step]).astype(np.int64)
     counts = np.bincount(other.latents_at(looked_at), minlength=other.n_features)
     return counts * (len(places) / max(len(looked_at), 1))
