@@ -83,4 +83,7 @@ def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
             ],
         },
     }
-    return {**shared(lines, "FVU against L0"), "layer": [trail, marker]}
+    spec = {**shared(lines, "FVU against L0"), "layer": [trail, marker]}
+    # Vega begins this title left of the axis, where nothing is drawn: its first letter was cut off.
+    spec["title"]["dx"] = 10
+    return spec
