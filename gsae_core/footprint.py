@@ -16,9 +16,10 @@ COPIES_IN_STATE = 3
 # What a step holds beyond gradients, in float32 matrices (batch, d_sae), measured at 256 x 16384.
 # Autograd's dense step, which GPUs take while much is active; a TopK SAE's with dead latents:
 DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 6.6, "topk": 6.6}
-# A sparse step's entries near the crossover: 3.5 of any architecture, where steps by hand hold 1.6
-# of rows in blocks. Those blocks are as large for small batches.
-SPARSE_MATRICES, LEAST_ROWS = 3.5, 512
+# A sparse step's entries near the crossover, or the blocks of rows of a step by hand, whichever holds
+# more; a TopK SAE's entries have one number each. Blocks are as large for small batches.
+SPARSE_MATRICES = {"gated": 3.5, "relu": 3.5, "jumprelu": 3.5, "topk": 2.8}
+LEAST_ROWS = 512
 # Encoder-sized products in a training step, forward and backward.
 PRODUCTS_PER_STEP = 8
 # 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
@@ -122,8 +123,8 @@ def _step_numbers(cfg: RunConfig, n_cores: int | None) -> int:
         return max(
             round(DENSE_MATRICES[spec.architecture] * rows * spec.d_sae) for spec in cfg.saes
         )
-    widest = sorted((spec.d_sae for spec in cfg.saes), reverse=True)[:n_cores]
-    return round(SPARSE_MATRICES * max(rows, LEAST_ROWS) * sum(widest))
+    widths = (SPARSE_MATRICES[spec.architecture] * spec.d_sae for spec in cfg.saes)
+    return round(max(rows, LEAST_ROWS) * sum(sorted(widths, reverse=True)[:n_cores]))
 
 
 def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> int:

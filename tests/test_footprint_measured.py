@@ -18,7 +18,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
 @pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="the kernel's high-water mark is Linux's")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_step_holds_more_than_the_estimate_nor_a_quarter_of_it(
+def test_no_step_holds_more_than_the_estimate_nor_a_third_of_it(
     architecture: Architecture, tmp_path: Path
 ) -> None:
     # Just below the density at which the dense step is the faster one, and half of the latents.
@@ -44,5 +44,4 @@ def test_no_step_holds_more_than_the_estimate_nor_a_quarter_of_it(
         assert measured is not None
         # A few matrices of the shape of x beside those of (batch, d_sae).
         assert measured - gradients <= 1.1 * step, name
-        # Two cores beside other work seldom hold the blocks of both at once.
-        assert measured - gradients >= step / 4, name
+        assert measured - gradients >= step / 3, name
