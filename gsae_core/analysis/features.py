@@ -207,21 +207,19 @@ class FeatureIndex:
         found = np.array(self.array("companions")[number]).astype(np.int64)
         both = np.array(self.array("companion_counts")[number]).astype(np.int64)
         found, both = found[both > 0], both[both > 0]
-        fired = self._strided_firings
-        either = fired[number] + fired[found] - both
+        # Of these few alone: a pass over the text for all of them took 35 ms and more.
+        fired = self._strided_firings(number)
+        theirs = np.array([self._strided_firings(i) for i in found.tolist()], np.int64)
+        either = fired + theirs - both
         n_tokens = self.n_tokens / self.manifest.companion_stride
-        lift = both * n_tokens / np.maximum(fired[number] * fired[found], 1)
+        lift = both * n_tokens / np.maximum(fired * theirs, 1)
         columns = {"feature": found, "both": both, "jaccard": both / either, "lift": lift}
         return pd.DataFrame(columns)
 
-    @cached_property
-    def _strided_firings(self) -> np.ndarray:
-        """Firings of each feature on every `companion_stride`-th place, int64."""
-        stride = self.manifest.companion_stride
-        if stride == 1:
-            return np.diff(self.array("offsets"))
-        places = np.arange(0, self.n_places, stride)
-        return np.bincount(self.latents_at(places), minlength=self.n_features)
+    def _strided_firings(self, number: int) -> int:
+        """Return on how many of every `companion_stride`-th places a feature fires."""
+        first, end = self.array("offsets")[number : number + 2]
+        return int((self.array("token")[first:end] % self.manifest.companion_stride == 0).sum())
 
     def examples(
         self,
