@@ -1,5 +1,6 @@
 """A language model of two small random layers, saved as a Hugging Face folder; runs on it."""
 
+import gc
 import random
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hub_server import Hub, serving_hub
 
+from gsae_core import collector
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.store.runs import Run
 
@@ -25,6 +27,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def whole_collections() -> Iterator[None]:
+    """What a page left out of collections is in them again for the next test.
+
+    Hypothesis asks the collector who holds its random numbers, and warns when nobody seems to.
+    """
+    yield
+    if collector._freeze in gc.callbacks:
+        gc.callbacks.remove(collector._freeze)
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

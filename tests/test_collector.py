@@ -4,7 +4,6 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,12 +16,9 @@ class Node:
 
 
 @pytest.fixture(autouse=True)
-def spared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def spared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collector, "_n_modules", 0)
     collector.spare_modules()
-    yield
-    gc.callbacks.remove(collector._freeze)
-    gc.unfreeze()
 
 
 def test_asking_twice_is_asking_once() -> None:
