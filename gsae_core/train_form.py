@@ -5,6 +5,7 @@ gives unless it was changed, and only what was changed becomes a flag. So the pa
 line beside it and the run can never differ.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -114,6 +115,7 @@ class Field(NamedTuple):
     """Where the config keeps it."""
 
 
+@functools.cache
 def form_fields() -> dict[str, Field]:
     """Return every flag of `train` that sets one field of a config, by name."""
     hints = get_type_hints(Train)

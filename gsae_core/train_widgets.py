@@ -1,5 +1,6 @@
 """The widgets of the Train page: each is a flag of `train`, and its value is in the address."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def where(base: Base, given: Values) -> ModelFacts:
     if about.gated and about.where == "hub":
         parts.append("🔒 its licence must be accepted on the Hub first")
     plain(" · ".join(parts), size=".875rem")
-    with st.expander("Compare models"):
-        model_table(cached)
+    with st.expander("Compare models", key="compare_models", on_change="rerun") as table:
+        if table.open:
+            model_table(cached)
     place(base, given, about)
     return about
 
@@ -223,10 +225,25 @@ def computing(given: Values) -> None:
     )
 
 
-def advanced(given: Values) -> None:
-    """Draw every other flag of `train`."""
-    with st.expander("Advanced: recipe, corpus, evaluation"):
-        rest = [flag for flag in FIELDS if flag not in DRAWN]
+def advanced(given: Values, asked: Container[str]) -> None:
+    """Draw every other flag of `train`, once one of them is looked for or is not as given.
+
+    Drawn closed, they were half of the page's elements and of the time until it could be used.
+
+    Args:
+        asked: the flags that the address sets.
+    """
+    rest = [flag for flag in FIELDS if flag not in DRAWN]
+    # An empty choice is "" as given and None once its widget was drawn.
+    now = {flag: state.get(flag, given[flag]) or "" for flag in rest}
+    changed = any(flag in asked or now[flag] != (given[flag] or "") for flag in rest)
+    with st.expander(
+        "Advanced: recipe, corpus, evaluation", key="advanced", on_change="rerun"
+    ) as e:
+        if not (e.open or changed):
+            for flag in rest:
+                state.setdefault(flag, given[flag])
+            return
         for start in range(0, len(rest), 3):
             for column, flag in zip(st.columns(3), rest[start : start + 3], strict=False):
                 with column:

@@ -275,7 +275,7 @@ with left:
     with st.container(border=True):
         st.markdown("**4 · Machine**")
         computing(given)
-    advanced(given)
+    advanced(given, asked)
 values = {flag: state[flag] for flag in given}
 with left:
     for sentence in corrected(asked, values):

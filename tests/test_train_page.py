@@ -109,6 +109,55 @@ def test_each_architecture_has_the_field_that_sets_its_sparsity(root: Path) -> N
     assert [field.key for field in at.text_input if field.key in ("sparsity", "k")] == ["k"]
 
 
+def drawn(at: AppTest, key: str) -> bool:
+    return any(field.key == key for field in at.text_input)
+
+
+def test_rarer_settings_are_drawn_when_they_are_looked_for_and_kept_when_they_are_closed(
+    root: Path,
+) -> None:
+    at = opened(TRAIN)
+    assert not drawn(at, "held_out")
+    at.session_state["advanced"] = True
+    at.run()
+    assert at.text_input(key="held_out").value == "0.05"
+    at.text_input(key="held_out").set_value("0.1")
+    at.session_state["advanced"] = False
+    at.run()
+    assert drawn(at, "held_out")
+    assert command(at).held_out == 0.1
+    at.text_input(key="held_out").set_value("0.05").run()
+    assert not drawn(at, "held_out")
+    assert at.code[0].value == "python -m gsae_core train --preset quick"
+
+
+def test_a_rarer_setting_in_the_address_is_in_the_form_and_still_there_after_a_press(
+    root: Path,
+) -> None:
+    at = opened(TRAIN, held_out="0.2")
+    assert at.text_input(key="held_out").value == "0.2"
+    at.text_input(key="tokens").set_value("2e6").run()
+    assert at.text_input(key="held_out").value == "0.2"
+    assert command(at).held_out == 0.2
+
+
+def test_the_form_is_whole_again_after_another_page(root: Path) -> None:
+    at = opened(TRAIN)
+    at.session_state["advanced"] = True
+    at.run().switch_page("pages/9_Help.py").run()
+    at.switch_page(TRAIN).run()
+    assert not at.exception
+    assert at.code[0].value == "python -m gsae_core train --preset quick"
+    assert not at.button(key="start").disabled
+
+
+def test_models_are_compared_when_asked_for(root: Path) -> None:
+    at = opened(TRAIN)
+    assert not at.dataframe
+    at.session_state["compare_models"] = True
+    assert "bundled" in list(at.run().dataframe[0].value["model"])
+
+
 def test_another_set_up_fills_the_form(root: Path) -> None:
     at = opened(TRAIN)
     at.text_input(key="tokens").set_value("5000").run()
