@@ -3,12 +3,14 @@
 A page runs from its first line at every click; 200 runs must not mean 200 folders read each time.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.results import evaluation_frame
+from gsae_core.analysis.results import evaluation_frame, nearest_pair
 from gsae_core.errors import InputError
 from gsae_core.store.evals import norm_deciles
 from gsae_core.store.runs import Run
@@ -22,6 +24,12 @@ def evaluations(run: Run) -> pd.DataFrame:
         return _evaluations(str(run.folder), version(run.folder / "evals.json"), _run=run)
     except InputError:
         return pd.DataFrame()
+
+
+def nearest(run: Run, names: Sequence[str]) -> Mapping[str, str]:
+    """Return `nearest_pair` of those SAEs of a run; empty where it was not evaluated."""
+    key = version(run.folder / "evals.json")
+    return _nearest(str(run.folder), key, tuple(names), _run=run)
 
 
 def feature_stats(run: Run, name: str) -> pd.DataFrame:
@@ -62,6 +70,12 @@ def version(path: Path) -> Version:
 @st.cache_data(max_entries=512, show_spinner=False)
 def _evaluations(folder: str, version: Version, _run: Run) -> pd.DataFrame:
     return evaluation_frame(_run.evals())
+
+
+@st.cache_data(max_entries=512, show_spinner=False)
+def _nearest(folder: str, version: Version, names: tuple[str, ...], _run: Run) -> Mapping[str, str]:
+    evals: Any = evaluations(_run)
+    return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -16,7 +16,6 @@ from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.loaded import finished_saes
 from gsae_core.pieces import notice, plain
-from gsae_core.plots.shrinkage import nearest_pair
 from gsae_core.shell import Frame
 from gsae_core.store.runs import Run
 from gsae_core.token_strip import visible
@@ -55,8 +54,7 @@ def first_choice(run: Run, names: Sequence[str]) -> str:
 
     The Gated one with a baseline nearest to it in L0, where the run was evaluated.
     """
-    evals: Any = cached.evaluations(run)
-    pair = nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
+    pair = cached.nearest(run, names)
     return pair.get("gated") or pair.get("base") or names[0]
 
 

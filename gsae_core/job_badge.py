@@ -11,10 +11,14 @@ from gsae_core.store.status import ACTIVE, Status
 from gsae_core.wording import percent
 
 
-def status_of(run: Run) -> Status | None:
-    """Return where a run stands, or None if its folder was deleted or damaged meanwhile."""
+def status_of(run: Run, said: Status | None = None) -> Status | None:
+    """Return where a run stands, or None if its folder was deleted or damaged meanwhile.
+
+    Args:
+        said: what its status.json holds, where that was just read.
+    """
     try:
-        return run.status
+        return run.status if said is None else run.judged(said)
     except InputError:
         return None
 

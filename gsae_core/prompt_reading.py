@@ -37,6 +37,8 @@ class Seen(NamedTuple):
     alignment: "Alignment | None"
     seconds: float
     """What reading it took, when it was read."""
+    key: tuple[Any, ...]
+    """Says which text, model and weights."""
 
 
 class Chosen(NamedTuple):
@@ -81,30 +83,46 @@ def _read(key: tuple[Any, ...], _model: loaded.Loaded, _saes: "list[SAE]", _bega
     with _model.desk.turn():
         looks = look(_model.model, _saes, prompt, layer=layer, site=site)
     aligned = align(looks[0], looks[1], _saes[0], _saes[1]) if len(looks) == 2 else None
-    return Seen(looks, aligned, time.perf_counter() - _began)
+    return Seen(looks, aligned, time.perf_counter() - _began, key)
 
 
 def next_tokens(chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
     """Return what may follow a token: what does follow first, then the likeliest."""
+    return _next_tokens(seen.key, position, _chosen=chosen, _seen=seen)
+
+
+# The likeliest of every token of a vocabulary, or a pass back through the model: a page that is
+# opened again, or drawn anew for a choice beside it, does not pay for them again.
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _next_tokens(
+    key: tuple[Any, ...], position: int, _chosen: Chosen, _seen: Seen
+) -> "list[Candidate]":
     from gsae_core.analysis.attribution import candidates
 
-    model, desk = loaded.language_model(chosen.run)
+    model, desk = loaded.language_model(_chosen.run)
     with desk.turn():
-        return candidates(model, seen.looks[0].prompt, position=position)
+        return candidates(model, _seen.looks[0].prompt, position=position)
 
 
 def attributed(chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     """Return the features of each SAE with their effect on a next token, in logits."""
+    return _attributed(seen.key, position, token, _chosen=chosen, _seen=seen)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _attributed(
+    key: tuple[Any, ...], position: int, token: int, _chosen: Chosen, _seen: Seen
+) -> list[pd.DataFrame]:
     from gsae_core.analysis.attribution import effects, slope_at
 
-    model, desk = loaded.language_model(chosen.run)
-    place, prompt = chosen.run.config.model, seen.looks[0].prompt
+    model, desk = loaded.language_model(_chosen.run)
+    place, prompt = _chosen.run.config.model, _seen.looks[0].prompt
     with desk.turn():
         slope = slope_at(
             model, prompt, layer=place.layer, site=place.site, position=position, token=token
         )
-    saes = [loaded.sae(chosen.run, name) for name in chosen.names]
-    return [effects(look, sae, slope) for look, sae in zip(seen.looks, saes, strict=True)]
+    saes = [loaded.sae(_chosen.run, name) for name in _chosen.names]
+    return [effects(look, sae, slope) for look, sae in zip(_seen.looks, saes, strict=True)]
 
 
 def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:

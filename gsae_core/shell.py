@@ -12,7 +12,7 @@ from gsae_core.example import EXAMPLE_ID, example_run
 from gsae_core.job_badge import job_badge, say_connected, status_of
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
-from gsae_core.store.listing import list_runs, unreadable_runs
+from gsae_core.store.listing import list_statuses, unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
 
@@ -88,8 +88,9 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     if deleted is not None and title != "Home":
         st.switch_page("app.py", query_params={})
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
-    runs = _runs()
-    found = {run.id: status_of(run) for run in runs}
+    listed = _runs()
+    runs = [run for run, _ in listed]
+    found = {run.id: status_of(run, said) for run, said in listed}
     statuses = {name: status for name, status in found.items() if status is not None}
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
@@ -113,9 +114,12 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     return Frame(run, runs, theme, statuses)
 
 
-def _runs() -> list[Run]:
-    """Return every run, and the one that ships with the package once it was asked for."""
-    runs = list_runs(runs_root())
+def _runs() -> list[tuple[Run, Status | None]]:
+    """Return every run with what its process said last, newest first.
+
+    The one that ships with the package is among them once it was asked for.
+    """
+    runs: list[tuple[Run, Status | None]] = [*list_statuses(runs_root())]
     asked = (
         st.query_params.get("run"),
         *(st.session_state.get(key) for key in ("run", "next_run", "chosen_run")),
@@ -124,9 +128,9 @@ def _runs() -> list[Run]:
         st.session_state["with_example"] = True
     shipped = example_run() if st.session_state.get("with_example") else None
     # A run of one's own with its name comes first.
-    if shipped is None or any(run.id == EXAMPLE_ID for run in runs):
+    if shipped is None or any(run.id == EXAMPLE_ID for run, _ in runs):
         return runs
-    return [*runs, shipped]
+    return [*runs, (shipped, None)]
 
 
 def _say_missing(run_id: str, runs: list[Run]) -> None:

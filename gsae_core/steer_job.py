@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gsae_core import loaded
 from gsae_core.errors import InputError
+from gsae_core.prompt_reading import Chosen, read
 from gsae_core.store.runs import Run
 
 if TYPE_CHECKING:
@@ -101,15 +102,8 @@ def active_features(run: Run, name: str, text: str, n: int = 12) -> list[tuple[i
     Returns:
         for each: its number, its largest activation in its own units, and the token.
     """
-    from gsae_core.analysis.prompt import look
-    from gsae_core.analysis.reading import read_prompt
-
-    (model, desk), sae = loaded.language_model(run), loaded.sae(run, name)
     scales, _ = scales_or_prompt(run, name, text)
-    prompt, place = read_prompt(model, text, bos=_bos(run)), run.config.model
-    with desk.turn():
-        (seen,) = look(model, [sae], prompt, layer=place.layer, site=place.site)
-    features = seen.features
+    features = read(Chosen(run, name, None), text).looks[0].features
     units = scales.p99.numpy()[features["latent"].to_numpy()]
     found = features.assign(units=features["activation"].to_numpy() / units)
     best = found.sort_values("units", ascending=False).drop_duplicates("latent").head(n)

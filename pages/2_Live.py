@@ -22,12 +22,14 @@ from gsae_core.live_view import (
 from gsae_core.pieces import figure_tools, line_legend, notice, plain, state_badge
 from gsae_core.plots.live import (
     LiveChart,
+    Track,
     XAxis,
     line_chart,
     lines_of,
     lines_of_runs,
     tracks,
 )
+from gsae_core.plots.live_spec import Line
 from gsae_core.plots.plane import plane
 from gsae_core.progress import progress
 from gsae_core.store.metrics_log import MetricsCursor
@@ -92,51 +94,20 @@ def header(status: Status, table: pd.DataFrame) -> None:
             st.caption(f"The process was {STAGES.get(escalate(run), 'ended')}.")
 
 
-def figure(chart: LiveChart, *, name: str, alt: str) -> None:
-    """Draw one chart and its tools."""
-    # A zoom that Streamlit does not hear of is thrown away with the next data: it empties the
-    # store of every selection bound to scales unless the selection is one of its own.
-    st.vega_lite_chart(
-        chart.arrow(),
-        chart.spec,
-        key=f"chart_{name}",
-        alt=alt,
-        on_select="rerun",
-        selection_mode="zoom",
-    )
-    about = f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
-    figure_tools(lambda: chart.data, name=name, about=about)
+def about(name: str) -> str:
+    return f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
 
 
-def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
-    """Draw the curves and the plane."""
-    chosen = st.session_state.get("saes")
-    runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
-    if len(runs) > 1:
-        lines = lines_of_runs(runs, frame.theme)
-    else:
-        lines = lines_of(run.id, runs[run.id], frame.theme)
-    logged = tracks(tables, lines)
-    if not any(logged):
-        with st.container(border=True):
-            st.caption(
-                "The first numbers appear after the model is loaded and the first steps are done."
-            )
-        return
-    line_legend(lines)
+def figures(
+    lines: tuple[Line, ...], logged: list[Track], finished: list[str]
+) -> list[tuple[LiveChart, str, str]]:
+    """Return each chart with its name and what it says to those who cannot see it."""
     x = X_AXES[st.session_state["x"]]
-    plots = (
-        LOSS_PARTS[st.session_state["part"]],
-        *("l0", "fvu", "gamma", "gamma_gate", None, "dead_gate", "dead_magnitude", "lr"),
-    )
-    cells = [cell for _ in range(3) for cell in st.columns(3, gap="medium")]
-    for cell, column in zip(cells, plots, strict=True):
-        with cell:
-            if column is None:
-                alt = "L0 against FVU of each SAE now, with the path it came by"
-                figure(plane(lines, logged, finished=finished), name="plane", alt=alt)
-                continue
-            chart = line_chart(
+    loss = LOSS_PARTS[st.session_state["part"]]
+    columns = (loss, "l0", "fvu", "gamma", "gamma_gate", "dead_gate", "dead_magnitude", "lr")
+    charts = [
+        (
+            line_chart(
                 lines,
                 logged,
                 column,
@@ -144,16 +115,26 @@ def charts(tables: dict[str, pd.DataFrame], finished: list[str]) -> None:
                 smoothing=0.0 if column == "lr" else st.session_state["smooth"],
                 log=column in LOG and st.session_state["log"],
                 rule=1.0 if column in ("gamma", "gamma_gate") else None,
-            )
-            figure(chart, name=column, alt=f"{column} of each SAE against {x}")
-    if len(runs) == 1:
-        newest = {
-            line.sae: {name: float(values[-1]) for name, values in part.items()}
-            for line, part in zip(lines, logged, strict=True)
-            if part
-        }
-        with st.expander("The newest numbers", icon=":material/table_rows:"):
-            st.dataframe(newest_numbers(newest), hide_index=True, alt="Newest numbers of each SAE")
+            ),
+            column,
+            f"{column} of each SAE against {x}",
+        )
+        for column in columns
+    ]
+    alt = "L0 against FVU of each SAE now, with the path it came by"
+    charts.insert(5, (plane(lines, logged, finished=finished), "plane", alt))
+    return charts
+
+
+def draw_newest(lines: tuple[Line, ...], logged: list[Track]) -> None:
+    """Draw the last number of each kind, as a table."""
+    newest = {
+        line.sae: {name: float(values[-1]) for name, values in part.items()}
+        for line, part in zip(lines, logged, strict=True)
+        if part
+    }
+    with st.expander("The newest numbers", icon=":material/table_rows:"):
+        st.dataframe(newest_numbers(newest), hide_index=True, alt="Newest numbers of each SAE")
 
 
 def view(was: Status) -> None:
@@ -182,12 +163,51 @@ def view(was: Status) -> None:
             kind="warning",
         )
     finished = [name for name, state in states.items() if state == "finished"]
-    charts({name: table for name, (table, _) in tables.items()}, finished)
+    chosen = st.session_state.get("saes")
+    runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
+    if len(runs) > 1:
+        lines = lines_of_runs(runs, frame.theme)
+    else:
+        lines = lines_of(run.id, runs[run.id], frame.theme)
+    logged = tracks({name: table for name, (table, _) in tables.items()}, lines)
+    charts = figures(lines, logged, finished) if any(logged) else []
+    place = st.container()
+    if charts and len(runs) == 1:
+        draw_newest(lines, logged)
     with st.expander("Sample of features", icon=":material/visibility:", expanded=True):
         draw_samples(run, names)
     if status.state not in ("failed", "lost", "cancelled"):
         with st.expander("Log", expanded=status.state == "starting"):
             draw_log(run)
+    with place:
+        if not charts:
+            with st.container(border=True):
+                st.caption(
+                    "The first numbers appear after the model is loaded and the first steps are "
+                    "done."
+                )
+            return
+        line_legend(lines)
+        cells = [cell for _ in range(3) for cell in st.columns(3, gap="medium")]
+        slots = []
+        for cell, (chart, name, _) in zip(cells, charts, strict=True):
+            with cell:
+                slots.append(st.container())
+                figure_tools(lambda c=chart: c.data, name=name, about=about(name))
+    # Last, and with nothing between: a browser that has the charts but not yet the end of the page
+    # draws them first, for 0.3 s in which the page cannot be used.
+    data = [chart.arrow() for chart, _, _ in charts]
+    for slot, table, (chart, name, alt) in zip(slots, data, charts, strict=True):
+        # A zoom that Streamlit does not hear of is thrown away with the next data: it empties the
+        # store of every selection bound to scales unless the selection is one of its own.
+        slot.vega_lite_chart(
+            table,
+            chart.spec,
+            key=f"chart_{name}",
+            alt=alt,
+            on_select="rerun",
+            selection_mode="zoom",
+        )
 
 
 others = [other.id for other in frame.runs if other.id != run.id]
@@ -251,6 +271,8 @@ with options:
 shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]
 moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id in frame.statuses)
 paused = st.session_state.get("pause")
-st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)
+curves = st.container()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
     explain_numbers()
+with curves:
+    st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)

@@ -5,7 +5,13 @@ import streamlit as st
 
 from gsae_core import cached, shell
 from gsae_core.address import correct
-from gsae_core.analysis.results import published, published_places, published_source
+from gsae_core.analysis.results import (
+    baselines,
+    nearest_pair,
+    published,
+    published_places,
+    published_source,
+)
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
 from gsae_core.pieces import escape_markdown, figure_tools, notice, plain
@@ -14,13 +20,11 @@ from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
     Bins,
     FeatureGamma,
-    baselines,
     common_bins,
     features_in_bin,
     gamma_against_density,
     gamma_histogram,
     histogram_table,
-    nearest_pair,
     select_features,
 )
 from gsae_core.wording import fixed

@@ -48,16 +48,14 @@ def build(run: Run, sae: Opened, base: str | None, other: FeatureIndex | None) -
     panel(run, names, problem=sae.problem)
 
 
-def listing(sae: Opened) -> Chosen:
-    """Draw how often features fire, the filters and the list."""
-    picture = st.container()
+def ask(sae: Opened) -> tuple[Chosen, int]:
+    """Draw the filters; return what they leave, and the feature that is shown."""
     wanted, order = features_view.ask(sae)
     chosen = features_view.find(sae, wanted, order)
-    with picture:
-        features_view.density_chart(sae, chosen, frame.theme)
     if chosen.rows.empty:
         features_view.nothing_left(sae, chosen, wanted)
-    return chosen
+    with right:
+        return chosen, feature_bar.which(sae, features_view.landing(sae, chosen))
 
 
 def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: str | None) -> None:
@@ -94,7 +92,7 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
     """Draw all there is to a feature that fires."""
     feature_dashboard.summary(feature)
     feature_dashboard.numbers(feature)
-    feature_dashboard.pictures(feature, frame.theme)
+    pictures = st.container()
     st.subheader("Where it fires", anchor=False)
     found, problem = match(feature, other)
     like = found.feature if found is not None else None
@@ -102,6 +100,8 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
     st.subheader("What it writes", anchor=False)
     feature_dashboard.logits(feature)
     relations(sae, feature, found, base=base, problem=problem, go=features_view.go_to)
+    with pictures:
+        feature_dashboard.pictures(feature, frame.theme)
 
 
 run, sae, base = choose()
@@ -112,16 +112,20 @@ st.session_state.pop("list_is_old", None)  # it is drawn anew
 with stacking("features_split", least=19):
     left, right = st.columns([1, 1.75], gap="medium")
 with left:
-    chosen = listing(sae)
-with right:
-    current = feature_bar.which(sae, features_view.landing(sae, chosen))
-    st.fragment(one_feature)(sae, chosen, other, base)
-with left:
-    if not chosen.rows.empty:
-        features_view.table(sae, chosen, current=current)
+    picture = st.container()
+    chosen, current = ask(sae)
+    listed = st.container()
 if sae.index is not None:
     manifest = sae.index.manifest
     splits = " and ".join(
         f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in manifest.splits
     )
     plain(f"Read from {splits} tokens of {manifest.text}.", size=".8125rem")
+with right:
+    st.fragment(one_feature)(sae, chosen, other, base)
+# Tables and charts come last, as on Live: a browser that has them draws them before the rest.
+with listed:
+    if not chosen.rows.empty:
+        features_view.table(sae, chosen, current=current)
+with picture:
+    features_view.density_chart(sae, chosen, frame.theme)

@@ -10,6 +10,7 @@ from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     Place,
     evaluation_frame,
+    nearest_pair,
     published,
     several_runs,
 )
@@ -26,7 +27,6 @@ from gsae_core.plots.shrinkage import (
     gamma_against_density,
     gamma_histogram,
     histogram_table,
-    nearest_pair,
     select_features,
 )
 

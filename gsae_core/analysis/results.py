@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from gsae_core.analysis.pareto import MatchedRatio, matched_ratio
@@ -74,6 +75,30 @@ def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def of_architecture(evals: pd.DataFrame, architecture: Architecture) -> pd.DataFrame:
     """Return the rows of one architecture."""
     return pd.DataFrame(evals[evals["architecture"] == architecture])
+
+
+def baselines(evals: pd.DataFrame) -> pd.DataFrame:
+    """Return the SAEs a gated one is held against: ReLU first, then the others."""
+    others = evals[evals["architecture"] != "gated"]
+    return pd.DataFrame(others.iloc[(others["architecture"] != "relu").argsort(kind="stable")])
+
+
+def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
+    """Return the names of the gated SAE and the baseline whose L0 are closest: `gated`, `base`.
+
+    Where no ReLU SAE was evaluated, any other that is not gated serves as the baseline. A kind of
+    which there is none is missing.
+    """
+    gated, base = of_architecture(evals, "gated"), baselines(evals)
+    if "relu" in set(base["architecture"]):
+        base = of_architecture(base, "relu")
+    if gated.empty or base.empty:
+        kinds = (("gated", gated), ("base", base))
+        return {kind: str(rows["name"].iloc[-1]) for kind, rows in kinds if len(rows)}
+    pairs = gated.merge(base, how="cross", suffixes=("_gated", "_base"))
+    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_base"]].to_numpy().clip(min=1e-9))
+    best = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
+    return {"gated": str(best["name_gated"]), "base": str(best["name_base"])}
 
 
 def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

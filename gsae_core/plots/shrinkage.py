@@ -1,7 +1,7 @@
 """Shrinkage feature by feature, in Plotly: gamma in common bins, and against density."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
 from gsae_core.plots.curves import hover, style
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, hover_name
@@ -229,27 +228,3 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             font={"size": 12, "color": NEUTRAL},
         )
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
-
-
-def baselines(evals: pd.DataFrame) -> pd.DataFrame:
-    """Return the SAEs a gated one is held against: ReLU first, then the others."""
-    others = evals[evals["architecture"] != "gated"]
-    return pd.DataFrame(others.iloc[(others["architecture"] != "relu").argsort(kind="stable")])
-
-
-def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
-    """Return the names of the gated SAE and the baseline whose L0 are closest: `gated`, `base`.
-
-    Where no ReLU SAE was evaluated, any other that is not gated serves as the baseline. A kind of
-    which there is none is missing.
-    """
-    gated, base = of_architecture(evals, "gated"), baselines(evals)
-    if "relu" in set(base["architecture"]):
-        base = of_architecture(base, "relu")
-    if gated.empty or base.empty:
-        kinds = (("gated", gated), ("base", base))
-        return {kind: str(rows["name"].iloc[-1]) for kind, rows in kinds if len(rows)}
-    pairs = gated.merge(base, how="cross", suffixes=("_gated", "_base"))
-    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_base"]].to_numpy().clip(min=1e-9))
-    best = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
-    return {"gated": str(best["name_gated"]), "base": str(best["name_base"])}

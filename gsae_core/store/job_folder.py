@@ -39,7 +39,14 @@ class Job:
         Raises:
             InputError: if the run's files are gone or damaged.
         """
-        status = read_status(self.folder)
+        return self.judged(read_status(self.folder))
+
+    def judged(self, status: Status) -> Status:
+        """Return where the run stands, given what its status.json said a moment ago.
+
+        Raises:
+            InputError: as `status`.
+        """
         if not status.expects_process:
             return status._replace(state="cancelling") if self.is_ending(status) else status
         cancel = (self.folder / "control.json").exists()
