@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
@@ -89,7 +89,7 @@ def architecture(run: Run, name: str) -> Architecture:
     return next(spec.architecture for spec in run.config.saes if spec.name == name)
 
 
-def pick_sae(
+def _pick(
     label: str,
     names: Sequence[str],
     *,
@@ -98,7 +98,7 @@ def pick_sae(
     default: str | None,
     none: str | None = None,
 ) -> str | None:
-    """Draw a picker of SAEs that the address follows; return the choice.
+    """Draw a picker of SAEs; return the choice, which may be `none`.
 
     It is not bound to the address as other widgets are: Streamlit would then refuse to leave for a
     page that is given the same parameter.
@@ -115,25 +115,23 @@ def pick_sae(
         if asked is not None and asked not in offered:
             _say_stranger(asked, "SAE of this run", default or none or "none")
         st.session_state[key] = asked if asked in offered else (default or none)
-    choice = st.selectbox(label, offered, key=key)
-    _write(param, choice)
-    return None if choice == none else choice
+    return st.selectbox(label, offered, key=key)
 
 
 def pick_pair(
     run: Run, names: Sequence[str], *, page: str, other: str = "Beside it"
 ) -> tuple[str, str | None]:
-    """Draw pickers of an SAE and of one to see beside it, side by side; return both choices.
+    """Draw pickers of an SAE and of one to see beside it; return both, which the address follows.
 
     Args:
         other: label of the second.
     """
     left, right = st.columns(2)
     with left:
-        name = pick_sae("SAE", names, page=page, param="sae", default=first_choice(run, names))
+        name = _pick("SAE", names, page=page, param="sae", default=first_choice(run, names))
     assert name is not None
     with right:
-        base = pick_sae(
+        base = _pick(
             other,
             [each for each in names if each != name],
             page=page,
@@ -141,7 +139,8 @@ def pick_pair(
             default=beside(run, name, names),
             none="none",
         )
-    return name, base
+    _write({"sae": name, "base": base})
+    return name, None if base == "none" else base
 
 
 def text_field(label: str, *, page: str, model: str) -> str:
@@ -160,7 +159,7 @@ def text_field(label: str, *, page: str, model: str) -> str:
         st.session_state[key] = asked or st.session_state.get("text_kept") or example
     text = st.text_area(label, key=key, height=120) or ""
     st.session_state["text_kept"] = text
-    _write("text", text if text.strip() and len(text) <= ADDRESS_TEXT else None)
+    _write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
     return text
 
 
@@ -214,12 +213,13 @@ def _say_stranger(asked: str, what: str, shown: str) -> None:
     plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")
 
 
-def _write(param: str, value: str | None) -> None:
-    """Have the address say what is shown."""
+def _write(values: Mapping[str, str | None]) -> None:
+    """Have the address say what is shown; at once, for each change is a page of the history."""
     # A widget of the page that was just left (Shrinkage's `base`) holds its name until this run
     # has ended; the next one writes it.
     with contextlib.suppress(StreamlitAPIException):
-        if value is None:
+        for param in [name for name, value in values.items() if value is None]:
             st.query_params.pop(param, None)
-        elif st.query_params.get(param) != value:
-            st.query_params[param] = value
+        new = {name: value for name, value in values.items() if value is not None}
+        if any(st.query_params.get(name) != value for name, value in new.items()):
+            st.query_params.update(new)
