@@ -120,8 +120,8 @@ def first_plotly(browser: Browser, address: str, rounds: int) -> Iterator[Budget
         yield Budget(f"first Plotly page of a browser: {name}", 2.0, median(found))
 
 
-PLOTLY = ("Pareto", "Shrinkage")
-"""Pages that are given no limit for a change of page: Plotly draws before they can be used."""
+LIMITS = {"Features": 1.0, "Pareto": inf, "Shrinkage": inf}
+"""Seconds for a change to a page with a budget of its own; Plotly's pages have none."""
 FIGURES = {
     "Live": f"{MAIN}.querySelectorAll('svg.marks, canvas.marks').length >= 9",
     "Pareto": f"{DRAWN} >= 1",
@@ -156,8 +156,8 @@ def switches(browser: Browser, address: str, rounds: int) -> Iterator[Budget]:
                 page.wait_for_timeout(600)
     page.context.close()
     for name, found in usable.items():
-        limit = inf if name in PLOTLY else 0.4
-        yield Budget(f"page switch, until it can be used: {name}", limit, median(found))
+        budget = LIMITS.get(name, 0.4)
+        yield Budget(f"page switch, until it can be used: {name}", budget, median(found))
     for name, found in drawn.items():
         yield Budget(f"page switch, until every figure is drawn: {name}", inf, median(found))
 
