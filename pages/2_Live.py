@@ -128,13 +128,17 @@ def figures(
 
 def draw_newest(lines: tuple[Line, ...], logged: list[Track]) -> None:
     """Draw the last number of each kind, as a table."""
+    icon = ":material/table_rows:"
+    table = st.expander("The newest numbers", icon=icon, key="newest", on_change="rerun")
+    if not table.open:
+        return  # a tenth of a tick
     newest = {
         line.sae: {name: float(values[-1]) for name, values in part.items()}
         for line, part in zip(lines, logged, strict=True)
         if part
     }
-    with st.expander("The newest numbers", icon=":material/table_rows:"):
-        st.dataframe(newest_numbers(newest), hide_index=True, alt="Newest numbers of each SAE")
+    numbers = newest_numbers(newest)
+    table.dataframe(numbers, hide_index=True, alt="Newest numbers of each SAE")
 
 
 def view(was: Status) -> None:

@@ -244,6 +244,17 @@ def test_all_that_shapes_the_view_is_in_the_address(root: Path) -> None:
     assert "</span> other</span>" in text(at)
 
 
+def test_the_newest_numbers_are_a_table_once_it_is_opened(root: Path) -> None:
+    run = write_run(root, "done")
+    at = opened(LIVE, run="done")
+    assert not at.dataframe
+    at.session_state["newest"] = True
+    table = at.run().dataframe[0].value
+    last = {row["sae"]: row for row in run.metrics()}
+    assert list(table["SAE"]) == list(last)
+    assert list(table["L0"]) == [f"{row['l0']:.1f}" for row in last.values()]
+
+
 def test_a_run_to_lay_over_that_is_not_here_is_named(root: Path) -> None:
     write_run(root, "done")
     at = opened(LIVE, run="done", overlay="elsewhere")
