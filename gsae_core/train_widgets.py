@@ -244,7 +244,10 @@ def advanced(given: Values, asked: Container[str]) -> None:
             for flag in rest:
                 state.setdefault(flag, given[flag])
             return
-        for start in range(0, len(rest), 3):
-            for column, flag in zip(st.columns(3), rest[start : start + 3], strict=False):
+        switches = [flag for flag in rest if FIELDS[flag].kind == "switch"]
+        fields = [flag for flag in rest if flag not in switches]
+        rows = [fields[start : start + 3] for start in range(0, len(fields), 3)]
+        for row, n_columns in [*((row, 3) for row in rows), (switches, 2)]:  # their names are long
+            for column, flag in zip(st.columns(n_columns), row, strict=False):
                 with column:
                     field(flag, given)
