@@ -52,9 +52,9 @@ def _card(transfer: Transfer, status: Status) -> None:
     with st.container(border=True):
         if isinstance(request, PullRequest):
             path = f" · {request.path}" if request.path else ""
-            plain(f"↓ {request.repo}{path} → {request.to}")
+            plain(f"{transfer.arrow} {request.repo}{path} → {request.to}")
         else:
-            plain(f"↑ {request.run}: {', '.join(request.saes)} → {request.repo}")
+            plain(f"{transfer.arrow} {request.run}: {', '.join(request.saes)} → {request.repo}")
         if status.state in ("starting", "running", "cancelling") and status.total:
             done = f"{readable(status.done)} of {readable(status.total)}"
             text = f"{STAGES.get(status.stage or '', 'starting')}: {done}"

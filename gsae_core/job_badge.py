@@ -1,82 +1,105 @@
-"""What moves on every page: the job badge, the news that a run ended, and what is found at work."""
+"""What moves on every page: the job badge, the news that a job ended, and what is found at work."""
+
+from collections.abc import Sequence
 
 import psutil
 import streamlit as st
 
 from gsae_core.errors import InputError
 from gsae_core.pieces import escape_markdown, notice, plain
+from gsae_core.store.job_folder import Job
 from gsae_core.store.jobs import CancelStage, escalate_cancel
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
+from gsae_core.store.transfers import Transfer
 from gsae_core.wording import percent
 
+Standings = Sequence[tuple[Job, Status]]
+"""Jobs, runs and transfers alike, and where each stands."""
 
-def status_of(run: Run, said: Status | None = None) -> Status | None:
-    """Return where a run stands, or None if its folder was deleted or damaged meanwhile.
+
+def status_of(job: Job, said: Status | None = None) -> Status | None:
+    """Return where a job stands, or None if its folder was deleted or damaged meanwhile.
 
     Args:
         said: what its status.json holds, where that was just read.
     """
     try:
-        return run.status if said is None else run.judged(said)
+        return job.status if said is None else job.judged(said)
     except InputError:
         return None
 
 
-def job_badge(runs: list[Run], statuses: dict[str, Status]) -> None:
-    """Draw the job badge, which refreshes itself while a job moves, on every page."""
-    moving = [run for run in runs if run.id in statuses and statuses[run.id].expects_process]
+def job_badge(jobs: Standings) -> None:
+    """Draw the job badge, which refreshes itself while a job moves, on every page.
+
+    Args:
+        jobs: newest first.
+    """
+    moving = [job for job, status in jobs if status.expects_process]
 
     def badge() -> None:
-        now = {run.id: status for run in moving if (status := status_of(run)) is not None}
-        for run in moving:
-            if run.id in now and now[run.id].state == "cancelling":
-                escalate(run)  # whichever page is open
+        now = [(job, status) for job in moving if (status := status_of(job)) is not None]
+        for job, status in now:
+            if status.state == "cancelling":
+                escalate(job)  # whichever page is open
         tell_endings(now)
-        _badge([status for status in now.values() if status.expects_process])
+        _badge([(job, status) for job, status in now if status.expects_process])
 
     st.fragment(badge, run_every=3.0 if moving else None)()
     # What ended between two looks of the badge is told by the page that is drawn next.
-    tell_endings(statuses)
+    tell_endings(jobs)
 
 
-def _badge(moving: list[Status]) -> None:
-    """Say how many jobs run and wait, and how far the newest is."""
-    active = [status for status in moving if status.state in ACTIVE]
-    waiting = len(moving) - len(active)
+def _badge(moving: Standings) -> None:
+    """Say how many runs train and wait, how far the newest is, and what goes from or to the Hub."""
     if not moving:
         plain("no job running", size=".875rem")
         return
+    sent = [(job, status) for job, status in moving if isinstance(job, Transfer)]
+    runs = [status for job, status in moving if not isinstance(job, Transfer)]
+    active = [status for status in runs if status.state in ACTIVE]
     words = []
     if active:
         newest = active[0]
         done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
         words.append(f"● {len(active)} running · {done}")
-    if waiting:
-        words.append(f"{waiting} queued")
-    st.badge(" · ".join(words), color="blue" if active else "gray")
+    if len(active) < len(runs):
+        words.append(f"{len(runs) - len(active)} queued")
+    for job, status in sent:
+        share = min(1.0, status.done / status.total) if status.total else None
+        words.append(f"{job.arrow} {'starting' if share is None else percent(share, 0)}")
+    st.badge(" · ".join(words), color="blue" if active or sent else "gray")
 
 
 ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
 
 
-def tell_endings(statuses: dict[str, Status]) -> None:
-    """Say once, on whatever page, that a run seen moving in this session has ended."""
+def tell_endings(jobs: Standings) -> None:
+    """Say once, on whatever page, that a job seen moving in this session has ended."""
     watched: set[str] = st.session_state.setdefault("watched", set())
-    for name, status in statuses.items():
+    for job, status in jobs:
         if status.expects_process:
-            watched.add(name)
-        elif name in watched:
-            watched.discard(name)
+            watched.add(job.id)
+        elif job.id in watched:
+            watched.discard(job.id)
             if status.state in ENDINGS:
-                said = f"{escape_markdown(name)} {'is ' * (status.state == 'lost')}{status.state}"
+                end = "is lost" if status.state == "lost" else status.state
+                said = f"{escape_markdown(_title(job))} {end}"
                 st.toast(said, icon=ENDINGS[status.state], duration="long")
 
 
-def escalate(run: Run) -> CancelStage:
+def _title(job: Job) -> str:
+    try:
+        return f"{job.arrow} {job.request.repo}" if isinstance(job, Transfer) else job.id
+    except InputError:
+        return job.id  # put away between two looks
+
+
+def escalate(job: Job) -> CancelStage:
     """Take a cancellation as far as it needs to go by now, if the folder lets us."""
     try:
-        return escalate_cancel(run)
+        return escalate_cancel(job)
     except InputError:
         return "requested"  # read-only, or gone: what the process itself does is seen all the same
 

@@ -15,6 +15,7 @@ from gsae_core.plots.palette import Theme
 from gsae_core.store.listing import list_statuses, unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
+from gsae_core.store.transfers import transfers
 
 NAME = "Gated SAE Studio"
 
@@ -90,12 +91,14 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
     listed = _runs()
     runs = [run for run, _ in listed]
-    found = {run.id: status_of(run, said) for run, said in listed}
-    statuses = {name: status for name, status in found.items() if status is not None}
+    found = [(run, status_of(run, said)) for run, said in listed]
+    found += [(transfer, status_of(transfer)) for transfer in transfers(runs_root())]
+    jobs = [(job, status) for job, status in found if status is not None]
+    statuses = {job.id: status for job, status in jobs if isinstance(job, Run)}
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=st.session_state.get("page") != title)
-        job_badge(runs, statuses)
+        job_badge(jobs)
         _navigation(run)
     st.session_state["page"] = title
     st.html(STYLE)

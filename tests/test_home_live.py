@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_the_timeline_names_each_stretch(root: Path, worker: int) -> None:
     said = text(opened(LIVE))
     assert "queued<span" in said
     assert " 5 s</span>" in said  # queued, and starting
-    assert " 1 min 30 s</span>" in said
+    assert re.search(r" 1 min 3\d s</span>", said)  # and still counting while the page is drawn
 
 
 # Presses

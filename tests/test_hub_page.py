@@ -1,5 +1,6 @@
 """The Hub page: what it finds, what it offers, what each press does once, and hostile names."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -217,6 +218,33 @@ def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
     assert bar == "downloading: 2.5 kB of 5.1 kB"
     at.button(key=f"stop_{transfer.id}").click().run()
     assert transfer.status.state == "cancelling"
+
+
+def test_every_page_says_how_far_a_download_is_and_once_that_it_ended(
+    root: Path, hub: Hub, worker: int
+) -> None:
+    transfer = pull(root, hub)
+    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    at = opened("pages/9_Help.py")
+    assert "↓ starting" in text(at)
+    stands(transfer, "running", stage="downloading", done=2500, total=5000)
+    assert "↓ 50 %" in text(at.run())
+    stands(transfer, "finished", pid=None)
+    at.run()
+    assert [toast.value for toast in at.toast] == ["↓ ada/saes finished"]
+    assert "no job running" in text(at)
+    assert not at.run().toast
+
+
+def test_a_transfer_that_is_put_away_meanwhile_ends_no_page(
+    root: Path, hub: Hub, worker: int
+) -> None:
+    transfer = pull(root, hub)
+    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    at = opened("pages/9_Help.py")
+    shutil.rmtree(transfer.folder)
+    assert not at.run().exception
+    assert "no job running" in text(at)
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled"])

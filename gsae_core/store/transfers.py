@@ -82,6 +82,11 @@ class Transfer(Job):
             ) from None
 
     @property
+    def arrow(self) -> str:
+        """Sign of the way it goes: down from the Hub, or up to it; the id begins with the kind."""
+        return "↓" if self.id.startswith("pull") else "↑"
+
+    @property
     def root(self) -> Path:
         """Folder of the runs it belongs to."""
         return self.folder.parent.parent
