@@ -164,7 +164,7 @@ def said(feature: "Feature") -> None:
     if by := known.get("label"):
         author = escaped(by.author)
         who = f"{escaped(by.model)} ({author})" if by.model else author
-        score = "" if by.score is None else f", score {by.score:.2f} where 0.5 is guessing"
+        score = escaped(f"; {by.measured}" if by.measured else "")
         st.html(f'<div style="font-size:.8125rem;opacity:.75">written by {who}{score}</div>')
 
 

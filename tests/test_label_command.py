@@ -197,7 +197,7 @@ def test_the_page_shows_an_automatic_label_as_its_models_words(indexed: Run, cha
     assert label(indexed, "--features", "7", "--with", "small", "--remote") == 0
     score = labels(indexed)[7].score
     at = opened("pages/5_Features.py", run="done", feature="7")
-    shown = f"written by small (automatic), score {score:.2f} where 0.5 is guessing"
+    shown = f"written by small (automatic); score {score:.2f} by detection, where 0.5 is guessing"
     assert shown in text(at)
     assert at.dataframe[0].value["by"].tolist()[7] == f"small, {score:.2f}"
 

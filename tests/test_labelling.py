@@ -67,6 +67,7 @@ def test_who_knows_everything_scores_1_and_who_knows_nothing_half(index: Feature
 def test_a_label_is_kept_with_author_model_and_score(index: FeatureIndex) -> None:
     label_feature(index.feature(sparse(index)), Answers(lambda text: False))
     said = index.labels.of(sparse(index))["label"]
+    assert said.scored_by == "detection"
     assert (said.text, said.author, said.model, said.score) == (
         "words of a kind",
         "automatic",

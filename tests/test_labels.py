@@ -69,6 +69,27 @@ def test_what_another_process_says_is_seen(tmp_path: Path) -> None:
     assert mine.of(1)["label"].author == "bob"
 
 
+def test_a_score_says_by_what_it_was_measured_where_that_is_known(tmp_path: Path) -> None:
+    labels = Labels(tmp_path)
+    assert labels.add(1, "label", "dots", author="ada").measured == ""
+    said = labels.add(1, "label", "dots", author="a", score=0.75, scored_by="fuzzing")
+    assert said.measured == "score 0.75 by fuzzing, where 0.5 is guessing"
+    old = said._asdict()
+    del old["scored_by"]  # as written before it was kept
+    (tmp_path / FILE).write_text(json.dumps(old) + "\n")
+    assert labels.of(1)["label"].measured == "score 0.75, where 0.5 is guessing"
+
+
+def test_lines_of_a_newer_version_are_read_and_lines_that_say_nothing_left_out(
+    tmp_path: Path,
+) -> None:
+    labels = Labels(tmp_path)
+    said = labels.add(1, "label", "dots", author="ada")._asdict()
+    lines = [said | {"seen_by": "bob"}, {"feature": 2}, said | {"feature": "two"}, 3]
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(each.feature, each.text) for each in labels.all()] == [(1, "dots")]
+
+
 def test_a_line_cut_short_costs_that_line_alone(tmp_path: Path) -> None:
     labels = Labels(tmp_path)
     labels.add(1, "label", "dots", author="ada")

@@ -76,9 +76,9 @@ def heading(feature: "Feature") -> str:
     label = ""
     if said is not None:
         by = said.author if said.model is None else f"{said.author}, {said.model}"
-        score = "" if said.score is None else f", score {said.score:.2f}"
+        score = f"; {said.measured}" if said.measured else ""
         text = html.escape(unhidden(said.text))
-        label = f"<p>“{text}” <small>({html.escape(by)}{score})</small></p>"
+        label = f"<p>“{text}” <small>({html.escape(by + score)})</small></p>"
     name = html.escape(feature.index.manifest.sae)
     return f"<h2>Feature {feature.number} of {name}</h2>{label}"
 

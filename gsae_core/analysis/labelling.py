@@ -146,7 +146,13 @@ def label_feature(
     score = score_label(feature, label, writer, by=by, seed=seed).score if by else None
     labels = feature.index.labels
     return labels.add(
-        feature.number, "label", label, author="automatic", model=writer.name, score=score
+        feature.number,
+        "label",
+        label,
+        author="automatic",
+        model=writer.name,
+        score=score,
+        scored_by=by,
     )
 
 

@@ -1,8 +1,8 @@
 """labels.jsonl: what people and models said of features; appended to, never rewritten.
 
 One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `model`, `score`,
-`time`. The newest of a kind counts; the others stay as its history. An empty text takes a label or
-a note back, and a star is on where its text is `on`.
+`time`, `scored_by`. The newest of a kind counts; the others stay as its history. An empty text
+takes a label or a note back, and a star is on where its text is `on`.
 """
 
 import os
@@ -36,6 +36,16 @@ class Said(NamedTuple):
     """How well it tells where the feature fires, 0.5 is guessing; None: not measured."""
     time: float
     """Seconds since 1970."""
+    scored_by: str | None = None
+    """What the score is of, `detection` or `fuzzing`; None: not measured, or not said then."""
+
+    @property
+    def measured(self) -> str:
+        """The score in words; empty where there is none."""
+        if self.score is None:
+            return ""
+        by = f" by {self.scored_by}" if self.scored_by else ""
+        return f"score {self.score:.2f}{by}, where 0.5 is guessing"
 
 
 class Labels:
@@ -59,6 +69,7 @@ class Labels:
         author: str,
         model: str | None = None,
         score: float | None = None,
+        scored_by: str | None = None,
     ) -> Said:
         """Append one thing, whole and on the disk before this returns; others may append meanwhile.
 
@@ -66,7 +77,7 @@ class Labels:
             InputError: if a label has several lines or a text is too long, or the disk is full.
         """
         _check(kind, text)
-        said = Said(feature, kind, text, author, model, score, time.time())
+        said = Said(feature, kind, text, author, model, score, time.time(), scored_by)
         line = (to_json(said._asdict()) + "\n").encode()
         with writing(self._path, 0):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,14 +94,14 @@ class Labels:
         return said
 
     def all(self) -> list[Said]:
-        """Return everything that was said, oldest first; a line cut short is left out."""
+        """Return everything that was said, oldest first; lines that say nothing are left out."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
             return []
         version = found.st_mtime_ns, found.st_size
         if version != self._seen:
-            self._all = [Said(**fields) for fields in _objects(self._path.read_bytes())]
+            self._all = _read(self._path.read_bytes())
             self._seen = version
         return self._all
 
@@ -146,11 +157,18 @@ def _is_cut_short(file: BinaryIO) -> bool:
     return file.read(1) != b"\n"
 
 
-def _objects(data: bytes) -> list[dict]:
+def _read(data: bytes) -> list[Said]:
+    needed, known = set(Said._fields) - set(Said._field_defaults), set(Said._fields)
     found = []
     for line in data.splitlines(keepends=True):
         try:
-            found += whole_lines(line)
+            objects = whole_lines(line)
         except ValueError:
             continue  # cut short by a death; the next writer began a new line
+        for fields in objects:
+            # A newer version may say more of a label; what says less is somebody's own line.
+            if not isinstance(fields, dict) or not needed <= set(fields):
+                continue
+            if isinstance(fields["feature"], int):
+                found.append(Said(**{name: fields[name] for name in known & set(fields)}))
     return found
