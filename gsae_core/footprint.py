@@ -15,7 +15,7 @@ COPIES_IN_TRAINING = 4
 COPIES_IN_STATE = 3
 # What a step holds beyond gradients, in float32 matrices (batch, d_sae), measured at 256 x 16384.
 # Autograd's dense step, which GPUs take while much is active; a TopK SAE's with dead latents:
-DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 6.6, "topk": 6.6}
+DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 7.0, "topk": 6.6}
 # A sparse step's entries near the crossover, or the blocks of rows of a step by hand, whichever is
 # more; a TopK SAE's entries have one number each. Blocks are as large for small batches.
 SPARSE_MATRICES = {"gated": 3.5, "relu": 3.5, "jumprelu": 3.5, "topk": 2.8}
