@@ -51,6 +51,12 @@ def pull(root: Path, hub: Hub, name: str = "ada/saes") -> Transfer:
     return ask(root, plan_pull(repository, one_sae(repository), to="pulled"))
 
 
+def running(root: Path, hub: Hub, worker: int) -> Transfer:
+    transfer = pull(root, hub)
+    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    return transfer
+
+
 def stands(transfer: Transfer, state: str, **fields: object) -> None:
     status = read_status(transfer.folder)
     write_status(transfer.folder, status._replace(state=state, **fields))  # pyright: ignore
@@ -210,8 +216,7 @@ def test_hostile_words_of_a_config_and_a_card_stay_words(root: Path, hub: Hub) -
 def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
     root: Path, hub: Hub, worker: int
 ) -> None:
-    transfer = pull(root, hub)
-    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    transfer = running(root, hub, worker)
     stands(transfer, "running", stage="downloading", done=2500, total=5086)
     at = opened(HUB)
     (bar,) = [element.proto.text for element in at.get("progress")]
@@ -223,8 +228,7 @@ def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
 def test_every_page_says_how_far_a_download_is_and_once_that_it_ended(
     root: Path, hub: Hub, worker: int
 ) -> None:
-    transfer = pull(root, hub)
-    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    transfer = running(root, hub, worker)
     at = opened("pages/9_Help.py")
     assert "↓ starting" in text(at)
     stands(transfer, "running", stage="downloading", done=2500, total=5000)
@@ -239,8 +243,7 @@ def test_every_page_says_how_far_a_download_is_and_once_that_it_ended(
 def test_a_transfer_that_is_put_away_meanwhile_ends_no_page(
     root: Path, hub: Hub, worker: int
 ) -> None:
-    transfer = pull(root, hub)
-    write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
+    transfer = running(root, hub, worker)
     at = opened("pages/9_Help.py")
     shutil.rmtree(transfer.folder)
     assert not at.run().exception

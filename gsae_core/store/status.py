@@ -112,7 +112,7 @@ def read_status(folder: Path) -> Status:
 
 
 # Replaced as a whole at each write, so that a new file is a new number. Every page asks each of a
-# folder's runs twice, and most have ended.
+# folder's runs, and most have ended.
 @functools.lru_cache(maxsize=4096)
 def _parsed(path: Path, inode: int, mtime_ns: int, size: int) -> Status:
     """Return a status file's content; the last three arguments tell a new file from the old."""
