@@ -217,11 +217,10 @@ def need_run(frame: Frame, what: str) -> Run:
         return frame.run
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
-        left, right = st.columns(2)
-        left.page_link(
+        st.page_link(
             "app.py", label="Home: train on the bundled model in one press", icon=":material/home:"
         )
-        right.page_link(
+        st.page_link(
             "pages/1_Train.py", label="Train with your own choices", icon=":material/tune:"
         )
     else:
