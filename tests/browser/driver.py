@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -28,6 +28,9 @@ FLAGS = [
 ]
 PATIENCE = 90_000  # ms: seconds on an idle machine, a minute on a loaded one
 AT_REST = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+ALL_THERE = """() => !document.querySelector('[data-testid="stSkeleton"]')
+  && [...document.querySelectorAll('[data-testid="stPlotlyChart"]')].every(
+    chart => chart.querySelector('.main-svg'))"""
 PAGES = ["", *sorted(file.stem.partition("_")[2] for file in (ROOT / "pages").glob("[0-9]*.py"))]
 """Every page's part of the address; Home has none."""
 
@@ -140,9 +143,9 @@ def opened(page: Page, address: str) -> None:
 
 
 def at_rest(page: Page) -> None:
-    """Wait until the script has ended and every piece of the page is there."""
+    """Wait until the script has ended and every piece of the page is there, charts drawn."""
     page.wait_for_selector(AT_REST)
-    page.wait_for_function("!document.querySelector('[data-testid=\"stSkeleton\"]')")
+    page.wait_for_function(ALL_THERE)
 
 
 def sees(page: Page, heading: str) -> None:
@@ -159,6 +162,25 @@ def tab_to(page: Page, wanted: str, *, most: int = 120) -> None:
         if page.evaluate(FOCUSED).startswith(wanted):
             return
     raise AssertionError(f"expected to reach {wanted!r} by Tab")
+
+
+def filtered(page: Page, label: str, text: str) -> Locator:
+    """Type into a list's field, and return the entry that begins with what was typed, shown."""
+    at_rest(page)
+    field = page.get_by_label(label, exact=True)
+    field.focus()
+    page.keyboard.type(text)
+    begins = re.escape(text).replace("/", r"\/")  # the browser's notation of a pattern ends at one
+    entry = page.get_by_role("option", name=re.compile(f"^{begins}"))
+
+    def shown() -> bool:
+        # A list closes when the page is drawn anew below what is being typed: this opens it.
+        if field.get_attribute("aria-expanded") == "false":
+            field.press("ArrowDown")
+        return entry.is_visible()
+
+    eventually(shown)
+    return entry
 
 
 def eventually(what: Callable[[], bool], *, seconds: float = 120) -> None:

@@ -6,7 +6,7 @@ Run with `python -m pytest tests/browser/test_compare.py -m browser`.
 import re
 from collections.abc import Callable
 
-from driver import Watch, at_rest, opened, sees
+from driver import Watch, at_rest, filtered, opened, sees
 from playwright.sync_api import Locator, Page, expect
 
 
@@ -16,9 +16,11 @@ def click(page: Page, mark: Locator) -> None:
     box = mark.bounding_box()
     assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    # Plotly ignores a click before it has noticed the pointer, and a while after.
     page.mouse.move(x - 2, y)
     page.mouse.move(x, y)
-    page.wait_for_timeout(500)  # Plotly ignores a click before it has noticed the pointer
+    expect(page.locator(".js-plotly-plot .hoverlayer .hovertext").first).to_be_visible()
+    page.wait_for_timeout(500)
     page.mouse.click(x, y, delay=60)
 
 
@@ -29,10 +31,11 @@ def points(page: Page) -> Locator:
 
 def test_one_click_opens_a_card_and_two_the_difference(page: Page, address: str) -> None:
     opened(page, f"{address}/Pareto?run=done")
+    drawn = points(page).count()
     click(page, points(page).last)  # the baseline with the most active features, lambda 0.1
     expect(page.get_by_text("1 · ReLU baseline, λ 0.1, 768 features")).to_be_visible()
     at_rest(page)
-    page.wait_for_timeout(1000)  # the figure is drawn anew, with a ring
+    expect(points(page)).to_have_count(drawn + 1)  # a ring
     click(page, points(page).nth(-5))  # the Gated SAE with the most
     expect(page.get_by_text("2 · Gated, λ 0.1, 512 features")).to_be_visible()
     # L0 160 and 120: 40 fewer, a quarter.
@@ -81,8 +84,6 @@ def test_a_click_on_a_bar_lists_its_features(page: Page, address: str) -> None:
 
 def test_points_are_chosen_by_keyboard_alone(page: Page, address: str) -> None:
     opened(page, f"{address}/Pareto?run=done")
-    page.get_by_label("Compare").focus()
-    page.keyboard.type("relu-0.8")
-    page.wait_for_timeout(500)
+    filtered(page, "Compare", "done/relu-0.8")
     page.keyboard.press("Enter")
     expect(page.get_by_text("1 · ReLU baseline, λ 0.8, 768 features")).to_be_visible()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from app_pages import NASTY
-from driver import Watch, at_rest, eventually, opened, sees, serving, tab_to
+from driver import Watch, at_rest, eventually, filtered, opened, sees, serving, tab_to
 from playwright.sync_api import Locator, Page, expect
 from synthetic import config, write_run
 from synthetic_index import write_index
@@ -132,10 +132,7 @@ def test_neighbours_lead_on_within_the_page_and_back_returns(page: Page, address
 
 def test_a_bin_of_gamma_leads_to_its_features(page: Page, address: str) -> None:
     opened(page, f"{address}/Shrinkage?run=example&minfire=1")
-    at_rest(page)
-    page.get_by_label("Features of a bin").focus()
-    page.keyboard.type("0.975")
-    page.get_by_role("option", name=re.compile("^0.975")).click()
+    filtered(page, "Features of a bin", "0.975").click()
     page.get_by_role("button", name=re.compile("^Features of gated")).click()
     sees(page, "Features")
     expect(page.get_by_role("button", name="Filters (1)")).to_be_visible()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from driver import FOCUSED, at_rest, sees, tab_to
+from driver import FOCUSED, at_rest, filtered, sees, tab_to
 from playwright.sync_api import Page, expect
 from synthetic import config
 
@@ -49,9 +49,7 @@ def test_the_field_beside_it_moves_the_picture(page: Page, address: str) -> None
     opened(page, f"{address}/Train?site=attn_out")
     picture = page.get_by_role("radiogroup", name="Site in the block")
     expect(picture.locator("[aria-checked=true]")).to_contain_text("attn_out")
-    page.get_by_label("Site", exact=True).click()
-    page.keyboard.type("resid_pre", delay=30)
-    page.wait_for_timeout(500)  # the list is filtered as one types
+    filtered(page, "Site", "resid_pre")
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("site=resid_pre"))
     expect(picture.locator("[aria-checked=true]")).to_contain_text("resid_pre")
