@@ -14,7 +14,8 @@ from test_sparse import OBJECTIVES, descriptions, instance, largest, random_sae,
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.kernels import available, capacity_for, check_kernels, cuda_step, kernel_step
 from gsae_core.sae.launches import launch_encode
 from gsae_core.sae.losses import StepResult, dense_step
@@ -32,16 +33,20 @@ def opened(sae: GatedSAE | ReluSAE, x: Tensor) -> Tensor:
     return sae.pre_activations(x).pi_gate > 0 if isinstance(sae, GatedSAE) else sae.encode(x) > 0
 
 
-def on_device(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
-    attempt = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=ROOM)
+def on_device(
+    sae: BuiltinSAE, x: Tensor, *, sparsity_coeff: float, dead: Tensor | None = None
+) -> StepResult:
+    attempt = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=ROOM, dead=dead)
     assert not attempt.overflowed
     return attempt.result
 
 
-def assert_equals_dense(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float = 0.3) -> None:
+def assert_equals_dense(
+    sae: BuiltinSAE, x: Tensor, coeff: float = 0.3, dead: Tensor | None = None
+) -> None:
     """Compare each tensor against its largest entry: the scale at which it was summed."""
-    expected = taken(dense_step, sae, x, coeff)
-    got = taken(on_device, sae, x, coeff)
+    expected = taken(dense_step, sae, x, coeff, dead)
+    got = taken(on_device, sae, x, coeff, dead)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == value.dtype, name
@@ -71,11 +76,74 @@ def test_both_relu_objectives_equal_the_dense_step(recipe: str) -> None:
     assert_equals_dense(random_sae("relu", 5, 9, recipe=recipe).float(), numbers(7, 5))
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
-@given(descriptions(kinds=("gated", "relu")))
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(descriptions())
 def test_random_sizes_switches_and_layouts_equal_the_dense_step(what: dict[str, Any]) -> None:
-    sae, x, coeff, _ = instance(what)
-    assert_equals_dense(sae.float(), x.float(), coeff)
+    sae, x, coeff, dead = instance(what)
+    assert_equals_dense(sae.float(), x.float(), coeff, dead)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-6, 0.5, 3.0])
+def test_thresholds_and_their_windows_equal_the_dense_step(bandwidth: float) -> None:
+    # Windows that nothing is in, that some latents are in, and that reach below zero.
+    sae = random_sae("jumprelu", 5, 9, init_threshold=1.0, bandwidth=bandwidth).float()
+    x = numbers(70, 5)
+    near = in_window(sae.pre_activations(x), sae.threshold, bandwidth)
+    assert bool(near.any()) is (bandwidth > 0.1)
+    assert_equals_dense(sae, x)
+    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=ROOM, precision="ieee")
+    assert int(entries.n_open) == int((near | (sae.encode(x) > 0)).sum())
+
+
+@pytest.mark.parametrize("dead", [None, (), (1, 4), range(9)])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_ranks_and_dead_latents_equal_the_dense_step(k: int, dead: Any) -> None:
+    sae = random_sae("topk", 5, 9, k=k).float()
+    lost = None if dead is None else torch.isin(torch.arange(9), torch.tensor(list(dead)))
+    assert_equals_dense(sae, numbers(70, 5), dead=lost)
+
+
+def test_ranks_of_several_blocks_of_rows_equal_the_dense_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gsae_core.sae.kernels_plain.PRODUCTS_AT_ONCE", 27)
+    assert_equals_dense(random_sae("topk", 5, 9, k=2).float(), numbers(7, 5))
+
+
+def test_a_threshold_by_hand() -> None:
+    # One latent, W_dec = W_enc = 1, biases 0, theta = 1, eps = 1, lambda = 0.5, x = (2, 0.8).
+    #   z = x: the first fires, f = 2, error 0; the second lies in the window, error -0.8
+    #   loss: reconstruction 0.8^2 / 2 = 0.32, sparsity 0.5 * 1 / 2 = 0.25
+    #   df = <2e/B, W_dec> = (0, -0.8); dz = df where it fires = 0
+    #   dtheta = -(theta df + lambda / B) / eps on the second = -(-0.8 + 0.25) = 0.55
+    sae = JumpReluSAE(1, 1, init_threshold=1.0, bandwidth=1.0)
+    with torch.no_grad():
+        sae.W_dec.fill_(1.0)
+        sae.W_enc.fill_(1.0)
+    result = on_device(sae, torch.tensor([[2.0], [0.8]]), sparsity_coeff=0.5)
+    assert [float(term) for term in result.loss] == pytest.approx([0.32, 0.25, 0.0])
+    assert sae.log_threshold.grad is not None
+    assert sae.log_threshold.grad.tolist() == pytest.approx([0.55])
+    assert result.stats.fired.tolist() == [1]
+
+
+def test_a_rank_by_hand() -> None:
+    # Two latents, d_in = 1, W_dec = W_enc = (1, -1), k = 1, b_enc = (0, 3), b_dec = 0, x = 2.
+    #   z = (2, 1): the first is kept, f = 2, error 0. The second is dead: e_hat = -1 for an error
+    #   of 0, auxiliary 1 / 32; its slope <2 e_aux / 32, -1> = 1 / 16 goes to b_enc and W_enc.
+    sae = TopKSAE(1, 2, k=1)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0], [-1.0]]))
+        sae.W_enc.copy_(torch.tensor([[1.0, -1.0]]))
+        sae.b_enc.copy_(torch.tensor([0.0, 3.0]))
+    dead = torch.tensor([False, True])
+    result = on_device(sae, torch.tensor([[2.0]]), sparsity_coeff=0.0, dead=dead)
+    assert [float(term) for term in result.loss] == pytest.approx([0.0, 0.0, 1 / 32])
+    assert sae.b_enc.grad is not None
+    assert sae.W_enc.grad is not None
+    assert sae.b_enc.grad.tolist() == pytest.approx([0.0, 1 / 16])
+    assert sae.W_enc.grad.tolist() == [pytest.approx([0.0, 1 / 8])]
+    assert result.stats.fired.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +326,9 @@ def test_room_is_a_quarter_more_than_expected_and_a_power_of_two() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(InputError, match=r"expected a Gated or a ReLU SAE .* got a Linear; take"):
+    with pytest.raises(
+        InputError, match=r"expected a Gated, ReLU, JumpReLU or TopK SAE .* got a Linear; take"
+    ):
         check_kernels(torch.device("cpu"), torch.nn.Linear(2, 3))
 
 

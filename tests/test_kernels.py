@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae import kernels
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE
 from gsae_core.sae.kernels import available, check_kernels, kernel_step
 
 FOLDER = Path(__file__).parent
@@ -113,6 +113,9 @@ def test_a_gpu_on_which_nothing_runs_is_refused_with_the_cause(
 # Triton's compilers, which need no GPU
 
 
+KERNELS = ("encode_tiles", "place_entries", "decode_rows", "sum_latents", "sum_windows")
+
+
 class Launches:
     """Stands in for a kernel: notes what it would have been launched with, and runs nothing."""
 
@@ -126,12 +129,13 @@ class Launches:
 
 
 def launches(
-    sae: GatedSAE | ReluSAE,
+    sae: BuiltinSAE,
     precision: str,
     monkeypatch: pytest.MonkeyPatch,
     *,
     n_rows: int = 256,
     capacity: int = 4096,
+    dead: Tensor | None = None,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return every kernel of a step with its arguments."""
     from gsae_core.sae import triton_encode, triton_gradients
@@ -140,11 +144,11 @@ def launches(
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "available", lambda device, sae: None)
         for module in (triton_encode, triton_gradients):
-            for name in ("encode_tiles", "place_entries", "decode_rows", "sum_latents"):
+            for name in KERNELS:
                 if hasattr(module, name):
                     patch.setattr(module, name, Launches(getattr(module, name), seen))
         x = torch.zeros(n_rows, sae.d_in)
-        kernel_step(sae, x, sparsity_coeff=0.1, capacity=capacity, precision=precision)
+        kernel_step(sae, x, sparsity_coeff=0.1, capacity=capacity, dead=dead, precision=precision)
     return seen
 
 
@@ -210,13 +214,30 @@ def test_the_other_kernels_compile_at_every_width(
 ) -> None:
     need_triton()
     seen = launches(random_sae("gated", d_in, 256, **switches).float(), "ieee", monkeypatch)
-    assert [kernel.fn.__name__ for kernel, _, _ in seen] == [
-        "encode_tiles",
-        "place_entries",
-        "decode_rows",
-        "sum_latents",
-    ]
+    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(KERNELS[:4])
     for launch in seen[1:]:
+        assert len(compiled(*launch, 90).asm["cubin"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_of_thresholds_compile(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_triton()
+    seen = launches(random_sae("jumprelu", 512, 256).float(), "ieee", monkeypatch)
+    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(KERNELS)
+    for launch in seen:
+        assert len(compiled(*launch, capability).asm["cubin"]) > 0
+
+
+@pytest.mark.slow
+def test_the_kernels_of_ranks_and_dead_latents_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_triton()
+    sae = random_sae("topk", 512, 256, k=8).float()
+    seen = launches(sae, "ieee", monkeypatch, dead=torch.ones(256, dtype=torch.bool))
+    assert [kernel.fn.__name__ for kernel, _, _ in seen] == 2 * ["decode_rows", "sum_latents"]
+    for launch in seen:
         assert len(compiled(*launch, 90).asm["cubin"]) > 0
 
 

@@ -8,7 +8,7 @@ import torch
 from test_sparse import OBJECTIVES, random_sae, taken
 from torch import Tensor
 
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.architectures import BuiltinSAE
 from gsae_core.sae.kernels import capacity_for, cuda_step, kernel_step
 from gsae_core.sae.launches import launch_encode
 from gsae_core.sae.losses import StepResult, dense_step
@@ -16,16 +16,18 @@ from gsae_core.sae.losses import StepResult, dense_step
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(sae: GatedSAE | ReluSAE, x: Tensor, coeff: float) -> dict[str, Tensor]:
-    gates = sae.pre_activations(x).pi_gate if isinstance(sae, GatedSAE) else sae.encode(x)
-    room = capacity_for(float((gates > 0).sum()))
+def on_gpu(
+    sae: BuiltinSAE, x: Tensor, coeff: float, dead: Tensor | None = None
+) -> dict[str, Tensor]:
     attempt = SimpleNamespace()
 
-    def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
-        attempt.outcome = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room)
-        return attempt.outcome.result
+    def step(sae: BuiltinSAE, x: Tensor, *, sparsity_coeff: float, **more: Any) -> StepResult:
+        room = capacity_for(len(x) * sae.d_sae)
+        outcome = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room, **more)
+        attempt.outcome = outcome
+        return outcome.result
 
-    got = taken(step, sae, x, coeff)
+    got = taken(step, sae, x, coeff, dead)
     assert not attempt.outcome.overflowed
     return got
 
@@ -39,11 +41,14 @@ def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-def gpu_example(d_in: int, d_sae: int, n_rows: int = 500, **switches: Any) -> tuple[Any, Tensor]:
-    sae = random_sae("gated", d_in, d_sae, **switches).float().cuda()
+def gpu_example(
+    d_in: int, d_sae: int, n_rows: int = 500, kind: str = "gated", **switches: Any
+) -> tuple[Any, Tensor]:
+    sae = random_sae(kind, d_in, d_sae, **switches).float().cuda()
+    path = "gate" if kind == "gated" else "enc"
     with torch.no_grad():
-        sae.get_parameter("W_gate").div_(d_in**0.5)
-        sae.get_parameter("b_gate").sub_(1.5)
+        sae.get_parameter(f"W_{path}").div_(d_in**0.5)
+        sae.get_parameter(f"b_{path}").sub_(1.5)
     return sae, torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(1)).cuda()
 
 
@@ -60,6 +65,21 @@ def test_on_a_gpu_every_width_equals_the_dense_step(d_in: int) -> None:
     sae, x = gpu_example(d_in, 700)
     expected = taken(dense_step, sae, x, 0.3)
     assert worst(on_gpu(sae, x, 0.3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("bandwidth", [1e-6, 0.5])
+def test_on_a_gpu_thresholds_equal_the_dense_step(bandwidth: float) -> None:
+    sae, x = gpu_example(96, 1000, kind="jumprelu", init_threshold=1.0, bandwidth=bandwidth)
+    expected = taken(dense_step, sae, x, 0.3)
+    assert worst(on_gpu(sae, x, 0.3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.1])
+def test_on_a_gpu_ranks_equal_the_dense_step(share: float | None) -> None:
+    sae, x = gpu_example(96, 1000, kind="topk", k=20)
+    dead = None if share is None else torch.arange(1000, device="cuda") < 1000 * share
+    expected = taken(dense_step, sae, x, 0.3, dead)
+    assert worst(on_gpu(sae, x, 0.3, dead), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -80,12 +100,14 @@ def test_on_a_gpu_gates_are_as_exact_as_their_precision(
     assert least <= error.abs().max() / exact.abs().max() <= most
 
 
-def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits() -> None:
-    sae, x = gpu_example(256, 5000, n_rows=2000)
-    first = on_gpu(sae, x, 0.3)
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu", "topk"])
+def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits(kind: str) -> None:
+    sae, x = gpu_example(256, 5000, n_rows=2000, kind=kind, **({"k": 32} if kind == "topk" else {}))
+    dead = torch.arange(5000, device="cuda") < 100 if kind == "topk" else None
+    first = on_gpu(sae, x, 0.3, dead)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=2**20)
+        attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=2**22, dead=dead)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for name, term in attempt.result.loss._asdict().items():
@@ -100,5 +122,5 @@ def test_on_a_gpu_overflow_takes_the_dense_step() -> None:
     assert worst(taken(_cramped, sae, x, 0.3), expected) < 1e-6
 
 
-def _cramped(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
+def _cramped(sae: BuiltinSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
     return cuda_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)

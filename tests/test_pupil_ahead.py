@@ -110,8 +110,12 @@ def run(
 Attempts = Callable[..., Attempt]
 
 
-def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
-    """Let attempts at these batches say that buffers overflowed, and leave garbage behind."""
+def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int, unseen: int = 0) -> None:
+    """Let attempts at these batches say that buffers overflowed, and leave garbage behind.
+
+    Args:
+        unseen: entries that a dense step does not count.
+    """
     original = Stepper.attempt
 
     def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
@@ -123,7 +127,7 @@ def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
         loss = LossParts(*(term * 0 + 77.0 for term in made.result.loss))
         stats = made.result.stats._replace(fired=made.result.stats.fired * 0 + 1)
         result = made.result._replace(loss=loss, stats=stats)
-        return Attempt(result, torch.tensor(5000), torch.tensor(True), 4096)
+        return Attempt(result, made.n_open + unseen, torch.tensor(True), 4)
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
 
@@ -247,13 +251,32 @@ def test_a_step_is_chosen_by_the_density_two_steps_before_or_by_one_that_overflo
 def test_an_overflow_is_logged_once_with_the_gates_that_were_open(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    counted = []
+
+    def look(trainer: Trainer, _: StepReport) -> None:
+        counted.append(round(trainer.state_dict()["saes"][0]["density"] * BATCH * 9))
+
     overflow_at(monkeypatch, 4)
     with caplog.at_level("INFO", logger="gsae_core.training.pupil"):
-        run([gated()])
+        run([gated()], look)
     assert caplog.messages == [
-        "expected at most 4096 open gates, got 5000: "
+        f"expected at most 4 open gates, got {counted[4]}: "
         "this step was taken again by the dense way, with the same gradients"
     ]
+
+
+def test_what_overflowed_is_the_room_to_ask_for_next_though_a_dense_step_counts_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of a JumpReLU SAE the kernels hold what lies just below a threshold, too.
+    asked = []
+    for unseen in (0, 9):
+        with monkeypatch.context() as patch:
+            overflow_at(patch, 4, unseen=unseen)
+            chosen = densities(patch)
+            run([gated()])
+            asked.append(chosen[5])
+    assert asked[1] == pytest.approx(asked[0] + 9 / (BATCH * 9))
 
 
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

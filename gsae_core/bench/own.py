@@ -21,7 +21,7 @@ from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import load_model
 from gsae_core.lm.rows import rows_per_pass
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.codes import encode_sparse
 from gsae_core.sae.dense import manual_dense_step
@@ -91,7 +91,7 @@ def gradients(take_step: Callable[..., StepResult]) -> Callable[[Job], Work]:
 
 def _sparse(sae: SAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
     if x.is_cuda:
-        assert isinstance(sae, GatedSAE | ReluSAE)  # the kernels know no others
+        assert isinstance(sae, BuiltinSAE)  # the kernels know no others
         return cuda_step(sae, x, sparsity_coeff=sparsity_coeff)
     return sparse_step(sae, x, sparsity_coeff=sparsity_coeff)
 

@@ -211,3 +211,7 @@ def fold_scale_(sae: SAE, scale: float) -> None:
         sae.log_threshold.sub_(math.log(scale))
         sae.init_threshold /= scale
         sae.bandwidth /= scale
+
+
+BuiltinSAE = GatedSAE | ReluSAE | JumpReluSAE | TopKSAE
+"""Those whose steps are written out for caches and kernels."""

@@ -1,6 +1,7 @@
 """The sparse step on a GPU: the functions of `sparse.py` as Triton kernels, never waiting for it.
 
-A step launches four kernels of its own (`triton_encode.py`, `triton_gradients.py`):
+A step launches four kernels of its own (`triton_encode.py`, `triton_gradients.py`), a JumpReLU
+SAE's one more for its thresholds; a TopK SAE's entries come from PyTorch's product and topk:
 
     encode_tiles    pi_gate of a tile of rows x latents in registers; active entries are appended
     place_entries   the same entries, by row and latent (CSR) and by latent and row (its transpose)
@@ -25,16 +26,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gsae_core.errors import InputError
-from gsae_core.sae import loops
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae import kernels_plain, loops
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.gradients import leave_gradients, loss_parts
-from gsae_core.sae.launches import (
-    PRECISIONS,
-    launch_decode,
-    launch_encode,
-    launch_sums,
-    power_of_two,
-)
+from gsae_core.sae.launches import PRECISIONS, Entries, launch_encode, power_of_two
+from gsae_core.sae.launches_gradients import launch_decode, launch_sums
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import stats_from_rows
 
@@ -90,10 +86,11 @@ def overflow_note(*, n_open: int, capacity: int) -> str:
 
 
 def cuda_step(
-    sae: GatedSAE | ReluSAE,
+    sae: BuiltinSAE,
     x: Float[Tensor, "batch d_in"],
     *,
     sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None = None,
     capacity: int | None = None,
     precision: str = "ieee",
 ) -> StepResult:
@@ -105,45 +102,51 @@ def cuda_step(
     Args:
         sae: learns later, when an optimiser reads `.grad`.
         x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in.
+        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
         capacity: room for open gates; a sixteenth of all (input, latent) pairs by default.
-        precision: of the encoder's product, one of `PRECISIONS`.
+        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
 
     Raises:
         InputError: as `kernel_step`.
     """
     capacity = capacity or capacity_for(len(x) * sae.d_sae / 20)
     attempt = kernel_step(
-        sae, x, sparsity_coeff=sparsity_coeff, capacity=capacity, precision=precision
+        sae, x, sparsity_coeff=sparsity_coeff, dead=dead, capacity=capacity, precision=precision
     )
     if bool(attempt.overflowed):
         logger.warning(overflow_note(n_open=int(attempt.n_open), capacity=capacity))
-        return dense_step(sae, x, sparsity_coeff=sparsity_coeff)
+        return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     return attempt.result
 
 
 @torch.no_grad()
 def kernel_step(
-    sae: GatedSAE | ReluSAE,
+    sae: BuiltinSAE,
     x: Float[Tensor, "batch d_in"],
     *,
     sparsity_coeff: float,
     capacity: int,
+    dead: Bool[Tensor, " d_sae"] | None = None,
     precision: str = "ieee",
 ) -> KernelResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    Equal to `dense_step` up to rounding, for every recipe, tie and auxiliary decoder
-    (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE), unless entries overflow.
-    Never waits for the device. Temporary memory: 36 bytes for each of `capacity`, two or three
-    matrices of the shape of `x` and one or two of the shape of `W_dec`.
+    Equal to `dense_step` up to rounding, for every architecture, recipe, tie and auxiliary decoder
+    (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435, section 3;
+    arXiv:2406.04093), unless entries overflow. Never waits for the device. Temporary memory: 36
+    bytes for each of `capacity`, two or three matrices of the shape of `x` and one or two of the
+    shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products besides.
 
     Args:
         sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
         x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in.
-        capacity: how many gates may be open in the batch; see `capacity_for`.
-        precision: of the encoder's product, one of `PRECISIONS`.
+        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
+        capacity: how many gates may be open in the batch, and of a JumpReLU SAE how many latents
+            may be above or just below their thresholds; see `capacity_for`. A TopK SAE has as many
+            entries as it asks for.
+        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
+        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
 
     Raises:
         InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
@@ -151,16 +154,29 @@ def kernel_step(
     _check_arguments(sae, x, capacity, precision)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x):
-        return _step(sae, x.contiguous(), sparsity_coeff / len(x), capacity, precision)
+        x, slope = x.contiguous(), sparsity_coeff / len(x)
+        match sae:
+            case GatedSAE() | ReluSAE():
+                result, entries = _gated_step(
+                    sae, x, l1_slope=slope, capacity=capacity, precision=precision
+                )
+            case JumpReluSAE():
+                result, entries = kernels_plain.jumprelu_step(
+                    sae, x, l0_slope=slope, capacity=capacity, precision=precision
+                )
+            case TopKSAE():
+                result, entries = kernels_plain.topk_step(sae, x, dead=dead)
+    return KernelResult(result=result, overflowed=entries.overflowed, n_open=entries.n_open)
 
 
-def _step(
+def _gated_step(
     sae: GatedSAE | ReluSAE,
     x: Float[Tensor, "batch d_in"],
+    *,
     l1_slope: float,
     capacity: int,
     precision: str,
-) -> KernelResult:
+) -> tuple[StepResult, Entries]:
     xc = x - sae.b_dec
     entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
     decoded = launch_decode(sae, entries, x=x, xc=xc)
@@ -181,12 +197,11 @@ def _step(
         fired=fired,
         gate_open=gate_open if isinstance(sae, GatedSAE) else None,
     )
-    result = StepResult(loss=loss, stats=stats)
-    return KernelResult(result=result, overflowed=entries.overflowed, n_open=entries.n_open)
+    return StepResult(loss=loss, stats=stats), entries
 
 
 def _check_arguments(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], capacity: int, precision: str
+    sae: BuiltinSAE, x: Float[Tensor, "batch d_in"], capacity: int, precision: str
 ) -> None:
     sae.check_width(x)
     sae.check_trains()
@@ -249,9 +264,9 @@ def _launch_refusal(device: torch.device) -> str | None:
 
 
 def _sae_refusal(sae: nn.Module) -> str | None:
-    if not isinstance(sae, GatedSAE | ReluSAE):
+    if not isinstance(sae, BuiltinSAE):
         return (
-            "expected a Gated or a ReLU SAE for the sparse step's kernels, got a "
+            "expected a Gated, ReLU, JumpReLU or TopK SAE for the sparse step's kernels, got a "
             f"{type(sae).__name__}; take the dense step"
         )
     if sae.b_dec.dtype != torch.float32:

@@ -136,6 +136,7 @@ def place_entries(
     bias,
     gain,
     b_mag,
+    theta,
     latent,
     gate,
     magnitude,
@@ -145,6 +146,7 @@ def place_entries(
     n_latent_tiles,
     TIED: tl.constexpr,
     GAIN: tl.constexpr,
+    JUMPS: tl.constexpr,
     ROWS: tl.constexpr,
     LATENTS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -177,7 +179,11 @@ def place_entries(
         latent_cell = i.to(tl.int64) * n_row_tiles + row_tile
         turned = tl.load(latent_cells + latent_cell, mask=live, other=0) + above
         tl.store(latent + place, i, mask=live)
-        tl.store(gate + place, h + tl.load(bias + i, mask=live, other=0.0), mask=live)
+        g = h + tl.load(bias + i, mask=live, other=0.0)
+        tl.store(gate + place, g, mask=live)
+        if JUMPS:
+            fires = g > tl.load(theta + i, mask=live, other=0.0)
+            tl.store(magnitude + place, tl.where(fires, g, 0.0), mask=live)
         if TIED:
             if GAIN:
                 h *= tl.load(gain + i, mask=live, other=0.0)

@@ -204,3 +204,35 @@ def sum_latents(
         tl.store(gate_sum + i, tl.sum(gate_part, 0))
         tl.store(fired + i, tl.sum(fired_part, 0).to(tl.int64))
         tl.store(gate_open + i, (end - begin).to(tl.int64))
+
+
+@triton.jit
+@no_type_check
+def sum_windows(
+    latent_offsets,
+    place_by_latent,
+    gate,
+    slope,
+    theta,
+    slope_sum,
+    n_near,
+    half,
+    ENTRIES: tl.constexpr,
+):
+    """Sum over one latent's entries within `half` of its threshold: the slope, and how many."""
+    i = tl.program_id(0).to(tl.int64)
+    begin = tl.load(latent_offsets + i)
+    end = tl.load(latent_offsets + i + 1)
+    threshold = tl.load(theta + i)
+    slope_part = tl.zeros([ENTRIES], dtype=tl.float32)
+    near_part = tl.zeros([ENTRIES], dtype=tl.float32)
+    for start in range(begin, end, ENTRIES):
+        at = start + tl.arange(0, ENTRIES)
+        live = at < end
+        place = tl.load(place_by_latent + at, mask=live, other=0)
+        z = tl.load(gate + place, mask=live, other=0.0)
+        near = live & (tl.abs(z - threshold) < half)
+        slope_part += tl.load(slope + place, mask=near, other=0.0)
+        near_part += near.to(tl.float32)
+    tl.store(slope_sum + i, tl.sum(slope_part, 0))
+    tl.store(n_near + i, tl.sum(near_part, 0))

@@ -148,7 +148,7 @@ class Pupil:
         if seen.overflowed:
             logger.info("%s", attempt.overflow_note(seen.n_open))
             attempt = self._dense(lesson)
-            seen = read(self._weigh(attempt))
+            seen = read(self._weigh(attempt))._replace(n_open=seen.n_open)
         if not seen.finite:
             self._stop(lesson, attempt.result)
             return
@@ -195,7 +195,8 @@ class Pupil:
         if again := seen.overflowed:
             logger.info("%s", begun.attempt.overflow_note(seen.n_open))
             begun = self._guarded(lesson, self._dense(lesson), begun.known)
-            seen = self._courier.read()
+            # What there was too little room for: a dense step counts what fires alone.
+            seen = self._courier.read()._replace(n_open=seen.n_open)
         if seen.finite:
             self._conclude(lesson, begun.attempt.result, seen, dead=begun.dead)
             if again:

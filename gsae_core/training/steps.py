@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsae_core.measured import known, processor, remembered
 from gsae_core.sae import kernels
-from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.architectures import BuiltinSAE, JumpReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
@@ -92,9 +92,11 @@ class Stepper:
         if density is None and isinstance(sae, TopKSAE):
             density = sae.k / sae.d_sae  # known beforehand; no latent counts as dead that early
         if self._kernels and density is not None and density < self.crossover:
-            assert isinstance(sae, GatedSAE | ReluSAE)  # the kernels refuse others
+            assert isinstance(sae, BuiltinSAE)  # the kernels refuse others
             room = kernels.capacity_for(density * len(x) * sae.d_sae)
-            done = kernels.kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room)
+            done = kernels.kernel_step(
+                sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
+            )
             return Attempt(done.result, done.n_open, done.overflowed, room)
         if not _has_fast_steps(sae):
             return self.dense(x, sparsity_coeff=sparsity_coeff, dead=dead)
@@ -162,7 +164,7 @@ def _attempt(result: StepResult) -> Attempt:
 def _has_fast_steps(sae: SAE) -> bool:
     """Return whether the steps written for a CPU's caches can compute this one's."""
     exact = sae.W_dec.dtype in (torch.float32, torch.float64)
-    known = isinstance(sae, GatedSAE | ReluSAE | JumpReluSAE | TopKSAE)
+    known = isinstance(sae, BuiltinSAE)
     return known and sae.W_dec.is_cpu and exact
 
 
