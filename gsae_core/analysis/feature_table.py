@@ -85,6 +85,7 @@ def describe(
     columns = _numbers(data, sae, codes, gate_open=gate_open, toward=toward)
     columns |= _top_tokens(codes, n_vocabulary=len(texts))
     ids = _sample(codes["ids"])
+    del codes  # mapped, they count as this process's memory
     if model._bridge is None:
         effects = logit_map(model, ids.to(model.device), layer=layer, site=site)
         found = extremes(effects, sae.W_dec.detach(), k=N_LOGITS)

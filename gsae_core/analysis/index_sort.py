@@ -138,6 +138,7 @@ def _write_codes(
         rows = np.repeat(place, shard["counts"])
         index_loops.scatter(shard["latent"], rows, shard["value"], cursor, token, value)
     _offsets(data, "row_offsets", per_place)
+    del latent  # mapped, it counts as this process's memory
 
     def sort(first: int, last: int) -> None:
         for i in range(first, last):
