@@ -113,7 +113,7 @@ def headline(evals: pd.DataFrame) -> None:
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(
-            "L0 baseline / L0 gated",
+            "Matched L0 ratio",
             f"{fixed(matched.median, 2)}×" if matched.pairs else "–",
             help=definition("matched_ratio"),
         )

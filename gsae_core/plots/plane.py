@@ -8,7 +8,7 @@ import numpy as np
 
 from gsae_core.plots.live import Line, LiveChart, Track, joined
 from gsae_core.plots.live_spec import series_scale, shared
-from gsae_core.plots.palette import AXES, log_ticks
+from gsae_core.plots.palette import log_ticks
 
 TRAIL = 40  # logged points of an SAE's path that the plane shows
 
@@ -53,7 +53,8 @@ def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
         "legend": None,
     }
     here = {
-        "x": log_axis("x", "l0", AXES["l0"]),
+        # Short enough for a third of a narrow page; the figure's own title says L0.
+        "x": log_axis("x", "l0", "active features per token"),
         "y": log_axis("y", "fvu", None),
         "color": colour,
     }

@@ -84,7 +84,7 @@ def test_from_home_to_the_results_with_a_refresh_on_the_way(
     expect(page.get_by_text("Reconnected")).to_have_count(0)
     page.get_by_role("button", name="See the results").click()
     sees(page, "Pareto")
-    expect(page.get_by_text("L0 baseline / L0 gated")).to_be_visible()
+    expect(page.get_by_text("Matched L0 ratio")).to_be_visible()
     page.get_by_role("link", name="Shrinkage").click()
     sees(page, "Shrinkage")
     expect(page.get_by_text("γ gated, gate path")).to_be_visible()
