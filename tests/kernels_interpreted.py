@@ -14,11 +14,14 @@ from test_sparse import OBJECTIVES, descriptions, instance, largest, random_sae,
 from torch import Tensor
 
 from gsae_core.errors import InputError
+from gsae_core.sae import kernels
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.kernels import available, capacity_for, check_kernels, cuda_step, kernel_step
 from gsae_core.sae.launches import launch_encode
 from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.training import TrainConfig, Trainer, steps
+from gsae_core.training.steps import Attempt, Stepper
 
 ROOM = 8192
 
@@ -280,6 +283,70 @@ def test_activations_that_are_no_numbers_show_in_the_loss() -> None:
     x[3, 2] = torch.nan
     result = on_device(random_sae("gated", 5, 9).float(), x, sparsity_coeff=0.1)
     assert result.loss.total.isnan()
+
+
+# As the trainer takes them
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every stepper take its sparse steps by the kernels, as on a GPU."""
+    original = Stepper.__init__
+
+    def made(self: Stepper, *args: Any, **settings: Any) -> None:
+        original(self, *args, **settings)
+        self._kernels = True
+
+    monkeypatch.setattr(Stepper, "__init__", made)
+
+
+FOUR = {"gated": {}, "relu": {}, "jumprelu": {}, "topk": {"k": 2}}
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("kind", FOUR)
+def test_a_crossover_is_measured_of_every_architecture(kind: str) -> None:
+    sae = random_sae(kind, 3, 30, **FOUR[kind]).float()
+    assert 0 <= steps._meeting_point(sae, 8, screened=False) <= steps.HIGHEST
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("kind", FOUR)
+def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
+    taken_by_kernels = []
+    original = kernels.kernel_step
+
+    def kernel_step(*args: Any, **settings: Any) -> Any:
+        taken_by_kernels.append(settings["dead"])
+        return original(*args, **settings)
+
+    cfg = TrainConfig(
+        n_tokens=20 * 8, batch_size=20, sparsity=(0.1,), lr=0.01, revive_window=2, revive_every=0
+    )
+    learnt = []
+    for by in (kernel_step, None):
+        sae = random_sae(kind, 5, 9, **FOUR[kind]).float()
+        with torch.no_grad():
+            (sae.b_gate if kind == "gated" else sae.b_enc)[3] = -100.0
+        trainer = Trainer([sae], cfg)
+        with monkeypatch.context() as patch:
+            if by is None:
+                patch.setattr(Stepper, "attempt", _dense_attempt)
+            else:
+                patch.setattr(kernels, "kernel_step", by)
+            for i in range(8):
+                trainer.step(numbers(20, 5, seed=i))
+        learnt.append(sae)
+    # The first step knows no density; a TopK SAE's does.
+    assert len(taken_by_kernels) == (8 if kind == "topk" else 7)
+    assert any(dead is not None and dead.any() for dead in taken_by_kernels)
+    for (name, p), other in zip(learnt[0].named_parameters(), learnt[1].parameters(), strict=True):
+        torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def _dense_attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
+    return self.dense(x, **settings)
 
 
 # Overflow

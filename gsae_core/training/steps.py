@@ -177,7 +177,7 @@ def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
     for density in DENSITIES:
         stepper = Stepper(_active(sae, x, density), crossover=1.0, screened=screened)
         ways[density] = functools.partial(
-            stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=probe.b_dec[:0] > 0
+            stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=None
         )
     dense = dense_step if device.type == "cuda" else manual_dense_step
     ways[None] = functools.partial(dense, probe, x, sparsity_coeff=0.1)
