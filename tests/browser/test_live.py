@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from driver import Watch, eventually, free_port, opened, sees, serving
+from driver import Watch, at_rest, eventually, free_port, opened, sees, serving
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 from synthetic import config, metric_lines, write_metrics, write_run
 
@@ -85,6 +85,9 @@ def test_a_run_outlives_its_tab_and_its_server(
         page.reload()
         expect(page.get_by_text("Reconnected to long: training goes on")).to_be_visible()
         expect(page.get_by_text(RUNNING)).to_be_visible()
+        # A server that goes while the browser fetches how charts are drawn leaves it without them.
+        expect(page.locator("[data-testid=stVegaLiteChart] svg")).to_have_count(9)
+        at_rest(page)
     pid, seen = long.status.pid, steps.inner_text()
     with serving(long.folder.parent, port=port):
         # The tab is not touched: it finds the new server by itself.
