@@ -12,6 +12,7 @@ from gsae_core.config import RunConfig, SAESpec
 from gsae_core.glossary import definition
 from gsae_core.pieces import facts, marked, plain
 from gsae_core.plots.palette import LOOKS, knob
+from gsae_core.store.evals import positions
 from gsae_core.store.runs import Run
 from gsae_core.wording import count, fixed, percent, signed_percent
 
@@ -115,6 +116,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
                     **_training(config, spec),
                     "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
                     "measured on": f"{int(row['n_tokens']):,} held-out tokens",
+                    "losses with": positions(row),
                 }
             )
         with st.container(horizontal=True, gap="small"):

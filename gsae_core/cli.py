@@ -32,6 +32,7 @@ from gsae_core.label_flags import Label
 from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
 from gsae_core.report import evals_table, time_spent
+from gsae_core.store.evals import measure_again, measured_earlier, positions
 from gsae_core.store.files import readable
 from gsae_core.store.index_jobs import index_folder
 from gsae_core.store.job_folder import Job
@@ -167,7 +168,7 @@ def _evaluate(command: Evaluate) -> int:
     if command.tokens is not None:
         validated(EvalConfig, {"n_tokens": command.tokens}, {"n_tokens": "--tokens"})
     try:
-        _follow(evaluate_run(run, n_tokens=command.tokens))
+        _follow(evaluate_run(run, n_tokens=command.tokens, replace=command.replace))
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -287,13 +288,21 @@ def _glance(report: "StepReport") -> str:
 
 def _report(run: Run) -> None:
     evals = run.evals()
-    print("\n".join(["", *evals_table(evals), "", matched_ratio(evals).sentence]))
+    print("\n".join(["", *evals_table(evals), *_how_measured(run, evals), ""]))
+    print(matched_ratio(evals).sentence)
     for sentence in time_spent(run.recent_metrics()):
         print(sentence)
     for event in run.events():
         if event["event"] == "sae stopped":
             print(f"{event['sae']} stopped: {event['why']}")
     print(f"the run is in {run.folder}", flush=True)
+
+
+def _how_measured(run: Run, evals: list[dict[str, Any]]) -> list[str]:
+    """Return what loss recovered means in a table that has it."""
+    if any(measured_earlier(row) for row in evals):
+        return [measure_again(str(run.folder))]
+    return [f"losses: {positions(evals[0])}"] if evals else []
 
 
 def _say(sentence: str) -> None:

@@ -11,6 +11,7 @@ from tyro import _errors as tyro_errors
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 
 from gsae_core.bench.flags import BENCHES, Benchmark
+from gsae_core.config import Positions
 from gsae_core.errors import InputError
 from gsae_core.exchange_flags import ExportSAE, Import, List
 from gsae_core.flags import Train
@@ -41,6 +42,16 @@ class Evaluate:
             help="Held-out tokens, masked positions left out; without it as many as the run's "
             "config says.",
             metavar="INT",
+            help_behavior_hint="",
+        ),
+    ] = None
+    replace: Annotated[
+        Positions | None,
+        arg(
+            help="Where the model reads reconstructions: counted tokens alone, or BOS, separators "
+            "and padding too; without it as the run's config says. Zero ablation zeroes every "
+            "position.",
+            metavar="{counted,all}",
             help_behavior_hint="",
         ),
     ] = None

@@ -25,6 +25,8 @@ Architecture = Literal["gated", "relu", "jumprelu", "topk"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
 Recipe = Literal["P", "A", "B"]
 LossNorm = Literal["sum", "mean", "mean_power"]
+Positions = Literal["counted", "all"]
+"""Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
@@ -216,6 +218,11 @@ class EvalConfig(Config):
 
     n_tokens: PositiveInt = 131_072
     """Held-out tokens, masked positions left out; fewer if the held-out split is smaller."""
+
+    replace: Positions = "counted"
+    """Where the model reads reconstructions when its loss is measured: `counted` leaves BOS,
+    separators and padding as they are, `all` replaces them too. Zero ablation zeroes every position
+    either way."""
 
 
 class RunConfig(Config):

@@ -13,6 +13,7 @@ from gsae_core.config import (
     EvalConfig,
     LossNorm,
     ModelConfig,
+    Positions,
     Recipe,
     RunConfig,
     SAESpec,
@@ -134,6 +135,7 @@ class Train:
         FlagCreatePairsOff[bool], _plain(TrainRecipe.model_fields["screened"].description or "")
     ] = False
     eval_tokens: Annotated[int | None, _flag(EvalConfig, "n_tokens", "INT")] = None
+    eval_replace: Annotated[Positions | None, _flag(EvalConfig, "replace")] = None
 
     activation_scale: Annotated[
         Literal["unit", "none"] | None, _flag(RunConfig, "activation_scale")
@@ -159,7 +161,7 @@ _DATA = {"data": "source"} | {
 _RECIPE = {"tokens": "n_tokens"} | {
     name: name for name in TrainRecipe.model_fields if name != "n_tokens"
 }
-_EVALUATION = {"eval_tokens": "n_tokens"}
+_EVALUATION = {"eval_tokens": "n_tokens", "eval_replace": "replace"}
 _RUN = {
     name: name
     for name in ("activation_scale", "seed", "device", "checkpoint_minutes", "cache_activations")

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from gsae_core.analysis.fidelity import Evaluation, evaluating
-from gsae_core.config import SAESpec
+from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
+from gsae_core.config import EvalConfig, Positions, SAESpec
 from gsae_core.errors import InputError
 from gsae_core.learning import learn
 from gsae_core.lm.corpus import Corpus
@@ -20,7 +20,13 @@ from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import slot_of
 from gsae_core.sae.metrics import Metrics
 from gsae_core.store.checkpoint import check_width, load_sae, read_cfg
-from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats, write_norm_deciles
+from gsae_core.store.evals import (
+    EvalRow,
+    write_evals,
+    write_feature_stats,
+    write_norm_deciles,
+    write_tokens,
+)
 from gsae_core.store.runs import Run
 from gsae_core.store.status import lock
 from gsae_core.store.worker import Worker
@@ -76,7 +82,7 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
                 model, corpus = bench.model, bench.corpus
                 del bench  # Optimiser states and a chunk of activations: room for the evaluation.
                 worker.enter("evaluating", total=run.config.evaluation.n_tokens)
-                for progress in _evaluate(run, model, corpus, run.config.evaluation.n_tokens):
+                for progress in _evaluate(run, model, corpus, run.config.evaluation):
                     worker.done = progress.done
                     if worker.stop_requested:
                         break
@@ -88,12 +94,15 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
     yield Progress("cancelled", worker.step, n_steps)
 
 
-def evaluate_run(run: Run, *, n_tokens: int | None = None) -> Iterator[Progress]:
+def evaluate_run(
+    run: Run, *, n_tokens: int | None = None, replace: Positions | None = None
+) -> Iterator[Progress]:
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
     Args:
         run: has saved SAEs; need not be finished.
         n_tokens: held-out tokens; None takes the run's number.
+        replace: where the model reads reconstructions; None takes the run's choice.
 
     Raises:
         InputError: while iterating: no or damaged SAEs, or another process holds the run.
@@ -108,14 +117,19 @@ def evaluate_run(run: Run, *, n_tokens: int | None = None) -> Iterator[Progress]
             f"expected a run that nobody is training, got {run.id}; wait until it has finished"
         ) from None
     with held, _sentences_about_memory():
-        n_tokens = n_tokens or run.config.evaluation.n_tokens
-        yield Progress("loading", 0, n_tokens)
+        asked = {"n_tokens": n_tokens, "replace": replace}
+        wanted = run.config.evaluation.model_copy(
+            update={name: value for name, value in asked.items() if value is not None}
+        )
+        yield Progress("loading", 0, wanted.n_tokens)
         model = load_lm(run.config)
-        yield from _evaluate(run, model, load_text(run.config, model), n_tokens)
-        yield Progress("finished", n_tokens, n_tokens)
+        yield from _evaluate(run, model, load_text(run.config, model), wanted)
+        yield Progress("finished", wanted.n_tokens, wanted.n_tokens)
 
 
-def _evaluate(run: Run, model: LanguageModel, corpus: Corpus, n_tokens: int) -> Iterator[Progress]:
+def _evaluate(
+    run: Run, model: LanguageModel, corpus: Corpus, wanted: EvalConfig
+) -> Iterator[Progress]:
     """Measure the saved SAEs, as everyone else will load them, and write what was found."""
     cfg = run.config
     specs, saes = [], []
@@ -129,22 +143,25 @@ def _evaluate(run: Run, model: LanguageModel, corpus: Corpus, n_tokens: int) -> 
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    total = min(n_tokens, corpus.n_held_out_tokens)
+    total = min(wanted.n_tokens, corpus.n_held_out_tokens)
     steps = evaluating(
         model,
         saes,
         corpus.held_out,
         layer=cfg.model.layer,
         site=cfg.model.site,
-        n_tokens=n_tokens,
+        n_tokens=wanted.n_tokens,
+        replace=wanted.replace,
     )
     evaluations = yield from _progress(steps, total)
     rows = []
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-        rows.append(_eval_row(spec, sae.d_in, evaluation))
+        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted.replace))
         _write_latents(run.sae_folder(spec.name), evaluation.metrics)
         deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
         write_norm_deciles(run.sae_folder(spec.name), deciles)
+    ids, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
+    write_tokens(run.folder, ids.numpy(), counted.numpy())
     write_evals(run.folder, rows)
 
 
@@ -159,7 +176,7 @@ def _progress(
         yield Progress("evaluating", min(done, total), total)
 
 
-def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation) -> EvalRow:
+def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation, replaced: Positions) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
     return EvalRow(
         name=spec.name,
@@ -179,6 +196,8 @@ def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation) -> EvalRow:
         cosine=metrics.cosine,
         alive_fraction=metrics.alive_fraction,
         n_tokens=metrics.n_tokens,
+        zeroed="all",
+        replaced=replaced,
     )
 
 

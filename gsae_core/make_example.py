@@ -30,7 +30,14 @@ TRAINED_TOKENS, INDEXED_TOKENS = 2_097_152, 38_000
 MOST_BYTES = 15_000_000
 
 # What a finished run is read from; the rest is of the machine and the process that made it.
-KEPT = ("config.json", "evals.json", "metrics.jsonl", "samples.json", "status.json")
+KEPT = (
+    "config.json",
+    "evaluated_tokens.safetensors",
+    "evals.json",
+    "metrics.jsonl",
+    "samples.json",
+    "status.json",
+)
 KEPT_EVENTS = ("created", "finished")
 
 log = logging.getLogger(__name__)

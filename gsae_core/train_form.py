@@ -69,6 +69,7 @@ LABELS = {
     "revive_window": "Dead after",
     "revive_until": "Revive until",
     "eval_tokens": "Evaluation tokens",
+    "eval_replace": "Reconstructions replace",
     "activation_scale": "Activation scale",
     "checkpoint_minutes": "Checkpoint minutes",
     "init_threshold": "Initial threshold",
@@ -90,6 +91,7 @@ _RENAMED: dict[str, tuple[type[Config], str]] = {
     "data": (DataConfig, "source"),
     "tokens": (TrainRecipe, "n_tokens"),
     "eval_tokens": (EvalConfig, "n_tokens"),
+    "eval_replace": (EvalConfig, "replace"),
 }
 _PARTS: dict[type[Config], str] = {
     ModelConfig: "model",

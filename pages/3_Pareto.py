@@ -18,9 +18,10 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.cards import card, comparer, difference_card, table_columns
 from gsae_core.glossary import definition
-from gsae_core.pieces import escape_markdown, figure_tools, plain
+from gsae_core.pieces import escape_markdown, figure_tools, notice, plain
 from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.plots.palette import AXES
+from gsae_core.store.evals import measure_again, measured_earlier, positions
 from gsae_core.wording import fixed, percent
 
 # Labels first: the address holds what a bound widget shows.
@@ -131,6 +132,25 @@ def headline(evals: pd.DataFrame) -> None:
                 interpolation()
 
 
+def how_measured(evals: pd.DataFrame) -> None:
+    """Say which runs' losses do not compare with the others', and how to mend it."""
+    rows = {row["run"]: row for row in evals.to_dict("records")}
+    for name, row in rows.items():
+        if measured_earlier(row):
+            again = measure_again(str(by_id[str(name)].folder))
+            notice(again, title=f"{name} was measured under an earlier definition", kind="warning")
+    replaced = {str(name): str(row["replaced"]) for name, row in rows.items()}
+    if len(set(replaced.values())) > 1:
+        listed = "; ".join(f"{name}: {where}" for name, where in replaced.items())
+        notice(
+            "Losses with reconstructions at counted tokens alone do not compare with those at all "
+            f"positions ({listed}). Measure again: python -m gsae_core evaluate RUN --replace "
+            "counted",
+            title="These runs replaced different positions",
+            kind="warning",
+        )
+
+
 def interpolation() -> None:
     """Draw the levels the ratio is the median over."""
     st.dataframe(
@@ -232,7 +252,7 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     st.caption(
         f"{escape_markdown(run.id)}: {first['n_tokens']:,} held-out tokens, on which the language "
         f"model alone loses {fixed(first['ce_clean'], 4)} nats per token, and with the site set to "
-        f"zero {fixed(first['ce_zero'], 4)}."
+        f"zero {fixed(first['ce_zero'], 4)} ({positions(first.to_dict())})."
     )
 
 
@@ -261,6 +281,7 @@ evals = several_runs({name: cached.evaluations(by_id[name]) for name in shown_ru
 matched = matched_ratio(evals.query("run == @run.id").to_dict("records"))
 with place_of_ratio:
     headline(evals)
+    how_measured(evals)
 names = list(evals["id"])
 correct("pick", names, what="SAE shown here", shown="those that are")
 place_of_plot = st.container()

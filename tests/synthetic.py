@@ -59,6 +59,8 @@ def evaluation(spec: SAESpec, d_in: int = 256) -> dict[str, Any]:
         "cosine": 0.93,
         "alive_fraction": 0.97,
         "n_tokens": N_EVAL,
+        "zeroed": "all",
+        "replaced": "counted",
     }
 
 

@@ -1,6 +1,7 @@
 """The commands, in process: what they print, what they leave, how they end."""
 
 import contextlib
+import json
 import logging
 import re
 import signal
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from gsae_core import cli, job, workshop
 from gsae_core.analysis.pareto import matched_ratio
@@ -77,6 +80,50 @@ def test_evaluate_measures_again_on_as_many_tokens_as_asked(
     assert "gated-0.05" in capsys.readouterr().out
     assert main(["evaluate", str(finished.folder)]) == 0
     assert finished.evals() == before
+
+
+def test_evaluate_replaces_every_position_when_told_and_says_so(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = finished.evals()
+    assert {(row["zeroed"], row["replaced"]) for row in before} == {("all", "counted")}
+    assert main(["evaluate", str(finished.folder), "--replace", "all"]) == 0
+    assert "losses: zeros and reconstructions at every position" in capsys.readouterr().out
+    after = finished.evals()
+    assert {(row["zeroed"], row["replaced"]) for row in after} == {("all", "all")}
+    for one, other in zip(before, after, strict=True):
+        same = ("l0", "fvu", "gamma", "ce_clean", "ce_zero", "n_tokens")
+        assert [one[name] for name in same] == [other[name] for name in same]
+    assert main(["evaluate", str(finished.folder), "--replace", "some"]) == 2
+    assert "--replace: expected one of counted, all, got 'some'" in capsys.readouterr().err
+
+
+def test_the_tokens_that_were_measured_are_written_out(finished: Run) -> None:
+    assert main(["evaluate", str(finished.folder), "--tokens", "15"]) == 0
+    tokens = load_file(finished.folder / "evaluated_tokens.safetensors")
+    # One sequence of 16: BOS, which is not counted, and 15 words.
+    assert tokens["ids"].shape == tokens["counted"].shape == (1, 16)
+    assert tokens["ids"].dtype == np.uint16
+    assert tokens["ids"][0, 0] == 0
+    assert tokens["counted"].tolist() == [[False] + [True] * 15]
+    assert main(["evaluate", str(finished.folder)]) == 0
+    again = load_file(finished.folder / "evaluated_tokens.safetensors")
+    assert again["ids"].shape == (2, 16)
+    assert again["ids"][:1].tolist() == tokens["ids"].tolist()
+
+
+def test_a_finished_run_of_an_earlier_version_says_what_its_losses_are(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = [
+        {key: value for key, value in row.items() if key not in ("zeroed", "replaced")}
+        for row in finished.evals()
+    ]
+    (finished.folder / "evals.json").write_text(json.dumps({"saes": earlier}))
+    cli._report(finished)
+    assert f"Measure again: python -m gsae_core evaluate {finished.folder}" in (
+        capsys.readouterr().out
+    )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def test_every_setting_of_the_configs_has_a_flag() -> None:
     kinds = (ModelConfig, DataConfig, TrainRecipe, EvalConfig, SAESpec, RunConfig)
     settings = {name for kind in kinds for name in kind.model_fields}
     called = {"name": "model", "source": "data", "n_tokens": "tokens", "d_sae": "width"}
-    called |= {"architecture": "arch"}
+    called |= {"architecture": "arch", "replace": "eval_replace"}
     # Parts of a run, what only the ablation of a paragraph in the paper wants, and what `import`
     # alone sets.
     settings -= {"saes", "train", "evaluation", "detach_b_dec", "imported"}

@@ -193,6 +193,51 @@ def test_evaluations_are_read_again_when_they_change_and_only_then(
     assert run.id == "done"
 
 
+def rewrite(run: Run, **said: str | None) -> None:
+    """Replace keys of each SAE's evaluation; those that are None are left out."""
+    rows = [row | said for row in run.evals()]
+    rows = [{key: value for key, value in row.items() if key not in said or value} for row in rows]
+    (run.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
+
+
+def test_losses_of_an_earlier_version_are_marked_and_not_compared(root: Path) -> None:
+    write_run(root, "new")
+    rewrite(write_run(root, "old"), zeroed=None, replaced=None)
+    at = opened(PARETO, run="new")
+    assert "earlier" not in text(at)
+    assert "(zeros at every position; reconstructions at counted tokens, BOS," in text(at)
+    at = opened(PARETO, run="new", base="old", pick=["new/gated-0.1", "old/gated-0.1"])
+    assert not at.exception
+    said = text(at)
+    assert "old was measured under an earlier definition" in said
+    assert f"Measure again: python -m gsae_core evaluate {root / 'old'}" in said
+    assert "new was measured" not in said
+    # Nothing is subtracted across the two definitions; L0 has only one.
+    table = table_of_saes(at)
+    assert table["change_loss_recovered"].count() == 0
+    assert table["change_l0"].count() == 8
+    deltas = {metric.label: metric.delta for metric in at.metric if metric.delta}
+    assert deltas["loss recovered"] == "–"
+    assert deltas["L0"] == "+0.0 (+0.0 %)"
+    at = opened(PARETO, run="old")
+    assert "old was measured under an earlier definition" in text(at)
+    assert "(zeros and reconstructions at counted tokens alone, BOS," in text(at)
+
+
+def test_losses_with_reconstructions_at_other_positions_are_not_mixed_in_silence(
+    root: Path,
+) -> None:
+    write_run(root, "kept")
+    rewrite(write_run(root, "whole"), replaced="all")
+    assert "different positions" not in text(opened(PARETO, run="whole"))
+    at = opened(PARETO, run="kept", runs="whole")
+    assert not at.exception
+    said = text(at)
+    assert "These runs replaced different positions" in said
+    assert "(kept: counted; whole: all)" in said
+    assert "python -m gsae_core evaluate RUN --replace counted" in said
+
+
 def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
     run = write_run(root, "empty")
     (run.folder / "evals.json").write_text(json.dumps({"saes": []}), encoding="utf-8")

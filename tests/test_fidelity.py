@@ -16,7 +16,7 @@ from gsae_core.analysis.fidelity import (
     loss_recovered,
     reconstruct,
 )
-from gsae_core.config import SITES, Site
+from gsae_core.config import SITES, Positions, Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel, load_model
@@ -53,17 +53,30 @@ def always_zero(d_in: int) -> ReluSAE:
     return sae
 
 
-def measure(model: LanguageModel, *saes: Any, site: Site = "resid_post", layer: int = 0) -> Any:
-    return fidelity(model, saes, SEQUENCES, layer=layer, site=site, n_tokens=10**6)
+def measure(
+    model: LanguageModel,
+    *saes: Any,
+    site: Site = "resid_post",
+    layer: int = 0,
+    replace: Positions = "counted",
+) -> Any:
+    place: dict[str, Any] = {"layer": layer, "site": site}
+    return fidelity(model, saes, SEQUENCES, **place, n_tokens=10**6, replace=replace)
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_identity_recovers_one_and_zero_recovers_nothing(
-    site: Site, tiny_lm: LanguageModel
+@pytest.mark.parametrize("replace", ["counted", "all"])
+def test_the_identity_recovers_one_and_zero_at_every_position_nothing(
+    replace: Positions, site: Site, tiny_lm: LanguageModel
 ) -> None:
     d_in = tiny_lm.width(site)
     same, gated, zero = measure(
-        tiny_lm, identity(d_in), gated_identity(d_in), always_zero(d_in), site=site
+        tiny_lm,
+        identity(d_in),
+        gated_identity(d_in),
+        always_zero(d_in),
+        site=site,
+        replace=replace,
     )
     for deciles in (same.norms.deciles(), gated.norms.deciles()):
         assert [d.ratio for d in deciles] == pytest.approx([1] * 10)
@@ -72,8 +85,13 @@ def test_the_identity_recovers_one_and_zero_recovers_nothing(
         assert result.loss_recovered == 1
         assert result.ce_sae == result.ce_clean
         assert result.kl == 0
-    assert zero.fidelity.loss_recovered == 0
-    assert zero.fidelity.ce_sae == zero.fidelity.ce_zero != zero.fidelity.ce_clean
+    assert zero.fidelity.ce_zero != zero.fidelity.ce_clean
+    if replace == "all":
+        assert zero.fidelity.loss_recovered == 0
+        assert zero.fidelity.ce_sae == zero.fidelity.ce_zero
+    else:
+        # BOS and the separator still hold what the clean model put there.
+        assert zero.fidelity.ce_sae != zero.fidelity.ce_zero
 
 
 def test_the_published_losses_give_the_published_percentages() -> None:
@@ -91,28 +109,35 @@ def test_nothing_to_recover_is_not_a_number() -> None:
 
 
 def by_hand(
-    model: LanguageModel, sae: Any, layer: int, site: Site
-) -> tuple[float, float, float, float]:
-    """Return ce_clean, ce_sae, ce_zero and KL by loops in float64 over whole forward passes."""
+    model: LanguageModel,
+    sae: Any,
+    layer: int,
+    site: Site,
+    *,
+    rows: np.ndarray = ROWS,
+    special: tuple[int, ...] = (0,),
+    replace: Positions = "counted",
+) -> tuple[float, float, float, float, int]:
+    """Return ce_clean, ce_sae, ce_zero, KL and n by loops in float64 over whole forward passes."""
     sums, n = [0.0] * 4, 0
-    for row in ROWS:
+    for row in rows:
         ids = torch.tensor(row)[None]
-        counted = ids[..., None] != 0
+        read = torch.tensor([replace == "all" or i not in special for i in row])[None, :, None]
 
-        def edit(x: Tensor, new: Any, counted: Tensor = counted) -> Tensor:
-            return torch.where(counted, new(x), x)
+        def edit(x: Tensor, read: Tensor = read) -> Tensor:
+            return torch.where(read, sae(x), x)
 
         place: dict[str, Any] = {"layer": layer, "site": site}
         clean, spliced, zeroed = (
             logits[0].double().log_softmax(-1)
             for logits in (
                 model.logits(ids),
-                model.logits(ids, **place, edit=lambda x: edit(x, sae)),
-                model.logits(ids, **place, edit=lambda x: edit(x, torch.zeros_like)),
+                model.logits(ids, **place, edit=edit),
+                model.logits(ids, **place, edit=torch.zeros_like),
             )
         )
         for t in range(len(row) - 1):
-            if row[t] == 0 or row[t + 1] == 0:
+            if row[t] in special or row[t + 1] in special:
                 continue
             n += 1
             for place_, log_q in enumerate((clean, spliced, zeroed)):
@@ -120,22 +145,63 @@ def by_hand(
             sums[3] += sum(
                 math.exp(float(clean[t, v])) * float(clean[t, v] - spliced[t, v]) for v in range(40)
             )
-    assert n == N_PREDICTIONS
     ce_clean, ce_sae, ce_zero, kl = (s / n for s in sums)
-    return ce_clean, ce_sae, ce_zero, kl
+    return ce_clean, ce_sae, ce_zero, kl, n
 
 
 @pytest.mark.parametrize(("layer", "site"), [(0, "resid_post"), (1, "mlp_hidden"), (1, "attn_z")])
+@pytest.mark.parametrize("replace", ["counted", "all"])
 def test_losses_equal_loops_over_whole_forward_passes(
-    layer: int, site: Site, tiny_lm: LanguageModel
+    replace: Positions, layer: int, site: Site, tiny_lm: LanguageModel
 ) -> None:
     sae = GatedSAE(tiny_lm.width(site), 30)
-    (result,) = measure(tiny_lm, sae, layer=layer, site=site)
+    (result,) = measure(tiny_lm, sae, layer=layer, site=site, replace=replace)
     ours = result.fidelity
-    wanted = by_hand(tiny_lm, sae, layer, site)
-    assert (ours.ce_clean, ours.ce_sae, ours.ce_zero, ours.kl) == pytest.approx(wanted, rel=1e-5)
-    assert ours.n_tokens == N_PREDICTIONS
+    *wanted, n = by_hand(tiny_lm, sae, layer, site, replace=replace)
+    assert [ours.ce_clean, ours.ce_sae, ours.ce_zero, ours.kl] == pytest.approx(wanted, rel=1e-5)
+    assert ours.n_tokens == n == N_PREDICTIONS
     assert ours.kl > 1e-3
+
+
+@pytest.mark.parametrize("replace", ["counted", "all"])
+def test_padding_is_zeroed_and_replaced_as_bos_is(
+    replace: Positions, tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gsae_core.analysis.fidelity as module
+
+    # Padding (1) before what counts, where it is read; after it; and a sequence of nothing else.
+    rows = np.array([[1, 1, 0, 5, 6, 7, 8, 9, 10], [0, 9, 8, 7, 6, 1, 1, 1, 1], [1] * 9])
+    # One sequence at a time, so that padding fills a batch.
+    monkeypatch.setattr(module, "LOGITS_CPU", 1)
+    sae = GatedSAE(12, 30)
+    (result,) = fidelity(
+        tiny_lm,
+        [sae],
+        SequenceSet(rows, (0, 1)),
+        layer=0,
+        site="resid_post",
+        n_tokens=10**6,
+        replace=replace,
+    )
+    ours = result.fidelity
+    *wanted, n = by_hand(tiny_lm, sae, 0, "resid_post", rows=rows, special=(0, 1), replace=replace)
+    assert [ours.ce_clean, ours.ce_sae, ours.ce_zero, ours.kl] == pytest.approx(wanted, rel=1e-5)
+    assert ours.n_tokens == n == 5 + 3
+    assert result.metrics.n_tokens == 6 + 4
+
+
+def test_where_reconstructions_are_read_changes_no_metric_of_the_sae(
+    tiny_lm: LanguageModel,
+) -> None:
+    sae = GatedSAE(12, 30)
+    (kept,), (replaced,) = measure(tiny_lm, sae), measure(tiny_lm, sae, replace="all")
+    assert kept.metrics.n_tokens == replaced.metrics.n_tokens == N_TOKENS
+    assert kept.metrics.l0 == replaced.metrics.l0
+    assert kept.metrics.fvu == replaced.metrics.fvu
+    assert kept.metrics.gamma == replaced.metrics.gamma
+    assert kept.norms.deciles() == replaced.norms.deciles()
+    assert kept.fidelity.ce_zero == replaced.fidelity.ce_zero
+    assert kept.fidelity.ce_sae != replaced.fidelity.ce_sae
 
 
 def test_divergence_is_the_one_of_the_definition() -> None:
@@ -153,13 +219,17 @@ def test_divergence_is_the_one_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize(
+    ("layer", "site"), [(0, "resid_pre"), (0, "resid_post"), (1, "resid_post")]
+)
 def test_zeros_under_a_final_norm_without_bias_leave_the_uniform_guess(
-    family: str, tiny_tokenizer: Any
+    layer: int, site: Site, family: str, tiny_tokenizer: Any
 ) -> None:
     model = load_model(tiny(family), tokenizer=tiny_tokenizer)
-    (result,) = measure(model, always_zero(12), layer=1)
-    # RMSNorm(0) = 0, so every logit is 0: ln(vocabulary), as Gemma's ln 256000 = 12.453.
-    assert result.fidelity.ce_zero == pytest.approx(math.log(40), rel=1e-6)
+    (result,) = measure(model, always_zero(12), layer=layer, site=site)
+    # RMSNorm(0) = 0 and no block adds to it, so every logit is 0: ln(vocabulary), as Gemma's
+    # ln 256000 = 12.453. With BOS left in place, blocks after the site would still read it.
+    assert result.fidelity.ce_zero == pytest.approx(math.log(40), rel=1e-7)
 
 
 def test_zeros_under_a_final_norm_with_bias_leave_what_the_bias_says(

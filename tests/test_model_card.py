@@ -42,6 +42,20 @@ def test_the_table_holds_the_evaluation_of_what_is_sent_alone(finished: Run) -> 
     assert f"On {measured['n_tokens']:,} held-out tokens" in card
 
 
+def test_a_card_says_where_zeros_and_reconstructions_were_read(finished: Run) -> None:
+    card = make_card(finished, [NAME], "ada/mine")["README.md"]
+    assert "would do as well (zeros at every position; reconstructions at counted tokens" in card
+    assert "earlier version" not in card
+    path = finished.folder / "evals.json"
+    rows = [{k: v for k, v in row.items() if k != "zeroed"} for row in finished.evals()]
+    path.write_text(json.dumps({"saes": rows}))
+    card = make_card(finished, [NAME], "ada/mine")["README.md"]
+    assert "(zeros and reconstructions at counted tokens alone, BOS, separators" in card
+    assert "Measure again: python -m gsae_core evaluate RUN." in card
+    # A folder of this machine is nobody's business.
+    assert str(finished.folder) not in card
+
+
 def test_the_front_matter_is_yaml_and_names_no_folder(finished: Run) -> None:
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
     matter = yaml.safe_load(card.split("---")[1])

@@ -3,6 +3,7 @@
 from typing import Any
 
 from gsae_core.report import evals_table
+from gsae_core.store.evals import measure_again, measured_earlier, positions
 
 
 def row(name: str, l0: float, loss_recovered: float | None, **more: Any) -> dict[str, Any]:
@@ -27,3 +28,25 @@ def test_the_table_lines_up_and_rounds() -> None:
         "gated-0.1     1024   10.0         98.77 %  0.0123  0.0500  0.800       0.990  50.0 %",
         "relu-0.1      1024  123.4               –  0.0123  0.0500  0.800           –  50.0 %",
     ]
+
+
+def test_an_evaluation_says_where_zeros_and_reconstructions_were_read() -> None:
+    new = {"zeroed": "all", "replaced": "counted"}
+    assert not measured_earlier(new)
+    assert positions(new) == (
+        "zeros at every position; reconstructions at counted tokens, BOS, separators and padding "
+        "as they are"
+    )
+    assert positions(new | {"replaced": "all"}) == (
+        "zeros and reconstructions at every position, BOS, separators and padding included"
+    )
+    earlier = {"zeroed": "counted", "replaced": "counted"}
+    assert measured_earlier(earlier)
+    assert positions(earlier) == (
+        "zeros and reconstructions at counted tokens alone, BOS, separators and padding as they are"
+    )
+    assert measure_again("runs/a") == (
+        "CE zero and loss recovered were measured by an earlier version, which left BOS, "
+        "separators and padding in place when it zeroed the site; they do not compare with those "
+        "of other runs. Measure again: python -m gsae_core evaluate runs/a"
+    )

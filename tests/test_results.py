@@ -74,6 +74,23 @@ def test_changes_are_after_less_before() -> None:
     assert math.isnan(found["gamma_gate"].difference)  # a baseline has no gate
 
 
+def test_losses_measured_at_other_positions_are_not_compared() -> None:
+    earlier = EVALS.assign(zeroed="counted", l0=EVALS["l0"] - 1)
+    frame = several_runs({"new": EVALS, "base": earlier})
+    found = pd.DataFrame(against(frame, "base")[frame["run"] == "new"])
+    # Zero ablation weighs in loss recovered alone.
+    assert found["change_loss_recovered"].count() == 0
+    assert found["change_kl"].to_list() == found["change_delta_ce"].to_list() == [0] * 4
+    assert found["change_l0"].to_list() == pytest.approx([1] * 4)
+    row = EVALS.iloc[0].to_dict()
+    other = {c.number: c.difference for c in changes(row | {"replaced": "all"}, row)}
+    assert [number for number, value in other.items() if math.isnan(value)] == [
+        "loss_recovered",
+        "delta_ce",
+        "kl",
+    ]
+
+
 def test_the_paper_has_27_sites_and_each_its_runs() -> None:
     places = published_places()
     # Gemma-7B: 3 sites of 4 blocks; Pythia-2.8B: 3 of 5.

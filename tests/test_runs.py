@@ -262,6 +262,8 @@ def eval_row() -> EvalRow:
         d_sae=3,
         gamma_gate=float("nan"),
         n_tokens=100,
+        zeroed="all",
+        replaced="counted",
         **numbers,
         **shares,
     )
@@ -271,9 +273,23 @@ def test_evals_json_has_exactly_the_promised_keys(run: Run) -> None:
     write_evals(run.folder, [eval_row()])
     (row,) = run.evals()
     promised = """name architecture sparsity d_in d_sae l0 loss_recovered ce_clean ce_sae ce_zero kl
-        gamma gamma_gate fvu cosine alive_fraction n_tokens"""
+        gamma gamma_gate fvu cosine alive_fraction n_tokens zeroed replaced"""
     assert set(row) == set(promised.split())
     assert row["gamma_gate"] is None  # a ReLU SAE has no gate
+
+
+def test_an_earlier_evaluation_opens_and_says_that_it_zeroed_counted_positions_alone(
+    run: Run,
+) -> None:
+    write_evals(run.folder, [eval_row()])
+    path = run.folder / "evals.json"
+    saes = json.loads(path.read_text())["saes"]
+    for row in saes:
+        del row["zeroed"], row["replaced"]
+    path.write_text(json.dumps({"saes": saes}))
+    (row,) = run.evals()
+    assert (row["zeroed"], row["replaced"]) == ("counted", "counted")
+    assert row["ce_zero"] == 5.0
 
 
 def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:

@@ -119,6 +119,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "revive_window": "25",
         "revive_until": "0.5",
         "eval_tokens": "4096",
+        "eval_replace": "all",
         "activation_scale": "none",
         "seed": "3",
         "device": "cpu",

@@ -1,5 +1,6 @@
 """Evaluations as tables: one run or several, what changes between SAEs, what the paper printed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,15 @@ NUMBERS = (
 )
 """The measured numbers of an SAE, in the order they are shown."""
 
-WORDS = ("name", "architecture", "run", "id")
+WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced")
+
+DEPENDS = {
+    "loss_recovered": ("zeroed", "replaced"),
+    "delta_ce": ("replaced",),
+    "kl": ("replaced",),
+}
+"""What two SAEs' numbers have to share to be compared: where zeros and reconstructions were read.
+"""
 
 
 class Change(NamedTuple):
@@ -122,7 +131,8 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     """Return how each SAE's numbers differ from those of its counterpart in a baseline run.
 
-    The counterpart has the same architecture and lambda; of several the first counts.
+    The counterpart has the same architecture and lambda; of several the first counts. Losses that
+    were measured at other positions do not compare.
 
     Args:
         frame: `several_runs`' rows, those of the baseline run among them.
@@ -135,15 +145,23 @@ def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     keys = ["architecture", "sparsity"]
     # pandas takes NaN, an imported SAE's unknown lambda, to equal NaN.
     ours = pd.DataFrame(frame[frame["run"] == base]).dropna(subset=keys).drop_duplicates(keys)
-    paired = frame[[*keys, "run"]].merge(ours[[*keys, *NUMBERS]], on=keys, how="left")
+    taken = [*keys, *NUMBERS, *DEPENDS["loss_recovered"]]
+    paired = frame[[*keys, "run"]].merge(ours[taken], on=keys, how="left")
     paired.index = frame.index
-    differences = frame[list(NUMBERS)] - paired[list(NUMBERS)]
+    differences = pd.DataFrame(frame[list(NUMBERS)] - paired[list(NUMBERS)])
+    for number, shared in DEPENDS.items():
+        other = (frame[list(shared)].to_numpy() != paired[list(shared)].to_numpy()).any(axis=1)
+        differences.loc[other, number] = math.nan
     return pd.DataFrame(differences.mask(frame["run"] == base)).add_prefix("change_")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Return each of `NUMBERS` of two rows."""
-    return [Change(name, float(before[name]), float(after[name])) for name in NUMBERS]
+    """Return each of `NUMBERS` of two rows; NaN before where the two do not compare."""
+    return [
+        Change(name, float(before[name]) if same else math.nan, float(after[name]))
+        for name in NUMBERS
+        for same in [all(before[key] == after[key] for key in DEPENDS.get(name, ()))]
+    ]
 
 
 def published_places() -> list[Place]:

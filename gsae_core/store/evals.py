@@ -1,15 +1,15 @@
-"""evals.json, per-latent statistics and norm deciles: what was measured on held-out tokens."""
+"""evals.json, per-latent statistics, norm deciles and the held-out tokens they were measured on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int, Int64
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
-from gsae_core.config import Architecture
+from gsae_core.config import Architecture, Positions
 from gsae_core.errors import InputError
 from gsae_core.store.files import replace_durably, write_json
 from gsae_core.store.runs import Run
@@ -43,12 +43,68 @@ class EvalRow(BaseModel, frozen=True, extra="forbid"):
     cosine: float
     alive_fraction: float
     n_tokens: int
+    zeroed: Positions
+    """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
+    replaced: Positions
+    """Positions at which the language model read reconstructions."""
 
 
 def write_evals(folder: Path, rows: list[EvalRow]) -> None:
     """Replace a run's evals.json."""
     # mode="python": JSON's own NaN rule is ours to apply, in one place.
     write_json(folder / "evals.json", {"saes": [row.model_dump() for row in rows]})
+
+
+def positions(row: Mapping[str, Any]) -> str:
+    """Return at which positions an SAE's losses were measured with zeros and reconstructions."""
+    if measured_earlier(row):
+        return (
+            "zeros and reconstructions at counted tokens alone, BOS, separators and padding as "
+            "they are"
+        )
+    if row["replaced"] == "all":
+        return "zeros and reconstructions at every position, BOS, separators and padding included"
+    return (
+        "zeros at every position; reconstructions at counted tokens, BOS, separators and padding "
+        "as they are"
+    )
+
+
+def measured_earlier(row: Mapping[str, Any]) -> bool:
+    """Whether CE zero and loss recovered are an earlier version's, which zeroed less."""
+    return row["zeroed"] != "all"
+
+
+def measure_again(run: str) -> str:
+    """Return what an earlier version's losses are, and the command that replaces them.
+
+    Args:
+        run: folder of the run.
+    """
+    return (
+        "CE zero and loss recovered were measured by an earlier version, which left BOS, "
+        "separators and padding in place when it zeroed the site; they do not compare with those "
+        f"of other runs. Measure again: python -m gsae_core evaluate {run}"
+    )
+
+
+def write_tokens(
+    folder: Path, ids: Int[np.ndarray, "rows n_ctx"], counted: Bool[np.ndarray, "rows n_ctx"]
+) -> None:
+    """Replace a run's evaluated_tokens.safetensors: the sequences that were measured, in order.
+
+    Args:
+        folder: of the run.
+        ids: what the language model read.
+        counted: False at BOS, separators and padding.
+    """
+    narrow = ids.astype(np.uint16 if ids.max(initial=0) < 2**16 else np.int32)
+    columns = {"ids": narrow, "counted": counted}
+    replace_durably(
+        folder / "evaluated_tokens.safetensors",
+        lambda path: save_file(columns, path),
+        n_bytes=narrow.nbytes + counted.nbytes,
+    )
 
 
 def write_feature_stats(

@@ -1,7 +1,7 @@
 """The run folder: what a run is, where it stands and what it measured, as files anyone can read.
 
     runs/<id>/  config.json  status.json  metrics.jsonl  evals.json  events.jsonl  log.txt
-                saes/<name>/  resume/  control.json  samples.json
+                saes/<name>/  resume/  control.json  samples.json  evaluated_tokens.safetensors
 
 The command line, the app and notebooks hold no job in memory: they read this folder, and a
 detached process writes it. Nothing here imports torch.
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
+
+# What evaluations that do not say did.
+EARLIER = {"zeroed": "counted", "replaced": "counted"}
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,12 @@ class Run(Job):
         return read_since(self.folder / "metrics.jsonl", cursor)
 
     def evals(self) -> list[dict[str, Any]]:
-        """Return the held-out evaluation of each SAE; empty until there is one."""
+        """Return the held-out evaluation of each SAE; empty until there is one.
+
+        Of an earlier version's, `zeroed` and `replaced` say what that version did.
+        """
         path = self.folder / "evals.json"
-        return read_json(path)["saes"] if path.exists() else []
+        return [EARLIER | row for row in read_json(path)["saes"]] if path.exists() else []
 
     def samples(self) -> dict[str, Any] | None:
         """Return samples.json: a few latents of each SAE with their top tokens; None before it."""
