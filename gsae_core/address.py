@@ -1,10 +1,26 @@
-"""What a page's address asks for and the page cannot give: said, never silently dropped."""
+"""What a page's address asks for and the page cannot give: said, never silently dropped.
 
+And the keys of widgets that offer what depends on data.
+"""
+
+import zlib
 from collections.abc import Collection
 
 import streamlit as st
 
 from gsae_core.pieces import plain
+
+
+def key_for(name: str, *about: object) -> str:
+    """Return the key of a widget whose choices depend on data: another one for other data.
+
+    A browser keeps showing what was chosen under a key, whatever the next list under it holds.
+
+    Args:
+        name: the page's and the widget's.
+        about: what the choices depend on; equal where their `repr` is.
+    """
+    return f"{name}.{zlib.crc32(repr(about).encode()):08x}"
 
 
 def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from gsae_core import shell
+from gsae_core.address import key_for
 from gsae_core.analysis.feature_filter import Chosen, beside
 from gsae_core.errors import InputError
 from gsae_core.feature_files import Opened
@@ -148,7 +149,7 @@ def said(feature: "Feature") -> None:
             on_click=_say,
             args=(labels, number, "star", "off" if star else "on"),
         )
-        key = f"label_{feature.index.manifest.sae}_{number}"
+        key = key_for("features.label", feature.index.folder, number)
         st.session_state.setdefault(key, known["label"].text if "label" in known else "")
         st.text_input(
             "Label",
@@ -160,7 +161,7 @@ def said(feature: "Feature") -> None:
             args=(labels, number, "label", key),
             width="stretch",
         )
-        _notes(labels, number, known["note"].text if "note" in known else "")
+        _notes(feature, known["note"].text if "note" in known else "")
     if by := known.get("label"):
         author = escaped(by.author)
         who = f"{escaped(by.model)} ({author})" if by.model else author
@@ -177,13 +178,14 @@ def heading(number: int) -> None:
     )
 
 
-def _notes(labels: "Labels", number: int, text: str) -> None:
+def _notes(feature: "Feature", text: str) -> None:
+    labels, number = feature.index.labels, feature.number
     title = "Notes ●" if text else "Notes"
     notes = st.popover(title, icon=":material/edit_note:", key="notes", on_change="rerun")
     if not notes.open:
         return
     with notes:
-        key = f"note_{number}"
+        key = key_for("features.note", feature.index.folder, number)
         st.session_state.setdefault(key, text)
         st.text_area(
             "Notes",

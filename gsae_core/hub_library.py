@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core import shell
+from gsae_core.address import key_for
 from gsae_core.controls import confirm_delete
 from gsae_core.errors import InputError
 from gsae_core.pieces import notice, plain
@@ -121,7 +122,7 @@ def share(frame: shell.Frame) -> None:
 def _export(run: Run) -> None:
     st.subheader("Export", anchor=False)
     names = [spec.name for spec in run.config.saes]
-    name = st.selectbox("SAE to export", names, key="export_sae")
+    name = st.selectbox("SAE to export", names, key=key_for("hub.export_sae", run.id))
     label = st.selectbox("For", list(FORMATS), key="export_format")
     if name is None or label is None:
         return
@@ -187,7 +188,9 @@ def zipped(folder: Path) -> bytes:
 def _push(run: Run) -> None:
     st.subheader("Send to the Hub", anchor=False)
     names = [spec.name for spec in run.config.saes]
-    chosen = st.multiselect("SAEs to send", names, default=names[:1], key="push_saes")
+    chosen = st.multiselect(
+        "SAEs to send", names, default=names[:1], key=key_for("hub.push_saes", run.id)
+    )
     repo = st.text_input(
         "To the repository", key="push_repo", placeholder="OWNER/NAME", max_chars=96
     )

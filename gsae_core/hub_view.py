@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from gsae_core.address import key_for
 from gsae_core.config import SITES
 from gsae_core.errors import InputError
 from gsae_core.pieces import facts, notice, plain
@@ -171,11 +172,14 @@ def _names(sae: HubSAE) -> list[str]:
 
 def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     default = free_name(root, run_name(found.repo, sae.path))
-    # Keyed by the SAE: another one gets a name of its own.
+    # Keyed by the SAE: another one has a name and a place of its own.
     name = st.text_input(
-        "Name of the run", default, key=f"name_{found.commit[:8]}_{sae.path}", max_chars=64
+        "Name of the run",
+        default,
+        key=key_for("hub.name", found.repo, found.commit, sae.path),
+        max_chars=64,
     )
-    place = _place(told)
+    place = _place(found, sae, told)
     free = free_bytes(root)
     enough = sae.n_bytes * 2 < free  # what comes, and the run that is made of it
     if not enough:
@@ -203,13 +207,19 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
             st.rerun()
 
 
-def _place(told: Facts) -> dict[str, Any]:
+def _place(found: Repository, sae: HubSAE, told: Facts) -> dict[str, Any]:
     """Draw the fields for what the files may not say; an empty one leaves it to them."""
+
+    def key(part: str) -> str:
+        return key_for(f"hub.place_{part}", found.repo, found.commit, sae.path)
+
     with st.expander("Where it belongs", expanded=False):
         st.caption("Only where its files do not say, or say it wrongly.")
         model = st.text_input(
-            "Language model", key="place_model", placeholder=told.model or "as its files say"
+            "Language model",
+            key=key("model"),
+            placeholder=told.model or "as its files say",
         )
-        layer = st.number_input("Layer", 0, 200, None, key="place_layer", placeholder="as stated")
-        site = st.selectbox("Site", SITES, index=None, key="place_site", placeholder="as stated")
+        layer = st.number_input("Layer", 0, 200, None, key=key("layer"), placeholder="as stated")
+        site = st.selectbox("Site", SITES, index=None, key=key("site"), placeholder="as stated")
     return {"model": model.strip() or None, "layer": layer, "site": site}

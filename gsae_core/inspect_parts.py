@@ -12,6 +12,7 @@ from streamlit.delta_generator import DeltaGenerator
 from streamlit.errors import StreamlitAPIException
 
 from gsae_core import cached, shell
+from gsae_core.address import key_for
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.loaded import finished_saes
@@ -93,6 +94,7 @@ def _pick(
     label: str,
     names: Sequence[str],
     *,
+    run: Run,
     page: str,
     param: str,
     default: str | None,
@@ -104,13 +106,14 @@ def _pick(
     page that is given the same parameter.
 
     Args:
+        run: whose SAEs they are.
         page: the page's name, so that each has a picker of its own.
         default: shown where the address names none; None with `none`.
         none: what to offer for no SAE at all.
     """
-    key = f"{page}_{param}"
+    key = key_for(f"{page}.{param}", run.id)
     offered = [*names, *([none] if none else [])]
-    if st.session_state.get(key) not in offered:  # just arrived, or another run was chosen
+    if st.session_state.get(key) not in offered:  # just arrived, at the page or the run
         asked = st.query_params.get(param)
         if asked is not None and asked not in offered:
             _say_stranger(asked, "SAE of this run", default or none or "none")
@@ -128,12 +131,15 @@ def pick_pair(
     """
     left, right = st.columns(2)
     with left:
-        name = _pick("SAE", names, page=page, param="sae", default=first_choice(run, names))
+        name = _pick(
+            "SAE", names, run=run, page=page, param="sae", default=first_choice(run, names)
+        )
     assert name is not None
     with right:
         base = _pick(
             other,
             [each for each in names if each != name],
+            run=run,
             page=page,
             param="base",
             default=beside(run, name, names),
@@ -143,8 +149,14 @@ def pick_pair(
     return name, None if base == "none" else base
 
 
-def text_field(label: str, *, page: str, model: str) -> str:
-    """Draw the field for a text, which the address and the other page share; return the text."""
+def text_field(
+    label: str, *, page: str, model: str, changed: Callable[[], None] | None = None
+) -> str:
+    """Draw the field for a text, which the address and the other page share; return the text.
+
+    Args:
+        changed: called when another text was typed, before the page is drawn with it.
+    """
     key = f"{page}_text"
     if key not in st.session_state:
         asked = st.query_params.get("text")
@@ -157,7 +169,7 @@ def text_field(label: str, *, page: str, model: str) -> str:
             asked = asked[:ADDRESS_TEXT]
         example = CODE if model == "bundled" else PROSE
         st.session_state[key] = asked or st.session_state.get("text_kept") or example
-    text = st.text_area(label, key=key, height=120) or ""
+    text = st.text_area(label, key=key, height=120, on_change=changed) or ""
     st.session_state["text_kept"] = text
     _write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
     return text

@@ -115,7 +115,8 @@ def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) ->
                 "the final norm and the unembedding.",
             ),
         },
-        alt="Features that fire on the token: number, activation, gate, share and attribution",
+        alt="Features that fire on the token: number, activation, gate, share and attribution to "
+        f"{target}",
     )
     row = chosen_row(event, len(shown))
     return None if row is None else int(shown["latent"].iloc[row])

@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core import loaded, prompt_view, shell
-from gsae_core.address import correct
+from gsae_core.address import correct, key_for
 from gsae_core.inspect_parts import (
     architecture,
     correct_number,
@@ -42,7 +42,7 @@ def choose() -> tuple[Chosen, str]:
     """Draw the pickers and the text."""
     run, names = need_saes(frame, "the features of any text")
     name, other = pick_pair(run, names, page="prompt")
-    text = text_field("Text", page="prompt", model=run.config.model.name)
+    text = text_field("Text", page="prompt", model=run.config.model.name, changed=new_text)
     return Chosen(run, name, other), text
 
 
@@ -56,6 +56,11 @@ def first_answer(chosen: Chosen, text: str) -> Seen:
     return seen
 
 
+def new_text() -> None:
+    """Have another text looked at from its last token on: the number was of the text before."""
+    st.session_state["prompt.new_text"] = True
+
+
 def pick_token(index: int) -> None:
     """Look at the token that was clicked."""
     st.session_state["tok"] = index
@@ -65,8 +70,9 @@ def which_token(seen: Seen) -> int:
     """Draw the number of the token that is looked at; a click in the strip changes it."""
     last = len(seen.looks[0].prompt.tokens) - 1
     correct_number("tok", 0, last, what="token", shown=f"token {last}")
-    if not 0 <= (st.session_state.get("tok") or 0) <= last:
-        st.session_state["tok"] = last  # the text became shorter
+    is_new = st.session_state.pop("prompt.new_text", False)
+    if is_new or not 0 <= (st.session_state.get("tok") or 0) <= last:
+        st.session_state["tok"] = last
     return int(
         st.number_input("Token", 0, last, value=last, key="tok", bind="query-params", step=1)
     )
@@ -86,7 +92,7 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
             "Next token",
             range(len(offered)),
             format_func=lambda i: prompt_view.label_of(offered[i]),
-            key="target",
+            key=key_for("prompt.target", seen.key, position),
             help="Attribution is to the logit of this token, coming next after the chosen one.",
         )
     with three:
@@ -153,7 +159,7 @@ def features(
         return
     gated = architecture(chosen.run, chosen.name) == "gated"
     ticked = prompt_view.features_table(
-        rows, gated=gated, target=target, key=f"features_{sort}_{position}"
+        rows, gated=gated, target=target, key=key_for("prompt.features", seen.key, position, sort)
     )
     latent = int(rows["latent"].iloc[0]) if ticked is None else ticked
     how = "ticked" if ticked is not None else "the first; tick another"

@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 
 from gsae_core import loaded, shell, steer_job, steer_view
-from gsae_core.address import correct
+from gsae_core.address import correct, key_for
 from gsae_core.errors import InputError
 from gsae_core.inspect_parts import (
     architecture,
@@ -126,19 +126,19 @@ def suggestions(name: str, text: str) -> None:
         f"feature {latent} · {units:.2f} × its scale on {quoted(token)}": latent
         for latent, units, token in found
     }
+    key = key_for("steer.suggested", run.id, name, text)
     st.selectbox(
         "Or one that fires on the prompt",
         list(labels),
         index=None,
-        key="suggested",
+        key=key,
         placeholder="strongest for its own scale first",
-        on_change=lambda: take(labels),
+        on_change=lambda: take(labels, st.session_state[key]),
     )
 
 
-def take(labels: dict[str, int]) -> None:
+def take(labels: dict[str, int], chosen: str | None) -> None:
     """Steer with the feature that was chosen from the list."""
-    chosen = st.session_state.get("suggested")
     if chosen in labels:
         st.session_state["f"] = labels[chosen]
 

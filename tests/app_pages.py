@@ -1,7 +1,9 @@
 """A page opened without a browser, and all that it says; the fixtures are in conftest.py."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
@@ -34,6 +36,12 @@ def opened(page: str, **parameters: str | list[str]) -> AppTest:
     for name, value in parameters.items():
         at.query_params[name] = value
     return at.run()
+
+
+def labelled(widgets: Iterable[Any], label: str) -> Any:
+    """Return the widget of a label; keys of what depends on data are spelled by nobody."""
+    (found,) = [widget for widget in widgets if widget.label == label]
+    return found
 
 
 def text(at: AppTest) -> str:

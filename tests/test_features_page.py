@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_pages import HOSTILE, NASTY, opened, text
+from app_pages import HOSTILE, NASTY, labelled, opened, text
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 from synthetic_index import DEAD, THETA, write_index, write_weights
@@ -242,7 +242,7 @@ def test_an_sae_with_fewer_features_shows_one_it_has(indexed: Run) -> None:
     # The baseline is half again as wide: feature 80 is of it alone.
     base = specs(indexed)[1].name
     at = opened(PAGE, run="done", sae=base, feature="80")
-    at.selectbox(key="features_sae").set_value(specs(indexed)[0].name).run()
+    labelled(at.selectbox, "SAE").set_value(specs(indexed)[0].name).run()
     assert f"has features 0 to {WIDTH - 1}, no 80" in shown(at)
 
 
@@ -252,7 +252,7 @@ def test_an_sae_with_fewer_features_shows_one_it_has(indexed: Run) -> None:
 def test_a_star_a_label_and_a_note_are_appended(indexed: Run) -> None:
     at = opened(PAGE, run="done", feature="7")
     at.button(key="star_it").click().run()
-    at.text_input(key="label_gated-0.3_7").set_value("the letter seven").run()
+    labelled(at.text_input, "Label").set_value("the letter seven").run()
     labels = indexed.features("gated-0.3").labels
     assert {kind: said.text for kind, said in labels.of(7).items()} == {
         "star": "on",
@@ -261,6 +261,22 @@ def test_a_star_a_label_and_a_note_are_appended(indexed: Run) -> None:
     at = opened(PAGE, run="done", star="true")
     assert table(at) == [7]
     assert at.dataframe[0].value["label"].tolist() == ["the letter seven"]
+
+
+def test_what_is_said_of_a_feature_is_of_its_run_and_its_sae_alone(
+    root: Path, indexed: Run
+) -> None:
+    write_index(make_run(root, name="second"), specs(indexed)[0])
+    indexed.features("gated-0.3").labels.add(7, "label", "the letter seven", author="ada")
+    at = opened(PAGE, run="done", feature="7")
+    assert labelled(at.text_input, "Label").value == "the letter seven"
+    at.session_state["notes"] = True  # the popover is open
+    labelled(at.run().text_area, "Notes").set_value("seen in dates").run()
+    for name, label, note in (("second", "", ""), ("done", "the letter seven", "seen in dates")):
+        at.selectbox(key="run").set_value(name).run()
+        assert labelled(at.text_input, "Label").value == label
+        at.session_state["notes"] = True
+        assert labelled(at.run().text_area, "Notes").value == note
 
 
 def test_what_cannot_be_kept_is_said(indexed: Run, monkeypatch: pytest.MonkeyPatch) -> None:

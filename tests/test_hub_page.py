@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from hub_server import TOKEN, Hub
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
 from gsae_core import hub_catalogue, hub_library, hub_view, sae_catalogue
+from gsae_core.config import sweep
 from gsae_core.sae_catalogue import Release, Wanted, ranged, releases, search
 from gsae_core.store import jobs
 from gsae_core.store.hub import Facts, look, one_sae, parse_address
@@ -145,6 +146,27 @@ def test_of_several_saes_one_is_chosen_and_the_address_may_name_it(root: Path, h
     assert "download" not in keys(at)
     assert opened(HUB, repo="ada/two", sae="b").selectbox(key="sae").value == "b"
     assert opened(HUB, repo="ada/two", sae=HOSTILE).selectbox(key="sae").value is None
+
+
+def test_a_layer_given_for_one_sae_is_not_another_s(root: Path, hub: Hub) -> None:
+    hub.add("ada/two", FILES | {path.replace("a/", "b/"): FILES[path] for path in FILES})
+    at = opened(HUB, repo="ada/two", sae="a")
+    layers = [each for each in at.number_input if each.placeholder == "as stated"]
+    layers[0].set_value(3).run()
+    at.selectbox(key="sae").set_value("b").run()
+    (layer,) = [each for each in at.number_input if each.placeholder == "as stated"]
+    assert layer.value is None
+
+
+def test_what_is_sent_and_exported_is_of_the_run_that_is_chosen(root: Path) -> None:
+    for name in ("one", "two"):
+        saes = {"saes": sweep(["gated"], [0.3 if name == "one" else 0.6], 64)}
+        write_run(root, name, run_config=config().model_copy(update=saes))
+    at = opened(HUB, run="one")
+    for run, sae in (("one", "gated-0.3"), ("two", "gated-0.6")):
+        at.selectbox(key="run").set_value(run).run()
+        assert labelled(at.multiselect, "SAEs to send").value == [sae]
+        assert labelled(at.selectbox, "SAE to export").value == sae
 
 
 def test_a_press_starts_one_download_of_the_commit_that_was_shown(

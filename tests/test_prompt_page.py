@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from synthetic import write_run
 
 from gsae_core import inspect_parts, loaded, prompt_reading
@@ -49,11 +49,25 @@ def test_a_text_from_the_address_is_read(run: Run) -> None:
 def test_another_token_has_other_features(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05")
     before = features(at)["activation"].to_list()
-    assert at.selectbox(key="target").options[0].startswith("w3")  # what follows w2
+    box = labelled(at.selectbox, "Next token")
+    assert box.options[0].startswith("w3")  # what follows w2
+    box.select_index(2).run()
     at.number_input(key="tok").set_value(1).run()
     assert not at.exception
     assert features(at)["activation"].to_list() != before
-    assert at.selectbox(key="target").options[0].startswith("w2")
+    box = labelled(at.selectbox, "Next token")
+    assert box.options[0].startswith("w2")
+    assert box.value == 0  # the choice was of the other token's list
+
+
+def test_a_new_text_is_looked_at_from_its_last_token_on(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05")
+    labelled(at.selectbox, "Next token").select_index(2).run()
+    field(at).set_value("w1 w2 w3 w4 w5 w6 w7").run()
+    assert not at.exception
+    assert at.number_input(key="tok").value == 7  # BOS in front
+    assert labelled(at.selectbox, "Next token").value == 0
+    assert "tok" not in at.query_params  # so that a reload shows this token
 
 
 def test_features_are_sorted_as_asked(run: Run) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pages import HOSTILE, NASTY, hostile_run, opened, text
+from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from safetensors.torch import load_file, save_file
 from synthetic import write_run
 
@@ -121,7 +121,7 @@ def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
     at = opened(STEER, run=run.id, **PAIR)
     assert not at.exception
     assert "steer_job" not in at.session_state
-    offered = at.selectbox(key="suggested")
+    offered = labelled(at.selectbox, "Or one that fires on the prompt")
     assert "× its scale on" in offered.options[0]
     offered.set_value(offered.options[0]).run()
     assert not at.exception

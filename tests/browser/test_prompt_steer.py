@@ -48,6 +48,45 @@ def test_a_click_on_a_token_shows_its_features(page: Page, address: str) -> None
     expect(page.get_by_text("token 1, ‘import’").first).to_be_visible()
 
 
+def next_token(page: Page) -> tuple[str, list[str], str]:
+    """Return what the box of next tokens shows, its list, and the token attribution is to."""
+    at_rest(page)
+    box = page.get_by_label("Next token", exact=True)
+    box.click()
+    rows = page.get_by_role("option").filter(has_text="%")
+    expect(rows.first).to_be_visible()
+    offered = rows.all_inner_texts()
+    box.press("Escape")
+    table = page.get_by_label(re.compile("^Features that fire on the token:"))
+    (to,) = table.evaluate_all("tables => tables.map(table => table.getAttribute('aria-label'))")
+    words = [" ".join(text.split()) for text in (box.input_value(), *offered, to)]
+    return words[0], words[1:-1], words[-1].partition("attribution to ")[2]
+
+
+def test_the_next_token_is_of_the_token_that_was_clicked(page: Page, address: str) -> None:
+    opened(page, f"{address}/Prompt?run=example")
+    heads = {}
+    for token in (9, 14, 20, 3):
+        strip(page).nth(token).click()
+        expect(page.get_by_text(f"token {token}, ‘").first).to_be_visible()
+        at_rest(page)
+        page.wait_for_timeout(1000)  # a box that keeps what it showed keeps it then
+        shown, offered, to = next_token(page)
+        assert shown == offered[0] == to, token
+        assert "follows here" in shown
+        heads[token] = shown
+    assert heads[14].startswith("·open ")
+    assert heads[20].startswith("utf ")
+    field = page.get_by_role("textbox", name="Text")
+    field.fill("import os\n")
+    field.press("Control+Enter")
+    expect(page.get_by_text("token 3, ‘↵").first).to_be_visible()  # the text's last
+    page.wait_for_timeout(1000)
+    shown, offered, to = next_token(page)
+    assert shown == offered[0] == to
+    assert "follows" not in shown
+
+
 def test_a_token_is_picked_by_keyboard_and_says_its_value_on_focus(
     page: Page, address: str
 ) -> None:
