@@ -72,16 +72,14 @@ def read_shape(path: Path) -> ModelShape | None:
         d_model = fields.get("hidden_size") or fields.get("n_embd")
         n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
         n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
-    except (ValueError, AttributeError):  # no JSON, or JSON of another kind
+        d_mlp = fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model
+        d_head = fields.get("head_dim") or d_model // n_heads
+    except (ValueError, AttributeError, TypeError):  # no JSON, or JSON of another kind
         return None
-    if not all(isinstance(number, int) and number > 0 for number in (d_model, n_layers, n_heads)):
+    numbers = (d_model, n_layers, n_heads, d_mlp, d_head)
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
-    return ModelShape(
-        d_model=d_model,
-        d_mlp=fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model,
-        d_attn=n_heads * (fields.get("head_dim") or d_model // n_heads),
-        n_layers=n_layers,
-    )
+    return ModelShape(d_model=d_model, d_mlp=d_mlp, d_attn=n_heads * d_head, n_layers=n_layers)
 
 
 def n_parameters(spec: SAESpec, d_in: int) -> int:

@@ -311,7 +311,7 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
         "pass it as a TransformerBridge"
     )
     (tmp_path / "config.json").write_text('{"model_type": "from-another-planet"}')
-    with pytest.raises(InputError, match=sentence("got unknown to transformers in")):
+    with pytest.raises(InputError, match=sentence("got 'from-another-planet', which is unknown")):
         load_model(str(tmp_path))
 
 

@@ -134,6 +134,9 @@ def test_the_width_of_each_site_is_read_from_the_folder(tmp_path: Path) -> None:
     assert shape is not None
     assert shape == ModelShape(d_model=6, d_mlp=7, d_attn=20, n_layers=2)
     assert [shape.width(site) for site in ("resid_pre", "mlp_hidden", "attn_z")] == [6, 7, 20]
+    for wrong in ({"intermediate_size": "wide"}, {"head_dim": [5]}, {"hidden_size": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(fields | wrong), encoding="utf-8")
+        assert model_shape(str(tmp_path)) is None
 
 
 def test_a_hub_name_has_no_shape_before_it_is_here() -> None:

@@ -12,7 +12,7 @@ Model = TypeVar("Model", bound=HookedTransformer)
 
 def bundled_gpt2(kind: type[Model], *, folder: str, device: str, tokenizer: Any) -> Model:
     """Return the model in `folder`, weights as they are, as a `kind`, ready to be read."""
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     shape = hf.config
     cfg = HookedTransformerConfig(
         n_layers=shape.n_layer,

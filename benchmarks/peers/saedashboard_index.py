@@ -62,7 +62,7 @@ def _model(job: Job) -> HookedSAETransformer:
             HookedSAETransformer,
             folder=job["model_folder"],
             device=job["device"],
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         )
 
 

@@ -37,7 +37,9 @@ def prepare(job: Job) -> Work:
                     HookedTransformer,
                     folder=job["model_folder"],
                     device=job["device"],
-                    tokenizer=AutoTokenizer.from_pretrained(job["model_folder"]),
+                    tokenizer=AutoTokenizer.from_pretrained(
+                        job["model_folder"], trust_remote_code=False
+                    ),
                 ),
             )
             runner.run()

@@ -1,19 +1,36 @@
-"""Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory."""
+"""Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory.
+
+A folder is data: Python that lies in it (`auto_map`) is never run, and nobody is asked whether to.
+"""
 
 import contextlib
+import json
+import logging
+import pickle
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 from gsae_core.errors import InputError
 from gsae_core.hub_errors import hub_sentence, is_hub_trouble
+from gsae_core.lm.keys import check_keys
 from gsae_core.lm.sites import FAMILIES
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "stdlib-gpt2"
 """Folder of the model that ships with the package."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_LFS_POINTER = b"version https://git-lfs"
+# How transformers reports keys that do not fit.
+_TOLD = ("LOAD REPORT", "This checkpoint seem corrupted")
+# What damaged files of weights and of shards raise beside OSError.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError)
 
 
 def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
@@ -24,46 +41,165 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
         revision: branch, tag or commit; read for Hub names only.
 
     Raises:
-        InputError: if there is no such model, its kind is unsupported, or it lacks a tokenizer.
+        InputError: if there is no such model, its kind is unsupported, its files are damaged, its
+            weights are not those of its kind, or it lacks a tokenizer.
     """
-    import httpx2
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = _folder(name)
     found = name if where is None else str(where)
-    options = {"revision": revision} if where is None and revision else {}
-    try:
-        config = AutoConfig.from_pretrained(found, **options)
-    except OSError as error:
-        raise InputError(hub_sentence(error, name, what="model", revision=revision)) from error
-    except ValueError as error:  # transformers' word for a model_type that it has never heard of
-        raise InputError(_unsupported(name, "unknown to transformers")) from error
-    check_config(name, config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(found, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(_no_tokenizer(name)) from error
-    # Where the files are missing, most tokenizer classes start out empty and say nothing.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(_no_tokenizer(name))
-    try:
-        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
-        # scores, which SDPA cannot).
-        with contextlib.nullcontext() if where is None else _no_bar():
-            hf: Any = AutoModelForCausalLM.from_pretrained(
-                found, dtype=getattr(torch, dtype), **options
-            )
-    except (OSError, httpx2.HTTPError) as error:
-        if is_hub_trouble(error):
-            raise InputError(hub_sentence(error, name, what="model", revision=revision)) from error
+    # Left out, transformers asks at a terminal whether to run the folder's own Python.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if where is None and revision:
+        options["revision"] = revision
+    config = _config(name, found, where, options)
+    check_config(name, config, headless=True)
+    if where is not None and (where / "adapter_config.json").is_file():
         raise InputError(
-            f"expected model weights (model.safetensors) beside the config of {name!r}, "
-            "found none that could be read; download or save the model again"
-        ) from error
+            f"expected the weights of one model, got an adapter beside them in {name!r} "
+            "(adapter_config.json); merge the two with merge_and_unload() and save the result"
+        )
+    tokenizer = _tokenizer(name, found, where, options)
+    hf = _model(name, found, where, {"dtype": getattr(torch, dtype), **options})
     if dtype == "float32":
         _fuse_gelu(hf)
     return hf.to(torch.device(device)), tokenizer
+
+
+def _config(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(found, **options)
+    except OSError as error:
+        # transformers' word for a file that is no JSON, too.
+        if where is None and not isinstance(error.__context__, ValueError):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_config(name, where, error)
+    except ValueError as error:  # transformers' word for a model_type that it has never heard of
+        raise InputError(_unsupported(name, _stranger(found, options))) from error
+    except Exception as error:
+        # What a value of the wrong kind leads to is anybody's guess: errors of huggingface_hub's
+        # own that are no ValueErrors, KeyError, ZeroDivisionError.
+        _refuse_config(name, where, error)
+
+
+def _refuse_config(name: str, where: Path | None, error: Exception) -> NoReturn:
+    _refuse_pointer(where)
+    raise InputError(
+        f"expected a config.json that describes a model in {name!r}, got one that cannot be used "
+        f"({_reason(error)}); download or save the model again"
+    ) from error
+
+
+def _stranger(found: str, options: dict[str, Any]) -> str:
+    """Return what a config.json says of a model that transformers has no code for."""
+    from transformers import PreTrainedConfig
+
+    fields: Any = PreTrainedConfig.get_config_dict(found, **options)[0]
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind is None:
+        return "a config.json without a model_type"
+    if "auto_map" in fields:
+        return f"{kind!r}, whose code is Python that comes with it (auto_map) and is never run,"
+    return f"{kind!r}, which is unknown to transformers,"
+
+
+def _tokenizer(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found, **options)
+    except (OSError, ValueError, ImportError) as error:
+        if is_hub_trouble(error):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_pointer(where)
+        raise InputError(_no_tokenizer(name, where, error)) from error
+    # Where the files are missing, most tokenizer classes start out empty and say nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(_no_tokenizer(name))
+    return tokenizer
+
+
+def _model(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    """Return the model with every weight that its kind has, and nothing left over."""
+    import httpx2
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
+        # scores, which SDPA cannot).
+        with _no_report(), contextlib.nullcontext() if where is None else _no_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                found,
+                output_loading_info=True,
+                # Told like the other keys that do not fit, by check_keys.
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except ImportError as error:
+        raise InputError(
+            f"expected a model that loads with the packages that are here, got {name!r}, which "
+            f"needs another ({_reason(error)}); install it, or choose a copy of the model that "
+            "does without, not quantised"
+        ) from error
+    except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
+        if is_hub_trouble(error):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_pointer(where)
+        raise InputError(
+            f"expected model weights (model.safetensors) beside the config of {name!r}, "
+            f"found none that could be read ({_reason(error)}); download or save the model again"
+        ) from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # An activation function that there is none of, no heads, a list where tensors were.
+        raise InputError(
+            f"expected a config.json and weights that make a model in {name!r}, got some that do "
+            f"not ({_reason(error)}); download or save the model again"
+        ) from error
+    hf, keys = loaded
+    check_keys(name, hf, keys)
+    return hf
+
+
+def _refuse_pointer(where: Path | None) -> None:
+    """Refuse a clone that holds Git LFS's notes in place of its files."""
+    for path in sorted(where.iterdir()) if where is not None else ():
+        if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise InputError(
+                        f"expected the file itself in {path}, got Git LFS's pointer to it; fetch "
+                        "it with `git lfs pull`"
+                    )
+
+
+def _hub_sentence(error: Exception, name: str, options: dict[str, Any]) -> str:
+    return hub_sentence(error, name, what="model", revision=options.get("revision"))
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's kind and how its text begins, fit to stand inside a sentence."""
+    kind = type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{kind}: a file of more than tensors, or damaged"  # torch's own text: ten lines
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{kind}: {said.rstrip('.')}" if said else kind
+
+
+@contextlib.contextmanager
+def _no_report() -> Iterator[None]:
+    # What transformers says of keys that do not fit would stand above our sentence about them.
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_other)
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _TOLD)
 
 
 def _fuse_gelu(hf: Any) -> None:
@@ -96,19 +232,27 @@ def _no_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_config(name: str, config: Any) -> None:
+def check_config(name: str, config: Any, *, headless: bool = False) -> None:
     """Check that a Hugging Face config describes a causal LM of a supported family.
+
+    Args:
+        headless: whether a model saved without its output layer will do; it is complete where that
+            layer is tied to the embedding.
 
     Raises:
         InputError: if it does not.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
 
-    if config.model_type not in FAMILIES:
-        raise InputError(_unsupported(name, f"{config.model_type!r}"))
-    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise InputError(_unsupported(name, repr(kind)))
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     came = config.architectures or [wanted]
-    if wanted not in came:
+    if wanted not in came and not (headless and MODEL_MAPPING_NAMES[kind] in came):
         raise InputError(
             f"expected a causal language model ({wanted}), got {came[0]} in {name!r}; "
             "choose a checkpoint that predicts the next token"
@@ -137,7 +281,19 @@ def _unsupported(name: str, family: str) -> str:
     )
 
 
-def _no_tokenizer(name: str) -> str:
+def _no_tokenizer(name: str, where: Path | None = None, error: Exception | None = None) -> str:
+    if error is not None and "custom code" in str(error):
+        return (
+            f"expected a tokenizer that transformers has the code of, got one in {name!r} whose "
+            "code is Python that comes with it (auto_map) and is never run; save its "
+            "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
+        )
+    files = [] if where is None else [where / file for file in _TOKENIZERS]
+    if error is not None and any(file.is_file() for file in files):
+        return (
+            f"expected a tokenizer that can be read beside the model, got one in {name!r} that "
+            f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
+        )
     return (
         f"expected a tokenizer (tokenizer.json) beside the model, found none in {name!r}; "
         "save it there with tokenizer.save_pretrained()"

@@ -1,0 +1,492 @@
+"""Weights, configs and code of a model folder: what does not fit is a sentence, never a guess."""
+
+import html
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from app_pages import opened, text
+from conftest import small_run
+from families import tiny
+from safetensors.torch import load_file, save_file
+
+from gsae_core import cli
+from gsae_core.errors import InputError
+from gsae_core.lm.model import load_model
+from gsae_core.store.runs import Run
+
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2")
+IDS = torch.tensor([[2, 3, 5, 7, 11]])
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Save a tiny model of a family after changing the keys of its weights."""
+
+    def save(family: str, change: Callable[[Weights], Weights], **config: Any) -> Path:
+        folder = tmp_path / "model"
+        tiny(family).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        weights = change(load_file(folder / "model.safetensors"))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        configure(folder, **config)
+        return folder
+
+    return save
+
+
+def configure(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def same(weights: Weights) -> Weights:
+    return weights
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_model(str(folder))
+    return str(error.value).replace(str(folder), "FOLDER")
+
+
+# Keys
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("prefix", "parts"),
+    [
+        ("_orig_mod.", "'_orig_mod.' of torch.compile"),
+        ("module.", "'module.' of DataParallel or DistributedDataParallel"),
+        (
+            "module._orig_mod.",
+            "'module.' of DataParallel or DistributedDataParallel and '_orig_mod.' of "
+            "torch.compile",
+        ),
+    ],
+)
+def test_keys_with_a_wrappers_prefix_are_refused_with_what_to_do(
+    saved: Callable[..., Path], family: str, prefix: str, parts: str
+) -> None:
+    said = refusal(saved(family, lambda w: {prefix + key: value for key, value in w.items()}))
+    assert f"({prefix}" in said
+    assert said.endswith(
+        f"that it does not have; save the model that is inside the wrapper, or take {parts} out "
+        "of the keys"
+    )
+
+
+def test_the_sentence_counts_the_keys_and_names_the_first(saved: Callable[..., Path]) -> None:
+    # A layer of Llama has four projections of attention, three of the MLP and two norms; the model
+    # two layers, an embedding, a norm and the output layer: 21.
+    said = refusal(saved("llama", lambda w: {f"_orig_mod.{key}": w[key] for key in w}))
+    assert said == (
+        "expected the weights of a LlamaForCausalLM in 'FOLDER', found none for 21 keys "
+        "(lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight and 18 "
+        "more) of its own and 21 keys (_orig_mod.lm_head.weight, "
+        "_orig_mod.model.embed_tokens.weight, _orig_mod.model.layers.0.input_layernorm.weight and "
+        "18 more) that it does not have; save the model that is inside the wrapper, or take "
+        "'_orig_mod.' of torch.compile out of the keys"
+    )
+
+
+def test_a_missing_layer_is_refused(saved: Callable[..., Path]) -> None:
+    said = refusal(saved("llama", lambda w: {key: w[key] for key in w if "layers.1." not in key}))
+    assert said == (
+        "expected the weights of a LlamaForCausalLM in 'FOLDER', found none for 9 keys "
+        "(model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, "
+        "model.layers.1.mlp.gate_proj.weight and 6 more) of its own; save the model again with "
+        "save_pretrained(), weights and config.json together"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rename", "advice"),
+    [
+        # torch.compile on one block.
+        (
+            lambda key: key.replace("layers.1.", "layers.1._orig_mod."),
+            "take '_orig_mod.' of torch.compile out of the keys",
+        ),
+        (
+            lambda key: re.sub(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module.", key),
+            "take '_fsdp_wrapped_module.' of FSDP out of the keys",
+        ),
+        (lambda key: f"net.lm.{key}", "take 'net.lm.' out of the keys"),
+    ],
+)
+def test_other_prefixes_and_wrappers_inside_are_told_too(
+    saved: Callable[..., Path], rename: Callable[[str], str], advice: str
+) -> None:
+    said = refusal(saved("llama", lambda w: {rename(key): w[key] for key in w}))
+    assert said.endswith(advice)
+
+
+def test_weights_of_another_shape_are_refused(saved: Callable[..., Path]) -> None:
+    assert refusal(saved("llama", same, vocab_size=41)) == (
+        "expected the weights of a LlamaForCausalLM in 'FOLDER', found another shape for 2 keys "
+        "(lm_head.weight: (40, 12), not (41, 12), model.embed_tokens.weight: (40, 12), not "
+        "(41, 12)); save the model again with save_pretrained(), weights and config.json together"
+    )
+
+
+@pytest.mark.parametrize("key", ["score.weight", "model.layers.0.mlp.down_proj.lora_A.weight"])
+def test_weights_that_the_model_has_no_place_for_are_refused(
+    saved: Callable[..., Path], key: str
+) -> None:
+    assert refusal(saved("llama", lambda w: {**w, key: torch.zeros(2, 12)})) == (
+        f"expected the weights of a LlamaForCausalLM in 'FOLDER', found 1 key ({key}) that it "
+        "does not have; save the model again as a LlamaForCausalLM alone, with adapters merged, or "
+        "let its config.json say what it is"
+    )
+
+
+def headless(weights: Weights) -> Weights:
+    """As the model without its output layer saves them."""
+    return {
+        key.removeprefix("model."): value
+        for key, value in weights.items()
+        if not key.startswith("lm_head")
+    }
+
+
+@pytest.mark.parametrize("architectures", [["LlamaModel"], None])
+def test_a_model_saved_without_its_output_layer_loads_only_where_that_is_tied(
+    saved: Callable[..., Path], architectures: Any
+) -> None:
+    folder = saved("llama", headless, architectures=architectures)
+    assert refusal(folder) == (
+        "expected the weights of a LlamaForCausalLM in 'FOLDER', found none for 1 key "
+        "(lm_head.weight) of its own; choose a checkpoint that has the output layer, for it "
+        "predicts the next token"
+    )
+    configure(folder, tie_word_embeddings=True)
+    model = load_model(str(folder))
+    embedding = load_file(folder / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(model.hf.lm_head.weight, embedding)
+    assert torch.equal(model.hf.model.embed_tokens.weight, embedding)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        # What transformers 2 to 4 saved beside the weights: causal masks, rotary tables.
+        ("gpt2", ("transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias")),
+        (
+            "gpt_neox",
+            ("gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias"),
+        ),
+        ("gpt_neox", ("gpt_neox.layers.1.attention.rotary_emb.inv_freq",)),
+        ("llama", ("model.layers.0.self_attn.rotary_emb.inv_freq",)),
+        ("llama", ("model.layers.0.self_attn.rotary_emb.cos_cached",)),
+    ],
+)
+def test_buffers_of_older_checkpoints_are_no_weights(
+    saved: Callable[..., Path], family: str, keys: tuple[str, ...]
+) -> None:
+    folder = saved(family, lambda w: {**w, **{key: torch.ones(4) for key in keys}})
+    model = load_model(str(folder))
+    own = {key.partition(".")[2]: value for key, value in tiny(family).named_parameters()}
+    for key, value in model.hf.named_parameters():
+        assert torch.equal(value, own[key.partition(".")[2]])
+
+
+def pickled(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    """Cut the weights into files of one key each."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {key: f"model-{i:05}-of-{len(weights):05}.safetensors" for i, key in enumerate(weights)}
+    for key, file in where.items():
+        save_file({key: weights[key]}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("kept", [pickled, sharded])
+def test_shards_and_pickles_are_held_to_the_same(
+    saved: Callable[..., Path], kept: Callable[[Path], Path]
+) -> None:
+    whole = load_model(str(kept(saved("llama", same)))).logits(IDS)
+    assert torch.equal(whole, tiny("llama")(IDS).logits)
+    shutil.rmtree(saved("llama", same))
+    folder = kept(saved("llama", lambda w: {key: w[key] for key in w if "layers.1." not in key}))
+    assert "found none for 9 keys (model.layers.1.input_layernorm.weight" in refusal(folder)
+
+
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(
+    saved: Callable[..., Path],
+) -> None:
+    folder = saved("llama", same)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert refusal(folder) == (
+        "expected the weights of one model, got an adapter beside them in 'FOLDER' "
+        "(adapter_config.json); merge the two with merge_and_unload() and save the result"
+    )
+
+
+# Files
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+UNREADABLE = (
+    "expected model weights (model.safetensors) beside the config of 'FOLDER', found none that "
+    "could be read ({}); download or save the model again"
+)
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return change
+
+
+def instead(name: str, text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
+
+
+def quantised(method: str, **fields: Any) -> Callable[[Path], None]:
+    config = {"quant_method": method, **fields}
+    return lambda folder: configure(folder, quantization_config=config)
+
+
+def and_then(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for each in changes:
+            each(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            instead("model.safetensors", POINTER),
+            "expected the file itself in FOLDER/model.safetensors, got Git LFS's pointer to it; "
+            "fetch it with `git lfs pull`",
+        ),
+        (
+            and_then(pickled, instead("pytorch_model.bin", POINTER)),
+            "expected the file itself in FOLDER/pytorch_model.bin, got Git LFS's pointer to it; "
+            "fetch it with `git lfs pull`",
+        ),
+        (
+            instead("tokenizer.json", POINTER),
+            "expected the file itself in FOLDER/tokenizer.json, got Git LFS's pointer to it; "
+            "fetch it with `git lfs pull`",
+        ),
+        (
+            cut("model.safetensors", 5000),
+            UNREADABLE.format(
+                "SafetensorError: Error while deserializing header: incomplete metadata, file not "
+                "fully covered"
+            ),
+        ),
+        (and_then(pickled, cut("pytorch_model.bin", 0)), UNREADABLE.format("EOFError")),
+        (
+            and_then(pickled, instead("pytorch_model.bin", "nonsense")),
+            UNREADABLE.format("UnpicklingError: a file of more than tensors, or damaged"),
+        ),
+        (
+            and_then(sharded, instead("model.safetensors.index.json", "{")),
+            UNREADABLE.format(
+                "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 "
+                "column 2 (char 1)"
+            ),
+        ),
+        (
+            lambda folder: configure(folder, hidden_act="nonsense"),
+            "expected a config.json and weights that make a model in 'FOLDER', got some that do "
+            "not (KeyError: 'nonsense'); download or save the model again",
+        ),
+        (
+            instead("config.json", "{"),
+            "expected a config.json that describes a model in 'FOLDER', got one that cannot be "
+            "used (OSError: It looks like the config file at 'FOLDER/config.json' is not a valid "
+            "JSON file); download or save the model again",
+        ),
+        (
+            lambda folder: configure(folder, hidden_size="wide"),
+            "expected a config.json that describes a model in 'FOLDER', got one that cannot be "
+            "used (StrictDataclassFieldValidationError: Validation error for field 'hidden_size': "
+            "TypeError: Field 'hidden_size' expected int, got str (value: 'wide')); download or "
+            "save the model again",
+        ),
+        (
+            instead("tokenizer.json", "{"),
+            "expected a tokenizer that can be read beside the model, got one in 'FOLDER' that "
+            "cannot (JSONDecodeError: Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)); save it again with tokenizer.save_pretrained()",
+        ),
+    ],
+)
+def test_damaged_files_are_one_sentence(
+    saved: Callable[..., Path], spoil: Callable[[Path], Any], sentence: str
+) -> None:
+    folder = saved("llama", same)
+    spoil(folder)
+    assert refusal(folder) == sentence
+
+
+@pytest.mark.parametrize(
+    ("spoil", "package"),
+    [
+        (quantised("bitsandbytes", load_in_4bit=True), "bitsandbytes"),
+        (quantised("gptq", bits=4, group_size=32), "optimum"),
+        (quantised("awq", bits=4, group_size=32), "gptqmodel"),
+    ],
+)
+def test_a_package_that_is_not_here_is_one_sentence(
+    saved: Callable[..., Path],
+    spoil: Callable[[Path], None],
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    folder = saved("llama", same)
+    spoil(folder)
+    said = refusal(folder)
+    assert said.startswith(
+        "expected a model that loads with the packages that are here, got 'FOLDER', which needs "
+        "another (ImportError: "
+    )
+    assert package in said
+    assert said.endswith(
+        "; install it, or choose a copy of the model that does without, not quantised"
+    )
+
+
+def test_the_command_line_says_it_in_one_line_and_leaves_no_run(
+    saved: Callable[..., Path],
+    small_text: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = saved("gpt2", lambda w: {f"_orig_mod.{key}": w[key] for key in w})
+    capfd.readouterr()
+    assert cli.main(small_run(folder, small_text, tmp_path / "run")) == cli.MISTAKE
+    loading, sentence = capfd.readouterr().err.splitlines()
+    assert loading == "loading the model and the text"
+    assert sentence == f"gsae_core: {refusal(folder).replace('FOLDER', str(folder))}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("page", ["pages/6_Prompt.py", "pages/7_Steer.py"])
+def test_a_page_says_it_where_the_model_has_changed_since(
+    saved: Callable[..., Path], finished: Run, root: Path, page: str
+) -> None:
+    folder = saved("gpt2", lambda w: {f"module.{key}": w[key] for key in w})
+    config = json.loads((finished.folder / "config.json").read_text())
+    config["model"]["name"] = str(folder)
+    (finished.folder / "config.json").write_text(json.dumps(config))
+    at = opened(page, run=finished.id, text="w1 w2", sae="gated-0.05", feature="1")
+    assert not at.exception
+    assert "take 'module.' of DataParallel" in html.unescape(text(at))
+
+
+# Code that comes with a model
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """A file that the code of `with_code` writes."""
+    return tmp_path / "the-folders-code-ran"
+
+
+def with_code(folder: Path, marker: Path, file: str = "config.json", **auto_map: Any) -> Path:
+    """Give a model folder Python of its own, named by one of its JSON files."""
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    return folder
+
+
+OWN = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(question: str = "") -> str:
+        raise AssertionError(f"asked: {question}")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+@pytest.mark.usefixtures("nobody_answers")
+def test_code_beside_a_known_model_is_left_alone(saved: Callable[..., Path], marker: Path) -> None:
+    folder = with_code(saved("llama", same), marker, **OWN)
+    with_code(folder, marker, "generation_config.json", custom_generate="own.generate")
+    assert torch.equal(load_model(str(folder)).logits(IDS), tiny("llama")(IDS).logits)
+    assert not marker.exists()
+
+
+@pytest.mark.usefixtures("nobody_answers")
+def test_a_model_that_is_only_its_own_code_is_refused(
+    saved: Callable[..., Path], marker: Path
+) -> None:
+    folder = with_code(saved("llama", same, model_type="own"), marker, **OWN)
+    assert refusal(folder) == (
+        "expected a model of a supported family (gpt2, gpt_neox, llama, mistral, gemma, gemma2, "
+        "gemma3_text, qwen2, qwen3), got 'own', whose code is Python that comes with it "
+        "(auto_map) and is never run, in 'FOLDER'; choose another model or pass it as a "
+        "TransformerBridge"
+    )
+    assert not marker.exists()
+
+
+def test_nothing_is_asked_at_a_terminal(
+    saved: Callable[..., Path], marker: Path, small_text: Path, tmp_path: Path
+) -> None:
+    folder = with_code(
+        saved("llama", same), marker, "tokenizer_config.json", AutoTokenizer=["own.Words", None]
+    )
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Words"}))
+    words = small_run(folder, small_text, tmp_path / "run")
+    # Answered before it is asked: whoever reads a line gets a yes.
+    master, terminal = pty.openpty()
+    os.write(master, b"y\n")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gsae_core", *words],
+            stdin=terminal,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(terminal)
+        os.close(master)
+    assert done.stdout.splitlines()[-1] == (
+        "gsae_core: expected a tokenizer that transformers has the code of, got one in "
+        f"{str(folder)!r} whose code is Python that comes with it (auto_map) and is never run; "
+        "save its tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
+    )
+    assert "[y/N]" not in done.stdout
+    assert done.returncode == cli.MISTAKE
+    assert not marker.exists()
