@@ -32,6 +32,7 @@ from gsae_core.label_flags import Label
 from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
 from gsae_core.report import evals_table, time_spent
+from gsae_core.schedule import shortfalls_of_run
 from gsae_core.store.evals import measure_again, measured_earlier, positions
 from gsae_core.store.files import readable
 from gsae_core.store.index_jobs import index_folder
@@ -105,6 +106,8 @@ def _train(flags: Train) -> int:
     config = run_config(flags)
     run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
     print(f"run {run.folder}", flush=True)
+    for sentence in shortfalls_of_run(config):
+        _say(sentence)
     try:
         return _work(run)
     except InputError:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BeforeValidator,
@@ -152,6 +152,15 @@ def _or_nan(value: Any, handler: Callable[[Any], float]) -> float:
     return math.nan if value is None else handler(value)
 
 
+class Schedule(NamedTuple):
+    """What a recipe leaves to the length of the run, in steps; fields as in `TrainRecipe`."""
+
+    lr_warmup_steps: int
+    sparsity_warmup_steps: int
+    revive_every: int
+    revive_window: int
+
+
 class TrainRecipe(Config):
     """How SAEs learn. Batch sizes are activation vectors, and tokens are counted after masking."""
 
@@ -170,20 +179,23 @@ class TrainRecipe(Config):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Adam's second-moment decay."""
 
-    lr_warmup_steps: NonNegativeInt = 1000
-    """Cosine from 0.1x to 1x over so many steps, at the start and after each revival."""
+    lr_warmup_steps: NonNegativeInt | None = None
+    """Cosine from 0.1x to 1x over so many steps, at the start and after each revival; None takes
+    5 % of the steps, at most 1000."""
 
-    lr_decay_fraction: Fraction = 0.0
+    lr_decay_fraction: Fraction = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
 
-    sparsity_warmup_steps: NonNegativeInt = 0
-    """Steps over which lambda rises linearly from 0."""
+    sparsity_warmup_steps: NonNegativeInt | None = None
+    """Steps over which lambda rises linearly from 0; None takes 5 % of the steps, at most 5000."""
 
-    revive_every: NonNegativeInt = 25_000
-    """Steps between revivals of dead latents; 0 never revives."""
+    revive_every: NonNegativeInt | None = None
+    """Steps between revivals of dead latents; 0 never revives; None takes 20 % of the steps, at
+    most 25 000."""
 
-    revive_window: PositiveInt = 12_500
-    """A latent that did not fire in so many steps before a revival is dead."""
+    revive_window: PositiveInt | None = None
+    """A latent that did not fire in so many steps before a revival is dead; None takes half of the
+    steps between revivals, or where there are none 10 % of the steps, at most 12 500."""
 
     revive_until: Annotated[float, Field(ge=0, le=1)] = 0.7
     """No revival after this share of the steps, so that what is revived can still learn."""
@@ -196,6 +208,23 @@ class TrainRecipe(Config):
     def n_steps(self) -> int:
         """Whole batches in `n_tokens`."""
         return self.n_tokens // self.batch_size
+
+    @property
+    def schedule(self) -> Schedule:
+        """The settings that may be left to the length of the run, as numbers."""
+        n = self.n_steps
+        every = _given(self.revive_every, min(25_000, n // 5))
+        window = every // 2 if every else min(12_500, n // 10)
+        return Schedule(
+            lr_warmup_steps=_given(self.lr_warmup_steps, min(1000, n // 20)),
+            sparsity_warmup_steps=_given(self.sparsity_warmup_steps, min(5000, n // 20)),
+            revive_every=every,
+            revive_window=_given(self.revive_window, max(1, window)),
+        )
+
+
+def _given(number: int | None, otherwise: int) -> int:
+    return otherwise if number is None else number
 
 
 class TrainConfig(TrainRecipe):

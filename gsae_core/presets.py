@@ -167,7 +167,15 @@ def _gpt2_small(layer: int, site: Site) -> RunConfig:
         model=ModelConfig(name="openai-community/gpt2", layer=layer, site=site),
         data=DataConfig(source="Skylion007/openwebtext", text_column="text", n_ctx=128),
         saes=_saebench_saes(24_576),
-        train=TrainRecipe(n_tokens=300_000_000, lr=3e-4, sparsity_warmup_steps=5000),
+        train=TrainRecipe(
+            n_tokens=300_000_000,
+            lr=3e-4,
+            lr_warmup_steps=1000,
+            lr_decay_fraction=0.0,
+            sparsity_warmup_steps=5000,
+            revive_every=25_000,
+            revive_window=12_500,
+        ),
         evaluation=EvalConfig(n_tokens=524_288),
     )
 
@@ -182,6 +190,8 @@ def _gemma_2_2b(layer: int, site: Site) -> RunConfig:
         lr_warmup_steps=1000,
         lr_decay_fraction=0.2,
         sparsity_warmup_steps=5000,
+        revive_every=25_000,
+        revive_window=12_500,
     )
     return RunConfig(
         preset="gemma-2-2b",

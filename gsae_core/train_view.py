@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from gsae_core.config import RunConfig, SAESpec
+from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.estimates import Expected
 from gsae_core.pieces import SIGNS
 from gsae_core.plots.palette import LOOKS
@@ -102,6 +102,28 @@ def _glyph(character: str) -> str:
     if sign is None and not character.isprintable():
         sign = f"U+{ord(character):04X}"
     return html.escape(character) if sign is None else f'<span class="gs-w">{sign}</span>'
+
+
+def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
+    """Return the rows about the steps over which rates change and features are revived."""
+    steps, n = recipe.schedule, recipe.n_steps
+    rate = [_rise(steps.lr_warmup_steps, whole="at its peak")]
+    if recipe.lr_decay_fraction:
+        rate.append(f"falls over the last {recipe.lr_decay_fraction * n:,.0f}")
+    revived = f"revived every {_steps(steps.revive_every)}, if silent for {steps.revive_window:,}"
+    return {
+        "Learning rate": ", ".join(rate),
+        "λ": _rise(steps.sparsity_warmup_steps, whole="whole"),
+        "Dead features": revived if steps.revive_every else "not revived",
+    }
+
+
+def _rise(n: int, *, whole: str) -> str:
+    return f"rises over {_steps(n)}" if n else f"{whole} from the first step on"
+
+
+def _steps(n: int) -> str:
+    return f"{n:,} step{'s' * (n != 1)}"
 
 
 def plan(config: RunConfig, expected: dict[str, Expected]) -> None:

@@ -19,9 +19,10 @@ from gsae_core.pieces import copy_link, facts, notice, plain
 from gsae_core.preflight import Fix, Refusal, gpu_memory, preflight
 from gsae_core.presets import presets
 from gsae_core.preview import Preview, preview_within
+from gsae_core.schedule import shortfalls_of_run
 from gsae_core.store.files import readable
 from gsae_core.train_form import LABELS, Base, at_place, corrected, shown, to_flags
-from gsae_core.train_view import bar, plan, side_by_side, token_lines
+from gsae_core.train_view import bar, plan, schedule_rows, side_by_side, token_lines
 from gsae_core.train_widgets import advanced, budget, computing, in_cache, what, where
 from gsae_core.wording import count, duration
 
@@ -168,6 +169,7 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
         bar(one)
     n_steps, batch = config.train.n_steps, config.train.batch_size
     rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {len(config.saes)} SAEs at once"}
+    rows |= schedule_rows(config.train)
     if flight.seconds is None:
         rows["Memory and time"] = "known once the model is here; the run checks before it trains"
     else:
@@ -290,6 +292,8 @@ with right, st.container(border=True):
         st.button("Start", type="primary", disabled=True, width="stretch", key="start")
         st.stop()
     refusals = before(config, about)
+    for sentence in shortfalls_of_run(config):
+        notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
     refuse(refusals)
     start(config, bool(refusals))
     copies(flags, config)

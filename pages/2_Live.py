@@ -32,6 +32,7 @@ from gsae_core.plots.live import (
 from gsae_core.plots.live_spec import Line
 from gsae_core.plots.plane import plane
 from gsae_core.progress import progress
+from gsae_core.schedule import shortfalls_of_run
 from gsae_core.store.metrics_log import MetricsCursor
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
@@ -154,6 +155,8 @@ def view(was: Status) -> None:
         if status.state != was.state:
             st.rerun()  # the whole page: its buttons and its timer are of another state
         header(status, tables[run.id][0])
+        for sentence in shortfalls_of_run(run.config):
+            notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
         draw_trouble(run, status)
     except InputError as error:
         notice(str(error), title="This run can no longer be read")

@@ -45,6 +45,18 @@ def test_train_ends_with_a_table_a_headline_and_the_folder(
     assert run.config.model.site == "mlp_hidden"
 
 
+def test_what_a_run_is_too_short_for_is_said_before_it_starts(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small, "--lr-warmup-steps", "20"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "gsae_core: all 20 steps lie within the learning-rate warm-up of 20, so the learning rate "
+        "never reaches its peak; shorten the warm-up or train on more tokens",
+        "loading the model and the text",
+    ]
+
+
 def test_a_terminal_gets_a_bar_with_l0_and_loss(
     small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -330,3 +330,19 @@ def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:
     assert at.dataframe[0].value["run"].iloc[0] == "run-199"
     assert len(at.dataframe[0].value) == 20
     assert HOSTILE not in text(at)
+
+
+def test_what_a_run_is_too_short_for_is_said_on_live(root: Path) -> None:
+    short = config().train.model_copy(update={"lr_warmup_steps": 10**6})
+    run_config = config().model_copy(update={"train": short})
+    write_run(root, "short", run_config=run_config)
+    n = short.n_steps
+    assert (
+        f"All {n:,} steps lie within the learning-rate warm-up of 1,000,000, so the learning rate "
+        "never reaches its peak; shorten the warm-up or train on more tokens." in text(opened(LIVE))
+    )
+
+
+def test_a_run_that_lacks_nothing_has_no_such_notice(root: Path) -> None:
+    write_run(root, "whole")
+    assert "never reaches its peak" not in text(opened(LIVE))

@@ -11,8 +11,8 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            "errors validation config sweeps paper presets glossary wording footprint threads "
-            "catalogue estimates notebook_cell measured token_strip example_strips "
+            "errors validation config schedule sweeps paper presets glossary wording footprint "
+            "threads catalogue estimates notebook_cell measured token_strip example_strips "
             "markup versions hub_errors "
             "sae_catalogue",
             "lm sae",

@@ -17,7 +17,9 @@ from gsae_core.training.optim import (
 )
 
 # 20 steps of one activation each.
-WARMUP = TrainRecipe(n_tokens=20, batch_size=1, lr_warmup_steps=4)
+WARMUP = TrainRecipe(
+    n_tokens=20, batch_size=1, lr_warmup_steps=4, lr_decay_fraction=0.0, sparsity_warmup_steps=0
+)
 
 
 def adam_for(sae: GatedSAE | ReluSAE) -> DictionaryAdam:

@@ -64,6 +64,30 @@ def test_the_form_starts_what_its_command_line_and_its_notebook_cell_say(
     assert started == [run.id]
 
 
+def test_what_the_run_is_too_short_for_is_said_before_the_button(root: Path) -> None:
+    at = opened(TRAIN)
+    # 1,048,576 tokens in batches of 2048 are 512 steps; quick says 20, 0.2, 20, 100 and 50.
+    assert "rises over 20 steps, falls over the last 102" in said(at)
+    assert "revived every 100 steps, if silent for 50" in said(at)
+    short = opened(TRAIN, tokens="40960")  # 20 steps
+    assert not short.exception
+    assert (
+        "All 20 steps lie within the learning-rate warm-up of 20, so the learning rate never "
+        "reaches its peak; shorten the warm-up or train on more tokens." in said(short)
+    )
+    assert not short.button(key="start").disabled
+    left_alone = opened(
+        TRAIN,
+        tokens="40960",
+        lr_warmup_steps="",
+        sparsity_warmup_steps="",
+        revive_every="",
+        revive_window="",
+    )
+    assert "never reaches" not in said(left_alone)
+    assert "rises over 1 step, falls over the last 4" in said(left_alone)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [

@@ -14,10 +14,13 @@ MAX_COLUMNS = 10
 def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
     """Return everything that makes an SAE what it is, as text by dotted name.
 
-    The run's settings, then the SAE's own under `sae.`, its name left out. `None` reads `default`,
-    for that is what it asks for everywhere.
+    The run's settings, then the SAE's own under `sae.`, its name left out. What the recipe leaves
+    to the run's length is there in steps. `None` reads `default`, for that is what it asks for
+    everywhere else.
     """
     fields = config.model_dump(mode="json", exclude={"saes"})
+    if config.imported is None:
+        fields["train"] |= config.train.schedule._asdict()
     return _flat(fields, "") | _flat(spec.model_dump(mode="json", exclude={"name"}), "sae.")
 
 

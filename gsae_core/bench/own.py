@@ -58,6 +58,7 @@ def whole_step(job: Job) -> Work:
         batch_size=len(problem.x),
         lr=LR,
         lr_warmup_steps=0,
+        sparsity_warmup_steps=0,
         revive_every=0,
         sparsity=(SPARSITY,),
         screened=job.get("screened", False),

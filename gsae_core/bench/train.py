@@ -90,6 +90,7 @@ def run_config(flags: Train, *, n_saes: int) -> RunConfig:
             batch_size=flags.batch,
             lr=LR,
             lr_warmup_steps=WARM_UP_STEPS,
+            lr_decay_fraction=0.0,
             sparsity_warmup_steps=WARM_UP_STEPS,
             revive_every=0,  # SAELens revives nothing for Gated SAEs
         ),

@@ -28,10 +28,10 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
         cfg: the recipe.
         warmup_start: steps done when the warm-up last began: 0, or those done at the last revival.
     """
-    since = step - warmup_start
+    since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
     factor = 1.0
-    if since < cfg.lr_warmup_steps:
-        risen = (1 - math.cos(math.pi * since / cfg.lr_warmup_steps)) / 2
+    if since < warmup:
+        risen = (1 - math.cos(math.pi * since / warmup)) / 2
         factor = WARMUP_FLOOR + (1 - WARMUP_FLOOR) * risen
     decay_steps = cfg.lr_decay_fraction * cfg.n_steps
     remaining = cfg.n_steps - step
@@ -40,7 +40,7 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
 
 def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
     """Return lambda of a step as a share of its final value: a line from 0, then 1."""
-    warmup = cfg.sparsity_warmup_steps
+    warmup = cfg.schedule.sparsity_warmup_steps
     return step / warmup if step < warmup else 1.0
 
 

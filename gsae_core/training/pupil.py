@@ -91,7 +91,7 @@ class Pupil:
         self.ahead = sae.b_dec.device.type in AHEAD_ON
         self._stepper = Stepper(sae, crossover=crossover, screened=cfg.screened)
         self.adam = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
-        self._silence = Silence(sae, window=cfg.revive_window)
+        self._silence = Silence(sae, window=cfg.schedule.revive_window)
         self._courier = Courier(sae.b_dec.device)
         self._begun: _Begun | None = None
         self.warmup_start = 0
@@ -212,7 +212,7 @@ class Pupil:
     def _attempt(self, lesson: _Lesson, known: _Known) -> Attempt:
         # It has not been counted, and one more step may have followed it: two steps on at most. A
         # loss that hears dead latents costs as much where there are none, unless that is known.
-        none_dead = known.silent is not None and known.silent + 2 < self.cfg.revive_window
+        none_dead = known.silent is not None and known.silent + 2 < self.cfg.schedule.revive_window
         return self._stepper.attempt(
             lesson.x,
             sparsity_coeff=lesson.sparsity_coeff,
@@ -247,7 +247,7 @@ class Pupil:
         lesson.answer.give(Outcome(None, None, None, self._silence.dead, self.stopped))
 
     def _revive(self, pool: Float[Tensor, "pool d_in"], *, steps_done: int) -> int:
-        dead = dead_latents(self._silence.since_fired, window=self.cfg.revive_window)
+        dead = dead_latents(self._silence.since_fired, window=self.cfg.schedule.revive_window)
         if len(dead) == 0:
             return 0  # and no warm-up again: nothing here is young
         revived = revive_(self.sae, self.adam, dead=dead, pool=pool, seed=steps_done)

@@ -38,10 +38,11 @@ ENCODERS = ("W_gate", "W_mag", "W_enc")
 
 def is_revival(steps_done: int, cfg: TrainRecipe) -> bool:
     """Return whether dead latents are revived after so many steps."""
+    every = cfg.schedule.revive_every
     return (
-        cfg.revive_every > 0
+        every > 0
         and steps_done > 0
-        and steps_done % cfg.revive_every == 0
+        and steps_done % every == 0
         and steps_done <= cfg.revive_until * cfg.n_steps
     )
 
@@ -53,10 +54,11 @@ def collects(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
     of the `widest` SAE's latents: no two latents need the same input, and no memory is held between
     revivals.
     """
-    if cfg.revive_every == 0:
+    every = cfg.schedule.revive_every
+    if every == 0:
         return False
     n_batches = -(-max(MIN_POOL, widest) // cfg.batch_size)
-    until_next = -steps_done % cfg.revive_every
+    until_next = -steps_done % every
     return until_next < n_batches and is_revival(steps_done + until_next, cfg)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
+from gsae_core.schedule import shortfalls
 from gsae_core.threads import spread
 from gsae_core.training.pupil import Pupil
 from gsae_core.training.report import StepReport
@@ -46,13 +47,8 @@ class Trainer:
                 f"expected n_tokens of at least one batch ({cfg.batch_size}), got {cfg.n_tokens}; "
                 "train on more tokens or in smaller batches"
             )
-        if cfg.lr_warmup_steps >= cfg.n_steps:
-            logger.warning(
-                "all %d steps lie within the learning-rate warm-up of %d, so its peak is never "
-                "reached; a smaller lr_warmup_steps would reach it",
-                cfg.n_steps,
-                cfg.lr_warmup_steps,
-            )
+        for sentence in shortfalls(cfg):
+            logger.warning("%s", sentence)
         lrs = _one_each("lrs", cfg.lrs or (cfg.lr,), n_saes=len(saes))
         sparsity = _one_each("sparsity", cfg.sparsity, n_saes=len(saes))
         self.cfg = cfg
