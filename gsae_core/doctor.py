@@ -19,6 +19,13 @@ MEMORY = 2 * 10**9
 DISK = 10**9
 HUB = "huggingface.co"
 
+# What training takes, with any preset and any data set: the Pile comes as .zst, others as Parquet.
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "transformer-lens"),
+    *("datasets", "huggingface-hub", "pyarrow", "zstandard"),
+    *("streamlit", "plotly"),
+)
+
 
 class Check(NamedTuple):
     """One line of the report."""
@@ -35,7 +42,7 @@ def examine(runs: Path) -> Iterator[Check]:
     """Yield one check after the other; `runs` is the folder that runs are kept in."""
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Check("python", "ok", system)
-    for package in ("torch", "transformers", "transformer-lens", "datasets", "streamlit", "plotly"):
+    for package in PACKAGES:
         yield version(package)
     yield device()
     yield memory()

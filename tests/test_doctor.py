@@ -38,8 +38,9 @@ def test_a_sound_machine_passes_line_by_line(
     assert main(["doctor", "--runs", str(tmp_path / "runs")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == {"ok", "note"}
-    names = ["python", "torch", "transformers", "transformer-lens", "datasets", "streamlit"]
-    names += ["plotly", "device", "memory", "disk", "runs folder", "bundled model", "Hub"]
+    names = ["python", "torch", "transformers", "tokenizers", "safetensors", "transformer-lens"]
+    names += ["datasets", "huggingface-hub", "pyarrow", "zstandard", "streamlit", "plotly"]
+    names += ["device", "memory", "disk", "runs folder", "bundled model", "Hub"]
     assert [line[6:22].strip() for line in lines] == names
     assert "bundled model     loads and runs: 4 layers of width 256, 4096 tokens" in "\n".join(
         lines
@@ -90,6 +91,7 @@ def test_what_is_wrong_comes_with_what_to_do(
     lines = capsys.readouterr().out.splitlines()
     bad = [line[6:] for line in lines if line.startswith("bad")]
     assert "torch             not installed; pip install -r requirements.txt" in bad
+    assert "zstandard         not installed; pip install -r requirements.txt" in bad
     assert (
         "memory            100.0 MB free; close other programs: the quick preset wants 2.0 GB"
         in bad
