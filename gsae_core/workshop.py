@@ -15,6 +15,7 @@ from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.store.activation_cache import open_cache
 from gsae_core.store.checkpoint import save_sae
 from gsae_core.store.files import free_bytes, readable
+from gsae_core.store.resume import has_state
 from gsae_core.store.runs import Run
 from gsae_core.training.memory import check_memory, resolve_device
 from gsae_core.training.trainer import Trainer
@@ -46,6 +47,7 @@ def set_up(run: Run) -> Bench:
             f"state and the one it replaces, found {readable(free)}; make room and resume the run"
         )
     corpus = load_text(cfg, model)
+    _check_text(run, corpus)
     harvest = _harvest(run, model, corpus)
     stream = ActivationStream(
         model,
@@ -77,6 +79,7 @@ def set_up(run: Run) -> Bench:
         n_ctx=corpus.n_ctx,
         bos=corpus.bos,
         n_train_tokens=corpus.n_train_tokens,
+        text_digest=corpus.digest,
         n_held_out_tokens=corpus.n_held_out_tokens,
         chunk_vectors=stream.chunk_vectors,
         rows_per_pass=harvest.rows,
@@ -100,6 +103,21 @@ def load_text(cfg: RunConfig, model: LanguageModel) -> Corpus:
     return load_corpus(
         cfg.data, model.tokenizer, n_tokens=cfg.train.n_tokens, model_n_ctx=model.n_ctx
     )
+
+
+def _check_text(run: Run, corpus: Corpus) -> None:
+    """Refuse to go on with other text than the steps that are saved were taken on."""
+    if not has_state(run.folder / "resume"):
+        return
+    # Older versions noted the tokens alone.
+    now = {"n_train_tokens": corpus.n_train_tokens, "text_digest": corpus.digest}
+    before = [event for event in run.events() if event["event"] == "set up"]
+    if before and any(before[-1].get(name, value) != value for name, value in now.items()):
+        raise InputError(
+            f"expected the text this run began with ({before[-1]['n_train_tokens']:,} training "
+            f"tokens), got other text from {corpus.name} ({corpus.n_train_tokens:,}): it has "
+            "changed, or an earlier version read it in another way; start a new run"
+        )
 
 
 def _harvest(run: Run, model: LanguageModel, corpus: Corpus) -> Harvest:

@@ -1,6 +1,7 @@
 """Interrupted anywhere and resumed, a run ends with the bits of one that was left alone."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -225,16 +226,48 @@ def test_a_damaged_state_is_told_and_the_run_starts_over_without_it(
     assert outcome(run) == undisturbed
 
 
-def test_another_corpus_under_the_same_name_is_refused(
-    run: Run, text: Path, tmp_path: Path
-) -> None:
-    own = write_text(tmp_path / "own.txt")
+def moved(run: Run, folder: Path, n_words: int) -> Run:
+    """Return a run on a text of its own that was killed, and whose text is another one since."""
+    own = write_text(folder / "own.txt")
     config = run.config.model_copy(
         update={"data": run.config.data.model_copy(update={"source": str(own)})}
     )
-    run = Run.create(tmp_path / "moved", config)
+    run = Run.create(folder / "moved", config)
     killed_at(run, 20)
-    write_text(own, seed=1)
+    write_text(own, n_words=n_words, seed=1)
+    return run
+
+
+def as_an_older_version(run: Run) -> None:
+    """Take from a run's events what older versions did not note."""
+    path = run.folder / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for event in events:
+        event.pop("text_digest", None)
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_another_text_under_the_same_name_is_refused(run: Run, tmp_path: Path, older: bool) -> None:
+    run = moved(run, tmp_path, n_words=500 if older else 1500)
+    if older:  # which noted the number of tokens
+        as_an_older_version(run)
+    # 500 words and EOS are 33 rows of 15 counted tokens; every fifth is held out, 26 are not.
+    now = 26 * 15 if older else 480
+    with pytest.raises(InputError) as caught:
+        finish(run)
+    assert str(caught.value) == (
+        "expected the text this run began with (480 training tokens), got other text from "
+        f"{tmp_path / 'own.txt'} ({now}): it has changed, or an earlier version read it in another "
+        "way; start a new run"
+    )
+
+
+def test_other_text_of_as_many_tokens_is_refused_by_what_the_model_makes_of_it(
+    run: Run, tmp_path: Path
+) -> None:
+    run = moved(run, tmp_path, n_words=1500)
+    as_an_older_version(run)
     with pytest.raises(InputError) as caught:
         finish(run)
     assert str(caught.value).startswith("expected the activations this run began with (E|x|^2 = ")

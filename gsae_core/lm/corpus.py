@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -103,6 +104,16 @@ class Corpus:
     def n_held_out_tokens(self) -> int:
         """Counted held-out tokens: masked positions left out."""
         return self.held_out.n_tokens
+
+    @property
+    def digest(self) -> str:
+        """A hash of the training split's length and of its first and last 64 sequences."""
+        n = len(self.train)
+        ends = np.unique(np.r_[: min(n, 64), max(0, n - 64) : n])
+        ids = self.train[ends].ids.numpy()
+        return sha256(
+            repr((n, self.n_train_tokens, ids.shape)).encode() + ids.tobytes()
+        ).hexdigest()
 
 
 def load_corpus(
