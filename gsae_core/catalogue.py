@@ -113,7 +113,7 @@ def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
 
 def _family(folder: Path) -> str | None:
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         return str(fields["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -70,10 +70,12 @@ class DataConfig(Config):
     """`stdlib`, a file or folder, or the name of a data set on the Hub (streamed)."""
 
     text_column: str | None = None
-    """Column that holds the text; None takes the only text column, or `text` or `content`."""
+    """Column that holds the text; None takes token ids (`input_ids`, `tokens`), `text`, `content`,
+    or the only column of strings if these read like text."""
 
     split: str = "train"
-    """Split of a Hub data set or a `save_to_disk` folder."""
+    """Split of a data set: on the Hub, in a `save_to_disk` folder, or as a folder's names tell
+    (`train/`, `data/test-00000-of-00001.parquet`, README.md); `all` reads every one."""
 
     n_ctx: PositiveInt | None = None
     """Context length in tokens, BOS included; None takes the model's, at most 256."""
@@ -342,7 +344,7 @@ def load_config(path: Path) -> RunConfig:
         InputError: if the file is missing, is not JSON, or describes no valid run.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"expected a config file, found nothing at {path}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

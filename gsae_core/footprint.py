@@ -67,7 +67,7 @@ def model_shape(name: str) -> ModelShape | None:
 def read_shape(path: Path) -> ModelShape | None:
     """Return the shape that a Hugging Face config.json gives; None where it gives none."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
         fields = fields.get("text_config", fields)
         d_model = fields.get("hidden_size") or fields.get("n_embd")
         n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")

@@ -92,10 +92,11 @@ def _estimate(source: "Source", pieces: "list[Piece]", tokens_per_byte: float | 
     if source.remote or not sizes:
         return None
     if tokens_per_byte is not None:
+        from gsae_core.lm.pieces import PACKED
         from gsae_core.lm.tables import TABLE_SUFFIXES
 
-        # Tables and archives hold more, or less, than the text in them.
-        if any(path.suffix in {*TABLE_SUFFIXES, ".gz"} for path in sizes):
+        # Tables and packed files hold more, or less, than the text in them.
+        if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in sizes):
             return None
         return round(sum(sizes.values()) * tokens_per_byte)
     content: Any = pieces[0].content

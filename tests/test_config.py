@@ -36,6 +36,12 @@ def test_a_run_survives_json(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json") == config
 
 
+def test_a_config_saved_by_a_windows_editor_is_read(tmp_path: Path) -> None:
+    config = validated(RunConfig, RUN)
+    (tmp_path / "config.json").write_text(config.model_dump_json(), encoding="utf-8-sig")
+    assert load_config(tmp_path / "config.json") == config
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ModelConfig().layer = 3

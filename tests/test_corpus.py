@@ -1,15 +1,19 @@
 """Text from anywhere to sequences: what a row is, what counts, what is held out."""
 
+import bz2
 import gzip
 import json
 import logging
+import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from corpora import BOS, EOS, WordTokenizer, counted, file, load, rows, words
+import zstandard
+from corpora import BOS, EOS, WordTokenizer, counted, file, load, refusal, rows, words
 
 
 @pytest.fixture(autouse=True)
@@ -153,10 +157,30 @@ def as_jsonl(path: Path, texts: list[str]) -> Path:
     return file(path, "".join(json.dumps({"id": "x", "text": text}) + "\n\n" for text in texts))
 
 
-def as_gz(path: Path, texts: list[str]) -> Path:
-    with gzip.open(path, "wt", encoding="utf-8") as out:
-        out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+def as_packed(path: Path, texts: list[str]) -> Path:
+    plain = as_jsonl(path.with_suffix(""), texts).read_bytes()
+    # Two streams one after the other, as parallel compressors write them.
+    packed = [PACKERS[path.suffix](part) for part in (plain[:50], plain[50:])]
+    path.write_bytes(b"".join(packed))
     return path
+
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def as_semicolons(path: Path, texts: list[str]) -> Path:
+    # Commas in the text, as in German; a quoted field holds the delimiter.
+    rows = "".join(f'"{text}";"a, b; c"\n' for text in texts)
+    return file(path, f"text;label\n{rows}")
+
+
+def as_marked_json(path: Path, texts: list[str]) -> Path:
+    return file(path, "\ufeff" + json.dumps([{"text": text} for text in texts]))
 
 
 def as_csv(path: Path, texts: list[str]) -> Path:
@@ -184,7 +208,12 @@ def as_folder(path: Path, texts: list[str]) -> Path:
     ("name", "write"),
     [
         ("a.jsonl", as_jsonl),
-        ("a.jsonl.gz", as_gz),
+        ("a.jsonl.gz", as_packed),
+        ("a.jsonl.bz2", as_packed),
+        ("a.jsonl.xz", as_packed),
+        ("a.jsonl.zst", as_packed),
+        ("a.csv", as_semicolons),
+        ("a.json", as_marked_json),
         ("a.csv", as_csv),
         ("a.parquet", as_parquet),
         ("a", as_folder),
@@ -207,3 +236,125 @@ def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     lines = [{"text": None}, {"text": ""}, {"text": words(0, 9)}]
     path = file(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert rows(load(path).held_out) == [[BOS, 0, 1, 2]]
+
+
+# Columns
+
+
+SENTENCE = "A dog that has run all day sleeps well."
+
+
+@pytest.mark.parametrize(
+    ("values", "reads"),
+    [
+        ([SENTENCE, "Well."], True),  # 9 words and 1: five each
+        (["def f(x):\n    return g(x) if x else None"], True),
+        (["\u4eca\u65e5\u306f\u826f\u3044\u5929\u6c17"], True),  # Japanese has no spaces
+        (["q-000002", "q-000003"], False),
+        (["https://example.org/1 https://example.org/2 https://a/b ftp://c/d s3://e/f"], False),
+        (["Mon, 02 Jan 2020 10:00:00 GMT"], False),
+        (["positive", "very negative"], False),
+        (["0 1 2 3 4 5 6 7"], False),
+        (["8f14e45fceea167a5a36dedd4bea2543 " * 2], False),
+        (["QUJD" * 19 + "\n" + "REVG" * 19], False),  # Base64, 76 letters a line
+        ([json.dumps([{"role": "user", "content": SENTENCE}])], False),
+    ],
+)
+def test_strings_read_like_text_if_they_have_five_words_each(
+    values: list[str], reads: bool
+) -> None:
+    from gsae_core.lm.tables import reads_like_text
+
+    assert reads_like_text(values) == reads
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"content": SENTENCE, "text": SENTENCE, "tokens": [1, 2], "input_ids": [3]}, "input_ids"),
+        ({"content": SENTENCE, "text": SENTENCE, "tokens": [1, 2]}, "tokens"),
+        ({"content": SENTENCE, "text": "short", "tokens": ["a", "b"]}, "text"),
+        ({"content": SENTENCE, "text": None, "id": "7"}, "content"),
+        ({"n": 1, "body": SENTENCE, "messages": [{"role": "user"}]}, "body"),
+    ],
+)
+def test_a_column_is_taken_by_its_name_before_its_looks(row: dict[str, Any], column: str) -> None:
+    from gsae_core.lm.tables import pick_column
+
+    assert pick_column([row], None, "here") == column
+
+
+def test_a_column_is_judged_by_the_first_rows_and_not_by_one(tmp_path: Path) -> None:
+    # Of 1, 9 and 5 words: five each.
+    lines = [{"body": "w0"}, {"body": words(1, 10)}, {"body": words(10, 15)}]
+    path = file(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    corpus = load(path)
+    assert sorted(counted(corpus.train) + counted(corpus.held_out)) == list(range(15))
+
+
+def test_a_column_chosen_for_a_folder_holds_for_its_last_small_file(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    file(folder / "1.jsonl", json.dumps({"body": words(0, 12)}))
+    file(folder / "2.jsonl", json.dumps({"body": "w12"}))
+    # 12 words, EOS, a word, EOS: five rows of three; the last one is held out.
+    assert rows(load(folder).held_out)[-1] == [BOS, EOS, 12, EOS]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, text in {
+        "a.txt": words(0, 12),
+        "a.csv": f"text,n\n{words(0, 12)},1\n",
+        "a.jsonl": json.dumps({"text": words(0, 12)}),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert rows(load(path).held_out) == [[BOS, 0, 1, 2]]
+        assert rows(load(path, text_column="text").held_out) == [[BOS, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("head", "delimiter"),
+    [
+        ("text\nw1, w2\nw3\n", ","),  # one column, whatever is in it
+        ("a,b\n1,2\n", ","),
+        ("a;b\n1,5;2,5\n", ";"),
+        ("a\tb\n1;2\t3\n", "\t"),
+        ("a|b\n1|2\n", "|"),
+        ("a;b, c\n1;2\n", ";"),  # a comma in the header alone
+        ("a,b;c\n1,2;3\n4,5;6\n", ","),  # either would do: the usual one
+    ],
+)
+def test_the_delimiter_of_a_csv_cuts_header_and_rows_alike(
+    tmp_path: Path, head: str, delimiter: str
+) -> None:
+    from gsae_core.lm.tables import csv_delimiter
+
+    assert csv_delimiter(file(tmp_path / "a.csv", head), ",") == delimiter
+
+
+def test_tokens_that_an_older_version_kept_of_another_reading_are_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core.config import DataConfig
+    from gsae_core.lm.readers import READ_ANEW, open_source
+
+    def anew(path: Path | str, **fields: Any) -> bool:
+        return open_source(DataConfig(source=str(path), **fields), 1000).stamp[-1] == READ_ANEW
+
+    plain, marked = file(tmp_path / "a.txt", "w1"), file(tmp_path / "b.txt", "\ufeffw1")
+    assert [anew(plain), anew(marked)] == [False, True]
+    assert anew(as_jsonl(tmp_path / "a.jsonl", ["w1"]))
+    # A named column of the Hub is read as ever, so a run goes on with the tokens it began with.
+    assert [anew("owner/name"), anew("owner/name", text_column="text")] == [True, False]
+
+
+def test_a_missing_zstandard_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_packed(tmp_path / "a.jsonl.zst", [words(0, 9)])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert refusal(path) == (
+        f"expected the package zstandard to unpack {path}, found it not installed; pip install -r "
+        "requirements.txt"
+    )

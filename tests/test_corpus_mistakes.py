@@ -1,6 +1,7 @@
 """Each mistake with a corpus is one sentence: what was expected, what came, what to do."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     """Return, for each mistake, the source, the settings and the sentence."""
     text = file(folder / "a.txt", words(0, 100))
     table = file(folder / "t.jsonl", json.dumps({"question": words(0, 9), "answer": words(0, 9)}))
+    row = {"id": "q-000002", "messages": [{"role": "user", "content": words(0, 9)}]}
+    row |= {"tags": ["a b c d e f"], "score": 0.5, "gone": None}
+    chat = file(folder / "chat.jsonl", json.dumps(row))
+    utf16 = folder / "utf16"
+    utf16.mkdir()
+    (utf16 / "a.txt").write_bytes(words(0, 9).encode("utf-16"))
+    (utf16 / "a.csv").write_bytes(f"text,n\n{words(0, 9)},1\n".encode("utf-16"))
+    archive = folder / "a.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("a.txt", words(0, 9))
+    damaged = folder / "d.jsonl.bz2"
+    damaged.write_bytes(b"BZh9 not so")
     numbers = file(folder / "n.jsonl", json.dumps({"text": 5}))
     broken = file(folder / "b.jsonl", '{"text": "w1"}\n{"text"')
     empty = file(folder / "empty.txt", "")
@@ -23,7 +36,7 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     odd = folder / "odd.bin"
     odd.write_bytes(b"12345")
     binary = folder / "b.txt"
-    binary.write_bytes(b"\xff\xfe\x00")
+    binary.write_bytes(b"\xfe\xfe\x00")
     parquet = file(folder / "p.parquet", "no")
     csv = file(folder / "c.csv", "a,text\n1,w1\n1,w1,3\n")
     nothing = folder / "nothing"
@@ -32,20 +45,29 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
         "no such column": (
             table,
             {"text_column": "body"},
-            f"expected a column 'body' in {table}, found question, answer: name one of these as "
-            "text_column",
+            f"expected a column 'body' in {table}, found question (text such as 'w0 w1 w2 w3 w4 w5 "
+            "w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one of these "
+            "with --text-column",
         ),
         "which column": (
             table,
             {},
-            f"expected a column of text in {table}, found question, answer: name one as "
-            "text_column",
+            f"expected a column of text in {table}, found question (text such as 'w0 w1 w2 w3 w4 "
+            "w5 w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one with "
+            "--text-column",
+        ),
+        "an id beside messages": (
+            chat,
+            {},
+            f"expected a column of text in {chat}, found id (strings such as 'q-000002'), messages "
+            "(lists of {role, content}), tags (lists of strings), score (numbers), gone (empty in "
+            "the first rows): name one with --text-column",
         ),
         "not a text column": (
             numbers,
             {},
             f"expected text or token ids in column 'text' of {numbers}, got int; name another "
-            "column as text_column",
+            "column with --text-column",
         ),
         "broken line": (
             broken,
@@ -88,6 +110,35 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
             {},
             f"expected UTF-8 text in {binary}, got something else (not UTF-8, or with a NUL); "
             "convert or remove the file",
+        ),
+        "UTF-16": (
+            utf16 / "a.txt",
+            {},
+            f"expected UTF-8 text in {utf16 / 'a.txt'}, got UTF-16; save it as UTF-8 (Notepad: "
+            "Save as, Encoding: UTF-8)",
+        ),
+        "UTF-16 CSV": (
+            utf16 / "a.csv",
+            {},
+            f"expected UTF-8 text in {utf16 / 'a.csv'}, got UTF-16; save it as UTF-8 (Notepad: "
+            "Save as, Encoding: UTF-8)",
+        ),
+        "archive": (
+            archive,
+            {},
+            f"expected UTF-8 text in {archive}, got a zip archive; unpack it",
+        ),
+        "damaged archive": (
+            damaged,
+            {},
+            f"expected UTF-8 text in {damaged}, got something else (Invalid data stream); convert "
+            "or remove the file",
+        ),
+        "split of a file": (
+            text,
+            {"split": "test"},
+            f"expected a split 'test' in {text}, found no splits there: leave --split out to read "
+            "all there is",
         ),
         "not Parquet": (parquet, {}, f"expected Parquet in {parquet}, got something else: "),
         "ragged CSV": (

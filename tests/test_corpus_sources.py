@@ -105,7 +105,28 @@ def test_a_saved_data_set_is_read_whole_in_an_order_of_its_own(tmp_path: Path) -
     assert sorted(seen) == sorted(int(word[1:]) for text in texts for word in text.split())
     assert seen != sorted(seen)
     sentence = refusal(tmp_path / "saved", split="validation")
-    assert sentence == (f"expected a split 'validation' in {tmp_path / 'saved'}, found train, test")
+    assert sentence == (
+        f"expected a split 'validation' in {tmp_path / 'saved'}, found train, test: name one of "
+        "these with --split, or `all`"
+    )
+    every = load(tmp_path / "saved", n_ctx=11, split="all")
+    assert every.n_train_tokens + every.n_held_out_tokens == 2 * len(seen)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_a_saved_data_set_is_read_alike_whatever_library_it_remembers(
+    tmp_path: Path, kind: str
+) -> None:
+    import datasets
+
+    ids = [[BOS, 3 * i, 3 * i + 1, 3 * i + 2] for i in range(8)]
+    saved = datasets.Dataset.from_dict({"input_ids": ids, "n": list(range(8))})
+    saved.save_to_disk(tmp_path / "plain")
+    saved.set_format(kind, columns=["input_ids"])
+    saved.save_to_disk(tmp_path / "kind")
+    plain, read = load(tmp_path / "plain"), load(tmp_path / "kind")
+    assert rows(read.train) == rows(plain.train)
+    assert sorted(rows(read.train) + rows(read.held_out)) == ids
 
 
 class HubStream:

@@ -62,6 +62,14 @@ def test_topk_of_sae_lens_5_is_an_activation_function(tmp_path: Path) -> None:
     assert read_sae(tmp_path).source.sparsity == 2
 
 
+def test_a_cfg_saved_by_a_windows_editor_is_read(tmp_path: Path) -> None:
+    w = weights("b_enc")
+    folder = files.sae_lens(tmp_path, w, "standard")
+    cfg = folder / "cfg.json"
+    cfg.write_text(cfg.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    agrees(folder, relu(w), "sae_lens")
+
+
 @pytest.mark.parametrize("said", [True, "expected_average_only_in"])
 def test_the_scale_beside_a_checkpoint_from_mid_run_is_folded(tmp_path: Path, said: Any) -> None:
     w = weights("b_gate", "b_mag", "r_mag")

@@ -1,12 +1,17 @@
 """What readers yield: documents in pieces, of text or of token ids; and files that hold either."""
 
+import bz2
+import codecs
 import gzip
+import io
 import json
+import lzma
 import struct
-from collections.abc import Iterator
-from io import TextIOWrapper
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +21,12 @@ from gsae_core.errors import InputError
 PIECE = 2**20
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
+
+# What to do where `zstandard`, which both our readers and those of `datasets` unpack with, is away.
+NO_ZSTANDARD = (
+    "expected the package zstandard to unpack {}, found it not installed; pip install -r "
+    "requirements.txt"
+)
 
 # llm.c writes (magic, version) and 254 more int32 in front of the ids.
 LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
@@ -30,10 +41,62 @@ class Piece(NamedTuple):
     """Whether the document ends here."""
 
 
-def open_text(path: Path) -> TextIOWrapper:
-    """Return a UTF-8 file, unpacked if it is called `.gz`, its line ends as they are."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    return cast(TextIOWrapper, opener(path, "rt", encoding="utf-8", newline=""))
+def _open_zstandard(path: Path) -> io.BufferedIOBase:
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(NO_ZSTANDARD.format(path)) from None
+    # Parallel compressors write a frame after the other; `--long=31` needs the whole window.
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+    reader: Any = unpacker.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+    return io.BufferedReader(reader, 2**20)
+
+
+PACKED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+    ".zstd": _open_zstandard,
+}
+"""How a compressed file is opened, by its suffix: those that `datasets` streams, too."""
+
+
+def unpacked(path: Path) -> Path:
+    """Return the path without the suffix of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
+
+
+def _open_binary(path: Path) -> Any:
+    opener = PACKED.get(path.suffix.lower())
+    return path.open("rb") if opener is None else opener(path)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is of a file's content, however it is packed, and not of the disk."""
+    if isinstance(error, OSError):
+        return error.errno is None  # gzip's and bz2's own
+    kinds = (UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError)
+    return isinstance(error, kinds) or type(error).__name__ == "ZstdError"
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open a UTF-8 file, unpacked if it is called so, its line ends as they are.
+
+    A byte-order mark at its start is dropped.
+
+    Raises:
+        InputError: here or within, when the file turns out to be no UTF-8 text, or damaged.
+    """
+    binary = _open_binary(path)
+    try:
+        with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+            yield file
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise not_text(path, error) from None
 
 
 def text_pieces(path: Path, size: int = PIECE) -> Iterator[Piece]:
@@ -43,25 +106,43 @@ def text_pieces(path: Path, size: int = PIECE) -> Iterator[Piece]:
         InputError: if the file is not UTF-8 text.
     """
     with open_text(path) as file:
-        piece = _read(file, path, size)
+        piece = file.read(size) + file.readline()
         while piece:
-            following = _read(file, path, size)
+            following = file.read(size) + file.readline()
             yield Piece(piece, ends=not following)
             piece = following
 
 
-def _read(file: TextIOWrapper, path: Path, size: int) -> str:
-    try:
-        return file.read(size) + file.readline()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise not_text(path, error) from None
-
-
-def not_text(path: Path, error: Exception) -> InputError:
+def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") -> InputError:
     """Return the sentence for a file whose bytes are no UTF-8 text."""
+    if is_utf16(path):
+        return InputError(
+            f"expected UTF-8 text in {path}, got UTF-16; save it as UTF-8 (Notepad: Save as, "
+            "Encoding: UTF-8)"
+        )
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return InputError(f"expected UTF-8 text in {path}, got a zip archive; unpack it")
     return InputError(
         f"expected UTF-8 text in {path}, got something else ({error}); convert or remove the file"
     )
+
+
+def is_utf16(path: Path) -> bool:
+    """Whether a file starts with UTF-16's byte-order mark."""
+    with path.open("rb") as file:
+        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def starts_with_bom(path: Path) -> bool:
+    """Whether a file, unpacked, starts with UTF-8's byte-order mark."""
+    try:
+        with _open_binary(path) as file:
+            return file.read(3) == codecs.BOM_UTF8
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        return False  # reading it says so
 
 
 def looks_like_text(path: Path) -> bool:
@@ -130,7 +211,7 @@ def _bin_layout(path: Path, vocabulary: int) -> tuple[str, int]:
     sidecar = path.with_name(path.name + ".json")
     if not sidecar.exists():
         return narrowest(vocabulary), 0
-    text = sidecar.read_text(encoding="utf-8")
+    text = sidecar.read_text(encoding="utf-8-sig")
     try:
         dtype = json.loads(text)["dtype"]
     except (ValueError, KeyError, TypeError):

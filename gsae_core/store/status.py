@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: if the file is missing or holds no JSON object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(_gone(path)) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

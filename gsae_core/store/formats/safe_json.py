@@ -28,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """Return the object that `data` is JSON of; `where` names it in a sentence."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_name_twice)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_name_twice)
     except RecursionError:
         raise InputError(f"expected JSON in {where}, found brackets nested too deeply") from None
     except InputError as error:
