@@ -221,7 +221,7 @@ def quoted(token: str, *, most: int = 24) -> str:
 
 
 def _say_stranger(asked: str, what: str, shown: str) -> None:
-    short = quoted(asked, most=80)
+    short = quoted(asked, most=80) if asked else ""
     plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
 from gsae_core.footprint import model_folder
+from gsae_core.lm.texts import token_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +29,7 @@ class Preview(NamedTuple):
     """The beginnings of a corpus's first documents."""
 
     lines: list[list[str]]
-    """The text of each token; an empty text is a token that shares its character with the last."""
+    """The text of each token (`lm.texts.token_texts`); empty: the rest of the last character."""
 
     sampled_tokens: int
     """Tokens that the sample came to."""
@@ -65,15 +66,10 @@ def _sample(piece: "Piece", tokenizer: "Tokenizer") -> tuple[list[str], int]:
     """Return the beginning of a document, token by token, and its UTF-8 bytes."""
     if not isinstance(piece.content, str):
         ids = [int(id_) for id_ in piece.content[: LINES * LINE_TOKENS]]
-        return [tokenizer.decode([id_], skip_special_tokens=False) for id_ in ids], 0
+        return token_texts(tokenizer, ids), 0
     text = piece.content[:SAMPLE_CHARACTERS]
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    tokens, end = [], 0
-    for start, stop in encoding.offsets:
-        # Tokens that hold a few bytes of one character all claim the whole of it.
-        tokens.append(text[max(start, end) : stop])
-        end = max(end, stop)
-    return tokens, len(text.encode())
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return token_texts(tokenizer, ids, text=text), len(text.encode())
 
 
 def _lines(documents: list[list[str]]) -> Iterator[list[str]]:

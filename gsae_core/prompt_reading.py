@@ -141,6 +141,8 @@ def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell
         here = [float(column.iloc[index]) for column in values]
         shares = [min(abs(value) / top, 1.0) if value == value else 0.0 for value in here]
         about = "special token: not read by the SAE" if special else _about(here, measure)
+        if not token:
+            about += "\n∅: the rest of the character before it"
         below = shares[1] if len(shares) > 1 else 0.0
         found.append(Cell(token, about, STRONGEST * shares[0], below, special))
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
+from gsae_core.lm.texts import SPLIT, token_texts
 from gsae_core.sae.base import SAE
 from gsae_core.sae.codes import SparseCodes, encode_sparse
 from gsae_core.store.files import write_json
@@ -110,12 +111,13 @@ class Sampler:
                 break
             row, column = divmod(place, n_ctx)
             first, last = max(0, column - BEFORE), min(n_ctx, column + AFTER + 1)
-            ids = held_out.ids[row, first:last].tolist()
+            whole = held_out.ids[row].tolist()
+            ids = whole[first:last]
             values = everywhere[row * n_ctx + first : row * n_ctx + last].tolist()
             examples.setdefault(
                 tuple(ids),
                 {
-                    "tokens": [token_text(self._bench.model.tokenizer, i) for i in ids],
+                    "tokens": texts_in(self._bench.model.tokenizer, whole, first, last),
                     "values": [round(value, 4) for value in values],
                     "at": column - first,
                 },
@@ -162,13 +164,11 @@ def choose(fired: Int64[Tensor, " d_sae"], *, seed: int) -> list[tuple[int, str]
     return [(i, "random") for i in random] + list(chosen.items())
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """Return what a token stands for, cut short where it is very long.
-
-    A part of a character decodes to U+FFFD.
-    """
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    return text if len(text) <= TOKEN_LENGTH else f"{text[:TOKEN_LENGTH]}…"
+def texts_in(tokenizer: Any, ids: list[int], first: int, last: int) -> list[str]:
+    """Return the texts of a sequence's tokens from `first` up to `last`, very long ones cut."""
+    start = max(0, first - SPLIT)
+    texts = token_texts(tokenizer, ids[start : last + SPLIT])[first - start : last - start]
+    return [text if len(text) <= TOKEN_LENGTH else f"{text[:TOKEN_LENGTH]}…" for text in texts]
 
 
 @torch.no_grad()

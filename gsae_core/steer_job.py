@@ -192,9 +192,9 @@ def _finish(run: Run, job: Job) -> None:
 
 def texts(run: Run, job: Job, kind: str) -> tuple[str, ...]:
     """Return the new tokens of a continuation as they can be shown."""
-    from gsae_core.analysis.reading import token_texts
+    from gsae_core.analysis.continuation import new_texts
 
-    return token_texts(loaded.language_model(run).model.tokenizer, job.tokens[kind])
+    return new_texts(job.prompt, job.tokens[kind], model=loaded.language_model(run).model)
 
 
 def loop(job: Job, kind: str) -> "Loop | None":

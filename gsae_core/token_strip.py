@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from gsae_core.wording import unhidden
 
 SIGNS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+NOTHING = "∅"
 STRONGEST = 0.6  # opacity of the strongest highlight: body text keeps a contrast of 5:1 on it
 
 
 def visible(text: str) -> str:
-    """Return a token's text with a sign for all that cannot be seen, e.g. `·the` or `⟨200F⟩`."""
-    return "".join(SIGNS.get(c) or unhidden(c) for c in text)
+    """Return a token's text with a sign for all that cannot be seen, e.g. `·the` or `⟨200F⟩`.
+
+    A token without text of its own, such as one that holds the rest of the character before it, is
+    `∅`.
+    """
+    return "".join(SIGNS.get(c) or unhidden(c) for c in text) or NOTHING
 
 
 def token_strip(tokens: Sequence[str], values: Sequence[float], *, at: int, top: float) -> str:

@@ -58,7 +58,7 @@ def test_an_example_is_a_token_in_its_context_with_the_features_value_on_each(
         assert example.value == pytest.approx(values[place], rel=1e-5)
         assert example.values == pytest.approx([values.get(p, 0.0) for p in around], rel=1e-4)
         # w0 is token 2.
-        expected = [f"w{i - 2}" if i else "<|endoftext|>" for i in example.ids]
+        expected = [f" w{i - 2}" if i else " <|endoftext|>" for i in example.ids]
         assert list(example.tokens) == expected
         assert example.split == ("held_out" if example.sequence < 10 else "train")
     whole = index.feature(FEATURE).top(1, before=None, after=None)[0]
@@ -199,7 +199,7 @@ def test_hostile_tokens_and_labels_are_text_and_nothing_else(
 ) -> None:
     index = built(tiny_lm, some_sae("gated"), tmp_path)
     hostile = '<img src=x onerror="alert(1)">\u202e\n'
-    index.vocabulary[:] = [hostile] * 40
+    index._pieces[:] = [hostile] * 40
     index.labels.add(FEATURE, "label", '<b>bold</b> & "quoted"', author="<i>me</i>")
     text = page([index.feature(FEATURE)])
     assert "<img" not in text

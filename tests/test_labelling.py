@@ -49,7 +49,22 @@ def index(tiny_lm: LanguageModel, tmp_path: Path) -> FeatureIndex:
 def test_a_label_is_the_first_line_of_the_answer(index: FeatureIndex) -> None:
     writer = Answers(bool)
     assert write_label(index.feature(sparse(index)), writer) == "words of a kind"
-    assert "<<w" in writer.questions[0]
+    assert "<< w" in writer.questions[0]
+
+
+def test_a_split_character_is_marked_once_whichever_of_its_tokens_fires() -> None:
+    example = Example(
+        tokens=("x", "漢", "", "", " y"),
+        ids=(1, 2, 3, 4, 5),
+        values=(0.0, 0.0, 1.0, 0.5, 0.0),
+        at=2,
+        value=1.0,
+        sequence=0,
+        position=2,
+        split="train",
+    )
+    assert marked(example) == "x<<漢>> y"
+    assert marked(example, {4}) == "x漢<< y>>"
 
 
 def test_who_knows_everything_scores_1_and_who_knows_nothing_half(index: FeatureIndex) -> None:
@@ -166,7 +181,7 @@ def test_a_server_is_asked_as_openais_would_be(
     body = Handler.seen[-1]
     assert body["path"] == "/v1/chat/completions"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("small", 0, 40)
-    assert "<<w" in body["messages"][0]["content"]
+    assert "<< w" in body["messages"][0]["content"]
     assert Handler.headers_seen[-1] is None
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     RemoteWriter("small").answer("?", max_tokens=1)

@@ -50,13 +50,13 @@ def test_another_token_has_other_features(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05")
     before = features(at)["activation"].to_list()
     box = labelled(at.selectbox, "Next token")
-    assert box.options[0].startswith("w3")  # what follows w2
+    assert box.options[0].startswith("·w3")  # what follows w2
     box.select_index(2).run()
     at.number_input(key="tok").set_value(1).run()
     assert not at.exception
     assert features(at)["activation"].to_list() != before
     box = labelled(at.selectbox, "Next token")
-    assert box.options[0].startswith("w2")
+    assert box.options[0].startswith("·w2")
     assert box.value == 0  # the choice was of the other token's list
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import N_STEPS, finish, tiny_config, write_text
+from tokenizers_of_each_kind import byte_level
 
 from gsae_core import samples
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.samples import TOKEN_LENGTH, activations, choose, firings, token_text
+from gsae_core.samples import TOKEN_LENGTH, activations, choose, firings, texts_in
 from gsae_core.store.runs import Run
 
 X = torch.tensor([[1.0, 0.0, 2.0], [0.4, 0.0, 0.7], [0.9, 0.0, 0.6]])
@@ -63,11 +64,17 @@ def test_nothing_is_chosen_where_all_are_dead() -> None:
 
 
 def test_a_very_long_token_is_cut_short() -> None:
-    class Tokenizer:
-        def decode(self, ids: list[int], **_: object) -> str:
-            return "x" * 10_000
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["x" * 10_000])
+    ids = [len(tokenizer) - 1, *tokenizer.encode("the", add_special_tokens=False)]
+    assert texts_in(tokenizer, ids, 0, 2) == ["x" * TOKEN_LENGTH + "…", "the"]
 
-    assert token_text(Tokenizer(), 0) == "x" * TOKEN_LENGTH + "…"
+
+def test_the_rest_of_a_character_at_the_edge_of_a_look_is_known_from_beyond_it() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer.encode("the😀 the", add_special_tokens=False)
+    assert texts_in(tokenizer, ids, 0, 2) == ["the", "😀"]
+    assert texts_in(tokenizer, ids, 2, 6) == ["", "", "", " the"]
 
 
 @pytest.fixture(scope="module")

@@ -273,7 +273,7 @@ def test_a_text_and_what_follows_are_one_text(tiny_lm: LanguageModel, prompt: Pr
     whole = followed_by(prompt, [7, 0], model=tiny_lm)
     assert whole.ids.tolist() == [[0, 3, 4, 5, 6, 7, 7, 0]]
     assert whole.counted.tolist() == [False, *[True] * 6, False]
-    assert whole.tokens[-2:] == ("w5", "<|endoftext|>")
+    assert whole.tokens[-2:] == (" w5", " <|endoftext|>")
 
 
 @pytest.mark.parametrize(

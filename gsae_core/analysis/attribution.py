@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.analysis.prompt import Look
-from gsae_core.analysis.reading import Prompt, token_texts
+from gsae_core.analysis.reading import Prompt
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.slope import logit_slope
+from gsae_core.lm.texts import alone, pieces
 from gsae_core.sae.base import SAE
 
 
@@ -48,8 +49,9 @@ def candidates(
     last = position + 1 == prompt.ids.shape[1]
     actual = [] if last else [int(prompt.ids[0, position + 1])]
     ids = list(dict.fromkeys(actual + p.topk(min(n, len(p))).indices.tolist()))
+    texts = [alone(piece) for piece in pieces(model.tokenizer, ids)]
     return [
-        Candidate(i, token_texts(model.tokenizer, [i])[0], float(p[i]), [i] == actual) for i in ids
+        Candidate(i, text, float(p[i]), [i] == actual) for i, text in zip(ids, texts, strict=True)
     ]
 
 

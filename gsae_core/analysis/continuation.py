@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.analysis.reading import Prompt, special_ids, token_texts
+from gsae_core.analysis.reading import Prompt, special_ids
 from gsae_core.analysis.steering import Steering
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.decoding import Decoding
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.texts import alone, pieces, token_texts
 
 MAX_NEW_TOKENS = 400
 MAX_TEMPERATURE = 2.0
@@ -161,7 +162,7 @@ def next_token_shift(
     ids = ids[(q - p)[ids].abs().argsort(descending=True, stable=True)].tolist()
     table = pd.DataFrame(
         {
-            "token": [token_texts(model.tokenizer, [i])[0] for i in ids],
+            "token": [alone(piece) for piece in pieces(model.tokenizer, ids)],
             "id": ids,
             "before": p[ids].tolist(),
             "after": q[ids].tolist(),
@@ -206,10 +207,16 @@ def followed_by(prompt: Prompt, new: list[int], *, model: LanguageModel) -> Prom
     ids = torch.cat([prompt.ids, torch.tensor([new], dtype=torch.int64)], 1)
     special = special_ids(model.tokenizer)
     more = torch.tensor([i not in special for i in new], dtype=torch.bool)
-    texts = token_texts(model.tokenizer, new)
+    texts = new_texts(prompt, new, model=model)
     return prompt._replace(
         ids=ids, counted=torch.cat([prompt.counted, more]), tokens=prompt.tokens + texts
     )
+
+
+def new_texts(prompt: Prompt, new: list[int], *, model: LanguageModel) -> tuple[str, ...]:
+    """Return the texts of tokens that go on from a prompt: behind its own, they are the whole."""
+    before = prompt.ids[0].tolist()
+    return tuple(token_texts(model.tokenizer, before + new)[len(before) :])
 
 
 class Loop(NamedTuple):

@@ -16,6 +16,7 @@ from gsae_core.analysis.index_sort import allocate
 from gsae_core.analysis.logit_effect import extremes, largest_in_rows, logit_map
 from gsae_core.config import Site
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.texts import pieces
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.store.files import replace_durably
@@ -79,7 +80,7 @@ def describe(
     Args:
         gate_open, toward: of `index_sort.Totals`.
     """
-    texts = token_texts(model.tokenizer, model.d_vocab)
+    texts = pieces(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
     _write_json(data / VOCABULARY, texts)
     codes = {name: load_array(data, name) for name in ("offsets", "token", "value", "ids", "mask")}
     columns = _numbers(data, sae, codes, gate_open=gate_open, toward=toward)
@@ -100,31 +101,6 @@ def describe(
     _write_table(data / TABLE, columns)
     _write_neighbours(data, sae.W_dec.detach())
     return Facts(_write_companions(data, sae.d_sae), logit_tokens)
-
-
-def token_texts(tokenizer: Any, n: int) -> list[str]:
-    """Return what each id stands for; part of a character decodes to U+FFFD.
-
-    A SentencePiece tokenizer drops the space in front of a token that is decoded alone; its own
-    piece still says that there is one.
-    """
-    n = min(n, len(tokenizer))
-    pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
-    texts = _decoded_alone(tokenizer, n)
-    return [
-        f" {text}" if (piece or "").startswith("▁") and not text.startswith(" ") else text
-        for piece, text in zip(pieces, texts, strict=True)
-    ]
-
-
-def _decoded_alone(tokenizer: Any, n: int) -> list[str]:
-    from transformers import PreTrainedTokenizerFast
-
-    ids = [[i] for i in range(n)]
-    if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:
-        # All at once, what it would ask of its backend one by one: a fiftieth of the time.
-        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
-    return tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _numbers(

@@ -25,6 +25,7 @@ from gsae_core.analysis.index_files import (
     read_manifest,
 )
 from gsae_core.errors import InputError
+from gsae_core.lm.texts import SPLIT, alone, in_sequence
 from gsae_core.store.labels import Labels
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class FeatureIndex:
             at = place - sequence * n_ctx - first
             found.append(
                 Example(
-                    tokens=tuple(self.texts(context)),
+                    tokens=tuple(self._in_context(ids[sequence], first, last)),
                     ids=tuple(context),
                     values=tuple(around.tolist()),
                     at=at,
@@ -254,12 +255,23 @@ class FeatureIndex:
         return found
 
     def texts(self, tokens: Sequence[int]) -> list[str]:
-        """Return what tokens of the vocabulary stand for."""
+        """Return what tokens of the vocabulary stand for, each by itself."""
         return [self.vocabulary[token] for token in tokens]
+
+    def _in_context(self, ids: np.ndarray, first: int, last: int) -> list[str]:
+        """Return the texts of a sequence's tokens from `first` up to `last`."""
+        start = max(0, first - SPLIT)
+        found = in_sequence([self._pieces[i] for i in ids[start : last + SPLIT].tolist()])
+        return found[first - start : last - start]
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """What each token id stands for; part of a character is U+FFFD."""
+        """What each token id stands for by itself; part of a character is U+FFFD."""
+        return [alone(piece) for piece in self._pieces]
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        """`lm.texts.pieces` of every id; of an index made before, U+FFFD in parts of characters."""
         import json
 
         return json.loads((self._data / VOCABULARY).read_text(encoding="utf-8"))

@@ -159,8 +159,10 @@ def label_feature(
 def marked(example: Example, which: set[int] | None = None) -> str:
     """Return a text with << >> around the tokens that the feature fires on, or around others."""
     fires = {i for i, value in enumerate(example.values) if value > 0} if which is None else which
+    holder = _holders(example)
+    shown = {holder[i] for i in fires}
     return "".join(
-        f"<<{token}>>" if i in fires else token for i, token in enumerate(example.tokens)
+        f"<<{token}>>" if i in shown else token for i, token in enumerate(example.tokens)
     )
 
 
@@ -191,10 +193,20 @@ def _silent(feature: "Feature", n: int, *, seed: int) -> list[Example]:
     return [silent[i] for i in order[:n]]
 
 
+def _holders(example: Example) -> list[int]:
+    """Return of each token the one that has its text: of a split character, the first."""
+    holders = [0]
+    for i, token in enumerate(example.tokens):
+        holders.append(i if token else holders[-1])
+    return holders[1:]
+
+
 def _elsewhere(example: Example, rng: np.random.Generator) -> set[int]:
     """Return as many silent tokens of a text as it fires on, or as there are."""
-    silent = [i for i, value in enumerate(example.values) if value <= 0]
-    n = min(len(silent), len(example.values) - len(silent))
+    holder = _holders(example)
+    fires = {holder[i] for i, value in enumerate(example.values) if value > 0}
+    silent = sorted(set(holder) - fires)
+    n = min(len(silent), len(fires))
     return {int(i) for i in rng.choice(silent, n, replace=False)} if n else set()
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import SplitResult, urlsplit
 
 from gsae_core.errors import InputError
+from gsae_core.lm.texts import running_text
 
 TIMEOUT_SECONDS = 60.0
 TOKEN = "OPENAI_API_KEY"
@@ -175,4 +176,4 @@ class LocalWriter:
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return running_text(tokenizer, out[0, ids.shape[1] :].tolist())

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gsae_core.lm.stdlib import stdlib_files
+from gsae_core.lm.texts import running_text
 from gsae_core.lm.trigram import trigram_ce
 
 N_CTX = 256
@@ -162,7 +163,7 @@ def completions(model: Any, tokenizer: Any) -> Iterator[str]:
             top_k=40,
             pad_token_id=tokenizer.eos_token_id,
         )
-        yield tokenizer.decode(out[0, 1:], skip_special_tokens=True)
+        yield running_text(tokenizer, out[0].tolist())
 
 
 def model_card(facts: dict[str, Any], samples: list[str]) -> str:

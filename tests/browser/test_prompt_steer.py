@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from app_pages import NASTY
 from driver import at_rest, opened, serving
 from playwright.sync_api import Page, expect
+from tokenizers_of_each_kind import llama_run
 
 from gsae_core import cli
+from gsae_core.analysis.reading import read_prompt
+from gsae_core.lm.model import load_model
 
 SMALL = [
     *("train", "--model", "bundled", "--layer", "2", "--arch", "gated", "relu"),
@@ -24,11 +28,17 @@ TEXT = "import%20json%0Adef%20f(x):%0A"
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The app over one run of two small SAEs on the bundled model."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: small SAEs on the bundled model, and on a Llama."""
     root = tmp_path_factory.mktemp("runs")
     assert cli.main([*SMALL, "--out", str(root / "small")]) == 0
-    with serving(root) as address:
+    assert cli.main(llama_run(root)) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with serving(runs) as address:
         yield address
 
 
@@ -97,6 +107,28 @@ def test_a_token_is_picked_by_keyboard_and_says_its_value_on_focus(
     expect(strip(page).nth(2)).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_text("token 2, ‘·j").first).to_be_visible()
+
+
+def test_spaces_and_split_characters_of_sentencepiece_are_shown(
+    page: Page, address: str, runs: Path
+) -> None:
+    opened(page, f"{address}/Prompt?run=spaces&text=the%20pond%20%F0%9F%98%80%20the&tok=5")
+    expect(strip(page)).to_have_text(["<s>", "the", "·pond", "·", "😀", "∅", "∅", "∅", "·the"])
+    expect(page.get_by_text("token 5, ‘∅’").first).to_be_visible()
+    strip(page).nth(5).focus()
+    expect(page.locator(".picker .tip")).to_contain_text("∅: the rest of the character before it")
+    opened(page, f"{address}/Steer?run=spaces&text=the%20pond&f=1&s=0&len=20&temp=0")
+    at_rest(page)
+    model = load_model(str(runs / "llama"))
+    ids = read_prompt(model, "the pond").ids[0].tolist()
+    for _ in range(20):
+        ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
+    # What a whole text is decoded to, the library says rightly; of ours the prompt is in front.
+    text = model.tokenizer.decode(ids)
+    assert text.startswith("<s> the pond")
+    assert " " in text.removeprefix("<s> the pond").strip()
+    written = page.locator("div[dir=ltr]").first.text_content()
+    assert f"<s> the pond{written}" == text
 
 
 def test_a_feature_is_taken_from_prompt_to_steer_with_its_text(page: Page, address: str) -> None:

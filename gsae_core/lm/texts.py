@@ -1,0 +1,196 @@
+"""What token ids stand for, as text: the one decoder of pages, notebooks and files; without torch.
+
+A tokenizer's own `decode` answers for whole texts. Of a token alone it drops what only its place
+decides (the space in front of a SentencePiece word, of a WordPiece one too), and of a character
+that is split over tokens it gives U+FFFD for each. So a token is first given its bytes, as it
+writes them in the middle of a text, and characters are put together from those.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+LOOKED_AT = 1000
+"""Ids among which a token that decodes to plain characters is looked for."""
+SPLIT = 3
+"""Most tokens on either side that can hold the rest of a character: it has four bytes at most."""
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BROKEN = re.compile("[\udc80-\udcff]")
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int], *, text: str | None = None) -> list[str]:
+    """Return the text of each token of a sequence; set end to end they are the sequence's text.
+
+    A character that is split over tokens is the first one's, and the others' texts are empty (or
+    begin behind it). What is no whole character is U+FFFD, as in `bytes.decode(errors="replace")`.
+
+    Args:
+        tokenizer: of `transformers` or of `tokenizers`.
+        text: what the ids were made of, where they are its first ones: the space that many
+            tokenizers put in front of a text is then left out. None: they go on from others.
+    """
+    found = in_sequence(pieces(tokenizer, ids))
+    if text is not None and _spaces("".join(found)) > _spaces(text):
+        first = next(i for i, each in enumerate(found) if each)
+        found[first] = found[first][1:]
+    return found
+
+
+def running_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens that go on from others, special tokens left out."""
+    added = _backend(tokenizer).get_added_tokens_decoder()
+    kept = [i for i in ids if i not in added or not added[i].special]
+    return "".join(token_texts(tokenizer, kept))
+
+
+def in_sequence(found: Sequence[str]) -> list[str]:
+    """Return the texts of tokens that follow each other from their `pieces`; see `token_texts`."""
+    texts: list[str] = []
+    for broken, run in groupby(found, lambda piece: BROKEN.search(piece) is not None):
+        part = list(run)
+        texts += _put_together(part) if broken else part
+    return texts
+
+
+def alone(piece: str) -> str:
+    """Return a token of `pieces` by itself; what is no whole character is U+FFFD."""
+    return _bytes(piece).decode("utf-8", "replace") if BROKEN.search(piece) else piece
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token writes in the middle of a text, its leading space included.
+
+    Bytes that are no whole characters stand as lone surrogates (`errors="surrogateescape"`), for
+    `in_sequence` or `alone`; so they can be kept as JSON. An id without a token writes nothing.
+    """
+    backend = _backend(tokenizer)
+    added = backend.get_added_tokens_decoder()
+    byte_level = backend.decoder is not None and backend.decoder.decode(["Ġ"]) == " "
+    found: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for i in dict.fromkeys(ids):
+        name = backend.id_to_token(i)
+        if name is None:
+            found[i] = ""
+        elif byte_level:
+            found[i] = added[i].content if i in added else _from_byte_level(name)
+        else:
+            others[i] = name
+    between = _in_the_middle(backend, list(others))
+    for (i, name), text in zip(others.items(), between, strict=True):
+        found[i] = _from_byte_fallback(name, text)
+    return [found[i] for i in ids]
+
+
+def _in_the_middle(backend: Any, ids: list[int]) -> list[str]:
+    """Return what tokens decode to with a plain token before and after them."""
+
+    def decoded(rows: list[list[int]]) -> list[str]:
+        # All at once: a fiftieth of the time that a tokenizer of transformers takes one by one.
+        return backend.decode_batch(rows, skip_special_tokens=False)
+
+    plain = _plain(backend) if ids else None
+    if plain is None:
+        return decoded([[i] for i in ids])
+    one, two = decoded([[plain], [plain, plain]])
+    around = decoded([[plain, i, plain] for i in ids])
+    return [whole.removeprefix(one).removesuffix(two.removeprefix(one)) for whole in around]
+
+
+def _plain(backend: Any) -> int | None:
+    """Return an id that decodes to letters or digits, and is neither added nor a byte."""
+    added = backend.get_added_tokens_decoder()
+    for i in range(min(LOOKED_AT, backend.get_vocab_size())):
+        name = backend.id_to_token(i)
+        if name is None or i in added or BYTE.fullmatch(name):
+            continue
+        (text,) = backend.decode_batch([[i]], skip_special_tokens=False)
+        if text.strip().isalnum():
+            return i
+    return None
+
+
+def _from_byte_level(name: str) -> str:
+    """Return the text of a byte-level token, which has a character for each byte."""
+    if not all(c in _BYTES for c in name):
+        return name
+    return bytes(_BYTES[c] for c in name).decode("utf-8", "surrogateescape")
+
+
+def _from_byte_fallback(name: str, text: str) -> str:
+    """Return a token's text: of one that stands for a byte, such as `<0xE2>`, that byte."""
+    byte = BYTE.fullmatch(name)
+    if byte is None or text.endswith(name):
+        return text
+    return bytes.fromhex(byte[1]).decode("utf-8", "surrogateescape")
+
+
+def _byte_characters() -> Iterator[tuple[str, int]]:
+    """Yield the character that GPT-2's byte-level tokenizer writes for each byte."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    yield from ((chr(byte), byte) for byte in sorted(shown))
+    hidden = (byte for byte in range(0x100) if byte not in shown)
+    yield from ((chr(0x100 + n), byte) for n, byte in enumerate(hidden))
+
+
+_BYTES = dict(_byte_characters())
+
+
+def _put_together(run: list[str]) -> list[str]:
+    """Return the characters that tokens which split some make up, each at its first byte's."""
+    parts = [_bytes(piece) for piece in run]
+    owner = [i for i, part in enumerate(parts) for _ in part]
+    data, texts, at = b"".join(parts), [""] * len(run), 0
+    while at < len(data):
+        character, size = _first_character(data[at : at + SPLIT + 1])
+        texts[owner[at]] += character
+        at += size
+    return texts
+
+
+def _first_character(data: bytes) -> tuple[str, int]:
+    """Return the character that bytes begin with, and of how many it is made."""
+    size = 1 + sum(data[0] >= least for least in (0xC0, 0xE0, 0xF0))
+    try:
+        return data[:size].decode(), size
+    except UnicodeDecodeError as error:
+        return "\ufffd", error.end
+
+
+def _bytes(piece: str) -> bytes:
+    return piece.encode("utf-8", "surrogateescape")
+
+
+def _spaces(text: str) -> int:
+    return len(text) - len(text.lstrip(" "))
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return a `tokenizers.Tokenizer`, or what answers like one."""
+    if hasattr(tokenizer, "id_to_token"):
+        return tokenizer
+    return tokenizer.backend_tokenizer if tokenizer.is_fast else _Slow(tokenizer)
+
+
+class _Slow:
+    """A tokenizer of transformers that is written in Python, asked like one of `tokenizers`."""
+
+    decoder = None  # none of them is GPT-2's: that one is always fast
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def get_vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return self._tokenizer.added_tokens_decoder
+
+    def id_to_token(self, i: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(i) if 0 <= i < len(self._tokenizer) else None
+
+    def decode_batch(self, rows: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        said = {"clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False}
+        decode = self._tokenizer.decode
+        return [decode(row, skip_special_tokens=skip_special_tokens, **said) for row in rows]
