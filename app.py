@@ -4,7 +4,7 @@ import secrets
 
 import streamlit as st
 
-from gsae_core import shell
+from gsae_core import cached, shell
 from gsae_core.controls import confirm_cancel
 from gsae_core.errors import InputError
 from gsae_core.example import SHOWN_FEATURE, SHOWN_SAE, example_run, is_example
@@ -17,7 +17,7 @@ from gsae_core.progress import progress
 from gsae_core.store.files import readable
 from gsae_core.store.listing import unreadable_runs
 from gsae_core.store.runs import Run
-from gsae_core.wording import ago, count
+from gsae_core.wording import WORSE, ago, count, is_worse_than_mean
 
 frame = shell.page(
     "Home",
@@ -63,7 +63,8 @@ def results(finished: list[Run]) -> None:
     """Draw the ways to results: the newest, and those that ship with the package."""
     own = [run for run in finished if not is_example(run)]
     if own:
-        heading("Explore", f"{own[0].id} is the newest result: {len(own[0].config.saes)} SAEs.")
+        newest = f"{own[0].id} is the newest result: {len(own[0].config.saes)} SAEs"
+        heading("Explore", f"{newest}{'; ' * bool(worse(own[0]))}{worse(own[0])}.")
     else:
         heading("Explore", "A finished Gated SAE beside its baseline, and what the words mean.")
     with st.container(gap="small"):
@@ -136,6 +137,8 @@ def recent() -> None:
         st.caption("No runs yet. They are kept in the runs folder, one folder each.")
         return
     rows = [describe(run) for run in frame.runs[:20]]
+    if not any(row["note"] for row in rows):
+        rows = [{name: cell for name, cell in row.items() if name != "note"} for row in rows]
     picked = st.dataframe(
         rows,
         hide_index=True,
@@ -174,9 +177,17 @@ def describe(run: Run) -> dict[str, object]:
         "layer": config.model.layer,
         "site": config.model.site,
         "SAEs": len(config.saes),
+        "note": worse(run),
         "tokens": count(config.train.n_tokens) if config.imported is None else "imported",
         "last change": "–" if status is None else ago(seconds_since(status.heartbeat)),
     }
+
+
+def worse(run: Run) -> str:
+    """Return how many of a run's SAEs have an FVU above 1; nothing where none has."""
+    evals = cached.evaluations(run)
+    n = sum(is_worse_than_mean(fvu) for fvu in evals["fvu"]) if len(evals) else 0
+    return f"{WORSE} {n} worse than the mean activation" if n else ""
 
 
 def this_machine() -> None:

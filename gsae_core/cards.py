@@ -10,11 +10,11 @@ from gsae_core.analysis.compare_configs import MAX_COLUMNS, settings, side_by_si
 from gsae_core.analysis.results import NUMBERS, changes
 from gsae_core.config import RunConfig, SAESpec
 from gsae_core.glossary import definition
-from gsae_core.pieces import facts, marked, plain
+from gsae_core.pieces import facts, marked, plain, say_worse
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.store.evals import positions
 from gsae_core.store.runs import Run
-from gsae_core.wording import count, fixed, percent, signed_percent
+from gsae_core.wording import WORSE, count, fixed, marked_fvu, percent, signed_percent
 
 TITLES = {
     "l0": "L0",
@@ -41,6 +41,8 @@ def say(number: str, value: float) -> str:
     """Return one of `NUMBERS` as text."""
     if number in SHARES:
         return percent(value, SHARES[number])
+    if number == "fvu":
+        return marked_fvu(value)
     return fixed(value, DIGITS.get(number, 3))
 
 
@@ -64,8 +66,10 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
     formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
     configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
     number = st.column_config.NumberColumn
+    mark = "FVU above 1: the SAE reconstructs worse than the mean activation."
     return (
         configs
+        | {"worse": st.column_config.TextColumn(WORSE, width=36, help=mark)}
         | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
         | {
             name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
@@ -106,6 +110,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
         for names in _rows_of_three():
             for cell, name in zip(st.columns(3), names, strict=True):
                 cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
+        say_worse({str(row["name"]): row["fvu"]})
         spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
         with st.expander("What it was made from"):
             facts(

@@ -12,7 +12,7 @@ from gsae_core.store.listing import list_runs, unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import read_json
 from gsae_core.validation import validated
-from gsae_core.wording import fixed
+from gsae_core.wording import fixed, marked_fvu, worse_than_mean
 
 PROGRAM = "python -m gsae_core"
 
@@ -100,7 +100,7 @@ def list_lines(command: List) -> list[str]:
         runs = list_runs(path)
         damaged = [f"{run.id}: {run.reason}" for run in unreadable_runs(path)]
         if runs:
-            return _runs(runs) + damaged
+            return [*_runs(runs), *_worse(runs), *damaged]
     elif command.path is None:
         raise InputError(f"expected runs in {path}, found no such folder; train or import first")
     return _foreign(find_saes(path))
@@ -122,15 +122,27 @@ def _runs(runs: list[Run]) -> list[str]:
     return aligned([["run", "state", "model", "site", "architectures", "SAEs", "from"], *rows])
 
 
+def _worse(runs: list[Run]) -> list[str]:
+    """Return a line for each run with SAEs that are worse than predicting the mean."""
+    lines = []
+    for run in runs:
+        try:
+            sentence = worse_than_mean({row["name"]: row["fvu"] for row in run.evals()})
+        except InputError as error:
+            sentence = str(error)
+        lines += [f"{run.id}: {sentence}"] if sentence else []
+    return lines
+
+
 def _saes_of(run: Run) -> list[str]:
     measured = {row["name"]: row for row in run.evals()}
-    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "from"]
+    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
     rows, notes = [], []
     for spec in run.config.saes:
         path = run.sae_folder(spec.name) / "cfg.json"
         cfg = read_json(path) if path.is_file() else {}  # none before the first save
         source = (cfg.get("metadata") or {}).get("source") or {}
-        l0 = measured.get(spec.name, {}).get("l0")
+        numbers = measured.get(spec.name, {})
         rows.append(
             [
                 spec.name,
@@ -138,11 +150,14 @@ def _saes_of(run: Run) -> list[str]:
                 str(cfg.get("d_in", "–")),
                 str(spec.d_sae),
                 _number(spec.sparsity),
-                "–" if l0 is None else fixed(l0, 1),
+                fixed(numbers.get("l0"), 1),
+                marked_fvu(numbers.get("fvu"), 4),
                 source.get("library", "ours"),
             ]
         )
         notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
+    worse = worse_than_mean({name: row["fvu"] for name, row in measured.items()})
+    notes = [worse, *notes] if worse else notes
     place = f"{run.config.model.name}, {run.config.model.hook_name}"
     return [f"{run.id}, {run.status.state}: {place}", *aligned([head, *rows]), *notes]
 

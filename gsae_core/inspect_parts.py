@@ -16,7 +16,7 @@ from gsae_core.address import key_for
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.loaded import finished_saes
-from gsae_core.pieces import notice, plain
+from gsae_core.pieces import notice, plain, say_worse
 from gsae_core.shell import Frame
 from gsae_core.store.runs import Run
 from gsae_core.token_strip import visible
@@ -146,6 +146,9 @@ def pick_pair(
             none="none",
         )
     _write({"sae": name, "base": base})
+    evals = cached.evaluations(run)
+    fvus = dict(zip(evals["name"], evals["fvu"], strict=True)) if len(evals) else {}
+    say_worse({one: fvus[one] for one in (name, base) if one is not None and one in fvus})
     return name, None if base == "none" else base
 
 

@@ -16,7 +16,7 @@ from gsae_core.store.queue import line
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
 from gsae_core.token_strip import token_strip
-from gsae_core.wording import ago, count, duration, fixed, percent, unhidden
+from gsae_core.wording import ago, count, duration, fixed, marked_fvu, percent, unhidden
 
 # Mixed with the colour of the text, which is dark on a light page and light on a dark one.
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
@@ -218,7 +218,7 @@ def newest_numbers(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]
         {
             "SAE": name,
             "L0": fixed(row.get("l0"), 1),
-            "FVU": fixed(row.get("fvu"), 3),
+            "FVU": marked_fvu(row.get("fvu")),
             "γ": fixed(row.get("gamma"), 3),
             "γ gate path": fixed(row.get("gamma_gate"), 3),
             "loss": fixed(row.get("loss"), 4),

@@ -13,7 +13,7 @@ from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.store.evals import measure_again, measured_earlier, positions
 from gsae_core.store.runs import Run
 from gsae_core.store.status import read_json
-from gsae_core.wording import count, fixed, percent
+from gsae_core.wording import count, fixed, marked_fvu, percent, worse_than_mean
 
 FIGURE = "pareto.svg"
 
@@ -87,7 +87,7 @@ def _table(evals: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
             fixed(row["l0"], 1),
             percent(row["loss_recovered"], 2),
             f"{fixed(row['ce_clean'], 3)} → {fixed(row['ce_sae'], 3)}",
-            fixed(row["fvu"], 4),
+            marked_fvu(row["fvu"], 4),
             fixed(row["gamma"], 3),
             percent(row["alive_fraction"], 1),
         ]
@@ -100,6 +100,8 @@ def _table(evals: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         "bias, below 1 where reconstructions are too short."
     )
     notes = [note]
+    if worse := worse_than_mean({r["name"]: r["fvu"] for r in evals if r["name"] in names}):
+        notes.append(f"{_text(worse)}.")
     if any(measured_earlier(row) for row in evals):
         notes.append(f"{measure_again('RUN')}.")
     return "\n\n".join(["\n".join(lines), *notes])

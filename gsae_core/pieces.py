@@ -14,7 +14,7 @@ from gsae_core import markup
 from gsae_core.config import Architecture
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.store.status import State
-from gsae_core.wording import unhidden
+from gsae_core.wording import unhidden, worse_than_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +68,12 @@ def escaped(text: str) -> str:
 def plain(text: str, *, size: str = "1rem") -> None:
     """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
     st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{escaped(text)}</div>')
+
+
+def say_worse(fvus: Mapping[str, float | None]) -> None:
+    """Name the SAEs whose FVU is above 1, if there are any."""
+    if sentence := worse_than_mean(fvus):
+        notice(f"{sentence}.", kind="warning")
 
 
 def paragraphs(text: str, *, size: str = "1rem") -> None:

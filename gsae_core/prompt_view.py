@@ -11,7 +11,7 @@ from gsae_core.inspect_parts import quoted, stacking
 from gsae_core.pieces import SIGNS, marked
 from gsae_core.prompt_reading import MEASURES, Chosen, Seen, chosen_row
 from gsae_core.token_strip import token_strip
-from gsae_core.wording import fixed, percent
+from gsae_core.wording import WORSE, fixed, marked_fvu, percent
 
 if TYPE_CHECKING:
     from gsae_core.analysis.attribution import Candidate
@@ -55,8 +55,9 @@ def numbers(chosen: Chosen, seen: Seen) -> None:
             )
             cells[2].metric(
                 "FVU",
-                fixed(found.fvu, 3),
-                help="Residual over total sum of squares about this text's own mean activation.",
+                marked_fvu(found.fvu),
+                help="Residual over total sum of squares about this text's own mean activation; "
+                f"{WORSE} above 1, where that mean would do better.",
             )
 
 

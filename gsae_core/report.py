@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gsae_core.wording import count, duration, fixed, percent
+from gsae_core.wording import count, duration, fixed, marked_fvu, percent, worse_than_mean
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -17,7 +17,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return evals.json as a table; loss recovered and alive latents in percent, KL in nats."""
+    """Return evals.json as a table; loss recovered and alive latents in percent, KL in nats.
+
+    SAEs worse than predicting the mean are named below it.
+    """
     head = ["SAE", "latents", "L0", "loss recovered", "KL", "FVU", "gamma", "gate gamma", "alive"]
     rows = [
         [
@@ -26,7 +29,7 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
             fixed(row["l0"], 1),
             percent(row["loss_recovered"], 2),
             fixed(row["kl"], 4),
-            fixed(row["fvu"], 4),
+            marked_fvu(row["fvu"], 4),
             fixed(row["gamma"], 3),
             # A ReLU SAE has no gate apart from its output.
             fixed(row["gamma_gate"], 3) if row["architecture"] == "gated" else "–",
@@ -34,7 +37,8 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in evals
     ]
-    return aligned([head, *rows])
+    worse = worse_than_mean({row["name"]: row["fvu"] for row in evals})
+    return [*aligned([head, *rows]), *([worse] if worse else [])]
 
 
 def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import unicodedata
+from collections.abc import Mapping
 
 # Marks, joiners and overrides of these categories are invisible, or move what stands beside them.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -39,6 +40,29 @@ def fixed(number: float | int | None, digits: int = 3) -> str:
     if number is None or not math.isfinite(number):
         return "–"
     return f"{number:,.{digits}f}"
+
+
+WORSE = "⚠"
+"""Beside an FVU above 1: predicting the mean activation would do better."""
+
+
+def is_worse_than_mean(fvu: float | int | None) -> bool:
+    """Whether an SAE of this FVU reconstructs worse than the mean activation would."""
+    return fvu is not None and fvu > 1
+
+
+def marked_fvu(fvu: float | int | None, digits: int = 3) -> str:
+    """Return an FVU with so many decimals, behind `WORSE` where it is above 1."""
+    return f"{WORSE} {fixed(fvu, digits)}" if is_worse_than_mean(fvu) else fixed(fvu, digits)
+
+
+def worse_than_mean(fvus: Mapping[str, float | int | None]) -> str:
+    """Return the sentence about SAEs whose FVU is above 1, by name; empty where there are none."""
+    names = [name for name, fvu in fvus.items() if is_worse_than_mean(fvu)]
+    if not names:
+        return ""
+    reconstruct = "reconstructs" if len(names) == 1 else "reconstruct"
+    return f"{WORSE} FVU above 1: {', '.join(names)} {reconstruct} worse than the mean activation"
 
 
 def percent(share: float | int | None, digits: int = 1) -> str:

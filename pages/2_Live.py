@@ -19,7 +19,14 @@ from gsae_core.live_view import (
     explain_numbers,
     newest_numbers,
 )
-from gsae_core.pieces import figure_tools, line_legend, notice, plain, state_badge
+from gsae_core.pieces import (
+    figure_tools,
+    line_legend,
+    notice,
+    plain,
+    say_worse,
+    state_badge,
+)
 from gsae_core.plots.live import (
     LiveChart,
     Track,
@@ -195,6 +202,13 @@ def view(was: Status) -> None:
                 )
             return
         line_legend(lines)
+        say_worse(
+            {
+                (line.sae if len(runs) == 1 else f"{line.run}/{line.sae}"): float(part["fvu"][-1])
+                for line, part in zip(lines, logged, strict=True)
+                if "fvu" in part
+            }
+        )
         cells = [cell for _ in range(3) for cell in st.columns(3, gap="medium")]
         slots = []
         for cell, (chart, name, _) in zip(cells, charts, strict=True):

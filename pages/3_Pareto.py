@@ -18,11 +18,11 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.cards import card, comparer, difference_card, table_columns
 from gsae_core.glossary import definition
-from gsae_core.pieces import escape_markdown, figure_tools, notice, plain
+from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
 from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.plots.palette import AXES
 from gsae_core.store.evals import measure_again, measured_earlier, positions
-from gsae_core.wording import fixed, percent
+from gsae_core.wording import WORSE, fixed, is_worse_than_mean, percent
 
 # Labels first: the address holds what a bound widget shows.
 LABELS: dict[str, Measure] = {
@@ -234,12 +234,18 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
     shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
     shown = shown.assign(**shares)
+    named = evals["name" if len(set(evals["run"])) == 1 else "id"]
+    say_worse(dict(zip(named, evals["fvu"], strict=True)))
+    worse = [WORSE * is_worse_than_mean(float(fvu)) for fvu in evals["fvu"]]
+    if any(worse):
+        shown.insert(5, "worse", worse)
     if base:
         shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
         shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
         # Each change beside its number: at the far right nobody sees them.
         pairs = [column for name in NUMBERS for column in (name, f"change_{name}")]
-        shown = shown[[*shown.columns[:5], *(column for column in pairs if column in shown)]]
+        own = [name for name in shown if name not in pairs]
+        shown = shown[[*own, *(column for column in pairs if column in shown)]]
     st.dataframe(
         shown.drop(columns="run") if shown["run"].nunique() == 1 else shown,
         hide_index=True,

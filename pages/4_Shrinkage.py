@@ -14,7 +14,7 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
-from gsae_core.pieces import escape_markdown, figure_tools, notice, plain
+from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
 from gsae_core.plots.gamma import Length, gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
@@ -75,6 +75,7 @@ def choose() -> dict[str, str | None]:
             )
             if name := chosen[side]:
                 st.caption(f"{hover_name(specs[name])} · L0 {fixed(rows.loc[name, 'l0'], 1)}")
+    say_worse({name: float(rows.loc[name, "fvu"]) for name in chosen.values() if name})
     return chosen
 
 

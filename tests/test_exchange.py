@@ -88,10 +88,13 @@ def test_the_command_line_imports_lists_and_evaluates(
     capsys.readouterr()
     assert cli.main(["list", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "from"]
+    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
+    assert lines[1].split() == head
     assert lines[2].split()[:5] == ["gated_5", "gated", "12", "24", "–"]
     assert lines[2].endswith("SAELens 6")
-    assert lines[3].startswith("gated_5: The config does not say so")
+    # Its weights are random.
+    assert lines[3] == "⚠ FVU above 1: gated_5 reconstructs worse than the mean activation"
+    assert lines[4].startswith("gated_5: The config does not say so")
     assert cli.main(["list"]) == 0
     assert "SAELens 6" in capsys.readouterr().out
     assert cli.main(["list", str(foreign)]) == 0

@@ -18,6 +18,7 @@ from gsae_core.plots.palette import (
     knob,
     round_values,
 )
+from gsae_core.wording import WORSE, is_worse_than_mean
 
 Measure = Literal["l0", "loss_recovered", "delta_ce", "fvu", "kl"]
 
@@ -133,6 +134,7 @@ def tradeoff(
             if len(rows):
                 name = look.label + (f" · {run}" if len(runs) > 1 else "")
                 _draw_architecture(figure, rows, x, y, look, run_look, name)
+    draw_worse(figure, evals, x, y)
     for axis, measure in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         if measure == "loss_recovered":
             axis(tickformat="~%")
@@ -207,6 +209,21 @@ def _draw_architecture(
             f"{AXES[x]} %{{x:{VALUE_FORMATS[x]}}}",
             f"{AXES[y]} %{{y:{VALUE_FORMATS[y]}}}",
         ),
+    )
+
+
+def draw_worse(figure: go.Figure, rows: pd.DataFrame, x: str, y: str) -> None:
+    """Draw a cross over each SAE whose FVU is above 1."""
+    worse = pd.DataFrame(rows[[is_worse_than_mean(fvu) for fvu in rows["fvu"]]])
+    if worse.empty:
+        return
+    figure.add_scatter(
+        x=worse[x].to_list(),
+        y=worse[y].to_list(),
+        mode="markers",
+        marker={"symbol": "x-thin", "size": 14, "line": {"width": 2, "color": NEUTRAL}},
+        name=f"{WORSE} FVU above 1: worse than the mean activation",
+        hoverinfo="skip",  # it lies on an SAE, whose own click and hover must win
     )
 
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
-from gsae_core.plots.curves import FAINT, dash_of, hover, style
+from gsae_core.plots.curves import FAINT, dash_of, draw_worse, hover, style
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name, knob
 
 Length = Literal["ratio", "gamma"]
@@ -59,6 +59,7 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
             ],
             hovertemplate=hover(series.label, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
         )
+    draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
     rule_at_one(figure, "no shrinkage")
     return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
 
