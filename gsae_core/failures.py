@@ -17,6 +17,7 @@ _ADVICE = (
         "Train fewer SAEs at once, narrow them, or use a smaller batch.",
     ),
     (r"No space left|make room on the disk", "Free some disk space, then resume: nothing is lost."),
+    (r"expected finite activations", ""),  # it says itself what to change
     (r"\bnan\b|\binf\b|not finite", "Lower the learning rate, or lengthen its warm-up."),
     (
         r"gated repo|accept|401|403",
@@ -35,6 +36,7 @@ def explain(error: str | None) -> Failure:
         return Failure("The process gave no reason.", "The last lines of its log are below.")
     cause = error if error.endswith((".", "!", "?")) else f"{error}."
     for pattern, advice in _ADVICE:
-        if re.search(pattern, error, re.IGNORECASE) and advice.lower() not in error.lower():
-            return Failure(cause, advice)
+        if re.search(pattern, error, re.IGNORECASE):
+            said = advice.lower() in error.lower()
+            return Failure(cause, "" if said else advice)
     return Failure(cause, "")

@@ -181,4 +181,6 @@ def _harvest(run: Run, bench: Bench) -> HeldOut:
     site = run.config.model
     x = bench.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
     x = x.index_select(0, place.to(x.device)).float() * bench.stream.scale
-    return HeldOut(x, place.cpu(), ids.cpu())
+    # A glance ends no run for a token that the evaluation may never come to.
+    finite = x.isfinite().all(dim=1)
+    return HeldOut(x[finite], place[finite.cpu()].cpu(), ids.cpu())

@@ -30,6 +30,7 @@ class TokenModel:
     """Activation of token t: (t, t / 3, -t). Counts the sequences it was asked for."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.n_sequences, self._fails_at = 0, fails_at

@@ -130,7 +130,7 @@ from gsae_core.lm.stream import ActivationStream
 
 class Model:
     # Any device but the CPU: its passes run in the thread that fills the chunk.
-    device, n = torch.device("meta"), 0
+    device, dtype, n = torch.device("meta"), torch.float32, 0
     def width(self, site): return 1
     def harvest(self, ids, *, layer, site):
         Model.n += 1

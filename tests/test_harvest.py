@@ -38,6 +38,7 @@ class SlowModel:
     """Activation of token t: (t, t, t). Notes the threads torch has in each pass."""
 
     device = CPU
+    dtype = torch.float32
 
     def __init__(self, wait: Callable[[int], None] = lambda n_passes: None) -> None:
         self._wait, self._lock = wait, threading.Lock()

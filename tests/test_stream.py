@@ -16,6 +16,7 @@ class TokenModel:
     """Activation of token t at any position: (t, 2t). Counts the tokens it was asked for."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self) -> None:
         self.n_tokens = 0

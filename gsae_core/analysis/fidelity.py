@@ -25,6 +25,7 @@ from gsae_core.analysis.predictions import Losses, Reference, RunningLosses
 from gsae_core.config import Positions, Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet, TokenBatch
+from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.splice import Splice
 from gsae_core.sae.architectures import GatedSAE
@@ -136,8 +137,8 @@ def evaluating(
         replace: positions at which the model reads reconstructions.
 
     Raises:
-        InputError: if the site does not exist, an SAE has another width, or nothing can be
-            predicted.
+        InputError: if the site does not exist, an SAE has another width, an activation is not
+            finite, or nothing can be predicted.
     """
     model.check(layer, site)
     clean, zero = RunningLosses(), RunningLosses()
@@ -164,6 +165,8 @@ def evaluating(
         # Where the passes run that it is compared with: else the identity would differ in rounding.
         splice = here(lambda ids=ids: model.splice(ids, layer=layer, site=site))
         ids, mask = ids.to(model.device), mask.to(model.device)
+        x = splice.x.flatten(0, 1) if replace == "all" else splice.x[mask]
+        check_finite(x, layer=layer, site=site, dtype=model.dtype)
         reference = Reference(splice.logits, ids, mask)
         clean.add(reference.losses, None)
 

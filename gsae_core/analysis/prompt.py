@@ -19,6 +19,7 @@ from gsae_core.analysis.fidelity import reconstruct
 from gsae_core.analysis.reading import Prompt
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE
@@ -76,7 +77,8 @@ def look(
         saes: take raw activations of this site.
 
     Raises:
-        InputError: if the site does not exist, an SAE has another width, or no token is counted.
+        InputError: if the site does not exist, an SAE has another width, an activation is not
+            finite, or no token is counted.
     """
     if not prompt.counted.any():
         raise InputError(
@@ -85,6 +87,7 @@ def look(
     splice = model.splice(prompt.ids, layer=layer, site=site)
     counted = prompt.counted.to(model.device)
     x = splice.x[0, counted]
+    check_finite(x, layer=layer, site=site, dtype=model.dtype)
     clean = _losses(splice.logits, prompt)
     looks = []
     for sae in saes:

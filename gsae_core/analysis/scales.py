@@ -10,6 +10,7 @@ from torch import Tensor
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.base import SAE
 from gsae_core.sae.codes import encode_sparse
@@ -115,7 +116,8 @@ def counted_vectors(
     """Return the activations of the first counted tokens of `sequences`.
 
     Raises:
-        InputError: if the site does not exist, or there is no token to count.
+        InputError: if the site does not exist, an activation is not finite, or there is no token
+            to count.
     """
     vectors, left = [], n_tokens
     rows = max(1, READ_TOKENS // sequences.n_ctx)
@@ -124,6 +126,7 @@ def counted_vectors(
             break
         ids, mask = sequences[start : start + rows]
         x = model.harvest(ids, layer=layer, site=site)[mask.to(model.device)][:left]
+        check_finite(x, layer=layer, site=site, dtype=model.dtype)
         vectors.append(x)
         left -= len(x)
     if not vectors:

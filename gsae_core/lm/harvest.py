@@ -16,10 +16,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gsae_core.config import Site
+from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.threads import one_thread_a_core
 
@@ -42,6 +43,43 @@ class Harvester(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def n_not_finite(x: Float[Tensor, "vectors d_in"]) -> Int64[Tensor, ""]:
+    """Return how many vectors hold a number that is infinite or NaN, on their device."""
+    return (~x.isfinite().all(dim=1)).sum()
+
+
+def check_finite(
+    x: Float[Tensor, "vectors d_in"], *, layer: int, site: Site, dtype: torch.dtype
+) -> None:
+    """Raise InputError if a vector is not finite; it waits for the device.
+
+    Args:
+        x: read at `layer` and `site`.
+        dtype: what the language model computes in.
+    """
+    refuse_not_finite(int(n_not_finite(x)), len(x), layer=layer, site=site, dtype=dtype)
+
+
+def refuse_not_finite(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> None:
+    """Raise InputError if `n`, of so many vectors read at a place that are not finite, is not 0."""
+    if not n:
+        return
+    name = str(dtype).removeprefix("torch.")
+    why = f"the language model computes in {name}"
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        why += f", which overflows above {most:,.0f}; use float32 or bfloat16 for it (--dtype)"
+    else:
+        why += "; check its weights, or choose another layer or site"
+    raise InputError(
+        f"expected finite activations at {site} of layer {layer}, got {n:,} of {of:,} vectors "
+        f"with infinite or NaN entries: {why}"
+    )
 
 
 @runtime_checkable
@@ -128,7 +166,11 @@ class Harvest:
         return self._watch.seconds
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of sequences, float32, in order, a forward pass at a time."""
+        """Yield the counted vectors of sequences, float32, in order, a forward pass at a time.
+
+        Raises:
+            InputError: as `through` does.
+        """
         return self.through(lambda x: x, which)
 
     def through(
@@ -137,21 +179,38 @@ class Harvest:
         """Yield what `work` makes of the vectors of each pass, in order.
 
         It runs where the pass ran: on a CPU in a thread that has one core, several at once.
+
+        Raises:
+            InputError: once all is read, if a vector is not finite: nobody may keep what was made
+                of the others before. On a CPU, `work` never sees the passes it is in.
         """
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 
-        def task(group: np.ndarray) -> list[Result]:
+        def task(group: np.ndarray) -> tuple[int, Int64[Tensor, ""], list[Result]]:
             x = self._pass(group)
-            return [work(x)] if len(x) else []
+            bad = n_not_finite(x)
+            # On a GPU, to look at the number would be to wait for the pass.
+            spoilt = self.device.type == "cpu" and bool(bad)
+            return len(x), bad, [work(x)] if len(x) and not spoilt else []
 
         # A generator cannot be timed by `with`: its time runs on while it is not asked.
         results = _side_by_side(task, groups, _n_threads(self.device))
+        n, n_bad = 0, torch.zeros((), dtype=torch.int64)
         while True:
             with self._watch.running():
-                made = next(results, None)
-            if made is None:
-                return
+                read = next(results, None)
+            if read is None:
+                break
+            n_read, bad, made = read
+            n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
+        refuse_not_finite(
+            int(n_bad), n, layer=self._layer, site=self._site, dtype=self._model.dtype
+        )
+
+    def check(self, x: Float[Tensor, "vectors d_in"]) -> None:
+        """Raise InputError if a vector that was read here before is not finite."""
+        check_finite(x, layer=self._layer, site=self._site, dtype=self._model.dtype)
 
     def _pass(self, which: np.ndarray) -> Float[Tensor, "vectors d_in"]:
         ids, mask = self._sequences[which]

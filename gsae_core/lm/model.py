@@ -91,6 +91,11 @@ class LanguageModel:
                 f"layer {layer} has {', '.join(self._blocks[layer].taps)}"
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(self.hf.parameters()).dtype
+
     def harvest(
         self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
     ) -> Float[Tensor, "rows pos d_in"]:

@@ -90,7 +90,8 @@ class CachedActivations:
         """Harvest every shard that is missing; say first how large the cache is.
 
         Raises:
-            InputError: if the disk lacks the room, before anything is harvested, or on the way.
+            InputError: if the disk lacks the room, before anything is harvested, or on the way; if
+                a vector is not finite, and then its shard is not written.
         """
         with writing(self.folder, self.n_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +162,8 @@ class CachedActivations:
                 reason = str(error)
             else:
                 if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
+                    # An earlier version wrote them whatever they were.
+                    self._harvest.check(x)
                     return x
                 reason = "its checksum is another's"
         log.warning(
@@ -243,8 +246,7 @@ def open_cache(
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "about.json").exists():
         write_json(folder / "about.json", {"model": model.name} | about)
-    dtype = next(model.hf.parameters()).dtype
-    return CachedActivations(harvest, sequences, folder, dtype=dtype)
+    return CachedActivations(harvest, sequences, folder, dtype=model.dtype)
 
 
 def _sha256(x: Tensor) -> str:
