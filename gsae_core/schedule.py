@@ -52,8 +52,8 @@ def _lambda(recipe: TrainRecipe) -> list[str]:
     if warmup < n:
         return []
     return [
-        f"lambda rises over {warmup:,} steps and there are {n:,}, so it ends at "
-        f"{(n - 1) / warmup:.0%} of what was asked for; shorten its warm-up or train on more tokens"
+        f"lambda rises over {warmup:,} steps and there are {n:,}, so it never reaches what was "
+        "asked for; shorten its warm-up or train on more tokens"
     ]
 
 

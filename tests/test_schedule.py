@@ -125,8 +125,8 @@ def test_the_presets_of_ours_say_the_whole_of_their_schedule() -> None:
             "the peak learning rate; shorten the warm-up or end revivals earlier",
         ),
         (
-            {"sparsity_warmup_steps": 486},  # at the last step 243 / 486 of it
-            "lambda rises over 486 steps and there are 244, so it ends at 50% of what was asked "
+            {"sparsity_warmup_steps": 244},  # at the last step 243 / 244 of it
+            "lambda rises over 244 steps and there are 244, so it never reaches what was asked "
             "for; shorten its warm-up or train on more tokens",
         ),
         (
