@@ -140,6 +140,12 @@ def test_documents_and_code_are_called_what_they_like(
         file(code / f"{name}.py", words(100 * i, 100 * i + 20))
     assert seen(essays) == {0, 1, 2, 3, 4}
     assert seen(code) == {0, 1, 2}
+    assert seen(essays, split="test") == {1}  # asked for by name
+    two = tmp_path / "two"
+    two.mkdir()
+    for i, name in enumerate(("notes", "test")):
+        file(two / f"{name}.txt", words(100 * i, 100 * i + 20))
+    assert seen(two) == {0, 1}
     with caplog.at_level(logging.INFO):
         seen(folder(tmp_path / "set", PILE))
     assert "split train, 2 files of others left out" in caplog.text

@@ -28,17 +28,20 @@ def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: b
 
     Args:
         names: of the folder's files, below it.
-        is_text: documents that are files may be called anything: their names count only if they
-            end in `.txt` and half of them or more name a split.
+        is_text: the files are documents, which may be called anything. Only names in `.txt` count;
+            and unless most of them tell a split, `train` and another, `train` is all of them.
 
     Raises:
         InputError: if there is no such split; the sentence names those there are.
     """
     if split == "all":
         return list(names)
-    splits = _by_card(folder, names) or _by_shards(names) or _by_words(names, is_text=is_text)
-    if not splits and split == "train":
-        return list(names)
+    splits = _by_card(folder, names) or _by_shards(names)
+    if not splits:
+        splits = _by_words(names, is_text=is_text)
+        is_set = len(splits) > 1 and 2 * sum(map(len, splits.values())) > len(names)
+        if split == "train" and (not splits or (is_text and not (is_set and split in splits))):
+            return list(names)
     if split not in splits:
         raise InputError(no_split(split, folder, list(splits)))
     return splits[split]
@@ -113,6 +116,4 @@ def _by_words(names: Sequence[str], *, is_text: bool) -> dict[str, list[str]]:
             if pattern.match(name):
                 splits.setdefault(split, []).append(name)
                 break
-    if is_text and 2 * sum(map(len, splits.values())) < len(names):
-        return {}
     return splits

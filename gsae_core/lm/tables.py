@@ -336,19 +336,20 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
     """
     import datasets
 
-    saved: Any = datasets.load_from_disk(str(folder))
-    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {}
-    if split in splits:
-        saved = splits[split]
-    elif split == "all":
-        saved = datasets.concatenate_datasets(list(splits.values())) if splits else saved
-    elif splits or split not in ("train", str(saved.split)):
-        raise InputError(no_split(split, folder, list(map(str, splits))))
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split != "all" and split not in saved:
+            raise InputError(no_split(split, folder, list(map(str, saved))))
+        saved = (
+            datasets.concatenate_datasets(list(saved.values())) if split == "all" else saved[split]
+        )
+    elif split not in ("all", "train", str(saved.split)):
+        raise InputError(no_split(split, folder, []))
     # As Python's own objects, whichever library's the folder remembers (torch, pandas, arrow).
     saved = saved.with_format(None, columns=saved.format["columns"])
     order = np.random.default_rng(0).permutation(len(saved))
     for start in range(0, len(order), 256):
-        columns = saved[order[start : start + 256].tolist()]
+        columns: Any = saved[order[start : start + 256].tolist()]
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 
