@@ -1,7 +1,77 @@
-"""`python -m gsae_core`."""
+"""`python -m gsae_core`, on standard streams whose reader may leave before the work is done."""
 
+import errno
+import io
+import os
 import sys
+from collections.abc import Sequence
+from typing import IO, Any
 
 from gsae_core.cli import main
 
-sys.exit(main())
+READER_LEFT = 128 + 13
+"""What shells report of a program that SIGPIPE ended."""
+
+
+class Lasting(io.FileIO):
+    """A standard stream that outlives its reader (`| head -1`, a terminal that was closed).
+
+    What nobody reads any more goes nowhere, from here, from libraries and from processes started
+    later alike; a command that only answers ends instead.
+    """
+
+    def __init__(self, fd: int, *, answers: bool) -> None:
+        super().__init__(fd, "wb", closefd=False)
+        self._answers = answers
+
+    def write(self, data: Any) -> int | None:
+        """Write what can be written; to a reader that has left, nothing."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            # EIO: of a terminal that is no more.
+            gone = isinstance(error, BrokenPipeError | ConnectionResetError)
+            if not (gone or error.errno == errno.EIO):
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        if self._answers:
+            raise SystemExit(READER_LEFT)
+        return len(data)
+
+
+def is_answer(words: Sequence[str]) -> bool:
+    """Return whether printing is all that a command does, so that it may end with its reader."""
+    return not {"-h", "--help"}.isdisjoint(words) or words[:1] in (["list"], ["doctor"])
+
+
+def lasting(fd: int, stream: IO[str] | None, *, answers: bool) -> io.TextIOWrapper:
+    """Return a standard stream like `stream`, lasting; None: one that was closed by the shell."""
+    raw = Lasting(fd, answers=answers)
+    if not isinstance(stream, io.TextIOWrapper):
+        return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", line_buffering=True)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # as `python -u` has it
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def open_closed() -> None:
+    """Open the standard streams that a shell closed (`>&-`), or files take their place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+if __name__ == "__main__":
+    open_closed()
+    answers = is_answer(sys.argv[1:])
+    sys.stdout = lasting(1, sys.stdout, answers=answers)
+    sys.stderr = lasting(2, sys.stderr, answers=answers)
+    sys.exit(main())
