@@ -4,6 +4,7 @@ import gc
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,18 @@ def whole_collections() -> Iterator[None]:
     if collector._freeze in gc.callbacks:
         gc.callbacks.remove(collector._freeze)
         gc.unfreeze()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, here and in processes started here.
+
+    A shell starts what a script puts into the background with SIGINT ignored, which children
+    inherit: tests that send the signal ask for this.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,7 @@ def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     small: list[str],
     tmp_path: Path,
@@ -175,6 +176,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert steps == list(range(1, 21))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
     small: list[str],
     tmp_path: Path,

@@ -155,6 +155,7 @@ def test_labels_of_the_bundled_example_are_kept_beside_the_users_runs(
     assert not (run.folder / "features" / "gated-0.35" / FILE).exists()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(indexed: Run, chat: Chat) -> None:
     words = ["--sae", SAE, "--features", "7", "8", "9", "--with", "small", "--remote"]
     command = [sys.executable, "-m", "gsae_core", "label", str(indexed.folder), *words]

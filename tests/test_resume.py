@@ -153,6 +153,7 @@ def test_killed_while_it_is_evaluated_it_ends_with_the_same_bits(
     assert outcome(run) == undisturbed
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_saves_and_says_cancelled(
     run: Run, undisturbed: dict[str, Any], number: signal.Signals

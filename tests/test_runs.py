@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -515,6 +516,22 @@ def test_a_worker_hears_a_request_and_answers_it(run: Run) -> None:
         worker.outcome = "cancelled"
     assert run.status.state == "cancelled"
     assert not (run.folder / "control.json").exists()
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(
+    run: Run,
+) -> None:
+    # As a shell starts what a script puts into the background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Worker(run) as worker:
+            signal.raise_signal(signal.SIGINT)
+            assert not worker.stop_requested
+            signal.raise_signal(signal.SIGTERM)
+            assert worker.stop_requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_request_meant_for_an_earlier_process_does_not_stop_a_later_one(run: Run) -> None:

@@ -190,7 +190,12 @@ class Worker:
         # Python delivers signals to the main thread only; elsewhere control.json is the way.
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM]
+        # A shell that puts us into the background has it ignored, so that a Ctrl-C meant for
+        # another command leaves us be.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        for number in numbers:
             self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
