@@ -52,10 +52,15 @@ class Reference:
         self._targets = ids[:, 1:, None]
         self._log_p = logits[:, :-1].log_softmax(-1)
         self._p = self._log_p.exp()
-        self.losses = self._losses(self._log_p)
+        self._excess = _excess(self._p)
+        self.losses = self._losses(self._log_p, self._excess)
 
-    def _losses(self, log_q: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, " n"]:
-        return -log_q.gather(-1, self._targets)[..., 0][self._counted]
+    def _losses(
+        self,
+        log_q: Float[Tensor, "rows predictions d_vocab"],
+        excess: Float[Tensor, "rows predictions"],
+    ) -> Float[Tensor, " n"]:
+        return (excess - log_q.gather(-1, self._targets)[..., 0])[self._counted]
 
     @torch.inference_mode()
     def compare(
@@ -63,8 +68,19 @@ class Reference:
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Return the loss and KL(clean || these) of every counted prediction, in nats."""
         log_q = logits[:, :-1].log_softmax(-1)
-        losses = self._losses(log_q)
+        excess = _excess(log_q.exp())
+        losses = self._losses(log_q, excess)
         # The difference before the product: equal predictions diverge by exactly 0. In place, for
         # a vocabulary's width of memory traffic costs as much as a block of the model.
         torch.sub(self._log_p, log_q, out=log_q)
-        return losses, log_q.mul_(self._p).sum(-1)[self._counted]
+        return losses, (log_q.mul_(self._p).sum(-1) + (excess - self._excess))[self._counted]
+
+
+def _excess(p: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, "rows predictions"]:
+    """Return ln of what probabilities add up to, which is 0 up to the rounding of their making.
+
+    On a CPU log_softmax adds up terms that are small beside its largest one by one: where a model
+    is sure of its guess it loses 6e-7 nats at 4,096 tokens and 3e-5 at 256,000, always with the
+    same sign, so that no average removes it. `sum` adds in a tree. Taken off, 8e-8 are left.
+    """
+    return p.sum(-1).to(sum_dtype(p.device)).log()
