@@ -2,7 +2,6 @@
 
 import gc
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import Hub, serving_hub
+from tiny_runs import small_run
 
 from gsae_core import collector
 from gsae_core.lm.model import LanguageModel, load_model
@@ -101,13 +101,6 @@ def tiny_lm(tiny_lm_folder: Path) -> LanguageModel:
     return load_model(str(tiny_lm_folder))
 
 
-# 320 activations of the tiny model in 20 steps; E|x|^2 = 1, so lambda 0.05 and 0.4 differ.
-SMALL = shlex.split(
-    "--layer 1 --site mlp_hidden --arch gated relu --sparsity 0.05 0.4 --width 6 --tokens 320 "
-    "--batch-size 16 --eval-tokens 64 --lr-warmup-steps 2 --device cpu"
-)
-
-
 @pytest.fixture(scope="session")
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 2000 words that the tiny tokenizer knows."""
@@ -116,10 +109,6 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join(lines))
     return path
-
-
-def small_run(model: Path, text: Path, out: Path) -> list[str]:
-    return ["train", "--model", str(model), "--data", str(text), "--out", str(out), *SMALL]
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from app_pages import opened, text
-from conftest import small_run
 from families import tiny
 from safetensors.torch import load_file, save_file
+from tiny_runs import small_run
 
 from gsae_core import cli
 from gsae_core.errors import InputError

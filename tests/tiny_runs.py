@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from gsae_core.store.resume import load_state
 from gsae_core.store.runs import Run
 
 N_STEPS = 30
+
+# 320 activations of the tiny model in 20 steps; E|x|^2 = 1, so lambda 0.05 and 0.4 differ.
+SMALL = shlex.split(
+    "--layer 1 --site mlp_hidden --arch gated relu --sparsity 0.05 0.4 --width 6 --tokens 320 "
+    "--batch-size 16 --eval-tokens 64 --lr-warmup-steps 2 --device cpu"
+)
 
 
 def write_text(path: Path, *, n_words: int = 1500, seed: int = 0) -> Path:
@@ -52,6 +59,11 @@ def tiny_config(lm_folder: Path, text: Path, **fields: Any) -> RunConfig:
         "checkpoint_minutes": 0.02 / 60,
     }
     return RunConfig(**values | fields)
+
+
+def small_run(model: Path, text: Path, out: Path) -> list[str]:
+    """Return `train` words that finish in about a second."""
+    return ["train", "--model", str(model), "--data", str(text), "--out", str(out), *SMALL]
 
 
 def finish(run: Run) -> None:
