@@ -12,7 +12,7 @@ from gsae_core.config import RunConfig, SAESpec
 from gsae_core.glossary import definition
 from gsae_core.pieces import facts, marked, plain, say_worse
 from gsae_core.plots.palette import LOOKS, knob
-from gsae_core.store.evals import positions
+from gsae_core.store.evals import measured_on, positions
 from gsae_core.store.runs import Run
 from gsae_core.wording import WORSE, count, fixed, marked_fvu, percent, signed_percent
 
@@ -120,7 +120,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
                     "text": config.data.source,
                     **_training(config, spec),
                     "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
-                    "measured on": f"{int(row['n_tokens']):,} held-out tokens",
+                    "measured on": measured_on(row),
                     "losses with": positions(row),
                 }
             )

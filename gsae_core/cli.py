@@ -33,7 +33,7 @@ from gsae_core.launch import run_id, runs_root
 from gsae_core.machine import slot_of
 from gsae_core.report import evals_table, time_spent
 from gsae_core.schedule import shortfalls_of_run
-from gsae_core.store.evals import measure_again, measured_earlier, positions
+from gsae_core.store.evals import averaged, measure_again, measured_earlier, measured_on, positions
 from gsae_core.store.files import readable
 from gsae_core.store.index_jobs import index_folder
 from gsae_core.store.job_folder import Job
@@ -201,7 +201,7 @@ def _index(command: Index) -> int:
             return INTERRUPTED
         manifest = read_manifest(folder)
         print(
-            f"{name}: {manifest.n_tokens:,} tokens, L0 {manifest.l0:.1f}, "
+            f"{name}: {manifest.amount()}, L0 {manifest.l0:.1f}, "
             f"{readable(manifest.n_bytes)} in {folder}",
             flush=True,
         )
@@ -303,9 +303,12 @@ def _report(run: Run) -> None:
 
 def _how_measured(run: Run, evals: list[dict[str, Any]]) -> list[str]:
     """Return what loss recovered means in a table that has it."""
+    if not evals:
+        return []
+    on = f"measured on {measured_on(evals[0])}"
     if any(measured_earlier(row) for row in evals):
-        return [measure_again(str(run.folder))]
-    return [f"losses: {positions(evals[0])}"] if evals else []
+        return [on, measure_again(str(run.folder))]
+    return [on, f"losses: {averaged(evals[0])}; {positions(evals[0])}"]
 
 
 def _say(sentence: str) -> None:

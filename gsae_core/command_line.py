@@ -39,8 +39,8 @@ class Evaluate:
     tokens: Annotated[
         int | None,
         arg(
-            help="Held-out tokens, masked positions left out; without it as many as the run's "
-            "config says.",
+            help="Held-out tokens, masked positions left out, or as many as the whole text has; "
+            "without it as many as the run's config says.",
             metavar="INT",
             help_behavior_hint="",
         ),
@@ -73,7 +73,9 @@ class Index:
     tokens: Annotated[
         int | None,
         arg(
-            help="Tokens to read, masked positions left out.", metavar="INT", help_behavior_hint=""
+            help="Tokens to read, masked positions left out, or as many as the text has.",
+            metavar="INT",
+            help_behavior_hint="",
         ),
     ] = None
     split: Annotated[

@@ -248,7 +248,8 @@ class EvalConfig(Config):
     """What is measured on held-out sequences when training ends."""
 
     n_tokens: PositiveInt = 131_072
-    """Held-out tokens, masked positions left out; fewer if the held-out split is smaller."""
+    """Held-out tokens, masked positions left out; fewer if the whole text holds out fewer. Text is
+    read for them beyond what training takes."""
 
     replace: Positions = "counted"
     """Where the model reads reconstructions when its loss is measured: `counted` leaves BOS,

@@ -71,7 +71,11 @@ def _build(run: Run, name: str, asked: Request) -> Iterator[index_build.Progress
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
     corpus = load_corpus(
-        cfg.data, model.tokenizer, n_tokens=asked.n_tokens, model_n_ctx=model.n_ctx
+        cfg.data,
+        model.tokenizer,
+        n_tokens=asked.n_tokens,
+        model_n_ctx=model.n_ctx,
+        n_held_out=_n_held_out(asked.n_tokens, asked.split),
     )
     return index_build.build_index(
         model,
@@ -85,7 +89,13 @@ def _build(run: Run, name: str, asked: Request) -> Iterator[index_build.Progress
         weights_sha256=weights_sha256(sae_folder),
         revision=cfg.model.revision,
         n_tokens_asked=asked.n_tokens,
+        shortage=corpus.shortage if asked.split == "held_out" else "the text has no more",
     )
+
+
+def _n_held_out(n_tokens: int, split: IndexSplit) -> int:
+    """Return how many held-out tokens an index is asked to read."""
+    return {"held_out": n_tokens, "mixed": -(-n_tokens // 2), "train": 0}[split]
 
 
 def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[Part]:
@@ -97,8 +107,7 @@ def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[P
     parts = []
     left = n_tokens
     if split != "train":
-        wanted = left if split == "held_out" else -(-left // 2)
-        parts.append(_first(corpus.held_out, "held_out", wanted))
+        parts.append(_first(corpus.held_out, "held_out", _n_held_out(n_tokens, split)))
         left -= int(corpus.held_out.counts[: parts[0].n].sum())
     if split != "held_out" and left > 0:
         parts.append(_first(corpus.train, "train", left))

@@ -81,7 +81,8 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
                 _refuse_if_all_stopped(bench)
                 model, corpus = bench.model, bench.corpus
                 del bench  # Optimiser states and a chunk of activations: room for the evaluation.
-                worker.enter("evaluating", total=run.config.evaluation.n_tokens)
+                wanted = run.config.evaluation
+                worker.enter("evaluating", total=_n_measured(corpus, wanted))
                 for progress in _evaluate(run, model, corpus, run.config.evaluation):
                     worker.done = progress.done
                     if worker.stop_requested:
@@ -123,7 +124,8 @@ def evaluate_run(
         )
         yield Progress("loading", 0, wanted.n_tokens)
         model = load_lm(run.config)
-        yield from _evaluate(run, model, load_text(run.config, model), wanted)
+        corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
+        yield from _evaluate(run, model, corpus, wanted)
         yield Progress("finished", wanted.n_tokens, wanted.n_tokens)
 
 
@@ -143,7 +145,7 @@ def _evaluate(
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    total = min(wanted.n_tokens, corpus.n_held_out_tokens)
+    total = _n_measured(corpus, wanted)
     steps = evaluating(
         model,
         saes,
@@ -156,13 +158,18 @@ def _evaluate(
     evaluations = yield from _progress(steps, total)
     rows = []
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted.replace))
+        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
         _write_latents(run.sae_folder(spec.name), evaluation.metrics)
         deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
         write_norm_deciles(run.sae_folder(spec.name), deciles)
     ids, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
     write_tokens(run.folder, ids.numpy(), counted.numpy())
     write_evals(run.folder, rows)
+
+
+def _n_measured(corpus: Corpus, wanted: EvalConfig) -> int:
+    """Return how many held-out tokens an evaluation takes, to the sequence."""
+    return min(wanted.n_tokens, corpus.n_held_out_tokens)
 
 
 def _progress(
@@ -176,7 +183,9 @@ def _progress(
         yield Progress("evaluating", min(done, total), total)
 
 
-def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation, replaced: Positions) -> EvalRow:
+def _eval_row(
+    spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig, shortage: str
+) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
     return EvalRow(
         name=spec.name,
@@ -196,8 +205,11 @@ def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation, replaced: Positi
         cosine=metrics.cosine,
         alive_fraction=metrics.alive_fraction,
         n_tokens=metrics.n_tokens,
+        n_tokens_asked=wanted.n_tokens,
+        shortage=shortage if metrics.n_tokens < wanted.n_tokens else None,
+        n_predictions=losses.n_tokens,
         zeroed="all",
-        replaced=replaced,
+        replaced=wanted.replace,
     )
 
 

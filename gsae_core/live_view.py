@@ -64,6 +64,8 @@ def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False)
     elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
         share = min(status.done / status.total, 1.0) if status.total else 0.0
         text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
+        if 0 < status.total < (asked := run.config.evaluation.n_tokens):
+            text += f"; {asked:,} were asked for, and there are no more"
         st.progress(share, text=text)
     else:
         text = f"step {status.step:,} of {status.n_steps:,}"

@@ -228,11 +228,16 @@ def _held_out_vectors(
 
 
 def _held_out(run: Run, model: "LanguageModel") -> Any:
-    """Return held-out sequences of a run: a shorter reading than training's, so a prefix of it."""
+    """Return held-out sequences of a run: of as little text as has enough of them."""
     from gsae_core.analysis.scales import N_TOKENS
     from gsae_core.lm.corpus import load_corpus
 
     data = run.config.data
-    n_tokens = min(run.config.train.n_tokens, round(N_TOKENS / data.held_out))
-    corpus = load_corpus(data, model.tokenizer, n_tokens=n_tokens, model_n_ctx=model.n_ctx)
+    corpus = load_corpus(
+        data,
+        model.tokenizer,
+        n_tokens=min(run.config.train.n_tokens, N_TOKENS),
+        model_n_ctx=model.n_ctx,
+        n_held_out=N_TOKENS,
+    )
     return corpus.held_out

@@ -10,7 +10,7 @@ from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.card_figure import pareto_svg
 from gsae_core.config import RunConfig, SAESpec
 from gsae_core.plots.palette import LOOKS, knob
-from gsae_core.store.evals import measure_again, measured_earlier, positions
+from gsae_core.store.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.store.runs import Run
 from gsae_core.store.status import read_json
 from gsae_core.wording import count, fixed, marked_fvu, percent, worse_than_mean
@@ -92,9 +92,8 @@ def _table(evals: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
             percent(row["alive_fraction"], 1),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    n_tokens = max((row["n_tokens"] for row in evals), default=0)
     note = (
-        f"On {n_tokens:,} held-out tokens. L0: latents that fire per token. Loss recovered: 1 "
+        f"On {measured_on(evals[0])}. L0: latents that fire per token. Loss recovered: 1 "
         "where the language model loses nothing, 0 where zeros would do as well "
         f"({positions(evals[0])}). FVU: squared error over variance. γ: relative reconstruction "
         "bias, below 1 where reconstructions are too short."

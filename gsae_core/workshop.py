@@ -99,9 +99,14 @@ def load_lm(cfg: RunConfig) -> LanguageModel:
     return model
 
 
-def load_text(cfg: RunConfig, model: LanguageModel) -> Corpus:
+def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = None) -> Corpus:
+    """Return a run's text; `n_held_out`: held-out tokens wanted, None: as its evaluation takes."""
     return load_corpus(
-        cfg.data, model.tokenizer, n_tokens=cfg.train.n_tokens, model_n_ctx=model.n_ctx
+        cfg.data,
+        model.tokenizer,
+        n_tokens=cfg.train.n_tokens,
+        model_n_ctx=model.n_ctx,
+        n_held_out=cfg.evaluation.n_tokens if n_held_out is None else n_held_out,
     )
 
 

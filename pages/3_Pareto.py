@@ -21,7 +21,7 @@ from gsae_core.glossary import definition
 from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
 from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.plots.palette import AXES
-from gsae_core.store.evals import measure_again, measured_earlier, positions
+from gsae_core.store.evals import averaged, measure_again, measured_earlier, measured_on, positions
 from gsae_core.wording import WORSE, fixed, is_worse_than_mean, percent
 
 # Labels first: the address holds what a bound widget shows.
@@ -256,9 +256,10 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     figure_tools(evals, name="evaluations")
     first = evals.iloc[0]
     st.caption(
-        f"{escape_markdown(run.id)}: {first['n_tokens']:,} held-out tokens, on which the language "
+        f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. The language "
         f"model alone loses {fixed(first['ce_clean'], 4)} nats per token, and with the site set to "
-        f"zero {fixed(first['ce_zero'], 4)} ({positions(first.to_dict())})."
+        f"zero {fixed(first['ce_zero'], 4)} ({averaged(first.to_dict())}; "
+        f"{positions(first.to_dict())})."
     )
 
 

@@ -117,10 +117,7 @@ with left:
     listed = st.container()
 if sae.index is not None:
     manifest = sae.index.manifest
-    splits = " and ".join(
-        f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in manifest.splits
-    )
-    plain(f"Read from {splits} tokens of {manifest.text}.", size=".8125rem")
+    plain(f"Read from {manifest.amount(f' of {manifest.text}')}.", size=".8125rem")
 with right:
     st.fragment(one_feature)(sae, chosen, other, base)
 # Tables and charts come last, as on Live: a browser that has them draws them before the rest.

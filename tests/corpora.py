@@ -51,11 +51,16 @@ def load(
     n_tokens: int | None = None,
     model_n_ctx: int = 64,
     held_out: float = 0.25,
+    n_held_out: int = 0,
     **settings: Any,
 ) -> Corpus:
     cfg = DataConfig(source=str(source), n_ctx=n_ctx, held_out=held_out, **settings)
     return load_corpus(
-        cfg, tokenizer or WordTokenizer(), n_tokens=n_tokens, model_n_ctx=model_n_ctx
+        cfg,
+        tokenizer or WordTokenizer(),
+        n_tokens=n_tokens,
+        model_n_ctx=model_n_ctx,
+        n_held_out=n_held_out,
     )
 
 

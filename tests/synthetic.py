@@ -59,6 +59,9 @@ def evaluation(spec: SAESpec, d_in: int = 256) -> dict[str, Any]:
         "cosine": 0.93,
         "alive_fraction": 0.97,
         "n_tokens": N_EVAL,
+        "n_tokens_asked": N_EVAL,
+        "shortage": None,
+        "n_predictions": N_EVAL - N_EVAL // 256,
         "zeroed": "all",
         "replaced": "counted",
     }

@@ -19,6 +19,7 @@ from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli import main
 from gsae_core.store.runs import Run
 from gsae_core.store.worker import Worker
+from gsae_core.workshop import load_lm, load_text
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_a_terminal_gets_a_bar_with_l0_and_loss(
     assert re.search(
         r"training: 100%.*20/20 .*, L0 [\d.]+ to [\d.]+, loss [\d.]+ to [\d.]+\]", bars
     )
-    assert re.search(r"evaluating: 100%.*30\.0/30\.0", bars)
+    assert re.search(r"evaluating: 100%.*64\.0/64\.0", bars)
 
 
 def test_a_run_without_a_name_is_named_after_what_it_is(
@@ -86,12 +87,43 @@ def test_evaluate_measures_again_on_as_many_tokens_as_asked(
     before = finished.evals()
     assert main(["evaluate", str(finished.folder), "--tokens", "15"]) == 0
     after = finished.evals()
-    # The held-out split has two sequences of 15 counted tokens; BOS is not counted.
-    assert {row["n_tokens"] for row in before} == {30}
+    # Sequences of 15 counted tokens, as BOS is not counted; five reach the 64 that were asked for.
+    assert {row["n_tokens"] for row in before} == {75}
     assert {row["n_tokens"] for row in after} == {15}
-    assert "gated-0.05" in capsys.readouterr().out
+    # Of 15 tokens in a row 14 are predicted by one that counts.
+    assert [row["n_predictions"] for row in before] == 4 * [70]
+    said = capsys.readouterr().out
+    assert "gated-0.05" in said
+    assert "measured on 15 held-out tokens\nlosses: mean over 14 predictions; zeros at" in said
     assert main(["evaluate", str(finished.folder)]) == 0
     assert finished.evals() == before
+
+
+def test_evaluate_takes_all_the_text_holds_out_and_says_what_was_asked_for(
+    finished: Run, small_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 2000 words and an end are 133 rows of 15; one in 20 is held out, rows 0, 20 ... 120.
+    assert len(small_text.read_text().split()) == 2000
+    assert main(["evaluate", str(finished.folder), "--tokens", "50_000"]) == 0
+    for row in finished.evals():
+        assert (row["n_tokens"], row["n_tokens_asked"], row["n_predictions"]) == (105, 50_000, 98)
+    assert (
+        "measured on 105 held-out tokens of 50,000 asked for: the held-out text has no more\n"
+    ) in capsys.readouterr().out
+    # What training takes is as it was: 320 tokens, rounded up to the row.
+    resumed = load_text(finished.config, load_lm(finished.config))
+    assert resumed.n_train_tokens == 330
+    words = ["index", str(finished.folder), "--sae", "relu-0.4", "--split", "held_out"]
+    assert main([*words, "--tokens", "50_000"]) == 0
+    said = "105 held-out tokens (50,000 asked for: the held-out text has no more)"
+    assert capsys.readouterr().out.startswith(f"relu-0.4: {said}, L0 ")
+    index = finished.features("relu-0.4")
+    assert (index.n_tokens, index.manifest.n_tokens_asked) == (105, 50_000)
+    # What was measured is what was indexed, and none of it was trained on.
+    measured = load_file(finished.folder / "evaluated_tokens.safetensors")["ids"]
+    assert measured.tolist() == index.array("ids").tolist()
+    trained_on = {tuple(row) for row in resumed.train[:].ids.tolist()}
+    assert trained_on.isdisjoint(map(tuple, measured.tolist()))
 
 
 def test_evaluate_replaces_every_position_when_told_and_says_so(
@@ -100,7 +132,7 @@ def test_evaluate_replaces_every_position_when_told_and_says_so(
     before = finished.evals()
     assert {(row["zeroed"], row["replaced"]) for row in before} == {("all", "counted")}
     assert main(["evaluate", str(finished.folder), "--replace", "all"]) == 0
-    assert "losses: zeros and reconstructions at every position" in capsys.readouterr().out
+    assert "predictions; zeros and reconstructions at every position" in capsys.readouterr().out
     after = finished.evals()
     assert {(row["zeroed"], row["replaced"]) for row in after} == {("all", "all")}
     for one, other in zip(before, after, strict=True):
@@ -120,7 +152,7 @@ def test_the_tokens_that_were_measured_are_written_out(finished: Run) -> None:
     assert tokens["counted"].tolist() == [[False] + [True] * 15]
     assert main(["evaluate", str(finished.folder)]) == 0
     again = load_file(finished.folder / "evaluated_tokens.safetensors")
-    assert again["ids"].shape == (2, 16)
+    assert again["ids"].shape == (5, 16)
     assert again["ids"][:1].tolist() == tokens["ids"].tolist()
 
 

@@ -193,11 +193,26 @@ def test_evaluations_are_read_again_when_they_change_and_only_then(
     assert run.id == "done"
 
 
-def rewrite(run: Run, **said: str | None) -> None:
+def rewrite(run: Run, **said: str | int | None) -> None:
     """Replace keys of each SAE's evaluation; those that are None are left out."""
     rows = [row | said for row in run.evals()]
     rows = [{key: value for key, value in row.items() if key not in said or value} for row in rows]
     (run.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
+
+
+def test_fewer_held_out_tokens_than_asked_for_are_said_where_they_were_measured(
+    root: Path,
+) -> None:
+    no_more = "the held-out text has no more"
+    short = {"n_tokens": 4335, "n_tokens_asked": 50_000, "n_predictions": 4318, "shortage": no_more}
+    rewrite(write_run(root, "short"), **short)
+    at = opened(PARETO, run="short", pick=["short/gated-0.1"])
+    assert not at.exception
+    said = text(at).replace("\\", "")  # Markdown's
+    amount = f"4,335 held-out tokens of 50,000 asked for: {no_more}"
+    assert f"short: {amount}. The language model alone loses" in said
+    assert "(mean over 4,318 predictions; zeros at every position" in said
+    assert said.count(amount) == 2  # under the table, and on the card
 
 
 def test_losses_of_an_earlier_version_are_marked_and_not_compared(root: Path) -> None:
@@ -205,7 +220,9 @@ def test_losses_of_an_earlier_version_are_marked_and_not_compared(root: Path) ->
     rewrite(write_run(root, "old"), zeroed=None, replaced=None)
     at = opened(PARETO, run="new")
     assert "earlier" not in text(at)
-    assert "(zeros at every position; reconstructions at counted tokens, BOS," in text(at)
+    assert "predictions; zeros at every position; reconstructions at counted tokens, BOS," in text(
+        at
+    )
     at = opened(PARETO, run="new", base="old", pick=["new/gated-0.1", "old/gated-0.1"])
     assert not at.exception
     said = text(at)
@@ -221,7 +238,7 @@ def test_losses_of_an_earlier_version_are_marked_and_not_compared(root: Path) ->
     assert deltas["L0"] == "+0.0 (+0.0 %)"
     at = opened(PARETO, run="old")
     assert "old was measured under an earlier definition" in text(at)
-    assert "(zeros and reconstructions at counted tokens alone, BOS," in text(at)
+    assert "predictions; zeros and reconstructions at counted tokens alone, BOS," in text(at)
 
 
 def test_losses_with_reconstructions_at_other_positions_are_not_mixed_in_silence(

@@ -116,6 +116,55 @@ def test_a_corpus_for_fewer_tokens_is_a_prefix_of_one_for_more(tmp_path: Path) -
     assert len(short.held_out) == 12
 
 
+def test_held_out_tokens_are_read_for_beyond_the_last_training_sequence(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.txt", words(0, 900))
+    short, whole = load(path, n_tokens=100), load(path)
+    longer = load(path, n_tokens=100, n_held_out=150)
+    # 50 rows of 3 are 150 tokens: rows 0, 4 ... 196. 36 of the 100 lie among the training rows.
+    assert short.n_held_out_tokens == 36
+    assert longer.n_held_out_tokens == 150
+    assert rows(longer.held_out) == rows(whole.held_out)[:50]
+    # What is trained on is the same to the bit, and none of it is held out.
+    assert rows(longer.train) == rows(short.train)
+    assert longer.digest == short.digest
+    assert set(counted(longer.train)).isdisjoint(counted(longer.held_out))
+    # Nor would a run that trains on all there is have met any of it.
+    assert set(counted(whole.train)).isdisjoint(counted(longer.held_out))
+
+
+@pytest.mark.parametrize("n_held_out", [0, 1, 36])
+def test_no_fewer_are_held_out_than_lie_among_the_training_sequences(
+    tmp_path: Path, n_held_out: int
+) -> None:
+    path = file(tmp_path / "a.txt", words(0, 900))
+    assert load(path, n_tokens=100, n_held_out=n_held_out).n_held_out_tokens == 36
+
+
+def test_where_the_text_has_no_more_all_of_it_is_held_out_and_it_is_said(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.txt", words(0, 900))
+    corpus = load(path, n_tokens=100, n_held_out=10**6)
+    # 901 ids are 300 rows; a quarter of them.
+    assert corpus.n_held_out_tokens == 225
+    assert rows(corpus.train) == rows(load(path, n_tokens=100).train)
+    assert corpus.shortage == "the held-out text has no more"
+
+
+def test_stdlib_holds_out_as_many_files_as_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core.lm import corpus, readers
+
+    paths = {f"m{i}.py": file(tmp_path / f"m{i}.py", words(i, i + 15)) for i in range(200)}
+    monkeypatch.setattr(readers, "stdlib_paths", lambda: paths)
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 20)
+    few = load("stdlib", n_tokens=100, held_out=0.1)
+    more = load("stdlib", n_tokens=100, held_out=0.1, n_held_out=120)
+    assert 20 <= few.n_held_out_tokens < 30
+    assert 120 <= more.n_held_out_tokens < 130
+    assert rows(more.held_out)[: len(few.held_out)] == rows(few.held_out)
+    assert rows(more.train) == rows(few.train)
+
+
 def test_stdlib_is_split_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gsae_core.lm import readers
     from gsae_core.lm.stdlib import is_held_out

@@ -134,10 +134,13 @@ class HubStream:
 
     def __init__(self) -> None:
         self.taken, self.asked = 0, {}
+        self.first_word, self.reachable = 0, True
 
     def load(self, path: str, name: str | None, **options: Any) -> Iterator[dict[str, str]]:
         self.asked = {"path": path, "name": name, **options}
-        for i in range(10**6):
+        if not self.reachable:
+            raise ConnectionError("no route")
+        for i in range(self.first_word, 10**6):
             self.taken += 1
             yield {"text": words(5 * i % 800, 5 * i % 800 + 5)}
 
@@ -167,6 +170,60 @@ def test_a_stream_is_read_as_far_as_needed_and_kept(hub: HubStream) -> None:
     assert hub.taken == taken
     assert rows(again.train) == rows(corpus.train)
     assert rows(fewer.train) == rows(corpus.train)[: len(fewer.train)]
+
+
+def test_a_stream_is_read_on_for_held_out_tokens_and_that_is_kept(hub: HubStream) -> None:
+    short = load("owner/name", n_tokens=500, held_out=0.1)
+    assert short.n_held_out_tokens < 80
+    longer = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
+    assert 400 <= longer.n_held_out_tokens <= 402
+    assert rows(longer.held_out)[: len(short.held_out)] == rows(short.held_out)
+    assert (rows(longer.train), longer.digest) == (rows(short.train), short.digest)
+    taken = hub.taken
+    # A tenth of the rows is held out: 4000 tokens, 800 documents of 5, and a last block.
+    assert taken < 2000
+    again = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=300)
+    assert rows(again.held_out) == rows(longer.held_out)[: len(again.held_out)]
+    assert hub.taken == taken
+    # A run in one go ends with what two readings came to.
+    assert (
+        rows(load("owner/name", n_tokens=2000, held_out=0.1).train)[:10] == rows(short.train)[:10]
+    )
+
+
+@pytest.mark.parametrize("trouble", ["unreachable", "changed"])
+def test_a_run_goes_on_with_what_was_read_where_no_more_can_be(
+    hub: HubStream, trouble: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache / "another"))
+        unchanged = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
+    short = load("owner/name", n_tokens=500, held_out=0.1)
+    kept = sorted((cache / "gsae_core").rglob("*.rows"))
+    if trouble == "unreachable":
+        hub.reachable = False
+    else:
+        hub.first_word = 1  # what was held out is no longer what the split holds out
+    corpus = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
+    # All of the text that was read, whose last block holds a little more than was asked of it.
+    assert len(short.held_out) <= len(corpus.held_out) < len(unchanged.held_out)
+    assert rows(corpus.held_out) == rows(unchanged.held_out)[: len(corpus.held_out)]
+    assert rows(corpus.train) == rows(short.train)
+    why = "the Hub" if trouble == "unreachable" else "got other text"
+    assert corpus.shortage.startswith("no more than what was read before could be read (expected")
+    assert why in corpus.shortage
+    assert sorted((cache / "gsae_core").rglob("*.rows")) == kept
+
+
+def test_a_longer_reading_of_other_text_is_not_taken_for_held_out(hub: HubStream) -> None:
+    short = load("owner/name", n_tokens=500, held_out=0.1)
+    hub.first_word = 1
+    # Of another run, when the data set had changed.
+    other = load("owner/name", n_tokens=6000, held_out=0.1)
+    corpus = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
+    assert rows(corpus.train) == rows(short.train)
+    assert rows(corpus.held_out)[: len(short.held_out)] == rows(short.held_out)
+    assert corpus.n_held_out_tokens < 400 < other.n_held_out_tokens
 
 
 # The cache

@@ -254,7 +254,7 @@ def test_the_command_line_indexes_and_says_what_came_of_it(
     words = ["index", str(finished.folder), "--sae", "relu-0.4", "--tokens", "60"]
     assert cli.main([*words, "--split", "train"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("relu-0.4: 60 tokens, L0 ")
+    assert out.startswith("relu-0.4: 60 train tokens, L0 ")
     assert [s.name for s in finished.features("relu-0.4").manifest.splits] == ["train"]
     assert cli.main([*words[:-1], "0"]) == 2
     assert "--tokens: expected a number of at least 1, got 0" in capsys.readouterr().err

@@ -43,6 +43,12 @@ def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int
     at = opened(LIVE)
     assert not at.exception
     assert bars(at) == ["evaluating: 1,024 of 131,072 held-out tokens"]
+    begun(run, worker, stage="evaluating", done=1024, total=4335)
+    at.run()
+    (said,) = bars(at)
+    assert said == (
+        "evaluating: 1,024 of 4,335 held-out tokens; 131,072 were asked for, and there are no more"
+    )
 
 
 def test_a_waiting_run_says_its_place_in_line(root: Path, worker: int) -> None:

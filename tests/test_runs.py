@@ -16,7 +16,13 @@ import pytest
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.store import files, jobs, runs
-from gsae_core.store.evals import EvalRow, write_evals, write_feature_stats
+from gsae_core.store.evals import (
+    EvalRow,
+    averaged,
+    measured_on,
+    write_evals,
+    write_feature_stats,
+)
 from gsae_core.store.files import append_line, replace_durably, to_json, write_json
 from gsae_core.store.jobs import escalate_cancel, start
 from gsae_core.store.listing import find_run, list_runs, unreadable_runs
@@ -263,6 +269,9 @@ def eval_row() -> EvalRow:
         d_sae=3,
         gamma_gate=float("nan"),
         n_tokens=100,
+        n_tokens_asked=120,
+        shortage="the held-out text has no more",
+        n_predictions=90,
         zeroed="all",
         replaced="counted",
         **numbers,
@@ -274,7 +283,8 @@ def test_evals_json_has_exactly_the_promised_keys(run: Run) -> None:
     write_evals(run.folder, [eval_row()])
     (row,) = run.evals()
     promised = """name architecture sparsity d_in d_sae l0 loss_recovered ce_clean ce_sae ce_zero kl
-        gamma gamma_gate fvu cosine alive_fraction n_tokens zeroed replaced"""
+        gamma gamma_gate fvu cosine alive_fraction n_tokens n_tokens_asked shortage
+        n_predictions zeroed replaced"""
     assert set(row) == set(promised.split())
     assert row["gamma_gate"] is None  # a ReLU SAE has no gate
 
@@ -286,11 +296,26 @@ def test_an_earlier_evaluation_opens_and_says_that_it_zeroed_counted_positions_a
     path = run.folder / "evals.json"
     saes = json.loads(path.read_text())["saes"]
     for row in saes:
-        del row["zeroed"], row["replaced"]
+        for name in ("zeroed", "replaced", "n_tokens_asked", "shortage", "n_predictions"):
+            del row[name]
     path.write_text(json.dumps({"saes": saes}))
     (row,) = run.evals()
     assert (row["zeroed"], row["replaced"]) == ("counted", "counted")
     assert row["ce_zero"] == 5.0
+    assert measured_on(row) == "100 held-out tokens"
+    assert averaged(row) == "mean over predictions"
+
+
+def test_what_was_measured_is_said_beside_what_was_asked_for(run: Run) -> None:
+    write_evals(run.folder, [eval_row()])
+    (row,) = run.evals()
+    assert measured_on(row) == (
+        "100 held-out tokens of 120 asked for: the held-out text has no more"
+    )
+    assert averaged(row) == "mean over 90 predictions"
+    # As a table has them, with NaN for what is not there.
+    assert measured_on(row | {"shortage": float("nan")}) == "100 held-out tokens"
+    assert averaged(row | {"n_predictions": float("nan")}) == "mean over predictions"
 
 
 def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:

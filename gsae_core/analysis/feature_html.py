@@ -202,12 +202,11 @@ def _provenance(features: Sequence["Feature"]) -> str:
     if not features:
         return ""
     made = features[0].index.manifest
-    splits = " and ".join(f"{each.n_tokens:,} {each.name}" for each in made.splits)
     return facts(
         {
             "SAE": f"{made.sae} ({made.architecture}, {made.d_sae:,} features)",
             "place": f"{made.site} of layer {made.layer} of {made.model}",
-            "tokens": f"{splits} tokens of {made.text}",
+            "tokens": made.amount(f" of {made.text}"),
         }
     )
 

@@ -68,6 +68,7 @@ def build_index(
     weights_sha256: str | None = None,
     revision: str | None = None,
     n_tokens_asked: int | None = None,
+    shortage: str | None = None,
 ) -> Iterator[Progress]:
     """Build the feature index of an SAE in `folder`, from where an earlier build stopped.
 
@@ -81,6 +82,8 @@ def build_index(
         name: of the SAE.
         text: name of the corpus.
         weights_sha256: of the SAE's file; None: of its tensors.
+        n_tokens_asked: how many tokens somebody wanted; None: as many as `parts` have.
+        shortage: why they are fewer, where they are.
 
     Raises:
         InputError: while iterating: if the SAE is of another width, there is no token to read, or
@@ -141,6 +144,7 @@ def build_index(
         ),
         tokens_sha256=plan["tokens_sha256"],
         n_tokens_asked=n_tokens_asked or n_tokens,
+        shortage=shortage if n_tokens < (n_tokens_asked or n_tokens) else None,
         n_tokens=n_tokens,
         n_entries=totals.n_entries,
         n_near=totals.n_near,

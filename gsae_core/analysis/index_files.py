@@ -85,6 +85,8 @@ class Manifest(Config):
     tokens_sha256: str
     """Of the ids: two indices with the same one are over the same tokens."""
     n_tokens_asked: int
+    shortage: str | None = None
+    """Why `n_tokens` are fewer, where they are."""
     n_tokens: int
     """Counted tokens read: the denominator of every density."""
     n_entries: int
@@ -112,6 +114,21 @@ class Manifest(Config):
     def n_bytes(self) -> int:
         """Room the index takes on disk."""
         return sum(self.files.values())
+
+    def amount(self, text: str = "") -> str:
+        """Return how many tokens of which split were read, and of how many asked for if fewer.
+
+        Args:
+            text: what stands behind the tokens, such as ` of stdlib`.
+        """
+        splits = " and ".join(
+            f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in self.splits
+        )
+        if self.n_tokens >= self.n_tokens_asked:
+            return f"{splits} tokens{text}"
+        # Earlier versions read no further for held-out text than training would have.
+        why = self.shortage or "an earlier version read no more"
+        return f"{splits} tokens{text} ({self.n_tokens_asked:,} asked for: {why})"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -24,7 +24,7 @@ NUMBERS = (
 )
 """The measured numbers of an SAE, in the order they are shown."""
 
-WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced")
+WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage")
 
 DEPENDS = {
     "loss_recovered": ("zeroed", "replaced"),

@@ -9,7 +9,7 @@ The split comes before anything else: by file for `stdlib`, else by sequence, ev
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from typing import Any, NamedTuple
@@ -94,6 +94,8 @@ class Corpus:
     n_ctx: int
     bos: bool
     """Whether sequences start with BOS."""
+    shortage: str = "the held-out text has no more"
+    """Why there are not more held-out tokens, for whoever asked for more."""
 
     @property
     def n_train_tokens(self) -> int:
@@ -117,11 +119,16 @@ class Corpus:
 
 
 def load_corpus(
-    cfg: DataConfig, tokenizer: Any, *, n_tokens: int | None, model_n_ctx: int
+    cfg: DataConfig,
+    tokenizer: Any,
+    *,
+    n_tokens: int | None,
+    model_n_ctx: int,
+    n_held_out: int = 0,
 ) -> Corpus:
     """Return the sequences that `cfg` describes, from the token cache where it has them.
 
-    A corpus for fewer tokens is a prefix of one for more.
+    A corpus for fewer tokens is a prefix of one for more, in both splits.
 
     Args:
         cfg: the source and how it is cut.
@@ -130,6 +137,9 @@ def load_corpus(
             the held-out sequences up to there (of `stdlib`: as many in proportion, or 2^18 tokens).
             None reads all there is.
         model_n_ctx: the longest sequence the model takes.
+        n_held_out: counted held-out tokens wanted. Where there are fewer up to there, reading goes
+            on, and takes of what follows the sequences that the split holds out, which a run for
+            more tokens would not train on either. Fewer come where the text has no more.
 
     Raises:
         InputError: if the source cannot be read, has no text, or does not fill two sequences; or if
@@ -139,11 +149,34 @@ def load_corpus(
     source = open_source(cfg, layout.vocabulary)
     settings = (cfg.n_ctx, cfg.bos, model_n_ctx, tokenizer_key(tokenizer), source.stamp)
 
-    def read(documents: Callable[[], Iterator[Piece]], limit: int | None, share: float) -> Cached:
-        key = cache_key(*settings, share, documents is source.held_out)
-        found = find(key, limit, layout.dtype)
-        if found is not None:
-            return found
+    trouble: list[str] = []
+
+    def read(documents: Callable[[], Iterator[Piece]], wanted: _Wanted) -> Cached:
+        key = cache_key(*settings, wanted.share, documents is source.held_out)
+        found = find(key, wanted.n_tokens, layout.dtype)
+        if not found:
+            return read_anew(documents, wanted, key, before=None)
+        first = found[0]
+        for each in found:
+            enough = each.whole or wanted.has_held_out(each.rows, layout.special)
+            # A data set on the Hub is known by its name, and may have changed between the two.
+            if enough and (each is first or _begins_with(each.rows, first.rows)):
+                log.info("tokens of an earlier reading of %s", source.name)
+                return each
+        try:
+            return read_anew(documents, wanted, key, before=first.rows)
+        except InputError as error:
+            # Training does not need it, so a run from a source that is out of reach goes on.
+            trouble.append(f"no more than what was read before could be read ({error})")
+            log.warning("held-out text: %s", trouble[0])
+            return first
+
+    def read_anew(
+        documents: Callable[[], Iterator[Piece]],
+        wanted: _Wanted,
+        key: str,
+        before: np.ndarray | None,
+    ) -> Cached:
         pieces = documents()
         first = next(pieces, None)
         if first is None:
@@ -151,27 +184,31 @@ def load_corpus(
         settled, pieces = settle_layout(
             layout, chain([first], pieces), cfg, tokenizer, model_n_ctx=model_n_ctx
         )
-        reading = _Reading(pieces, settled, tokenizer, limit, share)
+        reading = _Reading(pieces, settled, tokenizer, wanted)
         rows = keep(
-            iter(reading),
+            iter(reading) if before is None else _going_on(iter(reading), before, source.name),
             key,
             starts_with_bos=settled.starts_with_bos,
             reach=lambda: reading.reach,
             always=source.remote,
         )
-        return Cached(rows, settled.starts_with_bos)
+        return Cached(rows, settled.starts_with_bos, reading.reach is None)
 
+    share = cfg.held_out
     if source.held_out is None:
-        rows, bos = read(source.train, n_tokens, cfg.held_out)
-        train, held_out = _split(rows, layout.special, n_tokens, cfg.held_out)
+        wanted = _Wanted(n_tokens, n_held_out, share)
+        rows, bos, _ = read(source.train, wanted)
+        train, held_out = _split(rows, layout.special, wanted)
     else:
-        rows, bos = read(source.train, n_tokens, 0.0)
-        train, _ = _split(rows, layout.special, n_tokens, 0.0)
+        wanted = _Wanted(n_tokens, 0, 0.0)
+        rows, bos, _ = read(source.train, wanted)
+        train, _ = _split(rows, layout.special, wanted)
         limit = None
         if n_tokens is not None:
-            in_proportion = math.ceil(n_tokens * cfg.held_out / (1 - cfg.held_out))
-            limit = max(HELD_OUT_TOKENS, in_proportion)
-        held_out, _ = _split(read(source.held_out, limit, 0.0).rows, layout.special, limit, 0.0)
+            in_proportion = math.ceil(n_tokens * share / (1 - share))
+            limit = max(HELD_OUT_TOKENS, in_proportion, n_held_out)
+        wanted = _Wanted(limit, 0, 0.0)
+        held_out, _ = _split(read(source.held_out, wanted).rows, layout.special, wanted)
     if not len(train) or not len(held_out):
         raise InputError(
             f"expected enough text in {source.name} for a training and a held-out sequence of "
@@ -179,6 +216,8 @@ def load_corpus(
             "another held_out"
         )
     corpus = Corpus(train, held_out, source.name, rows.shape[1], bos)
+    if trouble:
+        corpus = replace(corpus, shortage=trouble[0])
     log.info(
         "%s: %d training and %d held-out tokens in sequences of %d, %s BOS",
         corpus.name,
@@ -190,34 +229,82 @@ def load_corpus(
     return corpus
 
 
+class _Wanted(NamedTuple):
+    """How far a source is read."""
+
+    n_tokens: int | None
+    """Counted tokens of the sequences that are not held out; None: to its end."""
+    n_held_out: int
+    """Counted tokens of those that are."""
+    share: float
+    """Of the sequences that are held out; 0: none is."""
+
+    def has_held_out(self, rows: np.ndarray, special: tuple[int, ...]) -> bool:
+        """Return whether there are as many held-out tokens as wanted among rows."""
+        if not self.n_held_out:
+            return True
+        held_out = np.flatnonzero(_held_out(0, len(rows), self.share))
+        return int(_count(rows[held_out], special).sum()) >= self.n_held_out
+
+
 class _Reading:
-    """Blocks of rows, until the training sequences among them hold `limit` counted tokens."""
+    """Blocks of rows, until there are as many counted tokens among them as wanted."""
 
     def __init__(
-        self,
-        pieces: Iterator[Piece],
-        layout: Layout,
-        tokenizer: Any,
-        limit: int | None,
-        share: float,
+        self, pieces: Iterator[Piece], layout: Layout, tokenizer: Any, wanted: _Wanted
     ) -> None:
         self._pieces, self._layout, self._tokenizer = pieces, layout, tokenizer
-        self._limit, self._share = limit, share
-        self._missing = math.inf if limit is None else float(limit)
+        self._wanted = wanted
+        self._n_tokens = self._n_held_out = 0
         self.reach: int | None = None
-        """Training tokens after which reading stopped, as asked; None: the source ended first."""
+        """Training tokens there were when reading stopped; None: the source ended first."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         n_rows = 0
-        blocks = pack(self._pieces, self._layout, self._tokenizer, wanted=lambda: self._missing)
+        blocks = pack(self._pieces, self._layout, self._tokenizer, wanted=self._missing)
         for rows in blocks:
             yield rows
             counts = _count(rows, self._layout.special)
-            self._missing -= int(counts[~_held_out(n_rows, n_rows + len(rows), self._share)].sum())
+            held_out = _held_out(n_rows, n_rows + len(rows), self._wanted.share)
+            self._n_tokens += int(counts[~held_out].sum())
+            self._n_held_out += int(counts[held_out].sum())
             n_rows += len(rows)
-            if self._missing <= 0:
-                self.reach = self._limit
+            if self._missing() <= 0:
+                self.reach = self._n_tokens
                 return
+
+    def _missing(self) -> float:
+        """Return about how many more tokens are wanted; none if there are enough of both kinds."""
+        n_tokens, n_held_out, share = self._wanted
+        missing = math.inf if n_tokens is None else float(n_tokens - self._n_tokens)
+        if n_held_out > self._n_held_out:
+            missing = max(missing, (n_held_out - self._n_held_out) / share)
+        return missing
+
+
+def _going_on(blocks: Iterator[np.ndarray], before: np.ndarray, name: str) -> Iterator[np.ndarray]:
+    """Yield blocks of rows that begin with those an earlier reading came to.
+
+    Of other text, what is held out may be what was trained on.
+
+    Raises:
+        InputError: while iterating, if they do not.
+    """
+    n_rows = 0
+    for rows in blocks:
+        known = before[n_rows : n_rows + len(rows)]
+        if not _begins_with(rows, known):
+            break
+        yield rows
+        n_rows += len(rows)
+    else:
+        if n_rows >= len(before):
+            return
+    raise InputError(f"expected the text that was read of {name} before, got other text")
+
+
+def _begins_with(rows: np.ndarray, known: np.ndarray) -> bool:
+    return np.array_equal(rows[: len(known)], known)
 
 
 def _held_out(start: int, stop: int, share: float) -> np.ndarray:
@@ -230,17 +317,24 @@ def _held_out(start: int, stop: int, share: float) -> np.ndarray:
 
 
 def _split(
-    rows: np.ndarray, special: tuple[int, ...], n_tokens: int | None, share: float
+    rows: np.ndarray, special: tuple[int, ...], wanted: _Wanted
 ) -> tuple[SequenceSet, SequenceSet]:
-    """Return the training and the held-out sequences among as many rows as `n_tokens` takes."""
+    """Return the training and the held-out sequences among as many rows as are wanted."""
     counts = _count(rows, special)
-    held_out = _held_out(0, len(rows), share)
-    if n_tokens is not None:
-        so_far = np.cumsum(np.where(held_out, 0, counts))
-        held_out = held_out[: int(np.searchsorted(so_far, n_tokens)) + 1]
-    parts = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
+    held_out = _held_out(0, len(rows), wanted.share)
+    last = _reaching(np.where(held_out, 0, counts), wanted.n_tokens)
+    # Of what follows, sequences that the split holds out, and no training one.
+    beyond = max(last, _reaching(np.where(held_out, counts, 0), wanted.n_held_out))
+    parts = [np.flatnonzero(~held_out[:last]), np.flatnonzero(held_out[:beyond])]
     train, rest = (SequenceSet(rows, special, index, counts[index]) for index in parts)
     return train, rest
+
+
+def _reaching(counts: np.ndarray, n_tokens: int | None) -> int:
+    """Return how many rows hold so many tokens; all where there are fewer, or None is said."""
+    if n_tokens is None:
+        return len(counts)
+    return min(int(np.searchsorted(np.cumsum(counts), n_tokens)) + 1, len(counts))
 
 
 def _is_counted(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:

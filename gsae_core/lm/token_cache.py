@@ -5,6 +5,7 @@ A file is named by everything that decides its rows and by how far it was read; 
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,10 +30,12 @@ FORMAT = 1
 
 
 class Cached(NamedTuple):
-    """Rows (n, n_ctx) that start with BOS, or not."""
+    """Rows (n, n_ctx) of a source."""
 
     rows: np.ndarray
     starts_with_bos: bool
+    whole: bool
+    """Whether they reach the source's end."""
 
 
 def cache_key(*parts: Any) -> str:
@@ -50,18 +53,20 @@ def tokenizer_key(tokenizer: Any) -> str:
     return sha256(f"{text} {special}".encode()).hexdigest()
 
 
-def find(key: str, n_tokens: int | None, dtype: str) -> Cached | None:
-    """Return the rows kept under `key`, if they reach `n_tokens` or the source's end.
+def find(key: str, n_tokens: int | None, dtype: str) -> list[Cached]:
+    """Return the rows kept under `key` that reach `n_tokens` or the source's end, shortest first.
 
     Args:
         n_tokens: how far the source must have been read; None: to its end.
     """
+    found: list[tuple[float, Cached]] = []
     for path in sorted(cache_folder("tokens").glob(f"{key}.*.rows")):
-        _, reach, n_ctx, bos, _ = path.name.split(".")
-        if reach == "all" or (n_tokens is not None and int(reach) >= n_tokens):
-            log.info("tokens from %s", path)
-            return Cached(_mapped(path, dtype, int(n_ctx)), bos == "bos")
-    return None
+        _, said, n_ctx, bos, _ = path.name.split(".")
+        reach = math.inf if said == "all" else float(said)
+        if reach >= (math.inf if n_tokens is None else n_tokens):
+            rows = _mapped(path, dtype, int(n_ctx))
+            found.append((reach, Cached(rows, bos == "bos", said == "all")))
+    return [cached for _, cached in sorted(found, key=lambda each: each[0])]
 
 
 def keep(
@@ -76,7 +81,7 @@ def keep(
 
     Args:
         blocks: rows (n, n_ctx), at least one block; consumed one by one.
-        reach: once they are, returns how many tokens the source was read for; None: to its end.
+        reach: once they are, returns how many tokens they are enough for; None: the source ended.
         always: keep few rows too, because the source is slow.
 
     Raises:

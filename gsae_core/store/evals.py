@@ -43,6 +43,12 @@ class EvalRow(BaseModel, frozen=True, extra="forbid"):
     cosine: float
     alive_fraction: float
     n_tokens: int
+    """Activations measured: counted held-out tokens, in whole sequences."""
+    n_tokens_asked: int
+    shortage: str | None
+    """Why they are fewer than asked for, where they are."""
+    n_predictions: int
+    """Predictions that losses and KL are averaged over: a sequence's last token has none."""
     zeroed: Positions
     """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
     replaced: Positions
@@ -53,6 +59,21 @@ def write_evals(folder: Path, rows: list[EvalRow]) -> None:
     """Replace a run's evals.json."""
     # mode="python": JSON's own NaN rule is ours to apply, in one place.
     write_json(folder / "evals.json", {"saes": [row.model_dump() for row in rows]})
+
+
+def measured_on(row: Mapping[str, Any]) -> str:
+    """Return on how many tokens an SAE was measured, beside how many were asked for if fewer."""
+    found = f"{int(row['n_tokens']):,} held-out tokens"
+    # A table has NaN where an earlier version did not say.
+    if not isinstance(row["shortage"], str):
+        return found
+    return f"{found} of {int(row['n_tokens_asked']):,} asked for: {row['shortage']}"
+
+
+def averaged(row: Mapping[str, Any]) -> str:
+    """Return what an SAE's losses and KL are: `mean over 4,320 predictions`."""
+    n = row["n_predictions"]
+    return "mean over predictions" if n is None or n != n else f"mean over {int(n):,} predictions"
 
 
 def positions(row: Mapping[str, Any]) -> str:

@@ -31,7 +31,13 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
 
 # What evaluations that do not say did.
-EARLIER = {"zeroed": "counted", "replaced": "counted"}
+EARLIER = {
+    "zeroed": "counted",
+    "replaced": "counted",
+    "n_tokens_asked": None,
+    "shortage": None,
+    "n_predictions": None,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class Run(Job):
     def evals(self) -> list[dict[str, Any]]:
         """Return the held-out evaluation of each SAE; empty until there is one.
 
-        Of an earlier version's, `zeroed` and `replaced` say what that version did.
+        Of an earlier version's, `zeroed` and `replaced` say what that version did, and
+        `n_tokens_asked`, `shortage` and `n_predictions` are None: it did not say.
         """
         path = self.folder / "evals.json"
         return [EARLIER | row for row in read_json(path)["saes"]] if path.exists() else []
