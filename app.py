@@ -43,17 +43,17 @@ def actions() -> None:
                 "Start training",
                 type="primary",
                 icon=":material/play_arrow:",
-                key="start_quick",
+                key="home.start_quick",
                 width="stretch",
             ):
                 begin_quick()
             icon = ":material/tune:"
-            if st.button("Choose settings", icon=icon, key="choose", width="stretch"):
+            if st.button("Choose settings", icon=icon, key="home.choose", width="stretch"):
                 st.switch_page("pages/1_Train.py", query_params={})
     with cells[1]:
         heading("Open from the Hub", "SAEs that others trained and published, to look inside.")
         icon = ":material/cloud_download:"
-        if st.button("Find SAEs", icon=icon, key="hub", width="stretch"):
+        if st.button("Find SAEs", icon=icon, key="home.hub", width="stretch"):
             st.switch_page("pages/8_Hub.py", query_params={})
     with cells[2]:
         results(finished)
@@ -69,20 +69,20 @@ def results(finished: list[Run]) -> None:
         heading("Explore", "A finished Gated SAE beside its baseline, and what the words mean.")
     with st.container(gap="small"):
         icon = ":material/balance:"
-        if own and st.button("Latest results", icon=icon, key="results", width="stretch"):
+        if own and st.button("Latest results", icon=icon, key="home.results", width="stretch"):
             shell.go("pages/3_Pareto.py", own[0])
         shipped = example_run()
         if shipped is not None and st.button(
             "Explore the bundled example",
             icon=":material/search:",
-            key="example",
+            key="home.example",
             width="stretch",
             help="Its features, over text of the bundled model; opens at once, and is only read.",
         ):
             chosen = {"sae": SHOWN_SAE, "feature": str(SHOWN_FEATURE)}
             shell.go("pages/5_Features.py", shipped, **chosen)
         icon = ":material/help:"
-        if not own and st.button("Start here", icon=icon, key="help", width="stretch"):
+        if not own and st.button("Start here", icon=icon, key="home.help", width="stretch"):
             st.switch_page("pages/9_Help.py", query_params={})
 
 
@@ -95,13 +95,13 @@ def heading(title: str, text: str) -> None:
 
 def begin_quick() -> None:
     """Start the quick set-up and show it."""
-    nonce = st.session_state.setdefault("nonce", secrets.token_hex(3))
+    nonce = st.session_state.setdefault("home.nonce", secrets.token_hex(3))
     try:
         run = launch(shell.runs_root(), preset("quick").config(), nonce=nonce)
     except InputError as error:
         notice(str(error), title="Nothing was started")
         return
-    del st.session_state["nonce"]
+    del st.session_state["home.nonce"]
     shell.go("pages/2_Live.py", run)
 
 
@@ -119,13 +119,13 @@ def jobs() -> None:
             plain(run.id)
             with st.container(horizontal=True, vertical_alignment="center"):
                 state_badge(status.state)
-                if st.button("Watch", icon=":material/monitoring:", key=f"watch_{run.id}"):
+                if st.button("Watch", icon=":material/monitoring:", key=f"home.watch_{run.id}"):
                     shell.go("pages/2_Live.py", run)
                 if status.state != "cancelling" and st.button(
-                    "Cancel", icon=":material/stop_circle:", key=f"cancel_{run.id}"
+                    "Cancel", icon=":material/stop_circle:", key=f"home.cancel_{run.id}"
                 ):
                     # Asked by the whole page: a dialog of this part would go with its refresh.
-                    st.session_state["to_cancel"] = run.id
+                    st.session_state["home.to_cancel"] = run.id
                     st.rerun()
             draw_progress(run, status, progress(status, run.recent_metrics()), eta=True)
 
@@ -142,7 +142,7 @@ def recent() -> None:
     picked = st.dataframe(
         rows,
         hide_index=True,
-        key="recent",
+        key="home.recent",
         on_select="rerun",
         selection_mode="single-row",
         column_config={
@@ -212,7 +212,7 @@ recent()
 this_machine()
 for broken in unreadable_runs(shell.runs_root()):
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
-to_cancel = st.session_state.pop("to_cancel", None)
+to_cancel = st.session_state.pop("home.to_cancel", None)
 for run in frame.runs:
     if run.id == to_cancel:
         confirm_cancel(run)

@@ -6,6 +6,7 @@ import streamlit as st
 from streamlit.components.v2 import component
 
 from gsae_core.config import SITES, Site
+from gsae_core.keys import own
 from gsae_core.pieces import asset
 
 ABOUT: dict[Site, str] = {
@@ -34,7 +35,6 @@ def block_diagram(
     n_layers: int | None,
     parallel: bool,
     pick: Callable[[str, str | int], None],
-    key: str = "block",
 ) -> None:
     """Draw the block; the widgets beside it stay the truth, and are told of a click by `pick`.
 
@@ -43,6 +43,8 @@ def block_diagram(
         parallel: whether attention and MLP both read what enters the block (GPT-NeoX).
         pick: called with `"site"` or `"layer"` and the choice, before the page runs again.
     """
+
+    key = own("block")
 
     def picked() -> None:
         choice = read_choice(st.session_state[key].get("picked"), n_layers)

@@ -104,7 +104,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
         number: the card's, which its ring in the plot bears.
     """
     config = run.config
-    with st.container(border=True, key=f"card_{number}"):
+    with st.container(border=True, key=f"pareto.card_{number}"):
         marked(row["architecture"], f"{number} · {_title(row)}")
         plain(f"{run.id} / {row['name']}", size=".85rem")
         for names in _rows_of_three():
@@ -126,9 +126,11 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
             )
         with st.container(horizontal=True, gap="small"):
             live, shrinkage = st.container(width="content"), st.container(width="content")
-        if live.button("Live", icon=":material/monitoring:", key=f"live_{number}"):
+        if live.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
             return "live"
-        if shrinkage.button("Shrinkage", icon=":material/straighten:", key=f"shrink_{number}"):
+        if shrinkage.button(
+            "Shrinkage", icon=":material/straighten:", key=f"pareto.shrink_{number}"
+        ):
             return "shrinkage"
     return None
 
@@ -145,7 +147,7 @@ def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
 
 def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Draw what changes from one SAE to another, absolute and in percent."""
-    with st.container(border=True, key="difference"):
+    with st.container(border=True, key="pareto.difference"):
         plain(f"From 1, {before['id']}, to 2, {after['id']}")
         found = {change.number: change for change in changes(before, after)}
         for names in _rows_of_three():

@@ -10,6 +10,7 @@ import streamlit as st
 from gsae_core import shell
 from gsae_core.errors import InputError
 from gsae_core.example import is_example
+from gsae_core.keys import own
 from gsae_core.pieces import plain
 from gsae_core.store import jobs
 from gsae_core.store.runs import Run
@@ -23,25 +24,27 @@ def controls(run: Run, status: Status) -> None:
     """Draw the buttons that a run's state allows."""
     with st.container(horizontal=True, width="content", gap="small"):
         if status.state == "finished" and st.button(
-            "See the results", icon=":material/balance:", type="primary", key="see_results"
+            "See the results", icon=":material/balance:", type="primary", key=own("see_results")
         ):
             shell.go("pages/3_Pareto.py", run)
         idle = status.state == "queued" and status.pid is None
         if idle or status.state in RESUMABLE:
             label = "Start" if idle else "Resume"
             icon = ":material/play_arrow:"
-            st.button(label, icon=icon, type="primary", key="resume", on_click=_resume, args=(run,))
+            st.button(
+                label, icon=icon, type="primary", key=own("resume"), on_click=_resume, args=(run,)
+            )
         if status.state in CANCELLABLE and not idle:
-            if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
+            if st.button("Cancel", icon=":material/stop_circle:", key=own("cancel")):
                 confirm_cancel(run)
         elif (status.state != "cancelling" and not is_example(run)) and st.button(
-            "Delete", icon=":material/delete:", key="delete"
+            "Delete", icon=":material/delete:", key=own("delete")
         ):
             confirm_delete(run)
         if st.button(
             "Duplicate with changes",
             icon=":material/content_copy:",
-            key="duplicate",
+            key=own("duplicate"),
             help="Opens Train with this run's settings filled in.",
         ):
             shell.go("pages/1_Train.py", run, **{"from": run.id})
@@ -56,7 +59,7 @@ def confirm_cancel(run: Run) -> None:
     """Ask whether a run should stop, and have it stop."""
     plain(run.id)
     st.caption("It finishes its step and saves; Resume goes on from there later.")
-    _choice("Cancel the run", "Keep training", key="confirm_cancel", act=_cancel, run=run)
+    _choice("Cancel the run", "Keep training", name="confirm_cancel", act=_cancel, run=run)
 
 
 @st.dialog("Delete this run?")
@@ -64,13 +67,15 @@ def confirm_delete(run: Run) -> None:
     """Ask whether a run should go, and delete it."""
     plain(run.id)
     st.caption("Its SAEs, curves and results go with it. This cannot be undone.")
-    _choice("Delete for good", "Keep it", key="confirm_delete", act=_delete, run=run)
+    _choice("Delete for good", "Keep it", name="confirm_delete", act=_delete, run=run)
 
 
-def _choice(yes: str, no: str, *, key: str, act: Callable[[Run], None], run: Run) -> None:
+def _choice(yes: str, no: str, *, name: str, act: Callable[[Run], None], run: Run) -> None:
     stay, go = st.columns(2)
-    pressed = stay.button(no, key="keep", width="stretch")
-    pressed |= go.button(yes, type="primary", key=key, width="stretch", on_click=act, args=(run,))
+    pressed = stay.button(no, key=own("keep"), width="stretch")
+    pressed |= go.button(
+        yes, type="primary", key=own(name), width="stretch", on_click=act, args=(run,)
+    )
     if pressed:
         st.rerun()
 
@@ -79,14 +84,14 @@ def _cancel(run: Run) -> None:
     try:
         run.request_cancel(by="app")
     except InputError as error:
-        st.session_state["refused"] = ("Nothing was cancelled", str(error))
+        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
 
 
 def _delete(run: Run) -> None:
     try:
         jobs.delete(run)
     except InputError as error:
-        st.session_state["refused"] = ("Nothing was deleted", str(error))
+        st.session_state["shell.refused"] = ("Nothing was deleted", str(error))
     else:
         shell.forget(run)
 
@@ -96,4 +101,4 @@ def _resume(run: Run) -> None:
         jobs.start(run)
     except InputError as error:
         # Someone else may have pressed first, deleted it, or the disk refuses.
-        st.session_state["refused"] = ("Nothing was started", str(error))
+        st.session_state["shell.refused"] = ("Nothing was started", str(error))

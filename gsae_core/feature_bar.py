@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from gsae_core import shell
-from gsae_core.address import key_for
 from gsae_core.analysis.feature_filter import Chosen, beside
 from gsae_core.errors import InputError
 from gsae_core.feature_files import Opened
 from gsae_core.glossary import feature_columns
 from gsae_core.inspect_parts import correct_number
+from gsae_core.keys import key_for
 from gsae_core.pieces import copy_link, escaped, notice, plain
 
 if TYPE_CHECKING:
@@ -66,11 +66,13 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
         if number is not None:
             go(number)
 
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="small", key="going_on"):
+    with st.container(
+        horizontal=True, vertical_alignment="bottom", gap="small", key="features.going_on"
+    ):
         st.button(
             "Previous",
             icon=":material/chevron_left:",
-            key="previous",
+            key="features.previous",
             shortcut="p",
             on_click=step,
             args=(-1,),
@@ -92,7 +94,7 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
             "Next",
             icon=":material/chevron_right:",
             icon_position="right",
-            key="next",
+            key="features.next",
             shortcut="n",
             on_click=step,
             args=(1,),
@@ -102,7 +104,7 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
             st.button(
                 "Random",
                 icon=":material/shuffle:",
-                key="random",
+                key="features.random",
                 on_click=_random,
                 args=(sae, go),
                 help="Any feature that fires",
@@ -114,7 +116,7 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
 def _terms() -> None:
     """Draw what the numbers of a feature mean, one click away."""
     terms = st.popover(
-        "Terms", icon=":material/help:", type="tertiary", key="terms", on_change="rerun"
+        "Terms", icon=":material/help:", type="tertiary", key="features.terms", on_change="rerun"
     )
     if not terms.open:
         return
@@ -127,24 +129,26 @@ def _terms() -> None:
 def _random(sae: Opened, go: Callable[[int], None]) -> None:
     assert sae.index is not None
     # As many draws as presses: the next one is another.
-    drawn = st.session_state["draws"] = st.session_state.get("draws", 0) + 1
+    drawn = st.session_state["features.draws"] = st.session_state.get("features.draws", 0) + 1
     try:
         go(sae.index.random_alive(seed=drawn))
     except InputError as error:
-        st.session_state["refused"] = ("No feature fires", str(error))
+        st.session_state["shell.refused"] = ("No feature fires", str(error))
 
 
 def said(feature: "Feature") -> None:
     """Draw the star, the label and the notes of a feature; what is changed is appended at once."""
     labels, number = feature.index.labels, feature.number
     known = labels.of(number)
-    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="said"):
+    with st.container(
+        horizontal=True, vertical_alignment="center", gap="small", key="features.said"
+    ):
         heading(number)
         star = "star" in known
         st.button(
             "Starred" if star else "Star",
             icon=":material/star:" if star else ":material/star_border:",
-            key="star_it",
+            key="features.star_it",
             type="primary" if star else "secondary",
             on_click=_say,
             args=(labels, number, "star", "off" if star else "on"),
@@ -181,7 +185,7 @@ def heading(number: int) -> None:
 def _notes(feature: "Feature", text: str) -> None:
     labels, number = feature.index.labels, feature.number
     title = "Notes ●" if text else "Notes"
-    notes = st.popover(title, icon=":material/edit_note:", key="notes", on_change="rerun")
+    notes = st.popover(title, icon=":material/edit_note:", key="features.notes", on_change="rerun")
     if not notes.open:
         return
     with notes:
@@ -206,9 +210,9 @@ def _say(labels: "Labels", number: int, kind: str, text: str) -> None:
     try:
         labels.add(number, kind, text.strip(), author=_author())  # type: ignore[arg-type]
     except InputError as error:
-        st.session_state["refused"] = ("Not kept", str(error))
+        st.session_state["shell.refused"] = ("Not kept", str(error))
     # The list shows labels and stars too.
-    st.session_state["list_is_old"] = True
+    st.session_state["features.list_is_old"] = True
 
 
 def _author() -> str:
@@ -222,10 +226,10 @@ def take_along(sae: Opened, feature: "Feature") -> None:
     """Draw where to go with the feature: other pages, a link, files."""
     number = feature.number
     with st.container(horizontal=True, gap="small"):
-        if st.button("Steer with it", icon=":material/alt_route:", key="to_steer"):
+        if st.button("Steer with it", icon=":material/alt_route:", key="features.to_steer"):
             shell.go("pages/7_Steer.py", sae.run, sae=sae.name, f=str(number))
         share = st.popover(
-            "Share and export", icon=":material/ios_share:", key="share", on_change="rerun"
+            "Share and export", icon=":material/ios_share:", key="features.share", on_change="rerun"
         )
     if not share.open:
         return
@@ -237,7 +241,7 @@ def take_along(sae: Opened, feature: "Feature") -> None:
             file_name=f"{sae.name}-{number}.html",
             mime="text/html",
             icon=":material/download:",
-            key="as_html",
+            key="features.as_html",
             on_click="ignore",
             help="Numbers, pictures and examples; needs nothing from elsewhere.",
         )
@@ -247,7 +251,7 @@ def take_along(sae: Opened, feature: "Feature") -> None:
             file_name="batch-0.json",
             mime="application/json",
             icon=":material/download:",
-            key="as_json",
+            key="features.as_json",
             on_click="ignore",
             help="A batch of one feature, as Neuronpedia's importer reads it.",
         )
@@ -268,5 +272,5 @@ def _json(sae: Opened, feature: "Feature") -> str:
 
 def say_refused() -> None:
     """Say what a press could not do; a part of the page that is drawn alone has no frame."""
-    if refused := st.session_state.pop("refused", None):
+    if refused := st.session_state.pop("shell.refused", None):
         notice(refused[1], title=refused[0])

@@ -106,7 +106,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
         st.html('<div style="font-weight:600">How strongly it fires</div>')
         chart = activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind)
         st.vega_lite_chart(
-            chart.data, chart.spec, key="activations", alt=_histogram_words(feature, theta)
+            chart.data, chart.spec, key="features.activations", alt=_histogram_words(feature, theta)
         )
         words = {
             "relu": "One path decides whether and how much: no gate, no empty band at 0.",
@@ -124,7 +124,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
         st.vega_lite_chart(
             plane.data,
             plane.spec,
-            key="plane",
+            key="features.plane",
             alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
             f"opening at theta, {theta:.3g}",
         )

@@ -54,7 +54,7 @@ def view_choices() -> tuple[str, str, bool, bool]:
             label_visibility="collapsed",
         )
         breaks = st.toggle("line breaks", key="lines", bind="query-params")
-        more = st.toggle("more", key="more")
+        more = st.toggle("more", key="features.more")
     return view or "Top", context or "snippet", breaks, more
 
 

@@ -62,7 +62,9 @@ def relations(
         about = "of the tokens of either: both"
         links = _links(sae, together["feature"].to_numpy(), numbers, about)
         if links:
-            feature_links(links, label="Features that fire together", key="together", go=go)
+            feature_links(
+                links, label="Features that fire together", key="features.together", go=go
+            )
         else:
             st.caption("None fires with it.")
     if base is None:
@@ -89,7 +91,7 @@ def near(
     numbers, about = found["cosine"].to_numpy(), "cosine of decoder directions"
     links = _links(sae, found["feature"].to_numpy(), numbers, about)
     if links:
-        feature_links(links, label=title, key="near", go=go)
+        feature_links(links, label=title, key="features.near", go=go)
     else:
         st.caption("None of its nearest fires either." if alive_only else "It has no neighbours.")
 

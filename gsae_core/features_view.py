@@ -73,7 +73,7 @@ def _filters(text: str) -> Wanted:
     used = _in_use()
     label = f"Filters ({used})" if used else "Filters"
     ranges: dict[str, Range] = {}
-    with st.popover(label, icon=":material/filter_list:", width="stretch", key="filters"):
+    with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
         for name, title in RANGES.items():
             ranges[name] = _range(name, title)
         correct("life", list(LIVES), what="choice here", shown="all")
@@ -88,7 +88,9 @@ def _filters(text: str) -> Wanted:
         )
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
-        st.button("Clear all", key="clear", on_click=clear, icon=":material/filter_list_off:")
+        st.button(
+            "Clear all", key="features.clear", on_click=clear, icon=":material/filter_list_off:"
+        )
     kept: Life = "alive" if life == "alive" else "dead" if life == "dead" else "all"
     return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
 
@@ -151,7 +153,7 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
     st.vega_lite_chart(
         chart.data,
         chart.spec,
-        key="density",
+        key="features.density",
         on_select=_remember_bar,
         selection_mode="bar",
         alt="How many features fire how often; a click on a bar lists its features",
@@ -165,7 +167,9 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
 
 def _remember_bar() -> None:
     """Filter by the bar that was clicked; a click beside the bars asks for all again."""
-    st.session_state["dens"] = bar_range(st.session_state["density"]["selection"].get("bar"))
+    st.session_state["dens"] = bar_range(
+        st.session_state["features.density"]["selection"].get("bar")
+    )
 
 
 def bar_range(sent: Any) -> str:
@@ -182,14 +186,14 @@ def bar_range(sent: Any) -> str:
 def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
     """Draw the list, and say how much of it is shown."""
     n = len(chosen.rows)
-    everything = n > MOST_ROWS and bool(st.session_state.get("everything"))
+    everything = n > MOST_ROWS and bool(st.session_state.get("features.everything"))
     rows = chosen.rows if everything else chosen.rows.head(MOST_ROWS)
     features = rows["feature"].to_numpy()
     at = (features == current).nonzero()[0]
     number = st.column_config.NumberColumn
 
     def picked() -> None:
-        row = picked_row(st.session_state["list"], len(features))
+        row = picked_row(st.session_state["features.list"], len(features))
         if row is not None:
             go_to(int(features[row]))
 
@@ -197,7 +201,7 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
         rows.assign(density=100 * rows["density"], gate_density=100 * rows["gate_density"]),
         hide_index=True,
         height=min(38 + 35 * max(len(rows), 1), 560),
-        key="list",
+        key="features.list",
         on_select=picked,
         selection_mode="single-row-required",
         selection_default={"selection": {"rows": [int(at[0]) if len(at) else 0]}},
@@ -237,7 +241,7 @@ def _count(chosen: Chosen, n_shown: int) -> None:
             fit = "" if n == chosen.n_all else f" ({n:,} fit)".replace(",", " ")
             st.caption(f"{shown} of {of} features{fit}.")
         if n > MOST_ROWS:
-            st.toggle("All rows", key="everything")
+            st.toggle("All rows", key="features.everything")
 
 
 def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
@@ -294,4 +298,6 @@ def nothing_left(sae: Opened, chosen: Chosen, wanted: Wanted) -> None:
         name, n = next(iter(chosen.excluded.items()))
         text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
     notice(text, kind="info", title="No feature is left")
-    st.button("Clear filters", key="clear_all", on_click=clear, icon=":material/filter_list_off:")
+    st.button(
+        "Clear filters", key="features.clear_all", on_click=clear, icon=":material/filter_list_off:"
+    )

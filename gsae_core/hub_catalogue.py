@@ -13,20 +13,22 @@ def catalogue() -> None:
     """Draw the search over public releases; a chosen row fills the repository's field."""
     words, layer, kind, width, l0 = st.columns([4, 1.5, 2.5, 2, 1.5])
     wanted = Wanted(
-        words=words.text_input("Model or words", key="find", placeholder="gemma-2-2b resid_post"),
-        layer=layer.number_input("Layer", 0, 200, None, key="find_layer", placeholder="any"),
+        words=words.text_input(
+            "Model or words", key="hub.find", placeholder="gemma-2-2b resid_post"
+        ),
+        layer=layer.number_input("Layer", 0, 200, None, key="hub.find_layer", placeholder="any"),
         architecture=kind.selectbox(
-            "Architecture", architectures(), index=None, key="find_arch", placeholder="any"
+            "Architecture", architectures(), index=None, key="hub.find_arch", placeholder="any"
         ),
         width=width.selectbox(
             "Width",
             widths(),
             index=None,
-            key="find_width",
+            key="hub.find_width",
             placeholder="any",
             format_func=lambda n: f"{n:,}",
         ),
-        l0=l0.number_input("L0 near", 1.0, 5000.0, None, 1.0, key="find_l0", placeholder="any"),
+        l0=l0.number_input("L0 near", 1.0, 5000.0, None, 1.0, key="hub.find_l0", placeholder="any"),
     )
     found = search(wanted)
     if not found:
@@ -42,7 +44,7 @@ def catalogue() -> None:
         catalogue_table(found),
         hide_index=True,
         height=min(320, 36 * len(found) + 38),
-        key="catalogue",
+        key="hub.catalogue",
         on_select=lambda: _choose(found),
         selection_mode="single-row",
         column_config={
@@ -90,14 +92,14 @@ def _l0(release: Release) -> str:
 
 
 def _choose(found: Sequence[Release]) -> None:
-    chosen = st.session_state["catalogue"]["selection"]["rows"]
+    chosen = st.session_state["hub.catalogue"]["selection"]["rows"]
     if chosen:
         choose_release(found[chosen[0]])
 
 
 def choose_release(release: Release) -> None:
     """Put a release into the repository's field, or say why it cannot be. For callbacks."""
-    st.session_state["note"] = release.note
+    st.session_state["hub.note"] = release.note
     st.session_state["sae"] = None
     if release.repo is None:
         st.session_state["repo"] = ""

@@ -10,9 +10,9 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core import shell
-from gsae_core.address import key_for
 from gsae_core.controls import confirm_delete
 from gsae_core.errors import InputError
+from gsae_core.keys import key_for
 from gsae_core.pieces import notice, plain
 from gsae_core.store import jobs
 from gsae_core.store.files import readable
@@ -48,14 +48,14 @@ def library(frame: shell.Frame) -> None:
         "Delete a run",
         [run.id for run in frame.runs],
         index=None,
-        key="doomed",
+        key="hub.doomed",
         placeholder="choose one",
     )
     if (
         right.button(
             "Delete",
             icon=":material/delete:",
-            key="delete",
+            key="hub.delete",
             width="stretch",
             disabled=chosen is None,
         )
@@ -123,12 +123,12 @@ def _export(run: Run) -> None:
     st.subheader("Export", anchor=False)
     names = [spec.name for spec in run.config.saes]
     name = st.selectbox("SAE to export", names, key=key_for("hub.export_sae", run.id))
-    label = st.selectbox("For", list(FORMATS), key="export_format")
+    label = st.selectbox("For", list(FORMATS), key="hub.export_format")
     if name is None or label is None:
         return
     folder = run.folder.parent / "exports" / f"{run.id}-{name}-{FORMATS[label]}"
     plain(f"To {folder}", size=".85rem")
-    if st.button("Export and check", icon=":material/output:", key="export", width="stretch"):
+    if st.button("Export and check", icon=":material/output:", key="hub.export", width="stretch"):
         with st.spinner("Writing it, reading it back, comparing", show_time=True):
             done, said = export(run, name, FORMATS[label], folder)
         if done:
@@ -142,7 +142,7 @@ def _export(run: Run) -> None:
             file_name=f"{folder.name}.zip",
             mime="application/zip",
             icon=":material/folder_zip:",
-            key="export_zip",
+            key="hub.export_zip",
             on_click="ignore",
         )
 
@@ -192,11 +192,11 @@ def _push(run: Run) -> None:
         "SAEs to send", names, default=names[:1], key=key_for("hub.push_saes", run.id)
     )
     repo = st.text_input(
-        "To the repository", key="push_repo", placeholder="OWNER/NAME", max_chars=96
+        "To the repository", key="hub.push_repo", placeholder="OWNER/NAME", max_chars=96
     )
     public = st.toggle(
         "Public",
-        key="push_public",
+        key="hub.push_public",
         help="Of a repository that is made for it. One that is there stays as it is.",
     )
     st.caption(
@@ -206,7 +206,7 @@ def _push(run: Run) -> None:
     ready = bool(chosen and repo.strip())
     label = "Send, for everybody to see" if public else "Send"
     pressed = st.button(
-        label, icon=":material/upload:", key="push", width="stretch", disabled=not ready
+        label, icon=":material/upload:", key="hub.push", width="stretch", disabled=not ready
     )
     if not pressed:
         return

@@ -80,7 +80,7 @@ def _buttons(transfer: Transfer, status: Status) -> None:
             st.button(
                 "Cancel",
                 icon=":material/stop_circle:",
-                key=f"stop_{key}",
+                key=f"hub.stop_{key}",
                 on_click=_cancel,
                 args=(transfer,),
             )
@@ -89,13 +89,13 @@ def _buttons(transfer: Transfer, status: Status) -> None:
                 "Go on",
                 icon=":material/play_arrow:",
                 type="primary",
-                key=f"on_{key}",
+                key=f"hub.on_{key}",
                 on_click=_go_on,
                 args=(transfer,),
             )
         elif status.state == "finished" and transfer.kind == "pull" and transfer.result:
             if st.button(
-                "Open the run", icon=":material/monitoring:", type="primary", key=f"open_{key}"
+                "Open the run", icon=":material/monitoring:", type="primary", key=f"hub.open_{key}"
             ):
                 _open(transfer)
         elif status.state == "finished":
@@ -104,7 +104,7 @@ def _buttons(transfer: Transfer, status: Status) -> None:
             st.button(
                 "Put away",
                 icon=":material/close:",
-                key=f"away_{key}",
+                key=f"hub.away_{key}",
                 on_click=_put_away,
                 args=(transfer,),
                 help="What came and is no run yet goes with it.",
@@ -137,4 +137,4 @@ def _attempt(act: Callable[[], object], refused: str) -> None:
         act()
     except InputError as error:
         # Someone else may have pressed first, or the disk refuses.
-        st.session_state["refused"] = (refused, str(error))
+        st.session_state["shell.refused"] = (refused, str(error))

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from gsae_core.address import key_for
 from gsae_core.config import SITES
 from gsae_core.errors import InputError
+from gsae_core.keys import key_for
 from gsae_core.pieces import facts, notice, plain
 from gsae_core.store import jobs
 from gsae_core.store.files import free_bytes, readable
@@ -67,7 +67,7 @@ def repository(root: Path) -> None:
     revision = right.text_input(
         "Revision", key="rev", bind="query-params", placeholder="main", max_chars=100
     )
-    if note := st.session_state.get("note"):
+    if note := st.session_state.get("hub.note"):
         notice(note, kind="info")
     if not repo.strip():
         st.caption("Choose a release above, or paste the name of any repository with SAEs.")
@@ -78,7 +78,7 @@ def repository(root: Path) -> None:
             found = _looked(address)
     except InputError as error:
         notice(str(error), title="Nothing can be listed")
-        if st.button("Try again", icon=":material/refresh:", key="again"):
+        if st.button("Try again", icon=":material/refresh:", key="hub.again"):
             st.rerun()
         return
     _show(found, address, root)
@@ -192,7 +192,7 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
         f"Download {readable(sae.n_bytes)}",
         type="primary",
         icon=":material/download:",
-        key="download",
+        key="hub.download",
         width="stretch",
         disabled=not enough,
     )

@@ -81,14 +81,14 @@ def _offer(run: Run, names: list[str]) -> None:
                 [count(n) for n in AMOUNTS],
                 default=count(N_TOKENS),
                 required=True,
-                key="amount",
+                key="features.amount",
             )
             n_tokens = next((n for n in AMOUNTS if count(n) == amount), N_TOKENS)
             st.button(
                 f"Build the index ({_cost(run, names, n_tokens)})",
                 type="primary",
                 icon=":material/build:",
-                key="build",
+                key="features.build",
                 on_click=_start,
                 args=(run, names, n_tokens),
             )
@@ -108,7 +108,7 @@ def _start(run: Run, names: list[str], n_tokens: int) -> None:
         for name in names:
             start_index(run, name, n_tokens=n_tokens, split="mixed")
     except InputError as error:
-        st.session_state["refused"] = ("Nothing was started", str(error))
+        st.session_state["shell.refused"] = ("Nothing was started", str(error))
 
 
 def _watch(run: Run, name: str) -> None:
@@ -127,7 +127,7 @@ def _watch(run: Run, name: str) -> None:
             right.button(
                 "Cancel",
                 icon=":material/stop_circle:",
-                key=f"cancel_{name}",
+                key=f"features.cancel_{name}",
                 on_click=_cancel,
                 args=(job,),
             )
@@ -155,7 +155,7 @@ def _cancel(job: Job) -> None:
     try:
         job.request_cancel(by="app")
     except InputError as error:
-        st.session_state["refused"] = ("Nothing was cancelled", str(error))
+        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
 
 
 def _trouble(run: Run, name: str) -> None:

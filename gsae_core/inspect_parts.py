@@ -1,20 +1,19 @@
 """What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
 
-import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
-from streamlit.errors import StreamlitAPIException
 
 from gsae_core import cached, shell
-from gsae_core.address import key_for
+from gsae_core.address import asked, write
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
+from gsae_core.keys import key_for
 from gsae_core.loaded import finished_saes
 from gsae_core.pieces import notice, plain, say_worse
 from gsae_core.shell import Frame
@@ -77,7 +76,8 @@ def stacking(key: str, *, least: int = 22) -> DeltaGenerator:
 
     Streamlit's own stack below 640 px, where tables and texts beside each other are long cut off.
     """
-    row = f".st-key-{key}>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
+    name = key.replace(".", "-")  # as Streamlit writes a key into a class
+    row = f".st-key-{name}>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
     st.html(
         f"<style>{row}{{flex-wrap:wrap}}"
         f"{row}>[data-testid=stColumn]{{min-width:min({least}rem,100%)}}</style>"
@@ -113,12 +113,15 @@ def _pick(
     """
     key = key_for(f"{page}.{param}", run.id)
     offered = [*names, *([none] if none else [])]
-    if st.session_state.get(key) not in offered:  # just arrived, at the page or the run
-        asked = st.query_params.get(param)
-        if asked is not None and asked not in offered:
-            _say_stranger(asked, "SAE of this run", default or none or "none")
-        st.session_state[key] = asked if asked in offered else (default or none)
-    return st.selectbox(label, offered, key=key)
+    wanted = asked(param)
+    if wanted in offered:
+        st.session_state[key] = wanted
+    elif st.session_state.get(key) not in offered:  # just arrived, at the page or the run
+        wanted = wanted or st.query_params.get(param)
+        if wanted is not None and wanted not in offered:
+            _say_stranger(wanted, "SAE of this run", default or none or "none")
+        st.session_state[key] = wanted if wanted in offered else (default or none)
+    return st.selectbox(label, offered, key=key, persist_state="session")
 
 
 def pick_pair(
@@ -145,7 +148,7 @@ def pick_pair(
             default=beside(run, name, names),
             none="none",
         )
-    _write({"sae": name, "base": base})
+    write({"sae": name, "base": base})
     evals = cached.evaluations(run)
     fvus = dict(zip(evals["name"], evals["fvu"], strict=True)) if len(evals) else {}
     say_worse({one: fvus[one] for one in (name, base) if one is not None and one in fvus})
@@ -160,41 +163,44 @@ def text_field(
     Args:
         changed: called when another text was typed, before the page is drawn with it.
     """
-    key = f"{page}_text"
-    if key not in st.session_state:
-        asked = st.query_params.get("text")
-        if asked is not None and len(asked) > ADDRESS_TEXT:
+    key = f"{page}.text"
+    wanted = asked("text")
+    if wanted or key not in st.session_state:
+        if wanted is not None and len(wanted) > ADDRESS_TEXT:
             plain(
                 f"An address carries at most {ADDRESS_TEXT} characters of text; the rest of this "
                 "one's was cut.",
                 size=".9rem",
             )
-            asked = asked[:ADDRESS_TEXT]
+            wanted = wanted[:ADDRESS_TEXT]
         example = CODE if model == "bundled" else PROSE
-        st.session_state[key] = asked or st.session_state.get("text_kept") or example
+        st.session_state[key] = wanted or st.session_state.get("shell.text") or example
     text = st.text_area(label, key=key, height=120, on_change=changed) or ""
-    st.session_state["text_kept"] = text
-    _write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
+    st.session_state["shell.text"] = text
+    write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
     return text
 
 
 def correct_number(
     key: str, low: float | int, high: float | int, *, what: str, shown: str, whole: bool = True
-) -> None:
+) -> bool:
     """Say that the number an address gives is none, or is out of range; binding drops it silently.
 
-    Call it before the widget bound to `key` is drawn.
+    Return whether it gives one that is right. Call it before the widget bound to `key` is drawn.
     """
     asked = st.query_params.get(key)
     if asked is None:
-        return
+        return False
     pattern = r"-?\d{1,15}" if whole else r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
     if re.fullmatch(pattern, asked.strip()) is None:
         _say_stranger(asked, what, shown)
-    elif not low <= float(asked) <= high:
+        return False
+    if not low <= float(asked) <= high:
         plain(
             f"{what} {asked} is out of range ({low:g} to {high:g}); showing {shown}.", size=".9rem"
         )
+        return False
+    return True
 
 
 def said(draw: Callable[P, R]) -> Callable[P, R]:
@@ -226,15 +232,3 @@ def quoted(token: str, *, most: int = 24) -> str:
 def _say_stranger(asked: str, what: str, shown: str) -> None:
     short = quoted(asked, most=80) if asked else ""
     plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")
-
-
-def _write(values: Mapping[str, str | None]) -> None:
-    """Have the address say what is shown; at once, for each change is a page of the history."""
-    # A widget of the page that was just left (Shrinkage's `base`) holds its name until this run
-    # has ended; the next one writes it.
-    with contextlib.suppress(StreamlitAPIException):
-        for param in [name for name, value in values.items() if value is None]:
-            st.query_params.pop(param, None)
-        new = {name: value for name, value in values.items() if value is not None}
-        if any(st.query_params.get(name) != value for name, value in new.items()):
-            st.query_params.update(new)

@@ -77,7 +77,7 @@ ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
 
 def tell_endings(jobs: Standings) -> None:
     """Say once, on whatever page, that a job seen moving in this session has ended."""
-    watched: set[str] = st.session_state.setdefault("watched", set())
+    watched: set[str] = st.session_state.setdefault("shell.watched", set())
     for job, status in jobs:
         if status.expects_process:
             watched.add(job.id)
@@ -119,10 +119,10 @@ def say_connected(title: str, run: Run | None, statuses: dict[str, Status]) -> N
     It is said on the page a visit begins with, until that run ends or another page is opened.
     """
     begun = (title, set(_at_work(statuses)))
-    page, found = st.session_state.setdefault("began_on", begun)
+    page, found = st.session_state.setdefault("shell.began_on", begun)
     still = [name for name in _at_work(statuses) if name in found]
     if title != page or not still:
-        st.session_state["began_on"] = None, set()
+        st.session_state["shell.began_on"] = None, set()
         return
     server = server_started()
     older = [name for name in still if (statuses[name].process_started or server) < server]

@@ -12,6 +12,7 @@ import streamlit as st
 
 from gsae_core import markup
 from gsae_core.config import Architecture
+from gsae_core.keys import own
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.store.status import State
 from gsae_core.wording import unhidden, worse_than_mean
@@ -168,7 +169,7 @@ def figure_tools(
         label,
         icon=":material/table_view:",
         type="tertiary",
-        key=f"tools_{name}",
+        key=own(f"tools_{name}"),
         on_change="rerun",
         help=f"{'Definition · ' if about else ''}Show as table · Download data · Copy link",
     )
@@ -181,7 +182,7 @@ def figure_tools(
             paragraphs(about, size=".9rem")
         st.caption("Show as table")
         st.dataframe(
-            table, hide_index=True, height=260, key=f"table_{name}", alt=f"The data of {name}"
+            table, hide_index=True, height=260, key=own(f"table_{name}"), alt=f"The data of {name}"
         )
         st.download_button(
             "Download data",
@@ -189,7 +190,7 @@ def figure_tools(
             file_name=f"{name}.csv",
             mime="text/csv",
             icon=":material/download:",
-            key=f"csv_{name}",
+            key=own(f"csv_{name}"),
             on_click="ignore",
         )
         copy_link()

@@ -35,7 +35,7 @@ def say_reading(seen: Seen) -> None:
 
 def numbers(chosen: Chosen, seen: Seen) -> None:
     """Draw L0, ΔCE and FVU of this text for each SAE."""
-    with stacking("numbers", least=20):
+    with stacking("prompt.numbers", least=20):
         spots = st.columns(max(len(seen.looks), 2), border=True)
     kinds = chosen.architectures()
     for spot, name, kind, look in zip(spots, chosen.names, kinds, seen.looks, strict=False):
@@ -149,7 +149,7 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
         here.drop(columns="position").replace({"where": names}),
         hide_index=True,
         height=min(38 + 35 * max(len(here), 1), 430),
-        key="aligned",
+        key="prompt.aligned",
         placeholder="–",
         column_config={
             "where": st.column_config.TextColumn("fires in"),

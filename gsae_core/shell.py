@@ -5,11 +5,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import streamlit as st
 
-from gsae_core import launch
+from gsae_core import address, launch
 from gsae_core.collector import spare_modules
 from gsae_core.errors import InputError
 from gsae_core.example import EXAMPLE_ID, example_run
 from gsae_core.job_badge import job_badge, say_connected, status_of
+from gsae_core.keys import own
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
 from gsae_core.store.listing import list_statuses, unreadable_runs
@@ -85,7 +86,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         purpose: one sentence under the heading.
     """
     spare_modules()
-    deleted = st.session_state.get("deleted")
+    deleted = st.session_state.get("shell.deleted")
     if deleted is not None and title != "Home":
         st.switch_page("app.py", query_params={})
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
@@ -95,21 +96,24 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     found += [(transfer, status_of(transfer)) for transfer in transfers(runs_root())]
     jobs = [(job, status) for job, status in found if status is not None]
     statuses = {job.id: status for job, status in jobs if isinstance(job, Run)}
+    arrived = st.session_state.get("shell.page") != title
+    st.session_state["shell.page"] = title
+    if arrived:
+        address.arrive()
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
-        run = _pick_run(runs, arrived=st.session_state.get("page") != title)
+        run = _pick_run(runs, arrived=arrived)
         job_badge(jobs)
         _navigation(run)
-    st.session_state["page"] = title
     st.html(STYLE)
     st.title(title, anchor=False)
     st.caption(purpose)
-    st.session_state.pop("deleted", None)
+    st.session_state.pop("shell.deleted", None)
     if deleted is not None:
         notice(f"{deleted} was deleted.", kind="info")
-    if refused := st.session_state.pop("refused", None):
+    if refused := st.session_state.pop("shell.refused", None):
         notice(refused[1], title=refused[0])
-    missing = st.session_state.get("missing_run")
+    missing = st.session_state.get("shell.missing_run")
     if missing:
         _say_missing(missing, runs)
     say_connected(title, run, statuses)
@@ -125,11 +129,11 @@ def _runs() -> list[tuple[Run, Status | None]]:
     runs: list[tuple[Run, Status | None]] = [*list_statuses(runs_root())]
     asked = (
         st.query_params.get("run"),
-        *(st.session_state.get(key) for key in ("run", "next_run", "chosen_run")),
+        *(st.session_state.get(key) for key in ("run", "shell.next_run", "shell.run")),
     )
     if EXAMPLE_ID in asked:
-        st.session_state["with_example"] = True
-    shipped = example_run() if st.session_state.get("with_example") else None
+        st.session_state["shell.with_example"] = True
+    shipped = example_run() if st.session_state.get("shell.with_example") else None
     # A run of one's own with its name comes first.
     if shipped is None or any(run.id == EXAMPLE_ID for run, _ in runs):
         return runs
@@ -151,20 +155,20 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     by_id = {run.id: run for run in runs}
     # Read before the widget is drawn: binding drops values that are not among the options.
     # Just arrived on a page, the address counts; later the widget, which the address may lag.
-    here = "run" if not arrived else "next_run"
+    here = "run" if not arrived else "shell.next_run"
     asked = (
         st.session_state.get(here)
         or st.query_params.get("run")
-        or st.session_state.get("chosen_run")
+        or st.session_state.get("shell.run")
     )
-    st.session_state.pop("next_run", None)
+    st.session_state.pop("shell.next_run", None)
     if asked is not None and asked not in by_id:
-        st.session_state["missing_run"] = asked
-        st.session_state["chosen_run"] = None
+        st.session_state["shell.missing_run"] = asked
+        st.session_state["shell.run"] = None
         st.session_state["run"] = None
     elif asked is not None:
         st.session_state["run"] = asked
-    elif "missing_run" not in st.session_state:
+    elif "shell.missing_run" not in st.session_state:
         # Set rather than a default, so that the address always names the run.
         st.session_state["run"] = runs[0].id if runs else None
     chosen = st.selectbox(
@@ -176,10 +180,10 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
         placeholder="choose a run" if runs else "no runs yet",
         disabled=not runs,
     )
-    st.session_state["chosen_run"] = chosen
+    st.session_state["shell.run"] = chosen
     if chosen is None:
         return None
-    st.session_state.pop("missing_run", None)
+    st.session_state.pop("shell.missing_run", None)
     return by_id[chosen]
 
 
@@ -196,15 +200,15 @@ def go(target: str, run: Run, **parameters: str) -> NoReturn:
     """Go to another page with a run, and with parameters that no widget here is bound to."""
     # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here;
     # and without an empty query it refuses to leave a page whose address holds such a parameter.
-    st.session_state["next_run"] = run.id
+    st.session_state["shell.next_run"] = run.id
     st.switch_page(target, query_params=parameters)
 
 
 def forget(run: Run) -> None:
     """Leave a run that was deleted: the next page is Home, which says so. For callbacks."""
-    for key in ("run", "chosen_run", "next_run"):
+    for key in ("run", "shell.run", "shell.next_run"):
         st.session_state.pop(key, None)
-    st.session_state["deleted"] = run.id
+    st.session_state["shell.deleted"] = run.id
 
 
 def need_run(frame: Frame, what: str) -> Run:
@@ -231,7 +235,9 @@ def need_run(frame: Frame, what: str) -> Run:
 def run_links(runs: list[Run], limit: int = 10) -> None:
     """List runs by name; each opens its Live page."""
     for run in runs[:limit]:
-        if st.button(escape_markdown(run.id), icon=":material/monitoring:", key=f"open_{run.id}"):
+        if st.button(
+            escape_markdown(run.id), icon=":material/monitoring:", key=own(f"open_{run.id}")
+        ):
             go("pages/2_Live.py", run)
 
 

@@ -82,7 +82,7 @@ def _shift_table(table: pd.DataFrame, kind: str) -> None:
         shown,
         hide_index=True,
         height=285,
-        key=f"shift_{kind}",
+        key=f"steer.shift_{kind}",
         column_order=["token", "before", "after", "change", "delta_logit"],
         column_config={
             "token": st.column_config.TextColumn("next token"),

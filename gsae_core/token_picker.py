@@ -6,6 +6,7 @@ from typing import NamedTuple
 import streamlit as st
 from streamlit.components.v2 import component
 
+from gsae_core.keys import own
 from gsae_core.pieces import asset
 from gsae_core.token_strip import visible
 
@@ -37,7 +38,6 @@ def token_picker(
     picked: int,
     two: bool,
     pick: Callable[[int], None],
-    key: str = "tokens",
 ) -> None:
     """Draw the strip; the widget beside it stays the truth, and is told of a click by `pick`.
 
@@ -46,6 +46,8 @@ def token_picker(
         two: whether the lines under the tokens are drawn.
         pick: called with the index of a token, before the page runs again.
     """
+
+    key = own("tokens")
 
     def chosen() -> None:
         index = read_pick(st.session_state[key].get("picked"), len(cells))

@@ -24,7 +24,7 @@ def side_by_side() -> DeltaGenerator:
 
     Streamlit's own columns stack below 640 px, where two forms beside each other are long cut off.
     """
-    columns = ".st-key-form>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
+    columns = ".st-key-train-form>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
     column = f"{columns}>[data-testid=stColumn]"
     st.html(
         f"<style>@media(max-width:1000px){{{columns}{{flex-wrap:wrap}}"
@@ -32,7 +32,7 @@ def side_by_side() -> DeltaGenerator:
         f"@media(min-width:1001px){{{column}:last-child"
         "{position:sticky;top:4rem;align-self:flex-start}}</style>"
     )
-    return st.container(key="form")
+    return st.container(key="train.form")
 
 
 def bar(shown: Bar) -> None:

@@ -71,7 +71,7 @@ def where(base: Base, given: Values) -> ModelFacts:
     if about.gated and about.where == "hub":
         parts.append("🔒 its licence must be accepted on the Hub first")
     plain(" · ".join(parts), size=".875rem")
-    with st.expander("Compare models", key="compare_models", on_change="rerun") as table:
+    with st.expander("Compare models", key="train.compare_models", on_change="rerun") as table:
         if table.open:
             model_table(cached)
     place(base, given, about)
@@ -112,7 +112,7 @@ def model_table(cached: dict[str, Path]) -> None:
     about = [model_facts(name, cached) for name in choices(cached)]
 
     def chosen() -> None:
-        if rows := state["models"]["selection"]["rows"]:
+        if rows := state["train.models"]["selection"]["rows"]:
             state["model"] = about[rows[0]].name
 
     licence = {True: "to accept", False: "open", None: "–"}
@@ -128,7 +128,7 @@ def model_table(cached: dict[str, Path]) -> None:
             }
             for model in about
         ],
-        key="models",
+        key="train.models",
         hide_index=True,
         on_select=chosen,
         selection_mode="single-row",
@@ -182,18 +182,20 @@ def spacing(knob: str) -> None:
 
     def fill_in() -> None:
         try:
-            values = log_spaced(state["log_low"], state["log_high"], state["log_n"])
+            values = log_spaced(
+                state["train.log_low"], state["train.log_high"], state["train.log_n"]
+            )
         except InputError as error:
-            state["log_error"] = str(error)
+            state["train.log_error"] = str(error)
         else:
             state[knob] = " ".join(f"{value:g}" for value in values)
 
     with st.popover("Log-spaced", width="stretch"):
-        st.number_input("From", 0.0, None, 0.1, format="%g", key="log_low")
-        st.number_input("To", 0.0, None, 1.0, format="%g", key="log_high")
-        st.number_input("Values", 2, 32, 4, key="log_n")
-        st.button("Fill in", on_click=fill_in, key="log_fill", width="stretch")
-        if error := state.pop("log_error", ""):
+        st.number_input("From", 0.0, None, 0.1, format="%g", key="train.log_low")
+        st.number_input("To", 0.0, None, 1.0, format="%g", key="train.log_high")
+        st.number_input("Values", 2, 32, 4, key="train.log_n")
+        st.button("Fill in", on_click=fill_in, key="train.log_fill", width="stretch")
+        if error := state.pop("train.log_error", ""):
             notice(error)
 
 
@@ -238,7 +240,7 @@ def advanced(given: Values, asked: Container[str]) -> None:
     now = {flag: state.get(flag, given[flag]) or "" for flag in rest}
     changed = any(flag in asked or now[flag] != (given[flag] or "") for flag in rest)
     with st.expander(
-        "Advanced: recipe, corpus, evaluation", key="advanced", on_change="rerun"
+        "Advanced: recipe, corpus, evaluation", key="train.advanced", on_change="rerun"
     ) as e:
         if not (e.open or changed):
             for flag in rest:

@@ -31,7 +31,7 @@ MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the ne
 IN_LABELS = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
 state = st.session_state
 
-arrived = state.get("page") != "Train"
+arrived = state.get("shell.page") != "Train"
 # Read before the widgets are drawn: they drop from the address what they cannot take.
 asked = {name: st.query_params.get_all(name) for name in st.query_params} if arrived else {}
 frame = shell.page(
@@ -72,9 +72,9 @@ def choose_base() -> Base:
         plain(f"The settings of {chosen}; a run that differs in nothing finds the same numbers.")
     if unknown := [run for run in asked.get("from", []) if run not in runs]:
         notice(f"Run {unknown[0][:80]} is not on this machine; showing {name}.", kind="warning")
-    if state.get("filled") != base.id or "from" in asked:
+    if state.get("train.filled") != base.id or "from" in asked:
         state.update(shown(base.config))
-        state["filled"] = base.id
+        state["train.filled"] = base.id
     return base
 
 
@@ -203,7 +203,7 @@ def refuse(refusals: tuple[Refusal, ...]) -> None:
         for fix in refusal.fixes:
             st.button(
                 f"Set {LABELS[fix.flag]} to {grouped(fix.value)}",
-                key=f"fix_{number}_{fix.flag}",
+                key=f"train.fix_{number}_{fix.flag}",
                 on_click=apply,
                 args=(fix,),
                 icon=":material/build:",
@@ -223,13 +223,13 @@ def apply(fix: Fix) -> None:
 
 def begin(config: RunConfig) -> None:
     """Start the run and show it."""
-    nonce = state.setdefault("nonce", secrets.token_hex(3))
+    nonce = state.setdefault("train.nonce", secrets.token_hex(3))
     try:
         run = launch(shell.runs_root(), config, nonce=nonce)
     except InputError as error:
         notice(str(error), title="Nothing was started")
         return
-    del state["nonce"]
+    del state["train.nonce"]
     shell.go("pages/2_Live.py", run)
 
 
@@ -252,7 +252,7 @@ def start(config: RunConfig, refused: bool) -> None:
         type="primary",
         icon=":material/play_arrow:",
         width="stretch",
-        key="start",
+        key="train.start",
         disabled=refused,
     ):
         begin(config)
@@ -289,7 +289,7 @@ with right, st.container(border=True):
         config = run_config(flags)
     except InputError as error:
         notice(in_labels(str(error), IN_LABELS), title="This cannot start yet")
-        st.button("Start", type="primary", disabled=True, width="stretch", key="start")
+        st.button("Start", type="primary", disabled=True, width="stretch", key="train.start")
         st.stop()
     refusals = before(config, about)
     for sentence in shortfalls_of_run(config):

@@ -71,7 +71,7 @@ if drawn is None:
 
 def read(one: Run) -> tuple[pd.DataFrame, int]:
     """Return every metric line so far, reading only what was added; and how many are damaged."""
-    kept = st.session_state.setdefault("metrics", {})
+    kept = st.session_state.setdefault("live.metrics", {})
     table, cursor, damaged = kept.get(one.id, (pd.DataFrame(), MetricsCursor(), 0))
     added = one.metrics_since(cursor)
     if added.restarted:
@@ -137,7 +137,7 @@ def figures(
 def draw_newest(lines: tuple[Line, ...], logged: list[Track]) -> None:
     """Draw the last number of each kind, as a table."""
     icon = ":material/table_rows:"
-    table = st.expander("The newest numbers", icon=icon, key="newest", on_change="rerun")
+    table = st.expander("The newest numbers", icon=icon, key="live.newest", on_change="rerun")
     if not table.open:
         return  # a tenth of a tick
     newest = {
@@ -224,7 +224,7 @@ def view(was: Status) -> None:
         slot.vega_lite_chart(
             table,
             chart.spec,
-            key=f"chart_{name}",
+            key=f"live.chart_{name}",
             alt=alt,
             on_select="rerun",
             selection_mode="zoom",
@@ -288,10 +288,10 @@ with options:
         max_selections=MAX_OVERLAID,
         help="Hue tells the run then; dash and marker still tell the architecture.",
     )
-    st.toggle("Pause", key="pause", help="Stop refreshing; training goes on.")
+    st.toggle("Pause", key="live.pause", help="Stop refreshing; training goes on.")
 shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]
 moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id in frame.statuses)
-paused = st.session_state.get("pause")
+paused = st.session_state.get("live.pause")
 curves = st.container()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
     explain_numbers()

@@ -174,7 +174,7 @@ def interpolation() -> None:
 
 def remember_click() -> None:
     """Keep the last two points clicked."""
-    points = st.session_state["plane"]["selection"]["points"]
+    points = st.session_state["pareto.plane"]["selection"]["points"]
     names = [point["customdata"][0] for point in points if point.get("customdata")]
     kept = [name for name in st.session_state.get("pick", []) if name not in names]
     st.session_state["pick"] = [*kept, *names][-2:]
@@ -194,7 +194,7 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
     )
     st.plotly_chart(
         figure,
-        key="plane",
+        key="pareto.plane",
         on_select=remember_click,
         selection_mode="points",
         config={"displaylogo": False},
@@ -272,7 +272,7 @@ def cards(evals: pd.DataFrame, picked: list[str]) -> None:
         if asked == "live":
             shell.go("pages/2_Live.py", by_id[str(rows[name]["run"])])
         elif asked == "shrinkage":
-            st.session_state["open_sae"] = str(rows[name]["name"])
+            st.session_state["shrinkage.open_sae"] = str(rows[name]["name"])
             shell.go("pages/4_Shrinkage.py", by_id[str(rows[name]["run"])])
     if len(picked) == 2:
         difference_card(rows[picked[0]], rows[picked[1]])

@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core import cached, shell
-from gsae_core.address import correct
+from gsae_core.address import correct, settle, write
 from gsae_core.analysis.results import (
     baselines,
     nearest_pair,
@@ -14,6 +14,7 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.errors import InputError
 from gsae_core.glossary import definition
+from gsae_core.keys import key_for
 from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
 from gsae_core.plots.gamma import Length, gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import hover_name
@@ -54,26 +55,26 @@ def choose() -> dict[str, str | None]:
     pair = dict(nearest_pair(evals))
     gated = list(evals.loc[evals["architecture"] == "gated", "name"])
     sides = {"gated": ("Gated SAE", gated), "base": ("Baseline", list(baselines(evals)["name"]))}
-    asked = st.session_state.pop("open_sae", None)
+    opened = st.session_state.pop("shrinkage.open_sae", None)
     chosen: dict[str, str | None] = {}
     for cell, (side, (label, names)) in zip(st.columns(2), sides.items(), strict=True):
         with cell:
-            correct(side, names, what="SAE of this run to show here", shown="the nearest in L0")
-            if asked in names:
-                st.session_state[side] = asked
-            elif names and st.session_state.get(side, pair[side]) is None:
-                # Pareto has a baseline of this name too, a run: none there is not none here.
-                st.session_state[side] = pair[side]
-            chosen[side] = st.selectbox(
+            key = key_for(f"shrinkage.{side}", run.id)
+            what = "SAE of this run to show here"
+            settle(side, names, key=key, default=pair.get(side), what=what)
+            if opened in names:
+                st.session_state[key] = opened
+            name = chosen[side] = st.selectbox(
                 label,
                 names,
-                index=names.index(pair[side]) if names else None,
-                key=side,
-                bind="query-params",
+                key=key,
+                persist_state="session",
                 placeholder="none in this run",
                 disabled=not names,
             )
-            if name := chosen[side]:
+            # Pareto's address has a baseline of this name too, a run: so it is not bound here.
+            write({side: name if name != pair.get(side) else None})
+            if name is not None:
                 st.caption(f"{hover_name(specs[name])} · L0 {fixed(rows.loc[name, 'l0'], 1)}")
     say_worse({name: float(rows.loc[name, "fvu"]) for name in chosen.values() if name})
     return chosen
@@ -107,7 +108,7 @@ def over_the_sweep() -> None:
     place = PLACES.get(paper or "")
     st.plotly_chart(
         gamma_over_sweep(evals, paper=None if place is None else published(place)),
-        key="sweep",
+        key="shrinkage.sweep",
         config=CONFIG,
         alt="γ against L0 for every architecture, and for the gate path",
     )
@@ -141,7 +142,7 @@ def by_length() -> None:
         return
     st.plotly_chart(
         lengths_by_decile(found, LENGTHS[label]),
-        key="deciles",
+        key="shrinkage.deciles",
         config=CONFIG,
         alt=f"{label} of each tenth of the tokens, shortest activations first",
     )
@@ -177,7 +178,7 @@ def feature_by_feature() -> None:
         plain(feature.sentence(min_fired), size=".9rem")
     if not any(len(feature.stats) for feature in features):
         notice("The limit hides every feature; lower it.", kind="info")
-        st.button("Show all that fired", key="show_all", on_click=show_all)
+        st.button("Show all that fired", key="shrinkage.show_all", on_click=show_all)
         return
     bins = common_bins(features)
     correct("bin", bins.labels, what="bin of γ here", shown="no list of features")
@@ -203,7 +204,7 @@ def show_all() -> None:
 
 def remember_bin() -> None:
     """Choose the bin that was clicked."""
-    points = st.session_state["histogram"]["selection"]["points"]
+    points = st.session_state["shrinkage.histogram"]["selection"]["points"]
     if points and points[0].get("customdata"):
         st.session_state["bin"] = points[0]["customdata"][0]
 
@@ -214,7 +215,7 @@ def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None
     with left:
         st.plotly_chart(
             gamma_histogram(features, bins=bins, chosen=label),
-            key="histogram",
+            key="shrinkage.histogram",
             on_select=remember_bin,
             selection_mode="points",
             config=CONFIG,
@@ -225,7 +226,7 @@ def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None
     with right:
         st.plotly_chart(
             gamma_against_density(features),
-            key="scatter",
+            key="shrinkage.scatter",
             config=CONFIG,
             alt="γ of each feature against its density",
         )
@@ -248,7 +249,7 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
     picked = st.dataframe(
         found.head(MAX_ROWS),
         hide_index=True,
-        key=f"listed_{label}",
+        key=f"shrinkage.listed_{label}",
         on_select="rerun",
         selection_mode="single-row",
         column_config={
@@ -272,7 +273,7 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
     with st.container(horizontal=True):
         for name in found["sae"].unique():
             text = f"Features of {escape_markdown(name)} with γ {label}"
-            if st.button(text, icon=":material/search:", key=f"features_of_{name}"):
+            if st.button(text, icon=":material/search:", key=f"shrinkage.features_of_{name}"):
                 shell.go(FEATURES, run, sae=name, gamma=between)
 
 

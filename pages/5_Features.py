@@ -62,7 +62,7 @@ def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: s
     """Draw the feature that is chosen."""
     feature_bar.say_refused()
     number = feature_bar.navigation(sae, chosen, go=features_view.go_to)
-    if st.session_state.pop("list_is_old", False):
+    if st.session_state.pop("features.list_is_old", False):
         st.rerun()
     if sae.index is None:
         feature_bar.heading(number)
@@ -108,8 +108,8 @@ run, sae, base = choose()
 other = other_index(run, base)
 if sae.index is None:
     build(run, sae, base, other)
-st.session_state.pop("list_is_old", None)  # it is drawn anew
-with stacking("features_split", least=19):
+st.session_state.pop("features.list_is_old", None)  # it is drawn anew
+with stacking("features.split", least=19):
     left, right = st.columns([1, 1.75], gap="medium")
 with left:
     picture = st.container()

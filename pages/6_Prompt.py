@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core import loaded, prompt_view, shell
-from gsae_core.address import correct, key_for
+from gsae_core.address import correct, settle, write
 from gsae_core.inspect_parts import (
     architecture,
     correct_number,
@@ -14,6 +14,7 @@ from gsae_core.inspect_parts import (
     stacking,
     text_field,
 )
+from gsae_core.keys import key_for
 from gsae_core.pieces import figure_tools, plain
 from gsae_core.prompt_reading import (
     MEASURES,
@@ -82,7 +83,7 @@ def which_token(seen: Seen) -> int:
 def whole_text(chosen: Chosen, seen: Seen) -> None:
     """Draw the strip, and what of a token is looked at."""
     strip = st.container()
-    with stacking("controls", least=9):
+    with stacking("prompt.controls", least=9):
         one, two, three = st.columns([1, 1.7, 2.6], vertical_alignment="bottom")
     with one:
         position = which_token(seen)
@@ -125,20 +126,21 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
 def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, target: str) -> None:
     """Draw the features of the token, and the same of both SAEs."""
     token = prompt_view.quoted(seen.looks[0].prompt.tokens[position])
-    with stacking("token"):
+    with stacking("prompt.token"):
         left, right = st.columns(2, gap="medium")
     with left:
         st.subheader("Features of the token", anchor=False)
         plain(f"token {position}, ‘{token}’", size=".9rem")
-        correct("sort", list(SORTS), what="order", shown="activation")
+        settle("sort", SORTS, key="prompt.sort", default="activation", what="order")
         sort = st.segmented_control(
             "Strongest first by",
             list(SORTS),
             default="activation",
             required=True,
-            key="sort",
-            bind="query-params",
+            key="prompt.sort",
+            persist_state="session",
         )
+        write({"sort": sort if sort != "activation" else None})
         features(chosen, seen, table, position, sort, target)
     with right:
         st.subheader("Beside the other SAE", anchor=False)
@@ -166,9 +168,9 @@ def features(
     st.caption(f"Feature {latent} ({how}) on every token:")
     prompt_view.on_every_token(seen, latent, at=position)
     with st.container(horizontal=True):
-        if st.button("Open in Features", icon=":material/search:", key="to_features"):
+        if st.button("Open in Features", icon=":material/search:", key="prompt.to_features"):
             shell.go("pages/5_Features.py", chosen.run, sae=chosen.name, feature=str(latent))
-        if st.button("Steer with it", icon=":material/alt_route:", key="to_steer"):
+        if st.button("Steer with it", icon=":material/alt_route:", key="prompt.to_steer"):
             shell.go("pages/7_Steer.py", chosen.run, sae=chosen.name, f=str(latent))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 
 from gsae_core import loaded, shell, steer_job, steer_view
-from gsae_core.address import correct, key_for
+from gsae_core.address import asked, correct, write
 from gsae_core.errors import InputError
 from gsae_core.inspect_parts import (
     architecture,
@@ -19,12 +19,14 @@ from gsae_core.inspect_parts import (
     stop_with,
     text_field,
 )
+from gsae_core.keys import key_for
 from gsae_core.pieces import copy_link, plain
 from gsae_core.plots.palette import LOOKS
 from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job, Push, Settings
 
 MODES: list[Any] = ["add", "clamp", "ablate"]
 LIMIT = 10.0
+MAX_SEED = 2**31 - 1
 ROWS = ("", "2", "3")  # f, s and mode of the first feature; f2, s2 and mode2 of the second
 EVERY = 0.08  # seconds between two drawings of a text that grows
 
@@ -73,7 +75,7 @@ def feature_row(row: str, d_sae: int, scales: Any) -> Push | None:
     correct_number(f, 0, d_sae - 1, what="feature", shown="none")
     if (st.session_state.get(f) or 0) >= d_sae:
         st.session_state[f] = None  # of a wider SAE
-    with stacking(f"feature{row}", least=10):
+    with stacking(f"steer.feature{row}", least=10):
         one, two, three = st.columns([1, 1.6, 3], vertical_alignment="top")
     with one:
         latent = st.number_input(
@@ -147,8 +149,12 @@ def choose_sampling() -> tuple[int, float, int, bool]:
     """Draw how tokens are drawn."""
     one, two, three, four = st.columns([1, 1.3, 1.3, 1.6], vertical_alignment="bottom")
     with one:
-        correct_number("seed", 0, 2**31 - 1, what="seed", shown="0")
-        seed = st.number_input("Seed", 0, 2**31 - 1, value=0, key="seed", bind="query-params")
+        good = correct_number("seed", 0, MAX_SEED, what="seed", shown="0")
+        if (wanted := asked("seed")) is not None and good:
+            st.session_state["steer.seed"] = int(wanted)
+        st.session_state.setdefault("steer.seed", 0)
+        seed = st.number_input("Seed", 0, MAX_SEED, key="steer.seed", persist_state="session")
+        write({"seed": str(seed) if seed else None})
     with two:
         correct_number("temp", 0, 2, what="temperature", shown="0.8", whole=False)
         temperature = st.slider(
@@ -179,11 +185,11 @@ def choose_sampling() -> tuple[int, float, int, bool]:
 
 def the_job(settings: Settings) -> Job:
     """Return the job of these settings: the session's, or a new one."""
-    job = st.session_state.get("steer_job")
+    job = st.session_state.get("steer.job")
     if job is None or job.settings != settings:
         with st.spinner("Two passes over the prompt", show_time=True):
             job = steer_job.start(run, settings)
-        st.session_state["steer_job"] = job
+        st.session_state["steer.job"] = job
     return job
 
 
@@ -208,7 +214,7 @@ def results(job: Job) -> None:
     st.subheader("How it goes on", anchor=False)
     steer_view.say_matches(job)
     buttons = st.empty()
-    with stacking("texts", least=18):
+    with stacking("steer.texts", least=18):
         spots = st.columns(len(job.tokens))
     bodies = {}
     for spot, kind in zip(spots, job.tokens, strict=True):
@@ -221,7 +227,7 @@ def results(job: Job) -> None:
         buttons.button(
             "Stop writing",
             icon=":material/stop_circle:",
-            key="stop",
+            key="steer.stop",
             on_click=stop,
             args=(job,),
             kwargs={"stopped": True},
@@ -231,7 +237,7 @@ def results(job: Job) -> None:
         buttons.button(
             "Go on",
             icon=":material/play_arrow:",
-            key="go_on",
+            key="steer.go_on",
             on_click=stop,
             args=(job,),
             kwargs={"stopped": False},
@@ -241,7 +247,7 @@ def results(job: Job) -> None:
     draw(job, bodies)
     steer_view.say_end(run, job)
     st.subheader("The next token", anchor=False)
-    with stacking("shifts", least=24):
+    with stacking("steer.shifts", least=24):
         steer_view.shift_columns(st.columns(max(len(job.shifts), 2)), job, named)
 
 
@@ -273,7 +279,7 @@ try:
 except InputError as error:
     stop_with(error)
 with st.container(horizontal=True):
-    if st.button("Open in Features", icon=":material/search:", key="to_features"):
+    if st.button("Open in Features", icon=":material/search:", key="steer.to_features"):
         shell.go("pages/5_Features.py", run, sae=name, feature=str(pushes[0].latent))
     with st.popover("Copy link", icon=":material/link:", type="tertiary"):
         copy_link()

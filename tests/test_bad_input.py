@@ -78,7 +78,7 @@ def test_a_line_still_being_written_waits_for_its_end(root: Path, worker: int) -
     with path.open("a") as file:
         file.write(row[40:] + "\n")
     at.run()
-    table, _, damaged = at.session_state["metrics"]["moving"]
+    table, _, damaged = at.session_state["live.metrics"]["moving"]
     assert (table["step"].iloc[-1], damaged) == (300, 0)
 
 
@@ -137,7 +137,7 @@ def test_a_read_only_folder_can_be_looked_at(
 
 
 @pytest.mark.parametrize(
-    ("page", "key"), [("app.py", "start_quick"), ("pages/1_Train.py", "start")]
+    ("page", "key"), [("app.py", "home.start_quick"), ("pages/1_Train.py", "train.start")]
 )
 def test_nothing_is_started_in_a_read_only_folder(
     root: Path, read_only: Callable[[], None], page: str, key: str
@@ -171,9 +171,9 @@ def test_what_a_read_only_folder_refuses_is_said(
     run = write_run(root, "kept", state, share=0.5, pid=pid)  # type: ignore[arg-type]
     at = opened(LIVE)
     for press in presses[:-1]:
-        at.button(key=press).click().run()
+        at.button(key=f"live.{press}").click().run()
     read_only()
-    at.button(key=presses[-1]).click().run()
+    at.button(key=f"live.{presses[-1]}").click().run()
     assert not at.exception
     assert said in text(at)
     assert "choose a folder you own" in text(at)
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_during_training_says_how_much_it_takes_and_resume_goe
     assert not at.exception
     assert "Training failed" in text(at)
     assert "make room on the disk and resume the run" in text(at)
-    assert at.button(key="resume").label == "Resume"
+    assert at.button(key="live.resume").label == "Resume"
     (run,) = list_runs(root)
     subprocess.run([*command, "resume", str(run.folder)], capture_output=True, check=True)
     assert run.status.state == "finished"
@@ -220,7 +220,7 @@ def test_a_run_whose_disk_was_full_offers_resume(root: Path) -> None:
     write_run(root, "full", "failed", share=0.5, error=error)
     at = opened(LIVE)
     assert "make room on the disk and resume the run" in text(at)
-    assert at.button(key="resume")
+    assert at.button(key="live.resume")
 
 
 def test_a_status_that_is_no_status_is_named(root: Path, worker: int) -> None:
@@ -235,9 +235,9 @@ def test_a_status_that_is_no_status_is_named(root: Path, worker: int) -> None:
 def test_a_run_that_began_meanwhile_is_not_deleted(root: Path, worker: int) -> None:
     run = write_run(root, "old", "cancelled", share=0.5)
     at = opened(LIVE)
-    at.button(key="delete").click().run()
+    at.button(key="live.delete").click().run()
     write_status(run.folder, of_process(read_status(run.folder), "running", worker))
-    at.button(key="confirm_delete").click().run()
+    at.button(key="live.confirm_delete").click().run()
     assert not at.exception
     assert isinstance(Run.open(run.folder), Run)
     assert "which one does; cancel it first" in text(at)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import streamlit as st
-from app_pages import HOSTILE, opened, text
+from app_pages import HOSTILE, labelled, opened, text
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
@@ -162,7 +162,7 @@ def test_a_click_is_kept_and_the_third_replaces_the_first(
     monkeypatch.setattr(st, "plotly_chart", spy)
     assert not opened(PARETO).exception
     points = [{"customdata": ["done/a", "λ 1"]}, {"x": 1}]  # the paper's have no name
-    state = {"plane": {"selection": {"points": points}}, "pick": ["done/b", "done/c"]}
+    state = {"pareto.plane": {"selection": {"points": points}}, "pick": ["done/b", "done/c"]}
     monkeypatch.setattr(st, "session_state", state)
     clicks[0]()
     assert state["pick"] == ["done/c", "done/a"]
@@ -289,10 +289,21 @@ def test_no_baseline_run_on_pareto_is_not_no_baseline_here(root: Path) -> None:
     assert at.selectbox(key="base").value is None
     at.switch_page(SHRINKAGE).run()
     assert not at.exception
-    assert str(at.selectbox(key="base").value).startswith("relu-")
-    at.session_state["base"] = None  # as a browser brings it along
-    at.run()
-    assert str(at.selectbox(key="base").value).startswith("relu-")
+    assert labelled(at.selectbox, "Baseline").value.startswith("relu-")
+
+
+def test_a_baseline_chosen_on_pareto_is_still_there_after_one_on_shrinkage(root: Path) -> None:
+    for name in ("done", "other"):
+        write_run(root, name)
+    at = opened(PARETO, run="done", base="other")
+    at.switch_page(SHRINKAGE).run()
+    labelled(at.selectbox, "Baseline").set_value("relu-0.1").run()
+    assert at.query_params["base"] == "relu-0.1"
+    at.switch_page(PARETO).run()
+    assert not at.exception
+    assert at.selectbox(key="base").value == "other"
+    at.switch_page(SHRINKAGE).run()
+    assert labelled(at.selectbox, "Baseline").value == "relu-0.1"
 
 
 def test_a_bin_lists_its_features(root: Path) -> None:
@@ -319,7 +330,7 @@ def test_a_limit_that_hides_everything_says_so_and_can_be_lifted(root: Path) -> 
     assert not at.exception
     assert "and the busiest fired on 500" in text(at)
     assert "hides every feature; lower it" in text(at)
-    at.button(key="show_all").click().run()
+    at.button(key="shrinkage.show_all").click().run()
     assert at.select_slider(key="minfire").value == 1
     assert "hides every feature" not in text(at)
 
@@ -357,10 +368,10 @@ def test_what_the_address_of_shrinkage_gets_wrong_is_said(root: Path) -> None:
 def test_a_card_opens_shrinkage_with_its_sae(root: Path) -> None:
     write_run(root, "done")
     at = opened(SHRINKAGE, run="done")
-    assert at.selectbox(key="gated").value != "gated-0.1"
-    at.session_state["open_sae"] = "gated-0.1"
+    assert labelled(at.selectbox, "Gated SAE").value != "gated-0.1"
+    at.session_state["shrinkage.open_sae"] = "gated-0.1"
     at.run()
-    assert at.selectbox(key="gated").value == "gated-0.1"
+    assert labelled(at.selectbox, "Gated SAE").value == "gated-0.1"
 
 
 @pytest.mark.parametrize("page", [PARETO, SHRINKAGE])
@@ -387,7 +398,7 @@ def test_all_four_architectures_are_shown(root: Path, page: str) -> None:
     if page == PARETO:
         assert "TopK, k 16, 64 features" in text(at)
     else:
-        assert at.selectbox(key="base").options[0] == "relu-0.2"
+        assert labelled(at.selectbox, "Baseline").options[0] == "relu-0.2"
 
 
 def test_helpers_of_the_address_leave_what_it_gets_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_a_filter_that_leaves_nothing_is_named_and_can_be_cleared(indexed: Run) 
     said = shown(at)
     assert f"The filter on density excludes most: {WIDTH} of {WIDTH} features." in said
     assert "No feature is left" in said
-    at.button(key="clear_all").click().run()
+    at.button(key="features.clear_all").click().run()
     assert f"All {WIDTH} features." in shown(at)
 
 
@@ -156,10 +156,10 @@ def test_next_and_previous_go_through_the_list_as_it_is_filtered(indexed: Run) -
     at = opened(PAGE, run="done", fired="38..40", sort="most frequent")
     assert table(at) == [39, 38, 37]
     assert at.number_input(key="feature").value == 39
-    at.button(key="next").click().run()
+    at.button(key="features.next").click().run()
     assert at.number_input(key="feature").value == 38
-    at.button(key="previous").click().run()
-    at.button(key="previous").click().run()
+    at.button(key="features.previous").click().run()
+    at.button(key="features.previous").click().run()
     assert at.number_input(key="feature").value == 37
 
 
@@ -167,7 +167,7 @@ def test_a_random_feature_fires_and_another_press_draws_again(indexed: Run) -> N
     at = opened(PAGE, run="done")
     drawn = set()
     for _ in range(4):
-        at.button(key="random").click().run()
+        at.button(key="features.random").click().run()
         drawn.add(at.number_input(key="feature").value)
     assert len(drawn) > 1
     assert DEAD not in drawn
@@ -179,7 +179,7 @@ def test_a_long_list_shows_2_000_rows_and_all_on_demand(root: Path) -> None:
     at = opened(PAGE, run="done")
     assert len(table(at)) == 2000
     assert "2 000 of 3 000 features." in shown(at)
-    at.toggle(key="everything").set_value(True).run()
+    at.toggle(key="features.everything").set_value(True).run()
     assert len(table(at)) == 3000
 
 
@@ -251,7 +251,7 @@ def test_an_sae_with_fewer_features_shows_one_it_has(indexed: Run) -> None:
 
 def test_a_star_a_label_and_a_note_are_appended(indexed: Run) -> None:
     at = opened(PAGE, run="done", feature="7")
-    at.button(key="star_it").click().run()
+    at.button(key="features.star_it").click().run()
     labelled(at.text_input, "Label").set_value("the letter seven").run()
     labels = indexed.features("gated-0.3").labels
     assert {kind: said.text for kind, said in labels.of(7).items()} == {
@@ -270,12 +270,12 @@ def test_what_is_said_of_a_feature_is_of_its_run_and_its_sae_alone(
     indexed.features("gated-0.3").labels.add(7, "label", "the letter seven", author="ada")
     at = opened(PAGE, run="done", feature="7")
     assert labelled(at.text_input, "Label").value == "the letter seven"
-    at.session_state["notes"] = True  # the popover is open
+    at.session_state["features.notes"] = True  # the popover is open
     labelled(at.run().text_area, "Notes").set_value("seen in dates").run()
     for name, label, note in (("second", "", ""), ("done", "the letter seven", "seen in dates")):
         at.selectbox(key="run").set_value(name).run()
         assert labelled(at.text_input, "Label").value == label
-        at.session_state["notes"] = True
+        at.session_state["features.notes"] = True
         assert labelled(at.run().text_area, "Notes").value == note
 
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_kept_is_said(indexed: Run, monkeypatch: pytest.MonkeyPat
 
     at = opened(PAGE, run="done", feature="7")
     monkeypatch.setattr(Labels, "add", refuse)
-    at.button(key="star_it").click().run()
+    at.button(key="features.star_it").click().run()
     assert "expected 1 kB free" in shown(at)
 
 
@@ -312,7 +312,7 @@ def test_without_an_index_the_weights_are_shown_and_one_can_be_built(
     assert "θ" in said
     # theta = b_mag - exp(r_mag) b_gate = 1.
     assert set(at.dataframe[0].value["theta"]) == {THETA}
-    assert at.button(key="build").label.startswith("Build the index (≈ ")
+    assert at.button(key="features.build").label.startswith("Build the index (≈ ")
     asked: list[tuple[str, int]] = []
 
     def note(run: Run, name: str, *, n_tokens: int, split: str) -> int:
@@ -320,7 +320,7 @@ def test_without_an_index_the_weights_are_shown_and_one_can_be_built(
         return 1
 
     monkeypatch.setattr(index_panel, "start_index", note)
-    at.button(key="build").click().run()
+    at.button(key="features.build").click().run()
     # The one beside it too, over the same tokens.
     assert asked == [("gated-0.3", 1_000_000), ("relu-0.3", 1_000_000)]
 
@@ -344,7 +344,7 @@ def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     at = opened(PAGE, run="done")
     assert not at.exception
     assert "reading tokens, 250 of 1,000" in str(at.get("progress")[0].proto)
-    at.button(key="cancel_gated-0.3").click().run()
+    at.button(key="features.cancel_gated-0.3").click().run()
     assert (folder / "control.json").exists()
     assert not at.exception
 
@@ -362,7 +362,7 @@ def test_a_build_that_ended_early_says_why_and_can_go_on(bare: Run, state: str, 
     job_status(bare, state, error=error)
     at = opened(PAGE, run="done")
     assert said in shown(at)
-    assert at.button(key="build")
+    assert at.button(key="features.build")
 
 
 def spoil(run: Run, how: str) -> None:

@@ -9,9 +9,11 @@ from gsae_core import pieces
 
 def page() -> None:
     import pandas as pd
+    import streamlit as st
 
     from gsae_core.pieces import figure_tools
 
+    st.session_state["shell.page"] = "Pareto"
     figure_tools(pd.DataFrame({"l0": [12.0, 6.0], "fvu": [0.2, 0.4]}), name="plane")
 
 
@@ -25,7 +27,7 @@ def test_an_open_one_shows_the_data_and_the_link_with_every_choice() -> None:
     at = AppTest.from_function(page)
     at.query_params["run"] = "a b"
     at.query_params["smooth"] = "0.5"
-    at.session_state["tools_plane"] = True
+    at.session_state["pareto.tools_plane"] = True
     at.run()
     assert not at.exception
     assert at.dataframe[0].value.to_dict("list") == {"l0": [12.0, 6.0], "fvu": [0.2, 0.4]}
@@ -36,6 +38,7 @@ def test_the_file_is_what_the_figure_draws(monkeypatch: pytest.MonkeyPatch) -> N
     made = []
     monkeypatch.setattr(pieces.st, "download_button", lambda _, data, **kw: made.append((data, kw)))
     monkeypatch.setattr(pieces.st, "popover", Open)
+    monkeypatch.setattr(pieces, "own", lambda name: name)
     pieces.figure_tools(pd.DataFrame({"l0": [12.0], "fvu": [0.25]}), name="plane")
     ((data, settings),) = made
     assert data() == "l0,fvu\n12.0,0.25\n"

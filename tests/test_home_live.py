@@ -62,7 +62,7 @@ def test_a_waiting_run_says_its_place_in_line(root: Path, worker: int) -> None:
     at = opened(LIVE)
     assert bars(at) == ["waits until its device is free; number 2 in line"]
     assert "1 queued" in text(at)
-    assert at.button(key="cancel")
+    assert at.button(key="live.cancel")
 
 
 def test_a_run_that_was_made_and_not_started_can_be(
@@ -73,7 +73,7 @@ def test_a_run_that_was_made_and_not_started_can_be(
     monkeypatch.setattr(jobs, "start", lambda run: pressed.append(run.id))
     at = opened(LIVE)
     assert bars(at) == ["not started yet"]
-    at.button(key="resume").click().run()
+    at.button(key="live.resume").click().run()
     assert pressed == ["made"]
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_stopped_says_why_shows_its_log_and_can_go_on(
     assert not at.exception
     assert said in text(at)
     assert "loading the model" in at.code[0].value
-    assert {at.button(key=key).label for key in ("resume", "delete", "duplicate")} == {
+    assert {at.button(key=f"live.{key}").label for key in ("resume", "delete", "duplicate")} == {
         "Resume",
         "Delete",
         "Duplicate with changes",
@@ -118,9 +118,9 @@ def test_the_timeline_names_each_stretch(root: Path, worker: int) -> None:
 def test_cancel_is_asked_once_more_and_then_asks_the_process(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     at = opened(LIVE)
-    at.button(key="cancel").click().run()
+    at.button(key="live.cancel").click().run()
     assert run.status.state == "running"
-    at.button(key="confirm_cancel").click().run()
+    at.button(key="live.confirm_cancel").click().run()
     assert not at.exception
     assert run.status.state == "cancelling"
     assert "asked to finish its step and save" in text(at)
@@ -129,16 +129,16 @@ def test_cancel_is_asked_once_more_and_then_asks_the_process(root: Path, worker:
 def test_keeping_a_run_keeps_it(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     at = opened(LIVE)
-    at.button(key="cancel").click().run()
-    at.button(key="keep").click().run()
+    at.button(key="live.cancel").click().run()
+    at.button(key="live.keep").click().run()
     assert run.status.state == "running"
 
 
 def test_a_run_is_cancelled_from_home_too(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     at = opened("app.py")
-    at.button(key="cancel_moving").click().run()
-    at.button(key="confirm_cancel").click().run()
+    at.button(key="home.cancel_moving").click().run()
+    at.button(key="home.confirm_cancel").click().run()
     assert not at.exception
     assert run.status.state == "cancelling"
 
@@ -147,9 +147,9 @@ def test_delete_is_asked_once_more_and_leads_home(root: Path) -> None:
     run = write_run(root, "old")
     write_run(root, "kept")
     at = opened(LIVE, run="old")
-    at.button(key="delete").click().run()
+    at.button(key="live.delete").click().run()
     assert run.folder.exists()
-    at.button(key="confirm_delete").click().run()
+    at.button(key="live.confirm_delete").click().run()
     assert not at.exception
     assert not run.folder.exists()
     assert at.title[0].value == "Home"
@@ -171,8 +171,8 @@ def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.Monkey
 
     one, other = opened(LIVE), opened(LIVE)
     monkeypatch.setattr(jobs.subprocess, "Popen", Child)
-    one.button(key="resume").click().run()
-    other.button(key="resume").click().run()
+    one.button(key="live.resume").click().run()
+    other.button(key="live.resume").click().run()
     assert not one.exception
     assert not other.exception
     assert len(spawned) == 1
@@ -181,7 +181,7 @@ def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.Monkey
 def test_duplicate_opens_train_with_the_run(root: Path) -> None:
     write_run(root, "done")
     at = opened(LIVE)
-    at.button(key="duplicate").click().run()
+    at.button(key="live.duplicate").click().run()
     assert not at.exception
     assert at.title[0].value == "Train"
 
@@ -255,7 +255,7 @@ def test_the_newest_numbers_are_a_table_once_it_is_opened(root: Path) -> None:
     run = write_run(root, "done")
     at = opened(LIVE, run="done")
     assert not at.dataframe
-    at.session_state["newest"] = True
+    at.session_state["live.newest"] = True
     table = at.run().dataframe[0].value
     last = {row["sae"]: row for row in run.metrics()}
     assert list(table["SAE"]) == list(last)
@@ -281,13 +281,13 @@ def test_an_overlaid_run_deleted_while_open_does_not_end_the_page(root: Path) ->
 def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     at = opened(LIVE)
-    (_, before, _) = at.session_state["metrics"]["moving"]
+    (_, before, _) = at.session_state["live.metrics"]["moving"]
     path = run.folder / "metrics.jsonl"
     row = run.metrics()[-1] | {"step": 300}
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n" + '{"step": 301, "tok')
     at.run()
-    table, after, damaged = at.session_state["metrics"]["moving"]
+    table, after, damaged = at.session_state["live.metrics"]["moving"]
     assert not at.exception
     assert table["step"].iloc[-1] == 300
     assert after.offset == before.offset + len(json.dumps(row)) + 1

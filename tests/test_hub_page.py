@@ -87,7 +87,7 @@ def test_offline_is_one_sentence_and_the_rest_works(
     assert not at.exception
     assert "HF_HUB_OFFLINE is set, so nothing is fetched or sent" in text(at)
     assert "Nothing can be listed" in text(at)
-    assert {"export", "push"} <= keys(at)
+    assert {"hub.export", "hub.push"} <= keys(at)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_only_sae_of_a_repository_is_chosen_and_described(root: Path, hub: H
     assert "licence mit" in said
     assert "yes, SAELens 6 files can be read" in said
     assert "12 wide activations, 24 features" in said
-    assert at.button(key="download").label == "Download 5.1 kB"
+    assert at.button(key="hub.download").label == "Download 5.1 kB"
     assert hub.requests("GET", "/storage/") == []
 
 
@@ -143,7 +143,7 @@ def test_of_several_saes_one_is_chosen_and_the_address_may_name_it(root: Path, h
     hub.add("ada/two", both)
     at = opened(HUB, repo="ada/two")
     assert at.selectbox(key="sae").value is None
-    assert "download" not in keys(at)
+    assert "hub.download" not in keys(at)
     assert opened(HUB, repo="ada/two", sae="b").selectbox(key="sae").value == "b"
     assert opened(HUB, repo="ada/two", sae=HOSTILE).selectbox(key="sae").value is None
 
@@ -174,7 +174,7 @@ def test_a_press_starts_one_download_of_the_commit_that_was_shown(
 ) -> None:
     repo = hub.add("ada/saes", FILES)
     at = opened(HUB, repo="ada/saes")
-    at.button(key="download").click().run()
+    at.button(key="hub.download").click().run()
     assert not at.exception
     (transfer,) = transfers(root)
     assert pressed == [transfer.id]
@@ -196,7 +196,7 @@ def test_a_name_that_is_taken_or_no_name_starts_nothing(
     ):
         (field,) = [field for field in at.text_input if field.label == "Name of the run"]
         field.set_value(name).run()
-        at.button(key="download").click().run()
+        at.button(key="hub.download").click().run()
         assert said in text(at)
     assert pressed == []
 
@@ -207,7 +207,7 @@ def test_what_does_not_fit_on_the_disk_cannot_be_started(
     hub.add("ada/saes", FILES)
     monkeypatch.setattr(hub_view, "free_bytes", lambda path: 6000)
     at = opened(HUB, repo="ada/saes")
-    assert at.button(key="download").disabled
+    assert at.button(key="hub.download").disabled
     assert "It takes about 10.2 kB while it is opened, and 6.0 kB are free" in text(at)
 
 
@@ -243,7 +243,7 @@ def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
     at = opened(HUB)
     (bar,) = [element.proto.text for element in at.get("progress")]
     assert bar == "downloading: 2.5 kB of 5.1 kB"
-    at.button(key=f"stop_{transfer.id}").click().run()
+    at.button(key=f"hub.stop_{transfer.id}").click().run()
     assert transfer.status.state == "cancelling"
 
 
@@ -281,9 +281,9 @@ def test_what_stopped_can_go_on_or_be_put_away(
     at = opened(HUB)
     assert ("expected 2 GB free, found 1 kB" in text(at)) == (state == "failed")
     assert "<img" not in text(at)
-    at.button(key=f"on_{transfer.id}").click().run()
+    at.button(key=f"hub.on_{transfer.id}").click().run()
     assert pressed == [transfer.id]
-    at.button(key=f"away_{transfer.id}").click().run()
+    at.button(key=f"hub.away_{transfer.id}").click().run()
     assert transfers(root) == []
 
 
@@ -299,7 +299,7 @@ def test_a_finished_download_opens_its_run(root: Path, hub: Hub) -> None:
     transfer.add_event("arrived", result="pulled")
     stands(transfer, "finished")
     at = opened(HUB)
-    at.button(key=f"open_{transfer.id}").click().run()
+    at.button(key=f"hub.open_{transfer.id}").click().run()
     assert not at.exception
     assert at.title[0].value == "Live"
 
@@ -313,9 +313,9 @@ def test_a_finished_run_can_be_sent_once_with_the_names_that_were_chosen(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     write_run(root, "done")
     at = opened(HUB)
-    assert at.button(key="push").disabled
-    at.text_input(key="push_repo").set_value("ada/mine").run()
-    at.button(key="push").click().run()
+    assert at.button(key="hub.push").disabled
+    at.text_input(key="hub.push_repo").set_value("ada/mine").run()
+    at.button(key="hub.push").click().run()
     assert not at.exception
     (transfer,) = transfers(root)
     assert pressed == [transfer.id]
@@ -327,8 +327,8 @@ def test_without_a_token_nothing_is_sent_and_no_field_asks_for_one(
 ) -> None:
     write_run(root, "done")
     at = opened(HUB)
-    at.text_input(key="push_repo").set_value("ada/mine").run()
-    at.button(key="push").click().run()
+    at.text_input(key="hub.push_repo").set_value("ada/mine").run()
+    at.button(key="hub.push").click().run()
     assert "expected a Hub token that may write, found none" in text(at)
     assert pressed == []
     assert not [field for field in at.text_input if "token" in field.label.lower()]
@@ -338,7 +338,7 @@ def test_an_unfinished_run_is_neither_sent_nor_exported(root: Path) -> None:
     write_run(root, "half", "cancelled", share=0.5)
     at = opened(HUB)
     assert "half is cancelled: only finished SAEs leave this machine" in text(at)
-    assert not {"export", "push"} & keys(at)
+    assert not {"hub.export", "hub.push"} & keys(at)
 
 
 def test_the_library_names_origin_and_size_and_deletes_once_asked_again(root: Path) -> None:
@@ -352,10 +352,10 @@ def test_the_library_names_origin_and_size_and_deletes_once_asked_again(root: Pa
         "theirs": "Gemma Scope",
     }
     assert all(size[-2:] in ("kB", "MB") for size in table["size"])
-    at.selectbox(key="doomed").select("theirs").run()
-    at.button(key="delete").click().run()
+    at.selectbox(key="hub.doomed").select("theirs").run()
+    at.button(key="hub.delete").click().run()
     assert run.folder.exists()
-    at.button(key="confirm_delete").click().run()
+    at.button(key="hub.confirm_delete").click().run()
     assert not run.folder.exists()
 
 

@@ -22,7 +22,7 @@ FLOORS = {
             "bench",
             "controls live_view cli command_line report doctor __main__ launch shell "
             "exchange exchange_flags "
-            "pieces job_badge collector "
+            "pieces keys job_badge collector "
             "label_command hub_command hub_view hub_library hub_transfers hub_catalogue "
             "cached cards address app pages "
             "train_form train_view train_widgets block_diagram "

@@ -27,7 +27,7 @@ def run(root: Path, finished: Run) -> Run:
 
 
 def field(at: Any) -> Any:
-    return at.text_area(key="prompt_text")
+    return at.text_area(key="prompt.text")
 
 
 def features(at: Any) -> Any:
@@ -74,7 +74,7 @@ def test_features_are_sorted_as_asked(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT, tok="2", sae="gated-0.05", sort="attribution")
     sizes = features(at)["effect"].abs()
     assert sizes.is_monotonic_decreasing
-    at.segmented_control(key="sort").set_value("activation").run()
+    at.segmented_control(key="prompt.sort").set_value("activation").run()
     assert features(at)["activation"].is_monotonic_decreasing
 
 
@@ -103,7 +103,7 @@ def test_a_text_is_kept_for_the_next_page(run: Run) -> None:
     field(at).set_value("w7 w8").run()
     at.switch_page("pages/7_Steer.py").run()
     assert not at.exception
-    assert at.text_area(key="steer_text").value == "w7 w8"
+    assert at.text_area(key="steer.text").value == "w7 w8"
 
 
 def test_a_rerun_reads_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

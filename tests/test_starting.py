@@ -14,7 +14,7 @@ from gsae_core.store.status import read_status, write_status
 def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> None:
     write_run(root, "done")
     at = opened("app.py", run="done")  # an address that holds a bound parameter
-    at.button(key="start_quick").click().run()
+    at.button(key="home.start_quick").click().run()
     assert not at.exception
     (run,) = [run for run in list_runs(root) if run.id != "done"]
     assert started == [run.id]
@@ -44,7 +44,7 @@ def test_watching_another_run_opens_that_one(root: Path, worker: int) -> None:
     write_run(root, "moving", "running", share=0.5, pid=worker)
     write_run(root, "done")
     at = opened("app.py", run="done")
-    at.button(key="watch_moving").click().run()
+    at.button(key="home.watch_moving").click().run()
     assert not at.exception
     assert at.title[0].value == "Live"
     assert at.selectbox(key="run").value == "moving"
@@ -54,6 +54,6 @@ def test_the_latest_results_open_whatever_run_was_chosen(root: Path) -> None:
     write_run(root, "older", "failed", share=0.5)
     write_run(root, "newer")
     at = opened("app.py", run="older")
-    at.button(key="results").click().run()
+    at.button(key="home.results").click().run()
     assert at.title[0].value == "Pareto"
     assert at.selectbox(key="run").value == "newer"

@@ -26,7 +26,7 @@ def run(root: Path, finished: Run) -> Run:
 
 
 def job(at: Any) -> Job:
-    return at.session_state["steer_job"]
+    return at.session_state["steer.job"]
 
 
 def kill_feature(run: Run, name: str, latent: int) -> None:
@@ -95,7 +95,7 @@ def test_a_stopped_continuation_stays_and_goes_on(
     kept = {kind: list(tokens) for kind, tokens in job(at).tokens.items()}
     assert sum(map(len, kept.values())) == 3
     assert "Stopped; what is there stays." in text(at)
-    at.button(key="go_on").click().run()
+    at.button(key="steer.go_on").click().run()
     assert not at.exception
     assert job(at).stream is None
     assert all(job(at).tokens[kind][: len(tokens)] == tokens for kind, tokens in kept.items())
@@ -120,7 +120,7 @@ def test_a_feature_given_twice_is_steered_once(run: Run) -> None:
 def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
     at = opened(STEER, run=run.id, **PAIR)
     assert not at.exception
-    assert "steer_job" not in at.session_state
+    assert "steer.job" not in at.session_state
     offered = labelled(at.selectbox, "Or one that fires on the prompt")
     assert "× its scale on" in offered.options[0]
     offered.set_value(offered.options[0]).run()
@@ -198,7 +198,7 @@ def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, s
 )
 def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) -> None:
     at = opened(STEER, run=run.id, f="2")
-    at.text_area(key="steer_text").set_value(words).run()
+    at.text_area(key="steer.text").set_value(words).run()
     assert not at.exception
     assert sentence in text(at)
 
@@ -206,7 +206,7 @@ def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) 
 @pytest.mark.parametrize("words", [HOSTILE, *NASTY])
 def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
     at = opened(STEER, run=run.id, f="2", len="10")
-    at.text_area(key="steer_text").set_value(words).run()
+    at.text_area(key="steer.text").set_value(words).run()
     assert not at.exception
     said = text(at)
     for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):

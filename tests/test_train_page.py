@@ -34,7 +34,7 @@ def test_the_page_opens_ready_to_start_the_quick_set_up(root: Path) -> None:
     at = opened(TRAIN)
     assert not at.exception
     assert at.code[0].value == "python -m gsae_core train --preset quick"
-    assert not at.button(key="start").disabled
+    assert not at.button(key="train.start").disabled
     assert at.text_input(key="tokens").value == "1,048,576"
     assert "4.27 M parameters · 4 layers · d_model 256 · ships with the package" in said(at)
     assert "a rough guess: nothing was trained here yet" in said(at)
@@ -54,7 +54,7 @@ def test_the_form_starts_what_its_command_line_and_its_notebook_cell_say(
     flags = command(at)
     scope: dict = {}
     exec(at.code[1].value.partition("\nrun = ")[0], scope)
-    at.button(key="start").click().run()
+    at.button(key="train.start").click().run()
     assert at.title[0].value == "Live"
     (run,) = list_runs(root)
     assert run.config == run_config(flags) == scope["config"]
@@ -107,7 +107,7 @@ def test_a_mistake_in_the_form_is_one_sentence_beside_it(
     at.text_input(key=key).set_value(value).run()
     assert not at.exception
     assert sentence in said(at)
-    assert at.button(key="start").disabled
+    assert at.button(key="train.start").disabled
 
 
 def test_a_form_without_architectures_says_what_to_choose(root: Path) -> None:
@@ -142,11 +142,11 @@ def test_rarer_settings_are_drawn_when_they_are_looked_for_and_kept_when_they_ar
 ) -> None:
     at = opened(TRAIN)
     assert not drawn(at, "held_out")
-    at.session_state["advanced"] = True
+    at.session_state["train.advanced"] = True
     at.run()
     assert at.text_input(key="held_out").value == "0.05"
     at.text_input(key="held_out").set_value("0.1")
-    at.session_state["advanced"] = False
+    at.session_state["train.advanced"] = False
     at.run()
     assert drawn(at, "held_out")
     assert command(at).held_out == 0.1
@@ -167,18 +167,18 @@ def test_a_rarer_setting_in_the_address_is_in_the_form_and_still_there_after_a_p
 
 def test_the_form_is_whole_again_after_another_page(root: Path) -> None:
     at = opened(TRAIN)
-    at.session_state["advanced"] = True
+    at.session_state["train.advanced"] = True
     at.run().switch_page("pages/9_Help.py").run()
     at.switch_page(TRAIN).run()
     assert not at.exception
     assert at.code[0].value == "python -m gsae_core train --preset quick"
-    assert not at.button(key="start").disabled
+    assert not at.button(key="train.start").disabled
 
 
 def test_models_are_compared_when_asked_for(root: Path) -> None:
     at = opened(TRAIN)
     assert not at.dataframe
-    at.session_state["compare_models"] = True
+    at.session_state["train.compare_models"] = True
     assert "bundled" in list(at.run().dataframe[0].value["model"])
 
 
@@ -251,7 +251,7 @@ def test_a_run_of_the_address_is_filled_in_and_can_be_changed(
     assert at.text_input(key="sparsity").value == "0.1 0.2 0.4 0.8"
     assert run_config(command(at)) == config()
     at.text_input(key="seed").set_value("3").run()
-    at.button(key="start").click().run()
+    at.button(key="train.start").click().run()
     (new,) = [run for run in list_runs(root) if run.id != "first"]
     assert new.config.seed == 3
     assert new.config.train == config().train
@@ -286,8 +286,8 @@ def test_what_does_not_fit_is_refused_and_one_press_mends_it(root: Path) -> None
     at = opened(TRAIN, width=str(2**28))
     assert not at.exception
     assert "expected memory for about" in said(at)
-    assert at.button(key="start").disabled
-    at.button(key="fix_0_width").click().run()
+    assert at.button(key="train.start").disabled
+    at.button(key="train.fix_0_width").click().run()
     assert not at.exception
     width = at.number_input(key="width").value
     assert width is not None
@@ -302,14 +302,14 @@ def test_a_price_makes_a_cost(root: Path) -> None:
 
 def test_lambdas_are_spaced_by_a_press(root: Path) -> None:
     at = opened(TRAIN)
-    at.number_input(key="log_low").set_value(0.01)
-    at.number_input(key="log_high").set_value(1.0)
-    at.number_input(key="log_n").set_value(3)
-    at.button(key="log_fill").click().run()
+    at.number_input(key="train.log_low").set_value(0.01)
+    at.number_input(key="train.log_high").set_value(1.0)
+    at.number_input(key="train.log_n").set_value(3)
+    at.button(key="train.log_fill").click().run()
     assert not at.exception
     assert at.text_input(key="sparsity").value == "0.01 0.1 1"
-    at.number_input(key="log_low").set_value(2.0)
-    at.button(key="log_fill").click().run()
+    at.number_input(key="train.log_low").set_value(2.0)
+    at.button(key="train.log_fill").click().run()
     assert "expected two numbers above 0, the smaller first, got 2 and 1" in said(at)
 
 
@@ -334,8 +334,8 @@ def test_a_corpus_that_is_not_there_is_a_sentence_beside_the_form(root: Path) ->
 
 def test_two_visitors_who_press_start_share_one_run(root: Path, started: list[str]) -> None:
     one, two = opened(TRAIN), opened(TRAIN)
-    one.button(key="start").click().run()
-    two.button(key="start").click().run()
+    one.button(key="train.start").click().run()
+    two.button(key="train.start").click().run()
     (run,) = list_runs(root)
     assert two.title[0].value == "Live"
     assert two.selectbox(key="run").value == run.id
