@@ -75,7 +75,7 @@ def test_what_the_run_is_too_short_for_is_said_before_the_button(root: Path) -> 
         "All 20 steps lie within the learning-rate warm-up of 20, so the learning rate never "
         "reaches its peak; shorten the warm-up or train on more tokens." in said(short)
     )
-    assert not short.button(key="start").disabled
+    assert not short.button(key="train.start").disabled
     left_alone = opened(
         TRAIN,
         tokens="40960",
