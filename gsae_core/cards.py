@@ -12,7 +12,7 @@ from gsae_core.config import RunConfig, SAESpec
 from gsae_core.glossary import definition
 from gsae_core.pieces import facts, marked, plain, say_worse
 from gsae_core.plots.palette import LOOKS, knob
-from gsae_core.store.evals import measured_on, positions
+from gsae_core.store.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.store.runs import Run
 from gsae_core.wording import WORSE, count, fixed, marked_fvu, percent, signed_percent
 
@@ -111,6 +111,8 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
             for cell, name in zip(st.columns(3), names, strict=True):
                 cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
         say_worse({str(row["name"]): row["fvu"]})
+        if measured_earlier(row):
+            plain(f"{measure_again(str(run.folder))}.", size=".875rem")
         spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
         with st.expander("What it was made from"):
             facts(

@@ -227,7 +227,8 @@ def test_losses_of_an_earlier_version_are_marked_and_not_compared(root: Path) ->
     assert not at.exception
     said = text(at)
     assert "old was measured under an earlier definition" in said
-    assert f"Measure again: python -m gsae_core evaluate {root / 'old'}" in said
+    # Above the figure, and on its card.
+    assert said.count(f"Measure again: python -m gsae_core evaluate {root / 'old'}") == 2
     assert "new was measured" not in said
     # Nothing is subtracted across the two definitions; L0 has only one.
     table = table_of_saes(at)

@@ -50,6 +50,24 @@ def test_one_click_opens_a_card_and_two_the_difference(page: Page, address: str)
     expect(page.get_by_text("-40.0 (-25.0 %)")).to_be_visible()
 
 
+def test_losses_of_an_earlier_version_are_marked(page: Page, runs: Path, address: str) -> None:
+    run = write_run(runs, "earlier")
+    rows = [
+        {key: value for key, value in row.items() if key not in ("zeroed", "replaced")}
+        for row in run.evals()
+    ]
+    (run.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
+    opened(page, f"{address}/Pareto?run=done&runs=earlier&pick=earlier/gated-0.1")
+    expect(page.get_by_text("earlier was measured under an earlier definition")).to_be_visible()
+    # Above the figure, and on the card.
+    again = page.get_by_text(f"Measure again: python -m gsae_core evaluate {run.folder}")
+    expect(again).to_have_count(2)
+    opened(page, f"{address}/Pareto?run=done")
+    expect(page.get_by_text("zeros at every position; reconstructions")).to_be_visible()
+    expect(page.get_by_text("earlier definition")).to_have_count(0)
+    shutil.rmtree(run.folder)
+
+
 def test_what_was_measured_is_said_beside_what_was_asked_for(
     page: Page, runs: Path, address: str
 ) -> None:
