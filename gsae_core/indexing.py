@@ -14,7 +14,7 @@ from gsae_core.store.checkpoint import load_sae
 from gsae_core.store.index_jobs import IndexSplit, Request, prepare, request
 from gsae_core.store.runs import Run
 from gsae_core.store.worker import Worker
-from gsae_core.workshop import load_lm
+from gsae_core.workshop import check_held_out, load_lm
 
 Stage = Literal["waiting", "loading", "indexing", "sorting", "describing", "finished", "cancelled"]
 
@@ -77,6 +77,7 @@ def _build(run: Run, name: str, asked: Request) -> Iterator[index_build.Progress
         model_n_ctx=model.n_ctx,
         n_held_out=_n_held_out(asked.n_tokens, asked.split),
     )
+    check_held_out(run, corpus, part=True)
     return index_build.build_index(
         model,
         sae.to(model.device),

@@ -31,7 +31,7 @@ from gsae_core.store.runs import Run
 from gsae_core.store.status import lock
 from gsae_core.store.worker import Worker
 from gsae_core.training.report import StepReport
-from gsae_core.workshop import Bench, load_lm, load_text, save_saes, set_up
+from gsae_core.workshop import Bench, check_held_out, load_lm, load_text, save_saes, set_up
 
 Stage = Literal["waiting", "loading", "training", "evaluating", "finished", "cancelled"]
 
@@ -106,7 +106,8 @@ def evaluate_run(
         replace: where the model reads reconstructions; None takes the run's choice.
 
     Raises:
-        InputError: while iterating: no or damaged SAEs, or another process holds the run.
+        InputError: while iterating: no or damaged SAEs, another process holds the run, or its text
+            is no longer the one it was trained on.
     """
     from filelock import Timeout
 
@@ -125,6 +126,7 @@ def evaluate_run(
         yield Progress("loading", 0, wanted.n_tokens)
         model = load_lm(run.config)
         corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
+        check_held_out(run, corpus)
         yield from _evaluate(run, model, corpus, wanted)
         yield Progress("finished", wanted.n_tokens, wanted.n_tokens)
 

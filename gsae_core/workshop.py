@@ -47,7 +47,8 @@ def set_up(run: Run) -> Bench:
             f"state and the one it replaces, found {readable(free)}; make room and resume the run"
         )
     corpus = load_text(cfg, model)
-    _check_text(run, corpus)
+    if has_state(run.folder / "resume"):
+        _check_text(run, corpus, so="start a new run")
     harvest = _harvest(run, model, corpus)
     stream = ActivationStream(
         model,
@@ -80,6 +81,7 @@ def set_up(run: Run) -> Bench:
         bos=corpus.bos,
         n_train_tokens=corpus.n_train_tokens,
         text_digest=corpus.digest,
+        text_starts=corpus.starts,
         n_held_out_tokens=corpus.n_held_out_tokens,
         chunk_vectors=stream.chunk_vectors,
         rows_per_pass=harvest.rows,
@@ -110,18 +112,39 @@ def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = 
     )
 
 
-def _check_text(run: Run, corpus: Corpus) -> None:
-    """Refuse to go on with other text than the steps that are saved were taken on."""
-    if not has_state(run.folder / "resume"):
-        return
-    # Older versions noted the tokens alone.
-    now = {"n_train_tokens": corpus.n_train_tokens, "text_digest": corpus.digest}
+def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
+    """Refuse to measure on other text than a run was trained on.
+
+    Imported runs were trained elsewhere and say nothing of their text.
+
+    Args:
+        part: `corpus` was not read as far as training read it; what both hold is compared.
+
+    Raises:
+        InputError: if the text, or the way it is read, has changed.
+    """
+    # Files of the standard library are held out by name, whichever Python they are of.
+    if run.config.data.source != "stdlib":
+        so = "what is held out now may have been trained on; bring the text back or train a new run"
+        _check_text(run, corpus, so=so, part=part)
+
+
+def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> None:
+    """Refuse other text than the run last read for training."""
     before = [event for event in run.events() if event["event"] == "set up"]
-    if before and any(before[-1].get(name, value) != value for name, value in now.items()):
+    if not before:
+        return
+    noted = before[-1]
+    # Older versions noted the tokens alone.
+    now = {} if part else {"n_train_tokens": corpus.n_train_tokens, "text_digest": corpus.digest}
+    same = all(noted.get(name, value) == value for name, value in now.items())
+    pairs = zip(noted.get("text_starts", []), corpus.starts, strict=False)
+    if not (same and all(one == other for one, other in pairs)):
+        n_now = "" if part else f" ({corpus.n_train_tokens:,})"
         raise InputError(
-            f"expected the text this run began with ({before[-1]['n_train_tokens']:,} training "
-            f"tokens), got other text from {corpus.name} ({corpus.n_train_tokens:,}): it has "
-            "changed, or an earlier version read it in another way; start a new run"
+            f"expected the text this run began with ({noted['n_train_tokens']:,} training tokens), "
+            f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "
+            f"it in another way; {so}"
         )
 
 

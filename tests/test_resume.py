@@ -16,7 +16,8 @@ import torch
 from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
 
 from gsae_core.errors import InputError
-from gsae_core.job import Progress, train_run
+from gsae_core.indexing import index_run
+from gsae_core.job import Progress, evaluate_run, train_run
 from gsae_core.store import files, resume
 from gsae_core.store.jobs import start
 from gsae_core.store.runs import Run
@@ -245,6 +246,7 @@ def as_an_older_version(run: Run) -> None:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     for event in events:
         event.pop("text_digest", None)
+        event.pop("text_starts", None)
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
@@ -273,6 +275,55 @@ def test_other_text_of_as_many_tokens_is_refused_by_what_the_model_makes_of_it(
         finish(run)
     assert str(caught.value).startswith("expected the activations this run began with (E|x|^2 = ")
     assert str(caught.value).endswith("); the model or the corpus has changed, so start a new run")
+
+
+def index(run: Run, n_tokens: int) -> None:
+    for _ in index_run(run, run.config.saes[0].name, n_tokens=n_tokens, split="mixed"):
+        pass
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_other_text_is_neither_evaluated_nor_indexed(run: Run, tmp_path: Path, older: bool) -> None:
+    own = write_text(tmp_path / "own.txt")
+    data = run.config.data.model_copy(update={"source": str(own)})
+    run = Run.create(tmp_path / "own", run.config.model_copy(update={"data": data}))
+    finish(run)
+    measured = (run.folder / "evals.json").read_bytes()
+    # A longer text begins with what was trained on; as much of it is read as before.
+    own.write_text(own.read_text() + own.read_text())
+    list(evaluate_run(run))
+    for n_tokens in (15, 1000):
+        index(run, n_tokens)
+    assert (run.folder / "evals.json").read_bytes() == measured
+    write_text(own, n_words=500 if older else 1500, seed=1)
+    if older:
+        as_an_older_version(run)
+    so = (
+        "it has changed, or an earlier version read it in another way; what is held out now may "
+        "have been trained on; bring the text back or train a new run"
+    )
+    began = "expected the text this run began with (480 training tokens), got other text from "
+    with pytest.raises(InputError) as caught:
+        list(evaluate_run(run))
+    assert str(caught.value) == f"{began}{own} ({26 * 15 if older else 480}): {so}"
+    assert (run.folder / "evals.json").read_bytes() == measured
+    if older:
+        return  # what it noted tells nothing of a part
+    for n_tokens in (15, 1000):
+        with pytest.raises(InputError) as caught:
+            index(run, n_tokens)
+        assert str(caught.value) == f"{began}{own}: {so}"
+
+
+def test_a_run_that_was_trained_elsewhere_is_measured_on_any_text(run: Run, tmp_path: Path) -> None:
+    finish(run)
+    path = run.folder / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(e) + "\n" for e in events if e["event"] != "set up"))
+    own = write_text(tmp_path / "own.txt", seed=1)
+    data = run.config.data.model_copy(update={"source": str(own)})
+    list(evaluate_run(Run(run.folder, run.config.model_copy(update={"data": data}))))
+    assert run.evals()
 
 
 @pytest.mark.slow
