@@ -15,9 +15,10 @@ from gsae_core.pieces import facts_in_line, notice, plain, seconds_since, state_
 from gsae_core.presets import preset
 from gsae_core.progress import progress
 from gsae_core.store.files import readable
-from gsae_core.store.listing import unreadable_runs
 from gsae_core.store.runs import Run
 from gsae_core.wording import WORSE, ago, count, is_worse_than_mean
+
+MOST_SHOWN = 20  # of the runs, the newest
 
 frame = shell.page(
     "Home",
@@ -136,7 +137,7 @@ def recent() -> None:
     if not frame.runs:
         st.caption("No runs yet. They are kept in the runs folder, one folder each.")
         return
-    rows = [describe(run) for run in frame.runs[:20]]
+    rows = [describe(run) for run in frame.runs[:MOST_SHOWN]]
     if not any(row["note"] for row in rows):
         rows = [{name: cell for name, cell in row.items() if name != "note"} for row in rows]
     picked = st.dataframe(
@@ -210,8 +211,11 @@ busy = any(status.expects_process for status in frame.statuses.values())
 st.fragment(jobs, run_every=2 if busy else None)()
 recent()
 this_machine()
-for broken in unreadable_runs(shell.runs_root()):
+for broken in frame.unreadable:
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
+for run in frame.runs[:MOST_SHOWN]:
+    for damage in cached.damages(run):
+        notice(damage, kind="warning", title=f"{run.id} can be opened, but not all of it be read")
 to_cancel = st.session_state.pop("home.to_cancel", None)
 for run in frame.runs:
     if run.id == to_cancel:

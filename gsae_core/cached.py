@@ -52,6 +52,13 @@ def deciles(run: Run, name: str) -> pd.DataFrame:
     return _deciles(str(run.folder), name, version(path), _run=run)
 
 
+def damages(run: Run) -> list[str]:
+    """Return `Run.damages`."""
+    names = ["evals.json", "samples.json", "events.jsonl"]
+    names += [f"saes/{spec.name}/cfg.json" for spec in run.config.saes]
+    return _damages(str(run.folder), tuple(version(run.folder / name) for name in names), _run=run)
+
+
 def evaluated(runs: list[Run]) -> list[Run]:
     """Return the runs that have an evaluation, by a look at their folders alone."""
     return [run for run in runs if (run.folder / "evals.json").exists()]
@@ -70,6 +77,11 @@ def version(path: Path) -> Version:
 @st.cache_data(max_entries=512, show_spinner=False)
 def _evaluations(folder: str, version: Version, _run: Run) -> pd.DataFrame:
     return evaluation_frame(_run.evals())
+
+
+@st.cache_data(max_entries=512, show_spinner=False)
+def _damages(folder: str, versions: tuple[Version, ...], _run: Run) -> list[str]:
+    return _run.damages()
 
 
 @st.cache_data(max_entries=512, show_spinner=False)

@@ -1,6 +1,5 @@
 """What a run is: frozen, validated, a JSON round trip, and the same text as `--help`."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import (
 )
 
 from gsae_core.errors import InputError
-from gsae_core.validation import Config, validated
+from gsae_core.validation import Config, parse_json, validated
 
 Architecture = Literal["gated", "relu", "jumprelu", "topk"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
@@ -345,13 +344,13 @@ def load_config(path: Path) -> RunConfig:
         InputError: if the file is missing, is not JSON, or describes no valid run.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"expected a config file, found nothing at {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     except OSError as error:
         raise InputError(f"expected a file to read at {path}, got: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
     return validated(RunConfig, fields)

@@ -8,9 +8,8 @@ from gsae_core.launch import runs_root
 from gsae_core.report import aligned
 from gsae_core.store.formats.detect import find_saes
 from gsae_core.store.formats.found import Found, Place
-from gsae_core.store.listing import list_runs, unreadable_runs
+from gsae_core.store.listing import Listed, survey
 from gsae_core.store.runs import Run
-from gsae_core.store.status import read_json
 from gsae_core.validation import validated
 from gsae_core.wording import fixed, marked_fvu, worse_than_mean
 
@@ -97,27 +96,31 @@ def list_lines(command: List) -> list[str]:
     if (path / "config.json").is_file() and (path / "status.json").is_file():
         return _saes_of(Run.open(path))
     if path.is_dir():
-        runs = list_runs(path)
-        damaged = [f"{run.id}: {run.reason}" for run in unreadable_runs(path)]
-        if runs:
-            return [*_runs(runs), *_worse(runs), *damaged]
+        listed, unreadable = survey(path)
+        # A run that can be opened may still have lost a part of what it measured.
+        damaged = [f"{run.id}: {reason}" for run, _ in listed for reason in run.damages()]
+        damaged += [f"{run.id}: {run.reason}" for run in unreadable]
+        if listed:
+            return [*_runs(listed), *_worse([run for run, _ in listed]), *damaged]
+        if any((path / run.id / "status.json").exists() for run in unreadable):
+            return damaged
     elif command.path is None:
         raise InputError(f"expected runs in {path}, found no such folder; train or import first")
     return _foreign(find_saes(path))
 
 
-def _runs(runs: list[Run]) -> list[str]:
+def _runs(runs: list[Listed]) -> list[str]:
     rows = [
         [
             run.id,
-            run.status.state,
+            run.judged(said).state,
             run.config.model.name,
             run.config.model.hook_name,
             ", ".join(dict.fromkeys(spec.architecture for spec in run.config.saes)),
             str(len(run.config.saes)),
             run.config.imported or "ours",
         ]
-        for run in runs
+        for run, said in runs
     ]
     return aligned([["run", "state", "model", "site", "architectures", "SAEs", "from"], *rows])
 
@@ -128,19 +131,25 @@ def _worse(runs: list[Run]) -> list[str]:
     for run in runs:
         try:
             sentence = worse_than_mean({row["name"]: row["fvu"] for row in run.evals()})
-        except InputError as error:
-            sentence = str(error)
+        except InputError:
+            continue  # told among what is damaged
         lines += [f"{run.id}: {sentence}"] if sentence else []
     return lines
 
 
 def _saes_of(run: Run) -> list[str]:
-    measured = {row["name"]: row for row in run.evals()}
+    damages = run.damages()
+    try:
+        measured = {row["name"]: row for row in run.evals()}
+    except InputError:
+        measured = {}  # among the damages
     head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
     rows, notes = [], []
     for spec in run.config.saes:
-        path = run.sae_folder(spec.name) / "cfg.json"
-        cfg = read_json(path) if path.is_file() else {}  # none before the first save
+        try:
+            cfg = run.sae_cfg(spec.name)
+        except InputError:
+            cfg = {}
         source = (cfg.get("metadata") or {}).get("source") or {}
         numbers = measured.get(spec.name, {})
         rows.append(
@@ -159,7 +168,7 @@ def _saes_of(run: Run) -> list[str]:
     worse = worse_than_mean({name: row["fvu"] for name, row in measured.items()})
     notes = [worse, *notes] if worse else notes
     place = f"{run.config.model.name}, {run.config.model.hook_name}"
-    return [f"{run.id}, {run.status.state}: {place}", *aligned([head, *rows]), *notes]
+    return [f"{run.id}, {run.status.state}: {place}", *aligned([head, *rows]), *notes, *damages]
 
 
 def _number(value: float) -> str:

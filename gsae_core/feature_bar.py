@@ -15,6 +15,7 @@ from gsae_core.glossary import feature_columns
 from gsae_core.inspect_parts import correct_number
 from gsae_core.keys import key_for
 from gsae_core.pieces import copy_link, escaped, notice, plain
+from gsae_core.store.json_lines import left_out
 
 if TYPE_CHECKING:
     from gsae_core.analysis.feature import Feature
@@ -166,6 +167,8 @@ def said(feature: "Feature") -> None:
             width="stretch",
         )
         _notes(feature, known["note"].text if "note" in known else "")
+    if labels.damaged:
+        st.caption(f"{left_out(labels.damaged, 'labels.jsonl')}.")
     if by := known.get("label"):
         author = escaped(by.author)
         who = f"{escaped(by.model)} ({author})" if by.model else author

@@ -58,7 +58,8 @@ def open_index(run: Run, name: str) -> FeatureIndex | None:
     """Return the index of one of a run's SAEs; None if there is none.
 
     Raises:
-        InputError: if it is of other weights, cut short, or a newer version's.
+        InputError: if it is of other weights, cut short, or a newer version's, or if its labels
+            cannot be read.
     """
     folder = index_folder(run, name)
     if not (folder / MANIFEST).is_file():
@@ -67,7 +68,9 @@ def open_index(run: Run, name: str) -> FeatureIndex | None:
     manifest = read_manifest(folder)
     weights = version(run.sae_folder(name) / "cfg.json")
     said = labels_folder(launch.runs_root().absolute(), name) if is_example(run) else folder
-    return _index(str(folder), manifest.made, weights, str(said), _run=run, _name=name)
+    index = _index(str(folder), manifest.made, weights, str(said), _run=run, _name=name)
+    index.labels.all()  # A file of them that cannot be read is told now, and once.
+    return index
 
 
 def weights_of(run: Run, name: str) -> pd.DataFrame:
@@ -100,7 +103,10 @@ def cost(run: Run, name: str, n_tokens: int) -> Cost:
     l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
     tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
     n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
-    rows = run.recent_metrics()
+    try:
+        rows = run.recent_metrics()
+    except InputError:
+        rows = []  # Live says what is wrong with them
     if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
         return Cost(None, n_bytes)
     last = rows[-1]

@@ -10,6 +10,7 @@ from gsae_core.errors import InputError
 from gsae_core.pieces import notice, plain, seconds_since, state_badge
 from gsae_core.store import jobs
 from gsae_core.store.files import readable
+from gsae_core.store.json_lines import left_out
 from gsae_core.store.listing import find_run
 from gsae_core.store.status import Status
 from gsae_core.store.transfers import PullRequest, Transfer, transfers
@@ -69,6 +70,8 @@ def _card(transfer: Transfer, status: Status) -> None:
                 "on takes up what came.",
                 kind="warning",
             )
+        if damaged := transfer.event_lines().damaged:
+            st.caption(f"{left_out(damaged, 'events.jsonl')}.")
         _buttons(transfer, status)
 
 

@@ -141,7 +141,7 @@ def _evaluate(
         folder = run.sae_folder(spec.name)
         sae = load_sae(folder)
         check_width(sae, model.width(cfg.model.site), name=spec.name, hook_name=cfg.model.hook_name)
-        reason = read_cfg(folder)["metadata"]["stopped"]
+        reason = (read_cfg(folder).get("metadata") or {}).get("stopped")
         if reason is not None:
             run.add_event("not evaluated", sae=spec.name, why=reason)
             continue

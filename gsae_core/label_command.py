@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from gsae_core.errors import InputError
 from gsae_core.label_flags import Label
 from gsae_core.launch import runs_root
+from gsae_core.store.json_lines import left_out
 from gsae_core.store.labels import Labels, Said
 from gsae_core.store.runs import Run
 
@@ -53,6 +54,8 @@ def label(command: Label, *, say: Say, show: Say, follow: Follow) -> int:
     run = Run.open(command.run)
     index = _index(run, command)
     numbers = _chosen(command, index)
+    if index.labels.damaged:
+        say(left_out(index.labels.damaged, "labels.jsonl"))
     known = {} if command.again else index.labels.latest("label")
     asked = [number for number in numbers if number not in known]
     if len(asked) < len(numbers):

@@ -12,7 +12,6 @@ from gsae_core.config import RunConfig, SAESpec
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.store.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.store.runs import Run
-from gsae_core.store.status import read_json
 from gsae_core.wording import count, fixed, marked_fvu, percent, worse_than_mean
 
 FIGURE = "pareto.svg"
@@ -129,9 +128,8 @@ def _knob(spec: SAESpec) -> str:
 
 def _norm(run: Run, spec: SAESpec) -> str | None:
     """Return how an SAE normalises each token; None where it does not."""
-    path = run.sae_folder(spec.name) / "cfg.json"
     # A card can be made before there are weights.
-    said = read_json(path).get("normalize_activations") if path.is_file() else None
+    said = run.sae_cfg(spec.name).get("normalize_activations")
     return None if said in (None, "none") else str(said)
 
 

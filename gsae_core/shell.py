@@ -13,7 +13,7 @@ from gsae_core.job_badge import job_badge, say_connected, status_of
 from gsae_core.keys import own
 from gsae_core.pieces import escape_markdown, notice
 from gsae_core.plots.palette import Theme
-from gsae_core.store.listing import list_statuses, unreadable_runs
+from gsae_core.store.listing import UnreadableRun, survey
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE, Status
 from gsae_core.store.transfers import transfers
@@ -68,6 +68,8 @@ class Frame(NamedTuple):
     theme: Theme
     statuses: dict[str, Status]
     """Where each run stood when the page was drawn; those that cannot be read are left out."""
+    unreadable: list[UnreadableRun]
+    """Folders here that look like runs and cannot be opened."""
 
 
 def runs_root() -> Path:
@@ -90,7 +92,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     if deleted is not None and title != "Home":
         st.switch_page("app.py", query_params={})
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
-    listed = _runs()
+    listed, unreadable = _runs()
     runs = [run for run, _ in listed]
     found = [(run, status_of(run, said)) for run, said in listed]
     found += [(transfer, status_of(transfer)) for transfer in transfers(runs_root())]
@@ -103,6 +105,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=arrived)
+        _say_unreadable(unreadable)
         job_badge(jobs)
         _navigation(run)
     st.html(STYLE)
@@ -115,18 +118,19 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         notice(refused[1], title=refused[0])
     missing = st.session_state.get("shell.missing_run")
     if missing:
-        _say_missing(missing, runs)
+        _say_missing(missing, runs, unreadable)
     say_connected(title, run, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
-    return Frame(run, runs, theme, statuses)
+    return Frame(run, runs, theme, statuses, unreadable)
 
 
-def _runs() -> list[tuple[Run, Status | None]]:
-    """Return every run with what its process said last, newest first.
+def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
+    """Return every run with what its process said last, newest first, and those unreadable.
 
     The one that ships with the package is among them once it was asked for.
     """
-    runs: list[tuple[Run, Status | None]] = [*list_statuses(runs_root())]
+    listed, unreadable = survey(runs_root())
+    runs: list[tuple[Run, Status | None]] = [*listed]
     asked = (
         st.query_params.get("run"),
         *(st.session_state.get(key) for key in ("run", "shell.next_run", "shell.run")),
@@ -136,13 +140,21 @@ def _runs() -> list[tuple[Run, Status | None]]:
     shipped = example_run() if st.session_state.get("shell.with_example") else None
     # A run of one's own with its name comes first.
     if shipped is None or any(run.id == EXAMPLE_ID for run, _ in runs):
-        return runs
-    return [*runs, (shipped, None)]
+        return runs, unreadable
+    return [*runs, (shipped, None)], unreadable
 
 
-def _say_missing(run_id: str, runs: list[Run]) -> None:
+def _say_unreadable(unreadable: list[UnreadableRun]) -> None:
+    """Say under the run picker that runs are missing from it, and why each is."""
+    if unreadable:
+        runs = "1 run" if len(unreadable) == 1 else f"{len(unreadable):,} runs"
+        why = "\n\n".join(escape_markdown(f"{run.id}: {run.reason}") for run in unreadable)
+        st.caption(f"{runs} here cannot be read.", help=why)
+
+
+def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) -> None:
     """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
-    reason = dict(unreadable_runs(runs_root())).get(run_id)
+    reason = dict(unreadable).get(run_id)
     if reason is not None:
         notice(reason, kind="warning", title=f"{run_id} cannot be opened")
         return

@@ -40,6 +40,7 @@ from gsae_core.plots.live_spec import Line
 from gsae_core.plots.plane import plane
 from gsae_core.progress import progress
 from gsae_core.schedule import shortfalls_of_run
+from gsae_core.store.json_lines import left_out
 from gsae_core.store.metrics_log import MetricsCursor
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
@@ -55,6 +56,7 @@ LOSS_PARTS = {
 X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
 LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
+LEAVES_SUCH = "A power cut or a full disk leaves such: make sure that there is room."
 MAX_OVERLAID = 4  # runs beside the page's own: five hues are told apart, and five are read in time
 
 frame = shell.page(
@@ -76,13 +78,16 @@ def read(one: Run) -> tuple[pd.DataFrame, int]:
     added = one.metrics_since(cursor)
     if added.restarted:
         table, damaged = pd.DataFrame(), 0
-    if added.rows:
+    names = names_of(one)
+    rows = [row for row in added.rows if row["sae"] in names]
+    damaged += added.damaged + len(added.rows) - len(rows)
+    if rows:
         # A category is read as numbers from then on, and strings are not: a tick's largest part.
-        new = pd.DataFrame(added.rows).astype({"sae": pd.CategoricalDtype(names_of(one))})
+        new = pd.DataFrame(rows).astype({"sae": pd.CategoricalDtype(names)})
         parts = [part for part in (table, new) if not part.empty]
         table = pd.concat(parts, ignore_index=True)
-    kept[one.id] = table, added.cursor, damaged + added.damaged
-    return table, damaged + added.damaged
+    kept[one.id] = table, added.cursor, damaged
+    return table, damaged
 
 
 def names_of(one: Run) -> list[str]:
@@ -165,17 +170,20 @@ def view(was: Status) -> None:
         for sentence in shortfalls_of_run(run.config):
             notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
         draw_trouble(run, status)
+        events = run.event_lines()
     except InputError as error:
         notice(str(error), title="This run can no longer be read")
         return
-    damaged = sum(n for _, n in tables.values())
-    if damaged:
-        lines, they = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
-        notice(
-            f"{lines} of metrics.jsonl cannot be read and {they} left out. A full disk leaves "
-            "such: make sure that there is room.",
-            kind="warning",
-        )
+    # While it is being written, half a line is no damage.
+    torn = events.torn and status.state not in MOVING
+    damaged = {
+        "metrics.jsonl": sum(n for _, n in tables.values()),
+        "events.jsonl": events.damaged + torn,
+    }
+    said = [left_out(n, name) for name, n in damaged.items() if n]
+    if said:
+        left = "; ".join(said)
+        notice(f"{left}. {LEAVES_SUCH}", kind="warning")
     finished = [name for name, state in states.items() if state == "finished"]
     chosen = st.session_state.get("saes")
     runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}

@@ -20,6 +20,7 @@ from gsae_core.indexing import index_run
 from gsae_core.job import Progress, evaluate_run, train_run
 from gsae_core.store import files, resume
 from gsae_core.store.jobs import start
+from gsae_core.store.metrics_log import MetricsCursor
 from gsae_core.store.runs import Run
 from gsae_core.store.status import ACTIVE
 
@@ -226,6 +227,26 @@ def test_a_damaged_state_is_told_and_the_run_starts_over_without_it(
         path.unlink()
     finish(run)
     assert outcome(run) == undisturbed
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_power_cut_that_tears_the_log_files_costs_no_step(
+    run: Run, undisturbed: dict[str, Any], kept: int
+) -> None:
+    killed_at(run, 15)
+    events, metrics = run.folder / "events.jsonl", run.folder / "metrics.jsonl"
+    lines = events.read_bytes().splitlines(keepends=True)
+    events.write_bytes(b"".join(lines[:kept]) + b"\0" * sum(map(len, lines[kept:])))
+    # What was logged since the state was saved reached no disk: half of it is there, then zeros.
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 16, "tok' + b"\0" * 200)
+    assert Run.open(run.folder).status.state == "lost"
+    finish(run)
+    assert outcome(run) == undisturbed
+    found = run.event_lines()
+    assert (found.damaged, found.torn) == (1, False)
+    assert found.rows[-1]["event"] == "finished"
+    assert run.metrics_since(MetricsCursor()).damaged == 0
 
 
 def moved(run: Run, folder: Path, n_words: int) -> Run:

@@ -23,7 +23,7 @@ from gsae_core.store.evals import (
     write_evals,
     write_feature_stats,
 )
-from gsae_core.store.files import append_line, replace_durably, to_json, write_json
+from gsae_core.store.files import replace_durably, to_json, write_json
 from gsae_core.store.jobs import escalate_cancel, start
 from gsae_core.store.listing import find_run, list_runs, unreadable_runs
 from gsae_core.store.metrics_log import MetricsCursor, MetricsLog, cut_back
@@ -216,35 +216,41 @@ def test_a_damaged_status_is_told(run: Run) -> None:
 # Metrics, evaluations, log
 
 
+def row(step: int, **more: float) -> dict[str, object]:
+    return {"step": step, "tokens": 16 * step, "seconds": 0.5 * step, "sae": "gated-0.1", **more}
+
+
+def line(step: int) -> str:
+    return json.dumps(row(step)) + "\n"
+
+
 def test_a_half_written_metrics_line_is_left_for_the_next_reading(run: Run) -> None:
     path = run.folder / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step"')
+    path.write_text(line(1) + line(2)[:9])
     first = run.metrics_since(MetricsCursor())
-    assert first.rows == [{"step": 1}]
-    assert run.metrics() == [{"step": 1}]
+    assert first.rows == [row(1)]
+    assert run.metrics() == [row(1)]
     with path.open("a") as file:
-        file.write(': 2}\n{"step": 3}\n')
+        file.write(line(2)[9:] + line(3))
     then = run.metrics_since(first.cursor)
-    assert (then.rows, then.restarted) == ([{"step": 2}, {"step": 3}], False)
+    assert (then.rows, then.restarted) == ([row(2), row(3)], False)
     assert run.metrics_since(then.cursor).rows == []
 
 
 def test_a_reader_sees_that_a_resumed_run_took_lines_back(run: Run) -> None:
     path = run.folder / "metrics.jsonl"
-    append_line(path, {"step": 1})
-    n_bytes = path.stat().st_size
-    append_line(path, {"step": 2})
+    path.write_text(line(1) + line(2))
     cursor = run.metrics_since(MetricsCursor()).cursor
-    log = MetricsLog(path, n_bytes=n_bytes)
-    log.add([{"step": 2, "again": True}, {"step": 3}])
+    log = MetricsLog(path, n_bytes=len(line(1)))
+    log.add([row(2, l0=5.0), row(3)])
     log.close()
     slice_ = run.metrics_since(cursor)
     assert slice_.restarted
-    assert slice_.rows == [{"step": 1}, {"step": 2, "again": True}, {"step": 3}]
+    assert slice_.rows == [row(1), row(2, l0=5.0), row(3)]
 
 
 def test_metrics_shorter_than_the_state_says_are_told(run: Run) -> None:
-    append_line(run.folder / "metrics.jsonl", {"a": 1})  # {"a": 1} and a newline: 9 bytes
+    (run.folder / "metrics.jsonl").write_text('{"a": 1}\n')  # 9 bytes
     with pytest.raises(InputError) as caught:
         cut_back(run.folder / "metrics.jsonl", 100)
     assert str(caught.value) == (
@@ -262,7 +268,7 @@ def eval_row() -> EvalRow:
     numbers = {"l0": 20.0, "loss_recovered": 0.95, "ce_clean": 3.0, "ce_sae": 3.1, "ce_zero": 5.0}
     shares = {"kl": 0.1, "gamma": 0.99, "fvu": 0.1, "cosine": 0.9, "alive_fraction": 1.0}
     return EvalRow(
-        name="relu-0.1",
+        name="gated-0.1",
         architecture="relu",
         sparsity=0.1,
         d_in=2,

@@ -12,13 +12,13 @@ are plain .npy, mapped into memory. Nothing here needs torch.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gsae_core.config import Architecture, Site
 from gsae_core.errors import InputError
 from gsae_core.store.files import readable, sha256
+from gsae_core.store.runs import read_sae_cfg
 from gsae_core.store.status import read_json
 from gsae_core.validation import Config, validated
 
@@ -188,6 +188,6 @@ def weights_sha256(sae_folder: Path) -> str:
     Raises:
         InputError: if there is no SAE.
     """
-    cfg: dict[str, Any] = read_json(sae_folder / "cfg.json")
+    cfg = read_sae_cfg(sae_folder / "cfg.json")
     said = (cfg.get("metadata") or {}).get("weights_sha256")
     return said or sha256(sae_folder / "sae_weights.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from gsae_core.errors import InputError
-from gsae_core.store.status import read_json
+from gsae_core.store.runs import read_sae_cfg
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ def weight_table(sae_folder: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    cfg = read_json(sae_folder / "cfg.json")
+    cfg = read_sae_cfg(sae_folder / "cfg.json")
     W = _tensors(sae_folder / WEIGHTS)
     norms = np.linalg.norm(W["W_dec"], axis=1)
     columns = {

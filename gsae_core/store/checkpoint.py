@@ -27,7 +27,7 @@ from gsae_core.sae.base import SAE
 from gsae_core.sae.input_norm import InputNorm
 from gsae_core.sae.jumprelu import BANDWIDTH, INIT_THRESHOLD
 from gsae_core.store.files import replace_durably, sha256, write_json
-from gsae_core.store.status import read_json
+from gsae_core.store.runs import read_sae_cfg
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -196,7 +196,7 @@ def read_cfg(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"expected an SAE folder with cfg.json and {WEIGHTS}, found no cfg.json in {folder}"
         )
-    return read_json(folder / "cfg.json")
+    return read_sae_cfg(folder / "cfg.json")
 
 
 def check_width(sae: SAE, width: int, *, name: str, hook_name: str) -> None:

@@ -1,12 +1,14 @@
 """evals.json, per-latent statistics, norm deciles and the held-out tokens they were measured on."""
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors.numpy import save_file
 
 from gsae_core.config import Architecture, Positions
@@ -14,6 +16,7 @@ from gsae_core.errors import InputError
 from gsae_core.store.files import replace_durably, write_json
 from gsae_core.store.runs import Run
 from gsae_core.store.status import read_json
+from gsae_core.validation import first_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +56,42 @@ class EvalRow(BaseModel, frozen=True, extra="forbid"):
     """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
     replaced: Positions
     """Positions at which the language model read reconstructions."""
+
+
+class _Decile(BaseModel):
+    norm: float | None
+    ratio: float | None
+    gamma: float | None
+
+
+class _Deciles(BaseModel):
+    deciles: list[_Decile]
+
+
+def check_row(row: Any, *, where: str, may_lack: Collection[str]) -> None:
+    """Check that a row of evals.json has the numbers of an `EvalRow`.
+
+    Args:
+        may_lack: keys that earlier versions did not write.
+        where: the file, and what to do, for the sentence.
+
+    Raises:
+        InputError: names the first key that is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"expected an object for each SAE in {where}")
+    # null is NaN; what a newer version measures besides is its own.
+    fields = {
+        name: math.nan if row[name] is None and field.annotation is float else row[name]
+        for name, field in EvalRow.model_fields.items()
+        if name in row
+    }
+    try:
+        EvalRow.model_validate(fields, strict=True)
+    except ValidationError as error:
+        wrong = first_of(error, may_lack=may_lack)
+        if wrong is not None:
+            raise InputError(f"expected numbers of each SAE, got {wrong} in {where}") from None
 
 
 def write_evals(folder: Path, rows: list[EvalRow]) -> None:
@@ -174,12 +213,18 @@ def norm_deciles(run: Run, name: str) -> "pd.DataFrame":
     import pandas as pd
 
     path = run.sae_folder(name) / "norm_deciles.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(
             f"expected lengths of reconstructions of {name!r}, found none in {path.parent}; "
             f"measure them: python -m gsae_core evaluate {run.folder}"
         )
-    rows = read_json(path)["deciles"]
+    try:
+        rows = _Deciles.model_validate(read_json(path), strict=True).model_dump()["deciles"]
+    except ValidationError as error:
+        raise InputError(
+            f"expected lengths of reconstructions in {path}, got {first_of(error)}; measure them "
+            f"again: python -m gsae_core evaluate {run.folder}"
+        ) from None
     # JSON has null for NaN, which would make a column of objects.
     frame = pd.DataFrame(rows, columns=list(DECILES)).astype(float)
     frame.insert(0, "decile", range(1, len(frame) + 1))

@@ -15,6 +15,7 @@ from gsae_core.errors import InputError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+MISPLACED = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "assets" / "example"
 """The run that ships with the package: read, never written, wherever it is installed."""
@@ -22,14 +23,15 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "assets" / "example"
 
 @contextmanager
 def writing(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn the two failures a person can mend, a full disk and a read-only place, into a sentence.
+    """Turn failures a person can mend into a sentence: a full disk, a read-only place, a folder.
 
     Args:
         path: what is being written.
         n_bytes: how much room it takes.
 
     Raises:
-        InputError: how much is needed and how much is free, or that the place is not writable.
+        InputError: how much is needed and how much is free, that the place is not writable, or
+            that something else than a file is there.
     """
     if path.absolute().is_relative_to(EXAMPLE):
         raise InputError(
@@ -49,6 +51,10 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
             raise InputError(
                 f"expected to be allowed to write {path}, got {os.strerror(error.errno)!r}; "
                 "choose a folder you own"
+            ) from error
+        if error.errno in MISPLACED:
+            raise InputError(
+                f"expected a file at {path}, got: {os.strerror(error.errno)}; move it away"
             ) from error
         raise
 
@@ -129,16 +135,23 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Append one JSON object and its newline in a single write."""
-    line = to_json(value) + "\n"
-    with writing(path, len(line)), path.open("a", encoding="utf-8") as file:
-        file.write(line)
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        InputError: if there is no such file, or it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
 
 
-def whole_lines(data: bytes) -> list[Any]:
-    """Return the objects of a JSON-lines file; a last line still being written is left out."""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+def unreadable(path: Path, error: OSError) -> str:
+    """Return the sentence for a file that is not there or cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"expected {path}, found no such file; was the run deleted?"
+    return f"expected a file to read at {path}, got: {error.strerror}"
 
 
 def sha256(path: Path) -> str:

@@ -113,9 +113,23 @@ def is_building(job: Job) -> bool:
 
 
 def request(job: Job) -> Request:
-    """Return what was asked for last, or the defaults."""
+    """Return what was asked for last, or the defaults.
+
+    Raises:
+        InputError: if request.json is damaged.
+    """
     path = job.folder / "request.json"
-    return Request(**read_json(path)) if path.is_file() else Request()
+    if not os.path.lexists(path):
+        return Request()
+    fields = Request()._asdict() | read_json(path)
+    n_tokens, split = fields["n_tokens"], fields["split"]
+    if fields.keys() != set(Request._fields) or not isinstance(n_tokens, int):
+        raise InputError(
+            f"expected n_tokens and split in {path}, got {', '.join(fields)}; delete the file to "
+            "ask for the defaults"
+        )
+    _check(Request(n_tokens, split))
+    return Request(n_tokens, split)
 
 
 def _check(asked: Request) -> None:

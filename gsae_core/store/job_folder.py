@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gsae_core.store.files import append_line, whole_lines, write_json, writing
+from gsae_core.store import json_lines
+from gsae_core.store.files import unreadable, write_json, writing
+from gsae_core.store.json_lines import Lines
 from gsae_core.store.status import Status, lock, read_status, write_status
 
 # Config, status, events and the log; what weights need is checked when their size is known.
@@ -65,7 +67,7 @@ class Job:
         """
         if status.state != "cancelled" or status.pid == os.getpid() or status.process is None:
             return False
-        return any(e["event"] == "started" and e["pid"] == status.pid for e in self.events())
+        return any(e["event"] == "started" and e.get("pid") == status.pid for e in self.events())
 
     def is_alive(self) -> bool:
         """Return whether a process holds this run: right id, right start, not a zombie."""
@@ -73,23 +75,40 @@ class Job:
         return status.expects_process and status.process is not None
 
     def events(self) -> list[dict[str, Any]]:
-        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`."""
-        path = self.folder / "events.jsonl"
-        return whole_lines(path.read_bytes()) if path.exists() else []
+        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`.
+
+        Raises:
+            InputError: if events.jsonl cannot be read; damaged lines are left out.
+        """
+        return self.event_lines().rows
+
+    def event_lines(self) -> Lines:
+        """Return what `events` does, and how many lines it leaves out.
+
+        Raises:
+            InputError: as there.
+        """
+        lines = json_lines.read(self.folder / "events.jsonl")
+        events = [row for row in lines.rows if _is_event(row)]
+        return lines._replace(rows=events, damaged=lines.damaged + len(lines.rows) - len(events))
 
     def add_event(self, event: str, **details: Any) -> None:
         """Append to events.jsonl."""
-        append_line(self.folder / "events.jsonl", {"time": time.time(), "event": event, **details})
+        row = {"time": time.time(), "event": event, **details}
+        json_lines.append(self.folder / "events.jsonl", row)
 
     def log_tail(self, n_lines: int = 30) -> list[str]:
-        """Return the last lines of log.txt."""
+        """Return the last lines of log.txt; one that says so, where it cannot be read."""
         path = self.folder / "log.txt"
-        if not path.exists():
+        if not os.path.lexists(path):
             return []
-        with path.open("rb") as file:
-            # A long log is read from near its end; lines of a traceback are far below 400 bytes.
-            file.seek(max(0, path.stat().st_size - 400 * n_lines))
-            text = file.read().decode("utf-8", errors="replace")
+        try:
+            with path.open("rb") as file:
+                # A long log is read from near its end; a traceback's lines are far below 400 bytes.
+                file.seek(max(0, path.stat().st_size - 400 * n_lines))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError as error:
+            return [unreadable(path, error)]
         return text.splitlines()[-n_lines:]
 
     def request_cancel(self, *, by: str = "") -> None:
@@ -112,3 +131,7 @@ class Job:
             else:
                 return
             self.add_event("cancel requested", by=by)
+
+
+def _is_event(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)

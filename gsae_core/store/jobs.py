@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 
@@ -100,16 +101,20 @@ def escalate_cancel(run: Job) -> CancelStage:
             write_status(run.folder, status._replace(state="cancelled"))
             control.unlink()
             return "gone"
-        request = read_json(control)
-        now = time.time()
-        if "terminated" not in request:
-            if now - request["time"] < CANCEL_SECONDS:
+        request, now = _request(control), time.time()
+        terminated = request.get("terminated")
+        if not isinstance(terminated, int | float):
+            asked = request.get("time")
+            if not isinstance(asked, int | float):
+                write_json(control, request | {"time": now})  # damaged: patience begins anew
+                return "requested"
+            if now - asked < CANCEL_SECONDS:
                 return "requested"
             write_json(control, request | {"terminated": now})
             run.add_event("terminated")
             _signal(process, "terminate")
             return "terminating"
-        if now - request["terminated"] < CANCEL_SECONDS:
+        if now - terminated < CANCEL_SECONDS:
             return "terminating"
         run.add_event("killed")
         _signal(process, "kill")
@@ -141,6 +146,14 @@ def delete(run: Job) -> None:
                 run.folder.rename(root / f"{TRASH}{run.id}.{secrets.token_hex(3)}")
     for trash in root.glob(f"{TRASH}*"):
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _request(control: Path) -> dict[str, Any]:
+    """Return what a control.json asks for; nothing where it is damaged, which is written anew."""
+    try:
+        return read_json(control)
+    except InputError:
+        return {}
 
 
 def _busy(run: Job) -> str:

@@ -5,14 +5,14 @@ One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `m
 takes a label or a note back, and a star is on where its text is `on`.
 """
 
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from gsae_core.errors import InputError
-from gsae_core.store.files import to_json, whole_lines, writing
-from gsae_core.store.status import lock
+from gsae_core.store import json_lines
+from gsae_core.store.files import unreadable, writing
+from gsae_core.store.json_lines import Lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +59,7 @@ class Labels:
         self._folder, self._path = folder, folder / FILE
         self._seen: tuple[int, int] | None = None
         self._all: list[Said] = []
+        self._damaged = 0
 
     def add(
         self,
@@ -78,32 +79,38 @@ class Labels:
         """
         _check(kind, text)
         said = Said(feature, kind, text, author, model, score, time.time(), scored_by)
-        line = (to_json(said._asdict()) + "\n").encode()
         with writing(self._path, 0):
             self._folder.mkdir(parents=True, exist_ok=True)
-        with (
-            writing(self._path, len(line)),
-            lock(self._folder, "labels"),
-            self._path.open("ab+") as file,
-        ):
-            if file.seek(0, os.SEEK_END) and _is_cut_short(file):
-                line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        json_lines.append(self._path, said._asdict())
         return said
 
     def all(self) -> list[Said]:
-        """Return everything that was said, oldest first; lines that say nothing are left out."""
+        """Return everything that was said, oldest first; lines that say nothing are left out.
+
+        Raises:
+            InputError: if labels.jsonl cannot be read.
+        """
         try:
             found = self._path.stat()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise InputError(unreadable(self._path, error)) from None
         version = found.st_mtime_ns, found.st_size
         if version != self._seen:
-            self._all = _read(self._path.read_bytes())
+            self._all, self._damaged = _read(json_lines.read(self._path))
             self._seen = version
         return self._all
+
+    @property
+    def damaged(self) -> int:
+        """How many lines cannot be read and are left out.
+
+        Raises:
+            InputError: as `all`.
+        """
+        self.all()
+        return self._damaged
 
     def latest(self, kind: Kind) -> dict[int, Said]:
         """Return what counts of a kind, by feature; nothing where it was taken back."""
@@ -151,24 +158,28 @@ def _check(kind: Kind, text: str) -> None:
         raise InputError("expected a label of one line, got several; what is long fits a note")
 
 
-def _is_cut_short(file: BinaryIO) -> bool:
-    """Return whether a writer died in the middle of the last line."""
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
-
-
-def _read(data: bytes) -> list[Said]:
+def _read(lines: Lines) -> tuple[list[Said], int]:
+    """Return what lines say, and how many say nothing: damaged, or of no feature."""
     needed, known = set(Said._fields) - set(Said._field_defaults), set(Said._fields)
     found = []
-    for line in data.splitlines(keepends=True):
-        try:
-            objects = whole_lines(line)
-        except ValueError:
-            continue  # cut short by a death; the next writer began a new line
-        for fields in objects:
-            # A newer version may say more of a label; what says less is somebody's own line.
-            if not isinstance(fields, dict) or not needed <= set(fields):
-                continue
-            if isinstance(fields["feature"], int):
-                found.append(Said(**{name: fields[name] for name in known & set(fields)}))
-    return found
+    for row in lines.rows:
+        # A newer version may say more of a label; what says less is somebody's own line.
+        if needed <= set(row) and all(_may_be(name, row[name]) for name in known & set(row)):
+            found.append(Said(**{name: row[name] for name in known & set(row)}))
+    return found, lines.damaged + lines.torn + len(lines.rows) - len(found)
+
+
+def _may_be(name: str, value: Any) -> bool:
+    match name:
+        case "feature":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "time":
+            return isinstance(value, int | float)
+        case "score":
+            return value is None or isinstance(value, int | float)
+        case "kind":
+            return value in get_args(Kind)
+        case "text" | "author":
+            return isinstance(value, str)
+        case _:
+            return value is None or isinstance(value, str)

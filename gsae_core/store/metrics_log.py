@@ -1,15 +1,22 @@
 """metrics.jsonl: written line by line, read while it grows, cut back when a run resumes."""
 
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from gsae_core.errors import InputError
-from gsae_core.store.files import replace_durably, to_json, writing
+from gsae_core.store import json_lines
+from gsae_core.store.files import read_bytes, replace_durably, unreadable, writing
 
 # What a look at the newest rows reads: ten logged steps of 16 SAEs.
 TAIL_BYTES = 2**16
+
+PLACE = ("step", "tokens", "seconds")
+"""Numbers that every line has, whatever else it tells of an SAE."""
+SHARES = ("seconds_lm", "seconds_sae")
+"""Numbers that lines of older versions lack."""
 
 
 class MetricsCursor(NamedTuple):
@@ -27,14 +34,18 @@ class MetricsSlice(NamedTuple):
     restarted: bool
     """The file is another than the cursor's: `rows` is everything, forget what was read before."""
     damaged: int = 0
-    """Whole lines that are no JSON objects, left out: a disk that was full leaves such."""
+    """Whole lines that are no rows, left out: power cuts and full disks leave such."""
 
 
 def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
-    """Return the rows after `cursor`; a last line still being written is left for the next call."""
-    if not path.exists():
+    """Return the rows after `cursor`; a last line still being written is left for the next call.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    if not os.path.lexists(path):
         return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
-    with path.open("rb") as file:
+    with _opened(path) as file:
         identity = os.fstat(file.fileno()).st_ino
         restarted = cursor.file not in (0, identity)
         offset = 0 if restarted else cursor.offset
@@ -46,10 +57,14 @@ def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
 
 
 def read_tail(path: Path) -> list[dict[str, Any]]:
-    """Return the newest rows, from the last 64 kB of the file; oldest first."""
-    if not path.exists():
+    """Return the newest rows, from the last 64 kB of the file; oldest first.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    if not os.path.lexists(path):
         return []
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
         file.seek(start)
         data = file.read()
@@ -57,19 +72,31 @@ def read_tail(path: Path) -> list[dict[str, Any]]:
     return _rows(whole[: whole.rfind(b"\n") + 1])[0]
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
 def _rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects in whole lines, and how many lines hold none."""
-    rows, damaged = [], 0
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged += 1
-    return rows, damaged
+    """Return the rows in whole lines, and how many lines hold none."""
+    lines = json_lines.parsed(data)
+    rows = [row for row in lines.rows if _is_row(row)]
+    return rows, lines.damaged + len(lines.rows) - len(rows)
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Return whether a line has what every reader needs: its place, its SAE, and numbers."""
+    numbers = (value for key, value in row.items() if key != "sae")
+    return (
+        isinstance(row.get("sae"), str)
+        and all(isinstance(row.get(key), int | float) for key in PLACE)
+        and all(isinstance(row.get(key, 0.0), int | float) for key in SHARES)
+        and all(value is None or isinstance(value, int | float) for value in numbers)
+    )
 
 
 def cut_back(path: Path, n_bytes: int) -> None:
@@ -80,7 +107,7 @@ def cut_back(path: Path, n_bytes: int) -> None:
     Raises:
         InputError: if the file is shorter than that.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if os.path.lexists(path) else b""
     if len(data) < n_bytes:
         raise InputError(
             f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
@@ -96,6 +123,11 @@ def _write(path: Path, data: bytes) -> None:
 class MetricsLog:
     """metrics.jsonl opened for appending, after what belongs to later steps is cut off.
 
+    A line reaches the system with its step, and so every reader and whoever comes after a kill; it
+    is on the disk when `sync` returns, which each resumable state calls. A wait for the disk with
+    every step would save nothing: after a power cut the steps since that state are taken and logged
+    again, and their lines, torn or whole, are cut off. On an SSD it took 3.4 ms a step, 45 at most.
+
     Args:
         path: the file; made when it is not there.
         n_bytes: how much of it stands; 0 for a run that begins.
@@ -107,20 +139,19 @@ class MetricsLog:
     def __init__(self, path: Path, *, n_bytes: int) -> None:
         cut_back(path, n_bytes)
         self._path = path
-        self._file = path.open("ab")
+        self._file = path.open("ab+", buffering=0)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows in one write, so that a reader sees a step's SAEs together."""
-        data = "".join(to_json(row) + "\n" for row in rows).encode("utf-8")
+        data = json_lines.encoded(rows)
         with writing(self._path, len(data)):
-            self._file.write(data)
-            self._file.flush()
+            json_lines.append_to(self._file, data)
 
     def sync(self) -> int:
         """Wait until everything is on the disk and return the file's length in bytes."""
         with writing(self._path, 0):
             os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the file."""

@@ -97,8 +97,11 @@ def _living(tickets: Path) -> list[tuple[Path, dict[str, Any]]]:
         try:
             ticket = read_json(path)
         except InputError:
-            continue  # Its turn came between the listing and the look.
-        if live_process(ticket["pid"], ticket["started"]) is None:
+            continue  # Its turn came between the listing and the look, or it is damaged.
+        pid, started = ticket.get("pid"), ticket.get("started")
+        if not isinstance(pid, int) or not isinstance(started, float) or "run" not in ticket:
+            path.unlink(missing_ok=True)  # damaged: nobody can be waited for by it
+        elif live_process(pid, started) is None:
             path.unlink(missing_ok=True)
         else:
             found.append((path, ticket))

@@ -52,8 +52,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"expected the keys file, bytes, sha256 in {folder / 'state.json'}, found {found}; "
             f"{_afresh(folder)}"
         )
-    path = folder / Path(pointer["file"]).name
-    if not path.exists():
+    path = folder / Path(str(pointer["file"])).name
+    if not path.is_file():
         raise InputError(
             f"expected the resumable state {path}, found no such file; {_afresh(folder)}"
         )

@@ -7,19 +7,24 @@ The command line, the app and notebooks hold no job in memory: they read this fo
 detached process writes it. Nothing here imports torch.
 """
 
-import json
+import functools
+import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
+
 from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
-from gsae_core.store.files import append_line, free_bytes, readable, write_json, writing
+from gsae_core.store import json_lines
+from gsae_core.store.files import free_bytes, readable, write_json, writing
 from gsae_core.store.job_folder import FOLDER_BYTES, Job
 from gsae_core.store.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
 from gsae_core.store.status import Status, lock, read_json, write_status
+from gsae_core.validation import first_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +43,58 @@ EARLIER = {
     "shortage": None,
     "n_predictions": None,
 }
+
+
+class _Example(BaseModel):
+    tokens: list[str] = Field(min_length=1)
+    values: list[float] = Field(min_length=1)
+    at: int = Field(ge=0)
+
+
+class _Latent(BaseModel):
+    latent: int
+    chosen: str
+    fired: int
+    examples: list[_Example]
+
+
+class _Look(BaseModel):
+    alive: int
+    latents: list[_Latent]
+
+
+class _Samples(BaseModel):
+    """What samples.json holds; `gsae_core.samples` says what it means."""
+
+    step: int
+    every: int
+    n_tokens: PositiveInt
+    saes: dict[str, _Look]
+
+
+class _Source(BaseModel):
+    """Where an imported SAE came from."""
+
+    library: str = ""
+    assumed: list[str] = []
+
+
+class _Metadata(BaseModel):
+    source: _Source | None = None
+    weights_sha256: str | None = None
+    recipe: str | None = None
+    k_aux: int | None = None
+    stopped: str | None = None
+
+
+class _SAECfg(BaseModel):
+    """What cfg.json holds, where it holds it; whoever loads the SAE asks for more."""
+
+    architecture: str = ""
+    d_in: int = Field(1, gt=0, lt=2**31)
+    d_sae: int = Field(1, gt=0, lt=2**31)
+    metadata: _Metadata | None = None
+    normalize_activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +126,7 @@ class Run(Job):
                     raise InputError(_occupied(folder))
                 steps = config.train.n_steps
                 write_status(folder, Status("queued", 0, steps, None, None, time.time(), None))
-                append_line(
-                    folder / "events.jsonl",
-                    {"time": time.time(), "event": "created", "schema_version": SCHEMA_VERSION},
-                )
+                Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
                 # Last: a folder with a config is a run.
                 write_json(folder / "config.json", config.model_dump(mode="json"))
         return cls(folder, config)
@@ -85,13 +139,19 @@ class Run(Job):
             InputError: if there is no run, its files are damaged, or a newer version made it.
         """
         folder = Path(folder).absolute()
-        if not (folder / "config.json").is_file():
+        if not os.path.lexists(folder / "config.json"):
             raise InputError(
                 f"expected a run folder with a config.json, found none in {folder}; "
                 "give the folder that the training command printed"
             )
-        _check_schema(folder)
-        return cls(folder, load_config(folder / "config.json"))
+        check_layout(folder)
+        path = folder / "config.json"
+        try:
+            return cls(folder, load_config(path))
+        except InputError as error:
+            if str(path) in str(error):
+                raise
+            raise InputError(f"expected the config of a run in {path}; {error}") from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
@@ -113,14 +173,67 @@ class Run(Job):
 
         Of an earlier version's, `zeroed` and `replaced` say what that version did, and
         `n_tokens_asked`, `shortage` and `n_predictions` are None: it did not say.
+
+        Raises:
+            InputError: if evals.json is damaged.
         """
+        from gsae_core.store.evals import check_row
+
         path = self.folder / "evals.json"
-        return [EARLIER | row for row in read_json(path)["saes"]] if path.exists() else []
+        if not os.path.lexists(path):
+            return []
+        rows = read_json(path).get("saes")
+        if not isinstance(rows, list):
+            raise InputError(f"expected a list `saes` in {path}, found none; {_again(self)}")
+        names = [spec.name for spec in self.config.saes]
+        for row in rows:
+            check_row(row, where=f"{path}; {_again(self)}", may_lack=EARLIER)
+            if row["name"] not in names:
+                raise InputError(
+                    f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got some "
+                    f"of {row['name']!r}; {_again(self)}"
+                )
+        return [EARLIER | row for row in rows]
 
     def samples(self) -> dict[str, Any] | None:
-        """Return samples.json: a few latents of each SAE with their top tokens; None before it."""
+        """Return samples.json: a few latents of each SAE with their top tokens; None before it.
+
+        Raises:
+            InputError: if it is damaged.
+        """
         path = self.folder / "samples.json"
-        return read_json(path) if path.exists() else None
+        if not os.path.lexists(path):
+            return None
+        fields = read_json(path)
+        try:
+            _Samples.model_validate(fields, strict=True)
+        except ValidationError as error:
+            raise InputError(
+                f"expected a sample of latents in {path}, got {first_of(error)}"
+            ) from None
+        return fields
+
+    def sae_cfg(self, name: str) -> dict[str, Any]:
+        """Return an SAE's cfg.json; empty before it was saved first.
+
+        Raises:
+            InputError: if it is damaged, or the run has no SAE of this name.
+        """
+        path = self.sae_folder(name) / "cfg.json"
+        return read_sae_cfg(path) if os.path.lexists(path) else {}
+
+    def damages(self) -> list[str]:
+        """Return a sentence for each file that is damaged, though the run can be opened without."""
+        found = []
+        readers = [self.evals, self.samples, self.recent_metrics]
+        readers += [functools.partial(self.sae_cfg, spec.name) for spec in self.config.saes]
+        for read in readers:
+            try:
+                read()
+            except InputError as error:
+                found.append(str(error))
+        lines = self.event_lines().damaged
+        return found + ([json_lines.left_out(lines, "events.jsonl")] if lines else [])
 
     def sae_folder(self, name: str) -> Path:
         """Return the folder of one SAE.
@@ -169,6 +282,26 @@ class Run(Job):
         return index
 
 
+def read_sae_cfg(path: Path) -> dict[str, Any]:
+    """Return the cfg.json of an SAE.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    fields = read_json(path)
+    try:
+        _SAECfg.model_validate(fields, strict=True)
+    except ValidationError as error:
+        raise InputError(
+            f"expected the config of an SAE in {path}, got {first_of(error)}"
+        ) from None
+    return fields
+
+
+def _again(run: Run) -> str:
+    return f"measure again: python -m gsae_core evaluate {run.folder}"
+
+
 def check_run_id(run_id: str) -> str:
     """Return `run_id` if it can name a run.
 
@@ -202,13 +335,17 @@ def _occupied(folder: Path) -> str:
     return f"expected a new or empty folder for the run, found other files in {folder}"
 
 
-def _check_schema(folder: Path) -> None:
-    path = folder / "events.jsonl"
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        version = json.loads(file.readline()).get("schema_version", SCHEMA_VERSION)
-    if version > SCHEMA_VERSION:
+def check_layout(folder: Path) -> None:
+    """Check that this version reads a run of the layout that its events name.
+
+    Raises:
+        InputError: if a newer version made it, or its events cannot be read.
+    """
+    rows = json_lines.read(folder / "events.jsonl").rows
+    versions = [row["schema_version"] for row in rows if "schema_version" in row]
+    # A run whose first line is damaged is taken for one of this version: the rest of it will tell.
+    version = versions[0] if versions else SCHEMA_VERSION
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise InputError(
             f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in {folder}; "
             "a newer version of gsae-core made it: update to open it"

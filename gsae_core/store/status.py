@@ -1,7 +1,6 @@
 """status.json: where a run stands, and whether the process that wrote it is really there."""
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import psutil
 
 from gsae_core.errors import InputError
-from gsae_core.store.files import write_json
+from gsae_core.store.files import read_bytes, unreadable, write_json
+from gsae_core.validation import parse_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -33,6 +33,7 @@ Stage = Literal[
 
 # A process's start is read from the boot clock, which moves by a little when the time is set.
 SAME_START_SECONDS = 2.0
+MOST_SECONDS = 1e11  # since 1970: the year 5138
 
 
 class Status(NamedTuple):
@@ -106,8 +107,8 @@ def read_status(folder: Path) -> Status:
     path = folder / "status.json"
     try:
         seen = path.stat()
-    except FileNotFoundError:
-        raise InputError(_gone(path)) from None
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
     return _parsed(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
 
 
@@ -123,7 +124,32 @@ def _parsed(path: Path, inode: int, mtime_ns: int, size: int) -> Status:
             f"expected the keys {', '.join(Status._fields)} in {path}, "
             f"found {', '.join(fields) or 'none'}"
         )
+    for name, value in fields.items():
+        if not _may_be(name, value):
+            raise InputError(f"expected {_WANTED[name]} as {name} in {path}, got {value!r}")
     return Status(**fields)
+
+
+_WANTED = {
+    "state": "a state",
+    **dict.fromkeys(("step", "n_steps", "done", "total"), "a whole number from 0"),
+    "pid": "a process id or null",
+    "process_started": "seconds since 1970 or null",
+    "heartbeat": "seconds since 1970",
+    **dict.fromkeys(("error", "stage"), "a text or null"),
+}
+
+
+def _may_be(name: str, value: Any) -> bool:
+    if value is None:
+        return name in ("pid", "process_started", "error", "stage")
+    if name in ("state", "error", "stage"):
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        return False
+    if name in ("process_started", "heartbeat"):
+        return value < MOST_SECONDS
+    return isinstance(value, int) and (name != "pid" or 0 < value < 2**31)
 
 
 def write_status(folder: Path, status: Status) -> None:
@@ -135,21 +161,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in one of a run's JSON files.
 
     Raises:
-        InputError: if the file is missing or holds no JSON object.
+        InputError: if the file is missing, cannot be read or holds no JSON object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(_gone(path)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        fields = parse_json(read_bytes(path))
+    except ValueError as error:
         raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
     return fields
-
-
-def _gone(path: Path) -> str:
-    return f"expected {path}, found no such file; was the run deleted?"
 
 
 def lock(folder: Path, name: str) -> "BaseFileLock":

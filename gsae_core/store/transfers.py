@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.store.files import append_line, write_json, writing
+from gsae_core.store.files import write_json, writing
 from gsae_core.store.hub import Repository
 from gsae_core.store.hub_layouts import HubFile, HubSAE
 from gsae_core.store.job_folder import FOLDER_BYTES, Job
@@ -71,11 +71,14 @@ class Transfer(Job):
         fields: dict[str, Any] = dict(self._fields())
         try:
             if fields.pop("kind") == "push":
-                fields["saes"] = tuple(fields["saes"])
-                return PushRequest(**fields)
-            fields["files"] = tuple(HubFile(**file) for file in fields["files"])
-            return PullRequest(**fields)
-        except (TypeError, KeyError) as error:
+                fields["saes"] = tuple(map(_text, fields["saes"]))
+                named = ("run", "repo")
+            else:
+                fields["files"] = tuple(HubFile(**file) for file in fields["files"])
+                named = ("repo", "commit", "path", "library", "to")
+            fields |= {name: _text(fields[name]) for name in named}
+            return PushRequest(**fields) if named[0] == "run" else PullRequest(**fields)
+        except (TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a request of this version in {self.folder / 'request.json'}, got another"
                 f" ({error}); delete the folder and ask again"
@@ -100,7 +103,7 @@ class Transfer(Job):
     @property
     def result(self) -> str | None:
         """Return what a finished one led to: the run's name, or the address of the commit."""
-        ends = [event["result"] for event in self.events() if event["event"] == "arrived"]
+        ends = [event.get("result") for event in self.events() if event["event"] == "arrived"]
         return ends[-1] if ends else None
 
     def _fields(self) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def ask(root: Path, request: PullRequest | PushRequest) -> Transfer:
             write_json(folder / "request.json", _plain(request))
             if not known or read_status(folder).state == "finished":
                 write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
-                append_line(folder / "events.jsonl", {"time": time.time(), "event": "created"})
+                transfer.add_event("created")
     return transfer
 
 
@@ -134,6 +137,12 @@ def _plain(request: PullRequest | PushRequest) -> dict[str, Any]:
     if isinstance(request, PullRequest):
         return {"kind": "pull"} | fields | {"files": [file._asdict() for file in request.files]}
     return {"kind": "push"} | fields
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _id(request: PullRequest | PushRequest) -> str:

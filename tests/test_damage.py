@@ -1,0 +1,328 @@
+"""A damaged file costs what it held: the rest opens, and a sentence says what is wrong."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_pages import PAGES, opened, text
+
+from gsae_core.analysis.results import evaluation_frame
+from gsae_core.errors import InputError
+from gsae_core.exchange import list_lines
+from gsae_core.exchange_flags import List
+from gsae_core.progress import progress, timeline
+from gsae_core.store.checkpoint import load_sae
+from gsae_core.store.evals import norm_deciles
+from gsae_core.store.index_jobs import index_job, request
+from gsae_core.store.jobs import escalate_cancel
+from gsae_core.store.labels import Labels
+from gsae_core.store.listing import list_runs, unreadable_runs
+from gsae_core.store.resume import load_state
+from gsae_core.store.runs import Run
+
+FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
+RUNS = ("finished", "interrupted")
+
+HUGE = b"9" * 400
+CONTENTS: dict[str, Callable[[bytes], bytes]] = {
+    "a quarter": lambda whole: whole[: len(whole) // 4],
+    "a tail of NULs": lambda whole: whole[:-30] + b"\0" * 30,
+    "nothing": lambda whole: b"",
+    "another kind": lambda whole: b"[]",
+    "no text": lambda whole: b"\xff\xfe",
+    "a number out of reach": lambda whole: whole.replace(b": 1", b": " + HUGE),
+}
+MORE: dict[str, Callable[[bytes], bytes]] = {
+    "all but the end": lambda whole: whole[:-2],
+    "NULs behind": lambda whole: whole + b"\0" * 512,
+    "an empty object": lambda whole: b"{}",
+    "null in place of numbers": lambda whole: re.sub(rb": \d+(\.\d+)?", b": null", whole),
+    "a text in place of numbers": lambda whole: re.sub(rb": \d+(\.\d+)?", b': "x"', whole),
+    "objects in place of texts": lambda whole: re.sub(rb': "[^"]*"', b": {}", whole),
+    "numbers in place of lists": lambda whole: re.sub(rb": \[[^\[\]]*\]", b": 3", whole),
+    "half a character": lambda whole: whole.replace(b'"', b'"\xc3', 2),
+}
+
+
+def deleted(path: Path) -> None:
+    path.unlink()
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished and an interrupted run, on a model and a text that are there."""
+    for name in ("model", *(f"runs/{run}" for run in RUNS)):
+        shutil.copytree(FIXTURE / name, tmp_path / name)
+    shutil.copy(FIXTURE / "text.txt", tmp_path)
+    for run in RUNS:
+        # One SAE and a few steps of it are enough to be damaged.
+        folder = tmp_path / "runs" / run
+        config = json.loads((folder / "config.json").read_text())
+        config["saes"] = config["saes"][:1]
+        (folder / "config.json").write_text(json.dumps(config))
+        if (folder / "evals.json").exists():
+            evals = json.loads((folder / "evals.json").read_text())
+            (folder / "evals.json").write_text(json.dumps({"saes": evals["saes"][:1]}))
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        lines = [line for line in lines if b'"sae": "gated"' in line]
+        (folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSAE_RUNS", "runs")
+    return tmp_path / "runs"
+
+
+def readers(folder: Path) -> Iterator[Callable[[], Any]]:
+    """Yield everything that reads a run's files without its language model."""
+    yield lambda: list_lines(List(folder.parent))
+    yield lambda: list_lines(List(folder))
+    try:
+        run = Run.open(folder)
+    except InputError:
+        return
+    yield lambda: timeline(run.events(), run.status, now=time.time())
+    yield lambda: progress(run.status, run.metrics())
+    yield lambda: progress(run.status, run.recent_metrics())
+    yield lambda: evaluation_frame(run.evals())
+    yield lambda: escalate_cancel(run)
+    yield lambda: load_state(run.folder / "resume")
+    yield run.samples
+    yield run.damages
+    yield run.log_tail
+    for name in [spec.name for spec in run.config.saes]:
+        yield lambda name=name: load_sae(run.sae_folder(name))
+        yield lambda name=name: norm_deciles(run, name)
+        yield lambda name=name: run.features(name)
+        yield lambda name=name: Labels(run.folder / "features" / name).frame()
+        if (job := index_job(run, name)) is not None:
+            yield lambda job=job: (job.status, job.events(), request(job))
+
+
+def check(folder: Path) -> None:
+    """Read all of a run, and hold what cannot be read to one sentence."""
+    refused: list[str] = []
+    for read in readers(folder):
+        try:
+            read()
+        except InputError as error:
+            refused.append(str(error))
+    for sentence in refused:
+        assert "expected " in sentence
+        assert "\n" not in sentence
+    # Whatever became of one run, the other is there, and the one is too or has a reason.
+    others = {name for name in RUNS if name != folder.name}
+    listed = {run.id for run in list_runs(folder.parent)}
+    assert others <= listed
+    assert listed | set(dict(unreadable_runs(folder.parent))) == set(RUNS)
+
+
+NAMES = [
+    *(
+        f"finished/{name}"
+        for name in (
+            *("config.json", "status.json", "events.jsonl", "metrics.jsonl", "evals.json"),
+            *("samples.json", "log.txt", "saes/gated/cfg.json", "saes/gated/norm_deciles.json"),
+            *(
+                f"features/gated/{name}"
+                for name in ("manifest.json", "status.json", "request.json", "labels.jsonl")
+            ),
+        )
+    ),
+    *(
+        f"interrupted/{name}"
+        for name in ("config.json", "status.json", "events.jsonl", "metrics.jsonl")
+    ),
+    "interrupted/resume/state.json",
+]
+
+
+def damage(runs: Path, name: str, changes: Iterable[Callable[[Path], object]]) -> None:
+    path = runs / name
+    whole = path.read_bytes()
+    for change in changes:
+        change(path)
+        check(runs / Path(name).parts[0])
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+
+
+def written(changes: Mapping[str, Callable[[bytes], bytes]]) -> list[Callable[[Path], object]]:
+    return [
+        lambda path, c=change: path.write_bytes(c(path.read_bytes())) for change in changes.values()
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_becomes_of_a_file_is_one_sentence(runs: Path, name: str) -> None:
+    damage(runs, name, [*written(CONTENTS), deleted, folder])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_rarer_damage_is_one_sentence_too(runs: Path, name: str) -> None:
+    damage(runs, name, [*written(MORE), dangling, loop])
+
+
+def test_the_list_says_what_is_wrong_with_each(runs: Path) -> None:
+    finished = runs / "finished"
+    (runs / "interrupted" / "status.json").write_text('{"state": 3}')
+    (finished / "evals.json").write_text('{"saes": [{"name": "gated"}]}')
+    with (finished / "events.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n\0\0\n")
+    head, row, *said = list_lines(List(runs))
+    assert head.split()[:2] == ["run", "state"]
+    assert row.split()[:2] == ["finished", "finished"]
+    assert said == [
+        "finished: expected numbers of each SAE, got no architecture in "
+        f"{finished / 'evals.json'}; measure again: python -m gsae_core evaluate {finished}",
+        "finished: 2 lines of events.jsonl cannot be read and are left out",
+        f"interrupted: expected the keys state, step, n_steps, pid, process_started, heartbeat, "
+        f"error, stage, done, total in {runs / 'interrupted' / 'status.json'}, found state",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("step", "7", "a whole number from 0 as step"),
+        ("n_steps", -1, "a whole number from 0 as n_steps"),
+        ("pid", 2**40, "a process id or null as pid"),
+        ("heartbeat", None, "seconds since 1970 as heartbeat"),
+        ("error", [], "a text or null as error"),
+    ],
+)
+def test_a_status_of_wrong_types_says_which(
+    runs: Path, key: str, value: object, wanted: str
+) -> None:
+    path = runs / "finished" / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert dict(unreadable_runs(runs)) == {
+        "finished": f"expected {wanted} in {path}, got {value!r}"
+    }
+
+
+def test_an_evaluation_of_an_sae_that_the_run_has_not_says_so(runs: Path) -> None:
+    path = runs / "finished" / "evals.json"
+    path.write_text(path.read_text().replace('"gated"', '"gatee"', 1))
+    with pytest.raises(InputError) as caught:
+        Run.open(runs / "finished").evals()
+    assert str(caught.value) == (
+        f"expected numbers of this run's SAEs (gated) in {path}, got some of 'gatee'; measure "
+        f"again: python -m gsae_core evaluate {runs / 'finished'}"
+    )
+
+
+def test_a_run_that_lost_its_config_is_told_and_a_folder_of_something_else_is_not(
+    runs: Path,
+) -> None:
+    config = runs / "finished" / "config.json"
+    config.unlink()
+    (runs / "logs").mkdir()
+    (runs / "logs" / "log.txt").write_text("something else")
+    (runs / "notes.txt").write_text("no folder")
+    assert dict(unreadable_runs(runs)) == {
+        "finished": f"expected {config}, found no such file; was the run deleted?"
+    }
+
+
+def test_what_may_not_be_read_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = runs / "finished" / "config.json"
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        # A superuser may read everything, so the refusal is put where the system's is.
+        if path == config:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert dict(unreadable_runs(runs)) == {
+        "finished": f"expected a file to read at {config}, got: Permission denied"
+    }
+
+
+@pytest.fixture
+def ward(runs: Path) -> Path:
+    """Damaged runs of every kind beside two whole ones."""
+    for name, file, content in [
+        ("no-config", "config.json", b"{"),
+        ("no-status", "status.json", b'{"state": "finished"}'),
+        ("no-text", "config.json", b"\xff\xfe"),
+        ("half-events", "events.jsonl", b'{"time": 5, "event": "created"}\n\0\0\0\0'),
+        ("half-evals", "evals.json", b'{"saes": ['),
+        ("half-samples", "samples.json", b"[]"),
+    ]:
+        shutil.copytree(runs / "finished", runs / name)
+        (runs / name / file).write_bytes(content)
+    shutil.copytree(runs / "finished", runs / "folder")
+    (runs / "folder" / "events.jsonl").unlink()
+    (runs / "folder" / "events.jsonl").mkdir()
+    return runs
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_damaged_runs_take_no_page_down(ward: Path, page: str) -> None:
+    at = opened(page, run="no-config")
+    assert not at.exception, at.exception
+    assert "no-config cannot be opened" in text(at)
+    picker = next(box for box in at.selectbox if box.label == "Run")
+    assert {"finished", "interrupted", "half-events", "half-evals", "half-samples"} <= {
+        *picker.options
+    }
+    (said,) = [each for each in at.caption if "cannot be read" in each.value]
+    assert said.value == "4 runs here cannot be read."
+    assert said.help is not None
+    plain = said.help.replace("\\", "")
+    assert plain.count("\n\n") == 3
+    assert f"no-config: expected JSON in {ward / 'no-config' / 'config.json'}, got " in plain
+
+
+def test_home_says_what_is_wrong_with_runs_that_open(ward: Path) -> None:
+    said = text(opened("app.py"))
+    assert "half-evals can be opened, but not all of it be read" in said
+    assert "half-samples can be opened, but not all of it be read" in said
+    assert "folder cannot be read" in said
+
+
+def test_live_opens_a_run_with_torn_events_and_says_so(ward: Path) -> None:
+    path = ward / "half-events" / "metrics.jsonl"
+    whole = path.read_bytes()
+    # A bit flipped in a name makes it another SAE's, which the run has not.
+    path.write_bytes(whole + whole.splitlines(keepends=True)[-1].replace(b"gated", b"gatee"))
+    at = opened("pages/2_Live.py", run="half-events")
+    assert not at.exception, at.exception
+    assert (
+        "1 line of metrics.jsonl cannot be read and is left out; "
+        "1 line of events.jsonl cannot be read and is left out. "
+        "A power cut or a full disk leaves such" in text(at)
+    )
+
+
+def test_pareto_says_how_to_mend_a_damaged_evaluation(ward: Path) -> None:
+    said = text(opened("pages/3_Pareto.py", run="half-evals"))
+    assert "expected JSON in" in said
+    assert "half-evals" in said
