@@ -14,10 +14,10 @@ READER_LEFT = 128 + 13
 
 
 class Lasting(io.FileIO):
-    """A standard stream that outlives its reader (`| head -1`, a terminal that was closed).
+    """A standard stream that can be written to after its reader has gone (`| head -1`).
 
-    What nobody reads any more goes nowhere, from here, from libraries and from processes started
-    later alike; a command that only answers ends instead.
+    From then on its descriptor is /dev/null, for this process, its libraries and processes it
+    starts later. A command that only prints an answer ends instead.
     """
 
     def __init__(self, fd: int, *, answers: bool) -> None:

@@ -91,8 +91,10 @@ def _table(evals: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
             percent(row["alive_fraction"], 1),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    # Why there were not more may name a folder of this machine, or what the Hub answered.
+    tokens = measured_on({**evals[0], "shortage": None})
     note = (
-        f"On {measured_on(evals[0])}. L0: latents that fire per token. Loss recovered: 1 "
+        f"On {tokens}. L0: latents that fire per token. Loss recovered: 1 "
         "where the language model loses nothing, 0 where zeros would do as well "
         f"({positions(evals[0])}). FVU: squared error over variance. γ: relative reconstruction "
         "bias, below 1 where reconstructions are too short."

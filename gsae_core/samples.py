@@ -181,6 +181,7 @@ def _harvest(run: Run, bench: Bench) -> HeldOut:
     site = run.config.model
     x = bench.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
     x = x.index_select(0, place.to(x.device)).float() * bench.stream.scale
-    # A glance ends no run for a token that the evaluation may never come to.
+    # Samples are for looking at: a vector that is not finite is left out of them. Training and
+    # evaluation refuse it where they read it.
     finite = x.isfinite().all(dim=1)
     return HeldOut(x[finite], place[finite.cpu()].cpu(), ids.cpu())

@@ -372,6 +372,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ("a|b\n1|2\n", "|"),
         ("a;b, c\n1;2\n", ";"),  # a comma in the header alone
         ("a,b;c\n1,2;3\n4,5;6\n", ","),  # either would do: the usual one
+        ("\n" * 2**16 + "a;b\n1;2\n", ","),  # no row in what is looked at
     ],
 )
 def test_the_delimiter_of_a_csv_cuts_header_and_rows_alike(

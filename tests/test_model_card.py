@@ -56,6 +56,16 @@ def test_a_card_says_where_zeros_and_reconstructions_were_read(finished: Run) ->
     assert str(finished.folder) not in card
 
 
+def test_a_card_does_not_say_why_no_more_was_measured(finished: Run) -> None:
+    path = finished.folder / "evals.json"
+    why = f"no more than what was read before could be read (nothing in {finished.folder})"
+    rows = [{**row, "n_tokens_asked": 10**6, "shortage": why} for row in finished.evals()]
+    path.write_text(json.dumps({"saes": rows}))
+    card = make_card(finished, [NAME], "ada/mine")["README.md"]
+    assert f"On {rows[0]['n_tokens']} held-out tokens. L0" in card
+    assert str(finished.folder) not in card
+
+
 def test_the_front_matter_is_yaml_and_names_no_folder(finished: Run) -> None:
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
     matter = yaml.safe_load(card.split("---")[1])

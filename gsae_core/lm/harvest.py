@@ -181,8 +181,8 @@ class Harvest:
         It runs where the pass ran: on a CPU in a thread that has one core, several at once.
 
         Raises:
-            InputError: once all is read, if a vector is not finite: nobody may keep what was made
-                of the others before. On a CPU, `work` never sees the passes it is in.
+            InputError: once all is read, if a vector is not finite: do not keep what was yielded
+                before. On a CPU, `work` is not called on passes with such a vector.
         """
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 

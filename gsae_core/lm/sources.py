@@ -79,8 +79,8 @@ def _config(name: str, found: str, where: Path | None, options: dict[str, Any]) 
     except ValueError as error:  # transformers' word for a model_type that it has never heard of
         raise InputError(_unsupported(name, _stranger(found, options))) from error
     except Exception as error:
-        # What a value of the wrong kind leads to is anybody's guess: errors of huggingface_hub's
-        # own that are no ValueErrors, KeyError, ZeroDivisionError.
+        # A value of the wrong kind leads to errors of many kinds: huggingface_hub's own, which are
+        # no ValueErrors, KeyError, ZeroDivisionError.
         _refuse_config(name, where, error)
 
 

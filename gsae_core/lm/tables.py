@@ -320,7 +320,7 @@ def _cuts_evenly(head: str, delimiter: str) -> bool:
         pass  # inside the quotes of a row that goes on beyond the head
     else:
         if len(head) == 2**16:
-            widths.pop()  # cut short
+            del widths[-1:]  # cut short
     return len(widths) > 0 and widths[0] > 1 and set(widths) == {widths[0]}
 
 

@@ -191,8 +191,8 @@ class Worker:
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM]
-        # A shell that puts us into the background has it ignored, so that a Ctrl-C meant for
-        # another command leaves us be.
+        # A shell starts background commands of a script with SIGINT ignored: Ctrl-C is for the
+        # command in front, so it stays ignored here.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             numbers.append(signal.SIGINT)
         for number in numbers:
