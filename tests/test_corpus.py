@@ -399,6 +399,18 @@ def test_tokens_that_an_older_version_kept_of_another_reading_are_not_found(
     assert [anew("owner/name"), anew("owner/name", text_column="text")] == [True, False]
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_a_packed_file_that_was_cut_off_is_refused(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = tmp_path / f"a{kind}{suffix}"
+    plain = as_jsonl(tmp_path / "plain", [words(0, 9)] * 40).read_bytes()
+    path.write_bytes(PACKERS[suffix](plain)[:-3])
+    assert refusal(path) == (
+        f"expected all of {path}, got its beginning (Compressed file ended before the "
+        "end-of-stream marker was reached); download it again"
+    )
+
+
 def test_a_missing_zstandard_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,15 +41,51 @@ class Piece(NamedTuple):
     """Whether the document ends here."""
 
 
+class _Unzstd(io.RawIOBase):
+    """The bytes of a `.zst` file, its frames one after the other.
+
+    zstandard's own reader ends quietly where a file was cut off; here that is an EOFError, as it is
+    for the other kinds.
+    """
+
+    def __init__(self, path: Path, unpacker: Any) -> None:
+        self._file = path.open("rb")
+        self._unpacker = unpacker
+        self._frame: Any = None
+        self._packed = self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(2**16)
+            if not self._packed and self._frame is None:
+                return 0
+            if not self._packed:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            self._frame = self._frame or self._unpacker.decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        n = min(len(buffer), len(self._unpacked))
+        buffer[:n], self._unpacked = self._unpacked[:n], self._unpacked[n:]
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_zstandard(path: Path) -> io.BufferedIOBase:
     try:
         import zstandard
     except ImportError:
         raise InputError(NO_ZSTANDARD.format(path)) from None
-    # Parallel compressors write a frame after the other; `--long=31` needs the whole window.
+    # `--long=31` needs the whole window.
     unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-    reader: Any = unpacker.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-    return io.BufferedReader(reader, 2**20)
+    return io.BufferedReader(_Unzstd(path, unpacker), 2**20)
 
 
 PACKED: dict[str, Callable[[Path], Any]] = {
@@ -115,6 +151,8 @@ def text_pieces(path: Path, size: int = PIECE) -> Iterator[Piece]:
 
 def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") -> InputError:
     """Return the sentence for a file whose bytes are no UTF-8 text."""
+    if isinstance(error, EOFError):
+        return InputError(f"expected all of {path}, got its beginning ({error}); download it again")
     if is_utf16(path):
         return InputError(
             f"expected UTF-8 text in {path}, got UTF-16; save it as UTF-8 (Notepad: Save as, "
