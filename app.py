@@ -215,7 +215,7 @@ for broken in frame.unreadable:
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
 for run in frame.runs[:MOST_SHOWN]:
     for damage in cached.damages(run):
-        notice(damage, kind="warning", title=f"{run.id} can be opened, but not all of it be read")
+        notice(damage, kind="warning", title=f"Not all of {run.id} can be read")
 to_cancel = st.session_state.pop("home.to_cancel", None)
 for run in frame.runs:
     if run.id == to_cancel:

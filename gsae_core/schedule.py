@@ -33,9 +33,9 @@ def _learning_rate(recipe: TrainRecipe) -> list[str]:
         up = last + warmup
         until = "to the end" if up > n - decay else f"until step {up:,} of {n:,}"
         return [
-            f"each revival of dead features begins a warm-up of {warmup:,} steps and the next "
-            f"revival comes after {every:,}, so the learning rate stays below its peak {until} "
-            "where every revival finds some; shorten the warm-up or revive less often"
+            f"each revival that finds dead features begins a warm-up of {warmup:,} steps and the "
+            f"next revival comes after {every:,}; if all find some, the learning rate stays below "
+            f"its peak {until}; shorten the warm-up or revive less often"
         ]
     if warmup > n - decay - last:
         falls = f" and a decay over the last {decay:,.0f}" if decay else ""

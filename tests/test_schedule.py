@@ -108,15 +108,15 @@ def test_the_presets_of_ours_say_the_whole_of_their_schedule() -> None:
         (
             # Revivals after steps 40, 80, 120 and 160: 0.7 * 244 = 170.8.
             {"lr_warmup_steps": 40, "revive_every": 40, "lr_decay_fraction": 0.0},
-            "each revival of dead features begins a warm-up of 40 steps and the next revival comes "
-            "after 40, so the learning rate stays below its peak until step 200 of 244 where every "
-            "revival finds some; shorten the warm-up or revive less often",
+            "each revival that finds dead features begins a warm-up of 40 steps and the next "
+            "revival comes after 40; if all find some, the learning rate stays below its peak "
+            "until step 200 of 244; shorten the warm-up or revive less often",
         ),
         (
             {"lr_warmup_steps": 40, "revive_every": 40},  # from step 196 on it falls
-            "each revival of dead features begins a warm-up of 40 steps and the next revival comes "
-            "after 40, so the learning rate stays below its peak to the end where every revival "
-            "finds some; shorten the warm-up or revive less often",
+            "each revival that finds dead features begins a warm-up of 40 steps and the next "
+            "revival comes after 40; if all find some, the learning rate stays below its peak to "
+            "the end; shorten the warm-up or revive less often",
         ),
         (
             {"lr_warmup_steps": 30, "revive_until": 1.0},  # 48, 96, 144, 192, 240

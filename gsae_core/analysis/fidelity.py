@@ -4,8 +4,8 @@ Per batch of sequences: one clean pass, one with zeros at the site, one for each
 ran before the site, and the SAEs are measured on the very activations that they replace.
 
 The zero pass sets every position of the site to zero, BOS, separators and padding included: what
-its name says, and what the paper's numbers show (Gemma-7B's last residual stream, zeroed, costs
-12.4534 nats, which is ln of its vocabulary).
+its name says, and what the paper's numbers show: zeroing Gemma-7B's last residual stream costs
+12.4534 nats there, and a uniform guess ln 256000 = 12.4529.
 
 Special positions (`mask` False) keep their clean activations in an SAE's pass: SAEs never train on
 them, and a reconstruction of BOS's huge activation would drown what is measured. The paper does not
