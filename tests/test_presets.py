@@ -59,10 +59,9 @@ def test_the_papers_recipe(name: str, n_ctx: int, n_steps: int) -> None:
 def test_resampling_happens_at_steps_25k_50k_75k_and_100k(name: str) -> None:
     recipe = preset(name).config().train
     n_steps = recipe.n_tokens // recipe.batch_size
-    every = recipe.revive_every
-    events = [s for s in range(every, n_steps, every) if s <= recipe.revive_until * n_steps]
-    assert events == [25_000, 50_000, 75_000, 100_000]
-    assert recipe.revive_window == 12_500
+    assert (recipe.revive_every, recipe.revive_window) == (25_000, 12_500)
+    last = int(recipe.revive_until * n_steps)
+    assert list(range(25_000, last + 1, 25_000)) == [25_000, 50_000, 75_000, 100_000]
 
 
 def test_gelu_1l_is_the_mlp_hidden_layer_with_the_baseline_half_as_wide_again() -> None:
