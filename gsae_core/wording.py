@@ -11,9 +11,12 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def count(number: float | int) -> str:
     """Return a count with at most three digits, e.g. `1.05 M`."""
+    # Rounded before a unit is chosen: 999 936 is 1 M, not 1e+03 k.
+    rounded = float(f"{number:.3g}")
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+        if rounded >= size:
+            many = rounded / size
+            return f"{many:,.0f} {unit}" if many >= 100 else f"{many:.3g} {unit}"
     return f"{number:.0f}"
 
 

@@ -21,6 +21,8 @@ def status(step: int, n_steps: int) -> Status:
 
 def test_numbers_read_as_people_write_them() -> None:
     assert [count(n) for n in (7, 1500, 1_048_576, 2e9)] == ["7", "1.5 k", "1.05 M", "2 B"]
+    # A million tokens in whole batches of 4096; just below a unit; beyond the largest.
+    assert [count(n) for n in (999_424, 999_936, 999.7, 3e12)] == ["999 k", "1 M", "1 k", "3,000 B"]
     assert [duration(s) for s in (9, 200, 3600, 90_000)] == ["9 s", "3 min 20 s", "1 h", "1 d 1 h"]
     assert [ago(s) for s in (0.5, 200)] == ["just now", "3 min ago"]
     assert [fixed(v) for v in (1.23456, None, math.nan)] == ["1.235", "–", "–"]
