@@ -124,11 +124,16 @@ class SAESpec(Config):
     detach_b_dec: bool = False
     """Keep the sparsity and auxiliary terms from moving b_dec through the centred input."""
 
-    init_threshold: PositiveFloat = 0.001
-    """Threshold of every latent of a JumpReLU SAE at the start, in training units."""
+    init_threshold: PositiveFloat = 0.1
+    """Threshold of every latent of a JumpReLU SAE at the start, in units of `threshold_unit`."""
 
-    bandwidth: PositiveFloat = 0.001
-    """Width of the window around a JumpReLU threshold in which it learns, in training units."""
+    bandwidth: PositiveFloat = 0.1
+    """Width of the window around a JumpReLU threshold in which it learns, in units of
+    `threshold_unit`."""
+
+    threshold_unit: PositiveFloat | None = None
+    """What a JumpReLU SAE's initial threshold and bandwidth are multiples of, in training units;
+    None takes the activations' length, sqrt(E|x|^2) of the first batch."""
 
     k_aux: PositiveInt | None = None
     """Dead latents that a TopK SAE's auxiliary loss listens to; None takes d_in / 2."""
@@ -172,7 +177,8 @@ class TrainRecipe(Config):
     """Activation vectors in a step."""
 
     lr: PositiveFloat = 3e-4
-    """Peak Adam learning rate, held after warm-up."""
+    """Peak Adam learning rate, held after warm-up; of JumpReLU thresholds 1 over the number of
+    steps, where that is more."""
 
     beta1: Fraction = 0.0
     """Adam's first-moment decay; the paper's value is 0."""
@@ -353,4 +359,19 @@ def load_config(path: Path) -> RunConfig:
         raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
-    return validated(RunConfig, fields)
+    return validated(RunConfig, fields | {"saes": _with_unit(fields.get("saes"))})
+
+
+def _with_unit(saes: Any) -> Any:
+    """Return a file's SAEs with the unit that thresholds had before a config said which."""
+    return list(map(_one_with_unit, saes)) if isinstance(saes, list) else saes
+
+
+def _one_with_unit(spec: Any) -> Any:
+    said = ("init_threshold", "bandwidth")
+    if not isinstance(spec, dict) or "threshold_unit" in spec or not {*said} & {*spec}:
+        return spec
+    if spec.get("architecture") == "jumprelu":
+        return spec | {"threshold_unit": 1.0}
+    # Written for every SAE; of one without thresholds it says nothing, nor of one made after it.
+    return {key: value for key, value in spec.items() if key not in said}

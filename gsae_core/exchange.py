@@ -16,7 +16,10 @@ from gsae_core.wording import fixed, marked_fvu, worse_than_mean
 PROGRAM = "python -m gsae_core"
 
 # Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
-OWN = {"recipe", "tie", "aux", "detach_b_dec", "init_threshold", "bandwidth", "k_aux"}
+OWN = {
+    *("recipe", "tie", "aux", "detach_b_dec", "k_aux"),
+    *("init_threshold", "bandwidth", "threshold_unit"),
+}
 
 
 def lines(command: Import | ExportSAE | List) -> Iterable[str]:

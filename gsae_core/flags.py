@@ -97,7 +97,8 @@ class Train:
         tuple[float, ...],
         _plain(
             "lambda of the JumpReLU SAEs, which weighs the number of latents and is therefore of "
-            "another size; without it --sparsity.",
+            "another size: from 0.001 to 0.1, L0 on the bundled model falls from about 70 to about "
+            "1; without it --sparsity.",
             "LAMBDA [LAMBDA ...]",
         ),
     ] = ()
@@ -114,6 +115,7 @@ class Train:
     loss_norm: Annotated[LossNorm | None, _flag(SAESpec, "loss_norm")] = None
     init_threshold: Annotated[float | None, _flag(SAESpec, "init_threshold", "FLOAT")] = None
     bandwidth: Annotated[float | None, _flag(SAESpec, "bandwidth", "FLOAT")] = None
+    threshold_unit: Annotated[float | None, _flag(SAESpec, "threshold_unit", "FLOAT")] = None
     k_aux: Annotated[int | None, _flag(SAESpec, "k_aux", "INT")] = None
 
     tokens: Annotated[int | None, _flag(TrainRecipe, "n_tokens", "INT")] = None
@@ -166,7 +168,7 @@ _RUN = {
     name: name
     for name in ("activation_scale", "seed", "device", "checkpoint_minutes", "cache_activations")
 }
-_OF_ONE = ("init_threshold", "bandwidth", "k_aux")
+_OF_ONE = ("init_threshold", "bandwidth", "threshold_unit", "k_aux")
 _SPEC = {name: name for name in ("recipe", "tie", "aux", "loss_norm", "seed", *_OF_ONE)}
 _UNSAID: tuple[Architecture, ...] = ("gated", "relu")
 

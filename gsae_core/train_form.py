@@ -74,6 +74,7 @@ LABELS = {
     "checkpoint_minutes": "Checkpoint minutes",
     "init_threshold": "Initial threshold",
     "bandwidth": "Bandwidth",
+    "threshold_unit": "Unit of thresholds",
     "k_aux": "Auxiliary k",
     "screened": "Screened encoder",
     "cache_activations": "Cache activations",
@@ -85,6 +86,10 @@ KNOBS: dict[str, tuple[Architecture, ...]] = {
     "k": ("topk",),
 }
 """Which architectures' sparsity a flag sets: what it weighs is of another size in each."""
+_READ_BY: dict[str, Architecture] = {
+    **dict.fromkeys(("init_threshold", "bandwidth", "threshold_unit"), "jumprelu"),
+    "k_aux": "topk",
+}
 _SWEPT = {"arch", "width", "equal_width", *KNOBS}
 _RENAMED: dict[str, tuple[type[Config], str]] = {
     "model": (ModelConfig, "name"),
@@ -209,7 +214,10 @@ def _shown(field: Field, config: RunConfig) -> str | bool:
 
 def _value(field: Field, config: RunConfig) -> Any:
     if field.of is SAESpec:
-        return getattr(config.saes[0], field.name)
+        # What one architecture alone reads is shown as its SAEs have it.
+        reader = _READ_BY.get(field.name)
+        own = [spec for spec in config.saes if spec.architecture == reader]
+        return getattr((own or config.saes)[0], field.name)
     part = config if field.of is RunConfig else getattr(config, _PARTS[field.of])
     return getattr(part, field.name)
 

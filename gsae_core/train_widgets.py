@@ -21,7 +21,8 @@ WIDTH = "Features of an SAE; a ReLU baseline gets 1.5x as many, to even the comp
 KNOB_HELP = {
     "sparsity": "One Gated and one ReLU SAE per value, separated by spaces; larger is sparser.",
     "jumprelu_sparsity": "One JumpReLU SAE per value; it weighs the number of features, so it is "
-    "of another size than the λ of an L1 penalty.",
+    "of another size than the λ of an L1 penalty: from 0.001 to 0.1, L0 on the bundled model falls "
+    "from about 70 to about 1.",
     "k": "Features that a TopK SAE fires: one SAE per value.",
 }
 state = st.session_state

@@ -21,9 +21,11 @@ def set_(sae: SAE, **values: list) -> None:
 def perturb_(sae: SAE, seed: int = 1) -> None:
     """Move every parameter away from its start: no bias is zero, nothing is symmetric."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in sae.parameters():
+    for name, parameter in sae.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data += 0.3 * noise.to(parameter.dtype)
+        if name == "threshold":
+            parameter.data.clamp_(min=0)
 
 
 def numbers(*shape: int, seed: int = 2) -> Tensor:

@@ -32,7 +32,7 @@ def some_sae(kind: str, d_in: int = D_IN, d_sae: int = D_SAE) -> SAE:
     sae = saes[kind]()
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            if name != "log_threshold":
+            if name != "threshold":
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for name in ("b_gate", "b_mag", "b_enc"):
             if hasattr(sae, name):

@@ -125,8 +125,8 @@ def test_a_threshold_by_hand() -> None:
         sae.W_enc.fill_(1.0)
     result = on_device(sae, torch.tensor([[2.0], [0.8]]), sparsity_coeff=0.5)
     assert [float(term) for term in result.loss] == pytest.approx([0.32, 0.25, 0.0])
-    assert sae.log_threshold.grad is not None
-    assert sae.log_threshold.grad.tolist() == pytest.approx([0.55])
+    assert sae.threshold.grad is not None
+    assert sae.threshold.grad.tolist() == pytest.approx([0.55])
     assert result.stats.fired.tolist() == [1]
 
 

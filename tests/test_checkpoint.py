@@ -62,10 +62,17 @@ def sae_lens_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.T
     return f @ w["W_dec"] + w["b_dec"]
 
 
-SAES = [gated, lambda: gated(tie="none"), lambda: gated(tie="untied", aux="off"), relu, topk]
+SAES = {
+    "gated": gated,
+    "one-scale": lambda: gated(tie="none"),
+    "untied": lambda: gated(tie="untied", aux="off"),
+    "relu": relu,
+    "topk": topk,
+    "jumprelu": jumprelu,
+}
 
 
-@pytest.mark.parametrize("make", SAES, ids=["gated", "one-scale", "untied", "relu", "topk"])
+@pytest.mark.parametrize("make", SAES.values(), ids=SAES)
 def test_an_sae_comes_back_with_the_same_bits_and_settings(tmp_path: Path, make: Any) -> None:
     sae = make()
     save_sae(sae, tmp_path / "sae", metadata={"hook_name": "blocks.2.hook_resid_post"})
@@ -78,20 +85,45 @@ def test_an_sae_comes_back_with_the_same_bits_and_settings(tmp_path: Path, make:
         assert (back.tie, back.aux, back.detach_b_dec) == (sae.tie, sae.aux, sae.detach_b_dec)
     if isinstance(back, TopKSAE):
         assert (back.k, back.k_aux) == (2, 3)
+    if isinstance(back, JumpReluSAE):
+        assert back.settings == {"init_threshold": 0.5, "bandwidth": 0.25, "threshold_unit": None}
     assert torch.equal(back(X), sae(X))
 
 
-def test_thresholds_come_back_to_the_last_digits_of_a_logarithm(tmp_path: Path) -> None:
+def test_a_half_precision_folder_keeps_thresholds_in_float32(tmp_path: Path) -> None:
     sae = jumprelu()
+    save_sae(sae, tmp_path, metadata={}, dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    assert (weights["W_enc"].dtype, weights["threshold"].dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(load_sae(tmp_path).get_parameter("threshold"), sae.threshold)
+
+
+def test_the_unit_of_thresholds_is_beside_them_and_folds_as_they_do(tmp_path: Path) -> None:
+    sae = JumpReluSAE(2, 3)
+    sae.measure_unit_(torch.tensor([[3.0, 4.0]]))  # 5 long
+    fold_scale_(sae, 10.0)
     save_sae(sae, tmp_path, metadata={})
+    metadata = read_cfg(tmp_path)["metadata"]
+    assert (metadata["init_threshold"], metadata["bandwidth"]) == (0.1, 0.1)
+    assert metadata["threshold_unit"] == 0.5
     back = load_sae(tmp_path)
     assert isinstance(back, JumpReluSAE)
-    assert (back.init_threshold, back.bandwidth) == (0.5, 0.25)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        assert torch.equal(back.get_parameter(name), sae.get_parameter(name))
-    # log theta is rounded to 2^-24 of itself, and here it lies within 1.
-    torch.testing.assert_close(back.threshold, sae.threshold, rtol=2e-7, atol=0)
-    assert torch.equal(back(X), sae(X))
+    assert (back.start, back.eps) == pytest.approx((0.05, 0.05))
+    assert back.threshold.tolist() == pytest.approx([0.05] * 3)
+
+
+def test_a_folder_without_a_unit_has_its_bandwidth_in_raw_units(tmp_path: Path) -> None:
+    # What earlier versions wrote; SAELens writes neither, and training measures the unit then.
+    save_sae(jumprelu(), tmp_path, metadata={})
+    path = tmp_path / "cfg.json"
+    cfg = json.loads(path.read_text())
+    for dropped, unit, eps in (("threshold_unit", 1.0, 0.25), ("bandwidth", None, 0.1)):
+        del cfg["metadata"][dropped]
+        path.write_text(json.dumps(cfg))
+        back = load_sae(tmp_path)
+        assert isinstance(back, JumpReluSAE)
+        assert (back.threshold_unit, back.eps) == (unit, eps)
+        assert torch.equal(back.threshold, jumprelu().threshold)
 
 
 @pytest.mark.parametrize("make", [gated, lambda: gated(tie="none"), relu, jumprelu, topk])
@@ -129,8 +161,6 @@ def test_untied_paths_are_no_architecture_of_sae_lens_and_the_folder_says_so(
 def plain_sae_lens_folder(folder: Path, sae: SAE, **cfg: Any) -> None:
     """What SAELens 6 writes: no word about recipes, no checksum."""
     tensors = {k.replace("W_gate", "W_enc"): v.detach() for k, v in sae.named_parameters()}
-    if isinstance(sae, JumpReluSAE):
-        tensors["threshold"] = tensors.pop("log_threshold").exp()
     save_file(tensors, folder / "sae_weights.safetensors")
     fields = {
         "architecture": "standard" if isinstance(sae, ReluSAE) else sae.architecture,

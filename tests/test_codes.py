@@ -103,6 +103,8 @@ def random_sae(kind: str, d_in: int, d_sae: int, *, shift: float, seed: int) -> 
         for name, parameter in sae.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += 0.5 * noise + (shift if name in ("b_gate", "b_enc") else 0.0)
+            if name == "threshold":
+                parameter.clamp_(min=0)
     return sae
 
 

@@ -220,7 +220,9 @@ def test_a_sweep_of_all_four_ends_evaluated(
     assert topk.k == 4
     metadata = read_cfg(run.sae_folder("jumprelu-0.01"))["metadata"]
     scale = metadata["activation_scale"]
-    # In raw units, as thresholds are.
-    assert jumprelu.bandwidth == pytest.approx(0.05 / scale)
+    # Of the length of raw activations, as the first batch of 16 had it.
+    assert (jumprelu.init_threshold, jumprelu.bandwidth) == (0.02, 0.05)
+    assert metadata["threshold_unit"] == pytest.approx(1 / scale, rel=0.2)
+    assert jumprelu.eps == pytest.approx(0.05 * metadata["threshold_unit"])
     assert metadata["sparsity_coeff_raw"] == pytest.approx(0.01 / scale**2)
     assert json.loads((folder / "config.json").read_text())["saes"][2]["bandwidth"] == 0.05

@@ -170,6 +170,26 @@ def test_a_mistake_is_named_as_the_caller_calls_it() -> None:
         validated(SAESpec, SAE | {"d_sae": 0}, {"d_sae": "--width"})
 
 
+def test_thresholds_of_a_file_without_a_unit_are_in_training_units(tmp_path: Path) -> None:
+    # As configs were before there was a unit: every SAE had both settings, whatever it was.
+    saes = [
+        SAE | {"name": kind, "architecture": kind, "init_threshold": 0.001, "bandwidth": 0.002}
+        for kind in ("gated", "jumprelu")
+    ]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(RUN | {"saes": saes}))
+    gated, jumprelu = load_config(path).saes
+    assert (gated.init_threshold, gated.bandwidth, gated.threshold_unit) == (0.1, 0.1, None)
+    assert (jumprelu.init_threshold, jumprelu.bandwidth) == (0.001, 0.002)
+    assert jumprelu.threshold_unit == 1.0
+    # A file that says which unit is believed, also where it says that it is to be measured.
+    path.write_text(load_config(path).model_dump_json())
+    assert load_config(path).saes[1].threshold_unit == 1.0
+    measured = jumprelu.model_copy(update={"threshold_unit": None})
+    path.write_text(json.dumps(RUN | {"saes": [measured.model_dump()]}))
+    assert load_config(path).saes == (measured,)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -1,7 +1,6 @@
 """Every writer: what is written is read back and computes the same, or is not there."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +165,8 @@ def test_a_latent_on_its_threshold_is_counted_and_left_out(
     # z = x on both; theta is 1 in one and a hair more in the other: at x = 1 + 1e-9 they differ.
     sae, other = (JumpReluSAE(1, 1) for _ in range(2))
     for each, theta in ((sae, 1.0), (other, 1 + 1e-7)):
-        set_(each, W_enc=[[1]], W_dec=[[1]], log_threshold=[0])
-        each.double().get_parameter("log_threshold").data.fill_(math.log(theta))
+        set_(each, W_enc=[[1]], W_dec=[[1]], threshold=[1])
+        each.double().get_parameter("threshold").data.fill_(theta)
     x = torch.tensor([[0.5], [1 + 1e-9], [2.0]], dtype=torch.float64)
     monkeypatch.setattr(compare, "telling_activations", lambda *_: x)
     assert parity(sae, other) == Parity(0.0, 0.0, 3, 2, 1)

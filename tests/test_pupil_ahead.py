@@ -496,7 +496,13 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "sae",
-    [gated(), ReluSAE(D_IN, 13), JumpReluSAE(D_IN, 10), TopKSAE(D_IN, 11, k=2)],
+    [
+        gated(),
+        ReluSAE(D_IN, 13),
+        # With a unit given: it is else read off the first batch, once.
+        JumpReluSAE(D_IN, 10, threshold_unit=1.0),
+        TopKSAE(D_IN, 11, k=2),
+    ],
     ids=lambda sae: sae.architecture,
 )
 def test_a_step_that_logs_nothing_reads_no_tensor(

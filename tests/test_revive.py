@@ -29,7 +29,7 @@ SAES: dict[str, Callable[[], SAE]] = {
     "untied": lambda: GatedSAE(D_IN, D_SAE, tie="untied"),
     "free norms": lambda: GatedSAE(D_IN, D_SAE, recipe="A"),
     "relu": lambda: ReluSAE(D_IN, D_SAE),
-    "jumprelu": lambda: JumpReluSAE(D_IN, D_SAE, init_threshold=0.5),
+    "jumprelu": lambda: JumpReluSAE(D_IN, D_SAE, init_threshold=0.1, threshold_unit=5.0),
     "topk": lambda: TopKSAE(D_IN, D_SAE, k=2),
 }
 

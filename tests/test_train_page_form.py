@@ -106,6 +106,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "loss_norm": "mean",
         "init_threshold": "0.01",
         "bandwidth": "0.02",
+        "threshold_unit": "3.5",
         "k_aux": "32",
         "tokens": "2e6",
         "batch_size": "1,024",

@@ -103,7 +103,10 @@ def _sae(problem: Problem, job: Job) -> SAE:
     bias = torch.zeros_like(problem.bias) if job.get("half") else problem.bias
     match job.get("architecture", "gated"):
         case "jumprelu":
-            sae = JumpReluSAE(d_in, d_sae)
+            # Entries reach half a bandwidth below a threshold. In the default window lie 2 to 6
+            # times as many as fire of an SAE trained on the bundled model, and some 20 times as
+            # many of Gaussian products, which are dense there; with this one, 2.6 times.
+            sae = JumpReluSAE(d_in, d_sae, bandwidth=0.03)
             # It fires above its threshold instead of above zero.
             bias = bias + sae.threshold.detach().to(bias)
         case "topk":

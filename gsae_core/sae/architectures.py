@@ -184,6 +184,7 @@ def build_sae(spec: SAESpec, d_in: int) -> SAE:
                 recipe=spec.recipe,
                 init_threshold=spec.init_threshold,
                 bandwidth=spec.bandwidth,
+                threshold_unit=spec.threshold_unit,
             )
         case "topk":
             return TopKSAE(**size, recipe=spec.recipe, k=int(spec.sparsity), k_aux=spec.k_aux)
@@ -208,9 +209,8 @@ def fold_scale_(sae: SAE, scale: float) -> None:
         if name.startswith("b_"):
             parameter /= scale
     if isinstance(sae, JumpReluSAE):
-        sae.log_threshold.sub_(math.log(scale))
-        sae.init_threshold /= scale
-        sae.bandwidth /= scale
+        sae.threshold.div_(scale)
+        sae.threshold_unit = (sae.threshold_unit or 1.0) / scale
 
 
 BuiltinSAE = GatedSAE | ReluSAE | JumpReluSAE | TopKSAE

@@ -41,7 +41,7 @@ def plain_dense_step(
     )
     sparsity = auxiliary = x.new_zeros(())
     if isinstance(batch, _JumpReluBatch):
-        batch.sae.log_threshold.grad = threshold_gradient(
+        batch.sae.threshold.grad = threshold_gradient(
             batch.sae, slope=batch.near_slope, n_near=batch.n_near, l0_slope=l0_slope
         )
         sparsity = l0_slope * batch.fired.sum()
@@ -107,7 +107,7 @@ class _JumpReluBatch(_Batch):
     def add(self, rows: slice) -> None:
         """Add the block `rows` to the sums."""
         xc, z = self.encode(rows)
-        fires, near = z > self._theta, in_window(z, self._theta, self.sae.bandwidth)
+        fires, near = z > self._theta, in_window(z, self._theta, self.sae.eps)
         self.n_entries += int((fires | near).sum())
         self.fired += fires.to(z.dtype).sum(0)
         self.n_near += near.to(z.dtype).sum(0)

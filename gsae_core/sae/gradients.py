@@ -119,9 +119,9 @@ def threshold_gradient(
     n_near: Float[Tensor, " d_sae"],
     l0_slope: float,
 ) -> Float[Tensor, " d_sae"]:
-    """Return the gradient at log theta of both terms of a JumpReLU SAE's loss.
+    """Return the gradient at theta of both terms of a JumpReLU SAE's loss.
 
-        theta dtheta,  dtheta = -(1 / eps) sum over the window of (theta df + lambda / B)
+        dtheta = -(1 / eps) sum over the window of (theta df + lambda / B)
 
     Args:
         sae: whose thresholds they are.
@@ -129,8 +129,7 @@ def threshold_gradient(
         n_near: how many inputs are in its window.
         l0_slope: lambda / B.
     """
-    theta = sae.threshold
-    return -(theta / sae.bandwidth) * (theta * slope + l0_slope * n_near)
+    return (sae.threshold * slope + l0_slope * n_near) / -sae.eps
 
 
 @torch.no_grad()

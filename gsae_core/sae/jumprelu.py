@@ -6,6 +6,8 @@ pass: kernel density estimates of the gradient of the *expected* loss, with a re
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,29 +16,38 @@ from torch import Tensor, nn
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE, transposed
+from gsae_core.sae.metrics import sum_dtype
 from gsae_core.sae.recipes import objective
 
-# Both in units in which E|x|^2 = 1 (arXiv:2408.05147, section 3), which are ours as well.
-INIT_THRESHOLD = 0.001
-BANDWIDTH = 0.001
+# Multiples of the activations' length, sqrt(E|x|^2).
+INIT_THRESHOLD = 0.1
+BANDWIDTH = 0.1
 
 
 class JumpReluSAE(SAE):
     """Dictionary whose latents fire above a threshold of their own, and keep their whole height.
 
         z     = (x - b_dec) @ W_enc + b_enc
-        f     = z * H(z - theta),   theta = exp(log_threshold)
+        f     = z * H(z - theta),   theta = threshold >= 0
         x_hat = f @ W_dec + b_dec
 
     The input is centred, as everywhere in this package; the paper's own SAEs are not, and folding
-    `b_dec @ W_enc` into `b_enc` turns one form into the other.
+    `b_dec @ W_enc` into `b_enc` turns one form into the other. The paper learns log theta; a step
+    of Adam then moves theta by a share of itself, however far it has to go, and from a small start
+    no penalty raises it within a short run. Here theta itself is the parameter: the optimiser sets
+    it to 0 where a step took it below, and leaves it in float32 where the SAE is made of shorter
+    numbers.
 
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        init_threshold: theta of every latent at the start and after a revival.
+        init_threshold: theta of every latent at the start and after a revival, as a multiple of
+            `threshold_unit`.
         bandwidth: width of the window around theta in which a pre-activation tells theta where to
-            go, in the units the SAE trains in (E|x|^2 = 1 by default).
+            go, as a multiple of `threshold_unit`.
+        threshold_unit: the length those two are multiples of, and by which Adam's steps of theta
+            are multiplied; None lets training measure it, sqrt(E|x|^2) of the first batch, and
+            counts as 1 until then.
         recipe: `P`, the only one: its penalty does not weigh latents by anything.
         seed: of the initial directions.
     """
@@ -50,23 +61,61 @@ class JumpReluSAE(SAE):
         *,
         init_threshold: float = INIT_THRESHOLD,
         bandwidth: float = BANDWIDTH,
+        threshold_unit: float | None = None,
         recipe: Recipe = "P",
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
         self.objective = objective("jumprelu", recipe=recipe)
-        for name, value in (("init_threshold", init_threshold), ("bandwidth", bandwidth)):
+        settings = {
+            "init_threshold": init_threshold,
+            "bandwidth": bandwidth,
+            "threshold_unit": 1.0 if threshold_unit is None else threshold_unit,
+        }
+        for name, value in settings.items():
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"expected a positive, finite {name}, got {value}")
         self.init_threshold, self.bandwidth = init_threshold, bandwidth
+        self.threshold_unit = threshold_unit
         self.W_enc = nn.Parameter(transposed(self.W_dec))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(init_threshold)))
+        self.threshold = nn.Parameter(torch.full((d_sae,), self.start))
 
     @property
-    def threshold(self) -> Float[Tensor, " d_sae"]:
-        """theta = exp(log_threshold), which no step can make negative."""
-        return self.log_threshold.exp()
+    def settings(self) -> dict[str, Any]:
+        """What its thresholds learn with, as the constructor takes it."""
+        return {
+            "init_threshold": self.init_threshold,
+            "bandwidth": self.bandwidth,
+            "threshold_unit": self.threshold_unit,
+        }
+
+    @property
+    def start(self) -> float:
+        """theta of a latent that has learnt nothing, in units of x."""
+        return self.init_threshold * (self.threshold_unit or 1.0)
+
+    @property
+    def eps(self) -> float:
+        """Width of the window around theta, in units of x: the paper's eps."""
+        return self.bandwidth * (self.threshold_unit or 1.0)
+
+    @torch.no_grad()
+    def measure_unit_(self, x: Float[Tensor, "*batch d_in"]) -> None:
+        """Take sqrt(E|x|^2) for `threshold_unit` if that is not known yet; thresholds follow.
+
+        Thresholds that are no longer where they started, read from a file or set by hand, stay.
+        A batch that has no length, or is not finite, tells nothing.
+        """
+        if self.threshold_unit is not None:
+            return
+        unit = math.sqrt(float(x.to(sum_dtype(x.device)).square().sum(-1).mean()))
+        if not (math.isfinite(unit) and unit > 0):
+            return
+        untouched = torch.allclose(self.threshold, torch.full_like(self.threshold, self.start))
+        self.threshold_unit = unit
+        if untouched:
+            self.threshold.fill_(self.start)
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return z.
@@ -83,10 +132,18 @@ class JumpReluSAE(SAE):
         Raises:
             InputError: if the last axis of `x` is not `d_in`.
         """
-        return jump(self.pre_activations(x), self.threshold, self.bandwidth)
+        return jump(self.pre_activations(x), self.threshold, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bandwidth={self.bandwidth:g}"
+        return f"{super().extra_repr()}, bandwidth={self.eps:g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JumpReluSAE":
+        exact = self.threshold.detach()
+        super()._apply(fn, recurse)
+        if self.threshold.dtype in (torch.bfloat16, torch.float16):
+            # Of 8 bits, a step of 1e-3 would leave theta where it is.
+            self.threshold.data = exact.to(self.threshold.device, torch.float32)
+        return self
 
 
 def jump(

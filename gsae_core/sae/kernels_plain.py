@@ -51,7 +51,7 @@ def jumprelu_step(
     decoded = launch_decode(sae, entries, x=x, xc=xc)
     done = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=0.0)
     slope, n_near = launch_windows(sae, entries, decoded.mag_slope)
-    sae.log_threshold.grad = threshold_gradient(sae, slope=slope, n_near=n_near, l0_slope=l0_slope)
+    sae.threshold.grad = threshold_gradient(sae, slope=slope, n_near=n_near, l0_slope=l0_slope)
     sparsity = l0_slope * done.fired.sum().to(x.dtype)
     return _leave(sae, x, decoded, done, sparsity=sparsity, auxiliary=x.new_zeros(())), entries
 

@@ -57,7 +57,7 @@ def launch_encode(
 
     jumps = isinstance(sae, JumpReluSAE)
     gated = isinstance(sae, GatedSAE)
-    W, above = thresholds(sae, below=sae.bandwidth / 2) if jumps else gates(sae)
+    W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
     bf16 = precision == "bf16"
     n_rows, d_sae = len(xc), sae.d_sae
     row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)

@@ -176,7 +176,7 @@ def launch_windows(
         sae.threshold,
         slope_sum,
         n_near,
-        sae.bandwidth / 2,
+        sae.eps / 2,
         ENTRIES=64,
         num_warps=2,
     )

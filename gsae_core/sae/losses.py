@@ -246,7 +246,7 @@ def _relu_parts(
 def _jumprelu_forward(sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
     sae.check_trains()
     z = sae.pre_activations(x)
-    f = jump(z, sae.threshold, sae.bandwidth)
+    f = jump(z, sae.threshold, sae.eps)
     return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
 
 
@@ -254,7 +254,7 @@ def _jumprelu_parts(
     sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], out: _Forward, sparsity_coeff: float
 ) -> LossParts:
     assert out.z is not None  # its forward pass always has one
-    l0 = step(out.z, sae.threshold, sae.bandwidth).sum(-1).mean()
+    l0 = step(out.z, sae.threshold, sae.eps).sum(-1).mean()
     return LossParts(
         reconstruction=_squared_error(x, out.x_hat),
         sparsity=sparsity_coeff * l0,

@@ -35,16 +35,16 @@ def sparse_jumprelu_step(
         screened: whether to look for entries in bfloat16 first.
     """
     xc = x - sae.b_dec
-    found = find(xc, *thresholds(sae, below=sae.bandwidth / 2), screened=screened)
+    found = find(xc, *thresholds(sae, below=sae.eps / 2), screened=screened)
     offsets, latent, h = found.products
     z, theta = h + sae.b_enc.take(latent), sae.threshold.take(latent)
-    fires, near = z > theta, in_window(z, theta, sae.bandwidth)
+    fires, near = z > theta, in_window(z, theta, sae.eps)
     codes = SparseCodes(offsets, latent, gate=z, magnitude=z * fires)
     entries = by_latent(codes, sae.d_sae)
     decoded = decode(codes, W_dec=sae.W_dec, b_dec=sae.b_dec, x=x, scale=2 / len(x))
 
     df = decoded.mag_slope
-    sae.log_threshold.grad = threshold_gradient(
+    sae.threshold.grad = threshold_gradient(
         sae,
         slope=per_latent(entries, df * near),
         n_near=per_latent(entries, near).to(x.dtype),

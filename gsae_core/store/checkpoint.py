@@ -3,13 +3,12 @@
 An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations, and says under
 `normalize_activations` if it normalises each token itself. Names of tensors:
 
-| ours            | `gated`  | `standard`, `topk` | `jumprelu`              |
-|-----------------|----------|--------------------|-------------------------|
-| `W_gate`        | `W_enc`  |                    |                         |
-| `log_threshold` |          |                    | `threshold`, of its exp |
-| others          | the same | the same           | the same                |
+| ours     | `gated`  | others   |
+|----------|----------|----------|
+| `W_gate` | `W_enc`  |          |
+| others   | the same | the same |
 
-A `topk` config holds `k` as well.
+A `topk` config holds `k` as well. `threshold` of a `jumprelu` SAE is float32 in any file.
 """
 
 from pathlib import Path
@@ -58,7 +57,10 @@ def save_sae(
         InputError: if the disk is full or the folder cannot be written.
     """
     dtype = dtype or sae.W_dec.dtype
-    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(sae).items()}
+    tensors = {
+        name: tensor.to(torch.float32 if name == "threshold" else dtype)
+        for name, tensor in _tensors(sae).items()
+    }
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     folder.mkdir(parents=True, exist_ok=True)
     replace_durably(folder / WEIGHTS, lambda path: save_file(tensors, path), n_bytes=n_bytes)
@@ -93,8 +95,6 @@ def _tensors(sae: SAE) -> dict[str, Tensor]:
         ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
         for name, value in sae.named_parameters()
     }
-    if isinstance(sae, JumpReluSAE):
-        tensors["threshold"] = tensors.pop("log_threshold").exp()
     if isinstance(sae, GatedSAE) and sae.tie == "none":
         # SAELens multiplies by exp(r_mag) always.
         tensors["r_mag"] = torch.zeros_like(tensors["b_mag"])
@@ -108,7 +108,7 @@ def _settings(sae: SAE) -> dict[str, Any]:
         case GatedSAE():
             settings |= {"tie": sae.tie, "aux": sae.aux, "detach_b_dec": sae.detach_b_dec}
         case JumpReluSAE():
-            settings |= {"init_threshold": sae.init_threshold, "bandwidth": sae.bandwidth}
+            settings |= sae.settings
         case TopKSAE():
             settings["k_aux"] = sae.k_aux
     return settings
@@ -138,6 +138,10 @@ def load_sae(folder: Path | str) -> SAE:
                 d_sae,
                 init_threshold=metadata.get("init_threshold", INIT_THRESHOLD),
                 bandwidth=metadata.get("bandwidth", BANDWIDTH),
+                # Earlier versions wrote both in the units of x, and had no unit.
+                threshold_unit=metadata.get(
+                    "threshold_unit", 1.0 if "bandwidth" in metadata else None
+                ),
             )
         case "topk":
             sae = TopKSAE(d_in, d_sae, k=_k(folder, cfg), k_aux=metadata.get("k_aux"))
@@ -175,14 +179,13 @@ def _k(folder: Path, cfg: dict[str, Any]) -> int:
 
 
 def _fill_(sae: SAE, tensors: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into the SAE, which has their shapes; thresholds become logarithms."""
+    """Copy a file's tensors into the SAE, which has their shapes."""
     state = dict(tensors)
     if isinstance(sae, GatedSAE):
         state["W_gate"] = state.pop("W_enc")
     if isinstance(sae, JumpReluSAE):
-        # SAELens takes relu(z) where z > threshold, so one below zero does what zero does; the
-        # logarithm of zero is -inf, whose exponential is zero again.
-        state["log_threshold"] = state.pop("threshold").clamp(min=0).log()
+        # SAELens takes relu(z) where z > threshold, so one below zero does what zero does.
+        state["threshold"] = state["threshold"].clamp(min=0)
     sae.load_state_dict(state)
 
 

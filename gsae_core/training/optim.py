@@ -9,6 +9,7 @@ from torch import Tensor
 from gsae_core.config import TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.threads import over_rows
 from gsae_core.training.adam_loop import adam_on_sphere
 
@@ -36,6 +37,16 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
     decay_steps = cfg.lr_decay_fraction * cfg.n_steps
     remaining = cfg.n_steps - step
     return factor * remaining / decay_steps if remaining < decay_steps else factor
+
+
+def threshold_lr(lr: float, cfg: TrainRecipe) -> float:
+    """Return the peak learning rate of a JumpReLU SAE's thresholds, where all else has `lr`.
+
+    Adam moves a number by about its learning rate a step. Pre-activations are sums over d_in
+    numbers and go far in a short run at a small rate; a threshold is one number, and the penalty
+    moves nothing else. So it may go one unit, the activations' length, within a run.
+    """
+    return max(lr, 1 / cfg.n_steps)
 
 
 def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
@@ -76,18 +87,31 @@ class DictionaryAdam:
     def __init__(self, sae: SAE, *, beta1: float, beta2: float) -> None:
         self._sae = sae
         self._named = dict(sae.named_parameters())
+        # Thresholds go at a rate of their own, in a group by themselves.
+        self._threshold = sae.threshold if isinstance(sae, JumpReluSAE) else None
+        groups = [[p for p in self._named.values() if p is not self._threshold]]
+        groups += [] if self._threshold is None else [[self._threshold]]
         self._adam = torch.optim.Adam(
-            self._named.values(), betas=(beta1, beta2), eps=EPS, fused=True
+            [{"params": group} for group in groups], betas=(beta1, beta2), eps=EPS, fused=True
         )
 
     @torch.no_grad()
-    def step(self, lr: float, *, unless: Bool[Tensor, ""] | None = None) -> None:
+    def step(
+        self,
+        lr: float,
+        *,
+        threshold_lr: float | None = None,
+        unless: Bool[Tensor, ""] | None = None,
+    ) -> None:
         """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
 
-        A dictionary whose recipe leaves norms free is neither projected nor renormalised.
+        A dictionary whose recipe leaves norms free is neither projected nor renormalised. A
+        threshold moves in its own unit, and ends at 0 where it would be less: there the gradient
+        still is what the penalty makes it, and raises it again.
 
         Args:
             lr: learning rate.
+            threshold_lr: that of thresholds; None takes `lr`.
             unless: on the device: if true there, weights and moments keep their bits and `.grad`
                 means nothing afterwards. Nobody waits to find out.
         """
@@ -97,7 +121,11 @@ class DictionaryAdam:
         on_sphere = self._sae.unit_norm and grad is not None
         loops_know = W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
         one_pass = on_sphere and loops_know and unless is None
-        self._adam.param_groups[0]["lr"] = lr
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        if isinstance(self._sae, JumpReluSAE):
+            rate = lr if threshold_lr is None else threshold_lr
+            self._adam.param_groups[-1]["lr"] = rate * (self._sae.threshold_unit or 1.0)
         if one_pass:
             W_dec.grad = None  # left out of the step of all others
         elif on_sphere and grad is not None:
@@ -107,6 +135,8 @@ class DictionaryAdam:
         found = None if unless is None else unless.to(torch.float32)
         self._adam.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         self._adam.step()
+        if self._threshold is not None:
+            self._threshold.clamp_(min=0)
         if one_pass:
             W_dec.grad = grad
             self._step_on_sphere(lr)

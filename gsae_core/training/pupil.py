@@ -18,8 +18,9 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.losses import StepResult
-from gsae_core.training.optim import DictionaryAdam, lr_factor, sparsity_factor
+from gsae_core.training.optim import DictionaryAdam, lr_factor, sparsity_factor, threshold_lr
 from gsae_core.training.report import Answer, DeadCounts, Outcome, SAEReport, slim
 from gsae_core.training.revive import dead_latents, revive_
 from gsae_core.training.silence import Silence
@@ -39,6 +40,7 @@ class _Lesson(NamedTuple):
     number: int
     """Steps done, this one included."""
     lr: float
+    threshold_lr: float
     sparsity_coeff: float
     answer: Answer
 
@@ -114,13 +116,17 @@ class Pupil:
             steps_done: steps before this one.
             pool: recent inputs at a step that ends with a revival, else None.
         """
+        factor = lr_factor(steps_done, self.cfg, warmup_start=self.warmup_start)
         lesson = _Lesson(
             x=x,
             number=steps_done + 1,
-            lr=self.lr * lr_factor(steps_done, self.cfg, warmup_start=self.warmup_start),
+            lr=self.lr * factor,
+            threshold_lr=threshold_lr(self.lr, self.cfg) * factor,
             sparsity_coeff=self.sparsity * sparsity_factor(steps_done, self.cfg),
             answer=Answer(self.settle if self.ahead else None),
         )
+        if steps_done == 0 and isinstance(self.sae, JumpReluSAE):
+            self.sae.measure_unit_(x)
         if self.stopped is not None:
             self._give_nothing(lesson)
         elif self.ahead:
@@ -152,7 +158,7 @@ class Pupil:
         if not seen.finite:
             self._stop(lesson, attempt.result)
             return
-        self.adam.step(lesson.lr)
+        self.adam.step(lesson.lr, threshold_lr=lesson.threshold_lr)
         self._silence.count(attempt.result.stats)
         self._conclude(lesson, attempt.result, seen, dead=self._silence.dead)
 
@@ -176,7 +182,7 @@ class Pupil:
         weighed = self._weigh(attempt)
         self._courier.send(weighed)
         bad = spoilt(weighed)
-        self.adam.step(lesson.lr, unless=bad)
+        self.adam.step(lesson.lr, threshold_lr=lesson.threshold_lr, unless=bad)
         self._silence.count(attempt.result.stats, unless=bad)
         return _Begun(lesson, attempt, known, self._silence.dead)
 
@@ -270,10 +276,18 @@ class Pupil:
             # Another number here would round some later step differently.
             "crossover": self._stepper.crossover,
             "stopped": self.stopped,
+            "threshold_unit": getattr(self.sae, "threshold_unit", None),
         }
 
     def check(self, state: dict[str, Any], index: int) -> None:
         """Raise InputError unless `state` is of an SAE with these parameters and shapes."""
+        if "log_threshold" in state["weights"] and isinstance(self.sae, JumpReluSAE):
+            raise InputError(
+                f"expected SAE {index} of the state to have learnt its thresholds, got one of an "
+                "earlier version, which learnt their logarithms and cannot go on here; start a new "
+                "run (train --config with the run's config.json, and --init-threshold 0.1 "
+                "--bandwidth 0.1, which are today's)"
+            )
         ours = {name: tuple(p.shape) for name, p in self.sae.named_parameters()}
         saved = {name: tuple(w.shape) for name, w in state["weights"].items()}
         if ours != saved:
@@ -286,6 +300,8 @@ class Pupil:
         """Take over a state that `check` has passed."""
         self.settle()  # for the reports that are still to be read
         self.sae.load_state_dict(state["weights"])
+        if isinstance(self.sae, JumpReluSAE):
+            self.sae.threshold_unit = state["threshold_unit"]
         self.adam.load_state_dict(state["moments"])
         self._silence.load_state_dict(state)
         self.warmup_start = state["warmup_start"]

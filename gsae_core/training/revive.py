@@ -6,8 +6,6 @@ theta = 0 and a revived latent starts as the plain ReLU latent it would have bee
 A JumpReLU latent starts at the threshold it began with.
 """
 
-import math
-
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
@@ -31,7 +29,7 @@ LATENT_AXIS = {
     "b_mag": 0,
     "b_enc": 0,
     "r_mag": 0,
-    "log_threshold": 0,
+    "threshold": 0,
 }
 ENCODERS = ("W_gate", "W_mag", "W_enc")
 
@@ -85,7 +83,7 @@ def revive_(
     - `W_dec` row: the input, less `b_dec`, scaled to norm one. Directions add up to x - b_dec, so
       an uncentred input would mostly teach every revived latent the mean activation.
     - encoder column: the same direction, at 0.2 of the mean norm over alive latents.
-    - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `log_threshold`: what it began with.
+    - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `threshold`: what it began with.
     - Adam's moments of exactly these entries: 0.
 
     Inputs are drawn without replacement (twins would have the same gradients for ever), so where
@@ -104,7 +102,7 @@ def revive_(
     directions /= torch.linalg.vector_norm(directions, dim=1, keepdim=True)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=dead.device)
     alive[dead] = False
-    starts = {"log_threshold": math.log(sae.init_threshold)} if isinstance(sae, JumpReluSAE) else {}
+    starts = {"threshold": sae.start} if isinstance(sae, JumpReluSAE) else {}
     for name, parameter in sae.named_parameters():
         if name == "b_dec":
             continue

@@ -147,6 +147,8 @@ def crossover(sae: SAE, batch_size: int, *, screened: bool, measure: bool) -> fl
     rows = batch_size if on_gpu else min(batch_size, MEASURED_ROWS)
     shape = (type(sae).__name__, screened, rows, sae.d_in, sae.d_sae, str(sae.W_dec.dtype))
     machine = torch.cuda.get_device_name(device) if on_gpu else processor()
+    if isinstance(sae, JumpReluSAE):
+        shape = (*shape, sae.bandwidth)  # what lies in the window is worked on as well
     key = (machine, torch.get_num_threads(), torch.__version__, *shape)
     if not measure or batch_size * sae.d_in * sae.d_sae < WORTH_MEASURING:
         number = known(KIND, key)
@@ -199,7 +201,8 @@ def _active(like: SAE, x: Float[Tensor, "rows d_in"], density: float | None) -> 
             if name in ("b_gate", "b_mag", "b_enc"):
                 parameter.fill_(bias)
         if isinstance(sae, JumpReluSAE):
-            sae.b_enc.add_(sae.threshold)
+            # What lies in the window below a threshold costs as much as what fires.
+            sae.b_enc.add_(sae.threshold - sae.eps / 2)
     return sae
 
 
@@ -209,7 +212,8 @@ def _new(like: SAE, density: float | None) -> SAE:
             k = like.k if density is None else max(1, round(density * like.d_sae))
             return TopKSAE(like.d_in, like.d_sae, k=k)
         case JumpReluSAE():
-            return JumpReluSAE(like.d_in, like.d_sae, bandwidth=like.bandwidth)
+            # Of inputs of length 1, whatever those are that it learns from.
+            return JumpReluSAE(like.d_in, like.d_sae, bandwidth=like.bandwidth, threshold_unit=1.0)
     build: Any = type(like)
     return build(like.d_in, like.d_sae)
 

@@ -150,7 +150,7 @@ def _fill_(sae: SAE, tensors: dict[str, Tensor]) -> None:
         state["W_gate"] = state.pop("W_enc")
     if isinstance(sae, JumpReluSAE):
         # relu(z) where z > threshold: below zero a threshold does what zero does.
-        state["log_threshold"] = state.pop("threshold").clamp(min=0).log()
+        state["threshold"] = state["threshold"].clamp(min=0)
     # Contiguous copies: a transposed view of a mapped file is neither ours nor safe to write.
     sae.load_state_dict({name: tensor.clone().contiguous() for name, tensor in state.items()})
 

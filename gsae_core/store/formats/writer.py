@@ -136,7 +136,6 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
         InputError: for TopK and for untied paths, which have no such threshold.
     """
     _refuse_if_unknown_there(sae, "jumprelu")
-    jump = JumpReluSAE(sae.d_in, sae.d_sae).double()
     state = {name: p.detach().double() for name, p in sae.named_parameters()}
     match sae:
         case GatedSAE():
@@ -144,12 +143,14 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
             threshold = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
             W_enc, b_enc = state["W_gate"] * gain, state["b_mag"]
         case JumpReluSAE():
-            threshold = state["log_threshold"].exp()
+            threshold = state["threshold"]
             W_enc, b_enc = state["W_enc"], state["b_enc"]
         case _:
             threshold = torch.zeros_like(state["b_enc"])
             W_enc, b_enc = state["W_enc"], state["b_enc"]
-    new = {"W_enc": W_enc, "b_enc": b_enc, "log_threshold": threshold.log()}
+    new = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    settings = sae.settings if isinstance(sae, JumpReluSAE) else {}
+    jump = JumpReluSAE(sae.d_in, sae.d_sae, **settings).double()
     jump.input_norm = sae.input_norm
     jump.load_state_dict(new | {"W_dec": state["W_dec"], "b_dec": state["b_dec"]})
     return jump
