@@ -4,7 +4,10 @@ Triton reads TRITON_INTERPRET when it is first imported, for the whole process, 
 PyTorch optimiser imports it. So these tests get a process in which it is set from the start.
 """
 
+import ast
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from gsae_core.sae import kernels
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.kernels import available, capacity_for, check_kernels, cuda_step, kernel_step
-from gsae_core.sae.launches import launch_encode
+from gsae_core.sae.launches import LaunchError, launch, launch_encode
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.training import TrainConfig, Trainer, steps
 from gsae_core.training.steps import Attempt, Stepper
@@ -178,6 +181,45 @@ def test_activations_strided_in_memory_equal_the_dense_step() -> None:
     for x in (numbers(7, 10)[:, ::2], numbers(5, 7).T):
         assert not x.is_contiguous()
         assert_equals_dense(sae, x)
+
+
+def relaid(tensor: Tensor, layout: str) -> Tensor:
+    """Return the same numbers at other strides."""
+    if layout == "transposed":
+        return tensor.detach().T.contiguous().T
+    wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
+    wide[..., ::2] = tensor.detach()
+    return wide[..., ::2]
+
+
+EVERY = {
+    "gated": {},
+    "gated, untied": {"tie": "untied", "recipe": "A"},
+    "relu": {"recipe": "A"},
+    "jumprelu": {"init_threshold": 1.0, "bandwidth": 0.5},
+    "topk": {"k": 3},
+}
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+@pytest.mark.parametrize("kind", EVERY)
+def test_parameters_of_other_strides_have_the_dense_steps_gradients(kind: str, layout: str) -> None:
+    # The encoder alone, the dictionary alone, and every parameter.
+    for chosen in ("W_enc W_gate", "W_dec", None):
+        sae = random_sae(kind.partition(",")[0], 5, 9, **EVERY[kind]).float()
+        for name, parameter in sae.named_parameters():
+            if chosen is None or name in chosen:
+                parameter.data = relaid(parameter, "strided" if parameter.ndim == 1 else layout)
+                assert not parameter.is_contiguous()
+        assert_equals_dense(sae, numbers(7, 5), dead=torch.arange(9) < 4)
+
+
+def test_a_tensor_that_a_kernel_would_misread_is_not_launched() -> None:
+    from gsae_core.sae.triton_encode import probe
+
+    with pytest.raises(LaunchError) as caught:
+        launch(probe, (1,), torch.zeros(4, 6)[:, ::2])
+    assert str(caught.value) == "expected tensors of one device, rows in order, got cpu (6, 2)"
 
 
 def test_latents_whose_gate_never_binds_equal_the_dense_step() -> None:
@@ -345,6 +387,138 @@ def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def triton_errors() -> list[tuple[Exception, str]]:
+    """Return what Triton raises where a kernel cannot be launched, and what the log says of it."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return [
+        (
+            OutOfResources(300000, 232448, "shared memory"),
+            "OutOfResources: out of resource: shared memory, Required: 300000, Hardware limit: "
+            "232448. Reducing block sizes or `num_stages` may help",
+        ),
+        (
+            CompilationError("def kernel(): pass", ast.Pass(), "no such intrinsic"),
+            "CompilationError: no such intrinsic",
+        ),
+        (
+            PTXASError("`ptxas` failed with error code 255\n`ptxas` stderr:\n..."),
+            "PTXASError: `ptxas` failed with error code 255",
+        ),
+        (RuntimeError("PassManager::run failed"), "RuntimeError: PassManager::run failed"),
+    ]
+
+
+class Raises:
+    """Stands in for a kernel whose launch fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.launched = error, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **options: Any) -> None:
+        self.launched += 1
+        raise self.error
+
+
+def learnt(kind: str, x: Tensor) -> BuiltinSAE:
+    """Return an SAE after a step on each of x."""
+    sae = random_sae(kind, 5, 9, **FOUR[kind]).float()
+    cfg = TrainConfig(
+        n_tokens=20 * len(x),
+        batch_size=20,
+        sparsity=(0.1,),
+        lr=0.01,
+        lr_warmup_steps=0,
+        revive_every=0,
+    )
+    trainer = Trainer([sae], cfg)
+    for batch in x:
+        trainer.step(batch)
+    return sae
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize(
+    ("kind", "which"), [*(("gated", which) for which in range(4)), ("relu", 0), ("topk", 0)]
+)
+def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
+    kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
+    x = numbers(6, 20, 5)
+    error, said = triton_errors()[which]
+    broken = Raises(error)
+    # The last kernel of a step: what the others left in `.grad` means nothing.
+    monkeypatch.setattr("gsae_core.sae.triton_gradients.sum_latents", broken)
+    with caplog.at_level(logging.WARNING, logger="gsae_core.training.steps"):
+        got = learnt(kind, x)
+    assert caplog.messages == [
+        f"expected Triton to launch a kernel, got {said}; every further step is a dense one"
+    ]
+    assert broken.launched == 1
+    monkeypatch.setattr(steps, "CROSSOVER", 0.0)
+    for (name, p), other in zip(got.named_parameters(), learnt(kind, x).parameters(), strict=True):
+        torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"),
+    ],
+    ids=["memory", "address", "assert", "pointer"],
+)
+def test_other_errors_of_a_launch_are_not_swallowed(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
+    monkeypatch.setattr("gsae_core.sae.triton_encode.place_entries", Raises(error))
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        learnt("gated", numbers(3, 20, 5))
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_a_crossover_is_not_remembered_of_kernels_that_cannot_be_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = Raises(triton_errors()[0][0])
+    monkeypatch.setattr("gsae_core.sae.triton_gradients.decode_rows", broken)
+    sae = random_sae("gated", 3, 31).float()
+    assert steps.crossover(sae, 8, screened=False, measure=True) == steps.CROSSOVER
+    assert broken.launched == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "MAX_CAPACITY", 8192)
+    sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
+    stepper = Stepper(sae, crossover=1e9, screened=False)
+    expected = taken(dense_step, sae, x, 0.1)
+    for density in (200.0, 300.0, 0.5):  # of 63 pairs: 12600, 18900 and 31.5 gates
+        with caplog.at_level(logging.WARNING, logger="gsae_core.training.steps"):
+            attempt = stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=None)
+        assert attempt.capacity == (4096 if density < 1 else 0)
+        for name, p in sae.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], msg=name)
+    assert caplog.messages == [
+        "expected room for at most 8192 open gates in a step, got a batch that needs 16384; dense "
+        "steps are taken for as long as so many are open"
+    ]
+
+
 def _dense_attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
     return self.dense(x, **settings)
 
@@ -415,6 +589,22 @@ def test_activations_wider_than_registers_are_refused() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(InputError, match="one of ieee, tf32x3, tf32, bf16, got 'fp8'"):
         kernel_step(GatedSAE(2, 3), numbers(2, 2), sparsity_coeff=0.1, capacity=9, precision="fp8")
+
+
+@pytest.mark.parametrize("name", ["r_mag", "W_dec"])
+def test_one_parameter_of_another_precision_or_elsewhere_is_refused(name: str) -> None:
+    sae = GatedSAE(2, 3)
+    parameter = sae.get_parameter(name)
+    parameter.data = parameter.data.double()
+    with pytest.raises(InputError, match=r"expected a float32 SAE .* got torch.float64; call"):
+        kernel_step(sae, numbers(2, 2), sparsity_coeff=0.1, capacity=10)
+    setattr(sae, name, torch.nn.Parameter(parameter.data.float().to("meta")))
+    with pytest.raises(InputError) as caught:
+        kernel_step(sae, numbers(2, 2), sparsity_coeff=0.1, capacity=10)
+    assert str(caught.value) == (
+        "expected an SAE on cpu, where the activations are, got parameters on meta; "
+        "call sae.to('cpu')"
+    )
 
 
 @pytest.mark.parametrize("capacity", [0, 2**30 + 1])

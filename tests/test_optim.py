@@ -134,6 +134,21 @@ def test_free_norms_are_neither_projected_nor_renormalised() -> None:
     assert torch.allclose(sae.W_dec[0], torch.tensor([0.9, -0.1]), atol=1e-6)
 
 
+def test_a_parameter_that_is_a_view_of_a_wider_tensor_moves_as_any_other() -> None:
+    saes = [GatedSAE(3, 5), GatedSAE(3, 5)]
+    for parameter in saes[1].parameters():
+        wide = torch.zeros(*parameter.shape[:-1], 2 * parameter.shape[-1])
+        wide[..., ::2] = parameter.detach()
+        parameter.data = wide[..., ::2]
+    for sae in saes:
+        adam = adam_for(sae)
+        for step in range(3):
+            set_gradients(sae, seed=step)
+            adam.step(lr=0.1)
+    for (name, p), other in zip(saes[0].named_parameters(), saes[1].parameters(), strict=True):
+        torch.testing.assert_close(p, other, msg=name)
+
+
 def test_a_gradient_of_other_strides_reaches_its_own_entries() -> None:
     # torch's fused kernel walks raw memory; a transposed gradient would land elsewhere.
     saes = [GatedSAE(3, 5), GatedSAE(3, 5)]

@@ -29,7 +29,13 @@ from gsae_core.errors import InputError
 from gsae_core.sae import kernels_plain, loops
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.gradients import leave_gradients, loss_parts
-from gsae_core.sae.launches import PRECISIONS, Entries, launch_encode, power_of_two
+from gsae_core.sae.launches import (
+    PRECISIONS,
+    Entries,
+    LaunchError,
+    launch_encode,
+    power_of_two,
+)
 from gsae_core.sae.launches_gradients import launch_decode, launch_sums
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import stats_from_rows
@@ -94,7 +100,9 @@ def cuda_step(
     capacity: int | None = None,
     precision: str = "ieee",
 ) -> StepResult:
-    """Return what `sparse_step` returns, from the GPU; takes the dense step upon overflow.
+    """Return what `sparse_step` returns, from the GPU; the dense step's upon overflow.
+
+    And where a kernel does not compile or fit here.
 
     It waits for the device once, to see whether entries overflowed. The trainer calls `kernel_step`
     and reads the flag later.
@@ -111,9 +119,13 @@ def cuda_step(
         InputError: as `kernel_step`.
     """
     capacity = capacity or capacity_for(len(x) * sae.d_sae / 20)
-    attempt = kernel_step(
-        sae, x, sparsity_coeff=sparsity_coeff, dead=dead, capacity=capacity, precision=precision
-    )
+    try:
+        attempt = kernel_step(
+            sae, x, sparsity_coeff=sparsity_coeff, dead=dead, capacity=capacity, precision=precision
+        )
+    except LaunchError as error:
+        logger.warning("%s; the dense step is taken", error)
+        return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     if bool(attempt.overflowed):
         logger.warning(overflow_note(n_open=int(attempt.n_open), capacity=capacity))
         return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
@@ -150,6 +162,7 @@ def kernel_step(
 
     Raises:
         InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
+        LaunchError: if a kernel does not compile or fit here; `.grad` means nothing then.
     """
     _check_arguments(sae, x, capacity, precision)
     # Triton launches on the current device, whichever the tensors are on.
@@ -206,6 +219,11 @@ def _check_arguments(
     sae.check_width(x)
     sae.check_trains()
     check_kernels(x.device, sae)
+    if (others := {p.device for p in sae.parameters()} - {x.device}) != set():
+        raise InputError(
+            f"expected an SAE on {x.device}, where the activations are, got parameters on "
+            f"{', '.join(sorted(map(str, others)))}; call sae.to({str(x.device)!r})"
+        )
     if x.dtype != torch.float32:
         raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")
     if precision not in PRECISIONS:
@@ -269,10 +287,10 @@ def _sae_refusal(sae: nn.Module) -> str | None:
             "expected a Gated, ReLU, JumpReLU or TopK SAE for the sparse step's kernels, got a "
             f"{type(sae).__name__}; take the dense step"
         )
-    if sae.b_dec.dtype != torch.float32:
+    if (others := {p.dtype for p in sae.parameters()} - {torch.float32}) != set():
         return (
-            f"expected a float32 SAE for the sparse step's kernels, got {sae.b_dec.dtype}; "
-            "call sae.float(), or take the dense step"
+            "expected a float32 SAE for the sparse step's kernels, got "
+            f"{', '.join(sorted(map(str, others)))}; call sae.float(), or take the dense step"
         )
     if sae.d_in > MAX_D_IN:
         return (

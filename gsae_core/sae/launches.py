@@ -1,6 +1,10 @@
-"""From activations to entries: buffers, launch shapes and arguments of the encoder's kernels."""
+"""From activations to entries: buffers, launch shapes and arguments of the encoder's kernels.
 
-from typing import Any, NamedTuple, cast
+Kernels find a tensor's numbers by its address, as if its rows followed each other: `launch` lets no
+other tensor through. What the caller owns is read through `rows_in_order`.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -21,6 +25,56 @@ Triton's interpreter rounds the first three alike and cannot multiply bf16.
 # A tile of the encoder: rows, latents. For sm_90, 8.0 and 8.9 alike it takes 96 KiB of shared
 # memory at most (all of Ada's) and the 255 registers a thread has, 16 bytes beside them at worst.
 ROWS = LATENTS = 128
+
+
+class LaunchError(Exception):
+    """A kernel that cannot be compiled or does not fit into this GPU; the text is a sentence."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: one of `triton_encode.py` or `triton_gradients.py`.
+        grid: programs along each axis.
+        args: of the kernel.
+        options: its switches, and Triton's.
+
+    Raises:
+        LaunchError: if the kernel cannot be compiled here, needs more than this GPU has, or would
+            read other numbers than those of its tensors. Whatever else goes wrong, memory that ran
+            out above all, is raised as it is.
+    """
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    devices = {each.device for each in tensors}
+    if len(devices) > 1 or not all(each.is_contiguous() for each in tensors):
+        laid = ", ".join(f"{each.device} {tuple(each.stride())}" for each in tensors)
+        raise LaunchError(f"expected tensors of one device, rows in order, got {laid}")
+    try:
+        kernel[grid](*args, **options)
+    except (OutOfResources, PTXASError, CompilationError) as error:
+        raise LaunchError(_why(error)) from error
+    except RuntimeError as error:
+        # What a compiler pass fails with; an error of the device's has another text.
+        if "PassManager::run failed" not in str(error):
+            raise
+        raise LaunchError(_why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    # The text of a CompilationError begins with the source, its message says what is wrong with it.
+    said = (
+        str(getattr(error, "error_message", None) or error).strip().partition("\n")[0].rstrip(".")
+    )
+    return f"expected Triton to launch a kernel, got {type(error).__name__}: {said[:300]}"
+
+
+def rows_in_order(tensor: Tensor) -> Tensor:
+    """Return the tensor's numbers as kernels read them; a copy where they lie in another order."""
+    return tensor.detach().contiguous()
 
 
 class Entries(NamedTuple):
@@ -58,6 +112,7 @@ def launch_encode(
     jumps = isinstance(sae, JumpReluSAE)
     gated = isinstance(sae, GatedSAE)
     W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
+    W, bias = rows_in_order(W), rows_in_order(-above)
     bf16 = precision == "bf16"
     n_rows, d_sae = len(xc), sae.d_sae
     row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
@@ -66,11 +121,12 @@ def launch_encode(
     tile_begin, tile_count = _ints(n_tiles, xc), _ints(n_tiles, xc)
     by_row, by_latent = _cells(n_rows * latent_tiles, xc), _cells(d_sae * row_tiles, xc)
     product, local = xc.new_empty(capacity), _ints(capacity, xc)
-    # Launch options are no parameters of a kernel, hence Any.
-    cast(Any, encode_tiles)[(n_tiles,)](
+    launch(
+        encode_tiles,
+        (n_tiles,),
         xc.bfloat16() if bf16 else xc,
         W.bfloat16() if bf16 else W,
-        -above,
+        bias,
         n_open,
         tile_begin,
         tile_count,
@@ -108,7 +164,9 @@ def launch_encode(
         place_by_latent=_ints(capacity, xc),
     )
     slope = gain(sae) if gated else None
-    cast(Any, place_entries)[(n_tiles,)](
+    launch(
+        place_entries,
+        (n_tiles,),
         product,
         local,
         tile_begin,
@@ -116,10 +174,10 @@ def launch_encode(
         row_cells,
         latent_cells,
         fits,
-        sae.b_gate if gated else sae.b_enc,
-        slope,
-        sae.b_mag if gated else None,
-        sae.threshold if jumps else None,
+        rows_in_order(sae.b_gate if gated else sae.b_enc),
+        None if slope is None else rows_in_order(slope),
+        rows_in_order(sae.b_mag) if gated else None,
+        rows_in_order(sae.threshold) if jumps else None,
         entries.latent,
         gate,
         entries.magnitude,

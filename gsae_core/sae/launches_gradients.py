@@ -1,6 +1,6 @@
 """From entries to gradients: buffers, launch shapes and arguments of the other kernels."""
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -9,7 +9,7 @@ from torch import Tensor
 from gsae_core.sae import loops
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE
 from gsae_core.sae.gradients import StepSums, gain, l1_weights
-from gsae_core.sae.launches import Entries, power_of_two
+from gsae_core.sae.launches import Entries, launch, power_of_two, rows_in_order
 
 
 class Decoded(NamedTuple):
@@ -62,14 +62,16 @@ def launch_decode(
         row_sums=torch.zeros(len(x), loops.N_ROW_SUMS, dtype=torch.float64, device=x.device),
     )
     width = power_of_two(max(sae.d_in, 16))
-    cast(Any, decode_rows)[(len(x),)](
+    launch(
+        decode_rows,
+        (len(x),),
         x,
         xc,
-        sae.W_dec,
-        sae.b_dec if b_dec is None else b_dec,
+        rows_in_order(sae.W_dec),
+        rows_in_order(sae.b_dec if b_dec is None else b_dec),
         # Turned, for entries read columns of it. A dense product for all pairs would cost more.
-        None if W_mag is None else W_mag.T.contiguous(),
-        sae.b_mag if isinstance(sae, GatedSAE) else None,
+        None if W_mag is None else rows_in_order(W_mag.T),
+        rows_in_order(sae.b_mag) if isinstance(sae, GatedSAE) else None,
         entries.row_offsets,
         entries.latent,
         entries.gate,
@@ -105,13 +107,16 @@ def launch_sums(
     untied = gated and sae.W_mag is not None
     slope = gain(sae) if gated else None
     weights = l1_weights(sae) if isinstance(sae, GatedSAE | ReluSAE) else None
-    W_dec, W_gate_T = torch.empty_like(sae.W_dec), torch.empty_like(sae.W_dec)
-    W_mag_T = torch.empty_like(sae.W_dec) if untied else None
+    # Not `empty_like`, which lays them out as the dictionary is.
+    W_dec, W_gate_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
+    W_mag_T = torch.empty_like(W_dec) if untied else None
     dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
     fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
     # Wide rows are shared out over programs, which also shortens the longest of them.
     width = min(power_of_two(max(sae.d_in, 16)), 512)
-    cast(Any, sum_latents)[(sae.d_sae, -(-sae.d_in // width))](
+    launch(
+        sum_latents,
+        (sae.d_sae, -(-sae.d_in // width)),
         xc,
         decoded.error,
         decoded.aux_error,
@@ -122,8 +127,8 @@ def launch_sums(
         entries.magnitude,
         decoded.mag_slope,
         decoded.aux_slope,
-        slope,
-        weights,
+        None if slope is None else rows_in_order(slope),
+        None if weights is None else rows_in_order(weights),
         W_dec,
         W_gate_T,
         W_mag_T,
@@ -168,12 +173,14 @@ def launch_windows(
     from gsae_core.sae.triton_gradients import sum_windows
 
     slope_sum, n_near = slope.new_empty(2, sae.d_sae)
-    cast(Any, sum_windows)[(sae.d_sae,)](
+    launch(
+        sum_windows,
+        (sae.d_sae,),
         entries.latent_offsets,
         entries.place_by_latent,
         entries.gate,
         slope,
-        sae.threshold,
+        rows_in_order(sae.threshold),
         slope_sum,
         n_near,
         sae.eps / 2,

@@ -87,6 +87,8 @@ class DictionaryAdam:
     def __init__(self, sae: SAE, *, beta1: float, beta2: float) -> None:
         self._sae = sae
         self._named = dict(sae.named_parameters())
+        for parameter in self._named.values():
+            _close_gaps_(parameter)
         # Thresholds go at a rate of their own, in a group by themselves.
         self._threshold = sae.threshold if isinstance(sae, JumpReluSAE) else None
         groups = [[p for p in self._named.values() if p is not self._threshold]]
@@ -197,6 +199,13 @@ class DictionaryAdam:
                 # In the layout of the parameter, for the reason given at `_match_layout_`.
                 **{key: torch.empty_like(parameter).copy_(moments[key]) for key in MOMENTS[1:]},
             }
+
+
+def _close_gaps_(parameter: Tensor) -> None:
+    # For the same reason: of a parameter with other numbers between its own (a view of a wider
+    # tensor) the kernel would move those. `empty_like` has the strides of what has no gaps.
+    if torch.empty_like(parameter).stride() != parameter.stride():
+        parameter.data = parameter.detach().contiguous()
 
 
 def _match_layout_(parameter: Tensor) -> None:

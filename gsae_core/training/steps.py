@@ -62,10 +62,15 @@ class Stepper:
         sae: stays where it is from now on.
         crossover: density of open gates from which the dense step is the faster one.
         screened: whether sparse steps on a CPU look for open gates in bfloat16 first.
+        falls_back: whether a kernel that does not compile or fit makes every further step a dense
+            one, which the log says once; else it raises LaunchError.
     """
 
-    def __init__(self, sae: SAE, *, crossover: float, screened: bool) -> None:
+    def __init__(
+        self, sae: SAE, *, crossover: float, screened: bool, falls_back: bool = True
+    ) -> None:
         self._sae, self.crossover, self._screened = sae, crossover, screened
+        self._falls_back, self._too_many_said = falls_back, False
         device = sae.W_dec.device
         self._kernels = device.type == "cuda"
         if self._kernels and (refusal := kernels.available(device, sae)) is not None:
@@ -92,16 +97,47 @@ class Stepper:
         if density is None and isinstance(sae, TopKSAE):
             density = sae.k / sae.d_sae  # known beforehand; no latent counts as dead that early
         if self._kernels and density is not None and density < self.crossover:
-            assert isinstance(sae, BuiltinSAE)  # the kernels refuse others
-            room = kernels.capacity_for(density * len(x) * sae.d_sae)
-            done = kernels.kernel_step(
-                sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
-            )
-            return Attempt(done.result, done.n_open, done.overflowed, room)
+            done = self._by_kernels(x, density, sparsity_coeff=sparsity_coeff, dead=dead)
+            if done is not None:
+                return done
         if not _has_fast_steps(sae):
             return self.dense(x, sparsity_coeff=sparsity_coeff, dead=dead)
         step = choose_step(density=density, crossover=self.crossover, screened=self._screened)
         return _attempt(step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead))
+
+    def _by_kernels(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        density: float,
+        *,
+        sparsity_coeff: float,
+        dead: Bool[Tensor, " d_sae"] | None,
+    ) -> Attempt | None:
+        """Take the step on the GPU; return None, and say so in the log, where that cannot be."""
+        sae = self._sae
+        assert isinstance(sae, BuiltinSAE)  # the kernels refuse others
+        room = kernels.capacity_for(density * len(x) * sae.d_sae)
+        if room > kernels.MAX_CAPACITY:
+            if not self._too_many_said:
+                logger.warning(
+                    "expected room for at most %d open gates in a step, got a batch that needs %d; "
+                    "dense steps are taken for as long as so many are open",
+                    kernels.MAX_CAPACITY,
+                    room,
+                )
+            self._too_many_said = True
+            return None
+        try:
+            done = kernels.kernel_step(
+                sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
+            )
+        except kernels.LaunchError as error:
+            if not self._falls_back:
+                raise
+            logger.warning("%s; every further step is a dense one", error)
+            self._kernels = False
+            return None
+        return Attempt(done.result, done.n_open, done.overflowed, room)
 
     def dense(
         self,
@@ -153,7 +189,10 @@ def crossover(sae: SAE, batch_size: int, *, screened: bool, measure: bool) -> fl
     if not measure or batch_size * sae.d_in * sae.d_sae < WORTH_MEASURING:
         number = known(KIND, key)
         return CROSSOVER if number is None else number
-    return remembered(KIND, key, lambda: _meeting_point(sae, rows, screened=screened))
+    try:
+        return remembered(KIND, key, lambda: _meeting_point(sae, rows, screened=screened))
+    except kernels.LaunchError:
+        return CROSSOVER  # asked for nothing: the first step by the kernels says what is wrong
 
 
 def _attempt(result: StepResult) -> Attempt:
@@ -177,7 +216,8 @@ def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
     probe = _active(sae, x, None)
     ways: dict[float | None, Callable[[], object]] = {}
     for density in DENSITIES:
-        stepper = Stepper(_active(sae, x, density), crossover=1.0, screened=screened)
+        probed = _active(sae, x, density)
+        stepper = Stepper(probed, crossover=1.0, screened=screened, falls_back=False)
         ways[density] = functools.partial(
             stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=None
         )
