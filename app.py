@@ -128,7 +128,7 @@ def jobs() -> None:
                     # Asked by the whole page: a dialog of this part would go with its refresh.
                     st.session_state["home.to_cancel"] = run.id
                     st.rerun()
-            draw_progress(run, status, progress(status, run.recent_metrics()), eta=True)
+            draw_progress(run, status, progress(status, cached.recent_metrics(run)), eta=True)
 
 
 def recent() -> None:

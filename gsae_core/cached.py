@@ -59,6 +59,14 @@ def damages(run: Run) -> list[str]:
     return _damages(str(run.folder), tuple(version(run.folder / name) for name in names), _run=run)
 
 
+def recent_metrics(run: Run) -> list[dict[str, Any]]:
+    """Return `Run.recent_metrics`; nothing where they cannot be read, which Live and Home say."""
+    try:
+        return run.recent_metrics()
+    except InputError:
+        return []
+
+
 def evaluated(runs: list[Run]) -> list[Run]:
     """Return the runs that have an evaluation, by a look at their folders alone."""
     return [run for run in runs if (run.folder / "evals.json").exists()]

@@ -103,10 +103,7 @@ def cost(run: Run, name: str, n_tokens: int) -> Cost:
     l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
     tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
     n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
-    try:
-        rows = run.recent_metrics()
-    except InputError:
-        rows = []  # Live says what is wrong with them
+    rows = cached.recent_metrics(run)
     if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
         return Cost(None, n_bytes)
     last = rows[-1]

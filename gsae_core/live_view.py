@@ -29,6 +29,9 @@ STAGES = {
 
 def draw_timeline(run: Run, status: Status) -> None:
     """Show the stretches of a run's life with their lengths."""
+    if run.n_lost_events(status):
+        st.caption("How long each stage took is not known: a part of events.jsonl is lost.")
+        return
     phases = timeline(run.events(), status, now=time.time())
     items = "".join(_phase(phase) for phase in phases)
     st.html(

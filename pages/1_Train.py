@@ -5,7 +5,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from gsae_core import shell
+from gsae_core import cached, shell
 from gsae_core.catalogue import ModelFacts, model_facts
 from gsae_core.config import DataConfig, RunConfig
 from gsae_core.errors import InputError
@@ -131,7 +131,7 @@ def expected(config: RunConfig) -> dict[str, Expected]:
 def last_seconds(metrics: Path, mtime_ns: int) -> tuple[int, float] | None:
     """Return the last logged step of a run and its seconds of training."""
     run = next(run for run in frame.runs if run.folder == metrics.parent)
-    rows = run.metrics()
+    rows = cached.recent_metrics(run)
     return (rows[-1]["step"], rows[-1]["seconds"]) if rows else None
 
 

@@ -170,16 +170,11 @@ def view(was: Status) -> None:
         for sentence in shortfalls_of_run(run.config):
             notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
         draw_trouble(run, status)
-        events = run.event_lines()
+        lost = run.n_lost_events(status)
     except InputError as error:
         notice(str(error), title="This run can no longer be read")
         return
-    # While it is being written, half a line is no damage.
-    torn = events.torn and status.state not in MOVING
-    damaged = {
-        "metrics.jsonl": sum(n for _, n in tables.values()),
-        "events.jsonl": events.damaged + torn,
-    }
+    damaged = {"metrics.jsonl": sum(n for _, n in tables.values()), "events.jsonl": lost}
     said = [left_out(n, name) for name, n in damaged.items() if n]
     if said:
         left = "; ".join(said)

@@ -275,12 +275,14 @@ def ward(runs: Path) -> Path:
         ("half-events", "events.jsonl", b'{"time": 5, "event": "created"}\n\0\0\0\0'),
         ("half-evals", "evals.json", b'{"saes": ['),
         ("half-samples", "samples.json", b"[]"),
+        ("no-metrics", "metrics.jsonl", b""),
     ]:
         shutil.copytree(runs / "finished", runs / name)
         (runs / name / file).write_bytes(content)
     shutil.copytree(runs / "finished", runs / "folder")
-    (runs / "folder" / "events.jsonl").unlink()
-    (runs / "folder" / "events.jsonl").mkdir()
+    for name, file in [("folder", "events.jsonl"), ("no-metrics", "metrics.jsonl")]:
+        (runs / name / file).unlink()
+        (runs / name / file).mkdir()
     return runs
 
 
@@ -305,6 +307,7 @@ def test_home_says_what_is_wrong_with_runs_that_open(ward: Path) -> None:
     said = text(opened("app.py"))
     assert "Not all of half-evals can be read" in said
     assert "Not all of half-samples can be read" in said
+    assert "1 line of events.jsonl cannot be read and is left out" in said
     assert "folder cannot be read" in said
 
 
@@ -315,6 +318,9 @@ def test_live_opens_a_run_with_torn_events_and_says_so(ward: Path) -> None:
     path.write_bytes(whole + whole.splitlines(keepends=True)[-1].replace(b"gated", b"gatee"))
     at = opened("pages/2_Live.py", run="half-events")
     assert not at.exception, at.exception
+    # What was lost may have been the end of any stage.
+    assert "How long each stage took is not known: a part of events.jsonl is lost." in text(at)
+    assert "queued<span" not in text(at)
     assert (
         "1 line of metrics.jsonl cannot be read and is left out; "
         "1 line of events.jsonl cannot be read and is left out. "
@@ -325,4 +331,4 @@ def test_live_opens_a_run_with_torn_events_and_says_so(ward: Path) -> None:
 def test_pareto_says_how_to_mend_a_damaged_evaluation(ward: Path) -> None:
     said = text(opened("pages/3_Pareto.py", run="half-evals"))
     assert "expected JSON in" in said
-    assert "half-evals" in said
+    assert f"; measure again: python -m gsae_core evaluate {ward / 'half-evals'}" in said

@@ -92,6 +92,15 @@ class Job:
         events = [row for row in lines.rows if _is_event(row)]
         return lines._replace(rows=events, damaged=lines.damaged + len(lines.rows) - len(events))
 
+    def n_lost_events(self, status: Status) -> int:
+        """Return how many lines of events.jsonl are damaged; half a line, while it is written, not.
+
+        Raises:
+            InputError: as `events`.
+        """
+        lines = self.event_lines()
+        return lines.damaged + (lines.torn and not status.expects_process)
+
     def add_event(self, event: str, **details: Any) -> None:
         """Append to events.jsonl."""
         row = {"time": time.time(), "event": event, **details}

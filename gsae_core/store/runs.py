@@ -182,7 +182,10 @@ class Run(Job):
         path = self.folder / "evals.json"
         if not os.path.lexists(path):
             return []
-        rows = read_json(path).get("saes")
+        try:
+            rows = read_json(path).get("saes")
+        except InputError as error:
+            raise InputError(f"{error}; {_again(self)}") from None
         if not isinstance(rows, list):
             raise InputError(f"expected a list `saes` in {path}, found none; {_again(self)}")
         names = [spec.name for spec in self.config.saes]
@@ -224,16 +227,20 @@ class Run(Job):
 
     def damages(self) -> list[str]:
         """Return a sentence for each file that is damaged, though the run can be opened without."""
-        found = []
-        readers = [self.evals, self.samples, self.recent_metrics]
+        found: list[str] = []
+
+        def count_events() -> None:
+            if lost := self.n_lost_events(self.status):
+                found.append(json_lines.left_out(lost, "events.jsonl"))
+
+        readers = [self.evals, self.samples, self.recent_metrics, count_events]
         readers += [functools.partial(self.sae_cfg, spec.name) for spec in self.config.saes]
         for read in readers:
             try:
                 read()
             except InputError as error:
                 found.append(str(error))
-        lines = self.event_lines().damaged
-        return found + ([json_lines.left_out(lines, "events.jsonl")] if lines else [])
+        return found
 
     def sae_folder(self, name: str) -> Path:
         """Return the folder of one SAE.
