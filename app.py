@@ -64,7 +64,8 @@ def results(finished: list[Run]) -> None:
     """Draw the ways to results: the newest, and those that ship with the package."""
     own = [run for run in finished if not is_example(run)]
     if own:
-        newest = f"{own[0].id} is the newest result: {len(own[0].config.saes)} SAEs"
+        many = len(own[0].config.saes)
+        newest = f"{own[0].id} is the newest result: {many} SAE{'s' * (many != 1)}"
         heading("Explore", f"{newest}{'; ' * bool(worse(own[0]))}{worse(own[0])}.")
     else:
         heading("Explore", "A finished Gated SAE beside its baseline, and what the words mean.")

@@ -262,7 +262,17 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
         return st.stop()
     if evals:
         return evals
-    if status.state == "finished":
+    if (
+        status.state == "finished"
+        and run.config.imported
+        and not (run.folder / "evals.json").exists()
+    ):
+        notice(
+            f"{run.id} was imported and has not been measured here. Measure it: "
+            f"python -m gsae_core evaluate {run.folder}",
+            kind="info",
+        )
+    elif status.state == "finished":
         notice(
             "The run is finished but none of its SAEs could be evaluated; its log says why.",
             kind="warning",

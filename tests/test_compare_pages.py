@@ -265,6 +265,20 @@ def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
         assert "none of its SAEs could be evaluated" in text(at)
 
 
+def test_an_imported_run_says_how_to_measure_it(root: Path) -> None:
+    run = write_run(root, "theirs", run_config=one_pair(imported="SAELens"))
+    (run.folder / "evals.json").unlink()
+    for page in (PARETO, SHRINKAGE):
+        at = opened(page)
+        assert not at.exception
+        said = text(at)
+        assert (
+            "theirs was imported and has not been measured here. Measure it: "
+            f"python -m gsae_core evaluate {run.folder}"
+        ) in said
+        assert "could be evaluated" not in said
+
+
 # Shrinkage
 
 

@@ -37,6 +37,12 @@ def begun(run: Run, worker: int, **fields: object) -> None:
 # States
 
 
+def test_home_counts_one_sae_as_one(root: Path) -> None:
+    alone = config()
+    write_run(root, "alone", run_config=alone.model_copy(update={"saes": alone.saes[:1]}))
+    assert "alone is the newest result: 1 SAE." in text(opened("app.py"))
+
+
 def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=1.0, pid=worker)
     begun(run, worker, stage="evaluating", done=1024, total=131_072)

@@ -111,6 +111,8 @@ def test_frontiers_that_do_not_overlap_say_so() -> None:
         "no matched-fidelity ratio: the baseline's loss recovered (0.5 to 0.6) and the Gated "
         "SAEs' (0.7 to 0.8) do not overlap; train more values of lambda between them"
     )
+    alone = matched_l0_ratio([Point(10, 0.5)], [Point(10, 0.7)]).sentence
+    assert "the baseline's loss recovered (0.5) and the Gated SAEs' (0.7) do not" in alone
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ def test_ticks_of_a_log_axis_are_round() -> None:
     assert round_values([9.0, 210.0]) == [10, 20, 50, 100, 200]
     # 96 to 300 holds 100 and 200 only: too few, so finer digits.
     assert round_values([120.0, 240.0]) == [100, 150, 200, 250, 300]
+    # Two points close together, such as a Gated SAE and its baseline: an axis from 6.3 to 7.8.
+    assert round_values([6.3, 7.8]) == [5.5, 6, 6.5, 7, 7.5, 8, 8.5, 9, 9.5]
+    assert round_values([53.3, 62.5]) == [45, 50, 55, 60, 65, 70, 75]
+    assert [tick for tick in round_values([53.3, 55.4]) if 53.3 <= tick <= 55.4] == [54, 55]
+    assert round_values([7.0]) == [6, 6.5, 7, 7.5, 8, 8.5]
     assert round_values([0.0]) == []
 
 

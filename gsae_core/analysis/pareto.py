@@ -79,7 +79,10 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
     low = max(curve[0].loss_recovered for curve in curves)
     high = min(curve[-1].loss_recovered for curve in curves)
     if low > high:
-        ranges = [f"{c[0].loss_recovered:.4g} to {c[-1].loss_recovered:.4g}" for c in curves]
+        ranges = [
+            " to ".join(dict.fromkeys(f"{end.loss_recovered:.4g}" for end in (c[0], c[-1])))
+            for c in curves
+        ]
         return MatchedRatio(
             math.nan,
             (),

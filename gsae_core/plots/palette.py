@@ -98,10 +98,13 @@ def round_values(values: Iterable[float]) -> list[float]:
     low, high = min(positive), max(positive)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     found: list[float] = []
-    for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+    halves, tenths = (tuple(n / per for n in range(per, 10 * per)) for per in (2, 10))
+    for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), halves, tenths):
         ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
         found = [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
-        if len(found) >= 3:
+        # An axis hardly reaches beyond its points: those outside alone would leave it bare.
+        inside = sum(low <= tick <= high for tick in found)
+        if len(found) >= 3 and (inside >= 2 or low == high):
             break
     return found
 
