@@ -7,6 +7,9 @@ were measured (evaluated_tokens.safetensors); it computes L0, FVU, gamma and the
 their definitions, prints them beside those of evals.json, and exits 1 if one differs by more than a
 millionth. Loss recovered and the increase of the loss are differences of those three.
 
+L0 counts decisions: a latent within float32 rounding of its threshold may fire there and not here.
+None of 84 million did in the bundled example, and one of 17 million in a JumpReLU SAE: 3.6e-7.
+
 It takes float32 language models of the GPT-2, GPT-NeoX and Llama kinds, and SAEs that do not
 normalise tokens.
 """
