@@ -45,13 +45,24 @@ def test_a_run_deleted_while_open_is_named(root: Path, page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_run_of_a_newer_version_says_to_update(root: Path, page: str) -> None:
+def test_a_run_of_a_newer_version_says_to_update_and_damaged_ones_are_counted(
+    root: Path, page: str
+) -> None:
     run = write_run(root, "future")
     (run.folder / "events.jsonl").write_text('{"event": "created", "schema_version": 99}\n')
+    for name, file, content in [
+        ("torn", "events.jsonl", b'{"time": 5, "event": "crea\0\0\0\0'),
+        ("half", "evals.json", b'{"saes": ['),
+        ("bad", "status.json", b'{"state": 3}'),
+    ]:
+        (write_run(root, name).folder / file).write_bytes(content)
     at = opened(page, run="future")
     assert not at.exception
     assert "future cannot be opened" in text(at)
     assert "a newer version of gsae-core made it: update to open it" in text(at)
+    assert "2 runs here cannot be read." in [each.value for each in at.caption]
+    picker = next(box for box in at.selectbox if box.label == "Run")
+    assert sorted(picker.options) == ["half", "torn"]
 
 
 def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
