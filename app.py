@@ -50,12 +50,12 @@ def actions() -> None:
                 begin_quick()
             icon = ":material/tune:"
             if st.button("Choose settings", icon=icon, key="home.choose", width="stretch"):
-                st.switch_page("pages/1_Train.py", query_params={})
+                shell.go("pages/1_Train.py", frame.run)
     with cells[1]:
         heading("Open from the Hub", "SAEs that others trained and published, to look inside.")
         icon = ":material/cloud_download:"
         if st.button("Find SAEs", icon=icon, key="home.hub", width="stretch"):
-            st.switch_page("pages/8_Hub.py", query_params={})
+            shell.go("pages/8_Hub.py", frame.run)
     with cells[2]:
         results(finished)
 
@@ -85,7 +85,7 @@ def results(finished: list[Run]) -> None:
             shell.go("pages/5_Features.py", shipped, **chosen)
         icon = ":material/help:"
         if not own and st.button("Start here", icon=icon, key="home.help", width="stretch"):
-            st.switch_page("pages/9_Help.py", query_params={})
+            shell.go("pages/9_Help.py", frame.run)
 
 
 def heading(title: str, text: str) -> None:

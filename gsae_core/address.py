@@ -13,6 +13,9 @@ from streamlit.errors import StreamlitAPIException
 
 from gsae_core.pieces import plain
 
+PAGE = "page"
+"""Parameter that names the page an address is of, on the way to the browser: see history.js."""
+
 
 def arrive() -> None:
     """Keep what the address of a page that was just opened asks for, until it is looked at."""

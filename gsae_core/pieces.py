@@ -205,7 +205,9 @@ def copy_link() -> None:
 def page_address() -> str:
     """Return the address of this page with all that shapes it: run, axes and choices."""
     # A list is a parameter several times over, of which to_dict() keeps the last alone.
-    parameters = {name: st.query_params.get_all(name) for name in st.query_params}
+    # `page` is for history.js alone, which keeps it out of the address.
+    names = [name for name in st.query_params if name != "page"]
+    parameters = {name: st.query_params.get_all(name) for name in names}
     query = urlencode(parameters, doseq=True)
     # The server's idea of the address never has a query.
     return f"{st.context.url or ''}{'?' if query else ''}{query}"

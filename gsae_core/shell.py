@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from gsae_core import address, launch
 from gsae_core.collector import spare_modules
@@ -11,7 +12,7 @@ from gsae_core.errors import InputError
 from gsae_core.example import EXAMPLE_ID, example_run
 from gsae_core.job_badge import job_badge, say_connected, status_of
 from gsae_core.keys import own
-from gsae_core.pieces import escape_markdown, notice
+from gsae_core.pieces import asset, escape_markdown, notice
 from gsae_core.plots.palette import Theme
 from gsae_core.store.listing import UnreadableRun, survey
 from gsae_core.store.runs import Run
@@ -56,6 +57,9 @@ NAVIGATION = (
     ),
     ("About", (("pages/9_Help.py", "Help", ":material/help:"),)),
 )
+TITLES = {target: label for _, links in NAVIGATION for target, label, _ in links}
+
+_history = component("gsae_history", js=asset("history.js"))
 
 
 class Frame(NamedTuple):
@@ -90,7 +94,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     spare_modules()
     deleted = st.session_state.get("shell.deleted")
     if deleted is not None and title != "Home":
-        st.switch_page("app.py", query_params={})
+        go("app.py", None)
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
     listed, unreadable = _runs()
     runs = [run for run, _ in listed]
@@ -108,6 +112,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         _say_unreadable(unreadable)
         job_badge(jobs)
         _navigation(run)
+        _history(key="shell.history", data={"pages": list(TITLES.values())})
     st.html(STYLE)
     st.title(title, anchor=False)
     st.caption(purpose)
@@ -133,7 +138,7 @@ def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
     runs: list[tuple[Run, Status | None]] = [*listed]
     asked = (
         st.query_params.get("run"),
-        *(st.session_state.get(key) for key in ("run", "shell.next_run", "shell.run")),
+        *(st.session_state.get(key) for key in ("run", "shell.run")),
     )
     if EXAMPLE_ID in asked:
         st.session_state["shell.with_example"] = True
@@ -163,62 +168,67 @@ def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) 
 
 
 def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
-    """Draw the run picker; a new run never changes what was chosen."""
-    by_id = {run.id: run for run in runs}
-    # Read before the widget is drawn: binding drops values that are not among the options.
-    # Just arrived on a page, the address counts; later the widget, which the address may lag.
-    here = "run" if not arrived else "shell.next_run"
-    asked = (
-        st.session_state.get(here)
-        or st.query_params.get("run")
-        or st.session_state.get("shell.run")
-    )
-    st.session_state.pop("shell.next_run", None)
+    """Draw the run picker, and have the address name the run; a new run changes neither."""
+    by_id, state = {run.id: run for run in runs}, st.session_state
+    said = st.query_params.get("run")
+    # The address counts on arrival, and where a link or Back changed it; otherwise the widget, for
+    # what a page has the address say may come back to it a run later.
+    if said is not None and (arrived or said not in state.get("shell.run_said", ())):
+        asked = said
+    else:
+        asked = None if arrived else state.get("run")
+    asked = asked or state.get("shell.run") or state.get("shell.missing_run")
+    if asked is None and runs:
+        asked = runs[0].id
     if asked is not None and asked not in by_id:
-        st.session_state["shell.missing_run"] = asked
-        st.session_state["shell.run"] = None
-        st.session_state["run"] = None
-    elif asked is not None:
-        st.session_state["run"] = asked
-    elif "shell.missing_run" not in st.session_state:
-        # Set rather than a default, so that the address always names the run.
-        st.session_state["run"] = runs[0].id if runs else None
+        state["shell.missing_run"], asked = asked, None
+    state["run"] = asked
+    # Not bound to the address: Streamlit takes what a page binds out of it when the page is left.
     chosen = st.selectbox(
         "Run",
         list(by_id),
         index=None,
         key="run",
-        bind="query-params",
         placeholder="choose a run" if runs else "no runs yet",
         disabled=not runs,
     )
-    st.session_state["shell.run"] = chosen
+    state["shell.run"], state["shell.run_said"] = chosen, (said, chosen)
     if chosen is None:
         return None
-    st.session_state.pop("shell.missing_run", None)
+    state.pop("shell.missing_run", None)
+    address.write({"run": chosen})
     return by_id[chosen]
 
 
 def _navigation(run: Run | None) -> None:
-    parameters = {} if run is None else {"run": run.id}
     for group, links in NAVIGATION:
         if group:
             st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
         for target, label, icon in links:
-            st.page_link(target, label=label, icon=icon, query_params=parameters)
+            link(target, run, label=label, icon=icon)
 
 
-def go(target: str, run: Run, **parameters: str) -> NoReturn:
+def _query(target: str, run: Run | None, parameters: dict[str, str]) -> dict[str, str]:
+    """Return the parameters of another page's address; `page` is for history.js alone."""
+    named = {} if run is None else {"run": run.id}
+    return {**named, **parameters, address.PAGE: TITLES[target]}
+
+
+def link(target: str, run: Run | None, *, label: str, icon: str) -> None:
+    """Draw a link to another page with a run."""
+    st.page_link(target, label=label, icon=icon, query_params=_query(target, run, {}))
+
+
+def go(target: str, run: Run | None, **parameters: str) -> NoReturn:
     """Go to another page with a run, and with parameters that no widget here is bound to."""
-    # Streamlit refuses a parameter that a widget of this page is bound to, so it travels here;
-    # and without an empty query it refuses to leave a page whose address holds such a parameter.
-    st.session_state["shell.next_run"] = run.id
-    st.switch_page(target, query_params=parameters)
+    # Without a query Streamlit refuses to leave a page whose address holds what a widget is bound
+    # to, and with one it refuses those names.
+    st.switch_page(target, query_params=_query(target, run, parameters))
 
 
 def forget(run: Run) -> None:
     """Leave a run that was deleted: the next page is Home, which says so. For callbacks."""
-    for key in ("run", "shell.run", "shell.next_run"):
+    for key in ("run", "shell.run"):
         st.session_state.pop(key, None)
     st.session_state["shell.deleted"] = run.id
 
@@ -233,12 +243,10 @@ def need_run(frame: Frame, what: str) -> Run:
         return frame.run
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
-        st.page_link(
-            "app.py", label="Home: train on the bundled model in one press", icon=":material/home:"
-        )
-        st.page_link(
-            "pages/1_Train.py", label="Train with your own choices", icon=":material/tune:"
-        )
+        home = "Home: train on the bundled model in one press"
+        link("app.py", None, label=home, icon=":material/home:")
+        own_choices = "Train with your own choices"
+        link("pages/1_Train.py", None, label=own_choices, icon=":material/tune:")
     else:
         run_links(frame.runs)
     return st.stop()
@@ -288,10 +296,5 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
             f"{run.id} is {status.state} and was not evaluated; resume it to get results.",
             kind="warning",
         )
-    st.page_link(
-        "pages/2_Live.py",
-        label="Open the run",
-        icon=":material/monitoring:",
-        query_params={"run": run.id},
-    )
+    link("pages/2_Live.py", run, label="Open the run", icon=":material/monitoring:")
     return st.stop()

@@ -38,6 +38,21 @@ def opened(page: str, **parameters: str | list[str]) -> AppTest:
     return at.run()
 
 
+def circuit(places: list[str]) -> list[str]:
+    """Return a way that goes from every place to every other place exactly once, and ends at home.
+
+    Hierholzer's: walk until stuck, then go back to where a way was left out.
+    """
+    ways = {place: [other for other in places if other != place] for place in places}
+    stack, found = [places[0]], []
+    while stack:
+        if ways[stack[-1]]:
+            stack.append(ways[stack[-1]].pop())
+        else:
+            found.append(stack.pop())
+    return found[::-1]
+
+
 def labelled(widgets: Iterable[Any], label: str) -> Any:
     """Return the widget of a label; keys of what depends on data are spelled by nobody."""
     (found,) = [widget for widget in widgets if widget.label == label]

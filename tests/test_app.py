@@ -1,5 +1,6 @@
 """Every page in every state, without a browser: no page may end in an exception."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -115,6 +116,39 @@ def test_every_page_begins_with_the_frame_and_none_navigates_by_itself() -> None
         assert source(page).count("shell.page(") == 1
         assert "st.navigation" not in source(page)
         assert "unsafe_allow_html" not in source(page)
+
+
+def test_only_the_frame_leads_to_other_pages() -> None:
+    # It takes the run along, and names the page that an address is of: see assets/history.js.
+    for path in (APP, *APP.parent.glob("pages/*.py"), *APP.parent.glob("gsae_core/*.py")):
+        if path.stem != "shell":
+            assert not re.search(r"\bst\.(switch_page|page_link)\b", path.read_text()), path
+
+
+def test_an_address_without_a_run_is_of_the_session_s(root: Path) -> None:
+    for name in ("older", "newer"):
+        write_run(root, name)
+    at = opened("app.py", run="older")
+    for page in PAGES[1:]:
+        at.switch_page(page)
+        for name in list(at.query_params):
+            del at.query_params[name]
+        at.run()
+        assert at.selectbox(key="run").value == "older", page
+        assert at.query_params["run"] == "older", page
+
+
+def test_a_link_of_another_run_is_followed_and_a_choice_is_kept(root: Path) -> None:
+    for name in ("older", "newer"):
+        write_run(root, name)
+    at = opened("pages/2_Live.py", run="older")
+    at.selectbox(key="run").set_value("newer").run()
+    assert at.query_params["run"] == "newer"
+    at.run()
+    assert at.selectbox(key="run").value == "newer"
+    at.switch_page("pages/3_Pareto.py")
+    at.query_params["run"] = "older"
+    assert at.run().selectbox(key="run").value == "older"
 
 
 def test_home_loads_neither_torch_nor_figures() -> None:
