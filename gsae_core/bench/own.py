@@ -106,7 +106,7 @@ def _sae(problem: Problem, job: Job) -> SAE:
             # Entries reach half a bandwidth below a threshold. In the default window lie 2 to 6
             # times as many as fire of an SAE trained on the bundled model, and some 20 times as
             # many of Gaussian products, which are dense there; with this one, 2.6 times.
-            sae = JumpReluSAE(d_in, d_sae, bandwidth=0.03)
+            sae = JumpReluSAE(d_in, d_sae, bandwidth=0.03, threshold_unit=1.0)
             # It fires above its threshold instead of above zero.
             bias = bias + sae.threshold.detach().to(bias)
         case "topk":
