@@ -29,10 +29,10 @@ WIDTH, SPARSITY = 512, 0.35
 TRAINED_TOKENS, INDEXED_TOKENS = 2_097_152, 38_000
 MOST_BYTES = 15_000_000
 
-# What a finished run is read from; the rest is of the machine and the process that made it.
+# What a finished run is read from; the rest is of the machine and the process that made it, or is
+# written again by `evaluate` on a copy (the sequences that were measured).
 KEPT = (
     "config.json",
-    "evaluated_tokens.safetensors",
     "evals.json",
     "metrics.jsonl",
     "samples.json",
