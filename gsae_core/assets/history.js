@@ -29,27 +29,35 @@ function install(pages) {
 }
 
 // What Streamlit added for this page before this script was here is taken back, where the browser
-// tells which entries these are.
-function takeBack() {
-  const entries = window.navigation?.entries() ?? []
-  let first = window.navigation?.currentEntry?.index ?? 0
-  const ours = entry =>
-    entry?.sameDocument && new URL(entry.url).pathname === location.pathname
-  const last = first
+// tells which entries these are; then `done` is called.
+function takeBack(done) {
+  const { navigation } = window
+  const entries = navigation?.entries() ?? []
+  const last = navigation?.currentEntry?.index ?? 0
+  const ours = entry => entry?.sameDocument && new URL(entry.url).pathname === location.pathname
+  let first = last
   while (ours(entries[first - 1])) first -= 1
-  if (first === last) return
-  const address = location.href
-  window.addEventListener("popstate", event => {
-    event.stopImmediatePropagation() // nothing else is shown: Streamlit need not run the page again
-    history.replaceState(history.state, "", address)
-  }, { capture: true, once: true })
+  if (first === last) return done()
+  // Streamlit runs the page again for every step in the history but one to a place in the page.
+  const arrive = event => {
+    if (event.navigationType !== "traverse") return
+    navigation.removeEventListener("currententrychange", arrive)
+    const address = event.from.url
+    history.replaceState(history.state, "", `${address}#here`)
+    const settle = () => {
+      history.replaceState(history.state, "", address)
+      done()
+    }
+    window.addEventListener("popstate", settle, { once: true })
+  }
+  navigation.addEventListener("currententrychange", arrive)
   history.go(first - last)
 }
 
 export default function ({ data }) {
   if (window.gsaeHistory) return
-  window.gsaeHistory = true
+  window.gsaeHistory = "begun"
   install(data.pages)
   history.replaceState(history.state, "", location.href) // a copied link may name its page
-  takeBack()
+  takeBack(() => { window.gsaeHistory = "settled" })
 }

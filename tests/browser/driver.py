@@ -29,6 +29,7 @@ FLAGS = [
 PATIENCE = 90_000  # ms: seconds on an idle machine, a minute on a loaded one
 AT_REST = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 ALL_THERE = """() => !document.querySelector('[data-testid="stSkeleton"]')
+  && window.gsaeHistory === 'settled'
   && [...document.querySelectorAll('[data-testid="stPlotlyChart"]')].every(
     chart => chart.querySelector('.main-svg'))"""
 PAGES = ["", *sorted(file.stem.partition("_")[2] for file in (ROOT / "pages").glob("[0-9]*.py"))]

@@ -219,15 +219,21 @@ def test_as_many_presses_of_back_as_pages_were_seen_and_each_is_as_it_was_left(
     expect(page).to_have_url(begin)
 
 
-def test_an_address_without_a_run_is_no_page_of_its_own(page: Page, address: str) -> None:
-    begin = page.url
-    opened(page, f"{address}/Pareto")
-    shows_run(page, "done")  # the newest
+def test_an_address_without_a_run_is_no_page_of_its_own(
+    page: Page, address: str, runs: Path
+) -> None:
+    begin, newest = page.url, list_runs(runs)[0].id
+    asked: list[object] = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda frame: asked.append(frame)))
+    opened(page, f"{address}/Live")
+    shows_run(page, newest)
+    page.wait_for_timeout(1000)
+    assert len(asked) == 1  # the page ran once
     page.get_by_test_id("stSidebar").get_by_role("link", name="Home").click()
     sees(page, "Home")
     page.go_back()
-    sees(page, "Pareto")
-    shows_run(page, "done")
+    sees(page, "Live")
+    shows_run(page, newest)
     page.go_back()
     expect(page).to_have_url(begin)
 
