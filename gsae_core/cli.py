@@ -106,8 +106,6 @@ def _train(flags: Train) -> int:
     config = run_config(flags)
     run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
     print(f"run {run.folder}", flush=True)
-    for sentence in shortfalls_of_run(config):
-        _say(sentence)
     try:
         return _work(run)
     except InputError:
@@ -137,7 +135,9 @@ def _work(run: Run) -> int:
             # After the wait: what is imported here fills memory.
             from gsae_core.job import train_run
 
-            stage = _follow(train_run(run, worker=worker))
+            # Not before the text has been read: what is wrong with it is then said alone.
+            ahead = shortfalls_of_run(run.config)
+            stage = _follow(train_run(run, worker=worker), before_training=ahead)
     except KeyboardInterrupt:
         stage = "cancelled"
     except InputError:
@@ -239,8 +239,17 @@ def _bench(flags: Benchmark) -> int:
     return 0
 
 
-def _follow(progress: "Iterator[Progress | IndexProgress | HubProgress]") -> str:
-    """Draw a bar for each stage until the work ends; return the last stage."""
+def _follow(
+    progress: "Iterator[Progress | IndexProgress | HubProgress]",
+    *,
+    before_training: Sequence[str] = (),
+) -> str:
+    """Draw a bar for each stage until the work ends; return the last stage.
+
+    Args:
+        progress: closed at the end.
+        before_training: sentences to say before the bar of that stage.
+    """
     stage, bar = "", None
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
     with contextlib.closing(progress), contextlib.ExitStack() as bars:  # pyright: ignore
@@ -251,6 +260,8 @@ def _follow(progress: "Iterator[Progress | IndexProgress | HubProgress]") -> str
                 if stage == "loading":
                     print("loading the model and the text", file=sys.stderr, flush=True)
                 elif stage in UNITS:
+                    for sentence in before_training if stage == "training" else ():
+                        _say(sentence)
                     bar = bars.enter_context(_bar(now))
             if bar is not None:
                 bar.update(now.done - bar.n)

@@ -51,10 +51,22 @@ def test_what_a_run_is_too_short_for_is_said_before_it_starts(
 ) -> None:
     assert main([*small, "--lr-warmup-steps", "20"]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[:2] == [
+    assert said == [
+        "loading the model and the text",
         "gsae_core: all 20 steps lie within the learning-rate warm-up of 20, so the learning rate "
         "never reaches its peak; shorten the warm-up or train on more tokens",
+    ]
+
+
+def test_what_is_wrong_with_the_text_is_said_alone(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    text = ["--data", str(tmp_path / "empty.txt")]
+    assert main([*small, *text, "--lr-warmup-steps", "20"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
         "loading the model and the text",
+        f"gsae_core: expected some text in {tmp_path / 'empty.txt'}, got none",
     ]
 
 
