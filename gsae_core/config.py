@@ -70,7 +70,7 @@ class DataConfig(Config):
 
     text_column: str | None = None
     """Column that holds the text; None takes token ids (`input_ids`, `tokens`), `text`, `content`,
-    or the only column of strings if these read like text."""
+    or else, if it reads like text, the only column of strings."""
 
     split: str = "train"
     """Split of a data set: on the Hub, in a `save_to_disk` folder, or as a folder's names tell

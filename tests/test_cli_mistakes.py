@@ -61,7 +61,8 @@ def test_a_missing_text_column_names_the_columns(
     said = mistake([*small, "--data", str(table), "--text-column", "text"], capsys)
     assert said == (
         f"expected a column 'text' in {table}, found body (strings such as 'w1 w2'), title "
-        "(strings such as 'w3'): name one of these with --text-column"
+        "(strings such as 'w3'): none of these reads like text; if one is, name it with "
+        "--text-column"
     )
 
 

@@ -125,7 +125,15 @@ def test_a_mark_and_semicolons_are_no_text_on_the_hub_either(
             {"a.jsonl": b'{"id": "q-000002", "messages": [{"role": "user", "content": "w1"}]}\n'},
             {},
             "expected a column of text in owner/name, found id (strings such as 'q-000002'), "
-            "messages (lists of {role, content}): name one with --text-column",
+            "messages (chats: lists of {role, content}): none of these is a column of text; write "
+            "the text out as one, each chat by the model's chat template",
+        ),
+        (
+            {"a.csv": f"1,{words(0, 12)}\n2,{words(20, 29)}\n".encode()},
+            {"text_column": "text"},
+            "expected a column 'text' in owner/name (its first row is read as the header), found 1 "
+            "(numbers), w0 w1 w2 w3 w4 w5 w6 w7 w8 w9\u2026 (text such as 'w20 w21 w22 w23 w24 w25 "
+            "w26 w\u2026'): name one of these with --text-column",
         ),
         (
             {"train.jsonl": b'{"text": "w1"}\n', "test.jsonl": b'{"text": "w2"}\n'},

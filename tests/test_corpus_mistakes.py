@@ -17,6 +17,13 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     row = {"id": "q-000002", "messages": [{"role": "user", "content": words(0, 9)}]}
     row |= {"tags": ["a b c d e f"], "score": 0.5, "gone": None}
     chat = file(folder / "chat.jsonl", json.dumps(row))
+    label = file(folder / "label.csv", f"label;review\npos;{words(0, 6)}\nneg;{words(6, 12)}\n")
+    # 32 characters, and a line break.
+    bare = file(folder / "bare.csv", f'pos,"{words(0, 4)}\n{words(4, 11)}"\nneg,{words(0, 6)}\n')
+    turns = {"turns": [{"from": "human", "value": words(0, 9)}], "source": "web"}
+    sharegpt = file(folder / "sharegpt.jsonl", json.dumps(turns))
+    nested = file(folder / "nested.jsonl", json.dumps({"n": 1, "doc": {"body": words(0, 9)}}))
+    unsure = file(folder / "unsure.jsonl", json.dumps({"review": "w1 w2", "gone": None}))
     utf16 = folder / "utf16"
     utf16.mkdir()
     (utf16 / "a.txt").write_bytes(words(0, 9).encode("utf-16"))
@@ -27,6 +34,7 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     damaged = folder / "d.jsonl.bz2"
     damaged.write_bytes(b"BZh9 not so")
     numbers = file(folder / "n.jsonl", json.dumps({"text": 5}))
+    tables = file(folder / "l.jsonl", json.dumps({"text": [["w1", "w2"], ["w3"]]}))
     broken = file(folder / "b.jsonl", '{"text": "w1"}\n{"text"')
     empty = file(folder / "empty.txt", "")
     short = file(folder / "short.txt", words(0, 3))
@@ -53,21 +61,76 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
             table,
             {},
             f"expected a column of text in {table}, found question (text such as 'w0 w1 w2 w3 w4 "
-            "w5 w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one with "
-            "--text-column",
+            "w5 w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one of "
+            "these with --text-column",
         ),
         "an id beside messages": (
             chat,
             {},
             f"expected a column of text in {chat}, found id (strings such as 'q-000002'), messages "
-            "(lists of {role, content}), tags (lists of strings), score (numbers), gone (empty in "
-            "the first rows): name one with --text-column",
+            "(chats: lists of {role, content}), tags (lists of strings), score (numbers), gone "
+            "(empty in the first rows): none of these is a column of text; write the text out as "
+            "one, each chat by the model's chat template",
+        ),
+        "chats of another form": (
+            sharegpt,
+            {},
+            f"expected a column of text in {sharegpt}, found turns (chats: lists of {{from, "
+            "value}), source (strings such as 'web'): none of these is a column of text; write "
+            "the text out as one, each chat by the model's chat template",
+        ),
+        "a column of chats by its name": (
+            sharegpt,
+            {"text_column": "turns"},
+            f"expected text or token ids in column 'turns' of {sharegpt}, got chats: lists of "
+            "{from, value}: name another column with --text-column, or write the text out as one, "
+            "each chat by the model's chat template",
+        ),
+        "no chats by a wrong name": (
+            sharegpt,
+            {"text_column": "text"},
+            f"expected a column 'text' in {sharegpt}, found turns (chats: lists of {{from, "
+            "value}), source (strings such as 'web'): none of these is a column of text; write "
+            "the text out as one, each chat by the model's chat template",
+        ),
+        "no strings at all": (
+            nested,
+            {},
+            f"expected a column of text in {nested}, found n (numbers), doc ({{body}}): none of "
+            "these is a column of text; write the text out as one",
+        ),
+        "perhaps text": (
+            unsure,
+            {},
+            f"expected a column of text in {unsure}, found review (strings such as 'w1 w2'), gone "
+            "(empty in the first rows): none of these reads like text; if one is, name it with "
+            "--text-column",
+        ),
+        "labels beside text": (
+            label,
+            {},
+            f"expected a column of text in {label} (its first row is read as the header), found "
+            "label (strings such as 'pos'), review (text such as 'w0 w1 w2 w3 w4 w5'): name one of "
+            "these with --text-column",
+        ),
+        "no header": (
+            bare,
+            {},
+            f"expected a column of text in {bare} (its first row is read as the header), found pos "
+            "(strings such as 'neg'), w0 w1 w2 w3 w4 w5 w6 w7 w8 w9\u2026 (text such as 'w0 w1 w2 "
+            "w3 w4 w5'): name one of these with --text-column",
         ),
         "not a text column": (
             numbers,
             {},
-            f"expected text or token ids in column 'text' of {numbers}, got int; name another "
-            "column with --text-column",
+            f"expected text or token ids in column 'text' of {numbers}, got numbers: name another "
+            "column with --text-column, or write the text out as one",
+        ),
+        "lists of unequal lists": (
+            tables,
+            {},
+            f"expected text or token ids in column 'text' of {tables}, got lists of lists: name "
+            "another column with --text-column, or write the text out as one",
         ),
         "broken line": (
             broken,

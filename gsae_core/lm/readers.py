@@ -45,7 +45,7 @@ from gsae_core.lm.splits import files_of_split
 from gsae_core.lm.stdlib import is_held_out, read_utf8, stdlib_paths
 from gsae_core.lm.tables import (
     TABLE_SUFFIXES,
-    hub_rows,
+    hub_pieces,
     no_split,
     row_pieces,
     saved_rows,
@@ -118,8 +118,8 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
     stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column))
     if cfg.text_column is None:
         stamp = (*stamp, READ_ANEW)
-    rows = partial(hub_rows, cfg.source, cfg.split)
-    return Source(cfg.source, stamp, partial(_rows, rows, cfg, cfg.source), remote=True)
+    documents = partial(hub_pieces, cfg.source, split=cfg.split, text_column=cfg.text_column)
+    return Source(cfg.source, stamp, documents, remote=True)
 
 
 def _refuse_split(cfg: DataConfig) -> None:

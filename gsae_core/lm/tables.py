@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ WORD = re.compile(
 
 DELIMITERS = (",", ";", "\t", "|")
 
+# Characters of a column's name, and of a value of it, that a sentence shows.
+SHOWN = 30
+
+# What the turns of a chat hold, as most data sets have them and as ShareGPT has.
+TURNS = ({"role", "content"}, {"from", "value"})
+
 Row = dict[str, Any]
 
 
@@ -48,9 +55,10 @@ def table_pieces(paths: Iterable[Path], text_column: str | None) -> Iterator[Pie
         head, rows = _look(table_rows(path))
         if not head:
             continue
+        name = _with_header(path) if _is_csv(path) else str(path)
         if text_column is None and not any(chosen in row for row in head):
-            chosen = pick_column(head, None, str(path))
-        yield from row_pieces(rows, text_column=chosen, name=str(path))
+            chosen = pick_column(head, None, name)
+        yield from row_pieces(rows, text_column=chosen, name=name)
 
 
 def row_pieces(rows: Iterable[Row], *, text_column: str | None, name: str) -> Iterator[Piece]:
@@ -81,10 +89,11 @@ def row_pieces(rows: Iterable[Row], *, text_column: str | None, name: str) -> It
             if "attention_mask" in row:
                 ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
             yield Piece(ids, ends=True)
-        elif value is not None and len(np.atleast_1d(value)):
+        elif _values([row], column):
             raise InputError(
-                f"expected text or token ids in column {column!r} of {name}, got "
-                f"{type(value).__name__}; name another column with --text-column"
+                f"expected text or token ids in column {column!r} of {name}, got {_kind([value])}: "
+                "name another column with --text-column, or write the text out as one"
+                f"{_template([value])}"
             )
 
 
@@ -92,7 +101,7 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
     """Return the column that holds the documents, judged by the first rows.
 
     Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
-    or the only column of strings, if these read like text: five words each, on average.
+    or else the only column of strings, if it reads like text: five words each, on average.
 
     Args:
         head: the first rows, at least one.
@@ -119,8 +128,7 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
     if len(strings) == 1 and reads_like_text(columns[strings[0]]):
         return strings[0]
     raise InputError(
-        f"expected a column of text in {name}, found {_described(columns)}: name one with "
-        "--text-column"
+        f"expected a column of text in {name}, found {_described(columns)}: {_advice(columns)}"
     )
 
 
@@ -166,9 +174,35 @@ def _is_ids(value: Any) -> bool:
 def _no_column(column: str, head: list[Row], name: str) -> str:
     columns = {each: _values(head, each) for each in dict.fromkeys(chain(*head))}
     return (
-        f"expected a column {column!r} in {name}, found {_described(columns)}: name one of these "
-        "with --text-column"
+        f"expected a column {column!r} in {name}, found {_described(columns)}: {_advice(columns)}"
     )
+
+
+def _advice(columns: dict[str, list[Any]]) -> str:
+    """Return what to do about columns none of which can be taken by itself."""
+    held = [values for values in columns.values() if values]
+    strings = [values for values in held if isinstance(values[0], str)]
+    if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):
+        return "name one of these with --text-column"
+    template = next(filter(None, map(_template, held)), "")
+    # Short strings, and what is empty so far, may be text; beside chats they are names of these.
+    if not template and (len(held) < len(columns) or not all(_is_json(v[0]) for v in strings)):
+        return "none of these reads like text; if one is, name it with --text-column"
+    return f"none of these is a column of text; write the text out as one{template}"
+
+
+def _template(values: list[Any]) -> str:
+    """Return by what chats become strings, after a comma; nothing if these are no chats."""
+    turns = values[0] if values else None
+    if isinstance(turns, list) and turns:
+        turns = turns[0]
+    chats = isinstance(turns, dict) and any(keys <= turns.keys() for keys in TURNS)
+    return ", each chat by the model's chat template" if chats else ""
+
+
+def _with_header(name: Path | str) -> str:
+    """Return a CSV's name for sentences: a file without a header has odd names of columns."""
+    return f"{name} (its first row is read as the header)"
 
 
 def _described(columns: dict[str, list[Any]]) -> str:
@@ -178,7 +212,9 @@ def _described(columns: dict[str, list[Any]]) -> str:
     """
     if not columns:
         return "no columns"
-    first = [f"{column} ({_kind(values)})" for column, values in list(columns.items())[:12]]
+    first = [
+        f"{_start(str(column))} ({_kind(values)})" for column, values in list(columns.items())[:12]
+    ]
     more = [f"{len(columns) - 12} more"] if len(columns) > 12 else []
     return ", ".join(first + more)
 
@@ -188,15 +224,19 @@ def _kind(values: list[Any]) -> str:
         return "empty in the first rows"
     value = values[0]
     if isinstance(value, str):
-        start = " ".join(value[:100].split())
-        shown = start if len(start) <= 30 else start[:29] + "\N{HORIZONTAL ELLIPSIS}"
         kind = "JSON" if _is_json(value) else "text" if reads_like_text(values) else "strings"
-        return f"{kind} such as {shown!r}"
+        return f"{kind} such as {_start(value)!r}"
     if _is_ids(value):
         return "lists of whole numbers"
     if isinstance(value, list | np.ndarray):
-        return f"lists of {_plural(value[0])}"
+        lists = f"lists of {_plural(value[0])}"
+        return f"chats: {lists}" if _template(values) else lists
     return _plural(value)
+
+
+def _start(text: str) -> str:
+    start = " ".join(text[:100].split())
+    return start if len(start) <= SHOWN else start[: SHOWN - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _plural(value: Any) -> str:
@@ -274,6 +314,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     with file:
         for batch in file.iter_batches(batch_size=256):
             yield from batch.to_pylist()
+
+
+def _is_csv(path: Path) -> bool:
+    return unpacked(path).suffix.lower() in (".csv", ".tsv")
 
 
 def _csv(path: Path, usual: str) -> Iterator[Row]:
@@ -367,37 +411,63 @@ def no_split(split: str, where: Path | str, splits: list[str]) -> str:
     )
 
 
-def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """Yield the rows of a data set on the Hub as they arrive; `owner/name:config` picks a config.
+def hub_pieces(name: str, *, split: str, text_column: str | None) -> Iterator[Piece]:
+    """Yield the document in each row of a data set on the Hub as it arrives.
+
+    Args:
+        name: `owner/name`, or `owner/name:config` to pick a config.
 
     Raises:
-        InputError: if the Hub cannot be reached or has no such data set, config or split.
+        InputError: if the Hub cannot be reached or has no such data set, config or split; and as
+            `row_pieces` does.
     """
+    with _hub_sentences(name, split):
+        rows, kind = _streamed(name, split)
+    yield from row_pieces(
+        _arriving(rows, kind, name=name, split=split),
+        text_column=text_column,
+        name=_with_header(name) if kind == "csv" else name,
+    )
+
+
+def _streamed(name: str, split: str) -> tuple[Iterator[Row], str | None]:
+    """Return the rows of a data set on the Hub, and the kind of file they are read from."""
     import datasets
-    import httpx2
-    from datasets.exceptions import DatasetNotFoundError
 
     repository, _, config = name.partition(":")
 
     def stream(**options: Any) -> tuple[Iterator[Row], str | None]:
-        """Return the rows, and the kind of file they are read from."""
         opened = datasets.load_dataset(
             repository, config or None, split=split, streaming=True, **options
         )
         return iter(opened), getattr(getattr(opened, "info", None), "builder_name", None)
 
-    try:
-        rows, kind = stream()
+    rows, kind = stream()
+    first = next(rows, {})
+    if kind == "csv" and (delimiter := _other_delimiter(first)) is not None:
+        rows, _ = stream(sep=delimiter)
         first = next(rows, {})
-        if kind == "csv" and (delimiter := _other_delimiter(first)) is not None:
-            rows, _ = stream(sep=delimiter)
-            first = next(rows, {})
-        for row in chain([first] if first else [], rows):
+    return chain([first] if first else [], rows), kind
+
+
+def _arriving(rows: Iterator[Row], kind: str | None, *, name: str, split: str) -> Iterator[Row]:
+    with _hub_sentences(name, split):
+        for row in rows:
             # The library takes a mark off other kinds of files, but leaves it in text.
             if kind == "text" and row["text"].startswith("\ufeff"):
                 yield {"text": row["text"][1:]}
             else:
                 yield row
+
+
+@contextmanager
+def _hub_sentences(name: str, split: str) -> Iterator[None]:
+    """Turn what goes wrong between here and a data set on the Hub into a sentence."""
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
     except (DatasetNotFoundError, OSError, httpx2.HTTPError) as error:
         raise InputError(data_sentence(error, name)) from error
     except UnicodeDecodeError as error:
