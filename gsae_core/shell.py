@@ -168,7 +168,11 @@ def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) 
 
 
 def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
-    """Draw the run picker, and have the address name the run; a new run changes neither."""
+    """Draw the run picker, and have the address name the run; a new run changes neither.
+
+    A run that was asked for and cannot be shown stays in the address too, until another is chosen:
+    a reload and a copied link then say the same of it.
+    """
     by_id, state = {run.id: run for run in runs}, st.session_state
     said = st.query_params.get("run")
     # The address counts on arrival, and where a link or Back changed it; otherwise the widget, for
@@ -192,12 +196,13 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
         placeholder="choose a run" if runs else "no runs yet",
         disabled=not runs,
     )
-    state["shell.run"], state["shell.run_said"] = chosen, (said, chosen)
-    if chosen is None:
-        return None
-    state.pop("shell.missing_run", None)
-    address.write({"run": chosen})
-    return by_id[chosen]
+    if chosen is not None:
+        state.pop("shell.missing_run", None)
+    shown = chosen or state.get("shell.missing_run")
+    state["shell.run"], state["shell.run_said"] = chosen, (said, shown)
+    if shown is not None:
+        address.write({"run": shown})
+    return None if chosen is None else by_id[chosen]
 
 
 def _navigation(run: Run | None) -> None:
@@ -210,7 +215,8 @@ def _navigation(run: Run | None) -> None:
 
 def _query(target: str, run: Run | None, parameters: dict[str, str]) -> dict[str, str]:
     """Return the parameters of another page's address; `page` is for history.js alone."""
-    named = {} if run is None else {"run": run.id}
+    shown = st.session_state.get("shell.missing_run") if run is None else run.id
+    named = {} if shown is None else {"run": shown}
     return {**named, **parameters, address.PAGE: TITLES[target]}
 
 

@@ -33,6 +33,25 @@ def test_an_unknown_run_in_the_address_is_named_and_not_replaced(root: Path, pag
     assert at.selectbox(key="run").value is None
 
 
+def test_a_damaged_run_stays_in_the_address_until_another_is_chosen(root: Path) -> None:
+    write_run(root, "whole")
+    (write_run(root, "bad").folder / "config.json").write_bytes(b"{")
+    at = opened(LIVE, run="bad")
+    for page in ("pages/3_Pareto.py", LIVE, "app.py"):
+        del at.query_params["run"]
+        at.switch_page(page).run()
+        assert not at.exception
+        assert at.query_params["run"] == "bad"  # so that a reload does not show another
+        assert "bad cannot be opened" in text(at)
+        assert f"expected JSON in {root / 'bad' / 'config.json'}, got " in text(at)
+        assert not at.metric  # of the other run
+    at.selectbox(key="run").set_value("whole").run()
+    assert at.query_params["run"] == "whole"
+    assert "cannot be opened" not in text(at)
+    at.run()
+    assert at.selectbox(key="run").value == "whole"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_run_deleted_while_open_is_named(root: Path, page: str) -> None:
     write_run(root, "older")

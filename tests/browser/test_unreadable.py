@@ -35,6 +35,24 @@ def test_every_page_opens_and_says_which_run_it_cannot_read(
     expect(page.get_by_text("1 run here cannot be read.")).to_be_visible()
 
 
+def test_a_run_that_cannot_be_read_is_still_the_one_asked_for_after_a_link_a_reload_and_back(
+    page: Page, ward: str
+) -> None:
+    opened(page, f"{ward}/Live?run=bad")
+    page.get_by_test_id("stSidebar").get_by_role("link", name="Pareto").click()
+    sees(page, "Pareto")
+    for title, move in (("Pareto", page.reload), ("Live", page.go_back)):
+        move()
+        sees(page, title)
+        expect(page).to_have_url(f"{ward}/{title}?run=bad")
+        expect(page.get_by_text("bad cannot be opened")).to_be_visible()
+    page.get_by_label("Run", exact=True).click()
+    page.get_by_role("option", name="whole").click()
+    expect(page).to_have_url(f"{ward}/Live?run=whole")
+    sees(page, "Live")
+    expect(page.get_by_text("bad cannot be opened")).to_be_hidden()
+
+
 def test_live_says_what_is_left_out_and_pareto_how_to_mend(page: Page, ward: str) -> None:
     opened(page, f"{ward}/Live?run=torn")
     expect(
