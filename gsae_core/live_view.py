@@ -11,7 +11,7 @@ from gsae_core.errors import InputError
 from gsae_core.failures import explain
 from gsae_core.glossary import definition, title
 from gsae_core.pieces import figure_tools, notice, plain, seconds_since
-from gsae_core.progress import Phase, Progress, timeline
+from gsae_core.progress import RECENT, Phase, Progress, timeline
 from gsae_core.store.queue import line
 from gsae_core.store.runs import Run
 from gsae_core.store.status import Status
@@ -86,9 +86,10 @@ def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) ->
         "Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out."
     )
     cells[1].metric(
-        "Speed",
+        "Recent speed",
         "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
-        help="Activation vectors a second, over the last ten logged steps.",
+        help=f"Tokens a second over the last {RECENT} logged steps, BOS left out. The line that "
+        "the terminal prints at the end has the average over the whole run.",
     )
     cells[2].metric(
         "LM share",

@@ -13,6 +13,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
 from gsae_core import job_badge
+from gsae_core.report import time_spent
 from gsae_core.store import jobs
 from gsae_core.store.runs import Run
 from gsae_core.store.status import of_process, read_status, write_status
@@ -104,6 +105,40 @@ def test_a_run_that_stopped_says_why_shows_its_log_and_can_go_on(
         "Delete",
         "Duplicate with changes",
     }
+
+
+def test_live_opens_while_only_one_sae_has_numbers(root: Path) -> None:
+    run = write_run(root, "done")
+    first = run.metrics()[0]
+    (run.folder / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    at = opened(LIVE, run="done")
+    at.session_state["live.newest"] = True
+    at.run()
+    assert not at.exception
+    assert list(at.dataframe[0].value["SAE"]) == [first["sae"]]
+
+
+def test_recent_speed_and_the_average_are_told_apart(root: Path) -> None:
+    run = write_run(root, "done")
+    # 12 logged steps of 500 tokens, the first after 49 s and the others in a second each.
+    rows = [
+        run.metrics()[0]
+        | {"step": n, "tokens": 500 * (n + 1), "seconds": 49.0 + n}
+        | {"seconds_lm": 30.0, "seconds_sae": 15.0}
+        for n in range(12)
+    ]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at = opened(LIVE, run="done")
+    (speed,) = [metric for metric in at.metric if "speed" in metric.label.lower()]
+    assert (speed.label, speed.value) == ("Recent speed", "500/s")  # 9 x 500 tokens in 9 s
+    assert speed.help == (
+        "Tokens a second over the last 10 logged steps, BOS left out. The line that the terminal "
+        "prints at the end has the average over the whole run."
+    )
+    # 6000 tokens in 60 s
+    assert time_spent(rows) == [
+        "6 k tokens in 1 min, 100/s on average; LM share 50 %, SAE share 25 %"
+    ]
 
 
 def test_the_timeline_names_each_stretch(root: Path, worker: int) -> None:

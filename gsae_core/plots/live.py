@@ -122,7 +122,10 @@ def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[Tr
         values = numbers.to_numpy("float64")
         names = frame["sae"].astype("category").cat
         for code, sae in enumerate(names.categories):
-            columns = np.ascontiguousarray(values[names.codes.to_numpy() == code].T)
+            own = names.codes.to_numpy() == code
+            if not own.any():
+                continue  # a step whose lines are half written, or lost
+            columns = np.ascontiguousarray(values[own].T)
             parts[run, str(sae)] = dict(zip(map(str, numbers), columns, strict=True))
     return [parts.get((line.run, line.sae), {}) for line in lines]
 
