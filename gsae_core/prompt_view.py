@@ -143,22 +143,33 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     here: Any = aligned.table[aligned.table["position"] == position]
     names = _names(chosen)
     _bar({names[where]: int((here["where"] == where).sum()) for where in names})
-    titles = {"gated": chosen.name, "baseline": chosen.other}
     number = st.column_config.NumberColumn
+    # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
+    columns = {
+        "where": ("", "fires in"),
+        "gated": (chosen.name, "feature"),
+        "gated_activation": (chosen.name, "f"),
+        "baseline": (chosen.other, "feature"),
+        "baseline_activation": (chosen.other, "f"),
+        "cosine": ("", "cosine"),
+    }
+    shown = here.loc[:, list(columns)].replace({"where": names})
+    shown.columns = pd.MultiIndex.from_tuples(list(columns.values()))
+    formats = {
+        "feature": number(format="%d"),
+        "f": number(format="%.3g", help="Activation, in the activations' own units."),
+        "cosine": number(format="%.3f", help="Of the two decoder directions."),
+    }
+    # Under two heads a column is known by its place; the index is 0. The type is of names alone.
+    heads = enumerate((head for _, head in columns.values()), start=1)
+    places: Any = {place: formats[head] for place, head in heads if head in formats}
     st.dataframe(
-        here.drop(columns="position").replace({"where": names}),
+        shown,
         hide_index=True,
-        height=min(38 + 35 * max(len(here), 1), 430),
+        height=min(38 + 38 + 35 * max(len(here), 1), 430),
         key="prompt.aligned",
         placeholder="–",
-        column_config={
-            "where": st.column_config.TextColumn("fires in"),
-            "gated": number(titles["gated"], format="%d"),
-            "baseline": number(titles["baseline"], format="%d"),
-            "cosine": number(format="%.3f", help="Of the two decoder directions."),
-            "gated_activation": number(f"f in {chosen.name}", format="%.3g"),
-            "baseline_activation": number(f"f in {chosen.other}", format="%.3g"),
-        },
+        column_config=places,
         alt="Features of the token in both SAEs, or in one alone",
     )
     st.caption(

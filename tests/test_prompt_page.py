@@ -98,6 +98,18 @@ def test_one_sae_alone_is_looked_through(run: Run) -> None:
     assert "Choose a second SAE above" in text(at)
 
 
+def test_what_both_saes_see_stands_under_their_names(run: Run) -> None:
+    at = opened(PROMPT, run=run.id, text=TEXT, sae="gated-0.05", base="relu-0.05")
+    table = at.dataframe[1].value
+    names = ("gated-0.05", "relu-0.05")
+    groups = [(name, column) for name in names for column in ("feature", "f")]
+    assert list(table.columns) == [("", "fires in"), *groups, ("", "cosine")]
+    # What the other table says of the first SAE.
+    own = features(at).set_index("latent")["activation"].to_dict()
+    seen = table[table[("gated-0.05", "f")] > 0]
+    assert dict(zip(seen[groups[0]], seen[groups[1]], strict=True)) == pytest.approx(own)
+
+
 def test_a_text_is_kept_for_the_next_page(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT)
     field(at).set_value("w7 w8").run()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_pages import NASTY
-from driver import at_rest, opened, serving
+from driver import at_rest, eventually, opened, serving
 from playwright.sync_api import Page, expect
 from tokenizers_of_each_kind import llama_run
 
@@ -163,6 +163,15 @@ def test_a_long_continuation_is_stopped_and_goes_on(page: Page, address: str) ->
     expect(page.get_by_text("Stopped; what is there stays.")).to_be_hidden()
     at_rest(page)
     expect(page.get_by_text(re.compile(r"^default \d+ tokens"))).to_be_visible()
+
+
+def test_no_column_of_prompts_tables_is_cut(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 1360, "height": 1500})
+    opened(page, f"{address}/Prompt?run=example&text={TEXT}")
+    tables = page.locator(".dvn-scroller")
+    expect(tables).to_have_count(2)
+    hidden = "nodes => nodes.map(node => node.scrollWidth - node.clientWidth)"
+    eventually(lambda: tables.evaluate_all(hidden) == [0, 0])
 
 
 @pytest.mark.parametrize("name", ["Prompt", "Steer"])
