@@ -34,6 +34,12 @@ CONFIG = {"displaylogo": False}
 LIMITS = [1, 3, 10, 30, 100, 300, 1000]
 MAX_ROWS = 2000
 FEATURES = "pages/5_Features.py"
+TWO_GAMMAS = (
+    "γ at the top of the page is of whole reconstructions, over all tokens measured; γ here is of "
+    "one feature's part of them, with all other parts left as they are. A median over features "
+    "also counts a rare, weak feature as much as a frequent, strong one: it is another number than "
+    "the SAE's γ, and may be far from it."
+)
 # Labels first: the address holds what a bound widget shows.
 LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}
 PLACES = {place.label: place for place in published_places()}
@@ -176,6 +182,7 @@ def feature_by_feature() -> None:
         return
     for feature in features:
         plain(feature.sentence(min_fired), size=".9rem")
+    st.caption(TWO_GAMMAS)
     if not any(len(feature.stats) for feature in features):
         notice("The limit hides every feature; lower it.", kind="info")
         st.button("Show all that fired", key="shrinkage.show_all", on_click=show_all)

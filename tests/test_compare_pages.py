@@ -298,6 +298,22 @@ def test_the_three_gammas_are_those_of_the_evaluation(root: Path) -> None:
     assert all(len(metric.help) > 20 for metric in at.metric)
 
 
+def test_the_median_over_features_is_told_from_the_gamma_of_the_sae(root: Path) -> None:
+    run = write_run(root, "done")
+    own = sorted(run.feature_stats("gated-0.4").query("fired >= 30")["gamma"])
+    half = len(own) // 2
+    median = (own[half] + own[-1 - half]) / 2
+    assert f"{median:.3f}" != "0.993"  # the SAE's
+    at = opened(SHRINKAGE, run="done", gated="gated-0.4", base="relu-0.4")
+    assert f"tokens or more; the median of their own γ is {median:.3f}." in text(at)
+    assert (
+        "γ at the top of the page is of whole reconstructions, over all tokens measured; γ here is "
+        "of one feature's part of them, with all other parts left as they are. A median over "
+        "features also counts a rare, weak feature as much as a frequent, strong one: it is "
+        "another number than the SAE's γ, and may be far from it."
+    ) in [each.value for each in at.caption]
+
+
 def test_no_baseline_run_on_pareto_is_not_no_baseline_here(root: Path) -> None:
     write_run(root, "done")
     at = opened(PARETO, run="done")

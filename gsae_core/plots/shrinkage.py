@@ -41,7 +41,7 @@ class FeatureGamma(NamedTuple):
         if len(self.stats):
             return (
                 f"{name}: {len(self.stats):,} of {self.n_features:,} features fired on "
-                f"{min_fired:,} tokens or more; their median γ is {self.median:.3f}."
+                f"{min_fired:,} tokens or more; the median of their own γ is {self.median:.3f}."
             )
         return (
             f"{name}: none of {self.n_features:,} features fired on {min_fired:,} tokens or more; "
