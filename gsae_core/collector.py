@@ -20,7 +20,7 @@ def spare_modules() -> None:
 
 def _freeze(phase: str, info: Mapping[str, int]) -> None:
     global _n_modules
-    # Right after a full collection nothing that is kept is garbage. Whatever a count frees is
+    # Right after a full collection nothing that is kept is garbage. All that a count frees is
     # freed all the same; only cycles that are alive now and die later are never found.
     if phase == "stop" and info["generation"] == 2 and len(sys.modules) != _n_modules:
         _n_modules = len(sys.modules)

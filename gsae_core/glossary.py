@@ -100,7 +100,7 @@ def formulas() -> tuple[str, ...]:
 
 
 def search(words: str) -> tuple[str, ...]:
-    """Return the terms whose title or definition holds all words, whatever their case.
+    """Return the terms whose title or definition holds all words; case is ignored.
 
     A title in full finds its own term alone, so that a link to one number shows one.
     """

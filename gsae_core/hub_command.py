@@ -36,7 +36,7 @@ def pull(command: Pull, *, say: Say, show: Say, follow: Follow) -> int:
         follow: draws progress until the work ends, and returns its last stage.
 
     Raises:
-        InputError: for whatever a person can mend.
+        InputError: for anything that a person can mend.
     """
     repository = look(parse_address(command.address))
     if repository.renamed:
@@ -77,7 +77,7 @@ def push(command: Push, *, say: Say, show: Say, follow: Follow) -> int:
     """Send SAEs of a run to the Hub; return the exit code.
 
     Raises:
-        InputError: for whatever a person can mend.
+        InputError: for anything that a person can mend.
     """
     from gsae_core.hub_work import parcel_of
     from gsae_core.store.hub_push import check_token
@@ -97,7 +97,7 @@ def go_on(transfer: Transfer, *, say: Say, show: Say, follow: Follow) -> int:
     """Do a transfer, or what is left of it; return the exit code.
 
     Raises:
-        InputError: for whatever a person can mend.
+        InputError: for anything that a person can mend.
     """
     from gsae_core.hub_work import work
 

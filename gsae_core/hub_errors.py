@@ -1,7 +1,7 @@
 """What the Hub, or the way to it, refused: one sentence with the next step.
 
-For SAEs, language models and data sets alike, and whoever asked: the library's own calls, or those
-that transformers and datasets make and wrap in errors of theirs.
+For SAEs, language models and data sets alike, and for every caller: the library's own calls, or
+those that transformers and datasets make and wrap in errors of theirs.
 """
 
 import errno

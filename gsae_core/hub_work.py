@@ -38,7 +38,7 @@ def work(transfer: Transfer, *, worker: Worker | None = None) -> Iterator[Progre
     `cancelled`; what came is kept.
 
     Raises:
-        InputError: while iterating, for whatever a person can mend; status.json then says it too.
+        InputError: while iterating, for what a person can mend; status.json then says it too.
     """
     with contextlib.nullcontext(worker) if worker else Worker(transfer) as held:
         assert held is not None

@@ -41,7 +41,7 @@ def index_run(
         split: of the text; None: as asked for last, or half held out, half trained on.
 
     Raises:
-        InputError: while iterating, for whatever a person can mend; status.json then says it too.
+        InputError: while iterating, for what a person can mend; status.json then says it too.
     """
     job = prepare(run, name, n_tokens=n_tokens, split=split)
     with Worker(job) as worker:

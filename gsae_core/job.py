@@ -56,7 +56,7 @@ def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
         worker: holds the run and its device already; it is the caller's to end.
 
     Raises:
-        InputError: while iterating, for whatever a person can mend; status.json then says it too.
+        InputError: while iterating, for what a person can mend; status.json then says it too.
     """
     if worker is not None:
         yield from _train_and_evaluate(run, worker)
@@ -116,7 +116,7 @@ def evaluate_run(
         held.acquire(blocking=False)
     except Timeout:
         raise InputError(
-            f"expected a run that nobody is training, got {run.id}; wait until it has finished"
+            f"expected a run that no process is training, got {run.id}; wait until it has finished"
         ) from None
     with held, _sentences_about_memory():
         asked = {"n_tokens": n_tokens, "replace": replace}

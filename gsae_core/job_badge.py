@@ -76,7 +76,7 @@ ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
 
 
 def tell_endings(jobs: Standings) -> None:
-    """Say once, on whatever page, that a job seen moving in this session has ended."""
+    """Say once, on the page that is open, that a job seen moving in this session has ended."""
     watched: set[str] = st.session_state.setdefault("shell.watched", set())
     for job, status in jobs:
         if status.expects_process:

@@ -17,7 +17,7 @@ def own(name: str) -> str:
 def key_for(name: str, *about: object) -> str:
     """Return the key of a widget whose choices depend on data: another one for other data.
 
-    A browser keeps showing what was chosen under a key, whatever the next list under it holds.
+    A browser keeps showing what was chosen under a key, even if the next list under it lacks it.
 
     Args:
         name: the page's and the widget's.

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
 def label(command: Label, *, say: Say, show: Say, follow: Follow) -> int:
     """Label features of a run's SAE; return the exit code, 1 if some could not be labelled.
 
-    What is labelled is kept, whatever ends this.
+    What is labelled is kept, also where an error or Ctrl-C ends this.
 
     Args:
         say: takes a sentence for the person who watches.
@@ -44,7 +44,7 @@ def label(command: Label, *, say: Say, show: Say, follow: Follow) -> int:
         follow: draws progress until the work ends, and returns its last stage.
 
     Raises:
-        InputError: for whatever a person can mend.
+        InputError: for anything that a person can mend.
     """
     if command.with_ is None:
         raise InputError(

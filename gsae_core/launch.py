@@ -29,8 +29,8 @@ def runs_root() -> Path:
 def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
     """Make a run under `root` and start it; return the one there is if it was made before.
 
-    A run with the same config that waits or trains now is that one too, whoever started it: its
-    seed is the same, so a second one would find the same numbers.
+    A run with the same config that waits or trains now is that one too, started from here or not:
+    its seed is the same, so a second one would find the same numbers.
 
     Args:
         nonce: one for each intention to start: a double press has the same and starts one run.

@@ -1,6 +1,6 @@
 """Language models, SAEs and what was computed with them, kept in memory for every visitor.
 
-Whatever is here is shared: read, never changed. Nothing here is imported before a page needs it,
+All that is here is shared: read, never changed. Nothing here is imported before a page needs it,
 for torch and transformers take seconds.
 """
 
@@ -44,7 +44,7 @@ class Desk:
 
     @contextmanager
     def turn(self, *, patience: float | None = None) -> Iterator[None]:
-        """Within, nobody else has the model.
+        """Within, no other thread has the model.
 
         Raises:
             InputError: if it does not come free in `patience` seconds; None: `PATIENCE`.

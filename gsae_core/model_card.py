@@ -47,7 +47,7 @@ def _front_matter(config: RunConfig) -> str:
     lines = ["---", "library_name: saelens", "tags:", "- sparse-autoencoder"]
     if any(spec.architecture == "gated" for spec in config.saes):
         lines.append("- gated-sae")
-    # A name on the Hub alone: a folder of this machine is nobody's business.
+    # A name on the Hub alone: a folder of this machine is private.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name):
         lines.append(f"base_model: {config.model.name}")
     return "\n".join([*lines, "---"])

@@ -242,7 +242,7 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     if base:
         shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
         shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
-        # Each change beside its number: at the far right nobody sees them.
+        # Each change beside its number: at the far right they are out of sight.
         pairs = [column for name in NUMBERS for column in (name, f"change_{name}")]
         own = [name for name in shown if name not in pairs]
         shown = shown[[*own, *(column for column in pairs if column in shown)]]

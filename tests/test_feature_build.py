@@ -288,7 +288,7 @@ def test_a_second_build_of_the_same_sae_is_refused_while_one_lives(
     blank = Status("running", 0, 0, None, None, 0.0, None)
     write_status(folder, of_process(blank, "running", worker))
     with pytest.raises(
-        InputError, match=rf"expected nobody to be building .* got process {worker}, which is"
+        InputError, match=rf"expected no process to be building .* got process {worker}, which is"
     ):
         finish(finished, "gated-0.05")
     assert start_index(finished, "gated-0.05") == worker

@@ -307,7 +307,7 @@ def test_a_run_in_training_is_not_evaluated(
     with Worker(run), pytest.raises(InputError) as caught:
         list(evaluate_run(run))
     assert str(caught.value) == (
-        "expected a run that nobody is training, got run; wait until it has finished"
+        "expected a run that no process is training, got run; wait until it has finished"
     )
 
 

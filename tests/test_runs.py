@@ -532,7 +532,7 @@ def test_a_second_worker_is_refused(run: Run) -> None:
     with Worker(run), pytest.raises(InputError) as caught, Worker(run):
         pass
     assert str(caught.value) == (
-        f"expected a run that nobody is training, got first, which process {os.getpid()} is "
+        f"expected a run that no process is training, got first, which process {os.getpid()} is "
         "training; cancel that one first"
     )
 

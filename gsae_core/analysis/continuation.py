@@ -61,7 +61,7 @@ def continuation(
 ) -> Iterator[int]:
     """Yield the ids of new tokens one by one; ends at end-of-text or where the context is full.
 
-    Between two of them nothing is held: others may use the model, and whoever asks may stop.
+    Between two of them nothing is held: others may use the model, and the caller may stop.
 
     Raises:
         InputError: if `sampling` is out of range, the site does not exist, the SAE has another

@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
     life: Life = "all"
     starred: bool = False
     label: str = ""
-    """Part of the label, whatever its case."""
+    """Part of the label; upper and lower case are the same."""
     text: str = ""
     """Part of a token on which the feature fires, spaces and case counting, or of its label."""
 

@@ -67,7 +67,7 @@ class Fidelity(NamedTuple):
     costs less than a millionth of a nat: nothing to recover."""
 
     kl: float
-    """KL(clean || spliced): nats that the model's predictions drifted, whatever the next token."""
+    """KL(clean || spliced): nats that the model's predictions drifted, over all next tokens."""
 
     n_tokens: int
     """Predictions averaged; a little below the activations measured, as a sequence's last token

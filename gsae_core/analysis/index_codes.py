@@ -2,7 +2,7 @@
 
 A margin says how far a latent is from firing, in the units of the pre-activation that decides: it
 fires where its margin is above 0. Of the margins at or below 0 a band is kept, as wide for each
-latent as it takes to hold some tokens whatever its scale (`near_band`).
+latent as it takes to hold some tokens at any scale (`near_band`).
 """
 
 import threading
@@ -120,7 +120,7 @@ class NearBand:
 
     It is the r-th largest margin of a silent token in the sample, with r / n_sample equal to
     BAND_TOKENS / n_tokens (and r at least 2): tokens are as likely to lie above it as below,
-    whatever the latent's scale. -inf where the sample has fewer: the band then holds all.
+    at any scale of the latent. -inf where the sample has fewer: the band then holds all.
 
     Args:
         n_sample: tokens that will be added.

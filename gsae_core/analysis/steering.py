@@ -43,7 +43,7 @@ class Intervention(NamedTuple):
 
     latent: int
     mode: Mode
-    """`add`: f + strength units; `clamp`: strength units, whatever f is; `ablate`: 0."""
+    """`add`: f + strength units; `clamp`: strength units, f ignored; `ablate`: 0."""
     strength: float | int
     """In units; ablation takes no notice of it."""
     unit: float
@@ -87,7 +87,7 @@ class Steering:
 
     @property
     def is_identity(self) -> bool:
-        """Whether x' is x, to the bit, whatever x is."""
+        """Whether x' is x, to the bit, for every x."""
         nothing = all(each.mode == "add" and each.amount == 0 for each in self.interventions)
         return self.keep_error and nothing
 

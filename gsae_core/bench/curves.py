@@ -106,7 +106,7 @@ def draw(name: str, points: list[Point]) -> str:
             for row in point["rows"]
             if row["name"] == row_name
         ]
-        # One colour for each in every figure, whoever is missing from it.
+        # One colour for each in every figure, also where others are missing.
         lines.append(Line(shown, tuple(found)))
     fixed = points[0]["settings"]
     others = {"batch": "batch", "d_in": "d_in", "d_sae": "d_sae", "l0": "L0"}

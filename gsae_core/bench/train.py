@@ -109,7 +109,7 @@ def _entries(
 
     job: dict[str, Any] = {"device": flags.device, "threads": threads}
     entries = [ours(OURS, 1), ours(sweep_name(flags.saes), flags.saes)]
-    # Also fills the token cache, so that nobody's run tokenises.
+    # Also fills the token cache, so that no run tokenises.
     sequences = load_text(run_config(flags, n_saes=1), model).train
     there, notes = ([], []) if flags.no_peers else found(flags.peers, ("saelens",))
     if there:

@@ -134,7 +134,7 @@ class _Background:
 
 
 class _Unwanted(Exception):
-    """Ends the filling of a chunk that nobody will ask for."""
+    """Ends the filling of a chunk that will not be asked for."""
 
 
 def _run(
@@ -145,7 +145,7 @@ def _run(
     unwanted: threading.Event,
 ) -> None:
     def check() -> None:
-        # Threads are waited for when Python ends; nobody will look at this chunk then.
+        # Threads are waited for when Python ends; this chunk is not needed then.
         if unwanted.is_set() or not threading.main_thread().is_alive():
             raise _Unwanted
 

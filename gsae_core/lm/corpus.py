@@ -95,7 +95,7 @@ class Corpus:
     bos: bool
     """Whether sequences start with BOS."""
     shortage: str = "the held-out text has no more"
-    """Why there are not more held-out tokens, for whoever asked for more."""
+    """Why there are not more held-out tokens, to say where more were asked for."""
 
     @property
     def n_train_tokens(self) -> int:

@@ -175,7 +175,7 @@ class LanguageModel:
 
 
 class _SiteReached(Exception):
-    """Ends a forward pass whose rest nobody needs, and carries `x` out of it.
+    """Ends a forward pass whose rest is not needed, and carries `x` out of it.
 
     An exception belongs to the thread it is raised in, so one hook serves passes side by side.
     """
@@ -239,6 +239,6 @@ _NEEDS_TOKENIZER = (
 
 
 def _is_bridge(source: Any) -> bool:
-    # Whoever holds a bridge has imported TransformerLens; nobody else waits seconds for it.
+    # Code that holds a bridge has imported TransformerLens; no other code waits seconds for it.
     bridges = sys.modules.get("transformer_lens.model_bridge")
     return bridges is not None and isinstance(source, bridges.TransformerBridge)

@@ -39,7 +39,7 @@ class Layout:
     """Whether the source's own rows are kept."""
 
     starts_with_bos: bool = False
-    """Whether rows start with BOS, put there by us or by whoever made the token array."""
+    """Whether rows start with BOS, put there by us or by the maker of the token array."""
 
     @property
     def dtype(self) -> str:

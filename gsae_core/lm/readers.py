@@ -128,7 +128,7 @@ def _refuse_split(cfg: DataConfig) -> None:
 
 
 def _stdlib(cfg: DataConfig) -> Source:
-    # Whole percents: the bundled model never saw the files below 5, whatever share is asked for.
+    # Whole percents: the bundled model never saw the files below 5, at any share that is asked for.
     percent = max(1, round(100 * cfg.held_out))
     paths = stdlib_paths()
     names = sorted(paths, key=_hashed)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # E|x|^2 is measured on about so many vectors: the relative error is well below a percent.
 SCALE_VECTORS = 2**15
 
-# Keeps the seeds of permutations and of chunks apart, whatever the run's seed.
+# Keeps the seeds of permutations and of chunks apart, for every seed of a run.
 SEQUENCES, VECTORS = 1, 2
 
 
@@ -133,7 +133,7 @@ class ActivationStream:
         """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
         order = self._order(0)
         enough = np.searchsorted(np.cumsum(self._sequences.counts[order]), SCALE_VECTORS) + 1
-        # Pieces of one size, whatever the size of a pass or of a file: not a bit depends on it. On
+        # Pieces of one size, for any size of a pass or of a file: not a bit depends on it. On
         # the CPU, because Apple's GPUs know no float64.
         found = [x.cpu() for x in self._source.vectors(np.sort(order[:enough]))]
         pieces = torch.cat(found).split(2**12)

@@ -54,6 +54,6 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, nobody else is there."""
+        """Within, no other thread is there."""
         with self.together(object(), nullcontext):
             yield

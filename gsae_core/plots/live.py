@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most or,
-# whatever the others need, less than its least.
+# A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most,
+# nor less than its least even where the others need the room.
 CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
 GAMMAS = ("gamma", "gamma_gate")
 # Tops of the axis of gamma: its first steps may reach 4, and all that matters later lies near 1.

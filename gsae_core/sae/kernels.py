@@ -12,7 +12,7 @@ How many entries a batch has is known on the device alone, so buffers have the c
 It is one number for the whole batch, because rows and tiles vary far more than their sum does:
 a tile claims a stretch of the buffer with one atomic addition and leaves its counts per row and
 per latent; prefix sums over those counts say where each entry belongs. That makes the order
-exact whatever order tiles finished in, and costs no sort. A batch with more entries than the
+exact for any order in which tiles finish, and costs no sort. A batch with more entries than the
 capacity leaves empty sums and a flag, and the caller takes the dense step.
 """
 

@@ -42,8 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
     Raises:
         LaunchError: if the kernel cannot be compiled here, needs more than this GPU has, or would
-            read other numbers than those of its tensors. Whatever else goes wrong, memory that ran
-            out above all, is raised as it is.
+            read other numbers than those of its tensors. Anything else that goes wrong, memory
+            that ran out above all, is raised as it is.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError

@@ -38,7 +38,7 @@ RECIPES: dict[Recipe, Objective] = {
 def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
     """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
 
-    The others have no gate and so no auxiliary reconstruction from it (Eq. 4), whatever `aux` says.
+    The others have no gate and so no auxiliary reconstruction from it (Eq. 4), for any `aux`.
 
     Raises:
         InputError: for combinations in which norms can run away; nothing else is looked at, so

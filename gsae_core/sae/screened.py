@@ -6,7 +6,7 @@ computed beforehand:
 
     |<x, w> - <x', w'>| <= |x| |w - w'| + |x - x'| |w'|          (Cauchy-Schwarz; ' is rounded)
 
-plus the rounding of sums and of the result. Whatever may lie above its threshold by that bound is
+plus the rounding of sums and of the result. All that may lie above its threshold by that bound is
 computed again in float32, so that no gate that opens is missed and none that is shut opens.
 """
 

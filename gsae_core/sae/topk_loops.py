@@ -39,7 +39,7 @@ def pick_largest(h, b, k, latent, value, ends):
         ends: (rows,), becomes the end of each row's entries.
     """
     n, whole, zero = 0, h.shape[1] // BLOCK * BLOCK, h.dtype.type(0)
-    # Whatever exceeds the k-th largest so far; cut back to k whenever there are twice as many.
+    # All that exceeds the k-th largest so far; cut back to k whenever there are twice as many.
     room = 2 * k + BLOCK + 1
     some, best = np.empty(room, np.int64), np.empty(room, h.dtype)
     for t in range(h.shape[0]):

@@ -1,6 +1,6 @@
 """Activations on disk: harvested once, read by every later run of the same model, place and text.
 
-    activations/<model and place>/about.json                    what they are, for whoever tidies up
+    activations/<model and place>/about.json                    what they are, for those who tidy up
                                   <tokens>.safetensors          a shard: x (n, d_in), SHA-256 of x
 
 A shard holds the counted vectors of consecutive sequences of the text, in the text's order, and is
@@ -162,7 +162,7 @@ class CachedActivations:
                 reason = str(error)
             else:
                 if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
-                    # An earlier version wrote them whatever they were.
+                    # An earlier version wrote them without a check.
                     self._harvest.check(x)
                     return x
                 reason = "its checksum is another's"

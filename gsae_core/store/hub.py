@@ -2,7 +2,7 @@
 
     look(parse_address("google/gemma-scope-2b-pt-res:layer_12/width_16k")) -> Repository
 
-Every answer names the commit it is of, and whatever is fetched later is fetched from that commit.
+Every answer names the commit it is of, and all that is fetched later is fetched from that commit.
 Tokens are huggingface_hub's business alone: the environment's or the login's, never seen here.
 """
 

@@ -43,7 +43,7 @@ def index_folder(run: Run, name: str) -> Path:
 
 
 def index_job(run: Run, name: str) -> Job | None:
-    """Return the job that builds an SAE's index, or built it last; None if nobody began.
+    """Return the job that builds an SAE's index, or built it last; None if there was none.
 
     Raises:
         InputError: if the run has no SAE of this name.
@@ -87,12 +87,12 @@ def prepare(
     with writing(folder, FOLDER_BYTES):
         folder.mkdir(parents=True, exist_ok=True)
         job = Job(folder)
-        # Whoever starts holds this lock; a worker that is starting has its status already.
+        # The starting process holds this lock; a worker that is starting has its status already.
         with lock(folder, "start"):
             builder = read_status(folder).pid if is_building(job) else None
             if builder not in (None, os.getpid()):
                 raise InputError(
-                    f"expected nobody to be building the index of {name!r}, got process "
+                    f"expected no process to be building the index of {name!r}, got process "
                     f"{builder}, which is; wait for it, or cancel it first"
                 )
             before = request(job)

@@ -2,7 +2,7 @@
 
     status.json  events.jsonl  log.txt  control.json
 
-Whoever starts a job, watches it or ends it reads and writes these files, and knows no more.
+Code that starts a job, watches it or ends it reads and writes these files, and knows no more.
 """
 
 import os

@@ -173,7 +173,7 @@ def _see_off(status: Status, process: psutil.Process) -> CancelStage:
 
 
 def _signal(process: psutil.Process, how: Literal["terminate", "kill"]) -> None:
-    # The tree and not the process group: a run started by hand shares its group with whatever
+    # The tree and not the process group: a run started by hand shares its group with what
     # started it (a Makefile, a test session), which must survive.
     try:
         family = [*process.children(recursive=True), process]

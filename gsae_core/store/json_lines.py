@@ -3,7 +3,7 @@
 events.jsonl, labels.jsonl and metrics.jsonl are written and read here. What is appended starts on a
 line of its own, is taken back where the disk refuses the rest of it, and is on the disk before
 `append` returns. A power cut can still leave half a line or bytes of zero in what was being
-written: whatever is no JSON object is left out by readers, and counted.
+written: what is no JSON object is left out by readers, and counted.
 """
 
 import os
@@ -47,7 +47,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def append_to(file: BinaryIO, data: bytes) -> None:
     """Append whole lines to a file opened by `ab+` without a buffer, or nothing.
 
-    Whoever calls it sees to it that nobody else appends meanwhile.
+    The caller sees to it that nothing else appends meanwhile.
     """
     end = file.seek(0, os.SEEK_END)
     if end and not _ends_a_line(file):

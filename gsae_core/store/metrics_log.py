@@ -14,7 +14,7 @@ from gsae_core.store.files import read_bytes, replace_durably, unreadable, writi
 TAIL_BYTES = 2**16
 
 PLACE = ("step", "tokens", "seconds")
-"""Numbers that every line has, whatever else it tells of an SAE."""
+"""Numbers that every line has, for any kind of SAE."""
 SHARES = ("seconds_lm", "seconds_sae")
 """Numbers that lines of older versions lack."""
 
@@ -123,7 +123,7 @@ def _write(path: Path, data: bytes) -> None:
 class MetricsLog:
     """metrics.jsonl opened for appending, after what belongs to later steps is cut off.
 
-    A line reaches the system with its step, and so every reader and whoever comes after a kill; it
+    A line reaches the system with its step, and so every reader, also after a kill; it
     is on the disk when `sync` returns, which each resumable state calls. A wait for the disk with
     every step would save nothing: after a power cut the steps since that state are taken and logged
     again, and their lines, torn or whole, are cut off. On an SSD it took 3.4 ms a step, 45 at most.

@@ -100,7 +100,7 @@ def _living(tickets: Path) -> list[tuple[Path, dict[str, Any]]]:
             continue  # Its turn came between the listing and the look, or it is damaged.
         pid, started = ticket.get("pid"), ticket.get("started")
         if not isinstance(pid, int) or not isinstance(started, float) or "run" not in ticket:
-            path.unlink(missing_ok=True)  # damaged: nobody can be waited for by it
+            path.unlink(missing_ok=True)  # damaged: it names no process to wait for
         elif live_process(pid, started) is None:
             path.unlink(missing_ok=True)
         else:

@@ -88,7 +88,7 @@ class _Metadata(BaseModel):
 
 
 class _SAECfg(BaseModel):
-    """What cfg.json holds, where it holds it; whoever loads the SAE asks for more."""
+    """What cfg.json holds, where it holds it; loading the SAE asks for more."""
 
     architecture: str = ""
     d_in: int = Field(1, gt=0, lt=2**31)

@@ -31,8 +31,8 @@ class Worker:
     with the cause in one sentence (a traceback goes to log.txt alone).
 
     Attributes:
-        step: steps done; set by whoever trains.
-        done: how much of the present stage is done; set by whoever does it.
+        step: steps done; set by the code that trains.
+        done: how much of the present stage is done; set by the code that does it.
         outcome: the last state, unless an exception ends the block.
 
     Raises:
@@ -71,7 +71,7 @@ class Worker:
             self._held.acquire(blocking=False)
         except Timeout:
             raise InputError(
-                f"expected a run that nobody is training, got {self.run.id}, which process "
+                f"expected a run that no process is training, got {self.run.id}, which process "
                 f"{status.pid} is training; cancel that one first"
             ) from None
         try:
@@ -164,7 +164,7 @@ class Worker:
             if control.exists():
                 self._stop.set()
             if not self.run.folder.is_dir():
-                self._stop.set()  # Deleted by hand: nobody wants the rest.
+                self._stop.set()  # Deleted by hand: the rest is not wanted.
                 continue
             if time.monotonic() - beat >= HEARTBEAT_SECONDS:
                 beat = time.monotonic()

@@ -115,7 +115,7 @@ class DictionaryAdam:
             lr: learning rate.
             threshold_lr: that of thresholds; None takes `lr`.
             unless: on the device: if true there, weights and moments keep their bits and `.grad`
-                means nothing afterwards. Nobody waits to find out.
+                means nothing afterwards. No code waits to find out.
         """
         for parameter in self._named.values():
             _match_layout_(parameter)

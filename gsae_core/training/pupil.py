@@ -1,7 +1,7 @@
 """One SAE in training: its step, its optimiser, its counters, and when it has to stop.
 
-Whoever looks at a step's loss before its weights move waits for the device, which meanwhile has
-nothing to do. On CUDA nobody does. A step is *begun*: its gradients are computed, the device
+Code that looks at a step's loss before its weights move waits for the device, which meanwhile has
+nothing to do. On CUDA no code does. A step is *begun*: its gradients are computed, the device
 itself keeps a step that overflowed or is not finite from weights, moments and counters, and a few
 numbers set out for the CPU. It is *settled* when they are read, after the next step's gradients
 have been given to the device: an overflowing step is taken again, the dense way, and the next one's
@@ -55,7 +55,7 @@ class _Known(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """A step the device has been given; nobody has looked at its numbers."""
+    """A step the device has been given; its numbers have not been read."""
 
     lesson: _Lesson
     attempt: Attempt
@@ -112,7 +112,7 @@ class Pupil:
         """Learn from one batch, then revive dead latents if there is a pool to revive them from.
 
         Args:
-            x: activations; if `ahead`, nobody else writes to them before the next step is over.
+            x: activations; if `ahead`, no other code writes to them before the next step is over.
             steps_done: steps before this one.
             pool: recent inputs at a step that ends with a revival, else None.
         """
@@ -133,7 +133,7 @@ class Pupil:
             self._begin(lesson)
         else:
             self._learn(lesson)
-        # Whatever comes after the last step finds it settled.
+        # What comes after the last step finds it settled.
         if pool is not None or lesson.number >= self.cfg.n_steps:
             self._settle()
         n_revived = 0
@@ -164,7 +164,7 @@ class Pupil:
 
     def _begin(self, lesson: _Lesson) -> None:
         """Give the device a step, then settle the one before."""
-        # Of step t - 2, whoever settled step t - 1 and when: a run saved or looked at in between
+        # Of step t - 2, no matter when step t - 1 was settled: a run saved or looked at in between
         # must not compute step t another way than one that was left alone.
         known = self._known_before if self._begun is None else self._known
         attempt = self._attempt(lesson, known)

@@ -36,7 +36,7 @@ class Answer:
     """The outcome of one step, which may still be on its way from the device.
 
     Args:
-        settle: makes whoever took the step `give` its outcome; None where that is about to be done.
+        settle: makes what took the step `give` its outcome; None where that is about to be done.
     """
 
     def __init__(self, settle: Callable[[], None] | None) -> None:

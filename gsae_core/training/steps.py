@@ -45,7 +45,7 @@ class Attempt(NamedTuple):
 
     result: StepResult
     n_open: Int64[Tensor, ""]
-    """Open gates of the batch, or whatever else cost work: see `StepResult.n_entries`."""
+    """Open gates of the batch, or what else cost work: see `StepResult.n_entries`."""
     overflowed: Bool[Tensor, ""]
     """Whether more gates opened than a GPU's buffers had room for: the rest means nothing then."""
     capacity: int = 0
@@ -252,7 +252,7 @@ def _new(like: SAE, density: float | None) -> SAE:
             k = like.k if density is None else max(1, round(density * like.d_sae))
             return TopKSAE(like.d_in, like.d_sae, k=k)
         case JumpReluSAE():
-            # Of inputs of length 1, whatever those are that it learns from.
+            # Of inputs of length 1, also where those it learns from are not.
             return JumpReluSAE(like.d_in, like.d_sae, bandwidth=like.bandwidth, threshold_unit=1.0)
     build: Any = type(like)
     return build(like.d_in, like.d_sae)

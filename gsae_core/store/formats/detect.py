@@ -132,7 +132,7 @@ def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
     for folder in folders:
         for path in sorted(folder.glob("*.json"))[:MOST_CONFIGS]:
             # A broken file that no format needs breaks nothing; the one that is needed is named by
-            # whoever misses it.
+            # the format that misses it.
             try:
                 found[path] = read_object(path)
             except (InputError, OSError):

@@ -1,7 +1,7 @@
 """Which model and site an SAE is for, out of its config, or out of the path it was released under.
 
 TransformerLens, Hugging Face and dictionary_learning spell sites in their own ways; one that has
-no counterpart among ours stays unnamed, and whoever imports it says where it belongs.
+no counterpart among ours stays unnamed, and the importer says where it belongs.
 """
 
 import re

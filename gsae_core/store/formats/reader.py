@@ -57,7 +57,7 @@ class Foreign(NamedTuple):
 
 
 def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
-    """Return the SAE in a file or folder, whatever library wrote it.
+    """Return the SAE in a file or folder, written by any of the libraries known here.
 
     Args:
         path: of the weights, or the folder around them.

@@ -1,4 +1,4 @@
-"""Which tensors each library's files hold: how a file is recognised, whatever it is called."""
+"""Which tensors each library's files hold: how a file is recognised; its name does not count."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

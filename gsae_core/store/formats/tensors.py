@@ -24,7 +24,7 @@ def load_values(path: Path, names: Iterable[str]) -> dict[str, Any]:
         InputError: if the file is damaged, or would execute code or take memory beyond its size.
     """
     held = look(path)
-    assert held is not None  # whoever asks has recognised it
+    assert held is not None  # callers have recognised it
     wanted = set(names)
     read = {"safetensors": _safetensors, "npz": _npz, "pickle": _pickle}[held.kind]
     return read(path, wanted)
