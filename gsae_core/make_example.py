@@ -38,7 +38,7 @@ KEPT = (
     "samples.json",
     "status.json",
 )
-KEPT_EVENTS = ("created", "finished")
+KEPT_EVENTS = ("created", "loading", "training", "evaluating", "finished")
 
 log = logging.getLogger(__name__)
 

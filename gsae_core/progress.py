@@ -84,6 +84,14 @@ def timeline(
         events: what `Run.events` returns.
         now: seconds since 1970.
     """
+    if (
+        status.state == "finished"
+        and status.step
+        and "training" not in {event["event"] for event in events}
+    ):
+        # Of the bundled example the first and the last event are shipped: what lay between took
+        # time that is not known, and was not spent in the line.
+        return tuple(Phase(name, None, "done") for name in (*PHASES, "finished"))
     spent: dict[str, float] = {}
     current, since = None, 0.0
     for event in events:

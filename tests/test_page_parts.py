@@ -74,6 +74,15 @@ def test_a_timeline_measures_each_stretch_to_the_next() -> None:
     ]
 
 
+def test_a_finished_run_whose_stages_were_not_kept_has_no_lengths() -> None:
+    events = happened(("created", 0), ("finished", 270))
+    state = status(8, 8)._replace(state="finished", heartbeat=270.0)
+    assert lengths(timeline(events, state, now=1000.0)) == [
+        (name, None, "done")
+        for name in ("queued", "starting", "training", "evaluating", "finished")
+    ]
+
+
 def test_a_timeline_goes_on_while_the_run_does() -> None:
     events = happened(("created", 0), ("started", 0), ("loading", 1), ("training", 5))
     assert lengths(timeline(events, status(4, 8), now=25.0)) == [
