@@ -74,4 +74,9 @@ if __name__ == "__main__":
     answers = is_answer(sys.argv[1:])
     sys.stdout = lasting(1, sys.stdout, answers=answers)
     sys.stderr = lasting(2, sys.stderr, answers=answers)
-    sys.exit(main())
+    try:
+        code = main()
+    finally:
+        # Here and not when Python ends, where a reader that has left could no longer set the code.
+        sys.stdout.flush()
+    sys.exit(code)

@@ -37,10 +37,16 @@ def unread() -> Iterator[int]:
         ("doctor",),
     ],
 )
-def test_an_answer_ends_quietly_with_its_reader(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_ends_quietly_with_its_reader(words: tuple[str, ...], unbuffered: str) -> None:
     with unread() as pipe:
         done = subprocess.run(
-            [*COMMAND, *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+            [*COMMAND, *words],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert (done.returncode, done.stderr) == (SIGPIPE, "")
 
