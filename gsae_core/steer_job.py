@@ -161,11 +161,11 @@ def advance(run: Run, job: Job) -> bool:
         except InputError:
             job.stream = None  # a generator that failed is at its end
             raise
+        if found is not None:
+            kind, token = found
+            job.tokens[kind].append(token)
     if found is None:
         _finish(run, job)
-    else:
-        kind, token = found
-        job.tokens[kind].append(token)
     job.seconds += time.perf_counter() - began
     return job.stream is not None
 
@@ -190,11 +190,11 @@ def _finish(run: Run, job: Job) -> None:
     }
 
 
-def texts(run: Run, job: Job, kind: str) -> tuple[str, ...]:
-    """Return the new tokens of a continuation as they can be shown."""
+def texts(run: Run, job: Job, new: list[int]) -> tuple[str, ...]:
+    """Return new tokens of a continuation as they can be shown."""
     from gsae_core.analysis.continuation import new_texts
 
-    return new_texts(job.prompt, job.tokens[kind], model=loaded.language_model(run).model)
+    return new_texts(job.prompt, new, model=loaded.language_model(run).model)
 
 
 def loop(job: Job, kind: str) -> "Loop | None":

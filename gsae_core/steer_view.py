@@ -153,10 +153,11 @@ def say_loop(found: "Loop | None", default: "Loop | None") -> None:
 
 def continuation(run: Run, job: Job, kind: str) -> str:
     """Return a continuation, as far as it is, as HTML."""
-    own, default = job.tokens[kind], job.tokens[DEFAULT]
+    # Copies: the run of the page that a press ended may still add a token.
+    own, default = list(job.tokens[kind]), list(job.tokens[DEFAULT])
     differs = [kind != DEFAULT and default[i : i + 1] != [token] for i, token in enumerate(own)]
     going = job.stream is not None and not job.stopped
-    return continuation_html(texts(run, job, kind), differs, going=going)
+    return continuation_html(texts(run, job, own), differs, going=going)
 
 
 def scale_under(scales: "Scales", latent: int, *, limit: float) -> None:

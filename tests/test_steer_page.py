@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_run
 
 from gsae_core import steer_view
+from gsae_core.analysis import continuation
 from gsae_core.analysis.continuation import Loop
 from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job
 from gsae_core.store.files import sha256
@@ -99,6 +100,22 @@ def test_a_stopped_continuation_stays_and_goes_on(
     assert not at.exception
     assert job(at).stream is None
     assert all(job(at).tokens[kind][: len(tokens)] == tokens for kind, tokens in kept.items())
+
+
+def test_a_continuation_that_grows_while_it_is_drawn_is_drawn_as_it_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where Stop is pressed: the page draws anew while its last run still takes a token.
+    at = opened(STEER, run=run.id, f="2", **PAIR)
+    drawn, new_texts = job(at), continuation.new_texts
+    before = steer_view.continuation(run, drawn, STEERED)
+
+    def grown(*args: Any, **kwargs: Any) -> tuple[str, ...]:
+        drawn.tokens[STEERED].append(5)
+        return new_texts(*args, **kwargs)
+
+    monkeypatch.setattr(continuation, "new_texts", grown)
+    assert steer_view.continuation(run, drawn, STEERED) == before
 
 
 def test_three_features_are_steered_at_once(run: Run) -> None:
