@@ -106,6 +106,10 @@ def test_an_sae_is_fetched_cancelled_taken_up_and_opened(
 def test_a_reload_keeps_repository_revision_and_sae(tab: Page, hub_address: str) -> None:
     tab.goto(f"{hub_address}/Hub?repo=ada/saes&rev=main&sae=layer_2")
     expect(tab.get_by_text("256 wide activations, 1,024 features")).to_be_visible()
+    at_rest(tab)
+    # history.js steps back in the history once the address names the run; a reload asked for while
+    # the browser does so is dropped by it.
+    tab.wait_for_function("window.gsaeHistory === 'settled'")
     tab.reload()
     expect(tab.get_by_text("256 wide activations, 1,024 features")).to_be_visible()
     asked = parse_qs(urlsplit(tab.url).query)
