@@ -35,10 +35,9 @@ LIMITS = [1, 3, 10, 30, 100, 300, 1000]
 MAX_ROWS = 2000
 FEATURES = "pages/5_Features.py"
 TWO_GAMMAS = (
-    "γ at the top of the page is of whole reconstructions, over all tokens measured; γ here is of "
-    "one feature's part of them, with all other parts left as they are. A median over features "
-    "also counts a rare, weak feature as much as a frequent, strong one: it is another number than "
-    "the SAE's γ, and may be far from it."
+    "γ at the top of the page measures whole reconstructions, over all tokens. γ here measures one "
+    "feature's part of them, with all other parts left as they are. The median counts every "
+    "feature once, rare and weak ones too, so it may be far from the SAE's γ."
 )
 # Labels first: the address holds what a bound widget shows.
 LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}

@@ -307,10 +307,9 @@ def test_the_median_over_features_is_told_from_the_gamma_of_the_sae(root: Path) 
     at = opened(SHRINKAGE, run="done", gated="gated-0.4", base="relu-0.4")
     assert f"tokens or more; the median of their own γ is {median:.3f}." in text(at)
     assert (
-        "γ at the top of the page is of whole reconstructions, over all tokens measured; γ here is "
-        "of one feature's part of them, with all other parts left as they are. A median over "
-        "features also counts a rare, weak feature as much as a frequent, strong one: it is "
-        "another number than the SAE's γ, and may be far from it."
+        "γ at the top of the page measures whole reconstructions, over all tokens. γ here measures "
+        "one feature's part of them, with all other parts left as they are. The median counts "
+        "every feature once, rare and weak ones too, so it may be far from the SAE's γ."
     ) in [each.value for each in at.caption]
 
 

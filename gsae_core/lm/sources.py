@@ -1,6 +1,7 @@
 """Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory.
 
-A folder is data: Python that lies in it (`auto_map`) is never run, without a question.
+A folder is data: Python that lies in it (`auto_map`) is never run, and no question
+about it is asked.
 """
 
 import contextlib

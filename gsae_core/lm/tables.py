@@ -185,7 +185,7 @@ def _advice(columns: dict[str, list[Any]]) -> str:
     if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):
         return "name one of these with --text-column"
     template = next(filter(None, map(_template, held)), "")
-    # Short strings, and what is empty so far, may be text; beside chats they are names of these.
+    # Short strings, and what is empty so far, may be text; beside chats they are taken for ids.
     if not template and (len(held) < len(columns) or not all(_is_json(v[0]) for v in strings)):
         return "none of these reads like text; if one is, name it with --text-column"
     return f"none of these is a column of text; write the text out as one{template}"
