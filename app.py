@@ -4,19 +4,19 @@ import secrets
 
 import streamlit as st
 
-from gsae_core import cached, shell
-from gsae_core.controls import confirm_cancel
+from gsae_core.app import cache, shell
+from gsae_core.app.controls import confirm_cancel
+from gsae_core.app.live_view import draw_progress
+from gsae_core.app.parts import facts_in_line, notice, plain, seconds_since, state_badge
 from gsae_core.errors import InputError
-from gsae_core.example import SHOWN_FEATURE, SHOWN_SAE, example_run, is_example
-from gsae_core.launch import launch
-from gsae_core.live_view import draw_progress
+from gsae_core.files import readable
 from gsae_core.machine import machine
-from gsae_core.pieces import facts_in_line, notice, plain, seconds_since, state_badge
 from gsae_core.presets import preset
-from gsae_core.progress import progress
-from gsae_core.store.files import readable
-from gsae_core.store.runs import Run
-from gsae_core.wording import WORSE, ago, count, is_worse_than_mean
+from gsae_core.runs.example import SHOWN_FEATURE, SHOWN_SAE, example_run, is_example
+from gsae_core.runs.launch import launch
+from gsae_core.runs.plan.progress import progress
+from gsae_core.runs.run import Run
+from gsae_core.text import WORSE, ago, count, is_worse_than_mean
 
 MOST_SHOWN = 20  # of the runs, the newest
 
@@ -129,7 +129,7 @@ def jobs() -> None:
                     # Asked by the whole page: a dialog of this part would go with its refresh.
                     st.session_state["home.to_cancel"] = run.id
                     st.rerun()
-            draw_progress(run, status, progress(status, cached.recent_metrics(run)), eta=True)
+            draw_progress(run, status, progress(status, cache.recent_metrics(run)), eta=True)
 
 
 def recent() -> None:
@@ -187,7 +187,7 @@ def describe(run: Run) -> dict[str, object]:
 
 def worse(run: Run) -> str:
     """Return how many of a run's SAEs have an FVU above 1; nothing where none has."""
-    evals = cached.evaluations(run)
+    evals = cache.evaluations(run)
     n = sum(is_worse_than_mean(fvu) for fvu in evals["fvu"]) if len(evals) else 0
     return f"{WORSE} {n} worse than the mean activation" if n else ""
 
@@ -215,7 +215,7 @@ this_machine()
 for broken in frame.unreadable:
     notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
 for run in frame.runs[:MOST_SHOWN]:
-    for damage in cached.damages(run):
+    for damage in cache.damages(run):
         notice(damage, kind="warning", title=f"Not all of {run.id} can be read")
 to_cancel = st.session_state.pop("home.to_cancel", None)
 for run in frame.runs:

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.analysis.feature import Feature
-from gsae_core.analysis.features import FeatureIndex, open_index
+from gsae_core.analysis.features.index import Feature, FeatureIndex, open_index
 
 
 def queries(other: FeatureIndex) -> dict[str, Callable[[Feature], Any]]:

@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.features import open_index
+    from gsae_core.analysis.features.index import open_index
+    from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.lm.model import load_model
+    from gsae_core.runs.run import open_run
     from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-    from gsae_core.store.checkpoint import load_sae
-    from gsae_core.store.runs import open_run
 
 __all__ = [
     "GatedSAE",
@@ -31,9 +31,9 @@ _HOMES = {
     "ReluSAE": "gsae_core.sae.architectures",
     "TopKSAE": "gsae_core.sae.architectures",
     "load_model": "gsae_core.lm.model",
-    "load_sae": "gsae_core.store.checkpoint",
-    "open_index": "gsae_core.analysis.features",
-    "open_run": "gsae_core.store.runs",
+    "load_sae": "gsae_core.checkpoints.checkpoint",
+    "open_index": "gsae_core.analysis.features.index",
+    "open_run": "gsae_core.runs.run",
 }
 
 

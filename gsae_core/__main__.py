@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from gsae_core.cli import main
+from gsae_core.cli.main import main
 
 READER_LEFT = 128 + 13
 """What shells report of a program that SIGPIPE ended."""

@@ -1,24 +1,124 @@
 """What a run is: frozen, validated, a JSON round trip, and the same text as `--help`."""
 
+import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     WrapValidator,
     field_validator,
     model_validator,
 )
 
 from gsae_core.errors import InputError
-from gsae_core.validation import Config, parse_json, validated
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys are errors, nothing is written back."""
+
+    # Not as class arguments: type checkers would want `frozen` repeated by every config.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+ConfigKind = TypeVar("ConfigKind", bound=Config)
+
+
+def validated(
+    kind: type[ConfigKind], fields: dict[str, Any], called: Mapping[str, str] | None = None
+) -> ConfigKind:
+    """Return `kind(**fields)`.
+
+    Args:
+        called: what the caller calls a field, where that is not its name: a flag, a widget's label.
+
+    Raises:
+        InputError: one sentence that names the first wrong field, what it takes and what came.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        where = (called or {}).get(where, where)
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if first["type"] == "extra_forbidden":
+            message = f"no such setting; {kind.__name__} has {', '.join(kind.model_fields)}"
+            raise InputError(f"{where}: {message}") from None
+        message = re.sub("^expected (greater|less)", r"expected a number \1", message)
+        came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
+        raise InputError(f"{where}: {message[0].lower()}{message[1:]}{came}") from None
+
+
+def first_of(error: ValidationError, *, may_lack: Collection[str] = ()) -> str | None:
+    """Return what came first in the wrong place, and where: `'three' as saes.gated.alive`.
+
+    Args:
+        may_lack: keys that need not be there; None comes back where nothing else is wrong.
+    """
+    wrong = (
+        each
+        for each in error.errors()
+        if each["type"] != "missing" or each["loc"][-1] not in may_lack
+    )
+    first = next(wrong, None)
+    if first is None:
+        return None
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"no {where}"
+    came = first["input"]
+    shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
+    return f"{shown} as {where}"
+
+
+MOST = 2**63
+"""What no number in our files reaches; arrays, charts and process ids could not take it."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says, UTF-8 if it comes as bytes.
+
+    Raises:
+        ValueError: for anything that no file of ours holds: other encodings, numbers beyond 2^63,
+            half a surrogate pair, nesting deeper than Python follows.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")  # some editors begin a file with a mark
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_real)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= MOST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]}, which is too large")
+    return value
+
 
 Architecture = Literal["gated", "relu", "jumprelu", "topk"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
@@ -375,3 +475,78 @@ def _one_with_unit(spec: Any) -> Any:
         return spec | {"threshold_unit": 1.0}
     # Written for every SAE; of one without thresholds it says nothing, nor of one made after it.
     return {key: value for key, value in spec.items() if key not in said}
+
+
+# What the number that sets an architecture's sparsity counts: where two differ, one says nothing
+# about the other.
+WEIGHS: dict[Architecture, str] = {"gated": "L1", "relu": "L1", "jumprelu": "L0", "topk": "k"}
+
+
+class Knob(NamedTuple):
+    """What sets the sparsity of an architecture's SAEs."""
+
+    flag: str
+    """What the caller calls it."""
+
+    values: tuple[float | int, ...]
+    """A number for each SAE; none keeps those of the base."""
+
+
+def resweep(
+    base: tuple[SAESpec, ...],
+    knobs: Mapping[Architecture, Knob],
+    *,
+    width: int | None,
+    equal_width: bool,
+    changes: Mapping[str, Any],
+    called: Mapping[str, str],
+) -> list[SAESpec]:
+    """Return the base's SAEs of each architecture, or its first for each of the knob's values.
+
+    An architecture the base lacks is made after those it has.
+
+    Args:
+        base: may be empty; then every knob has values and there is a width.
+        knobs: of each architecture of the sweep, in its order.
+        width: of all but ReLU SAEs, which are 1.5x as wide; None keeps the base's widths.
+        equal_width: leaves the extra width of ReLU SAEs out.
+        changes: settings of all SAEs.
+        called: what the caller calls a setting.
+
+    Raises:
+        InputError: if a setting is wrong, or the base's sparsities mean another thing for an
+            architecture whose knob has no values.
+    """
+    specs = []
+    for architecture, knob in knobs.items():
+        own = [spec.model_dump() for spec in base if spec.architecture == architecture]
+        alike = own or [_turned(spec, architecture) for spec in base] or [{}]
+        if knob.values:
+            alike = [alike[0] | {"sparsity": value} for value in dict.fromkeys(knob.values)]
+        elif "sparsity" not in alike[0]:
+            theirs = " and ".join(dict.fromkeys(spec.architecture for spec in base))
+            raise InputError(
+                f"expected {knob.flag} for {architecture}, got none; what sets the sparsity of "
+                f"{theirs} in the set-up means another thing there"
+            )
+        for fields in alike:
+            fields = {**fields, "architecture": architecture, **changes}
+            if width is not None:
+                wider = architecture == "relu" and not equal_width
+                fields["d_sae"] = width * 3 // 2 if wider else width
+            if knob.values or not own:
+                fields["name"] = f"{architecture}-{fields['sparsity']:g}"
+            specs.append(validated(SAESpec, fields, {**called, "sparsity": knob.flag}))
+    return specs
+
+
+def _turned(spec: SAESpec, architecture: Architecture) -> dict[str, Any]:
+    """Return a spec's settings for another architecture: as wide as that one is beside it."""
+    fields = spec.model_dump()
+    if architecture == "relu":
+        fields["d_sae"] = spec.d_sae * 3 // 2
+    elif spec.architecture == "relu":
+        fields["d_sae"] = spec.d_sae * 2 // 3
+    if WEIGHS[spec.architecture] != WEIGHS[architecture]:
+        del fields["sparsity"]
+    return fields

@@ -1,5 +1,222 @@
 """The one exception for mistakes of a caller; the command line and the pages show its sentence."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 
 class InputError(ValueError):
     """What was expected, what came, and what to do: one sentence, fit to show as it stands."""
+
+
+What = Literal["model", "data set", "SAE"]
+
+OFFLINE_ADVICE: dict[What, str] = {
+    "model": "give a local model folder, or 'bundled' for the model that ships with the package",
+    "data set": "go online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file",
+    "SAE": "what is on this machine works without it: runs, imports from folders, exports",
+}
+
+
+@contextmanager
+def hub_answers(
+    repo: str, *, what: What, revision: str | None = None, file: str | None = None
+) -> Iterator[None]:
+    """Turn what goes wrong between here and the Hub into a sentence.
+
+    Args:
+        repo: the repository asked.
+        what: is looked for there.
+        revision: branch, tag or commit asked for; None for the default branch.
+        file: asked for in it, if only one was.
+
+    Raises:
+        InputError: with the sentence.
+    """
+    import httpx2
+    from huggingface_hub.errors import (
+        FileMetadataError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except (
+        FileMetadataError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        httpx2.HTTPError,
+    ) as error:
+        raise InputError(
+            hub_sentence(error, repo, what=what, revision=revision, file=file)
+        ) from error
+
+
+def hub_sentence(
+    error: BaseException,
+    repo: str,
+    *,
+    what: What,
+    revision: str | None = None,
+    file: str | None = None,
+) -> str:
+    """Return what went wrong, told by the exceptions that led to `error`.
+
+    An error that names no reason of the Hub's means that the Hub was not reached.
+    """
+    from huggingface_hub import errors
+
+    chain = _chain(error)
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    if _disk_full(chain):
+        return (
+            f"expected room on the disk for the files of {repo!r}, it is full; make room, or let "
+            "HF_HOME name a folder on a larger disk, and start again: whole files stay"
+        )
+    if met(errors.GatedRepoError):
+        return (
+            f"expected access to {repo!r}, but its owner asks for an agreement first; accept it on "
+            f"the {_page(what)} page and run `hf auth login`"
+        )
+    if met(errors.DisabledRepoError):
+        return f"expected {repo!r} on the Hub, but it was disabled there; look for another copy"
+    if met(errors.RevisionNotFoundError):
+        return (
+            f"expected a branch, tag or commit of {repo!r}, got {revision!r}; look at the "
+            f"{_page(what)} page for the revisions there are"
+        )
+    if met(errors.RemoteEntryNotFoundError):
+        return (
+            f"expected {file or 'the file'} in {repo!r}, found none there; list what there is: "
+            f"python -m gsae_core pull {repo} --list"
+        )
+    if met(errors.RepositoryNotFoundError):
+        return (
+            f"expected the name of a {_thing(what)} on the Hub, found no {repo!r} there; check its "
+            "spelling, or log in with `hf auth login` if it is private"
+        )
+    if met(errors.HFValidationError):
+        return f"expected a Hub repository as OWNER/NAME, got {repo!r}; copy it from its page"
+    if (status := _status(chain)) is not None:
+        return _refused(repo, status)
+    if met(errors.FileMetadataError):
+        return (
+            f"expected a Hub to answer for {repo!r}, got something else; correct HF_ENDPOINT, the "
+            "proxy or the firewall"
+        )
+    return _unreached(repo, what, set_offline=met(errors.OfflineModeIsEnabled))
+
+
+def is_hub_trouble(error: BaseException) -> bool:
+    """Return whether an error began at the Hub, on the way to it, or on a full disk."""
+    import httpx2
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    chain = _chain(error)
+    kinds = (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return _disk_full(chain) or any(isinstance(one, kinds) for one in chain)
+
+
+def data_sentence(error: BaseException, name: str) -> str:
+    """Return why a data set of the Hub cannot be streamed, from what `datasets` raised.
+
+    Args:
+        name: `owner/name`, or `owner/name:config`.
+    """
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    repository = name.partition(":")[0]
+    chain = _chain(error)
+    if _disk_full(chain) or any(
+        isinstance(one, GatedRepoError | RevisionNotFoundError) for one in chain
+    ):
+        return hub_sentence(error, repository, what="data set")
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            f"expected a data set on the Hub, a file or a folder, found none called {repository}: "
+            f"check the name, or log in if it is gated ({first})"
+        )
+    return (
+        f"expected to stream {name} from the Hub, got no connection ({first}): "
+        f"{OFFLINE_ADVICE['data set']}"
+    )
+
+
+def _disk_full(chain: list[BaseException]) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(isinstance(one, OSError) and one.errno in full for one in chain)
+
+
+def _unreached(repo: str, what: What, *, set_offline: bool) -> str:
+    if what == "model":
+        return (
+            f"expected to download {repo!r} from the Hub, but we are offline and it is not in the "
+            f"cache; {OFFLINE_ADVICE[what]}"
+        )
+    if set_offline:
+        return (
+            f"expected to reach the Hub for {repo!r}, but HF_HUB_OFFLINE is set; unset it to go "
+            f"online: {OFFLINE_ADVICE[what]}"
+        )
+    return (
+        f"expected to reach the Hub for {repo!r}, got no connection; go online and try again: "
+        f"{OFFLINE_ADVICE[what]}"
+    )
+
+
+def _refused(repo: str, status: int) -> str:
+    if status == 401:
+        return (
+            f"expected a token that the Hub knows for {repo!r}, it refused ours; run "
+            "`hf auth login` again, or correct HF_TOKEN"
+        )
+    if status == 403:
+        return (
+            f"expected a token that may do this to {repo!r}, ours may not; make one that can write "
+            "on the Hub's settings page and run `hf auth login`"
+        )
+    if status == 429:
+        return f"expected an answer about {repo!r}, but the Hub counts too many; wait some minutes"
+    if status >= 500:
+        return (
+            f"expected an answer about {repo!r}, but the Hub itself is in trouble ({status}); try "
+            "again later"
+        )
+    return f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return the exceptions that led to `error`, itself first."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _status(chain: list[BaseException]) -> int | None:
+    for error in chain:
+        response = getattr(error, "response", None)
+        if isinstance(status := getattr(response, "status_code", None), int):
+            return status
+    return None
+
+
+def _page(what: What) -> str:
+    return "model's" if what == "model" else "data set's" if what == "data set" else "repository's"
+
+
+def _thing(what: What) -> str:
+    return "repository" if what == "SAE" else what

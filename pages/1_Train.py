@@ -5,26 +5,53 @@ from pathlib import Path
 
 import streamlit as st
 
-from gsae_core import cached, shell
-from gsae_core.catalogue import ModelFacts, model_facts
+from gsae_core.app import cache, shell
+from gsae_core.app.parts import copy_link, facts, notice, plain
+from gsae_core.app.train_form import (
+    LABELS,
+    Base,
+    at_place,
+    corrected,
+    in_labels,
+    notebook_cell,
+    shown,
+    to_flags,
+)
+from gsae_core.app.train_view import (
+    advanced,
+    bar,
+    budget,
+    computing,
+    in_cache,
+    plan,
+    schedule_rows,
+    side_by_side,
+    token_lines,
+    what,
+    where,
+)
+from gsae_core.cli.arguments import Train, command_line, run_config
 from gsae_core.config import DataConfig, RunConfig
 from gsae_core.errors import InputError
-from gsae_core.estimates import Expected, Finished, alike, expected_l0
-from gsae_core.flags import Train, run_config
-from gsae_core.footprint import Measured, Pace, pace
-from gsae_core.launch import command_line, in_labels, launch, run_id
+from gsae_core.files import readable
+from gsae_core.lm.catalog import ModelFacts, model_facts
+from gsae_core.lm.preview import Preview, preview_within
 from gsae_core.machine import machine
-from gsae_core.notebook_cell import notebook_cell
-from gsae_core.pieces import copy_link, facts, notice, plain
-from gsae_core.preflight import Fix, Refusal, gpu_memory, preflight
 from gsae_core.presets import presets
-from gsae_core.preview import Preview, preview_within
+from gsae_core.runs.launch import launch, run_id
+from gsae_core.runs.plan.cost import Measured, Pace, pace
+from gsae_core.runs.plan.preflight import (
+    Expected,
+    Finished,
+    Fix,
+    Refusal,
+    alike,
+    expected_l0,
+    gpu_memory,
+    preflight,
+)
 from gsae_core.schedule import shortfalls_of_run
-from gsae_core.store.files import readable
-from gsae_core.train_form import LABELS, Base, at_place, corrected, shown, to_flags
-from gsae_core.train_view import bar, plan, schedule_rows, side_by_side, token_lines
-from gsae_core.train_widgets import advanced, budget, computing, in_cache, what, where
-from gsae_core.wording import count, duration
+from gsae_core.text import count, duration
 
 PREVIEW_SECONDS = 20
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
@@ -131,7 +158,7 @@ def expected(config: RunConfig) -> dict[str, Expected]:
 def last_seconds(metrics: Path, mtime_ns: int) -> tuple[int, float] | None:
     """Return the last logged step of a run and its seconds of training."""
     run = next(run for run in frame.runs if run.folder == metrics.parent)
-    rows = cached.recent_metrics(run)
+    rows = cache.recent_metrics(run)
     return (rows[-1]["step"], rows[-1]["seconds"]) if rows else None
 
 

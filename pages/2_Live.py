@@ -3,12 +3,11 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core import address, shell
-from gsae_core.controls import controls
-from gsae_core.errors import InputError
-from gsae_core.glossary import definition
-from gsae_core.job_badge import escalate
-from gsae_core.live_view import (
+from gsae_core.app import parts as address
+from gsae_core.app import shell
+from gsae_core.app.controls import controls
+from gsae_core.app.glossary import definition
+from gsae_core.app.live_view import (
     STAGES,
     draw_log,
     draw_numbers,
@@ -19,32 +18,27 @@ from gsae_core.live_view import (
     explain_numbers,
     newest_numbers,
 )
-from gsae_core.pieces import (
-    figure_tools,
-    line_legend,
-    notice,
-    plain,
-    say_worse,
-    state_badge,
-)
+from gsae_core.app.parts import figure_tools, line_legend, notice, plain, say_worse, state_badge
+from gsae_core.app.shell import escalate
+from gsae_core.errors import InputError
+from gsae_core.files import left_out
 from gsae_core.plots.live import (
+    Line,
     LiveChart,
     Track,
     XAxis,
     line_chart,
     lines_of,
     lines_of_runs,
+    plane,
     tracks,
 )
-from gsae_core.plots.live_spec import Line
-from gsae_core.plots.plane import plane
-from gsae_core.progress import progress
+from gsae_core.runs.jobs.job import Status
+from gsae_core.runs.metrics_log import MetricsCursor
+from gsae_core.runs.plan.progress import progress
+from gsae_core.runs.run import Run
 from gsae_core.schedule import shortfalls_of_run
-from gsae_core.store.json_lines import left_out
-from gsae_core.store.metrics_log import MetricsCursor
-from gsae_core.store.runs import Run
-from gsae_core.store.status import Status
-from gsae_core.wording import count
+from gsae_core.text import count
 
 # Labels first: the address holds what a bound widget shows.
 LOSS_PARTS = {

@@ -3,26 +3,25 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core import cached, shell
-from gsae_core.address import correct
-from gsae_core.analysis.compare_configs import ground
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     NUMBERS,
     against,
+    ground,
     published,
     published_places,
     published_ratio,
     published_source,
     several_runs,
 )
-from gsae_core.cards import card, comparer, difference_card, table_columns
-from gsae_core.glossary import definition
-from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
-from gsae_core.plots.curves import RUN_LOOKS, Measure, placed, tradeoff
+from gsae_core.app import cache, shell
+from gsae_core.app.glossary import definition
+from gsae_core.app.pareto_view import card, comparer, difference_card, table_columns
+from gsae_core.app.parts import correct, escape_markdown, figure_tools, notice, plain, say_worse
 from gsae_core.plots.palette import AXES
-from gsae_core.store.evals import averaged, measure_again, measured_earlier, measured_on, positions
-from gsae_core.wording import WORSE, fixed, is_worse_than_mean, percent
+from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
+from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
+from gsae_core.text import WORSE, fixed, is_worse_than_mean, percent
 
 # Labels first: the address holds what a bound widget shows.
 LABELS: dict[str, Measure] = {
@@ -42,7 +41,7 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "its trade-off curves")
 shell.need_evals(run)
-by_id = {other.id: other for other in cached.evaluated(frame.runs)} | {run.id: run}
+by_id = {other.id: other for other in cache.evaluated(frame.runs)} | {run.id: run}
 others = [name for name in by_id if name != run.id]
 
 
@@ -284,7 +283,7 @@ more, base, paper = choose_company()
 shown_runs: list[str] = [run.id, *more]
 if base and base not in shown_runs:
     shown_runs.append(base)
-evals = several_runs({name: cached.evaluations(by_id[name]) for name in shown_runs})
+evals = several_runs({name: cache.evaluations(by_id[name]) for name in shown_runs})
 matched = matched_ratio(evals.query("run == @run.id").to_dict("records"))
 with place_of_ratio:
     headline(evals)

@@ -3,8 +3,6 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core import cached, shell
-from gsae_core.address import correct, settle, write
 from gsae_core.analysis.results import (
     baselines,
     nearest_pair,
@@ -12,23 +10,35 @@ from gsae_core.analysis.results import (
     published_places,
     published_source,
 )
+from gsae_core.app import cache, shell
+from gsae_core.app.glossary import definition
+from gsae_core.app.parts import (
+    correct,
+    escape_markdown,
+    figure_tools,
+    key_for,
+    notice,
+    plain,
+    say_worse,
+    settle,
+    write,
+)
 from gsae_core.errors import InputError
-from gsae_core.glossary import definition
-from gsae_core.keys import key_for
-from gsae_core.pieces import escape_markdown, figure_tools, notice, plain, say_worse
-from gsae_core.plots.gamma import Length, gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
     Bins,
     FeatureGamma,
+    Length,
     common_bins,
     features_in_bin,
     gamma_against_density,
     gamma_histogram,
+    gamma_over_sweep,
     histogram_table,
+    lengths_by_decile,
     select_features,
 )
-from gsae_core.wording import fixed
+from gsae_core.text import fixed
 
 CONFIG = {"displaylogo": False}
 LIMITS = [1, 3, 10, 30, 100, 300, 1000]
@@ -50,7 +60,7 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "γ and its histograms")
 shell.need_evals(run)
-evals = cached.evaluations(run)
+evals = cache.evaluations(run)
 specs = {spec.name: spec for spec in run.config.saes}
 rows = evals.set_index("name")
 
@@ -140,7 +150,7 @@ def by_length() -> None:
         help=f"{definition('norm_ratio')}\n\nγ: {definition('norm_gamma')}",
     )
     try:
-        found = [(specs[name], cached.deciles(run, name)) for name in chosen if name]
+        found = [(specs[name], cache.deciles(run, name)) for name in chosen if name]
     except InputError as error:
         notice(str(error), kind="info", title="Evaluated before lengths were measured")
         st.code(f"python -m gsae_core evaluate {run.folder}", language=None, wrap_lines=True)
@@ -172,7 +182,7 @@ def feature_by_feature() -> None:
     )
     try:
         features = [
-            select_features(specs[name], cached.feature_stats(run, name), min_fired=min_fired)
+            select_features(specs[name], cache.feature_stats(run, name), min_fired=min_fired)
             for name in chosen
             if name
         ]

@@ -2,22 +2,16 @@
 
 import streamlit as st
 
-from gsae_core import feature_bar, feature_dashboard, feature_examples, features_view, shell
-from gsae_core.analysis.feature import Feature
-from gsae_core.analysis.feature_filter import Chosen
-from gsae_core.analysis.features import FeatureIndex
+from gsae_core.analysis.features.filter import Chosen
+from gsae_core.analysis.features.index import Feature, FeatureIndex
+from gsae_core.app import feature_examples, feature_list, feature_view, shell
+from gsae_core.app.feature_examples import match, near, relations
+from gsae_core.app.feature_list import Opened, open_index, open_sae, weights_of
+from gsae_core.app.index_panel import panel
+from gsae_core.app.parts import notice, plain
+from gsae_core.app.pickers import need_saes, pick_pair, said, stacking
 from gsae_core.errors import InputError
-from gsae_core.feature_files import Opened, open_index, open_sae, weights_of
-from gsae_core.feature_relations import match, near, relations
-from gsae_core.index_panel import panel
-from gsae_core.inspect_parts import (
-    need_saes,
-    pick_pair,
-    said,
-    stacking,
-)
-from gsae_core.pieces import notice, plain
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 frame = shell.page(
     "Features",
@@ -50,39 +44,39 @@ def build(run: Run, sae: Opened, base: str | None, other: FeatureIndex | None) -
 
 def ask(sae: Opened) -> tuple[Chosen, int]:
     """Draw the filters; return what they leave, and the feature that is shown."""
-    wanted, order = features_view.ask(sae)
-    chosen = features_view.find(sae, wanted, order)
+    wanted, order = feature_list.ask(sae)
+    chosen = feature_list.find(sae, wanted, order)
     if chosen.rows.empty:
-        features_view.nothing_left(sae, chosen, wanted)
+        feature_list.nothing_left(sae, chosen, wanted)
     with right:
-        return chosen, feature_bar.which(sae, features_view.landing(sae, chosen))
+        return chosen, feature_view.which(sae, feature_list.landing(sae, chosen))
 
 
 def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: str | None) -> None:
     """Draw the feature that is chosen."""
-    feature_bar.say_refused()
-    number = feature_bar.navigation(sae, chosen, go=features_view.go_to)
+    feature_view.say_refused()
+    number = feature_view.navigation(sae, chosen, go=feature_list.go_to)
     if st.session_state.pop("features.list_is_old", False):
         st.rerun()
     if sae.index is None:
-        feature_bar.heading(number)
-        feature_dashboard.from_weights(sae, weights_of(sae.run, sae.name).iloc[number].to_dict())
+        feature_view.heading(number)
+        feature_view.from_weights(sae, weights_of(sae.run, sae.name).iloc[number].to_dict())
         return
     feature = sae.index.feature(number)
-    feature_bar.said(feature)
+    feature_view.said(feature)
     if feature.is_dead:
         dead(sae, feature)
     else:
         alive(sae, feature, other, base)
-    feature_bar.take_along(sae, feature)
+    feature_view.take_along(sae, feature)
 
 
 def dead(sae: Opened, feature: Feature) -> None:
     """Draw a feature that never fired: its weights, what it nearly fired on, who is near."""
     text = f"It did not fire in {feature.index.n_tokens:,} tokens."
     notice(text, kind="info", title=f"Feature {feature.number} is dead")
-    feature_dashboard.from_weights(sae, feature.stats)
-    near(sae, feature, go=features_view.go_to, alive_only=True)
+    feature_view.from_weights(sae, feature.stats)
+    near(sae, feature, go=feature_list.go_to, alive_only=True)
     if len(feature.near_misses[0]):
         st.subheader("Where it came nearest to firing", anchor=False)
         feature_examples.just_missed(feature)
@@ -90,18 +84,18 @@ def dead(sae: Opened, feature: Feature) -> None:
 
 def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str | None) -> None:
     """Draw all there is to a feature that fires."""
-    feature_dashboard.summary(feature)
-    feature_dashboard.numbers(feature)
+    feature_view.summary(feature)
+    feature_view.numbers(feature)
     pictures = st.container()
     st.subheader("Where it fires", anchor=False)
     found, problem = match(feature, other)
     like = found.feature if found is not None else None
     feature_examples.examples(feature, like, name=sae.name, beside=base or "")
     st.subheader("What it writes", anchor=False)
-    feature_dashboard.logits(feature)
-    relations(sae, feature, found, base=base, problem=problem, go=features_view.go_to)
+    feature_view.logits(feature)
+    relations(sae, feature, found, base=base, problem=problem, go=feature_list.go_to)
     with pictures:
-        feature_dashboard.pictures(feature, frame.theme)
+        feature_view.pictures(feature, frame.theme)
 
 
 run, sae, base = choose()
@@ -123,6 +117,6 @@ with right:
 # Tables and charts come last, as on Live: a browser that has them draws them before the rest.
 with listed:
     if not chosen.rows.empty:
-        features_view.table(sae, chosen, current=current)
+        feature_list.table(sae, chosen, current=current)
 with picture:
-    features_view.density_chart(sae, chosen, frame.theme)
+    feature_list.density_chart(sae, chosen, frame.theme)

@@ -3,9 +3,10 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core import loaded, prompt_view, shell
-from gsae_core.address import correct, settle, write
-from gsae_core.inspect_parts import (
+from gsae_core.app import cache, prompt_view, shell
+from gsae_core.app.components import token_picker
+from gsae_core.app.parts import correct, figure_tools, key_for, plain, settle, write
+from gsae_core.app.pickers import (
     architecture,
     correct_number,
     need_saes,
@@ -14,9 +15,7 @@ from gsae_core.inspect_parts import (
     stacking,
     text_field,
 )
-from gsae_core.keys import key_for
-from gsae_core.pieces import figure_tools, plain
-from gsae_core.prompt_reading import (
+from gsae_core.app.prompt_view import (
     MEASURES,
     SORTS,
     Chosen,
@@ -27,9 +26,8 @@ from gsae_core.prompt_reading import (
     next_tokens,
     read,
 )
-from gsae_core.token_picker import token_picker
 
-loaded.import_ahead()
+cache.import_ahead()
 frame = shell.page(
     "Prompt",
     icon="💬",

@@ -5,10 +5,9 @@ from typing import Any
 
 import streamlit as st
 
-from gsae_core import loaded, shell, steer_job, steer_view
-from gsae_core.address import asked, correct, write
-from gsae_core.errors import InputError
-from gsae_core.inspect_parts import (
+from gsae_core.app import cache, shell, steer_view
+from gsae_core.app.parts import asked, copy_link, correct, key_for, plain, write
+from gsae_core.app.pickers import (
     architecture,
     correct_number,
     need_saes,
@@ -19,10 +18,9 @@ from gsae_core.inspect_parts import (
     stop_with,
     text_field,
 )
-from gsae_core.keys import key_for
-from gsae_core.pieces import copy_link, plain
+from gsae_core.app.steer_view import BASELINE, DEFAULT, STEERED, Job, Push, Settings
+from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS
-from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job, Push, Settings
 
 MODES: list[Any] = ["add", "clamp", "ablate"]
 LIMIT = 10.0
@@ -30,7 +28,7 @@ MAX_SEED = 2**31 - 1
 ROWS = ("", "2", "3")  # f, s and mode of the first feature; f2, s2 and mode2 of the second
 EVERY = 0.08  # seconds between two drawings of a text that grows
 
-loaded.import_ahead()
+cache.import_ahead()
 frame = shell.page(
     "Steer",
     icon="🎚️",
@@ -50,9 +48,9 @@ def choose_saes() -> tuple[str, str | None, str]:
 @said
 def choose_features(name: str, text: str) -> tuple[Push, ...]:
     """Draw a row for each feature that is steered, and one more."""
-    d_sae = loaded.sae(run, name).d_sae
+    d_sae = cache.sae(run, name).d_sae
     with st.spinner("Measuring how strongly features fire", show_time=True):
-        scales, why = steer_job.scales_or_prompt(run, name, text)
+        scales, why = steer_view.scales_or_prompt(run, name, text)
     if why is not None:
         plain(f"Units are of this prompt alone: the run's held-out text cannot be read ({why}).")
     pushes: list[Push] = []
@@ -119,7 +117,7 @@ def feature_row(row: str, d_sae: int, scales: Any) -> Push | None:
 
 def suggestions(name: str, text: str) -> None:
     """Offer features that fire on the prompt."""
-    found = steer_job.active_features(run, name, text)
+    found = steer_view.active_features(run, name, text)
     if not found:
         st.caption("No feature fires on this prompt; give a feature's number.")
         return
@@ -188,7 +186,7 @@ def the_job(settings: Settings) -> Job:
     job = st.session_state.get("steer.job")
     if job is None or job.settings != settings:
         with st.spinner("Two passes over the prompt", show_time=True):
-            job = steer_job.start(run, settings)
+            job = steer_view.start(run, settings)
         st.session_state["steer.job"] = job
     return job
 
@@ -254,7 +252,7 @@ def results(job: Job) -> None:
 def grow(job: Job, bodies: dict[str, Any]) -> None:
     """Let the continuations grow to their end, showing them on the way."""
     drawn = time.monotonic()
-    while steer_job.advance(run, job):
+    while steer_view.advance(run, job):
         if time.monotonic() - drawn > EVERY:
             draw(job, bodies)  # where a press of Stop ends this run of the page
             drawn = time.monotonic()
@@ -273,7 +271,7 @@ try:
     length, temperature, seed, keep = choose_sampling()
     if not pushes:
         st.stop()
-    weights = loaded.identity(run, [name, *([other] if other else [])])
+    weights = cache.identity(run, [name, *([other] if other else [])])
     job = the_job(Settings(weights, name, other, text, pushes, keep, length, temperature, seed))
     results(job)
 except InputError as error:

@@ -2,11 +2,9 @@
 
 import streamlit as st
 
-from gsae_core import shell
-from gsae_core.hub_catalogue import catalogue
-from gsae_core.hub_library import library, share
-from gsae_core.hub_transfers import moving, on_the_way
-from gsae_core.hub_view import offline, repository
+from gsae_core.app import shell
+from gsae_core.app.hub_find import catalogue, offline, repository
+from gsae_core.app.hub_share import library, moving, on_the_way, share
 
 frame = shell.page(
     "Hub",

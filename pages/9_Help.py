@@ -4,9 +4,9 @@ from importlib import resources
 
 import streamlit as st
 
-from gsae_core import glossary, shell
-from gsae_core.pieces import copy_link, paragraphs, plain
-from gsae_core.versions import versions
+from gsae_core.app import glossary, shell
+from gsae_core.app.parts import copy_link, paragraphs, plain
+from gsae_core.machine import versions
 
 frame = shell.page(
     "Help",

@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
 from gsae_core.config import sweep
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 APP = Path(__file__).resolve().parents[1] / "app.py"
 PAGES = ["app.py", *sorted(f"pages/{file.name}" for file in APP.parent.glob("pages/[0-9]*.py"))]

@@ -14,9 +14,9 @@ import torch
 from hub_server import Hub, serving_hub
 from tiny_runs import small_run
 
-from gsae_core import collector
+from gsae_core.app import shell
 from gsae_core.lm.model import LanguageModel, load_model
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 WORDS = 38
 """Words of the tiny tokenizer, `w0` to `w37`; with <|endoftext|> (id 0) and <unk>, 40 tokens."""
@@ -37,8 +37,8 @@ def whole_collections() -> Iterator[None]:
     Hypothesis asks the collector who holds its random numbers, and warns when nobody seems to.
     """
     yield
-    if collector._freeze in gc.callbacks:
-        gc.callbacks.remove(collector._freeze)
+    if shell._freeze in gc.callbacks:
+        gc.callbacks.remove(shell._freeze)
         gc.unfreeze()
 
 
@@ -121,12 +121,12 @@ def small(tiny_lm_folder: Path, small_text: Path, tmp_path: Path) -> list[str]:
 def trained(
     tiny_lm_folder: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    from gsae_core import cli
+    from gsae_core.cli import main
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        assert cli.main(small_run(tiny_lm_folder, small_text, folder)) == 0
+        assert main.main(small_run(tiny_lm_folder, small_text, folder)) == 0
     return folder
 
 
@@ -155,7 +155,7 @@ def worker() -> Iterator[int]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the runs that would have been started; no process is."""
-    from gsae_core import launch as launching
+    from gsae_core.runs import launch
 
     ids: list[str] = []
 
@@ -163,7 +163,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ids.append(run.id)
         return 1
 
-    monkeypatch.setattr(launching, "start", record)
+    monkeypatch.setattr(launch, "start", record)
     return ids
 
 
@@ -172,7 +172,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     """An empty Hub on loopback that huggingface_hub's client, and processes started here, ask."""
     from huggingface_hub import constants
 
-    from gsae_core.store import hub_download
+    from gsae_core.checkpoints import download
 
     home = tmp_path_factory.mktemp("hf-home")
     with serving_hub() as hub:
@@ -185,7 +185,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
-        monkeypatch.setattr(hub_download, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)

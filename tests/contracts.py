@@ -45,16 +45,16 @@ from gsae_core import (
     open_index,
     open_run,
 )
-from gsae_core.cli import main as command
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.checkpoints.formats import EXPORTS, write_sae
+from gsae_core.cli.main import main as command
 from gsae_core.config import RunConfig
 from gsae_core.sae.base import SAE
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.sae.sparse import sparse_step
-from gsae_core.store.checkpoint import save_sae
-from gsae_core.store.formats import EXPORTS, write_sae
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import TrainConfig, Trainer, train
-from gsae_core.training.optim import DictionaryAdam
+from gsae_core.training.optimizer import DictionaryAdam
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONTRACTS = FIXTURES / "contracts"

@@ -17,14 +17,14 @@ from test_sparse import OBJECTIVES, descriptions, instance, largest, random_sae,
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae import kernels
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.gpu import step as kernels
+from gsae_core.sae.gpu.launch import LaunchError, launch, launch_encode
+from gsae_core.sae.gpu.step import available, capacity_for, check_kernels, cuda_step, kernel_step
 from gsae_core.sae.jumprelu import in_window
-from gsae_core.sae.kernels import available, capacity_for, check_kernels, cuda_step, kernel_step
-from gsae_core.sae.launches import LaunchError, launch, launch_encode
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.training import TrainConfig, Trainer, steps
-from gsae_core.training.steps import Attempt, Stepper
+from gsae_core.training import TrainConfig, Trainer, step_choice
+from gsae_core.training.step_choice import Attempt, Stepper
 
 ROOM = 8192
 
@@ -112,7 +112,7 @@ def test_ranks_and_dead_latents_equal_the_dense_step(k: int, dead: Any) -> None:
 def test_ranks_of_several_blocks_of_rows_equal_the_dense_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gsae_core.sae.kernels_plain.PRODUCTS_AT_ONCE", 27)
+    monkeypatch.setattr("gsae_core.sae.gpu.step.PRODUCTS_AT_ONCE", 27)
     assert_equals_dense(random_sae("topk", 5, 9, k=2).float(), numbers(7, 5))
 
 
@@ -218,7 +218,7 @@ def test_parameters_of_other_strides_have_the_dense_steps_gradients(
 
 
 def test_a_tensor_that_a_kernel_would_misread_is_not_launched() -> None:
-    from gsae_core.sae.triton_encode import probe
+    from gsae_core.sae.gpu.kernels import probe
 
     with pytest.raises(LaunchError) as caught:
         launch(probe, (1,), torch.zeros(4, 6)[:, ::2])
@@ -352,13 +352,13 @@ FOUR = {"gated": {}, "relu": {}, "jumprelu": {}, "topk": {"k": 2}}
 @pytest.mark.parametrize("kind", FOUR)
 def test_a_crossover_is_measured_of_every_architecture(kind: str) -> None:
     sae = random_sae(kind, 3, 30, **FOUR[kind]).float()
-    assert 0 <= steps._meeting_point(sae, 8, screened=False) <= steps.HIGHEST
+    assert 0 <= step_choice._meeting_point(sae, 8, screened=False) <= step_choice.HIGHEST
 
 
 @pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("kind", FOUR)
 def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
     taken_by_kernels = []
     original = kernels.kernel_step
 
@@ -451,19 +451,19 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
 def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
     kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
     x = numbers(6, 20, 5)
     error, said = triton_errors()[which]
     broken = Raises(error)
     # The last kernel of a step: what the others left in `.grad` means nothing.
-    monkeypatch.setattr("gsae_core.sae.triton_gradients.sum_latents", broken)
-    with caplog.at_level(logging.WARNING, logger="gsae_core.training.steps"):
+    monkeypatch.setattr("gsae_core.sae.gpu.kernels.sum_latents", broken)
+    with caplog.at_level(logging.WARNING, logger="gsae_core.training.step_choice"):
         got = learnt(kind, x)
     assert caplog.messages == [
         f"expected Triton to launch a kernel, got {said}; every further step is a dense one"
     ]
     assert broken.launched == 1
-    monkeypatch.setattr(steps, "CROSSOVER", 0.0)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 0.0)
     for (name, p), other in zip(got.named_parameters(), learnt(kind, x).parameters(), strict=True):
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -482,8 +482,8 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
 def test_other_errors_of_a_launch_are_not_swallowed(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "CROSSOVER", 1.1)
-    monkeypatch.setattr("gsae_core.sae.triton_encode.place_entries", Raises(error))
+    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
+    monkeypatch.setattr("gsae_core.sae.gpu.kernels.place_entries", Raises(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         learnt("gated", numbers(3, 20, 5))
 
@@ -492,12 +492,12 @@ def test_other_errors_of_a_launch_are_not_swallowed(
 def test_a_crossover_is_not_remembered_of_kernels_that_cannot_be_launched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(step_choice, "WORTH_MEASURING", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = Raises(triton_errors()[0][0])
-    monkeypatch.setattr("gsae_core.sae.triton_gradients.decode_rows", broken)
+    monkeypatch.setattr("gsae_core.sae.gpu.kernels.decode_rows", broken)
     sae = random_sae("gated", 3, 31).float()
-    assert steps.crossover(sae, 8, screened=False, measure=True) == steps.CROSSOVER
+    assert step_choice.crossover(sae, 8, screened=False, measure=True) == step_choice.CROSSOVER
     assert broken.launched == 1
     assert not list(tmp_path.rglob("*.json"))
 
@@ -511,7 +511,7 @@ def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
     stepper = Stepper(sae, crossover=1e9, screened=False)
     expected = taken(dense_step, sae, x, 0.1)
     for density in (200.0, 300.0, 0.5):  # of 63 pairs: 12600, 18900 and 31.5 gates
-        with caplog.at_level(logging.WARNING, logger="gsae_core.training.steps"):
+        with caplog.at_level(logging.WARNING, logger="gsae_core.training.step_choice"):
             attempt = stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=None)
         assert attempt.capacity == (4096 if density < 1 else 0)
         for name, p in sae.named_parameters():

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gsae_core.config import RunConfig, SAESpec, sweep, validated
-from gsae_core.store.runs import Run
-from gsae_core.store.status import State, Status, of_process, write_status
+from gsae_core.runs.jobs.job import State, Status, of_process, write_status
+from gsae_core.runs.run import Run
 
 LAMBDAS = [0.1, 0.2, 0.4, 0.8]
 N_EVAL = 65_536

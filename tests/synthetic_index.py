@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gsae_core.analysis.index_files import N_BINS, N_NEIGHBOURS, SCHEMA_VERSION, weights_sha256
+from gsae_core.analysis.features.files import N_BINS, N_NEIGHBOURS, SCHEMA_VERSION, weights_sha256
 from gsae_core.config import SAESpec
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 N_CTX, N_ROWS, D_IN = 16, 64, 8
 """Tokens of a sequence, sequences, and width of the activations."""

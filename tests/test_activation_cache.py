@@ -14,14 +14,13 @@ from tiny_runs import finish, outcome, tiny_config, write_text
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.footprint import cache_bytes
+from gsae_core.lm.activation_cache import CachedActivations, fingerprint, open_cache
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.fingerprint import fingerprint
 from gsae_core.lm.harvest import Harvest, VectorSource
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.store.activation_cache import CachedActivations, open_cache
-from gsae_core.store.runs import Run
+from gsae_core.runs.plan.cost import cache_bytes
+from gsae_core.runs.run import Run
 
 D_IN, N_CTX = 3, 5
 
@@ -195,7 +194,7 @@ def test_its_size_is_told_before_it_is_filled(
 def test_a_disk_without_room_is_refused_before_anything_is_harvested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.store.activation_cache.free_bytes", lambda path: 479)
+    monkeypatch.setattr("gsae_core.lm.activation_cache.free_bytes", lambda path: 479)
     model, cache = cached(tmp_path)
     with pytest.raises(InputError) as error:
         cache.fill()
@@ -210,7 +209,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_harvested(
 def test_a_disk_that_gives_back_other_bytes_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.store.activation_cache._sha256", lambda x: str(id(x)))
+    monkeypatch.setattr("gsae_core.lm.activation_cache._sha256", lambda x: str(id(x)))
     with pytest.raises(InputError, match="expected to read back what was just written to"):
         cached(tmp_path).cache.fill()
 
@@ -348,12 +347,12 @@ def test_a_runs_footprint_names_the_size_of_its_cache(tiny_lm_folder: Path, text
 def test_a_resumed_run_keeps_the_size_of_its_forward_passes(
     tiny_lm_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gsae_core.workshop as workshop
+    from gsae_core.runs.work import setup
 
     run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    monkeypatch.setattr(workshop, "rows_per_pass", lambda *_, **__: 7)
-    workshop.set_up(run)
-    monkeypatch.setattr(workshop, "rows_per_pass", lambda *_, **__: 9)
-    workshop.set_up(run)
+    monkeypatch.setattr(setup, "rows_per_pass", lambda *_, **__: 7)
+    setup.set_up(run)
+    monkeypatch.setattr(setup, "rows_per_pass", lambda *_, **__: 9)
+    setup.set_up(run)
     rows = [event["rows_per_pass"] for event in run.events() if event["event"] == "set up"]
     assert rows == [7, 7]

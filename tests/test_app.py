@@ -120,7 +120,7 @@ def test_every_page_begins_with_the_frame_and_none_navigates_by_itself() -> None
 
 def test_only_the_frame_leads_to_other_pages() -> None:
     # It takes the run along, and names the page that an address is of: see assets/history.js.
-    for path in (APP, *APP.parent.glob("pages/*.py"), *APP.parent.glob("gsae_core/*.py")):
+    for path in (APP, *APP.parent.glob("pages/*.py"), *APP.parent.glob("gsae_core/app/*.py")):
         if path.stem != "shell":
             assert not re.search(r"\bst\.(switch_page|page_link)\b", path.read_text()), path
 
@@ -153,8 +153,17 @@ def test_a_link_of_another_run_is_followed_and_a_choice_is_kept(root: Path) -> N
 
 def test_home_loads_neither_torch_nor_figures() -> None:
     code = "import sys; import {}; sys.exit(bool(set(sys.modules) & {}))"
-    rooms = ["shell", "pieces", "launch", "machine", "presets", "progress", "controls", "live_view"]
+    rooms = [
+        "app.shell",
+        "app.parts",
+        "app.controls",
+        "app.live_view",
+        "runs.launch",
+        "runs.plan.progress",
+        "machine",
+        "presets",
+    ]
     modules = ", ".join(f"gsae_core.{room}" for room in rooms)
-    heavy = {"torch", "gsae_core.plots.curves", "altair", "transformers", "tyro"}
+    heavy = {"torch", "gsae_core.plots.pareto", "altair", "transformers", "tyro"}
     done = subprocess.run([sys.executable, "-c", code.format(modules, heavy)], check=False)
     assert done.returncode == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE, Tie, build_sae, fold_scale_
-from gsae_core.sae.recipes import RECIPES
+from gsae_core.sae.base import RECIPES
 
 TIES: list[Tie] = ["r_mag", "none", "untied"]
 

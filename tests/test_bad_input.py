@@ -16,9 +16,8 @@ import pytest
 from app_pages import HOSTILE, PAGES, opened, text
 from synthetic import write_run
 
-from gsae_core.store.listing import list_runs
-from gsae_core.store.runs import Run
-from gsae_core.store.status import of_process, read_status, write_status
+from gsae_core.runs.jobs.job import of_process, read_status, write_status
+from gsae_core.runs.run import Run, list_runs
 
 LIVE = "pages/2_Live.py"
 

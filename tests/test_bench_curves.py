@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gsae_core.bench import curves
-from gsae_core.bench.contestants import Result, Say
-from gsae_core.bench.figure import Axes, Line, line_chart, tick_label
-from gsae_core.bench.flags import Curves, Step
-from gsae_core.bench.table import Table, machine_facts, rows_of
+from benchmarks import curves
+from benchmarks.curves import Axes, Line, line_chart, tick_label
+from benchmarks.flags import Curves, Step
+from benchmarks.harness import Result, Say
+from benchmarks.table import Table, machine_facts, rows_of
 from gsae_core.errors import InputError
 
 AXES = Axes(title="Time", subtitle="a < b", x="width", y="products", unit_line="one product")

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsae_core import cli
-from gsae_core.bench.contestants import Result
-from gsae_core.bench.flags import Index
-from gsae_core.bench.index import ALONE, OURS, SAEDASHBOARD, _save_problem, comparisons
+from benchmarks.flags import Index
+from benchmarks.harness import Result
+from benchmarks.index import ALONE, OURS, SAEDASHBOARD, _save_problem, comparisons
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.cli import main
 from gsae_core.lm.model import load_model
-from gsae_core.store.checkpoint import load_sae
 
 
 def result(name: str, ms: float) -> Result:
@@ -43,7 +43,7 @@ def test_the_whole_dictionary_is_counted_in_slices() -> None:
 def test_flags_that_cannot_be_are_refused(
     flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "index", *flags]) == 2
+    assert main.main(["bench", "index", *flags]) == 2
     assert sentence in capsys.readouterr().err
 
 

@@ -10,12 +10,12 @@ import torch
 from examples import perturb_
 from safetensors.torch import load_file, save_file
 
+from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
 from gsae_core.errors import InputError
+from gsae_core.runs import resume
+from gsae_core.runs.resume import has_state, load_state, save_state, state_bytes
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, fold_scale_
-from gsae_core.sae.base import SAE
-from gsae_core.store import resume
-from gsae_core.store.checkpoint import check_width, load_sae, read_cfg, save_sae
-from gsae_core.store.resume import has_state, load_state, save_state, state_bytes
+from gsae_core.sae.base import SAE, check_width
 
 X = torch.tensor([[3.0, 1.0], [-1.0, 2.0], [0.5, -0.5]])
 

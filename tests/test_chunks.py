@@ -11,8 +11,7 @@ import torch
 from test_stream import N_COUNTED, TokenModel, sequences
 from torch import Tensor
 
-from gsae_core.lm.chunks import GPU_SHARE
-from gsae_core.lm.stream import ActivationStream
+from gsae_core.lm.stream import GPU_SHARE, ActivationStream
 
 
 def stream(model: TokenModel, *, ahead: bool, n_batches: int = 26) -> ActivationStream:
@@ -168,7 +167,7 @@ def test_on_cuda_batches_have_the_same_bits_filled_ahead_on_another_stream(
 
     wanted = list(stream(TokenModel(), ahead=False).batches())
     for share in (GPU_SHARE, 0.0):  # chunks on the GPU, and in pinned host memory
-        monkeypatch.setattr("gsae_core.lm.chunks.GPU_SHARE", share)
+        monkeypatch.setattr("gsae_core.lm.stream.GPU_SHARE", share)
         run = stream(OnCuda(), ahead=True)
         found = list(run.batches())
         assert all(x.is_cuda for x in found)

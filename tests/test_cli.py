@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gsae_core import cli, job, workshop
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.cli import main
-from gsae_core.store.runs import Run
-from gsae_core.store.worker import Worker
-from gsae_core.workshop import load_lm, load_text
+from gsae_core.cli import main as cli
+from gsae_core.cli.main import main
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.run import Run
+from gsae_core.runs.work import setup, train
+from gsae_core.runs.work.setup import load_lm, load_text
 
 
 @pytest.fixture(autouse=True)
@@ -185,16 +186,16 @@ def test_a_finished_run_of_an_earlier_version_says_what_its_losses_are(
 @contextlib.contextmanager
 def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Press Ctrl-C after the third step of whatever is trained inside."""
-    real = job.train_run
+    real = train.train_run
 
-    def interrupted(run: Run, *, worker: Worker) -> Iterator[job.Progress]:
+    def interrupted(run: Run, *, worker: Worker) -> Iterator[train.Progress]:
         for progress in real(run, worker=worker):
             yield progress
             if progress.stage == "training" and progress.done == 3:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "train_run", interrupted)
+        patch.setattr(train, "train_run", interrupted)
         yield
 
 
@@ -235,8 +236,8 @@ def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
             signal.raise_signal(signal.SIGINT)
         return found or 1
 
-    monkeypatch.setattr("gsae_core.store.queue.Place.ahead", ahead)
-    monkeypatch.setattr("gsae_core.store.worker.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("gsae_core.runs.jobs.queue.Place.ahead", ahead)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     assert main(small) == 130
     run = Run.open(tmp_path / "run")
     assert run.status.state == "cancelled"
@@ -253,7 +254,7 @@ def test_ctrl_c_before_the_work_begins_ends_quietly(
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gsae_core.cli.run_config", interrupted)
+    monkeypatch.setattr("gsae_core.cli.main.run_config", interrupted)
     assert main(small) == 130
     assert capsys.readouterr().err == "gsae_core: interrupted\n"
 
@@ -267,7 +268,7 @@ def test_what_nobody_expected_goes_to_the_log_and_exits_1(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in the middle\nof it")
 
-    monkeypatch.setattr(workshop, "load_corpus", broken)
+    monkeypatch.setattr(setup, "load_corpus", broken)
     assert main(small) == 1
     log = tmp_path / "run" / "log.txt"
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -283,7 +284,7 @@ def test_an_evaluation_that_breaks_leaves_its_traceback_in_the_log(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("again")
 
-    monkeypatch.setattr(workshop, "load_corpus", broken)
+    monkeypatch.setattr(setup, "load_corpus", broken)
     assert main(["evaluate", str(finished.folder)]) == 1
     assert "the traceback is in" in capsys.readouterr().err
     assert "ZeroDivisionError: again" in (finished.folder / "log.txt").read_text()

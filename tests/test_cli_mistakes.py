@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core.cli import main
-from gsae_core.store.runs import Run
+from gsae_core.cli.main import main
+from gsae_core.runs.run import Run
 
 
 @pytest.fixture(autouse=True)

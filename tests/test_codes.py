@@ -12,13 +12,15 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import (
+from gsae_core.sae.sparse.codes import (
     SparseCodes,
+    Wanted,
     by_latent,
+    chunk_rows,
     encode_sparse,
+    largest_products,
     weighted_sums,
 )
-from gsae_core.sae.picking import Wanted, chunk_rows, largest_products
 
 
 def dense(codes: SparseCodes, values: Tensor, d_sae: int) -> Tensor:

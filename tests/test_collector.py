@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from gsae_core import collector
+from gsae_core.app import shell
 
 
 class Node:
@@ -17,13 +17,13 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def spared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "_n_modules", 0)
-    collector.spare_modules()
+    monkeypatch.setattr(shell, "_n_modules", 0)
+    shell.spare_modules()
 
 
 def test_asking_twice_is_asking_once() -> None:
-    collector.spare_modules()
-    assert gc.callbacks.count(collector._freeze) == 1
+    shell.spare_modules()
+    assert gc.callbacks.count(shell._freeze) == 1
 
 
 def test_what_is_alive_when_modules_were_imported_is_left_out_from_then_on() -> None:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core.command_line import COMMANDS, Doctor, Evaluate, Resume, parse
-from gsae_core.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    SAESpec,
-    TrainRecipe,
+from gsae_core.cli.arguments import (
+    COMMANDS,
+    Doctor,
+    Evaluate,
+    Resume,
+    Train,
+    command_line,
+    parse,
+    run_config,
 )
+from gsae_core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
-from gsae_core.flags import Train, run_config
-from gsae_core.launch import command_line
 from gsae_core.presets import preset
 
 

@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
 from gsae_core.config import RunConfig, sweep
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 PARETO, SHRINKAGE = "pages/3_Pareto.py", "pages/4_Shrinkage.py"
 
@@ -432,16 +432,16 @@ def test_all_four_architectures_are_shown(root: Path, page: str) -> None:
 
 
 def test_helpers_of_the_address_leave_what_it_gets_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gsae_core import address
+    from gsae_core.app import parts
 
     said: list[str] = []
     query = SimpleNamespace(get_all=lambda key: {"runs": ["a", "x" * 200]}.get(key, []))
     state = {"runs": ["a", "gone"], "base": "gone", "other": 3}
-    monkeypatch.setattr(address, "st", SimpleNamespace(query_params=query, session_state=state))
-    monkeypatch.setattr(address, "plain", lambda words, size: said.append(words))
-    address.correct("runs", ["a"], what="run", shown="a")
-    address.correct("base", ["a"], what="run", shown="a")
-    address.correct("other", ["a"], what="run", shown="a")
+    monkeypatch.setattr(parts, "st", SimpleNamespace(query_params=query, session_state=state))
+    monkeypatch.setattr(parts, "plain", lambda words, size: said.append(words))
+    parts.correct("runs", ["a"], what="run", shown="a")
+    parts.correct("base", ["a"], what="run", shown="a")
+    parts.correct("other", ["a"], what="run", shown="a")
     assert state == {"runs": ["a"], "other": 3}
     (sentence,) = said
     assert sentence == f"The address asks for '{'x' * 80}…', which is no run; showing a."

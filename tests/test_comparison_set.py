@@ -11,15 +11,15 @@ from examples import perturb_
 from torch import Tensor
 
 from gsae_core.analysis.fidelity import reconstruct
-from gsae_core.cli import main
+from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+from gsae_core.cli.main import main
 from gsae_core.config import TrainConfig
+from gsae_core.runs.run import Run
+from gsae_core.sae.ablations import pursue
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import encode_sparse
 from gsae_core.sae.metrics import Metrics, batch_stats
-from gsae_core.sae.pursuit import pursue
-from gsae_core.store.checkpoint import load_sae, read_cfg
-from gsae_core.store.runs import Run
+from gsae_core.sae.sparse.codes import encode_sparse
 from gsae_core.training.trainer import Trainer, train
 
 BATCH, D_IN, N_TRUE = 128, 16, 32

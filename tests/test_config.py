@@ -16,9 +16,9 @@ from gsae_core.config import (
     hook_name,
     load_config,
     sweep,
+    validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.validation import validated
 
 SAE = {"name": "a", "architecture": "gated", "d_sae": 8, "sparsity": 0.1}
 RUN = {"saes": [SAE], "train": {"n_tokens": 64, "batch_size": 16}}

@@ -69,7 +69,7 @@ def test_a_long_text_is_read_in_pieces_without_a_seam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gsae_core.lm import readers
-    from gsae_core.lm.pieces import text_pieces
+    from gsae_core.lm.readers import text_pieces
 
     path = file(tmp_path / "a.txt", "\n".join(f"w{i}" for i in range(100)))
     whole = load(path)
@@ -167,7 +167,7 @@ def test_stdlib_holds_out_as_many_files_as_are_wanted(
 
 def test_stdlib_is_split_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gsae_core.lm import readers
-    from gsae_core.lm.stdlib import is_held_out
+    from gsae_core.lm.readers import is_held_out
 
     names = [f"m{i}.py" for i in range(60)]
     paths = {n: file(tmp_path / n, words(i * 15, i * 15 + 15)) for i, n in enumerate(names)}
@@ -312,7 +312,7 @@ SENTENCE = "A dog that has run all day sleeps well."
 def test_strings_read_like_text_if_they_have_five_words_each(
     values: list[str], reads: bool
 ) -> None:
-    from gsae_core.lm.tables import reads_like_text
+    from gsae_core.lm.readers import reads_like_text
 
     assert reads_like_text(values) == reads
 
@@ -328,7 +328,7 @@ def test_strings_read_like_text_if_they_have_five_words_each(
     ],
 )
 def test_a_column_is_taken_by_its_name_before_its_looks(row: dict[str, Any], column: str) -> None:
-    from gsae_core.lm.tables import pick_column
+    from gsae_core.lm.readers import pick_column
 
     assert pick_column([row], None, "here") == column
 
@@ -378,7 +378,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_the_delimiter_of_a_csv_cuts_header_and_rows_alike(
     tmp_path: Path, head: str, delimiter: str
 ) -> None:
-    from gsae_core.lm.tables import csv_delimiter
+    from gsae_core.lm.readers import csv_delimiter
 
     assert csv_delimiter(file(tmp_path / "a.csv", head), ",") == delimiter
 

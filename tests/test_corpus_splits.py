@@ -153,7 +153,7 @@ def test_documents_and_code_are_called_what_they_like(
 
 def test_the_preview_shows_what_training_reads(tmp_path: Path) -> None:
     from gsae_core.config import DataConfig
-    from gsae_core.preview import preview
+    from gsae_core.lm.preview import preview
 
     source = tmp_path / "set"
     source.mkdir()

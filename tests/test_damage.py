@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 from app_pages import opened, text
 
+from gsae_core.analysis.labels import Labels
 from gsae_core.analysis.results import evaluation_frame
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.cli.arguments import List
+from gsae_core.cli.commands import list_lines
 from gsae_core.errors import InputError
-from gsae_core.exchange import list_lines
-from gsae_core.exchange_flags import List
-from gsae_core.progress import progress, timeline
-from gsae_core.store.checkpoint import load_sae
-from gsae_core.store.evals import norm_deciles
-from gsae_core.store.index_jobs import index_job, request
-from gsae_core.store.jobs import escalate_cancel
-from gsae_core.store.labels import Labels
-from gsae_core.store.listing import list_runs, unreadable_runs
-from gsae_core.store.resume import load_state
-from gsae_core.store.runs import Run
+from gsae_core.runs.evals import norm_deciles
+from gsae_core.runs.jobs.process import escalate_cancel
+from gsae_core.runs.plan.progress import progress, timeline
+from gsae_core.runs.resume import load_state
+from gsae_core.runs.run import Run, list_runs, unreadable_runs
+from gsae_core.runs.work.index import index_job, request
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 RUNS = ("finished", "interrupted")

@@ -11,9 +11,9 @@ from examples import numbers
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.deciles import Decile, NormDeciles
-from gsae_core.store.evals import norm_deciles, write_norm_deciles
-from gsae_core.store.runs import Run
+from gsae_core.runs.evals import norm_deciles, write_norm_deciles
+from gsae_core.runs.run import Run
+from gsae_core.sae.metrics import Decile, NormDeciles
 
 
 def measured(x: Tensor, x_hat: Tensor, *cuts: int) -> list[Decile]:

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from gsae_core import doctor
-from gsae_core.cli import main
+from gsae_core.cli import doctor
+from gsae_core.cli.main import main
 
 
 def answer(*_: Any, **__: Any) -> socket.socket:

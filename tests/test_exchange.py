@@ -11,15 +11,13 @@ import torch
 from app_pages import PAGES, opened, text
 from safetensors.torch import save_file
 
-from gsae_core import cli
-from gsae_core.config import RunConfig, SAESpec, TrainRecipe
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.checkpoints.formats.found import hub_name
+from gsae_core.cli import main
+from gsae_core.config import RunConfig, SAESpec, TrainRecipe, validated
 from gsae_core.errors import InputError
-from gsae_core.store.checkpoint import load_sae
-from gsae_core.store.formats.places import hub_name
-from gsae_core.store.imports import import_saes
-from gsae_core.store.listing import list_runs
-from gsae_core.store.runs import Run
-from gsae_core.validation import validated
+from gsae_core.runs.run import Run, list_runs
+from gsae_core.runs.work.imports import import_saes
 
 D_IN = 12  # of the tiny model's residual stream
 
@@ -77,16 +75,16 @@ def test_the_command_line_imports_lists_and_evaluates(
 ) -> None:
     folder = str(root / "imported")
     words = ["import", str(foreign), "--to", folder, "--model", str(tiny_lm_folder)]
-    assert cli.main([*words, "--data", str(small_text)]) == 0
+    assert main.main([*words, "--data", str(small_text)]) == 0
     out = capsys.readouterr().out
     assert "gated_5: gated of SAELens 6\n" in out
     assert "  The config does not say so: the encoder reads x - b_dec.\n" in out
-    assert cli.main(["evaluate", folder, "--tokens", "200"]) == 0
+    assert main.main(["evaluate", folder, "--tokens", "200"]) == 0
     (row,) = Run.open(folder).evals()
     assert (row["name"], row["sparsity"], row["d_in"]) == ("gated_5", None, D_IN)
     assert row["l0"] > 0
     capsys.readouterr()
-    assert cli.main(["list", folder]) == 0
+    assert main.main(["list", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
     assert lines[1].split() == head
@@ -95,9 +93,9 @@ def test_the_command_line_imports_lists_and_evaluates(
     # Its weights are random.
     assert lines[3] == "⚠ FVU above 1: gated_5 reconstructs worse than the mean activation"
     assert lines[4].startswith("gated_5: The config does not say so")
-    assert cli.main(["list"]) == 0
+    assert main.main(["list"]) == 0
     assert "SAELens 6" in capsys.readouterr().out
-    assert cli.main(["list", str(foreign)]) == 0
+    assert main.main(["list", str(foreign)]) == 0
     shown = capsys.readouterr().out
     assert "layer 1 resid_pre" in shown
     assert "sae_weights.safetensors" in shown
@@ -127,7 +125,7 @@ def test_mistakes_are_sentences(
 ) -> None:
     names = {"theirs": str(foreign), "out": str(tmp_path / "out"), "name": "gated_5"}
     monkeypatch.setenv("GSAE_RUNS", names["out"])
-    assert cli.main(words.format(**names).split()) == 2
+    assert main.main(words.format(**names).split()) == 2
     said = capsys.readouterr().err
     assert sentence.format(**names) in said
     assert said.count("\n") == 1
@@ -181,7 +179,7 @@ def test_only_an_imported_sae_may_have_no_known_lambda() -> None:
 def test_every_page_shows_an_imported_run(imported: Run, page: str) -> None:
     for evaluate in (False, True):
         if evaluate:
-            assert cli.main(["evaluate", str(imported.folder), "--tokens", "200"]) == 0
+            assert main.main(["evaluate", str(imported.folder), "--tokens", "200"]) == 0
         at = opened(page, run="imported")
         assert not at.exception
         assert not at.error
@@ -195,13 +193,13 @@ def test_export_reads_back_what_it_wrote(
     names = [spec.name for spec in Run.open(trained).config.saes]
     gated = next(name for name in names if name.startswith("gated"))
     words = ["export", str(trained), "--sae", gated, "--format", "jumprelu", "--to"]
-    assert cli.main([*words, str(tmp_path / "jump")]) == 0
+    assert main.main([*words, str(tmp_path / "jump")]) == 0
     out = capsys.readouterr().out
     assert "largest difference" in out
     assert "512 random activations" in out
     metadata = json.loads((tmp_path / "jump" / "cfg.json").read_text())["metadata"]
     assert (metadata["converted_from"], "tie" in metadata) == ("gated", False)
-    assert cli.main([*words, str(tmp_path / "jump")]) == 2
+    assert main.main([*words, str(tmp_path / "jump")]) == 2
     assert "expected a new or empty folder for the SAE" in capsys.readouterr().err
-    assert cli.main(["export", str(trained), "--to", str(tmp_path / "other")]) == 2
+    assert main.main(["export", str(trained), "--to", str(tmp_path / "other")]) == 2
     assert f"expected --sae with one of this run's SAEs ({names[0]}" in capsys.readouterr().err

@@ -11,21 +11,19 @@ import pytest
 import torch
 from index_cases import D_SAE, built, some_parts, some_sae
 
-from gsae_core import cli
-from gsae_core.analysis import index_plan, index_sort
-from gsae_core.analysis.features import open_index
-from gsae_core.analysis.index_build import build_index
+from gsae_core.analysis.features import shards
+from gsae_core.analysis.features.build import build_index
+from gsae_core.analysis.features.index import open_index
+from gsae_core.cli import main
 from gsae_core.errors import InputError
-from gsae_core.indexing import choose_parts, index_run
+from gsae_core.files import write_json
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
-from gsae_core.store import index_jobs
-from gsae_core.store.files import write_json
-from gsae_core.store.index_jobs import index_folder, index_job, start_index
-from gsae_core.store.job_folder import Job
-from gsae_core.store.jobs import escalate_cancel
-from gsae_core.store.runs import Run
-from gsae_core.store.status import read_status
+from gsae_core.runs.jobs.job import Job, read_status
+from gsae_core.runs.jobs.process import escalate_cancel
+from gsae_core.runs.run import Run
+from gsae_core.runs.work import index as index_jobs
+from gsae_core.runs.work.index import choose_parts, index_folder, index_job, index_run, start_index
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -41,7 +39,7 @@ def steps(model: LanguageModel, folder: Path, kind: str = "gated") -> Any:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard ends with the sequence that holds its 100th token: 7 sequences of 15."""
-    monkeypatch.setattr(index_plan, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -103,7 +101,7 @@ def test_shards_and_their_number_change_nothing(
     tiny_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = built(tiny_lm, some_sae("gated"), tmp_path / "one")
-    monkeypatch.setattr(index_plan, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
     many = built(tiny_lm, some_sae("gated"), tmp_path / "many")
     for name in ("offsets", "token", "latent", "near_token", "histogram", "companions"):
         np.testing.assert_array_equal(one.array(name), many.array(name))
@@ -128,7 +126,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_read_is_lost(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_sort.os, "posix_fallocate", full)
+    monkeypatch.setattr(shards.os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"expected .* free for .*npy, found .*; make room on the"):
         for _ in steps(tiny_lm, tmp_path):
             pass
@@ -244,7 +242,7 @@ def test_the_index_of_changed_weights_is_refused(finished: Run) -> None:
 def test_an_unknown_sae_is_one_sentence(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"expected one of this run's SAEs \(.*\), got 'no'"):
         finished.features("no")
-    assert cli.main(["index", str(finished.folder), "--sae", "no"]) == 2
+    assert main.main(["index", str(finished.folder), "--sae", "no"]) == 2
     assert "expected one of this run's SAEs" in capsys.readouterr().err
 
 
@@ -252,11 +250,11 @@ def test_the_command_line_indexes_and_says_what_came_of_it(
     finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["index", str(finished.folder), "--sae", "relu-0.4", "--tokens", "60"]
-    assert cli.main([*words, "--split", "train"]) == 0
+    assert main.main([*words, "--split", "train"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("relu-0.4: 60 train tokens, L0 ")
     assert [s.name for s in finished.features("relu-0.4").manifest.splits] == ["train"]
-    assert cli.main([*words[:-1], "0"]) == 2
+    assert main.main([*words[:-1], "0"]) == 2
     assert "--tokens: expected a number of at least 1, got 0" in capsys.readouterr().err
 
 
@@ -281,7 +279,7 @@ def test_a_cancelled_build_stops_after_its_shard_and_goes_on_later(finished: Run
 def test_a_second_build_of_the_same_sae_is_refused_while_one_lives(
     finished: Run, worker: int
 ) -> None:
-    from gsae_core.store.status import Status, of_process, write_status
+    from gsae_core.runs.jobs.job import Status, of_process, write_status
 
     folder = index_folder(finished, "gated-0.05")
     folder.mkdir(parents=True)

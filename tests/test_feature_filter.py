@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gsae_core.analysis.feature_filter import (
+from gsae_core.analysis.features.filter import (
     Chosen,
     Wanted,
     beside,
@@ -14,8 +14,8 @@ from gsae_core.analysis.feature_filter import (
     parse_range,
     range_text,
 )
+from gsae_core.analysis.labels import Labels
 from gsae_core.errors import InputError
-from gsae_core.store.labels import Labels
 
 ROWS = pd.DataFrame(
     {

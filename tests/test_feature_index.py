@@ -7,9 +7,9 @@ import pytest
 import torch
 from index_cases import D_SAE, KINDS, Dense, built, dense, some_parts, some_sae
 
-from gsae_core.analysis.features import FeatureIndex
-from gsae_core.analysis.index_codes import margins
-from gsae_core.analysis.index_files import NEAR_KEPT
+from gsae_core.analysis.features.collect import margins
+from gsae_core.analysis.features.files import NEAR_KEPT
+from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE

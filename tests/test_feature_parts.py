@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 from index_cases import KINDS, built, some_sae
 
-from gsae_core.analysis.feature import Histogram
-from gsae_core.analysis.feature_pair import pair, values_on
-from gsae_core.analysis.weight_table import weight_table
+from gsae_core.analysis.features.html import Row, readable_token, strips
+from gsae_core.analysis.features.index import Histogram, pair, values_on
+from gsae_core.analysis.features.table import weight_table
+from gsae_core.analysis.labels import Labels
+from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.errors import InputError
-from gsae_core.example import example_run, labels_folder
-from gsae_core.example_strips import Row, readable_token, strips
+from gsae_core.files import EXAMPLE
 from gsae_core.lm.model import LanguageModel
-from gsae_core.plots.features import activation_histogram, density_histogram
-from gsae_core.plots.gate_plane import gate_plane
-from gsae_core.store import jobs
-from gsae_core.store.checkpoint import save_sae
-from gsae_core.store.files import EXAMPLE
-from gsae_core.store.labels import Labels
+from gsae_core.plots.features import activation_histogram, density_histogram, gate_plane
+from gsae_core.runs.example import example_run, labels_folder
+from gsae_core.runs.jobs import process
 
 # Figures
 
@@ -200,7 +198,7 @@ def test_the_example_shows_the_papers_claim() -> None:
 def test_the_examples_feature_of_def_fires_on_def_and_raises_names() -> None:
     run = example_run()
     assert run is not None
-    from gsae_core.example import SHOWN_FEATURE, SHOWN_SAE
+    from gsae_core.runs.example import SHOWN_FEATURE, SHOWN_SAE
 
     feature = run.features(SHOWN_SAE).feature(SHOWN_FEATURE)
     assert all("def" in example.tokens[example.at] for example in feature.top(10))
@@ -212,7 +210,7 @@ def test_nothing_is_written_to_the_example(tmp_path: Path) -> None:
     assert run is not None
     before = sorted(EXAMPLE.rglob("*"))
     for act in (
-        lambda: jobs.delete(run),
+        lambda: process.delete(run),
         lambda: run.add_event("seen"),
         lambda: run.features("gated-0.35").labels.add(0, "label", "x", author="a"),
     ):

@@ -13,8 +13,8 @@ import torch
 from index_cases import some_parts
 from torch import Tensor
 
-from gsae_core.analysis.features import FeatureIndex, open_index
-from gsae_core.analysis.index_build import build_index
+from gsae_core.analysis.features.build import build_index
+from gsae_core.analysis.features.index import FeatureIndex, open_index
 from gsae_core.config import Site, TrainConfig
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE

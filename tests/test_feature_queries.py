@@ -10,11 +10,11 @@ import pytest
 import torch
 from index_cases import Dense, built, dense, some_parts, some_sae
 
-from gsae_core.analysis import matching, neuronpedia
-from gsae_core.analysis.examples import distinct
-from gsae_core.analysis.feature_html import card, page, write_page
-from gsae_core.analysis.features import FeatureIndex
-from gsae_core.analysis.matching import matches
+from gsae_core.analysis.features import index as matching
+from gsae_core.analysis.features import neuronpedia
+from gsae_core.analysis.features.examples import distinct
+from gsae_core.analysis.features.html import card, page, write_page
+from gsae_core.analysis.features.index import FeatureIndex, matches
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 
@@ -240,7 +240,7 @@ def test_the_json_is_a_batch_as_neuronpedias_importer_reads_it(
 
 
 def test_an_sae_shows_itself_in_a_notebook() -> None:
-    from gsae_core.markup import facts
+    from gsae_core.text import facts
 
     shown = some_sae("topk")._repr_html_()
     assert shown == facts(

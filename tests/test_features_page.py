@@ -12,11 +12,11 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 from synthetic_index import DEAD, THETA, write_index, write_weights
 
-from gsae_core import feature_links, features_view, index_panel
+from gsae_core.app import components, feature_list, index_panel
 from gsae_core.config import SAESpec, sweep
-from gsae_core.store.index_jobs import index_folder
-from gsae_core.store.runs import Run
-from gsae_core.store.status import Status, write_status
+from gsae_core.runs.jobs.job import Status, write_status
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import index_folder
 
 PAGE = "pages/5_Features.py"
 WIDTH = 60
@@ -184,24 +184,24 @@ def test_a_long_list_shows_2_000_rows_and_all_on_demand(root: Path) -> None:
 
 
 def test_a_click_on_a_bar_is_a_range_of_densities() -> None:
-    assert features_view.bar_range([{"low": 0.001, "high": 0.01}]) == "0.001..0.01"
+    assert feature_list.bar_range([{"low": 0.001, "high": 0.01}]) == "0.001..0.01"
     two = [{"low": 0.001, "high": 0.01}, {"low": 0.01, "high": 0.1}]
-    assert features_view.bar_range(two) == "0.001..0.1"
+    assert feature_list.bar_range(two) == "0.001..0.1"
     for nothing in (None, [], {}, [{"low": "x", "high": 1}], [{}]):
-        assert features_view.bar_range(nothing) == ""
+        assert feature_list.bar_range(nothing) == ""
 
 
 def test_a_ticked_row_is_one_there_is() -> None:
-    assert features_view.picked_row({"selection": {"rows": [2]}}, 3) == 2
-    assert features_view.picked_row({"selection": {"rows": [3]}}, 3) is None
-    assert features_view.picked_row({"selection": {"rows": []}}, 3) is None
+    assert feature_list.picked_row({"selection": {"rows": [2]}}, 3) == 2
+    assert feature_list.picked_row({"selection": {"rows": [3]}}, 3) is None
+    assert feature_list.picked_row({"selection": {"rows": []}}, 3) is None
 
 
 def test_only_a_link_that_was_offered_is_followed() -> None:
-    links = [feature_links.Link(7, "w", "0.5", 0.5, "", "")]
-    assert feature_links.read_pick(7, links) == 7
+    links = [components.Link(7, "w", "0.5", 0.5, "", "")]
+    assert components.read_feature_pick(7, links) == 7
     for sent in (8, True, "7", None, 7.5, float("nan")):
-        assert feature_links.read_pick(sent, links) is None
+        assert components.read_feature_pick(sent, links) is None
 
 
 # Addresses
@@ -280,8 +280,8 @@ def test_what_is_said_of_a_feature_is_of_its_run_and_its_sae_alone(
 
 
 def test_what_cannot_be_kept_is_said(indexed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gsae_core.analysis.labels import Labels
     from gsae_core.errors import InputError
-    from gsae_core.store.labels import Labels
 
     def refuse(*_: object, **__: object) -> None:
         raise InputError("expected 1 kB free, found none")
@@ -335,7 +335,7 @@ def job_status(run: Run, state: str, **fields: object) -> None:
 def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     bare: Run, worker: int
 ) -> None:
-    from gsae_core.store.status import of_process
+    from gsae_core.runs.jobs.job import of_process
 
     job_status(bare, "running")
     folder = index_folder(bare, "gated-0.3")

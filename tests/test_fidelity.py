@@ -167,7 +167,7 @@ def test_losses_equal_loops_over_whole_forward_passes(
 def test_padding_is_zeroed_and_replaced_as_bos_is(
     replace: Positions, tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gsae_core.analysis.fidelity as module
+    from gsae_core.analysis import fidelity as module
 
     # Padding (1) before what counts, where it is read; after it; and a sequence of nothing else.
     rows = np.array([[1, 1, 0, 5, 6, 7, 8, 9, 10], [0, 9, 8, 7, 6, 1, 1, 1, 1], [1] * 9])
@@ -206,7 +206,7 @@ def test_where_reconstructions_are_read_changes_no_metric_of_the_sae(
 
 def test_divergence_is_the_one_of_the_definition() -> None:
     # p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3; both tokens count.
-    from gsae_core.analysis.predictions import Reference
+    from gsae_core.analysis.fidelity import Reference
 
     ids, mask = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
     p = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log()
@@ -304,7 +304,7 @@ def test_each_sae_is_measured_as_if_alone(tiny_lm: LanguageModel) -> None:
 def test_sequences_are_taken_whole_until_enough_tokens_are_counted(
     tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gsae_core.analysis.fidelity as module
+    from gsae_core.analysis import fidelity as module
 
     sae = GatedSAE(12, 30)
 

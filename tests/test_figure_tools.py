@@ -4,14 +4,14 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from gsae_core import pieces
+from gsae_core.app import parts
 
 
 def page() -> None:
     import pandas as pd
     import streamlit as st
 
-    from gsae_core.pieces import figure_tools
+    from gsae_core.app.parts import figure_tools
 
     st.session_state["shell.page"] = "Pareto"
     figure_tools(pd.DataFrame({"l0": [12.0, 6.0], "fvu": [0.2, 0.4]}), name="plane")
@@ -36,10 +36,10 @@ def test_an_open_one_shows_the_data_and_the_link_with_every_choice() -> None:
 
 def test_the_file_is_what_the_figure_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(pieces.st, "download_button", lambda _, data, **kw: made.append((data, kw)))
-    monkeypatch.setattr(pieces.st, "popover", Open)
-    monkeypatch.setattr(pieces, "own", lambda name: name)
-    pieces.figure_tools(pd.DataFrame({"l0": [12.0], "fvu": [0.25]}), name="plane")
+    monkeypatch.setattr(parts.st, "download_button", lambda _, data, **kw: made.append((data, kw)))
+    monkeypatch.setattr(parts.st, "popover", Open)
+    monkeypatch.setattr(parts, "own", lambda name: name)
+    parts.figure_tools(pd.DataFrame({"l0": [12.0], "fvu": [0.25]}), name="plane")
     ((data, settings),) = made
     assert data() == "l0,fvu\n12.0,0.25\n"
     assert settings["file_name"] == "plane.csv"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from gsae_core.bench.contestants import contest, our_entry
-from gsae_core.bench.problem import make_problem, save_problem
+from benchmarks.harness import contest, our_entry
+from benchmarks.ours import make_problem, save_problem
 from gsae_core.config import Architecture, RunConfig, SAESpec, TrainRecipe
-from gsae_core.footprint import FLOAT32, memory_parts, n_parameters
+from gsae_core.runs.plan.cost import FLOAT32, memory_parts, n_parameters
 
 BATCH, D_IN, D_SAE = 1024, 128, 8192
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")

@@ -9,21 +9,12 @@ import torch
 from examples import perturb_, set_, worked_example
 from safetensors.torch import load_file
 
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.checkpoints.formats import EXPORTS, detect, read_sae, to_jumprelu, write, write_sae
+from gsae_core.checkpoints.formats.write import Parity, check_parity, parity
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.store.checkpoint import save_sae
-from gsae_core.store.formats import (
-    EXPORTS,
-    compare,
-    detect,
-    read_sae,
-    to_jumprelu,
-    write_sae,
-    writer,
-)
-from gsae_core.store.formats.compare import Parity, parity
-from gsae_core.store.formats.writer import check_parity
 
 METADATA = {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out", "sparsity": 0.25}
 
@@ -137,7 +128,7 @@ def test_files_that_compute_something_else_are_not_left_there(
 ) -> None:
     wrong = make("gated")
     perturb_(wrong, seed=8)
-    monkeypatch.setattr(writer, "save_sae", lambda sae, *a, **more: save_sae(wrong, *a, **more))
+    monkeypatch.setattr(write, "save_sae", lambda sae, *a, **more: save_sae(wrong, *a, **more))
     with pytest.raises(InputError, match=r"within 1e-06, found latents within .*nothing was writt"):
         write_sae(make("gated"), tmp_path / "sae", format="saelens", metadata={})
     assert list(tmp_path.iterdir()) == []
@@ -168,6 +159,6 @@ def test_a_latent_on_its_threshold_is_counted_and_left_out(
         set_(each, W_enc=[[1]], W_dec=[[1]], threshold=[1])
         each.double().get_parameter("threshold").data.fill_(theta)
     x = torch.tensor([[0.5], [1 + 1e-9], [2.0]], dtype=torch.float64)
-    monkeypatch.setattr(compare, "telling_activations", lambda *_: x)
+    monkeypatch.setattr(write, "telling_activations", lambda *_: x)
     assert parity(sae, other) == Parity(0.0, 0.0, 3, 2, 1)
     assert "; 1 lie on their threshold" in parity(sae, other).sentence

@@ -8,8 +8,8 @@ from examples import numbers, random_gated, random_relu
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import Aux
 from gsae_core.sae.losses import gated_loss, relu_loss
-from gsae_core.sae.recipes import Aux
 
 TERMS = ["reconstruction", "sparsity", "auxiliary"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.job import train_run
 from gsae_core.presets import preset
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.train import train_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 

@@ -6,8 +6,8 @@ from importlib.metadata import version
 import pytest
 from app_pages import HOSTILE, opened, text
 
-from gsae_core import glossary
-from gsae_core.versions import PACKAGES, versions
+from gsae_core.app import glossary
+from gsae_core.machine import PACKAGES, versions
 
 HELP = "pages/9_Help.py"
 SECTIONS = ["Start", "Glossary", "Formulas", "Keyboard", "Limits", "Versions", "Privacy"]

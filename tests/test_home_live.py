@@ -12,11 +12,11 @@ from app_pages import HOSTILE, NASTY, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
-from gsae_core import job_badge
-from gsae_core.report import time_spent
-from gsae_core.store import jobs
-from gsae_core.store.runs import Run
-from gsae_core.store.status import of_process, read_status, write_status
+from gsae_core.app import shell
+from gsae_core.cli.report import time_spent
+from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs.job import of_process, read_status, write_status
+from gsae_core.runs.run import Run
 
 LIVE = "pages/2_Live.py"
 
@@ -77,7 +77,7 @@ def test_a_run_that_was_made_and_not_started_can_be(
 ) -> None:
     write_run(root, "made", "queued", share=0.0)
     pressed: list[str] = []
-    monkeypatch.setattr(jobs, "start", lambda run: pressed.append(run.id))
+    monkeypatch.setattr(process, "start", lambda run: pressed.append(run.id))
     at = opened(LIVE)
     assert bars(at) == ["not started yet"]
     at.button(key="live.resume").click().run()
@@ -211,7 +211,7 @@ def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.Monkey
         def poll(self) -> None: ...
 
     one, other = opened(LIVE), opened(LIVE)
-    monkeypatch.setattr(jobs.subprocess, "Popen", Child)
+    monkeypatch.setattr(process.subprocess, "Popen", Child)
     one.button(key="live.resume").click().run()
     other.button(key="live.resume").click().run()
     assert not one.exception
@@ -257,7 +257,7 @@ def test_a_server_that_was_started_again_says_so_on_the_first_page(
     root: Path, worker: int, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(root, "moving", "running", share=0.5, pid=worker)
-    monkeypatch.setattr(job_badge, "server_started", lambda: time.time() + 60)
+    monkeypatch.setattr(shell, "server_started", lambda: time.time() + 60)
     at = opened(page)
     said = "Reconnected to moving: training went on while the app was started again."
     assert said in text(at)

@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub
 
+from gsae_core.checkpoints import download
+from gsae_core.checkpoints.download import fetching
+from gsae_core.checkpoints.hub import (
+    Address,
+    HubFile,
+    choose,
+    describe,
+    find_on_hub,
+    look,
+    one_sae,
+    parse_address,
+)
 from gsae_core.errors import InputError
-from gsae_core.store import hub_download
-from gsae_core.store.hub import Address, describe, look, one_sae, parse_address
-from gsae_core.store.hub_download import fetching
-from gsae_core.store.hub_layouts import HubFile, choose, find_on_hub
 
 WEIGHTS = bytes(range(256)) * 1024  # 256 KiB
 CONFIG = json.dumps({"architecture": "gated", "d_in": 12, "d_sae": 24}).encode()
@@ -326,7 +334,7 @@ def test_too_small_a_disk_is_told_before_a_byte_comes(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("ada/saes", SAE)
-    monkeypatch.setattr(hub_download, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(download, "free_bytes", lambda path: 1000)
     with pytest.raises(
         InputError, match=r"expected 262\.2 kB free for the download in .*, found 1\.0 kB"
     ):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub
 
-from gsae_core import cli
-from gsae_core.store import hub_push, jobs
-from gsae_core.store.checkpoint import load_sae
-from gsae_core.store.hub import look, one_sae, parse_address
-from gsae_core.store.runs import Run
-from gsae_core.store.status import read_status, write_status
-from gsae_core.store.transfers import (
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.checkpoints.hub import look, one_sae, parse_address
+from gsae_core.cli import main
+from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs.job import read_status, write_status
+from gsae_core.runs.run import Run
+from gsae_core.runs.work import publish
+from gsae_core.runs.work.transfer import (
     PullRequest,
     Transfer,
     ask,
@@ -65,7 +66,7 @@ def ended(transfer: Transfer, *, seconds: float = 120) -> str:
     deadline = time.monotonic() + seconds
     while transfer.status.state in ("queued", "starting", "running", "cancelling"):
         assert time.monotonic() < deadline, transfer.log_tail()
-        jobs.escalate_cancel(transfer)
+        process.escalate_cancel(transfer)
         time.sleep(0.05)
     return transfer.status.state
 
@@ -77,7 +78,7 @@ def test_an_sae_is_pulled_into_a_run_that_computes_the_same(
     hub: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released(hub, finished, NAME)
-    assert cli.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
+    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
     text = said(capsys)
     assert f"{NAME}: SAELens 6, 2 files" in text
     assert f"commit {hub.repos['models', 'ada/saes'].refs['main'][:12]}" in text
@@ -101,8 +102,8 @@ def test_a_pulled_sae_is_evaluated_like_our_own(
     hub: Hub, finished: Run, small_text: Path, tmp_path: Path
 ) -> None:
     released(hub, finished, NAME)
-    assert cli.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
-    assert cli.main(["evaluate", str(tmp_path / "pulled"), "--tokens", "64"]) == 0
+    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
+    assert main.main(["evaluate", str(tmp_path / "pulled"), "--tokens", "64"]) == 0
     (row,) = Run.open(tmp_path / "pulled").evals()
     assert row["d_sae"] == 6
     assert 0 <= row["l0"] <= 6
@@ -112,21 +113,21 @@ def test_several_saes_are_listed_and_one_has_to_be_named(
     hub: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released(hub, finished, NAME, "relu-0.05")
-    assert cli.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 2
+    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 2
     assert "expected one SAE, found 2 in ada/saes; name one after a colon" in said(capsys)
-    assert cli.main(["pull", "ada/saes", "--list"]) == 0
+    assert main.main(["pull", "ada/saes", "--list"]) == 0
     lines = said(capsys).splitlines()
     assert lines[0].endswith(": 2 of them")
     assert [line.split()[0] for line in lines[1:]] == ["SAE", NAME, "relu-0.05"]
     assert hub.requests("GET", "/storage/") == []
-    assert cli.main(["pull", "ada/saes:relu-0.05", "--to", str(tmp_path / "pulled")]) == 0
+    assert main.main(["pull", "ada/saes:relu-0.05", "--to", str(tmp_path / "pulled")]) == 0
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_is_fetched(
     hub: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released(hub, finished, NAME)
-    assert cli.main(["pull", "ada/saes", "--to", str(finished.folder)]) == 2
+    assert main.main(["pull", "ada/saes", "--to", str(finished.folder)]) == 2
     assert "expected a new name for the run, got run, which there is" in said(capsys)
     assert hub.requests("GET", "/storage/") == []
 
@@ -138,14 +139,14 @@ def test_a_pull_that_breaks_says_so_and_goes_on_by_range(
     path = f"{NAME}/sae_weights.safetensors"
     hub.cut[path] = (200, 99)  # no connection comes further
     command = ["pull", "ada/saes", "--to", str(tmp_path / "pulled")]
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     assert "the connection broke after 200 bytes; start it again to go on" in said(capsys)
     (transfer,) = transfers(tmp_path)
     assert transfer.status.state == "failed"
     assert "the connection broke" in str(transfer.status.error)
     hub.cut = {}
     hub.seen.clear()
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert [one.range for one in hub.requests("GET", "/storage/")] == ["bytes=200-"]
 
 
@@ -156,7 +157,7 @@ def test_what_a_branch_moves_to_meanwhile_changes_nothing(
     transfer = asked(root / "other")
     repo = hub.repos["models", "ada/saes"]
     repo.commit({f"{NAME}/sae_weights.safetensors": b"other"})
-    assert cli.main(["resume", str(transfer.folder)]) == 0
+    assert main.main(["resume", str(transfer.folder)]) == 0
     run = Run.open(root / "other" / "pulled")
     assert torch.equal(
         load_sae(run.sae_folder(run.config.saes[0].name)).W_dec,
@@ -168,7 +169,7 @@ def test_what_is_no_sae_after_all_fails_with_its_sentence(
     hub: Hub, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("ada/odd", {"params.npz": b"PK\x03\x04 not an archive, really"})
-    assert cli.main(["pull", "ada/odd", "--to", str(root / "pulled")]) == 2
+    assert main.main(["pull", "ada/odd", "--to", str(root / "pulled")]) == 2
     (transfer,) = transfers(root)
     assert transfer.status.state == "failed"
     assert "params.npz" in str(transfer.status.error)
@@ -203,7 +204,7 @@ def test_a_download_outlives_its_starter_and_is_cancelled_and_taken_up(
     hub.add("ada/big", {**files, f"{NAME}/activation_whitening.safetensors": content})
     hub.slow_seconds = 0.2  # 64 pieces: 13 s
     transfer = asked(root / "other", "ada/big")
-    jobs.start(transfer)
+    process.start(transfer)
     while read_status(transfer.folder).done < 2**14:
         assert transfer.status.error is None
         time.sleep(0.05)
@@ -212,7 +213,7 @@ def test_a_download_outlives_its_starter_and_is_cancelled_and_taken_up(
     assert ended(transfer) == "cancelled"
     hub.slow_seconds = 0.0
     hub.seen.clear()
-    jobs.start(transfer)
+    process.start(transfer)
     # SAELens' whitening matrices are read by nobody here, and the sentence says which file it is.
     assert ended(transfer) in ("finished", "failed")
     resumed = [one.range for one in hub.requests("GET", "/storage/")]
@@ -225,7 +226,7 @@ def test_a_download_outlives_its_starter_and_is_cancelled_and_taken_up(
 def test_a_pushed_sae_comes_back_identical(
     writer: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
     text = said(capsys)
     repo = writer.repos["models", "ada/mine"]
     assert f"{writer.url}/ada/mine/commit/{repo.refs['main']}" in text
@@ -243,7 +244,7 @@ def test_a_pushed_sae_comes_back_identical(
     ]
     # One commit that made the repository, and one that holds everything.
     assert len(repo.commits) == 2
-    assert cli.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
+    assert main.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
     back = Run.open(tmp_path / "back")
     (spec,) = back.config.saes
     assert filecmp.cmp(
@@ -255,14 +256,14 @@ def test_a_pushed_sae_comes_back_identical(
 
 def test_a_public_repository_is_made_only_when_asked_for(writer: Hub, finished: Run) -> None:
     command = ["push", str(finished.folder), "--sae", NAME, "--to", "ada/open", "--public"]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert not writer.repos["models", "ada/open"].private
 
 
 def test_a_push_adds_to_what_is_there(writer: Hub, finished: Run) -> None:
     repo = writer.add("ada/mine", {"notes.txt": b"mine"})
     command = ["push", str(finished.folder), "--sae", NAME, "relu-0.4", "--to", "ada/mine"]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert repo.head["notes.txt"] == b"mine"
     assert "relu-0.4/cfg.json" in repo.head
     assert not repo.private
@@ -281,18 +282,18 @@ def test_an_interrupted_push_leaves_no_half_commit(
     before = dict(repo.refs)
     setattr(writer, fault, True)
     command = ["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     assert "the connection broke; nothing was changed there: push again" in said(capsys)
     assert repo.refs == before
     setattr(writer, fault, False)
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert f"{NAME}/sae_weights.safetensors" in repo.head
 
 
 def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
     hub: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
     assert "expected a Hub token that may write, found none; run `hf auth login`" in said(capsys)
     assert hub.seen == []
 
@@ -301,7 +302,7 @@ def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
 def test_a_name_that_is_no_repository_is_refused(
     hub: Hub, finished: Run, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", to]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", to]) == 2
     assert "expected a repository to push to as OWNER/NAME" in said(capsys)
 
 
@@ -309,7 +310,7 @@ def test_an_unfinished_run_is_not_pushed(
     writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_status(finished.folder, read_status(finished.folder)._replace(state="cancelled"))
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
     assert "expected a finished run, got run, which is cancelled; let it train" in said(capsys)
     assert writer.repos == {}
 
@@ -321,7 +322,7 @@ def test_an_sae_that_stopped_early_is_not_pushed(
     fields = json.loads(path.read_text())
     fields["metadata"]["stopped"] = "step 7: the loss was nan"
     path.write_text(json.dumps(fields))
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
     assert f"got {NAME}, which stopped at step 7: the loss was nan; push" in said(capsys)
 
 
@@ -329,29 +330,29 @@ def test_weights_that_are_not_those_of_the_config_are_not_pushed(
     writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (finished.sae_folder(NAME) / "sae_weights.safetensors").write_bytes(b"other")
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
     assert f"expected the whole weights of {NAME}" in said(capsys)
 
 
 def test_an_unknown_sae_is_named_with_those_there_are(
     writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", "x", "--to", "ada/mine"]) == 2
+    assert main.main(["push", str(finished.folder), "--sae", "x", "--to", "ada/mine"]) == 2
     assert "expected one of this run's SAEs (gated-0.05, gated-0.4, relu-0.05" in said(capsys)
 
 
 def test_no_token_is_written_into_a_run_a_transfer_or_a_log(
     writer: Hub, finished: Run, tmp_path: Path
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
-    assert cli.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert main.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def test_the_folders_that_files_name_are_told(writer: Hub, finished: Run) -> None:
-    parcel = hub_push.pack(finished, [NAME], "ada/mine", texts={})
+    parcel = publish.pack(finished, [NAME], "ada/mine", texts={})
     assert [note.partition(":")[0] for note in parcel.notes] == [
         "config.json and cfg.json name the model's folder on this machine",
         "config.json and cfg.json name the text's folder on this machine",
@@ -361,9 +362,9 @@ def test_the_folders_that_files_name_are_told(writer: Hub, finished: Run) -> Non
 def test_resuming_a_transfer_that_is_done_is_a_sentence(
     writer: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
     (transfer,) = transfers(tmp_path)
-    assert cli.main(["resume", str(transfer.folder)]) == 2
+    assert main.main(["resume", str(transfer.folder)]) == 2
     assert "expected a transfer that is not done, got one that led to http" in said(capsys)
 
 

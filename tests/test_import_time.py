@@ -18,7 +18,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_reading_configs_runs_and_command_lines_loads_no_heavy_package() -> None:
-    light = ["", ".presets", ".store.runs", ".store.jobs", ".analysis.pareto", ".cli"]
+    light = ["", ".presets", ".runs.run", ".runs.jobs.process", ".analysis.pareto", ".cli.main"]
     assert not loaded("import " + ", ".join(f"gsae_core{name}" for name in light)) & HEAVY
 
 
@@ -27,10 +27,10 @@ def test_a_name_brings_its_module_on_first_use() -> None:
 
 
 def test_the_python_names_are_the_modules_own() -> None:
+    from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.lm.model import load_model
+    from gsae_core.runs.run import open_run
     from gsae_core.sae.architectures import GatedSAE, ReluSAE
-    from gsae_core.store.checkpoint import load_sae
-    from gsae_core.store.runs import open_run
 
     assert gsae_core.GatedSAE is GatedSAE
     assert gsae_core.ReluSAE is ReluSAE

@@ -13,8 +13,8 @@ from independent_evaluation import NUMBERS, TOLERANCE, measure
 from tiny_runs import tiny_config
 
 from gsae_core.config import SITES, EvalConfig, ModelConfig, SAESpec, Site, TrainRecipe
-from gsae_core.job import evaluate_run, train_run
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.train import evaluate_run, train_run
 
 SCRIPT = Path(independent_evaluation.__file__)
 QUICK = ("resid_post", "attn_z")
@@ -106,7 +106,7 @@ def test_the_command_prints_both_columns_and_fails_where_they_differ(
 
 
 def test_losses_of_a_model_that_is_sure_are_not_biased() -> None:
-    from gsae_core.analysis.predictions import Reference
+    from gsae_core.analysis.fidelity import Reference
 
     # float32 log_softmax over so many tokens is 3e-6 nats too high on this machine's kind of CPU.
     logits = 4 * torch.randn(1, 65, 50_000, generator=torch.Generator().manual_seed(0))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from gsae_core.analysis import index_loops
-from gsae_core.analysis.index_codes import NearBand, finder
-from gsae_core.analysis.logit_effect import largest_in_rows
+from gsae_core.analysis.features import loops as index_loops
+from gsae_core.analysis.features.collect import NearBand, finder
+from gsae_core.analysis.features.logit_effects import largest_in_rows
 from gsae_core.sae.architectures import GatedSAE
 
 H = torch.tensor([[3.0, 1.0, 3.0, -2.0], [0.0, 5.0, -1.0, 5.0]])

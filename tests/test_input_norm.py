@@ -11,31 +11,27 @@ from examples import numbers, perturb_, set_
 from index_cases import D_IN, D_SAE, KINDS, built, some_sae
 from torch import Tensor
 
-from gsae_core.analysis import index_codes
 from gsae_core.analysis.attribution import effects
+from gsae_core.analysis.features import collect
+from gsae_core.analysis.features.shards import tensors_sha256
 from gsae_core.analysis.fidelity import evaluating, fidelity, reconstruct
-from gsae_core.analysis.index_plan import tensors_sha256
-from gsae_core.analysis.prompt import look
-from gsae_core.analysis.reading import read_prompt
-from gsae_core.analysis.scales import scales_of
-from gsae_core.analysis.steering import Intervention, Steering
+from gsae_core.analysis.prompt import look, read_prompt
+from gsae_core.analysis.steering import Intervention, Steering, scales_of
+from gsae_core.checkpoints.checkpoint import load_sae, save_sae
+from gsae_core.checkpoints.formats import read_sae, write_sae
+from gsae_core.checkpoints.formats.write import parity
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel
+from gsae_core.sae.ablations import pursue, rescale_and_shift
 from gsae_core.sae.architectures import GatedSAE, ReluSAE, TopKSAE, fold_scale_
-from gsae_core.sae.base import SAE
-from gsae_core.sae.codes import encode_sparse
-from gsae_core.sae.dense import manual_dense_step
-from gsae_core.sae.input_norm import EPS, InputNorm, normalised
+from gsae_core.sae.base import EPS, SAE, InputNorm, normalised
 from gsae_core.sae.losses import dense_step, loss
 from gsae_core.sae.metrics import Metrics, batch_stats
-from gsae_core.sae.pursuit import pursue
-from gsae_core.sae.rescale import rescale_and_shift
-from gsae_core.sae.sparse import sparse_step
-from gsae_core.store.checkpoint import load_sae, save_sae
-from gsae_core.store.formats import read_sae, write_sae
-from gsae_core.store.formats.compare import parity
+from gsae_core.sae.sparse.codes import encode_sparse
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training.trainer import Trainer
 
 NORMS: tuple[InputNorm, ...] = get_args(InputNorm)
@@ -207,7 +203,7 @@ def test_an_index_has_what_fires_what_nearly_did_and_how_short_it_is(
     f, counted = sae.encode(x).flatten(0, 1), (ids != 0).flatten()
     np.testing.assert_array_equal(index.table["fired"], (f[counted] > 0).sum(0))
     np.testing.assert_allclose(index.table["max"], f[counted].amax(0), rtol=1e-4)
-    margin, _ = index_codes.margins(plain, sae.normalised(x).u.flatten(0, 1))
+    margin, _ = collect.margins(plain, sae.normalised(x).u.flatten(0, 1))
     n_near = 0
     for latent in range(D_SAE):
         feature = index.feature(latent)
@@ -228,8 +224,8 @@ def test_an_index_has_what_fires_what_nearly_did_and_how_short_it_is(
 @pytest.mark.parametrize("kind", KINDS)
 def test_how_far_a_latent_is_from_firing_is_measured_on_u(kind: str, norm: InputNorm) -> None:
     sae, x = normed(kind, norm), (3 * numbers(9, 6) + 1).float()
-    margin, fires = index_codes.margins(sae, x)
-    expected, fired = index_codes.margins(normed(kind, None), sae.normalised(x).u)
+    margin, fires = collect.margins(sae, x)
+    expected, fired = collect.margins(normed(kind, None), sae.normalised(x).u)
     torch.testing.assert_close(margin, expected)
     assert torch.equal(fires, fired)
 

@@ -7,21 +7,19 @@ import pytest
 import torch
 from tiny_runs import N_STEPS, finish, tiny_config, write_text
 
+from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
-from gsae_core.footprint import n_parameters, training_bytes
-from gsae_core.job import Progress, evaluate_run, train_run
-from gsae_core.learning import log_every
 from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.model import LanguageModel
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.plan import cost
+from gsae_core.runs.plan.cost import check_memory, n_parameters, resolve_device, training_bytes
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.train import Progress, evaluate_run, log_every, train_run
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.losses import loss
-from gsae_core.store.checkpoint import load_sae, read_cfg, save_sae
-from gsae_core.store.runs import Run
-from gsae_core.store.worker import Worker
-from gsae_core.training import memory
-from gsae_core.training.memory import check_memory, resolve_device
-from gsae_core.training.units import sparsity_in_training_units
+from gsae_core.training.sparsity_units import sparsity_in_training_units
 
 
 def spec(**fields: object) -> SAESpec:
@@ -118,7 +116,7 @@ def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
 def test_a_dictionary_too_wide_for_memory_is_told_with_need_and_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10 * 10**9)
+    monkeypatch.setattr(cost, "free_memory", lambda device: 10 * 10**9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     check_memory(config(10**6), 3, torch.device("cpu"), chunk_vectors=100)
     with pytest.raises(InputError) as caught:
@@ -271,7 +269,7 @@ def test_a_disk_too_small_for_the_states_is_told_before_training(
     tmp_path: Path, tiny_lm_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    monkeypatch.setattr("gsae_core.workshop.free_bytes", lambda path: 2_000)
+    monkeypatch.setattr("gsae_core.runs.work.setup.free_bytes", lambda path: 2_000)
     with pytest.raises(InputError) as caught:
         finish(run)
     # gated: 2 x 12 x 24 + 3 x 24 + 12 = 660;  relu: 2 x 12 x 20 + 20 + 12 = 512
@@ -324,7 +322,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(
     def fail(run: Run) -> None:
         raise error
 
-    monkeypatch.setattr("gsae_core.job.set_up", fail)
+    monkeypatch.setattr("gsae_core.runs.work.train.set_up", fail)
     run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
     with pytest.raises(InputError) as caught:
         finish(run)
@@ -340,7 +338,7 @@ def test_an_unforeseen_error_fails_the_run_and_keeps_its_traceback_in_the_log(
     def fail(run: Run) -> None:
         raise RuntimeError("a bolt came loose")
 
-    monkeypatch.setattr("gsae_core.job.set_up", fail)
+    monkeypatch.setattr("gsae_core.runs.work.train.set_up", fail)
     run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
     with pytest.raises(RuntimeError, match="a bolt came loose"):
         finish(run)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gsae_core import files
+from gsae_core.analysis.labels import Labels
+from gsae_core.config import parse_json
 from gsae_core.errors import InputError
-from gsae_core.store import json_lines
-from gsae_core.store.job_folder import Job
-from gsae_core.store.json_lines import Lines, append, read
-from gsae_core.store.labels import Labels
-from gsae_core.store.metrics_log import MetricsCursor, MetricsLog, read_since
-from gsae_core.validation import parse_json
+from gsae_core.files import Lines, append, read
+from gsae_core.runs.jobs.job import Job
+from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog, read_since
 
 ROW = {"step": 1, "tokens": 16, "seconds": 0.5, "sae": "gated", "note": None}
 
@@ -74,7 +74,7 @@ def test_a_line_begins_on_its_own_after_half_a_line_and_is_on_the_disk(
     path = tmp_path / name
     path.write_bytes(b'{"event": "sta')
     seen: list[bytes] = []
-    monkeypatch.setattr(json_lines.os, "fsync", lambda handle: seen.append(path.read_bytes()))
+    monkeypatch.setattr(files.os, "fsync", lambda handle: seen.append(path.read_bytes()))
     add(tmp_path)
     written = path.read_bytes()
     assert written.startswith(b'{"event": "sta\n{')

@@ -12,14 +12,14 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.presets import preset
+from gsae_core.runs.work.setup import load_lm, load_text
 from gsae_core.sae.architectures import JumpReluSAE, fold_scale_
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.jumprelu import jump, step
 from gsae_core.sae.losses import dense_step, jumprelu_loss, loss
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import TrainConfig, Trainer, train
-from gsae_core.training.optim import DictionaryAdam
-from gsae_core.workshop import load_lm, load_text
+from gsae_core.training.optimizer import DictionaryAdam
 
 X = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
 

@@ -12,9 +12,9 @@ from test_sparse import random_sae
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae import kernels
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE
-from gsae_core.sae.kernels import available, check_kernels, kernel_step
+from gsae_core.sae.gpu import step
+from gsae_core.sae.gpu.step import available, check_kernels, kernel_step
 
 FOLDER = Path(__file__).parent
 
@@ -52,7 +52,7 @@ def test_without_triton_the_package_imports_and_says_what_is_missing() -> None:
 import sys
 sys.modules["triton"] = None  # what an import meets where it is not installed
 import torch
-from gsae_core.sae.kernels import available
+from gsae_core.sae.gpu.step import available
 print(available(torch.device("cuda")))
 """
     done = run_python("-c", program)
@@ -62,7 +62,7 @@ print(available(torch.device("cuda")))
 
 
 def test_importing_the_kernels_imports_no_triton() -> None:
-    program = "import sys, gsae_core.sae.kernels; print('triton' in sys.modules)"
+    program = "import sys, gsae_core.sae.gpu.step; print('triton' in sys.modules)"
     assert run_python("-c", program).stdout == "False\n"
 
 
@@ -138,11 +138,12 @@ def launches(
     dead: Tensor | None = None,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return every kernel of a step with its arguments."""
-    from gsae_core.sae import triton_encode, triton_gradients
+    from gsae_core.sae.gpu import kernels as triton_encode
+    from gsae_core.sae.gpu import kernels as triton_gradients
 
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "available", lambda device, sae: None)
+        patch.setattr(step, "available", lambda device, sae: None)
         for module in (triton_encode, triton_gradients):
             for name in KERNELS:
                 if hasattr(module, name):
@@ -193,7 +194,7 @@ def _is_one_or_none(value: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("precision", kernels.PRECISIONS)
+@pytest.mark.parametrize("precision", step.PRECISIONS)
 def test_the_encoder_compiles_and_fits_into_shared_memory(
     capability: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

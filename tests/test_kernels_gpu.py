@@ -9,8 +9,8 @@ from test_sparse import OBJECTIVES, random_sae, taken
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE
-from gsae_core.sae.kernels import capacity_for, cuda_step, kernel_step
-from gsae_core.sae.launches import launch_encode
+from gsae_core.sae.gpu.launch import launch_encode
+from gsae_core.sae.gpu.step import capacity_for, cuda_step, kernel_step
 from gsae_core.sae.losses import StepResult, dense_step
 
 pytestmark = pytest.mark.gpu

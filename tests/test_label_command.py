@@ -18,10 +18,11 @@ from chat_server import Chat, save_writer
 from synthetic import config, write_run
 from synthetic_index import DEAD, write_index, write_weights
 
-from gsae_core import cli, example
+from gsae_core.analysis.labels import FILE, Labels, Said
+from gsae_core.cli import main
 from gsae_core.config import sweep
-from gsae_core.store.labels import FILE, Labels, Said
-from gsae_core.store.runs import Run
+from gsae_core.runs import example
+from gsae_core.runs.run import Run
 
 SAE, OTHER = "gated-0.3", "relu-0.3"
 
@@ -55,7 +56,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Pat
 
 
 def label(run: Run, *words: str, sae: str = SAE) -> int:
-    return cli.main(["label", str(run.folder), "--sae", sae, *words])
+    return main.main(["label", str(run.folder), "--sae", sae, *words])
 
 
 def labels(run: Run) -> dict[int, Said]:
@@ -172,12 +173,12 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(indexed: Run, ch
 
     chat.before = interrupt
     out, err = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == main.INTERRUPTED
     assert "stopped after 1 of 3; the same command goes on from there" in err
     assert len(out.splitlines()) == 2
     assert set(labels(indexed)) == {7}
     chat.before = lambda question: None
-    assert cli.main(command[3:]) == 0
+    assert main.main(command[3:]) == 0
     assert set(labels(indexed)) == {7, 8, 9}
 
 
@@ -189,9 +190,9 @@ def test_a_run_is_indexed_and_labelled_by_a_model_on_this_machine(
 ) -> None:
     name = finished.config.saes[0].name
     run = str(finished.folder)
-    assert cli.main(["index", run, "--sae", name, "--tokens", "400"]) == 0
+    assert main.main(["index", run, "--sae", name, "--tokens", "400"]) == 0
     words = ["--most", "2", "--with", str(writer), "--score", "none"]
-    assert cli.main(["label", run, "--sae", name, *words]) == 0
+    assert main.main(["label", run, "--sae", name, *words]) == 0
     found = finished.features(name).labels.latest("label").values()
     assert len(found) == 2
     assert all(re.fullmatch(r"(w\d+|<unk>| )+", said.text) for said in found)
@@ -227,7 +228,7 @@ def test_the_page_shows_an_automatic_label_as_its_models_words(indexed: Run, cha
 def test_a_mistake_is_one_sentence_and_nothing_is_sent(
     words: str, sentence: str, indexed: Run, chat: Chat, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert label(indexed, *words.split()) == cli.MISTAKE
+    assert label(indexed, *words.split()) == main.MISTAKE
     err = capsys.readouterr().err
     assert sentence in err
     assert chat.questions == []
@@ -238,13 +239,13 @@ def test_an_sae_without_an_index_says_how_to_build_one(
     indexed: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--features", "7", "--with", "small", "--remote")
-    assert label(indexed, *words, sae=OTHER) == cli.MISTAKE
+    assert label(indexed, *words, sae=OTHER) == main.MISTAKE
     assert "expected a feature index with a manifest.json, found none" in capsys.readouterr().err
 
 
 def test_several_saes_need_a_name(indexed: Run, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["label", str(indexed.folder), "--features", "7", "--with", "small", "--remote"]
-    assert cli.main(words) == cli.MISTAKE
+    assert main.main(words) == main.MISTAKE
     assert f"expected --sae with one of this run's SAEs ({SAE}, {OTHER})" in capsys.readouterr().err
 
 
@@ -267,7 +268,7 @@ def test_an_address_that_does_not_answer_is_one_sentence(
     else:
         monkeypatch.setenv("OPENAI_BASE_URL", address)
     words = ("--features", "7", "8", "--with", "small", "--remote")
-    assert label(indexed, *words) == cli.MISTAKE
+    assert label(indexed, *words) == main.MISTAKE
     assert sentence in capsys.readouterr().err
 
 
@@ -277,7 +278,7 @@ def test_one_answer_that_is_not_understood_costs_that_feature_alone(
     # The second question is feature 7's for digits.
     chat.before = lambda question: "I cannot say." if len(chat.questions) == 1 else None
     words = ("--features", "7", "8", "9", "--with", "small", "--remote")
-    assert label(indexed, *words) == cli.FAILURE
+    assert label(indexed, *words) == main.FAILURE
     assert set(labels(indexed)) == {8, 9}
     err = capsys.readouterr().err
     assert "feature 7: expected 10 digits, 0 or 1, from small, got 'I cannot say.'" in err
@@ -289,7 +290,7 @@ def test_after_three_answers_in_a_row_that_are_not_understood_no_more_is_asked(
 ) -> None:
     chat.before = lambda question: "I cannot say."
     words = ("--most", "9", "--with", "small", "--remote", "--score", "fuzzing")
-    assert label(indexed, *words) == cli.FAILURE
+    assert label(indexed, *words) == main.FAILURE
     assert len(chat.questions) == 6
     assert labels(indexed) == {}
     assert "stopped after 3 answers in a row that were not understood" in capsys.readouterr().err
@@ -300,5 +301,5 @@ def test_an_index_of_other_weights_is_refused(
 ) -> None:
     shutil.rmtree(indexed.sae_folder(SAE))
     write_weights(indexed, indexed.config.saes[0], seed=1)
-    assert label(indexed, "--features", "7", "--with", "small", "--remote") == cli.MISTAKE
+    assert label(indexed, "--features", "7", "--with", "small", "--remote") == main.MISTAKE
     assert "the SAE has changed since; build the index again" in capsys.readouterr().err

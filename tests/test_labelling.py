@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 from index_cases import built, some_sae
 
-from gsae_core.analysis.examples import Example
-from gsae_core.analysis.features import FeatureIndex
-from gsae_core.analysis.labelling import label_feature, marked, score_label, write_label
-from gsae_core.analysis.writers import LocalWriter, RemoteWriter, Writer
+from gsae_core.analysis.autointerp import (
+    LocalWriter,
+    RemoteWriter,
+    Writer,
+    label_feature,
+    marked,
+    score_label,
+    write_label,
+)
+from gsae_core.analysis.features.examples import Example
+from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 

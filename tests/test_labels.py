@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gsae_core.analysis.labels import FILE, Labels
 from gsae_core.errors import InputError
-from gsae_core.store.labels import FILE, Labels
 
 
 def test_the_latest_counts_and_the_others_stay(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_line_cut_short_costs_that_line_alone(tmp_path: Path) -> None:
 
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from gsae_core.store.labels import Labels; "
+        "import sys; from pathlib import Path; from gsae_core.analysis.labels import Labels; "
         "labels = Labels(Path(sys.argv[1])); "
         "[labels.add(i, 'note', sys.argv[2] * 3000, author=sys.argv[2]) for i in range(20)]"
     )

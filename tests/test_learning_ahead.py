@@ -10,19 +10,19 @@ import torch
 from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
 from torch import Tensor
 
-from gsae_core import learning
+from gsae_core.checkpoints.checkpoint import read_cfg
 from gsae_core.errors import InputError
-from gsae_core.job import train_run
+from gsae_core.runs.run import Run
+from gsae_core.runs.work import train
+from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import ReluSAE
-from gsae_core.store.checkpoint import read_cfg
-from gsae_core.store.runs import Run
-from gsae_core.training import pupil
-from gsae_core.training.steps import Attempt, Stepper
+from gsae_core.training import learner
+from gsae_core.training.step_choice import Attempt, Stepper
 
 
 @pytest.fixture(autouse=True)
 def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pupil, "AHEAD_ON", ("cpu",))
+    monkeypatch.setattr(learner, "AHEAD_ON", ("cpu",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def stops(run: Run) -> list[tuple[str, str]]:
 def test_a_run_waits_for_no_step_but_those_it_logs_looks_at_revives_at_or_ends_with(
     tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "LOGGED_POINTS", 4)  # every 8th step, the first and the last
+    monkeypatch.setattr(train, "LOGGED_POINTS", 4)  # every 8th step, the first and the last
     run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
     waited = [
         progress.done
@@ -115,7 +115,7 @@ def test_a_run_of_which_every_sae_stopped_is_refused(
 def test_a_run_left_at_the_step_that_stops_an_sae_says_so_before_and_after_it_goes_on(
     tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "LOGGED_POINTS", 4)
+    monkeypatch.setattr(train, "LOGGED_POINTS", 4)
     spoil_at(monkeypatch, 7)
     run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
     progresses = train_run(run)

@@ -14,12 +14,12 @@ from gsae_core.plots.live import (
     line_chart,
     lines_of,
     lines_of_runs,
+    plane,
     smoothed,
     thin,
     tracks,
 )
 from gsae_core.plots.palette import Theme
-from gsae_core.plots.plane import plane
 
 CONFIG = config()
 LINES = lines_of("a", CONFIG.saes, "light")

@@ -19,10 +19,10 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from tiny_runs import small_run
 
-from gsae_core import cli
+from gsae_core.cli import main
 from gsae_core.errors import InputError
 from gsae_core.lm.model import load_model
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2")
 IDS = torch.tensor([[2, 3, 5, 7, 11]])
@@ -388,7 +388,7 @@ def test_the_command_line_says_it_in_one_line_and_leaves_no_run(
 ) -> None:
     folder = saved("gpt2", lambda w: {f"_orig_mod.{key}": w[key] for key in w})
     capfd.readouterr()
-    assert cli.main(small_run(folder, small_text, tmp_path / "run")) == cli.MISTAKE
+    assert main.main(small_run(folder, small_text, tmp_path / "run")) == main.MISTAKE
     loading, sentence = capfd.readouterr().err.splitlines()
     assert loading == "loading the model and the text"
     assert sentence == f"gsae_core: {refusal(folder).replace('FOLDER', str(folder))}"
@@ -488,5 +488,5 @@ def test_nothing_is_asked_at_a_terminal(
         "save its tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
     )
     assert "[y/N]" not in done.stdout
-    assert done.returncode == cli.MISTAKE
+    assert done.returncode == main.MISTAKE
     assert not marker.exists()

@@ -7,11 +7,11 @@ import torch
 from families import CONFIGS, tiny
 from torch import Tensor
 
-from gsae_core.analysis.logit_effect import extremes, logit_map
+from gsae_core.analysis.features.logit_effects import extremes, logit_map
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.hooks import hooked
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.sites import hooked
 
 # Sites of the last layer whose direct path is the only one.
 ALONE: tuple[Site, ...] = ("resid_post", "mlp_out", "mlp_hidden")
@@ -113,7 +113,7 @@ def test_extremes_are_the_ends_of_the_effect() -> None:
 def test_a_model_without_a_known_norm_is_one_sentence() -> None:
     model: Any = language_model("llama")
     del model.hf.base_model.norm
-    from gsae_core.analysis.logit_effect import final_norm
+    from gsae_core.analysis.features.logit_effects import final_norm
 
     with pytest.raises(InputError, match="expected a final norm called ln_f, final_layer_norm, no"):
         final_norm(model.hf)

@@ -9,10 +9,10 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import dense_step
-from gsae_core.sae.sparse import sparse_step
-from gsae_core.training import steps
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
+from gsae_core.training import step_choice
 from gsae_core.training.trainer import Trainer
 
 D_IN, D_SAE, BATCH = 6, 16, 64
@@ -42,7 +42,7 @@ def curve(
     step: Any, kind: str, n_steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> Tensor:
     """Return the losses of a training in which every step is taken by `step`."""
-    monkeypatch.setattr(steps, "choose_step", lambda **_: step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda **_: step)
     recipe = TrainConfig(
         n_tokens=n_steps * BATCH,
         batch_size=BATCH,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gsae_core.config import SITES, Site, hook_name
 from gsae_core.errors import InputError
+from gsae_core.lm.hooks import FAMILIES
 from gsae_core.lm.model import LanguageModel, load_model
-from gsae_core.lm.sites import FAMILIES
 
 IDS = torch.tensor([[0, 5, 9, 2, 31, 7, 7], [0, 3, 3, 17, 8, 20, 39]])
 
@@ -238,9 +238,9 @@ def test_a_folder_knows_its_shape(tiny_lm: LanguageModel) -> None:
 
 
 def test_the_bundled_model_is_a_folder_like_any_other() -> None:
-    import gsae_core.lm.sources as sources
+    from gsae_core.lm import load
 
-    bundled, folder = load_model("bundled"), load_model(str(sources.BUNDLED))
+    bundled, folder = load_model("bundled"), load_model(str(load.BUNDLED))
     ids = torch.arange(1, 9)[None]
     assert torch.equal(bundled.logits(ids), folder.logits(ids))
     assert (bundled.name, bundled.family, bundled.n_layers) == ("bundled", "gpt2", 4)

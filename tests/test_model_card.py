@@ -13,12 +13,11 @@ import yaml
 from app_pages import hostile_run
 from hub_server import TOKEN, Hub
 
-from gsae_core import cli
-from gsae_core.card_figure import pareto_svg
-from gsae_core.model_card import make_card, public_name
-from gsae_core.store.checkpoint import load_sae
-from gsae_core.store.runs import Run
-from gsae_core.wording import fixed, percent
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.cli import main
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.publish import make_card, pareto_svg, public_name
+from gsae_core.text import fixed, percent
 
 NAME = "gated-0.05"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -85,7 +84,7 @@ def test_the_card_s_jumprelu_code_runs_and_computes_what_the_gated_sae_does(
     hub: Hub, finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert cli.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
     card = hub.repos["models", "ada/mine"].head["README.md"].decode()
     (code,) = [block for block in code_blocks(card) if "threshold" in block]
     names: dict[str, Any] = {}
@@ -100,7 +99,7 @@ def test_the_card_s_jumprelu_code_runs_and_computes_what_the_gated_sae_does(
 def test_the_card_s_dictionary_learning_names_are_those_of_the_export(
     finished: Run, tmp_path: Path
 ) -> None:
-    from gsae_core.store.formats import write_sae
+    from gsae_core.checkpoints.formats import write_sae
 
     sae = load_sae(finished.sae_folder(NAME))
     written = write_sae(sae, tmp_path / "dl", format="dictionary_learning", metadata={})

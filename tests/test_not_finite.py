@@ -15,20 +15,19 @@ from tiny_runs import finish, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gsae_core import cli
+from gsae_core.cli import main
 from gsae_core.config import DataConfig, ModelConfig, TrainRecipe
 from gsae_core.errors import InputError
-from gsae_core.failures import explain
-from gsae_core.indexing import index_run
-from gsae_core.job import evaluate_run
-from gsae_core.lm import stream
+from gsae_core.lm import activation_cache, stream
+from gsae_core.lm.activation_cache import CachedActivations
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest, check_finite
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.store import activation_cache
-from gsae_core.store.activation_cache import CachedActivations
-from gsae_core.store.resume import load_state
-from gsae_core.store.runs import Run
+from gsae_core.runs.plan.progress import explain
+from gsae_core.runs.resume import load_state
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import index_run
+from gsae_core.runs.work.train import evaluate_run
 
 RARE = "w37"  # the last word of the tiny tokenizer, id 39
 HALF = (
@@ -187,12 +186,12 @@ def test_train_says_so_and_leaves_nothing(
     words += ["--site", "resid_pre", "--arch", "relu", "--sparsity", "0.1", "--width", "8"]
     words += ["--tokens", "320", "--batch-size", "16", "--eval-tokens", "64", "--device", "cpu"]
     out = tmp_path / "run"
-    assert cli.main([*words, "--dtype", "float16", "--out", str(out)]) == 2
+    assert main.main([*words, "--dtype", "float16", "--out", str(out)]) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert REFUSED.fullmatch(last.removeprefix("gsae_core: "))
     assert not out.exists()
     # What it advises is enough.
-    assert cli.main([*words, "--dtype", "float32", "--out", str(out)]) == 0
+    assert main.main([*words, "--dtype", "float32", "--out", str(out)]) == 0
     assert all(math.isfinite(row["fvu"]) for row in Run.open(out).evals())
 
 
@@ -222,7 +221,7 @@ def test_a_run_that_meets_it_late_fails_with_the_sentence_and_its_saved_steps_st
 
 def harvest_order(run: Run) -> list[int]:
     """Return rows of the text in the order in which the run's training reads them."""
-    from gsae_core.workshop import load_lm, load_text
+    from gsae_core.runs.work.setup import load_lm, load_text
 
     corpus = load_text(run.config, load_lm(run.config))
     ids = [tuple(corpus.train[i : i + 1].ids[0].tolist()) for i in range(len(corpus.train))]
@@ -259,7 +258,7 @@ def test_evaluation_and_index_end_with_it_and_keep_what_there_was(
 
 
 def held_out_row(run: Run) -> int:
-    from gsae_core.workshop import load_lm, load_text
+    from gsae_core.runs.work.setup import load_lm, load_text
 
     (first,) = load_text(run.config, load_lm(run.config)).held_out[0:1].ids.tolist()
     words = Path(run.config.data.source).read_text().split(" ")

@@ -9,15 +9,14 @@ from app_pages import opened, text
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gsae_core.analysis.labels import Labels
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.checkpoints.formats.detect import find_saes
+from gsae_core.checkpoints.formats.read import read_found
 from gsae_core.errors import InputError
-from gsae_core.job import evaluate_run, train_run
-from gsae_core.store.checkpoint import load_sae
-from gsae_core.store.formats.detect import find_saes
-from gsae_core.store.formats.reader import read_found
-from gsae_core.store.labels import Labels
-from gsae_core.store.listing import list_runs, unreadable_runs
-from gsae_core.store.runs import Run
-from gsae_core.store.transfers import PullRequest, transfers
+from gsae_core.runs.run import Run, list_runs, unreadable_runs
+from gsae_core.runs.work.train import evaluate_run, train_run
+from gsae_core.runs.work.transfer import PullRequest, transfers
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 SAES = ("gated", "gated-A", "relu", "topk", "jumprelu")

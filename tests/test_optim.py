@@ -8,7 +8,7 @@ import torch
 from gsae_core.config import TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.training.optim import (
+from gsae_core.training.optimizer import (
     DictionaryAdam,
     lr_factor,
     normalise_rows_,

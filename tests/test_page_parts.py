@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from synthetic import config
 
-from gsae_core.failures import explain
-from gsae_core.footprint import Measured, ModelShape, model_shape, operations, pace
+from gsae_core.lm.catalog import ModelShape, model_shape
 from gsae_core.machine import machine
-from gsae_core.progress import Phase, progress, timeline
-from gsae_core.store.status import Status
-from gsae_core.wording import ago, count, duration, fixed, percent, signed_percent, unhidden
+from gsae_core.runs.jobs.job import Status
+from gsae_core.runs.plan.cost import Measured, operations, pace
+from gsae_core.runs.plan.progress import Phase, explain, progress, timeline
+from gsae_core.text import ago, count, duration, fixed, percent, signed_percent, unhidden
 
 
 def status(step: int, n_steps: int) -> Status:

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from synthetic import evaluation
 
-from gsae_core import glossary
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     Place,
@@ -14,10 +13,10 @@ from gsae_core.analysis.results import (
     published,
     several_runs,
 )
+from gsae_core.app import glossary
 from gsae_core.config import SAESpec, sweep
-from gsae_core.plots.curves import RUN_LOOKS, best, placed, traces, tradeoff
-from gsae_core.plots.gamma import gamma_over_sweep, lengths_by_decile
 from gsae_core.plots.palette import LOOKS, NEUTRAL, THIRD, Theme, hover_name, round_values, shades
+from gsae_core.plots.pareto import RUN_LOOKS, best, placed, traces, tradeoff
 from gsae_core.plots.shrinkage import (
     BIN,
     MAX_BINS,
@@ -26,7 +25,9 @@ from gsae_core.plots.shrinkage import (
     features_in_bin,
     gamma_against_density,
     gamma_histogram,
+    gamma_over_sweep,
     histogram_table,
+    lengths_by_decile,
     select_features,
 )
 

@@ -11,13 +11,12 @@ from examples import perturb_, set_
 from families import CONFIGS, tiny
 from torch.nn import functional as F
 
-from gsae_core.analysis.alike import best_matches
 from gsae_core.analysis.attribution import candidates, effects, slope_at
-from gsae_core.analysis.prompt import Look, align, look
-from gsae_core.analysis.reading import MAX_CHARACTERS, Prompt, read_prompt
+from gsae_core.analysis.matching import best_matches
+from gsae_core.analysis.prompt import MAX_CHARACTERS, Look, Prompt, align, look, read_prompt
 from gsae_core.errors import InputError
+from gsae_core.lm.decoding import logit_slope
 from gsae_core.lm.model import LanguageModel, load_model
-from gsae_core.lm.slope import logit_slope
 from gsae_core.lm.texts import token_texts
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE

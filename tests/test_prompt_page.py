@@ -10,11 +10,11 @@ import pytest
 from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from synthetic import write_run
 
-from gsae_core import inspect_parts, loaded, prompt_reading
+from gsae_core.app import cache, pickers, prompt_view
+from gsae_core.app.cache import Desk
+from gsae_core.app.components import read_token_pick
 from gsae_core.errors import InputError
-from gsae_core.loaded import Desk
-from gsae_core.store.runs import Run
-from gsae_core.token_picker import read_pick
+from gsae_core.runs.run import Run
 
 PROMPT = "pages/6_Prompt.py"
 TEXT = "w1 w2 w3 w2 w9"
@@ -78,11 +78,11 @@ def test_features_are_sorted_as_asked(run: Run) -> None:
     assert features(at)["activation"].is_monotonic_decreasing
 
 
-@pytest.mark.parametrize("measure", prompt_reading.MEASURES)
+@pytest.mark.parametrize("measure", prompt_view.MEASURES)
 def test_the_strip_is_shaded_by_every_measure(run: Run, measure: str) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT, by=measure)
     assert not at.exception
-    assert html.escape(prompt_reading.MEASURES[measure][1]) in text(at)
+    assert html.escape(prompt_view.MEASURES[measure][1]) in text(at)
 
 
 def test_a_special_token_has_no_features(run: Run) -> None:
@@ -280,8 +280,8 @@ def test_a_model_that_is_busy_says_so() -> None:
 
 
 def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = loaded.language_model(run).desk
-    monkeypatch.setattr(loaded, "PATIENCE", 0.01)
+    desk = cache.language_model(run).desk
+    monkeypatch.setattr(cache, "PATIENCE", 0.01)
     with desk.turn():
         at = opened(PROMPT, run=run.id, text="w30 w31 w32")
     assert not at.exception
@@ -291,10 +291,10 @@ def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.Monk
 def test_a_model_too_large_for_the_memory_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded._language_model.clear()
-    monkeypatch.setattr(loaded, "_free", lambda _device: 1000)
+    cache._language_model.clear()
+    monkeypatch.setattr(cache, "_free", lambda _device: 1000)
     with pytest.raises(InputError, match=r"of memory free for .*; close what else runs, or look"):
-        loaded.language_model(run)
+        cache.language_model(run)
 
 
 # What browsers send
@@ -308,14 +308,14 @@ def test_a_model_too_large_for_the_memory_is_refused(
     ],
 )
 def test_a_click_names_a_token_there_is(sent: object, index: int | None) -> None:
-    assert read_pick(sent, 4) == index
+    assert read_token_pick(sent, 4) == index
 
 
 def test_a_ticked_row_that_is_gone_is_none() -> None:
     for rows, row in (([], None), ([2], 2), ([5], None)):
-        assert prompt_reading.chosen_row({"selection": {"rows": rows}}, 3) == row
+        assert prompt_view.chosen_row({"selection": {"rows": rows}}, 3) == row
 
 
 def test_a_quoted_token_hides_nothing_and_is_short() -> None:
     # Six signs for the override, then 18 characters of 24.
-    assert inspect_parts.quoted("\u202ea b" + "x" * 99) == "⟨202E⟩a·b" + "x" * 15 + "…"
+    assert pickers.quoted("\u202ea b" + "x" * 99) == "⟨202E⟩a·b" + "x" * 15 + "…"

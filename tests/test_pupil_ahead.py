@@ -20,19 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import LossParts, dense_step
-from gsae_core.sae.sparse import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, pupil, steps, train
-from gsae_core.training.steps import Attempt, Stepper
-from gsae_core.training.verdict import Courier
+from gsae_core.sae.sparse.step import sparse_step
+from gsae_core.training import StepReport, TrainConfig, Trainer, learner, step_choice, train
+from gsae_core.training.learner import Courier
+from gsae_core.training.step_choice import Attempt, Stepper
 
 D_IN, BATCH, N_STEPS = 6, 16, 24
 
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pupil, "AHEAD_ON", ("cpu",))
+    monkeypatch.setattr(learner, "AHEAD_ON", ("cpu",))
     # So that both ways to compute a step are taken, by what earlier ones measured.
-    monkeypatch.setattr(steps, "CROSSOVER", 0.4)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)
 
 
 def some_batches() -> list[Tensor]:
@@ -193,10 +193,10 @@ def test_what_is_learnt_is_what_a_trainer_that_waits_learns(
 ) -> None:
     # One way of computing gradients, so that only the moment of looking at them differs; Adam's
     # rows of a CPU's one pass round differently, hence no equality.
-    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
     ours, theirs = all_kinds(), all_kinds()
     _, reports = run(ours, lr=1e-3)
-    monkeypatch.setattr(pupil, "AHEAD_ON", ())
+    monkeypatch.setattr(learner, "AHEAD_ON", ())
     _, expected = run(theirs, lr=1e-3)
     for sae, other in zip(ours, theirs, strict=True):
         for name, parameter in sae.named_parameters():
@@ -212,7 +212,7 @@ def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one
 ) -> None:
     # 3 is where a latent turns dead, 5 the batch of a revival. Steps of one kind round alike,
     # whatever density they go by, and unlike the dense one.
-    monkeypatch.setattr(steps, "choose_step", lambda **_: sparse_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda **_: sparse_step)
     with monkeypatch.context() as patch:
         dense_at(patch, *which)
         expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
@@ -257,7 +257,7 @@ def test_an_overflow_is_logged_once_with_the_gates_that_were_open(
         counted.append(round(trainer.state_dict()["saes"][0]["density"] * BATCH * 9))
 
     overflow_at(monkeypatch, 4)
-    with caplog.at_level("INFO", logger="gsae_core.training.pupil"):
+    with caplog.at_level("INFO", logger="gsae_core.training.learner"):
         run([gated()], look)
     assert caplog.messages == [
         f"expected at most 4 open gates, got {counted[4]}: "
@@ -509,7 +509,7 @@ def test_a_step_that_logs_nothing_reads_no_tensor(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sae: SAE
 ) -> None:
     # A CPU's own steps read sizes by nature; autograd's is the one a GPU has too.
-    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
     trainer = Trainer([sae], config(revive_every=0))
     request.getfixturevalue("unread")
     reports = [trainer.step(x) for x in BATCHES[: N_STEPS - 1]]
@@ -550,7 +550,7 @@ def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dea
         return original(self, x, dead=dead, **settings)
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
-    monkeypatch.setattr(steps, "choose_step", lambda **_: dense_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
     sae = TopKSAE(D_IN, 3, k=2)
     with torch.no_grad():
         sae.b_enc.copy_(torch.tensor([-100.0, 100.0, 100.0]))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.training import TrainConfig, Trainer, steps
+from gsae_core.training import TrainConfig, Trainer, step_choice
 
 pytestmark = pytest.mark.gpu
 
@@ -93,7 +93,7 @@ def test_on_a_gpu_steps_that_overflow_leave_the_bits_of_dense_ones(
 ) -> None:
     crowded, dense = new_sae("gated"), new_sae("gated")
     # Room for one gate, where hundreds open: every step but the first two is taken again.
-    monkeypatch.setattr(steps.kernels, "capacity_for", lambda n_open: 1)
+    monkeypatch.setattr(step_choice.kernels, "capacity_for", lambda n_open: 1)
     for sae, crossover in ((crowded, 2.0), (dense, 0.0)):
         trainer = Trainer([sae], CFG)
         monkeypatch.setattr(trainer._pupils[0]._stepper, "crossover", crossover)

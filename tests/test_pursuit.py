@@ -6,7 +6,7 @@ from examples import numbers, random_gated, random_relu
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.pursuit import gradient_pursuit, pursue
+from gsae_core.sae.ablations import gradient_pursuit, pursue
 
 ATOMS = torch.tensor([[1, 0], [0.6, 0.8], [0, -1]], dtype=torch.float64)
 ORIGIN = torch.zeros(2, dtype=torch.float64)

@@ -16,14 +16,15 @@ from tiny_runs import finish, tiny_config, write_text
 
 from gsae_core import machine
 from gsae_core.errors import InputError
+from gsae_core.files import lock
 from gsae_core.machine import slot_of
-from gsae_core.store import jobs, queue
-from gsae_core.store.jobs import delete, start
-from gsae_core.store.listing import list_runs, unreadable_runs
-from gsae_core.store.queue import Place, Waiting, line
-from gsae_core.store.runs import Run
-from gsae_core.store.status import lock, of_process, read_status, write_status
-from gsae_core.store.worker import Worker
+from gsae_core.runs.jobs import process as jobs
+from gsae_core.runs.jobs import queue
+from gsae_core.runs.jobs.job import of_process, read_status, write_status
+from gsae_core.runs.jobs.process import delete, start
+from gsae_core.runs.jobs.queue import Place, Waiting, line
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.run import Run, list_runs, unreadable_runs
 
 
 def ticket(root: Path, run: str, pid: int, *, when: int = 1) -> Path:
@@ -160,7 +161,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_waiting_run_says_how_many_go_first_and_starts_by_itself(
     run: Run, holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.store.worker.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     seen = []
     with Worker(run) as worker:
         for ahead in worker.turn("cpu"):
@@ -206,7 +207,7 @@ def test_two_runs_of_one_folder_train_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("gsae_core.store.worker.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     text = write_text(tmp_path / "words.txt")
     run = Run.create(tmp_path / "second", tiny_config(tiny_lm_folder, text))
     thread = threading.Thread(target=finish, args=(run,))

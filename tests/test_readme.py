@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core.command_line import parse
-from gsae_core.flags import Train, run_config
+from gsae_core.cli.arguments import Train, parse, run_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

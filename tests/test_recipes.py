@@ -5,7 +5,7 @@ import pytest
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.recipes import Aux
+from gsae_core.sae.base import Aux
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gsae_core.report import evals_table
-from gsae_core.store.evals import measure_again, measured_earlier, positions
+from gsae_core.cli.report import evals_table
+from gsae_core.runs.evals import measure_again, measured_earlier, positions
 
 
 def row(name: str, l0: float, loss_recovered: float | None, **more: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from examples import numbers, random_gated, random_relu, set_
 from torch import Tensor
 
 from gsae_core.errors import InputError
+from gsae_core.sae.ablations import rescale_and_shift, rescale_step
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.metrics import Metrics, batch_stats
-from gsae_core.sae.rescale import rescale_and_shift, rescale_step
 
 
 def shrunk_baseline() -> ReluSAE:

@@ -6,19 +6,21 @@ import pandas as pd
 import pytest
 from synthetic import config, evaluation
 
-from gsae_core.analysis.compare_configs import ground, settings, side_by_side
 from gsae_core.analysis.results import (
     NUMBERS,
     Place,
     against,
     changes,
     evaluation_frame,
+    ground,
     of_architecture,
     published,
     published_places,
     published_ratio,
     published_source,
+    settings,
     several_runs,
+    side_by_side,
 )
 from gsae_core.config import sweep
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
 
+from gsae_core import files
 from gsae_core.errors import InputError
-from gsae_core.indexing import index_run
-from gsae_core.job import Progress, evaluate_run, train_run
-from gsae_core.store import files, resume
-from gsae_core.store.jobs import start
-from gsae_core.store.metrics_log import MetricsCursor
-from gsae_core.store.runs import Run
-from gsae_core.store.status import ACTIVE
+from gsae_core.runs import resume
+from gsae_core.runs.jobs.job import ACTIVE
+from gsae_core.runs.jobs.process import start
+from gsae_core.runs.metrics_log import MetricsCursor
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import index_run
+from gsae_core.runs.work.train import Progress, evaluate_run, train_run
 
 STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
 

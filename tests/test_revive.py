@@ -9,9 +9,8 @@ from torch import Tensor
 from gsae_core.config import TrainRecipe
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.training import revive
-from gsae_core.training.optim import DictionaryAdam
-from gsae_core.training.revive import (
+from gsae_core.training import dead_latents as revive
+from gsae_core.training.dead_latents import (
     collects,
     dead_latents,
     draw,
@@ -19,6 +18,7 @@ from gsae_core.training.revive import (
     is_revival,
     revive_,
 )
+from gsae_core.training.optimizer import DictionaryAdam
 
 D_IN, D_SAE = 3, 6
 DEAD = torch.tensor([1, 4])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from gsae_core.lm.harvest import fastest, rows_per_pass
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.rows import fastest, rows_per_pass
 
 
 def test_the_smallest_size_that_hardly_another_beats_is_chosen() -> None:

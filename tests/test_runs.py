@@ -13,23 +13,18 @@ import numpy as np
 import psutil
 import pytest
 
+from gsae_core import files
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
-from gsae_core.store import files, jobs, runs
-from gsae_core.store.evals import (
-    EvalRow,
-    averaged,
-    measured_on,
-    write_evals,
-    write_feature_stats,
-)
-from gsae_core.store.files import replace_durably, to_json, write_json
-from gsae_core.store.jobs import escalate_cancel, start
-from gsae_core.store.listing import find_run, list_runs, unreadable_runs
-from gsae_core.store.metrics_log import MetricsCursor, MetricsLog, cut_back
-from gsae_core.store.runs import Run
-from gsae_core.store.status import State, Status, of_process, read_status, write_status
-from gsae_core.store.worker import Worker
+from gsae_core.files import replace_durably, to_json, write_json
+from gsae_core.runs import run as runs
+from gsae_core.runs.evals import averaged, measured_on, write_evals, write_feature_stats
+from gsae_core.runs.jobs import process as jobs
+from gsae_core.runs.jobs.job import State, Status, of_process, read_status, write_status
+from gsae_core.runs.jobs.process import escalate_cancel, start
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog, cut_back
+from gsae_core.runs.run import EvalRow, Run, find_run, list_runs, unreadable_runs
 
 CONFIG = RunConfig(
     saes=(SAESpec(name="gated-0.1", architecture="gated", d_sae=3, sparsity=0.1),),
@@ -603,7 +598,7 @@ def test_a_traceback_goes_to_the_log_and_nowhere_else(
 def test_a_heartbeat_moves_while_the_worker_works(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.store.worker.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.HEARTBEAT_SECONDS", 0.0)
     with Worker(run) as worker:
         first = read_status(run.folder).heartbeat
         worker.step = 3

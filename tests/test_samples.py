@@ -7,11 +7,11 @@ import torch
 from tiny_runs import N_STEPS, finish, tiny_config, write_text
 from tokenizers_of_each_kind import byte_level
 
-from gsae_core import samples
 from gsae_core.lm.model import LanguageModel
+from gsae_core.runs.run import Run
+from gsae_core.runs.work import samples
+from gsae_core.runs.work.samples import TOKEN_LENGTH, activations, choose, firings, texts_in
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.samples import TOKEN_LENGTH, activations, choose, firings, texts_in
-from gsae_core.store.runs import Run
 
 X = torch.tensor([[1.0, 0.0, 2.0], [0.4, 0.0, 0.7], [0.9, 0.0, 0.6]])
 
@@ -107,8 +107,8 @@ def test_a_run_ends_with_a_sample_of_every_sae(sampled: Run) -> None:
 def test_values_are_those_of_the_saved_sae_on_raw_activations(
     sampled: Run, tiny_lm: LanguageModel
 ) -> None:
+    from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.lm.corpus import load_corpus
-    from gsae_core.store.checkpoint import load_sae
 
     found = sampled.samples()
     assert found is not None

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from gsae_core.analysis.compare_configs import settings
+from gsae_core.analysis.results import settings
+from gsae_core.app.train_form import notebook_cell
 from gsae_core.config import RunConfig, Schedule, TrainConfig, TrainRecipe, sweep
-from gsae_core.notebook_cell import notebook_cell
 from gsae_core.presets import preset, presets
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.schedule import shortfalls, shortfalls_of_run
-from gsae_core.training.optim import lr_factor, sparsity_factor
+from gsae_core.training.optimizer import lr_factor, sparsity_factor
 from gsae_core.training.trainer import train
 
 

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gsae_core.config import TrainConfig
-from gsae_core.sae import screen_loops
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.picking import products_above
-from gsae_core.sae.screened import screened_products_above
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.sparse import loops
+from gsae_core.sae.sparse.codes import products_above, screened_products_above
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training.trainer import Trainer
 
 
@@ -95,7 +94,7 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
     rows, half = np.empty((33, 7), np.float32), np.empty((33, 7), np.uint16)
     off, length = np.empty(33, np.float32), np.empty(33, np.float32)
     arrays = (W.numpy(), rows, rows.view(np.uint32), half, off, length)
-    screen_loops.round_columns(0, 33, *arrays)
+    loops.round_columns(0, 33, *arrays)
     rounded = W.T.contiguous().bfloat16()
     assert torch.equal(torch.from_numpy(half), rounded.view(torch.uint16))
     assert torch.equal(torch.from_numpy(rows), W.T)

@@ -13,9 +13,9 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
 
 Step = Callable[..., StepResult]
 STEPS: list[Step] = [sparse_step, manual_dense_step]

@@ -5,10 +5,10 @@ from pathlib import Path
 from app_pages import opened
 from synthetic import config, write_run
 
-from gsae_core import launch as launching
 from gsae_core.config import ModelConfig
-from gsae_core.store.listing import list_runs
-from gsae_core.store.status import read_status, write_status
+from gsae_core.runs import launch
+from gsae_core.runs.jobs.job import read_status, write_status
+from gsae_core.runs.run import list_runs
 
 
 def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> None:
@@ -24,9 +24,9 @@ def test_one_press_starts_the_quick_preset(root: Path, started: list[str]) -> No
 
 
 def test_a_double_press_starts_one_run(root: Path, started: list[str]) -> None:
-    first = launching.launch(root, config(), nonce="abc123")
+    first = launch.launch(root, config(), nonce="abc123")
     write_status(first.folder, read_status(first.folder)._replace(state="finished"))
-    second = launching.launch(root, config(), nonce="abc123")
+    second = launch.launch(root, config(), nonce="abc123")
     assert first.folder == second.folder
     assert started == [first.id]
 
@@ -35,7 +35,7 @@ def test_a_run_is_named_so_that_any_model_name_is_safe() -> None:
     hostile = config().model_copy(
         update={"preset": None, "model": ModelConfig(name="../my models/a b$(rm)")}
     )
-    name = launching.run_id(hostile, "abc123")
+    name = launch.run_id(hostile, "abc123")
     assert name.startswith("a-b-rm--L2-resid_post-")
     assert name.endswith("-abc123")
 

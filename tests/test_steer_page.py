@@ -9,12 +9,12 @@ from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from safetensors.torch import load_file, save_file
 from synthetic import write_run
 
-from gsae_core import steer_view
-from gsae_core.analysis import continuation
-from gsae_core.analysis.continuation import Loop
-from gsae_core.steer_job import BASELINE, DEFAULT, STEERED, Job
-from gsae_core.store.files import sha256
-from gsae_core.store.runs import Run
+from gsae_core.analysis import generation
+from gsae_core.analysis.generation import Loop
+from gsae_core.app import steer_view
+from gsae_core.app.steer_view import BASELINE, DEFAULT, STEERED, Job
+from gsae_core.files import sha256
+from gsae_core.runs.run import Run
 
 STEER = "pages/7_Steer.py"
 TEXT = "w1 w2 w3 w2 w9"
@@ -79,9 +79,9 @@ def test_results_survive_reruns(run: Run) -> None:
 def test_a_stopped_continuation_stays_and_goes_on(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core import steer_job
+    from gsae_core.app import steer_view
 
-    advance, steps = steer_job.advance, [0]
+    advance, steps = steer_view.advance, [0]
 
     def interrupted(run: Run, job: Job) -> bool:
         steps[0] += 1
@@ -90,7 +90,7 @@ def test_a_stopped_continuation_stays_and_goes_on(
             return False
         return advance(run, job)
 
-    monkeypatch.setattr(steer_job, "advance", interrupted)
+    monkeypatch.setattr(steer_view, "advance", interrupted)
     at = opened(STEER, run=run.id, f="2", **PAIR)
     assert not at.exception
     kept = {kind: list(tokens) for kind, tokens in job(at).tokens.items()}
@@ -107,14 +107,14 @@ def test_a_continuation_that_grows_while_it_is_drawn_is_drawn_as_it_was(
 ) -> None:
     # As where Stop is pressed: the page draws anew while its last run still takes a token.
     at = opened(STEER, run=run.id, f="2", **PAIR)
-    drawn, new_texts = job(at), continuation.new_texts
+    drawn, new_texts = job(at), generation.new_texts
     before = steer_view.continuation(run, drawn, STEERED)
 
     def grown(*args: Any, **kwargs: Any) -> tuple[str, ...]:
         drawn.tokens[STEERED].append(5)
         return new_texts(*args, **kwargs)
 
-    monkeypatch.setattr(continuation, "new_texts", grown)
+    monkeypatch.setattr(generation, "new_texts", grown)
     assert steer_view.continuation(run, drawn, STEERED) == before
 
 

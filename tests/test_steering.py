@@ -9,7 +9,7 @@ import torch
 from examples import numbers, random_gated, random_relu, set_, worked_example
 from families import CONFIGS, tiny
 
-from gsae_core.analysis.continuation import (
+from gsae_core.analysis.generation import (
     Loop,
     Sampling,
     continuation,
@@ -23,9 +23,16 @@ from gsae_core.analysis.continuation import (
     side_by_side,
     steered_logits,
 )
-from gsae_core.analysis.reading import Prompt, read_prompt
-from gsae_core.analysis.scales import measure_scales, scales_of, scales_of_index
-from gsae_core.analysis.steering import MAX_STRENGTH, Intervention, Steering, intervention
+from gsae_core.analysis.prompt import Prompt, read_prompt
+from gsae_core.analysis.steering import (
+    MAX_STRENGTH,
+    Intervention,
+    Steering,
+    intervention,
+    measure_scales,
+    scales_of,
+    scales_of_index,
+)
 from gsae_core.errors import InputError
 from gsae_core.lm.decoding import Decoding
 from gsae_core.lm.model import LanguageModel, load_model
@@ -210,9 +217,9 @@ def test_temperature_zero_takes_the_likeliest_token(tiny_lm: LanguageModel, prom
 def test_a_continuation_ends_where_the_context_is_full(
     tiny_lm: LanguageModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core.analysis import continuation as module
+    from gsae_core.analysis import generation
 
-    monkeypatch.setattr(module, "draw", lambda *_args, **_kwargs: 7)  # never end-of-text
+    monkeypatch.setattr(generation, "draw", lambda *_args, **_kwargs: 7)  # never end-of-text
     tokens = list(continuation(tiny_lm, prompt, None, sampling=Sampling(100), **PLACE))
     # 6 tokens are read, BOS included; ten more fill the context of 16, and one follows them.
     assert len(tokens) == 11
@@ -221,10 +228,10 @@ def test_a_continuation_ends_where_the_context_is_full(
 def test_a_continuation_ends_at_end_of_text(
     tiny_lm: LanguageModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core.analysis import continuation as module
+    from gsae_core.analysis import generation
 
     drawn = iter([7, 0, 7])
-    monkeypatch.setattr(module, "draw", lambda *_args, **_kwargs: next(drawn))
+    monkeypatch.setattr(generation, "draw", lambda *_args, **_kwargs: next(drawn))
     assert list(continuation(tiny_lm, prompt, None, sampling=Sampling(9), **PLACE)) == [7, 0]
 
 

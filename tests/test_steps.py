@@ -10,16 +10,23 @@ import pytest
 import torch
 from examples import set_
 
-from gsae_core.measured import known, processor, remembered
+from gsae_core.machine import known, processor, remembered
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.sae.topk import TopKSAE
-from gsae_core.training import steps
-from gsae_core.training.steps import CROSSOVER, HIGHEST, Stepper, _active, choose_step, crossover
+from gsae_core.training import step_choice
+from gsae_core.training.step_choice import (
+    CROSSOVER,
+    HIGHEST,
+    Stepper,
+    _active,
+    choose_step,
+    crossover,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +52,7 @@ def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
 def test_what_the_fast_steps_do_not_know_takes_autograds(
     sae: SAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "choose_step", None)  # not to be asked
+    monkeypatch.setattr(step_choice, "choose_step", None)  # not to be asked
     sae = copy.deepcopy(sae).to(torch.bfloat16)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
     dead = torch.zeros(5, dtype=torch.bool)
@@ -71,7 +78,7 @@ def test_every_architecture_takes_the_way_its_last_density_says(
         taken.append(way)
         return dense_step(*args, **settings)
 
-    monkeypatch.setattr(steps, way, record)
+    monkeypatch.setattr(step_choice, way, record)
     stepper = Stepper(copy.deepcopy(sae), crossover=0.3, screened=False)
     x, dead = torch.ones(4, 3), torch.zeros(5, dtype=torch.bool)
     stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=dead)
@@ -94,7 +101,7 @@ def first_way(sae: SAE) -> str:
                 taken.append(name)
                 return dense_step(*args, **settings)
 
-            patch.setattr(steps, way, record)
+            patch.setattr(step_choice, way, record)
         stepper = Stepper(sae, crossover=0.3, screened=False)
         dead = torch.zeros(sae.d_sae, dtype=torch.bool)
         stepper.attempt(torch.ones(4, 3), sparsity_coeff=0.1, density=None, dead=dead)
@@ -134,8 +141,8 @@ def test_a_crossover_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatc
         measured.append((type(sae), rows, screened))
         return 0.25
 
-    monkeypatch.setattr(steps, "_meeting_point", measure)
-    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(step_choice, "_meeting_point", measure)
+    monkeypatch.setattr(step_choice, "WORTH_MEASURING", 0)
     gated, relu = GatedSAE(3, 5), ReluSAE(3, 5)
     assert crossover(gated, 64, screened=False, measure=False) == CROSSOVER
     assert crossover(gated, 64, screened=False, measure=True) == 0.25
@@ -154,7 +161,7 @@ def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:
 
 
 def test_a_measured_crossover_is_a_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(step_choice, "WORTH_MEASURING", 0)
     for sae in (GatedSAE(8, 300), ReluSAE(8, 300), JumpReluSAE(8, 300), TopKSAE(8, 300, k=5)):
         assert 0 <= crossover(sae, 64, screened=False, measure=True) <= HIGHEST
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gsae_core.store.files import EXAMPLE
-from gsae_core.store.runs import Run
+from gsae_core.files import EXAMPLE
+from gsae_core.runs.run import Run
 
 COMMAND = (sys.executable, "-m", "gsae_core")
 SIGPIPE = 141

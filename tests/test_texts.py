@@ -14,16 +14,16 @@ import torch
 from app_pages import labelled, opened, text
 from index_cases import built, some_sae
 
-from gsae_core import cli
-from gsae_core.analysis.continuation import followed_by, new_texts
-from gsae_core.analysis.features import open_index
-from gsae_core.analysis.index_plan import Part
-from gsae_core.analysis.reading import read_prompt
+from gsae_core.analysis.features.index import open_index
+from gsae_core.analysis.features.shards import Part
+from gsae_core.analysis.generation import followed_by, new_texts
+from gsae_core.analysis.prompt import read_prompt
+from gsae_core.cli import main
 from gsae_core.config import DataConfig
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.preview import preview
 from gsae_core.lm.texts import alone, in_sequence, pieces, running_text, token_texts
-from gsae_core.preview import preview
 
 Make = Callable[[], Any]
 
@@ -259,7 +259,7 @@ def test_examples_put_characters_together_and_old_indexes_open(
 
 
 def test_the_pages_keep_the_spaces_of_sentencepiece(root: Path) -> None:
-    assert cli.main(kinds.llama_run(root)) == 0
+    assert main.main(kinds.llama_run(root)) == 0
     at = opened("pages/6_Prompt.py", run="spaces", text="the pond", tok="1")
     assert not at.exception
     drawn = re.sub("<[^>]+>", "", text(at))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.sparse import sparse_step
+from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.threads import over_rows, spread
 
 

@@ -8,11 +8,10 @@ from app_pages import HOSTILE, opened, text
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
-from gsae_core import launch as launching
-from gsae_core.command_line import parse
-from gsae_core.flags import Train, run_config
+from gsae_core.cli.arguments import Train, parse, run_config
 from gsae_core.presets import preset
-from gsae_core.store.listing import list_runs
+from gsae_core.runs import launch
+from gsae_core.runs.run import list_runs
 
 TRAIN = "pages/1_Train.py"
 
@@ -343,8 +342,8 @@ def test_two_visitors_who_press_start_share_one_run(root: Path, started: list[st
 
 def test_another_seed_is_another_run(root: Path, started: list[str]) -> None:
     quick = preset("quick").config()
-    first = launching.launch(root, quick, nonce="a1")
-    again = launching.launch(root, quick, nonce="b2")
-    other = launching.launch(root, quick.model_copy(update={"seed": 1}), nonce="c3")
+    first = launch.launch(root, quick, nonce="a1")
+    again = launch.launch(root, quick, nonce="b2")
+    other = launch.launch(root, quick.model_copy(update={"seed": 1}), nonce="c3")
     assert again.folder == first.folder
     assert other.folder != first.folder

@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from gsae_core.command_line import parse
-from gsae_core.config import DataConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe, sweep
-from gsae_core.errors import InputError
-from gsae_core.flags import Train, run_config
-from gsae_core.launch import command_line, whole
-from gsae_core.notebook_cell import notebook_cell
-from gsae_core.presets import preset, presets
-from gsae_core.store.files import write_json
-from gsae_core.train_form import (
+from gsae_core.app.train_form import (
     KNOBS,
     LABELS,
     Base,
@@ -24,9 +16,16 @@ from gsae_core.train_form import (
     covers,
     form_fields,
     log_spaced,
+    notebook_cell,
     shown,
     to_flags,
+    whole,
 )
+from gsae_core.cli.arguments import Train, command_line, parse, run_config
+from gsae_core.config import DataConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe, sweep
+from gsae_core.errors import InputError
+from gsae_core.files import write_json
+from gsae_core.presets import preset, presets
 
 HOSTILE = "a'b\"\n\\{x}\0 </script> $(rm) EvalConfig("
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from synthetic import config, evaluation
 
-from gsae_core import preview as previewing
-from gsae_core.block_diagram import read_choice
-from gsae_core.catalogue import (
+from gsae_core.app.components import read_choice
+from gsae_core.config import DataConfig, RunConfig
+from gsae_core.errors import InputError
+from gsae_core.lm import preview as previewing
+from gsae_core.lm.catalog import (
     cached_models,
     check_family,
     choices,
@@ -22,13 +24,18 @@ from gsae_core.catalogue import (
     known_models,
     model_facts,
 )
-from gsae_core.config import DataConfig, RunConfig
-from gsae_core.errors import InputError
-from gsae_core.estimates import Finished, expected_l0
-from gsae_core.footprint import Pace
+from gsae_core.lm.preview import preview, preview_within
 from gsae_core.machine import Machine
-from gsae_core.preflight import Fix, Preflight, gpu_memory, preflight, streamed
-from gsae_core.preview import preview, preview_within
+from gsae_core.runs.plan.cost import Pace
+from gsae_core.runs.plan.preflight import (
+    Finished,
+    Fix,
+    Preflight,
+    expected_l0,
+    gpu_memory,
+    preflight,
+    streamed,
+)
 
 ROOMY = Machine(2, 10**12, 10**12, 10**12, ())
 PACE = Pace(1e9, None)
@@ -63,7 +70,7 @@ def test_the_listed_parameters_are_those_of_the_listed_shape(row: dict[str, str]
 
 
 def test_the_listed_families_are_those_that_can_be_trained_on() -> None:
-    from gsae_core.lm.sites import FAMILIES
+    from gsae_core.lm.hooks import FAMILIES
 
     assert set(families()) == set(FAMILIES)
 
@@ -175,7 +182,8 @@ def test_memory_is_weights_step_chunk_and_model() -> None:
 
 
 def test_time_is_operations_over_speed() -> None:
-    from gsae_core.footprint import model_shape, operations
+    from gsae_core.lm.catalog import model_shape
+    from gsae_core.runs.plan.cost import operations
 
     shape = model_shape("bundled")
     assert shape is not None

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.dense import manual_dense_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import Metrics, batch_stats
-from gsae_core.sae.sparse import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, steps, train
+from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.sparse.step import sparse_step
+from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train
 
 D_IN, BATCH = 6, 16
 N_STEPS = 24
@@ -127,7 +127,7 @@ def test_saes_trained_together_equal_each_trained_alone() -> None:
 
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that both ways to compute a step are taken, by what the last one measured.
-    monkeypatch.setattr(steps, "CROSSOVER", 0.4)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)
     batches = sparse_batches(N_STEPS)
     whole = all_kinds()
     expected = [numbers(report) for report in train(whole, batches, config())]
@@ -278,15 +278,15 @@ def test_both_steps_are_taken_and_training_does_not_tell_them_apart(
         taken.add(step)
         return step
 
-    original = steps.choose_step
-    monkeypatch.setattr(steps, "choose_step", choose)
-    monkeypatch.setattr(steps, "CROSSOVER", 0.4)  # half of all gates are open at the start
+    original = step_choice.choose_step
+    monkeypatch.setattr(step_choice, "choose_step", choose)
+    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)  # half of all gates are open at the start
     batches = sparse_batches(N_STEPS)
     cfg = config(lr=1e-3, revive_every=0)
     mixed, dense = GatedSAE(D_IN, 9), GatedSAE(D_IN, 9)
     list(train([mixed], batches, cfg))
     assert taken == {manual_dense_step, sparse_step}
-    monkeypatch.setattr(steps, "choose_step", lambda *_, **__: dense_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
     list(train([dense], batches, cfg))
     for name, parameter in mixed.named_parameters():
         # Adam divides by the gradient's size, so rounding shows where that is near zero.
@@ -347,7 +347,7 @@ def spoil(name: str, value: float) -> Callable[..., StepResult]:
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     monkeypatch: pytest.MonkeyPatch, value: float, cause: str
 ) -> None:
-    monkeypatch.setattr(steps, "choose_step", lambda *_, **__: spoil("W_gate", value))
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: spoil("W_gate", value))
     sae = GatedSAE(D_IN, 9)
     before = copy.deepcopy(sae)
     report = Trainer([sae], config()).step(sparse_batches(1)[0])

@@ -10,17 +10,17 @@ import pytest
 from app_pages import opened, text
 from synthetic import config, write_run
 
-from gsae_core import cli
 from gsae_core.analysis.results import evaluation_frame, several_runs
+from gsae_core.app.live_view import newest_numbers
+from gsae_core.cli import main
+from gsae_core.cli.report import evals_table
 from gsae_core.config import sweep
-from gsae_core.example import example_run
-from gsae_core.live_view import newest_numbers
-from gsae_core.model_card import make_card
-from gsae_core.plots.curves import traces, tradeoff
-from gsae_core.plots.gamma import gamma_over_sweep
-from gsae_core.report import evals_table
-from gsae_core.store.runs import Run
-from gsae_core.wording import is_worse_than_mean, marked_fvu, worse_than_mean
+from gsae_core.plots.pareto import traces, tradeoff
+from gsae_core.plots.shrinkage import gamma_over_sweep
+from gsae_core.runs.example import example_run
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.publish import make_card
+from gsae_core.text import is_worse_than_mean, marked_fvu, worse_than_mean
 
 BAD = "relu-0.2"
 SENTENCE = f"⚠ FVU above 1: {BAD} reconstructs worse than the mean activation"
@@ -76,13 +76,13 @@ def test_list_marks_it_in_a_run_and_among_runs(
     bad: Run, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(root, "good")
-    assert cli.main(["list", str(bad.folder)]) == 0
+    assert main.main(["list", str(bad.folder)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].split()[-3:] == ["L0", "FVU", "from"]
     (line,) = [line for line in said if line.startswith(BAD)]
     assert "⚠ 2.6430" in line
     assert said[-1] == SENTENCE
-    assert cli.main(["list", str(root)]) == 0
+    assert main.main(["list", str(root)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"bad: {SENTENCE}"
 
 
@@ -90,7 +90,7 @@ def test_a_damaged_evaluation_costs_list_a_line(
     bad: Run, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (bad.folder / "evals.json").write_text("{")
-    assert cli.main(["list", str(root)]) == 0
+    assert main.main(["list", str(root)]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("bad: expected")
 

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 
-from gsae_core.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    SAESpec,
-    TrainRecipe,
-)
-from gsae_core.job import train_run
-from gsae_core.store.resume import load_state
-from gsae_core.store.runs import Run
+from gsae_core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe
+from gsae_core.runs.resume import load_state
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.train import train_run
 
 N_STEPS = 30
 

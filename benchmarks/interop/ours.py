@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gsae_core.report import aligned
+from gsae_core.checkpoints.formats import read_sae, write_sae
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.store.formats import read_sae, write_sae
+from gsae_core.text import aligned
 
 D_IN, D_SAE, TOKENS = 64, 512, 256
 LARGEST = 1e-6

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 
-from gsae_core.bench.problem import load_problem, measured_l0
-from gsae_core.bench.serve import Job, Work, serve
+from benchmarks.ours import load_problem, measured_l0
+from benchmarks.serve import Job, Work, serve
 
 
 def prepare(job: Job) -> Work:

@@ -13,7 +13,7 @@ from sae_lens import SAE, HookedSAETransformer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gsae_core.bench.serve import Job, Work, serve
+from benchmarks.serve import Job, Work, serve
 
 # Sequences in a forward pass: 2048 tokens.
 ROWS = 8

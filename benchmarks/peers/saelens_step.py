@@ -8,8 +8,8 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from gsae_core.bench.problem import load_problem, measured_l0
-from gsae_core.bench.serve import Job, Work, serve
+from benchmarks.ours import load_problem, measured_l0
+from benchmarks.serve import Job, Work, serve
 
 
 def prepare(job: Job) -> Work:

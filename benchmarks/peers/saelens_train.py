@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
 
-from gsae_core.bench.serve import Job, Work, serve
+from benchmarks.serve import Job, Work, serve
 
 # Sequences in a forward pass of the language model, as many as our stream takes: 2048 tokens.
 ROWS = 8

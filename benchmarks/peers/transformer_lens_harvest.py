@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
-from gsae_core.bench.serve import Job, Work, serve
-from gsae_core.lm.sources import open_source
+from benchmarks.serve import Job, Work, serve
+from gsae_core.lm.load import open_source
 
 
 def prepare(job: Job) -> Work:

@@ -1,97 +1,49 @@
-"""A feature's like in another index: by decoder direction, or by firing on the same tokens."""
+"""Which latents of two dictionaries point alike, from their weights alone."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float, Integer
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
 
-from gsae_core.errors import InputError
+MATCHED = 0.7
+"""Cosine from which two mutual best matches count as one feature; ours, and shown on the pages."""
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from gsae_core.analysis.feature import Feature
-    from gsae_core.analysis.features import FeatureIndex
-
-By = Literal["decoder", "firing"]
-
-# Firings looked at to find who else fires there, and firings found there; of more, an even sample.
-MOST_FIRINGS, MOST_FOUND = 2**13, 2**19
+ROWS = 512  # latents whose cosines with a whole dictionary are held at once
 
 
-def matches(feature: "Feature", other: "FeatureIndex", *, by: By, k: int) -> "pd.DataFrame":
-    """Return the features of another index that are most like this one, best first.
+class Matches(NamedTuple):
+    """For each of some latents, the latent of another dictionary that points most alike."""
 
-    Columns: `feature`; `cosine` of the decoder directions; `both`, tokens on which both fire; `f1`,
-    the harmonic mean of the shares of either's firings that those are; `mutual`, whether this
-    feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
+    latent: Int64[Tensor, " n"]
+    partner: Int64[Tensor, " n"]
+    """The one in the other dictionary with the largest decoder cosine."""
+    cosine: Float[Tensor, " n"]
+    """<d_i, d_j> / (|d_i| |d_j|) of the two."""
+    mutual: Bool[Tensor, " n"]
+    """Whether `latent` is also its partner's best match."""
 
-    Of more than 2^13 firings, or of tokens on which more than 2^19 features fire together, an even
-    sample is looked at, and `both` is scaled to all.
+    def matched(self, threshold: float = MATCHED) -> Bool[Tensor, " n"]:
+        """Return which are the same feature: mutual best matches of at least this cosine."""
+        return self.mutual & (self.cosine >= threshold)
 
-    Raises:
-        InputError: if the two are of different widths or not over the same tokens.
+
+@torch.no_grad()
+def best_matches(
+    latents: Int64[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    W_dec_other: Float[Tensor, "d_other d_in"],
+) -> Matches:
+    """Return the best match of `latents` of one dictionary in the other, and whether it is mutual.
+
+    Costs n (d_sae + d_other) d_in products: for the features of one text, not for every pair.
     """
-    import pandas as pd
-
-    check_comparable(feature.index, other)
-    cosine = cosines(feature, other)
-    both = fired_with(feature, other)
-    fired = np.diff(other.array("offsets"))
-    f1 = 2 * both / np.maximum(fired + len(feature.places), 1)
-    best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
-    back = _cosines(other, best.tolist(), feature.index)
-    return pd.DataFrame(
-        {
-            "feature": best,
-            "cosine": cosine[best],
-            "both": np.rint(both[best]).astype(np.int64),
-            "f1": f1[best],
-            "mutual": back.argmax(0) == feature.number,
-        }
-    )
-
-
-def check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
-    """Check that two indices are of one place in one model, over the same tokens.
-
-    Raises:
-        InputError: if not.
-    """
-    a, b = one.manifest, other.manifest
-    if a.d_in != b.d_in:
-        raise InputError(
-            f"expected two SAEs of one place in one model, got widths {a.d_in} ({a.sae}) and "
-            f"{b.d_in} ({b.sae})"
-        )
-    if a.tokens_sha256 != b.tokens_sha256:
-        raise InputError(
-            f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for {a.sae} "
-            f"and {b.n_tokens} of {b.text} for {b.sae}; build one again with the other's --tokens "
-            "and --split"
-        )
-
-
-def cosines(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
-    """Return the cosine of a feature's decoder direction with every one of another index."""
-    return _cosines(feature.index, [feature.number], other)[:, 0]
-
-
-def _cosines(
-    one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
-) -> Float[np.ndarray, "d_sae numbers"]:
-    """Return the cosines of several directions with every one of another index, in one product."""
-    directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
-    return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
-
-
-def fired_with(feature: "Feature", other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
-    """Return on how many of a feature's tokens each feature of another index fires."""
-    places: Integer[np.ndarray, " fired"] = feature.places
-    row_offsets = other.array("row_offsets")
-    found = int((row_offsets[places.astype(np.int64) + 1] - row_offsets[places]).sum())
-    step = max(-(-len(places) // MOST_FIRINGS), -(-found // MOST_FOUND), 1)
-    looked_at = np.asarray(places[::step]).astype(np.int64)
-    counts = np.bincount(other.latents_at(looked_at), minlength=other.n_features)
-    return counts * (len(places) / max(len(looked_at), 1))
+    latents = latents.to(W_dec.device)
+    own, other = F.normalize(W_dec.detach(), dim=1), F.normalize(W_dec_other.detach(), dim=1)
+    parts = []
+    for some in latents.split(ROWS):
+        cosine, partner = (own[some] @ other.T).max(dim=1)
+        back = (other[partner] @ own.T).argmax(dim=1)
+        parts.append(Matches(some, partner, cosine, back == some))
+    return Matches(*map(torch.cat, zip(*parts, strict=True)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gsae_core.errors import InputError
-from gsae_core.measured import cache_folder
+from gsae_core.machine import cache_folder
 
 log = logging.getLogger(__name__)
 

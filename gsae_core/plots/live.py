@@ -4,19 +4,126 @@ A chart is a specification that no data change, and a slim table. Streamlit hand
 chart that is there; a new specification would be a new chart, zoomed out.
 """
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from gsae_core.config import SAESpec
-from gsae_core.plots.live_spec import Line, XAxis, line_spec
-from gsae_core.plots.palette import LOOKS, Theme, hover_name, shades
+from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, log_ticks, shades
 
 if TYPE_CHECKING:
     import altair
     import pyarrow as pa
+
+XAxis = Literal["tokens", "step", "seconds"]
+
+PERCENT = ("dead_gate", "dead_magnitude")
+TITLES = {
+    "loss": "loss (Eq. 8)",
+    "reconstruction": "squared error",
+    "sparsity_loss": "sparsity penalty",
+    "auxiliary": "auxiliary error",
+    "l0": "L0",
+    "fvu": "FVU",
+    "gamma": "γ of the output",
+    "gamma_gate": "γ of the gate path",
+    "dead_gate": "dead: gate never opens",
+    "dead_magnitude": "dead: gate opens, silent",
+    "lr": "learning rate",
+}
+"""Short enough for a third of a narrow window; tooltips have the long ones."""
+
+
+class Line(NamedTuple):
+    """One SAE of one run, and how all charts draw it."""
+
+    run: str
+    sae: str
+    label: str
+    colour: str
+    dash: tuple[int, ...]
+    shape: str
+    """Vega's name of its marker."""
+
+
+def shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
+    """Return what every live chart's specification begins with."""
+    names = json.dumps([line.label for line in lines])
+    return {
+        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": "normal"},
+        "height": 240,
+        "padding": {"left": 0, "right": 4, "top": 0, "bottom": 0},
+        "transform": [{"calculate": f"{names}[datum.line]", "as": "SAE"}],
+    }
+
+
+def series_scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
+    """Return the scale from a line's number to its colour, dash or shape."""
+    values = [list(v) if isinstance(v := getattr(line, trait), tuple) else v for line in lines]
+    return {"domain": list(range(len(lines))), "range": values}
+
+
+@functools.lru_cache(maxsize=256)
+def line_spec(
+    lines: tuple[Line, ...],
+    column: str,
+    x: XAxis,
+    smooth: bool,
+    log: bool,
+    rule: float | None,
+    top: float | None,
+) -> dict[str, Any]:
+    form = "~%" if column in PERCENT else "~g"
+    scale: dict[str, Any] = {"type": "log", "nice": False} if log else {"zero": False}
+    if top is not None:
+        scale = {"domain": [0, top], "nice": False}
+    axis = {"format": form, **({"values": log_ticks("y")} if log else {"tickCount": 5})}
+    encoding = {
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "title": AXES[x],
+            "axis": {"format": "~s", "tickCount": 5, "grid": False},
+            "scale": {"nice": False},
+        },
+        "color": {"field": "line", "type": "nominal", "scale": series_scale(lines, "colour")},
+        "strokeDash": {"field": "line", "type": "nominal", "scale": series_scale(lines, "dash")},
+        "tooltip": [
+            {"field": "SAE", "type": "nominal"},
+            {"field": "x", "type": "quantitative", "title": AXES[x], "format": ",.6~g"},
+            {"field": "raw", "type": "quantitative", "title": AXES[column], "format": ".4~g"},
+        ],
+    }
+    for channel in ("color", "strokeDash"):
+        encoding[channel]["legend"] = None  # one legend serves all charts of a page
+
+    def y(field: str) -> dict[str, Any]:
+        return {"field": field, "type": "quantitative", "title": None, "scale": scale, "axis": axis}
+
+    zoom = {
+        "name": "zoom",
+        "select": {"type": "interval", "encodings": ["x"]},
+        "bind": "scales",
+    }
+    mark = {"type": "line", "strokeWidth": 2, "clip": True}
+    main = {"mark": mark, "params": [zoom], "encoding": {**encoding, "y": y("raw")}}
+    layers = [main]
+    if smooth:
+        main["encoding"]["y"] = y("value")
+        faint = {**mark, "strokeWidth": 1, "opacity": 0.25}
+        layers.insert(0, {"mark": faint, "encoding": {**encoding, "y": y("raw")}})
+    if rule is not None:
+        ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
+        layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
+    if column in PERCENT:
+        # Where nothing is dead the axis would have no length: it reaches a percent at least.
+        unseen = {"type": "rule", "opacity": 0}
+        layers += [{"mark": unseen, "encoding": {"y": {"datum": end}}} for end in (0, 0.01)]
+    return {**shared(lines, TITLES[column]), "layer": layers}
 
 
 # A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most,
@@ -215,3 +322,83 @@ def joined(
     if not parts:
         return {name: np.empty(0) for name in columns}
     return {name: np.concatenate([p[name] for p in parts]) for name in columns}
+
+
+TRAIL = 40  # logged points of an SAE's path that the plane shows
+
+
+def plane(
+    lines: Sequence[Line], logged: Sequence[Track], *, finished: Sequence[str] = ()
+) -> LiveChart:
+    """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
+
+    Args:
+        finished: runs that are done: their markers are solid, those of others hollow.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for index, (line, part) in enumerate(zip(lines, logged, strict=True)):
+        if not {"step", "l0", "fvu"} <= set(part):
+            continue
+        path = np.flatnonzero((part["l0"] > 0) & (part["fvu"] > 0))[-TRAIL:]
+        now = np.zeros(len(path), dtype="int16")
+        # 2 is a solid marker, 1 a hollow one, 0 a point of the path.
+        now[-1:] = 2 if line.run in finished else 1
+        data = {name: part[name][path] for name in ("step", "l0", "fvu")}
+        parts.append(data | {"line": np.full(len(path), index, dtype="int16"), "now": now})
+    columns = ["step", "l0", "fvu", "line", "now"]
+    return LiveChart(_plane_spec(tuple(lines)), joined(parts, columns))
+
+
+@functools.lru_cache(maxsize=64)
+def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
+    def log_axis(channel: str, field: str, title: str | None) -> dict[str, Any]:
+        return {
+            "field": field,
+            "type": "quantitative",
+            "title": title,
+            "scale": {"type": "log", "nice": False, "padding": 14},
+            "axis": {"values": log_ticks(channel), "format": "~g"},
+        }
+
+    colour = {
+        "field": "line",
+        "type": "nominal",
+        "scale": series_scale(lines, "colour"),
+        "legend": None,
+    }
+    here = {
+        # Short enough for a third of a narrow page; the figure's own title says L0.
+        "x": log_axis("x", "l0", "active features per token"),
+        "y": log_axis("y", "fvu", None),
+        "color": colour,
+    }
+    trail = {
+        "mark": {"type": "line", "opacity": 0.35, "strokeWidth": 1.5, "clip": True},
+        "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
+        "encoding": {**here, "order": {"field": "step", "type": "quantitative"}},
+    }
+    shape = {
+        "field": "line",
+        "type": "nominal",
+        "scale": series_scale(lines, "shape"),
+        "legend": None,
+    }
+    marker = {
+        "transform": [{"filter": "datum.now > 0"}],
+        "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1, "clip": True},
+        "encoding": {
+            **here,
+            "shape": shape,
+            "fillOpacity": {"condition": {"test": "datum.now > 1", "value": 1}, "value": 0},
+            "fill": {**colour},
+            "tooltip": [
+                {"field": "SAE", "type": "nominal"},
+                {"field": "l0", "type": "quantitative", "title": "L0", "format": ".1f"},
+                {"field": "fvu", "type": "quantitative", "title": "FVU", "format": ".3f"},
+            ],
+        },
+    }
+    spec = {**shared(lines, "FVU against L0"), "layer": [trail, marker]}
+    # Vega begins this title left of the axis, where nothing is drawn: its first letter was cut off.
+    spec["title"]["dx"] = 10
+    return spec

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from gsae_core.config import Recipe, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, check_choice, transposed
+from gsae_core.sae.base import SAE, Aux, check_choice, objective, transposed
 from gsae_core.sae.jumprelu import JumpReluSAE
-from gsae_core.sae.recipes import Aux, objective
 from gsae_core.sae.topk import TopKSAE
 
 Tie = Literal["r_mag", "none", "untied"]

@@ -1,7 +1,8 @@
 """What every dictionary has: a decoder, a recipe, and checks of width."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -9,9 +10,121 @@ from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
-from gsae_core.markup import facts
-from gsae_core.sae.input_norm import InputNorm, Normalised, normalised
-from gsae_core.sae.recipes import Objective
+from gsae_core.text import facts
+
+L1Weight = Literal["none", "norm", "detached_norm"]
+Aux = Literal["frozen", "unfrozen", "off"]
+
+
+class Objective(NamedTuple):
+    """What keeps a dictionary from cheating: the three choices a recipe stands for.
+
+    Shrinking `f` while growing `W_dec` would buy sparsity for nothing. Either the norm of each
+    direction is held at one, or the L1 term is weighted by it.
+    """
+
+    unit_norm: bool
+    """Rows of `W_dec` are held at norm one (the optimiser's job after every step)."""
+
+    l1_weight: L1Weight
+    """What multiplies each latent in the L1 term: 1, the norm of its direction, or that norm as a
+    constant."""
+
+    aux: Aux
+    """Decoder of the gate's auxiliary term: a frozen copy (Eq. 8), the live one, or no such
+    term."""
+
+
+RECIPES: dict[Recipe, Objective] = {
+    "P": Objective(unit_norm=True, l1_weight="none", aux="frozen"),
+    "A": Objective(unit_norm=False, l1_weight="norm", aux="unfrozen"),
+    "B": Objective(unit_norm=False, l1_weight="detached_norm", aux="frozen"),
+}
+
+
+def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
+    """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
+
+    The others have no gate and so no auxiliary reconstruction from it (Eq. 4), for any `aux`.
+
+    Raises:
+        InputError: for combinations in which norms can run away; nothing else is looked at, so
+            that a caller may ask before it builds anything.
+    """
+    if architecture == "relu":
+        if recipe == "B":
+            raise InputError(
+                "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
+                "L1 term, latents shrink and decoder norms grow without limit"
+            )
+        return RECIPES[recipe]._replace(aux="off")
+    if architecture != "gated":
+        if recipe != "P":
+            name = {"jumprelu": "JumpReLU", "topk": "TopK"}[architecture]
+            raise InputError(
+                f"expected recipe 'P' for a {name} SAE, got {recipe!r}: recipes A and B weigh an "
+                "L1 term, and this architecture has none"
+            )
+        return RECIPES[recipe]._replace(aux="off")
+    chosen = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)
+    if chosen.l1_weight == "norm" and chosen.aux == "frozen":
+        # The terms must agree on whether norms are theirs to move (an author's comment on the
+        # paper's forum post); SAELens PR #545 is this mixture, and its users met dead latents.
+        raise InputError(
+            "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would "
+            "shrink decoder norms that the frozen auxiliary term cannot hold up, and latents die; "
+            "use recipe 'B', which freezes the norm in both terms"
+        )
+    if chosen.l1_weight == "detached_norm" and chosen.aux == "unfrozen":
+        raise InputError(
+            "expected recipe 'B' with aux 'frozen' or 'off', got 'unfrozen': the auxiliary term "
+            "would grow decoder norms whose cost the L1 term, with the norm detached, cannot feel; "
+            "use recipe 'A', which lets both terms move the norm"
+        )
+    return chosen
+
+
+InputNorm = Literal["layer_norm", "constant_norm_rescale"]
+
+# All three libraries add it to the deviation, and only on the way in.
+EPS = 1e-5
+
+
+class Normalised(NamedTuple):
+    """A batch as an SAE sees it, and what leads back from there."""
+
+    u: Float[Tensor, "*batch d_in"]
+    scale: Float[Tensor, "*batch 1"] | None = None
+    """How long one unit of u is in x; None: one, for every token."""
+    mean: Float[Tensor, "*batch 1"] | None = None
+    """What was taken from x first; None: nothing."""
+
+    def undo(self, u_hat: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Return reconstructions of u as reconstructions of x."""
+        x_hat = self.in_raw_units(u_hat)
+        return x_hat if self.mean is None else x_hat + self.mean
+
+    def in_raw_units(self, step: Float[Tensor, "*#batch d_in"]) -> Float[Tensor, "*#batch d_in"]:
+        """Return how far u_hat's going so far moves x_hat: the step times each token's scale."""
+        return step if self.scale is None else step * self.scale
+
+
+def normalised(x: Float[Tensor, "*batch d_in"], kind: InputNorm | None) -> Normalised:
+    """Return `x` as an SAE with such inputs sees it; with None, `x` itself.
+
+    A vector of zeros has no direction to rescale: its u is zeros, as is its x_hat.
+    """
+    match kind:
+        case None:
+            return Normalised(x)
+        case "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            centred = x - mean
+            scale = centred.std(-1, keepdim=True)
+            return Normalised(centred / (scale + EPS), scale, mean)
+        case "constant_norm_rescale":
+            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+            return Normalised(x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale)
 
 
 class SAE(nn.Module, ABC):
@@ -119,3 +232,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise InputError if `value` is none of the choices."""
     if value not in choices:
         raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_width(sae: SAE, width: int, *, name: str, hook_name: str) -> None:
+    """Check that an SAE fits a place in a model.
+
+    Raises:
+        InputError: names both widths.
+    """
+    if sae.d_in != width:
+        raise InputError(
+            f"expected SAE {name!r} to take activations of width {width}, as {hook_name} has, got "
+            f"d_in={sae.d_in}; was it trained on another model or site?"
+        )

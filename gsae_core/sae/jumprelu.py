@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, transposed
+from gsae_core.sae.base import SAE, objective, transposed
 from gsae_core.sae.metrics import sum_dtype
-from gsae_core.sae.recipes import objective
 
 # Multiples of the activations' length, sqrt(E|x|^2).
 INIT_THRESHOLD = 0.1

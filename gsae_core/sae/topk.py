@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, transposed
-from gsae_core.sae.recipes import objective
+from gsae_core.sae.base import SAE, objective, transposed
 
 AUX_WEIGHT = 1 / 32
 

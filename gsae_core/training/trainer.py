@@ -15,10 +15,10 @@ from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.schedule import shortfalls
 from gsae_core.threads import spread
-from gsae_core.training.pupil import Pupil
+from gsae_core.training.dead_latents import collects, is_revival
+from gsae_core.training.learner import Pupil
 from gsae_core.training.report import StepReport
-from gsae_core.training.revive import collects, is_revival
-from gsae_core.training.steps import crossover
+from gsae_core.training.step_choice import crossover
 
 logger = logging.getLogger(__name__)
 

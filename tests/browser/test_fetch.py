@@ -15,9 +15,9 @@ from hub_server import Hub, serving_hub
 from playwright.sync_api import Page, expect
 from synthetic import write_run
 
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.runs.run import list_runs
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.store.checkpoint import save_sae
-from gsae_core.store.listing import list_runs
 
 NASTY = "<img src=x onerror=\"document.title='owned'\"><style>body{background:red}</style>"
 

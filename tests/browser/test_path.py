@@ -24,8 +24,7 @@ from driver import (
 from playwright.sync_api import Page, expect
 from synthetic import write_run
 
-from gsae_core.store.listing import list_runs
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run, list_runs
 
 
 @pytest.fixture(scope="module")

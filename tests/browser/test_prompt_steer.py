@@ -15,8 +15,8 @@ from driver import at_rest, eventually, opened, serving
 from playwright.sync_api import Page, expect
 from tokenizers_of_each_kind import llama_run
 
-from gsae_core import cli
-from gsae_core.analysis.reading import read_prompt
+from gsae_core.analysis.prompt import read_prompt
+from gsae_core.cli import main as cli
 from gsae_core.lm.model import load_model
 
 SMALL = [

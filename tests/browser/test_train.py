@@ -11,8 +11,7 @@ from driver import FOCUSED, at_rest, filtered, sees, tab_to
 from playwright.sync_api import Page, expect
 from synthetic import config
 
-from gsae_core.store.listing import list_runs
-from gsae_core.store.runs import Run
+from gsae_core.runs.run import Run, list_runs
 
 TINY = "tokens=8192&batch_size=1024&width=64&sparsity=0.3&eval_tokens=2048&device=cpu"
 

@@ -1,0 +1,1 @@
+"""The feature index: where each latent fires, in files that are read a piece at a time."""

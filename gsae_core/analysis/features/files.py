@@ -1,0 +1,190 @@
+"""The feature index as files: what lies where, whether it is whole, and of which weights it is.
+
+    features/<name>/  manifest.json  labels.jsonl  status.json  log.txt
+                      data-<id>/  offsets token value            (feature-major, strongest first)
+                                  near_offsets near_token near_margin      (just under the gate)
+                                  row_offsets latent             (token-major)
+                                  ids mask  histogram  neighbours ...  features.parquet
+
+A token is named by its place: sequence * n_ctx + position. manifest.json names the data folder and
+the size of every file in it and is replaced last, so that a reader sees one build, whole. Arrays
+are plain .npy, mapped into memory. Nothing here needs torch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from gsae_core.config import Architecture, Config, Site, validated
+from gsae_core.errors import InputError
+from gsae_core.files import read_json, read_sae_cfg, readable, sha256
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+N_BINS = 40
+"""Bins of a feature's histogram, of equal width from 0 to its maximum."""
+N_NEIGHBOURS = 20
+"""Neighbours and companions kept of each feature."""
+NEAR_KEPT = 256
+"""Near misses kept of each feature, nearest first."""
+
+ARRAYS = (
+    "offsets",
+    "token",
+    "value",
+    "near_offsets",
+    "near_token",
+    "near_margin",
+    "row_offsets",
+    "latent",
+    "ids",
+    "mask",
+    "histogram",
+    "neighbours",
+    "neighbour_cosines",
+    "companions",
+    "companion_counts",
+    "decoder",
+)
+TABLE, VOCABULARY = "features.parquet", "vocabulary.json"
+
+
+class Split(Config):
+    """Sequences of one split of the text; splits follow each other in the index."""
+
+    name: str
+    """`held_out` or `train`."""
+    n_sequences: int
+    n_tokens: int
+    """Counted tokens: masked positions left out."""
+
+
+class Manifest(Config):
+    """What an index is of and made from."""
+
+    schema_version: int = SCHEMA_VERSION
+    sae: str
+    architecture: Architecture
+    d_in: int
+    d_sae: int
+    weights_sha256: str
+    """Of the weights file, or of the tensors of an SAE that came from none."""
+    model: str
+    revision: str | None = None
+    numerics: str = "raw"
+    layer: int
+    site: Site
+    text: str
+    """Name of the corpus."""
+    n_ctx: int
+    splits: tuple[Split, ...]
+    tokens_sha256: str
+    """Of the ids: two indices with the same one are over the same tokens."""
+    n_tokens_asked: int
+    shortage: str | None = None
+    """Why `n_tokens` are fewer, where they are."""
+    n_tokens: int
+    """Counted tokens read: the denominator of every density."""
+    n_entries: int
+    """Pairs of a token and a feature that fires on it."""
+    n_near: int
+    """Near misses kept."""
+    l0: float
+    fvu: float | None
+    gamma: float | None
+    """Of the whole SAE on these tokens, as `sae.metrics` defines them."""
+    companion_stride: int = 1
+    """Companions are counted on every so-many-th place; 1: on all."""
+    logit_tokens: int = 0
+    """Tokens over which the derivative of the final norm is averaged; 0: no logit effects."""
+    made: float
+    """When, in seconds since 1970."""
+    seconds: float
+    versions: dict[str, str]
+    data: str
+    """Folder of the arrays, beside the manifest."""
+    files: dict[str, int]
+    """Bytes of every file in it."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Room the index takes on disk."""
+        return sum(self.files.values())
+
+    def amount(self, text: str = "") -> str:
+        """Return how many tokens of which split were read, and of how many asked for if fewer.
+
+        Args:
+            text: what stands behind the tokens, such as ` of stdlib`.
+        """
+        splits = " and ".join(
+            f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in self.splits
+        )
+        if self.n_tokens >= self.n_tokens_asked:
+            return f"{splits} tokens{text}"
+        # Earlier versions read no further for held-out text than training would have.
+        why = self.shortage or "an earlier version read no more"
+        return f"{splits} tokens{text} ({self.n_tokens_asked:,} asked for: {why})"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the index in a folder, its files checked to be there and whole.
+
+    Raises:
+        InputError: if there is no index, a newer version made it, or a file is not there whole.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"expected a feature index with a {MANIFEST}, found none in {folder}; build it: "
+            "python -m gsae_core index RUN --sae NAME"
+        )
+    fields = read_json(path)
+    version = fields.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise InputError(
+            f"expected a feature index of layout {SCHEMA_VERSION} or older, got {version} in "
+            f"{folder}; a newer version of gsae-core made it: update to open it"
+        )
+    manifest = validated(Manifest, fields)
+    for name, size in manifest.files.items():
+        file = folder / manifest.data / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise InputError(
+                f"expected {readable(size)} in {file}, found {readable(found)}: the index is cut "
+                "short or was copied in part; copy or build it again"
+            )
+    return manifest
+
+
+def load_array(folder: Path, name: str) -> np.ndarray:
+    """Return one of the arrays, mapped into memory read-only."""
+    return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+
+def check_weights(manifest: Manifest, sae_folder: Path) -> None:
+    """Check that an index is of the weights in an SAE's folder.
+
+    Raises:
+        InputError: if it is of others, which have been trained on or replaced since.
+    """
+    found = weights_sha256(sae_folder)
+    if found != manifest.weights_sha256:
+        raise InputError(
+            f"expected the feature index of the weights in {sae_folder} (SHA-256 {found[:12]}...), "
+            f"got one of {manifest.weights_sha256[:12]}...: the SAE has changed since; build the "
+            "index again"
+        )
+
+
+def weights_sha256(sae_folder: Path) -> str:
+    """Return the SHA-256 of an SAE's weights: as its cfg.json says, which loading holds it to.
+
+    Raises:
+        InputError: if there is no SAE.
+    """
+    cfg = read_sae_cfg(sae_folder / "cfg.json")
+    said = (cfg.get("metadata") or {}).get("weights_sha256")
+    return said or sha256(sae_folder / "sae_weights.safetensors")

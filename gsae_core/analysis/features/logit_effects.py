@@ -1,0 +1,204 @@
+"""What a direction does to the next token, through the model's own final norm and unembedding.
+
+A direction d at a site reaches the last residual stream along its direct path alone:
+
+    resid_pre, resid_post, mlp_out, attn_out    r -> r + e d
+    attn_z, mlp_hidden                          r -> r + e W_out d       through W_O or W_out, and
+                                                through the norm that follows it where there is one
+    logits = cap tanh(W_U norm(r) / cap)        (without a cap: W_U norm(r))
+
+The effect is the derivative of the logits to e at e = 0, averaged over tokens: the final norm is no
+linear map, so what a direction does depends on the activation it is added to. It comes from the
+model's own norm module by automatic differentiation, so that LayerNorm, RMSNorm and Gemma's
+(1 + w) need no formula here.
+
+At the last layer's resid_post (and its mlp_out and mlp_hidden; in a parallel block attn_out and
+attn_z too) the direct path is the only one, and the effect equals the change of the logits over a
+small coefficient. Elsewhere later blocks, and the same block's MLP, read the direction too: this is
+what they do not change. With a cap, its slope is averaged apart from the norm's.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from gsae_core.analysis.features import loops as index_loops
+from gsae_core.config import Site
+from gsae_core.errors import InputError
+from gsae_core.lm.harvest import default_rows
+from gsae_core.lm.hooks import FAMILIES
+from gsae_core.lm.model import LanguageModel
+from gsae_core.threads import spread
+
+FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
+"""Names of the final norm in the headless models of `FAMILIES`."""
+TOKENS_AT_ONCE = 256
+DIRECTIONS_AT_ONCE = 256
+
+
+class LogitMap(NamedTuple):
+    """The linear map from a site's directions to changes of the logits."""
+
+    to_stream: Float[Tensor, "d_model d_in"]
+    """Derivative of the normed last residual stream to the site, averaged over tokens."""
+    W_U: Float[Tensor, "d_vocab d_model"]
+    cap_slope: Float[Tensor, " d_vocab"] | None
+    """Average derivative of the cap on the logits; None where the model has none."""
+    n_tokens: int
+    """Tokens averaged over."""
+
+    def effect(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_vocab"]:
+        """Return the change of each logit per unit of each direction."""
+        logits = directions.to(self.W_U) @ self.to_stream.T @ self.W_U.T
+        return logits if self.cap_slope is None else logits * self.cap_slope
+
+
+class Extremes(NamedTuple):
+    """The tokens that directions raise and lower most, the strongest first."""
+
+    top: Int64[Tensor, "n k"]
+    top_effect: Float[Tensor, "n k"]
+    bottom: Int64[Tensor, "n k"]
+    bottom_effect: Float[Tensor, "n k"]
+
+
+@torch.no_grad()
+def logit_map(
+    model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
+) -> LogitMap:
+    """Return the map of a site, its derivative averaged over all positions of `ids`.
+
+    Raises:
+        InputError: if there is no such site, or the model is a TransformerBridge.
+    """
+    model.check(layer, site)
+    if model._bridge is not None:
+        raise InputError(
+            "expected a Hugging Face model for logit effects, got a TransformerBridge; load the "
+            "model by its name or folder"
+        )
+    hf = model.hf
+    norm = _plain(final_norm(hf))
+    last = _activations(model, ids, layer=model.n_layers - 1, site="resid_post")
+    added = _path(model, ids, layer=layer, site=site)
+    W_U = hf.get_output_embeddings().weight.detach().float()
+    d_in, n = model.width(site), len(last)
+
+    def jacobian(k: int) -> Float[Tensor, "d_model d_in"]:
+        rows = slice(k * TOKENS_AT_ONCE, (k + 1) * TOKENS_AT_ONCE)
+        with torch.enable_grad():
+            nudge = last.new_zeros(d_in, requires_grad=True)
+            stream = norm(last[rows] + added(nudge, rows)).sum(0)
+            # Row by row: a norm's own backward is ten times as fast as a batched one.
+            found = [torch.autograd.grad(one, nudge, retain_graph=True)[0] for one in stream]
+        return torch.stack(found)
+
+    parts = range(-(-n // TOKENS_AT_ONCE))
+    found = spread(jacobian, len(parts)) if last.is_cpu else map(jacobian, parts)
+    to_stream = sum(found, last.new_zeros(model.d_model, d_in))
+    return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
+
+
+@torch.no_grad()
+def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> Extremes:
+    """Return the tokens that each direction raises most and lowers most."""
+    k = min(k, len(effects.W_U))
+    blocks = directions.split(DIRECTIONS_AT_ONCE)
+
+    def of(i: int) -> Extremes:
+        logits = effects.effect(blocks[i])
+        top, top_effect = largest_in_rows(logits, k)
+        bottom, bottom_effect = largest_in_rows(logits, k, smallest=True)
+        return Extremes(top, top_effect, bottom, bottom_effect)
+
+    found = spread(of, len(blocks)) if directions.is_cpu else map(of, range(len(blocks)))
+    return Extremes(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def largest_in_rows(
+    h: Float[Tensor, "rows columns"], k: int, *, own: int = -1, smallest: bool = False
+) -> tuple[Int64[Tensor, "rows k"], Float[Tensor, "rows k"]]:
+    """Return each row's k largest values, best first, and in which columns they are.
+
+    Args:
+        own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
+        smallest: return the smallest instead, the lowest first.
+    """
+    if not (h.is_cpu and h.dtype in (torch.float32, torch.float64)):
+        if own >= 0:
+            rows = torch.arange(len(h), device=h.device)
+            h = h.index_put((rows, rows + own), h.new_tensor(torch.inf if smallest else -torch.inf))
+        found = h.topk(k, largest=not smallest)
+        return found.indices, found.values
+    # torch.topk sorts whole rows: ten times the time.
+    who, best = torch.zeros(len(h), k, dtype=torch.int64), h.new_full((len(h), k), -torch.inf)
+    sign = h.numpy().dtype.type(-1 if smallest else 1)
+    index_loops.largest_in_rows(h.numpy(), sign, own, who.numpy(), best.numpy())
+    return who, best.neg_() if smallest else best
+
+
+def final_norm(hf: Any) -> nn.Module:
+    """Return the norm before the unembedding of a model of a family in `sites.FAMILIES`.
+
+    Raises:
+        InputError: if the model has none under a name we know.
+    """
+    for name in FINAL_NORMS:
+        module = getattr(hf.base_model, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise InputError(
+        f"expected a final norm called {', '.join(FINAL_NORMS)} in the model, found none in "
+        f"{type(hf.base_model).__name__}"
+    )
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """Return a copy in float32 that asks for no gradients: the model's own stays as it is."""
+    return copy.deepcopy(module).float().requires_grad_(False)
+
+
+def _activations(
+    model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
+) -> Float[Tensor, "n d"]:
+    """Return the activations at every position; on a CPU a pass on each core."""
+    passes = ids.split(default_rows(ids.shape[1], ids.device))
+
+    def of(i: int) -> Tensor:
+        return model.harvest(passes[i], layer=layer, site=site).flatten(0, 1)
+
+    found = spread(of, len(passes)) if ids.device.type == "cpu" else map(of, range(len(passes)))
+    return torch.cat(list(found)).float()
+
+
+def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
+    """Return (nudge, rows) -> what a nudge at the site adds to the residual stream of tokens."""
+    if site not in ("attn_z", "mlp_hidden"):
+        return lambda nudge, rows: nudge
+    layout = FAMILIES[model.family]
+    block = model._blocks[layer].block
+    is_attn = site == "attn_z"
+    project = _plain(block.get_submodule(layout.attn_proj if is_attn else layout.mlp_proj))
+    whole = layout.attn if is_attn else layout.mlp
+    after = layout.attn_out if is_attn else layout.mlp_out
+    if after == whole:
+        # A bias moves nothing: only the difference is added.
+        return lambda nudge, rows: project(nudge) - project(torch.zeros_like(nudge))
+    norm = _plain(block.get_submodule(after))
+    z = _activations(model, ids, layer=layer, site=site)
+    return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))
+
+
+def _cap_slope(
+    hf: Any, norm: nn.Module, last: Float[Tensor, "n d_model"], W_U: Float[Tensor, "v d_model"]
+) -> Float[Tensor, " v"] | None:
+    cap = getattr(hf.config, "final_logit_softcapping", None)
+    if cap is None:
+        return None
+    slope = W_U.new_zeros(len(W_U))
+    for rows in last.split(TOKENS_AT_ONCE):
+        slope += (1 - torch.tanh(norm(rows) @ W_U.T / cap) ** 2).sum(0)
+    return slope / len(last)

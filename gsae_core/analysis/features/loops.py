@@ -1,0 +1,268 @@
+"""The loops of the feature index, compiled: scatter by feature, statistics, companions.
+
+Arrays are NumPy's, in C order; each loop releases the interpreter lock and works on a range of
+features, so that threads may share the work.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from gsae_core.sae.sparse.loops import BLOCK, compiled
+
+
+def exactly(function: Callable[..., Any]) -> Any:
+    """Return `function` compiled with every rounding where it is written, as torch rounds."""
+    plain, options = inspect.unwrap(function), {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(plain)
+    except RuntimeError:
+        # Neither the package's folder nor the user's can be written: compile in every process.
+        return njit(**options)(plain)
+
+
+@exactly
+def split(ends, latent, h, near, rules, counts, near_row, near_latent, near_margin, gate_open):
+    """Split found products into what fires and what nearly does; return how many of each.
+
+    Args:
+        ends: (rows,), the end of each row's products.
+        latent, h: the products; what fires is written over them, f in place of h.
+        rules: (opens, gain, bias, least, edge, band), each (d_sae,): a gate is open where
+            h > opens; then f = gain h + bias, which counts above least. What does not fire is near
+            where min(h - edge, 0) > band.
+        counts: (rows,), becomes how many fire.
+        near: number that the first row bears in near_row.
+        near_row, near_latent, near_margin: room for as many as there are products.
+        gate_open: (d_sae,), added to.
+    """
+    opens, gain, bias, least, edge, band = rules
+    n, n_near, start, zero = 0, 0, 0, h.dtype.type(0)
+    for t in range(ends.shape[0]):
+        before = n
+        for e in range(start, ends[t]):
+            i, product = latent[e], h[e]
+            if product > opens[i]:
+                gate_open[i] += 1
+                f = product * gain[i] + bias[i]
+                if f > least[i]:
+                    latent[n], h[n] = i, f
+                    n += 1
+                    continue
+            margin = min(product - edge[i], zero)
+            if margin > band[i]:
+                near_row[n_near], near_latent[n_near] = near + t, i
+                near_margin[n_near] = margin
+                n_near += 1
+        counts[t] = n - before
+        start = ends[t]
+    return n, n_near
+
+
+@compiled
+def keep_largest(margin, heaps, floor):
+    """Keep each column's largest values in its heap, whose smallest is first and in `floor`.
+
+    Args:
+        margin: (rows, d_sae).
+        heaps: (d_sae, rank), -inf before the first call.
+        floor: (d_sae,), the same.
+    """
+    d_sae, rank = heaps.shape
+    for t in range(margin.shape[0]):
+        row = margin[t]
+        for start in range(0, d_sae, BLOCK):
+            hits, stop = 0, min(start + BLOCK, d_sae)
+            for j in range(start, stop):
+                hits += row[j] > floor[j]
+            if not hits:
+                continue
+            for j in range(start, stop):
+                if row[j] > floor[j]:
+                    _sink(heaps[j], row[j], rank)
+                    floor[j] = heaps[j, 0]
+
+
+@compiled
+def _sink(heap, value, rank):
+    """Put a value in the place of a heap's smallest."""
+    at = 0
+    while True:
+        child = 2 * at + 1
+        if child >= rank:
+            break
+        if child + 1 < rank and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@compiled
+def largest_in_rows(h, sign, own, who, best):
+    """Write each row's largest of sign h, best first; of equals the lower column is first.
+
+    Args:
+        h: (rows, columns).
+        sign: 1, or -1 for the smallest.
+        own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
+        who: (rows, k), at most as many as there are columns to choose from.
+        best: (rows, k), sign h there; -inf before.
+    """
+    k, columns = who.shape[1], h.shape[1]
+    for t in range(h.shape[0]):
+        row, mine = h[t], -1 if own < 0 else own + t
+        floor = best[t, k - 1]
+        for start in range(0, columns, BLOCK):
+            hits, stop = 0, min(start + BLOCK, columns)
+            for j in range(start, stop):
+                hits += sign * row[j] > floor
+            if not hits:
+                continue
+            for j in range(start, stop):
+                score = sign * row[j]
+                if score > floor and j != mine:
+                    at = k - 1
+                    while at > 0 and score > best[t, at - 1]:
+                        best[t, at], who[t, at] = best[t, at - 1], who[t, at - 1]
+                        at -= 1
+                    best[t, at], who[t, at] = score, j
+                    floor = best[t, k - 1]
+
+
+@compiled
+def scatter(latent, place, value, cursor, token, out):
+    """Write entries to where their feature's next one goes: the second half of a counting sort.
+
+    Args:
+        latent, place, value: (n,), entries in any order.
+        cursor: (d_sae,), where each feature's next entry goes; moved on.
+        token, out: of all entries.
+    """
+    for e in range(latent.shape[0]):
+        at = cursor[latent[e]]
+        token[at], out[at] = place[e], value[e]
+        cursor[latent[e]] = at + 1
+
+
+@compiled
+def describe(first, last, offsets, value, sums, squares, histogram):
+    """Write sums and histograms of features first to last - 1, whose values are sorted.
+
+    Args:
+        offsets: (d_sae + 1,).
+        value: (nnz,), strongest first within a feature.
+        sums, squares: (d_sae,) in float64: of the values, of their squares.
+        histogram: (d_sae, bins), all zero before; edges are NumPy's linspace(0, max, bins + 1).
+    """
+    bins = histogram.shape[1]
+    for i in range(first, last):
+        start, stop = offsets[i], offsets[i + 1]
+        if start == stop:
+            continue
+        top = np.float64(value[start])
+        step = top / bins
+        total, power = 0.0, 0.0
+        for e in range(start, stop):
+            v = np.float64(value[e])
+            total += v
+            power += v * v
+            j = min(int(v / step), bins - 1)
+            # The quotient rounds; the edges themselves decide.
+            while j > 0 and v < j * step:
+                j -= 1
+            while j < bins - 1 and v >= (j + 1) * step:
+                j += 1
+            histogram[i, j] += 1
+        sums[i], squares[i] = total, power
+
+
+@compiled
+def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, shares):
+    """Write the vocabulary's tokens on which features fire most, by summed activation.
+
+    Args:
+        ids: (places,).
+        tokens: (d_sae, k), all -1 before.
+        shares: (d_sae, k), their share of the feature's summed activation.
+    """
+    k = tokens.shape[1]
+    sums, touched = np.zeros(n_vocabulary), np.empty(n_vocabulary, np.int64)
+    for i in range(first, last):
+        n, total = 0, 0.0
+        for e in range(offsets[i], offsets[i + 1]):
+            t = np.int64(ids[token[e]])
+            if sums[t] == 0.0:
+                touched[n] = t
+                n += 1
+            sums[t] += value[e]
+            total += value[e]
+        for c in range(n):
+            t = touched[c]
+            share = sums[t] / total
+            sums[t] = 0.0
+            _insert(tokens[i], shares[i], t, share, k)
+
+
+@compiled
+def companions(first, last, offsets, token, row_offsets, latent, fired, stride, who, both):
+    """Write who fires on the same tokens as features first to last - 1, by Jaccard index.
+
+    Args:
+        token: (nnz,), of the feature-major codes.
+        row_offsets, latent: the token-major codes.
+        fired: (d_sae,) in float64, firings on every `stride`-th place.
+        who: (d_sae, k), all -1 before.
+        both: (d_sae, k), tokens on which both fire.
+    """
+    k, d_sae = who.shape[1], fired.shape[0]
+    counts, scores = np.zeros(d_sae, np.int32), np.zeros(d_sae)
+    best = np.empty(k)
+    for i in range(first, last):
+        if offsets[i] == offsets[i + 1]:
+            continue
+        counts[:] = 0
+        for e in range(offsets[i], offsets[i + 1]):
+            place = token[e]
+            if place % stride:
+                continue
+            for r in range(row_offsets[place], row_offsets[place + 1]):
+                counts[latent[r]] += 1
+        for j in range(d_sae):
+            # At most 1 below: a feature that is silent on these places shares none of them.
+            scores[j] = counts[j] / max(fired[i] + fired[j] - counts[j], 1.0)
+        scores[i] = 0.0
+        best[:] = 0.0
+        for start in range(0, d_sae, BLOCK):
+            hits, stop = 0, min(start + BLOCK, d_sae)
+            for j in range(start, stop):
+                hits += scores[j] > best[k - 1]
+            if hits:
+                for j in range(start, stop):
+                    if scores[j] > best[k - 1]:
+                        _insert(who[i], best, j, scores[j], k)
+        for rank in range(k):
+            if who[i, rank] >= 0:
+                both[i, rank] = counts[who[i, rank]]
+
+
+@compiled
+def _insert(who, scores, candidate, score, k):
+    """Put a candidate into a list kept best first; of equals the lower number is first."""
+    at = k
+    while at > 0 and (
+        who[at - 1] < 0
+        or score > scores[at - 1]
+        or (score == scores[at - 1] and candidate < who[at - 1])
+    ):
+        at -= 1
+    if at == k:
+        return
+    for rank in range(k - 1, at, -1):
+        who[rank], scores[rank] = who[rank - 1], scores[rank - 1]
+    who[at], scores[at] = candidate, score

@@ -1,0 +1,184 @@
+"""labels.jsonl: what people and models said of features; appended to, never rewritten.
+
+One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `model`, `score`,
+`time`, `scored_by`. The newest of a kind counts; the others stay as its history. An empty text
+takes a label or a note back, and a star is on where its text is `on`.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from gsae_core import files
+from gsae_core.errors import InputError
+from gsae_core.files import Lines, unreadable, writing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["label", "note", "star"]
+FILE = "labels.jsonl"
+LONGEST: dict[Kind, int] = {"label": 200, "note": 10_000, "star": 3}
+
+
+class Said(NamedTuple):
+    """One thing said of one feature."""
+
+    feature: int
+    kind: Kind
+    text: str
+    author: str
+    """Who said it: a person's name, or `automatic`."""
+    model: str | None
+    """The model that wrote it, if one did."""
+    score: float | None
+    """How well it tells where the feature fires, 0.5 is guessing; None: not measured."""
+    time: float
+    """Seconds since 1970."""
+    scored_by: str | None = None
+    """What the score is of, `detection` or `fuzzing`; None: not measured, or not said then."""
+
+    @property
+    def measured(self) -> str:
+        """The score in words; empty where there is none."""
+        if self.score is None:
+            return ""
+        by = f" by {self.scored_by}" if self.scored_by else ""
+        return f"score {self.score:.2f}{by}, where 0.5 is guessing"
+
+
+class Labels:
+    """What was said of an index's features; reads its file again whenever it has grown.
+
+    Args:
+        folder: of the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / FILE
+        self._seen: tuple[int, int] | None = None
+        self._all: list[Said] = []
+        self._damaged = 0
+
+    def add(
+        self,
+        feature: int,
+        kind: Kind,
+        text: str,
+        *,
+        author: str,
+        model: str | None = None,
+        score: float | None = None,
+        scored_by: str | None = None,
+    ) -> Said:
+        """Append one thing, whole and on the disk before this returns; others may append meanwhile.
+
+        Raises:
+            InputError: if a label has several lines or a text is too long, or the disk is full.
+        """
+        _check(kind, text)
+        said = Said(feature, kind, text, author, model, score, time.time(), scored_by)
+        with writing(self._path, 0):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        files.append(self._path, said._asdict())
+        return said
+
+    def all(self) -> list[Said]:
+        """Return everything that was said, oldest first; lines that say nothing are left out.
+
+        Raises:
+            InputError: if labels.jsonl cannot be read.
+        """
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(unreadable(self._path, error)) from None
+        version = found.st_mtime_ns, found.st_size
+        if version != self._seen:
+            self._all, self._damaged = _read(files.read(self._path))
+            self._seen = version
+        return self._all
+
+    @property
+    def damaged(self) -> int:
+        """How many lines cannot be read and are left out.
+
+        Raises:
+            InputError: as `all`.
+        """
+        self.all()
+        return self._damaged
+
+    def latest(self, kind: Kind) -> dict[int, Said]:
+        """Return what counts of a kind, by feature; nothing where it was taken back."""
+        newest = {said.feature: said for said in self.all() if said.kind == kind}
+        nothing = "off" if kind == "star" else ""
+        return {feature: said for feature, said in newest.items() if said.text != nothing}
+
+    def of(self, feature: int) -> dict[Kind, Said]:
+        """Return what counts of one feature, by kind."""
+        found = ((kind, self.latest(kind).get(feature)) for kind in get_args(Kind))
+        return {kind: said for kind, said in found if said is not None}
+
+    def frame(self) -> "pd.DataFrame":
+        """Return a row per feature of which anything counts: `label`, `note`, `star`, `author`,
+        `model`, `score`; the last three are the label's."""
+        import pandas as pd
+
+        label, note, star = (self.latest(kind) for kind in get_args(Kind))
+        features = sorted({*label, *note, *star})
+        rows = [
+            {
+                "label": label[i].text if i in label else "",
+                "note": note[i].text if i in note else "",
+                "star": i in star,
+                "author": label[i].author if i in label else "",
+                "model": (label[i].model or "") if i in label else "",
+                "score": label[i].score if i in label else None,
+            }
+            for i in features
+        ]
+        columns = ["label", "note", "star", "author", "model", "score"]
+        frame = pd.DataFrame(rows, columns=columns, index=pd.Index(features, name="feature"))
+        return frame.astype({"star": bool, "score": float})
+
+
+def _check(kind: Kind, text: str) -> None:
+    if kind == "star" and text not in ("on", "off"):
+        raise InputError(f"expected a star that is on or off, got {text!r}")
+    if len(text) > LONGEST[kind]:
+        raise InputError(
+            f"expected a {kind} of at most {LONGEST[kind]} characters, got {len(text)}; "
+            "shorten it, or keep the rest elsewhere"
+        )
+    if kind == "label" and len(text.splitlines()) > 1:
+        raise InputError("expected a label of one line, got several; what is long fits a note")
+
+
+def _read(lines: Lines) -> tuple[list[Said], int]:
+    """Return what lines say, and how many say nothing: damaged, or of no feature."""
+    needed, known = set(Said._fields) - set(Said._field_defaults), set(Said._fields)
+    found = []
+    for row in lines.rows:
+        # A newer version may say more of a label; what says less is somebody's own line.
+        if needed <= set(row) and all(_may_be(name, row[name]) for name in known & set(row)):
+            found.append(Said(**{name: row[name] for name in known & set(row)}))
+    return found, lines.damaged + lines.torn + len(lines.rows) - len(found)
+
+
+def _may_be(name: str, value: Any) -> bool:
+    match name:
+        case "feature":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "time":
+            return isinstance(value, int | float)
+        case "score":
+            return value is None or isinstance(value, int | float)
+        case "kind":
+            return value in get_args(Kind)
+        case "text" | "author":
+            return isinstance(value, str)
+        case _:
+            return value is None or isinstance(value, str)

@@ -1,0 +1,1 @@
+"""Everything that imports streamlit: the parts of the pages."""

@@ -1,0 +1,103 @@
+"""What can be done about a run: cancel, resume, change and train again, delete; each once.
+
+Dialogs are opened outside of what refreshes itself: a refresh takes them away.
+"""
+
+from collections.abc import Callable
+
+import streamlit as st
+
+from gsae_core.app import shell
+from gsae_core.app.parts import own, plain
+from gsae_core.errors import InputError
+from gsae_core.runs.example import is_example
+from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs.job import Status
+from gsae_core.runs.run import Run
+
+RESUMABLE = ("cancelled", "failed", "lost")
+CANCELLABLE = ("queued", "starting", "running")
+
+
+def controls(run: Run, status: Status) -> None:
+    """Draw the buttons that a run's state allows."""
+    with st.container(horizontal=True, width="content", gap="small"):
+        if status.state == "finished" and st.button(
+            "See the results", icon=":material/balance:", type="primary", key=own("see_results")
+        ):
+            shell.go("pages/3_Pareto.py", run)
+        idle = status.state == "queued" and status.pid is None
+        if idle or status.state in RESUMABLE:
+            label = "Start" if idle else "Resume"
+            icon = ":material/play_arrow:"
+            st.button(
+                label, icon=icon, type="primary", key=own("resume"), on_click=_resume, args=(run,)
+            )
+        if status.state in CANCELLABLE and not idle:
+            if st.button("Cancel", icon=":material/stop_circle:", key=own("cancel")):
+                confirm_cancel(run)
+        elif (status.state != "cancelling" and not is_example(run)) and st.button(
+            "Delete", icon=":material/delete:", key=own("delete")
+        ):
+            confirm_delete(run)
+        if st.button(
+            "Duplicate with changes",
+            icon=":material/content_copy:",
+            key=own("duplicate"),
+            help="Opens Train with this run's settings filled in.",
+        ):
+            shell.go("pages/1_Train.py", run, **{"from": run.id})
+
+
+# Presses act in callbacks: they count even if the page is drawn anew at the same moment, which
+# takes the dialog away.
+
+
+@st.dialog("Cancel this run?")
+def confirm_cancel(run: Run) -> None:
+    """Ask whether a run should stop, and have it stop."""
+    plain(run.id)
+    st.caption("It finishes its step and saves; Resume goes on from there later.")
+    _choice("Cancel the run", "Keep training", name="confirm_cancel", act=_cancel, run=run)
+
+
+@st.dialog("Delete this run?")
+def confirm_delete(run: Run) -> None:
+    """Ask whether a run should go, and delete it."""
+    plain(run.id)
+    st.caption("Its SAEs, curves and results go with it. This cannot be undone.")
+    _choice("Delete for good", "Keep it", name="confirm_delete", act=_delete, run=run)
+
+
+def _choice(yes: str, no: str, *, name: str, act: Callable[[Run], None], run: Run) -> None:
+    stay, go = st.columns(2)
+    pressed = stay.button(no, key=own("keep"), width="stretch")
+    pressed |= go.button(
+        yes, type="primary", key=own(name), width="stretch", on_click=act, args=(run,)
+    )
+    if pressed:
+        st.rerun()
+
+
+def _cancel(run: Run) -> None:
+    try:
+        run.request_cancel(by="app")
+    except InputError as error:
+        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
+
+
+def _delete(run: Run) -> None:
+    try:
+        process.delete(run)
+    except InputError as error:
+        st.session_state["shell.refused"] = ("Nothing was deleted", str(error))
+    else:
+        shell.forget(run)
+
+
+def _resume(run: Run) -> None:
+    try:
+        process.start(run)
+    except InputError as error:
+        # Someone else may have pressed first, deleted it, or the disk refuses.
+        st.session_state["shell.refused"] = ("Nothing was started", str(error))

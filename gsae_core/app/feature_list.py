@@ -1,0 +1,434 @@
+"""The list of features: how often they fire, which of them are wanted, and in what order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from gsae_core.analysis.features.files import MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
+from gsae_core.analysis.features.filter import (
+    ANY,
+    ORDERS,
+    RANGES,
+    Chosen,
+    Life,
+    Range,
+    Wanted,
+    choose,
+    listing,
+    parse_range,
+    range_text,
+    weight_listing,
+)
+from gsae_core.analysis.features.index import FeatureIndex
+from gsae_core.analysis.features.table import WEIGHTS, weight_table
+from gsae_core.analysis.labels import Labels
+from gsae_core.app import cache
+from gsae_core.app.cache import Version, version
+from gsae_core.app.glossary import feature_columns
+from gsae_core.app.parts import correct, figure_tools, notice, plain
+from gsae_core.app.pickers import architecture
+from gsae_core.errors import InputError
+from gsae_core.plots.features import density_histogram
+from gsae_core.plots.palette import Theme
+from gsae_core.runs import run as launch
+from gsae_core.runs.example import is_example, labels_folder
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import index_folder
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An SAE as the page can show it."""
+
+    run: Run
+    name: str
+    index: FeatureIndex | None
+    """None where there is none, or none that can be read."""
+    problem: str
+    """Why an index that is there cannot be read."""
+    rows: pd.DataFrame
+    """A row per feature: `feature_filter.listing`, or `weight_listing` without an index."""
+
+    @property
+    def n_features(self) -> int:
+        """Number of latents."""
+        return len(self.rows)
+
+
+def open_sae(run: Run, name: str) -> Opened:
+    """Return one of a run's SAEs with its index, if it has one that can be read.
+
+    Raises:
+        InputError: if not even its weights can be read.
+    """
+    try:
+        index = open_index(run, name)
+    except InputError as error:
+        return Opened(run, name, None, str(error), _weights(run, name))
+    if index is None:
+        return Opened(run, name, None, "", _weights(run, name))
+    return Opened(run, name, index, "", _listing(str(index.folder), index.manifest.made, index))
+
+
+def open_index(run: Run, name: str) -> FeatureIndex | None:
+    """Return the index of one of a run's SAEs; None if there is none.
+
+    Raises:
+        InputError: if it is of other weights, cut short, or a newer version's, or if its labels
+            cannot be read.
+    """
+    folder = index_folder(run, name)
+    if not (folder / MANIFEST).is_file():
+        return None
+    # At every look: a mapped file that was cut short since would end the server.
+    manifest = read_manifest(folder)
+    weights = version(run.sae_folder(name) / "cfg.json")
+    said = labels_folder(launch.runs_root().absolute(), name) if is_example(run) else folder
+    index = _index(str(folder), manifest.made, weights, str(said), _run=run, _name=name)
+    index.labels.all()  # A file of them that cannot be read is told now, and once.
+    return index
+
+
+def weights_of(run: Run, name: str) -> pd.DataFrame:
+    """Return `weight_table` of an SAE.
+
+    Raises:
+        InputError: as there.
+    """
+    folder = run.sae_folder(name)
+    return _weight_table(str(folder), version(folder / WEIGHTS))
+
+
+class Cost(NamedTuple):
+    """What building an index takes, about."""
+
+    seconds: float | None
+    """None where the run did not measure how fast its model is."""
+    n_bytes: int
+
+
+def cost(run: Run, name: str, n_tokens: int) -> Cost:
+    """Return what an index over so many tokens takes, from what the run measured.
+
+    Time is that of the language model's passes in training, and of each SAE's step a third, which
+    is about what encoding is of it. Room is 10 bytes a firing and 11 a token, and the tables.
+    """
+    spec = next(spec for spec in run.config.saes if spec.name == name)
+    evals = cache.evaluations(run)
+    found = next((row for row in evals.to_dict("records") if row["name"] == name), {})
+    l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
+    tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
+    n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
+    rows = cache.recent_metrics(run)
+    if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
+        return Cost(None, n_bytes)
+    last = rows[-1]
+    model = last["seconds_lm"] / last["tokens"]
+    step = (last["seconds"] - last["seconds_lm"]) / last["tokens"] / len(run.config.saes)
+    return Cost(5 + n_tokens * (model + step / 3), n_bytes)
+
+
+# Arguments with an underscore are no part of the key: what stands before them tells them apart.
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _index(
+    folder: str, made: float, weights: Version, said: str, _run: Run, _name: str
+) -> FeatureIndex:
+    index = _run.features(_name)
+    index.labels = Labels(Path(said))
+    return index
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _listing(folder: str, made: float, _index: FeatureIndex) -> pd.DataFrame:
+    # Shared by every visitor: read, never changed.
+    return listing(_index)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _weight_table(folder: str, stamp: Version) -> pd.DataFrame:
+    return weight_table(Path(folder))
+
+
+def _weights(run: Run, name: str) -> pd.DataFrame:
+    try:
+        stats = cache.feature_stats(run, name)
+    except InputError:
+        stats = None  # not evaluated: the weights alone
+    return weight_listing(weights_of(run, name), stats)
+
+
+COLUMNS = feature_columns()
+MOST_ROWS = 2000
+PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
+"""Parameter of the address for each range."""
+TEXTS = ("q", "label", *PARAMS.values())
+LIVES: tuple[Life, ...] = ("all", "alive", "dead")
+EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
+
+
+def ask(sae: Opened) -> tuple[Wanted, str]:
+    """Draw the search field, the filters and the order; return what is wanted."""
+    text = st.text_input(
+        "Search",
+        key="q",
+        bind="query-params",
+        placeholder="part of a token or of a label, e.g. import",
+        help="Features that fire on tokens with this text, the most specific first, and those "
+        "whose label has it. Spaces and capitals count in tokens.",
+    )
+    left, right = st.columns([1, 1.4], vertical_alignment="bottom")
+    with left:
+        wanted = _filters(text or "")
+    with right:
+        correct("sort", list(ORDERS), what="order", shown="the usual one")
+        order = st.selectbox(
+            "Order",
+            list(ORDERS),
+            index=None,
+            key="sort",
+            bind="query-params",
+            placeholder="best match" if text else "number",
+            label_visibility="collapsed",
+        )
+    order = order or ("best match" if text else "number")
+    return wanted, "number" if order == "best match" and not text else order
+
+
+def _filters(text: str) -> Wanted:
+    """Draw the filters behind a button that says how many are in use."""
+    used = _in_use()
+    label = f"Filters ({used})" if used else "Filters"
+    ranges: dict[str, Range] = {}
+    with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
+        for name, title in RANGES.items():
+            ranges[name] = _range(name, title)
+        correct("life", list(LIVES), what="choice here", shown="all")
+        life = st.segmented_control(
+            "Features",
+            list(LIVES),
+            default="all",
+            required=True,
+            key="life",
+            bind="query-params",
+            help="A dead feature fired on none of the tokens that were read.",
+        )
+        label = st.text_input("Label contains", key="label", bind="query-params")
+        starred = st.toggle("Starred only", key="star", bind="query-params")
+        st.button(
+            "Clear all", key="features.clear", on_click=clear, icon=":material/filter_list_off:"
+        )
+    kept: Life = "alive" if life == "alive" else "dead" if life == "dead" else "all"
+    return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
+
+
+def _range(name: str, title: str) -> Range:
+    asked = st.text_input(
+        title.capitalize() if title.isascii() else title,
+        key=PARAMS[name],
+        bind="query-params",
+        placeholder=f"from..to, e.g. {EXAMPLES[name]}",
+        help=COLUMNS[name],
+    )
+    try:
+        return parse_range(asked or "", title)
+    except InputError as error:
+        plain(f"{error}; it filters nothing as it is.", size=".875rem")
+        return ANY
+
+
+def _in_use() -> int:
+    """Return how many filters the popover holds values for."""
+    texts = [st.session_state.get(key, st.query_params.get(key)) for key in TEXTS[1:]]
+    life = st.session_state.get("life", st.query_params.get("life", "all"))
+    star = st.session_state.get("star", st.query_params.get("star") == "true")
+    return sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
+
+
+def clear() -> None:
+    """Ask for everything again."""
+    for key in TEXTS:
+        st.session_state[key] = ""
+    st.session_state["life"], st.session_state["star"] = "all", False
+
+
+def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
+    """Return the rows that are wanted."""
+    matches = None
+    if wanted.text and sae.index is not None:
+        matches = _matches(sae.index, wanted.text)
+    said = sae.index.labels.frame() if sae.index is not None else _NOTHING_SAID
+    return choose(sae.rows, wanted, said=said, matches=matches, order=order)
+
+
+_NOTHING_SAID = pd.DataFrame(columns=["label", "star", "author", "model", "score"], dtype=object)
+
+
+def _matches(index: "FeatureIndex", text: str) -> Mapping[int, float]:
+    found = index.by_text(text)
+    return dict(zip(found["feature"].tolist(), found["f1"].tolist(), strict=True))
+
+
+def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
+    """Draw how often features fire; a click on a bar lists its features."""
+    density = sae.rows["density"].to_numpy(dtype=float)
+    kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
+    kind = architecture(sae.run, sae.name)
+    chart = density_histogram(density, kept, theme=theme, architecture=kind)
+    if not chart.data["n"].to_numpy().any():
+        return
+    st.vega_lite_chart(
+        chart.data,
+        chart.spec,
+        key="features.density",
+        on_select=_remember_bar,
+        selection_mode="bar",
+        alt="How many features fire how often; a click on a bar lists its features",
+    )
+    n_dead = int((sae.rows["fired"].to_numpy(dtype=float) == 0).sum())
+    dead = f" {n_dead:,} {'are' if n_dead > 1 else 'is'} dead, off a log axis." if n_dead else ""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"Click a bar to list its features.{dead}")
+        figure_tools(chart.data, name="densities", about=COLUMNS["density"])
+
+
+def _remember_bar() -> None:
+    """Filter by the bar that was clicked; a click beside the bars asks for all again."""
+    st.session_state["dens"] = bar_range(
+        st.session_state["features.density"]["selection"].get("bar")
+    )
+
+
+def bar_range(sent: Any) -> str:
+    """Return the range of densities a browser says was clicked, as the filter reads it."""
+    try:
+        ends = [(float(bar["low"]), float(bar["high"])) for bar in sent or []]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    if not ends:
+        return ""
+    return range_text(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
+    """Draw the list, and say how much of it is shown."""
+    n = len(chosen.rows)
+    everything = n > MOST_ROWS and bool(st.session_state.get("features.everything"))
+    rows = chosen.rows if everything else chosen.rows.head(MOST_ROWS)
+    features = rows["feature"].to_numpy()
+    at = (features == current).nonzero()[0]
+    number = st.column_config.NumberColumn
+
+    def picked() -> None:
+        row = picked_row(st.session_state["features.list"], len(features))
+        if row is not None:
+            go_to(int(features[row]))
+
+    st.dataframe(
+        rows.assign(density=100 * rows["density"], gate_density=100 * rows["gate_density"]),
+        hide_index=True,
+        height=min(38 + 35 * max(len(rows), 1), 560),
+        key="features.list",
+        on_select=picked,
+        selection_mode="single-row-required",
+        selection_default={"selection": {"rows": [int(at[0]) if len(at) else 0]}},
+        column_order=_columns(sae, rows),
+        column_config={
+            "star": st.column_config.CheckboxColumn("★", width=36, help="Starred"),
+            "feature": number("feature", format="%d", width=62, pinned=True),
+            "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
+            "label": st.column_config.TextColumn("label"),
+            "by": st.column_config.TextColumn("by", help="Who wrote the label; 0.5 is guessing"),
+            "density": number("density", format="%.3g %%", width=78, help=COLUMNS["density"]),
+            "max": number("max", format="%.3g", width=60, help=COLUMNS["max"]),
+            "theta": number("θ", format="%.3g", width=60, help=COLUMNS["theta"]),
+            "gamma": number("γ", format="%.3f", width=60, help=COLUMNS["gamma"]),
+            "gain": number("e^r", format="%.3g", width=60, help=COLUMNS["gain"]),
+            "gate_density": number(
+                "gate open", format="%.3g %%", width=86, help=COLUMNS["gate_density"]
+            ),
+        },
+        alt="The features that the filters leave: number, what they fire on, and their numbers",
+    )
+    _count(chosen, len(rows))
+    if "γ" in chosen.excluded and sae.index is not None:
+        st.caption("γ here is over the index's tokens; that of Shrinkage is over held-out ones.")
+
+
+def _count(chosen: Chosen, n_shown: int) -> None:
+    n = len(chosen.rows)
+    of = f"{chosen.n_all:,}".replace(",", " ")
+    shown = f"{n_shown:,}".replace(",", " ")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if n == chosen.n_all == n_shown:
+            st.caption(f"All {of} features.")
+        elif n == n_shown:
+            st.caption(f"{shown} of {of} features.")
+        else:
+            fit = "" if n == chosen.n_all else f" ({n:,} fit)".replace(",", " ")
+            st.caption(f"{shown} of {of} features{fit}.")
+        if n > MOST_ROWS:
+            st.toggle("All rows", key="features.everything")
+
+
+def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
+    """Return the columns that say anything of this SAE."""
+    wanted = ["feature"]
+    wanted += ["star"] * bool(rows["star"].any())
+    wanted += ["label", "by"] * bool((rows["label"] != "").any())
+    if sae.index is not None:
+        wanted.append("tokens")
+    numbers = ["density", "max", "theta", "gamma", "gain", "gate_density"]
+    if architecture(sae.run, sae.name) != "gated":
+        numbers = ["density", "max", "theta", "gamma"]
+    return wanted + [
+        name for name in numbers if np.isfinite(sae.rows[name].to_numpy(dtype=float)).any()
+    ]
+
+
+def picked_row(event: Any, n_rows: int) -> int | None:
+    """Return which row a browser says is ticked; None if that is none there is."""
+    rows = event["selection"]["rows"]
+    return int(rows[0]) if rows and 0 <= rows[0] < n_rows else None
+
+
+def go_to(feature: int) -> None:
+    """Show a feature; for callbacks, before its field is drawn."""
+    st.session_state["feature"] = feature
+
+
+def landing(sae: Opened, chosen: Chosen) -> int:
+    """Return the feature to begin with: the first that fires on few tokens, but some.
+
+    Of a list that is filtered it is the first.
+    """
+    if 0 < len(chosen.rows) < chosen.n_all:
+        return int(chosen.rows["feature"].iloc[0])
+    density = sae.rows["density"].to_numpy(dtype=float)
+    for low, high in ((1e-4, 0.02), (0.0, 1.0)):
+        found = ((density > low) & (density <= high)).nonzero()[0]
+        if len(found):
+            return int(found[0])
+    return 0
+
+
+def nothing_left(sae: Opened, chosen: Chosen, wanted: Wanted) -> None:
+    """Say that no feature is left, which filter excludes most, and offer to clear them."""
+    if wanted.text and sae.index is None:
+        text = "Tokens can be searched once there is an index; no label has this text."
+    elif list(chosen.excluded) == ["search"]:
+        text = (
+            f"No feature fires on a token that contains {wanted.text!r}, and no label has it. A "
+            "token is a piece of a word; try a shorter text."
+        )
+    else:
+        name, n = next(iter(chosen.excluded.items()))
+        text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
+    notice(text, kind="info", title="No feature is left")
+    st.button(
+        "Clear filters", key="features.clear_all", on_click=clear, icon=":material/filter_list_off:"
+    )

@@ -1,0 +1,350 @@
+"""Parts of the Hub page about what is here: the library, exports, and what is sent to the Hub."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from gsae_core.app import shell
+from gsae_core.app.controls import confirm_delete
+from gsae_core.app.parts import key_for, notice, plain, seconds_since, state_badge
+from gsae_core.checkpoints.formats.found import EXPORTS, Export
+from gsae_core.errors import InputError
+from gsae_core.files import left_out, readable
+from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs.job import Status
+from gsae_core.runs.run import Run, find_run
+from gsae_core.runs.work.publish import check_repo, check_token
+from gsae_core.runs.work.transfer import PullRequest, PushRequest, Transfer, ask, transfers
+from gsae_core.text import ago
+
+EXPORT_SECONDS = 600
+
+# The address holds what a bound widget shows, so labels lead to formats.
+FORMATS: dict[str, Export] = {label: name for name, label in EXPORTS.items()}
+
+
+def library(frame: shell.Frame) -> None:
+    """Draw the runs of this machine with their origin and size; one can be deleted."""
+    if not frame.runs:
+        st.caption("Nothing is here yet. What is downloaded or trained appears here.")
+        return
+    rows = [_row(run, frame) for run in frame.runs]
+    st.dataframe(
+        pd.DataFrame(rows),
+        hide_index=True,
+        height=min(320, 36 * len(rows) + 38),
+        column_config={
+            "run": st.column_config.TextColumn(width="large"),
+            "SAEs": st.column_config.NumberColumn(width="small"),
+        },
+        alt="Runs of this machine: name, where from, model, site, SAEs, state, size",
+    )
+    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    chosen = left.selectbox(
+        "Delete a run",
+        [run.id for run in frame.runs],
+        index=None,
+        key="hub.doomed",
+        placeholder="choose one",
+    )
+    if (
+        right.button(
+            "Delete",
+            icon=":material/delete:",
+            key="hub.delete",
+            width="stretch",
+            disabled=chosen is None,
+        )
+        and chosen is not None
+    ):
+        confirm_delete(next(run for run in frame.runs if run.id == chosen))
+
+
+def _row(run: Run, frame: shell.Frame) -> dict[str, object]:
+    status = frame.statuses.get(run.id)
+    config = run.config
+    return {
+        "run": run.id,
+        "from": config.imported or "trained here",
+        "model": config.model.name,
+        "site": config.model.hook_name,
+        "SAEs": len(config.saes),
+        "state": "unreadable" if status is None else status.state,
+        "size": readable(_size(str(run.folder), _stamp(run))),
+    }
+
+
+def _stamp(run: Run) -> int:
+    try:
+        return max(path.stat().st_mtime_ns for path in (run.folder, run.folder / "status.json"))
+    except OSError:
+        return 0
+
+
+# Walking a run's folder takes milliseconds; two hundred of them at every click do not.
+@st.cache_data(max_entries=512, show_spinner=False)
+def _size(folder: str, stamp: int) -> int:
+    total = 0
+    for path in Path(folder).rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except OSError:
+            continue  # Deleted between the listing and the look.
+    return total
+
+
+def share(frame: shell.Frame) -> None:
+    """Draw what can be done with an SAE of the run in the sidebar: export it, or send it."""
+    run = frame.run
+    if run is None:
+        st.caption("Choose a run in the sidebar: its SAEs can be exported, or sent to the Hub.")
+        return
+    status = frame.statuses.get(run.id)
+    if status is None or status.state != "finished":
+        notice(
+            f"{run.id} is {'unreadable' if status is None else status.state}: only finished SAEs "
+            "leave this machine. Choose another run in the sidebar.",
+            kind="info",
+        )
+        return
+    plain(f"SAEs of {run.id}", size=".9rem")
+    left, right = st.columns(2, gap="medium")
+    with left.container(border=True):
+        _export(run)
+    with right.container(border=True):
+        _push(run)
+
+
+def _export(run: Run) -> None:
+    st.subheader("Export", anchor=False)
+    names = [spec.name for spec in run.config.saes]
+    name = st.selectbox("SAE to export", names, key=key_for("hub.export_sae", run.id))
+    label = st.selectbox("For", list(FORMATS), key="hub.export_format")
+    if name is None or label is None:
+        return
+    folder = run.folder.parent / "exports" / f"{run.id}-{name}-{FORMATS[label]}"
+    plain(f"To {folder}", size=".85rem")
+    if st.button("Export and check", icon=":material/output:", key="hub.export", width="stretch"):
+        with st.spinner("Writing it, reading it back, comparing", show_time=True):
+            done, said = export(run, name, FORMATS[label], folder)
+        if done:
+            notice(said, kind="info", title="Exported")
+        else:
+            notice(said, title="Nothing was exported")
+    if folder.is_dir():
+        st.download_button(
+            "Download as .zip",
+            lambda: zipped(folder),
+            file_name=f"{folder.name}.zip",
+            mime="application/zip",
+            icon=":material/folder_zip:",
+            key="hub.export_zip",
+            on_click="ignore",
+        )
+
+
+def export(run: Run, name: str, format_: Export, folder: Path) -> tuple[bool, str]:
+    """Export an SAE as the command line does, in a process of its own; return success and words.
+
+    The SAE, and what compares it, would otherwise stay in this server's memory.
+    """
+    words = ["export", str(run.folder), "--sae", name, "--format", format_, "--to", str(folder)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gsae_core", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=EXPORT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False, (
+            f"It took more than {EXPORT_SECONDS} s; export it on the command line: python -m "
+            f"gsae_core {' '.join(words)}"
+        )
+    if done.returncode == 0:
+        return True, done.stdout.strip().splitlines()[-1]
+    last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    return False, last.removeprefix("gsae_core: ")
+
+
+def zipped(folder: Path) -> bytes:
+    """Return a folder's files as a zip archive."""
+    held = io.BytesIO()
+    # Weights hardly compress.
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                archive.write(path, f"{folder.name}/{path.relative_to(folder)}")
+    return held.getvalue()
+
+
+def _push(run: Run) -> None:
+    st.subheader("Send to the Hub", anchor=False)
+    names = [spec.name for spec in run.config.saes]
+    chosen = st.multiselect(
+        "SAEs to send", names, default=names[:1], key=key_for("hub.push_saes", run.id)
+    )
+    repo = st.text_input(
+        "To the repository", key="hub.push_repo", placeholder="OWNER/NAME", max_chars=96
+    )
+    public = st.toggle(
+        "Public",
+        key="hub.push_public",
+        help="Of a repository that is made for it. One that is there stays as it is.",
+    )
+    st.caption(
+        "With a card: what was measured, the trade-off's figure, and how to load it in three "
+        "libraries. Your token is the one of `hf auth login`, or HF_TOKEN of this server."
+    )
+    ready = bool(chosen and repo.strip())
+    label = "Send, for everybody to see" if public else "Send"
+    pressed = st.button(
+        label, icon=":material/upload:", key="hub.push", width="stretch", disabled=not ready
+    )
+    if not pressed:
+        return
+    try:
+        check_repo(repo.strip())
+        check_token()
+        request = PushRequest(run.id, tuple(chosen), repo.strip(), public)
+        process.start(ask(run.folder.parent, request))
+    except InputError as error:
+        notice(str(error), title="Nothing was sent")
+    else:
+        st.rerun()
+
+
+STAGES = {"downloading": "downloading", "importing": "making a run of it", "uploading": "sending"}
+MOST_SHOWN = 8
+
+
+def moving(root: Path) -> bool:
+    """Return whether a transfer is at work."""
+    return any(transfer.status.expects_process for transfer in transfers(root))
+
+
+def on_the_way(root: Path, drawn: bool) -> None:
+    """Draw the transfers that are at work, stopped, or done and not put away.
+
+    Args:
+        drawn: whether the page was drawn with one at work.
+    """
+    found = transfers(root)
+    if not found:
+        return
+    if drawn != any(transfer.status.expects_process for transfer in found):
+        # The whole page: its timer is of another state, and the library may have a run more. A
+        # press in here draws this part alone.
+        st.rerun()
+    st.subheader("Transfers", anchor=False)
+    for transfer in found[:MOST_SHOWN]:
+        try:
+            _card(transfer, transfer.status)
+        except InputError as error:
+            notice(str(error), title=f"{transfer.id} can no longer be read")
+
+
+def _card(transfer: Transfer, status: Status) -> None:
+    request = transfer.request
+    if status.state == "cancelling":
+        process.escalate_cancel(transfer)
+    with st.container(border=True):
+        if isinstance(request, PullRequest):
+            path = f" · {request.path}" if request.path else ""
+            plain(f"{transfer.arrow} {request.repo}{path} → {request.to}")
+        else:
+            plain(f"{transfer.arrow} {request.run}: {', '.join(request.saes)} → {request.repo}")
+        if status.state in ("starting", "running", "cancelling") and status.total:
+            done = f"{readable(status.done)} of {readable(status.total)}"
+            text = f"{STAGES.get(status.stage or '', 'starting')}: {done}"
+            st.progress(min(1.0, status.done / status.total), text=text)
+        elif status.expects_process:
+            st.progress(0.0, text=STAGES.get(status.stage or "", "starting"))
+        if status.state == "failed":
+            notice(status.error or "It gave no reason.", title="It failed")
+        elif status.state == "lost":
+            notice(
+                "Its process is gone without a word: the machine restarted, or it was killed. Go "
+                "on takes up what came.",
+                kind="warning",
+            )
+        if damaged := transfer.event_lines().damaged:
+            st.caption(f"{left_out(damaged, 'events.jsonl')}.")
+        _buttons(transfer, status)
+
+
+def _buttons(transfer: Transfer, status: Status) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        state_badge(status.state)
+        key = transfer.id
+        if status.state in ("queued", "starting", "running"):
+            st.button(
+                "Cancel",
+                icon=":material/stop_circle:",
+                key=f"hub.stop_{key}",
+                on_click=_cancel,
+                args=(transfer,),
+            )
+        elif status.state in ("cancelled", "failed", "lost"):
+            st.button(
+                "Go on",
+                icon=":material/play_arrow:",
+                type="primary",
+                key=f"hub.on_{key}",
+                on_click=_go_on,
+                args=(transfer,),
+            )
+        elif status.state == "finished" and transfer.kind == "pull" and transfer.result:
+            if st.button(
+                "Open the run", icon=":material/monitoring:", type="primary", key=f"hub.open_{key}"
+            ):
+                _open(transfer)
+        elif status.state == "finished":
+            plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
+        if not status.expects_process and status.state != "cancelling":
+            st.button(
+                "Put away",
+                icon=":material/close:",
+                key=f"hub.away_{key}",
+                on_click=_put_away,
+                args=(transfer,),
+                help="What came and is no run yet goes with it.",
+            )
+
+
+def _open(transfer: Transfer) -> None:
+    try:
+        run = find_run(transfer.root, str(transfer.result))
+    except InputError as error:
+        notice(str(error), title="The run is gone")
+    else:
+        shell.go("pages/2_Live.py", run)
+
+
+def _cancel(transfer: Transfer) -> None:
+    _attempt(lambda: transfer.request_cancel(by="app"), "Nothing was cancelled")
+
+
+def _go_on(transfer: Transfer) -> None:
+    _attempt(lambda: process.start(transfer), "Nothing was started")
+
+
+def _put_away(transfer: Transfer) -> None:
+    _attempt(lambda: process.delete(transfer), "Nothing was put away")
+
+
+def _attempt(act: Callable[[], object], refused: str) -> None:
+    try:
+        act()
+    except InputError as error:
+        # Someone else may have pressed first, or the disk refuses.
+        st.session_state["shell.refused"] = (refused, str(error))

@@ -1,0 +1,177 @@
+"""Building the index of an SAE from its page: started as a process, watched, ended."""
+
+import contextlib
+
+import streamlit as st
+
+from gsae_core.app.feature_list import cost
+from gsae_core.app.parts import notice, plain
+from gsae_core.errors import InputError
+from gsae_core.files import readable
+from gsae_core.runs.jobs.job import Job, Status
+from gsae_core.runs.jobs.process import escalate_cancel
+from gsae_core.runs.plan.progress import explain
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import N_TOKENS, index_job, start_index
+from gsae_core.text import count, duration
+
+AMOUNTS = [100_000, 300_000, N_TOKENS, 3_000_000]
+EVERY = 1.0
+STAGES = {
+    "waiting": "waits until the device is free",
+    "loading": "loading the model and the text",
+    "indexing": "reading tokens",
+    "sorting": "sorting by feature",
+    "describing": "describing features",
+}
+
+
+def panel(run: Run, names: list[str], *, problem: str) -> None:
+    """Offer to build the indices of some SAEs, or show how far that is.
+
+    Args:
+        names: of the SAE that is shown, and of the one beside it if that has none either.
+        problem: why an index that is there cannot be used; empty: there is none.
+    """
+    if problem:
+        notice(problem, kind="warning", title="The feature index cannot be used")
+    moving = any(_expects(run, name) for name in names)
+
+    def watched() -> None:
+        if moving != any(_expects(run, name) for name in names):
+            st.rerun()  # the index is there, or its building has ended
+        for name in names:
+            _watch(run, name)
+
+    if moving:
+        st.fragment(watched, run_every=EVERY)()
+        return
+    for name in names:
+        _trouble(run, name)
+    _offer(run, names)
+
+
+def _expects(run: Run, name: str) -> bool:
+    job = _job(run, name)
+    return job is not None and job.status.expects_process
+
+
+def _job(run: Run, name: str) -> Job | None:
+    try:
+        job = index_job(run, name)
+        if job is not None:
+            _ = job.status
+    except InputError:
+        return None  # its folder went meanwhile
+    return job
+
+
+def _offer(run: Run, names: list[str]) -> None:
+    with st.container(border=True):
+        st.subheader("Where does each feature fire?", anchor=False)
+        plain(
+            "Weights say how a gate decides; where a feature fires and what that means is read "
+            "from text, once, into an index beside the run.",
+            size=".9rem",
+        )
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            amount = st.segmented_control(
+                "Tokens to read",
+                [count(n) for n in AMOUNTS],
+                default=count(N_TOKENS),
+                required=True,
+                key="features.amount",
+            )
+            n_tokens = next((n for n in AMOUNTS if count(n) == amount), N_TOKENS)
+            st.button(
+                f"Build the index ({_cost(run, names, n_tokens)})",
+                type="primary",
+                icon=":material/build:",
+                key="features.build",
+                on_click=_start,
+                args=(run, names, n_tokens),
+            )
+        if len(names) > 1:
+            st.caption(f"Of {' and '.join(names)}, over the same tokens.")
+
+
+def _cost(run: Run, names: list[str], n_tokens: int) -> str:
+    found = [cost(run, name, n_tokens) for name in names]
+    room = readable(sum(each.n_bytes for each in found))
+    times = [each.seconds for each in found if each.seconds is not None]
+    return f"≈ {duration(sum(times))}, {room}" if len(times) == len(found) else f"≈ {room}"
+
+
+def _start(run: Run, names: list[str], n_tokens: int) -> None:
+    try:
+        for name in names:
+            start_index(run, name, n_tokens=n_tokens, split="mixed")
+    except InputError as error:
+        st.session_state["shell.refused"] = ("Nothing was started", str(error))
+
+
+def _watch(run: Run, name: str) -> None:
+    job = _job(run, name)
+    if job is None or not job.status.expects_process:
+        return
+    status = job.status
+    if status.state == "cancelling":
+        _escalate(job)
+    with st.container(border=True):
+        left, right = st.columns([4, 1], vertical_alignment="bottom")
+        left.progress(_share(status), text=f"Index of {name}: {_stage(status)}")
+        if status.state == "cancelling":
+            right.caption("ending …")
+        else:
+            right.button(
+                "Cancel",
+                icon=":material/stop_circle:",
+                key=f"features.cancel_{name}",
+                on_click=_cancel,
+                args=(job,),
+            )
+
+
+def _escalate(job: Job) -> None:
+    with contextlib.suppress(InputError):  # read-only, or gone: the process ends by itself
+        escalate_cancel(job)
+
+
+def _share(status: Status) -> float:
+    return min(status.done / status.total, 1.0) if status.total else 0.0
+
+
+def _stage(status: Status) -> str:
+    if status.stage is None or status.state == "queued":
+        return "starting" if status.stage is None else STAGES["waiting"]
+    said = STAGES.get(status.stage, status.stage)
+    if status.stage == "indexing" and status.total:
+        return f"{said}, {status.done:,} of {status.total:,}"
+    return said
+
+
+def _cancel(job: Job) -> None:
+    try:
+        job.request_cancel(by="app")
+    except InputError as error:
+        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
+
+
+def _trouble(run: Run, name: str) -> None:
+    """Say why the last build ended early, if it did."""
+    job = _job(run, name)
+    if job is None:
+        return
+    status = job.status
+    if status.state == "failed":
+        cause, advice = explain(status.error)
+        notice(f"{cause} {advice}", title=f"The index of {name} was not built")
+        lines = job.log_tail(12)
+        if lines:
+            st.code("\n".join(lines), language=None, height=160)
+    elif status.state == "lost":
+        text = "Its process is gone without a word; building goes on from its last shard."
+        notice(text, kind="warning", title=f"The index of {name} is not finished")
+    elif status.state == "cancelled":
+        text = "It was cancelled; building goes on from its last shard."
+        notice(text, kind="info", title=f"The index of {name} is not finished")

@@ -1,0 +1,233 @@
+"""Parts of the Live page: where a run stands, how it got there, what its latents see."""
+
+import html
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+from gsae_core.app.glossary import definition, title
+from gsae_core.app.parts import figure_tools, notice, plain, seconds_since
+from gsae_core.errors import InputError
+from gsae_core.runs.jobs.job import Status
+from gsae_core.runs.jobs.queue import line
+from gsae_core.runs.plan.progress import RECENT, Phase, Progress, explain, timeline
+from gsae_core.runs.run import Run
+from gsae_core.text import ago, count, duration, fixed, marked_fvu, percent, token_strip, unhidden
+
+# Mixed with the colour of the text, which is dark on a light page and light on a dark one.
+MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
+STAGES = {
+    "requested": "asked to finish its step and save",
+    "terminating": "did not answer in 10 s; told to end",
+    "killing": "did not end in 20 s; being killed",
+}
+
+
+def draw_timeline(run: Run, status: Status) -> None:
+    """Show the stretches of a run's life with their lengths."""
+    if run.n_lost_events(status):
+        st.caption("How long each stage took is not known: a part of events.jsonl is lost.")
+        return
+    phases = timeline(run.events(), status, now=time.time())
+    items = "".join(_phase(phase) for phase in phases)
+    st.html(
+        '<ol aria-label="What the run has been through" style="display:flex;flex-wrap:wrap;'
+        'gap:.25rem 1.5rem;list-style:none;margin:0;padding:0;font-size:.9rem">'
+        f"{items}</ol>"
+    )
+
+
+def _phase(phase: Phase) -> str:
+    sign, hue = MARKS.get(phase.mark, ("○", "currentColor"))
+    colour = f"color-mix(in srgb, {hue} 70%, currentColor)"
+    weight = "600" if phase.mark in ("now", "stopped") else "400"
+    faint = ";opacity:.6" if phase.mark == "ahead" else ""
+    length = "" if phase.seconds is None else f" {duration(phase.seconds)}"
+    return (
+        f'<li style="font-weight:{weight}{faint}"><span style="color:{colour}">{sign}</span> '
+        f'{phase.name}<span style="opacity:.75;font-weight:400">{length}</span></li>'
+    )
+
+
+def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False) -> None:
+    """Show the bar of the present stage, in numbers too.
+
+    Args:
+        eta: say how long training still takes.
+    """
+    if status.state == "queued":
+        waiting = [w.run for w in line(run.folder.parent)]
+        place = f"; number {waiting.index(run.id) + 1} in line" if run.id in waiting else ""
+        waits = f"waits until its device is free{place}"
+        st.progress(0.0, text="not started yet" if status.pid is None else waits)
+    elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
+        share = min(status.done / status.total, 1.0) if status.total else 0.0
+        text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
+        if 0 < status.total < (asked := run.config.evaluation.n_tokens):
+            text += f"; {asked:,} were asked for, and there are no more"
+        st.progress(share, text=text)
+    else:
+        text = f"step {status.step:,} of {status.n_steps:,}"
+        if status.state == "starting":
+            text += "; loading the model and the text"
+        if eta and now.seconds_left is not None:
+            text += f" · about {duration(now.seconds_left)} left"
+        st.progress(now.share, text=text)
+
+
+def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) -> None:
+    """Show how far and how fast."""
+    cells = st.columns(5 if moving else 4)
+    cells[0].metric(
+        "Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out."
+    )
+    cells[1].metric(
+        "Recent speed",
+        "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
+        help=f"Tokens a second over the last {RECENT} logged steps, BOS left out. The line that "
+        "the terminal prints at the end has the average over the whole run.",
+    )
+    cells[2].metric(
+        "LM share",
+        "–" if now.lm_share is None else percent(now.lm_share, 0),
+        help="Share of training time spent in the language model. The SAEs' steps took "
+        f"{percent(now.sae_share, 0)}; files, logs and looks at latents took the rest.",
+    )
+    last = ago(seconds_since(status.heartbeat))
+    if not moving:
+        cells[3].metric("Ended", last, help="When the training process last wrote its status.")
+        return
+    left = now.seconds_left if status.stage != "evaluating" else None
+    cells[3].metric(
+        "Time left",
+        "–" if left is None else duration(left),
+        help="Training steps left at this speed; evaluation comes after.",
+    )
+    cells[4].metric(
+        "Last sign of life",
+        last.removesuffix(" ago"),  # in a narrow window there is no room for it
+        help="How long ago the training process last wrote its status.",
+    )
+
+
+def draw_trouble(run: Run, status: Status) -> None:
+    """Say why a run stopped early, what its log says, and what to change."""
+    if status.state == "failed":
+        cause, advice = explain(status.error)
+        notice(f"{cause} {advice}", title="Training failed")
+    elif status.state == "lost":
+        notice(
+            "The process is gone without a word: the machine restarted, or it was killed, "
+            "often for want of memory. Resume goes on from the last saved state.",
+            kind="warning",
+            title="The run was lost",
+        )
+    elif status.state == "cancelled":
+        who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
+        by = f" from {who[-1]}" if who and who[-1] else ""
+        notice(
+            f"It stopped after step {status.step:,} of {status.n_steps:,}, as a request{by} "
+            "asked. Resume goes on from there.",
+            kind="info",
+            title="The run was cancelled",
+        )
+    else:
+        return
+    draw_log(run)
+
+
+def draw_log(run: Run) -> None:
+    """Show the end of the log as it stands."""
+    lines = run.log_tail(30)
+    height = 240 if len(lines) > 8 else "content"
+    st.code(unhidden("\n".join(lines)) or "the log is empty", language=None, height=height)
+
+
+def draw_samples(run: Run, names: Sequence[str]) -> None:
+    """Show a few latents of one SAE and where they fire."""
+    try:
+        samples = run.samples()
+    except InputError as error:
+        notice(str(error), title="The sample of features cannot be read")
+        return
+    known = [name for name in names if samples and name in samples["saes"]]
+    if samples is None or not known:
+        st.caption("The first sample of features is taken a few steps into training.")
+        return
+    kept = st.session_state.get("feat")
+    if kept not in known:
+        st.session_state["feat"] = known[0]
+    name = st.selectbox("SAE", known, key="feat", bind="query-params")
+    st.caption(
+        f"On {samples['n_tokens']:,} held-out tokens after step {samples['step']:,}; a new look "
+        f"every {samples['every']:,} steps. Drawn at random among the "
+        f"{samples['saes'][name]['alive']:,} that fired, and the two that fire most."
+    )
+    latents = samples["saes"][name]["latents"]
+    if not latents:
+        st.caption("No feature fired on these tokens.")
+        return
+    st.html("".join(_latent(latent, samples["n_tokens"]) for latent in latents))
+    figure_tools(lambda: _sample_table(latents), name=f"features-{name}")
+
+
+def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
+    top = max((max(e["values"]) for e in latent["examples"]), default=0.0)
+    strips = "".join(
+        f'<div style="overflow-wrap:anywhere;margin:.15rem 0">'
+        f'<span style="display:inline-block;min-width:4.5rem;opacity:.75;font-size:.85rem">'
+        f"{e['values'][e['at']]:.3g}</span>"
+        f"{token_strip(e['tokens'], e['values'], at=e['at'], top=top)}</div>"
+        for e in latent["examples"]
+    )
+    how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
+    return (
+        f'<div style="margin-bottom:.75rem"><strong>Feature {int(latent["latent"]):,}</strong> '
+        f'<span style="opacity:.75;font-size:.875rem">{html.escape(how)} · '
+        f"{latent['fired']:,} of {n_tokens:,} tokens "
+        f"({percent(latent['fired'] / n_tokens, 2)})</span>{strips}</div>"
+    )
+
+
+def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "feature": latent["latent"],
+                "chosen": latent["chosen"],
+                "fired": latent["fired"],
+                "activation": example["values"][example["at"]],
+                "token": example["tokens"][example["at"]],
+                "context": "".join(example["tokens"]),
+            }
+            for latent in latents
+            for example in latent["examples"]
+        ]
+    )
+
+
+def explain_numbers() -> None:
+    """Show what each number of the page means, in the words of what computes it."""
+    for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
+        plain(f"{title(term)}: {definition(term)}")
+
+
+def newest_numbers(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the newest numbers of each SAE as a table's rows."""
+    return [
+        {
+            "SAE": name,
+            "L0": fixed(row.get("l0"), 1),
+            "FVU": marked_fvu(row.get("fvu")),
+            "γ": fixed(row.get("gamma"), 3),
+            "γ gate path": fixed(row.get("gamma_gate"), 3),
+            "loss": fixed(row.get("loss"), 4),
+            "gate-dead": percent(row.get("dead_gate"), 1),
+            "magnitude-dead": percent(row.get("dead_magnitude"), 1),
+        }
+        for name, row in rows.items()
+    ]

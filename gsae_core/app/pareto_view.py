@@ -1,0 +1,202 @@
+"""SAEs in words: one on a card, two with what changes, several with their settings side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from gsae_core.analysis.results import MAX_COLUMNS, NUMBERS, changes, settings, side_by_side
+from gsae_core.app.glossary import definition
+from gsae_core.app.parts import facts, marked, plain, say_worse
+from gsae_core.config import RunConfig, SAESpec
+from gsae_core.plots.palette import LOOKS, knob
+from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
+from gsae_core.runs.run import Run
+from gsae_core.text import WORSE, count, fixed, marked_fvu, percent, signed_percent
+
+TITLES = {
+    "l0": "L0",
+    "loss_recovered": "loss recovered",
+    "delta_ce": "ΔCE (nats)",
+    "kl": "KL (nats)",
+    "fvu": "FVU",
+    "gamma": "γ",
+    "gamma_gate": "γ gate path",
+    "cosine": "cosine",
+    "alive_fraction": "alive",
+}
+"""Heading of each of `NUMBERS`."""
+
+# On a card beside another there is room for one word.
+SHORT = TITLES | {"loss_recovered": "recovered"}
+
+DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4}
+SHARES = {"loss_recovered": 2, "alive_fraction": 1}
+"""Numbers written in percent, and their decimals."""
+
+
+def say(number: str, value: float) -> str:
+    """Return one of `NUMBERS` as text."""
+    if number in SHARES:
+        return percent(value, SHARES[number])
+    if number == "fvu":
+        return marked_fvu(value)
+    return fixed(value, DIGITS.get(number, 3))
+
+
+def say_change(number: str, before: float, after: float) -> str:
+    """Return the change of a number, absolute and in percent, e.g. `-60.0 (-50.0 %)`."""
+    difference = after - before
+    if difference != difference:
+        return "–"
+    if number in SHARES:
+        return f"{100 * difference:+.{SHARES[number]}f} points"
+    return f"{difference:+,.{DIGITS.get(number, 3)}f} ({signed_percent(before, after)})"
+
+
+def table_columns(*, topk: bool) -> dict[str, Any]:
+    """Return heading, format and definition of each column of a table of SAEs.
+
+    Args:
+        topk: whether TopK SAEs are among them, whose sparsity is a number of features.
+    """
+    formats = {"loss_recovered": "%.2f %%", "alive_fraction": "%.1f %%", "l0": "%.1f"}
+    formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
+    configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
+    number = st.column_config.NumberColumn
+    mark = "FVU above 1: the SAE reconstructs worse than the mean activation."
+    return (
+        configs
+        | {"worse": st.column_config.TextColumn(WORSE, width=36, help=mark)}
+        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
+        | {
+            name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
+            for name, title in TITLES.items()
+        }
+        | {
+            f"change_{name}": number(
+                f"Δ {TITLES[name]}",
+                format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
+                help=f"Less the baseline run's. {definition(name)}",
+            )
+            for name in NUMBERS[:6]
+        }
+    )
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    architecture = row["architecture"]
+    label = LOOKS[architecture].label if architecture in LOOKS else architecture
+    return f"{label}, {knob(architecture, row['sparsity'])}, {row['d_sae']:,} features"
+
+
+def _rows_of_three() -> list[tuple[str, ...]]:
+    return [NUMBERS[start : start + 3] for start in range(0, len(NUMBERS), 3)]
+
+
+def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
+    """Draw one SAE's numbers and what it is made from; return the page it was asked to open in.
+
+    Args:
+        row: of `results.several_runs`.
+        number: the card's, which its ring in the plot bears.
+    """
+    config = run.config
+    with st.container(border=True, key=f"pareto.card_{number}"):
+        marked(row["architecture"], f"{number} · {_title(row)}")
+        plain(f"{run.id} / {row['name']}", size=".85rem")
+        for names in _rows_of_three():
+            for cell, name in zip(st.columns(3), names, strict=True):
+                cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
+        say_worse({str(row["name"]): row["fvu"]})
+        if measured_earlier(row):
+            plain(f"{measure_again(str(run.folder))}.", size=".875rem")
+        spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
+        with st.expander("What it was made from"):
+            facts(
+                {
+                    "model": config.model.name,
+                    "site": config.model.hook_name,
+                    "text": config.data.source,
+                    **_training(config, spec),
+                    "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
+                    "measured on": measured_on(row),
+                    "losses with": positions(row),
+                }
+            )
+        with st.container(horizontal=True, gap="small"):
+            live, shrinkage = st.container(width="content"), st.container(width="content")
+        if live.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
+            return "live"
+        if shrinkage.button(
+            "Shrinkage", icon=":material/straighten:", key=f"pareto.shrink_{number}"
+        ):
+            return "shrinkage"
+    return None
+
+
+def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
+    """Return how an SAE learnt; of an imported one no more than who trained it."""
+    if config.imported is not None:
+        return {"imported from": config.imported}
+    return {
+        "trained on": f"{count(config.train.n_tokens)} tokens",
+        "learning rate": f"{(spec and spec.lr) or config.train.lr:g}",
+    }
+
+
+def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Draw what changes from one SAE to another, absolute and in percent."""
+    with st.container(border=True, key="pareto.difference"):
+        plain(f"From 1, {before['id']}, to 2, {after['id']}")
+        found = {change.number: change for change in changes(before, after)}
+        for names in _rows_of_three():
+            for cell, name in zip(st.columns(3), names, strict=True):
+                change = found[name]
+                cell.metric(
+                    TITLES[name],
+                    say(name, change.after),
+                    delta=say_change(name, change.before, change.after),
+                    delta_color="off",
+                    delta_arrow="off",  # the sign says it, and a change of 0 has no direction
+                    help=definition(name),
+                )
+
+
+def comparer(table: pd.DataFrame, runs: Mapping[str, Run], picked: Sequence[str]) -> None:
+    """Draw the settings of up to ten SAEs side by side.
+
+    Args:
+        table: `results.several_runs`' rows, from which columns are chosen.
+        runs: by id.
+        picked: ids to begin with; all where there are fewer than two.
+    """
+    st.subheader("Settings side by side", anchor=False)
+    options = list(table["id"])
+    left, right = st.columns([5, 2], vertical_alignment="bottom")
+    chosen = left.multiselect(
+        "Columns",
+        options,
+        key="cols",
+        bind="query-params",
+        max_selections=MAX_COLUMNS,
+        placeholder="the SAEs picked above, or all",
+        help=f"Up to {MAX_COLUMNS} SAEs. Empty: the two picked in the plot, or else all shown.",
+    )
+    only = right.toggle("Differences only", value=True, key="diff", bind="query-params")
+    names = chosen or (list(picked) if len(picked) > 1 else options)
+    by_id = table.set_index("id")
+    columns = {}
+    for name in names[:MAX_COLUMNS]:
+        config = runs[str(by_id.loc[name, "run"])].config
+        spec = next((s for s in config.saes if s.name == by_id.loc[name, "name"]), None)
+        if spec is not None:
+            columns[name] = settings(config, spec)
+    if len(names) > MAX_COLUMNS:
+        st.caption(f"The first {MAX_COLUMNS} of {len(names)}; choose columns to see others.")
+    found = side_by_side(columns, differences=only)
+    if found.empty:
+        st.caption("These SAEs have the same settings; switch off “Differences only” to see them.")
+    else:
+        st.dataframe(found, alt="Settings of each SAE, a row per setting")

@@ -1,0 +1,306 @@
+"""Pieces of a page that show text from elsewhere: escaped HTML, for Markdown would act on it."""
+
+import contextlib
+import html
+import re
+import time
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlencode
+
+import streamlit as st
+from streamlit.errors import StreamlitAPIException
+
+from gsae_core import text as markup
+from gsae_core.config import Architecture
+from gsae_core.plots.palette import LOOKS, NEUTRAL
+from gsae_core.runs.jobs.job import State
+from gsae_core.text import unhidden, worse_than_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gsae_core.plots.live import Line
+
+
+def own(name: str) -> str:
+    """Return a key of the page that is drawn, for what several pages draw."""
+    return f"{st.session_state['shell.page'].lower()}.{name}"
+
+
+def key_for(name: str, *about: object) -> str:
+    """Return the key of a widget whose choices depend on data: another one for other data.
+
+    A browser keeps showing what was chosen under a key, even if the next list under it lacks it.
+
+    Args:
+        name: the page's and the widget's.
+        about: what the choices depend on; equal where their `repr` is.
+    """
+    return f"{name}.{zlib.crc32(repr(about).encode()):08x}"
+
+
+SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
+SHAPES = {LOOKS[architecture].vega_shape: sign for architecture, sign in SIGNS.items()}
+Colour = Literal["gray", "blue", "green", "orange", "red"]
+
+STATE_LOOKS: dict[State, tuple[str, Colour]] = {
+    "queued": ("○", "gray"),
+    "starting": ("◔", "blue"),
+    "running": ("◑", "blue"),
+    "cancelling": ("◐", "orange"),
+    "cancelled": ("◻", "gray"),
+    "finished": ("●", "green"),
+    "failed": ("✕", "red"),
+    "lost": ("?", "orange"),
+}
+"""Sign and colour of each state: the sign tells it where the colour is not seen."""
+
+
+def notice(
+    text: str, *, kind: Literal["info", "warning", "error"] = "error", title: str = ""
+) -> None:
+    """Show a message; any text is safe in it, for it is escaped and never read as Markdown."""
+    colour, role = {
+        "info": ("#0072B2", "status"),
+        "warning": ("#E69F00", "status"),
+        "error": ("#D55E00", "alert"),
+    }[kind]
+    head = f"<strong>{escaped(title)}</strong><br>" if title else ""
+    st.html(
+        f'<div role="{role}" style="padding:.75rem 1rem;border-radius:.5rem;overflow-wrap:anywhere;'
+        f"border-left:4px solid {colour};background:color-mix(in srgb, {colour} 12%, transparent)"
+        f'">{head}{escaped(text)}</div>'
+    )
+
+
+def asset(name: str) -> str:
+    """Return a script or a style sheet that ships with the package."""
+    return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
+
+
+def escaped(text: str) -> str:
+    """Return text as HTML that shows it as it stands, and nothing of it hidden."""
+    return html.escape(unhidden(text))
+
+
+def plain(text: str, *, size: str = "1rem") -> None:
+    """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
+    st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{escaped(text)}</div>')
+
+
+def say_worse(fvus: Mapping[str, float | None]) -> None:
+    """Name the SAEs whose FVU is above 1, if there are any."""
+    if sentence := worse_than_mean(fvus):
+        notice(f"{sentence}.", kind="warning")
+
+
+def paragraphs(text: str, *, size: str = "1rem") -> None:
+    """Show text as `plain` does, with the gaps that empty lines stand for."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        plain(paragraph, size=size)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it stands, for labels that know nothing else."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()<>#+-.!|$:~^" else c for c in unhidden(text))
+
+
+def state_badge(state: State) -> None:
+    """Show a run's state."""
+    sign, colour = STATE_LOOKS[state]
+    st.badge(f"{sign} {state}", color=colour)
+
+
+def line_legend(lines: Sequence["Line"]) -> None:
+    """Show which colour, dash and marker is which SAE, once for all charts of a page.
+
+    Of several runs it shows which colour is which run, and which dash which architecture.
+    """
+    if len({line.run for line in lines}) == 1:
+        items = [_legend_item(line.label, line.colour, line.dash, line.shape) for line in lines]
+    else:
+        runs = {line.run: line.colour for line in reversed(lines)}
+        items = [_legend_item(run, colour, (1, 0), None) for run, colour in runs.items()]
+        kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
+        items += [_legend_item(*kind[:1], NEUTRAL, kind[1], s) for s, kind in kinds.items()]
+    st.html(
+        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
+        f"{''.join(items)}</div>"
+    )
+
+
+def _legend_item(label: str, colour: str, dash: tuple[int, ...], shape: str | None) -> str:
+    stroke = "solid" if dash == (1, 0) else "dashed"
+    sign = "" if shape is None else f'<span style="color:{colour}">{SHAPES[shape]}</span> '
+    return (
+        f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
+        f'border-top:3px {stroke} {colour};vertical-align:middle"></span> '
+        f"{sign}{escaped(label)}</span>"
+    )
+
+
+def seconds_since(moment: float | int) -> float:
+    """Return the seconds since a time given in seconds since 1970."""
+    return max(time.time() - moment, 0.0)
+
+
+def facts(rows: Mapping[str, str]) -> None:
+    """Show names and values in two columns."""
+    st.html(markup.facts(rows))
+
+
+def facts_in_line(rows: Mapping[str, str]) -> None:
+    """Show names and values one after the other, in as many lines as they need."""
+    body = "".join(
+        f'<span><span style="opacity:.75">{escaped(name)}</span> {escaped(value)}</span>'
+        for name, value in rows.items()
+    )
+    st.html(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem 2.5rem">{body}</div>')
+
+
+def marked(architecture: Architecture, text: str) -> None:
+    """Show text behind the colour and marker of an architecture."""
+    sign = f'<span style="color:{LOOKS[architecture].colour}">{SIGNS[architecture]}</span>'
+    st.html(f'<div style="font-weight:600">{sign} {escaped(text)}</div>')
+
+
+def figure_tools(
+    frame: "pd.DataFrame | Callable[[], pd.DataFrame]",
+    *,
+    name: str,
+    label: str = "Data",
+    about: str = "",
+) -> None:
+    """Draw the button under a figure that explains it, tables it, saves it, and copies its link.
+
+    What the popover holds is made when it is opened: nine figures a second cost nine buttons.
+
+    Args:
+        frame: what the figure draws, a column for each axis, in the figure's own units; or what
+            returns it.
+        name: of the figure, once a page: the key of its widgets and the name of the file.
+        label: of the button.
+        about: what the figure's numbers mean, from the glossary.
+    """
+    tools = st.popover(
+        label,
+        icon=":material/table_view:",
+        type="tertiary",
+        key=own(f"tools_{name}"),
+        on_change="rerun",
+        help=f"{'Definition · ' if about else ''}Show as table · Download data · Copy link",
+    )
+    if not tools.open:
+        return
+    table = frame() if callable(frame) else frame
+    with tools:
+        if about:
+            st.caption("Definition")
+            paragraphs(about, size=".9rem")
+        st.caption("Show as table")
+        st.dataframe(
+            table, hide_index=True, height=260, key=own(f"table_{name}"), alt=f"The data of {name}"
+        )
+        st.download_button(
+            "Download data",
+            lambda: table.to_csv(index=False),
+            file_name=f"{name}.csv",
+            mime="text/csv",
+            icon=":material/download:",
+            key=own(f"csv_{name}"),
+            on_click="ignore",
+        )
+        copy_link()
+
+
+def copy_link() -> None:
+    """Show the address of this page as it stands, with a button that copies it."""
+    st.caption("Copy link")
+    st.code(page_address(), language=None, wrap_lines=True)
+
+
+def page_address() -> str:
+    """Return the address of this page with all that shapes it: run, axes and choices."""
+    # A list is a parameter several times over, of which to_dict() keeps the last alone.
+    # `page` is for history.js alone, which keeps it out of the address.
+    names = [name for name in st.query_params if name != "page"]
+    parameters = {name: st.query_params.get_all(name) for name in names}
+    query = urlencode(parameters, doseq=True)
+    # The server's idea of the address never has a query.
+    return f"{st.context.url or ''}{'?' if query else ''}{query}"
+
+
+PAGE = "page"
+"""Parameter that names the page an address is of, on the way to the browser: see history.js."""
+
+
+def arrive() -> None:
+    """Keep what the address of a page that was just opened asks for, until it is looked at."""
+    st.session_state["shell.asked"] = st.query_params.to_dict()
+
+
+def asked(param: str) -> str | None:
+    """Return what the address asks for, the first time this is asked on a page; None later.
+
+    Later the page's widgets say what is shown, and the address may lag behind them.
+    """
+    return st.session_state.get("shell.asked", {}).pop(param, None)
+
+
+def settle(
+    param: str, choices: Collection[str], *, key: str, default: str | None, what: str
+) -> None:
+    """Give a widget that is not bound the choice the address asks for, or a first one.
+
+    Call it before the widget is drawn, which needs `persist_state="session"` to be as it was left.
+
+    Args:
+        what: what a choice would be, to complete "... is no ...".
+    """
+    wanted = asked(param)
+    if wanted in choices:
+        st.session_state[key] = wanted
+    elif st.session_state.get(key) is None:
+        st.session_state[key] = default
+    if wanted is not None and wanted not in choices:
+        _say_stranger(wanted, what=what, shown=st.session_state[key] or "none")
+
+
+def write(values: Mapping[str, str | None]) -> None:
+    """Have the address say what is shown; None takes a name out of it."""
+    # A widget of the page that was just left (Pareto's `base`) may hold its name until this run
+    # has ended; the next one writes it.
+    with contextlib.suppress(StreamlitAPIException):
+        for param in [name for name, value in values.items() if value is None]:
+            st.query_params.pop(param, None)
+        new = {name: value for name, value in values.items() if value is not None}
+        if any(st.query_params.get(name) != value for name, value in new.items()):
+            st.query_params.update(new)
+
+
+def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> None:
+    """Say which of an address' values under `key` are none of the choices.
+
+    Call it before the widget bound to `key` is drawn: binding clears them without a word.
+
+    Args:
+        what: what a value would be, to complete "... is no ...".
+        shown: what is shown in its place.
+    """
+    strangers = [value for value in st.query_params.get_all(key) if value not in choices]
+    for value in strangers[:3]:
+        _say_stranger(value, what=what, shown=shown)
+    # A list may only hold what it offers; a deleted run's SAEs are not offered any more.
+    kept = st.session_state.get(key)
+    if isinstance(kept, list):
+        st.session_state[key] = [value for value in kept if value in choices]
+    elif kept is not None and kept not in choices and isinstance(kept, str):
+        del st.session_state[key]
+
+
+def _say_stranger(value: str, *, what: str, shown: str) -> None:
+    short = value if len(value) <= 80 else f"{value[:80]}…"
+    plain(f"The address asks for {short!r}, which is no {what}; showing {shown}.", size=".9rem")

@@ -1,0 +1,232 @@
+"""What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NoReturn, ParamSpec, TypeVar
+
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from gsae_core.app import cache, shell
+from gsae_core.app.cache import finished_saes
+from gsae_core.app.parts import asked, key_for, notice, plain, say_worse, write
+from gsae_core.app.shell import Frame
+from gsae_core.config import Architecture
+from gsae_core.errors import InputError
+from gsae_core.runs.run import Run
+from gsae_core.text import visible
+
+ADDRESS_TEXT = 500
+"""Characters of a text that an address carries; a longer one stays in the session."""
+
+CODE = 'import json\n\ndef read_config(path):\n    with open(path, encoding="utf-8") as file:'
+PROSE = "When Mary and John went to the shop, John gave a bottle of milk to"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
+    """Return the chosen run and its SAEs that can be looked through, or end the page.
+
+    Args:
+        what: what the page would show, to complete "... appear here".
+    """
+    run = shell.need_run(frame, what)
+    names = finished_saes(run)
+    if names:
+        return run, names
+    shell.need_evals(run)
+    notice(
+        f"expected the weights of {run.id}'s SAEs in {run.folder / 'saes'}, found none; copy them "
+        "back, or train the run again",
+        title="This run has no SAEs to look through",
+    )
+    return st.stop()
+
+
+def first_choice(run: Run, names: Sequence[str]) -> str:
+    """Return the SAE to look through to begin with.
+
+    The Gated one with a baseline nearest to it in L0, where the run was evaluated.
+    """
+    pair = cache.nearest(run, names)
+    return pair.get("gated") or pair.get("base") or names[0]
+
+
+def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
+    """Return what to compare an SAE with: of another kind, nearest in L0; None if it is alone."""
+    own = architecture(run, name)
+    others = [n for n in names if n != name]
+    unlike = [n for n in others if architecture(run, n) != own] or others
+    evals = cache.evaluations(run)
+    l0 = dict(zip(evals["name"], evals["l0"], strict=True)) if len(evals) else {}
+    known = [n for n in unlike if l0.get(n, 0) > 0 and l0.get(name, 0) > 0]
+    if known:
+        return min(known, key=lambda n: abs(math.log(l0[n] / l0[name])))
+    return unlike[0] if unlike else None
+
+
+def stacking(key: str, *, least: int = 22) -> DeltaGenerator:
+    """Return a container whose columns stack where one would be narrower than `least` rem.
+
+    Streamlit's own stack below 640 px, where tables and texts beside each other are long cut off.
+    """
+    name = key.replace(".", "-")  # as Streamlit writes a key into a class
+    row = f".st-key-{name}>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
+    st.html(
+        f"<style>{row}{{flex-wrap:wrap}}"
+        f"{row}>[data-testid=stColumn]{{min-width:min({least}rem,100%)}}</style>"
+    )
+    return st.container(key=key)
+
+
+def architecture(run: Run, name: str) -> Architecture:
+    """Return what kind of SAE a name stands for."""
+    return next(spec.architecture for spec in run.config.saes if spec.name == name)
+
+
+def _pick(
+    label: str,
+    names: Sequence[str],
+    *,
+    run: Run,
+    page: str,
+    param: str,
+    default: str | None,
+    none: str | None = None,
+) -> str | None:
+    """Draw a picker of SAEs; return the choice, which may be `none`.
+
+    It is not bound to the address as other widgets are: Streamlit would then refuse to leave for a
+    page that is given the same parameter.
+
+    Args:
+        run: whose SAEs they are.
+        page: the page's name, so that each has a picker of its own.
+        default: shown where the address names none; None with `none`.
+        none: what to offer for no SAE at all.
+    """
+    key = key_for(f"{page}.{param}", run.id)
+    offered = [*names, *([none] if none else [])]
+    wanted = asked(param)
+    if wanted in offered:
+        st.session_state[key] = wanted
+    elif st.session_state.get(key) not in offered:  # just arrived, at the page or the run
+        wanted = wanted or st.query_params.get(param)
+        if wanted is not None and wanted not in offered:
+            _say_stranger(wanted, "SAE of this run", default or none or "none")
+        st.session_state[key] = wanted if wanted in offered else (default or none)
+    return st.selectbox(label, offered, key=key, persist_state="session")
+
+
+def pick_pair(
+    run: Run, names: Sequence[str], *, page: str, other: str = "Beside it"
+) -> tuple[str, str | None]:
+    """Draw pickers of an SAE and of one to see beside it; return both, which the address follows.
+
+    Args:
+        other: label of the second.
+    """
+    left, right = st.columns(2)
+    with left:
+        name = _pick(
+            "SAE", names, run=run, page=page, param="sae", default=first_choice(run, names)
+        )
+    assert name is not None
+    with right:
+        base = _pick(
+            other,
+            [each for each in names if each != name],
+            run=run,
+            page=page,
+            param="base",
+            default=beside(run, name, names),
+            none="none",
+        )
+    write({"sae": name, "base": base})
+    evals = cache.evaluations(run)
+    fvus = dict(zip(evals["name"], evals["fvu"], strict=True)) if len(evals) else {}
+    say_worse({one: fvus[one] for one in (name, base) if one is not None and one in fvus})
+    return name, None if base == "none" else base
+
+
+def text_field(
+    label: str, *, page: str, model: str, changed: Callable[[], None] | None = None
+) -> str:
+    """Draw the field for a text, which the address and the other page share; return the text.
+
+    Args:
+        changed: called when another text was typed, before the page is drawn with it.
+    """
+    key = f"{page}.text"
+    wanted = asked("text")
+    if wanted or key not in st.session_state:
+        if wanted is not None and len(wanted) > ADDRESS_TEXT:
+            plain(
+                f"An address carries at most {ADDRESS_TEXT} characters of text; the rest of this "
+                "one's was cut.",
+                size=".9rem",
+            )
+            wanted = wanted[:ADDRESS_TEXT]
+        example = CODE if model == "bundled" else PROSE
+        st.session_state[key] = wanted or st.session_state.get("shell.text") or example
+    text = st.text_area(label, key=key, height=120, on_change=changed) or ""
+    st.session_state["shell.text"] = text
+    write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
+    return text
+
+
+def correct_number(
+    key: str, low: float | int, high: float | int, *, what: str, shown: str, whole: bool = True
+) -> bool:
+    """Say that the number an address gives is none, or is out of range; binding drops it silently.
+
+    Return whether it gives one that is right. Call it before the widget bound to `key` is drawn.
+    """
+    asked = st.query_params.get(key)
+    if asked is None:
+        return False
+    pattern = r"-?\d{1,15}" if whole else r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
+    if re.fullmatch(pattern, asked.strip()) is None:
+        _say_stranger(asked, what, shown)
+        return False
+    if not low <= float(asked) <= high:
+        plain(
+            f"{what} {asked} is out of range ({low:g} to {high:g}); showing {shown}.", size=".9rem"
+        )
+        return False
+    return True
+
+
+def said(draw: Callable[P, R]) -> Callable[P, R]:
+    """Make a part of a page show an InputError as a sentence, and end the page there."""
+
+    @functools.wraps(draw)
+    def safely(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return draw(*args, **kwargs)
+        except InputError as error:
+            return stop_with(error)
+
+    return safely
+
+
+def stop_with(error: InputError) -> NoReturn:
+    """Show what went wrong, and end the page."""
+    sentence = str(error)
+    notice(f"{sentence[:1].upper()}{sentence[1:]}.")
+    return st.stop()
+
+
+def quoted(token: str, *, most: int = 24) -> str:
+    """Return a token as it is shown inside a sentence or a list: nothing hidden, nothing long."""
+    shown = visible(token)
+    return shown if len(shown) <= most else f"{shown[:most]}…"
+
+
+def _say_stranger(asked: str, what: str, shown: str) -> None:
+    short = quoted(asked, most=80) if asked else ""
+    plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")

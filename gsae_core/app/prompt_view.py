@@ -1,0 +1,370 @@
+"""Parts of the Prompt page: numbers of a text, its tokens, the features of one of them."""
+
+import html
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+import streamlit as st
+
+from gsae_core.app import cache
+from gsae_core.app.components import Cell
+from gsae_core.app.parts import SIGNS, marked
+from gsae_core.app.pickers import quoted, stacking
+from gsae_core.config import Architecture
+from gsae_core.runs.run import Run
+from gsae_core.text import STRONGEST, WORSE, fixed, marked_fvu, percent, token_strip
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.attribution import Candidate
+    from gsae_core.analysis.prompt import Alignment, Look
+    from gsae_core.sae.base import SAE
+
+MEASURES = {
+    "active features": ("n_active", "features that fire on the token"),
+    "strongest": ("strongest", "the largest activation on the token"),
+    "loss added": ("added", "nats that reading the reconstruction adds to predicting the token"),
+    "attribution": ("effect", "what the token's features together do to the chosen next token"),
+}
+"""What the strip can be shaded by: column, and definition."""
+
+SORTS = {"activation": "activation", "share": "share", "attribution": "effect"}
+
+
+class Seen(NamedTuple):
+    """A text through the SAEs of the page."""
+
+    looks: "list[Look]"
+    alignment: "Alignment | None"
+    seconds: float
+    """What reading it took, when it was read."""
+    key: tuple[Any, ...]
+    """Says which text, model and weights."""
+
+
+class Chosen(NamedTuple):
+    """The SAEs of the page."""
+
+    run: Run
+    name: str
+    other: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *([self.other] if self.other else [])]
+
+    def architectures(self) -> "list[Architecture]":
+        specs: dict[str, Architecture] = {s.name: s.architecture for s in self.run.config.saes}
+        return [specs[name] for name in self.names]
+
+
+def read(chosen: Chosen, text: str) -> Seen:
+    """Return a text through the chosen SAEs, from memory where it was read before.
+
+    Raises:
+        InputError: if the text, the model or an SAE cannot be read, or the model is busy.
+    """
+    began = time.perf_counter()
+    model = cache.language_model(chosen.run)
+    saes = [cache.sae(chosen.run, name) for name in chosen.names]
+    bos = chosen.run.config.data.bos != "never"
+    place = chosen.run.config.model
+    key = (cache.identity(chosen.run, chosen.names), bos, text, place.layer, place.site)
+    return _read(key, _model=model, _saes=saes, _began=began)
+
+
+# The key says which model and weights; arguments with an underscore are no part of it.
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _read(key: tuple[Any, ...], _model: cache.Loaded, _saes: "list[SAE]", _began: float) -> Seen:
+    from gsae_core.analysis.prompt import align, look, read_prompt
+
+    *_, bos, text, layer, site = key
+    prompt = read_prompt(_model.model, text, bos=bos)
+    with _model.desk.turn():
+        looks = look(_model.model, _saes, prompt, layer=layer, site=site)
+    aligned = align(looks[0], looks[1], _saes[0], _saes[1]) if len(looks) == 2 else None
+    return Seen(looks, aligned, time.perf_counter() - _began, key)
+
+
+def next_tokens(chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
+    """Return what may follow a token: what does follow first, then the likeliest."""
+    return _next_tokens(seen.key, position, _chosen=chosen, _seen=seen)
+
+
+# The likeliest of every token of a vocabulary, or a pass back through the model: a page that is
+# opened again, or drawn anew for a choice beside it, does not pay for them again.
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _next_tokens(
+    key: tuple[Any, ...], position: int, _chosen: Chosen, _seen: Seen
+) -> "list[Candidate]":
+    from gsae_core.analysis.attribution import candidates
+
+    model, desk = cache.language_model(_chosen.run)
+    with desk.turn():
+        return candidates(model, _seen.looks[0].prompt, position=position)
+
+
+def attributed(chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
+    """Return the features of each SAE with their effect on a next token, in logits."""
+    return _attributed(seen.key, position, token, _chosen=chosen, _seen=seen)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _attributed(
+    key: tuple[Any, ...], position: int, token: int, _chosen: Chosen, _seen: Seen
+) -> list[pd.DataFrame]:
+    from gsae_core.analysis.attribution import effects, slope_at
+
+    model, desk = cache.language_model(_chosen.run)
+    place, prompt = _chosen.run.config.model, _seen.looks[0].prompt
+    with desk.turn():
+        slope = slope_at(
+            model, prompt, layer=place.layer, site=place.site, position=position, token=token
+        )
+    saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
+    return [effects(look, sae, slope) for look, sae in zip(_seen.looks, saes, strict=True)]
+
+
+def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
+    """Return the strip: the first SAE's measure as ground, the second's as a line below.
+
+    Both are on one scale, so that equal shades are equal numbers.
+    """
+    values = [
+        _measured(look, table, measure) for look, table in zip(seen.looks, tables, strict=True)
+    ]
+    top = max((float(column.abs().max()) for column in values), default=0.0)
+    top = top if top > 0 else 1.0
+    prompt, found = seen.looks[0].prompt, []
+    for index, token in enumerate(prompt.tokens):
+        special = not bool(prompt.counted[index])
+        here = [float(column.iloc[index]) for column in values]
+        shares = [min(abs(value) / top, 1.0) if value == value else 0.0 for value in here]
+        about = "special token: not read by the SAE" if special else _about(here, measure)
+        if not token:
+            about += "\n∅: the rest of the character before it"
+        below = shares[1] if len(shares) > 1 else 0.0
+        found.append(Cell(token, about, STRONGEST * shares[0], below, special))
+    return found
+
+
+def _measured(look: "Look", table: pd.DataFrame, measure: str) -> Any:
+    column = MEASURES[measure][0]
+    tokens = look.tokens
+    if column == "added":
+        return tokens["loss_sae"] - tokens["loss"]
+    if column == "effect":
+        sums: Any = table.groupby("position")["effect"].sum()
+        return sums.reindex(tokens["position"], fill_value=0.0).reset_index(drop=True)
+    return tokens[column].astype(float)
+
+
+def _about(values: Sequence[float], measure: str) -> str:
+    digits = 0 if measure == "active features" else 3
+    lines = [fixed(value, digits) for value in values]
+    return f"{measure}: {lines[0]}" + (f"\nbeside: {lines[1]}" if len(lines) > 1 else "")
+
+
+def feature_rows(table: pd.DataFrame, *, position: int, sort: str) -> pd.DataFrame:
+    """Return the features of a token, the strongest by `sort` first, either sign."""
+    column = SORTS[sort]
+    here: Any = table[table["position"] == position]
+    order = here[column].abs().sort_values(ascending=False, kind="stable").index
+    return here.loc[order, ["latent", "activation", "gate", "share", "effect"]].reset_index(
+        drop=True
+    )
+
+
+def chosen_row(event: Any, n_rows: int) -> int | None:
+    """Return which row of a table is ticked; None if none is, or one that is gone."""
+    rows = event["selection"]["rows"] if event else []
+    return rows[0] if rows and 0 <= rows[0] < n_rows else None
+
+
+MAX_ROWS = 200
+
+
+def say_reading(seen: Seen) -> None:
+    """Say how much text was read, and what of it was not."""
+    prompt = seen.looks[0].prompt
+    parts = [f"{len(prompt.tokens):,} tokens, read in {seen.seconds:.1f} s"]
+    if prompt.n_left_out:
+        parts.append(f"the last {prompt.n_left_out:,} had no room and are left out")
+    if prompt.n_unknown:
+        parts.append(
+            f"{prompt.n_unknown:,} are unknown to this model's tokenizer, which lacks these words "
+            "or this alphabet; use words it knows"
+        )
+    st.caption(" · ".join(parts))
+
+
+def numbers(chosen: Chosen, seen: Seen) -> None:
+    """Draw L0, ΔCE and FVU of this text for each SAE."""
+    with stacking("prompt.numbers", least=20):
+        spots = st.columns(max(len(seen.looks), 2), border=True)
+    kinds = chosen.architectures()
+    for spot, name, kind, look in zip(spots, chosen.names, kinds, seen.looks, strict=False):
+        with spot:
+            marked(kind, name)
+            cells, found = st.columns(3), look.numbers
+            cells[0].metric(
+                "L0",
+                fixed(found.l0, 1),
+                help="Features that fire on a token of this text, on average.",
+            )
+            cells[1].metric(
+                "ΔCE (nats)",
+                fixed(found.delta_ce, 3),
+                help=f"Loss a token that reading reconstructions adds on this text: from "
+                f"{fixed(found.ce_clean)} to {fixed(found.ce_sae)}.",
+            )
+            cells[2].metric(
+                "FVU",
+                marked_fvu(found.fvu),
+                help="Residual over total sum of squares about this text's own mean activation; "
+                f"{WORSE} above 1, where that mean would do better.",
+            )
+
+
+def legend(chosen: Chosen, measure: str) -> None:
+    """Say what the strip's shades mean."""
+    kinds = chosen.architectures()
+    ground = (
+        '<span style="background:rgba(0,114,178,.5);border-radius:3px;padding:0 .5em">ground</span>'
+    )
+    line = '<span style="border-bottom:4px solid #D55E00">line</span>'
+    parts = [f"{ground} {SIGNS[kinds[0]]} {html.escape(chosen.name)}"]
+    if chosen.other:
+        parts.append(f"{line} {SIGNS[kinds[1]]} {html.escape(chosen.other)}")
+    about = html.escape(MEASURES[measure][1])
+    st.html(
+        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
+        f"{''.join(f'<span>{part}</span>' for part in parts)}"
+        f'<span style="opacity:.75">{about}; one scale for both</span></div>'
+    )
+
+
+def label_of(candidate: "Candidate") -> str:
+    """Return a next token as it stands in a list."""
+    follows = " · follows here" if candidate.actual else ""
+    return f"{quoted(candidate.text)}  {percent(candidate.probability, 2)}{follows}"
+
+
+def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) -> int | None:
+    """Draw the features of a token; return the one whose row is ticked."""
+    number = st.column_config.NumberColumn
+    shown = rows.head(MAX_ROWS)
+    event = st.dataframe(
+        shown.assign(share=100 * shown["share"]),
+        hide_index=True,
+        height=min(38 + 35 * max(len(shown), 1), 430),
+        key=key,
+        on_select="rerun",
+        selection_mode="single-row",
+        column_order=["latent", "activation", *(["gate"] if gated else []), "share", "effect"],
+        column_config={
+            "latent": number("feature", format="%d"),
+            "activation": number(format="%.3g", help="f, in the activations' own units."),
+            "gate": number(
+                "gate π", format="%.3g", help="The gate's pre-activation; it fires above 0."
+            ),
+            "share": number(
+                format="%.1f %%",
+                help="Share of the token's reconstruction: f <d, x̂ - b> / |x̂ - b|². A token's "
+                "shares add up to 100 %; one that works against the others is negative.",
+            ),
+            "effect": number(
+                "attribution",
+                format="%+.3f",
+                help=f"f <d, ∂ logit({target}) / ∂x>: what the feature does to this next token's "
+                "logit, to first order at the model's own activations, through all later blocks, "
+                "the final norm and the unembedding.",
+            ),
+        },
+        alt="Features that fire on the token: number, activation, gate, share and attribution to "
+        f"{target}",
+    )
+    row = chosen_row(event, len(shown))
+    return None if row is None else int(shown["latent"].iloc[row])
+
+
+def on_every_token(seen: Seen, latent: int, *, at: int, which: int = 0) -> None:
+    """Draw one feature's activation on every token of the text."""
+    look = seen.looks[which]
+    own: Any = look.features[look.features["latent"] == latent]
+    values: Any = (
+        own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)
+    )
+    top = float(values.max())
+    strip = token_strip(look.prompt.tokens, values.tolist(), at=at, top=top)
+    st.html(f'<div style="overflow-wrap:anywhere;line-height:1.9">{strip}</div>')
+    st.caption(f"fires on {int((values > 0).sum())} of {len(values)} tokens, at most {top:.3g}")
+
+
+def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
+    """Draw what both SAEs see of a token, and what only one does."""
+    aligned = seen.alignment
+    assert aligned is not None
+    here: Any = aligned.table[aligned.table["position"] == position]
+    names = _names(chosen)
+    _bar({names[where]: int((here["where"] == where).sum()) for where in names})
+    number = st.column_config.NumberColumn
+    # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
+    columns = {
+        "where": ("", "fires in"),
+        "gated": (chosen.name, "feature"),
+        "gated_activation": (chosen.name, "f"),
+        "baseline": (chosen.other, "feature"),
+        "baseline_activation": (chosen.other, "f"),
+        "cosine": ("", "cosine"),
+    }
+    shown = here.loc[:, list(columns)].replace({"where": names})
+    shown.columns = pd.MultiIndex.from_tuples(list(columns.values()))
+    formats = {
+        "feature": number(format="%d"),
+        "f": number(format="%.3g", help="Activation, in the activations' own units."),
+        "cosine": number(format="%.3f", help="Of the two decoder directions."),
+    }
+    # Under two heads a column is known by its place; the index is 0. The type is of names alone.
+    heads = enumerate((head for _, head in columns.values()), start=1)
+    places: Any = {place: formats[head] for place, head in heads if head in formats}
+    st.dataframe(
+        shown,
+        hide_index=True,
+        height=min(38 + 38 + 35 * max(len(here), 1), 430),
+        key="prompt.aligned",
+        placeholder="–",
+        column_config=places,
+        alt="Features of the token in both SAEs, or in one alone",
+    )
+    st.caption(
+        "Two features are the same where each is the other's best match by decoder cosine and the "
+        f"cosine is at least {aligned.threshold:g}; an activation of 0: it does not fire here."
+    )
+
+
+BAR = ("#0072B2", "#009E73", "#D55E00")
+
+
+def _names(chosen: Chosen) -> dict[str, str]:
+    only = {"only gated": f"only {chosen.name}", "both": "both"}
+    return only | {"only baseline": f"only {chosen.other}"}
+
+
+def _bar(counts: Mapping[str, int]) -> None:
+    whole = max(sum(counts.values()), 1)
+    parts = "".join(
+        f'<div style="width:{100 * n / whole:.2f}%;background:{colour}"></div>'
+        for n, colour in zip(counts.values(), BAR, strict=True)
+    )
+    words = "".join(
+        f'<span style="white-space:nowrap"><span style="display:inline-block;width:.7em;'
+        f'height:.7em;border-radius:2px;background:{colour}"></span> {n} {html.escape(name)}</span>'
+        for (name, n), colour in zip(counts.items(), BAR, strict=True)
+    )
+    st.html(
+        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
+        f'{words}</div><div style="display:flex;height:.7rem;border-radius:4px;overflow:hidden;'
+        f'margin:.4rem 0">{parts}</div>'
+    )

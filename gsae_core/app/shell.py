@@ -1,0 +1,452 @@
+"""The frame that app.py and every page share: title, navigation, run picker and job badge."""
+
+import gc
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import psutil
+import streamlit as st
+from streamlit.components.v2 import component
+
+from gsae_core.app import parts
+from gsae_core.app.parts import asset, escape_markdown, notice, own, plain
+from gsae_core.errors import InputError
+from gsae_core.plots.palette import Theme
+from gsae_core.runs import run as launch
+from gsae_core.runs.example import EXAMPLE_ID, example_run
+from gsae_core.runs.jobs.job import ACTIVE, Job, Status
+from gsae_core.runs.jobs.process import CancelStage, escalate_cancel
+from gsae_core.runs.run import Run, UnreadableRun, survey
+from gsae_core.runs.work.transfer import Transfer, transfers
+from gsae_core.text import percent
+
+Standings = Sequence[tuple[Job, Status]]
+"""Jobs, runs and transfers alike, and where each stands."""
+
+
+def status_of(job: Job, said: Status | None = None) -> Status | None:
+    """Return where a job stands, or None if its folder was deleted or damaged meanwhile.
+
+    Args:
+        said: what its status.json holds, where that was just read.
+    """
+    try:
+        return job.status if said is None else job.judged(said)
+    except InputError:
+        return None
+
+
+def job_badge(jobs: Standings) -> None:
+    """Draw the job badge, which refreshes itself while a job moves, on every page.
+
+    Args:
+        jobs: newest first.
+    """
+    moving = [job for job, status in jobs if status.expects_process]
+
+    def badge() -> None:
+        now = [(job, status) for job in moving if (status := status_of(job)) is not None]
+        for job, status in now:
+            if status.state == "cancelling":
+                escalate(job)  # whichever page is open
+        tell_endings(now)
+        _badge([(job, status) for job, status in now if status.expects_process])
+
+    st.fragment(badge, run_every=3.0 if moving else None)()
+    # What ended between two looks of the badge is told by the page that is drawn next.
+    tell_endings(jobs)
+
+
+def _badge(moving: Standings) -> None:
+    """Say how many runs train and wait, how far the newest is, and what goes from or to the Hub."""
+    if not moving:
+        plain("no job running", size=".875rem")
+        return
+    sent = [(job, status) for job, status in moving if isinstance(job, Transfer)]
+    runs = [status for job, status in moving if not isinstance(job, Transfer)]
+    active = [status for status in runs if status.state in ACTIVE]
+    words = []
+    if active:
+        newest = active[0]
+        done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
+        words.append(f"● {len(active)} running · {done}")
+    if len(active) < len(runs):
+        words.append(f"{len(runs) - len(active)} queued")
+    for job, status in sent:
+        share = min(1.0, status.done / status.total) if status.total else None
+        words.append(f"{job.arrow} {'starting' if share is None else percent(share, 0)}")
+    st.badge(" · ".join(words), color="blue" if active or sent else "gray")
+
+
+ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
+
+
+def tell_endings(jobs: Standings) -> None:
+    """Say once, on the page that is open, that a job seen moving in this session has ended."""
+    watched: set[str] = st.session_state.setdefault("shell.watched", set())
+    for job, status in jobs:
+        if status.expects_process:
+            watched.add(job.id)
+        elif job.id in watched:
+            watched.discard(job.id)
+            if status.state in ENDINGS:
+                end = "is lost" if status.state == "lost" else status.state
+                said = f"{escape_markdown(_title(job))} {end}"
+                st.toast(said, icon=ENDINGS[status.state], duration="long")
+
+
+def _title(job: Job) -> str:
+    try:
+        return f"{job.arrow} {job.request.repo}" if isinstance(job, Transfer) else job.id
+    except InputError:
+        return job.id  # put away between two looks
+
+
+def escalate(job: Job) -> CancelStage:
+    """Take a cancellation as far as it needs to go by now, if the folder lets us."""
+    try:
+        return escalate_cancel(job)
+    except InputError:
+        return "requested"  # read-only, or gone: what the process itself does is seen all the same
+
+
+def _at_work(statuses: dict[str, Status]) -> list[str]:
+    return [name for name, status in statuses.items() if status.state in ACTIVE]
+
+
+def server_started() -> float:
+    """Return when this server's process began, in seconds since 1970."""
+    return psutil.Process().create_time()
+
+
+def say_connected(title: str, run: Run | None, statuses: dict[str, Status]) -> None:
+    """Say that a run found at work needed neither this tab nor this server.
+
+    It is said on the page a visit begins with, until that run ends or another page is opened.
+    """
+    begun = (title, set(_at_work(statuses)))
+    page, found = st.session_state.setdefault("shell.began_on", begun)
+    still = [name for name in _at_work(statuses) if name in found]
+    if title != page or not still:
+        st.session_state["shell.began_on"] = None, set()
+        return
+    server = server_started()
+    older = [name for name in still if (statuses[name].process_started or server) < server]
+    if older:
+        went_on = f"{', '.join(older)}: training went on while the app was started again."
+        notice(f"Reconnected to {went_on}", kind="info")
+    elif title == "Live" and run is not None and run.id in still:
+        text = f"Reconnected to {run.id}: training goes on whether this page is open or not."
+        notice(text, kind="info")
+
+
+_n_modules = 0
+
+
+def spare_modules() -> None:
+    """Have later collections leave out what lives as long as the process: modules, once imported.
+
+    Streamlit collects after every run of a page and every tick of a fragment, holding the
+    interpreter's lock. With pandas and plotly imported that took 0.2 s each time, in which no other
+    visitor is served and the last messages of the page wait to be sent.
+    """
+    if _freeze not in gc.callbacks:
+        gc.callbacks.append(_freeze)
+
+
+def _freeze(phase: str, info: Mapping[str, int]) -> None:
+    global _n_modules
+    # Right after a full collection nothing that is kept is garbage. All that a count frees is
+    # freed all the same; only cycles that are alive now and die later are never found.
+    if phase == "stop" and info["generation"] == 2 and len(sys.modules) != _n_modules:
+        _n_modules = len(sys.modules)
+        gc.freeze()
+
+
+NAME = "Gated SAE Studio"
+
+# Streamlit shows the focus on links and buttons by a shade that is hard to tell from hovering, and
+# keeps 80 px free on either side of figures that need them.
+STYLE = (
+    "<style>:is(a,button,summary,[role=radio],[tabindex]):focus-visible"
+    "{outline:2px solid color-mix(in srgb,#0072B2 60%,currentColor)!important;"
+    "outline-offset:2px}"
+    "[data-testid=stMainBlockContainer]{padding:3.5rem clamp(1rem,3vw,4rem) 3rem}</style>"
+)
+
+NAVIGATION = (
+    (None, (("app.py", "Home", ":material/home:"),)),
+    (
+        "Build",
+        (
+            ("pages/1_Train.py", "Train", ":material/tune:"),
+            ("pages/2_Live.py", "Live", ":material/monitoring:"),
+            ("pages/8_Hub.py", "Hub", ":material/cloud_download:"),
+        ),
+    ),
+    (
+        "Compare",
+        (
+            ("pages/3_Pareto.py", "Pareto", ":material/balance:"),
+            ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
+        ),
+    ),
+    (
+        "Inspect",
+        (
+            ("pages/5_Features.py", "Features", ":material/search:"),
+            ("pages/6_Prompt.py", "Prompt", ":material/chat:"),
+            ("pages/7_Steer.py", "Steer", ":material/alt_route:"),
+        ),
+    ),
+    ("About", (("pages/9_Help.py", "Help", ":material/help:"),)),
+)
+TITLES = {target: label for _, links in NAVIGATION for target, label, _ in links}
+
+_history = component("gsae_history", js=asset("history.js"))
+
+
+class Frame(NamedTuple):
+    """What a page is given."""
+
+    run: Run | None
+    """The run chosen in the sidebar; None if there is none, or the one asked for is not here."""
+    runs: list[Run]
+    """Every run on this machine, newest first."""
+    theme: Theme
+    statuses: dict[str, Status]
+    """Where each run stood when the page was drawn; those that cannot be read are left out."""
+    unreadable: list[UnreadableRun]
+    """Folders here that look like runs and cannot be opened."""
+
+
+def runs_root() -> Path:
+    """Return the folder runs are kept in, as the command line has it, from the root of the disk."""
+    return launch.runs_root().absolute()
+
+
+def page(title: str, *, icon: str, purpose: str) -> Frame:
+    """Draw the frame of a page, and return what it shows.
+
+    Call it first: Streamlit wants the page's settings before anything else is drawn.
+
+    Args:
+        title: page heading and browser tab.
+        icon: an emoji, for the browser tab; any other kind is asked for at a font host.
+        purpose: one sentence under the heading.
+    """
+    spare_modules()
+    deleted = st.session_state.get("shell.deleted")
+    if deleted is not None and title != "Home":
+        go("app.py", None)
+    st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
+    listed, unreadable = _runs()
+    runs = [run for run, _ in listed]
+    found = [(run, status_of(run, said)) for run, said in listed]
+    found += [(transfer, status_of(transfer)) for transfer in transfers(runs_root())]
+    jobs = [(job, status) for job, status in found if status is not None]
+    statuses = {job.id: status for job, status in jobs if isinstance(job, Run)}
+    arrived = st.session_state.get("shell.page") != title
+    st.session_state["shell.page"] = title
+    if arrived:
+        parts.arrive()
+    with st.sidebar:
+        st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
+        run = _pick_run(runs, arrived=arrived)
+        _say_unreadable(unreadable)
+        job_badge(jobs)
+        _navigation(run)
+        _history(key="shell.history", data={"pages": list(TITLES.values())})
+    st.html(STYLE)
+    st.title(title, anchor=False)
+    st.caption(purpose)
+    st.session_state.pop("shell.deleted", None)
+    if deleted is not None:
+        notice(f"{deleted} was deleted.", kind="info")
+    if refused := st.session_state.pop("shell.refused", None):
+        notice(refused[1], title=refused[0])
+    missing = st.session_state.get("shell.missing_run")
+    if missing:
+        _say_missing(missing, runs, unreadable)
+    say_connected(title, run, statuses)
+    theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
+    return Frame(run, runs, theme, statuses, unreadable)
+
+
+def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
+    """Return every run with what its process said last, newest first, and those unreadable.
+
+    The one that ships with the package is among them once it was asked for.
+    """
+    listed, unreadable = survey(runs_root())
+    runs: list[tuple[Run, Status | None]] = [*listed]
+    asked = (
+        st.query_params.get("run"),
+        *(st.session_state.get(key) for key in ("run", "shell.run")),
+    )
+    if EXAMPLE_ID in asked:
+        st.session_state["shell.with_example"] = True
+    shipped = example_run() if st.session_state.get("shell.with_example") else None
+    # A run of one's own with its name comes first.
+    if shipped is None or any(run.id == EXAMPLE_ID for run, _ in runs):
+        return runs, unreadable
+    return [*runs, (shipped, None)], unreadable
+
+
+def _say_unreadable(unreadable: list[UnreadableRun]) -> None:
+    """Say under the run picker that runs are missing from it, and why each is."""
+    if unreadable:
+        runs = "1 run" if len(unreadable) == 1 else f"{len(unreadable):,} runs"
+        why = "\n\n".join(escape_markdown(f"{run.id}: {run.reason}") for run in unreadable)
+        st.caption(f"{runs} here cannot be read.", help=why)
+
+
+def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) -> None:
+    """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
+    reason = dict(unreadable).get(run_id)
+    if reason is not None:
+        notice(reason, kind="warning", title=f"{run_id} cannot be opened")
+        return
+    others = "choose another in the sidebar" if runs else "there are no runs here yet"
+    notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")
+
+
+def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
+    """Draw the run picker, and have the address name the run; a new run changes neither.
+
+    A run that was asked for and cannot be shown stays in the address too, until another is chosen:
+    a reload and a copied link then say the same of it.
+    """
+    by_id, state = {run.id: run for run in runs}, st.session_state
+    said = st.query_params.get("run")
+    # The address counts on arrival, and where a link or Back changed it; otherwise the widget, for
+    # what a page has the address say may come back to it a run later.
+    if said is not None and (arrived or said not in state.get("shell.run_said", ())):
+        asked = said
+    else:
+        asked = None if arrived else state.get("run")
+    asked = asked or state.get("shell.run") or state.get("shell.missing_run")
+    if asked is None and runs:
+        asked = runs[0].id
+    if asked is not None and asked not in by_id:
+        state["shell.missing_run"], asked = asked, None
+    state["run"] = asked
+    # Not bound to the address: Streamlit takes what a page binds out of it when the page is left.
+    chosen = st.selectbox(
+        "Run",
+        list(by_id),
+        index=None,
+        key="run",
+        placeholder="choose a run" if runs else "no runs yet",
+        disabled=not runs,
+    )
+    if chosen is not None:
+        state.pop("shell.missing_run", None)
+    shown = chosen or state.get("shell.missing_run")
+    state["shell.run"], state["shell.run_said"] = chosen, (said, shown)
+    if shown is not None:
+        parts.write({"run": shown})
+    return None if chosen is None else by_id[chosen]
+
+
+def _navigation(run: Run | None) -> None:
+    for group, links in NAVIGATION:
+        if group:
+            st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
+        for target, label, icon in links:
+            link(target, run, label=label, icon=icon)
+
+
+def _query(target: str, run: Run | None, parameters: dict[str, str]) -> dict[str, str]:
+    """Return the parameters of another page's address; `page` is for history.js alone."""
+    shown = st.session_state.get("shell.missing_run") if run is None else run.id
+    named = {} if shown is None else {"run": shown}
+    return {**named, **parameters, parts.PAGE: TITLES[target]}
+
+
+def link(target: str, run: Run | None, *, label: str, icon: str) -> None:
+    """Draw a link to another page with a run."""
+    st.page_link(target, label=label, icon=icon, query_params=_query(target, run, {}))
+
+
+def go(target: str, run: Run | None, **parameters: str) -> NoReturn:
+    """Go to another page with a run, and with parameters that no widget here is bound to."""
+    # Without a query Streamlit refuses to leave a page whose address holds what a widget is bound
+    # to, and with one it refuses those names.
+    st.switch_page(target, query_params=_query(target, run, parameters))
+
+
+def forget(run: Run) -> None:
+    """Leave a run that was deleted: the next page is Home, which says so. For callbacks."""
+    for key in ("run", "shell.run"):
+        st.session_state.pop(key, None)
+    st.session_state["shell.deleted"] = run.id
+
+
+def need_run(frame: Frame, what: str) -> Run:
+    """Return the chosen run, or say that there is nothing to show and end the page.
+
+    Args:
+        what: what the page would show, to complete "... appear here".
+    """
+    if frame.run is not None:
+        return frame.run
+    if not frame.runs:
+        notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
+        home = "Home: train on the bundled model in one press"
+        link("app.py", None, label=home, icon=":material/home:")
+        own_choices = "Train with your own choices"
+        link("pages/1_Train.py", None, label=own_choices, icon=":material/tune:")
+    else:
+        run_links(frame.runs)
+    return st.stop()
+
+
+def run_links(runs: list[Run], limit: int = 10) -> None:
+    """List runs by name; each opens its Live page."""
+    for run in runs[:limit]:
+        if st.button(
+            escape_markdown(run.id), icon=":material/monitoring:", key=own(f"open_{run.id}")
+        ):
+            go("pages/2_Live.py", run)
+
+
+def need_evals(run: Run) -> list[dict[str, Any]]:
+    """Return a run's held-out evaluation, or say why there is none yet and end the page."""
+    try:
+        evals, status = run.evals(), run.status
+    except InputError as error:
+        notice(str(error), title="This run cannot be read")
+        return st.stop()
+    if evals:
+        return evals
+    if (
+        status.state == "finished"
+        and run.config.imported
+        and not (run.folder / "evals.json").exists()
+    ):
+        notice(
+            f"{run.id} was imported and has not been measured here. Measure it: "
+            f"python -m gsae_core evaluate {run.folder}",
+            kind="info",
+        )
+    elif status.state == "finished":
+        notice(
+            "The run is finished but none of its SAEs could be evaluated; its log says why.",
+            kind="warning",
+        )
+    elif status.state in (*ACTIVE, "queued"):
+        notice(
+            f"{run.id} is {status.state}, step {status.step:,} of {status.n_steps:,}; "
+            "its SAEs are evaluated when training ends.",
+            kind="info",
+        )
+    else:
+        notice(
+            f"{run.id} is {status.state} and was not evaluated; resume it to get results.",
+            kind="warning",
+        )
+    link("pages/2_Live.py", run, label="Open the run", icon=":material/monitoring:")
+    return st.stop()

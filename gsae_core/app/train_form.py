@@ -1,0 +1,514 @@
+"""The Train page's form as values: what a set-up fills in, and the flags that its fields mean.
+
+The form is the command line with another face: a field is a flag, what is shown is what the set-up
+gives unless it was changed, and only what was changed becomes a flag. So the page, the command
+line beside it and the run can never differ.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from textwrap import indent
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+
+from gsae_core.cli.arguments import Train
+from gsae_core.config import (
+    ARCHITECTURES,
+    Architecture,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SAESpec,
+    Site,
+    TrainRecipe,
+    sweep,
+)
+from gsae_core.errors import InputError
+from gsae_core.presets import preset
+from gsae_core.runs.plan.preflight import gated_width
+
+Values = dict[str, Any]
+"""What a form's widgets hold, by flag: text, whole numbers, switches and lists of names."""
+
+LABELS = {
+    "model": "Model",
+    "layer": "Layer",
+    "site": "Site",
+    "arch": "Architectures",
+    "width": "Width",
+    "sparsity": "λ",
+    "jumprelu_sparsity": "λ of JumpReLU",
+    "k": "k",
+    "equal_width": "Baselines as wide as the others",
+    "data": "Data",
+    "tokens": "Tokens",
+    "batch_size": "Batch size",
+    "lr": "Learning rate",
+    "seed": "Seed",
+    "device": "Device",
+    "dtype": "Precision",
+    "revision": "Model revision",
+    "text_column": "Text column",
+    "split": "Split",
+    "n_ctx": "Context length",
+    "bos": "BOS",
+    "held_out": "Held-out share",
+    "recipe": "Recipe",
+    "tie": "Tied encoder",
+    "aux": "Auxiliary decoder",
+    "loss_norm": "Error normalised",
+    "beta1": "Adam β₁",
+    "beta2": "Adam β₂",
+    "lr_warmup_steps": "Warm-up steps",
+    "lr_decay_fraction": "Decay share",
+    "sparsity_warmup_steps": "λ warm-up steps",
+    "revive_every": "Revive every",
+    "revive_window": "Dead after",
+    "revive_until": "Revive until",
+    "eval_tokens": "Evaluation tokens",
+    "eval_replace": "Reconstructions replace",
+    "activation_scale": "Activation scale",
+    "checkpoint_minutes": "Checkpoint minutes",
+    "init_threshold": "Initial threshold",
+    "bandwidth": "Bandwidth",
+    "threshold_unit": "Unit of thresholds",
+    "k_aux": "Auxiliary k",
+    "screened": "Screened encoder",
+    "cache_activations": "Cache activations",
+}
+_NOT_FIELDS = {"preset", "config", "out"}
+KNOBS: dict[str, tuple[Architecture, ...]] = {
+    "sparsity": ("gated", "relu"),
+    "jumprelu_sparsity": ("jumprelu",),
+    "k": ("topk",),
+}
+"""Which architectures' sparsity a flag sets: what it weighs is of another size in each."""
+_READ_BY: dict[str, Architecture] = {
+    **dict.fromkeys(("init_threshold", "bandwidth", "threshold_unit"), "jumprelu"),
+    "k_aux": "topk",
+}
+_SWEPT = {"arch", "width", "equal_width", *KNOBS}
+_RENAMED: dict[str, tuple[type[Config], str]] = {
+    "model": (ModelConfig, "name"),
+    "data": (DataConfig, "source"),
+    "tokens": (TrainRecipe, "n_tokens"),
+    "eval_tokens": (EvalConfig, "n_tokens"),
+    "eval_replace": (EvalConfig, "replace"),
+}
+_PARTS: dict[type[Config], str] = {
+    ModelConfig: "model",
+    DataConfig: "data",
+    TrainRecipe: "train",
+    EvalConfig: "evaluation",
+}
+
+
+Kind = Literal["choice", "switch", "whole", "number", "text"]
+
+
+class Field(NamedTuple):
+    """A flag as a field of the form."""
+
+    flag: str
+    label: str
+    help: str
+    kind: Kind
+    choices: tuple[str, ...]
+    of: type[Config]
+    name: str
+    """Where the config keeps it."""
+
+
+@functools.cache
+def form_fields() -> dict[str, Field]:
+    """Return every flag of `train` that sets one field of a config, by name."""
+    hints = get_type_hints(Train)
+    own = [f.name for f in fields(Train) if f.name not in _NOT_FIELDS | _SWEPT]
+    return {flag: _field(flag, hints[flag]) for flag in own}
+
+
+def _field(flag: str, hint: Any) -> Field:
+    of, name = _RENAMED.get(flag) or next(
+        (config, flag)
+        # The run's own fields first: --lr and --seed are the run's, and the SAEs follow.
+        for config in (*_PARTS, RunConfig, SAESpec)
+        if flag in config.model_fields
+    )
+    info = of.model_fields[name]
+    args = get_args(hint) or (hint,)
+    choices = next((get_args(arg) for arg in args if get_origin(arg) is Literal), ())
+    kind: Kind = "text"
+    if choices:
+        kind = "choice"
+    elif bool in args:
+        kind = "switch"
+    elif int in args:
+        kind = "whole"
+    elif float in args:
+        kind = "number"
+    label = LABELS.get(flag, flag.replace("_", " ").capitalize())
+    text = " ".join((info.description or "").split())
+    return Field(flag, label, text, kind, choices, of, name)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a form starts from."""
+
+    config: RunConfig
+    preset: str | None = None
+    run: Path | None = None
+    """config.json of an earlier run."""
+
+    @property
+    def id(self) -> str:
+        """Says when the form has to be filled in anew."""
+        return f"preset {self.preset}" if self.run is None else f"run {self.run}"
+
+    def flags(self) -> Train:
+        """Return the flags that make the base itself."""
+        return Train(preset=self.preset) if self.run is None else Train(config=self.run)
+
+
+def at_place(base: Base, layer: int, site: Site) -> Base:
+    """Return a paper's set-up at another of its places: widths and lambdas are those found there.
+
+    At a place that it does not cover, and for any other base, return `base`.
+    """
+    if base.preset is None or (layer, site) not in preset(base.preset).choices:
+        return base
+    return replace(base, config=preset(base.preset).config(layer=layer, site=site))
+
+
+def covers(base: Base, layer: int, site: str) -> bool:
+    """Whether a base's set-up has runs at this place."""
+    chosen = None if base.preset is None else preset(base.preset).choices
+    return not chosen or (layer, site) in chosen
+
+
+def shown(config: RunConfig) -> Values:
+    """Return what the form shows of a run."""
+    values: Values = {name: _shown(field, config) for name, field in form_fields().items()}
+    values |= {
+        "layer": config.model.layer,
+        "arch": list(dict.fromkeys(spec.architecture for spec in config.saes)),
+        "width": gated_width(config),
+        "equal_width": _equal_width(config),
+    }
+    return values | {knob: _sparsity(config, knob) for knob in KNOBS}
+
+
+def _shown(field: Field, config: RunConfig) -> str | bool:
+    value = _value(field, config)
+    if field.kind == "switch":
+        return bool(value)
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value!r}" if isinstance(value, float) else str(value)
+
+
+def _value(field: Field, config: RunConfig) -> Any:
+    if field.of is SAESpec:
+        # What one architecture alone reads is shown as its SAEs have it.
+        reader = _READ_BY.get(field.name)
+        own = [spec for spec in config.saes if spec.architecture == reader]
+        return getattr((own or config.saes)[0], field.name)
+    part = config if field.of is RunConfig else getattr(config, _PARTS[field.of])
+    return getattr(part, field.name)
+
+
+def _sparsity(config: RunConfig, knob: str) -> str:
+    """Return the lambdas (or k) of the first architecture that a knob sets."""
+    own = [spec for spec in config.saes if spec.architecture in KNOBS[knob]]
+    first = [spec.sparsity for spec in own if spec.architecture == own[0].architecture]
+    return " ".join(repr(number).removesuffix(".0") for number in first)
+
+
+def _equal_width(config: RunConfig) -> bool:
+    baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
+    others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
+    return len(others) == 1 and baselines == others
+
+
+def to_flags(values: Values, base: Base) -> Train:
+    """Return the flags of the run that a form describes: what `base` says already is left out.
+
+    Where a field of the base was emptied, or the base has no runs at this place, every setting is
+    spelt out and the base's name is dropped: no flag could take its setting back.
+
+    Raises:
+        InputError: if a field cannot be read; it is named by its label.
+    """
+    wanted = _parsed(values)
+    covered = covers(base, wanted["layer"], wanted["site"])
+    own_place = {"layer": base.config.model.layer, "site": base.config.model.site}
+    base = at_place(base, wanted["layer"], wanted["site"])
+    given = _parsed(shown(base.config)) | own_place
+    # Neither an empty field nor a switch that is off can be said over a base that has it.
+    emptied = any(
+        _unsayable(wanted[flag]) and not _unsayable(given[flag]) for flag in form_fields()
+    )
+    start = base.flags()
+    if emptied or not covered:
+        start, given = Train(), _defaults()
+    changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
+    if {"width", "equal_width"} & set(changed):
+        changed |= {"width": wanted["width"], "equal_width": wanted["equal_width"]}
+    known = {f.name for f in fields(Train)}
+    return replace(start, **{flag: value for flag, value in changed.items() if flag in known})
+
+
+def _unsayable(value: Any) -> bool:
+    return value is None or value is False
+
+
+def _parsed(values: Values) -> dict[str, Any]:
+    """Return a form's values as flags take them; None where a field is empty."""
+    found: dict[str, Any] = {
+        flag: _read(field, values[flag]) for flag, field in form_fields().items()
+    }
+    if found["model"] is None or found["data"] is None:
+        empty = "model" if found["model"] is None else "data"
+        raise InputError(f"{LABELS[empty]}: expected a name, got none")
+    found["arch"] = _architectures(values["arch"])
+    for knob, architectures in KNOBS.items():
+        turned = set(architectures) & set(found["arch"])
+        found[knob] = numbers(values[knob], LABELS[knob]) if turned else ()
+    found["k"] = tuple(_whole(k) for k in found["k"])
+    found["width"] = None if values["width"] is None else int(values["width"])
+    if found["width"] is None:
+        raise InputError(f"{LABELS['width']}: expected a number of features, got none")
+    both = "relu" in found["arch"] and len(found["arch"]) > 1
+    found["equal_width"] = bool(values["equal_width"]) and both
+    return found
+
+
+def _whole(number: float) -> int:
+    if not math.isfinite(number) or number != int(number):
+        raise InputError(f"{LABELS['k']}: expected whole numbers of features, got {number:g}")
+    return int(number)
+
+
+def _architectures(chosen: list[str]) -> tuple[Architecture, ...]:
+    found: list[Architecture] = [a for a in ARCHITECTURES if a in chosen]
+    if not found:
+        raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
+    return tuple(found)
+
+
+def _read(field: Field, value: Any) -> Any:
+    if field.kind == "switch":
+        return bool(value)
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None
+    if field.kind == "whole":
+        return whole(text, field.label)
+    if field.kind == "number":
+        found = numbers(text, field.label)
+        if len(found) != 1:
+            raise InputError(f"{field.label}: expected one number, got {text!r}")
+        return found[0]
+    return text
+
+
+def _defaults() -> dict[str, Any]:
+    """Return what a run has without a set-up; None where there is no default."""
+    found = {}
+    for flag, field in form_fields().items():
+        info = field.of.model_fields[field.name]
+        found[flag] = None if info.is_required() else info.default
+    return found | {"equal_width": False}
+
+
+def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
+    """Return `n` values from `low` to `high` in equal ratios, to three significant digits.
+
+    Raises:
+        InputError: if an end is not above 0, they are the wrong way round, or so close that
+            rounding makes two values one.
+    """
+    if not 0 < low < high or not math.isfinite(high):
+        raise InputError(
+            f"expected two numbers above 0, the smaller first, got {low:g} and {high:g}"
+        )
+    if n < 2:
+        raise InputError(f"expected two values or more, got {n}")
+    values = [float(f"{low * (high / low) ** (i / (n - 1)):.3g}") for i in range(n)]
+    if len(set(values)) < n:
+        raise InputError(
+            f"expected values that differ in three digits, got {n} between {low:g} and {high:g}; "
+            "ask for fewer"
+        )
+    return values
+
+
+def corrected(asked: Mapping[str, str | list[str]], values: Values) -> list[str]:
+    """Return a sentence for each value of the address that the form did not take.
+
+    Args:
+        asked: the address's parameters before the form was drawn.
+        values: what the form shows.
+    """
+    sentences = []
+    for flag, value in values.items():
+        if flag not in asked:
+            continue
+        came = asked[flag]
+        names = came if isinstance(came, list) else [came]
+        mine = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        if [name.lower() for name in names] != [name.lower() for name in mine]:
+            label = LABELS.get(flag, flag)
+            sentences.append(
+                f"{label}: {', '.join(names)[:80]} is not a choice here; showing "
+                f"{', '.join(mine) or 'none'}"
+            )
+    return sentences
+
+
+def notebook_cell(config: RunConfig, *, name: str = "my-run") -> str:
+    """Return Python that builds a config equal to `config`, trains it and shows its evaluation.
+
+    Args:
+        name: of the run's folder under runs/.
+    """
+    code = config_code(config)
+    kinds = [kind for kind in _KINDS if f"{kind}(" in code]
+    return "\n".join(
+        [
+            "from gsae_core.config import " + ", ".join(kinds),
+            "from gsae_core.runs.work.train import train_run",
+            "from gsae_core.runs.run import Run",
+            "",
+            f"config = {code}",
+            f"run = Run.create({'runs/' + name!r}, config)",
+            "for now in train_run(run):",
+            '    print(f"{now.stage}: {now.done} of {now.total}", end="\\r")',
+            "run.evals()",
+        ]
+    )
+
+
+_KINDS = (
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SAESpec",
+    "TrainRecipe",
+    "sweep",
+)
+
+
+def config_code(config: RunConfig) -> str:
+    """Return the expression that makes `config`; settings at their defaults are left out."""
+    parts = []
+    for field, info in type(config).model_fields.items():
+        value = getattr(config, field)
+        if field == "saes":
+            parts.append(f"saes={_saes_code(value)}")
+        elif info.is_required() or value != info.default:
+            parts.append(f"{field}={_code(value)}")
+    return _call("RunConfig", parts)
+
+
+def _saes_code(saes: tuple[SAESpec, ...]) -> str:
+    """Return a `sweep(...)` where the SAEs are one, else each SAE by itself."""
+    return _sweep_code(saes) or _call("", [_code(spec) for spec in saes])
+
+
+def _sweep_code(saes: tuple[SAESpec, ...]) -> str | None:
+    found: dict[Architecture, None] = {spec.architecture: None for spec in saes}
+    architectures = list(found)
+    sparsity = list(dict.fromkeys(spec.sparsity for spec in saes))
+    swept = {"name", "architecture", "d_sae", "sparsity"}
+    common = {
+        field: value
+        for field, value in saes[0].model_dump().items()
+        if field not in swept and value != SAESpec.model_fields[field].default
+    }
+    widths = {spec.d_sae for spec in saes if spec.architecture != "relu"} or {
+        spec.d_sae * 2 // 3 for spec in saes
+    } | {spec.d_sae for spec in saes}
+    for width in sorted(widths):
+        for equal_width in (False, True):
+            try:
+                same = sweep(architectures, sparsity, width, equal_width=equal_width, **common)
+            except InputError:
+                continue
+            if same == saes:
+                parts = [repr(architectures), repr(sparsity), repr(width)]
+                parts += ["equal_width=True"] * equal_width
+                parts += [f"{field}={value!r}" for field, value in common.items()]
+                return f"sweep({', '.join(parts)})"
+    return None
+
+
+def _code(value: Any) -> str:
+    if not isinstance(value, BaseModel):
+        return repr(value)
+    fields = type(value).model_fields
+    given = [
+        f"{field}={_code(getattr(value, field))}"
+        for field, info in fields.items()
+        if info.is_required() or getattr(value, field) != info.default
+    ]
+    return _call(type(value).__name__, given)
+
+
+def _call(name: str, parts: Iterable[str]) -> str:
+    """Return a call with an argument a line, or on one line where that is short."""
+    parts = list(parts)
+    line = f"{name}({', '.join(parts)})"
+    if name and len(line) <= 80 and "\n" not in line:
+        return line
+    body = "".join(indent(part, "    ") + ",\n" for part in parts)
+    return f"{name}(\n{body})"
+
+
+def numbers(text: str, field: str) -> tuple[float, ...]:
+    """Return the numbers in a text field, separated by spaces, commas or semicolons.
+
+    Raises:
+        InputError: if a word is no number, or there is none.
+    """
+    words = re.split(r"[\s,;]+", text.strip())
+    try:
+        found = tuple(float(word) for word in words)
+    except ValueError:
+        wanted = "numbers separated by spaces, like 0.1 0.2"
+        raise InputError(f"{field}: expected {wanted}, got {text!r}") from None
+    return found
+
+
+def whole(text: str, field: str) -> int:
+    """Return the whole number in a text field; 2e6, 2 M, 2_000_000 and 2,000,000 are all read.
+
+    Raises:
+        InputError: if it is no whole number.
+    """
+    try:
+        digits = re.sub(r"[\s,_]", "", text)
+        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(digits[-1:].lower())
+        number = float(digits) if unit is None else round(float(digits[:-1]) * unit, 3)
+        if number != int(number):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{field}: expected a whole number, like 2_000_000, got {text!r}"
+        ) from None
+    return int(number)
+
+
+def in_labels(sentence: str, labels: Mapping[str, str]) -> str:
+    """Return an error of the command line in a form's words: flags become the fields' labels."""
+    return re.sub(r"--[a-z-]+", lambda flag: labels.get(flag[0], flag[0]), sentence)

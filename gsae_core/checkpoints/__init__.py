@@ -1,0 +1,1 @@
+"""SAEs as files: ours and other libraries', on a disk and on the Hub."""

@@ -1,0 +1,344 @@
+"""An SAE of ours -> files of another library, read back and compared before they are there.
+
+gsae_core, saelens     cfg.json, sae_weights.safetensors
+jumprelu               the same layout; a Gated SAE as the JumpReLU SAE that computes the same
+dictionary_learning    ae.pt, config.json
+"""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.checkpoints.formats.found import Export, hook_place
+from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.errors import InputError
+from gsae_core.files import sync, write_json, writing
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+
+TOKENS = 512
+
+# Of the largest pre-activation. Weights rounded to float32 move one by 1e-7 or so; which side of
+# its threshold a latent is on decides nothing so near to it.
+AT_THRESHOLD = 1e-6
+
+
+class Parity(NamedTuple):
+    """How far apart two SAEs are on the same activations, relative to the largest number."""
+
+    latents: float
+    reconstructions: float
+    n_tokens: int
+    n_active: int
+    """Latents that fire, over all tokens: a comparison of silence says nothing."""
+
+    n_at_threshold: int
+    """Latents that fire in one alone and lie on the threshold to 1e-6: left out."""
+
+    @property
+    def largest(self) -> float:
+        """The larger of the two differences."""
+        return max(self.latents, self.reconstructions)
+
+    @property
+    def sentence(self) -> str:
+        """The comparison in words."""
+        edge = f"; {self.n_at_threshold} lie on their threshold" * bool(self.n_at_threshold)
+        return (
+            f"latents within {self.latents:.1e} and reconstructions within "
+            f"{self.reconstructions:.1e} on {self.n_tokens} random activations, "
+            f"{self.n_active / self.n_tokens:.3g} latents a token{edge}"
+        )
+
+
+@torch.no_grad()
+def parity(sae: SAE, other: SAE, *, n_tokens: int = TOKENS, seed: int = 0) -> Parity:
+    """Return how closely `other` computes what `sae` does, in double precision.
+
+    Single precision would compare orders of summation: a latent whose pre-activation is a rounding
+    error away from its threshold fires in one and not in the other.
+    """
+    sae, other = copy.deepcopy(sae).cpu().double(), copy.deepcopy(other).cpu().double()
+    x = telling_activations(sae, n_tokens, seed)
+    latents = reconstructions = 0.0
+    largest_f = largest_x = 0.0
+    n_active = n_edge = 0
+    for rows in x.split(max(1, 2**22 // sae.d_sae)):
+        f, g = sae.encode(rows), other.encode(rows)
+        edge = ((f > 0) != (g > 0)) & _at_threshold(sae, rows)
+        x_hat = sae.normalised(rows).undo(sae.decode(f))
+        x_hat_other = other.normalised(rows).undo(other.decode(g))
+        kept = ~edge.any(dim=1)
+        latents = max(latents, _largest((f - g).masked_fill(edge, 0.0)))
+        reconstructions = max(reconstructions, _largest((x_hat - x_hat_other)[kept]))
+        largest_f, largest_x = max(largest_f, _largest(f)), max(largest_x, _largest(x_hat))
+        n_active, n_edge = n_active + int((f > 0).sum()), n_edge + int(edge.sum())
+    return Parity(
+        latents=latents / (largest_f or 1.0),
+        reconstructions=reconstructions / (largest_x or 1.0),
+        n_tokens=len(x),
+        n_active=n_active,
+        n_at_threshold=n_edge,
+    )
+
+
+def _largest(values: Tensor) -> float:
+    # NaN survives amax, and is no number that any bound lets through.
+    return float(values.abs().amax()) if values.numel() else 0.0
+
+
+def telling_activations(sae: SAE, n_tokens: int, seed: int) -> Float[Tensor, "n_tokens d_in"]:
+    """Return random activations, from some that leave most latents silent to some that do not.
+
+    Around b_dec, in four sizes about the one at which products are as large as the biases.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W, biases = _encoder(sae)
+    size = float(biases.abs().mean() / W.norm(dim=0).mean().clamp(min=1e-12)) or 1.0
+    noise = torch.randn(n_tokens, sae.d_in, generator=generator, dtype=sae.W_dec.dtype)
+    sizes = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=noise.dtype)
+    return sae.b_dec + size * sizes[torch.arange(n_tokens) % 4, None] * noise
+
+
+def _encoder(sae: SAE) -> tuple[Tensor, Tensor]:
+    match sae:
+        case GatedSAE():
+            return sae.W_gate, sae.b_gate.abs() + sae.b_mag.abs()
+        case JumpReluSAE():
+            return sae.W_enc, sae.b_enc.abs() + sae.threshold
+        case ReluSAE() | TopKSAE():
+            return sae.W_enc, sae.b_enc
+    raise AssertionError(type(sae))
+
+
+def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
+    """Return where a pre-activation lies within rounding of what decides whether it fires."""
+    match sae:
+        case GatedSAE():
+            pi_gate, pi_mag = sae.pre_activations(x)
+            margin, z = torch.minimum(pi_gate.abs(), pi_mag.abs()), pi_mag
+        case JumpReluSAE():
+            z = sae.pre_activations(x)
+            margin = (z - sae.threshold).abs()
+        case TopKSAE():
+            z = sae.pre_activations(x)
+            margin = torch.minimum(z.abs(), (z - z.topk(sae.k).values[:, -1:]).abs())
+        case _:
+            z = (sae.normalised(x).u - sae.b_dec) @ sae.W_enc + sae.b_enc  # pyright: ignore
+            margin = z.abs()
+    return margin <= AT_THRESHOLD * z.abs().amax()
+
+
+LARGEST_DIFFERENCE = 1e-6
+
+DICTIONARY_LEARNING = {
+    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
+    "relu": ("AutoEncoder", "StandardTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+}
+
+
+class Exported(NamedTuple):
+    """Files that are there, and how closely they compute what the SAE does."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    parity: Parity
+
+    @property
+    def largest_difference(self) -> float:
+        """The larger of the two relative differences, of latents and of reconstructions."""
+        return self.parity.largest
+
+
+def write_sae(
+    sae: SAE, folder: Path | str, *, format: Export | str, metadata: dict[str, Any]
+) -> Exported:
+    """Write an SAE in a format, once it was read back and found to compute the same.
+
+    Args:
+        sae: takes raw activations.
+        folder: new or empty; the SAE is there whole or not at all.
+        format: one of `EXPORTS`.
+        metadata: of the SAE's cfg.json: model, site, data and how it was trained.
+
+    Raises:
+        InputError: if the folder is taken or cannot be written, the format has no such SAE, or what
+            was written computes something else.
+    """
+    folder = Path(folder).absolute()
+    if format not in get_args(Export):
+        raise InputError(f"expected a format of {', '.join(get_args(Export))}, got {format!r}")
+    _refuse_if_unknown_there(sae, format)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"expected a new or empty folder for the SAE, found files at {folder}; choose another, "
+            "or remove it"
+        )
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with writing(folder, sum(p.nbytes for p in sae.parameters())):
+        try:
+            unfinished.mkdir(parents=True)
+            _write(sae, unfinished, format, metadata)
+            found = parity(sae, read_sae(unfinished).sae)
+            check_parity(found)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(unfinished, folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Exported(folder, tuple(sorted(folder.iterdir())), found)
+
+
+def check_parity(found: Parity) -> None:
+    """Raise InputError unless the two SAEs that were compared agree."""
+    if not found.largest <= LARGEST_DIFFERENCE:
+        raise InputError(
+            f"expected the written files to compute the same within {LARGEST_DIFFERENCE:g}, found "
+            f"{found.sentence}; nothing was written"
+        )
+
+
+def _refuse_if_unknown_there(sae: SAE, format: str) -> None:
+    if isinstance(sae, GatedSAE) and sae.tie == "untied" and format != "gsae_core":
+        raise InputError(
+            "expected a Gated SAE whose paths share directions, got one with tie 'untied', which "
+            "no other library has; export it as gsae_core"
+        )
+    if isinstance(sae, TopKSAE) and format == "jumprelu":
+        raise InputError(
+            "expected an SAE whose latents have thresholds of their own, got TopK, whose threshold "
+            "depends on the token; export it as saelens"
+        )
+    if sae.input_norm is not None and format == "dictionary_learning":
+        raise InputError(
+            f"expected an SAE whose inputs are not normalised token by token, got one that does so "
+            f"({sae.input_norm}), which dictionary_learning cannot say; export it as saelens"
+        )
+
+
+def _write(sae: SAE, folder: Path, format: str, metadata: dict[str, Any]) -> None:
+    match format:
+        case "gsae_core" | "saelens":
+            save_sae(sae, folder, metadata=metadata)
+        case "jumprelu":
+            save_sae(to_jumprelu(sae), folder, metadata=metadata, dtype=torch.float32)
+        case "dictionary_learning":
+            _write_dictionary_learning(sae, folder, metadata)
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SAE) -> JumpReluSAE:
+    """Return the JumpReLU SAE that computes the same, in double precision.
+
+        W_enc = W_gate exp(r_mag),  b_enc = b_mag,  theta = max(0, b_mag - exp(r_mag) b_gate)
+
+    arXiv:2404.16014v2, section 3.2: pi_mag > theta is pi_gate > 0, times a positive number. A ReLU
+    SAE is one with theta = 0.
+
+    Raises:
+        InputError: for TopK and for untied paths, which have no such threshold.
+    """
+    _refuse_if_unknown_there(sae, "jumprelu")
+    state = {name: p.detach().double() for name, p in sae.named_parameters()}
+    match sae:
+        case GatedSAE():
+            gain = torch.ones_like(state["b_mag"]) if sae.r_mag is None else state["r_mag"].exp()
+            threshold = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
+            W_enc, b_enc = state["W_gate"] * gain, state["b_mag"]
+        case JumpReluSAE():
+            threshold = state["threshold"]
+            W_enc, b_enc = state["W_enc"], state["b_enc"]
+        case _:
+            threshold = torch.zeros_like(state["b_enc"])
+            W_enc, b_enc = state["W_enc"], state["b_enc"]
+    new = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    settings = sae.settings if isinstance(sae, JumpReluSAE) else {}
+    jump = JumpReluSAE(sae.d_in, sae.d_sae, **settings).double()
+    jump.input_norm = sae.input_norm
+    jump.load_state_dict(new | {"W_dec": state["W_dec"], "b_dec": state["b_dec"]})
+    return jump
+
+
+def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
+    kind, trainer = DICTIONARY_LEARNING[sae.architecture]
+    state = {name: t.detach().contiguous() for name, t in _linears(sae).items()}
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    torch.save(state, folder / "ae.pt")
+    layer, site = hook_place(str(metadata.get("hook_name")))
+    coeff = metadata.get("sparsity_coeff_raw", metadata.get("sparsity"))
+    write_json(
+        folder / "config.json",
+        {
+            "trainer": {
+                "dict_class": kind,
+                "trainer_class": trainer,
+                "activation_dim": sae.d_in,
+                "dict_size": sae.d_sae,
+                "layer": layer,
+                "lm_name": metadata.get("model_name"),
+                "submodule_name": None if site is None else f"{site}_layer_{layer}",
+                "wandb_name": metadata.get("name", kind),
+                "device": "cpu",
+            }
+            | ({"k": sae.k} if isinstance(sae, TopKSAE) else {"l1_penalty": coeff}),
+            "buffer": {
+                "d_submodule": sae.d_in,
+                "io": "out",
+                "ctx_len": metadata.get("context_size"),
+                "device": "cpu",
+            },
+            "gsae_core": metadata,
+        },
+    )
+
+
+def _linears(sae: SAE) -> dict[str, Tensor]:
+    """Return the library's names: weights of `nn.Linear`s, transposed, but for JumpReLU's."""
+    shared = {"decoder.weight": sae.W_dec.T}
+    match sae:
+        case GatedSAE():
+            r_mag = torch.zeros_like(sae.b_mag) if sae.r_mag is None else sae.r_mag
+            return shared | {
+                "encoder.weight": sae.W_gate.T,
+                "decoder_bias": sae.b_dec,
+                "gate_bias": sae.b_gate,
+                "mag_bias": sae.b_mag,
+                "r_mag": r_mag,
+            }
+        case ReluSAE():
+            return shared | {
+                "encoder.weight": sae.W_enc.T,
+                "encoder.bias": sae.b_enc,
+                "bias": sae.b_dec,
+            }
+        case TopKSAE():
+            return shared | {
+                "encoder.weight": sae.W_enc.T,
+                "encoder.bias": sae.b_enc,
+                "b_dec": sae.b_dec,
+                "k": torch.tensor(sae.k, dtype=torch.int32),
+                # Never set: the library then counts, as ours does.
+                "threshold": torch.tensor(-1.0),
+            }
+        case JumpReluSAE():
+            # The only one that reads x and not x - b_dec. Of double precision, for a difference of
+            # large numbers is rounded here.
+            shift = sae.b_dec.double() @ sae.W_enc.double()
+            return {
+                "W_enc": sae.W_enc,
+                "b_enc": sae.b_enc.double() - shift,
+                "W_dec": sae.W_dec,
+                "b_dec": sae.b_dec,
+                "threshold": sae.threshold,
+            }
+    raise AssertionError(type(sae))

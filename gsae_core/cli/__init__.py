@@ -1,0 +1,1 @@
+"""`python -m gsae_core`: argv in, lines out."""

@@ -1,0 +1,326 @@
+"""Files that are there whole or not at all, and sentences for a disk that refuses them."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
+
+from gsae_core.config import first_of, parse_json
+from gsae_core.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+MISPLACED = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+
+EXAMPLE = Path(__file__).resolve().parent / "assets" / "example"
+"""The run that ships with the package: read, never written, wherever it is installed."""
+
+
+@contextmanager
+def writing(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn failures a person can mend into a sentence: a full disk, a read-only place, a folder.
+
+    Args:
+        path: what is being written.
+        n_bytes: how much room it takes.
+
+    Raises:
+        InputError: how much is needed and how much is free, that the place is not writable, or
+            that something else than a file is there.
+    """
+    if path.absolute().is_relative_to(EXAMPLE):
+        raise InputError(
+            "expected a run of your own, got the bundled example, which is only read; train one "
+            "like it: Duplicate with changes on its Live page"
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            free = free_bytes(path)
+            raise InputError(
+                f"expected {readable(n_bytes)} free for {path}, found {readable(free)}; "
+                "make room on the disk and resume the run"
+            ) from error
+        if error.errno in REFUSED:
+            raise InputError(
+                f"expected to be allowed to write {path}, got {os.strerror(error.errno)!r}; "
+                "choose a folder you own"
+            ) from error
+        if error.errno in MISPLACED:
+            raise InputError(
+                f"expected a file at {path}, got: {os.strerror(error.errno)}; move it away"
+            ) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space on the disk that holds `path` or would hold it."""
+    parents = [path, *path.absolute().parents]
+    return shutil.disk_usage(next(place for place in parents if place.exists())).free
+
+
+def readable(n_bytes: int) -> str:
+    """Return a size as a person writes it, e.g. `3.2 GB` (1 GB = 10^9 bytes)."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def replace_durably(path: Path, write: Callable[[Path], None], *, n_bytes: int) -> None:
+    """Put a file at `path` that is whole whenever it is seen, even after a power cut.
+
+    Args:
+        path: where the file ends up; an older one stays until the new one is on the disk.
+        write: writes the whole content to the path it is given, a sibling of `path`.
+        n_bytes: about how large the file gets, for the sentence when the disk is full.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written.
+    """
+    # One name a process: two writers of one file never share a half-written sibling.
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, n_bytes):
+        try:
+            write(sibling)
+            sync(sibling)
+            os.replace(sibling, path)
+        except BaseException:
+            sibling.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps the names itself and refuses to open a folder.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file; NaN and infinities become null, which is what JSON has for them."""
+    text = to_json(value, indent=2) + "\n"
+    replace_durably(
+        path, lambda sibling: _write_text(sibling, text), n_bytes=len(text.encode("utf-8"))
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return strict JSON (RFC 8259) with null for numbers that are not finite."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        InputError: if there is no such file, or it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """Return the sentence for a file that is not there or cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"expected {path}, found no such file; was the run deleted?"
+    return f"expected a file to read at {path}, got: {error.strerror}"
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Lines(NamedTuple):
+    """What a file of JSON lines holds."""
+
+    rows: list[dict[str, Any]]
+    damaged: int
+    """Lines that are no JSON objects."""
+    torn: bool
+    """The end is half a line: it is being written, or its writer died."""
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row, whole and on the disk before this returns; others may append meanwhile.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written or is gone.
+    """
+    data = encoded([row])
+    with (
+        writing(path, len(data)),
+        lock(path.parent, path.stem),
+        path.open("ab+", buffering=0) as file,
+    ):
+        is_new = file.seek(0, os.SEEK_END) == 0
+        append_to(file, data)
+        os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
+
+
+def append_to(file: BinaryIO, data: bytes) -> None:
+    """Append whole lines to a file opened by `ab+` without a buffer, or nothing.
+
+    The caller sees to it that nothing else appends meanwhile.
+    """
+    end = file.seek(0, os.SEEK_END)
+    if end and not _ends_a_line(file):
+        data = b"\n" + data
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except BaseException:
+        os.ftruncate(file.fileno(), end)
+        raise
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def encoded(rows: list[dict[str, Any]]) -> bytes:
+    """Return rows as the lines of a file."""
+    return "".join(to_json(row) + "\n" for row in rows).encode("utf-8")
+
+
+def read(path: Path) -> Lines:
+    """Return what a file holds; nothing where there is none.
+
+    Raises:
+        InputError: if there is something else than a file, or it may not be read.
+    """
+    return parsed(read_bytes(path)) if os.path.lexists(path) else Lines([], 0, False)
+
+
+def parsed(data: bytes) -> Lines:
+    """Return the objects of lines. A last line without its end counts if it is a whole object."""
+    *lines, last = data.split(b"\n")
+    found = [_object(line) for line in lines]
+    end = _object(last)
+    rows = [row for row in (*found, end) if row is not None]
+    return Lines(rows, damaged=found.count(None), torn=end is None and last != b"")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def left_out(n_lines: int, name: str) -> str:
+    """Return the sentence on damaged lines of a file."""
+    lines, they = ("1 line", "is") if n_lines == 1 else (f"{n_lines:,} lines", "are")
+    return f"{lines} of {name} cannot be read and {they} left out"
+
+
+class _Source(BaseModel):
+    """Where an imported SAE came from."""
+
+    library: str = ""
+    assumed: list[str] = []
+
+
+class _Metadata(BaseModel):
+    source: _Source | None = None
+    weights_sha256: str | None = None
+    recipe: str | None = None
+    k_aux: int | None = None
+    stopped: str | None = None
+
+
+class _SAECfg(BaseModel):
+    """What cfg.json holds, where it holds it; loading the SAE asks for more."""
+
+    architecture: str = ""
+    d_in: int = Field(1, gt=0, lt=2**31)
+    d_sae: int = Field(1, gt=0, lt=2**31)
+    metadata: _Metadata | None = None
+    normalize_activations: str | None = None
+
+
+def read_sae_cfg(path: Path) -> dict[str, Any]:
+    """Return the cfg.json of an SAE.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    fields = read_json(path)
+    try:
+        _SAECfg.model_validate(fields, strict=True)
+    except ValidationError as error:
+        raise InputError(
+            f"expected the config of an SAE in {path}, got {first_of(error)}"
+        ) from None
+    return fields
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in one of a run's JSON files.
+
+    Raises:
+        InputError: if the file is missing, cannot be read or holds no JSON object.
+    """
+    try:
+        fields = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
+    return fields
+
+
+def lock(folder: Path, name: str) -> "BaseFileLock":
+    """Return the lock `name` of a run: `start` for a moment, `worker` for a process's life.
+
+    The system frees it when its holder dies, however it dies.
+
+    Raises:
+        InputError: if the folder is gone.
+    """
+    if not folder.is_dir():
+        # Taking the lock would make the folder again, without the run in it.
+        raise InputError(f"expected the folder {folder}, found none; was the run deleted?")
+    # Imported here: it costs as much as everything else the app's first page needs.
+    from filelock import FileLock
+
+    return FileLock(folder / f".{name}.lock")

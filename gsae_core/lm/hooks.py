@@ -1,0 +1,243 @@
+"""Where the six sites lie in a language model's modules, and hooks that read, edit or skip them.
+
+| family | site modules under `layers[i]` | norm after the sub-layer |
+|---|---|---|
+| gpt2 | attn, attn.c_proj, mlp, mlp.c_proj | none |
+| gpt_neox | attention, attention.dense, mlp, mlp.dense_4h_to_h | none (parallel) |
+| llama, mistral, gemma, qwen2, qwen3 | self_attn, self_attn.o_proj, mlp, mlp.down_proj | none |
+| gemma2, gemma3_text | the same | attn_out and mlp_out are what the post-norms give |
+
+`attn_out` and `mlp_out` are always the tensors that are added to the residual stream, as in
+TransformerLens; tests hold every site of every family equal to its cache.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from gsae_core.config import SITES, Site, hook_name
+from gsae_core.errors import InputError
+
+
+class Layout(NamedTuple):
+    """Module names of one family, relative to a block."""
+
+    blocks: str
+    """Name of the list of blocks in the headless model."""
+    attn: str
+    attn_proj: str
+    mlp: str
+    mlp_proj: str
+    attn_out: str
+    """Module whose output is added to the residual stream; `attn` unless a norm follows."""
+    mlp_out: str
+
+
+def _layout(
+    blocks: str, attn_proj: str, mlp_proj: str, attn_out: str = "", mlp_out: str = ""
+) -> Layout:
+    attn, mlp = attn_proj.split(".")[0], mlp_proj.split(".")[0]
+    return Layout(blocks, attn, attn_proj, mlp, mlp_proj, attn_out or attn, mlp_out or mlp)
+
+
+_LLAMA = _layout("layers", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = _layout(
+    "layers",
+    "self_attn.o_proj",
+    "mlp.down_proj",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+FAMILIES: Mapping[str, Layout] = {
+    "gpt2": _layout("h", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": _layout("layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+class Tap(NamedTuple):
+    """A tensor on its way through a module: the first input, or the (first) output."""
+
+    module: nn.Module
+    end: Literal["input", "output"]
+
+
+class BlockSites(NamedTuple):
+    """One block: where each site is tapped, and what has run once the site's value exists."""
+
+    block: nn.Module
+    taps: Mapping[Site, Tap]
+    before: Mapping[Site, tuple[nn.Module, ...]]
+    """Modules of this block that a pass continued from the site may skip; none if absent."""
+
+
+def hf_blocks(hf: Any) -> list[BlockSites]:
+    """Return the sites of every block of a Hugging Face causal LM of a family in `FAMILIES`."""
+    layout = FAMILIES[hf.config.model_type]
+    found = []
+    for block in hf.base_model.get_submodule(layout.blocks):
+        taps: dict[Site, Tap] = {
+            "resid_pre": Tap(block, "input"),
+            "resid_post": Tap(block, "output"),
+            # The projections' inputs: after the non-linearity, and the heads side by side.
+            "mlp_hidden": Tap(block.get_submodule(layout.mlp_proj), "input"),
+            "attn_z": Tap(block.get_submodule(layout.attn_proj), "input"),
+            "mlp_out": Tap(block.get_submodule(layout.mlp_out), "output"),
+            "attn_out": Tap(block.get_submodule(layout.attn_out), "output"),
+        }
+        attn, mlp = block.get_submodule(layout.attn), block.get_submodule(layout.mlp)
+        before: dict[Site, tuple[nn.Module, ...]] = {
+            "attn_out": (attn,),
+            "mlp_hidden": (attn,),
+            "mlp_out": (attn, mlp),
+            "resid_post": (block,),
+        }
+        found.append(BlockSites(block, taps, before))
+    return found
+
+
+def bridge_blocks(bridge: Any) -> list[BlockSites]:
+    """Return the sites of every block of a TransformerBridge, as its own hook points name them.
+
+    A hook point is a module that passes its input through, so a plain forward hook reads it and
+    edits it in either mode of the bridge; `attn_z` passes with its heads side by side.
+    """
+    found = []
+    for layer, block in enumerate(bridge.blocks):
+        taps: dict[Site, Tap] = {}
+        for site in SITES:
+            point = bridge.hook_dict.get(hook_name(layer, site))
+            if point is not None:
+                taps[site] = Tap(point, "output")
+        # A bridge's hook points lie inside the modules whose output they show.
+        parts = dict(block.named_children())  # an attention-only model has no mlp
+        attn, mlp = ((parts[name],) if name in parts else () for name in ("attn", "mlp"))
+        before: dict[Site, tuple[nn.Module, ...]] = {
+            "mlp_hidden": attn,
+            "mlp_out": attn,
+            "resid_post": attn + mlp,
+        }
+        found.append(BlockSites(block, taps, before))
+    return found
+
+
+@contextmanager
+def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = see(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def on_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        new = see(first)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    if tap.end == "input":
+        handle = tap.module.register_forward_pre_hook(on_input)
+    else:
+        handle = tap.module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recording(modules: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Any]]:
+    """Within, the yielded dict fills with what each module returned last."""
+    outputs: dict[nn.Module, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda m, _args, output: outputs.update({m: output}))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Within, each module returns its recorded output and computes nothing; its hooks still run."""
+    own = {module: vars(module).get("forward") for module in outputs}
+    try:
+        for module, output in outputs.items():
+            # Through __dict__: a bridge's __setattr__ would pass it on to the module it wraps.
+            vars(module)["forward"] = _returns(output)
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+def _returns(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output
+
+
+class Turns:
+    """Hooks and replayed outputs belong to the modules, which threads share.
+
+    A setting (a hook, say) that serves many passes at once is made when the first of them comes and
+    undone when the last one has left: never while a pass runs, which would see its hooks change.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._key: Hashable = None
+        self._setting: AbstractContextManager[None] = nullcontext()
+        self._inside: set[int] = set()
+
+    @contextmanager
+    def together(
+        self, key: Hashable, setting: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """Within, `setting` holds, and only threads that came with the same key are there too.
+
+        Raises:
+            InputError: if this thread is inside already, and would wait for itself.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._inside:
+                raise InputError(
+                    "expected an edit that leaves the language model alone, got one that runs it; "
+                    "harvest first and edit with what was found"
+                )
+            self._changed.wait_for(lambda: self._key is None or self._key == key)
+            if self._key is None:
+                entered = setting()
+                entered.__enter__()
+                self._key, self._setting = key, entered
+            self._inside.add(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside.remove(me)
+                if not self._inside:
+                    self._key = None
+                    self._setting.__exit__(None, None, None)
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other thread is there."""
+        with self.together(object(), nullcontext):
+            yield

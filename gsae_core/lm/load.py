@@ -1,0 +1,394 @@
+"""Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory.
+
+A folder is data: Python that lies in it (`auto_map`) is never run, and no question
+about it is asked.
+"""
+
+import contextlib
+import json
+import logging
+import pickle
+import re
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+
+from gsae_core.errors import InputError, hub_sentence, is_hub_trouble
+from gsae_core.lm.hooks import FAMILIES
+
+WRAPPERS: Mapping[str, str] = {
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel or DistributedDataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+"""Parts of keys that a wrapper around a model, or around part of it, leaves in them."""
+
+# Masks, positions and rotary tables that earlier versions of transformers saved with the weights;
+# it knows most of them itself.
+_BUFFERS = re.compile(
+    r"(^|\.)(masked_bias|position_ids|inv_freq|original_inv_freq|cos_cached|sin_cached)$"
+)
+SHOWN = 3
+
+
+def check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
+    """Check that every weight of a model came from its checkpoint, and that none was left over.
+
+    Args:
+        name: what the model was loaded from.
+        hf: the Hugging Face causal LM.
+        loaded: what `from_pretrained(..., output_loading_info=True)` says of it; weights that are
+            tied to others are not missing there.
+
+    Raises:
+        InputError: with the keys that do not fit.
+    """
+    missing = sorted(loaded["missing_keys"])
+    unexpected = sorted(key for key in loaded["unexpected_keys"] if not _BUFFERS.search(key))
+    mismatched = sorted(loaded["mismatched_keys"])
+    if not (missing or unexpected or mismatched):
+        return
+    found = []
+    if missing:
+        found.append(f"none for {_counted(missing)} of its own")
+    if mismatched:
+        shapes = [f"{key}: {tuple(came)}, not {tuple(want)}" for key, came, want in mismatched]
+        found.append(f"another shape for {_counted(shapes)}")
+    if unexpected:
+        found.append(f"{_counted(unexpected)} that it does not have")
+    raise InputError(
+        f"expected the weights of a {type(hf).__name__} in {name!r}, found "
+        f"{' and '.join(found)}; {_advice(hf, missing, unexpected, mismatched)}"
+    )
+
+
+def _counted(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - SHOWN:,} more" if len(keys) > SHOWN else ""
+    return f"{len(keys):,} key{'s' * (len(keys) > 1)} ({', '.join(keys[:SHOWN])}{more})"
+
+
+def _advice(
+    hf: Any, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[Any]
+) -> str:
+    """Return what to do about keys that do not fit."""
+    known = set(hf.state_dict())
+    known |= {key.removeprefix(f"{hf.base_model_prefix}.") for key in known}
+    if wrappers := _wrappers(unexpected, known):
+        parts = " and ".join(f"'{part}.' of {WRAPPERS[part]}" for part in wrappers)
+        return f"save the model that is inside the wrapper, or take {parts} out of the keys"
+    if prefix := _prefix(unexpected, known):
+        return f"take {prefix!r} out of the keys"
+    if not missing and not mismatched:
+        return (
+            f"save the model again as a {type(hf).__name__} alone, with adapters merged, or let "
+            "its config.json say what it is"
+        )
+    head = set(hf.get_output_embeddings().parameters())
+    own = {key for key, weight in hf.named_parameters(remove_duplicate=False) if weight in head}
+    if own.issuperset(missing) and not mismatched:
+        return "choose a checkpoint that has the output layer, for it predicts the next token"
+    return "save the model again with save_pretrained(), weights and config.json together"
+
+
+def _wrappers(unexpected: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return the wrappers without whose names the keys would be the model's."""
+    found: dict[str, None] = {}
+    for key in unexpected:
+        parts = key.split(".")
+        if ".".join(part for part in parts if part not in WRAPPERS) in known:
+            found |= dict.fromkeys(part for part in parts if part in WRAPPERS)
+    return list(found)
+
+
+def _prefix(unexpected: Sequence[str], known: Collection[str]) -> str:
+    """Return what every key has before one of the model's own; nothing if they do not agree."""
+    prefixes = set()
+    for key in unexpected:
+        parts = key.split(".")
+        n = next((n for n in range(1, len(parts)) if ".".join(parts[n:]) in known), 0)
+        prefixes.add("".join(f"{part}." for part in parts[:n]))
+    return prefixes.pop() if len(prefixes) == 1 else ""
+
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "stdlib-gpt2"
+"""Folder of the model that ships with the package."""
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_LFS_POINTER = b"version https://git-lfs"
+# How transformers reports keys that do not fit.
+_TOLD = ("LOAD REPORT", "This checkpoint seem corrupted")
+# What damaged files of weights and of shards raise beside OSError.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError)
+
+
+def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """Return the Hugging Face causal LM and the tokenizer that `name` stands for.
+
+    Args:
+        name: `bundled`, a local folder, or a name on the Hub.
+        revision: branch, tag or commit; read for Hub names only.
+
+    Raises:
+        InputError: if there is no such model, its kind is unsupported, its files are damaged, its
+            weights are not those of its kind, or it lacks a tokenizer.
+    """
+    import torch
+
+    where = _folder(name)
+    found = name if where is None else str(where)
+    # Left out, transformers asks at a terminal whether to run the folder's own Python.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if where is None and revision:
+        options["revision"] = revision
+    config = _config(name, found, where, options)
+    check_config(name, config, headless=True)
+    if where is not None and (where / "adapter_config.json").is_file():
+        raise InputError(
+            f"expected the weights of one model, got an adapter beside them in {name!r} "
+            "(adapter_config.json); merge the two with merge_and_unload() and save the result"
+        )
+    tokenizer = _tokenizer(name, found, where, options)
+    hf = _model(name, found, where, {"dtype": getattr(torch, dtype), **options})
+    if dtype == "float32":
+        _fuse_gelu(hf)
+    return hf.to(torch.device(device)), tokenizer
+
+
+def _config(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(found, **options)
+    except OSError as error:
+        # transformers' word for a file that is no JSON, too.
+        if where is None and not isinstance(error.__context__, ValueError):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_config(name, where, error)
+    except ValueError as error:  # transformers' word for a model_type that it has never heard of
+        raise InputError(_unsupported(name, _stranger(found, options))) from error
+    except Exception as error:
+        # A value of the wrong kind leads to errors of many kinds: huggingface_hub's own, which are
+        # no ValueErrors, KeyError, ZeroDivisionError.
+        _refuse_config(name, where, error)
+
+
+def _refuse_config(name: str, where: Path | None, error: Exception) -> NoReturn:
+    _refuse_pointer(where)
+    raise InputError(
+        f"expected a config.json that describes a model in {name!r}, got one that cannot be used "
+        f"({_reason(error)}); download or save the model again"
+    ) from error
+
+
+def _stranger(found: str, options: dict[str, Any]) -> str:
+    """Return what a config.json says of a model that transformers has no code for."""
+    from transformers import PreTrainedConfig
+
+    fields: Any = PreTrainedConfig.get_config_dict(found, **options)[0]
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind is None:
+        return "a config.json without a model_type"
+    if "auto_map" in fields:
+        return f"{kind!r}, whose code is Python that comes with it (auto_map) and is never run,"
+    return f"{kind!r}, which is unknown to transformers,"
+
+
+def _tokenizer(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found, **options)
+    except (OSError, ValueError, ImportError) as error:
+        if is_hub_trouble(error):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_pointer(where)
+        raise InputError(_no_tokenizer(name, where, error)) from error
+    # Where the files are missing, most tokenizer classes start out empty and say nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(_no_tokenizer(name))
+    return tokenizer
+
+
+def _model(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+    """Return the model with every weight that its kind has, and nothing left over."""
+    import httpx2
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
+        # scores, which SDPA cannot).
+        with _no_report(), contextlib.nullcontext() if where is None else _no_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                found,
+                output_loading_info=True,
+                # Told like the other keys that do not fit, by check_keys.
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except ImportError as error:
+        raise InputError(
+            f"expected a model that loads with the packages that are here, got {name!r}, which "
+            f"needs another ({_reason(error)}); install it, or choose a copy of the model that "
+            "does without, not quantised"
+        ) from error
+    except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
+        if is_hub_trouble(error):
+            raise InputError(_hub_sentence(error, name, options)) from error
+        _refuse_pointer(where)
+        raise InputError(
+            f"expected model weights (model.safetensors) beside the config of {name!r}, "
+            f"found none that could be read ({_reason(error)}); download or save the model again"
+        ) from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # An activation function that there is none of, no heads, a list where tensors were.
+        raise InputError(
+            f"expected a config.json and weights that make a model in {name!r}, got some that do "
+            f"not ({_reason(error)}); download or save the model again"
+        ) from error
+    hf, keys = loaded
+    check_keys(name, hf, keys)
+    return hf
+
+
+def _refuse_pointer(where: Path | None) -> None:
+    """Refuse a clone that holds Git LFS's notes in place of its files."""
+    for path in sorted(where.iterdir()) if where is not None else ():
+        if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise InputError(
+                        f"expected the file itself in {path}, got Git LFS's pointer to it; fetch "
+                        "it with `git lfs pull`"
+                    )
+
+
+def _hub_sentence(error: Exception, name: str, options: dict[str, Any]) -> str:
+    return hub_sentence(error, name, what="model", revision=options.get("revision"))
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's kind and how its text begins, fit to stand inside a sentence."""
+    kind = type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{kind}: a file of more than tensors, or damaged"  # torch's own text: ten lines
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{kind}: {said.rstrip('.')}" if said else kind
+
+
+@contextlib.contextmanager
+def _no_report() -> Iterator[None]:
+    # What transformers says of keys that do not fit would stand above our sentence about them.
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_other)
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _TOLD)
+
+
+def _fuse_gelu(hf: Any) -> None:
+    """Replace GPT-2's GELU, eight passes over memory, by torch's one: equal up to rounding.
+
+    The bundled model harvests 1.14 times as fast on a CPU. In float32 only: in half precision the
+    eight passes round eight times, which is how the model was published.
+    """
+    from torch import nn
+    from transformers.activations import NewGELUActivation
+
+    for module in hf.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    # A bar over weights that load in a blink would only end up in logs; the Hub's bars, which the
+    # same switch controls, stay on for models that are downloaded.
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def check_config(name: str, config: Any, *, headless: bool = False) -> None:
+    """Check that a Hugging Face config describes a causal LM of a supported family.
+
+    Args:
+        headless: whether a model saved without its output layer will do; it is complete where that
+            layer is tied to the embedding.
+
+    Raises:
+        InputError: if it does not.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise InputError(_unsupported(name, repr(kind)))
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    came = config.architectures or [wanted]
+    if wanted not in came and not (headless and MODEL_MAPPING_NAMES[kind] in came):
+        raise InputError(
+            f"expected a causal language model ({wanted}), got {came[0]} in {name!r}; "
+            "choose a checkpoint that predicts the next token"
+        )
+
+
+def _folder(name: str) -> Path | None:
+    """Return the folder that `name` stands for, or None if it is a name on the Hub."""
+    if name == "bundled":
+        return BUNDLED
+    folder = Path(name).expanduser()
+    if not folder.exists() and _HUB_NAME.fullmatch(name) and name[0] not in "./~":
+        return None
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
+            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
+        )
+    return folder
+
+
+def _unsupported(name: str, family: str) -> str:
+    return (
+        f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family} "
+        f"in {name!r}; choose another model or pass it as a TransformerBridge"
+    )
+
+
+def _no_tokenizer(name: str, where: Path | None = None, error: Exception | None = None) -> str:
+    if error is not None and "custom code" in str(error):
+        return (
+            f"expected a tokenizer that transformers has the code of, got one in {name!r} whose "
+            "code is Python that comes with it (auto_map) and is never run; save its "
+            "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
+        )
+    files = [] if where is None else [where / file for file in _TOKENIZERS]
+    if error is not None and any(file.is_file() for file in files):
+        return (
+            f"expected a tokenizer that can be read beside the model, got one in {name!r} that "
+            f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
+        )
+    return (
+        f"expected a tokenizer (tokenizer.json) beside the model, found none in {name!r}; "
+        "save it there with tokenizer.save_pretrained()"
+    )

@@ -1,0 +1,202 @@
+"""The first lines of a corpus as tokens, read without torch and within a time limit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gsae_core.config import DataConfig
+from gsae_core.errors import InputError
+from gsae_core.lm.catalog import model_folder
+from gsae_core.lm.texts import token_texts
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from gsae_core.lm.readers import Piece, Source
+
+LINES = 10
+LINE_TOKENS = 40
+# Of each document: enough for a line in any language, and to count tokens a byte by.
+SAMPLE_CHARACTERS = 4000
+
+
+class Preview(NamedTuple):
+    """The beginnings of a corpus's first documents."""
+
+    lines: list[list[str]]
+    """The text of each token (`lm.texts.token_texts`); empty: the rest of the last character."""
+
+    sampled_tokens: int
+    """Tokens that the sample came to."""
+
+    sampled_bytes: int
+    """UTF-8 bytes of the sample; 0 for token arrays."""
+
+    n_tokens: int | None
+    """About how many tokens the whole corpus has; None where that takes reading it."""
+
+
+def preview(data: DataConfig, model: str, revision: str | None = None) -> Preview:
+    """Return the first lines of a corpus, tokenised as `model` does.
+
+    Raises:
+        InputError: if the tokenizer or the corpus cannot be read.
+    """
+    from gsae_core.lm.readers import open_source
+
+    tokenizer = load_tokenizer(model, revision)
+    source = open_source(data, tokenizer.get_vocab_size())
+    pieces = list(islice(source.train(), LINES))
+    if not pieces:
+        raise InputError(f"expected some text in {source.name}, got none")
+    samples = [_sample(piece, tokenizer) for piece in pieces]
+    n_tokens = sum(len(tokens) for tokens, _ in samples)
+    n_bytes = sum(size for _, size in samples)
+    lines = list(islice(_lines([tokens for tokens, _ in samples]), LINES))
+    whole = _estimate(source, pieces, n_tokens / n_bytes if n_bytes else None)
+    return Preview(lines, n_tokens, n_bytes, whole)
+
+
+def _sample(piece: "Piece", tokenizer: "Tokenizer") -> tuple[list[str], int]:
+    """Return the beginning of a document, token by token, and its UTF-8 bytes."""
+    if not isinstance(piece.content, str):
+        ids = [int(id_) for id_ in piece.content[: LINES * LINE_TOKENS]]
+        return token_texts(tokenizer, ids), 0
+    text = piece.content[:SAMPLE_CHARACTERS]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return token_texts(tokenizer, ids, text=text), len(text.encode())
+
+
+def _lines(documents: list[list[str]]) -> Iterator[list[str]]:
+    """Yield the first line of every document, then the second of each, and so on."""
+    longest = max(len(tokens) for tokens in documents)
+    for start in range(0, longest, LINE_TOKENS):
+        for tokens in documents:
+            if line := tokens[start : start + LINE_TOKENS]:
+                yield line
+
+
+def _estimate(source: "Source", pieces: "list[Piece]", tokens_per_byte: float | None) -> int | None:
+    """Return about how many tokens a corpus on this disk has, from the sizes of its files."""
+    files = [stamp.rsplit(" ", 2) for stamp in source.stamp if stamp.count(" ") >= 2]
+    sizes = {Path(name): int(size) for name, size, _ in files if size.isdecimal()}
+    if source.remote or not sizes:
+        return None
+    if tokens_per_byte is not None:
+        from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES
+
+        # Tables and packed files hold more, or less, than the text in them.
+        if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in sizes):
+            return None
+        return round(sum(sizes.values()) * tokens_per_byte)
+    content: Any = pieces[0].content
+    return sum(sizes.values()) // content.dtype.itemsize
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
+    """Return a model's fast tokenizer: of the bundled model, a folder, or from the Hub.
+
+    Raises:
+        InputError: if there is none, or it cannot be had.
+    """
+    from tokenizers import Tokenizer
+
+    folder = model_folder(model)
+    path = _from_hub(model, revision) if folder is None else folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            f"expected a tokenizer.json beside the model to show its tokens, found none in {model}"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"expected a tokenizer in {path}, got something else: {error}") from None
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(model, "tokenizer.json", revision=revision))
+    except GatedRepoError:
+        raise InputError(
+            f"expected access to the tokenizer of {model}, got none; accept its licence on the "
+            "model's page and run `hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"expected to fetch the tokenizer of {model} from the Hub, but it cannot be reached "
+            "and the cache has none; go online, or choose a model that is on this machine"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(
+            f"expected the name of a model on the Hub or a local folder, found no {model!r}"
+        ) from None
+    except EntryNotFoundError:
+        raise InputError(
+            f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; training "
+            "may still work"
+        ) from None
+
+
+def preview_within(
+    seconds: float | int, data: DataConfig, model: str, revision: str | None = None
+) -> Preview:
+    """Return `preview(...)` from a process of its own, which is ended after `seconds`.
+
+    A corpus can be a stalled network or a file that does not fit in memory: neither may take the
+    page along.
+
+    Raises:
+        InputError: if the tokenizer or the corpus cannot be read, or not in time.
+    """
+    asked = {"data": data.model_dump(mode="json"), "model": model, "revision": revision}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gsae_core.lm.preview"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"expected the first lines of {data.source} as tokens of {model} within {seconds:g} s, "
+            "got none; what comes from the Hub needs the network. Training has no such limit"
+        ) from None
+    answer = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    if not answer:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise InputError(f"expected the first lines of {data.source}, got a failure: {last}")
+    fields = json.loads(answer[0])
+    if "error" in fields:
+        raise InputError(fields["error"])
+    return Preview(**fields)
+
+
+def main() -> None:
+    """Answer one question of `preview_within`: JSON in, JSON out."""
+    asked = json.load(sys.stdin)
+    try:
+        found = preview(DataConfig(**asked["data"]), asked["model"], asked["revision"])
+    except InputError as error:
+        print(json.dumps({"error": str(error)}))
+    else:
+        print(json.dumps(found._asdict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Background processes: how one starts, waits for its turn, reports and stops."""

@@ -1,0 +1,294 @@
+"""What every job's folder has: a run's, and that of a transfer from or to the Hub.
+
+    status.json  events.jsonl  log.txt  control.json
+
+Code that starts a job, watches it or ends it reads and writes these files, and knows no more.
+"""
+
+import functools
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import psutil
+
+from gsae_core import files
+from gsae_core.errors import InputError
+from gsae_core.files import Lines, lock, read_json, unreadable, write_json, writing
+
+if TYPE_CHECKING:
+    pass
+
+State = Literal[
+    "queued", "starting", "running", "cancelling", "cancelled", "finished", "failed", "lost"
+]
+ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
+Stage = Literal[
+    "waiting",
+    "loading",
+    "training",
+    "evaluating",
+    "indexing",
+    "sorting",
+    "describing",
+    "downloading",
+    "importing",
+    "uploading",
+]
+
+# A process's start is read from the boot clock, which moves by a little when the time is set.
+SAME_START_SECONDS = 2.0
+MOST_SECONDS = 1e11  # since 1970: the year 5138
+
+
+class Status(NamedTuple):
+    """Where a run stands; status.json holds exactly these."""
+
+    state: State
+    step: int
+    """Steps done."""
+    n_steps: int
+    """Steps planned."""
+    pid: int | None
+    """Process that trains the run, or trained it last."""
+    process_started: float | None
+    """When that process began, in seconds since 1970: ids are reused, this pair is not."""
+    heartbeat: float
+    """When the process last wrote this file, in seconds since 1970."""
+    error: str | None
+    """Why the run failed, in one sentence."""
+    stage: Stage | None = None
+    """What the process does now; None before it did anything, and in older runs."""
+    done: int = 0
+    """How much of the stage is done: runs that went first, steps, or tokens evaluated."""
+    total: int = 0
+    """How much the stage has to do; 0 where that is not known."""
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """The live process with this id *and* this start time, or None."""
+        if self.pid is None or self.process_started is None:
+            return None
+        return live_process(self.pid, self.process_started)
+
+    @property
+    def expects_process(self) -> bool:
+        """Whether a process should be there: the run is active, or waits in line."""
+        return self.state in ACTIVE or (self.state == "queued" and self.pid is not None)
+
+
+def live_process(pid: int, started: float) -> psutil.Process | None:
+    """Return the live process with this id *and* this start time, or None.
+
+    A process id alone proves nothing: ids are reused, and a dead child whose parent has not
+    collected it (a zombie) still answers signal 0.
+    """
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < SAME_START_SECONDS
+        alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return None
+    return process if same and alive else None
+
+
+def of_process(status: Status, state: State, pid: int) -> Status:
+    """Return `status` in another state, written now, in the name of process `pid`."""
+    return status._replace(
+        state=state,
+        pid=pid,
+        process_started=psutil.Process(pid).create_time(),
+        heartbeat=time.time(),
+        error=None,
+    )
+
+
+def read_status(folder: Path) -> Status:
+    """Return status.json as the process left it.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    path = folder / "status.json"
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+    return _parsed(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+# Replaced as a whole at each write, so that a new file is a new number. Every page asks each of a
+# folder's runs, and most have ended.
+@functools.lru_cache(maxsize=4096)
+def _parsed(path: Path, inode: int, mtime_ns: int, size: int) -> Status:
+    """Return a status file's content; the last three arguments tell a new file from the old."""
+    fields = read_json(path)
+    known, needed = set(Status._fields), set(Status._fields) - set(Status._field_defaults)
+    if not needed <= set(fields) <= known or fields["state"] not in get_args(State):
+        raise InputError(
+            f"expected the keys {', '.join(Status._fields)} in {path}, "
+            f"found {', '.join(fields) or 'none'}"
+        )
+    for name, value in fields.items():
+        if not _may_be(name, value):
+            raise InputError(f"expected {_WANTED[name]} as {name} in {path}, got {value!r}")
+    return Status(**fields)
+
+
+_WANTED = {
+    "state": "a state",
+    **dict.fromkeys(("step", "n_steps", "done", "total"), "a whole number from 0"),
+    "pid": "a process id or null",
+    "process_started": "seconds since 1970 or null",
+    "heartbeat": "seconds since 1970",
+    **dict.fromkeys(("error", "stage"), "a text or null"),
+}
+
+
+def _may_be(name: str, value: Any) -> bool:
+    if value is None:
+        return name in ("pid", "process_started", "error", "stage")
+    if name in ("state", "error", "stage"):
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        return False
+    if name in ("process_started", "heartbeat"):
+        return value < MOST_SECONDS
+    return isinstance(value, int) and (name != "pid" or 0 < value < 2**31)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replace status.json."""
+    write_json(folder / "status.json", status._asdict())
+
+
+# Config, status, events and the log; what weights need is checked when their size is known.
+FOLDER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder that a process works on."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> Status:
+        """Where the run stands now, as far as this machine can tell.
+
+        status.json is what the process said last; a process that is gone cannot correct it. So an
+        active run without its process reads `cancelled` if that was asked for, else `lost`.
+
+        Raises:
+            InputError: if the run's files are gone or damaged.
+        """
+        return self.judged(read_status(self.folder))
+
+    def judged(self, status: Status) -> Status:
+        """Return where the run stands, given what its status.json said a moment ago.
+
+        Raises:
+            InputError: as `status`.
+        """
+        if not status.expects_process:
+            return status._replace(state="cancelling") if self.is_ending(status) else status
+        cancel = (self.folder / "control.json").exists()
+        if status.process is not None:
+            return status._replace(state="cancelling") if cancel else status
+        # The process may have ended in order between the two looks: its last word counts.
+        status = read_status(self.folder)
+        if not status.expects_process:
+            return status
+        return status._replace(state="cancelled" if cancel else "lost")
+
+    def is_ending(self, status: Status) -> bool:
+        """Return whether the process of a cancelled run has saved but is not gone yet.
+
+        A process that was not started for this run, such as a notebook's, need not go.
+        """
+        if status.state != "cancelled" or status.pid == os.getpid() or status.process is None:
+            return False
+        return any(e["event"] == "started" and e.get("pid") == status.pid for e in self.events())
+
+    def is_alive(self) -> bool:
+        """Return whether a process holds this run: right id, right start, not a zombie."""
+        status = read_status(self.folder)
+        return status.expects_process and status.process is not None
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`.
+
+        Raises:
+            InputError: if events.jsonl cannot be read; damaged lines are left out.
+        """
+        return self.event_lines().rows
+
+    def event_lines(self) -> Lines:
+        """Return what `events` does, and how many lines it leaves out.
+
+        Raises:
+            InputError: as there.
+        """
+        lines = files.read(self.folder / "events.jsonl")
+        events = [row for row in lines.rows if _is_event(row)]
+        return lines._replace(rows=events, damaged=lines.damaged + len(lines.rows) - len(events))
+
+    def n_lost_events(self, status: Status) -> int:
+        """Return how many lines of events.jsonl are damaged; half a line, while it is written, not.
+
+        Raises:
+            InputError: as `events`.
+        """
+        lines = self.event_lines()
+        return lines.damaged + (lines.torn and not status.expects_process)
+
+    def add_event(self, event: str, **details: Any) -> None:
+        """Append to events.jsonl."""
+        row = {"time": time.time(), "event": event, **details}
+        files.append(self.folder / "events.jsonl", row)
+
+    def log_tail(self, n_lines: int = 30) -> list[str]:
+        """Return the last lines of log.txt; one that says so, where it cannot be read."""
+        path = self.folder / "log.txt"
+        if not os.path.lexists(path):
+            return []
+        try:
+            with path.open("rb") as file:
+                # A long log is read from near its end; a traceback's lines are far below 400 bytes.
+                file.seek(max(0, path.stat().st_size - 400 * n_lines))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError as error:
+            return [unreadable(path, error)]
+        return text.splitlines()[-n_lines:]
+
+    def request_cancel(self, *, by: str = "") -> None:
+        """Ask the process to finish its step, save and stop; a second request changes nothing.
+
+        A run that was never started is cancelled at once.
+
+        Args:
+            by: who asks, for the run's events.
+
+        Raises:
+            InputError: if the folder is gone or cannot be written.
+        """
+        with writing(self.folder, FOLDER_BYTES), lock(self.folder, "start"):
+            status = self.status
+            if status.state == "queued" and status.pid is None:
+                write_status(self.folder, status._replace(state="cancelled"))
+            elif status.state in ("queued", "starting", "running"):
+                write_json(self.folder / "control.json", {"request": "cancel", "time": time.time()})
+            else:
+                return
+            self.add_event("cancel requested", by=by)
+
+
+def _is_event(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)

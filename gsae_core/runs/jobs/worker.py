@@ -1,0 +1,223 @@
+"""The process that trains a run: it holds the run, tells where it stands and hears when to stop."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from gsae_core.errors import InputError
+from gsae_core.files import lock
+from gsae_core.runs.jobs.job import Job, Stage, State, of_process, read_status, write_status
+from gsae_core.runs.jobs.queue import Place
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
+# How soon a request to stop is heard; looking costs microseconds.
+LOOK_SECONDS = 0.25
+# How soon a waiting run sees that the device is free.
+TURN_SECONDS = 0.5
+
+
+class Worker:
+    """A run held by this process, from `with` to the end of the block.
+
+    On entry status.json says `starting`, and a thread keeps its step and heartbeat fresh; log.txt
+    receives the package's log. On leaving, status.json says how it ended: `outcome`, or `failed`
+    with the cause in one sentence (a traceback goes to log.txt alone).
+
+    Attributes:
+        step: steps done; set by the code that trains.
+        done: how much of the present stage is done; set by the code that does it.
+        outcome: the last state, unless an exception ends the block.
+
+    Raises:
+        InputError: on entry, if the run is finished or another process holds it.
+    """
+
+    def __init__(self, run: Job) -> None:
+        self.run = run
+        self.step = 0
+        self.done = 0
+        self.outcome: State = "finished"
+        self._held = lock(run.folder, "worker")
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._handlers: dict[int, object] = {}
+        self._log: logging.Handler | None = None
+        self._place: Place | None = None
+        # The heartbeat and the one who trains both write the status.
+        self._writing = threading.Lock()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked this process to finish its step, save and stop."""
+        return self._stop.is_set()
+
+    def __enter__(self) -> "Worker":
+        from filelock import Timeout
+
+        status = read_status(self.run.folder)
+        if status.state == "finished":
+            raise InputError(
+                f"expected a run with steps left, got {self.run.id}, which is finished"
+            )
+        try:
+            self._held.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"expected a run that no process is training, got {self.run.id}, which process "
+                f"{status.pid} is training; cancel that one first"
+            ) from None
+        try:
+            self._open_log()
+            with lock(self.run.folder, "start"):
+                status = read_status(self.run.folder)
+                if status.state != "starting":
+                    # Started by hand: a request in the folder was meant for an earlier process.
+                    (self.run.folder / "control.json").unlink(missing_ok=True)
+                self._status = of_process(status, "starting", os.getpid())
+                self._status = self._status._replace(stage=None, done=0, total=0)
+                self.step = status.step
+                write_status(self.run.folder, self._status)
+            self._catch_signals()
+            self._thread.start()
+        except BaseException:
+            self._close_log()
+            self._held.release()
+            raise
+        return self
+
+    def turn(self, slot: str, *, of: Path | None = None) -> Iterator[int]:
+        """Wait until the device is free; yield how many runs go first, about twice a second.
+
+        Ends at once when somebody asks the run to stop. The device is held until the worker ends.
+
+        Args:
+            slot: name of the device, from `machine.slot_of`.
+            of: the run in whose place in the line the work stands; None: the run itself.
+        """
+        self._place = Place(of or self.run.folder, slot)
+        ahead = self._place.ahead()
+        if ahead:
+            self._status = self._status._replace(state="queued")
+            self.enter("waiting", total=0)
+            logger.info("waiting for %s: %d ahead", slot, ahead)
+        while ahead and not self.stop_requested:
+            if ahead != self.done:
+                self.done = ahead
+                self._write("queued")
+            yield ahead
+            self._stop.wait(TURN_SECONDS)
+            ahead = self._place.ahead()
+        if not ahead:
+            self._status = self._status._replace(state="starting")
+
+    def enter(self, stage: Stage, *, total: int, done: int = 0) -> None:
+        """Say that a stage begins: in status.json, and with the time of it in events.jsonl."""
+        states: dict[Stage, State] = {"waiting": "queued", "loading": "starting"}
+        self.done = done
+        self._status = self._status._replace(stage=stage, total=total)
+        self._write(states.get(stage, "running"))
+        self.run.add_event(stage, step=self.step)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        sentence = None
+        if isinstance(error, GeneratorExit | KeyboardInterrupt):
+            self.outcome = "cancelled"
+        elif isinstance(error, InputError):
+            self.outcome, sentence = "failed", str(error)
+            logger.error("%s", error)
+        elif error is not None:
+            first = str(error).partition("\n")[0]
+            self.outcome, sentence = "failed", f"{type(error).__name__}: {first}; see log.txt"
+            logger.error("the run failed", exc_info=error)
+        try:
+            if self.run.folder.is_dir():
+                with lock(self.run.folder, "start"):
+                    self._write(self.outcome, error=sentence)
+                    self.run.add_event(self.outcome, step=self.step, error=sentence)
+                    (self.run.folder / "control.json").unlink(missing_ok=True)
+        finally:
+            self._restore_signals()
+            self._close_log()
+            if self._place is not None:
+                self._place.leave()
+            self._held.release()
+
+    def _beat(self) -> None:
+        control = self.run.folder / "control.json"
+        beat = time.monotonic()
+        while not self._done.wait(LOOK_SECONDS):
+            if control.exists():
+                self._stop.set()
+            if not self.run.folder.is_dir():
+                self._stop.set()  # Deleted by hand: the rest is not wanted.
+                continue
+            if time.monotonic() - beat >= HEARTBEAT_SECONDS:
+                beat = time.monotonic()
+                state: State = "cancelling" if self.stop_requested else self._status.state
+                try:
+                    self._write(state)
+                except InputError as error:
+                    # A full disk is met again, and answered for, when the run saves its state.
+                    logger.warning("no heartbeat: %s", error)
+
+    def _write(self, state: State, *, error: str | None = None) -> None:
+        with self._writing:
+            self._status = self._status._replace(
+                state=state,
+                step=self.step,
+                heartbeat=time.time(),
+                error=error,
+                done=self.done,
+            )
+            write_status(self.run.folder, self._status)
+
+    def _catch_signals(self) -> None:
+        # Python delivers signals to the main thread only; elsewhere control.json is the way.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = [signal.SIGTERM]
+        # A shell starts background commands of a script with SIGINT ignored: Ctrl-C is for the
+        # command in front, so it stays ignored here.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        for number in numbers:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_requested:
+            raise KeyboardInterrupt  # The second Ctrl-C does not wait for the step.
+        self._stop.set()
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _open_log(self) -> None:
+        self._log = logging.FileHandler(self.run.folder / "log.txt", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("gsae_core")
+        self._level = package.level
+        package.setLevel(logging.INFO)
+        package.addHandler(self._log)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            package = logging.getLogger("gsae_core")
+            package.removeHandler(self._log)
+            package.setLevel(self._level)
+            self._log.close()

@@ -1,0 +1,158 @@
+"""metrics.jsonl: written line by line, read while it grows, cut back when a run resumes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from gsae_core import files
+from gsae_core.errors import InputError
+from gsae_core.files import read_bytes, replace_durably, unreadable, writing
+
+# What a look at the newest rows reads: ten logged steps of 16 SAEs.
+TAIL_BYTES = 2**16
+
+PLACE = ("step", "tokens", "seconds")
+"""Numbers that every line has, for any kind of SAE."""
+SHARES = ("seconds_lm", "seconds_sae")
+"""Numbers that lines of older versions lack."""
+
+
+class MetricsCursor(NamedTuple):
+    """How far metrics.jsonl was read. A resumed run replaces the file, hence its identity."""
+
+    file: int = 0
+    offset: int = 0
+
+
+class MetricsSlice(NamedTuple):
+    """What was added to metrics.jsonl since a cursor."""
+
+    rows: list[dict[str, Any]]
+    cursor: MetricsCursor
+    restarted: bool
+    """The file is another than the cursor's: `rows` is everything, forget what was read before."""
+    damaged: int = 0
+    """Whole lines that are no rows, left out: power cuts and full disks leave such."""
+
+
+def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
+    """Return the rows after `cursor`; a last line still being written is left for the next call.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
+    with _opened(path) as file:
+        identity = os.fstat(file.fileno()).st_ino
+        restarted = cursor.file not in (0, identity)
+        offset = 0 if restarted else cursor.offset
+        file.seek(offset)
+        data = file.read()
+    end = offset + data.rfind(b"\n") + 1
+    rows, damaged = _rows(data[: end - offset])
+    return MetricsSlice(rows, MetricsCursor(identity, end), restarted, damaged)
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """Return the newest rows, from the last 64 kB of the file; oldest first.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return []
+    with _opened(path) as file:
+        start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+        file.seek(start)
+        data = file.read()
+    whole = data if start == 0 else data[data.find(b"\n") + 1 :]
+    return _rows(whole[: whole.rfind(b"\n") + 1])[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+def _rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows in whole lines, and how many lines hold none."""
+    lines = files.parsed(data)
+    rows = [row for row in lines.rows if _is_row(row)]
+    return rows, lines.damaged + len(lines.rows) - len(rows)
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Return whether a line has what every reader needs: its place, its SAE, and numbers."""
+    numbers = (value for key, value in row.items() if key != "sae")
+    return (
+        isinstance(row.get("sae"), str)
+        and all(isinstance(row.get(key), int | float) for key in PLACE)
+        and all(isinstance(row.get(key, 0.0), int | float) for key in SHARES)
+        and all(value is None or isinstance(value, int | float) for value in numbers)
+    )
+
+
+def cut_back(path: Path, n_bytes: int) -> None:
+    """Drop what was written after the first `n_bytes`: steps that will be taken again.
+
+    The file is replaced, so that readers see by its identity that it changed.
+
+    Raises:
+        InputError: if the file is shorter than that.
+    """
+    data = read_bytes(path) if os.path.lexists(path) else b""
+    if len(data) < n_bytes:
+        raise InputError(
+            f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
+            f"{len(data)}; delete the folder {path.parent / 'resume'} to train from step 0"
+        )
+    replace_durably(path, lambda sibling: _write(sibling, data[:n_bytes]), n_bytes=n_bytes)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+class MetricsLog:
+    """metrics.jsonl opened for appending, after what belongs to later steps is cut off.
+
+    A line reaches the system with its step, and so every reader, also after a kill; it
+    is on the disk when `sync` returns, which each resumable state calls. A wait for the disk with
+    every step would save nothing: after a power cut the steps since that state are taken and logged
+    again, and their lines, torn or whole, are cut off. On an SSD it took 3.4 ms a step, 45 at most.
+
+    Args:
+        path: the file; made when it is not there.
+        n_bytes: how much of it stands; 0 for a run that begins.
+
+    Raises:
+        InputError: if the file is shorter than `n_bytes`, or the disk is full or read-only.
+    """
+
+    def __init__(self, path: Path, *, n_bytes: int) -> None:
+        cut_back(path, n_bytes)
+        self._path = path
+        self._file = path.open("ab+", buffering=0)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows in one write, so that a reader sees a step's SAEs together."""
+        data = files.encoded(rows)
+        with writing(self._path, len(data)):
+            files.append_to(self._file, data)
+
+    def sync(self) -> int:
+        """Wait until everything is on the disk and return the file's length in bytes."""
+        with writing(self._path, 0):
+            os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

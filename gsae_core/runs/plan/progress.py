@@ -1,0 +1,166 @@
+"""How far a run is and how long it still takes, from what it wrote so far."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gsae_core.runs.jobs.job import Status
+
+RECENT = 10  # logged steps that the speed is taken from: old ones say little about now
+
+
+class Progress(NamedTuple):
+    """Where a run stands."""
+
+    share: float
+    """Steps done over steps planned."""
+
+    tokens_per_second: float | None
+    """Activation vectors a second lately; None until two steps were logged."""
+
+    seconds_left: float | None
+    """Training time left at that speed."""
+
+    lm_share: float | None = None
+    """Share of all training seconds spent in the language model; None for older runs."""
+
+    sae_share: float | None = None
+    """Share of all training seconds spent in the SAEs' steps."""
+
+
+def progress(status: Status, rows: Sequence[Mapping[str, Any]]) -> Progress:
+    """Return where a run stands.
+
+    Args:
+        rows: what `Run.metrics` returns, oldest first.
+    """
+    share = min(status.step / status.n_steps, 1.0) if status.n_steps else 0.0
+    steps = {row["step"]: row for row in rows}
+    recent = list(steps.values())[-RECENT:]
+    shares = _shares(recent[-1]) if recent else (None, None)
+    if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
+        return Progress(share, None, None, *shares)
+    first, last = recent[0], recent[-1]
+    seconds = last["seconds"] - first["seconds"]
+    step_seconds = seconds / (last["step"] - first["step"])
+    left = max(status.n_steps - status.step, 0) * step_seconds
+    return Progress(share, (last["tokens"] - first["tokens"]) / seconds, left, *shares)
+
+
+def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    # Of all seconds and not of the last steps: activations are harvested in bursts.
+    if "seconds_lm" not in row or not row["seconds"]:
+        return None, None
+    return row["seconds_lm"] / row["seconds"], row["seconds_sae"] / row["seconds"]
+
+
+class Phase(NamedTuple):
+    """A stretch of a run's life."""
+
+    name: str
+    seconds: float | None
+    """Its length so far, over all resumes; None if it has not begun."""
+    mark: Literal["done", "now", "ahead", "stopped"]
+
+
+PHASES = ("queued", "starting", "training", "evaluating")
+# What an event of events.jsonl begins; other events change nothing.
+_BEGINS = {
+    "created": "queued",
+    "waiting": "queued",
+    "started": "starting",
+    "loading": "starting",
+    "training": "training",
+    "evaluating": "evaluating",
+}
+_ENDS = ("finished", "cancelled", "failed")
+
+
+def timeline(
+    events: Sequence[Mapping[str, Any]], status: Status, *, now: float
+) -> tuple[Phase, ...]:
+    """Return the stretches of a run's life in order, the last one named by how it ended.
+
+    Args:
+        events: what `Run.events` returns.
+        now: seconds since 1970.
+    """
+    if (
+        status.state == "finished"
+        and status.step
+        and "training" not in {event["event"] for event in events}
+    ):
+        # Of the bundled example the first and the last event are shipped: what lay between took
+        # time that is not known, and was not spent in the line.
+        return tuple(Phase(name, None, "done") for name in (*PHASES, "finished"))
+    spent: dict[str, float] = {}
+    current, since = None, 0.0
+    for event in events:
+        begins = _BEGINS.get(event["event"])
+        if begins is None and event["event"] not in _ENDS:
+            continue
+        # A process that died without a word said nothing of when: that stretch is left out.
+        if current is not None and not (event["event"] == "started" and current != "queued"):
+            spent[current] = spent.get(current, 0.0) + event["time"] - since
+        current, since = begins, event["time"]
+        if begins is not None:
+            spent.setdefault(begins, 0.0)
+    over = status.state in (*_ENDS, "lost")
+    if current is not None:
+        until = status.heartbeat if over else now
+        spent[current] += max(until - since, 0.0)
+    stopped = over and status.state != "finished"
+    last = [name for name in PHASES if name in spent][-1:]
+    phases = [
+        Phase(name, spent.get(name), _mark(name, spent, last, over, stopped)) for name in PHASES
+    ]
+    end = status.state if over else "finished"
+    return (*phases, Phase(end, None, "stopped" if stopped else "done" if over else "ahead"))
+
+
+def _mark(
+    name: str, spent: Mapping[str, float], last: list[str], over: bool, stopped: bool
+) -> Literal["done", "now", "ahead", "stopped"]:
+    if name not in spent:
+        return "ahead"
+    if [name] != last:
+        return "done"
+    return "stopped" if stopped else "done" if over else "now"
+
+
+class Failure(NamedTuple):
+    """Why a run failed and the one thing to change."""
+
+    cause: str
+    advice: str
+
+
+_ADVICE = (
+    (
+        r"out of memory|cannot allocate|MemoryError|enough memory|expected .* free memory",
+        "Train fewer SAEs at once, narrow them, or use a smaller batch.",
+    ),
+    (r"No space left|make room on the disk", "Free some disk space, then resume: nothing is lost."),
+    (r"expected finite activations", ""),  # it says itself what to change
+    (r"\bnan\b|\binf\b|not finite", "Lower the learning rate, or lengthen its warm-up."),
+    (
+        r"gated repo|accept|401|403",
+        "Accept the licence on the model's page, sign in with the Hub's command line, then resume.",
+    ),
+    (
+        r"offline|HF_HUB_OFFLINE|network|connection|resolve",
+        "Connect to the network, or give a local folder as the model or the data.",
+    ),
+)
+
+
+def explain(error: str | None) -> Failure:
+    """Return the headline cause and a suggested change, empty where the cause says it itself."""
+    if not error:
+        return Failure("The process gave no reason.", "The last lines of its log are below.")
+    cause = error if error.endswith((".", "!", "?")) else f"{error}."
+    for pattern, advice in _ADVICE:
+        if re.search(pattern, error, re.IGNORECASE):
+            said = advice.lower() in error.lower()
+            return Failure(cause, "" if said else advice)
+    return Failure(cause, "")

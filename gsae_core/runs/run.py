@@ -1,0 +1,496 @@
+"""The run folder: what a run is, where it stands and what it measured, as files anyone can read.
+
+    runs/<id>/  config.json  status.json  metrics.jsonl  evals.json  events.jsonl  log.txt
+                saes/<name>/  resume/  control.json  samples.json  evaluated_tokens.safetensors
+
+The command line, the app and notebooks hold no job in memory: they read this folder, and a
+detached process writes it. Nothing here imports torch.
+"""
+
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
+
+from gsae_core import files
+from gsae_core.config import Architecture, Positions, RunConfig, first_of, load_config
+from gsae_core.errors import InputError
+from gsae_core.files import (
+    free_bytes,
+    lock,
+    read_json,
+    read_sae_cfg,
+    readable,
+    unreadable,
+    write_json,
+    writing,
+)
+from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
+from gsae_core.runs.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gsae_core.analysis.features.index import FeatureIndex
+
+
+def runs_root() -> Path:
+    """Return the folder runs are kept in: `runs`, unless GSAE_RUNS names another."""
+    return Path(os.environ.get("GSAE_RUNS", "runs"))
+
+
+class EvalRow(BaseModel, frozen=True, extra="forbid"):
+    """One SAE on held-out tokens; the keys of evals.json. NaN is written as null."""
+
+    name: str
+    architecture: Architecture
+    sparsity: float
+    """lambda as the config gives it."""
+    d_in: int
+    d_sae: int
+    l0: float
+    loss_recovered: float
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    kl: float
+    gamma: float
+    gamma_gate: float
+    fvu: float
+    cosine: float
+    alive_fraction: float
+    n_tokens: int
+    """Activations measured: counted held-out tokens, in whole sequences."""
+    n_tokens_asked: int
+    shortage: str | None
+    """Why they are fewer than asked for, where they are."""
+    n_predictions: int
+    """Predictions that losses and KL are averaged over: a sequence's last token has none."""
+    zeroed: Positions
+    """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
+    replaced: Positions
+    """Positions at which the language model read reconstructions."""
+
+
+class _Decile(BaseModel):
+    norm: float | None
+    ratio: float | None
+    gamma: float | None
+
+
+def check_row(row: Any, *, where: str, may_lack: Collection[str]) -> None:
+    """Check that a row of evals.json has the numbers of an `EvalRow`.
+
+    Args:
+        may_lack: keys that earlier versions did not write.
+        where: the file, and what to do, for the sentence.
+
+    Raises:
+        InputError: names the first key that is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"expected an object for each SAE in {where}")
+    # null is NaN; what a newer version measures besides is its own.
+    fields = {
+        name: math.nan if row[name] is None and field.annotation is float else row[name]
+        for name, field in EvalRow.model_fields.items()
+        if name in row
+    }
+    try:
+        EvalRow.model_validate(fields, strict=True)
+    except ValidationError as error:
+        wrong = first_of(error, may_lack=may_lack)
+        if wrong is not None:
+            raise InputError(f"expected numbers of each SAE, got {wrong} in {where}") from None
+
+
+SCHEMA_VERSION = 1
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
+
+# What evaluations that do not say did.
+EARLIER = {
+    "zeroed": "counted",
+    "replaced": "counted",
+    "n_tokens_asked": None,
+    "shortage": None,
+    "n_predictions": None,
+}
+
+
+class _Example(BaseModel):
+    tokens: list[str] = Field(min_length=1)
+    values: list[float] = Field(min_length=1)
+    at: int = Field(ge=0)
+
+
+class _Latent(BaseModel):
+    latent: int
+    chosen: str
+    fired: int
+    examples: list[_Example]
+
+
+class _Look(BaseModel):
+    alive: int
+    latents: list[_Latent]
+
+
+class _Samples(BaseModel):
+    """What samples.json holds; `gsae_core.runs.work.samples` says what it means."""
+
+    step: int
+    every: int
+    n_tokens: PositiveInt
+    saes: dict[str, _Look]
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """A run folder and the config it was made with; everything else is read when asked for."""
+
+    config: RunConfig
+
+    @classmethod
+    def create(cls, folder: Path | str, config: RunConfig) -> "Run":
+        """Make a run folder, in state `queued`.
+
+        Raises:
+            InputError: if the name is no run id, the folder holds a run or other files, cannot be
+                written, or the disk is full.
+        """
+        folder = Path(folder).absolute()
+        check_run_id(folder.name)
+        with writing(folder, FOLDER_BYTES):
+            _make_folder(folder)
+            if free_bytes(folder) < FOLDER_BYTES:
+                raise InputError(
+                    f"expected {readable(FOLDER_BYTES)} free for {folder}, found "
+                    f"{readable(free_bytes(folder))}; make room on the disk and start again"
+                )
+            with lock(folder, "start"):
+                # Dot files are ours (the lock) or the system's; anything else is somebody's work.
+                if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                    raise InputError(_occupied(folder))
+                steps = config.train.n_steps
+                write_status(folder, Status("queued", 0, steps, None, None, time.time(), None))
+                Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
+                # Last: a folder with a config is a run.
+                write_json(folder / "config.json", config.model_dump(mode="json"))
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Run":
+        """Return the run in a folder.
+
+        Raises:
+            InputError: if there is no run, its files are damaged, or a newer version made it.
+        """
+        folder = Path(folder).absolute()
+        if not os.path.lexists(folder / "config.json"):
+            raise InputError(
+                f"expected a run folder with a config.json, found none in {folder}; "
+                "give the folder that the training command printed"
+            )
+        check_layout(folder)
+        path = folder / "config.json"
+        try:
+            return cls(folder, load_config(path))
+        except InputError as error:
+            if str(path) in str(error):
+                raise
+            raise InputError(f"expected the config of a run in {path}; {error}") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
+        return self.metrics_since(MetricsCursor()).rows
+
+    def recent_metrics(self) -> list[dict[str, Any]]:
+        """Return the newest rows alone, as many as speed and time left need; oldest first."""
+        return read_tail(self.folder / "metrics.jsonl")
+
+    def metrics_since(self, cursor: MetricsCursor) -> MetricsSlice:
+        """Return the rows written after `cursor`, and the cursor to ask with next time.
+
+        A last line still being written is left for the next call.
+        """
+        return read_since(self.folder / "metrics.jsonl", cursor)
+
+    def evals(self) -> list[dict[str, Any]]:
+        """Return the held-out evaluation of each SAE; empty until there is one.
+
+        Of an earlier version's, `zeroed` and `replaced` say what that version did, and
+        `n_tokens_asked`, `shortage` and `n_predictions` are None: it did not say.
+
+        Raises:
+            InputError: if evals.json is damaged.
+        """
+
+        path = self.folder / "evals.json"
+        if not os.path.lexists(path):
+            return []
+        try:
+            rows = read_json(path).get("saes")
+        except InputError as error:
+            raise InputError(f"{error}; {_again(self)}") from None
+        if not isinstance(rows, list):
+            raise InputError(f"expected a list `saes` in {path}, found none; {_again(self)}")
+        names = [spec.name for spec in self.config.saes]
+        for row in rows:
+            check_row(row, where=f"{path}; {_again(self)}", may_lack=EARLIER)
+            if row["name"] not in names:
+                raise InputError(
+                    f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got some "
+                    f"of {row['name']!r}; {_again(self)}"
+                )
+        return [EARLIER | row for row in rows]
+
+    def samples(self) -> dict[str, Any] | None:
+        """Return samples.json: a few latents of each SAE with their top tokens; None before it.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        path = self.folder / "samples.json"
+        if not os.path.lexists(path):
+            return None
+        fields = read_json(path)
+        try:
+            _Samples.model_validate(fields, strict=True)
+        except ValidationError as error:
+            raise InputError(
+                f"expected a sample of latents in {path}, got {first_of(error)}"
+            ) from None
+        return fields
+
+    def sae_cfg(self, name: str) -> dict[str, Any]:
+        """Return an SAE's cfg.json; empty before it was saved first.
+
+        Raises:
+            InputError: if it is damaged, or the run has no SAE of this name.
+        """
+        path = self.sae_folder(name) / "cfg.json"
+        return read_sae_cfg(path) if os.path.lexists(path) else {}
+
+    def damages(self) -> list[str]:
+        """Return a sentence for each file that is damaged, though the run can be opened without."""
+        found: list[str] = []
+
+        def count_events() -> None:
+            if lost := self.n_lost_events(self.status):
+                found.append(files.left_out(lost, "events.jsonl"))
+
+        readers = [self.evals, self.samples, self.recent_metrics, count_events]
+        readers += [functools.partial(self.sae_cfg, spec.name) for spec in self.config.saes]
+        for read in readers:
+            try:
+                read()
+            except InputError as error:
+                found.append(str(error))
+        return found
+
+    def sae_folder(self, name: str) -> Path:
+        """Return the folder of one SAE.
+
+        Raises:
+            InputError: if the run has no SAE of this name.
+        """
+        names = [spec.name for spec in self.config.saes]
+        if name not in names:
+            raise InputError(f"expected one of this run's SAEs ({', '.join(names)}), got {name!r}")
+        return self.folder / "saes" / name
+
+    def feature_stats(self, name: str) -> "pd.DataFrame":
+        """Return one row per latent, measured on the held-out tokens of the evaluation.
+
+        Columns: `fired` and `gate_open` (tokens), `density` (share of tokens it fired on) and
+        `gamma` (the latent's own shrinkage; NaN where it never fired).
+
+        Raises:
+            InputError: if the SAE is unknown or not evaluated yet.
+        """
+        import pandas as pd
+        from safetensors.numpy import load_file
+
+        path = self.sae_folder(name) / "feature_stats.safetensors"
+        if not path.exists():
+            raise InputError(
+                f"expected feature statistics of {name!r}, found none yet in {path.parent}; "
+                "they are written when the run is evaluated"
+            )
+        columns = load_file(path)
+        return pd.DataFrame({key: columns[key] for key in FEATURE_STATS}).rename_axis("latent")
+
+    def features(self, name: str) -> "FeatureIndex":
+        """Return the feature index of one SAE.
+
+        Raises:
+            InputError: if the SAE is unknown, has no index, or has changed since it was built.
+        """
+        from gsae_core.analysis.features.files import check_weights
+        from gsae_core.analysis.features.index import open_index
+
+        sae_folder = self.sae_folder(name)
+        index = open_index(self.folder / "features" / name)
+        check_weights(index.manifest, sae_folder)
+        return index
+
+
+def _again(run: Run) -> str:
+    return f"measure again: python -m gsae_core evaluate {run.folder}"
+
+
+def check_run_id(run_id: str) -> str:
+    """Return `run_id` if it can name a run.
+
+    Raises:
+        InputError: if it could be a path, or is no plain name.
+    """
+    if RUN_ID.fullmatch(run_id) is None:
+        raise InputError(
+            "expected a run name of 1 to 64 letters, digits, dots, dashes and underscores that "
+            f"starts with a letter or digit, got {run_id!r}"
+        )
+    return run_id
+
+
+open_run = Run.open
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"expected a folder for the run, found a file at {folder}") from None
+
+
+def _occupied(folder: Path) -> str:
+    if (folder / "config.json").exists():
+        return (
+            f"expected a new folder for the run, found a run in {folder}; choose another, or go on "
+            f"with it: python -m gsae_core resume {folder}"
+        )
+    return f"expected a new or empty folder for the run, found other files in {folder}"
+
+
+def check_layout(folder: Path) -> None:
+    """Check that this version reads a run of the layout that its events name.
+
+    Raises:
+        InputError: if a newer version made it, or its events cannot be read.
+    """
+    rows = files.read(folder / "events.jsonl").rows
+    versions = [row["schema_version"] for row in rows if "schema_version" in row]
+    # A run whose first line is damaged is taken for one of this version: the rest of it will tell.
+    version = versions[0] if versions else SCHEMA_VERSION
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise InputError(
+            f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in {folder}; "
+            "a newer version of gsae-core made it: update to open it"
+        )
+
+
+class UnreadableRun(NamedTuple):
+    """A folder that looks like a run and cannot be opened."""
+
+    id: str
+    reason: str
+
+
+class Listed(NamedTuple):
+    """A run, and what its process said last."""
+
+    run: Run
+    said: Status
+
+
+def find_run(root: Path | str, run_id: str) -> Run:
+    """Return a run by its name; the name cannot lead out of `root`.
+
+    Raises:
+        InputError: if the name is no run id or there is no such run under `root`.
+    """
+    folder = Path(root).absolute() / check_run_id(run_id)
+    if not folder.resolve().is_relative_to(Path(root).resolve()):
+        raise InputError(f"expected a run inside {root}, got {run_id!r}, which leads out of it")
+    return Run.open(folder)
+
+
+def list_runs(root: Path | str) -> list[Run]:
+    """Return the runs under `root`, newest first; those that cannot be read are left out."""
+    return [found.run for found in survey(root)[0]]
+
+
+def unreadable_runs(root: Path | str) -> list[UnreadableRun]:
+    """Return the folders under `root` that `list_runs` leaves out, each with its reason."""
+    return survey(root)[1]
+
+
+def survey(root: Path | str) -> tuple[list[Listed], list[UnreadableRun]]:
+    """Return the runs under `root`, newest first, and the folders of runs that cannot be read."""
+    listed: list[tuple[float, Listed]] = []
+    unreadable: list[UnreadableRun] = []
+    for folder in sorted(Path(root).glob("*")):
+        if folder.name.startswith("."):
+            continue  # The queue, transfers, or deleted but for the removal of its files.
+        try:
+            if (looked := _look(Path(root), folder)) is not None:
+                listed.append(looked)
+        except InputError as error:
+            if folder.is_dir():  # not deleted between the listing and the look
+                unreadable.append(UnreadableRun(folder.name, str(error)))
+    newest_first = sorted(listed, key=lambda pair: pair[0], reverse=True)
+    return [each for _, each in newest_first], unreadable
+
+
+# What a run has once it began; with one of these and a status, but no config, it has lost that.
+BEGUN = ("metrics.jsonl", "log.txt", "saes", "resume", "evals.json")
+
+
+def _look(root: Path, folder: Path) -> tuple[float, Listed] | None:
+    """Return a run and when it was made; None for a folder that is no run.
+
+    Raises:
+        InputError: if a file that says what the run is, or where it stands, cannot be read.
+    """
+    config, events = folder / "config.json", folder / "events.jsonl"
+    if not (os.path.lexists(config) or _has_lost_its_config(folder)):
+        return None
+    made = _stat(config)
+    run = _opened(root, folder.name, made.st_mtime_ns, made.st_size)
+    if os.path.lexists(events):
+        seen = _stat(events)
+        _checked(folder, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+    return made.st_mtime, Listed(run, read_status(run.folder))
+
+
+def _has_lost_its_config(folder: Path) -> bool:
+    names = ("status.json", *BEGUN)
+    has_status, *begun = (os.path.lexists(folder / name) for name in names)
+    return has_status and any(begun)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+# A config is written once and judged in milliseconds: two hundred of them are a slow page.
+@functools.lru_cache(maxsize=2048)
+def _opened(root: Path, run_id: str, mtime_ns: int, size: int) -> Run:
+    """Return a run; the last two arguments tell a changed config from the one judged before."""
+    return find_run(root, run_id)
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(folder: Path, inode: int, mtime_ns: int, size: int) -> None:
+    check_layout(folder)

@@ -1,0 +1,1 @@
+"""What a background process does: train, index, transfer, import, publish."""

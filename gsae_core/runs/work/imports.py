@@ -1,0 +1,157 @@
+"""SAEs from other libraries as a finished run: listed, evaluated and explored like one of ours.
+
+config.json   the place, the SAEs, and `imported`: the library they came from
+saes/<name>/  our layout; `metadata.source` in cfg.json keeps where it came from, what was assumed
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.checkpoints.formats.detect import find_saes
+from gsae_core.checkpoints.formats.found import Found, Place, Provenance, hub_name
+from gsae_core.checkpoints.formats.read import read_found
+from gsae_core.config import EvalConfig, RunConfig, SAESpec, Site, TrainRecipe, hook_name, validated
+from gsae_core.errors import InputError
+from gsae_core.runs.jobs.job import write_status
+from gsae_core.runs.run import Run, check_run_id
+
+HELD_OUT = 0.5
+"""Of the text: nothing is trained on it, and as many tokens are read as are evaluated on."""
+
+
+class Imported(NamedTuple):
+    """A run made of foreign SAEs, and each one's origin by its name in the run."""
+
+    run: Run
+    sources: dict[str, Provenance]
+
+
+def import_saes(
+    path: Path | str,
+    folder: Path | str,
+    *,
+    model: str | None = None,
+    layer: int | None = None,
+    site: Site | None = None,
+    saes: Sequence[str] = (),
+    data: str | None = None,
+) -> Imported:
+    """Make a finished run of the SAEs in a file or folder.
+
+    Args:
+        path: what some library wrote, or what was fetched from the Hub.
+        folder: of the new run.
+        model: language model, in place of the files' word.
+        layer: block number, in place of the files' word.
+        site: in place of the files' word.
+        saes: names (`Found.name`) of those to take; all that are there, if empty.
+        data: text to evaluate on later; None takes the standard library's.
+
+    Raises:
+        InputError: if nothing can be read, SAEs belong to several places, the place is not known,
+            or the run's folder is taken.
+    """
+    found = _chosen(find_saes(path), saes, path)
+    given = Place(model, layer, site)
+    place = _one_place(found, given, path)
+    folder = Path(folder).absolute()
+    check_run_id(folder.name)
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(
+            f"expected a new or empty folder for the run, found files in {folder}; choose another"
+        )
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        # One at a time: a release's SAEs together may not fit into memory.
+        read = [_staged(staged / each.name, each, place) for each in found]
+        run = Run.create(folder, _config(read, place, data))
+        os.replace(staged, run.folder / "saes")
+        for spec, source in read:
+            run.add_event("imported", sae=spec.name, **source.as_metadata())
+        write_status(run.folder, run.status._replace(state="finished", n_steps=0))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Imported(run, {spec.name: source for spec, source in read})
+
+
+def _chosen(found: list[Found], names: Sequence[str], path: Path | str) -> list[Found]:
+    by_name = {sae.name: sae for sae in found}
+    for name in names:
+        if name not in by_name:
+            known = ", ".join(list(by_name)[:8])
+            raise InputError(f"expected one of the SAEs in {path} ({known}), got {name!r}")
+    return [by_name[name] for name in names] or found
+
+
+def _one_place(found: list[Found], given: Place, path: Path | str) -> Place:
+    """Return the place that all the SAEs share, what was given before what their files say."""
+    places = {sae.name: _over(sae.place, given) for sae in found}
+    if len({(place.model, place.layer, place.site) for place in places.values()}) > 1:
+        named = [f"{name} at layer {p.layer}, {p.site}" for name, p in places.items()]
+        raise InputError(
+            f"expected SAEs of one place in {path}, found {'; '.join(named[:4])}; choose those of "
+            "one with --sae, or the folder of one"
+        )
+    place = places[found[0].name]
+    missing = [name for name in ("model", "layer", "site") if getattr(place, name) is None]
+    if missing:
+        said = f" (they say {place.hook_name!r})" if place.hook_name else ""
+        raise InputError(
+            f"expected the {' and '.join(missing)} of the SAEs in {path}, which their files do not "
+            f"say{said}; give {' '.join(f'--{name}' for name in missing)}"
+        )
+    return place
+
+
+def _over(said: Place, given: Place) -> Place:
+    model = given.model or (None if said.model is None else hub_name(said.model))
+    layer = said.layer if given.layer is None else given.layer
+    return Place(model, layer, given.site or said.site, said.hook_name)
+
+
+def _staged(folder: Path, found: Found, place: Place) -> tuple[SAESpec, Provenance]:
+    """Read an SAE and write it as ours; return its line in the config, and its origin."""
+    sae, source = read_found(found)
+    spec = validated(
+        SAESpec,
+        {
+            "name": found.name,
+            "architecture": sae.architecture,
+            "d_sae": sae.d_sae,
+            "sparsity": source.sparsity,
+            "recipe": sae.recipe,
+        },
+    )
+    layer, site = place.layer, place.site
+    assert layer is not None  # _one_place has seen to it
+    assert site is not None
+    metadata = {
+        "model_name": place.model,
+        "hook_name": hook_name(layer, site),
+        "hook_head_index": None,
+        "name": found.name,
+        "sparsity": source.sparsity,
+        "stopped": None,
+        "source": source.as_metadata(),
+    }
+    save_sae(sae, folder, metadata=metadata)
+    return spec, source
+
+
+def _config(read: list[tuple[SAESpec, Provenance]], place: Place, data: str | None) -> RunConfig:
+    n_tokens = EvalConfig().n_tokens
+    return validated(
+        RunConfig,
+        {
+            "model": {"name": place.model, "layer": place.layer, "site": place.site},
+            "data": {"held_out": HELD_OUT} | ({} if data is None else {"source": data}),
+            "saes": tuple(spec for spec, _ in read),
+            "train": TrainRecipe(n_tokens=n_tokens),
+            "activation_scale": "none",
+            "imported": ", ".join(dict.fromkeys(source.library for _, source in read)),
+        },
+    )

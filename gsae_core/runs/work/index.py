@@ -1,0 +1,249 @@
+"""A run's SAE -> its feature index: what an index process runs, and its files tell."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from gsae_core.analysis.features import build
+from gsae_core.analysis.features.files import weights_sha256
+from gsae_core.analysis.features.shards import Part
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.errors import InputError
+from gsae_core.files import lock, read_json, write_json, writing
+from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
+from gsae_core.machine import slot_of
+from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
+from gsae_core.runs.jobs.process import start
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.setup import check_held_out, load_lm
+
+IndexSplit = Literal["mixed", "train", "held_out"]
+N_TOKENS = 1_000_000
+
+
+class Request(NamedTuple):
+    """What an index is to be made of."""
+
+    n_tokens: int = N_TOKENS
+    """Counted tokens to read; fewer where the text has fewer."""
+    split: IndexSplit = "mixed"
+    """`mixed`: half of them held out, as far as they reach, the rest from the training split."""
+
+
+def index_folder(run: Run, name: str) -> Path:
+    """Return where the index of one of a run's SAEs is or will be.
+
+    Raises:
+        InputError: if the run has no SAE of this name.
+    """
+    run.sae_folder(name)
+    return run.folder / "features" / name
+
+
+def index_job(run: Run, name: str) -> Job | None:
+    """Return the job that builds an SAE's index, or built it last; None if there was none.
+
+    Raises:
+        InputError: if the run has no SAE of this name.
+    """
+    folder = index_folder(run, name)
+    return Job(folder) if (folder / "status.json").is_file() else None
+
+
+def start_index(
+    run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
+) -> int:
+    """Build an index, or go on with it, in a process that outlives this one; return its id.
+
+    Pressing twice starts one process. Without numbers it goes on with what was asked for last.
+
+    Raises:
+        InputError: if the SAE is unknown or has no weights yet, or the folder cannot be written.
+    """
+    if not (run.sae_folder(name) / "cfg.json").is_file():
+        raise InputError(
+            f"expected saved weights of {name!r} in {run.sae_folder(name)}, found none yet; they "
+            "are there once the run has saved them"
+        )
+    job = index_job(run, name)
+    if job is None or not is_building(job):
+        job = prepare(run, name, n_tokens=n_tokens, split=split)
+    asked = request(job)
+    flags = ("--sae", name, "--tokens", str(asked.n_tokens), "--split", asked.split)
+    return start(job, ("index", str(run.folder), *flags))
+
+
+def prepare(
+    run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
+) -> Job:
+    """Return the job of an index, ready for a worker: queued, with what is asked for written down.
+
+    Raises:
+        InputError: if the request cannot be, the folder cannot be written, or a process builds it.
+    """
+    folder = index_folder(run, name)
+    with writing(folder, FOLDER_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        job = Job(folder)
+        # The starting process holds this lock; a worker that is starting has its status already.
+        with lock(folder, "start"):
+            builder = read_status(folder).pid if is_building(job) else None
+            if builder not in (None, os.getpid()):
+                raise InputError(
+                    f"expected no process to be building the index of {name!r}, got process "
+                    f"{builder}, which is; wait for it, or cancel it first"
+                )
+            before = request(job)
+            asked = Request(
+                before.n_tokens if n_tokens is None else n_tokens, split or before.split
+            )
+            _check(asked)
+            write_json(folder / "request.json", asked._asdict())
+            # A process that was started for it is in the status already.
+            if builder is None:
+                write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
+    return job
+
+
+def is_building(job: Job) -> bool:
+    """Return whether a process builds the index now."""
+    return (job.folder / "status.json").is_file() and job.is_alive()
+
+
+def request(job: Job) -> Request:
+    """Return what was asked for last, or the defaults.
+
+    Raises:
+        InputError: if request.json is damaged.
+    """
+    path = job.folder / "request.json"
+    if not os.path.lexists(path):
+        return Request()
+    fields = Request()._asdict() | read_json(path)
+    n_tokens, split = fields["n_tokens"], fields["split"]
+    if fields.keys() != set(Request._fields) or not isinstance(n_tokens, int):
+        raise InputError(
+            f"expected n_tokens and split in {path}, got {', '.join(fields)}; delete the file to "
+            "ask for the defaults"
+        )
+    _check(Request(n_tokens, split))
+    return Request(n_tokens, split)
+
+
+def _check(asked: Request) -> None:
+    if asked.n_tokens < 1:
+        raise InputError(f"--tokens: expected a number of at least 1, got {asked.n_tokens}")
+    if asked.split not in get_args(IndexSplit):
+        raise InputError(
+            f"--split: expected one of {', '.join(get_args(IndexSplit))}, got {asked.split!r}"
+        )
+
+
+Stage = Literal["waiting", "loading", "indexing", "sorting", "describing", "finished", "cancelled"]
+
+
+class Progress(NamedTuple):
+    """How far an index is: runs ahead of it, tokens read, features sorted and described."""
+
+    stage: Stage
+    done: int
+    total: int
+
+
+def index_run(
+    run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
+) -> Iterator[Progress]:
+    """Build the feature index of one SAE of a run, from where it stands, and yield progress.
+
+    Waits for the device like a run. A request to stop ends it after the shard, in state
+    `cancelled`; started again with the same numbers it goes on.
+
+    Args:
+        name: of the SAE, whose weights are saved.
+        n_tokens: counted tokens to read; None: as asked for last, or a million.
+        split: of the text; None: as asked for last, or half held out, half trained on.
+
+    Raises:
+        InputError: while iterating, for what a person can mend; status.json then says it too.
+    """
+    job = prepare(run, name, n_tokens=n_tokens, split=split)
+    with Worker(job) as worker:
+        for ahead in worker.turn(slot_of(run.config.device), of=run.folder):
+            yield Progress("waiting", 0, ahead)
+        if not worker.stop_requested:
+            worker.enter("loading", total=0)
+            yield Progress("loading", 0, 0)
+            stage = "loading"
+            for progress in _build(run, name, request(job)):
+                if progress.stage != stage:
+                    stage = progress.stage
+                    worker.enter(progress.stage, total=progress.total)
+                worker.done = progress.done
+                if worker.stop_requested and progress.done != progress.total:
+                    break
+                yield Progress(*progress)
+            else:
+                yield Progress("finished", 1, 1)
+                return
+        worker.outcome = "cancelled"
+        yield Progress("cancelled", 0, 0)
+
+
+def _build(run: Run, name: str, asked: Request) -> Iterator[build.Progress]:
+    cfg, sae_folder = run.config, run.sae_folder(name)
+    sae = load_sae(sae_folder)
+    model = load_lm(cfg)
+    corpus = load_corpus(
+        cfg.data,
+        model.tokenizer,
+        n_tokens=asked.n_tokens,
+        model_n_ctx=model.n_ctx,
+        n_held_out=_n_held_out(asked.n_tokens, asked.split),
+    )
+    check_held_out(run, corpus, part=True)
+    return build.build_index(
+        model,
+        sae.to(model.device),
+        choose_parts(corpus, asked.n_tokens, asked.split),
+        run.folder / "features" / name,
+        layer=cfg.model.layer,
+        site=cfg.model.site,
+        name=name,
+        text=corpus.name,
+        weights_sha256=weights_sha256(sae_folder),
+        revision=cfg.model.revision,
+        n_tokens_asked=asked.n_tokens,
+        shortage=corpus.shortage if asked.split == "held_out" else "the text has no more",
+    )
+
+
+def _n_held_out(n_tokens: int, split: IndexSplit) -> int:
+    """Return how many held-out tokens an index is asked to read."""
+    return {"held_out": n_tokens, "mixed": -(-n_tokens // 2), "train": 0}[split]
+
+
+def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[Part]:
+    """Return the sequences to read: whole ones, from the start of each split.
+
+    `mixed` takes half the tokens from the held-out split, or as many as it has, and the rest from
+    the training split.
+    """
+    parts = []
+    left = n_tokens
+    if split != "train":
+        parts.append(_first(corpus.held_out, "held_out", _n_held_out(n_tokens, split)))
+        left -= int(corpus.held_out.counts[: parts[0].n].sum())
+    if split != "held_out" and left > 0:
+        parts.append(_first(corpus.train, "train", left))
+    return parts
+
+
+def _first(sequences: SequenceSet, split: str, n_tokens: int) -> Part:
+    """Return the sequences up to and including the one in which token `n_tokens` is counted."""
+    ends = np.cumsum(sequences.counts)
+    return Part(split, sequences, min(int(np.searchsorted(ends, n_tokens)) + 1, len(sequences)))

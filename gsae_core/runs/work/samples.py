@@ -1,0 +1,187 @@
+"""A look at a few latents while they learn: where they fire, on one small held-out batch.
+
+    samples.json  {"step", "every", "n_tokens", "saes": {name: {"alive", "latents": [...]}}}
+
+The batch is harvested once. Of each SAE it shows latents that a seed picks among the living, the
+same ones from look to look while they live, and those that fire most.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from gsae_core.config import SAESpec
+from gsae_core.errors import InputError
+from gsae_core.files import write_json
+from gsae_core.lm.texts import SPLIT, token_texts
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.setup import Bench
+from gsae_core.sae.base import SAE
+from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
+
+logger = logging.getLogger(__name__)
+
+LOOKS_PER_RUN, LEAST_EVERY = 20, 10  # steps: a look costs about as much as a step
+FIRST_LOOK = 50  # steps, in a long run: the twentieth part of days is a long wait
+SAMPLE_TOKENS = 2048
+N_RANDOM, N_DENSEST, N_EXAMPLES = 4, 2, 3
+BEFORE, AFTER = 8, 4  # tokens of context
+TOKEN_LENGTH = 64  # characters kept of a token: some vocabularies hold whole pages
+ENCODED_AT_ONCE = 2**22  # latents of tokens, some 100 MB where all of them fire
+
+
+class HeldOut(NamedTuple):
+    """The batch that is looked at."""
+
+    x: Float[Tensor, "tokens d_in"]
+    """Activations as training scales them; special positions left out."""
+    place: Int64[Tensor, " tokens"]
+    """Index of each token in `ids` laid end to end."""
+    ids: Int64[Tensor, "rows n_ctx"]
+
+
+class Sampler:
+    """Writes samples.json of a run now and then.
+
+    Args:
+        run: where to.
+        bench: its model, held-out text and SAEs.
+    """
+
+    def __init__(self, run: Run, bench: Bench) -> None:
+        self._run, self._bench = run, bench
+        self._n_steps = run.config.train.n_steps
+        self.every = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
+        self._held_out: HeldOut | None = None
+
+    def see(self, step: int) -> None:
+        """Write samples.json if it is time for a look."""
+        if step % self.every and step not in (FIRST_LOOK, self._n_steps):
+            return
+        if self._held_out is None:
+            self._held_out = _harvest(self._run, self._bench)
+        saes = {
+            spec.name: self._look(spec, sae)
+            for spec, sae in zip(self._run.config.saes, self._bench.trainer.saes, strict=True)
+            if spec.name not in self._bench.stopped
+        }
+        n_tokens = len(self._held_out.x)
+        looked = {"step": step, "every": self.every, "n_tokens": n_tokens, "saes": saes}
+        try:
+            write_json(self._run.folder / "samples.json", looked)
+        except InputError as error:
+            # A full disk is met again, and answered for, when the run saves its state.
+            logger.warning("no sample of latents: %s", error)
+
+    @torch.no_grad()
+    def _look(self, spec: SAESpec, sae: SAE) -> dict[str, Any]:
+        assert self._held_out is not None
+        held_out = self._held_out
+        fired = firings(sae, held_out.x)
+        latents = choose(fired, seed=self._run.config.seed)
+        # Raw activations in, raw latents out, as the saved SAE has it.
+        f = activations(sae, held_out.x, [i for i, _ in latents]) / self._bench.stream.scale
+        return {
+            "alive": int((fired > 0).sum()),
+            "latents": [
+                {
+                    "latent": latent,
+                    "chosen": how,
+                    "fired": int(fired[latent]),
+                    "examples": self._examples(f[:, column]),
+                }
+                for column, (latent, how) in enumerate(latents)
+            ],
+        }
+
+    def _examples(self, f: Float[Tensor, " tokens"]) -> list[dict[str, Any]]:
+        """Return the tokens a latent fires on most, each in its context, no context twice."""
+        assert self._held_out is not None
+        held_out = self._held_out
+        rows, n_ctx = held_out.ids.shape
+        everywhere = torch.zeros(rows * n_ctx, dtype=f.dtype)
+        everywhere[held_out.place] = f.cpu()
+        examples: dict[tuple[int, ...], dict[str, Any]] = {}
+        for place in torch.argsort(everywhere, descending=True)[: 4 * N_EXAMPLES].tolist():
+            if everywhere[place] <= 0 or len(examples) == N_EXAMPLES:
+                break
+            row, column = divmod(place, n_ctx)
+            first, last = max(0, column - BEFORE), min(n_ctx, column + AFTER + 1)
+            whole = held_out.ids[row].tolist()
+            ids = whole[first:last]
+            values = everywhere[row * n_ctx + first : row * n_ctx + last].tolist()
+            examples.setdefault(
+                tuple(ids),
+                {
+                    "tokens": texts_in(self._bench.model.tokenizer, whole, first, last),
+                    "values": [round(value, 4) for value in values],
+                    "at": column - first,
+                },
+            )
+        return list(examples.values())
+
+
+def firings(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Int64[Tensor, " d_sae"]:
+    """Return on how many tokens each latent fires."""
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for codes in _codes(sae, x):
+        fired += codes.latent[codes.magnitude > 0].bincount(minlength=sae.d_sae).cpu()
+    return fired
+
+
+def activations(
+    sae: SAE, x: Float[Tensor, "tokens d_in"], latents: Sequence[int]
+) -> Float[Tensor, "tokens chosen"]:
+    """Return some latents' activations."""
+    column = torch.full((sae.d_sae,), -1, device=x.device)
+    column[list(latents)] = torch.arange(len(latents), device=x.device)
+    parts = []
+    for codes in _codes(sae, x):
+        at = column[codes.latent]
+        wanted = at >= 0
+        part = x.new_zeros(codes.row_offsets.numel() - 1, len(latents))
+        part[codes.rows()[wanted], at[wanted]] = codes.magnitude[wanted]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _codes(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Iterator[SparseCodes]:
+    for rows in x.split(max(1, ENCODED_AT_ONCE // sae.d_sae)):
+        yield encode_sparse(sae, rows)
+
+
+def choose(fired: Int64[Tensor, " d_sae"], *, seed: int) -> list[tuple[int, str]]:
+    """Return latents to look at, and how each was chosen; none twice, none that never fired."""
+    order = torch.randperm(len(fired), generator=torch.Generator().manual_seed(seed))
+    alive = order[fired[order] > 0]
+    densest = fired.argsort(descending=True, stable=True)[:N_DENSEST]
+    chosen = {int(i): "densest" for i in densest if fired[i] > 0}
+    random = [int(i) for i in alive if int(i) not in chosen][:N_RANDOM]
+    return [(i, "random") for i in random] + list(chosen.items())
+
+
+def texts_in(tokenizer: Any, ids: list[int], first: int, last: int) -> list[str]:
+    """Return the texts of a sequence's tokens from `first` up to `last`, very long ones cut."""
+    start = max(0, first - SPLIT)
+    texts = token_texts(tokenizer, ids[start : last + SPLIT])[first - start : last - start]
+    return [text if len(text) <= TOKEN_LENGTH else f"{text[:TOKEN_LENGTH]}…" for text in texts]
+
+
+@torch.no_grad()
+def _harvest(run: Run, bench: Bench) -> HeldOut:
+    """Return activations of held-out sequences spread evenly over the split."""
+    held_out = bench.corpus.held_out
+    n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
+    ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
+    place = mask.flatten().nonzero().squeeze(1)
+    site = run.config.model
+    x = bench.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
+    x = x.index_select(0, place.to(x.device)).float() * bench.stream.scale
+    # Samples are for looking at: a vector that is not finite is left out of them. Training and
+    # evaluation refuse it where they read it.
+    finite = x.isfinite().all(dim=1)
+    return HeldOut(x[finite], place[finite.cpu()].cpu(), ids.cpu())

@@ -1,0 +1,200 @@
+"""The parts of a run, made from its config: model, text, stream of activations, SAEs, trainer."""
+
+import copy
+from typing import NamedTuple
+
+from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.config import RunConfig, TrainConfig
+from gsae_core.errors import InputError
+from gsae_core.files import free_bytes, readable
+from gsae_core.lm.activation_cache import open_cache
+from gsae_core.lm.corpus import Corpus, load_corpus
+from gsae_core.lm.harvest import Harvest, VectorSource, rows_per_pass
+from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
+from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
+from gsae_core.runs.resume import has_state
+from gsae_core.runs.run import Run
+from gsae_core.sae.architectures import build_sae, fold_scale_
+from gsae_core.training.sparsity_units import Sparsity, sparsity_in_training_units
+from gsae_core.training.trainer import Trainer
+
+
+class Bench(NamedTuple):
+    """Everything a run works with, made from its config."""
+
+    model: LanguageModel
+    corpus: Corpus
+    stream: ActivationStream
+    trainer: Trainer
+    sparsity: list[Sparsity]
+    stopped: dict[str, str]
+    """Why each SAE that stopped learning did, by name; grows while training."""
+
+
+def set_up(run: Run) -> Bench:
+    cfg = run.config
+    model = load_lm(cfg)
+    d_in = model.width(cfg.model.site)
+    chunk_vectors = default_chunk_vectors(d_in, cfg.train.n_steps * cfg.train.batch_size)
+    check_memory(cfg, d_in, model.device, chunk_vectors=chunk_vectors)
+    need, free = 2 * state_bytes(cfg, d_in), free_bytes(run.folder)
+    if need > free:
+        raise InputError(
+            f"expected about {readable(need)} free on the disk of {run.folder} for the resumable "
+            f"state and the one it replaces, found {readable(free)}; make room and resume the run"
+        )
+    corpus = load_text(cfg, model)
+    if has_state(run.folder / "resume"):
+        _check_text(run, corpus, so="start a new run")
+    harvest = _harvest(run, model, corpus)
+    stream = ActivationStream(
+        model,
+        corpus.train,
+        layer=cfg.model.layer,
+        site=cfg.model.site,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.seed,
+        n_batches=cfg.train.n_steps,
+        scale=cfg.activation_scale,
+        source=_source(cfg, model, corpus, harvest),
+    )
+    sparsity = [
+        sparsity_in_training_units(
+            spec, d_in=d_in, scale=stream.scale, mean_square_norm=stream.mean_square_norm
+        )
+        for spec in cfg.saes
+    ]
+    train_cfg = TrainConfig(
+        **cfg.train.model_dump(),
+        sparsity=tuple(each.coeff for each in sparsity),
+        lrs=tuple(spec.lr or cfg.train.lr for spec in cfg.saes),
+    )
+    saes = [build_sae(spec, d_in).to(model.device) for spec in cfg.saes]
+    run.add_event(
+        "set up",
+        device=str(model.device),
+        corpus=corpus.name,
+        n_ctx=corpus.n_ctx,
+        bos=corpus.bos,
+        n_train_tokens=corpus.n_train_tokens,
+        text_digest=corpus.digest,
+        text_starts=corpus.starts,
+        n_held_out_tokens=corpus.n_held_out_tokens,
+        chunk_vectors=stream.chunk_vectors,
+        rows_per_pass=harvest.rows,
+        activation_scale=stream.scale,
+        mean_square_norm=stream.mean_square_norm,
+        numerics=model.numerics,
+    )
+    return Bench(model, corpus, stream, Trainer(saes, train_cfg, measure=True), sparsity, {})
+
+
+def load_lm(cfg: RunConfig) -> LanguageModel:
+    device = resolve_device(cfg.device)
+    model = load_model(
+        cfg.model.name, revision=cfg.model.revision, device=str(device), dtype=cfg.model.dtype
+    )
+    model.check(cfg.model.layer, cfg.model.site)
+    return model
+
+
+def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = None) -> Corpus:
+    """Return a run's text; `n_held_out`: held-out tokens wanted, None: as its evaluation takes."""
+    return load_corpus(
+        cfg.data,
+        model.tokenizer,
+        n_tokens=cfg.train.n_tokens,
+        model_n_ctx=model.n_ctx,
+        n_held_out=cfg.evaluation.n_tokens if n_held_out is None else n_held_out,
+    )
+
+
+def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
+    """Refuse to measure on other text than a run was trained on.
+
+    Imported runs were trained elsewhere and say nothing of their text.
+
+    Args:
+        part: `corpus` was not read as far as training read it; what both hold is compared.
+
+    Raises:
+        InputError: if the text, or the way it is read, has changed.
+    """
+    # Files of the standard library are held out by name, whichever Python they are of.
+    if run.config.data.source != "stdlib":
+        so = "what is held out now may have been trained on; bring the text back or train a new run"
+        _check_text(run, corpus, so=so, part=part)
+
+
+def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> None:
+    """Refuse other text than the run last read for training."""
+    before = [event for event in run.events() if event["event"] == "set up"]
+    if not before:
+        return
+    noted = before[-1]
+    # Older versions noted the tokens alone.
+    now = {} if part else {"n_train_tokens": corpus.n_train_tokens, "text_digest": corpus.digest}
+    same = all(noted.get(name, value) == value for name, value in now.items())
+    pairs = zip(noted.get("text_starts", []), corpus.starts, strict=False)
+    if not (same and all(one == other for one, other in pairs)):
+        n_now = "" if part else f" ({corpus.n_train_tokens:,})"
+        raise InputError(
+            f"expected the text this run began with ({noted['n_train_tokens']:,} training tokens), "
+            f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "
+            f"it in another way; {so}"
+        )
+
+
+def _harvest(run: Run, model: LanguageModel, corpus: Corpus) -> Harvest:
+    """Return a harvest in passes of the size the run began with, where it began on this kind."""
+    place = run.config.model
+    rows = [
+        event["rows_per_pass"]
+        for event in run.events()
+        if "rows_per_pass" in event and event["device"].partition(":")[0] == model.device.type
+    ]
+    if not rows:
+        rows.append(rows_per_pass(model, layer=place.layer, site=place.site, n_ctx=corpus.n_ctx))
+    return Harvest(model, corpus.train, layer=place.layer, site=place.site, rows=rows[0])
+
+
+def _source(cfg: RunConfig, model: LanguageModel, corpus: Corpus, harvest: Harvest) -> VectorSource:
+    if not cfg.cache_activations:
+        return harvest
+    cache = open_cache(model, harvest, corpus.train, layer=cfg.model.layer, site=cfg.model.site)
+    cache.fill()
+    return cache
+
+
+def save_saes(run: Run, bench: Bench) -> None:
+    """Write every SAE as it stands, its activation scale folded in."""
+    cfg, trainer = run.config, bench.trainer
+    for spec, sae, sparsity in zip(cfg.saes, trainer.saes, bench.sparsity, strict=True):
+        folded = copy.deepcopy(sae).to("cpu")
+        fold_scale_(folded, bench.stream.scale)
+        metadata = {
+            # SAELens reads these to load the same model and the same text.
+            "model_name": cfg.model.name,
+            "model_class_name": "HookedTransformer",
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            "hook_name": cfg.model.hook_name,
+            "hook_head_index": None,
+            "dataset_path": cfg.data.source,
+            "context_size": bench.corpus.n_ctx,
+            "seqpos_slice": [None],
+            "prepend_bos": bench.corpus.bos,
+            "exclude_special_tokens": True,
+            # And these say how the SAE came about.
+            "name": spec.name,
+            "model_revision": cfg.model.revision,
+            "numerics": bench.model.numerics,
+            "activation_scale": bench.stream.scale,
+            "sparsity": spec.sparsity,
+            "loss_norm": spec.loss_norm,
+            "sparsity_coeff": sparsity.coeff,
+            "sparsity_coeff_raw": sparsity.raw,
+            "n_tokens": trainer.steps_done * cfg.train.batch_size,
+            "stopped": bench.stopped.get(spec.name),
+        }
+        save_sae(folded, run.sae_folder(spec.name), metadata=metadata)

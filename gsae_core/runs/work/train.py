@@ -1,0 +1,394 @@
+"""A run from its config to its files: model, corpus, stream, training, evaluation.
+
+What a worker process does. It reports through the run folder and yields its progress, so that a
+command line may draw it. Killed at any line and started again, it ends with the same bits.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
+from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+from gsae_core.config import EvalConfig, Positions, RunConfig, SAESpec
+from gsae_core.errors import InputError
+from gsae_core.files import lock
+from gsae_core.lm.corpus import Corpus
+from gsae_core.lm.model import LanguageModel
+from gsae_core.machine import slot_of
+from gsae_core.runs.evals import write_evals, write_feature_stats, write_norm_deciles, write_tokens
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.metrics_log import MetricsLog
+from gsae_core.runs.resume import has_state, load_state, save_state
+from gsae_core.runs.run import EvalRow, Run
+from gsae_core.runs.work.samples import Sampler
+from gsae_core.runs.work.setup import Bench, check_held_out, load_lm, load_text, save_saes, set_up
+from gsae_core.sae.base import check_width
+from gsae_core.sae.metrics import Metrics
+from gsae_core.training.report import StepReport
+from gsae_core.training.trainer import train
+
+# Enough points for a chart as wide as a screen, few enough that a page reads them in one go.
+LOGGED_POINTS = 300
+
+
+def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
+    """Take the steps that are left, log them, and save whenever it is time and at the end.
+
+    Raises:
+        InputError: while iterating: other data than before, or a full or read-only disk.
+    """
+    trainer = bench.trainer
+    clock = _Clock(bench)
+    n_bytes = _take_up(run, bench, clock)
+    worker.step = trainer.steps_done
+    worker.enter("training", total=trainer.cfg.n_steps, done=trainer.steps_done)
+    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=n_bytes)
+    sampler = Sampler(run, bench)
+    every = log_every(trainer.cfg.n_steps)
+
+    def note_stopped() -> None:
+        # As far as is known without waiting for the device, which hears of a step late.
+        for spec, why in zip(run.config.saes, trainer.stopped, strict=True):
+            if why is not None and spec.name not in bench.stopped:
+                bench.stopped[spec.name] = why
+                run.add_event("sae stopped", sae=spec.name, why=why)
+
+    def save() -> None:
+        trainer.settle()
+        note_stopped()
+        state = {
+            "trainer": trainer.state_dict(),
+            "stopped": bench.stopped,
+            "mean_square_norm": bench.stream.mean_square_norm,
+            "seconds": clock.seconds,
+            "seconds_lm": clock.seconds_lm,
+            "metrics_bytes": log.sync(),
+        }
+        save_state(run.folder / "resume", state)
+
+    with contextlib.closing(log):
+        saved_at, saved_step = time.monotonic(), trainer.steps_done
+        batches = bench.stream.batches(start=trainer.steps_done)
+        try:
+            for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
+                worker.step = worker.done = report.step
+                if report.step % every == 0 or report.step in (1, report.n_steps):
+                    times = {"seconds": clock.seconds, "seconds_lm": clock.seconds_lm}
+                    log.add(_rows(run.config, report, **times))
+                sampler.see(report.step)
+                note_stopped()
+                if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
+                    save()
+                    saved_at, saved_step = time.monotonic(), report.step
+                yield report
+                if worker.stop_requested:
+                    break
+        except GeneratorExit:
+            save()
+            raise
+        # Not after other exceptions: some SAEs may have taken the step and others not.
+        if trainer.steps_done > saved_step:
+            save()
+
+
+class _Clock:
+    """Wall-clock seconds of training, and the language model's share, over all resumes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.before, self.lm_before = 0.0, 0.0
+        self._stream = bench.stream
+        # Setting up measured the scale: not part of training, and done anew on every resume.
+        self._began, self._lm_began = time.monotonic(), bench.stream.seconds_harvesting
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self._began
+
+    @property
+    def seconds_lm(self) -> float:
+        return self.lm_before + self._stream.seconds_harvesting - self._lm_began
+
+
+def _take_up(run: Run, bench: Bench, clock: _Clock) -> int:
+    """Bring trainer and clock to where the run was saved; return how much of its log stands."""
+    if not has_state(run.folder / "resume"):
+        return 0
+    state = load_state(run.folder / "resume")
+    _check_data(state["mean_square_norm"], bench.stream.mean_square_norm)
+    bench.trainer.load_state_dict(state["trainer"])
+    clock.before = state["seconds"]
+    clock.lm_before = state.get("seconds_lm", 0.0)  # states of older versions have none
+    bench.stopped.update(state["stopped"])
+    run.add_event("resumed", step=bench.trainer.steps_done)
+    return state["metrics_bytes"]
+
+
+def log_every(n_steps: int) -> int:
+    """Return how many steps lie between two logged points."""
+    return max(1, round(n_steps / LOGGED_POINTS))
+
+
+def _rows(
+    cfg: RunConfig, report: StepReport, *, seconds: float, seconds_lm: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for spec, sae in zip(cfg.saes, report.saes, strict=True):
+        if sae.loss is None:
+            continue
+        rows.append(
+            {
+                "step": report.step,
+                "tokens": report.tokens,
+                "seconds": round(seconds, 3),
+                "seconds_lm": round(seconds_lm, 3),
+                "seconds_sae": round(report.seconds, 3),
+                "sae": spec.name,
+                "loss": float(sae.loss.total),
+                "reconstruction": float(sae.loss.reconstruction),
+                "sparsity_loss": float(sae.loss.sparsity),
+                "auxiliary": float(sae.loss.auxiliary),
+                **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
+                "l0": sae.l0,
+                "fvu": sae.fvu,
+                "gamma": sae.gamma,
+                "gamma_gate": sae.gamma_gate,
+                "dead_gate": sae.gate_dead_fraction,
+                "dead_magnitude": sae.magnitude_dead_fraction,
+                "lr": sae.lr,
+                "sparsity_coeff": sae.sparsity_coeff,
+            }
+        )
+    return rows
+
+
+def _check_data(saved: float, found: float) -> None:
+    # One number sums up the activations; rounding may differ between machines, data may not.
+    if not math.isclose(saved, found, rel_tol=1e-4):
+        raise InputError(
+            f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
+            f"({found:.6g}); the model or the corpus has changed, so start a new run"
+        )
+
+
+Stage = Literal["waiting", "loading", "training", "evaluating", "finished", "cancelled"]
+
+
+class Progress(NamedTuple):
+    """How far a run is: runs ahead of it, steps (with the last one's report), tokens evaluated."""
+
+    stage: Stage
+    done: int
+    total: int
+    report: StepReport | None = None
+
+
+def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
+    """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
+
+    A run whose device trains another one waits for its turn. A request to stop (control.json,
+    SIGTERM, Ctrl-C, or closing this iterator) ends it after the step, saved, in state `cancelled`.
+
+    Args:
+        run: not finished.
+        worker: holds the run and its device already; it is the caller's to end.
+
+    Raises:
+        InputError: while iterating, for what a person can mend; status.json then says it too.
+    """
+    if worker is not None:
+        yield from _train_and_evaluate(run, worker)
+        return
+    with Worker(run) as worker:
+        for ahead in worker.turn(slot_of(run.config.device)):
+            yield Progress("waiting", 0, ahead)
+        yield from _train_and_evaluate(run, worker)
+
+
+def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
+    n_steps = run.config.train.n_steps
+    if not worker.stop_requested:
+        with _sentences_about_memory():
+            worker.enter("loading", total=0)
+            yield Progress("loading", worker.step, n_steps)
+            bench = set_up(run)
+            for report in learn(run, bench, worker):
+                yield Progress("training", report.step, report.n_steps, report)
+            save_saes(run, bench)
+            if bench.trainer.finished:
+                _refuse_if_all_stopped(bench)
+                model, corpus = bench.model, bench.corpus
+                del bench  # Optimiser states and a chunk of activations: room for the evaluation.
+                wanted = run.config.evaluation
+                worker.enter("evaluating", total=_n_measured(corpus, wanted))
+                for progress in _evaluate(run, model, corpus, run.config.evaluation):
+                    worker.done = progress.done
+                    if worker.stop_requested:
+                        break
+                    yield progress
+                else:
+                    yield Progress("finished", n_steps, n_steps)
+                    return
+    worker.outcome = "cancelled"
+    yield Progress("cancelled", worker.step, n_steps)
+
+
+def evaluate_run(
+    run: Run, *, n_tokens: int | None = None, replace: Positions | None = None
+) -> Iterator[Progress]:
+    """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
+
+    Args:
+        run: has saved SAEs; need not be finished.
+        n_tokens: held-out tokens; None takes the run's number.
+        replace: where the model reads reconstructions; None takes the run's choice.
+
+    Raises:
+        InputError: while iterating: no or damaged SAEs, another process holds the run, or its text
+            is no longer the one it was trained on.
+    """
+    from filelock import Timeout
+
+    held = lock(run.folder, "worker")
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"expected a run that no process is training, got {run.id}; wait until it has finished"
+        ) from None
+    with held, _sentences_about_memory():
+        asked = {"n_tokens": n_tokens, "replace": replace}
+        wanted = run.config.evaluation.model_copy(
+            update={name: value for name, value in asked.items() if value is not None}
+        )
+        yield Progress("loading", 0, wanted.n_tokens)
+        model = load_lm(run.config)
+        corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
+        check_held_out(run, corpus)
+        yield from _evaluate(run, model, corpus, wanted)
+        yield Progress("finished", wanted.n_tokens, wanted.n_tokens)
+
+
+def _evaluate(
+    run: Run, model: LanguageModel, corpus: Corpus, wanted: EvalConfig
+) -> Iterator[Progress]:
+    """Measure the saved SAEs, as everyone else will load them, and write what was found."""
+    cfg = run.config
+    specs, saes = [], []
+    for spec in cfg.saes:
+        folder = run.sae_folder(spec.name)
+        sae = load_sae(folder)
+        check_width(sae, model.width(cfg.model.site), name=spec.name, hook_name=cfg.model.hook_name)
+        reason = (read_cfg(folder).get("metadata") or {}).get("stopped")
+        if reason is not None:
+            run.add_event("not evaluated", sae=spec.name, why=reason)
+            continue
+        specs.append(spec)
+        saes.append(sae.to(model.device))
+    total = _n_measured(corpus, wanted)
+    steps = evaluating(
+        model,
+        saes,
+        corpus.held_out,
+        layer=cfg.model.layer,
+        site=cfg.model.site,
+        n_tokens=wanted.n_tokens,
+        replace=wanted.replace,
+    )
+    evaluations = yield from _progress(steps, total)
+    rows = []
+    for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
+        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
+        _write_latents(run.sae_folder(spec.name), evaluation.metrics)
+        deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
+        write_norm_deciles(run.sae_folder(spec.name), deciles)
+    ids, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
+    write_tokens(run.folder, ids.numpy(), counted.numpy())
+    write_evals(run.folder, rows)
+
+
+def _n_measured(corpus: Corpus, wanted: EvalConfig) -> int:
+    """Return how many held-out tokens an evaluation takes, to the sequence."""
+    return min(wanted.n_tokens, corpus.n_held_out_tokens)
+
+
+def _progress(
+    steps: Generator[int, None, list[Evaluation]], total: int
+) -> Generator[Progress, None, list[Evaluation]]:
+    while True:
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield Progress("evaluating", min(done, total), total)
+
+
+def _eval_row(
+    spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig, shortage: str
+) -> EvalRow:
+    losses, metrics = evaluation.fidelity, evaluation.metrics
+    return EvalRow(
+        name=spec.name,
+        architecture=spec.architecture,
+        sparsity=spec.sparsity,
+        d_in=d_in,
+        d_sae=spec.d_sae,
+        l0=metrics.l0,
+        loss_recovered=losses.loss_recovered,
+        ce_clean=losses.ce_clean,
+        ce_sae=losses.ce_sae,
+        ce_zero=losses.ce_zero,
+        kl=losses.kl,
+        gamma=metrics.gamma,
+        gamma_gate=metrics.gamma_gate,
+        fvu=metrics.fvu,
+        cosine=metrics.cosine,
+        alive_fraction=metrics.alive_fraction,
+        n_tokens=metrics.n_tokens,
+        n_tokens_asked=wanted.n_tokens,
+        shortage=shortage if metrics.n_tokens < wanted.n_tokens else None,
+        n_predictions=losses.n_tokens,
+        zeroed="all",
+        replaced=wanted.replace,
+    )
+
+
+def _write_latents(folder: Path, metrics: Metrics) -> None:
+    fired = metrics.firings.numpy()
+    sums = metrics.sums
+    opened = None if sums is None else sums.gate_open
+    write_feature_stats(
+        folder,
+        fired=fired,
+        gate_open=fired if opened is None else opened.cpu().numpy(),
+        density=metrics.density.numpy(),
+        gamma=metrics.gamma_per_feature.numpy(),
+    )
+
+
+def _refuse_if_all_stopped(bench: Bench) -> None:
+    if len(bench.stopped) == len(bench.trainer.saes):
+        name, reason = next(iter(bench.stopped.items()))
+        raise InputError(
+            f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; lower "
+            "the learning rate and start a new run"
+        )
+
+
+@contextlib.contextmanager
+def _sentences_about_memory() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # On the CPU the same failure comes as a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            "expected more memory than the device has left; lower the batch size, the width or the "
+            f"number of SAEs ({str(error).partition(chr(10))[0]})"
+        ) from error

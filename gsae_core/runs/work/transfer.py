@@ -1,0 +1,334 @@
+"""Downloads from the Hub and uploads to it as jobs: started, watched and ended like training.
+
+    runs/.hub/<id>/  request.json  status.json  events.jsonl  log.txt  control.json
+                     files/<owner>/<name>/...   what came, until it is a run
+
+The id follows from what is asked for, so that asking again goes on with what was begun.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from gsae_core.checkpoints.download import fetching
+from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository
+from gsae_core.config import Site
+from gsae_core.errors import InputError
+from gsae_core.files import lock, read_json, readable, write_json, writing
+from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
+from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.run import Run, check_run_id, find_run
+from gsae_core.runs.work.publish import Parcel, check_repo, check_token, make_card, pack, send
+
+FOLDER = ".hub"
+
+Kind = Literal["pull", "push"]
+
+
+class PullRequest(NamedTuple):
+    """What to fetch, and the run to make of it."""
+
+    repo: str
+    commit: str
+    path: str
+    library: str
+    files: tuple[HubFile, ...]
+    to: str
+    """Name of the run."""
+
+    model: str | None = None
+    layer: int | None = None
+    site: Site | None = None
+    """Where the SAE belongs, where its files do not say."""
+
+
+class PushRequest(NamedTuple):
+    """What to send, and where."""
+
+    run: str
+    saes: tuple[str, ...]
+    repo: str
+    public: bool
+
+
+class Transfer(Job):
+    """A folder with a request, and where it stands."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which way it goes."""
+        return self._fields()["kind"]
+
+    @property
+    def request(self) -> PullRequest | PushRequest:
+        """What was asked for.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        fields: dict[str, Any] = dict(self._fields())
+        try:
+            if fields.pop("kind") == "push":
+                fields["saes"] = tuple(map(_text, fields["saes"]))
+                named = ("run", "repo")
+            else:
+                fields["files"] = tuple(HubFile(**file) for file in fields["files"])
+                named = ("repo", "commit", "path", "library", "to")
+            fields |= {name: _text(fields[name]) for name in named}
+            return PushRequest(**fields) if named[0] == "run" else PullRequest(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(
+                f"expected a request of this version in {self.folder / 'request.json'}, got another"
+                f" ({error}); delete the folder and ask again"
+            ) from None
+
+    @property
+    def arrow(self) -> str:
+        """Sign of the way it goes: down from the Hub, or up to it; the id begins with the kind."""
+        return "↓" if self.id.startswith("pull") else "↑"
+
+    @property
+    def root(self) -> Path:
+        """Folder of the runs it belongs to."""
+        return self.folder.parent.parent
+
+    @property
+    def files(self) -> Path:
+        """Folder that what comes is kept in; it ends with the repository's name."""
+        request = self.request
+        return self.folder / "files" / request.repo
+
+    @property
+    def result(self) -> str | None:
+        """Return what a finished one led to: the run's name, or the address of the commit."""
+        ends = [event.get("result") for event in self.events() if event["event"] == "arrived"]
+        return ends[-1] if ends else None
+
+    def _fields(self) -> dict[str, Any]:
+        return read_json(self.folder / "request.json")
+
+
+def ask(root: Path, request: PullRequest | PushRequest) -> Transfer:
+    """Return the transfer of a request, made if there is none; one that ended begins anew.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    folder = root / FOLDER / _id(request)
+    transfer = Transfer(folder)
+    with writing(folder, FOLDER_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, "start"):
+            known = (folder / "request.json").exists()
+            if known and transfer.status.expects_process:
+                return transfer
+            # A new try may go to a run of another name.
+            write_json(folder / "request.json", _plain(request))
+            if not known or read_status(folder).state == "finished":
+                write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
+                transfer.add_event("created")
+    return transfer
+
+
+def _plain(request: PullRequest | PushRequest) -> dict[str, Any]:
+    fields = request._asdict()
+    if isinstance(request, PullRequest):
+        return {"kind": "pull"} | fields | {"files": [file._asdict() for file in request.files]}
+    return {"kind": "push"} | fields
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _id(request: PullRequest | PushRequest) -> str:
+    if isinstance(request, PullRequest):
+        parts = ("pull", request.repo, request.commit, request.path)
+    else:
+        parts = ("push", request.repo, request.run, *request.saes, str(request.public))
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{parts[0]}-{request.repo}").strip("-.")
+    return f"{stem[:48]}-{digest}"
+
+
+def is_transfer(folder: Path) -> bool:
+    """Return whether a folder is a transfer's and not a run's."""
+    return folder.absolute().parent.name == FOLDER and (folder / "request.json").is_file()
+
+
+def transfers(root: Path) -> list[Transfer]:
+    """Return the transfers of a folder of runs, newest first; damaged ones are left out."""
+    found = []
+    for path in (root / FOLDER).glob("*/request.json"):
+        if path.parent.name.startswith("."):
+            continue  # Deleted, but for the removal of its files.
+        transfer = Transfer(path.parent)
+        try:
+            _ = transfer.request, transfer.status
+            found.append((path.stat().st_mtime, transfer))
+        except (InputError, FileNotFoundError):
+            continue
+    return [transfer for _, transfer in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def find_transfer(root: Path, transfer_id: str) -> Transfer:
+    """Return a transfer by its name; the name cannot lead out of `root`.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folder = root / FOLDER / check_run_id(transfer_id)
+    if not is_transfer(folder):
+        raise InputError(f"expected a transfer of {root}, found none called {transfer_id!r}")
+    return Transfer(folder)
+
+
+def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> PullRequest:
+    """Return the request for an SAE of a repository at the commit that was looked at.
+
+    Args:
+        to: name of the run that is made of it.
+        place: `model`, `layer` and `site`, where the files do not say them.
+
+    Raises:
+        InputError: if `to` can be no run's name.
+    """
+    return PullRequest(
+        repo=repository.repo,
+        commit=repository.commit,
+        path=sae.path,
+        library=sae.library,
+        files=sae.files,
+        to=check_run_id(to),
+        **place,
+    )
+
+
+def run_name(repo: str, path: str) -> str:
+    """Return a name for the run that an SAE becomes: the repository's and the folder's."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([repo.rpartition("/")[2], path]))
+    return stem.strip("-._")[:64].rstrip("-._") or "pulled"
+
+
+def new_run_folder(root: Path, name: str) -> Path:
+    """Return the folder that a run of this name will have.
+
+    Raises:
+        InputError: if there is one already.
+    """
+    folder = root / check_run_id(name)
+    if folder.exists():
+        raise InputError(
+            f"expected a new name for the run, got {name}, which there is in {root}; choose another"
+        )
+    return folder
+
+
+def free_name(root: Path, name: str) -> str:
+    """Return `name`, with a number after it if there is a run of that name."""
+    names = (name, *(f"{name[:60]}-{n}" for n in range(2, 1000)))
+    return next(free for free in names if not (root / free).exists())
+
+
+def clear_files(transfer: Transfer) -> None:
+    """Throw away what came, once it is a run."""
+    shutil.rmtree(transfer.folder / "files", ignore_errors=True)
+
+
+log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """How far a transfer is: bytes that came."""
+
+    stage: Literal["downloading", "importing", "uploading", "finished", "cancelled"]
+    done: int
+    total: int
+
+
+def work(transfer: Transfer, *, worker: Worker | None = None) -> Iterator[Progress]:
+    """Do what was asked for, or go on with it, and yield progress; files tell the rest.
+
+    A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) ends it in state
+    `cancelled`; what came is kept.
+
+    Raises:
+        InputError: while iterating, for what a person can mend; status.json then says it too.
+    """
+    with contextlib.nullcontext(worker) if worker else Worker(transfer) as held:
+        assert held is not None
+        request = transfer.request
+        if isinstance(request, PullRequest):
+            yield from _pull(transfer, request, held)
+        else:
+            yield from _push(transfer, request, held)
+
+
+def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[Progress]:
+    total = sum(file.n_bytes for file in request.files)
+    where = new_run_folder(transfer.root, request.to)
+    log.info("%s of %s at %s", readable(total), request.repo, request.commit)
+    worker.enter("downloading", total=total)
+    pieces = fetching(request.repo, request.commit, request.files, transfer.files)
+    with contextlib.closing(cast("Generator[int]", pieces)):
+        for done in pieces:
+            worker.done = done
+            if worker.stop_requested:
+                worker.outcome = "cancelled"
+                yield Progress("cancelled", done, total)
+                return
+            yield Progress("downloading", done, total)
+    worker.enter("importing", total=0)
+    yield Progress("importing", 0, 0)
+    # After the wait: what is imported here fills memory.
+    from gsae_core.runs.work.imports import import_saes
+
+    place = {"model": request.model, "layer": request.layer, "site": request.site}
+    run, sources = import_saes(transfer.files, where, **place)
+    run.add_event("pulled", repo=request.repo, commit=request.commit, path=request.path)
+    for source in sources.values():
+        for sentence in source.assumed:
+            log.info("%s", sentence)
+    transfer.add_event("arrived", result=run.id)
+    clear_files(transfer)
+    yield Progress("finished", total, total)
+
+
+def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:
+    check_token()
+    parcel = parcel_of(find_run(transfer.root, request.run), request)
+    for note in parcel.notes:
+        log.warning("%s", note)
+    total = parcel.n_bytes
+    worker.enter("uploading", total=total)
+    yield Progress("uploading", 0, total)
+    if worker.stop_requested:
+        worker.outcome = "cancelled"
+        yield Progress("cancelled", 0, total)
+        return
+    # One call: the library tells no one but a terminal how far it is.
+    pushed = send(parcel)
+    worker.done = total
+    transfer.add_event("arrived", result=pushed.url)
+    yield Progress("finished", total, total)
+
+
+def parcel_of(run: Run, request: PushRequest) -> Parcel:
+    """Return what a push would send, its card included.
+
+    Raises:
+        InputError: if it may not be sent.
+    """
+    for name in request.saes:
+        run.sae_folder(name)
+    check_repo(request.repo)
+    texts = make_card(run, request.saes, request.repo) if request.saes else {}
+    return pack(run, request.saes, request.repo, texts=texts, public=request.public)

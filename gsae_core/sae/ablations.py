@@ -1,0 +1,154 @@
+"""Inference-time optimisation: latents chosen for a dictionary without asking its encoder.
+
+The error they leave says how good the dictionary is; the gap to the encoder's own latents says how
+good the encoder is (arXiv:2404.16014v2, Appendix A).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.losses import loss
+
+
+def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
+    """Return at most `k` non-negative latents a token for the SAE's dictionary, to be decoded.
+
+    Of an SAE with `input_norm` they are chosen for u and decode to u_hat.
+
+    Raises:
+        InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
+    """
+    return gradient_pursuit(sae.normalised(x).u, sae.W_dec, sae.b_dec, k=k)
+
+
+@torch.no_grad()
+def gradient_pursuit(
+    x: Float[Tensor, "batch width"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    k: int,
+) -> Float[Tensor, "batch d_sae"]:
+    """Return alpha >= 0 with few entries and a small |x - alpha @ W_dec - b_dec|^2.
+
+    Gradient pursuit (Blumensath & Davies 2008) kept non-negative, as arXiv:2404.16014v2,
+    Appendix A. Each of `k` rounds takes one direction more and then one step, of the length that
+    minimises the error, down the gradient over all directions taken so far:
+
+        r     = x - b_dec - alpha @ W_dec
+        S     = S + argmax_i d_i . r               the largest signed product
+        g     = (r @ W_dec.T) restricted to S
+        c     = g @ W_dec
+        alpha = relu(alpha + (c . r) / (c . c) * g)
+
+    A round may take a direction again, or take one and leave it at 0, so that alpha has at most
+    `k` entries and sometimes fewer. The problem itself is NP-hard; this is a greedy answer. Rounds
+    cost three matrix products each, and a few matrices of shape (batch, d_sae) exist at once.
+
+    Args:
+        x: activations, in the units of the dictionary.
+        W_dec: directions. They compete by their unit vectors, so that alpha @ W_dec does not
+            depend on their norms; a row of zeros is never used.
+        b_dec: taken from `x` first.
+        k: rounds, and the largest number of entries a token can have.
+
+    Raises:
+        InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
+    """
+    d_sae, d_in = W_dec.shape
+    if not 1 <= k <= d_sae:
+        raise InputError(
+            f"expected k from 1 to d_sae={d_sae}, got {k}; k is how many latents a token may use"
+        )
+    if x.shape[-1] != d_in:
+        raise InputError(
+            f"expected activations of width d_in={d_in}, got shape {tuple(x.shape)}; "
+            "was this dictionary trained on another model or site?"
+        )
+    tiny = torch.finfo(W_dec.dtype).tiny  # A row of zeros stays one instead of becoming NaN.
+    norms = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(tiny)
+    units = F.normalize(W_dec, dim=1, eps=tiny)
+    xc = x - b_dec
+    alpha = xc.new_zeros(len(xc), d_sae)
+    taken = torch.zeros_like(alpha, dtype=torch.bool)
+    for _ in range(k):
+        r = xc - alpha @ units
+        products = r @ units.T
+        taken.scatter_(1, products.argmax(dim=1, keepdim=True), True)
+        g = products * taken
+        c = g @ units
+        c_dot_c = c.square().sum(dim=1, keepdim=True)
+        # c . r = sum_i g_i d_i . r = g . g, which rounding cannot make negative. Where c is zero
+        # nothing taken can lower the error: the token is solved, or points away from everything.
+        step = torch.where(c_dot_c > 0, g.square().sum(dim=1, keepdim=True) / c_dot_c, 0.0)
+        alpha = torch.relu(alpha + step * g)
+    return alpha / norms
+
+
+LEARNS = ("b_mag", "r_mag")
+"""The only parameters of a rescaled baseline that are not frozen."""
+
+
+@torch.no_grad()
+def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
+    """Return a Gated SAE that begins as `baseline`, and in which only `r_mag` and `b_mag` learn.
+
+        pi_gate = (x - b_dec) @ W_enc + b_enc                     the baseline's, frozen
+        pi_mag  = (x - b_dec) @ W_enc * exp(r_mag) + b_mag        from r_mag = 0, b_mag = b_enc
+
+    Latents and reconstructions start as the baseline's, bit for bit. The gate stays the baseline's,
+    so each token's active latents stay among the baseline's: L0 can fall and never rise. The
+    comparison in the paper (section 5.2) takes a baseline as wide as the Gated SAE it is held
+    against. `baseline` is copied and stays as it is.
+
+    Raises:
+        InputError: if it normalises every token.
+    """
+    baseline.check_trains()
+    # Nothing trains the gate, so an auxiliary term would be work without an effect.
+    sae = GatedSAE(baseline.d_in, baseline.d_sae, recipe=baseline.recipe, aux="off")
+    sae.to(baseline.W_enc)
+    assert sae.r_mag is not None  # the default tie has one, and it starts at zero
+    sae.W_gate.copy_(baseline.W_enc)
+    sae.b_gate.copy_(baseline.b_enc)
+    sae.b_mag.copy_(baseline.b_enc)
+    sae.W_dec.copy_(baseline.W_dec)
+    sae.b_dec.copy_(baseline.b_dec)
+    for name, parameter in sae.named_parameters():
+        parameter.requires_grad_(name in LEARNS)
+    return sae
+
+
+def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
+    """Leave the gradients of |x - x_hat|^2 in `.grad`, fresh, and return that loss without a graph.
+
+        adam = torch.optim.Adam(p for p in sae.parameters() if p.requires_grad)
+        for x in batches:
+            rescale_step(sae, x)
+            adam.step()
+
+    No sparsity term is needed: what is active is the frozen gate's to say.
+
+    Args:
+        sae: what `rescale_and_shift` returned.
+        x: activations, in the units the baseline was trained in.
+
+    Raises:
+        InputError: if other parameters than `r_mag` and `b_mag` learn, or the last axis of `x` is
+            not `d_in`.
+    """
+    learning = sorted(name for name, p in sae.named_parameters() if p.requires_grad)
+    if learning != list(LEARNS):
+        raise InputError(
+            f"expected an SAE in which only {' and '.join(LEARNS)} learn, got one in which "
+            f"{', '.join(learning) or 'nothing'} does; make it with rescale_and_shift(baseline)"
+        )
+    sae.zero_grad(set_to_none=True)
+    reconstruction = loss(sae, x, sparsity_coeff=0.0).reconstruction
+    reconstruction.backward()
+    return reconstruction.detach()

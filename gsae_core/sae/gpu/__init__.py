@@ -1,0 +1,1 @@
+"""The exact sparse step in Triton."""

@@ -1,0 +1,404 @@
+"""From activations to entries: buffers, launch shapes and arguments of the encoder's kernels.
+
+Kernels find a tensor's numbers by its address, as if its rows followed each other: `launch` lets no
+other tensor through. What the caller owns is read through `rows_in_order`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int32, Int64
+from torch import Tensor
+
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE
+from gsae_core.sae.sparse import loops
+from gsae_core.sae.sparse.codes import gates, thresholds
+from gsae_core.sae.sparse.gradients import StepSums, gain, l1_weights
+
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+"""How the encoder's product is rounded; sums are float32 in all four, and all else is float32.
+
+`ieee` is float32 on ordinary cores. `tf32x3` gets about as close with three products on matrix
+units. `tf32` keeps 11 bits of each factor and `bf16` 8: gates near zero may open or shut.
+Triton's interpreter rounds the first three alike and cannot multiply bf16.
+"""
+
+# A tile of the encoder: rows, latents. For sm_90, 8.0 and 8.9 alike it takes 96 KiB of shared
+# memory at most (all of Ada's) and the 255 registers a thread has, 16 bytes beside them at worst.
+ROWS = LATENTS = 128
+
+
+class LaunchError(Exception):
+    """A kernel that cannot be compiled or does not fit into this GPU; the text is a sentence."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: one of `triton_encode.py` or `triton_gradients.py`.
+        grid: programs along each axis.
+        args: of the kernel.
+        options: its switches, and Triton's.
+
+    Raises:
+        LaunchError: if the kernel cannot be compiled here, needs more than this GPU has, or would
+            read other numbers than those of its tensors. Anything else that goes wrong, memory
+            that ran out above all, is raised as it is.
+    """
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    devices = {each.device for each in tensors}
+    if len(devices) > 1 or not all(each.is_contiguous() for each in tensors):
+        laid = ", ".join(f"{each.device} {tuple(each.stride())}" for each in tensors)
+        raise LaunchError(f"expected tensors of one device, rows in order, got {laid}")
+    try:
+        kernel[grid](*args, **options)
+    except (OutOfResources, PTXASError, CompilationError) as error:
+        raise LaunchError(_why(error)) from error
+    except RuntimeError as error:
+        # What a compiler pass fails with; an error of the device's has another text.
+        if "PassManager::run failed" not in str(error):
+            raise
+        raise LaunchError(_why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    # The text of a CompilationError begins with the source, its message says what is wrong with it.
+    said = (
+        str(getattr(error, "error_message", None) or error).strip().partition("\n")[0].rstrip(".")
+    )
+    return f"expected Triton to launch a kernel, got {type(error).__name__}: {said[:300]}"
+
+
+def rows_in_order(tensor: Tensor) -> Tensor:
+    """Return the tensor's numbers as kernels read them; a copy where they lie in another order."""
+    return tensor.detach().contiguous()
+
+
+class Entries(NamedTuple):
+    """Entries of a batch in fixed buffers, by row and by latent; none if they overflowed.
+
+    `latent`, `gate` and `magnitude` are those of `SparseCodes`, as 32-bit numbers and with room to
+    spare at the end; `row_by_latent` and `place_by_latent` are `row` and `order` of `ByLatent`.
+    """
+
+    overflowed: Bool[Tensor, ""]
+    n_open: Int64[Tensor, ""]
+    row_offsets: Int32[Tensor, " rows_and_end"]
+    latent: Int32[Tensor, " capacity"]
+    gate: Float[Tensor, " capacity"]
+    magnitude: Float[Tensor, " capacity"]
+    latent_offsets: Int32[Tensor, " d_sae_and_end"]
+    row_by_latent: Int32[Tensor, " capacity"]
+    place_by_latent: Int32[Tensor, " capacity"]
+
+
+def launch_encode(
+    sae: GatedSAE | ReluSAE | JumpReluSAE,
+    xc: Float[Tensor, "batch d_in"],
+    *,
+    capacity: int,
+    precision: str,
+) -> Entries:
+    """Return the active entries of a batch, from xc = x - b_dec.
+
+    Those of a JumpReLU SAE reach down to theta - eps / 2; what does not fire has magnitude 0.
+    With untied paths `magnitude` is room only: `launch_decode` fills it.
+    """
+    from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
+
+    jumps = isinstance(sae, JumpReluSAE)
+    gated = isinstance(sae, GatedSAE)
+    W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
+    W, bias = rows_in_order(W), rows_in_order(-above)
+    bf16 = precision == "bf16"
+    n_rows, d_sae = len(xc), sae.d_sae
+    row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
+    n_tiles = row_tiles * latent_tiles
+    n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
+    tile_begin, tile_count = _ints(n_tiles, xc), _ints(n_tiles, xc)
+    by_row, by_latent = _cells(n_rows * latent_tiles, xc), _cells(d_sae * row_tiles, xc)
+    product, local = xc.new_empty(capacity), _ints(capacity, xc)
+    launch(
+        encode_tiles,
+        (n_tiles,),
+        xc.bfloat16() if bf16 else xc,
+        W.bfloat16() if bf16 else W,
+        bias,
+        n_open,
+        tile_begin,
+        tile_count,
+        by_row[1:],
+        by_latent[1:],
+        product,
+        local,
+        n_rows,
+        sae.d_in,
+        d_sae,
+        capacity,
+        PRECISION="ieee" if bf16 else precision,  # says nothing about bf16 factors
+        ROWS=ROWS,
+        LATENTS=LATENTS,
+        DEPTH=64 if bf16 else 32,
+        GROUP=8,
+        num_warps=8,
+        num_stages=3,
+    )
+
+    overflowed = n_open > capacity
+    fits = (~overflowed).int()
+    row_cells, latent_cells = _prefix_sums(by_row), _prefix_sums(by_latent)
+    gate = xc.new_empty(capacity)
+    entries = Entries(
+        overflowed=overflowed,
+        n_open=n_open,
+        # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
+        row_offsets=row_cells[::latent_tiles] * fits,
+        latent=_ints(capacity, xc),
+        gate=gate,
+        magnitude=xc.new_empty(capacity) if gated or jumps else gate,
+        latent_offsets=latent_cells[::row_tiles] * fits,
+        row_by_latent=_ints(capacity, xc),
+        place_by_latent=_ints(capacity, xc),
+    )
+    slope = gain(sae) if gated else None
+    launch(
+        place_entries,
+        (n_tiles,),
+        product,
+        local,
+        tile_begin,
+        tile_count,
+        row_cells,
+        latent_cells,
+        fits,
+        rows_in_order(sae.b_gate if gated else sae.b_enc),
+        None if slope is None else rows_in_order(slope),
+        rows_in_order(sae.b_mag) if gated else None,
+        rows_in_order(sae.threshold) if jumps else None,
+        entries.latent,
+        gate,
+        entries.magnitude,
+        entries.row_by_latent,
+        entries.place_by_latent,
+        row_tiles,
+        latent_tiles,
+        TIED=gated and sae.W_mag is None,
+        GAIN=slope is not None,
+        JUMPS=jumps,
+        ROWS=ROWS,
+        LATENTS=LATENTS,
+        ENTRIES=64,
+        num_warps=4,
+    )
+    return entries
+
+
+def _ints(n: int, like: Tensor) -> Int32[Tensor, " n"]:
+    return torch.empty(n, dtype=torch.int32, device=like.device)
+
+
+def _cells(n: int, like: Tensor) -> Int32[Tensor, " n_and_zero"]:
+    """Return room for n counts behind a zero, whose prefix sums are where each begins, and all."""
+    counts = _ints(n + 1, like)
+    counts[:1].zero_()
+    return counts
+
+
+def _prefix_sums(counts: Int32[Tensor, " n"]) -> Int32[Tensor, " n"]:
+    return torch.cumsum(counts, 0, dtype=torch.int32)
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least `n`, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+class Decoded(NamedTuple):
+    """Both reconstructions, there and back: fields of the same name as in `sparse.py`."""
+
+    error: Float[Tensor, "batch d_in"]
+    aux_error: Float[Tensor, "batch d_in"] | None
+    mag_slope: Float[Tensor, " capacity"]
+    aux_slope: Float[Tensor, " capacity"] | None
+    row_sums: Float64[Tensor, "batch sums"]
+
+
+class LatentSums(NamedTuple):
+    """What one walk over the latents leaves."""
+
+    sums: StepSums
+    fired: Int64[Tensor, " d_sae"]
+    gate_open: Int64[Tensor, " d_sae"]
+
+
+def launch_decode(
+    sae: BuiltinSAE,
+    entries: Entries,
+    *,
+    x: Float[Tensor, "batch d_in"],
+    xc: Float[Tensor, "batch d_in"],
+    b_dec: Float[Tensor, " d_in"] | None = None,
+    weight: float = 1.0,
+) -> Decoded:
+    """Return what both reconstructions leave behind; None where no term asks for it.
+
+    Args:
+        sae: whose dictionary decodes.
+        entries: what to decode.
+        x: what is to be reconstructed.
+        xc: the encoder's input; an untied magnitude path reads it.
+        b_dec: in place of the SAE's own.
+        weight: of the squared error in the loss.
+    """
+    from gsae_core.sae.gpu.kernels import decode_rows
+
+    W_mag = sae.W_mag if isinstance(sae, GatedSAE) else None
+    aux = sae.objective.aux
+    decoded = Decoded(
+        error=torch.empty_like(x),
+        aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
+        mag_slope=torch.empty_like(entries.gate),
+        aux_slope=None if aux == "off" else torch.empty_like(entries.gate),
+        # Zeros, for nothing is written about an auxiliary term that there is not.
+        row_sums=torch.zeros(len(x), loops.N_ROW_SUMS, dtype=torch.float64, device=x.device),
+    )
+    width = power_of_two(max(sae.d_in, 16))
+    launch(
+        decode_rows,
+        (len(x),),
+        x,
+        xc,
+        rows_in_order(sae.W_dec),
+        rows_in_order(sae.b_dec if b_dec is None else b_dec),
+        # Turned, for entries read columns of it. A dense product for all pairs would cost more.
+        None if W_mag is None else rows_in_order(W_mag.T),
+        rows_in_order(sae.b_mag) if isinstance(sae, GatedSAE) else None,
+        entries.row_offsets,
+        entries.latent,
+        entries.gate,
+        entries.magnitude,
+        *decoded,
+        sae.d_in,
+        weight * 2 / len(x),
+        AUX=aux != "off",
+        UNFROZEN=aux == "unfrozen",
+        UNTIED=W_mag is not None,
+        WIDTH=width,
+        ENTRIES=_entries_at_once(width),
+        num_warps=_warps(width),
+    )
+    return decoded
+
+
+def launch_sums(
+    sae: BuiltinSAE,
+    entries: Entries,
+    *,
+    decoded: Decoded,
+    xc: Float[Tensor, "batch d_in"],
+    l1_slope: float,
+) -> LatentSums:
+    """Return what the batch leaves behind for `leave_gradients`, and how often latents fired.
+
+    With `l1_slope` 0, of an SAE without an L1 term, `sums.W_gate` is the encoder's gradient.
+    """
+    from gsae_core.sae.gpu.kernels import sum_latents
+
+    gated = isinstance(sae, GatedSAE)
+    untied = gated and sae.W_mag is not None
+    slope = gain(sae) if gated else None
+    weights = l1_weights(sae) if isinstance(sae, GatedSAE | ReluSAE) else None
+    # Not `empty_like`, which lays them out as the dictionary is.
+    W_dec, W_gate_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
+    W_mag_T = torch.empty_like(W_dec) if untied else None
+    dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
+    fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
+    # Wide rows are shared out over programs, which also shortens the longest of them.
+    width = min(power_of_two(max(sae.d_in, 16)), 512)
+    launch(
+        sum_latents,
+        (sae.d_sae, -(-sae.d_in // width)),
+        xc,
+        decoded.error,
+        decoded.aux_error,
+        entries.latent_offsets,
+        entries.row_by_latent,
+        entries.place_by_latent,
+        entries.gate,
+        entries.magnitude,
+        decoded.mag_slope,
+        decoded.aux_slope,
+        None if slope is None else rows_in_order(slope),
+        None if weights is None else rows_in_order(weights),
+        W_dec,
+        W_gate_T,
+        W_mag_T,
+        dm,
+        dm_m,
+        dg,
+        gate,
+        fired,
+        gate_open,
+        sae.d_in,
+        l1_slope,
+        AUX=decoded.aux_slope is not None,
+        UNFROZEN=decoded.aux_error is not None,
+        UNTIED=untied,
+        GAIN=slope is not None,
+        WEIGHTED=weights is not None,
+        WIDTH=width,
+        ENTRIES=_entries_at_once(width),
+        num_warps=_warps(width),
+    )
+    error = decoded.error.sum(0)
+    if decoded.aux_error is not None:
+        error += decoded.aux_error.sum(0)
+    sums = StepSums(
+        W_dec=W_dec,
+        # A program that wrote its column of W_gate would touch a cache line for each number.
+        W_gate=W_gate_T.T.contiguous(),
+        W_mag=None if W_mag_T is None else W_mag_T.T.contiguous(),
+        dm=dm,
+        dm_m=None if slope is None else dm_m,
+        dg=dg,
+        gate=gate,
+        error=error,
+    )
+    return LatentSums(sums=sums, fired=fired, gate_open=gate_open)
+
+
+def launch_windows(
+    sae: JumpReluSAE, entries: Entries, slope: Float[Tensor, " capacity"]
+) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+    """Return each latent's sum of `slope` over the inputs in its window, and how many those are."""
+    from gsae_core.sae.gpu.kernels import sum_windows
+
+    slope_sum, n_near = slope.new_empty(2, sae.d_sae)
+    launch(
+        sum_windows,
+        (sae.d_sae,),
+        entries.latent_offsets,
+        entries.place_by_latent,
+        entries.gate,
+        slope,
+        rows_in_order(sae.threshold),
+        slope_sum,
+        n_near,
+        sae.eps / 2,
+        ENTRIES=64,
+        num_warps=2,
+    )
+    return slope_sum, n_near
+
+
+def _entries_at_once(width: int) -> int:
+    """Return how many rows of `width` numbers to have under way: enough to hide their latency."""
+    return min(16, max(1, (4096 if width <= 512 else 8192) // width))
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 512 else 8 if width <= 8192 else 16

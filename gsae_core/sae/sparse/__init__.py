@@ -1,0 +1,1 @@
+"""The exact sparse step on a CPU."""

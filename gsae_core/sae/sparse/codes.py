@@ -1,0 +1,400 @@
+"""SparseCodes: the active entries of a batch, row by row, instead of a matrix of mostly zeros."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
+from gsae_core.sae.sparse import loops
+from gsae_core.sae.topk import largest
+from gsae_core.threads import over_rows, spread
+
+# A block of pre-activations should stay in cache until its active entries are picked out, yet each
+# matrix product packs the encoder afresh: below 256 rows that packing costs a third of the product.
+CHUNK_ELEMENTS = 2**19
+CHUNK_ROWS = 256
+
+
+class Products(NamedTuple):
+    """Entries of a batch with h = <xc, W_gate_i> above their latent's threshold."""
+
+    row_offsets: Int64[Tensor, " rows_and_end"]
+    latent: Int64[Tensor, " nnz"]
+    h: Float[Tensor, " nnz"]
+
+
+class Wanted(NamedTuple):
+    """The k largest of h + bias in each row, as far as they are positive; -inf leaves one out."""
+
+    bias: Float[Tensor, " d_sae"]
+    k: int
+
+
+def chunk_rows(d_sae: int) -> int:
+    """Return how many rows to encode at a time."""
+    return max(CHUNK_ROWS, CHUNK_ELEMENTS // d_sae)
+
+
+@torch.no_grad()
+def products_above(
+    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
+) -> Products:
+    """Return the entries of xc @ W above `above`, a threshold for each latent."""
+    above = above.detach()
+
+    def pick(h: Float[Tensor, "rows d_sae"], scratch: _Scratch) -> list[Products]:
+        if scratch.latent is None:
+            return [_above(h, above)]
+        return [_picked(loops.pick_above, (h.numpy(), above.numpy()), scratch)]
+
+    (found,) = _in_chunks(xc, W.detach(), pick, n_kinds=1)
+    return found
+
+
+@torch.no_grad()
+def largest_products(
+    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], wanted: Sequence[Wanted]
+) -> list[Products]:
+    """Return, for each of `wanted`, its entries: h + bias in place of h.
+
+    Compiled, equal values go to the lower latent; by torch, to any.
+    """
+    kinds = [Wanted(bias.detach(), k) for bias, k in wanted]
+
+    def pick(h: Float[Tensor, "rows d_sae"], scratch: _Scratch) -> list[Products]:
+        if scratch.latent is None:
+            return [_above(largest(h + bias, k=k), torch.zeros_like(bias)) for bias, k in kinds]
+        return [
+            _picked(loops.pick_largest, (h.numpy(), bias.numpy(), k), scratch) for bias, k in kinds
+        ]
+
+    return _in_chunks(xc, W.detach(), pick, n_kinds=len(kinds))
+
+
+def _in_chunks(
+    xc: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    pick: Callable[[Tensor, "_Scratch"], list[Products]],
+    *,
+    n_kinds: int,
+) -> list[Products]:
+    """Return what `pick` returns for xc @ W, a few rows of it at a time on each core."""
+    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
+    spare: list[_Scratch] = []
+
+    def chunk(k: int) -> list[Products]:
+        part = xc[k * rows : (k + 1) * rows]
+        scratch = spare.pop() if spare else _Scratch(rows, W)
+        found = pick(torch.mm(part, W, out=scratch.h[: len(part)]), scratch)
+        spare.append(scratch)
+        return found
+
+    parts = spread(chunk, -(-len(xc) // rows))
+    return [joined([part[i] for part in parts], xc) for i in range(n_kinds)]
+
+
+def joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
+    """Return the entries of consecutive chunks as those of one batch."""
+    start = torch.zeros(1, dtype=torch.int64, device=like.device)
+    if not parts:
+        return Products(start, start[:0], like.new_empty(0))
+    counts = torch.cat([part.row_offsets.diff() for part in parts])
+    return Products(
+        row_offsets=torch.cat([start, counts.cumsum(0)]),
+        latent=torch.cat([part.latent for part in parts]),
+        h=torch.cat([part.h for part in parts]),
+    )
+
+
+def sampled_products(
+    x: Float[Tensor, "batch width"],
+    W: Float[Tensor, "width d_sae"],
+    row_offsets: Int64[Tensor, " rows_and_end"],
+    latent: Int64[Tensor, " nnz"],
+) -> Float[Tensor, " nnz"]:
+    """Return <x_t, W_i> for the entries (t, i) alone, on the CPU."""
+    out = x.new_empty(latent.numel())
+    arrays = (row_offsets.numpy(), latent.numpy(), numpy(x), numpy(W.T), out.numpy())
+    over_rows(len(x), lambda first, last: loops.dot_rows(first, last, *arrays))
+    return out
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
+    return tensor.detach().contiguous().numpy()
+
+
+def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
+    mask = h > above
+    counts = mask.sum(1)
+    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
+
+
+class _Scratch:
+    """Room for one chunk's products and for every entry it could have; used again and again.
+
+    What is never written to costs no memory: the system gives out pages as they are reached.
+    """
+
+    latent: np.ndarray | None
+    """None where numba cannot go: on a GPU, in half precision."""
+
+    def __init__(self, rows: int, like: Float[Tensor, "d_in d_sae"]) -> None:
+        self.h = like.new_empty(rows, like.shape[1])
+        self.latent = None
+        if like.is_cpu and like.dtype in (torch.float32, torch.float64):
+            self.latent = np.empty(self.h.numel(), np.int64)
+            self.value = np.empty(self.h.numel(), self.h.numpy().dtype)
+
+
+def _picked(loop: Callable[..., int], arguments: tuple[Any, ...], scratch: _Scratch) -> Products:
+    """Return what a loop writes, whose first argument is the products."""
+    assert scratch.latent is not None
+    offsets = np.zeros(len(arguments[0]) + 1, np.int64)
+    n = loop(*arguments, scratch.latent, scratch.value, offsets[1:])
+    found = (offsets, scratch.latent[:n].copy(), scratch.value[:n].copy())
+    return Products(*map(torch.from_numpy, found))
+
+
+class SparseCodes(NamedTuple):
+    """Entries of a batch where pi_gate > 0, rows in order, latents ascending within a row (CSR).
+
+    Everything else about a batch follows: f is zero elsewhere, and so are both gradients.
+    """
+
+    row_offsets: Int64[Tensor, " rows_and_end"]
+    """Row t owns entries row_offsets[t] to row_offsets[t + 1]; one more number than rows."""
+    latent: Int64[Tensor, " nnz"]
+    """Which latent each entry is, 0 to d_sae - 1."""
+    gate: Float[Tensor, " nnz"]
+    """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
+    magnitude: Float[Tensor, " nnz"]
+    """f = relu(pi_mag): 0 where a gate opens onto nothing."""
+
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """Return which row each entry is in."""
+        n_rows = self.row_offsets.numel() - 1
+        every = torch.arange(n_rows, device=self.latent.device)
+        return every.repeat_interleave(self.row_offsets.diff(), output_size=self.latent.numel())
+
+
+class ByLatent(NamedTuple):
+    """The transpose: the same entries, latent by latent, rows ascending within a latent."""
+
+    offsets: Int64[Tensor, " d_sae_and_end"]
+    """Latent i owns entries offsets[i] to offsets[i + 1]."""
+    order: Int64[Tensor, " nnz"]
+    """Place of each entry in the SparseCodes it was made from."""
+    row: Int64[Tensor, " nnz"]
+    """Which row each entry is in."""
+
+
+@torch.no_grad()
+def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+    """Return the active entries of `x`, exactly those that `sae.encode` would compute.
+
+    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core.
+
+    Raises:
+        InputError: if the last axis of `x` is not `d_in`.
+    """
+    sae.check_width(x)
+    xc = sae.normalised(x).u - sae.b_dec
+    match sae:
+        case GatedSAE() | ReluSAE():
+            return codes_of(sae, xc, products_above(xc, *gates(sae)))
+        case JumpReluSAE():
+            return _jumprelu_codes(sae, products_above(xc, *thresholds(sae, below=0.0)))
+        case TopKSAE():
+            (kept,) = largest_products(xc, sae.W_enc, [Wanted(sae.b_enc, sae.k)])
+            return kept_codes(kept)
+    raise TypeError(f"no codes are known for {type(sae).__name__}")
+
+
+@torch.no_grad()
+def gates(
+    sae: GatedSAE | ReluSAE,
+) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+    """Return the encoder, and above what product each latent's gate is open."""
+    W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
+    # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
+    return W, -bias
+
+
+@torch.no_grad()
+def codes_of(
+    sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
+) -> SparseCodes:
+    """Return the codes whose products with the encoder are `found`."""
+    if isinstance(sae, GatedSAE):
+        gate = found.h + sae.b_gate.take(found.latent)
+        magnitude = _magnitude(sae, xc, found)
+    else:
+        gate = magnitude = found.h + sae.b_enc.take(found.latent)
+    return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
+
+
+@torch.no_grad()
+def thresholds(
+    sae: JumpReluSAE, *, below: float
+) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+    """Return the encoder, and above what product z may reach theta - below.
+
+    No product above it is left out by rounding; a few just short of theta - below are let in.
+    """
+    theta, b = sae.threshold, sae.b_enc
+    # Here the sum h + b is compared with a number that is not 0, so that each side rounds.
+    rounding = 8 * torch.finfo(b.dtype).eps * (theta + below + b.abs())
+    return sae.W_enc, theta - below - b - rounding
+
+
+def kept_codes(found: Products) -> SparseCodes:
+    """Return the codes of latents without a gate; `found` holds them in place of products."""
+    return SparseCodes(found.row_offsets, found.latent, gate=found.h, magnitude=found.h)
+
+
+def _jumprelu_codes(sae: JumpReluSAE, found: Products) -> SparseCodes:
+    offsets, latent, h = found
+    z = h + sae.b_enc.take(latent)
+    fires = z > sae.threshold.take(latent)
+    before = F.pad(fires.cumsum(0), (1, 0))
+    return kept_codes(Products(before.take(offsets), latent[fires], z[fires]))
+
+
+def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
+    """Return the transpose of `codes`: what weight gradients and the feature index walk along."""
+    latent = codes.latent
+    if latent.device.type != "cpu":
+        order = torch.sort(latent, stable=True).indices
+        offsets = F.pad(torch.bincount(latent, minlength=d_sae).cumsum(0), (1, 0))
+        return ByLatent(offsets, order, codes.rows().take(order))
+    offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
+    entries = ByLatent(offsets, torch.empty_like(latent), torch.empty_like(latent))
+    arrays = (each.numpy() for each in (codes.row_offsets, latent, *entries))
+    loops.sort_by_latent(*arrays)
+    return entries
+
+
+def weighted_sums(
+    dense: Float[Tensor, "pool width"],
+    index: Int64[Tensor, " nnz"],
+    weight: Float[Tensor, " nnz"],
+    offsets: Int64[Tensor, " bags_and_end"],
+) -> Float[Tensor, "bags width"]:
+    """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries.
+
+    `embedding_bag` is this product on every device, and its derivative to `weight` is the sampled
+    product <grad, dense[index]>.
+    """
+    return F.embedding_bag(
+        index, dense, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
+
+
+def _magnitude(
+    sae: GatedSAE, xc: Float[Tensor, "batch d_in"], found: Products
+) -> Float[Tensor, " nnz"]:
+    """Return f on the entries."""
+    h = found.h
+    if sae.W_mag is not None and h.device.type == "cpu":
+        h = sampled_products(xc, sae.W_mag, found.row_offsets, found.latent)
+    elif sae.W_mag is not None:
+        rows = SparseCodes(found.row_offsets, found.latent, h, h).rows()
+        h = torch.linalg.vecdot(xc[rows], sae.W_mag.T[found.latent])
+    elif sae.r_mag is not None:
+        h = h * sae.r_mag.exp().take(found.latent)
+    return torch.relu_(h + sae.b_mag.take(found.latent))
+
+
+class Screened(NamedTuple):
+    """The entries found, and how many candidates they were picked from."""
+
+    products: Products
+    n_candidates: int
+
+
+class _Rounded(NamedTuple):
+    """The encoder, latent by latent: exact, rounded, and how far apart the two are."""
+
+    rows: Float[Tensor, "d_sae d_in"]
+    half: Float[Tensor, "d_sae d_in"]
+    off: Float[Tensor, " d_sae"]
+    length: Float[Tensor, " d_sae"]
+
+
+@torch.no_grad()
+def screened_products_above(
+    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
+) -> Screened:
+    """Return what `products_above` does, up to the order of float32 sums, on the CPU in float32."""
+    rounded = _rounded(W.detach().contiguous())
+    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
+    thresholds = above.detach().numpy()
+    spare: list[_ScreenScratch] = []
+
+    def chunk(k: int) -> Screened:
+        scratch = spare.pop() if spare else _ScreenScratch(rows, W.shape[1])
+        found = _screen(xc[k * rows : (k + 1) * rows], rounded, thresholds, scratch)
+        spare.append(scratch)
+        return found
+
+    parts = spread(chunk, -(-len(xc) // rows))
+    return Screened(
+        products=joined([part.products for part in parts], xc),
+        n_candidates=sum(part.n_candidates for part in parts),
+    )
+
+
+class _ScreenScratch:
+    """Room for a chunk's rounded products and for every candidate it could have."""
+
+    def __init__(self, rows: int, d_sae: int) -> None:
+        self.h = torch.empty(rows, d_sae, dtype=torch.bfloat16)
+        self.latent = np.empty(rows * d_sae, np.int64)
+        self.value = np.empty(rows * d_sae, np.float32)
+
+
+def _rounded(W: Float[Tensor, "d_in d_sae"]) -> _Rounded:
+    d_in, d_sae = W.shape
+    out = _Rounded(
+        rows=W.new_empty(d_sae, d_in),
+        half=torch.empty(d_sae, d_in, dtype=torch.bfloat16),
+        off=W.new_empty(d_sae),
+        length=W.new_empty(d_sae),
+    )
+    rows = out.rows.numpy()
+    half = out.half.view(torch.uint16).numpy()
+    arrays = (W.numpy(), rows, rows.view(np.uint32), half, out.off.numpy(), out.length.numpy())
+    over_rows(d_sae, lambda first, last: loops.round_columns(first, last, *arrays))
+    return out
+
+
+def _screen(
+    part: Float[Tensor, "rows d_in"], rounded: _Rounded, above: np.ndarray, scratch: _ScreenScratch
+) -> Screened:
+    half = part.bfloat16()
+    lengths = torch.linalg.vector_norm(part, dim=1)
+    # Each of d_in additions in float32 rounds by at most 2^-24 of |x| |w|; twice that is ample.
+    rounding = part.shape[1] * 2**-23 * lengths
+    off = torch.linalg.vector_norm(part - half.float(), dim=1) + rounding
+    h = torch.mm(half, rounded.half.T, out=scratch.h[: len(part)])
+    latent, value = scratch.latent, scratch.value
+    offsets = np.zeros(len(part) + 1, np.int64)
+    n_candidates = loops.pick_candidates(
+        h.view(torch.uint16).numpy(),
+        above,
+        *(each.numpy() for each in (lengths, off, rounded.off, rounded.length)),
+        latent,
+        offsets[1:],
+    )
+    x, W = part.numpy(), rounded.rows.numpy()
+    loops.dot_rows(0, len(part), offsets, latent, x, W, value)
+    n = loops.keep_above(offsets[1:], latent, value, above)
+    found = (offsets, latent[:n].copy(), value[:n].copy())
+    return Screened(Products(*map(torch.from_numpy, found)), n_candidates)

@@ -1,0 +1,155 @@
+"""Numbers as a person writes them: the pages print no raw float."""
+
+import html
+import itertools
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+# Marks, joiners and overrides of these categories are invisible, or move what stands beside them.
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def count(number: float | int) -> str:
+    """Return a count with at most three digits, e.g. `1.05 M`."""
+    # Rounded before a unit is chosen: 999 936 is 1 M, not 1e+03 k.
+    rounded = float(f"{number:.3g}")
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            many = rounded / size
+            return f"{many:,.0f} {unit}" if many >= 100 else f"{many:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float | int) -> str:
+    """Return a length of time in its two largest units, e.g. `3 min 20 s`."""
+    whole = round(seconds)
+    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    for (large, size), (small, part) in itertools.pairwise(units):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {large} {rest} {small}" if rest else f"{whole // size} {large}"
+    return f"{whole} s"
+
+
+def ago(seconds: float | int) -> str:
+    """Return how long ago something was, e.g. `5 min ago`."""
+    if seconds < 2:
+        return "just now"
+    return f"{duration(seconds).split(' ')[0]} {duration(seconds).split(' ')[1]} ago"
+
+
+def fixed(number: float | int | None, digits: int = 3) -> str:
+    """Return a number with so many decimals, or a dash where there is none."""
+    if number is None or not math.isfinite(number):
+        return "–"
+    return f"{number:,.{digits}f}"
+
+
+WORSE = "⚠"
+"""Beside an FVU above 1: predicting the mean activation would do better."""
+
+
+def is_worse_than_mean(fvu: float | int | None) -> bool:
+    """Whether an SAE of this FVU reconstructs worse than the mean activation would."""
+    return fvu is not None and fvu > 1
+
+
+def marked_fvu(fvu: float | int | None, digits: int = 3) -> str:
+    """Return an FVU with so many decimals, behind `WORSE` where it is above 1."""
+    return f"{WORSE} {fixed(fvu, digits)}" if is_worse_than_mean(fvu) else fixed(fvu, digits)
+
+
+def worse_than_mean(fvus: Mapping[str, float | int | None]) -> str:
+    """Return the sentence about SAEs whose FVU is above 1, by name; empty where there are none."""
+    names = [name for name, fvu in fvus.items() if is_worse_than_mean(fvu)]
+    if not names:
+        return ""
+    reconstruct = "reconstructs" if len(names) == 1 else "reconstruct"
+    return f"{WORSE} FVU above 1: {', '.join(names)} {reconstruct} worse than the mean activation"
+
+
+def percent(share: float | int | None, digits: int = 1) -> str:
+    """Return a share as a percentage, or a dash where there is none."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.{digits}f} %"
+
+
+def signed_percent(before: float | int, after: float | int) -> str:
+    """Return the change from one number to another as a share of the first, e.g. `+12.5 %`."""
+    if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
+        return "–"
+    return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+def unhidden(text: str, *, keep: str = "\n\t") -> str:
+    """Return text in which what cannot be seen is written out, e.g. `⟨202E⟩`.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN and c not in keep else c
+        for c in text
+    )
+
+
+def facts(rows: Mapping[str, str]) -> str:
+    """Return names and values in two columns."""
+    cells = "".join(
+        f'<div style="opacity:.75">{html.escape(unhidden(name))}</div>'
+        f'<div style="overflow-wrap:anywhere">{html.escape(unhidden(value))}</div>'
+        for name, value in rows.items()
+    )
+    grid = "display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem"
+    return f'<div style="{grid}">{cells}</div>'
+
+
+SIGNS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+NOTHING = "∅"
+STRONGEST = 0.6  # opacity of the strongest highlight: body text keeps a contrast of 5:1 on it
+
+
+def visible(text: str) -> str:
+    """Return a token's text with a sign for all that cannot be seen, e.g. `·the` or `⟨200F⟩`.
+
+    A token without text of its own, such as one that holds the rest of the character before it, is
+    `∅`.
+    """
+    return "".join(SIGNS.get(c) or unhidden(c) for c in text) or NOTHING
+
+
+def token_strip(tokens: Sequence[str], values: Sequence[float], *, at: int, top: float) -> str:
+    """Return tokens as a line of HTML, shaded by a latent's value, the token `at` outlined.
+
+    Args:
+        values: the latent's value on each token.
+        top: value of the strongest shade.
+    """
+    spans = []
+    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        opacity = STRONGEST * min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+        style = "unicode-bidi:isolate;border-radius:3px;padding:1px 1px;white-space:pre-wrap"
+        if value > 0:
+            style += f";background:rgba(0,114,178,{opacity:.2f})"
+        if index == at:
+            style += ";outline:1.5px solid #0072B2"
+        label = f"{value:.4g}" if value > 0 else "does not fire"
+        focus = ' tabindex="0"' if index == at else ""
+        spans.append(
+            f'<span style="{style}" title="{label}"{focus}>{html.escape(visible(token))}</span>'
+        )
+    return f'<span dir="ltr" style="font-family:monospace;font-size:.85rem">{"".join(spans)}</span>'
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return each row as a line: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    return lines

@@ -1,0 +1,215 @@
+"""Dead latents: find them, start them again from badly reconstructed inputs, forget their moments.
+
+The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. What
+happens to `b_gate`, `b_mag` and `r_mag` the paper leaves open; here all three become 0, so that
+theta = 0 and a revived latent starts as the plain ReLU latent it would have been at initialisation.
+A JumpReLU latent starts at the threshold it began with.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Int32, Int64
+from torch import Tensor
+
+from gsae_core.config import TrainRecipe
+from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.metrics import BatchStats
+from gsae_core.training.optimizer import DictionaryAdam
+from gsae_core.training.report import DeadCounts
+
+ENCODER_SHARE = 0.2  # Norm of a revived encoder direction, as a share of the alive mean (Bricken).
+MIN_POOL = 2**14  # Inputs that compete for revival, at least.
+CHUNK_ENTRIES = 2**22  # Latents computed at once while the pool is scored: 16 MiB of float32.
+
+# Where latents lie in each parameter. b_dec is the one that belongs to no latent.
+LATENT_AXIS = {
+    "W_dec": 0,
+    "W_gate": 1,
+    "W_mag": 1,
+    "W_enc": 1,
+    "b_gate": 0,
+    "b_mag": 0,
+    "b_enc": 0,
+    "r_mag": 0,
+    "threshold": 0,
+}
+ENCODERS = ("W_gate", "W_mag", "W_enc")
+
+
+def is_revival(steps_done: int, cfg: TrainRecipe) -> bool:
+    """Return whether dead latents are revived after so many steps."""
+    every = cfg.schedule.revive_every
+    return (
+        every > 0
+        and steps_done > 0
+        and steps_done % every == 0
+        and steps_done <= cfg.revive_until * cfg.n_steps
+    )
+
+
+def collects(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
+    """Return whether the batch of the last of `steps_done` steps joins the pool of inputs.
+
+    The pool is the last whole batches up to a revival, as many as make 2^14 inputs or one for each
+    of the `widest` SAE's latents: no two latents need the same input, and no memory is held between
+    revivals.
+    """
+    every = cfg.schedule.revive_every
+    if every == 0:
+        return False
+    n_batches = -(-max(MIN_POOL, widest) // cfg.batch_size)
+    until_next = -steps_done % every
+    return until_next < n_batches and is_revival(steps_done + until_next, cfg)
+
+
+def dead_latents(
+    steps_since_fired: Int[Tensor, " d_sae"], *, window: int
+) -> Int64[Tensor, " dead"]:
+    """Return the indices of latents that did not fire in the last `window` steps."""
+    return (steps_since_fired >= window).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def revive_(
+    sae: SAE,
+    adam: DictionaryAdam,
+    *,
+    dead: Int64[Tensor, " dead"],
+    pool: Float[Tensor, "pool d_in"],
+    seed: int,
+) -> Int64[Tensor, " revived"]:
+    """Start dead latents again, in place, and return the indices of those that were.
+
+    Each takes one input of the pool, drawn with probability proportional to its squared loss:
+
+    - `W_dec` row: the input, less `b_dec`, scaled to norm one. Directions add up to x - b_dec, so
+      an uncentred input would mostly teach every revived latent the mean activation.
+    - encoder column: the same direction, at 0.2 of the mean norm over alive latents.
+    - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `threshold`: what it began with.
+    - Adam's moments of exactly these entries: 0.
+
+    Inputs are drawn without replacement (twins would have the same gradients for ever), so where
+    dead latents outnumber inputs with any loss, the last ones wait for the next revival.
+
+    Args:
+        sae: its other latents, and `b_dec`, keep their bits.
+        adam: the optimiser that holds its moments.
+        dead: indices of latents to revive.
+        pool: inputs, in the units the SAE trains in.
+        seed: of the draw; with equal arguments the result is equal.
+    """
+    inputs = draw(input_losses(sae, pool), n=len(dead), seed=seed).to(pool.device)
+    latents = dead[: len(inputs)]
+    directions = pool[inputs] - sae.b_dec
+    directions /= torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=dead.device)
+    alive[dead] = False
+    starts = {"threshold": sae.start} if isinstance(sae, JumpReluSAE) else {}
+    for name, parameter in sae.named_parameters():
+        if name == "b_dec":
+            continue
+        axis = LATENT_AXIS[name]
+        if name == "W_dec":
+            parameter.index_copy_(axis, latents, directions)
+        elif name in ENCODERS:
+            length = ENCODER_SHARE * _mean_norm(parameter[:, alive])
+            parameter.index_copy_(axis, latents, (length * directions).T)
+        else:
+            parameter.index_fill_(axis, latents, starts.get(name, 0.0))
+        for key, moment in adam.moments(name).items():
+            # The step count is the whole tensor's and stays, so bias correction does not see that
+            # these moments are young: first updates are 1 / sqrt(1 - beta2), some 30 times, too
+            # large. That is what starting again from a tenth of the learning rate is for.
+            if key != "step":
+                moment.index_fill_(axis, latents, 0.0)
+    return latents
+
+
+@torch.no_grad()
+def input_losses(sae: SAE, pool: Float[Tensor, "pool d_in"]) -> Float[Tensor, " pool"]:
+    """Return |x - x_hat|^2 of each input; 0 for an input equal to `b_dec`, which has no direction.
+
+    Reconstruction error alone: the L1 term is largest where many latents already fire.
+    """
+    rows = max(1, CHUNK_ENTRIES // sae.d_sae)
+    losses = torch.cat([(x - sae(x)).square().sum(1) for x in pool.split(rows)])
+    return losses * (pool != sae.b_dec).any(dim=1)
+
+
+def draw(losses: Float[Tensor, " pool"], *, n: int, seed: int) -> Int64[Tensor, " drawn"]:
+    """Return indices of `n` different inputs, P proportional to loss^2; fewer if losses are zero.
+
+    Drawn on the CPU, so that the result does not depend on the device's random numbers.
+    """
+    weights = losses.cpu().double()
+    weights = (weights / weights.max()).square()  # scaled first: a square cannot overflow
+    n = min(n, int((weights > 0).sum()))
+    if n == 0:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.multinomial(weights, n, generator=torch.Generator().manual_seed(seed))
+
+
+def _mean_norm(columns: Float[Tensor, "d_in alive"]) -> Tensor | float:
+    # With nothing alive there is no mean; 1 is the norm of every direction at initialisation.
+    return torch.linalg.vector_norm(columns, dim=0).mean() if columns.shape[1] else 1.0
+
+
+class Silence:
+    """Steps since each latent of an SAE fired, and since its gate opened.
+
+    Args:
+        sae: whose latents they are.
+        window: steps of silence after which a latent counts as dead.
+    """
+
+    def __init__(self, sae: SAE, *, window: int) -> None:
+        self._window = window
+        device = sae.b_dec.device
+        self.since_fired: Int32[Tensor, " d_sae"] = torch.zeros(
+            sae.d_sae, dtype=torch.int32, device=device
+        )
+        self.since_open: Int32[Tensor, " d_sae"] = torch.zeros_like(self.since_fired)
+
+    def count(self, stats: BatchStats, *, unless: Bool[Tensor, ""] | None = None) -> None:
+        """Count a step; where `unless` is true, on the device, none was taken."""
+        opened = stats.fired if stats.gate_open is None else stats.gate_open
+        for since, woken in ((self.since_fired, stats.fired > 0), (self.since_open, opened > 0)):
+            if unless is None:
+                since.add_(1).masked_fill_(woken, 0)
+            else:
+                since.add_(~unless).masked_fill_(woken & ~unless, 0)
+
+    def restart(self, latents: Int64[Tensor, " revived"]) -> None:
+        """Give latents a whole window again."""
+        self.since_fired[latents] = 0
+        self.since_open[latents] = 0
+
+    @property
+    def longest(self) -> Int32[Tensor, ""]:
+        """Steps since the latent that has not fired for longest did."""
+        return self.since_fired.max()
+
+    @property
+    def over(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents did not fire within the window; a TopK SAE asks for them."""
+        return self.since_fired >= self._window
+
+    @property
+    def dead(self) -> DeadCounts:
+        """How many of them there are, by what kept them silent."""
+        shut = self.since_open >= self._window
+        return DeadCounts(gate=shut.sum(), magnitude=(self.over & ~shut).sum())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies, on the CPU."""
+        return {
+            "since_fired": self.since_fired.to("cpu", copy=True),
+            "since_open": self.since_open.to("cpu", copy=True),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; other keys are left alone."""
+        self.since_fired.copy_(state["since_fired"])
+        self.since_open.copy_(state["since_open"])

@@ -1,0 +1,252 @@
+"""Adam with the unit-norm dictionary; schedules of the learning rate and of lambda."""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gsae_core.config import TrainRecipe
+from gsae_core.errors import InputError
+from gsae_core.sae.base import SAE
+from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.sparse.loops import compiled
+from gsae_core.threads import over_rows
+
+
+@compiled
+def adam_on_sphere(first, last, W, grad, mean, square, rate, new1, new2, root, eps):
+    """Move unit rows first to last - 1 of W by Adam, along the sphere, in one pass over each.
+
+    The gradient loses its component along the row, Adam takes its step, the row is scaled back to
+    norm one.
+
+    Args:
+        first, last: rows.
+        W, grad, mean, square: (d_sae, d_in): weights, their gradient, Adam's two moments.
+        rate: learning rate / (1 - beta1^t); like all numbers here in the precision of W, for an
+            integer beside it would lift the whole loop to float64.
+        new1, new2: 1 - beta1 and 1 - beta2, the share of the new in each moment.
+        root: sqrt(1 - beta2^t).
+        eps: added to the root of the second moment.
+    """
+    width, zero = W.shape[1], W.dtype.type(0)
+    for i in range(first, last):
+        w, g, m, v = W[i], grad[i], mean[i], square[i]
+        along = zero
+        for j in range(width):
+            along += w[j] * g[j]
+        norm = zero
+        for j in range(width):
+            g[j] -= along * w[j]
+            m[j] += (g[j] - m[j]) * new1
+            v[j] += (g[j] * g[j] - v[j]) * new2
+            w[j] -= rate * m[j] / (np.sqrt(v[j]) / root + eps)
+            norm += w[j] * w[j]
+        norm = np.sqrt(norm)
+        for j in range(width):
+            w[j] /= norm
+
+
+WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
+EPS = 1e-8
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # What torch's Adam keeps of a parameter.
+
+
+def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
+    """Return the learning rate of a step as a share of its peak.
+
+    A cosine rises from 0.1 to 1 over `lr_warmup_steps` (arXiv:2404.16014v2, D.1.1), and a line
+    falls to 0 over the last `lr_decay_fraction` of the steps; where they overlap they multiply.
+
+    Args:
+        step: steps done before this one.
+        cfg: the recipe.
+        warmup_start: steps done when the warm-up last began: 0, or those done at the last revival.
+    """
+    since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
+    factor = 1.0
+    if since < warmup:
+        risen = (1 - math.cos(math.pi * since / warmup)) / 2
+        factor = WARMUP_FLOOR + (1 - WARMUP_FLOOR) * risen
+    decay_steps = cfg.lr_decay_fraction * cfg.n_steps
+    remaining = cfg.n_steps - step
+    return factor * remaining / decay_steps if remaining < decay_steps else factor
+
+
+def threshold_lr(lr: float, cfg: TrainRecipe) -> float:
+    """Return the peak learning rate of a JumpReLU SAE's thresholds, where all else has `lr`.
+
+    Adam moves a number by about its learning rate a step. Pre-activations are sums over d_in
+    numbers and go far in a short run at a small rate; a threshold is one number, and the penalty
+    moves nothing else. So it may go one unit, the activations' length, within a run.
+    """
+    return max(lr, 1 / cfg.n_steps)
+
+
+def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
+    """Return lambda of a step as a share of its final value: a line from 0, then 1."""
+    warmup = cfg.schedule.sparsity_warmup_steps
+    return step / warmup if step < warmup else 1.0
+
+
+@torch.no_grad()
+def remove_parallel_(
+    grad: Float[Tensor, "d_sae d_in"], *, W_dec: Float[Tensor, "d_sae d_in"]
+) -> None:
+    """Take from each row of `grad` its component along the unit row of `W_dec`, in place.
+
+    Renormalising undoes a move along a direction; left in, that move would still fill Adam's
+    second moment and slow the turns that count (arXiv:2408.05147, section 3.2).
+    """
+    along = torch.linalg.vecdot(grad, W_dec)
+    grad.addcmul_(W_dec, along[:, None], value=-1)
+
+
+@torch.no_grad()
+def normalise_rows_(
+    W_dec: Float[Tensor, "d_sae d_in"], *, unless: Bool[Tensor, ""] | None = None
+) -> None:
+    """Scale each row of `W_dec` to norm one, in place; where `unless` is true, keep its bits."""
+    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+    W_dec /= norms if unless is None else norms.masked_fill(unless, 1.0)
+
+
+class DictionaryAdam:
+    """Adam over one SAE's parameters that keeps a unit-norm dictionary on the sphere.
+
+    Moments are reached by the parameter's name: positions in an optimiser's list are how other
+    libraries came to reset the wrong ones.
+    """
+
+    def __init__(self, sae: SAE, *, beta1: float, beta2: float) -> None:
+        self._sae = sae
+        self._named = dict(sae.named_parameters())
+        for parameter in self._named.values():
+            _close_gaps_(parameter)
+        # Thresholds go at a rate of their own, in a group by themselves.
+        self._threshold = sae.threshold if isinstance(sae, JumpReluSAE) else None
+        groups = [[p for p in self._named.values() if p is not self._threshold]]
+        groups += [] if self._threshold is None else [[self._threshold]]
+        self._adam = torch.optim.Adam(
+            [{"params": group} for group in groups], betas=(beta1, beta2), eps=EPS, fused=True
+        )
+
+    @torch.no_grad()
+    def step(
+        self,
+        lr: float,
+        *,
+        threshold_lr: float | None = None,
+        unless: Bool[Tensor, ""] | None = None,
+    ) -> None:
+        """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
+
+        A dictionary whose recipe leaves norms free is neither projected nor renormalised. A
+        threshold moves in its own unit, and ends at 0 where it would be less: there the gradient
+        still is what the penalty makes it, and raises it again.
+
+        Args:
+            lr: learning rate.
+            threshold_lr: that of thresholds; None takes `lr`.
+            unless: on the device: if true there, weights and moments keep their bits and `.grad`
+                means nothing afterwards. No code waits to find out.
+        """
+        for parameter in self._named.values():
+            _match_layout_(parameter)
+        W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
+        on_sphere = self._sae.unit_norm and grad is not None
+        loops_know = W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
+        one_pass = on_sphere and loops_know and unless is None
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        if isinstance(self._sae, JumpReluSAE):
+            rate = lr if threshold_lr is None else threshold_lr
+            self._adam.param_groups[-1]["lr"] = rate * (self._sae.threshold_unit or 1.0)
+        if one_pass:
+            W_dec.grad = None  # left out of the step of all others
+        elif on_sphere and grad is not None:
+            remove_parallel_(grad, W_dec=W_dec)
+        # What a GradScaler sets: the fused kernel reads it on the device, and if it is 1 then
+        # weights, moments and step counts stay as they are (torch 2.13, CPU and CUDA).
+        found = None if unless is None else unless.to(torch.float32)
+        self._adam.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
+        self._adam.step()
+        if self._threshold is not None:
+            self._threshold.clamp_(min=0)
+        if one_pass:
+            W_dec.grad = grad
+            self._step_on_sphere(lr)
+        elif on_sphere:
+            normalise_rows_(W_dec, unless=unless)
+
+    def _step_on_sphere(self, lr: float) -> None:
+        """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""
+        W_dec, beta1, beta2 = self._sae.W_dec, *self._adam.param_groups[0]["betas"]
+        state = self._adam.state[W_dec]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(W_dec) for _ in range(2))
+        state["step"] += 1
+        t = int(state["step"])
+        arrays = [W_dec.detach(), W_dec.grad, state["exp_avg"], state["exp_avg_sq"]]
+        scalars = (lr / (1 - beta1**t), 1 - beta1, 1 - beta2, math.sqrt(1 - beta2**t), EPS)
+        matrices = [each.numpy() for each in arrays]
+        numbers = [matrices[0].dtype.type(each) for each in scalars]
+        over_rows(len(W_dec), lambda first, last: adam_on_sphere(first, last, *matrices, *numbers))
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Return Adam's live state of a parameter; empty before its first step."""
+        return self._adam.state.get(self._named[name], {})
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return copies, on the CPU, of every parameter's moments, by parameter name."""
+        return {
+            name: {key: value.detach().to("cpu", copy=True) for key, value in moments.items()}
+            for name in self._named
+            if (moments := self.moments(name))
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over moments saved by `state_dict`; what was here before is gone.
+
+        Raises:
+            InputError: if names or shapes are not those of this SAE; nothing has changed then.
+        """
+        for name, moments in state.items():
+            if name not in self._named:
+                raise InputError(
+                    f"expected moments of {', '.join(self._named)}, got {name!r}; "
+                    "load the state into the architecture that saved it"
+                )
+            ours, saved = tuple(self._named[name].shape), tuple(moments["exp_avg"].shape)
+            if ours != saved:
+                raise InputError(
+                    f"expected moments of shape {ours} for {name}, got {saved}; "
+                    "load the state into an SAE of the widths that saved it"
+                )
+        self._adam.state.clear()
+        for name, moments in state.items():
+            parameter = self._named[name]
+            # Adam.load_state_dict goes by position; the step count stays float32 in any precision.
+            self._adam.state[parameter] = {
+                "step": moments["step"].to(parameter.device, copy=True),
+                # In the layout of the parameter, for the reason given at `_match_layout_`.
+                **{key: torch.empty_like(parameter).copy_(moments[key]) for key in MOMENTS[1:]},
+            }
+
+
+def _close_gaps_(parameter: Tensor) -> None:
+    # For the same reason: of a parameter with other numbers between its own (a view of a wider
+    # tensor) the kernel would move those. `empty_like` has the strides of what has no gaps.
+    if torch.empty_like(parameter).stride() != parameter.stride():
+        parameter.data = parameter.detach().contiguous()
+
+
+def _match_layout_(parameter: Tensor) -> None:
+    # The fused kernel walks raw memory: a gradient of other strides (a transposed product put into
+    # .grad by hand) is applied to the wrong entries without a word (torch 2.13, CPU).
+    grad = parameter.grad
+    if grad is not None and grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(grad)
