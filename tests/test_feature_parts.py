@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from index_cases import KINDS, built, some_sae
 
+from gsae_core.analysis.features.files import weight_table
 from gsae_core.analysis.features.html import Row, readable_token, strips
 from gsae_core.analysis.features.index import Histogram, pair, values_on
-from gsae_core.analysis.features.table import weight_table
 from gsae_core.analysis.labels import Labels
 from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.errors import InputError

@@ -78,7 +78,7 @@ def test_every_page_leads_to_every_other_twice_in_one_session(root: Path) -> Non
 
 SOURCES = [
     path
-    for path in (APP, *APP.parent.glob("pages/*.py"), *APP.parent.glob("gsae_core/*.py"))
+    for path in (APP, *APP.parent.glob("pages/*.py"), *APP.parent.glob("gsae_core/app/*.py"))
     if "import streamlit" in path.read_text(encoding="utf-8")
 ]
 SESSION = ("st.session_state", "state")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.flags import BENCHES
 from gsae_core.cli.arguments import Train, parse, run_config
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,9 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_is_one_the_program_takes(command: str) -> None:
     python, minus_m, package, *words = shlex.split(command)
     assert (python, minus_m, package) == ("python", "-m", "gsae_core")
+    if words[0] == "bench":
+        parse(words[1:], BENCHES).check()
+        return
     parsed = parse(words)
     if isinstance(parsed, Train):
         assert run_config(parsed).saes

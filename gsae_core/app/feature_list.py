@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.files import MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
+from gsae_core.analysis.features.files import (
+    MANIFEST,
+    N_BINS,
+    N_NEIGHBOURS,
+    WEIGHTS,
+    read_manifest,
+    weight_table,
+)
 from gsae_core.analysis.features.filter import (
     ANY,
     ORDERS,
@@ -25,7 +32,6 @@ from gsae_core.analysis.features.filter import (
     weight_listing,
 )
 from gsae_core.analysis.features.index import FeatureIndex
-from gsae_core.analysis.features.table import WEIGHTS, weight_table
 from gsae_core.analysis.labels import Labels
 from gsae_core.app import cache
 from gsae_core.app.cache import Version, version

@@ -4,23 +4,21 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import numpy as np
-
-from gsae_core.analysis.features import build
 from gsae_core.analysis.features.files import weights_sha256
-from gsae_core.analysis.features.shards import Part
-from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.errors import InputError
 from gsae_core.files import lock, read_json, write_json, writing
-from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
 from gsae_core.machine import slot_of
 from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
 from gsae_core.runs.jobs.process import start
 from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.setup import check_held_out, load_lm
+
+if TYPE_CHECKING:  # the app and the command line read this module without torch
+    from gsae_core.analysis.features import build
+    from gsae_core.analysis.features.shards import Part
+    from gsae_core.lm.corpus import Corpus, SequenceSet
 
 IndexSplit = Literal["mixed", "train", "held_out"]
 N_TOKENS = 1_000_000
@@ -194,7 +192,12 @@ def index_run(
         yield Progress("cancelled", 0, 0)
 
 
-def _build(run: Run, name: str, asked: Request) -> Iterator[build.Progress]:
+def _build(run: Run, name: str, asked: Request) -> "Iterator[build.Progress]":
+    from gsae_core.analysis.features.build import build_index
+    from gsae_core.checkpoints.checkpoint import load_sae
+    from gsae_core.lm.corpus import load_corpus
+    from gsae_core.runs.work.setup import check_held_out, load_lm
+
     cfg, sae_folder = run.config, run.sae_folder(name)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
@@ -206,7 +209,7 @@ def _build(run: Run, name: str, asked: Request) -> Iterator[build.Progress]:
         n_held_out=_n_held_out(asked.n_tokens, asked.split),
     )
     check_held_out(run, corpus, part=True)
-    return build.build_index(
+    return build_index(
         model,
         sae.to(model.device),
         choose_parts(corpus, asked.n_tokens, asked.split),
@@ -227,7 +230,7 @@ def _n_held_out(n_tokens: int, split: IndexSplit) -> int:
     return {"held_out": n_tokens, "mixed": -(-n_tokens // 2), "train": 0}[split]
 
 
-def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[Part]:
+def choose_parts(corpus: "Corpus", n_tokens: int, split: IndexSplit) -> "Sequence[Part]":
     """Return the sequences to read: whole ones, from the start of each split.
 
     `mixed` takes half the tokens from the held-out split, or as many as it has, and the rest from
@@ -243,7 +246,11 @@ def choose_parts(corpus: Corpus, n_tokens: int, split: IndexSplit) -> Sequence[P
     return parts
 
 
-def _first(sequences: SequenceSet, split: str, n_tokens: int) -> Part:
+def _first(sequences: "SequenceSet", split: str, n_tokens: int) -> "Part":
     """Return the sequences up to and including the one in which token `n_tokens` is counted."""
+    import numpy as np
+
+    from gsae_core.analysis.features.shards import Part
+
     ends = np.cumsum(sequences.counts)
     return Part(split, sequences, min(int(np.searchsorted(ends, n_tokens)) + 1, len(sequences)))
