@@ -102,7 +102,7 @@ def header(status: Status, table: pd.DataFrame) -> None:
 
 
 def about(name: str) -> str:
-    return f"{definition('l0')} {definition('fvu')}" if name == "plane" else definition(name)
+    return f"{definition('l0')}\n\n{definition('fvu')}" if name == "plane" else definition(name)
 
 
 def figures(

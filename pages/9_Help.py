@@ -34,15 +34,14 @@ def words() -> None:
     if not found:
         plain(f"No definition holds {sought!r}.")
         st.button("Show all", on_click=st.session_state.update, args=({"find": ""},))
-    st.caption("Each is the documentation of the code that computes the number.")
 
 
 def formulas() -> None:
-    """Show the equations as the code states them."""
-    st.caption("As the code that computes them states them; x is an activation, f its features.")
-    for name in glossary.formulas():
-        st.markdown(f"**{glossary.title(name)}**")
-        st.code(glossary.definition(name), language=None, wrap_lines=True)
+    """Show the equations of each architecture and its loss."""
+    st.caption("x is an activation, f its features, x_hat its reconstruction.")
+    for formula in glossary.FORMULAS.values():
+        st.markdown(f"**{formula.title}**")
+        st.code(formula.definition, language=None, wrap_lines=True)
 
 
 def about() -> None:
@@ -61,7 +60,7 @@ SECTIONS = {
 }
 
 asked = st.query_params.get("topic")
-if asked in glossary.terms() and asked not in SECTIONS:
+if asked in glossary.TERMS and asked not in SECTIONS:
     # A link to one number opens the glossary at it.
     st.session_state.update(topic="Glossary", find=glossary.title(asked))
 elif asked is not None and asked not in SECTIONS:

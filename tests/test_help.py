@@ -1,4 +1,4 @@
-"""Help: every number and formula in the words of its code; what is installed is said."""
+"""Help: what every number means, the equations, and what is installed."""
 
 import re
 from importlib.metadata import version
@@ -7,6 +7,7 @@ import pytest
 from app_pages import HOSTILE, opened, text
 
 from gsae_core.app import glossary
+from gsae_core.config import ARCHITECTURES
 from gsae_core.machine import PACKAGES, versions
 
 HELP = "pages/9_Help.py"
@@ -23,7 +24,7 @@ def test_every_topic_can_be_linked_to(root: object, topic: str) -> None:
 
 def test_the_glossary_holds_every_number_of_the_pages(root: object) -> None:
     said = text(opened(HELP, topic="Glossary"))
-    for term in glossary.terms():
+    for term in glossary.TERMS:
         assert f"**{glossary.title(term)}**" in said
 
 
@@ -52,23 +53,32 @@ def test_a_topic_that_is_none_is_named(root: object) -> None:
     assert "There is no topic &#x27;cooking&#x27;; showing Start." in text(at)
 
 
-def test_formulas_are_those_of_the_code_without_what_callers_need() -> None:
-    for name in glossary.formulas():
-        found = glossary.definition(name)
-        assert "arXiv" in found or "W_dec" in found
-        assert "Args:" not in found
-        assert "Raises:" not in found
-    assert "1[pi_gate > 0] * relu(pi_mag)" in glossary.definition("gated")
+def test_every_architecture_and_loss_has_its_equations(root: object) -> None:
+    assert set(glossary.FORMULAS) == {f"{a}{end}" for a in ARCHITECTURES for end in ("", "_loss")}
+    shown = [code.value for code in opened(HELP, topic="Formulas").code]
+    for formula in glossary.FORMULAS.values():
+        assert formula.definition in shown
+        assert "x_hat" in formula.definition
+    assert "1[pi_gate > 0] * relu(pi_mag)" in glossary.FORMULAS["gated"].definition
 
 
-def test_a_number_is_defined_by_what_it_is_not_by_what_a_function_returns() -> None:
-    for term in glossary.terms():
-        assert not re.match("Returns? ", glossary.definition(term))
-    assert glossary.definition("matched_ratio").startswith("How many times more")
+@pytest.mark.parametrize("term", glossary.TERMS)
+def test_every_number_is_defined_in_a_sentence_about_features(term: str) -> None:
+    found = glossary.definition(term)
+    assert "." in found
+    assert not re.search(r"\blatents?\b", found)
+
+
+def test_equations_stand_with_their_numbers() -> None:
+    assert glossary.definition("gamma").endswith("E|x_hat|^2 / E[x . x_hat]")
+    assert "explained variance" in glossary.definition("fvu")
+    assert glossary.definition("sparsity").startswith(
+        "Sparsity coefficient: weight of the L1 penalty. Larger λ, fewer active features."
+    )
 
 
 def test_titles_are_one_a_term() -> None:
-    titles = [glossary.title(term) for term in glossary.terms()]
+    titles = [glossary.title(term) for term in glossary.TERMS]
     assert len(set(titles)) == len(titles)
 
 

@@ -13,7 +13,6 @@ from gsae_core.analysis.results import (
     published,
     several_runs,
 )
-from gsae_core.app import glossary
 from gsae_core.config import SAESpec, sweep
 from gsae_core.plots.palette import LOOKS, NEUTRAL, THIRD, Theme, hover_name, round_values, shades
 from gsae_core.plots.pareto import RUN_LOOKS, best, placed, traces, tradeoff
@@ -336,8 +335,3 @@ def test_where_no_relu_sae_is_another_serves_as_the_baseline() -> None:
         {"name": ["g", "j"], "architecture": ["gated", "jumprelu"], "l0": [10.0, 30.0]}
     )
     assert nearest_pair(rows) == {"gated": "g", "base": "j"}
-
-
-@pytest.mark.parametrize("term", glossary.terms())
-def test_every_term_has_its_definition_where_it_is_computed(term: str) -> None:
-    assert len(glossary.definition(term)) > 20

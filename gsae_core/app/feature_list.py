@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core.analysis.features.files import (
+    COLUMNS,
     MANIFEST,
     N_BINS,
     N_NEIGHBOURS,
@@ -35,7 +36,6 @@ from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.analysis.labels import Labels
 from gsae_core.app import cache
 from gsae_core.app.cache import Version, version
-from gsae_core.app.glossary import feature_columns
 from gsae_core.app.parts import correct, figure_tools, notice, plain
 from gsae_core.app.pickers import architecture
 from gsae_core.errors import InputError
@@ -168,7 +168,6 @@ def _weights(run: Run, name: str) -> pd.DataFrame:
     return weight_listing(weights_of(run, name), stats)
 
 
-COLUMNS = feature_columns()
 MOST_ROWS = 2000
 PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
 """Parameter of the address for each range."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from gsae_core.analysis.features.files import COLUMNS
 from gsae_core.analysis.features.filter import Chosen, beside
 from gsae_core.app import shell
 from gsae_core.app.feature_list import Opened
-from gsae_core.app.glossary import feature_columns
 from gsae_core.app.parts import copy_link, escaped, facts, figure_tools, key_for, notice, plain
 from gsae_core.app.pickers import architecture, correct_number, quoted
 from gsae_core.errors import InputError
@@ -62,7 +62,7 @@ def _round(number: float) -> str:
 
 def numbers(feature: "Feature") -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
-    row, columns = feature.stats, feature_columns()
+    row, columns = feature.stats, COLUMNS
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
         ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens", "density"),
@@ -136,7 +136,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
         )
         with st.container(horizontal=True, vertical_alignment="center"):
             st.caption("A dot is a token, hollow: just missed. Slope: e^r.")
-            about = feature_columns()["theta"]
+            about = COLUMNS["theta"]
             figure_tools(feature.gate_line(), name="gate_and_magnitude", about=about)
 
 
@@ -147,7 +147,7 @@ def _histogram_words(feature: "Feature", theta: float) -> str:
 
 
 def _definitions() -> str:
-    columns = feature_columns()
+    columns = COLUMNS
     return "\n".join(f"{name}: {columns[name]}" for name in ("max", "q50", "theta"))
 
 
@@ -187,7 +187,7 @@ def _logit_list(title: str, found: "Sequence[Logit]", most: float, colour: str) 
 
 def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
     """Draw what the weights alone say of a feature."""
-    columns, kind = feature_columns(), architecture(sae.run, sae.name)
+    columns, kind = COLUMNS, architecture(sae.run, sae.name)
     shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
     shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
     shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
@@ -297,7 +297,7 @@ def _terms() -> None:
     if not terms.open:
         return
     with terms:
-        columns = feature_columns()
+        columns = COLUMNS
         for name, title in TERMS.items():
             plain(f"{title}: {columns[name]}", size=".9rem")
 

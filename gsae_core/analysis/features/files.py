@@ -54,6 +54,35 @@ ARRAYS = (
 )
 TABLE, VOCABULARY = "features.parquet", "vocabulary.json"
 
+COLUMNS = {
+    "fired": "Tokens it fires on: the numerator of its density.",
+    "n_tokens": "Tokens read: the denominator.",
+    "density": "Share of the tokens it fires on.",
+    "gate_open": "Tokens on which pi_gate > 0; without a gate, those it fires on.",
+    "gate_density": "Their share; above the density, gates open onto nothing.",
+    "max": "Its largest value; 0 of a dead feature.",
+    "mean": "Mean value over the tokens it fires on; NaN of a dead feature.",
+    "q50": "Median value over the tokens it fires on.",
+    "q90": "90th percentile of the same.",
+    "q99": "99th percentile of the same: the unit of steering.",
+    "theta": "Its values lie above theta, never between 0 and theta; NaN where none decides.",
+    "gain": "exp(r_mag); 1 where gate and magnitude share their scale, NaN without a tied gate.",
+    "b_gate": "The gate's bias; NaN without a gate.",
+    "b_mag": "The magnitude's bias; NaN without a gate.",
+    "gamma": "Its own shrinkage: 1 is right, below 1 too short (`Metrics.gamma_per_feature`).",
+    "decoder_norm": "Length of its decoder direction.",
+    "encoder_cosine": "Cosine of its encoder and decoder directions.",
+    "near_misses": "Near misses kept.",
+    "top_tokens": "Vocabulary's tokens it fires on most, by summed value.",
+    "top_token_shares": "Their shares of its summed value.",
+    "top_logit_tokens": "Next tokens it raises most; empty where logit effects are unknown.",
+    "top_logits": "Change of their logits per unit of the feature (times a token's scale where "
+    "the SAE normalises its inputs).",
+    "bottom_logit_tokens": "Next tokens it lowers most.",
+    "bottom_logits": "Change of their logits per unit of the feature.",
+}
+"""What each column of the table means."""
+
 
 class Split(Config):
     """Sequences of one split of the text; splits follow each other in the index."""

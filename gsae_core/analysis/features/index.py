@@ -323,7 +323,7 @@ class FeatureIndex:
 
     @cached_property
     def table(self) -> "pd.DataFrame":
-        """A row per feature, by its number; `feature_table.COLUMNS` says what the columns mean."""
+        """A row per feature, by its number; `files.COLUMNS` says what the columns mean."""
         import pandas as pd
 
         return pd.read_parquet(self._data / TABLE).rename_axis("feature")

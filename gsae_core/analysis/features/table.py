@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.files import N_BINS, N_NEIGHBOURS, TABLE, VOCABULARY, load_array
+from gsae_core.analysis.features.files import (
+    COLUMNS,
+    N_BINS,
+    N_NEIGHBOURS,
+    TABLE,
+    VOCABULARY,
+    load_array,
+)
 from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows, logit_map
 from gsae_core.analysis.features.shards import allocate
 from gsae_core.config import Site
@@ -25,33 +32,6 @@ from gsae_core.threads import over_rows, spread
 if TYPE_CHECKING:
     pass
 
-COLUMNS = {
-    "fired": "Tokens it fires on: the numerator of its density.",
-    "n_tokens": "Tokens read: the denominator.",
-    "density": "Share of the tokens it fires on.",
-    "gate_open": "Tokens on which pi_gate > 0; without a gate, those it fires on.",
-    "gate_density": "Their share; above the density, gates open onto nothing.",
-    "max": "Its largest value; 0 of a dead feature.",
-    "mean": "Mean value over the tokens it fires on; NaN of a dead feature.",
-    "q50": "Median value over the tokens it fires on.",
-    "q90": "90th percentile of the same.",
-    "q99": "99th percentile of the same: the unit of steering.",
-    "theta": "Its values lie above theta, never between 0 and theta; NaN where none decides.",
-    "gain": "exp(r_mag); 1 where gate and magnitude share their scale, NaN without a tied gate.",
-    "b_gate": "The gate's bias; NaN without a gate.",
-    "b_mag": "The magnitude's bias; NaN without a gate.",
-    "gamma": "Its own shrinkage: 1 is right, below 1 too short (`Metrics.gamma_per_feature`).",
-    "decoder_norm": "Length of its decoder direction.",
-    "encoder_cosine": "Cosine of its encoder and decoder directions.",
-    "near_misses": "Near misses kept.",
-    "top_tokens": "Vocabulary's tokens it fires on most, by summed value.",
-    "top_token_shares": "Their shares of its summed value.",
-    "top_logit_tokens": "Next tokens it raises most; empty where logit effects are unknown.",
-    "top_logits": "Change of their logits per unit of the feature (times a token's scale where "
-    "the SAE normalises its inputs).",
-    "bottom_logit_tokens": "Next tokens it lowers most.",
-    "bottom_logits": "Change of their logits per unit of the feature.",
-}
 N_TOP_TOKENS, N_LOGITS = 5, 10
 LOGIT_TOKENS = 2**10
 """Tokens over which the final norm's derivative is averaged."""
