@@ -3,7 +3,7 @@
     python -m scripts.pretrain_lm --out gsae_core/assets/stdlib-gpt2
 
 A 4-layer GPT-2 (d_model 256, context 256, byte-level BPE of 4096 tokens) in a plain Hugging Face
-folder. Hidden matrices learn by Muon, the rest by AdamW; files are split by `stdlib.is_held_out`.
+folder. Hidden matrices learn by Muon, the rest by AdamW; files are split by `readers.is_held_out`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gsae_core.lm.readers import stdlib_files
+from gsae_core.lm.readers import is_held_out, read_utf8, stdlib_paths
 from gsae_core.lm.texts import running_text
 
 
@@ -82,6 +82,21 @@ PROMPTS = (  # none ends in white space, which the tokenizer joins to the word b
 )
 
 log = logging.getLogger(__name__)
+
+
+class SourceFile(NamedTuple):
+    """One Python file, named by its path below the library's root."""
+
+    name: str
+    text: str
+    held_out: bool
+
+
+def stdlib_files(root: Path | None = None) -> Iterator[SourceFile]:
+    """Yield the UTF-8 Python files of the standard library in name order, empty ones left out."""
+    for name, path in stdlib_paths(root).items():
+        if text := read_utf8(path):
+            yield SourceFile(name, text, is_held_out(name))
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:

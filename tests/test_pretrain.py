@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gsae_core.lm.readers import is_held_out, stdlib_files
-from scripts.pretrain_lm import N_CTX, batches, learning_rate_scale, trigram_ce
+from gsae_core.lm.readers import is_held_out
+from scripts.pretrain_lm import N_CTX, batches, learning_rate_scale, stdlib_files, trigram_ce
 
 
 def test_trigram_model_predicts_a_period_of_three_but_for_the_uniform_share() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
-from gsae_core.lm.readers import Piece, narrowest, open_source
+from gsae_core.lm.readers import Part, narrowest, open_source
 from gsae_core.lm.token_cache import Cached, cache_key, find, keep, tokenizer_key
 
 # Characters (or ids) that are tokenised in one call: enough to keep every core busy.
@@ -86,26 +86,26 @@ def choose_layout(cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int) -> Layou
 
 
 def settle_layout(
-    layout: Layout, pieces: Iterator[Piece], cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int
-) -> tuple[Layout, Iterator[Piece]]:
-    """Return the layout after a look at the first 64 documents, and all the pieces.
+    layout: Layout, parts: Iterator[Part], cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int
+) -> tuple[Layout, Iterator[Part]]:
+    """Return the layout after a look at the first 64 documents, and all the parts.
 
     Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows if
     that length is the context's and they start with BOS as `cfg.bos` asks.
     """
-    head = list(islice(pieces, 64))
-    pieces = chain(head, pieces)
-    rows = [piece.content for piece in head if piece.ends and isinstance(piece.content, np.ndarray)]
+    head = list(islice(parts, 64))
+    parts = chain(head, parts)
+    rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
     lengths = {len(row) for row in rows}
     if len(rows) < len(head) or len(lengths) != 1:
-        return layout, pieces
+        return layout, parts
     (length,) = lengths
     with_bos = tokenizer.bos_token_id is not None and all(
         row[0] == tokenizer.bos_token_id for row in rows
     )
     fits = length == cfg.n_ctx if cfg.n_ctx else 2 <= length <= model_n_ctx
     if not fits or (cfg.bos == "always" and not with_bos) or (cfg.bos == "never" and with_bos):
-        return layout, pieces
+        return layout, parts
     return (
         Layout(
             n_ctx=length,
@@ -116,12 +116,12 @@ def settle_layout(
             as_they_are=True,
             starts_with_bos=with_bos,
         ),
-        pieces,
+        parts,
     )
 
 
 def pack(
-    pieces: Iterator[Piece], layout: Layout, tokenizer: Any, *, wanted: Callable[[], float]
+    parts: Iterator[Part], layout: Layout, tokenizer: Any, *, wanted: Callable[[], float]
 ) -> Iterator[np.ndarray]:
     """Yield blocks of rows (n, n_ctx) for as long as somebody takes them.
 
@@ -134,7 +134,7 @@ def pack(
     """
     carry = np.empty(0, layout.dtype)
     width = layout.n_ctx - (layout.bos is not None)
-    while block := _block(pieces, wanted()):
+    while block := _block(parts, wanted()):
         ids = np.concatenate([carry, *_ids(block, layout, tokenizer)])
         n = len(ids) // width
         rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
@@ -143,27 +143,27 @@ def pack(
         yield rows
 
 
-def _block(pieces: Iterator[Piece], wanted: float) -> list[Piece]:
-    """Return the next pieces, of about `2 wanted` characters together; none at the end."""
+def _block(parts: Iterator[Part], wanted: float) -> list[Part]:
+    """Return the next parts, of about `2 wanted` characters together; none at the end."""
     # Text has three or four characters a token: two a token stops short rather than beyond.
     size = min(max(2 * wanted, SMALLEST_BLOCK), LARGEST_BLOCK)
-    block: list[Piece] = []
-    while size > 0 and (piece := next(pieces, None)) is not None:
-        block.append(piece)
-        size -= len(piece.content)
+    block: list[Part] = []
+    while size > 0 and (part := next(parts, None)) is not None:
+        block.append(part)
+        size -= len(part.content)
     return block
 
 
-def _ids(block: list[Piece], layout: Layout, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the ids of each piece and, after a document's end, the separator."""
-    texts = [piece.content for piece in block if isinstance(piece.content, str)]
+def _ids(block: list[Part], layout: Layout, tokenizer: Any) -> Iterator[np.ndarray]:
+    """Yield the ids of each part and, after a document's end, the separator."""
+    texts = [part.content for part in block if isinstance(part.content, str)]
     encoded = iter(_tokenise(texts, tokenizer) if texts else ())
-    for piece in block:
-        if isinstance(piece.content, str):
+    for part in block:
+        if isinstance(part.content, str):
             yield np.array(next(encoded), layout.dtype)
         else:
-            yield _checked(piece, layout)
-        if piece.ends and layout.separator is not None:
+            yield _checked(part, layout)
+        if part.ends and layout.separator is not None:
             yield np.array([layout.separator], layout.dtype)
 
 
@@ -174,9 +174,9 @@ def _tokenise(texts: list[str], tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def _checked(piece: Piece, layout: Layout) -> np.ndarray:
+def _checked(part: Part, layout: Layout) -> np.ndarray:
     """Return the ids of a token array, without the BOS and EOS that packing puts there itself."""
-    ids = np.asarray(piece.content)
+    ids = np.asarray(part.content)
     if len(ids) and (ids.min() < 0 or ids.max() >= layout.vocabulary):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(
@@ -189,7 +189,7 @@ def _checked(piece: Piece, layout: Layout) -> np.ndarray:
                 f"expected rows of {layout.n_ctx} token ids like the first ones, got one of "
                 f"{len(ids)}: give n_ctx to have the rows packed anew"
             )
-    elif piece.ends:
+    elif part.ends:
         edges = [layout.bos, layout.separator]
         start = int(len(ids) > 0 and ids[0] in edges)
         stop = len(ids) - int(len(ids) > start and ids[-1] in edges)
@@ -332,7 +332,7 @@ def load_corpus(
 
     trouble: list[str] = []
 
-    def read(documents: Callable[[], Iterator[Piece]], wanted: _Wanted) -> Cached:
+    def read(documents: Callable[[], Iterator[Part]], wanted: _Wanted) -> Cached:
         key = cache_key(*settings, wanted.share, documents is source.held_out)
         found = find(key, wanted.n_tokens, layout.dtype)
         if not found:
@@ -353,19 +353,19 @@ def load_corpus(
             return first
 
     def read_anew(
-        documents: Callable[[], Iterator[Piece]],
+        documents: Callable[[], Iterator[Part]],
         wanted: _Wanted,
         key: str,
         before: np.ndarray | None,
     ) -> Cached:
-        pieces = documents()
-        first = next(pieces, None)
+        parts = documents()
+        first = next(parts, None)
         if first is None:
             raise InputError(f"expected some text in {source.name}, got none")
-        settled, pieces = settle_layout(
-            layout, chain([first], pieces), cfg, tokenizer, model_n_ctx=model_n_ctx
+        settled, parts = settle_layout(
+            layout, chain([first], parts), cfg, tokenizer, model_n_ctx=model_n_ctx
         )
-        reading = _Reading(pieces, settled, tokenizer, wanted)
+        reading = _Reading(parts, settled, tokenizer, wanted)
         rows = keep(
             iter(reading) if before is None else _going_on(iter(reading), before, source.name),
             key,
@@ -432,9 +432,9 @@ class _Reading:
     """Blocks of rows, until there are as many counted tokens among them as wanted."""
 
     def __init__(
-        self, pieces: Iterator[Piece], layout: Layout, tokenizer: Any, wanted: _Wanted
+        self, parts: Iterator[Part], layout: Layout, tokenizer: Any, wanted: _Wanted
     ) -> None:
-        self._pieces, self._layout, self._tokenizer = pieces, layout, tokenizer
+        self._pieces, self._layout, self._tokenizer = parts, layout, tokenizer
         self._wanted = wanted
         self._n_tokens = self._n_held_out = 0
         self.reach: int | None = None

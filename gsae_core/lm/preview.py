@@ -16,7 +16,7 @@ from gsae_core.lm.texts import token_texts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from gsae_core.lm.readers import Piece, Source
+    from gsae_core.lm.readers import Part, Source
 
 LINES = 10
 LINE_TOKENS = 40
@@ -50,23 +50,23 @@ def preview(data: DataConfig, model: str, revision: str | None = None) -> Previe
 
     tokenizer = load_tokenizer(model, revision)
     source = open_source(data, tokenizer.get_vocab_size())
-    pieces = list(islice(source.train(), LINES))
-    if not pieces:
+    parts = list(islice(source.train(), LINES))
+    if not parts:
         raise InputError(f"expected some text in {source.name}, got none")
-    samples = [_sample(piece, tokenizer) for piece in pieces]
+    samples = [_sample(part, tokenizer) for part in parts]
     n_tokens = sum(len(tokens) for tokens, _ in samples)
     n_bytes = sum(size for _, size in samples)
     lines = list(islice(_lines([tokens for tokens, _ in samples]), LINES))
-    whole = _estimate(source, pieces, n_tokens / n_bytes if n_bytes else None)
+    whole = _estimate(source, parts, n_tokens / n_bytes if n_bytes else None)
     return Preview(lines, n_tokens, n_bytes, whole)
 
 
-def _sample(piece: "Piece", tokenizer: "Tokenizer") -> tuple[list[str], int]:
+def _sample(part: "Part", tokenizer: "Tokenizer") -> tuple[list[str], int]:
     """Return the beginning of a document, token by token, and its UTF-8 bytes."""
-    if not isinstance(piece.content, str):
-        ids = [int(id_) for id_ in piece.content[: LINES * LINE_TOKENS]]
+    if not isinstance(part.content, str):
+        ids = [int(id_) for id_ in part.content[: LINES * LINE_TOKENS]]
         return token_texts(tokenizer, ids), 0
-    text = piece.content[:SAMPLE_CHARACTERS]
+    text = part.content[:SAMPLE_CHARACTERS]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return token_texts(tokenizer, ids, text=text), len(text.encode())
 
@@ -80,7 +80,7 @@ def _lines(documents: list[list[str]]) -> Iterator[list[str]]:
                 yield line
 
 
-def _estimate(source: "Source", pieces: "list[Piece]", tokens_per_byte: float | None) -> int | None:
+def _estimate(source: "Source", parts: "list[Part]", tokens_per_byte: float | None) -> int | None:
     """Return about how many tokens a corpus on this disk has, from the sizes of its files."""
     files = [stamp.rsplit(" ", 2) for stamp in source.stamp if stamp.count(" ") >= 2]
     sizes = {Path(name): int(size) for name, size, _ in files if size.isdecimal()}
@@ -93,7 +93,7 @@ def _estimate(source: "Source", pieces: "list[Piece]", tokens_per_byte: float | 
         if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in sizes):
             return None
         return round(sum(sizes.values()) * tokens_per_byte)
-    content: Any = pieces[0].content
+    content: Any = parts[0].content
     return sum(sizes.values()) // content.dtype.itemsize
 
 

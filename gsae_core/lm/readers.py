@@ -13,11 +13,13 @@ Everything is read lazily, so that a corpus that needs a thousand documents read
 
 Text and tables may be packed (`.gz .bz2 .xz .zst`). A folder is read as what most of its files are
 (token ids, tables or text; ties in that order); hidden files and those of another kind are left
-out, and the log says how many. Where a folder has splits (`splits`), one of them is read.
+out, and the log says how many. Where a folder has splits (`files_of_split`), one of them is read.
 """
 
 import bz2
 import codecs
+import csv
+import functools
 import gzip
 import io
 import json
@@ -44,28 +46,341 @@ import numpy as np
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError, data_sentence
 
-# About so many characters (or ids) a piece: bounds what is read and tokenised in one go.
-PIECE = 2**20
+log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """Part of a document: text, or token ids as a 1-D integer array."""
+
+    content: str | np.ndarray
+    ends: bool
+    """Whether the document ends here."""
+
+
+# About so many characters (or ids) a part: bounds what is read and tokenised in one go.
+PART = 2**20
+
+# --- Sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a corpus comes from, not yet read."""
+
+    name: str
+    """For people."""
+
+    stamp: tuple[str, ...]
+    """What the token cache knows it by: names, sizes and times of files. A Hub data set's is its
+    name, so that a resumed run reads the tokens it began with, online or not."""
+
+    train: Callable[[], Iterator[Part]]
+    """Opens the documents: all of them, or those for training where `held_out` is given."""
+
+    held_out: Callable[[], Iterator[Part]] | None = None
+    """Opens the held-out documents; None where the split is cut by sequence."""
+
+    remote: bool = False
+
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
+TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
+Kind = Literal["table", "tokens", "text", "other"]
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+
+# In the stamp of tables, since a column is chosen by more than one row: tokens that were kept of
+# another choice are not these.
+READ_ANEW = "2"
+
+
+def open_source(cfg: DataConfig, vocabulary: int) -> Source:
+    """Return the source that `cfg` names.
+
+    Args:
+        cfg: `source`, `text_column`, `split` and, for `stdlib`, `held_out` are read.
+        vocabulary: number of the tokenizer's ids; sets the width of a bare `.bin` file.
+
+    Raises:
+        InputError: if there is nothing to read under that name.
+    """
+    path = Path(cfg.source).expanduser()
+    if path.is_dir() and cfg.source != "stdlib":
+        saved = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
+        if any(all((path / name).exists() for name in names) for names in saved):
+            return _saved(cfg, path)
+        return _files(cfg, *_files_to_read(path, cfg.split), vocabulary)
+    if cfg.source == "stdlib" or path.is_file():
+        if cfg.split not in ("train", "all"):
+            raise InputError(_no_split(cfg.split, cfg.source, []))
+        if cfg.source == "stdlib":
+            return _stdlib(cfg)
+        kind = _kind(path)
+        # One file of an unknown name may be text all the same: opening it tells.
+        return _files(cfg, [path], "text" if kind == "other" else kind, vocabulary)
+    # A path that ends like a file is a typing mistake, not the name of a data set.
+    suffixes = TABLE_SUFFIXES | TOKEN_SUFFIXES | {".txt", ".md", ".py", *PACKED}
+    if not HUB_NAME.fullmatch(cfg.source) or path.suffix.lower() in suffixes:
+        raise InputError(
+            "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
+            f"nothing at {cfg.source}: check the path"
+        )
+    stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column))
+    if cfg.text_column is None:
+        stamp = (*stamp, READ_ANEW)
+
+    def documents() -> Iterator[Part]:
+        return table_parts(hub_table(cfg.source, cfg.split), cfg.text_column)
+
+    return Source(cfg.source, stamp, documents, remote=True)
+
+
+def _stdlib(cfg: DataConfig) -> Source:
+    # Whole percents: the bundled model never saw the files below 5, at any share that is asked for.
+    percent = max(1, round(100 * cfg.held_out))
+    paths = stdlib_paths()
+
+    def documents(held_out: bool) -> Iterator[Part]:
+        for name in sorted(paths, key=_hashed):
+            if is_held_out(name, percent) == held_out and (text := read_utf8(paths[name])):
+                yield Part(text, ends=True)
+
+    stamp = ("stdlib", str(percent), *_stamp(list(paths.values())))
+    return Source("stdlib", stamp, partial(documents, False), partial(documents, True))
+
+
+def _saved(cfg: DataConfig, folder: Path) -> Source:
+    def documents() -> Iterator[Part]:
+        return table_parts([(str(folder), saved_rows(folder, cfg.split))], cfg.text_column)
+
+    # Of several splits, one: its size is what the preview estimates tokens by.
+    inner = folder / cfg.split
+    files = sorted((inner if inner.is_dir() else folder).rglob("*.*"))
+    stamp = (*_stamp(files), cfg.split, str(cfg.text_column), READ_ANEW)
+    return Source(str(folder), stamp, documents)
+
+
+def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> Source:
+    def documents() -> Iterator[Part]:
+        if kind == "table":
+            yield from table_parts(map(_table, paths), cfg.text_column)
+            return
+        for path in paths:
+            if kind == "tokens":
+                yield from token_parts(path, vocabulary)
+            elif unpacked(path) == path and not looks_like_text(path):
+                raise not_text(path)
+            else:
+                yield from text_parts(path)
+
+    sidecars = [_sidecar(path) for path in paths if kind == "tokens"]
+    stamped = paths + [path for path in sidecars if path.exists()]
+    stamp = (*_stamp(stamped), str(cfg.text_column), *([READ_ANEW] if kind == "table" else []))
+    return Source(cfg.source, stamp, documents)
+
+
+def _files_to_read(folder: Path, split: str) -> tuple[list[Path], Kind]:
+    """Return a folder's files of the kind that most of them are, in reading order."""
+    kinds: dict[str, Kind] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            kinds[name.as_posix()] = _kind(path)
+    # What stands beside a data set says nothing of its kind.
+    beside = {name for name in kinds if Path(name).stem in ("README", "LICENSE")}
+    counts = Counter(kinds[name] for name in kinds.keys() - beside)
+    ranking: tuple[Kind, ...] = ("tokens", "table", "text")
+    kind = max(ranking, key=lambda kind: counts[kind]) if counts.total() else "text"
+    names = sorted(name for name in kinds if kinds[name] == kind)
+    if not names:
+        for path in filter(is_utf16, map(folder.joinpath, kinds)):
+            raise not_text(path)
+        raise InputError(
+            f"expected text, tables or token arrays in {folder}, found {len(kinds)} files, none of "
+            "them readable"
+        )
+    read = files_of_split(split, folder, names, is_text=kind == "text")
+    if others := len(kinds) - len(names):
+        log.info("%s: read as %s, %d other files left out", folder, kind, others)
+    if others := len(names) - len(read):
+        log.info("%s: split %s, %d files of others left out", folder, split, others)
+    # Text by hash, so that the first thousand files are like the rest; shards in their own order.
+    return [folder / name for name in sorted(read, key=_hashed if kind == "text" else str)], kind
+
+
+def _kind(path: Path) -> Kind:
+    if path.suffix.lower() in TOKEN_SUFFIXES:
+        return "tokens"
+    if Path(path.stem).suffix.lower() in TOKEN_SUFFIXES:
+        return "other"  # `ids.bin.json` says the width of `ids.bin`; packed, it cannot be mapped
+    if unpacked(path).suffix.lower() in TABLE_SUFFIXES:
+        return "table"
+    return "text" if unpacked(path) != path or looks_like_text(path) else "other"
+
+
+def _hashed(name: str) -> str:
+    return sha256(name.encode()).hexdigest()
+
+
+def _stamp(paths: list[Path]) -> tuple[str, ...]:
+    """Return what changes when one of the files does, or their order."""
+    facts = [(os.path.abspath(path), path.stat()) for path in paths]
+    return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
+
+
+# --- The standard library
+
+
+def is_held_out(name: str, percent: int = 5) -> bool:
+    """Whether file `name` belongs to the held-out split: decided by its name alone."""
+    return int.from_bytes(sha256(name.encode()).digest()[:4], "big") % 100 < percent
+
+
+def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
+    """Return the standard library's Python files by their path below its root, in name order.
+
+    Third-party code is left out, so that two machines with the same Python read the same text.
+    """
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    paths = {}
+    for folder, below, names in os.walk(root):
+        # Not even entered: site-packages has ten times as many files as the library.
+        below[:] = set(below) - {"site-packages", "dist-packages", "__pycache__"}
+        found = [Path(folder, name) for name in names if name.endswith(".py")]
+        paths |= {path.relative_to(root).as_posix(): path for path in found}
+    return dict(sorted(paths.items()))
+
+
+def read_utf8(path: Path) -> str | None:
+    """Return the text of `path`, or None where it is in another encoding.
+
+    A few of the standard library's own tests are in other encodings on purpose.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+# --- Splits of a folder
+
+SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+
+
+def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: bool) -> list[str]:
+    """Return the files of one split; all of them if `split` is `all`, or `train` and none is told.
+
+    By the rules of the `datasets` library: README.md tells, else names of shards, else words.
+
+    Args:
+        names: of the folder's files, below it.
+        is_text: the files are documents, which may be called anything. Only names in `.txt` count;
+            and unless most of them tell a split, `train` and another, `train` is all of them.
+
+    Raises:
+        InputError: if there is no such split; the sentence names those there are.
+    """
+    if split == "all":
+        return list(names)
+    splits = _told_by_card(folder, names) or _grouped(names, _split_of_shard)
+    if not splits:
+        may_tell = [n for n in names if not is_text or unpacked(Path(n)).suffix.lower() == ".txt"]
+        splits = _grouped(may_tell, _split_of_words)
+        is_set = len(splits) > 1 and 2 * sum(map(len, splits.values())) > len(names)
+        if split == "train" and (not splits or (is_text and not (is_set and split in splits))):
+            return list(names)
+    if split not in splits:
+        raise InputError(_no_split(split, folder, list(splits)))
+    return splits[split]
+
+
+def _grouped(names: Sequence[str], split_of: Callable[[str], str | None]) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        if split := split_of(name):
+            splits.setdefault(split, []).append(name)
+    return splits
+
+
+def _split_of_shard(name: str) -> str | None:
+    shard = SHARD.fullmatch(name)
+    return shard and shard[1]
+
+
+def _split_of_words(name: str) -> str | None:
+    from datasets import data_files as library
+
+    by_folder, by_file = (
+        library.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
+        library.DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
+    )
+    rules = chain(by_folder.items(), by_file.items())
+    return next((str(split) for split, patterns in rules if _fits(name, patterns)), None)
+
+
+def _told_by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    readme = folder / "README.md"
+    text = readme.read_text("utf-8-sig", "replace") if readme.is_file() else ""
+    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE):
+        return {}
+    import yaml
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCardData
+
+    try:
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**yaml.safe_load(head[1])))
+        default = configs.get_default_config_name()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"expected `configs` as the Hub reads them at the head of {readme}, got something "
+            f"else: {' '.join(str(error).split())}; mend or remove them"
+        ) from None
+    if default is None:
+        raise InputError(
+            f"expected one config in {readme}, found {', '.join(configs)}: mark one of them with "
+            "`default: true`"
+        )
+    splits = sanitize_patterns(configs[default].get("data_files", {}))
+    found = {
+        split: [name for name in names if _fits(name, patterns)]
+        for split, patterns in splits.items()
+    }
+    return {split: files for split, files in found.items() if files}
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(_compiled(pattern).match(name) for pattern in patterns)
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    from fsspec.utils import glob_translate
+
+    return re.compile(glob_translate(normpath(pattern)))
+
+
+def _no_split(split: str, where: Path | str, splits: list[str]) -> str:
+    """Return the sentence for a split that is not there; it names those that are."""
+    if splits:
+        return (
+            f"expected a split {split!r} in {where}, found {', '.join(splits)}: name one of these "
+            "with --split, or `all`"
+        )
+    return (
+        f"expected a split {split!r} in {where}, found no splits there: leave --split out to read "
+        "all there is"
+    )
+
+
+# --- Files of text, packed or not
 
 # What to do where `zstandard`, which both our readers and those of `datasets` unpack with, is away.
 NO_ZSTANDARD = (
     "expected the package zstandard to unpack {}, found it not installed; pip install -r "
     "requirements.txt"
 )
-
-# llm.c writes (magic, version) and 254 more int32 in front of the ids.
-LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
-LLM_C_HEADER_BYTES = 1024
-
-
-class Piece(NamedTuple):
-    """Part of a document: text, or token ids as a 1-D integer array."""
-
-    content: str | np.ndarray
-    ends: bool
-    """Whether the document ends here."""
 
 
 class _Unzstd(io.RawIOBase):
@@ -76,9 +391,7 @@ class _Unzstd(io.RawIOBase):
     """
 
     def __init__(self, path: Path, unpacker: Any) -> None:
-        self._file = path.open("rb")
-        self._unpacker = unpacker
-        self._frame: Any = None
+        self._file, self._unpacker, self._frame = path.open("rb"), unpacker, None
         self._packed = self._unpacked = b""
 
     def readable(self) -> bool:
@@ -91,11 +404,9 @@ class _Unzstd(io.RawIOBase):
                 return 0
             if not self._packed:
                 raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-            self._frame = self._frame or self._unpacker.decompressobj()
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
+            frame = self._frame or self._unpacker.decompressobj()
+            self._unpacked = memoryview(frame.decompress(self._packed))
+            self._packed, self._frame = frame.unused_data, None if frame.eof else frame
         n = min(len(buffer), len(self._unpacked))
         buffer[:n], self._unpacked = self._unpacked[:n], self._unpacked[n:]
         return n
@@ -130,11 +441,6 @@ def unpacked(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
-def _open_binary(path: Path) -> Any:
-    opener = PACKED.get(path.suffix.lower())
-    return path.open("rb") if opener is None else opener(path)
-
-
 def _is_damage(error: Exception) -> bool:
     """Whether an error is of a file's content, however it is packed, and not of the disk."""
     if isinstance(error, OSError):
@@ -152,9 +458,9 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     Raises:
         InputError: here or within, when the file turns out to be no UTF-8 text, or damaged.
     """
-    binary = _open_binary(path)
+    opened = PACKED.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
     try:
-        with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file:
             yield file
     except Exception as error:
         if not _is_damage(error):
@@ -162,18 +468,18 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         raise not_text(path, error) from None
 
 
-def text_pieces(path: Path, size: int = PIECE) -> Iterator[Piece]:
-    """Yield a UTF-8 file in pieces of about `size` characters that end at a line's end.
+def text_parts(path: Path, size: int = PART) -> Iterator[Part]:
+    """Yield a UTF-8 file in parts of about `size` characters that end at a line's end.
 
     Raises:
         InputError: if the file is not UTF-8 text.
     """
     with open_text(path) as file:
-        piece = file.read(size) + file.readline()
-        while piece:
+        part = file.read(size) + file.readline()
+        while part:
             following = file.read(size) + file.readline()
-            yield Piece(piece, ends=not following)
-            piece = following
+            yield Part(part, ends=not following)
+            part = following
 
 
 def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") -> InputError:
@@ -199,31 +505,26 @@ def is_utf16(path: Path) -> bool:
         return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def starts_with_bom(path: Path) -> bool:
-    """Whether a file, unpacked, starts with UTF-8's byte-order mark."""
-    try:
-        with _open_binary(path) as file:
-            return file.read(3) == codecs.BOM_UTF8
-    except Exception as error:
-        if not _is_damage(error):
-            raise
-        return False  # reading it says so
-
-
 def looks_like_text(path: Path) -> bool:
     """Whether a file starts (64 KiB) with valid UTF-8 without a NUL."""
     with path.open("rb") as file:
         head = file.read(2**16)
     try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
         # A character that the 64 KiB cut in two is no mistake of the file's.
-        if error.end < len(head) or len(head) < 2**16:
-            return False
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 2**16)
+    except UnicodeDecodeError:
+        return False
     return b"\0" not in head
 
 
-def token_pieces(path: Path, vocabulary: int) -> Iterator[Piece]:
+# --- Files of token ids
+
+# llm.c writes (magic, version) and 254 more int32 in front of the ids.
+LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+LLM_C_HEADER_BYTES = 1024
+
+
+def token_parts(path: Path, vocabulary: int) -> Iterator[Part]:
     """Yield the ids of a `.npy` (flat, or a row a document) or flat `.bin` file.
 
     The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"` of
@@ -232,27 +533,15 @@ def token_pieces(path: Path, vocabulary: int) -> Iterator[Piece]:
     Raises:
         InputError: if the file holds no ids.
     """
-    if path.suffix == ".npy":
-        ids = _load_npy(path)
-    else:
-        dtype, start = _bin_layout(path, vocabulary)
-        if (path.stat().st_size - start) % np.dtype(dtype).itemsize:
-            raise InputError(
-                f"expected whole {dtype} token ids in {path}, got {path.stat().st_size} bytes; "
-                f'say the width in {path.name}.json, e.g. {{"dtype": "uint32"}}'
-            )
-        if path.stat().st_size == start:
-            return
-        ids = np.memmap(path, dtype, mode="r", offset=start)
+    ids = _npy(path) if path.suffix == ".npy" else _bin(path, vocabulary)
     if ids.ndim == 2:
-        for row in ids:
-            yield Piece(np.asarray(row), ends=True)
+        yield from (Part(np.asarray(row), ends=True) for row in ids)
         return
-    for start in range(0, len(ids), PIECE):
-        yield Piece(np.asarray(ids[start : start + PIECE]), ends=False)
+    for start in range(0, len(ids), PART):
+        yield Part(np.asarray(ids[start : start + PART]), ends=False)
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def _npy(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -265,17 +554,33 @@ def _load_npy(path: Path) -> np.ndarray:
     return ids
 
 
-def _bin_layout(path: Path, vocabulary: int) -> tuple[str, int]:
-    """Return the dtype of a flat file's ids, and the byte they start at."""
+def _bin(path: Path, vocabulary: int) -> np.ndarray:
     with path.open("rb") as file:
         head = file.read(LLM_C_HEADER_BYTES)
+    by_header = None
     if len(head) == LLM_C_HEADER_BYTES:
-        magic, version = struct.unpack("<ii", head[:8])
-        if (magic, version) in LLM_C_HEADERS:
-            return LLM_C_HEADERS[magic, version], LLM_C_HEADER_BYTES
-    sidecar = path.with_name(path.name + ".json")
+        by_header = LLM_C_HEADERS.get(struct.unpack("<ii", head[:8]))
+    start = LLM_C_HEADER_BYTES if by_header else 0
+    dtype = by_header or _told_dtype(path) or narrowest(vocabulary)
+    size = path.stat().st_size
+    if (size - start) % np.dtype(dtype).itemsize:
+        raise InputError(
+            f"expected whole {dtype} token ids in {path}, got {size} bytes; "
+            f'say the width in {path.name}.json, e.g. {{"dtype": "uint32"}}'
+        )
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, mode="r", offset=start) if size > start else np.empty(0, dtype)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _told_dtype(path: Path) -> str | None:
+    """Return the dtype that `<file>.json` says a flat file's ids have; None without one."""
+    sidecar = _sidecar(path)
     if not sidecar.exists():
-        return narrowest(vocabulary), 0
+        return None
     text = sidecar.read_text(encoding="utf-8-sig")
     try:
         dtype = json.loads(text)["dtype"]
@@ -283,7 +588,7 @@ def _bin_layout(path: Path, vocabulary: int) -> tuple[str, int]:
         dtype = text
     if dtype not in ("uint16", "uint32"):
         raise InputError(f'expected {{"dtype": "uint16"}} or "uint32" in {sidecar}, got {text!r}')
-    return dtype, 0
+    return dtype
 
 
 def narrowest(vocabulary: int) -> str:
@@ -291,257 +596,34 @@ def narrowest(vocabulary: int) -> str:
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
-TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
+# --- Rows of tables: in files, in `datasets` folders, on the Hub
 
-TOKEN_COLUMNS = ("input_ids", "tokens")
-TEXT_COLUMNS = ("text", "content")
-
-# Rows by which a column is chosen, and characters of each value that are looked at.
-LOOKED_AT, LOOK = 32, 2000
-
-# Text has so many words a row, on average; identifiers, names, dates and labels have fewer.
-WORDS = 5
-
-# A word is up to 40 characters between spaces, a letter in it and no `://`; or one letter of a
-# script that is written without spaces: Thai to Burmese, kana, Han.
-WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-    r"|(?<!\S)(?!\S*://)(?=\S*[^\W\d_])\S{1,40}(?!\S)"
-)
+Row = dict[str, Any]
+Table = tuple[str, Iterator[Row]]
+"""A table's name, for sentences, and its rows."""
 
 DELIMITERS = (",", ";", "\t", "|")
 
-# Characters of a column's name, and of a value of it, that a sentence shows.
-SHOWN = 30
 
-# What the turns of a chat hold, as most data sets have them and as ShareGPT has.
-TURNS = ({"role", "content"}, {"from", "value"})
+def _table(path: Path) -> Table:
+    """Return a table file.
 
-Row = dict[str, Any]
-
-
-def table_pieces(paths: Iterable[Path], text_column: str | None) -> Iterator[Piece]:
-    """Yield the document in each row of some files, a column chosen once holding for all.
+    These are read by hand: JSON and CSV by `datasets` have one schema for every row of a file, and
+    no line number in what is said of a broken one.
 
     Raises:
-        InputError: as `row_pieces` and `table_rows` do.
+        InputError: while iterating, if the file is not what its name says.
     """
-    chosen = text_column
-    for path in paths:
-        head, rows = _look(table_rows(path))
-        if not head:
-            continue
-        name = _with_header(path) if _is_csv(path) else str(path)
-        if text_column is None and not any(chosen in row for row in head):
-            chosen = pick_column(head, None, name)
-        yield from row_pieces(rows, text_column=chosen, name=name)
-
-
-def row_pieces(rows: Iterable[Row], *, text_column: str | None, name: str) -> Iterator[Piece]:
-    """Yield the document in each row; rows whose text is missing or empty have none.
-
-    Args:
-        rows: all of one set of columns.
-        text_column: the column to read, of text or of token ids; None finds it.
-        name: of the source, for sentences.
-
-    Raises:
-        InputError: if no column can be chosen, or holds neither text nor ids.
-    """
-    head, rows = _look(rows)
-    if not head:
-        return
-    column = pick_column(head, text_column, name)
-    for row in rows:
-        if column not in row:
-            raise InputError(_no_column(column, [row], name))
-        value = row[column]
-        if isinstance(value, str):
-            # Surrogates that a JSON escape left alone are no text: no tokenizer takes them.
-            if text := value.encode("utf-8", "replace").decode("utf-8"):
-                yield Piece(text, ends=True)
-        elif _is_ids(value):
-            ids = np.asarray(value)
-            if "attention_mask" in row:
-                ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
-            yield Piece(ids, ends=True)
-        elif _values([row], column):
-            raise InputError(
-                f"expected text or token ids in column {column!r} of {name}, got "
-                f"{_kind_of_values([value])}: "
-                "name another column with --text-column, or write the text out as one"
-                f"{_template([value])}"
-            )
-
-
-def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
-    """Return the column that holds the documents, judged by the first rows.
-
-    Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
-    or else the only column of strings, if it reads like text: five words each, on average.
-
-    Args:
-        head: the first rows, at least one.
-
-    Raises:
-        InputError: if there is no such column, or more than one; the sentence lists what there is.
-    """
-    columns = {column: _values(head, column) for column in dict.fromkeys(chain(*head))}
-    if text_column is not None:
-        if text_column not in columns:
-            raise InputError(_no_column(text_column, head, name))
-        return text_column
-    for column in TOKEN_COLUMNS:
-        if column in columns and columns[column] and _is_ids(columns[column][0]):
-            return column
-    named = [column for column in TEXT_COLUMNS if column in columns]
-    strings = [
-        column
-        for column, values in columns.items()
-        if values and all(isinstance(value, str) for value in values)
-    ]
-    if named:
-        return next((column for column in named if column in strings), named[0])
-    if len(strings) == 1 and reads_like_text(columns[strings[0]]):
-        return strings[0]
-    raise InputError(
-        f"expected a column of text in {name}, found {_described(columns)}: {_advice(columns)}"
-    )
-
-
-def _look(rows: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
-    """Return the first rows, and all of them."""
-    rows = iter(rows)
-    head = list(islice(rows, LOOKED_AT))
-    return head, chain(head, rows)
-
-
-def _values(head: list[Row], column: str) -> list[Any]:
-    """Return what a column holds in the first rows, but for what is missing or empty."""
-    values = [row[column] for row in head if row.get(column) is not None]
-    return [value for value in values if not hasattr(value, "__len__") or len(value)]
-
-
-def reads_like_text(values: list[str]) -> bool:
-    """Whether strings are sentences or code rather than identifiers, URLs, dates, labels or JSON.
-
-    That is: at least five words each, on average, by their first 2000 characters. A word is up to
-    40 characters between spaces with a letter among them and no `://`, or one letter of a script
-    that is written without spaces. Values that are JSON objects or arrays have none.
-    """
-    n_words = sum(0 if _is_json(value) else len(WORD.findall(value[:LOOK])) for value in values)
-    return n_words >= WORDS * len(values)
-
-
-def _is_json(value: str) -> bool:
-    if not value.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        return isinstance(json.loads(value), dict | list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and value.dtype.kind in "iu"
-    return isinstance(value, list) and bool(value) and type(value[0]) is int
-
-
-def _no_column(column: str, head: list[Row], name: str) -> str:
-    columns = {each: _values(head, each) for each in dict.fromkeys(chain(*head))}
-    return (
-        f"expected a column {column!r} in {name}, found {_described(columns)}: {_advice(columns)}"
-    )
-
-
-def _advice(columns: dict[str, list[Any]]) -> str:
-    """Return what to do about columns none of which can be taken by itself."""
-    held = [values for values in columns.values() if values]
-    strings = [values for values in held if isinstance(values[0], str)]
-    if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):
-        return "name one of these with --text-column"
-    template = next(filter(None, map(_template, held)), "")
-    # Short strings, and what is empty so far, may be text; beside chats they are taken for ids.
-    if not template and (len(held) < len(columns) or not all(_is_json(v[0]) for v in strings)):
-        return "none of these reads like text; if one is, name it with --text-column"
-    return f"none of these is a column of text; write the text out as one{template}"
-
-
-def _template(values: list[Any]) -> str:
-    """Return by what chats become strings, after a comma; nothing if these are no chats."""
-    turns = values[0] if values else None
-    if isinstance(turns, list) and turns:
-        turns = turns[0]
-    chats = isinstance(turns, dict) and any(keys <= turns.keys() for keys in TURNS)
-    return ", each chat by the model's chat template" if chats else ""
+    kind = unpacked(path).suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return _with_header(path), _csv(path, usual="\t" if kind == ".tsv" else ",")
+    readers = {".json": _json, ".parquet": _parquet}
+    return str(path), readers.get(kind, _json_lines)(path)
 
 
 def _with_header(name: Path | str) -> str:
     """Return a CSV's name for sentences: a file without a header has odd names of columns."""
     return f"{name} (its first row is read as the header)"
-
-
-def _described(columns: dict[str, list[Any]]) -> str:
-    """Return what each column holds: `id: strings like 'q-1', messages: lists of {role, content}`.
-
-    Of many columns the first twelve.
-    """
-    if not columns:
-        return "no columns"
-    first = [
-        f"{_start(str(column))} ({_kind_of_values(values)})"
-        for column, values in list(columns.items())[:12]
-    ]
-    more = [f"{len(columns) - 12} more"] if len(columns) > 12 else []
-    return ", ".join(first + more)
-
-
-def _kind_of_values(values: list[Any]) -> str:
-    if not values:
-        return "empty in the first rows"
-    value = values[0]
-    if isinstance(value, str):
-        kind = "JSON" if _is_json(value) else "text" if reads_like_text(values) else "strings"
-        return f"{kind} such as {_start(value)!r}"
-    if _is_ids(value):
-        return "lists of whole numbers"
-    if isinstance(value, list | np.ndarray):
-        lists = f"lists of {_plural(value[0])}"
-        return f"chats: {lists}" if _template(values) else lists
-    return _plural(value)
-
-
-def _start(text: str) -> str:
-    start = " ".join(text[:100].split())
-    return start if len(start) <= SHOWN else start[: SHOWN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _plural(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(map(str, value)) + "}"
-    if isinstance(value, bool | np.bool_):
-        return "true or false"
-    if isinstance(value, int | float | np.number):
-        return "numbers"
-    return {"str": "strings", "list": "lists"}.get(type(value).__name__, type(value).__name__)
-
-
-def table_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a table file.
-
-    Raises:
-        InputError: if the file is not what its name says.
-    """
-    kind = unpacked(path).suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        yield from _json_lines(path)
-    elif kind == ".json":
-        yield from _json(path)
-    elif kind == ".parquet":
-        yield from _parquet(path)
-    else:
-        yield from _csv(path, usual="\t" if kind == ".tsv" else ",")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -594,13 +676,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _is_csv(path: Path) -> bool:
-    return unpacked(path).suffix.lower() in (".csv", ".tsv")
-
-
 def _csv(path: Path, usual: str) -> Iterator[Row]:
-    import csv
-
     # The module's own bound of 128 KiB a field is less than a book; a C long may be 32 bits wide.
     csv.field_size_limit(2**31 - 1)
     delimiter = csv_delimiter(path, usual)
@@ -626,24 +702,18 @@ def csv_delimiter(path: Path, usual: str) -> str:
     """
     with open_text(path) as file:
         head = file.read(2**16)
-    return next((each for each in (usual, *DELIMITERS) if _cuts_evenly(head, each)), usual)
-
-
-def _cuts_evenly(head: str, delimiter: str) -> bool:
-    import csv
-
-    widths = []
-    try:
-        lines = io.StringIO(head, newline="")
-        for row in csv.reader(lines, delimiter=delimiter, strict=True):
-            if row:
-                widths.append(len(row))
-    except csv.Error:
-        pass  # inside the quotes of a row that goes on beyond the head
-    else:
-        if len(head) == 2**16:
-            del widths[-1:]  # cut short
-    return len(widths) > 0 and widths[0] > 1 and set(widths) == {widths[0]}
+    for delimiter in (usual, *DELIMITERS):
+        widths = []
+        try:
+            for row in csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, strict=True):
+                widths += [len(row)] if row else []
+            if len(head) == 2**16:
+                del widths[-1:]  # cut short
+        except csv.Error:
+            pass  # inside the quotes of a row that goes on beyond the head
+        if widths and widths[0] > 1 and set(widths) == {widths[0]}:
+            return delimiter
+    return usual
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -661,12 +731,11 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split != "all" and split not in saved:
-            raise InputError(no_split(split, folder, list(map(str, saved))))
-        saved = (
-            datasets.concatenate_datasets(list(saved.values())) if split == "all" else saved[split]
-        )
+            raise InputError(_no_split(split, folder, list(map(str, saved))))
+        every = list(saved.values())
+        saved = datasets.concatenate_datasets(every) if split == "all" else saved[split]
     elif split not in ("all", "train", str(saved.split)):
-        raise InputError(no_split(split, folder, []))
+        raise InputError(_no_split(split, folder, []))
     # As Python's own objects, whichever library's the folder remembers (torch, pandas, arrow).
     saved = saved.with_format(None, columns=saved.format["columns"])
     order = np.random.default_rng(0).permutation(len(saved))
@@ -676,66 +745,35 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
             yield dict(zip(columns, values, strict=True))
 
 
-def no_split(split: str, where: Path | str, splits: list[str]) -> str:
-    """Return the sentence for a split that is not there; it names those that are."""
-    if splits:
-        return (
-            f"expected a split {split!r} in {where}, found {', '.join(splits)}: name one of these "
-            "with --split, or `all`"
-        )
-    return (
-        f"expected a split {split!r} in {where}, found no splits there: leave --split out to read "
-        "all there is"
-    )
-
-
-def hub_pieces(name: str, *, split: str, text_column: str | None) -> Iterator[Piece]:
-    """Yield the document in each row of a data set on the Hub as it arrives.
+def hub_table(name: str, split: str) -> Iterator[Table]:
+    """Yield the table of a data set on the Hub, its rows as they arrive.
 
     Args:
         name: `owner/name`, or `owner/name:config` to pick a config.
 
     Raises:
-        InputError: if the Hub cannot be reached or has no such data set, config or split; and as
-            `row_pieces` does.
+        InputError: if the Hub cannot be reached or has no such data set, config or split.
     """
-    with _hub_sentences(name, split):
-        rows, kind = _streamed(name, split)
-    yield from row_pieces(
-        _arriving(rows, kind, name=name, split=split),
-        text_column=text_column,
-        name=_with_header(name) if kind == "csv" else name,
-    )
-
-
-def _streamed(name: str, split: str) -> tuple[Iterator[Row], str | None]:
-    """Return the rows of a data set on the Hub, and the kind of file they are read from."""
     import datasets
 
     repository, _, config = name.partition(":")
-
-    def stream(**options: Any) -> tuple[Iterator[Row], str | None]:
-        opened = datasets.load_dataset(
-            repository, config or None, split=split, streaming=True, **options
-        )
-        return iter(opened), getattr(getattr(opened, "info", None), "builder_name", None)
-
-    rows, kind = stream()
-    first = next(rows, {})
-    if kind == "csv" and (delimiter := _other_delimiter(first)) is not None:
-        rows, _ = stream(sep=delimiter)
-        first = next(rows, {})
-    return chain([first] if first else [], rows), kind
-
-
-def _arriving(rows: Iterator[Row], kind: str | None, *, name: str, split: str) -> Iterator[Row]:
+    options: dict[str, Any] = {"split": split, "streaming": True}
     with _hub_sentences(name, split):
-        for row in rows:
-            # The library takes a mark off other kinds of files, but leaves it in text.
-            if kind == "text" and row["text"].startswith("\ufeff"):
-                yield {"text": row["text"][1:]}
-            else:
-                yield row
+        opened = datasets.load_dataset(repository, config or None, **options)
+        kind = getattr(getattr(opened, "info", None), "builder_name", None)
+        rows = iter(opened)
+        first = next(rows, {})
+        if kind == "csv" and (delimiter := _other_delimiter(first)) is not None:
+            rows = iter(datasets.load_dataset(repository, config or None, sep=delimiter, **options))
+            first = next(rows, {})
+
+    def arriving() -> Iterator[Row]:
+        with _hub_sentences(name, split):
+            for row in chain([first] if first else [], rows):
+                # The library takes a mark off other kinds of files, but leaves it in text.
+                yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
+
+    yield _with_header(name) if kind == "csv" else name, arriving()
 
 
 @contextmanager
@@ -768,331 +806,207 @@ def _other_delimiter(row: Row) -> str | None:
     Fields of later rows that hold a comma come as an index of pandas'.
     """
     names = [name for name in row if not name.startswith("__index_level_")]
-    found = [each for each in DELIMITERS if len(names) == 1 and each in names[0]]
-    return found[0] if found else None
+    return next((each for each in DELIMITERS if len(names) == 1 and each in names[0]), None)
 
 
-class SourceFile(NamedTuple):
-    """One Python file, named by its path below the library's root."""
+# --- The document in a row
 
-    name: str
-    text: str
-    held_out: bool
+TOKEN_COLUMNS = ("input_ids", "tokens")
+TEXT_COLUMNS = ("text", "content")
 
+# Rows by which a column is chosen, and characters of each value that are looked at.
+LOOKED_AT, LOOK = 32, 2000
 
-def is_held_out(name: str, percent: int = 5) -> bool:
-    """Whether file `name` belongs to the held-out split: decided by its name alone."""
-    return int.from_bytes(sha256(name.encode()).digest()[:4], "big") % 100 < percent
+# Text has so many words a row, on average; identifiers, names, dates and labels have fewer.
+WORDS = 5
 
+# A word is up to 40 characters between spaces, a letter in it and no `://`; or one letter of a
+# script that is written without spaces: Thai to Burmese, kana, Han.
+WORD = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+    r"|(?<!\S)(?!\S*://)(?=\S*[^\W\d_])\S{1,40}(?!\S)"
+)
 
-def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
-    """Return the standard library's Python files by their path below its root, in name order.
+# Characters of a column's name, and of a value of it, that a sentence shows.
+SHOWN = 30
 
-    Third-party code is left out, so that two machines with the same Python read the same text.
-    """
-    root = root or Path(sysconfig.get_paths()["stdlib"])
-    outsiders = {"site-packages", "dist-packages", "__pycache__"}
-    paths = {}
-    for folder, below, names in os.walk(root):
-        # Not even entered: site-packages has ten times as many files as the library.
-        below[:] = set(below) - outsiders
-        for name in names:
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                paths[path.relative_to(root).as_posix()] = path
-    return dict(sorted(paths.items()))
+# What the turns of a chat hold, as most data sets have them and as ShareGPT has.
+TURNS = ({"role", "content"}, {"from", "value"})
 
 
-def read_utf8(path: Path) -> str | None:
-    """Return the text of `path`, or None where it is in another encoding.
-
-    A few of the standard library's own tests are in other encodings on purpose.
-    """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def stdlib_files(root: Path | None = None) -> Iterator[SourceFile]:
-    """Yield the UTF-8 Python files of the standard library in name order, empty ones left out."""
-    for name, path in stdlib_paths(root).items():
-        if text := read_utf8(path):
-            yield SourceFile(name, text, is_held_out(name))
-
-
-SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
-
-
-def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: bool) -> list[str]:
-    """Return the files of one split; all of them if `split` is `all`, or `train` and none is told.
+def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Part]:
+    """Yield the document in each row of some tables; rows without text or ids have none.
 
     Args:
-        names: of the folder's files, below it.
-        is_text: the files are documents, which may be called anything. Only names in `.txt` count;
-            and unless most of them tell a split, `train` and another, `train` is all of them.
+        text_column: of text or of token ids. None: chosen by a table's first rows (`pick_column`),
+            and kept for the tables after it that have it too.
 
     Raises:
-        InputError: if there is no such split; the sentence names those there are.
+        InputError: if no column can be chosen, or holds neither text nor ids.
     """
-    if split == "all":
-        return list(names)
-    splits = _by_card(folder, names) or _by_shards(names)
-    if not splits:
-        splits = _by_words(names, is_text=is_text)
-        is_set = len(splits) > 1 and 2 * sum(map(len, splits.values())) > len(names)
-        if split == "train" and (not splits or (is_text and not (is_set and split in splits))):
-            return list(names)
-    if split not in splits:
-        raise InputError(no_split(split, folder, list(splits)))
-    return splits[split]
+    column = text_column
+    for name, rows in tables:
+        head = list(islice(rows, LOOKED_AT))
+        if head and (text_column is not None or not any(column in row for row in head)):
+            column = pick_column(head, text_column, name)
+        for row in chain(head, rows):
+            assert column is not None
+            if column not in row:
+                raise InputError(_no_column(column, _by_column([row]), name))
+            value = row[column]
+            if isinstance(value, str):
+                # Surrogates that a JSON escape left alone are no text: no tokenizer takes them.
+                if text := value.encode("utf-8", "replace").decode("utf-8"):
+                    yield Part(text, ends=True)
+            elif _is_ids(value):
+                ids = np.asarray(value)
+                if "attention_mask" in row:
+                    ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
+                yield Part(ids, ends=True)
+            elif _by_column([row])[column]:
+                raise InputError(
+                    f"expected text or token ids in column {column!r} of {name}, got "
+                    f"{_kind_of_values([value])}: name another column with --text-column, or write "
+                    f"the text out as one{_template([value])}"
+                )
 
 
-def _by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return {}
-    head = re.match(r"---\r?\n(.*?)\n---", readme.read_text("utf-8-sig", "replace"), re.DOTALL)
-    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE):
-        return {}
-    import yaml
-    from datasets.data_files import sanitize_patterns
-    from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
+def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
+    """Return the column that holds the documents, judged by the first rows.
 
-    try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**yaml.safe_load(head[1])))
-        default = configs.get_default_config_name()
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"expected `configs` as the Hub reads them at the head of {readme}, got something "
-            f"else: {' '.join(str(error).split())}; mend or remove them"
-        ) from None
-    if default is None:
-        raise InputError(
-            f"expected one config in {readme}, found {', '.join(configs)}: mark one of them with "
-            "`default: true`"
-        )
-    if "data_files" not in configs[default]:
-        return {}
-    found = {
-        split: [name for name in names if any(_fits(pattern, name) for pattern in patterns)]
-        for split, patterns in sanitize_patterns(configs[default]["data_files"]).items()
-    }
-    return {split: files for split, files in found.items() if files}
+    Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
+    or else the only column of strings, if it reads like text: five words each, on average.
 
+    Args:
+        head: the first rows, at least one.
 
-def _fits(pattern: str, name: str) -> bool:
-    from fsspec.utils import glob_translate
-
-    return re.match(glob_translate(normpath(pattern)), name) is not None
-
-
-def _by_shards(names: Sequence[str]) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for name in names:
-        if shard := SHARD.fullmatch(name):
-            splits.setdefault(shard[1], []).append(name)
-    return splits
-
-
-def _by_words(names: Sequence[str], *, is_text: bool) -> dict[str, list[str]]:
-    parts = [name for name in names if not is_text or unpacked(Path(name)).suffix.lower() == ".txt"]
-    if not parts:
-        return {}
-    from datasets.data_files import (
-        DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
-        DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
-    )
-    from fsspec.utils import glob_translate
-
-    rules = [
-        (str(split), re.compile("|".join(map(glob_translate, patterns))))
-        for by in (DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME)
-        for split, patterns in by.items()
+    Raises:
+        InputError: if there is no such column, or more than one; the sentence lists what there is.
+    """
+    columns = _by_column(head)
+    if text_column is not None:
+        if text_column not in columns:
+            raise InputError(_no_column(text_column, columns, name))
+        return text_column
+    for column in TOKEN_COLUMNS:
+        if columns.get(column) and _is_ids(columns[column][0]):
+            return column
+    named = [column for column in TEXT_COLUMNS if column in columns]
+    strings = [
+        column
+        for column, values in columns.items()
+        if values and all(isinstance(value, str) for value in values)
     ]
-    splits: dict[str, list[str]] = {}
-    for name in parts:
-        for split, pattern in rules:
-            if pattern.match(name):
-                splits.setdefault(split, []).append(name)
-                break
-    return splits
-
-
-log = logging.getLogger(__name__)
-
-Kind = Literal["table", "tokens", "text", "other"]
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-
-# A path that ends so and is not there is a typing mistake, not the name of a data set.
-FILE_SUFFIXES = TABLE_SUFFIXES | TOKEN_SUFFIXES | {".txt", ".md", ".py", *PACKED}
-
-# In the stamp of what earlier versions read in another way (a column guessed by one row, a CSV of
-# semicolons, a byte-order mark): the tokens that they kept are not these.
-READ_ANEW = "2"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a corpus comes from, not yet read."""
-
-    name: str
-    """For people."""
-
-    stamp: tuple[str, ...]
-    """What the token cache knows it by: names, sizes and times of files. A Hub data set's is its
-    name, so that a resumed run reads the tokens it began with, online or not."""
-
-    train: Callable[[], Iterator[Piece]]
-    """Opens the documents: all of them, or those for training where `held_out` is given."""
-
-    held_out: Callable[[], Iterator[Piece]] | None = None
-    """Opens the held-out documents; None where the split is cut by sequence."""
-
-    remote: bool = False
-
-
-def open_source(cfg: DataConfig, vocabulary: int) -> Source:
-    """Return the source that `cfg` names.
-
-    Args:
-        cfg: `source`, `text_column`, `split` and, for `stdlib`, `held_out` are read.
-        vocabulary: number of the tokenizer's ids; sets the width of a bare `.bin` file.
-
-    Raises:
-        InputError: if there is nothing to read under that name.
-    """
-    if cfg.source == "stdlib":
-        _refuse_split(cfg)
-        return _stdlib(cfg)
-    path = Path(cfg.source).expanduser()
-    if path.is_dir():
-        one = ("dataset_info.json", "state.json")
-        if (path / "dataset_dict.json").exists() or all((path / f).exists() for f in one):
-            return _saved(cfg, path)
-        return _files(cfg, *_chosen(path, cfg.split), vocabulary)
-    if path.is_file():
-        _refuse_split(cfg)
-        kind = _kind(path)
-        # One file of an unknown name may be text all the same: opening it tells.
-        return _files(cfg, [path], "text" if kind == "other" else kind, vocabulary)
-    if not HUB_NAME.fullmatch(cfg.source) or path.suffix.lower() in FILE_SUFFIXES:
-        raise InputError(
-            "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
-            f"nothing at {cfg.source}: check the path"
-        )
-    stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column))
-    if cfg.text_column is None:
-        stamp = (*stamp, READ_ANEW)
-    documents = partial(hub_pieces, cfg.source, split=cfg.split, text_column=cfg.text_column)
-    return Source(cfg.source, stamp, documents, remote=True)
-
-
-def _refuse_split(cfg: DataConfig) -> None:
-    if cfg.split not in ("train", "all"):
-        raise InputError(no_split(cfg.split, cfg.source, []))
-
-
-def _stdlib(cfg: DataConfig) -> Source:
-    # Whole percents: the bundled model never saw the files below 5, at any share that is asked for.
-    percent = max(1, round(100 * cfg.held_out))
-    paths = stdlib_paths()
-    names = sorted(paths, key=_hashed)
-
-    def documents(held_out: bool) -> Iterator[Piece]:
-        for name in names:
-            if is_held_out(name, percent) == held_out and (text := read_utf8(paths[name])):
-                yield Piece(text, ends=True)
-
-    stamp = ("stdlib", str(percent), *_stamp(list(paths.values())))
-    return Source("stdlib", stamp, partial(documents, False), partial(documents, True))
-
-
-def _saved(cfg: DataConfig, folder: Path) -> Source:
-    rows = partial(saved_rows, folder, cfg.split)
-    # Of several splits, one: its size is what the preview estimates tokens by.
-    inner = folder / cfg.split
-    files = sorted((inner if inner.is_dir() else folder).rglob("*.*"))
-    stamp = (*_stamp(files), cfg.split, str(cfg.text_column), READ_ANEW)
-    return Source(str(folder), stamp, partial(_rows, rows, cfg, str(folder)))
-
-
-def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> Source:
-    def documents() -> Iterator[Piece]:
-        if kind == "table":
-            yield from table_pieces(paths, cfg.text_column)
-            return
-        for path in paths:
-            if kind == "tokens":
-                yield from token_pieces(path, vocabulary)
-            elif unpacked(path) == path and not looks_like_text(path):
-                raise not_text(path)
-            else:
-                yield from text_pieces(path)
-
-    sidecars = [path.with_name(path.name + ".json") for path in paths if kind == "tokens"]
-    stamp = (
-        *_stamp(paths + [path for path in sidecars if path.exists()]),
-        str(cfg.text_column),
+    if named:
+        return next((column for column in named if column in strings), named[0])
+    if len(strings) == 1 and reads_like_text(columns[strings[0]]):
+        return strings[0]
+    raise InputError(
+        f"expected a column of text in {name}, found {_described(columns)}: {_advice(columns)}"
     )
-    if kind == "table" or (kind == "text" and any(map(starts_with_bom, paths))):
-        stamp = (*stamp, READ_ANEW)
-    return Source(cfg.source, stamp, documents)
 
 
-def _rows(rows: Callable[[], Iterator[dict]], cfg: DataConfig, name: str) -> Iterator[Piece]:
-    return row_pieces(rows(), text_column=cfg.text_column, name=name)
+def _by_column(head: list[Row]) -> dict[str, list[Any]]:
+    """Return what each column holds in the first rows, but for what is missing or empty."""
+
+    def held(value: Any) -> bool:
+        return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+
+    names = dict.fromkeys(chain(*head))
+    return {name: [row[name] for row in head if held(row.get(name))] for name in names}
 
 
-def _chosen(folder: Path, split: str) -> tuple[list[Path], Kind]:
-    """Return a folder's files of the kind that most of them are, in reading order."""
-    kinds: dict[Path, Kind] = {}
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            kinds[path] = _kind(path)
-    # What stands beside a data set says nothing of its kind.
-    counts = Counter(kinds[path] for path in kinds if path.stem not in ("README", "LICENSE"))
-    ranking: tuple[Kind, ...] = ("tokens", "table", "text")
-    kind = max(ranking, key=lambda kind: counts[kind])
-    if not counts[kind]:
-        kind = "text"  # nothing but these
-    paths = [path for path in kinds if kinds[path] == kind]
-    if not paths:
-        for path in filter(is_utf16, kinds):
-            raise not_text(path)
-        raise InputError(
-            f"expected text, tables or token arrays in {folder}, found {len(kinds)} files, none of "
-            "them readable"
-        )
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    read = files_of_split(split, folder, sorted(names), is_text=kind == "text")
-    if others := len(kinds) - len(paths):
-        log.info("%s: read as %s, %d other files left out", folder, kind, others)
-    if others := len(names) - len(read):
-        log.info("%s: split %s, %d files of others left out", folder, split, others)
-    # Text by hash, so that the first thousand files are like the rest; shards in their own order.
-    return [names[name] for name in sorted(read, key=_hashed if kind == "text" else str)], kind
+def reads_like_text(values: list[str]) -> bool:
+    """Whether strings are sentences or code rather than identifiers, URLs, dates, labels or JSON.
+
+    That is: at least five words each, on average, by their first 2000 characters. A word is up to
+    40 characters between spaces with a letter among them and no `://`, or one letter of a script
+    that is written without spaces. Values that are JSON objects or arrays have none.
+    """
+    n_words = sum(0 if _is_json(value) else len(WORD.findall(value[:LOOK])) for value in values)
+    return n_words >= WORDS * len(values)
 
 
-def _kind(path: Path) -> Kind:
-    suffix = unpacked(path).suffix.lower()
-    if path.suffix.lower() in TOKEN_SUFFIXES:
-        return "tokens"
-    if Path(path.stem).suffix.lower() in TOKEN_SUFFIXES:
-        return "other"  # `ids.bin.json` says the width of `ids.bin`; packed, it cannot be mapped
-    if suffix in TABLE_SUFFIXES:
-        return "table"
-    return "text" if unpacked(path) != path or looks_like_text(path) else "other"
+def _is_json(value: str) -> bool:
+    if not value.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        return isinstance(json.loads(value), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _hashed(name: str) -> str:
-    return sha256(name.encode()).hexdigest()
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def _stamp(paths: list[Path]) -> tuple[str, ...]:
-    """Return what changes when one of the files does, or their order."""
-    facts = [(os.path.abspath(path), path.stat()) for path in paths]
-    return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
+def _no_column(column: str, columns: dict[str, list[Any]], name: str) -> str:
+    return (
+        f"expected a column {column!r} in {name}, found {_described(columns)}: {_advice(columns)}"
+    )
+
+
+def _advice(columns: dict[str, list[Any]]) -> str:
+    """Return what to do about columns none of which can be taken by itself."""
+    held = [values for values in columns.values() if values]
+    strings = [values for values in held if isinstance(values[0], str)]
+    if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):
+        return "name one of these with --text-column"
+    template = next(filter(None, map(_template, held)), "")
+    # Short strings, and what is empty so far, may be text; beside chats they are taken for ids.
+    if not template and (len(held) < len(columns) or not all(_is_json(v[0]) for v in strings)):
+        return "none of these reads like text; if one is, name it with --text-column"
+    return f"none of these is a column of text; write the text out as one{template}"
+
+
+def _template(values: list[Any]) -> str:
+    """Return by what chats become strings, after a comma; nothing if these are no chats."""
+    turns = values[0] if values else None
+    if isinstance(turns, list) and turns:
+        turns = turns[0]
+    chats = isinstance(turns, dict) and any(keys <= turns.keys() for keys in TURNS)
+    return ", each chat by the model's chat template" if chats else ""
+
+
+def _described(columns: dict[str, list[Any]]) -> str:
+    """Return what each column holds: `id (strings like 'q-1'), messages (chats: lists of {...})`.
+
+    Of many columns the first twelve.
+    """
+    parts = [
+        f"{_start(str(column))} ({_kind_of_values(values)})" for column, values in columns.items()
+    ]
+    more = [f"{len(parts) - 12} more"] if len(parts) > 12 else []
+    return ", ".join(parts[:12] + more) or "no columns"
+
+
+def _kind_of_values(values: list[Any]) -> str:
+    if not values:
+        return "empty in the first rows"
+    value = values[0]
+    if isinstance(value, str):
+        kind = "JSON" if _is_json(value) else "text" if reads_like_text(values) else "strings"
+        return f"{kind} such as {_start(value)!r}"
+    if _is_ids(value):
+        return "lists of whole numbers"
+    if isinstance(value, list | np.ndarray):
+        lists = f"lists of {_plural(value[0])}"
+        return f"chats: {lists}" if _template(values) else lists
+    return _plural(value)
+
+
+def _start(text: str) -> str:
+    start = " ".join(text[:100].split())
+    return start if len(start) <= SHOWN else start[: SHOWN - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _plural(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(map(str, value)) + "}"
+    if isinstance(value, bool | np.bool_):
+        return "true or false"
+    if isinstance(value, int | float | np.number):
+        return "numbers"
+    return {"str": "strings", "list": "lists"}.get(type(value).__name__, type(value).__name__)
