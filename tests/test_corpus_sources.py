@@ -232,7 +232,7 @@ def test_a_longer_reading_of_other_text_is_not_taken_for_held_out(hub: HubStream
 def test_tokens_are_kept_and_found_until_text_tokenizer_or_settings_change(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.token_cache.SMALL_TOKENS", 100)
+    monkeypatch.setattr("gsae_core.lm.corpus.SMALL_TOKENS", 100)
     path = file(tmp_path / "a.txt", words(0, 900))
     first = WordTokenizer()
     before = rows(load(path, first).train)
@@ -257,7 +257,7 @@ def test_tokens_are_kept_and_found_until_text_tokenizer_or_settings_change(
 def test_a_short_reading_does_not_pass_for_a_long_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.token_cache.SMALL_TOKENS", 100)
+    monkeypatch.setattr("gsae_core.lm.corpus.SMALL_TOKENS", 100)
     path = file(
         tmp_path / "a.jsonl", "\n".join(json.dumps({"text": words(0, 900)}) for _ in "abcd")
     )
@@ -276,7 +276,7 @@ def test_little_text_is_not_kept(tmp_path: Path, cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_costs_memory_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.token_cache.SMALL_TOKENS", 100)
+    monkeypatch.setattr("gsae_core.lm.corpus.SMALL_TOKENS", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(file(tmp_path / "not-a-folder", "")))
     with caplog.at_level(logging.WARNING):
         assert load(file(tmp_path / "a.txt", words(0, 900))).n_train_tokens > 600
@@ -287,7 +287,7 @@ def test_a_cache_that_cannot_be_written_costs_memory_only(
 def test_a_full_disk_says_where_the_room_is_missing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.token_cache.SMALL_TOKENS", 100)
+    monkeypatch.setattr("gsae_core.lm.corpus.SMALL_TOKENS", 100)
     monkeypatch.setattr(
         "tempfile.mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "tmp"))
     )

@@ -4,14 +4,22 @@ What is counted: every position that holds neither BOS nor EOS nor padding (arXi
 nothing of these; leaving them out of training and averages is Gemma Scope's way).
 
 The split comes before anything else: by file for `stdlib`, else by sequence, evenly spread.
+
+Rows of token ids are kept in files that later runs find again and map into memory. A file is named
+by everything that decides its rows and by how far the source was read; it appears whole (written
+beside its place, then renamed), so runs that tokenise the same text at once do no harm.
 """
 
 import logging
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from io import FileIO
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,185 +30,11 @@ from torch import Tensor
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
 from gsae_core.lm.readers import Part, narrowest, open_source
-from gsae_core.lm.token_cache import Cached, cache_key, find, keep, tokenizer_key
-
-# Characters (or ids) that are tokenised in one call: enough to keep every core busy.
-SMALLEST_BLOCK, LARGEST_BLOCK = 2**12, 2**22
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ids become rows: decided from a config, a tokenizer and, for token arrays, the data."""
-
-    n_ctx: int
-    bos: int | None
-    """Id in front of every row, or None."""
-
-    separator: int | None
-    """Id after every document: EOS, else BOS, else none."""
-
-    special: tuple[int, ...]
-    """Ids that are never counted: BOS, EOS, padding and the separator."""
-
-    vocabulary: int
-    as_they_are: bool = False
-    """Whether the source's own rows are kept."""
-
-    starts_with_bos: bool = False
-    """Whether rows start with BOS, put there by us or by the maker of the token array."""
-
-    @property
-    def dtype(self) -> str:
-        return narrowest(self.vocabulary)
-
-
-def choose_layout(cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int) -> Layout:
-    """Return the layout of text.
-
-    Raises:
-        InputError: if the context is longer than the model's or has room for nothing but BOS, or
-            BOS is asked of a tokenizer that has none.
-    """
-    n_ctx = cfg.n_ctx or min(model_n_ctx, 256)
-    if n_ctx > model_n_ctx:
-        raise InputError(
-            f"expected n_ctx of at most {model_n_ctx}, the model's context, got {n_ctx}: lower "
-            "n_ctx or leave it out"
-        )
-    if cfg.bos == "always" and tokenizer.bos_token_id is None:
-        raise InputError(
-            "expected a tokenizer with a BOS token for bos='always', got one without: use "
-            "bos='auto' or 'never'"
-        )
-    if n_ctx < 2:
-        raise InputError(f"expected n_ctx of at least 2, got {n_ctx}: nothing can be predicted")
-    eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
-    return Layout(
-        n_ctx=n_ctx,
-        bos=None if cfg.bos == "never" else bos,
-        separator=bos if eos is None else eos,
-        special=tuple(sorted({id_ for id_ in (bos, eos, pad) if id_ is not None})),
-        vocabulary=len(tokenizer),
-        starts_with_bos=cfg.bos != "never" and bos is not None,
-    )
-
-
-def settle_layout(
-    layout: Layout, parts: Iterator[Part], cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int
-) -> tuple[Layout, Iterator[Part]]:
-    """Return the layout after a look at the first 64 documents, and all the parts.
-
-    Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows if
-    that length is the context's and they start with BOS as `cfg.bos` asks.
-    """
-    head = list(islice(parts, 64))
-    parts = chain(head, parts)
-    rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
-    lengths = {len(row) for row in rows}
-    if len(rows) < len(head) or len(lengths) != 1:
-        return layout, parts
-    (length,) = lengths
-    with_bos = tokenizer.bos_token_id is not None and all(
-        row[0] == tokenizer.bos_token_id for row in rows
-    )
-    fits = length == cfg.n_ctx if cfg.n_ctx else 2 <= length <= model_n_ctx
-    if not fits or (cfg.bos == "always" and not with_bos) or (cfg.bos == "never" and with_bos):
-        return layout, parts
-    return (
-        Layout(
-            n_ctx=length,
-            bos=None,
-            separator=None,
-            special=layout.special,
-            vocabulary=layout.vocabulary,
-            as_they_are=True,
-            starts_with_bos=with_bos,
-        ),
-        parts,
-    )
-
-
-def pack(
-    parts: Iterator[Part], layout: Layout, tokenizer: Any, *, wanted: Callable[[], float]
-) -> Iterator[np.ndarray]:
-    """Yield blocks of rows (n, n_ctx) for as long as somebody takes them.
-
-    Args:
-        wanted: returns how many more tokens are wanted; asked before each block, so that the last
-            blocks are small and little is read in vain.
-
-    Raises:
-        InputError: if an id is outside the tokenizer's vocabulary.
-    """
-    carry = np.empty(0, layout.dtype)
-    width = layout.n_ctx - (layout.bos is not None)
-    while block := _block(parts, wanted()):
-        ids = np.concatenate([carry, *_ids(block, layout, tokenizer)])
-        n = len(ids) // width
-        rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
-        if layout.bos is not None:
-            rows = np.insert(rows, 0, layout.bos, axis=1)
-        yield rows
-
-
-def _block(parts: Iterator[Part], wanted: float) -> list[Part]:
-    """Return the next parts, of about `2 wanted` characters together; none at the end."""
-    # Text has three or four characters a token: two a token stops short rather than beyond.
-    size = min(max(2 * wanted, SMALLEST_BLOCK), LARGEST_BLOCK)
-    block: list[Part] = []
-    while size > 0 and (part := next(parts, None)) is not None:
-        block.append(part)
-        size -= len(part.content)
-    return block
-
-
-def _ids(block: list[Part], layout: Layout, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the ids of each part and, after a document's end, the separator."""
-    texts = [part.content for part in block if isinstance(part.content, str)]
-    encoded = iter(_tokenise(texts, tokenizer) if texts else ())
-    for part in block:
-        if isinstance(part.content, str):
-            yield np.array(next(encoded), layout.dtype)
-        else:
-            yield _checked(part, layout)
-        if part.ends and layout.separator is not None:
-            yield np.array([layout.separator], layout.dtype)
-
-
-def _tokenise(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # Not verbose: the warning that a text exceeds the model's context is for those who do not cut.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-
-
-def _checked(part: Part, layout: Layout) -> np.ndarray:
-    """Return the ids of a token array, without the BOS and EOS that packing puts there itself."""
-    ids = np.asarray(part.content)
-    if len(ids) and (ids.min() < 0 or ids.max() >= layout.vocabulary):
-        wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise InputError(
-            f"expected token ids from 0 to {layout.vocabulary - 1}, got {wrong}: were they made by "
-            "another tokenizer, or stored in another width?"
-        )
-    if layout.as_they_are:
-        if len(ids) != layout.n_ctx:
-            raise InputError(
-                f"expected rows of {layout.n_ctx} token ids like the first ones, got one of "
-                f"{len(ids)}: give n_ctx to have the rows packed anew"
-            )
-    elif part.ends:
-        edges = [layout.bos, layout.separator]
-        start = int(len(ids) > 0 and ids[0] in edges)
-        stop = len(ids) - int(len(ids) > start and ids[-1] in edges)
-        ids = ids[start:stop]
-    return ids.astype(layout.dtype)
-
+from gsae_core.machine import cache_folder
 
 log = logging.getLogger(__name__)
 
-# `stdlib` can spare as many held-out tokens for a short run as a trustworthy loss takes.
-HELD_OUT_TOKENS = 2**18
+# --- Sequences
 
 # Rows whose counted tokens are found at once: bounds the temporary masks to a few MB.
 COUNT_ROWS = 2**12
@@ -255,6 +89,20 @@ class SequenceSet:
         return int(self.counts.sum())
 
 
+def _is_counted(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
+    mask = np.ones(rows.shape, bool)
+    for id_ in special:
+        mask &= rows != id_
+    return mask
+
+
+def _count(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
+    """Return the counted tokens of each row, int64 (n,)."""
+    starts = range(0, len(rows), COUNT_ROWS)
+    parts = [_is_counted(rows[start : start + COUNT_ROWS], special).sum(1) for start in starts]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A training and a held-out split, and what was decided on the way."""
@@ -284,9 +132,8 @@ class Corpus:
         n = len(self.train)
         ends = np.unique(np.r_[: min(n, 64), max(0, n - 64) : n])
         ids = self.train[ends].ids.numpy()
-        return sha256(
-            repr((n, self.n_train_tokens, ids.shape)).encode() + ids.tobytes()
-        ).hexdigest()
+        head = repr((n, self.n_train_tokens, ids.shape)).encode()
+        return sha256(head + ids.tobytes()).hexdigest()
 
     @property
     def starts(self) -> list[str]:
@@ -297,6 +144,12 @@ class Corpus:
         sizes = [4**i for i in range(7) if 4**i <= len(self.train)]
         ids = self.train[: max(sizes, default=0)].ids.numpy()
         return [sha256(ids[:size].tobytes()).hexdigest()[:16] for size in sizes]
+
+
+# --- Reading as far as wanted, and the split
+
+# `stdlib` can spare as many held-out tokens for a short run as a trustworthy loss takes.
+HELD_OUT_TOKENS = 2**18
 
 
 def load_corpus(
@@ -326,86 +179,31 @@ def load_corpus(
         InputError: if the source cannot be read, has no text, or does not fill two sequences; or if
             n_ctx or BOS do not suit the model.
     """
-    layout = choose_layout(cfg, tokenizer, model_n_ctx=model_n_ctx)
-    source = open_source(cfg, layout.vocabulary)
-    settings = (cfg.n_ctx, cfg.bos, model_n_ctx, tokenizer_key(tokenizer), source.stamp)
-
-    trouble: list[str] = []
-
-    def read(documents: Callable[[], Iterator[Part]], wanted: _Wanted) -> Cached:
-        key = cache_key(*settings, wanted.share, documents is source.held_out)
-        found = find(key, wanted.n_tokens, layout.dtype)
-        if not found:
-            return read_anew(documents, wanted, key, before=None)
-        first = found[0]
-        for each in found:
-            enough = each.whole or wanted.has_held_out(each.rows, layout.special)
-            # A data set on the Hub is known by its name, and may have changed between the two.
-            if enough and (each is first or _begins_with(each.rows, first.rows)):
-                log.info("tokens of an earlier reading of %s", source.name)
-                return each
-        try:
-            return read_anew(documents, wanted, key, before=first.rows)
-        except InputError as error:
-            # Training does not need it, so a run from a source that is out of reach goes on.
-            trouble.append(f"no more than what was read before could be read ({error})")
-            log.warning("held-out text: %s", trouble[0])
-            return first
-
-    def read_anew(
-        documents: Callable[[], Iterator[Part]],
-        wanted: _Wanted,
-        key: str,
-        before: np.ndarray | None,
-    ) -> Cached:
-        parts = documents()
-        first = next(parts, None)
-        if first is None:
-            raise InputError(f"expected some text in {source.name}, got none")
-        settled, parts = settle_layout(
-            layout, chain([first], parts), cfg, tokenizer, model_n_ctx=model_n_ctx
-        )
-        reading = _Reading(parts, settled, tokenizer, wanted)
-        rows = keep(
-            iter(reading) if before is None else _going_on(iter(reading), before, source.name),
-            key,
-            starts_with_bos=settled.starts_with_bos,
-            reach=lambda: reading.reach,
-            always=source.remote,
-        )
-        return Cached(rows, settled.starts_with_bos, reading.reach is None)
-
-    share = cfg.held_out
-    if source.held_out is None:
-        wanted = _Wanted(n_tokens, n_held_out, share)
-        rows, bos, _ = read(source.train, wanted)
-        train, held_out = _split(rows, layout.special, wanted)
+    reader = _Reader(cfg, tokenizer, model_n_ctx)
+    name, share = reader.source.name, cfg.held_out
+    if reader.source.held_out is None:
+        train, held_out, tokens = reader.splits(_Wanted(n_tokens, n_held_out, share))
     else:
-        wanted = _Wanted(n_tokens, 0, 0.0)
-        rows, bos, _ = read(source.train, wanted)
-        train, _ = _split(rows, layout.special, wanted)
+        train, _, tokens = reader.splits(_Wanted(n_tokens, 0, 0.0))
         limit = None
         if n_tokens is not None:
-            in_proportion = math.ceil(n_tokens * share / (1 - share))
-            limit = max(HELD_OUT_TOKENS, in_proportion, n_held_out)
-        wanted = _Wanted(limit, 0, 0.0)
-        held_out, _ = _split(read(source.held_out, wanted).rows, layout.special, wanted)
+            limit = max(HELD_OUT_TOKENS, math.ceil(n_tokens * share / (1 - share)), n_held_out)
+        held_out, _, _ = reader.splits(_Wanted(limit, 0, 0.0), held_out=True)
+    n_ctx = tokens.rows.shape[1]
     if not len(train) or not len(held_out):
         raise InputError(
-            f"expected enough text in {source.name} for a training and a held-out sequence of "
-            f"{rows.shape[1]} tokens, got {len(rows)} in all: give more text, a smaller n_ctx or "
-            "another held_out"
+            f"expected enough text in {name} for a training and a held-out sequence of {n_ctx} "
+            f"tokens, got {len(tokens.rows)} in all: give more text, a smaller n_ctx or another "
+            "held_out"
         )
-    corpus = Corpus(train, held_out, source.name, rows.shape[1], bos)
-    if trouble:
-        corpus = replace(corpus, shortage=trouble[0])
+    corpus = Corpus(train, held_out, name, n_ctx, tokens.starts_with_bos, reader.shortage)
     log.info(
         "%s: %d training and %d held-out tokens in sequences of %d, %s BOS",
-        corpus.name,
+        name,
         corpus.n_train_tokens,
         corpus.n_held_out_tokens,
-        corpus.n_ctx,
-        "with" if bos else "without",
+        n_ctx,
+        "with" if corpus.bos else "without",
     )
     return corpus
 
@@ -420,47 +218,99 @@ class _Wanted(NamedTuple):
     share: float
     """Of the sequences that are held out; 0: none is."""
 
-    def has_held_out(self, rows: np.ndarray, special: tuple[int, ...]) -> bool:
-        """Return whether there are as many held-out tokens as wanted among rows."""
-        if not self.n_held_out:
-            return True
-        held_out = np.flatnonzero(_held_out(0, len(rows), self.share))
-        return int(_count(rows[held_out], special).sum()) >= self.n_held_out
-
-
-class _Reading:
-    """Blocks of rows, until there are as many counted tokens among them as wanted."""
-
-    def __init__(
-        self, parts: Iterator[Part], layout: Layout, tokenizer: Any, wanted: _Wanted
-    ) -> None:
-        self._pieces, self._layout, self._tokenizer = parts, layout, tokenizer
-        self._wanted = wanted
-        self._n_tokens = self._n_held_out = 0
-        self.reach: int | None = None
-        """Training tokens there were when reading stopped; None: the source ended first."""
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        n_rows = 0
-        blocks = pack(self._pieces, self._layout, self._tokenizer, wanted=self._missing)
-        for rows in blocks:
-            yield rows
-            counts = _count(rows, self._layout.special)
-            held_out = _held_out(n_rows, n_rows + len(rows), self._wanted.share)
-            self._n_tokens += int(counts[~held_out].sum())
-            self._n_held_out += int(counts[held_out].sum())
-            n_rows += len(rows)
-            if self._missing() <= 0:
-                self.reach = self._n_tokens
-                return
-
-    def _missing(self) -> float:
-        """Return about how many more tokens are wanted; none if there are enough of both kinds."""
-        n_tokens, n_held_out, share = self._wanted
-        missing = math.inf if n_tokens is None else float(n_tokens - self._n_tokens)
-        if n_held_out > self._n_held_out:
-            missing = max(missing, (n_held_out - self._n_held_out) / share)
+    def missing(self, n_tokens: int, n_held_out: int) -> float:
+        """Return about how many more tokens to read; none if there are enough of both kinds."""
+        missing = math.inf if self.n_tokens is None else float(self.n_tokens - n_tokens)
+        if self.n_held_out > n_held_out:
+            missing = max(missing, (self.n_held_out - n_held_out) / self.share)
         return missing
+
+
+class _Reader:
+    """Reads the rows of a source, from the token cache where it has them.
+
+    Attributes:
+        source: what is read.
+        shortage: why there are not more held-out tokens.
+    """
+
+    def __init__(self, cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> None:
+        self._cfg, self._tokenizer, self._model_n_ctx = cfg, tokenizer, model_n_ctx
+        self._packing = choose_packing(cfg, tokenizer, model_n_ctx=model_n_ctx)
+        self.source = open_source(cfg, self._packing.vocabulary)
+        settings = (cfg.n_ctx, cfg.bos, model_n_ctx, tokenizer_key(tokenizer))
+        self._settings = (FORMAT, *settings, self.source.stamp)
+        self.shortage = Corpus.shortage
+
+    def splits(
+        self, wanted: _Wanted, *, held_out: bool = False
+    ) -> tuple[SequenceSet, SequenceSet, "_Tokens"]:
+        """Return the training and the held-out sequences as far as wanted, and what they are of.
+
+        Args:
+            held_out: read the documents that the source itself holds out.
+        """
+        tokens = self._tokens(wanted, held_out)
+        special = self._packing.special
+        counts = _count(tokens.rows, special)
+        is_held_out = _held_out(0, len(counts), wanted.share)
+        last = _reaching(np.where(is_held_out, 0, counts), wanted.n_tokens)
+        # Of what follows, sequences that the split holds out, and no training one.
+        beyond = max(last, _reaching(np.where(is_held_out, counts, 0), wanted.n_held_out))
+        index = np.flatnonzero(~is_held_out[:last]), np.flatnonzero(is_held_out[:beyond])
+        train, rest = (SequenceSet(tokens.rows, special, each, counts[each]) for each in index)
+        return train, rest, tokens
+
+    def _tokens(self, wanted: _Wanted, held_out: bool) -> "_Tokens":
+        key = sha256(repr((*self._settings, wanted.share, held_out)).encode()).hexdigest()[:32]
+        known = _find(key, wanted.n_tokens, self._packing.dtype)
+        if not known:
+            return self._read(wanted, held_out, key, before=None)
+        first = known[0]
+        for each in known:
+            # A data set on the Hub is known by its name, and may have changed between the two.
+            if self._has_enough(each, wanted) and _begins_with(each.rows, first.rows):
+                log.info("tokens of an earlier reading of %s", self.source.name)
+                return each
+        try:
+            return self._read(wanted, held_out, key, before=first.rows)
+        except InputError as error:
+            # Training does not need it, so a run from a source that is out of reach goes on.
+            self.shortage = f"no more than what was read before could be read ({error})"
+            log.warning("held-out text: %s", self.shortage)
+            return first
+
+    def _has_enough(self, tokens: "_Tokens", wanted: _Wanted) -> bool:
+        """Whether rows hold as many held-out tokens as wanted, or there are no more."""
+        if tokens.whole or not wanted.n_held_out:
+            return True
+        held_out = np.flatnonzero(_held_out(0, len(tokens.rows), wanted.share))
+        counts = _count(tokens.rows[held_out], self._packing.special)
+        return int(counts.sum()) >= wanted.n_held_out
+
+    def _read(
+        self, wanted: _Wanted, held_out: bool, key: str, before: np.ndarray | None
+    ) -> "_Tokens":
+        open_documents = self.source.held_out if held_out else self.source.train
+        assert open_documents is not None
+        parts = open_documents()
+        first = next(parts, None)
+        if first is None:
+            raise InputError(f"expected some text in {self.source.name}, got none")
+        packing, parts = settle_packing(
+            self._packing,
+            chain([first], parts),
+            self._cfg,
+            self._tokenizer,
+            model_n_ctx=self._model_n_ctx,
+        )
+        reading = _Reading(parts, packing, self._tokenizer, wanted)
+        blocks = iter(reading)
+        if before is not None:
+            blocks = _going_on(blocks, before, self.source.name)
+        bos, always = packing.starts_with_bos, self.source.remote
+        rows = _keep(blocks, key, bos=bos, reach=lambda: reading.reach, always=always)
+        return _Tokens(rows, bos, reading.reach is None)
 
 
 def _going_on(blocks: Iterator[np.ndarray], before: np.ndarray, name: str) -> Iterator[np.ndarray]:
@@ -473,8 +323,7 @@ def _going_on(blocks: Iterator[np.ndarray], before: np.ndarray, name: str) -> It
     """
     n_rows = 0
     for rows in blocks:
-        known = before[n_rows : n_rows + len(rows)]
-        if not _begins_with(rows, known):
+        if not _begins_with(rows, before[n_rows : n_rows + len(rows)]):
             break
         yield rows
         n_rows += len(rows)
@@ -485,7 +334,7 @@ def _going_on(blocks: Iterator[np.ndarray], before: np.ndarray, name: str) -> It
 
 
 def _begins_with(rows: np.ndarray, known: np.ndarray) -> bool:
-    return np.array_equal(rows[: len(known)], known)
+    return rows is known or np.array_equal(rows[: len(known)], known)
 
 
 def _held_out(start: int, stop: int, share: float) -> np.ndarray:
@@ -497,20 +346,6 @@ def _held_out(start: int, stop: int, share: float) -> np.ndarray:
     return edges[1:] > edges[:-1]
 
 
-def _split(
-    rows: np.ndarray, special: tuple[int, ...], wanted: _Wanted
-) -> tuple[SequenceSet, SequenceSet]:
-    """Return the training and the held-out sequences among as many rows as are wanted."""
-    counts = _count(rows, special)
-    held_out = _held_out(0, len(rows), wanted.share)
-    last = _reaching(np.where(held_out, 0, counts), wanted.n_tokens)
-    # Of what follows, sequences that the split holds out, and no training one.
-    beyond = max(last, _reaching(np.where(held_out, counts, 0), wanted.n_held_out))
-    parts = [np.flatnonzero(~held_out[:last]), np.flatnonzero(held_out[:beyond])]
-    train, rest = (SequenceSet(rows, special, index, counts[index]) for index in parts)
-    return train, rest
-
-
 def _reaching(counts: np.ndarray, n_tokens: int | None) -> int:
     """Return how many rows hold so many tokens; all where there are fewer, or None is said."""
     if n_tokens is None:
@@ -518,15 +353,288 @@ def _reaching(counts: np.ndarray, n_tokens: int | None) -> int:
     return min(int(np.searchsorted(np.cumsum(counts), n_tokens)) + 1, len(counts))
 
 
-def _is_counted(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
-    mask = np.ones(rows.shape, bool)
-    for id_ in special:
-        mask &= rows != id_
-    return mask
+# --- Documents to rows
+
+# Characters (or ids) that are tokenised in one call: enough to keep every core busy.
+SMALLEST_BLOCK, LARGEST_BLOCK = 2**12, 2**22
 
 
-def _count(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
-    """Return the counted tokens of each row, int64 (n,)."""
-    starts = range(0, len(rows), COUNT_ROWS)
-    parts = [_is_counted(rows[start : start + COUNT_ROWS], special).sum(1) for start in starts]
-    return np.concatenate([np.empty(0, np.int64), *parts])
+@dataclass(frozen=True)
+class Packing:
+    """How ids become rows: decided from a config, a tokenizer and, for token arrays, the data."""
+
+    n_ctx: int
+    bos: int | None
+    """Id in front of every row, or None."""
+
+    separator: int | None
+    """Id after every document: EOS, else BOS, else none."""
+
+    special: tuple[int, ...]
+    """Ids that are never counted: BOS, EOS, padding and the separator."""
+
+    vocabulary: int
+    as_they_are: bool = False
+    """Whether the source's own rows are kept."""
+
+    starts_with_bos: bool = False
+    """Whether rows start with BOS, put there by us or by the maker of the token array."""
+
+    @property
+    def dtype(self) -> str:
+        return narrowest(self.vocabulary)
+
+
+def choose_packing(cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int) -> Packing:
+    """Return how text is packed.
+
+    Raises:
+        InputError: if the context is longer than the model's or has room for nothing but BOS, or
+            BOS is asked of a tokenizer that has none.
+    """
+    n_ctx = cfg.n_ctx or min(model_n_ctx, 256)
+    if n_ctx > model_n_ctx:
+        raise InputError(
+            f"expected n_ctx of at most {model_n_ctx}, the model's context, got {n_ctx}: lower "
+            "n_ctx or leave it out"
+        )
+    if cfg.bos == "always" and tokenizer.bos_token_id is None:
+        raise InputError(
+            "expected a tokenizer with a BOS token for bos='always', got one without: use "
+            "bos='auto' or 'never'"
+        )
+    if n_ctx < 2:
+        raise InputError(f"expected n_ctx of at least 2, got {n_ctx}: nothing can be predicted")
+    eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
+    return Packing(
+        n_ctx=n_ctx,
+        bos=None if cfg.bos == "never" else bos,
+        separator=bos if eos is None else eos,
+        special=tuple(sorted({id_ for id_ in (bos, eos, pad) if id_ is not None})),
+        vocabulary=len(tokenizer),
+        starts_with_bos=cfg.bos != "never" and bos is not None,
+    )
+
+
+def settle_packing(
+    packing: Packing, parts: Iterator[Part], cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int
+) -> tuple[Packing, Iterator[Part]]:
+    """Return the packing after a look at the first 64 documents, and all the parts.
+
+    Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows if
+    that length is the context's and they start with BOS as `cfg.bos` asks.
+    """
+    head = list(islice(parts, 64))
+    parts = chain(head, parts)
+    rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
+    lengths = {len(row) for row in rows}
+    if len(rows) < len(head) or len(lengths) != 1:
+        return packing, parts
+    (length,) = lengths
+    bos = tokenizer.bos_token_id
+    with_bos = bos is not None and all(row[0] == bos for row in rows)
+    fits = length == cfg.n_ctx if cfg.n_ctx else 2 <= length <= model_n_ctx
+    if not fits or (cfg.bos == "always" and not with_bos) or (cfg.bos == "never" and with_bos):
+        return packing, parts
+    kept = {"bos": None, "separator": None, "as_they_are": True, "starts_with_bos": with_bos}
+    return replace(packing, n_ctx=length, **kept), parts
+
+
+class _Reading:
+    """Blocks of rows (n, n_ctx), until there are as many counted tokens among them as wanted.
+
+    Attributes:
+        reach: training tokens there were when reading stopped; None: the source ended first.
+
+    Raises:
+        InputError: while iterating, if an id is outside the tokenizer's vocabulary.
+    """
+
+    def __init__(
+        self, parts: Iterator[Part], packing: Packing, tokenizer: Any, wanted: _Wanted
+    ) -> None:
+        self._parts, self._packing, self._tokenizer = parts, packing, tokenizer
+        self._wanted = wanted
+        self.reach: int | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        packing, wanted = self._packing, self._wanted
+        carry = np.empty(0, packing.dtype)
+        width = packing.n_ctx - (packing.bos is not None)
+        n_rows = n_tokens = n_held_out = 0
+        missing = wanted.missing(0, 0)
+        # Asked before each block, so that the last blocks are small and little is read in vain.
+        while block := self._block(missing):
+            ids = np.concatenate([carry, *self._ids(block)])
+            n = len(ids) // width
+            rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
+            if packing.bos is not None:
+                rows = np.insert(rows, 0, packing.bos, axis=1)
+            yield rows
+            counts = _count(rows, packing.special)
+            held_out = _held_out(n_rows, n_rows + n, wanted.share)
+            n_rows += n
+            n_tokens += int(counts[~held_out].sum())
+            n_held_out += int(counts[held_out].sum())
+            missing = wanted.missing(n_tokens, n_held_out)
+            if missing <= 0:
+                self.reach = n_tokens
+                return
+
+    def _block(self, missing: float) -> list[Part]:
+        """Return the next parts, of about `2 missing` characters together; none at the end."""
+        # Text has three or four characters a token: two a token stops short rather than beyond.
+        size = min(max(2 * missing, SMALLEST_BLOCK), LARGEST_BLOCK)
+        block: list[Part] = []
+        while size > 0 and (part := next(self._parts, None)) is not None:
+            block.append(part)
+            size -= len(part.content)
+        return block
+
+    def _ids(self, block: list[Part]) -> Iterator[np.ndarray]:
+        """Yield the ids of each part and, after a document's end, the separator."""
+        dtype, separator = self._packing.dtype, self._packing.separator
+        texts = [part.content for part in block if isinstance(part.content, str)]
+        # Not verbose: the warning that a text exceeds the model's context is for those who do not
+        # cut.
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = iter(self._tokenizer(texts, **options)["input_ids"] if texts else ())
+        for part in block:
+            if isinstance(part.content, str):
+                yield np.array(next(encoded), dtype)
+            else:
+                yield _checked(part, self._packing)
+            if part.ends and separator is not None:
+                yield np.array([separator], dtype)
+
+
+def _checked(part: Part, packing: Packing) -> np.ndarray:
+    """Return the ids of a token array, without the BOS and EOS that packing puts there itself."""
+    ids = np.asarray(part.content)
+    if len(ids) and (ids.min() < 0 or ids.max() >= packing.vocabulary):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise InputError(
+            f"expected token ids from 0 to {packing.vocabulary - 1}, got {wrong}: were they made "
+            "by another tokenizer, or stored in another width?"
+        )
+    if packing.as_they_are:
+        if len(ids) != packing.n_ctx:
+            raise InputError(
+                f"expected rows of {packing.n_ctx} token ids like the first ones, got one of "
+                f"{len(ids)}: give n_ctx to have the rows packed anew"
+            )
+    elif part.ends:
+        edges = [packing.bos, packing.separator]
+        start = int(len(ids) > 0 and ids[0] in edges)
+        stop = len(ids) - int(len(ids) > start and ids[-1] in edges)
+        ids = ids[start:stop]
+    return ids.astype(packing.dtype)
+
+
+# --- The token cache
+
+# Fewer tokens than this are tokenised again rather than kept: it takes less than a second.
+SMALL_TOKENS = 2**18
+
+# Raise it when the same source and settings come to give other rows.
+FORMAT = 1
+
+
+class _Tokens(NamedTuple):
+    """Rows (n, n_ctx) of a source."""
+
+    rows: np.ndarray
+    starts_with_bos: bool
+    whole: bool
+    """Whether they reach the source's end."""
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Return what two tokenizers share if they give the same ids."""
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+    else:
+        text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sha256(f"{text} {special}".encode()).hexdigest()
+
+
+def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
+    """Return the rows kept under `key` that reach `n_tokens` or the source's end, shortest first.
+
+    Args:
+        n_tokens: how far the source must have been read; None: to its end.
+    """
+    found: list[tuple[float, _Tokens]] = []
+    for path in sorted(cache_folder("tokens").glob(f"{key}.*.rows")):
+        _, said, n_ctx, bos, _ = path.name.split(".")
+        reach = math.inf if said == "all" else float(said)
+        if reach >= (math.inf if n_tokens is None else n_tokens):
+            rows = _mapped(path, dtype, int(n_ctx))
+            found.append((reach, _Tokens(rows, bos == "bos", said == "all")))
+    return [tokens for _, tokens in sorted(found, key=lambda each: each[0])]
+
+
+def _keep(
+    blocks: Iterator[np.ndarray],
+    key: str,
+    *,
+    bos: bool,
+    reach: Callable[[], int | None],
+    always: bool,
+) -> np.ndarray:
+    """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
+
+    Args:
+        blocks: rows (n, n_ctx), at least one block; consumed one by one.
+        bos: whether they start with BOS.
+        reach: once they are read, how many tokens they are enough for; None: the source ended.
+        always: keep few rows too, because the source is slow.
+
+    Raises:
+        InputError: if the disk fills up.
+    """
+    head = [next(blocks)]
+    while not always and sum(block.size for block in head) < SMALL_TOKENS:
+        if (block := next(blocks, None)) is None:
+            return np.concatenate(head)
+        head.append(block)
+    folder = cache_folder("tokens")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f"{key}.", suffix=".tmp", dir=folder)
+    except OSError as error:
+        # A home that cannot be written costs the next run its time and this one its memory.
+        log.warning("no token cache, so tokens stay in memory: %s", error)
+        return np.concatenate([*head, *blocks])
+    try:
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            for block in chain(head, blocks):
+                _write(file, block)
+        said, n_ctx = reach(), head[0].shape[1]
+        facts = ("all" if said is None else said, n_ctx, "bos" if bos else "plain")
+        path = folder / ".".join(map(str, (key, *facts, "rows")))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return _mapped(path, head[0].dtype, n_ctx)
+
+
+def _write(file: FileIO, block: np.ndarray) -> None:
+    # Unbuffered, so that a full disk is noticed here and not once more when the file is closed.
+    data = memoryview(block.tobytes())
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise InputError(
+            f"expected room for tokens in {cache_folder('tokens')}, got {error.strerror!r}: free "
+            "some space, or set XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+
+
+def _mapped(path: Path, dtype: Any, n_ctx: int) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty((0, n_ctx), dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r").reshape(-1, n_ctx)
