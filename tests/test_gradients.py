@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import Aux
-from gsae_core.sae.losses import gated_loss, relu_loss
+from gsae_core.sae.losses import loss
 
 TERMS = ["reconstruction", "sparsity", "auxiliary"]
 
@@ -98,7 +98,7 @@ def hearers(sae: GatedSAE | ReluSAE, term: Tensor) -> set[str]:
 def test_a_term_moves_the_parameters_the_paper_says_and_no_others(variant: str, term: str) -> None:
     options, heard = HEARD[variant]
     sae = random_gated(**options)
-    parts = gated_loss(sae, numbers(30, 4), sparsity_coeff=0.3)
+    parts = loss(sae, numbers(30, 4), sparsity_coeff=0.3)
     assert hearers(sae, getattr(parts, term)) == heard[term]
 
 
@@ -110,7 +110,7 @@ def test_the_baselines_sparsity_moves_norms_under_recipe_a_only(
     recipe: str, heard: set[str]
 ) -> None:
     sae = random_relu(recipe=recipe)
-    parts = relu_loss(sae, numbers(30, 4), sparsity_coeff=0.3)
+    parts = loss(sae, numbers(30, 4), sparsity_coeff=0.3)
     assert hearers(sae, parts.sparsity) == heard
     assert hearers(sae, parts.reconstruction) == {"W_enc", "b_enc", "b_dec", "W_dec"}
 
@@ -147,7 +147,7 @@ def closed_form(sae: GatedSAE, x: Tensor, lam: float) -> dict[str, Tensor]:
 
 def test_autograd_agrees_with_the_gradients_written_out_by_hand() -> None:
     sae, x = random_gated(), numbers(30, 4)
-    gated_loss(sae, x, sparsity_coeff=0.3).total.backward()
+    loss(sae, x, sparsity_coeff=0.3).total.backward()
     for name, expected in closed_form(sae, x, 0.3).items():
         gradient = sae.get_parameter(name).grad
         assert gradient is not None
@@ -169,7 +169,7 @@ def test_gradients_are_finite_differences_of_the_loss_with_its_copies_held(name:
             )
             return per_token.mean().item()
 
-    gated_loss(sae, x, sparsity_coeff=lam).total.backward()
+    loss(sae, x, sparsity_coeff=lam).total.backward()
     parameter = sae.get_parameter(name)
     assert parameter.grad is not None
     for index in range(parameter.numel()):
@@ -193,14 +193,14 @@ def test_the_auxiliary_term_moves_b_dec_as_an_output_bias_only_when_unfrozen(aux
     expected = -sae.W_gate @ d_gate.sum(0)  # through the centred input
     if aux == "unfrozen":
         expected = expected + 2 * e_aux.mean(0)
-    auxiliary = gated_loss(sae, x, sparsity_coeff=0.3).auxiliary
+    auxiliary = loss(sae, x, sparsity_coeff=0.3).auxiliary
     (gradient,) = torch.autograd.grad(auxiliary, [sae.b_dec])
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
 
 
 def test_recipe_a_sparsity_pulls_each_direction_shorter_by_its_latents_mean_activity() -> None:
     sae, x = random_gated(recipe="A"), numbers(30, 4)
-    sparsity = gated_loss(sae, x, sparsity_coeff=0.3).sparsity
+    sparsity = loss(sae, x, sparsity_coeff=0.3).sparsity
     (gradient,) = torch.autograd.grad(sparsity, [sae.W_dec])
     # d |w| / d w = w / |w|
     activity = sae.pre_activations(x).pi_gate.clamp(min=0).mean(0)

@@ -369,7 +369,8 @@ def test_training_such_an_sae_is_refused() -> None:
     x = numbers(8, 6)
     for kind in KINDS:
         sae = normed(kind, "layer_norm").double().requires_grad_()
-        for step in (loss, dense_step, sparse_step, manual_dense_step):
+        by_hand = [manual_dense_step] if kind in ("gated", "relu") else []
+        for step in (loss, dense_step, sparse_step, *by_hand):
             with pytest.raises(InputError, match=REFUSED):
                 step(sae, x, sparsity_coeff=0.1)
         with pytest.raises(InputError, match=REFUSED):

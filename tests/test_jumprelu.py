@@ -15,8 +15,7 @@ from gsae_core.presets import preset
 from gsae_core.runs.work.setup import load_lm, load_text
 from gsae_core.sae.architectures import JumpReluSAE, fold_scale_
 from gsae_core.sae.jumprelu import jump, step
-from gsae_core.sae.losses import dense_step, jumprelu_loss, loss
-from gsae_core.sae.sparse.dense import manual_dense_step
+from gsae_core.sae.losses import dense_step, loss
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import TrainConfig, Trainer, train
 from gsae_core.training.optimizer import DictionaryAdam
@@ -132,7 +131,7 @@ def test_the_window_estimates_the_slope_of_the_expected_count() -> None:
 
 def test_each_term_of_the_loss() -> None:
     # x_hat = (2.2, 1.6): 0.8^2 + 0.6^2 = 1;  one latent fires, times lambda = 0.5
-    parts = jumprelu_loss(worked_example(), X, sparsity_coeff=0.5)
+    parts = loss(worked_example(), X, sparsity_coeff=0.5)
     assert [term.item() for term in parts] == pytest.approx([1.0, 0.5, 0.0])
 
 
@@ -140,11 +139,11 @@ def test_the_gradient_of_a_threshold_by_hand() -> None:
     # Latent 1 is the only one in its window: z - theta = 1.5 - 1.6 = -0.1, eps = 0.4.
     # Reconstruction: 2 (x_hat - x) . d_1 = 2 (2.2 - 3) = -1.6, times -(1.6 / 0.4) = 6.4.
     # Penalty: lambda = 0.5 times -(1 / 0.4) = -1.25.
-    for take in (None, dense_step, sparse_step, manual_dense_step):
+    for take in (None, dense_step, sparse_step):
         sae = worked_example(bandwidth=0.4)
         set_(sae, b_enc=[0, 0.5, -2, -3])  # latent 3 out of the way
         if take is None:
-            jumprelu_loss(sae, X, sparsity_coeff=0.5).total.backward()
+            loss(sae, X, sparsity_coeff=0.5).total.backward()
         else:
             take(sae, X, sparsity_coeff=0.5)
         assert sae.threshold.grad is not None
@@ -154,7 +153,7 @@ def test_the_gradient_of_a_threshold_by_hand() -> None:
 def test_at_a_threshold_of_zero_the_penalty_alone_is_left_and_raises_it() -> None:
     # z - theta = 1.5 and 0.1 at theta = 0 and eps = 0.4: the second latent lies in the window.
     # dtheta = -(theta df + lambda) / eps = -(0 + 0.5) / 0.4, whatever the reconstruction wants.
-    for take in (dense_step, sparse_step, manual_dense_step):
+    for take in (dense_step, sparse_step):
         sae = JumpReluSAE(1, 2, bandwidth=0.4).double()
         set_(sae, W_enc=[[1, 1]], b_enc=[0.5, -0.9], threshold=[0, 0], W_dec=[[1], [1]])
         take(sae, torch.ones(1, 1, dtype=torch.float64), sparsity_coeff=0.5)
@@ -164,7 +163,7 @@ def test_at_a_threshold_of_zero_the_penalty_alone_is_left_and_raises_it() -> Non
 
 def test_the_penalty_moves_thresholds_and_nothing_else() -> None:
     sae = random_jumprelu()
-    parts = jumprelu_loss(sae, numbers(30, 4), sparsity_coeff=0.3)
+    parts = loss(sae, numbers(30, 4), sparsity_coeff=0.3)
     names = [name for name, _ in sae.named_parameters()]
     found = torch.autograd.grad(parts.sparsity, list(sae.parameters()), allow_unused=True)
     moved = {name for name, grad in zip(names, found, strict=True) if grad is not None}

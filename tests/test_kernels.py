@@ -208,7 +208,7 @@ def test_the_encoder_compiles_and_fits_into_shared_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", [{}, {"tie": "untied", "recipe": "A"}, {"aux": "off"}])
+@pytest.mark.parametrize("switches", [{}, {"tie": "none", "recipe": "A"}, {"aux": "off"}])
 @pytest.mark.parametrize("d_in", [5, 512, 16384])
 def test_the_other_kernels_compile_at_every_width(
     d_in: int, switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -66,9 +66,8 @@ def largest_difference(
     """Return the largest relative difference of a loss from autograd's, over both fast ways."""
     expected = curve(dense_step, kind, n_steps, dtype, monkeypatch)
     assert expected[-50:].mean() < 0.6 * expected[:10].mean()
-    curves = [
-        curve(step, kind, n_steps, dtype, monkeypatch) for step in (sparse_step, manual_dense_step)
-    ]
+    steps = [sparse_step, manual_dense_step] if kind in ("gated", "relu") else [sparse_step]
+    curves = [curve(step, kind, n_steps, dtype, monkeypatch) for step in steps]
     return max(float(((got - expected).abs() / expected).max()) for got in curves)
 
 

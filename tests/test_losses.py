@@ -6,7 +6,7 @@ from examples import numbers, random_gated, random_relu, set_, worked_example
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.losses import LossParts, dense_step, gated_loss, loss, relu_loss
+from gsae_core.sae.losses import LossParts, dense_step, loss
 from gsae_core.sae.metrics import batch_stats
 
 
@@ -23,7 +23,7 @@ def test_each_term_of_the_gated_loss() -> None:
     # x_hat     = 4.5 (0.6, 0.8) + (1, 0) = (3.7, 3.6): 0.7^2 + 2.6^2 = 7.25
     # L1        = 1 + 1 = 2, times lambda = 0.5
     # x_hat_aux = (0.6, 0.8) + (0, 1) + (1, 0) = (1.6, 1.8): 1.4^2 + 0.8^2 = 2.6
-    parts = gated_loss(worked_example(), X, sparsity_coeff=0.5)
+    parts = loss(worked_example(), X, sparsity_coeff=0.5)
     assert values(parts) == pytest.approx([7.25, 1.0, 2.6])
     assert parts.total.item() == pytest.approx(10.85)
 
@@ -33,12 +33,12 @@ def test_recipes_a_and_b_weigh_each_latent_by_the_norm_of_its_direction(recipe: 
     sae = worked_example(recipe=recipe)
     set_(sae, W_dec=[[3, 4], [1, 0], [0, 2]])
     # norms (5, 1, 2) times relu(pi_gate) = (1, 0, 1): 7, times lambda = 0.5
-    assert gated_loss(sae, X, sparsity_coeff=0.5).sparsity.item() == pytest.approx(3.5)
+    assert loss(sae, X, sparsity_coeff=0.5).sparsity.item() == pytest.approx(3.5)
 
 
 def test_without_an_auxiliary_term_it_is_zero_and_the_gate_hears_only_be_sparse() -> None:
     sae = worked_example(aux="off")
-    parts = gated_loss(sae, X, sparsity_coeff=0.5)
+    parts = loss(sae, X, sparsity_coeff=0.5)
     assert values(parts) == pytest.approx([7.25, 1.0, 0])
     parts.total.backward()
     # lambda wherever a gate is open, nothing elsewhere: descent closes every gate.
@@ -56,14 +56,14 @@ def test_each_term_of_the_baseline_loss() -> None:
         b_dec=[1, 0],
     )
     # f = (1, 0, 1); x_hat = (1.6, 1.8): 1.4^2 + 0.8^2 = 2.6; L1 = 2, times lambda = 0.5
-    assert values(relu_loss(sae, X, sparsity_coeff=0.5)) == pytest.approx([2.6, 1.0, 0])
+    assert values(loss(sae, X, sparsity_coeff=0.5)) == pytest.approx([2.6, 1.0, 0])
 
 
 def test_the_baselines_recipe_a_weighs_by_norm() -> None:
     sae = ReluSAE(2, 3, recipe="A").double()
     set_(sae, W_enc=[[1, 0, 1], [0, 1, -1]], b_enc=[-1, -2, 0], b_dec=[1, 0])
     set_(sae, W_dec=[[3, 4], [1, 0], [0, 2]])
-    assert relu_loss(sae, X, sparsity_coeff=0.5).sparsity.item() == pytest.approx(3.5)
+    assert loss(sae, X, sparsity_coeff=0.5).sparsity.item() == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize("sae", [random_gated(), random_gated(recipe="A"), random_relu()])
@@ -80,7 +80,7 @@ def test_squared_errors_are_summed_over_coordinates() -> None:
     # With no latent firing, x_hat = b_dec = 0 and |x|^2 = d_in for x of ones.
     sae = ReluSAE(5, 2)
     set_(sae, b_enc=[-99, -99])
-    assert relu_loss(sae, torch.ones(3, 5), sparsity_coeff=1.0).reconstruction.item() == 5
+    assert loss(sae, torch.ones(3, 5), sparsity_coeff=1.0).reconstruction.item() == 5
 
 
 # One feature, lambda = 1 (arXiv:2404.16014v2, Fig. 2): (1 - f)^2 + f is least at f = 1/2.
@@ -92,11 +92,11 @@ def test_l1_halves_a_latent_that_could_reconstruct_perfectly() -> None:
     losses = {}
     for f in (0.4, 0.5, 0.6):
         set_(sae, W_enc=[0, 0], b_enc=[f], W_dec=[1, 0])
-        losses[f] = relu_loss(sae, x, sparsity_coeff=1.0).total.item()
+        losses[f] = loss(sae, x, sparsity_coeff=1.0).total.item()
     # 0.36 + 0.4, 0.25 + 0.5, 0.16 + 0.6
     assert losses == {0.4: pytest.approx(0.76), 0.5: pytest.approx(0.75), 0.6: pytest.approx(0.76)}
     set_(sae, b_enc=[0.5])
-    relu_loss(sae, x, sparsity_coeff=1.0).total.backward()
+    loss(sae, x, sparsity_coeff=1.0).total.backward()
     assert sae.b_enc.grad is not None
     assert sae.b_enc.grad.item() == 0  # 2 (f - 1) + lambda
 
@@ -105,7 +105,7 @@ def test_a_gated_latent_shrinks_its_gate_and_not_its_magnitude() -> None:
     sae = GatedSAE(2, 1).double()
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     set_(sae, W_gate=[0, 0], b_gate=[0.5], b_mag=[1], W_dec=[1, 0])
-    gated_loss(sae, x, sparsity_coeff=1.0).total.backward()
+    loss(sae, x, sparsity_coeff=1.0).total.backward()
     assert sae.b_gate.grad is not None
     assert sae.b_mag.grad is not None
     assert sae.b_gate.grad.item() == 0  # the gate rests at the L1 optimum, 1/2

@@ -28,6 +28,8 @@ from gsae_core.training.step_choice import (
     crossover,
 )
 
+GATED = GatedSAE(3, 5)
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -36,24 +38,33 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
-    def chosen(density: float | None, *, screened: bool = False) -> object:
-        return choose_step(density=density, crossover=0.2, screened=screened)
+    def chosen(density: float | None, *, sae: SAE = GATED, screened: bool = False) -> object:
+        return choose_step(sae=sae, density=density, crossover=0.2, screened=screened)
 
     assert chosen(None) is manual_dense_step
     assert chosen(0.2) is manual_dense_step
     assert chosen(0.19) is sparse_step
     assert chosen(0.3, screened=True) is manual_dense_step
+    assert chosen(0.3, sae=TopKSAE(3, 5, k=2)) is dense_step  # by hand for an L1 term alone
     step = chosen(0.1, screened=True)
     assert getattr(step, "func", None) is sparse_step
     assert getattr(step, "keywords", None) == {"screened": True}
 
 
-@pytest.mark.parametrize("sae", [GatedSAE(3, 5), JumpReluSAE(3, 5), TopKSAE(3, 5, k=2)])
+@pytest.mark.parametrize(
+    "sae",
+    [
+        GatedSAE(3, 5).bfloat16(),
+        JumpReluSAE(3, 5).bfloat16(),
+        TopKSAE(3, 5, k=2).bfloat16(),
+        GatedSAE(3, 5, tie="untied"),
+    ],
+)
 def test_what_the_fast_steps_do_not_know_takes_autograds(
     sae: SAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_choice, "choose_step", None)  # not to be asked
-    sae = copy.deepcopy(sae).to(torch.bfloat16)
+    sae = copy.deepcopy(sae)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
     dead = torch.zeros(5, dtype=torch.bool)
     stepper = Stepper(sae, crossover=0.2, screened=False)
@@ -62,16 +73,18 @@ def test_what_the_fast_steps_do_not_know_takes_autograds(
     assert not attempt.overflowed
     opened = attempt.result.stats.gate_open
     expected = attempt.result.stats.fired if opened is None else opened
-    assert int(attempt.n_open) == int(expected.sum())
+    assert int(attempt.n_open) >= int(expected.sum())
 
 
 @pytest.mark.parametrize(
     "sae", [GatedSAE(3, 5), ReluSAE(3, 5), JumpReluSAE(3, 5), TopKSAE(3, 5, k=1)]
 )
-@pytest.mark.parametrize(("density", "way"), [(0.01, "sparse_step"), (0.5, "manual_dense_step")])
+@pytest.mark.parametrize("density", [0.01, 0.5])
 def test_every_architecture_takes_the_way_its_last_density_says(
-    sae: SAE, density: float, way: str, monkeypatch: pytest.MonkeyPatch
+    sae: SAE, density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    by_hand = isinstance(sae, GatedSAE | ReluSAE)
+    way = "sparse_step" if density < 0.3 else "manual_dense_step" if by_hand else "dense_step"
     taken = []
 
     def record(*args: Any, **settings: Any) -> StepResult:
@@ -89,10 +102,11 @@ def test_only_a_topk_sae_knows_its_density_before_its_first_step() -> None:
     assert first_way(TopKSAE(3, 10, k=2)) == "sparse"
     assert first_way(TopKSAE(3, 10, k=4)) == "dense"
     assert first_way(JumpReluSAE(3, 10)) == "dense"
+    assert first_way(GatedSAE(3, 10)) == "dense"
 
 
 def first_way(sae: SAE) -> str:
-    ways = {"sparse_step": "sparse", "manual_dense_step": "dense"}
+    ways = {"sparse_step": "sparse", "manual_dense_step": "dense", "dense_step": "dense"}
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         for way, name in ways.items():
@@ -153,6 +167,8 @@ def test_a_crossover_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatc
     assert measured == [(GatedSAE, 64, False), (GatedSAE, 64, True), (ReluSAE, 512, False)]
     half = TopKSAE(3, 5, k=1).to(torch.bfloat16)  # its steps are dense ones: nothing to measure
     assert crossover(half, 64, screened=False, measure=True) == CROSSOVER
+    untied = GatedSAE(3, 5, tie="untied")
+    assert crossover(untied, 64, screened=False, measure=True) == CROSSOVER
 
 
 def test_small_shapes_are_not_worth_a_measurement(cache: Path) -> None:

@@ -8,7 +8,7 @@ from examples import numbers, perturb_, set_
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import TopKSAE, fold_scale_
-from gsae_core.sae.losses import dense_step, loss, topk_loss
+from gsae_core.sae.losses import dense_step, loss
 
 X = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
 
@@ -70,14 +70,14 @@ def test_training_starts_from_unit_directions() -> None:
 def test_the_loss_is_the_squared_error_where_no_latent_is_dead() -> None:
     # x_hat = (2.2, 4.6): 0.8^2 + 3.6^2 = 0.64 + 12.96
     for mask in (None, dead()):
-        parts = topk_loss(worked_example(), X, dead=mask)
+        parts = loss(worked_example(), X, sparsity_coeff=0.0, dead=mask)
         assert [term.item() for term in parts] == pytest.approx([13.6, 0, 0])
 
 
 def test_dead_latents_are_asked_for_what_the_others_leave() -> None:
     # e = x - x_hat = (0.8, -3.6). Dead: latents 1 (z = 1) and 3 (z = -1, so silent); k_aux = 1
     # takes latent 1: e_hat = (1, 0), |e - e_hat|^2 = 0.04 + 12.96 = 13, over 32.
-    parts = topk_loss(worked_example(k_aux=1), X, dead=dead(1, 3))
+    parts = loss(worked_example(k_aux=1), X, sparsity_coeff=0.0, dead=dead(1, 3))
     assert parts.auxiliary.item() == pytest.approx(13 / 32)
     assert parts.total.item() == pytest.approx(13.6 + 13 / 32)
 
@@ -86,7 +86,9 @@ def test_the_largest_dead_latents_are_heard_and_all_of_them_if_they_are_few() ->
     # Dead: 0 (z = 2) and 1 (z = 1). e_hat = 2 (0.6, 0.8) with k_aux = 1; + (1, 0) with more.
     # e = (0.8, -3.6) whoever is dead: (-0.4)^2 + 5.2^2 = 27.2; (-1.4)^2 + 5.2^2 = 29.
     for k_aux, wanted in ((1, 27.2), (2, 29), (3, 29)):
-        auxiliary = topk_loss(worked_example(k_aux=k_aux), X, dead=dead(0, 1)).auxiliary
+        auxiliary = loss(
+            worked_example(k_aux=k_aux), X, sparsity_coeff=0.0, dead=dead(0, 1)
+        ).auxiliary
         assert auxiliary.item() == pytest.approx(wanted / 32)
 
 
@@ -96,7 +98,7 @@ def test_the_auxiliary_gradient_by_hand() -> None:
     # xc = (2, 1), so W_enc's column is 0.0125 (2, 1), and b_dec hears it through xc alone:
     # -0.0125 W_enc_1 = -0.0125 (0, 1).
     sae = worked_example(k_aux=1)
-    topk_loss(sae, X, dead=dead(1)).auxiliary.backward()
+    loss(sae, X, sparsity_coeff=0.0, dead=dead(1)).auxiliary.backward()
     grads = {name: p.grad for name, p in sae.named_parameters()}
     assert all(grad is not None for grad in grads.values())
     wanted = {
@@ -113,7 +115,7 @@ def test_the_auxiliary_gradient_by_hand() -> None:
 def test_the_auxiliary_term_moves_no_living_latent() -> None:
     sae, x = random_topk(), numbers(30, 4)
     mask = dead(2, 5, d_sae=9)
-    auxiliary = topk_loss(sae, x, dead=mask).auxiliary
+    auxiliary = loss(sae, x, sparsity_coeff=0.0, dead=mask).auxiliary
     W_dec, W_enc, b_enc = torch.autograd.grad(auxiliary, [sae.W_dec, sae.W_enc, sae.b_enc])
     assert W_dec[~mask].count_nonzero() == W_enc[:, ~mask].count_nonzero() == 0
     assert b_enc[~mask].count_nonzero() == 0
@@ -133,7 +135,7 @@ def test_the_gradient_is_the_true_one_where_the_order_of_latents_is_kept() -> No
             entry, losses = parameter.data.view(-1), []
             for shift in (1e-6, -2e-6, 1e-6):
                 entry[place] += shift
-                losses.append(topk_loss(sae, x).reconstruction.item())
+                losses.append(loss(sae, x, sparsity_coeff=0.0).reconstruction.item())
             slope = (losses[0] - losses[1]) / 2e-6
             assert parameter.grad.view(-1)[place].item() == pytest.approx(slope, abs=1e-5), name
 

@@ -214,3 +214,8 @@ def fold_scale_(sae: SAE, scale: float) -> None:
 
 BuiltinSAE = GatedSAE | ReluSAE | JumpReluSAE | TopKSAE
 """Those whose steps are written out for caches and kernels."""
+
+
+def has_fast_step(sae: nn.Module) -> bool:
+    """Return whether its step is written out for caches and kernels; untied paths are not."""
+    return isinstance(sae, BuiltinSAE) and not (isinstance(sae, GatedSAE) and sae.tie == "untied")

@@ -1,16 +1,16 @@
-"""Each loss as the paper writes it, dense and left to autograd: the reference for faster ways."""
+"""Each loss as its paper writes it, dense and left to autograd: the reference for faster ways."""
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.jumprelu import JumpReluSAE, jump, step
+from gsae_core.sae.jumprelu import JumpReluSAE, in_window, jump, step
 from gsae_core.sae.metrics import BatchStats, batch_stats
-from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, dead_latents_unread, largest
+from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, largest
 
 
 class LossParts(NamedTuple):
@@ -40,19 +40,105 @@ class StepResult(NamedTuple):
     stats: BatchStats
     n_candidates: int | None = None
     """Products that a screened encode computed again in float32; None without a screen."""
-    n_entries: int | None = None
-    """(Input, latent) pairs that cost work, where they are not just those that fire."""
+    n_entries: Int64[Tensor, ""] | None = None
+    """(Input, latent) pairs that cost work; None where those are the open gates."""
 
 
-class _Forward(NamedTuple):
-    """Everything a loss and the statistics need from one pass."""
+class Forward(NamedTuple):
+    """One forward pass: the terms of the loss, and what the statistics are gathered from."""
 
+    loss: LossParts
     f: Float[Tensor, "*batch d_sae"]
     x_hat: Float[Tensor, "*batch d_in"]
-    pi_gate: Float[Tensor, "*batch d_sae"] | None
-    x_hat_aux: Float[Tensor, "*batch d_in"] | None
-    z: Float[Tensor, "*batch d_sae"] | None = None
-    """Pre-activations of a JumpReLU or TopK SAE, which have no gate."""
+    pi_gate: Float[Tensor, "*batch d_sae"] | None = None
+    x_hat_aux: Float[Tensor, "*batch d_in"] | None = None
+    n_entries: Int64[Tensor, ""] | None = None
+    """As `StepResult.n_entries`."""
+
+
+def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float) -> Forward:
+    """Return the terms of arXiv:2404.16014v2, Eq. 8.
+
+        reconstruction = |x - x_hat|^2
+        sparsity       = lambda * |relu(pi_gate)|_1
+        auxiliary      = |x - (relu(pi_gate) @ W_dec_copy + b_dec_copy)|^2
+
+    The copies are frozen: the auxiliary term trains the gate and never the dictionary. As in the
+    paper's pseudo-code, `b_dec` still hears the last two terms through the centred input, unless
+    the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies.
+    """
+    pi_gate, pi_mag = sae.pre_activations(x)
+    f = (pi_gate > 0) * torch.relu(pi_mag)
+    if sae.detach_b_dec:
+        # The same values again, on a path that b_dec does not hear.
+        pi_gate = (x - sae.b_dec.detach()) @ sae.W_gate + sae.b_gate
+    x_hat = sae.decode(f)
+    x_hat_aux = None
+    if sae.objective.aux == "frozen":
+        # The auxiliary term may move the gate, never the dictionary.
+        x_hat_aux = torch.relu(pi_gate) @ sae.W_dec.detach() + sae.b_dec.detach()
+    elif sae.objective.aux == "unfrozen":
+        x_hat_aux = torch.relu(pi_gate) @ sae.W_dec + sae.b_dec
+    parts = LossParts(
+        reconstruction=squared_error(x, x_hat),
+        sparsity=sparsity_coeff * l1(sae, torch.relu(pi_gate)),
+        auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
+    )
+    return Forward(parts, f, x_hat, pi_gate, x_hat_aux)
+
+
+def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float) -> Forward:
+    """Return the terms of arXiv:2404.16014v2, Eq. 4: |x - x_hat|^2 + lambda |f|_1; no auxiliary.
+
+    Under recipe A each latent's share of the L1 term is weighted by the norm of its direction.
+    """
+    f = sae.encode(x)
+    x_hat = sae.decode(f)
+    sparsity = sparsity_coeff * l1(sae, f)
+    return Forward(LossParts(squared_error(x, x_hat), sparsity, x.new_zeros(())), f, x_hat)
+
+
+def jumprelu_loss(
+    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float
+) -> Forward:
+    """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
+
+    The second term moves thresholds alone, and both move them by pseudo-derivatives
+    (`jumprelu.jump`, `jumprelu.step`).
+    """
+    z, theta, eps = sae.pre_activations(x), sae.threshold, sae.eps
+    f = jump(z, theta, eps)
+    x_hat = sae.decode(f)
+    sparsity = sparsity_coeff * step(z, theta, eps).sum(-1).mean()
+    parts = LossParts(squared_error(x, x_hat), sparsity, x.new_zeros(()))
+    near = (f > 0) | in_window(z, theta, eps)
+    return Forward(parts, f, x_hat, n_entries=near.sum())
+
+
+def topk_loss(
+    sae: TopKSAE, x: Float[Tensor, "*batch d_in"], dead: Bool[Tensor, " d_sae"] | None
+) -> Forward:
+    """Return the terms of arXiv:2406.04093: |x - x_hat|^2 + (1 / 32) |e - e_hat|^2.
+
+        e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
+        e_hat = relu(z) on the k_aux largest dead latents of a token, @ W_dec
+
+    Both squared errors are in the same units, so the ratio of the two weights is the paper's.
+    `W_dec` is live in both terms. Without dead latents there is no auxiliary term.
+    """
+    z = sae.pre_activations(x)
+    f = largest(z, k=sae.k)
+    x_hat = sae.decode(f)
+    auxiliary, n_entries = x.new_zeros(()), (f > 0).sum()
+    if dead is not None:
+        # Where fewer are dead than are kept, the rest kept is relu(-inf) = 0. Asking how many are
+        # dead would wait for the device.
+        spare = largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, sae.d_sae))
+        e = (x - x_hat).detach()
+        auxiliary = AUX_WEIGHT * squared_error(e, spare @ sae.W_dec) * dead.any()
+        n_entries = n_entries + (spare > 0).sum()
+    parts = LossParts(squared_error(x, x_hat), x.new_zeros(()), auxiliary)
+    return Forward(parts, f, x_hat, n_entries=n_entries)
 
 
 def loss(
@@ -65,80 +151,15 @@ def loss(
     """Return the terms of the loss of this SAE's architecture and recipe.
 
     Args:
-        sae: of any architecture: `gated_loss`, `relu_loss`, `jumprelu_loss` or `topk_loss`.
+        sae: of any architecture.
         x: activations, in the units the SAE trains in.
         sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
         dead: latents that have not fired for long, for a TopK SAE's auxiliary loss alone.
 
     Raises:
-        InputError: if the last axis of `x` is not `d_in`.
+        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
     """
-    return _forward_and_parts(sae, x, sparsity_coeff, dead)[1]
-
-
-def gated_loss(
-    sae: GatedSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: float
-) -> LossParts:
-    """Return the terms of arXiv:2404.16014v2, Eq. 8.
-
-        reconstruction = |x - x_hat|^2
-        sparsity       = lambda * |relu(pi_gate)|_1
-        auxiliary      = |x - (relu(pi_gate) @ W_dec_copy + b_dec_copy)|^2
-
-    The copies are frozen: the auxiliary term trains the gate and never the dictionary. As in the
-    paper's pseudo-code, `b_dec` still hears the last two terms through the centred input, unless
-    the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies (`recipes.py`).
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
-    """
-    return _gated_parts(sae, x, _gated_forward(sae, x), sparsity_coeff)
-
-
-def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: float) -> LossParts:
-    """Return the terms of arXiv:2404.16014v2, Eq. 4: |x - x_hat|^2 + lambda |f|_1; no auxiliary.
-
-    Under recipe A each latent's share of the L1 term is weighted by the norm of its direction.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
-    """
-    return _relu_parts(sae, x, _relu_forward(sae, x), sparsity_coeff)
-
-
-def jumprelu_loss(
-    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], *, sparsity_coeff: float
-) -> LossParts:
-    """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
-
-    The second term moves thresholds alone, and both move them by pseudo-derivatives
-    (`jumprelu.jump`, `jumprelu.step`).
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
-    """
-    return _jumprelu_parts(sae, x, _jumprelu_forward(sae, x), sparsity_coeff)
-
-
-def topk_loss(
-    sae: TopKSAE, x: Float[Tensor, "*batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
-) -> LossParts:
-    """Return the terms of arXiv:2406.04093: |x - x_hat|^2 + (1 / 32) |e - e_hat|^2.
-
-        e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
-        e_hat = relu(z) on the k_aux largest dead latents of a token, @ W_dec
-
-    Both squared errors are in the same units, so the ratio of the two weights is the paper's.
-
-    Args:
-        sae: its `W_dec` is live in both terms.
-        x: activations, in the units the SAE trains in.
-        dead: latents that have not fired for long; None leaves the auxiliary term out.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
-    """
-    return _topk_parts(sae, x, _topk_forward(sae, x), dead)
+    return _forward(sae, x, sparsity_coeff, dead).loss
 
 
 def dense_step(
@@ -150,155 +171,48 @@ def dense_step(
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    One forward pass serves all three. Returned tensors carry no graph.
-
-    Args:
-        sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
-        x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
+    One forward pass serves all three. Returned tensors carry no graph. The SAE learns later, when
+    an optimiser reads `.grad`; its parameters stay as they are. Arguments and errors as `loss`.
     """
     sae.zero_grad(set_to_none=True)
-    out, parts = _forward_and_parts(sae, x, sparsity_coeff, dead)
-    parts.total.backward()
-    detached = LossParts(*(term.detach() for term in parts))
+    out = _forward(sae, x, sparsity_coeff, dead)
+    out.loss.total.backward()
     stats = batch_stats(
         x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, f=out.f, pi_gate=out.pi_gate
     )
-    return StepResult(loss=detached, stats=stats)
+    terms = LossParts(*(term.detach() for term in out.loss))
+    return StepResult(loss=terms, stats=stats, n_entries=out.n_entries)
 
 
-def _forward_and_parts(
+def _forward(
     sae: SAE,
     x: Float[Tensor, "*batch d_in"],
     sparsity_coeff: float,
     dead: Bool[Tensor, " d_sae"] | None,
-) -> tuple[_Forward, LossParts]:
+) -> Forward:
+    sae.check_trains()
     match sae:
         case GatedSAE():
-            out = _gated_forward(sae, x)
-            return out, _gated_parts(sae, x, out, sparsity_coeff)
+            return gated_loss(sae, x, sparsity_coeff)
         case ReluSAE():
-            out = _relu_forward(sae, x)
-            return out, _relu_parts(sae, x, out, sparsity_coeff)
+            return relu_loss(sae, x, sparsity_coeff)
         case JumpReluSAE():
-            out = _jumprelu_forward(sae, x)
-            return out, _jumprelu_parts(sae, x, out, sparsity_coeff)
+            return jumprelu_loss(sae, x, sparsity_coeff)
         case TopKSAE():
-            out = _topk_forward(sae, x)
-            return out, _topk_parts(sae, x, out, dead)
+            return topk_loss(sae, x, dead)
     raise TypeError(f"no loss is known for {type(sae).__name__}")
 
 
-def _gated_forward(sae: GatedSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
-    sae.check_trains()
-    pi_gate, pi_mag = sae.pre_activations(x)
-    f = (pi_gate > 0) * torch.relu(pi_mag)
-    if sae.detach_b_dec:
-        # The same values again, on a path that b_dec does not hear.
-        pi_gate = (x - sae.b_dec.detach()) @ sae.W_gate + sae.b_gate
-    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=pi_gate, x_hat_aux=_aux(sae, pi_gate))
-
-
-def _aux(
-    sae: GatedSAE, pi_gate: Float[Tensor, "*batch d_sae"]
-) -> Float[Tensor, "*batch d_in"] | None:
-    match sae.objective.aux:
-        case "frozen":
-            # The auxiliary term may move the gate, never the dictionary (Eq. 8).
-            return torch.relu(pi_gate) @ sae.W_dec.detach() + sae.b_dec.detach()
-        case "unfrozen":
-            return torch.relu(pi_gate) @ sae.W_dec + sae.b_dec
-        case "off":
-            return None
-
-
-def _gated_parts(
-    sae: GatedSAE, x: Float[Tensor, "*batch d_in"], out: _Forward, sparsity_coeff: float
-) -> LossParts:
-    assert out.pi_gate is not None  # a gated forward pass always has one
-    return LossParts(
-        reconstruction=_squared_error(x, out.x_hat),
-        sparsity=sparsity_coeff * _l1(sae, torch.relu(out.pi_gate)),
-        auxiliary=x.new_zeros(()) if out.x_hat_aux is None else _squared_error(x, out.x_hat_aux),
-    )
-
-
-def _relu_forward(sae: ReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
-    sae.check_trains()
-    f = sae.encode(x)
-    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None)
-
-
-def _relu_parts(
-    sae: ReluSAE, x: Float[Tensor, "*batch d_in"], out: _Forward, sparsity_coeff: float
-) -> LossParts:
-    return LossParts(
-        reconstruction=_squared_error(x, out.x_hat),
-        sparsity=sparsity_coeff * _l1(sae, out.f),
-        auxiliary=x.new_zeros(()),
-    )
-
-
-def _jumprelu_forward(sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
-    sae.check_trains()
-    z = sae.pre_activations(x)
-    f = jump(z, sae.threshold, sae.eps)
-    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
-
-
-def _jumprelu_parts(
-    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], out: _Forward, sparsity_coeff: float
-) -> LossParts:
-    assert out.z is not None  # its forward pass always has one
-    l0 = step(out.z, sae.threshold, sae.eps).sum(-1).mean()
-    return LossParts(
-        reconstruction=_squared_error(x, out.x_hat),
-        sparsity=sparsity_coeff * l0,
-        auxiliary=x.new_zeros(()),
-    )
-
-
-def _topk_forward(sae: TopKSAE, x: Float[Tensor, "*batch d_in"]) -> _Forward:
-    sae.check_trains()
-    z = sae.pre_activations(x)
-    f = largest(z, k=sae.k)
-    return _Forward(f=f, x_hat=sae.decode(f), pi_gate=None, x_hat_aux=None, z=z)
-
-
-def _topk_parts(
-    sae: TopKSAE,
-    x: Float[Tensor, "*batch d_in"],
-    out: _Forward,
-    dead: Bool[Tensor, " d_sae"] | None,
-) -> LossParts:
-    assert out.z is not None  # its forward pass always has one
-    auxiliary = x.new_zeros(())
-    if dead is not None:
-        error = (x - out.x_hat).detach()
-        spare = dead_latents_unread(sae, out.z, dead)
-        auxiliary = AUX_WEIGHT * _squared_error(error, spare @ sae.W_dec) * dead.any()
-    return LossParts(
-        reconstruction=_squared_error(x, out.x_hat),
-        sparsity=x.new_zeros(()),
-        auxiliary=auxiliary,
-    )
-
-
-def _squared_error(
+def squared_error(
     x: Float[Tensor, "*batch d_in"], x_hat: Float[Tensor, "*batch d_in"]
 ) -> Float[Tensor, ""]:
+    """Return |x - x_hat|^2, summed over d_in and averaged over tokens."""
     return (x - x_hat).square().sum(-1).mean()
 
 
-def _l1(sae: GatedSAE | ReluSAE, activity: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, ""]:
-    match sae.objective.l1_weight:
-        case "none":
-            return activity.sum(-1).mean()
-        case "norm":
-            return (activity @ sae.W_dec.norm(dim=1)).mean()
-        case "detached_norm":
-            return (activity @ sae.W_dec.detach().norm(dim=1)).mean()
+def l1(sae: GatedSAE | ReluSAE, activity: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, ""]:
+    """Return each token's sum of `activity`, weighted as the recipe says, averaged over tokens."""
+    if sae.objective.l1_weight == "none":
+        return activity.sum(-1).mean()
+    norms = sae.W_dec if sae.objective.l1_weight == "norm" else sae.W_dec.detach()
+    return (activity @ norms.norm(dim=1)).mean()

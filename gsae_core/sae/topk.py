@@ -5,7 +5,7 @@ an auxiliary loss lets them explain what the others leave over (its appendix on 
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsae_core.config import Recipe
@@ -82,31 +82,10 @@ class TopKSAE(SAE):
 def largest(z: Float[Tensor, "*batch d_sae"], *, k: int) -> Float[Tensor, "*batch d_sae"]:
     """Return relu(z) on the k largest entries of each row, 0 elsewhere.
 
-    Which of two equal entries is kept is torch.topk's choice; `picking.largest_products`, which
-    training and evaluation on a CPU use, keeps the lower one.
+    Which of two equal entries is kept is torch.topk's choice; `largest_products`, which training
+    and evaluation on a CPU use, keeps the lower one.
 
     Gradients pass through the entries that are kept and positive; which those are is fixed.
     """
     kept = z.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(z).scatter(-1, kept.indices, torch.relu(kept.values))
-
-
-def dead_latents_alone(
-    sae: TopKSAE, z: Float[Tensor, "*batch d_sae"], dead: Bool[Tensor, " d_sae"]
-) -> Float[Tensor, "*batch d_sae"] | None:
-    """Return relu(z) on each row's `k_aux` largest dead latents, 0 elsewhere; None if none is dead.
-
-    All dead latents where there are fewer than `k_aux`.
-    """
-    n_dead = int(dead.sum())
-    if n_dead == 0:
-        return None
-    return largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, n_dead))
-
-
-def dead_latents_unread(
-    sae: TopKSAE, z: Float[Tensor, "*batch d_sae"], dead: Bool[Tensor, " d_sae"]
-) -> Float[Tensor, "*batch d_sae"]:
-    """Return the same, all 0 if none is dead, without waiting for the device to say how many."""
-    # Where fewer are dead than are kept the rest kept is relu(-inf) = 0.
-    return largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, sae.d_sae))

@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gsae_core.machine import known, processor, remembered
-from gsae_core.sae.architectures import BuiltinSAE, JumpReluSAE, TopKSAE
+from gsae_core.sae.architectures import (
+    BuiltinSAE,
+    GatedSAE,
+    JumpReluSAE,
+    ReluSAE,
+    TopKSAE,
+    has_fast_step,
+)
 from gsae_core.sae.base import SAE
 from gsae_core.sae.gpu import step as kernels
 from gsae_core.sae.losses import StepResult, dense_step
@@ -102,7 +109,9 @@ class Stepper:
                 return done
         if not _has_fast_steps(sae):
             return self.dense(x, sparsity_coeff=sparsity_coeff, dead=dead)
-        step = choose_step(density=density, crossover=self.crossover, screened=self._screened)
+        step = choose_step(
+            sae=sae, density=density, crossover=self.crossover, screened=self._screened
+        )
         return _attempt(step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead))
 
     def _by_kernels(
@@ -150,16 +159,17 @@ class Stepper:
         return _attempt(dense_step(self._sae, x, sparsity_coeff=sparsity_coeff, dead=dead))
 
 
-def choose_step(*, density: float | None, crossover: float, screened: bool) -> Step:
+def choose_step(*, sae: SAE, density: float | None, crossover: float, screened: bool) -> Step:
     """Return the fastest step on a CPU, of any architecture.
 
     Args:
+        sae: of `has_fast_step`.
         density: share of (input, latent) pairs with an open gate in the last step; None before it.
         crossover: density from which the dense step is the faster one.
         screened: whether the sparse step is to look for open gates in bfloat16 first.
     """
     if density is None or density >= crossover:
-        return manual_dense_step
+        return manual_dense_step if isinstance(sae, GatedSAE | ReluSAE) else dense_step
     return functools.partial(sparse_step, screened=True) if screened else sparse_step
 
 
@@ -198,15 +208,14 @@ def crossover(sae: SAE, batch_size: int, *, screened: bool, measure: bool) -> fl
 def _attempt(result: StepResult) -> Attempt:
     stats = result.stats
     opened = stats.fired if stats.gate_open is None else stats.gate_open
-    n_open = opened.sum() if result.n_entries is None else torch.tensor(result.n_entries)
+    n_open = opened.sum() if result.n_entries is None else result.n_entries
     return Attempt(result, n_open, torch.zeros((), dtype=torch.bool, device=opened.device))
 
 
 def _has_fast_steps(sae: SAE) -> bool:
     """Return whether the steps written for a CPU's caches can compute this one's."""
     exact = sae.W_dec.dtype in (torch.float32, torch.float64)
-    known = isinstance(sae, BuiltinSAE)
-    return known and sae.W_dec.is_cpu and exact
+    return has_fast_step(sae) and sae.W_dec.is_cpu and exact
 
 
 def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
@@ -221,7 +230,8 @@ def _meeting_point(sae: SAE, rows: int, *, screened: bool) -> float:
         ways[density] = functools.partial(
             stepper.attempt, x, sparsity_coeff=0.1, density=2 * density, dead=None
         )
-    dense = dense_step if device.type == "cuda" else manual_dense_step
+    by_hand = device.type != "cuda" and isinstance(sae, GatedSAE | ReluSAE)
+    dense = manual_dense_step if by_hand else dense_step
     ways[None] = functools.partial(dense, probe, x, sparsity_coeff=0.1)
     taken = _alternate(ways, device)
     low, high = DENSITIES

@@ -1,4 +1,4 @@
-"""Device code: from activations to active entries. Needs Triton: import it inside functions."""
+"""Device code of the sparse step. Needs Triton: import it inside functions."""
 
 from typing import no_type_check
 
@@ -144,7 +144,7 @@ def place_entries(
     place_by_latent,
     n_row_tiles,
     n_latent_tiles,
-    TIED: tl.constexpr,
+    GATED: tl.constexpr,
     GAIN: tl.constexpr,
     JUMPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -184,7 +184,7 @@ def place_entries(
         if JUMPS:
             fires = g > tl.load(theta + i, mask=live, other=0.0)
             tl.store(magnitude + place, tl.where(fires, g, 0.0), mask=live)
-        if TIED:
+        if GATED:
             if GAIN:
                 h *= tl.load(gain + i, mask=live, other=0.0)
             m = tl.maximum(h + tl.load(b_mag + i, mask=live, other=0.0), 0.0)
@@ -200,18 +200,12 @@ def probe(out):
     tl.store(out, 1.0)
 
 
-# `no_type_check` keeps run-time type checkers away from code that is parsed, never called.
-
-
 @triton.jit
 @no_type_check
 def decode_rows(
     x,
-    xc,
     W_dec,
     b_dec,
-    W_mag_T,
-    b_mag,
     row_offsets,
     latent,
     gate,
@@ -225,7 +219,6 @@ def decode_rows(
     scale,
     AUX: tl.constexpr,
     UNFROZEN: tl.constexpr,
-    UNTIED: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -240,8 +233,6 @@ def decode_rows(
     d = tl.arange(0, WIDTH)
     inside = d < d_in
     here = t * d_in + d
-    if UNTIED:
-        centred = tl.load(xc + here, mask=inside, other=0.0)
     decoded = tl.zeros([WIDTH], dtype=tl.float32)
     decoded_aux = tl.zeros([WIDTH], dtype=tl.float32)
     for start in range(begin, end, ENTRIES):
@@ -251,13 +242,7 @@ def decode_rows(
         inner = i.to(tl.int64)[:, None] * d_in + d[None, :]
         read = live[:, None] & inside[None, :]
         w = tl.load(W_dec + inner, mask=read, other=0.0)
-        if UNTIED:
-            w_mag = tl.load(W_mag_T + inner, mask=read, other=0.0)
-            m = tl.sum(w_mag * centred[None, :], 1) + tl.load(b_mag + i, mask=live, other=0.0)
-            m = tl.where(live, tl.maximum(m, 0.0), 0.0)
-            tl.store(magnitude + at, m, mask=live)
-        else:
-            m = tl.load(magnitude + at, mask=live, other=0.0)
+        m = tl.load(magnitude + at, mask=live, other=0.0)
         decoded += tl.sum(m[:, None] * w, 0)
         if AUX:
             g = tl.load(gate + at, mask=live, other=0.0)
@@ -314,7 +299,6 @@ def sum_latents(
     l1_weight,
     W_dec_sum,
     W_gate_sum_T,
-    W_mag_sum_T,
     dm_sum,
     dm_m_sum,
     dg_sum,
@@ -325,7 +309,6 @@ def sum_latents(
     l1_slope,
     AUX: tl.constexpr,
     UNFROZEN: tl.constexpr,
-    UNTIED: tl.constexpr,
     GAIN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -345,7 +328,6 @@ def sum_latents(
         l1_slope *= tl.load(l1_weight + i)
     dec = tl.zeros([WIDTH], dtype=tl.float32)
     enc = tl.zeros([WIDTH], dtype=tl.float32)
-    mag = tl.zeros([WIDTH], dtype=tl.float32)
     dm_part = tl.zeros([ENTRIES], dtype=tl.float32)
     dm_m_part = tl.zeros([ENTRIES], dtype=tl.float32)
     dg_part = tl.zeros([ENTRIES], dtype=tl.float32)
@@ -370,13 +352,7 @@ def sum_latents(
             e_aux = tl.load(error_aux + inner, mask=read, other=0.0)
             dec += tl.sum(g[:, None] * e_aux, 0)
         centred = tl.load(xc + inner, mask=read, other=0.0)
-        if UNTIED:
-            mag += tl.sum(dm[:, None] * centred, 0)
-            dh = dg
-        elif GAIN:
-            dh = dg + dm * tl.load(gain + i)
-        else:
-            dh = dg + dm
+        dh = dg + (dm * tl.load(gain + i) if GAIN else dm)
         enc += tl.sum(dh[:, None] * centred, 0)
         dm_part += dm
         dm_m_part += dm * m
@@ -387,8 +363,6 @@ def sum_latents(
     here = i * d_in + d
     tl.store(W_dec_sum + here, dec, mask=inside)
     tl.store(W_gate_sum_T + here, enc, mask=inside)
-    if UNTIED:
-        tl.store(W_mag_sum_T + here, mag, mask=inside)
     if tl.program_id(1) == 0:
         tl.store(dm_sum + i, tl.sum(dm_part, 0))
         tl.store(dm_m_sum + i, tl.sum(dm_m_part, 0))

@@ -106,7 +106,6 @@ def launch_encode(
     """Return the active entries of a batch, from xc = x - b_dec.
 
     Those of a JumpReLU SAE reach down to theta - eps / 2; what does not fire has magnitude 0.
-    With untied paths `magnitude` is room only: `launch_decode` fills it.
     """
     from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
 
@@ -186,7 +185,7 @@ def launch_encode(
         entries.place_by_latent,
         row_tiles,
         latent_tiles,
-        TIED=gated and sae.W_mag is None,
+        GATED=gated,
         GAIN=slope is not None,
         JUMPS=jumps,
         ROWS=ROWS,
@@ -240,7 +239,6 @@ def launch_decode(
     entries: Entries,
     *,
     x: Float[Tensor, "batch d_in"],
-    xc: Float[Tensor, "batch d_in"],
     b_dec: Float[Tensor, " d_in"] | None = None,
     weight: float = 1.0,
 ) -> Decoded:
@@ -250,13 +248,11 @@ def launch_decode(
         sae: whose dictionary decodes.
         entries: what to decode.
         x: what is to be reconstructed.
-        xc: the encoder's input; an untied magnitude path reads it.
         b_dec: in place of the SAE's own.
         weight: of the squared error in the loss.
     """
     from gsae_core.sae.gpu.kernels import decode_rows
 
-    W_mag = sae.W_mag if isinstance(sae, GatedSAE) else None
     aux = sae.objective.aux
     decoded = Decoded(
         error=torch.empty_like(x),
@@ -271,12 +267,8 @@ def launch_decode(
         decode_rows,
         (len(x),),
         x,
-        xc,
         rows_in_order(sae.W_dec),
         rows_in_order(sae.b_dec if b_dec is None else b_dec),
-        # Turned, for entries read columns of it. A dense product for all pairs would cost more.
-        None if W_mag is None else rows_in_order(W_mag.T),
-        rows_in_order(sae.b_mag) if isinstance(sae, GatedSAE) else None,
         entries.row_offsets,
         entries.latent,
         entries.gate,
@@ -286,7 +278,6 @@ def launch_decode(
         weight * 2 / len(x),
         AUX=aux != "off",
         UNFROZEN=aux == "unfrozen",
-        UNTIED=W_mag is not None,
         WIDTH=width,
         ENTRIES=_entries_at_once(width),
         num_warps=_warps(width),
@@ -308,13 +299,10 @@ def launch_sums(
     """
     from gsae_core.sae.gpu.kernels import sum_latents
 
-    gated = isinstance(sae, GatedSAE)
-    untied = gated and sae.W_mag is not None
-    slope = gain(sae) if gated else None
+    slope = gain(sae) if isinstance(sae, GatedSAE) else None
     weights = l1_weights(sae) if isinstance(sae, GatedSAE | ReluSAE) else None
     # Not `empty_like`, which lays them out as the dictionary is.
     W_dec, W_gate_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
-    W_mag_T = torch.empty_like(W_dec) if untied else None
     dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
     fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
     # Wide rows are shared out over programs, which also shortens the longest of them.
@@ -336,7 +324,6 @@ def launch_sums(
         None if weights is None else rows_in_order(weights),
         W_dec,
         W_gate_T,
-        W_mag_T,
         dm,
         dm_m,
         dg,
@@ -347,7 +334,6 @@ def launch_sums(
         l1_slope,
         AUX=decoded.aux_slope is not None,
         UNFROZEN=decoded.aux_error is not None,
-        UNTIED=untied,
         GAIN=slope is not None,
         WEIGHTED=weights is not None,
         WIDTH=width,
@@ -361,7 +347,6 @@ def launch_sums(
         W_dec=W_dec,
         # A program that wrote its column of W_gate would touch a cache line for each number.
         W_gate=W_gate_T.T.contiguous(),
-        W_mag=None if W_mag_T is None else W_mag_T.T.contiguous(),
         dm=dm,
         dm_m=None if slope is None else dm_m,
         dg=dg,

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, has_fast_step
 from gsae_core.sae.gpu.launch import (
     PRECISIONS,
     Decoded,
@@ -76,7 +76,7 @@ def jumprelu_step(
     """
     xc = x - sae.b_dec
     entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
-    decoded = launch_decode(sae, entries, x=x, xc=xc)
+    decoded = launch_decode(sae, entries, x=x)
     done = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=0.0)
     slope, n_near = launch_windows(sae, entries, decoded.mag_slope)
     sae.threshold.grad = threshold_gradient(sae, slope=slope, n_near=n_near, l0_slope=l0_slope)
@@ -103,7 +103,7 @@ def topk_step(
         shut = sae.b_enc.masked_fill(~dead, -torch.inf)
         wanted.append(Wanted(shut, min(sae.k_aux, sae.d_sae)))
     kept, *spare = _largest(xc, sae.W_enc, wanted)
-    decoded = launch_decode(sae, kept, x=x, xc=xc)
+    decoded = launch_decode(sae, kept, x=x)
     done = launch_sums(sae, kept, decoded=decoded, xc=xc, l1_slope=0.0)
     auxiliary = x.new_zeros(())
     if dead is not None:
@@ -112,7 +112,6 @@ def topk_step(
             spare[0],
             # What is left of the error, a constant: b_dec hears of it through xc alone.
             x=decoded.error * (-len(x) / 2),
-            xc=xc,
             b_dec=torch.zeros_like(sae.b_dec),
             weight=AUX_WEIGHT,
         )
@@ -297,11 +296,11 @@ def kernel_step(
 ) -> KernelResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    Equal to `dense_step` up to rounding, for every architecture, recipe, tie and auxiliary decoder
-    (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435, section 3;
-    arXiv:2406.04093), unless entries overflow. Never waits for the device. Temporary memory: 36
-    bytes for each of `capacity`, two or three matrices of the shape of `x` and one or two of the
-    shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products besides.
+    Equal to `dense_step` up to rounding, for every architecture, recipe and auxiliary decoder of
+    tied paths (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435,
+    section 3; arXiv:2406.04093), unless entries overflow. Never waits for the device. Temporary
+    memory: 36 bytes for each of `capacity`, two or three matrices of the shape of `x` and two of
+    the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products besides.
 
     Args:
         sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
@@ -345,7 +344,7 @@ def _gated_step(
 ) -> tuple[StepResult, Entries]:
     xc = x - sae.b_dec
     entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
-    decoded = launch_decode(sae, entries, x=x, xc=xc)
+    decoded = launch_decode(sae, entries, x=x)
     sums, fired, gate_open = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=l1_slope)
     leave_gradients(sae, sums, l1_slope)
     totals = decoded.row_sums.sum(0).to(x.dtype)
@@ -439,6 +438,11 @@ def _sae_refusal(sae: nn.Module) -> str | None:
         return (
             "expected a Gated, ReLU, JumpReLU or TopK SAE for the sparse step's kernels, got a "
             f"{type(sae).__name__}; take the dense step"
+        )
+    if not has_fast_step(sae):
+        return (
+            "expected a Gated SAE with tie 'r_mag' or 'none' for the sparse step's kernels, got "
+            "'untied'; take the dense step"
         )
     if (others := {p.dtype for p in sae.parameters()} - {torch.float32}) != set():
         return (

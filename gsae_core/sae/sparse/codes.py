@@ -112,19 +112,6 @@ def joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products
     )
 
 
-def sampled_products(
-    x: Float[Tensor, "batch width"],
-    W: Float[Tensor, "width d_sae"],
-    row_offsets: Int64[Tensor, " rows_and_end"],
-    latent: Int64[Tensor, " nnz"],
-) -> Float[Tensor, " nnz"]:
-    """Return <x_t, W_i> for the entries (t, i) alone, on the CPU."""
-    out = x.new_empty(latent.numel())
-    arrays = (row_offsets.numpy(), latent.numpy(), numpy(x), numpy(W.T), out.numpy())
-    over_rows(len(x), lambda first, last: loops.dot_rows(first, last, *arrays))
-    return out
-
-
 def numpy(tensor: Tensor) -> np.ndarray:
     """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
     return tensor.detach().contiguous().numpy()
@@ -199,7 +186,8 @@ class ByLatent(NamedTuple):
 def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
 
-    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core.
+    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core, but for the
+    magnitudes of untied paths.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`.
@@ -302,11 +290,9 @@ def _magnitude(
 ) -> Float[Tensor, " nnz"]:
     """Return f on the entries."""
     h = found.h
-    if sae.W_mag is not None and h.device.type == "cpu":
-        h = sampled_products(xc, sae.W_mag, found.row_offsets, found.latent)
-    elif sae.W_mag is not None:
+    if sae.W_mag is not None:
         rows = SparseCodes(found.row_offsets, found.latent, h, h).rows()
-        h = torch.linalg.vecdot(xc[rows], sae.W_mag.T[found.latent])
+        h = (xc @ sae.W_mag)[rows, found.latent]
     elif sae.r_mag is not None:
         h = h * sae.r_mag.exp().take(found.latent)
     return torch.relu_(h + sae.b_mag.take(found.latent))

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, has_fast_step
+from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import LossParts
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.sae.sparse import loops
@@ -27,9 +29,7 @@ class StepSums:
     W_dec: Float[Tensor, "d_sae d_in"]
     """Sum of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
     W_gate: Float[Tensor, "d_in d_sae"]
-    """Sum of xc dh, dh = gain dm + dg; without the gain dm if the paths are untied."""
-    W_mag: Float[Tensor, "d_in d_sae"] | None
-    """Sum of xc dm if the paths are untied."""
+    """Sum of xc dh, dh = gain dm + dg."""
     dm: Float[Tensor, " d_sae"]
     dm_m: Float[Tensor, " d_sae"] | None
     """Sum of dm times m, where there is an r_mag to learn from it."""
@@ -40,6 +40,22 @@ class StepSums:
     """Sum of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
 
 
+def check_by_hand(sae: SAE, x: Float[Tensor, "batch d_in"]) -> None:
+    """Check that the gradients of this SAE are written out by hand, and that x is of its width.
+
+    Raises:
+        InputError: if the last axis of `x` is not `d_in`, the SAE normalises every token, or its
+            paths are untied.
+    """
+    sae.check_width(x)
+    sae.check_trains()
+    if not has_fast_step(sae):
+        raise InputError(
+            "expected a Gated SAE with tie 'r_mag' or 'none', a ReLU, JumpReLU or TopK SAE, got "
+            f"{sae}; take dense_step"
+        )
+
+
 @torch.no_grad()
 def l1_weights(sae: GatedSAE | ReluSAE) -> Float[Tensor, " d_sae"] | None:
     """Return what multiplies each latent in the L1 term; None for ones."""
@@ -48,7 +64,7 @@ def l1_weights(sae: GatedSAE | ReluSAE) -> Float[Tensor, " d_sae"] | None:
 
 @torch.no_grad()
 def gain(sae: GatedSAE | ReluSAE) -> Float[Tensor, " d_sae"] | None:
-    """Return the slope of pi_mag in h = xc @ W_gate; None for ones, or if the paths are untied."""
+    """Return the slope of pi_mag in h = xc @ W_gate; None for ones."""
     return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
 
 
@@ -77,11 +93,6 @@ def leave_gradients(sae: GatedSAE | ReluSAE, sums: StepSums, l1_slope: float) ->
     hears_gate = not sae.detach_b_dec
     sae.W_dec.grad = sums.W_dec
     sae.W_gate.grad, sae.b_gate.grad, sae.b_mag.grad = sums.W_gate, sums.dg, sums.dm
-    if sae.W_mag is not None:
-        sae.W_mag.grad = sums.W_mag
-        b_dec = sums.error - sae.W_mag @ sums.dm
-        sae.b_dec.grad = b_dec - sae.W_gate @ sums.dg if hears_gate else b_dec
-        return
     through_h = through_mag + sums.dg if hears_gate else through_mag
     sae.b_dec.grad = sums.error - sae.W_gate @ through_h
     if sae.r_mag is not None:
@@ -157,11 +168,6 @@ def loss_parts(
     return LossParts(
         reconstruction=reconstruction, sparsity=activity * l1_slope, auxiliary=auxiliary
     )
-
-
-def squared_norm(error: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
-    """Return the sum of squares, in one pass and without a matrix of them."""
-    return torch.dot(error.view(-1), error.view(-1))
 
 
 @torch.no_grad()

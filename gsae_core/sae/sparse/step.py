@@ -34,6 +34,7 @@ from gsae_core.sae.sparse.codes import (
 )
 from gsae_core.sae.sparse.gradients import (
     StepSums,
+    check_by_hand,
     gain,
     l1_weights,
     leave_gradients,
@@ -225,7 +226,7 @@ def sparse_jumprelu_step(
             gate_open=None,
         ),
         n_candidates=found.n_candidates,
-        n_entries=latent.numel(),
+        n_entries=torch.tensor(latent.numel()),
     )
 
 
@@ -286,7 +287,7 @@ def sparse_topk_step(
             fired=torch.bincount(kept.latent, minlength=sae.d_sae),
             gate_open=None,
         ),
-        n_entries=codes.latent.numel(),
+        n_entries=torch.tensor(codes.latent.numel()),
     )
 
 
@@ -309,9 +310,9 @@ def sparse_step(
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    Equal to `dense_step` up to rounding, for every architecture, recipe, tie and auxiliary decoder
-    (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435, section 3;
-    arXiv:2406.04093).
+    Equal to `dense_step` up to rounding, for every architecture, recipe and auxiliary decoder of
+    tied paths (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435,
+    section 3; arXiv:2406.04093).
 
     Args:
         sae: on the CPU, in float32 or float64; learns later, when an optimiser reads `.grad`; its
@@ -323,10 +324,10 @@ def sparse_step(
             float64, and on a TopK SAE, whose latents have no threshold to be screened against.
 
     Raises:
-        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
+        InputError: if the last axis of `x` is not `d_in`, the SAE normalises every token, or its
+            paths are untied.
     """
-    sae.check_width(x)
-    sae.check_trains()
+    check_by_hand(sae, x)
     x = x.contiguous()
     match sae:
         case GatedSAE() | ReluSAE():
@@ -366,13 +367,14 @@ def _gated_step(
     if decoded.aux_slope is not None:
         dg += decoded.aux_slope
 
+    slope = gain(sae)
+    dh = dm + dg if slope is None else torch.addcmul(dg, dm, slope.take(codes.latent))
     gated = isinstance(sae, GatedSAE)
     sums = StepSums(
         W_dec=weight_sums(entries, codes.magnitude, decoded.error),
-        W_gate=encoder_sums(entries, _slope_of_h(sae, codes, dm, dg), xc),
-        W_mag=encoder_sums(entries, dm, xc) if _untied(sae) else None,
+        W_gate=encoder_sums(entries, dh, xc),
         dm=per_latent(entries, dm),
-        dm_m=None if gain(sae) is None else per_latent(entries, dm * codes.magnitude),
+        dm_m=None if slope is None else per_latent(entries, dm * codes.magnitude),
         dg=per_latent(entries, dg),
         gate=per_latent(entries, codes.gate),
         error=decoded.error.sum(0),
@@ -400,20 +402,3 @@ def _gated_step(
         ),
         n_candidates=found.n_candidates,
     )
-
-
-def _slope_of_h(
-    sae: GatedSAE | ReluSAE,
-    codes: SparseCodes,
-    dm: Float[Tensor, " nnz"],
-    dg: Float[Tensor, " nnz"],
-) -> Float[Tensor, " nnz"]:
-    """Return the gradient at h = xc @ W_gate, which a tied magnitude path reads as well."""
-    if _untied(sae):
-        return dg
-    slope = gain(sae)
-    return dm + dg if slope is None else torch.addcmul(dg, dm, slope.take(codes.latent))
-
-
-def _untied(sae: GatedSAE | ReluSAE) -> bool:
-    return isinstance(sae, GatedSAE) and sae.W_mag is not None
