@@ -12,10 +12,8 @@ from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.machine import machine
 from gsae_core.presets import preset
-from gsae_core.runs.example import SHOWN_FEATURE, SHOWN_SAE, example_run, is_example
-from gsae_core.runs.launch import launch
 from gsae_core.runs.plan.progress import progress
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, is_example, launch
 from gsae_core.text import WORSE, ago, count, is_worse_than_mean
 
 MOST_SHOWN = 20  # of the runs, the newest

@@ -32,7 +32,7 @@ from driver import FLAGS, at_rest, chromium_path, serving
 from synthetic import config, metric_lines, write_run
 
 from gsae_core.config import sweep
-from gsae_core.runs.example import EXAMPLE_ID
+from gsae_core.runs.run import EXAMPLE_ID
 
 N_RUNS, WIDTH = 200, 16_384
 WINDOW: ViewportSize = {"width": 1360, "height": 1000}

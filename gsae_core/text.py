@@ -5,9 +5,24 @@ import itertools
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 # Marks, joiners and overrides of these categories are invisible, or move what stands beside them.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+class Progress(NamedTuple):
+    """How far a piece of work is, for whoever waits for it."""
+
+    stage: str
+    """What is done now: `waiting`, `loading`, `training`, ...; at last `finished`, `cancelled`."""
+    done: int
+    total: int
+    """How much there is to do; 0 where that is not known."""
+    unit: str = ""
+    """What is counted: `step`, `token`, `feature`, `byte`, `run`."""
+    report: Any = None
+    """What was measured on the way: of training, the last step's `StepReport`."""
 
 
 def count(number: float | int) -> str:

@@ -38,18 +38,20 @@ from gsae_core.lm.catalog import ModelFacts, model_facts
 from gsae_core.lm.preview import Preview, preview_within
 from gsae_core.machine import machine
 from gsae_core.presets import presets
-from gsae_core.runs.launch import launch, run_id
-from gsae_core.runs.plan.cost import Measured, Pace, pace
-from gsae_core.runs.plan.preflight import (
+from gsae_core.runs.plan.cost import (
     Expected,
     Finished,
     Fix,
+    Measured,
+    Pace,
     Refusal,
     alike,
     expected_l0,
     gpu_memory,
+    pace,
     preflight,
 )
+from gsae_core.runs.run import launch, run_id
 from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count, duration
 

@@ -155,7 +155,7 @@ def worker() -> Iterator[int]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the runs that would have been started; no process is."""
-    from gsae_core.runs import launch
+    from gsae_core.runs import run as launch
 
     ids: list[str] = []
 

@@ -158,7 +158,7 @@ def test_home_loads_neither_torch_nor_figures() -> None:
         "app.parts",
         "app.controls",
         "app.live_view",
-        "runs.launch",
+        "runs.run",
         "runs.plan.progress",
         "machine",
         "presets",

@@ -17,10 +17,12 @@ from safetensors.numpy import load_file
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli import main as cli
 from gsae_core.cli.main import main
+from gsae_core.cli.report import run_report
 from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import setup, train
 from gsae_core.runs.work.setup import load_lm, load_text
+from gsae_core.text import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -169,18 +171,14 @@ def test_the_tokens_that_were_measured_are_written_out(finished: Run) -> None:
     assert again["ids"][:1].tolist() == tokens["ids"].tolist()
 
 
-def test_a_finished_run_of_an_earlier_version_says_what_its_losses_are(
-    finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_of_an_earlier_version_says_what_its_losses_are(finished: Run) -> None:
     earlier = [
         {key: value for key, value in row.items() if key not in ("zeroed", "replaced")}
         for row in finished.evals()
     ]
     (finished.folder / "evals.json").write_text(json.dumps({"saes": earlier}))
-    cli._report(finished)
-    assert f"Measure again: python -m gsae_core evaluate {finished.folder}" in (
-        capsys.readouterr().out
-    )
+    again = f"Measure again: python -m gsae_core evaluate {finished.folder}"
+    assert again in "\n".join(run_report(finished))
 
 
 @contextlib.contextmanager
@@ -188,7 +186,7 @@ def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Press Ctrl-C after the third step of whatever is trained inside."""
     real = train.train_run
 
-    def interrupted(run: Run, *, worker: Worker) -> Iterator[train.Progress]:
+    def interrupted(run: Run, *, worker: Worker) -> Iterator[Progress]:
         for progress in real(run, worker=worker):
             yield progress
             if progress.stage == "training" and progress.done == 3:
@@ -236,7 +234,7 @@ def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
             signal.raise_signal(signal.SIGINT)
         return found or 1
 
-    monkeypatch.setattr("gsae_core.runs.jobs.queue.Place.ahead", ahead)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.Place.ahead", ahead)
     monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     assert main(small) == 130
     run = Run.open(tmp_path / "run")

@@ -17,10 +17,9 @@ from gsae_core.analysis.labels import Labels
 from gsae_core.analysis.results import evaluation_frame
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.cli.arguments import List
-from gsae_core.cli.commands import list_lines
+from gsae_core.cli.report import list_lines
 from gsae_core.errors import InputError
-from gsae_core.runs.evals import norm_deciles
-from gsae_core.runs.jobs.process import escalate_cancel
+from gsae_core.runs.jobs.job import escalate_cancel
 from gsae_core.runs.plan.progress import progress, timeline
 from gsae_core.runs.resume import load_state
 from gsae_core.runs.run import Run, list_runs, unreadable_runs
@@ -111,7 +110,7 @@ def readers(folder: Path) -> Iterator[Callable[[], Any]]:
     yield run.log_tail
     for name in [spec.name for spec in run.config.saes]:
         yield lambda name=name: load_sae(run.sae_folder(name))
-        yield lambda name=name: norm_deciles(run, name)
+        yield lambda name=name: run.norm_deciles(name)
         yield lambda name=name: run.features(name)
         yield lambda name=name: Labels(run.folder / "features" / name).frame()
         if (job := index_job(run, name)) is not None:

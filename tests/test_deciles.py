@@ -11,7 +11,7 @@ from examples import numbers
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.runs.evals import norm_deciles, write_norm_deciles
+from gsae_core.runs.evals import write_norm_deciles
 from gsae_core.runs.run import Run
 from gsae_core.sae.metrics import Decile, NormDeciles
 
@@ -104,7 +104,7 @@ def test_deciles_are_read_as_they_were_written(finished: Run) -> None:
     rows = [{"norm": float(i), "ratio": 0.5, "gamma": math.nan} for i in range(10)]
     name = finished.config.saes[0].name
     write_norm_deciles(finished.sae_folder(name), rows)
-    frame = norm_deciles(finished, name)
+    frame = finished.norm_deciles(name)
     assert frame["decile"].to_list() == list(range(1, 11))
     assert frame["norm"].to_list() == [float(i) for i in range(10)]
     assert np.isnan(frame["gamma"]).all()
@@ -112,7 +112,7 @@ def test_deciles_are_read_as_they_were_written(finished: Run) -> None:
 
 def test_an_evaluation_leaves_the_deciles_of_every_sae(finished: Run) -> None:
     for row in finished.evals():
-        frame = norm_deciles(finished, row["name"])
+        frame = finished.norm_deciles(row["name"])
         assert len(frame) == 10
         assert frame["norm"].is_monotonic_increasing
 
@@ -122,7 +122,7 @@ def test_a_run_evaluated_before_there_were_deciles_is_told_the_command(finished:
     folder: Path = finished.sae_folder(name)
     (folder / "norm_deciles.json").unlink()
     with pytest.raises(InputError) as error:
-        norm_deciles(finished, name)
+        finished.norm_deciles(name)
     assert str(error.value) == (
         f"expected lengths of reconstructions of '{name}', found none in {folder}; "
         f"measure them: python -m gsae_core evaluate {finished.folder}"

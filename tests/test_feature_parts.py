@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from index_cases import KINDS, built, some_sae
 
+from gsae_core.analysis.features.files import weight_table
 from gsae_core.analysis.features.html import Row, readable_token, strips
 from gsae_core.analysis.features.index import Histogram, pair, values_on
-from gsae_core.analysis.features.table import weight_columns
 from gsae_core.analysis.labels import Labels
-from gsae_core.checkpoints.checkpoint import load_sae, save_sae
+from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.errors import InputError
 from gsae_core.files import EXAMPLE
 from gsae_core.lm.model import LanguageModel
 from gsae_core.plots.features import activation_histogram, density_histogram, gate_plane
-from gsae_core.runs.example import example_run, labels_folder
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
+from gsae_core.runs.run import example_run, labels_folder
 
 # Figures
 
@@ -156,10 +156,20 @@ def test_the_weights_alone_say_what_the_index_says_of_them(
 ) -> None:
     sae = some_sae(kind)
     save_sae(sae, tmp_path / "sae", metadata={})
-    columns = weight_columns(load_sae(tmp_path / "sae"))
-    known = built(tiny_lm, sae, tmp_path / "index").table
-    for name, column in columns.items():
-        np.testing.assert_allclose(column, known[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    table, known = weight_table(tmp_path / "sae"), built(tiny_lm, sae, tmp_path / "index").table
+    for name in table:
+        np.testing.assert_allclose(table[name], known[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_weights_that_are_gone_or_damaged_are_said(tmp_path: Path) -> None:
+    save_sae(some_sae("gated"), tmp_path, metadata={})
+    weights = tmp_path / "sae_weights.safetensors"
+    weights.write_bytes(b"no")
+    with pytest.raises(InputError, match="expected whole safetensors in"):
+        weight_table(tmp_path)
+    weights.unlink()
+    with pytest.raises(InputError, match="expected the weights of an SAE at"):
+        weight_table(tmp_path)
 
 
 # The example
@@ -188,7 +198,7 @@ def test_the_example_shows_the_papers_claim() -> None:
 def test_the_examples_feature_of_def_fires_on_def_and_raises_names() -> None:
     run = example_run()
     assert run is not None
-    from gsae_core.runs.example import SHOWN_FEATURE, SHOWN_SAE
+    from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE
 
     feature = run.features(SHOWN_SAE).feature(SHOWN_FEATURE)
     assert all("def" in example.tokens[example.at] for example in feature.top(10))

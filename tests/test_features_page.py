@@ -449,7 +449,7 @@ def test_the_page_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    modules = "app.feature_list app.feature_view app.feature_examples app.index_panel runs.example"
+    modules = "app.feature_list app.feature_view app.feature_examples app.index_panel runs.run"
     code = f"import sys, importlib\nfor m in '{modules}'.split(): "
     code += "importlib.import_module(f'gsae_core.{m}')\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from synthetic import config, write_run
 
 from gsae_core.app import shell
 from gsae_core.cli.report import time_spent
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import of_process, read_status, write_status
 from gsae_core.runs.run import Run
 

@@ -17,7 +17,7 @@ from gsae_core.checkpoints import catalog
 from gsae_core.checkpoints.catalog import Release, Wanted, ranged, releases, search
 from gsae_core.checkpoints.hub import Facts, look, one_sae, parse_address
 from gsae_core.config import sweep
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import of_process, read_status, write_status
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.transfer import (

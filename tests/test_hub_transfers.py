@@ -16,7 +16,7 @@ from hub_server import TOKEN, Hub
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import main
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import read_status, write_status
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import publish

@@ -18,7 +18,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_reading_configs_runs_and_command_lines_loads_no_heavy_package() -> None:
-    light = ["", ".presets", ".runs.run", ".runs.jobs.process", ".analysis.pareto", ".cli.main"]
+    light = ["", ".presets", ".runs.run", ".runs.jobs.worker", ".analysis.pareto", ".cli.main"]
     assert not loaded("import " + ", ".join(f"gsae_core{name}" for name in light)) & HEAVY
 
 

@@ -16,9 +16,10 @@ from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.plan import cost
 from gsae_core.runs.plan.cost import check_memory, n_parameters, resolve_device, training_bytes
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.train import Progress, evaluate_run, log_every, train_run
+from gsae_core.runs.work.train import evaluate_run, log_every, train_run
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.losses import loss
+from gsae_core.text import Progress
 from gsae_core.training.sparsity_units import sparsity_in_training_units
 
 

@@ -10,7 +10,7 @@ from app_pages import APP, PAGES, circuit, opened
 from streamlit.testing.v1 import AppTest
 
 from gsae_core.app.train_form import form_fields
-from gsae_core.runs.example import EXAMPLE_ID
+from gsae_core.runs.run import EXAMPLE_ID
 
 SHARED = {"run": "selectbox", "paper": "selectbox"}
 """Keys that several pages give one meaning: the run, and the paper's site behind one's own runs."""

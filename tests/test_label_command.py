@@ -21,7 +21,7 @@ from synthetic_index import DEAD, write_index, write_weights
 from gsae_core.analysis.labels import FILE, Labels, Said
 from gsae_core.cli import main
 from gsae_core.config import sweep
-from gsae_core.runs import example
+from gsae_core.runs import run as example
 from gsae_core.runs.run import Run
 
 SAE, OTHER = "gated-0.3", "relu-0.3"

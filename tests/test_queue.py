@@ -18,12 +18,10 @@ from gsae_core import machine
 from gsae_core.errors import InputError
 from gsae_core.files import lock
 from gsae_core.machine import slot_of
-from gsae_core.runs.jobs import process as jobs
-from gsae_core.runs.jobs import queue
-from gsae_core.runs.jobs.job import of_process, read_status, write_status
-from gsae_core.runs.jobs.process import delete, start
-from gsae_core.runs.jobs.queue import Place, Waiting, line
-from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.jobs import job as jobs
+from gsae_core.runs.jobs import worker as queue
+from gsae_core.runs.jobs.job import delete, of_process, read_status, start, write_status
+from gsae_core.runs.jobs.worker import Place, Waiting, Worker, line
 from gsae_core.runs.run import Run, list_runs, unreadable_runs
 
 

@@ -18,12 +18,12 @@ from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
 from gsae_core import files
 from gsae_core.errors import InputError
 from gsae_core.runs import resume
-from gsae_core.runs.jobs.job import ACTIVE
-from gsae_core.runs.jobs.process import start
+from gsae_core.runs.jobs.job import ACTIVE, start
 from gsae_core.runs.metrics_log import MetricsCursor
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import index_run
-from gsae_core.runs.work.train import Progress, evaluate_run, train_run
+from gsae_core.runs.work.train import evaluate_run, train_run
+from gsae_core.text import Progress
 
 STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
 

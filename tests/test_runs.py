@@ -18,13 +18,20 @@ from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import replace_durably, to_json, write_json
 from gsae_core.runs import run as runs
-from gsae_core.runs.evals import averaged, measured_on, write_evals, write_feature_stats
-from gsae_core.runs.jobs import process as jobs
-from gsae_core.runs.jobs.job import State, Status, of_process, read_status, write_status
-from gsae_core.runs.jobs.process import escalate_cancel, start
+from gsae_core.runs.evals import EvalRow, averaged, measured_on, write_evals, write_feature_stats
+from gsae_core.runs.jobs import job as jobs
+from gsae_core.runs.jobs.job import (
+    State,
+    Status,
+    escalate_cancel,
+    of_process,
+    read_status,
+    start,
+    write_status,
+)
 from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog, cut_back
-from gsae_core.runs.run import EvalRow, Run, find_run, list_runs, unreadable_runs
+from gsae_core.runs.run import Run, find_run, list_runs, unreadable_runs
 
 CONFIG = RunConfig(
     saes=(SAESpec(name="gated-0.1", architecture="gated", d_sae=3, sparsity=0.1),),

@@ -6,7 +6,7 @@ from app_pages import opened
 from synthetic import config, write_run
 
 from gsae_core.config import ModelConfig
-from gsae_core.runs import launch
+from gsae_core.runs import run as launch
 from gsae_core.runs.jobs.job import read_status, write_status
 from gsae_core.runs.run import list_runs
 

@@ -10,7 +10,7 @@ from synthetic import config, write_run
 
 from gsae_core.cli.arguments import Train, parse, run_config
 from gsae_core.presets import preset
-from gsae_core.runs import launch
+from gsae_core.runs import run as launch
 from gsae_core.runs.run import list_runs
 
 TRAIN = "pages/1_Train.py"

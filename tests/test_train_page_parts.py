@@ -26,10 +26,10 @@ from gsae_core.lm.catalog import (
 )
 from gsae_core.lm.preview import preview, preview_within
 from gsae_core.machine import Machine
-from gsae_core.runs.plan.cost import Pace
-from gsae_core.runs.plan.preflight import (
+from gsae_core.runs.plan.cost import (
     Finished,
     Fix,
+    Pace,
     Preflight,
     expected_l0,
     gpu_memory,
@@ -363,8 +363,11 @@ def test_a_tokenizer_that_cannot_be_fetched_is_a_sentence(monkeypatch: pytest.Mo
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     for error, sentence in (
-        (LocalEntryNotFoundError("x"), "but we are offline and it is not in the cache; give"),
-        (HFValidationError("x"), "expected a Hub repository as OWNER/NAME, got 'someone/model'"),
+        (
+            LocalEntryNotFoundError("x"),
+            "but it cannot be reached and the cache has none; go online",
+        ),
+        (HFValidationError("x"), "expected the name of a model on the Hub or a local folder"),
     ):
 
         def refuse(*_: object, error: Exception = error, **__: object) -> str:

@@ -17,8 +17,7 @@ from gsae_core.cli.report import evals_table
 from gsae_core.config import sweep
 from gsae_core.plots.pareto import traces, tradeoff
 from gsae_core.plots.shrinkage import gamma_over_sweep
-from gsae_core.runs.example import example_run
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, example_run
 from gsae_core.runs.work.publish import make_card
 from gsae_core.text import is_worse_than_mean, marked_fvu, worse_than_mean
 

@@ -17,7 +17,6 @@ from gsae_core.analysis.results import evaluation_frame, nearest_pair
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import cached_models, count_parameters, model_folder
-from gsae_core.runs.evals import norm_deciles
 from gsae_core.runs.run import Run
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def feature_stats(run: Run, name: str) -> pd.DataFrame:
 
 
 def deciles(run: Run, name: str) -> pd.DataFrame:
-    """Return `store.evals.norm_deciles`.
+    """Return `Run.norm_deciles`.
 
     Raises:
         InputError: as there.
@@ -117,7 +116,7 @@ def _feature_stats(folder: str, name: str, version: Version, _run: Run) -> pd.Da
 
 @st.cache_data(max_entries=512, show_spinner=False)
 def _deciles(folder: str, name: str, version: Version, _run: Run) -> pd.DataFrame:
-    return norm_deciles(_run, name)
+    return _run.norm_deciles(name)
 
 
 logger = logging.getLogger(__name__)

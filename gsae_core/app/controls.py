@@ -10,10 +10,9 @@ import streamlit as st
 from gsae_core.app import shell
 from gsae_core.app.parts import own, plain
 from gsae_core.errors import InputError
-from gsae_core.runs.example import is_example
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, is_example
 
 RESUMABLE = ("cancelled", "failed", "lost")
 CANCELLABLE = ("queued", "starting", "running")

@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.files import COLUMNS, MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
+from gsae_core.analysis.features.files import (
+    COLUMNS,
+    MANIFEST,
+    N_BINS,
+    N_NEIGHBOURS,
+    WEIGHTS,
+    read_manifest,
+    weight_table,
+)
 from gsae_core.analysis.features.filter import (
     ANY,
     ORDERS,
@@ -34,8 +42,7 @@ from gsae_core.errors import InputError
 from gsae_core.plots.features import density_histogram
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
-from gsae_core.runs.example import is_example, labels_folder
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, is_example, labels_folder
 from gsae_core.runs.work.index import index_folder
 
 
@@ -93,13 +100,13 @@ def open_index(run: Run, name: str) -> FeatureIndex | None:
 
 
 def weights_of(run: Run, name: str) -> pd.DataFrame:
-    """Return what the weights of an SAE say of each feature: `table.weight_columns`.
+    """Return `weight_table` of an SAE.
 
     Raises:
-        InputError: if the SAE cannot be read.
+        InputError: as there.
     """
     folder = run.sae_folder(name)
-    return _weight_table(str(folder), version(folder / "sae_weights.safetensors"))
+    return _weight_table(str(folder), version(folder / WEIGHTS))
 
 
 class Cost(NamedTuple):
@@ -149,10 +156,7 @@ def _listing(folder: str, made: float, _index: FeatureIndex) -> pd.DataFrame:
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _weight_table(folder: str, stamp: Version) -> pd.DataFrame:
-    from gsae_core.analysis.features.table import weight_columns
-    from gsae_core.checkpoints.checkpoint import load_sae
-
-    return pd.DataFrame(weight_columns(load_sae(folder))).rename_axis("feature")
+    return weight_table(Path(folder))
 
 
 def _weights(run: Run, name: str) -> pd.DataFrame:

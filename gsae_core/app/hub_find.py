@@ -22,7 +22,7 @@ from gsae_core.checkpoints.hub import Facts, HubSAE, Repository, describe, look,
 from gsae_core.config import SITES
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.work.transfer import ask, free_name, new_run_folder, plan_pull, run_name
 
 KEPT_SECONDS = 300  # a listing is of one commit; a new one is seen after so long

@@ -16,7 +16,7 @@ from gsae_core.app.parts import key_for, notice, plain, seconds_since, state_bad
 from gsae_core.checkpoints.formats.found import EXPORTS, Export
 from gsae_core.errors import InputError
 from gsae_core.files import left_out, readable
-from gsae_core.runs.jobs import process
+from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, find_run
 from gsae_core.runs.work.publish import check_repo, check_token

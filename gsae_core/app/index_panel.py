@@ -8,8 +8,7 @@ from gsae_core.app.feature_list import cost
 from gsae_core.app.parts import notice, plain
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.runs.jobs.job import Job, Status
-from gsae_core.runs.jobs.process import escalate_cancel
+from gsae_core.runs.jobs.job import Job, Status, escalate_cancel
 from gsae_core.runs.plan.progress import explain
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import N_TOKENS, index_job, start_index

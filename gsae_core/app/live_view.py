@@ -11,7 +11,7 @@ from gsae_core.app.glossary import definition, title
 from gsae_core.app.parts import figure_tools, notice, plain, seconds_since
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
-from gsae_core.runs.jobs.queue import line
+from gsae_core.runs.jobs.worker import line
 from gsae_core.runs.plan.progress import RECENT, Phase, Progress, explain, timeline
 from gsae_core.runs.run import Run
 from gsae_core.text import ago, count, duration, fixed, marked_fvu, percent, token_strip, unhidden

@@ -15,10 +15,8 @@ from gsae_core.app.parts import asset, escape_markdown, notice, own, plain
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
-from gsae_core.runs.example import EXAMPLE_ID, example_run
-from gsae_core.runs.jobs.job import ACTIVE, Job, Status
-from gsae_core.runs.jobs.process import CancelStage, escalate_cancel
-from gsae_core.runs.run import Run, UnreadableRun, survey
+from gsae_core.runs.jobs.job import ACTIVE, CancelStage, Job, Status, escalate_cancel
+from gsae_core.runs.run import EXAMPLE_ID, Run, UnreadableRun, example_run, survey
 from gsae_core.runs.work.transfer import Transfer, transfers
 from gsae_core.text import percent
 

@@ -32,7 +32,7 @@ from gsae_core.config import (
 )
 from gsae_core.errors import InputError
 from gsae_core.presets import preset
-from gsae_core.runs.plan.preflight import gated_width
+from gsae_core.runs.plan.cost import gated_width
 
 Values = dict[str, Any]
 """What a form's widgets hold, by flag: text, whole numbers, switches and lists of names."""

@@ -17,7 +17,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
 from gsae_core.plots.palette import LOOKS
-from gsae_core.runs.plan.preflight import Bar, Expected
+from gsae_core.runs.plan.cost import Bar, Expected
 from gsae_core.text import count
 
 FIELDS = form_fields()

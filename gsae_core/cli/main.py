@@ -1,20 +1,22 @@
-"""`python -m gsae_core ...`: the only module that prints."""
+"""`python -m gsae_core ...`: what each command does, and the only module that prints."""
 
 import contextlib
+import functools
 import secrets
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
 
 from gsae_core.analysis.features.files import read_manifest
-from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.cli import commands
+from gsae_core.analysis.labels import Labels, Said
+from gsae_core.checkpoints.hub import look, one_sae, parse_address
+from gsae_core.cli import report
 from gsae_core.cli.arguments import (
     PROGRAM,
     Command,
@@ -32,41 +34,57 @@ from gsae_core.cli.arguments import (
     parse,
     run_config,
 )
-from gsae_core.cli.report import evals_table, time_spent
 from gsae_core.config import EvalConfig, validated
 from gsae_core.errors import InputError
-from gsae_core.files import readable
+from gsae_core.files import left_out, readable
 from gsae_core.machine import slot_of
-from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.jobs.job import Job
 from gsae_core.runs.jobs.worker import Worker
-from gsae_core.runs.launch import run_id
-from gsae_core.runs.run import Run, runs_root
+from gsae_core.runs.run import Run, is_example, labels_folder, run_id, runs_root
 from gsae_core.runs.work.index import index_folder
-from gsae_core.runs.work.transfer import Transfer, is_transfer
+from gsae_core.runs.work.transfer import (
+    PushRequest,
+    Transfer,
+    ask,
+    free_name,
+    is_transfer,
+    new_run_folder,
+    plan_pull,
+    run_name,
+)
 from gsae_core.schedule import shortfalls_of_run
+from gsae_core.text import Progress, aligned
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from gsae_core.runs.work.index import Progress as IndexProgress
-    from gsae_core.runs.work.train import Progress
-    from gsae_core.runs.work.transfer import Progress as HubProgress
+    from gsae_core.analysis.autointerp import LocalWriter, RemoteWriter
+    from gsae_core.analysis.features.index import FeatureIndex
     from gsae_core.training.report import StepReport
 
 MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-UNITS = {
-    "training": "step",
-    "evaluating": "token",
-    "indexing": "token",
-    "downloading": "byte",
-    "labelling": "feature",
-}
+BARS = ("training", "evaluating", "indexing", "downloading", "labelling")
+"""Stages that are drawn as bars."""
 WHOLE = ("training", "labelling")
-"""Stages of few enough units to be counted in full."""
+"""Those of few enough units to be counted in full."""
+
+show = functools.partial(print, flush=True)
+
+
+def say(sentence: str) -> None:
+    """Print a sentence for the person who watches, beside the answer."""
+    print(f"gsae_core: {sentence}", file=sys.stderr, flush=True)
+
+
+class Ended(Exception):
+    """A command ended early: its exit code, and the sentence that says why."""
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,42 +95,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         words = list(sys.argv[1:] if argv is None else argv)
-        if words[:1] == ["bench"]:
-            return _bench(words[1:])
-        command: Command = parse(words)
-        match command:
-            case Train():
-                return _train(command)
-            case Resume():
-                return _resume(command)
-            case Evaluate():
-                return _evaluate(command)
-            case Index():
-                return _index(command)
-            case Label():
-                return commands.label(command, **_screen())
-            case Pull():
-                return commands.pull(command, **_screen())
-            case Push():
-                return commands.push(command, **_screen())
-            case Import() | ExportSAE() | List():
-                return _exchange(command)
-            case Doctor():
-                return _doctor(command)
+        return _bench(words[1:]) if words[:1] == ["bench"] else _run(parse(words))
     except InputError as error:
-        _say(" ".join(str(error).split()))
+        say(" ".join(str(error).split()))
         return MISTAKE
+    except Ended as error:
+        say(str(error))
+        return error.code
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
 
 
-def _train(flags: Train) -> int:
+def _run(command: Command) -> int:
+    match command:
+        case Train():
+            _train(command)
+        case Resume() if is_transfer(command.run):
+            _transfer(Transfer(command.run.absolute()))
+        case Resume():
+            _work(Run.open(command.run))
+        case Evaluate():
+            _evaluate(command)
+        case Index():
+            _index(command)
+        case Label():
+            return _label(command)
+        case Pull():
+            _pull(command)
+        case Push():
+            _push(command)
+        case Import():
+            _show(report.import_lines(command))
+        case ExportSAE():
+            _show(report.export_lines(command))
+        case List():
+            _show(report.list_lines(command))
+        case Doctor():
+            return _doctor(command)
+    return 0
+
+
+def _show(lines: Iterable[str]) -> None:
+    for line in lines:
+        show(line)
+
+
+@contextlib.contextmanager
+def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
+    """Turn an error that nobody foresaw into a sentence that says where its traceback is.
+
+    Args:
+        log: put it there; a worker has done so itself.
+    """
+    try:
+        yield
+    except (InputError, Ended):
+        raise
+    except Exception as error:
+        path = job.folder / "log.txt"
+        if log:
+            with path.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+        first = str(error).partition("\n")[0]
+        sentence = f"{type(error).__name__}: {first}; the traceback is in {path}"
+        raise Ended(FAILURE, sentence) from error
+
+
+def _train(flags: Train) -> None:
     config = run_config(flags)
     run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
-    print(f"run {run.folder}", flush=True)
+    show(f"run {run.folder}")
     try:
-        return _work(run)
+        _work(run)
     except InputError:
         # A mistake met before the first step leaves nothing that could be resumed, and the name
         # should be free for the corrected command.
@@ -121,110 +176,53 @@ def _train(flags: Train) -> int:
         raise
 
 
-def _resume(command: Resume) -> int:
-    if is_transfer(command.run):
-        return commands.go_on(Transfer(command.run.absolute()), **_screen())
-    return _work(Run.open(command.run))
-
-
-def _screen() -> dict[str, Any]:
-    """Return how a command kept elsewhere shows itself: sentences, lines of the answer, bars."""
-    return {"say": _say, "show": partial(print, flush=True), "follow": _follow}
-
-
-def _work(run: Run) -> int:
+def _work(run: Run) -> None:
     """Train a run to its end, or to where it is interrupted, once its device is free."""
-    try:
-        with Worker(run) as worker:
-            _take_turn(run, worker)
-            # After the wait: what is imported here fills memory.
-            from gsae_core.runs.work.train import train_run
+    stage = "cancelled"
+    with _unexpected(run), contextlib.suppress(KeyboardInterrupt), Worker(run) as worker:
+        slot = slot_of(run.config.device)
+        for n, ahead in enumerate(worker.turn(slot)):
+            if n == 0:
+                runs = "1 run goes" if ahead == 1 else f"{ahead} runs go"
+                say(f"waiting for {slot}: {runs} first; Ctrl-C leaves the line")
+        # After the wait: what is imported here fills memory.
+        from gsae_core.runs.work.train import train_run
 
-            # Not before the text has been read: what is wrong with it is then said alone.
-            ahead = shortfalls_of_run(run.config)
-            stage = _follow(train_run(run, worker=worker), before_training=ahead)
-    except KeyboardInterrupt:
-        stage = "cancelled"
-    except InputError:
-        raise
-    except Exception as error:
-        return _unexpected(run, error)  # the worker has put the traceback into the log
+        # Not before the text has been read: what is wrong with it is then said alone.
+        ahead = shortfalls_of_run(run.config)
+        stage = _follow(train_run(run, worker=worker), before_training=ahead)
     if stage != "finished":
-        status = run.status
-        _say(
-            f"stopped after step {status.step} of {status.n_steps}; go on with: "
-            f"{PROGRAM} resume {run.folder}"
-        )
-        return INTERRUPTED
-    _report(run)
-    return 0
+        step, n_steps = run.status.step, run.status.n_steps
+        resume = f"{PROGRAM} resume {run.folder}"
+        raise Ended(INTERRUPTED, f"stopped after step {step} of {n_steps}; go on with: {resume}")
+    _show(report.run_report(run))
 
 
-def _take_turn(run: Run, worker: Worker) -> None:
-    """Wait until no other run of this folder trains on the device; say so once."""
-    slot = slot_of(run.config.device)
-    for n, ahead in enumerate(worker.turn(slot)):
-        if n == 0:
-            runs = "1 run goes" if ahead == 1 else f"{ahead} runs go"
-            _say(f"waiting for {slot}: {runs} first; Ctrl-C leaves the line")
-
-
-def _evaluate(command: Evaluate) -> int:
+def _evaluate(command: Evaluate) -> None:
     from gsae_core.runs.work.train import evaluate_run
 
     run = Run.open(command.run)
     if command.tokens is not None:
         validated(EvalConfig, {"n_tokens": command.tokens}, {"n_tokens": "--tokens"})
-    try:
+    with _unexpected(run, log=True):
         _follow(evaluate_run(run, n_tokens=command.tokens, replace=command.replace))
-    except (InputError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        with (run.folder / "log.txt").open("a", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-        return _unexpected(run, error)
-    _report(run)
-    return 0
+    _show(report.run_report(run))
 
 
-def _index(command: Index) -> int:
+def _index(command: Index) -> None:
     from gsae_core.runs.work.index import index_run
 
     run = Run.open(command.run)
-    names = [command.sae] if command.sae else [spec.name for spec in run.config.saes]
-    for name in names:
+    for name in [command.sae] if command.sae else [spec.name for spec in run.config.saes]:
         folder = index_folder(run, name)
-        steps = index_run(run, name, n_tokens=command.tokens, split=command.split)
-        try:
-            stage = _follow(steps)
-        except (InputError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            return _unexpected(Job(folder), error)  # the worker has put the traceback into the log
+        with _unexpected(Job(folder)):
+            stage = _follow(index_run(run, name, n_tokens=command.tokens, split=command.split))
         if stage != "finished":
-            _say(f"stopped; go on with: {PROGRAM} index {run.folder} --sae {name}")
-            return INTERRUPTED
+            again = f"{PROGRAM} index {run.folder} --sae {name}"
+            raise Ended(INTERRUPTED, f"stopped; go on with: {again}")
         manifest = read_manifest(folder)
-        print(
-            f"{name}: {manifest.amount()}, L0 {manifest.l0:.1f}, "
-            f"{readable(manifest.n_bytes)} in {folder}",
-            flush=True,
-        )
-    return 0
-
-
-def _unexpected(run: Job, error: Exception) -> int:
-    first = str(error).partition("\n")[0]
-    _say(f"{type(error).__name__}: {first}; the traceback is in {run.folder / 'log.txt'}")
-    return FAILURE
-
-
-def _exchange(command: Import | ExportSAE | List) -> int:
-    from gsae_core.cli.commands import lines
-
-    for line in lines(command):
-        print(line, flush=True)
-    return 0
+        size = readable(manifest.n_bytes)
+        show(f"{name}: {manifest.amount()}, L0 {manifest.l0:.1f}, {size} in {folder}")
 
 
 def _doctor(command: Doctor) -> int:
@@ -233,7 +231,7 @@ def _doctor(command: Doctor) -> int:
     failed = False
     for check in examine(command.runs):
         failed |= check.verdict == "bad"
-        print(f"{check.verdict:<4}  {check.name:<16}  {check.found}", flush=True)
+        show(f"{check.verdict:<4}  {check.name:<16}  {check.found}")
     return FAILURE if failed else 0
 
 
@@ -250,7 +248,7 @@ def _bench(words: Sequence[str]) -> int:
 
 
 def _follow(
-    progress: "Iterator[Progress | IndexProgress | HubProgress]",
+    progress: Iterator[Progress],
     *,
     before_training: Sequence[str] = (),
 ) -> str:
@@ -269,19 +267,18 @@ def _follow(
                 stage, bar = now.stage, None
                 if stage == "loading":
                     print("loading the model and the text", file=sys.stderr, flush=True)
-                elif stage in UNITS:
+                elif stage in BARS:
                     for sentence in before_training if stage == "training" else ():
-                        _say(sentence)
+                        say(sentence)
                     bar = bars.enter_context(_bar(now))
             if bar is not None:
                 bar.update(now.done - bar.n)
-                report = getattr(now, "report", None)
-                if report is not None and not bar.disable and _is_time(bar):
-                    bar.set_postfix_str(_glance(report), refresh=False)
+                if now.report is not None and not bar.disable and _is_time(bar):
+                    bar.set_postfix_str(_glance(now.report), refresh=False)
     return stage
 
 
-def _bar(now: "Progress | IndexProgress | HubProgress") -> "tqdm[NoReturn]":
+def _bar(now: Progress) -> "tqdm[NoReturn]":
     from tqdm import tqdm
 
     return tqdm(
@@ -289,7 +286,7 @@ def _bar(now: "Progress | IndexProgress | HubProgress") -> "tqdm[NoReturn]":
         # A resumed run begins where it stands: the bar's speed is of this process alone.
         initial=now.done - 1 if now.stage == "training" else 0,
         desc=now.stage,
-        unit=f" {UNITS[now.stage]}",
+        unit=f" {now.unit}",
         unit_scale=now.stage not in WHOLE,
         disable=None,  # no bar where stderr is a file
     )
@@ -310,27 +307,226 @@ def _glance(report: "StepReport") -> str:
     return f"L0 {l0[0]:.3g} to {l0[-1]:.3g}, loss {loss[0]:.3g} to {loss[-1]:.3g}"
 
 
-def _report(run: Run) -> None:
-    evals = run.evals()
-    print("\n".join(["", *evals_table(evals), *_how_measured(run, evals), ""]))
-    print(matched_ratio(evals).sentence)
-    for sentence in time_spent(run.recent_metrics()):
-        print(sentence)
-    for event in run.events():
-        if event["event"] == "sae stopped":
-            print(f"{event['sae']} stopped: {event['why']}")
-    print(f"the run is in {run.folder}", flush=True)
+def _pull(command: Pull) -> None:
+    """Fetch an SAE and make a run of it, or list what there is."""
+    repository = look(parse_address(command.address))
+    if repository.renamed:
+        say(repository.renamed)
+    if command.list:
+        return _show(report.listing(repository))
+    sae = one_sae(repository)
+    root = runs_root()
+    folder = command.to or root / free_name(root, run_name(repository.repo, sae.path))
+    new_run_folder(folder.absolute().parent, folder.name)
+    place = {"model": command.model, "layer": command.layer, "site": command.site}
+    request = plan_pull(repository, sae, to=folder.name, **place)
+    count = f"{len(sae.files)} file{'s' * (len(sae.files) > 1)}"
+    say(
+        f"{sae.path or repository.repo}: {sae.library}, {count}, {readable(sae.n_bytes)}, "
+        f"commit {repository.commit[:12]}"
+    )
+    return _transfer(ask(folder.absolute().parent, request))
 
 
-def _how_measured(run: Run, evals: list[dict[str, Any]]) -> list[str]:
-    """Return what loss recovered means in a table that has it."""
-    if not evals:
+def _push(command: Push) -> None:
+    from gsae_core.runs.work.publish import check_token
+    from gsae_core.runs.work.transfer import parcel_of
+
+    run = Run.open(command.run)
+    request = PushRequest(run.id, command.sae, command.to, command.public)
+    parcel = parcel_of(run, request)
+    check_token()
+    n_files = len(parcel.files) + len(parcel.texts)
+    say(f"{n_files} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
+    for note in parcel.notes:
+        say(note)
+    _transfer(ask(run.folder.parent, request))
+
+
+def _transfer(transfer: Transfer) -> None:
+    """Do a transfer, or what is left of it."""
+    from gsae_core.runs.work.transfer import work
+
+    if transfer.status.state == "finished":
+        raise InputError(
+            f"expected a transfer that is not done, got one that led to {transfer.result}; give "
+            "its command again to do it anew"
+        )
+    if _follow(work(transfer)) != "finished":
+        raise Ended(
+            INTERRUPTED,
+            "stopped; what came is kept: give the same command again, or "
+            f"{PROGRAM} resume {transfer.folder}",
+        )
+    is_pull = transfer.kind == "pull"
+    show(f"run {transfer.root / str(transfer.result)}" if is_pull else str(transfer.result))
+
+
+MOST_MISUNDERSTOOD = 3
+"""Answers in a row that are not understood before no more is asked: the others would not be."""
+
+
+def _label(command: Label) -> int:
+    """Label features of a run's SAE; return the exit code, 1 if some could not be labelled.
+
+    What is labelled is kept, also where an error or Ctrl-C ends this.
+    """
+    from gsae_core.analysis.autointerp import RemoteWriter
+
+    if command.with_ is None:
+        raise InputError(
+            "expected --with MODEL, got none; give a folder or the name of a model on this "
+            "machine, or with --remote the name of one at the address in OPENAI_BASE_URL"
+        )
+    run = Run.open(command.run)
+    index = _feature_index(run, command)
+    numbers = _chosen(command, index)
+    if index.labels.damaged:
+        say(left_out(index.labels.damaged, "labels.jsonl"))
+    known = {} if command.again else index.labels.latest("label")
+    asked = [number for number in numbers if number not in known]
+    if len(asked) < len(numbers):
+        n = len(numbers) - len(asked)
+        say(f"{n} of {len(numbers)} features have a label, which stays; --again asks anew")
+    if not asked:
+        return 0
+    device = command.device or run.config.device
+    writer = RemoteWriter(command.with_) if command.remote else _local(command.with_, device)
+    say(_announcement(command, index, writer, len(asked)))
+    done, failed = [], {}
+    try:
+        _follow(_labelling(command, index, writer, asked, done, failed))
+    except KeyboardInterrupt:
+        say(f"stopped after {len(done)} of {len(asked)}; {_rest(command, asked, done)}")
+        return INTERRUPTED
+    finally:
+        _show(_table(done))
+        for number, sentence in failed.items():
+            say(f"feature {number}: {sentence}")
+    if len(done) + len(failed) < len(asked):
+        say(
+            f"stopped after {MOST_MISUNDERSTOOD} answers in a row that were not understood; try "
+            "another model, or --score none"
+        )
+    return FAILURE if failed else 0
+
+
+def _feature_index(run: Run, command: Label) -> "FeatureIndex":
+    """Return the index, with the labels that the Features page shows."""
+    name = command.sae or report.only_sae(run)
+    index = run.features(name)
+    if is_example(run):
+        index.labels = Labels(labels_folder(runs_root().absolute(), name))
+    return index
+
+
+def _chosen(command: Label, index: "FeatureIndex") -> list[int]:
+    """Return the features to label, each once and none of them dead.
+
+    Raises:
+        InputError: if none or an unknown or dead one is asked for.
+    """
+    import numpy as np
+
+    from gsae_core.analysis.autointerp import check_fires
+
+    if (command.most is None) == (not command.features):
+        came = "neither" if command.most is None else "both"
+        raise InputError(f"expected --features with numbers or --most with how many, got {came}")
+    if command.most is None:
+        for number in command.features:
+            check_fires(index.feature(number))
+        return list(dict.fromkeys(command.features))
+    if command.most < 1:
+        raise InputError(f"--most: expected a number of at least 1, got {command.most}")
+    fired = np.diff(index.array("offsets"))
+    order = np.argsort(-fired, kind="stable")[: command.most]
+    return [int(number) for number in order if fired[number]]
+
+
+def _local(name: str, device: str) -> "LocalWriter":
+    """Return a model on this machine; nothing is fetched.
+
+    Raises:
+        InputError: if it is not here, or not one that can be read.
+    """
+    from gsae_core.analysis.autointerp import LocalWriter
+    from gsae_core.lm.catalog import cached_models, model_folder
+    from gsae_core.runs.plan.cost import resolve_device
+
+    folder = model_folder(name) or cached_models().get(name)
+    if folder is None:
+        raise InputError(
+            f"expected a model on this machine, found no {name!r}; fetch it first, with "
+            f"hf download {name}, or give --remote if it is at the address in OPENAI_BASE_URL"
+        )
+    say(f"loading {name}")
+    called = Path(name).name if model_folder(name) else name
+    return LocalWriter(str(folder), device=str(resolve_device(device)), name=called)
+
+
+def _announcement(
+    command: Label, index: "FeatureIndex", writer: "LocalWriter | RemoteWriter", n: int
+) -> str:
+    """Return what will be asked of whom, and what of it leaves this machine."""
+    from gsae_core.analysis.autointerp import AFTER, BEFORE, N_SCORED, N_SHOWN, LocalWriter
+
+    features = f"{n} feature{'s' * (n > 1)} of {index.manifest.sae}"
+    if isinstance(writer, LocalWriter):
+        return f"{features}: {writer.name} on this machine writes; no text leaves it"
+    texts = N_SHOWN if command.score == "none" else N_SHOWN + 2 * N_SCORED
+    token = ", and the token in OPENAI_API_KEY" if writer.has_token else ""
+    is_bare = urlsplit(writer.where).scheme == "http"
+    bare = ", over a connection that is not encrypted" if is_bare else ""
+    return (
+        f"{features}: sending to {writer.where}, for {writer.name}, up to {texts} texts of each, "
+        f"of at most {BEFORE + 1 + AFTER} tokens out of {index.manifest.text}{token}{bare}"
+    )
+
+
+def _labelling(
+    command: Label,
+    index: "FeatureIndex",
+    writer: "LocalWriter | RemoteWriter",
+    asked: Sequence[int],
+    done: list[Said],
+    failed: dict[int, str],
+) -> Iterator[Progress]:
+    """Label one feature after another, and yield how many; `done` and `failed` grow."""
+    from gsae_core.analysis.autointerp import NotLabelled, NotUnderstood, label_feature
+
+    by = None if command.score == "none" else command.score
+    misunderstood = 0
+    for i, number in enumerate(asked):
+        yield Progress("labelling", i, len(asked), "feature")
+        try:
+            done.append(label_feature(index.feature(number), writer, by=by))
+            misunderstood = 0
+        except NotLabelled as error:
+            failed[number] = str(error)
+            misunderstood += isinstance(error, NotUnderstood)
+        if misunderstood == MOST_MISUNDERSTOOD:
+            return
+    yield Progress("labelling", len(asked), len(asked), "feature")
+
+
+def _rest(command: Label, asked: Sequence[int], done: Sequence[Said]) -> str:
+    if not command.again:
+        return "the same command goes on from there"
+    labelled = {said.feature for said in done}
+    rest = " ".join(str(number) for number in asked if number not in labelled)
+    return f"for the others give --again --features {rest}"
+
+
+def _table(done: Sequence[Said]) -> list[str]:
+    """Return a line for each label: feature, score, label, as far as there are any."""
+    if not done:
         return []
-    on = f"measured on {measured_on(evals[0])}"
-    if any(measured_earlier(row) for row in evals):
-        return [on, measure_again(str(run.folder))]
-    return [on, f"losses: {averaged(evals[0])}; {positions(evals[0])}"]
-
-
-def _say(sentence: str) -> None:
-    print(f"gsae_core: {sentence}", file=sys.stderr, flush=True)
+    rows = [
+        [str(said.feature), "–" if said.score is None else f"{said.score:.2f}"] for said in done
+    ]
+    lines = aligned([["feature", "score"], *rows])
+    return [
+        f"{line}  {text}"
+        for line, text in zip(lines, ["label", *(s.text for s in done)], strict=True)
+    ]

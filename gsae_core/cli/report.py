@@ -1,9 +1,204 @@
-"""A finished run in lines of text: one row an SAE, and the number the sweep is for."""
+"""Answers as lines of text: tables of runs, SAEs and measurements, what was imported or written."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gsae_core.text import aligned, count, duration, fixed, marked_fvu, percent, worse_than_mean
+from gsae_core.analysis.pareto import matched_ratio
+from gsae_core.checkpoints.formats.detect import find_saes
+from gsae_core.checkpoints.formats.found import Place
+from gsae_core.checkpoints.hub import Repository
+from gsae_core.cli.arguments import PROGRAM, ExportSAE, Import, List
+from gsae_core.config import ModelConfig, validated
+from gsae_core.errors import InputError
+from gsae_core.files import readable
+from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
+from gsae_core.runs.run import Run, runs_root, survey
+from gsae_core.text import (
+    aligned,
+    count,
+    duration,
+    fixed,
+    marked_fvu,
+    percent,
+    worse_than_mean,
+)
+
+# Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
+OWN = {
+    *("recipe", "tie", "aux", "detach_b_dec", "k_aux"),
+    *("init_threshold", "bandwidth", "threshold_unit"),
+}
+
+
+def import_lines(command: Import) -> Iterator[str]:
+    """Yield what was imported, and every assumption, having imported it."""
+    from gsae_core.runs.work.imports import import_saes
+
+    if command.layer is not None:
+        validated(ModelConfig, {"layer": command.layer}, {"layer": "--layer"})
+    run, sources = import_saes(
+        command.path,
+        command.to,
+        model=command.model,
+        layer=command.layer,
+        site=command.site,
+        saes=command.sae,
+        data=command.data,
+    )
+    yield f"run {run.folder}"
+    for name, source in sources.items():
+        yield f"{name}: {source.architecture} of {source.library}"
+        yield from (f"  {sentence}" for sentence in source.assumed)
+    yield f"for {run.config.model.name}, {run.config.model.hook_name}"
+    yield f"measure it with: {PROGRAM} evaluate {run.folder}"
+
+
+def export_lines(command: ExportSAE) -> Iterator[str]:
+    """Yield what was written and how close it is, having written it."""
+    from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+    from gsae_core.checkpoints.formats.write import write_sae
+
+    run = Run.open(command.run)
+    name = command.sae or only_sae(run)
+    folder = run.sae_folder(name)
+    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
+    if metadata.get("stopped"):
+        yield f"{name} stopped learning: {metadata['stopped']}"
+    sae = load_sae(folder)
+    if command.format == "jumprelu":
+        metadata["converted_from"] = sae.architecture
+    written = write_sae(sae, command.to, format=command.format, metadata=metadata)
+    for path in written.files:
+        yield str(path)
+    yield f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}"
+
+
+def only_sae(run: Run) -> str:
+    """Return the name of a run's one SAE.
+
+    Raises:
+        InputError: if it has several.
+    """
+    names = [spec.name for spec in run.config.saes]
+    if len(names) > 1:
+        raise InputError(f"expected --sae with one of this run's SAEs ({', '.join(names)})")
+    return names[0]
+
+
+def list_lines(command: List) -> list[str]:
+    """Return a table of the runs or SAEs at a path.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    path = runs_root() if command.path is None else command.path
+    if (path / "config.json").is_file() and (path / "status.json").is_file():
+        return _saes_of(Run.open(path))
+    if path.is_dir():
+        listed, unreadable = survey(path)
+        # A run that can be opened may still have lost a part of what it measured.
+        damaged = [f"{run.id}: {reason}" for run, _ in listed for reason in run.damages()]
+        damaged += [f"{run.id}: {run.reason}" for run in unreadable]
+        if listed:
+            head = ["run", "state", "model", "site", "architectures", "SAEs", "from"]
+            rows = [
+                [
+                    run.id,
+                    run.judged(said).state,
+                    run.config.model.name,
+                    run.config.model.hook_name,
+                    ", ".join(dict.fromkeys(spec.architecture for spec in run.config.saes)),
+                    str(len(run.config.saes)),
+                    run.config.imported or "ours",
+                ]
+                for run, said in listed
+            ]
+            worse = [
+                f"{run.id}: {sentence}" for run, _ in listed if (sentence := _worse(_measured(run)))
+            ]
+            return [*aligned([head, *rows]), *worse, *damaged]
+        if any((path / run.id / "status.json").exists() for run in unreadable):
+            return damaged
+    elif command.path is None:
+        raise InputError(f"expected runs in {path}, found no such folder; train or import first")
+    head = ["SAE", "architecture", "d_in", "latents", "place", "format", "file"]
+    rows = [
+        [
+            sae.name,
+            sae.architecture,
+            "–" if sae.d_in is None else str(sae.d_in),
+            "–" if sae.d_sae is None else str(sae.d_sae),
+            _place(sae.place),
+            sae.library,
+            str(sae.weights),
+        ]
+        for sae in find_saes(path)
+    ]
+    return aligned([head, *rows])
+
+
+def _measured(run: Run) -> dict[str, dict[str, Any]]:
+    """Return a run's evaluation by SAE; none where it is damaged, which `Run.damages` says."""
+    try:
+        return {row["name"]: row for row in run.evals()}
+    except InputError:
+        return {}
+
+
+def _worse(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return which SAEs are worse than predicting the mean; empty where none is."""
+    return worse_than_mean({name: row["fvu"] for name, row in measured.items()})
+
+
+def _saes_of(run: Run) -> list[str]:
+    measured = _measured(run)
+    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
+    rows, notes = [], []
+    for spec in run.config.saes:
+        try:
+            cfg = run.sae_cfg(spec.name)
+        except InputError:
+            cfg = {}
+        source = (cfg.get("metadata") or {}).get("source") or {}
+        numbers = measured.get(spec.name, {})
+        rows.append(
+            [
+                spec.name,
+                spec.architecture,
+                str(cfg.get("d_in", "–")),
+                str(spec.d_sae),
+                # NaN: its files do not say.
+                "–" if math.isnan(spec.sparsity) else f"{spec.sparsity:g}",
+                fixed(numbers.get("l0"), 1),
+                marked_fvu(numbers.get("fvu"), 4),
+                source.get("library", "ours"),
+            ]
+        )
+        notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
+    notes = [worse, *notes] if (worse := _worse(measured)) else notes
+    place = f"{run.config.model.name}, {run.config.model.hook_name}"
+    return [
+        f"{run.id}, {run.status.state}: {place}",
+        *aligned([head, *rows]),
+        *notes,
+        *run.damages(),
+    ]
+
+
+def _place(place: Place) -> str:
+    known = [place.model, None if place.layer is None else f"layer {place.layer}", place.site]
+    return " ".join(part for part in known if part) or place.hook_name or "–"
+
+
+def listing(repository: Repository) -> list[str]:
+    """Return the SAEs of a repository as lines: path, layout, size."""
+    head = f"{repository.asked} at {repository.commit[:12]}"
+    if not repository.saes:
+        return [f"{head}: no SAE among {len(repository.files)} files"]
+    rows = [["SAE", "layout", "size"]]
+    rows += [[sae.path or ".", sae.library, readable(sae.n_bytes)] for sae in repository.saes]
+    return [f"{head}: {len(repository.saes)} of them", *aligned(rows)]
 
 
 def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -42,4 +237,24 @@ def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{count(last['tokens'] / seconds)}/s on average; LM share "
         f"{percent(last['seconds_lm'] / seconds, 0)}, SAE share "
         f"{percent(last['seconds_sae'] / seconds, 0)}"
+    ]
+
+
+def run_report(run: Run) -> list[str]:
+    """Return what a finished run measured, what it took, and where it is."""
+    evals = run.evals()
+    lines = ["", *evals_table(evals)]
+    if evals:
+        lines.append(f"measured on {measured_on(evals[0])}")
+        if any(measured_earlier(row) for row in evals):
+            lines.append(measure_again(str(run.folder)))
+        else:
+            lines.append(f"losses: {averaged(evals[0])}; {positions(evals[0])}")
+    return [
+        *lines,
+        "",
+        matched_ratio(evals).sentence,
+        *time_spent(run.recent_metrics()),
+        *(f"{e['sae']} stopped: {e['why']}" for e in run.events() if e["event"] == "sae stopped"),
+        f"the run is in {run.folder}",
     ]

@@ -1,29 +1,117 @@
-"""evals.json, per-latent statistics, norm deciles and the held-out tokens they were measured on."""
+"""evals.json and what is measured with it: per-latent statistics, norm deciles, held-out tokens."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 from pydantic import BaseModel, ValidationError
 from safetensors.numpy import save_file
 
-from gsae_core.config import first_of
+from gsae_core.config import Architecture, Positions, first_of
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, replace_durably, write_json
-from gsae_core.runs.run import EvalRow, Run, _Decile
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-DECILES = ("norm", "ratio", "gamma")
-"""Numbers of each tenth of the tokens, as `sae.deciles.Decile` defines them."""
 
 
-class _Deciles(BaseModel):
-    deciles: list[_Decile]
+class EvalRow(BaseModel, frozen=True, extra="forbid"):
+    """One SAE on held-out tokens; the keys of evals.json. NaN is written as null."""
+
+    name: str
+    architecture: Architecture
+    sparsity: float
+    """lambda as the config gives it."""
+    d_in: int
+    d_sae: int
+    l0: float
+    loss_recovered: float
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    kl: float
+    gamma: float
+    gamma_gate: float
+    fvu: float
+    cosine: float
+    alive_fraction: float
+    n_tokens: int
+    """Activations measured: counted held-out tokens, in whole sequences."""
+    n_tokens_asked: int
+    shortage: str | None
+    """Why they are fewer than asked for, where they are."""
+    n_predictions: int
+    """Predictions that losses and KL are averaged over: a sequence's last token has none."""
+    zeroed: Positions
+    """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
+    replaced: Positions
+    """Positions at which the language model read reconstructions."""
+
+
+# What evaluations that do not say did.
+EARLIER = {
+    "zeroed": "counted",
+    "replaced": "counted",
+    "n_tokens_asked": None,
+    "shortage": None,
+    "n_predictions": None,
+}
+
+
+def check_row(row: Any, *, where: str, may_lack: Collection[str]) -> None:
+    """Check that a row of evals.json has the numbers of an `EvalRow`.
+
+    Args:
+        may_lack: keys that earlier versions did not write.
+        where: the file, and what to do, for the sentence.
+
+    Raises:
+        InputError: names the first key that is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"expected an object for each SAE in {where}")
+    # null is NaN; what a newer version measures besides is its own.
+    fields = {
+        name: math.nan if row[name] is None and field.annotation is float else row[name]
+        for name, field in EvalRow.model_fields.items()
+        if name in row
+    }
+    try:
+        EvalRow.model_validate(fields, strict=True)
+    except ValidationError as error:
+        wrong = first_of(error, may_lack=may_lack)
+        if wrong is not None:
+            raise InputError(f"expected numbers of each SAE, got {wrong} in {where}") from None
+
+
+def read_evals(folder: Path, names: Collection[str]) -> list[dict[str, Any]]:
+    """Return the rows of a run's evals.json; empty where there is none.
+
+    Args:
+        names: of the run's SAEs.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
+    path = folder / "evals.json"
+    again = f"measure again: python -m gsae_core evaluate {folder}"
+    if not os.path.lexists(path):
+        return []
+    try:
+        rows = read_json(path).get("saes")
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"expected a list `saes` in {path}, found none; {again}")
+    for row in rows:
+        check_row(row, where=f"{path}; {again}", may_lack=EARLIER)
+        if row["name"] not in names:
+            raise InputError(
+                f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got some "
+                f"of {row['name']!r}; {again}"
+            )
+    return [EARLIER | row for row in rows]
 
 
 def write_evals(folder: Path, rows: list[EvalRow]) -> None:
@@ -124,6 +212,20 @@ def write_feature_stats(
     )
 
 
+DECILES = ("norm", "ratio", "gamma")
+"""Numbers of each tenth of the tokens, as `sae.deciles.Decile` defines them."""
+
+
+class _Decile(BaseModel):
+    norm: float | None
+    ratio: float | None
+    gamma: float | None
+
+
+class _Deciles(BaseModel):
+    deciles: list[_Decile]
+
+
 def write_norm_deciles(folder: Path, deciles: Sequence[Mapping[str, float]]) -> None:
     """Replace an SAE's norm_deciles.json.
 
@@ -134,30 +236,26 @@ def write_norm_deciles(folder: Path, deciles: Sequence[Mapping[str, float]]) -> 
     write_json(folder / "norm_deciles.json", {"deciles": list(deciles)})
 
 
-def norm_deciles(run: Run, name: str) -> "pd.DataFrame":
-    """Return one row per tenth of the held-out tokens by |x|, shortest first.
+def read_norm_deciles(folder: Path, *, again: str) -> list[dict[str, float | None]]:
+    """Return `DECILES` of each tenth of the tokens, shortest activations first.
 
-    Columns: `decile` (1 to 10), and `DECILES`.
+    Args:
+        folder: of the SAE.
+        again: command that measures them.
 
     Raises:
-        InputError: if the SAE is unknown, or was evaluated before these numbers were gathered.
+        InputError: if they are damaged, or were not measured.
     """
-    import pandas as pd
-
-    path = run.sae_folder(name) / "norm_deciles.json"
+    path = folder / "norm_deciles.json"
     if not os.path.lexists(path):
         raise InputError(
-            f"expected lengths of reconstructions of {name!r}, found none in {path.parent}; "
-            f"measure them: python -m gsae_core evaluate {run.folder}"
+            f"expected lengths of reconstructions of {folder.name!r}, found none in {folder}; "
+            f"measure them: {again}"
         )
     try:
-        rows = _Deciles.model_validate(read_json(path), strict=True).model_dump()["deciles"]
+        return _Deciles.model_validate(read_json(path), strict=True).model_dump()["deciles"]
     except ValidationError as error:
         raise InputError(
             f"expected lengths of reconstructions in {path}, got {first_of(error)}; measure them "
-            f"again: python -m gsae_core evaluate {run.folder}"
+            f"again: {again}"
         ) from None
-    # JSON has null for NaN, which would make a column of objects.
-    frame = pd.DataFrame(rows, columns=list(DECILES)).astype(float)
-    frame.insert(0, "decile", range(1, len(frame) + 1))
-    return frame

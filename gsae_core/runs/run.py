@@ -8,11 +8,9 @@ detached process writes it. Nothing here imports torch.
 """
 
 import functools
-import math
 import os
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from gsae_core import files
-from gsae_core.config import Architecture, Positions, RunConfig, first_of, load_config
+from gsae_core.config import RunConfig, first_of, load_config
 from gsae_core.errors import InputError
 from gsae_core.files import (
+    EXAMPLE,
     free_bytes,
     lock,
     read_json,
@@ -32,7 +31,16 @@ from gsae_core.files import (
     write_json,
     writing,
 )
-from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
+from gsae_core.runs.evals import DECILES, read_evals, read_norm_deciles
+from gsae_core.runs.jobs.job import (
+    ACTIVE,
+    FOLDER_BYTES,
+    Job,
+    Status,
+    read_status,
+    start,
+    write_status,
+)
 from gsae_core.runs.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
 
 if TYPE_CHECKING:
@@ -46,83 +54,9 @@ def runs_root() -> Path:
     return Path(os.environ.get("GSAE_RUNS", "runs"))
 
 
-class EvalRow(BaseModel, frozen=True, extra="forbid"):
-    """One SAE on held-out tokens; the keys of evals.json. NaN is written as null."""
-
-    name: str
-    architecture: Architecture
-    sparsity: float
-    """lambda as the config gives it."""
-    d_in: int
-    d_sae: int
-    l0: float
-    loss_recovered: float
-    ce_clean: float
-    ce_sae: float
-    ce_zero: float
-    kl: float
-    gamma: float
-    gamma_gate: float
-    fvu: float
-    cosine: float
-    alive_fraction: float
-    n_tokens: int
-    """Activations measured: counted held-out tokens, in whole sequences."""
-    n_tokens_asked: int
-    shortage: str | None
-    """Why they are fewer than asked for, where they are."""
-    n_predictions: int
-    """Predictions that losses and KL are averaged over: a sequence's last token has none."""
-    zeroed: Positions
-    """Positions that zero ablation set to zero; earlier versions zeroed counted ones alone."""
-    replaced: Positions
-    """Positions at which the language model read reconstructions."""
-
-
-class _Decile(BaseModel):
-    norm: float | None
-    ratio: float | None
-    gamma: float | None
-
-
-def check_row(row: Any, *, where: str, may_lack: Collection[str]) -> None:
-    """Check that a row of evals.json has the numbers of an `EvalRow`.
-
-    Args:
-        may_lack: keys that earlier versions did not write.
-        where: the file, and what to do, for the sentence.
-
-    Raises:
-        InputError: names the first key that is missing or of another type.
-    """
-    if not isinstance(row, dict):
-        raise InputError(f"expected an object for each SAE in {where}")
-    # null is NaN; what a newer version measures besides is its own.
-    fields = {
-        name: math.nan if row[name] is None and field.annotation is float else row[name]
-        for name, field in EvalRow.model_fields.items()
-        if name in row
-    }
-    try:
-        EvalRow.model_validate(fields, strict=True)
-    except ValidationError as error:
-        wrong = first_of(error, may_lack=may_lack)
-        if wrong is not None:
-            raise InputError(f"expected numbers of each SAE, got {wrong} in {where}") from None
-
-
 SCHEMA_VERSION = 1
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
-
-# What evaluations that do not say did.
-EARLIER = {
-    "zeroed": "counted",
-    "replaced": "counted",
-    "n_tokens_asked": None,
-    "shortage": None,
-    "n_predictions": None,
-}
 
 
 class _Example(BaseModel):
@@ -232,25 +166,7 @@ class Run(Job):
         Raises:
             InputError: if evals.json is damaged.
         """
-
-        path = self.folder / "evals.json"
-        if not os.path.lexists(path):
-            return []
-        try:
-            rows = read_json(path).get("saes")
-        except InputError as error:
-            raise InputError(f"{error}; {_again(self)}") from None
-        if not isinstance(rows, list):
-            raise InputError(f"expected a list `saes` in {path}, found none; {_again(self)}")
-        names = [spec.name for spec in self.config.saes]
-        for row in rows:
-            check_row(row, where=f"{path}; {_again(self)}", may_lack=EARLIER)
-            if row["name"] not in names:
-                raise InputError(
-                    f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got some "
-                    f"of {row['name']!r}; {_again(self)}"
-                )
-        return [EARLIER | row for row in rows]
+        return read_evals(self.folder, [spec.name for spec in self.config.saes])
 
     def samples(self) -> dict[str, Any] | None:
         """Return samples.json: a few latents of each SAE with their top tokens; None before it.
@@ -328,6 +244,23 @@ class Run(Job):
         columns = load_file(path)
         return pd.DataFrame({key: columns[key] for key in FEATURE_STATS}).rename_axis("latent")
 
+    def norm_deciles(self, name: str) -> "pd.DataFrame":
+        """Return one row per tenth of the held-out tokens by |x|, shortest first.
+
+        Columns: `decile` (1 to 10), and `evals.DECILES`.
+
+        Raises:
+            InputError: if the SAE is unknown, or was evaluated before these numbers were gathered.
+        """
+        import pandas as pd
+
+        again = f"python -m gsae_core evaluate {self.folder}"
+        rows = read_norm_deciles(self.sae_folder(name), again=again)
+        # JSON has null for NaN, which would make a column of objects.
+        frame = pd.DataFrame(rows, columns=list(DECILES)).astype(float)
+        frame.insert(0, "decile", range(1, len(frame) + 1))
+        return frame
+
     def features(self, name: str) -> "FeatureIndex":
         """Return the feature index of one SAE.
 
@@ -341,10 +274,6 @@ class Run(Job):
         index = open_index(self.folder / "features" / name)
         check_weights(index.manifest, sae_folder)
         return index
-
-
-def _again(run: Run) -> str:
-    return f"measure again: python -m gsae_core evaluate {run.folder}"
 
 
 def check_run_id(run_id: str) -> str:
@@ -494,3 +423,64 @@ def _opened(root: Path, run_id: str, mtime_ns: int, size: int) -> Run:
 @functools.lru_cache(maxsize=4096)
 def _checked(folder: Path, inode: int, mtime_ns: int, size: int) -> None:
     check_layout(folder)
+
+
+def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
+    """Make a run under `root` and start it; return the one there is if it was made before.
+
+    A run with the same config that waits or trains now is that one too, started from here or not:
+    its seed is the same, so a second one would find the same numbers.
+
+    Args:
+        nonce: one for each intention to start: a double press has the same and starts one run.
+
+    Raises:
+        InputError: if the folder cannot be made or written.
+    """
+    with writing(root, 0):
+        root.mkdir(parents=True, exist_ok=True)
+        # Two visitors who press at once are served one after the other.
+        with lock(root, "launch"):
+            made = sorted(root.glob(f"*-{nonce}/config.json"))
+            run = Run.open(made[0].parent) if made else _same_job(root, config)
+            run = run or Run.create(root / run_id(config, nonce), config)
+            if run.status.state == "queued":
+                start(run)
+    return run
+
+
+def _same_job(root: Path, config: RunConfig) -> Run | None:
+    alike = (run for run in list_runs(root) if run.config == config)
+    return next((run for run in alike if run.status.state in ("queued", *ACTIVE)), None)
+
+
+def run_id(config: RunConfig, nonce: str) -> str:
+    """Return a name for a new run: what it is, when it began, and the nonce."""
+    place = f"{Path(config.model.name).name}-L{config.model.layer}-{config.model.site}"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", config.preset or place).strip("-._") or "run"
+    return f"{stem[:32]}-{time.strftime('%m%d-%H%M')}-{nonce}"
+
+
+EXAMPLE_ID = EXAMPLE.name
+
+SHOWN_SAE, SHOWN_FEATURE = "gated-0.35", 293
+"""What opens first: a feature that fires on `def`, and raises names of functions."""
+
+
+def example_run() -> Run | None:
+    """Return the run; None in a package that was built without it."""
+    return Run.open(EXAMPLE) if (EXAMPLE / "config.json").is_file() else None
+
+
+def is_example(run: Run) -> bool:
+    """Return whether a run is the one that ships with the package."""
+    return run.folder == EXAMPLE
+
+
+def labels_folder(root: Path, name: str) -> Path:
+    """Return where what is said of one of its SAEs is kept; it need not be there yet.
+
+    Args:
+        root: folder of runs; what is in it under a name with a dot is not listed.
+    """
+    return root / ".example" / name

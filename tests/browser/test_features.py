@@ -15,7 +15,7 @@ from synthetic import config, write_run
 from synthetic_index import write_index
 
 from gsae_core.config import sweep
-from gsae_core.runs.example import example_run
+from gsae_core.runs.run import example_run
 
 SHOWN = "gated-0.35"
 

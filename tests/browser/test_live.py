@@ -18,8 +18,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from synthetic import config, metric_lines, write_metrics, write_run
 
 from gsae_core.config import RunConfig, sweep, validated
-from gsae_core.runs.jobs.job import read_status
-from gsae_core.runs.jobs.process import start
+from gsae_core.runs.jobs.job import read_status, start
 from gsae_core.runs.run import Run
 
 RUNNING = "◑ running"

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from synthetic import config, write_run
 
 from gsae_core.config import sweep
-from gsae_core.runs.example import example_run
+from gsae_core.runs.run import example_run
 
 BAD = "⚠ FVU above 1: relu-0.2 reconstructs worse than the mean activation."
 PEAK = "lie within the learning-rate warm-up of"

@@ -1,18 +1,29 @@
-"""The process that trains a run: it holds the run, tells where it stands and hears when to stop."""
+"""The process that works on a job: it holds the job, waits for its device, says how far it is.
 
+    runs/.slots/  cuda-0.lock               held by the process that works on the device
+                  cuda-0/<time>-<run>.json  a ticket of each process that waits
+
+A slot is a lock of the operating system, which frees it when its holder dies, however it dies.
+Tickets keep the order: only the first in line whose process lives tries the lock.
+"""
+
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import psutil
 
 from gsae_core.errors import InputError
-from gsae_core.files import lock
-from gsae_core.runs.jobs.job import Job, Stage, State, of_process, read_status, write_status
-from gsae_core.runs.jobs.queue import Place
+from gsae_core.files import lock, read_json, write_json, writing
+from gsae_core.runs.jobs.job import Job, State, live_process, of_process, read_status, write_status
+from gsae_core.text import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +32,96 @@ HEARTBEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.25
 # How soon a waiting run sees that the device is free.
 TURN_SECONDS = 0.5
+
+FOLDER = ".slots"
+
+# Slots this process holds: it may train one run inside another, but must not wait for itself.
+_held: set[Path] = set()
+
+
+class Waiting(NamedTuple):
+    """A run that waits for its device."""
+
+    run: str
+    slot: str
+
+
+class Place:
+    """A run's place in the line for a device; leave it in the end, whether its turn came or not.
+
+    Args:
+        folder: the run's; the line is that of the runs beside it.
+        slot: name of the device, from `machine.slot_of`.
+
+    Raises:
+        InputError: if the folder of the runs cannot be written.
+    """
+
+    def __init__(self, folder: Path, slot: str) -> None:
+        from filelock import FileLock
+
+        slots = folder.parent / FOLDER
+        self._lock = FileLock(slots / f"{slot}.lock")
+        self._path = slots / f"{slot}.lock"
+        self._tickets = slots / slot
+        self._ticket = self._tickets / f"{time.time_ns():020d}-{folder.name}.json"
+        self._mine = False
+        process = psutil.Process()
+        ticket = {"run": folder.name, "pid": process.pid, "started": process.create_time()}
+        with writing(slots, 0):
+            self._tickets.mkdir(parents=True, exist_ok=True)
+            write_json(self._ticket, ticket)
+
+    def ahead(self) -> int:
+        """Return how many runs go first; 0 means that the device is ours from now on."""
+        from filelock import Timeout
+
+        if self._mine or self._path in _held:
+            self._ticket.unlink(missing_ok=True)
+            return 0
+        before = [t for t, _ in _living(self._tickets) if t.name < self._ticket.name]
+        if before:
+            return len(before) + 1
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return 1
+        self._mine = True
+        _held.add(self._path)
+        self._ticket.unlink(missing_ok=True)
+        return 0
+
+    def leave(self) -> None:
+        """Step out of the line, or free the device."""
+        self._ticket.unlink(missing_ok=True)
+        if self._mine:
+            self._mine = False
+            _held.discard(self._path)
+            self._lock.release()
+
+
+def line(root: Path) -> list[Waiting]:
+    """Return the runs that wait, first in line first, device by device."""
+    slots = sorted(path for path in (root / FOLDER).glob("*") if path.is_dir())
+    return [Waiting(ticket["run"], slot.name) for slot in slots for _, ticket in _living(slot)]
+
+
+def _living(tickets: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the tickets whose process lives, oldest first; throw the others away."""
+    found = []
+    for path in sorted(tickets.glob("*.json")):
+        try:
+            ticket = read_json(path)
+        except InputError:
+            continue  # Its turn came between the listing and the look, or it is damaged.
+        pid, started = ticket.get("pid"), ticket.get("started")
+        if not isinstance(pid, int) or not isinstance(started, float) or "run" not in ticket:
+            path.unlink(missing_ok=True)  # damaged: it names no process to wait for
+        elif live_process(pid, started) is None:
+            path.unlink(missing_ok=True)
+        else:
+            found.append((path, ticket))
+    return found
 
 
 class Worker:
@@ -31,8 +132,8 @@ class Worker:
     with the cause in one sentence (a traceback goes to log.txt alone).
 
     Attributes:
-        step: steps done; set by the code that trains.
-        done: how much of the present stage is done; set by the code that does it.
+        step: steps done.
+        done: how much of the present stage is done.
         outcome: the last state, unless an exception ends the block.
 
     Raises:
@@ -118,13 +219,21 @@ class Worker:
         if not ahead:
             self._status = self._status._replace(state="starting")
 
-    def enter(self, stage: Stage, *, total: int, done: int = 0) -> None:
+    def enter(self, stage: str, *, total: int, done: int = 0) -> None:
         """Say that a stage begins: in status.json, and with the time of it in events.jsonl."""
-        states: dict[Stage, State] = {"waiting": "queued", "loading": "starting"}
+        states: dict[str, State] = {"waiting": "queued", "loading": "starting"}
         self.done = done
         self._status = self._status._replace(stage=stage, total=total)
         self._write(states.get(stage, "running"))
         self.run.add_event(stage, step=self.step)
+
+    def follow(self, now: Progress) -> None:
+        """Say how far the work is, and that a stage begins, where it does."""
+        if now.stage != self._status.stage:
+            self.enter(now.stage, total=now.total, done=now.done)
+        self.done = now.done
+        if now.stage == "training":
+            self.step = now.done
 
     def __exit__(
         self,
@@ -221,3 +330,45 @@ class Worker:
             package.removeHandler(self._log)
             package.setLevel(self._level)
             self._log.close()
+
+
+def perform(
+    job: Job,
+    work: Callable[[Worker], Iterator[Progress]],
+    *,
+    slot: str | None = None,
+    of: Path | None = None,
+    worker: Worker | None = None,
+) -> Iterator[Progress]:
+    """Yield the progress of work on a job, held by this process; the last says how it ended.
+
+    A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) closes the work at
+    its next progress, unless that ends a stage, and the job ends in state `cancelled`.
+
+    Args:
+        work: yields its progress; what it must save when it is closed, it saves.
+        slot: device to wait for, from `machine.slot_of`; None: the work needs none.
+        of: as for `Worker.turn`.
+        worker: holds the job and its device already; it is the caller's to end.
+
+    Raises:
+        InputError: while iterating, for what a person can mend; status.json then says it too.
+    """
+    with contextlib.nullcontext(worker) if worker else Worker(job) as held:
+        if slot is not None and worker is None:
+            for ahead in held.turn(slot, of=of):
+                yield Progress("waiting", 0, ahead, "run")
+        now = Progress("loading", 0, 0)
+        if not held.stop_requested:
+            # Generators, though their type says Iterator.
+            with contextlib.closing(work(held)) as steps:  # pyright: ignore[reportArgumentType]
+                for now in steps:
+                    held.follow(now)
+                    yield now
+                    if held.stop_requested and now.done != now.total:
+                        break
+                else:
+                    yield Progress("finished", now.total, now.total, now.unit)
+                    return
+        held.outcome = "cancelled"
+        yield Progress("cancelled", now.done, now.total, now.unit)

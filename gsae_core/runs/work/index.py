@@ -1,5 +1,6 @@
 """A run's SAE -> its feature index: what an index process runs, and its files tell."""
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,13 @@ from gsae_core.analysis.features.files import weights_sha256
 from gsae_core.errors import InputError
 from gsae_core.files import lock, read_json, write_json, writing
 from gsae_core.machine import slot_of
-from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
-from gsae_core.runs.jobs.process import start
-from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, start, write_status
+from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.run import Run
+from gsae_core.text import Progress
 
 if TYPE_CHECKING:  # the app and the command line read this module without torch
-    from gsae_core.analysis.features import build
-    from gsae_core.analysis.features.build import Part
+    from gsae_core.analysis.features.shards import Part
     from gsae_core.lm.corpus import Corpus, SequenceSet
 
 IndexSplit = Literal["mixed", "train", "held_out"]
@@ -142,17 +142,6 @@ def _check(asked: Request) -> None:
         )
 
 
-Stage = Literal["waiting", "loading", "indexing", "sorting", "describing", "finished", "cancelled"]
-
-
-class Progress(NamedTuple):
-    """How far an index is: runs ahead of it, tokens read, features sorted and described."""
-
-    stage: Stage
-    done: int
-    total: int
-
-
 def index_run(
     run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
 ) -> Iterator[Progress]:
@@ -167,38 +156,21 @@ def index_run(
         split: of the text; None: as asked for last, or half held out, half trained on.
 
     Raises:
-        InputError: while iterating, for what a person can mend; status.json then says it too.
+        InputError: for what a person can mend, while iterating too; then status.json says it.
     """
     job = prepare(run, name, n_tokens=n_tokens, split=split)
-    with Worker(job) as worker:
-        for ahead in worker.turn(slot_of(run.config.device), of=run.folder):
-            yield Progress("waiting", 0, ahead)
-        if not worker.stop_requested:
-            worker.enter("loading", total=0)
-            yield Progress("loading", 0, 0)
-            stage = "loading"
-            for progress in _build(run, name, request(job)):
-                if progress.stage != stage:
-                    stage = progress.stage
-                    worker.enter(progress.stage, total=progress.total)
-                worker.done = progress.done
-                if worker.stop_requested and progress.done != progress.total:
-                    break
-                yield Progress(*progress)
-            else:
-                yield Progress("finished", 1, 1)
-                return
-        worker.outcome = "cancelled"
-        yield Progress("cancelled", 0, 0)
+    work = functools.partial(_build, run, name, job)
+    return perform(job, work, slot=slot_of(run.config.device), of=run.folder)
 
 
-def _build(run: Run, name: str, asked: Request) -> "Iterator[build.Progress]":
+def _build(run: Run, name: str, job: Job, worker: Worker) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.lm.corpus import load_corpus
     from gsae_core.runs.work.setup import check_held_out, load_lm
 
-    cfg, sae_folder = run.config, run.sae_folder(name)
+    yield Progress("loading", 0, 0)
+    cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
     corpus = load_corpus(
@@ -209,7 +181,7 @@ def _build(run: Run, name: str, asked: Request) -> "Iterator[build.Progress]":
         n_held_out=_n_held_out(asked.n_tokens, asked.split),
     )
     check_held_out(run, corpus, part=True)
-    return build_index(
+    yield from build_index(
         model,
         sae.to(model.device),
         choose_parts(corpus, asked.n_tokens, asked.split),
@@ -250,7 +222,7 @@ def _first(sequences: "SequenceSet", split: str, n_tokens: int) -> "Part":
     """Return the sequences up to and including the one in which token `n_tokens` is counted."""
     import numpy as np
 
-    from gsae_core.analysis.features.build import Part
+    from gsae_core.analysis.features.shards import Part
 
     ends = np.cumsum(sequences.counts)
     return Part(split, sequences, min(int(np.searchsorted(ends, n_tokens)) + 1, len(sequences)))

@@ -19,7 +19,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, token_texts
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.setup import Bench
+from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
@@ -49,11 +49,11 @@ class Sampler:
 
     Args:
         run: where to.
-        bench: its model, held-out text and SAEs.
+        setup: its model, held-out text and SAEs.
     """
 
-    def __init__(self, run: Run, bench: Bench) -> None:
-        self._run, self._bench = run, bench
+    def __init__(self, run: Run, setup: RunSetup) -> None:
+        self._run, self._setup = run, setup
         self._n_steps = run.config.train.n_steps
         self.every = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
         self._held_out: HeldOut | None = None
@@ -63,11 +63,11 @@ class Sampler:
         if step % self.every and step not in (FIRST_LOOK, self._n_steps):
             return
         if self._held_out is None:
-            self._held_out = _harvest(self._run, self._bench)
+            self._held_out = _harvest(self._run, self._setup)
         saes = {
             spec.name: self._look(spec, sae)
-            for spec, sae in zip(self._run.config.saes, self._bench.trainer.saes, strict=True)
-            if spec.name not in self._bench.stopped
+            for spec, sae in zip(self._run.config.saes, self._setup.trainer.saes, strict=True)
+            if spec.name not in self._setup.stopped
         }
         n_tokens = len(self._held_out.x)
         looked = {"step": step, "every": self.every, "n_tokens": n_tokens, "saes": saes}
@@ -84,7 +84,7 @@ class Sampler:
         fired = firings(sae, held_out.x)
         latents = choose(fired, seed=self._run.config.seed)
         # Raw activations in, raw latents out, as the saved SAE has it.
-        f = activations(sae, held_out.x, [i for i, _ in latents]) / self._bench.stream.scale
+        f = activations(sae, held_out.x, [i for i, _ in latents]) / self._setup.stream.scale
         return {
             "alive": int((fired > 0).sum()),
             "latents": [
@@ -117,7 +117,7 @@ class Sampler:
             examples.setdefault(
                 tuple(ids),
                 {
-                    "tokens": texts_in(self._bench.model.tokenizer, whole, first, last),
+                    "tokens": texts_in(self._setup.model.tokenizer, whole, first, last),
                     "values": [round(value, 4) for value in values],
                     "at": column - first,
                 },
@@ -172,15 +172,15 @@ def texts_in(tokenizer: Any, ids: list[int], first: int, last: int) -> list[str]
 
 
 @torch.no_grad()
-def _harvest(run: Run, bench: Bench) -> HeldOut:
+def _harvest(run: Run, setup: RunSetup) -> HeldOut:
     """Return activations of held-out sequences spread evenly over the split."""
-    held_out = bench.corpus.held_out
+    held_out = setup.corpus.held_out
     n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
     ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
     place = mask.flatten().nonzero().squeeze(1)
     site = run.config.model
-    x = bench.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
-    x = x.index_select(0, place.to(x.device)).float() * bench.stream.scale
+    x = setup.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
+    x = x.index_select(0, place.to(x.device)).float() * setup.stream.scale
     # Samples are for looking at: a vector that is not finite is left out of them. Training and
     # evaluation refuse it where they read it.
     finite = x.isfinite().all(dim=1)

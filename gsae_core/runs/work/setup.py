@@ -20,7 +20,7 @@ from gsae_core.training.sparsity_units import Sparsity, sparsity_in_training_uni
 from gsae_core.training.trainer import Trainer
 
 
-class Bench(NamedTuple):
+class RunSetup(NamedTuple):
     """Everything a run works with, made from its config."""
 
     model: LanguageModel
@@ -32,7 +32,12 @@ class Bench(NamedTuple):
     """Why each SAE that stopped learning did, by name; grows while training."""
 
 
-def set_up(run: Run) -> Bench:
+def set_up(run: Run) -> RunSetup:
+    """Return the parts of a run, none of which has begun.
+
+    Raises:
+        InputError: if memory or disk are too small, or model or text are not what they were.
+    """
     cfg = run.config
     model = load_lm(cfg)
     d_in = model.width(cfg.model.site)
@@ -87,7 +92,7 @@ def set_up(run: Run) -> Bench:
         mean_square_norm=stream.mean_square_norm,
         numerics=model.numerics,
     )
-    return Bench(model, corpus, stream, Trainer(saes, train_cfg, measure=True), sparsity, {})
+    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg, measure=True), sparsity, {})
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:
@@ -167,12 +172,12 @@ def _source(cfg: RunConfig, model: LanguageModel, corpus: Corpus, harvest: Harve
     return cache
 
 
-def save_saes(run: Run, bench: Bench) -> None:
+def save_saes(run: Run, setup: RunSetup) -> None:
     """Write every SAE as it stands, its activation scale folded in."""
-    cfg, trainer = run.config, bench.trainer
-    for spec, sae, sparsity in zip(cfg.saes, trainer.saes, bench.sparsity, strict=True):
+    cfg, trainer = run.config, setup.trainer
+    for spec, sae, sparsity in zip(cfg.saes, trainer.saes, setup.sparsity, strict=True):
         folded = copy.deepcopy(sae).to("cpu")
-        fold_scale_(folded, bench.stream.scale)
+        fold_scale_(folded, setup.stream.scale)
         metadata = {
             # SAELens reads these to load the same model and the same text.
             "model_name": cfg.model.name,
@@ -181,20 +186,20 @@ def save_saes(run: Run, bench: Bench) -> None:
             "hook_name": cfg.model.hook_name,
             "hook_head_index": None,
             "dataset_path": cfg.data.source,
-            "context_size": bench.corpus.n_ctx,
+            "context_size": setup.corpus.n_ctx,
             "seqpos_slice": [None],
-            "prepend_bos": bench.corpus.bos,
+            "prepend_bos": setup.corpus.bos,
             "exclude_special_tokens": True,
             # And these say how the SAE came about.
             "name": spec.name,
             "model_revision": cfg.model.revision,
-            "numerics": bench.model.numerics,
-            "activation_scale": bench.stream.scale,
+            "numerics": setup.model.numerics,
+            "activation_scale": setup.stream.scale,
             "sparsity": spec.sparsity,
             "loss_norm": spec.loss_norm,
             "sparsity_coeff": sparsity.coeff,
             "sparsity_coeff_raw": sparsity.raw,
             "n_tokens": trainer.steps_done * cfg.train.batch_size,
-            "stopped": bench.stopped.get(spec.name),
+            "stopped": setup.stopped.get(spec.name),
         }
         save_sae(folded, run.sae_folder(spec.name), metadata=metadata)

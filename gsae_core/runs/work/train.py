@@ -5,11 +5,12 @@ command line may draw it. Killed at any line and started again, it ends with the
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,15 +22,29 @@ from gsae_core.files import lock
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import slot_of
-from gsae_core.runs.evals import write_evals, write_feature_stats, write_norm_deciles, write_tokens
-from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.evals import (
+    EvalRow,
+    write_evals,
+    write_feature_stats,
+    write_norm_deciles,
+    write_tokens,
+)
+from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.metrics_log import MetricsLog
 from gsae_core.runs.resume import has_state, load_state, save_state
-from gsae_core.runs.run import EvalRow, Run
+from gsae_core.runs.run import Run
 from gsae_core.runs.work.samples import Sampler
-from gsae_core.runs.work.setup import Bench, check_held_out, load_lm, load_text, save_saes, set_up
+from gsae_core.runs.work.setup import (
+    RunSetup,
+    check_held_out,
+    load_lm,
+    load_text,
+    save_saes,
+    set_up,
+)
 from gsae_core.sae.base import check_width
 from gsae_core.sae.metrics import Metrics
+from gsae_core.text import Progress
 from gsae_core.training.report import StepReport
 from gsae_core.training.trainer import train
 
@@ -37,26 +52,66 @@ from gsae_core.training.trainer import train
 LOGGED_POINTS = 300
 
 
-def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
-    """Take the steps that are left, log them, and save whenever it is time and at the end.
+def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
+    """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
+
+    A run whose device trains another one waits for its turn. A request to stop, or closing this
+    iterator, ends it after the step, saved, in state `cancelled`.
+
+    Args:
+        run: not finished.
+        worker: holds the run and its device already; it is the caller's to end.
+
+    Raises:
+        InputError: while iterating, for what a person can mend; status.json then says it too.
+    """
+    work = functools.partial(_train_and_evaluate, run)
+    return perform(run, work, slot=slot_of(run.config.device), worker=worker)
+
+
+def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
+    with _sentences_about_memory():
+        yield Progress("loading", 0, 0)
+        setup = set_up(run)
+        try:
+            yield from _learn(run, setup, worker)
+        except GeneratorExit:
+            save_saes(run, setup)
+            raise
+        save_saes(run, setup)
+        if len(setup.stopped) == len(setup.trainer.saes):
+            name, reason = next(iter(setup.stopped.items()))
+            raise InputError(
+                f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; "
+                "lower the learning rate and start a new run"
+            )
+        model, corpus = setup.model, setup.corpus
+        del setup  # Optimiser states and a chunk of activations: room for the evaluation.
+        n_tokens = min(run.config.evaluation.n_tokens, corpus.n_held_out_tokens)
+        worker.enter("evaluating", total=n_tokens)
+        yield from _evaluate(run, model, corpus, run.config.evaluation)
+
+
+def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
+    """Take the steps that are left, log them, and save whenever it is time, at the end and closed.
 
     Raises:
         InputError: while iterating: other data than before, or a full or read-only disk.
     """
-    trainer = bench.trainer
-    clock = _Clock(bench)
-    n_bytes = _take_up(run, bench, clock)
+    trainer = setup.trainer
+    clock = _Clock(setup)
+    n_bytes = _take_up(run, setup, clock)
     worker.step = trainer.steps_done
     worker.enter("training", total=trainer.cfg.n_steps, done=trainer.steps_done)
     log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=n_bytes)
-    sampler = Sampler(run, bench)
+    sampler = Sampler(run, setup)
     every = log_every(trainer.cfg.n_steps)
 
     def note_stopped() -> None:
         # As far as is known without waiting for the device, which hears of a step late.
         for spec, why in zip(run.config.saes, trainer.stopped, strict=True):
-            if why is not None and spec.name not in bench.stopped:
-                bench.stopped[spec.name] = why
+            if why is not None and spec.name not in setup.stopped:
+                setup.stopped[spec.name] = why
                 run.add_event("sae stopped", sae=spec.name, why=why)
 
     def save() -> None:
@@ -64,8 +119,8 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
         note_stopped()
         state = {
             "trainer": trainer.state_dict(),
-            "stopped": bench.stopped,
-            "mean_square_norm": bench.stream.mean_square_norm,
+            "stopped": setup.stopped,
+            "mean_square_norm": setup.stream.mean_square_norm,
             "seconds": clock.seconds,
             "seconds_lm": clock.seconds_lm,
             "metrics_bytes": log.sync(),
@@ -74,10 +129,10 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
 
     with contextlib.closing(log):
         saved_at, saved_step = time.monotonic(), trainer.steps_done
-        batches = bench.stream.batches(start=trainer.steps_done)
+        batches = setup.stream.batches(start=trainer.steps_done)
         try:
             for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
-                worker.step = worker.done = report.step
+                worker.step = report.step
                 if report.step % every == 0 or report.step in (1, report.n_steps):
                     times = {"seconds": clock.seconds, "seconds_lm": clock.seconds_lm}
                     log.add(_rows(run.config, report, **times))
@@ -86,9 +141,7 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
                 if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
                     save()
                     saved_at, saved_step = time.monotonic(), report.step
-                yield report
-                if worker.stop_requested:
-                    break
+                yield Progress("training", report.step, report.n_steps, "step", report)
         except GeneratorExit:
             save()
             raise
@@ -100,11 +153,11 @@ def learn(run: Run, bench: Bench, worker: Worker) -> Iterator[StepReport]:
 class _Clock:
     """Wall-clock seconds of training, and the language model's share, over all resumes."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, setup: RunSetup) -> None:
         self.before, self.lm_before = 0.0, 0.0
-        self._stream = bench.stream
+        self._stream = setup.stream
         # Setting up measured the scale: not part of training, and done anew on every resume.
-        self._began, self._lm_began = time.monotonic(), bench.stream.seconds_harvesting
+        self._began, self._lm_began = time.monotonic(), setup.stream.seconds_harvesting
 
     @property
     def seconds(self) -> float:
@@ -115,17 +168,23 @@ class _Clock:
         return self.lm_before + self._stream.seconds_harvesting - self._lm_began
 
 
-def _take_up(run: Run, bench: Bench, clock: _Clock) -> int:
+def _take_up(run: Run, setup: RunSetup, clock: _Clock) -> int:
     """Bring trainer and clock to where the run was saved; return how much of its log stands."""
     if not has_state(run.folder / "resume"):
         return 0
     state = load_state(run.folder / "resume")
-    _check_data(state["mean_square_norm"], bench.stream.mean_square_norm)
-    bench.trainer.load_state_dict(state["trainer"])
+    saved, found = state["mean_square_norm"], setup.stream.mean_square_norm
+    # One number sums up the activations; rounding may differ between machines, data may not.
+    if not math.isclose(saved, found, rel_tol=1e-4):
+        raise InputError(
+            f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
+            f"({found:.6g}); the model or the corpus has changed, so start a new run"
+        )
+    setup.trainer.load_state_dict(state["trainer"])
     clock.before = state["seconds"]
-    clock.lm_before = state.get("seconds_lm", 0.0)  # states of older versions have none
-    bench.stopped.update(state["stopped"])
-    run.add_event("resumed", step=bench.trainer.steps_done)
+    clock.lm_before = state["seconds_lm"]
+    setup.stopped.update(state["stopped"])
+    run.add_event("resumed", step=setup.trainer.steps_done)
     return state["metrics_bytes"]
 
 
@@ -167,77 +226,6 @@ def _rows(
     return rows
 
 
-def _check_data(saved: float, found: float) -> None:
-    # One number sums up the activations; rounding may differ between machines, data may not.
-    if not math.isclose(saved, found, rel_tol=1e-4):
-        raise InputError(
-            f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
-            f"({found:.6g}); the model or the corpus has changed, so start a new run"
-        )
-
-
-Stage = Literal["waiting", "loading", "training", "evaluating", "finished", "cancelled"]
-
-
-class Progress(NamedTuple):
-    """How far a run is: runs ahead of it, steps (with the last one's report), tokens evaluated."""
-
-    stage: Stage
-    done: int
-    total: int
-    report: StepReport | None = None
-
-
-def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
-    """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
-
-    A run whose device trains another one waits for its turn. A request to stop (control.json,
-    SIGTERM, Ctrl-C, or closing this iterator) ends it after the step, saved, in state `cancelled`.
-
-    Args:
-        run: not finished.
-        worker: holds the run and its device already; it is the caller's to end.
-
-    Raises:
-        InputError: while iterating, for what a person can mend; status.json then says it too.
-    """
-    if worker is not None:
-        yield from _train_and_evaluate(run, worker)
-        return
-    with Worker(run) as worker:
-        for ahead in worker.turn(slot_of(run.config.device)):
-            yield Progress("waiting", 0, ahead)
-        yield from _train_and_evaluate(run, worker)
-
-
-def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
-    n_steps = run.config.train.n_steps
-    if not worker.stop_requested:
-        with _sentences_about_memory():
-            worker.enter("loading", total=0)
-            yield Progress("loading", worker.step, n_steps)
-            bench = set_up(run)
-            for report in learn(run, bench, worker):
-                yield Progress("training", report.step, report.n_steps, report)
-            save_saes(run, bench)
-            if bench.trainer.finished:
-                _refuse_if_all_stopped(bench)
-                model, corpus = bench.model, bench.corpus
-                del bench  # Optimiser states and a chunk of activations: room for the evaluation.
-                wanted = run.config.evaluation
-                worker.enter("evaluating", total=_n_measured(corpus, wanted))
-                for progress in _evaluate(run, model, corpus, run.config.evaluation):
-                    worker.done = progress.done
-                    if worker.stop_requested:
-                        break
-                    yield progress
-                else:
-                    yield Progress("finished", n_steps, n_steps)
-                    return
-    worker.outcome = "cancelled"
-    yield Progress("cancelled", worker.step, n_steps)
-
-
 def evaluate_run(
     run: Run, *, n_tokens: int | None = None, replace: Positions | None = None
 ) -> Iterator[Progress]:
@@ -266,12 +254,12 @@ def evaluate_run(
         wanted = run.config.evaluation.model_copy(
             update={name: value for name, value in asked.items() if value is not None}
         )
-        yield Progress("loading", 0, wanted.n_tokens)
+        yield Progress("loading", 0, 0)
         model = load_lm(run.config)
         corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
         check_held_out(run, corpus)
         yield from _evaluate(run, model, corpus, wanted)
-        yield Progress("finished", wanted.n_tokens, wanted.n_tokens)
+        yield Progress("finished", wanted.n_tokens, wanted.n_tokens, "token")
 
 
 def _evaluate(
@@ -290,7 +278,7 @@ def _evaluate(
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    total = _n_measured(corpus, wanted)
+    total = min(wanted.n_tokens, corpus.n_held_out_tokens)
     steps = evaluating(
         model,
         saes,
@@ -300,7 +288,7 @@ def _evaluate(
         n_tokens=wanted.n_tokens,
         replace=wanted.replace,
     )
-    evaluations = yield from _progress(steps, total)
+    evaluations = yield from _counted(steps, total)
     rows = []
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
         rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
@@ -312,12 +300,7 @@ def _evaluate(
     write_evals(run.folder, rows)
 
 
-def _n_measured(corpus: Corpus, wanted: EvalConfig) -> int:
-    """Return how many held-out tokens an evaluation takes, to the sequence."""
-    return min(wanted.n_tokens, corpus.n_held_out_tokens)
-
-
-def _progress(
+def _counted(
     steps: Generator[int, None, list[Evaluation]], total: int
 ) -> Generator[Progress, None, list[Evaluation]]:
     while True:
@@ -325,7 +308,7 @@ def _progress(
             done = next(steps)
         except StopIteration as end:
             return end.value
-        yield Progress("evaluating", min(done, total), total)
+        yield Progress("evaluating", min(done, total), total, "token")
 
 
 def _eval_row(
@@ -369,15 +352,6 @@ def _write_latents(folder: Path, metrics: Metrics) -> None:
         density=metrics.density.numpy(),
         gamma=metrics.gamma_per_feature.numpy(),
     )
-
-
-def _refuse_if_all_stopped(bench: Bench) -> None:
-    if len(bench.stopped) == len(bench.trainer.saes):
-        name, reason = next(iter(bench.stopped.items()))
-        raise InputError(
-            f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; lower "
-            "the learning rate and start a new run"
-        )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ The id follows from what is asked for, so that asking again goes on with what wa
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import re
@@ -22,9 +23,10 @@ from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.files import lock, read_json, readable, write_json, writing
 from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
-from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.run import Run, check_run_id, find_run
 from gsae_core.runs.work.publish import Parcel, check_repo, check_token, make_card, pack, send
+from gsae_core.text import Progress
 
 FOLDER = ".hub"
 
@@ -246,14 +248,6 @@ def clear_files(transfer: Transfer) -> None:
 log = logging.getLogger(__name__)
 
 
-class Progress(NamedTuple):
-    """How far a transfer is: bytes that came."""
-
-    stage: Literal["downloading", "importing", "uploading", "finished", "cancelled"]
-    done: int
-    total: int
-
-
 def work(transfer: Transfer, *, worker: Worker | None = None) -> Iterator[Progress]:
     """Do what was asked for, or go on with it, and yield progress; files tell the rest.
 
@@ -263,13 +257,15 @@ def work(transfer: Transfer, *, worker: Worker | None = None) -> Iterator[Progre
     Raises:
         InputError: while iterating, for what a person can mend; status.json then says it too.
     """
-    with contextlib.nullcontext(worker) if worker else Worker(transfer) as held:
-        assert held is not None
-        request = transfer.request
-        if isinstance(request, PullRequest):
-            yield from _pull(transfer, request, held)
-        else:
-            yield from _push(transfer, request, held)
+    return perform(transfer, functools.partial(_carry_out, transfer), worker=worker)
+
+
+def _carry_out(transfer: Transfer, worker: Worker) -> Iterator[Progress]:
+    request = transfer.request
+    if isinstance(request, PullRequest):
+        yield from _pull(transfer, request, worker)
+    else:
+        yield from _push(transfer, request, worker)
 
 
 def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[Progress]:
@@ -280,13 +276,7 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
     pieces = fetching(request.repo, request.commit, request.files, transfer.files)
     with contextlib.closing(cast("Generator[int]", pieces)):
         for done in pieces:
-            worker.done = done
-            if worker.stop_requested:
-                worker.outcome = "cancelled"
-                yield Progress("cancelled", done, total)
-                return
-            yield Progress("downloading", done, total)
-    worker.enter("importing", total=0)
+            yield Progress("downloading", done, total, "byte")
     yield Progress("importing", 0, 0)
     # After the wait: what is imported here fills memory.
     from gsae_core.runs.work.imports import import_saes
@@ -299,7 +289,6 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
             log.info("%s", sentence)
     transfer.add_event("arrived", result=run.id)
     clear_files(transfer)
-    yield Progress("finished", total, total)
 
 
 def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:
@@ -308,17 +297,11 @@ def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[
     for note in parcel.notes:
         log.warning("%s", note)
     total = parcel.n_bytes
-    worker.enter("uploading", total=total)
-    yield Progress("uploading", 0, total)
-    if worker.stop_requested:
-        worker.outcome = "cancelled"
-        yield Progress("cancelled", 0, total)
-        return
+    yield Progress("uploading", 0, total, "byte")
     # One call: the library tells no one but a terminal how far it is.
     pushed = send(parcel)
     worker.done = total
     transfer.add_event("arrived", result=pushed.url)
-    yield Progress("finished", total, total)
 
 
 def parcel_of(run: Run, request: PushRequest) -> Parcel:
