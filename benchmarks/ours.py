@@ -19,7 +19,7 @@ from gsae_core.analysis.features.shards import Part
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, rows_per_pass
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import load_model
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.runs.run import Run
@@ -233,17 +233,14 @@ def harvest(job: Job) -> Work:
     model = load_model(job["model"], device=job["device"])
     ids = _ids(job)
     n_ctx = ids.shape[1]
-    rows = rows_per_pass(model, layer=job["layer"], site="resid_post", n_ctx=n_ctx)
-    reader = Harvest(
-        model, SequenceSet(ids.numpy()), layer=job["layer"], site="resid_post", rows=rows
-    )
+    reader = Harvest(model, SequenceSet(ids.numpy()), layer=job["layer"], site="resid_post")
     which = np.arange(len(ids))
 
     def run() -> None:
         n_vectors = sum(len(x) for x in reader.vectors(which))
         assert n_vectors == len(ids) * n_ctx
 
-    return Work(run, look=lambda: {"rows": rows})
+    return Work(run, look=lambda: {"rows": reader.rows})
 
 
 def bare(job: Job) -> Work:

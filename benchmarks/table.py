@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -11,10 +12,11 @@ import torch
 
 from benchmarks.harness import Result
 from gsae_core.files import readable
-from gsae_core.machine import gpus, processor
+from gsae_core.machine import gpus
 from gsae_core.text import fixed
 
 SHOWN_VERSIONS = ("torch", "transformers", "transformer-lens")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class Row(NamedTuple):
@@ -114,6 +116,15 @@ def milliseconds(ms: float) -> str:
     if ms >= 1e4:
         return f"{ms / 1e3:,.1f} s"
     return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+def processor(cpuinfo: Path = CPUINFO) -> str:
+    """Return the processor's model name."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine_facts(*, threads: int, device: str) -> dict[str, Any]:

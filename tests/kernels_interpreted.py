@@ -7,7 +7,6 @@ PyTorch optimiser imports it. So these tests get a process in which it is set fr
 import ast
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -350,15 +349,8 @@ FOUR = {"gated": {}, "relu": {}, "jumprelu": {}, "topk": {"k": 2}}
 
 @pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("kind", FOUR)
-def test_a_crossover_is_measured_of_every_architecture(kind: str) -> None:
-    sae = random_sae(kind, 3, 30, **FOUR[kind]).float()
-    assert 0 <= step_choice._meeting_point(sae, 8, screened=False) <= step_choice.HIGHEST
-
-
-@pytest.mark.usefixtures("by_kernels")
-@pytest.mark.parametrize("kind", FOUR)
 def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 1.1)
     taken_by_kernels = []
     original = kernels.kernel_step
 
@@ -451,7 +443,7 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
 def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
     kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 1.1)
     x = numbers(6, 20, 5)
     error, said = triton_errors()[which]
     broken = Raises(error)
@@ -463,7 +455,7 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
         f"expected Triton to launch a kernel, got {said}; every further step is a dense one"
     ]
     assert broken.launched == 1
-    monkeypatch.setattr(step_choice, "CROSSOVER", 0.0)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 0.0)
     for (name, p), other in zip(got.named_parameters(), learnt(kind, x).parameters(), strict=True):
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -482,24 +474,10 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
 def test_other_errors_of_a_launch_are_not_swallowed(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_choice, "CROSSOVER", 1.1)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 1.1)
     monkeypatch.setattr("gsae_core.sae.gpu.kernels.place_entries", Raises(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         learnt("gated", numbers(3, 20, 5))
-
-
-@pytest.mark.usefixtures("by_kernels")
-def test_a_crossover_is_not_remembered_of_kernels_that_cannot_be_launched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(step_choice, "WORTH_MEASURING", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    broken = Raises(triton_errors()[0][0])
-    monkeypatch.setattr("gsae_core.sae.gpu.kernels.decode_rows", broken)
-    sae = random_sae("gated", 3, 31).float()
-    assert step_choice.crossover(sae, 8, screened=False, measure=True) == step_choice.CROSSOVER
-    assert broken.launched == 1
-    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.usefixtures("by_kernels")
@@ -508,7 +486,8 @@ def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
 ) -> None:
     monkeypatch.setattr(kernels, "MAX_CAPACITY", 8192)
     sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
-    stepper = Stepper(sae, crossover=1e9, screened=False)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 1e9)
+    stepper = Stepper(sae, screened=False)
     expected = taken(dense_step, sae, x, 0.1)
     for density in (200.0, 300.0, 0.5):  # of 63 pairs: 12600, 18900 and 31.5 gates
         with caplog.at_level(logging.WARNING, logger="gsae_core.training.step_choice"):

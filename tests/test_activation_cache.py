@@ -342,17 +342,3 @@ def test_a_runs_footprint_names_the_size_of_its_cache(tiny_lm_folder: Path, text
     assert cache_bytes(tiny_config(tiny_lm_folder, text), 12) == 0
     narrow = config.model.model_copy(update={"dtype": "bfloat16"})
     assert cache_bytes(config.model_copy(update={"model": narrow}), 12) == 30 * 16 * 12 * 2
-
-
-def test_a_resumed_run_keeps_the_size_of_its_forward_passes(
-    tiny_lm_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gsae_core.runs.work import setup
-
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    monkeypatch.setattr(setup, "rows_per_pass", lambda *_, **__: 7)
-    setup.set_up(run)
-    monkeypatch.setattr(setup, "rows_per_pass", lambda *_, **__: 9)
-    setup.set_up(run)
-    rows = [event["rows_per_pass"] for event in run.events() if event["event"] == "set up"]
-    assert rows == [7, 7]

@@ -17,7 +17,7 @@ from benchmarks.flags import BENCHES, Curves, Train
 from benchmarks.harness import Entry, Outcome, Result, contest, found, peer_entry
 from benchmarks.ours import WAYS, Problem, load_problem, make_problem, measured_l0, save_problem
 from benchmarks.step import DENSE_MATRICES, OURS, per_sae
-from benchmarks.table import Table, machine_facts, machine_line, rows_of
+from benchmarks.table import Table, machine_facts, machine_line, processor, rows_of
 from gsae_core.cli import main
 from gsae_core.cli.arguments import parse
 from gsae_core.config import EvalConfig
@@ -307,6 +307,14 @@ def test_json_holds_every_round() -> None:
     assert read["rows"][1]["rounds_ms"] == [20, 25, 99]
     assert read["rows"][1]["l0"] == 3.0
     assert read["rows"][0]["temporary_bytes"] is None
+
+
+def test_the_processor_is_the_one_of_the_systems_list(tmp_path: Path) -> None:
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor\t: 0\nmodel name\t: Frobnicator 9000\n")
+    assert processor(listing) == "Frobnicator 9000"
+    assert processor(tmp_path / "none") != "Frobnicator 9000"
+    assert "\n" not in processor()
 
 
 def test_the_machine_is_told_without_its_name() -> None:

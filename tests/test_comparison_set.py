@@ -103,9 +103,9 @@ def test_resumed_from_its_state_an_sae_ends_with_the_same_bits(kind: str) -> Non
     whole, part, rest = MAKE[kind](), MAKE[kind](), MAKE[kind]()
     for sae in (whole, part):
         with torch.no_grad():
-            sae.get_parameter("b_enc")[:5] = -9.0  # corpses, revived after step 10
+            sae.get_parameter("b_enc")[:5] = -9.0  # dead, resampled after step 10
     reports = list(train([whole], batches, cfg))
-    assert sum(report.saes[0].n_revived for report in reports) >= 5
+    assert sum(report.saes[0].n_resampled for report in reports) >= 5
     first = Trainer([part], cfg)
     for x in batches[:12]:
         first.step(x)

@@ -20,7 +20,7 @@ from gsae_core.runs.work.train import evaluate_run, log_every, train_run
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.losses import loss
 from gsae_core.text import Progress
-from gsae_core.training.sparsity_units import sparsity_in_training_units
+from gsae_core.training.optimizer import sparsity_in_training_units
 
 
 def spec(**fields: object) -> SAESpec:

@@ -228,13 +228,6 @@ def test_a_threshold_moves_in_its_unit_and_stops_at_zero() -> None:
     assert torch.equal(sae.b_enc, torch.zeros(3))
 
 
-def test_a_spoilt_step_leaves_thresholds_as_they_are() -> None:
-    sae = JumpReluSAE(2, 3)
-    before = sae.threshold.detach().clone()
-    adam_on(sae, [1, 2, 3]).step(lr=0.2, unless=torch.tensor(True))
-    assert torch.equal(sae.threshold, before)
-
-
 def test_the_first_batch_says_what_one_is() -> None:
     # |x| = 3 and 4: sqrt((9 + 16) / 2) = 3.5355.
     sae = JumpReluSAE(2, 3, init_threshold=0.2, bandwidth=0.4)

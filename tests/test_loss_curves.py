@@ -42,7 +42,7 @@ def curve(
     step: Any, kind: str, n_steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> Tensor:
     """Return the losses of a training in which every step is taken by `step`."""
-    monkeypatch.setattr(step_choice, "choose_step", lambda **_: step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: step)
     recipe = TrainConfig(
         n_tokens=n_steps * BATCH,
         batch_size=BATCH,

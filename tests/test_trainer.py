@@ -86,7 +86,7 @@ def numbers(report: StepReport) -> list[tuple[float, ...]]:
             each.gamma,
             each.gate_dead_fraction,
             each.magnitude_dead_fraction,
-            each.n_revived,
+            each.n_resampled,
         )
         for each in report.saes
     ]
@@ -94,12 +94,12 @@ def numbers(report: StepReport) -> list[tuple[float, ...]]:
 
 def test_rows_of_the_dictionary_are_unit_after_every_step() -> None:
     saes = [gated_with_corpses(), ReluSAE(D_IN, 13)]
-    revived = 0
+    resampled = 0
     for report in train(saes, sparse_batches(N_STEPS), config(lr=0.1)):
-        revived += sum(each.n_revived for each in report.saes)
+        resampled += sum(each.n_resampled for each in report.saes)
         for sae in saes:
             assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
-    assert revived > 0
+    assert resampled > 0
 
 
 def test_equal_seeds_give_equal_bits() -> None:
@@ -127,12 +127,12 @@ def test_saes_trained_together_equal_each_trained_alone() -> None:
 
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that both ways to compute a step are taken, by what the last one measured.
-    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 0.4)
     batches = sparse_batches(N_STEPS)
     whole = all_kinds()
     expected = [numbers(report) for report in train(whole, batches, config())]
-    assert sum(row[-1] for report in expected for row in report) > 0  # some were revived
-    # Just before, at and after a revival (6, 12), and anywhere.
+    assert sum(row[-1] for report in expected for row in report) > 0  # some were resampled
+    # Just before, at and after a resampling (6, 12), and anywhere.
     for cut in (0, 5, 6, 7, *random.Random(0).sample(range(8, N_STEPS + 1), 3)):
         first = Trainer(all_kinds(), config())
         for x in batches[:cut]:
@@ -191,11 +191,11 @@ def test_a_relu_sae_has_gate_dead_latents_only() -> None:
     assert math.isnan(last.saes[0].gamma_gate)
 
 
-def test_a_revival_is_reported_and_warms_up_again() -> None:
-    cfg = config(revive_until=0.3, lr_decay_fraction=0.0)  # one revival, after step 6
+def test_a_resampling_is_reported_and_warms_up_again() -> None:
+    cfg = config(revive_until=0.3, lr_decay_fraction=0.0)  # one resampling, after step 6
     reports = [r.saes[0] for r in train([gated_with_corpses()], sparse_batches(N_STEPS), cfg)]
-    assert [i + 1 for i, r in enumerate(reports) if r.n_revived] == [6]
-    assert reports[5].n_revived == 2  # latents 0 and 1
+    assert [i + 1 for i, r in enumerate(reports) if r.n_resampled] == [6]
+    assert reports[5].n_resampled == 2  # latents 0 and 1
     assert reports[5].dead_fraction == pytest.approx(2 / 9)  # as the step found it
     assert reports[6].dead_fraction == 0
     # 0.1 + 0.9 (1 - cos(pi k / 3)) / 2 of 0.01 at k = 0, 1, 2, 3.
@@ -204,7 +204,7 @@ def test_a_revival_is_reported_and_warms_up_again() -> None:
     assert [r.lr for r in reports[6:10]] == pytest.approx(expected)
 
 
-def test_a_revived_latent_gets_a_whole_window() -> None:
+def test_a_resampled_latent_gets_a_whole_window() -> None:
     trainer = Trainer([gated_with_corpses()], config())
     for x in sparse_batches(6):
         trainer.step(x)
@@ -222,7 +222,7 @@ def test_a_stream_may_fill_one_buffer_again_and_again() -> None:
     assert_same_bits(ours, theirs)
 
 
-def test_no_warm_up_where_nothing_was_revived() -> None:
+def test_no_warm_up_where_nothing_was_resampled() -> None:
     cfg = config(lr_decay_fraction=0.0, revive_window=1000)
     reports = [r.saes[0] for r in train([GatedSAE(D_IN, 9)], sparse_batches(N_STEPS), cfg)]
     assert [r.lr for r in reports[3:]] == pytest.approx([0.01] * (N_STEPS - 3))
@@ -280,7 +280,9 @@ def test_both_steps_are_taken_and_training_does_not_tell_them_apart(
 
     original = step_choice.choose_step
     monkeypatch.setattr(step_choice, "choose_step", choose)
-    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)  # half of all gates are open at the start
+    monkeypatch.setitem(
+        step_choice.CROSSOVER, "cpu", 0.4
+    )  # half of all gates are open at the start
     batches = sparse_batches(N_STEPS)
     cfg = config(lr=1e-3, revive_every=0)
     mixed, dense = GatedSAE(D_IN, 9), GatedSAE(D_IN, 9)

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from gsae_core.analysis.autointerp import LocalWriter, RemoteWriter
     from gsae_core.analysis.features.index import FeatureIndex
-    from gsae_core.training.report import StepReport
+    from gsae_core.training.trainer import StepReport
 
 MISTAKE = 2
 FAILURE = 1

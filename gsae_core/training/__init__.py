@@ -1,7 +1,7 @@
-"""How SAEs learn: the optimiser, the revival of dead latents, and the loop."""
+"""How SAEs learn: the optimizer, the resampling of dead latents, and the loop."""
 
 from gsae_core.config import TrainConfig
-from gsae_core.training.report import SAEReport, StepReport
-from gsae_core.training.trainer import Trainer, train
+from gsae_core.training.learner import SAEReport
+from gsae_core.training.trainer import StepReport, Trainer, train
 
 __all__ = ["SAEReport", "StepReport", "TrainConfig", "Trainer", "train"]

@@ -1,15 +1,15 @@
-"""Dead latents: find them, start them again from badly reconstructed inputs, forget their moments.
+"""Dead latents: count them, start them again from badly reconstructed inputs, reset their moments.
 
 The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. What
 happens to `b_gate`, `b_mag` and `r_mag` the paper leaves open; here all three become 0, so that
-theta = 0 and a revived latent starts as the plain ReLU latent it would have been at initialisation.
-A JumpReLU latent starts at the threshold it began with.
+theta = 0 and a resampled latent starts as the plain ReLU latent it would have been at the start. A
+JumpReLU latent starts at the threshold it began with.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
@@ -17,10 +17,11 @@ from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.training.optimizer import DictionaryAdam
-from gsae_core.training.report import DeadCounts
 
-ENCODER_SHARE = 0.2  # Norm of a revived encoder direction, as a share of the alive mean (Bricken).
-MIN_POOL = 2**14  # Inputs that compete for revival, at least.
+ENCODER_SHARE = (
+    0.2  # Norm of a resampled encoder direction, as a share of the alive mean (Bricken).
+)
+MIN_POOL = 2**14  # Inputs that compete for a resampling, at least.
 CHUNK_ENTRIES = 2**22  # Latents computed at once while the pool is scored: 16 MiB of float32.
 
 # Where latents lie in each parameter. b_dec is the one that belongs to no latent.
@@ -38,8 +39,8 @@ LATENT_AXIS = {
 ENCODERS = ("W_gate", "W_mag", "W_enc")
 
 
-def is_revival(steps_done: int, cfg: TrainRecipe) -> bool:
-    """Return whether dead latents are revived after so many steps."""
+def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
+    """Return whether dead latents are resampled after so many steps."""
     every = cfg.schedule.revive_every
     return (
         every > 0
@@ -49,54 +50,47 @@ def is_revival(steps_done: int, cfg: TrainRecipe) -> bool:
     )
 
 
-def collects(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
+def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
     """Return whether the batch of the last of `steps_done` steps joins the pool of inputs.
 
-    The pool is the last whole batches up to a revival, as many as make 2^14 inputs or one for each
-    of the `widest` SAE's latents: no two latents need the same input, and no memory is held between
-    revivals.
+    The pool is the last whole batches up to a resampling, as many as make 2^14 inputs or one for
+    each of the `widest` SAE's latents: no two latents need the same input, and no memory is held
+    in between.
     """
     every = cfg.schedule.revive_every
     if every == 0:
         return False
     n_batches = -(-max(MIN_POOL, widest) // cfg.batch_size)
     until_next = -steps_done % every
-    return until_next < n_batches and is_revival(steps_done + until_next, cfg)
-
-
-def dead_latents(
-    steps_since_fired: Int[Tensor, " d_sae"], *, window: int
-) -> Int64[Tensor, " dead"]:
-    """Return the indices of latents that did not fire in the last `window` steps."""
-    return (steps_since_fired >= window).nonzero().squeeze(1)
+    return until_next < n_batches and is_resampling(steps_done + until_next, cfg)
 
 
 @torch.no_grad()
-def revive_(
+def resample_(
     sae: SAE,
     adam: DictionaryAdam,
     *,
     dead: Int64[Tensor, " dead"],
     pool: Float[Tensor, "pool d_in"],
     seed: int,
-) -> Int64[Tensor, " revived"]:
+) -> Int64[Tensor, " resampled"]:
     """Start dead latents again, in place, and return the indices of those that were.
 
     Each takes one input of the pool, drawn with probability proportional to its squared loss:
 
     - `W_dec` row: the input, less `b_dec`, scaled to norm one. Directions add up to x - b_dec, so
-      an uncentred input would mostly teach every revived latent the mean activation.
+      an uncentred input would mostly teach every resampled latent the mean activation.
     - encoder column: the same direction, at 0.2 of the mean norm over alive latents.
     - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `threshold`: what it began with.
     - Adam's moments of exactly these entries: 0.
 
     Inputs are drawn without replacement (twins would have the same gradients for ever), so where
-    dead latents outnumber inputs with any loss, the last ones wait for the next revival.
+    dead latents outnumber inputs with any loss, the last ones wait for the next time.
 
     Args:
         sae: its other latents, and `b_dec`, keep their bits.
         adam: the optimiser that holds its moments.
-        dead: indices of latents to revive.
+        dead: indices of latents to resample.
         pool: inputs, in the units the SAE trains in.
         seed: of the draw; with equal arguments the result is equal.
     """
@@ -156,12 +150,22 @@ def _mean_norm(columns: Float[Tensor, "d_in alive"]) -> Tensor | float:
     return torch.linalg.vector_norm(columns, dim=0).mean() if columns.shape[1] else 1.0
 
 
-class Silence:
+class DeadCounts(NamedTuple):
+    """Latents that did not fire within the window, by what kept them from it."""
+
+    gate: Int64[Tensor, ""]
+    """The gate never opened (a ReLU SAE's encoder counts as its gate)."""
+
+    magnitude: Int64[Tensor, ""]
+    """The gate opened, onto a magnitude of zero every time."""
+
+
+class DeadLatentCounter:
     """Steps since each latent of an SAE fired, and since its gate opened.
 
     Args:
         sae: whose latents they are.
-        window: steps of silence after which a latent counts as dead.
+        window: steps without firing after which a latent counts as dead.
     """
 
     def __init__(self, sae: SAE, *, window: int) -> None:
@@ -172,35 +176,32 @@ class Silence:
         )
         self.since_open: Int32[Tensor, " d_sae"] = torch.zeros_like(self.since_fired)
 
-    def count(self, stats: BatchStats, *, unless: Bool[Tensor, ""] | None = None) -> None:
-        """Count a step; where `unless` is true, on the device, none was taken."""
+    def count(self, stats: BatchStats) -> None:
+        """Count a step."""
         opened = stats.fired if stats.gate_open is None else stats.gate_open
-        for since, woken in ((self.since_fired, stats.fired > 0), (self.since_open, opened > 0)):
-            if unless is None:
-                since.add_(1).masked_fill_(woken, 0)
-            else:
-                since.add_(~unless).masked_fill_(woken & ~unless, 0)
+        self.since_fired.add_(1).masked_fill_(stats.fired > 0, 0)
+        self.since_open.add_(1).masked_fill_(opened > 0, 0)
 
-    def restart(self, latents: Int64[Tensor, " revived"]) -> None:
+    def restart(self, latents: Int64[Tensor, " resampled"]) -> None:
         """Give latents a whole window again."""
         self.since_fired[latents] = 0
         self.since_open[latents] = 0
 
     @property
-    def longest(self) -> Int32[Tensor, ""]:
-        """Steps since the latent that has not fired for longest did."""
+    def max_steps_since_fired(self) -> Int32[Tensor, ""]:
+        """Steps since that latent fired which has not for longest."""
         return self.since_fired.max()
 
     @property
-    def over(self) -> Bool[Tensor, " d_sae"]:
-        """Which latents did not fire within the window; a TopK SAE asks for them."""
+    def mask(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents are dead: did not fire within the window."""
         return self.since_fired >= self._window
 
     @property
-    def dead(self) -> DeadCounts:
-        """How many of them there are, by what kept them silent."""
+    def counts(self) -> DeadCounts:
+        """How many latents are dead, by cause."""
         shut = self.since_open >= self._window
-        return DeadCounts(gate=shut.sum(), magnitude=(self.over & ~shut).sum())
+        return DeadCounts(gate=shut.sum(), magnitude=(self.mask & ~shut).sum())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies, on the CPU."""

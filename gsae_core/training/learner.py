@@ -1,98 +1,160 @@
-"""One SAE in training: its step, its optimiser, its counters, and when it has to stop.
+"""One SAE in training: its step, its optimizer, its counters, and why it stopped.
 
-Code that looks at a step's loss before its weights move waits for the device, which meanwhile has
-nothing to do. On CUDA no code does. A step is *begun*: its gradients are computed, the device
-itself keeps a step that overflowed or is not finite from weights, moments and counters, and a few
-numbers set out for the CPU. It is *settled* when they are read, after the next step's gradients
-have been given to the device: an overflowing step is taken again, the dense way, and the next one's
-gradients after it; one that is not finite stops the SAE. Elsewhere a step is settled at once.
+A step has two phases. `launch` gives the device all that the gradients take and waits for nothing.
+`finish` reads five numbers about them, and only then do the weights move. Launch the step of every
+SAE of a sweep before any is finished: a GPU then computes the others' gradients while one's numbers
+are read. Nothing of a step is left open when it ends.
 """
 
 import logging
 import math
-import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
+from gsae_core.sae.gpu.step import overflow_note
 from gsae_core.sae.jumprelu import JumpReluSAE
-from gsae_core.sae.losses import StepResult
-from gsae_core.sae.metrics import sum_dtype
-from gsae_core.training.dead_latents import Silence, dead_latents, revive_
+from gsae_core.sae.losses import LossParts, StepResult
+from gsae_core.sae.metrics import BatchStats, Metrics, sum_dtype
+from gsae_core.training.dead_latents import DeadCounts, DeadLatentCounter, resample_
 from gsae_core.training.optimizer import DictionaryAdam, lr_factor, sparsity_factor, threshold_lr
-from gsae_core.training.report import Answer, DeadCounts, Outcome, SAEReport, slim
 from gsae_core.training.step_choice import Attempt, Stepper
 
+logger = logging.getLogger(__name__)
 
-class Seen(NamedTuple):
-    """What a step turned out to be, as numbers."""
 
-    loss: float
-    norm: float
-    n_open: int
-    overflowed: bool
-    silent: int
-    """Steps that some latent had not fired for when this one began, none longer."""
+@dataclass(frozen=True)
+class SAEReport:
+    """One SAE at one step. Reading a number waits for the device; an unread report does not."""
+
+    lr: float
+    """Learning rate of this step."""
+
+    sparsity_coeff: float
+    """lambda of this step, against squared error summed over d_in."""
+
+    d_sae: int
+
+    dead: DeadCounts
+    """Latents that did not fire within the window, as the step left them."""
+
+    loss: LossParts | None = None
+    """Batch means before the step; None for an SAE that has stopped."""
+
+    stats: BatchStats | None = None
+    """Sums of this batch, counts already summed over latents; None for a stopped SAE."""
+
+    n_candidates: int | None = None
+    """Products a screened encode computed again in float32; None for a step without one."""
+
+    n_resampled: int = 0
+    """Dead latents started again after this step."""
+
+    stopped: str | None = None
+    """Why and when this SAE stopped learning; None while it learns."""
 
     @property
-    def finite(self) -> bool:
-        """Whether the step may reach the weights, unless it overflowed."""
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
+    def l0(self) -> float:
+        """Latents that fire on an average input of this batch; NaN once stopped."""
+        return Metrics(self.stats).l0
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of this batch's variance unexplained; NaN once stopped."""
+        return Metrics(self.stats).fvu
+
+    @property
+    def gamma(self) -> float:
+        """Relative reconstruction bias on this batch; NaN once stopped."""
+        return Metrics(self.stats).gamma
+
+    @property
+    def gamma_gate(self) -> float:
+        """The same bias when latents are read off the gate; NaN without a gate or once stopped."""
+        return Metrics(self.stats).gamma_gate
+
+    @property
+    def screen_ratio(self) -> float:
+        """Products computed again in float32 for each gate that opened; NaN without a screen.
+
+        1 would be a screen that let nothing through in vain: what it exceeds 1 by is how often
+        the bound on bfloat16's rounding was needed.
+        """
+        if self.n_candidates is None or self.stats is None:
+            return math.nan
+        opened = self.stats.fired if self.stats.gate_open is None else self.stats.gate_open
+        return self.n_candidates / max(int(opened.sum()), 1)
+
+    @property
+    def gate_dead_fraction(self) -> float:
+        """Share of latents whose gate did not open within the window."""
+        return int(self.dead.gate) / self.d_sae
+
+    @property
+    def magnitude_dead_fraction(self) -> float:
+        """Share of latents whose gate opened within the window, but only onto a magnitude of 0."""
+        return int(self.dead.magnitude) / self.d_sae
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of latents that did not fire within the window: the sum of the two."""
+        return self.gate_dead_fraction + self.magnitude_dead_fraction
 
 
-def weigh(sae: SAE, attempt: Attempt, *, silent: Int32[Tensor, ""]) -> Float[Tensor, "5"]:
-    """Return the numbers of a step that was not counted yet, on its device."""
+class StepCheck(NamedTuple):
+    """What decides whether a step reaches the weights, and how the next one is computed."""
+
+    loss: float
+    grad_norm: float
+    n_open: int
+    overflowed: bool
+    max_steps_since_fired: int
+    """Of any latent, when the step began."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Launched(NamedTuple):
+    """A step whose gradients the device was given to compute."""
+
+    attempt: Attempt
+    numbers: Float[Tensor, "5"]
+    """The fields of `StepCheck`, on the CPU once they have arrived."""
+    arrived: torch.cuda.Event | None
+    """None where nothing has to be waited for."""
+
+    def check(self) -> StepCheck:
+        """Return the numbers, waiting for these gradients and no others."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, n_open, overflowed, since = self.numbers.tolist()
+        return StepCheck(loss, norm, int(n_open), bool(overflowed), int(since))
+
+
+def step_check(sae: SAE, attempt: Attempt, counter: DeadLatentCounter) -> Launched:
+    """Send the numbers of a step, whose gradients are in `.grad`, on their way to the CPU."""
     gradients = [p.grad for p in sae.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    total = attempt.result.loss.total
+    total, norm = attempt.result.loss.total, torch.nn.utils.get_total_norm(gradients)
+    values = (total, norm, attempt.n_open, attempt.overflowed, counter.max_steps_since_fired)
     # float32 counts exactly only up to 2^24.
-    values = (total, norm, attempt.n_open, attempt.overflowed, silent)
-    return torch.stack([value.to(sum_dtype(total.device)) for value in values])
+    numbers = torch.stack([value.to(sum_dtype(total.device)) for value in values])
+    if not numbers.is_cuda:
+        return Launched(attempt, numbers, None)
+    # Pinned by `to`, or the copy would wait for the device.
+    numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(total.device))
+    return Launched(attempt, numbers, arrived)
 
 
-def spoilt(weighed: Float[Tensor, "5"]) -> Bool[Tensor, ""]:
-    """Return, on the device, whether a step must not reach the weights."""
-    return ~weighed[:2].isfinite().all() | (weighed[3] != 0)
-
-
-def read(weighed: Float[Tensor, "5"]) -> Seen:
-    """Return the numbers of a step, after one wait for the device."""
-    return _seen(*weighed.tolist())
-
-
-class Courier:
-    """Brings the numbers of one step after the other to the CPU while the device works on.
-
-    Args:
-        device: where steps are taken.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        # Pinned: a copy to any other memory would wait.
-        self._room = torch.zeros(5, dtype=sum_dtype(device), pin_memory=on_cuda)
-        self._numbers = self._room.numpy()  # the same memory
-        self._arrived = torch.cuda.Event() if on_cuda else None
-
-    def send(self, weighed: Float[Tensor, "5"]) -> None:
-        """Copy the numbers once the device has them; those sent before are gone then."""
-        self._room.copy_(weighed, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(weighed.device))
-
-    def read(self) -> Seen:
-        """Return the numbers that were sent last, as soon as they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return _seen(*self._numbers.tolist())
-
-
-def cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
+def nonfinite_cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
     """Return what is not finite about a step whose gradients are in `.grad`."""
     if not bool(x.isfinite().all()):
         return "the activations are not finite"
@@ -105,48 +167,7 @@ def cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
     return "the gradients are too large to be squared"
 
 
-def _seen(loss: float, norm: float, n_open: float, overflowed: float, silent: float) -> Seen:
-    return Seen(loss, norm, int(n_open), overflowed=bool(overflowed), silent=int(silent))
-
-
-logger = logging.getLogger(__name__)
-
-# Where steps are settled late: an event tells when a copy to pinned memory has arrived.
-AHEAD_ON = ("cuda",)
-
-
-class _Lesson(NamedTuple):
-    """A step's batch, what it is taken with, and where its outcome goes."""
-
-    x: Float[Tensor, "batch d_in"]
-    number: int
-    """Steps done, this one included."""
-    lr: float
-    threshold_lr: float
-    sparsity_coeff: float
-    answer: Answer
-
-
-class _Known(NamedTuple):
-    """What a step leaves for the choice of a later one's way."""
-
-    density: float | None = None
-    """Share of open gates; None before the first step."""
-    silent: int | None = None
-    """`Seen.silent`; None where it is not known."""
-
-
-class _Begun(NamedTuple):
-    """A step the device has been given; its numbers have not been read."""
-
-    lesson: _Lesson
-    attempt: Attempt
-    known: _Known
-    """What its way was chosen by."""
-    dead: DeadCounts
-
-
-class Pupil:
+class Learner:
     """One SAE and everything its next step depends on, the batch left out.
 
     Args:
@@ -154,214 +175,135 @@ class Pupil:
         cfg: the recipe.
         lr: peak learning rate of this SAE.
         sparsity: final lambda of this SAE.
-        crossover: density of open gates from which its dense step is the faster one.
 
     Attributes:
-        ahead: whether a step is settled after the next one has been begun.
-        stopped: why and when it stopped, as far as is known; None while it learns.
-        seconds_settling: seconds that settling took outside of steps.
+        stopped: why and when it stopped; None while it learns.
     """
 
-    def __init__(
-        self,
-        sae: SAE,
-        cfg: TrainConfig,
-        *,
-        lr: float,
-        sparsity: float,
-        crossover: float,
-    ) -> None:
-        self.sae, self.cfg, self.lr, self.sparsity = sae, cfg, lr, sparsity
-        self.ahead = sae.b_dec.device.type in AHEAD_ON
-        self._stepper = Stepper(sae, crossover=crossover, screened=cfg.screened)
-        self.adam = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
-        self._silence = Silence(sae, window=cfg.schedule.revive_window)
-        self._courier = Courier(sae.b_dec.device)
-        self._begun: _Begun | None = None
-        self.warmup_start = 0
-        # Of the last step that was settled, and of the one before it.
-        self._known = self._known_before = _Known()
+    def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
+        self.sae, self._cfg, self._lr, self._sparsity = sae, cfg, lr, sparsity
+        self._stepper = Stepper(sae, screened=cfg.screened)
+        self._optimizer = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
+        self._dead = DeadLatentCounter(sae, window=cfg.schedule.revive_window)
+        self._warmup_start = 0
+        # Both of the last step; None before there is one.
+        self._last_density: float | None = None
+        self._max_steps_since_fired: int | None = None
         self.stopped: str | None = None
-        self.seconds_settling = 0.0
 
     def step(
         self,
         x: Float[Tensor, "batch d_in"],
+        number: int,
         *,
-        steps_done: int,
         pool: Float[Tensor, "pool d_in"] | None,
     ) -> SAEReport:
-        """Learn from one batch, then revive dead latents if there is a pool to revive them from.
+        """Take a whole step: `launch`, then `finish`."""
+        return self.finish(self.launch(x, number), x, number, pool=pool)
+
+    def launch(self, x: Float[Tensor, "batch d_in"], number: int) -> Launched | None:
+        """Give the device the gradients of step `number`, from 1; wait for nothing.
+
+        None comes back once the SAE has stopped.
+        """
+        if self.stopped is not None:
+            return None
+        if number == 1 and isinstance(self.sae, JumpReluSAE):
+            self.sae.measure_unit_(x)
+        # A loss that hears dead latents costs as much where there are none, unless that is known.
+        longest, window = self._max_steps_since_fired, self._cfg.schedule.revive_window
+        none_dead = longest is not None and longest + 1 < window
+        attempt = self._stepper.attempt(
+            x,
+            sparsity_coeff=self._sparsity_coeff(number),
+            density=self._last_density,
+            dead=None if none_dead else self._dead.mask,
+        )
+        return step_check(self.sae, attempt, self._dead)
+
+    def finish(
+        self,
+        launched: Launched | None,
+        x: Float[Tensor, "batch d_in"],
+        number: int,
+        *,
+        pool: Float[Tensor, "pool d_in"] | None,
+    ) -> SAEReport:
+        """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
         Args:
-            x: activations; if `ahead`, no other code writes to them before the next step is over.
-            steps_done: steps before this one.
-            pool: recent inputs at a step that ends with a revival, else None.
+            launched: what `launch` returned for this `x` and `number`.
+            pool: recent inputs at a step that ends with a resampling, else None.
         """
-        factor = lr_factor(steps_done, self.cfg, warmup_start=self.warmup_start)
-        lesson = _Lesson(
-            x=x,
-            number=steps_done + 1,
-            lr=self.lr * factor,
-            threshold_lr=threshold_lr(self.lr, self.cfg) * factor,
-            sparsity_coeff=self.sparsity * sparsity_factor(steps_done, self.cfg),
-            answer=Answer(self.settle if self.ahead else None),
-        )
-        if steps_done == 0 and isinstance(self.sae, JumpReluSAE):
-            self.sae.measure_unit_(x)
-        if self.stopped is not None:
-            self._give_nothing(lesson)
-        elif self.ahead:
-            self._begin(lesson)
-        else:
-            self._learn(lesson)
-        # What comes after the last step finds it settled.
-        if pool is not None or lesson.number >= self.cfg.n_steps:
-            self._settle()
-        n_revived = 0
-        if self.stopped is None and pool is not None:
-            n_revived = self._revive(pool, steps_done=lesson.number)
+        lr_share = lr_factor(number - 1, self._cfg, warmup_start=self._warmup_start)
+        lr = self._lr * lr_share
+        result = None if launched is None else self._result(launched, x, number)
+        if result is not None:
+            unit_lr = threshold_lr(self._lr, self._cfg) * lr_share
+            self._optimizer.step(lr, threshold_lr=unit_lr)
+            self._dead.count(result.stats)
+        dead = self._dead.counts  # before a resampling gives some of them a new window
+        n_resampled = 0 if result is None or pool is None else self._resample(pool, number)
         return SAEReport(
-            lr=lesson.lr,
-            sparsity_coeff=lesson.sparsity_coeff,
+            lr=lr,
+            sparsity_coeff=self._sparsity_coeff(number),
             d_sae=self.sae.d_sae,
-            n_revived=n_revived,
-            answer=lesson.answer,
+            loss=None if result is None else result.loss,
+            stats=None if result is None else slim(result.stats),
+            n_candidates=None if result is None else result.n_candidates,
+            dead=dead,
+            n_resampled=n_resampled,
+            stopped=self.stopped,
         )
 
-    def _learn(self, lesson: _Lesson) -> None:
-        """Take a step and settle it at once."""
-        attempt = self._attempt(lesson, self._known)
-        seen = read(self._weigh(attempt))
-        if seen.overflowed:
-            logger.info("%s", attempt.overflow_note(seen.n_open))
-            attempt = self._dense(lesson)
-            seen = read(self._weigh(attempt))._replace(n_open=seen.n_open)
-        if not seen.finite:
-            self._stop(lesson, attempt.result)
-            return
-        self.adam.step(lesson.lr, threshold_lr=lesson.threshold_lr)
-        self._silence.count(attempt.result.stats)
-        self._conclude(lesson, attempt.result, seen, dead=self._silence.dead)
+    def _result(
+        self, launched: Launched, x: Float[Tensor, "batch d_in"], number: int
+    ) -> StepResult | None:
+        """Return what a step came to; None if its gradients must not reach the weights."""
+        attempt, check = launched.attempt, launched.check()
+        if check.overflowed:
+            logger.info("%s", overflow_note(n_open=check.n_open, capacity=attempt.capacity))
+            coeff = self._sparsity_coeff(number)
+            attempt = self._stepper.dense(x, sparsity_coeff=coeff, dead=self._dead.mask)
+            # The room that was too little is the room to ask for next: a dense step counts less.
+            again = step_check(self.sae, attempt, self._dead).check()
+            check = again._replace(n_open=check.n_open)
+        if not check.is_finite:
+            self.stopped = f"step {number}: {nonfinite_cause(self.sae, x, attempt.result)}"
+            self.sae.zero_grad(set_to_none=True)
+            logger.warning("an SAE has stopped learning at %s", self.stopped)
+            return None
+        self._last_density = check.n_open / (len(x) * self.sae.d_sae)
+        self._max_steps_since_fired = check.max_steps_since_fired
+        return attempt.result
 
-    def _begin(self, lesson: _Lesson) -> None:
-        """Give the device a step, then settle the one before."""
-        # Of step t - 2, no matter when step t - 1 was settled: a run saved or looked at in between
-        # must not compute step t another way than one that was left alone.
-        known = self._known_before if self._begun is None else self._known
-        attempt = self._attempt(lesson, known)
-        moved = self._settle()
-        if self.stopped is not None:
-            self._give_nothing(lesson)
-            return
-        if moved:
-            known = self._known_before
-            attempt = self._attempt(lesson, known)
-        self._begun = self._guarded(lesson, attempt, known)
-
-    def _guarded(self, lesson: _Lesson, attempt: Attempt, known: _Known) -> _Begun:
-        """Take the rest of a step on the device, which leaves all as it was if it is spoilt."""
-        weighed = self._weigh(attempt)
-        self._courier.send(weighed)
-        bad = spoilt(weighed)
-        self.adam.step(lesson.lr, threshold_lr=lesson.threshold_lr, unless=bad)
-        self._silence.count(attempt.result.stats, unless=bad)
-        return _Begun(lesson, attempt, known, self._silence.dead)
-
-    def settle(self) -> None:
-        """Wait for the step that was begun last and draw its consequences; do nothing if none."""
-        started = time.perf_counter()
-        self._settle()
-        self.seconds_settling += time.perf_counter() - started
-
-    def _settle(self) -> bool:
-        """Settle, and return whether weights moved: the step had to be taken again."""
-        if self._begun is None:
-            return False
-        begun, seen = self._begun, self._courier.read()
-        lesson = begun.lesson
-        if again := seen.overflowed:
-            logger.info("%s", begun.attempt.overflow_note(seen.n_open))
-            begun = self._guarded(lesson, self._dense(lesson), begun.known)
-            # What there was too little room for: a dense step counts what fires alone.
-            seen = self._courier.read()._replace(n_open=seen.n_open)
-        if seen.finite:
-            self._conclude(lesson, begun.attempt.result, seen, dead=begun.dead)
-            if again:
-                # Where a step had too many gates the next one has them too, and may be told.
-                self._known_before = self._known
-        else:
-            # For the gradients that tell the cause: others may be in their place by now.
-            attempt = self._dense(lesson) if again else self._attempt(lesson, begun.known)
-            self._stop(lesson, attempt.result)
-        self._begun = None
-        return again
-
-    def _attempt(self, lesson: _Lesson, known: _Known) -> Attempt:
-        # It has not been counted, and one more step may have followed it: two steps on at most. A
-        # loss that hears dead latents costs as much where there are none, unless that is known.
-        none_dead = known.silent is not None and known.silent + 2 < self.cfg.schedule.revive_window
-        return self._stepper.attempt(
-            lesson.x,
-            sparsity_coeff=lesson.sparsity_coeff,
-            density=known.density,
-            dead=None if none_dead else self._silence.over,
-        )
-
-    def _dense(self, lesson: _Lesson) -> Attempt:
-        return self._stepper.dense(
-            lesson.x, sparsity_coeff=lesson.sparsity_coeff, dead=self._silence.over
-        )
-
-    def _weigh(self, attempt: Attempt) -> Float[Tensor, "5"]:
-        return weigh(self.sae, attempt, silent=self._silence.longest)
-
-    def _conclude(
-        self, lesson: _Lesson, result: StepResult, seen: Seen, *, dead: DeadCounts
-    ) -> None:
-        density = seen.n_open / (lesson.x.shape[0] * self.sae.d_sae)
-        self._known_before, self._known = self._known, _Known(density, seen.silent)
-        outcome = Outcome(result.loss, slim(result.stats), result.n_candidates, dead, stopped=None)
-        lesson.answer.give(outcome)
-
-    def _stop(self, lesson: _Lesson, result: StepResult) -> None:
-        """Stop for good, with the weights the step before left; its gradients tell the cause."""
-        self.stopped = f"step {lesson.number}: {cause(self.sae, lesson.x, result)}"
-        self.sae.zero_grad(set_to_none=True)
-        logger.warning("an SAE has stopped learning at %s", self.stopped)
-        self._give_nothing(lesson)
-
-    def _give_nothing(self, lesson: _Lesson) -> None:
-        lesson.answer.give(Outcome(None, None, None, self._silence.dead, self.stopped))
-
-    def _revive(self, pool: Float[Tensor, "pool d_in"], *, steps_done: int) -> int:
-        dead = dead_latents(self._silence.since_fired, window=self.cfg.schedule.revive_window)
+    def _resample(self, pool: Float[Tensor, "pool d_in"], number: int) -> int:
+        dead = self._dead.mask.nonzero().squeeze(1)
         if len(dead) == 0:
-            return 0  # and no warm-up again: nothing here is young
-        revived = revive_(self.sae, self.adam, dead=dead, pool=pool, seed=steps_done)
-        self._silence.restart(revived)
-        if len(revived):
-            self.warmup_start = steps_done
-        return len(revived)
+            return 0  # and no new warm-up: no moment was reset
+        resampled = resample_(self.sae, self._optimizer, dead=dead, pool=pool, seed=number)
+        self._dead.restart(resampled)
+        if len(resampled):
+            self._warmup_start = number
+        return len(resampled)
+
+    def _sparsity_coeff(self, number: int) -> float:
+        return self._sparsity * sparsity_factor(number - 1, self._cfg)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies, on the CPU, of everything the next step depends on; it settles first."""
-        self.settle()
+        """Return copies, on the CPU, of everything the next step depends on."""
         return {
             "weights": {k: v.to("cpu", copy=True) for k, v in self.sae.state_dict().items()},
-            "moments": self.adam.state_dict(),
-            **self._silence.state_dict(),
-            "warmup_start": self.warmup_start,
-            "density": self._known.density,
-            "silent": self._known.silent,
-            "known_before": self._known_before._asdict(),
-            # Another number here would round some later step differently.
-            "crossover": self._stepper.crossover,
+            "moments": self._optimizer.state_dict(),
+            **self._dead.state_dict(),
+            "warmup_start": self._warmup_start,
+            "density": self._last_density,
+            "max_steps_since_fired": self._max_steps_since_fired,
             "stopped": self.stopped,
             "threshold_unit": getattr(self.sae, "threshold_unit", None),
         }
 
-    def check(self, state: dict[str, Any], index: int) -> None:
+    def check_state(self, state: dict[str, Any], index: int) -> None:
         """Raise InputError unless `state` is of an SAE with these parameters and shapes."""
         if "log_threshold" in state["weights"] and isinstance(self.sae, JumpReluSAE):
             raise InputError(
@@ -379,19 +321,27 @@ class Pupil:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that `check` has passed."""
-        self.settle()  # for the reports that are still to be read
+        """Take over a state that `check_state` has passed."""
         self.sae.load_state_dict(state["weights"])
         if isinstance(self.sae, JumpReluSAE):
             self.sae.threshold_unit = state["threshold_unit"]
-        self.adam.load_state_dict(state["moments"])
-        self._silence.load_state_dict(state)
-        self.warmup_start = state["warmup_start"]
-        # Earlier states have neither "silent", "known_before" nor "crossover".
-        self._known = _Known(state["density"], state.get("silent"))
-        self._known_before = _Known(**state.get("known_before", self._known._asdict()))
-        self._stepper.crossover = state.get("crossover", self._stepper.crossover)
+        self._optimizer.load_state_dict(state["moments"])
+        self._dead.load_state_dict(state)
+        self._warmup_start = state["warmup_start"]
+        self._last_density = state["density"]
+        # Unknown of a state of version 0.1; the next step tells.
+        self._max_steps_since_fired = state.get("max_steps_since_fired")
         self.stopped = state["stopped"]
+
+
+def slim(stats: BatchStats) -> BatchStats:
+    """Return the sums without their per-latent detail, which would fill memory in kept reports."""
+    return stats._replace(
+        fired=stats.fired.sum()[None],
+        gate_open=None if stats.gate_open is None else stats.gate_open.sum()[None],
+        latent_power=None,
+        latent_aligned=None,
+    )
 
 
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:

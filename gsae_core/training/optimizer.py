@@ -1,13 +1,14 @@
-"""Adam with the unit-norm dictionary; schedules of the learning rate and of lambda."""
+"""Adam with the unit-norm dictionary; schedules of the learning rate and lambda; lambda's units."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.config import TrainRecipe
+from gsae_core.config import SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
@@ -63,7 +64,7 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
     Args:
         step: steps done before this one.
         cfg: the recipe.
-        warmup_start: steps done when the warm-up last began: 0, or those done at the last revival.
+        warmup_start: steps done when the warm-up last began: 0, or at the last resampling.
     """
     since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
     factor = 1.0
@@ -91,6 +92,44 @@ def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
     return step / warmup if step < warmup else 1.0
 
 
+class Sparsity(NamedTuple):
+    """One lambda in the two units that matter, both against squared error summed over d_in."""
+
+    coeff: float
+    """Eq. 8's lambda for activations as the SAE trains on them; 0 for a TopK SAE: it has none."""
+
+    raw: float
+    """Eq. 8's lambda for raw activations: what gives the same SAE without any scaling."""
+
+
+def sparsity_in_training_units(
+    spec: SAESpec, *, d_in: int, scale: float, mean_square_norm: float
+) -> Sparsity:
+    """Return the lambda of Eq. 8 that `spec.sparsity` and `spec.loss_norm` stand for.
+
+    Dividing the squared error by d_in, or by d_in E|x|^2 (arXiv:2404.16014v2, D.1.1), multiplies
+    lambda by the same. With y = s x, latents of a unit-norm dictionary scale by s too, and
+    |y - y_hat|^2 + lambda |f_y|_1 = s^2 (|x - x_hat|^2 + (lambda / s) |f_x|_1). Where lambda weighs
+    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2.
+
+    Args:
+        spec: the SAE.
+        d_in: width of its activations.
+        scale: s, which multiplies raw activations.
+        mean_square_norm: E|x|^2 of raw activations.
+    """
+    if spec.architecture == "topk":
+        return Sparsity(coeff=0.0, raw=0.0)
+    divisor = {
+        "sum": 1.0,
+        "mean": float(d_in),
+        "mean_power": d_in * scale**2 * mean_square_norm,
+    }[spec.loss_norm]
+    coeff = spec.sparsity * divisor
+    power = 2 if spec.architecture == "jumprelu" else 1
+    return Sparsity(coeff=coeff, raw=coeff / scale**power)
+
+
 @torch.no_grad()
 def remove_parallel_(
     grad: Float[Tensor, "d_sae d_in"], *, W_dec: Float[Tensor, "d_sae d_in"]
@@ -105,12 +144,9 @@ def remove_parallel_(
 
 
 @torch.no_grad()
-def normalise_rows_(
-    W_dec: Float[Tensor, "d_sae d_in"], *, unless: Bool[Tensor, ""] | None = None
-) -> None:
-    """Scale each row of `W_dec` to norm one, in place; where `unless` is true, keep its bits."""
-    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_dec /= norms if unless is None else norms.masked_fill(unless, 1.0)
+def normalise_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Scale each row of `W_dec` to norm one, in place."""
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
 
 class DictionaryAdam:
@@ -134,13 +170,7 @@ class DictionaryAdam:
         )
 
     @torch.no_grad()
-    def step(
-        self,
-        lr: float,
-        *,
-        threshold_lr: float | None = None,
-        unless: Bool[Tensor, ""] | None = None,
-    ) -> None:
+    def step(self, lr: float, *, threshold_lr: float | None = None) -> None:
         """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
 
         A dictionary whose recipe leaves norms free is neither projected nor renormalised. A
@@ -150,15 +180,13 @@ class DictionaryAdam:
         Args:
             lr: learning rate.
             threshold_lr: that of thresholds; None takes `lr`.
-            unless: on the device: if true there, weights and moments keep their bits and `.grad`
-                means nothing afterwards. No code waits to find out.
         """
         for parameter in self._named.values():
             _match_layout_(parameter)
         W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
         on_sphere = self._sae.unit_norm and grad is not None
         loops_know = W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
-        one_pass = on_sphere and loops_know and unless is None
+        one_pass = on_sphere and loops_know
         for group in self._adam.param_groups:
             group["lr"] = lr
         if isinstance(self._sae, JumpReluSAE):
@@ -168,10 +196,6 @@ class DictionaryAdam:
             W_dec.grad = None  # left out of the step of all others
         elif on_sphere and grad is not None:
             remove_parallel_(grad, W_dec=W_dec)
-        # What a GradScaler sets: the fused kernel reads it on the device, and if it is 1 then
-        # weights, moments and step counts stay as they are (torch 2.13, CPU and CUDA).
-        found = None if unless is None else unless.to(torch.float32)
-        self._adam.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         self._adam.step()
         if self._threshold is not None:
             self._threshold.clamp_(min=0)
@@ -179,7 +203,7 @@ class DictionaryAdam:
             W_dec.grad = grad
             self._step_on_sphere(lr)
         elif on_sphere:
-            normalise_rows_(W_dec, unless=unless)
+            normalise_rows_(W_dec)
 
     def _step_on_sphere(self, lr: float) -> None:
         """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""

@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,15 +15,29 @@ from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.schedule import shortfalls
 from gsae_core.threads import spread
-from gsae_core.training.dead_latents import collects, is_revival
-from gsae_core.training.learner import Pupil
-from gsae_core.training.report import StepReport
-from gsae_core.training.step_choice import crossover
+from gsae_core.training.dead_latents import is_resampling, joins_pool
+from gsae_core.training.learner import Learner, SAEReport
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+class StepReport(NamedTuple):
+    """One step of all SAEs."""
+
+    step: int
+    """Steps done, this one included."""
+
+    n_steps: int
+    """Steps in the whole run."""
+
+    tokens: int
+    """Activation vectors seen, this step's included."""
+
+    seconds: float
+    """Wall-clock seconds spent inside steps so far, over resumes; making batches is not counted."""
+
+    saes: tuple[SAEReport, ...]
+    """In the order in which the SAEs were given."""
 
 
 class Trainer:
@@ -32,8 +46,7 @@ class Trainer:
     Args:
         saes: learn in place. Each learns as it would alone: nothing passes between them.
         cfg: the recipe; `sparsity` and `lrs` hold one number for all SAEs, or one for each.
-        measure: whether to find out, in some seconds for each shape that is new to this machine,
-            from which density of open gates on the dense step is the faster one.
+        measure: without effect; an earlier version timed its ways of computing a step.
 
     Raises:
         InputError: if there is no SAE, one is given twice or normalises every token, their `d_in`
@@ -53,89 +66,70 @@ class Trainer:
         sparsity = _one_each("sparsity", cfg.sparsity, n_saes=len(saes))
         self.cfg = cfg
         self.steps_done = 0
-        self._seconds = 0.0
-        crossovers = _on_a_core_each(
-            lambda sae: crossover(sae, cfg.batch_size, screened=cfg.screened, measure=measure),
-            saes,
-            on_cpu=saes[0].b_dec.is_cpu,
-        )
-        self._pupils = [
-            Pupil(sae, cfg, lr=lr, sparsity=coeff, crossover=point)
-            for sae, lr, coeff, point in zip(saes, lrs, sparsity, crossovers, strict=True)
+        self.seconds = 0.0  # spent inside steps, over resumes
+        self._learners = [
+            Learner(sae, cfg, lr=lr, sparsity=coeff)
+            for sae, lr, coeff in zip(saes, lrs, sparsity, strict=True)
         ]
         self._pool: list[Tensor] = []
 
     @property
     def saes(self) -> tuple[SAE, ...]:
-        """The SAEs that learn, in the order in which they were given; asking settles the last step.
-
-        On CUDA, an SAE held elsewhere may lack a step that has to be taken again until the next
-        step, `settle`, or any number of its report.
-        """
-        self.settle()
-        return tuple(pupil.sae for pupil in self._pupils)
+        """The SAEs that learn, in the order in which they were given."""
+        return tuple(learner.sae for learner in self._learners)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or every SAE has stopped, as far as is known."""
-        return self.steps_done >= self.cfg.n_steps or all(p.stopped for p in self._pupils)
+        """Whether all steps are done, or every SAE has stopped."""
+        return self.steps_done >= self.cfg.n_steps or all(self.stopped)
 
     @property
     def stopped(self) -> tuple[str | None, ...]:
-        """Why and when each SAE stopped, as far as is known without waiting for the device.
-
-        On CUDA, known of the last step once it is settled.
-        """
-        return tuple(pupil.stopped for pupil in self._pupils)
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds spent inside steps so far, and settling them, over resumes."""
-        return self._seconds + sum(pupil.seconds_settling for pupil in self._pupils)
-
-    def settle(self) -> None:
-        """Wait for the device until the last step has reached the weights, or has been refused."""
-        for pupil in self._pupils:
-            pupil.settle()
+        """Why and when each SAE stopped."""
+        return tuple(learner.stopped for learner in self._learners)
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> StepReport:
-        """Let every SAE learn from one batch, then revive dead latents where that is due.
+        """Let every SAE learn from one batch, then resample dead latents where that is due.
 
         An SAE whose loss or gradients are not finite stops with its weights as the step before left
-        them; the others go on. On CUDA nothing here waits for this step, the last one and those
-        that revive left out: `settle` does.
+        them; the others go on.
 
         Raises:
             InputError: if `x` is of another shape than `(batch_size, d_in)`.
         """
         started = time.perf_counter()
-        expected = (self.cfg.batch_size, self._pupils[0].sae.d_in)
+        expected = (self.cfg.batch_size, self._learners[0].sae.d_in)
         if tuple(x.shape) != expected:
             raise InputError(
                 f"expected batches of shape (batch_size, d_in) = {expected}, got "
                 f"{tuple(x.shape)}; leave out an incomplete last batch, or change batch_size"
             )
-        done = self.steps_done + 1
-        if self._pupils[0].ahead:
-            x = x.detach().clone()  # a stream may fill one buffer again and again
-        if collects(done, self.cfg, widest=max(pupil.sae.d_sae for pupil in self._pupils)):
+        number, learners = self.steps_done + 1, self._learners
+        if joins_pool(number, self.cfg, widest=max(each.sae.d_sae for each in learners)):
             self._pool.append(x.detach().clone())
-        pool = torch.cat(self._pool) if is_revival(done, self.cfg) else None
-        saes = _on_a_core_each(
-            lambda pupil: pupil.step(x, steps_done=self.steps_done, pool=pool),
-            self._pupils,
-            on_cpu=x.is_cpu,
-        )
+        pool = torch.cat(self._pool) if is_resampling(number, self.cfg) else None
+        if x.is_cpu:
+            # Two SAEs on a core each are faster than one on two: much of a step (counters, small
+            # sums) does not spread over cores, and no SAE waits for another. One stacked encoder
+            # product for all would save nothing: one SAE's runs at full rate.
+            saes = spread(lambda i: learners[i].step(x, number, pool=pool), len(learners))
+        else:
+            # All are launched before one is waited for, so the device is never without work.
+            launched = [learner.launch(x, number) for learner in learners]
+            saes = [
+                learner.finish(its, x, number, pool=pool)
+                for learner, its in zip(learners, launched, strict=True)
+            ]
         if pool is not None:
             self._pool.clear()
-        self.steps_done = done
-        self._seconds += time.perf_counter() - started
+        self.steps_done = number
+        self.seconds += time.perf_counter() - started
         return StepReport(
-            step=done,
+            step=number,
             n_steps=self.cfg.n_steps,
-            tokens=done * self.cfg.batch_size,
+            tokens=number * self.cfg.batch_size,
             seconds=self.seconds,
-            saes=saes,
+            saes=tuple(saes),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,12 +137,11 @@ class Trainer:
 
         Tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only`.
         """
-        saes = [pupil.state_dict() for pupil in self._pupils]
         return {
             "steps_done": self.steps_done,
             "seconds": self.seconds,
             "pool": [x.to("cpu", copy=True) for x in self._pool],
-            "saes": saes,
+            "saes": [learner.state_dict() for learner in self._learners],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,19 +150,19 @@ class Trainer:
         Raises:
             InputError: if it is of other SAEs than these; nothing has changed then.
         """
-        if len(state["saes"]) != len(self._pupils):
+        if len(state["saes"]) != len(self._learners):
             raise InputError(
-                f"expected a state of {len(self._pupils)} SAEs, got one of {len(state['saes'])}; "
+                f"expected a state of {len(self._learners)} SAEs, got one of {len(state['saes'])}; "
                 "build the trainer from the config of the run that saved it"
             )
-        for i, (pupil, saved) in enumerate(zip(self._pupils, state["saes"], strict=True)):
-            pupil.check(saved, i)
-        for pupil, saved in zip(self._pupils, state["saes"], strict=True):
-            pupil.load_state_dict(saved)
-            pupil.seconds_settling = 0.0
+        pairs = list(zip(self._learners, state["saes"], strict=True))
+        for i, (learner, saved) in enumerate(pairs):
+            learner.check_state(saved, i)
+        for learner, saved in pairs:
+            learner.load_state_dict(saved)
         device = self.saes[0].b_dec.device
         self._pool = [x.to(device, copy=True) for x in state["pool"]]
-        self.steps_done, self._seconds = state["steps_done"], state["seconds"]
+        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
 
 
 def train(
@@ -180,9 +173,6 @@ def train(
     trainer: Trainer | None = None,
 ) -> Iterator[StepReport]:
     """Train SAEs in place and yield a report a step, until `cfg.n_steps` or until all have stopped.
-
-    Once the iterator has ended, or is closed, every step is in the weights. Between steps on CUDA
-    the last one may not be; reading its report, or `trainer.saes`, makes sure.
 
         for report in train([sae], batches, cfg):
             if report.step % 100 == 0:
@@ -215,32 +205,11 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
     while not trainer.finished:
         x = next(batches, None)
         if x is None:
-            trainer.settle()
-            if trainer.finished:
-                return  # the last batch stopped them all
             raise InputError(
                 f"expected {n_steps - first} batches of {trainer.cfg.batch_size}, got "
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
-        try:
-            yield trainer.step(x)
-        except GeneratorExit:
-            trainer.settle()
-            raise
-
-
-def _on_a_core_each(
-    task: Callable[[Item], Result], items: Sequence[Item], *, on_cpu: bool
-) -> tuple[Result, ...]:
-    """Return the task's result for each SAE.
-
-    On a CPU, two SAEs on a core each are faster than one on two: much of a step (counters, small
-    sums) does not spread over cores, and no SAE waits for another. One stacked encoder product for
-    all of them would save nothing there: a product of one SAE's size runs at full rate.
-    """
-    if not on_cpu:
-        return tuple(map(task, items))
-    return tuple(spread(lambda i: task(items[i]), len(items)))
+        yield trainer.step(x)
 
 
 def _check_saes(saes: Sequence[SAE]) -> None:

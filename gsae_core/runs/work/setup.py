@@ -9,14 +9,14 @@ from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.lm.activation_cache import open_cache
 from gsae_core.lm.corpus import Corpus, load_corpus
-from gsae_core.lm.harvest import Harvest, VectorSource, rows_per_pass
+from gsae_core.lm.harvest import Harvest, VectorSource
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
 from gsae_core.runs.resume import has_state
 from gsae_core.runs.run import Run
 from gsae_core.sae.architectures import build_sae, fold_scale_
-from gsae_core.training.sparsity_units import Sparsity, sparsity_in_training_units
+from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
 from gsae_core.training.trainer import Trainer
 
 
@@ -52,7 +52,7 @@ def set_up(run: Run) -> RunSetup:
     corpus = load_text(cfg, model)
     if has_state(run.folder / "resume"):
         _check_text(run, corpus, so="start a new run")
-    harvest = _harvest(run, model, corpus)
+    harvest = Harvest(model, corpus.train, layer=cfg.model.layer, site=cfg.model.site)
     stream = ActivationStream(
         model,
         corpus.train,
@@ -87,12 +87,11 @@ def set_up(run: Run) -> RunSetup:
         text_starts=corpus.starts,
         n_held_out_tokens=corpus.n_held_out_tokens,
         chunk_vectors=stream.chunk_vectors,
-        rows_per_pass=harvest.rows,
         activation_scale=stream.scale,
         mean_square_norm=stream.mean_square_norm,
         numerics=model.numerics,
     )
-    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg, measure=True), sparsity, {})
+    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg), sparsity, {})
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:
@@ -149,19 +148,6 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
             f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "
             f"it in another way; {so}"
         )
-
-
-def _harvest(run: Run, model: LanguageModel, corpus: Corpus) -> Harvest:
-    """Return a harvest in passes of the size the run began with, where it began on this kind."""
-    place = run.config.model
-    rows = [
-        event["rows_per_pass"]
-        for event in run.events()
-        if "rows_per_pass" in event and event["device"].partition(":")[0] == model.device.type
-    ]
-    if not rows:
-        rows.append(rows_per_pass(model, layer=place.layer, site=place.site, n_ctx=corpus.n_ctx))
-    return Harvest(model, corpus.train, layer=place.layer, site=place.site, rows=rows[0])
 
 
 def _source(cfg: RunConfig, model: LanguageModel, corpus: Corpus, harvest: Harvest) -> VectorSource:

@@ -45,8 +45,7 @@ from gsae_core.runs.work.setup import (
 from gsae_core.sae.base import check_width
 from gsae_core.sae.metrics import Metrics
 from gsae_core.text import Progress
-from gsae_core.training.report import StepReport
-from gsae_core.training.trainer import train
+from gsae_core.training.trainer import StepReport, train
 
 # Enough points for a chart as wide as a screen, few enough that a page reads them in one go.
 LOGGED_POINTS = 300
@@ -108,15 +107,12 @@ def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
     every = log_every(trainer.cfg.n_steps)
 
     def note_stopped() -> None:
-        # As far as is known without waiting for the device, which hears of a step late.
         for spec, why in zip(run.config.saes, trainer.stopped, strict=True):
             if why is not None and spec.name not in setup.stopped:
                 setup.stopped[spec.name] = why
                 run.add_event("sae stopped", sae=spec.name, why=why)
 
     def save() -> None:
-        trainer.settle()
-        note_stopped()
         state = {
             "trainer": trainer.state_dict(),
             "stopped": setup.stopped,

@@ -1,6 +1,7 @@
-"""A step settled after the next one has begun learns what one settled at once does, unwaited for.
+"""A learner's step: what it is chosen by, what it waits for, when it is taken again or refused.
 
-What CUDA does, made to happen on a CPU.
+Whole steps on a core each, as on a CPU; and launched for every SAE before any is finished, as on
+other devices, made to happen on a CPU.
 """
 
 import copy
@@ -21,18 +22,21 @@ from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import LossParts, dense_step
 from gsae_core.sae.sparse.step import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, learner, step_choice, train
-from gsae_core.training.learner import Courier
+from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train
+from gsae_core.training.learner import Launched, Learner
 from gsae_core.training.step_choice import Attempt, Stepper
 
 D_IN, BATCH, N_STEPS = 6, 16, 24
 
 
-@pytest.fixture(autouse=True)
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "AHEAD_ON", ("cpu",))
-    # So that both ways to compute a step are taken, by what earlier ones measured.
-    monkeypatch.setattr(step_choice, "CROSSOVER", 0.4)
+@pytest.fixture(autouse=True, params=["a core each", "launched first"])
+def phases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    # So that both ways to compute a step are taken, by what the one before measured.
+    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 0.4)
+    if request.param == "launched first":
+        # No CPU's own steps then either.
+        monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False))
+    return request.param
 
 
 def some_batches() -> list[Tensor]:
@@ -61,7 +65,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def gated() -> GatedSAE:
-    """Latent 0's gate never opens, until it is revived."""
+    """Latent 0's gate never opens, until it is resampled."""
     sae = GatedSAE(D_IN, 9, seed=1)
     with torch.no_grad():
         sae.b_gate[0] = -100.0
@@ -83,7 +87,7 @@ def numbers(report: StepReport) -> list[tuple[Any, ...]]:
     return [
         (
             *map(float, each.loss or ()),
-            *(each.lr, each.sparsity_coeff, each.n_revived, each.n_candidates),
+            *(each.lr, each.sparsity_coeff, each.n_resampled, each.n_candidates),
             *(str(each.l0), str(each.fvu), str(each.gamma), each.dead_fraction, each.stopped),
         )
         for each in report.saes
@@ -158,18 +162,6 @@ def densities(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
     return chosen
 
 
-def settle(trainer: Trainer, _: StepReport) -> None:
-    trainer.settle()
-
-
-def test_steps_settled_late_leave_the_bits_of_steps_settled_at_once() -> None:
-    late, reports = run(all_kinds())
-    at_once, expected = run(all_kinds(), settle)
-    assert late == at_once
-    assert reports == expected
-    assert sum(each[5] for each in reports[5]) > 0  # some were revived after step 6
-
-
 def test_a_report_read_early_or_a_state_saved_in_between_changes_no_bit() -> None:
     untouched, expected = run(all_kinds())
     seen = []
@@ -188,47 +180,24 @@ def test_a_report_read_early_or_a_state_saved_in_between_changes_no_bit() -> Non
     assert seen == [(i, expected[i - 1]) for i in range(3, N_STEPS + 1, 3)]
 
 
-def test_what_is_learnt_is_what_a_trainer_that_waits_learns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # One way of computing gradients, so that only the moment of looking at them differs; Adam's
-    # rows of a CPU's one pass round differently, hence no equality.
-    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
-    ours, theirs = all_kinds(), all_kinds()
-    _, reports = run(ours, lr=1e-3)
-    monkeypatch.setattr(learner, "AHEAD_ON", ())
-    _, expected = run(theirs, lr=1e-3)
-    for sae, other in zip(ours, theirs, strict=True):
-        for name, parameter in sae.named_parameters():
-            assert torch.allclose(parameter, other.get_parameter(name), atol=1e-5), name
-    assert [[row[5] for row in report] for report in reports] == [
-        [row[5] for row in report] for report in expected
-    ]
-
-
 @pytest.mark.parametrize("which", [(0, 3, 7, 8), (5, N_STEPS - 1)])
 def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one(
     monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...]
 ) -> None:
-    # 3 is where a latent turns dead, 5 the batch of a revival. Steps of one kind round alike,
+    # 3 is where a latent turns dead, 5 the batch of a resampling. Steps of one kind round alike,
     # whatever density they go by, and unlike the dense one.
-    monkeypatch.setattr(step_choice, "choose_step", lambda **_: sparse_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: sparse_step)
     with monkeypatch.context() as patch:
         dense_at(patch, *which)
         expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
     assert expected != run([gated(), ReluSAE(D_IN, 13)])[0]
     overflow_at(monkeypatch, *which)
-    for each in expected["saes"]:
-        del each["known_before"]
-    for after in (lambda *_: None, settle):
-        got, reports = run([gated(), ReluSAE(D_IN, 13)], after)
-        for each in got["saes"]:
-            del each["known_before"]
-        assert got == expected
-        assert reports == expected_numbers
+    got, reports = run([gated(), ReluSAE(D_IN, 13)])
+    assert got == expected
+    assert reports == expected_numbers
 
 
-def test_a_step_is_chosen_by_the_density_two_steps_before_or_by_one_that_overflowed(
+def test_a_step_is_chosen_by_the_density_of_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured = []
@@ -239,13 +208,8 @@ def test_a_step_is_chosen_by_the_density_two_steps_before_or_by_one_that_overflo
     overflow_at(monkeypatch, 9)
     chosen = densities(monkeypatch)
     run([gated()], look)
-    expected = {0: None, 1: None} | {i: measured[i - 2] for i in range(2, N_STEPS)}
-    expected[10] = measured[9]
     assert len(set(measured)) > N_STEPS / 2
-    assert chosen == expected
-    chosen.clear()
-    run([gated()])
-    assert chosen == expected
+    assert chosen == dict(enumerate([None, *measured[:-1]]))
 
 
 def test_an_overflow_is_logged_once_with_the_gates_that_were_open(
@@ -282,7 +246,7 @@ def test_what_overflowed_is_the_room_to_ask_for_next_though_a_dense_step_counts_
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     overflow_at(monkeypatch, 9)
     expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
-    # Around a revival and an overflow, at both ends, and elsewhere.
+    # Around a resampling and an overflow, at both ends, and elsewhere.
     for cut in (0, 1, 2, 5, 6, 7, 9, 10, 11, 17, N_STEPS):
         first = Trainer([gated(), ReluSAE(D_IN, 13)], config())
         for x in BATCHES[:cut]:
@@ -298,32 +262,20 @@ def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.Mo
         assert learnt(second) == expected, cut
 
 
-def test_a_state_that_knows_one_density_loads() -> None:
+def test_a_state_of_an_earlier_version_loads_and_its_choices_are_left_out() -> None:
     first = Trainer([gated()], config())
     for x in BATCHES[:4]:
         first.step(x)
     state = first.state_dict()
-    density = state["saes"][0]["density"]
-    assert state["saes"][0].pop("known_before")["density"] != density
+    (saved,) = state["saes"]
+    del saved["max_steps_since_fired"]
+    more = {"silent": 3, "crossover": 0.01, "known_before": {"density": 0.5, "silent": 2}}
     second = Trainer([gated()], config())
-    second.load_state_dict(state)
-    assert second.state_dict()["saes"][0]["known_before"]["density"] == density
-    second.step(BATCHES[4])
-
-
-def test_reports_of_before_a_state_was_loaded_keep_their_numbers_and_change_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    overflow_at(monkeypatch, 0)
-    trainer = Trainer([gated()], config())
-    state = trainer.state_dict()
-    report = trainer.step(BATCHES[0])
-    trainer.load_state_dict(state)
-    expected, expected_numbers = run([gated()])
-    assert numbers(report) == expected_numbers[0]
-    for x in BATCHES:
-        trainer.step(x)
-    assert learnt(trainer) == expected
+    second.load_state_dict(state | {"saes": [saved | more]})
+    for x in BATCHES[4:]:
+        first.step(x)
+        second.step(x)
+    assert learnt(second) == learnt(first)
 
 
 @pytest.mark.parametrize("k", [0, 4, 5, N_STEPS - 1])
@@ -337,15 +289,7 @@ def test_activations_that_are_not_finite_stop_an_sae_as_the_step_before_left_it(
         shorter.step(x)
     before = learnt(shorter)
     report = trainer.step(batches[k])
-    # Known at once where something had to be settled: a revival, the end.
-    waited = k in (5, N_STEPS - 1)
     sentence = f"step {k + 1}: the activations are not finite"
-    assert [each.stopped for each in report.saes] == [sentence if waited else None] * 5
-    if not waited:
-        assert trainer.stopped == (None,) * 5
-        later = trainer.step(BATCHES[k])
-        assert [each.stopped for each in later.saes] == [sentence] * 5
-        assert all(each.loss is None and math.isnan(each.l0) for each in later.saes)
     assert trainer.finished
     assert trainer.stopped == (sentence,) * 5
     assert [each.stopped for each in report.saes] == [sentence] * 5
@@ -359,27 +303,18 @@ def test_activations_that_are_not_finite_stop_an_sae_as_the_step_before_left_it(
         assert ours["since_open"] == theirs["since_open"]
 
 
-def test_reading_the_loss_of_the_step_that_stopped_an_sae_tells_why() -> None:
-    trainer = Trainer([gated()], config())
-    (report,) = trainer.step(BATCHES[0] * math.inf).saes
-    assert report.stopped is None
-    assert report.loss is None
-    assert report.stopped == "step 1: the activations are not finite"
-
-
 def test_an_sae_that_overflows_float32_stops_and_the_others_go_on() -> None:
     sick, well = gated(), ReluSAE(D_IN, 13)
     trainer = Trainer([sick, well], config())
     for x in BATCHES[:4]:
         trainer.step(x)
-    trainer.settle()
     with torch.no_grad():
         assert sick.r_mag is not None
         sick.r_mag.fill_(100.0)  # exp(100) is beyond float32
     before = copy.deepcopy(sick)
     reports = list(train([sick, well], BATCHES[4:], config(), trainer=trainer))
     sentence = "step 5: the reconstruction loss is not finite"
-    assert [r.saes[0].stopped for r in reports] == [sentence] * 20  # read late, all say so
+    assert [r.saes[0].stopped for r in reports] == [sentence] * 20
     assert [r.saes[1].stopped for r in reports] == [None] * 20
     for name, parameter in sick.named_parameters():
         assert torch.equal(parameter, before.get_parameter(name)), name
@@ -397,7 +332,7 @@ def test_an_sae_that_overflows_float32_stops_and_the_others_go_on() -> None:
     ],
 )
 @pytest.mark.parametrize("overflows", [False, True])
-def test_the_cause_is_told_after_the_next_gradients_took_the_place_of_those_that_had_it(
+def test_the_cause_is_told_of_the_gradients_that_had_it(
     monkeypatch: pytest.MonkeyPatch, value: float, cause: str, overflows: bool
 ) -> None:
     def spoil(way: Attempts) -> Attempts:
@@ -417,8 +352,8 @@ def test_the_cause_is_told_after_the_next_gradients_took_the_place_of_those_that
         overflow_at(monkeypatch, 2)
     sae = gated()
     reports = list(train([sae], BATCHES, config()))
-    assert [r.saes[0].stopped for r in reports] == [None, None, cause, cause]
-    assert [r.saes[0].loss is None for r in reports] == [False, False, True, True]
+    assert [r.saes[0].stopped for r in reports] == [None, None, cause]
+    assert [r.saes[0].loss is None for r in reports] == [False, False, True]
 
 
 def test_a_stream_may_fill_one_buffer_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,26 +364,6 @@ def test_a_stream_may_fill_one_buffer_again_and_again(monkeypatch: pytest.Monkey
     list(train([theirs], BATCHES, config()))
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name
-
-
-def test_an_iterator_that_is_left_in_the_middle_leaves_every_step_in_the_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    overflow_at(monkeypatch, 4)
-    left = gated()
-    for report in train([left], BATCHES, config()):
-        if report.step == 5:
-            break
-    whole = Trainer([gated()], config())
-    for x in BATCHES[:5]:
-        whole.step(x)
-    for name, parameter in whole.saes[0].named_parameters():
-        assert torch.equal(parameter, left.get_parameter(name)), name
-
-
-def test_batches_that_end_where_every_sae_stopped_are_enough() -> None:
-    reports = list(train([gated()], [BATCHES[0], BATCHES[1] * math.nan], config()))
-    assert [r.saes[0].stopped for r in reports] == [None, "step 2: the activations are not finite"]
 
 
 def test_a_kept_report_keeps_no_sae() -> None:
@@ -483,7 +398,7 @@ class ReadsNothing(TorchDispatchMode):
 def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str) -> Callable[..., None]:
         def read(*_: Any, **__: Any) -> None:
-            raise AssertionError(f"a step that logs nothing called Tensor.{name}")
+            raise AssertionError(f"launching called Tensor.{name}")
 
         return read
 
@@ -505,20 +420,20 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
     ids=lambda sae: sae.architecture,
 )
-def test_a_step_that_logs_nothing_reads_no_tensor(
+def test_launching_reads_no_tensor(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sae: SAE
 ) -> None:
     # A CPU's own steps read sizes by nature; autograd's is the one a GPU has too.
-    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
-    trainer = Trainer([sae], config(revive_every=0))
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
+    learner = Learner(copy.deepcopy(sae), config(), lr=0.01, sparsity=0.1)
+    for number, x in enumerate(BATCHES[:3], 1):
+        learner.step(x, number, pool=None)
     request.getfixturevalue("unread")
-    reports = [trainer.step(x) for x in BATCHES[: N_STEPS - 1]]
-    assert all(each.stopped is None for report in reports for each in report.saes)
-    assert not trainer.finished
+    assert learner.launch(BATCHES[3], 4) is not None
 
 
-def test_the_device_has_the_next_gradients_to_compute_before_anybody_waits(
-    monkeypatch: pytest.MonkeyPatch,
+def test_other_devices_have_the_gradients_of_every_sae_before_anybody_waits(
+    monkeypatch: pytest.MonkeyPatch, phases: str
 ) -> None:
     done = []
 
@@ -529,19 +444,19 @@ def test_the_device_has_the_next_gradients_to_compute_before_anybody_waits(
 
         return call
 
-    monkeypatch.setattr(Stepper, "attempt", noted("begin", Stepper.attempt))
-    monkeypatch.setattr(Courier, "read", noted("wait", Courier.read))
-    trainer = Trainer([gated()], config(revive_every=0))
-    for x in BATCHES[:3]:
-        trainer.step(x)
-    assert done == ["begin", "begin", "wait", "begin", "wait"]
+    monkeypatch.setattr(Learner, "launch", noted("launch", Learner.launch))
+    monkeypatch.setattr(Launched, "check", noted("wait", Launched.check))
+    monkeypatch.setattr("gsae_core.threads.torch.get_num_threads", lambda: 1)
+    trainer = Trainer([gated(), ReluSAE(D_IN, 13)], config())
+    trainer.step(BATCHES[0])
+    each, first = ["launch", "wait"] * 2, ["launch"] * 2 + ["wait"] * 2
+    assert done == (first if phases == "launched first" else each)
 
 
 def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # All latents fire on every batch but latent 0, and it has been silent for 2, 3, 4 steps when
-    # steps 3, 4, 5 begin; the numbers that step 5 goes by, those of step 3, let it be 4 by then.
+    # All latents fire on every batch but latent 0, which has not for 4 steps when step 5 begins.
     asked = []
     original = Stepper.attempt
 
@@ -550,14 +465,14 @@ def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dea
         return original(self, x, dead=dead, **settings)
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
-    monkeypatch.setattr(step_choice, "choose_step", lambda **_: dense_step)
+    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
     sae = TopKSAE(D_IN, 3, k=2)
     with torch.no_grad():
         sae.b_enc.copy_(torch.tensor([-100.0, 100.0, 100.0]))
     trainer = Trainer([sae], config(revive_every=0, lr=1e-6))
     reports = [trainer.step(x) for x in BATCHES[:6]]
-    # Of steps 1 and 2 nothing is known.
-    assert asked == [0, 0, None, None, 1, 1]
+    # Before step 1 nothing is known.
+    assert asked == [0, None, None, None, 1, 1]
     losses = [each.saes[0].loss for each in reports]
     assert [float(loss.auxiliary) for loss in losses[:4] if loss] == [0.0] * 4
     # The latent is below zero everywhere: once dead, it leaves all of the error.

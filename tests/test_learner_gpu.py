@@ -1,4 +1,4 @@
-"""The trainer on a GPU waits for no step that logs nothing: `python -m pytest -m gpu`."""
+"""Learners on a GPU: launching waits for nothing, and what is learnt: `python -m pytest -m gpu`."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.training import TrainConfig, Trainer, step_choice
+from gsae_core.training.learner import Learner
 
 pytestmark = pytest.mark.gpu
 
@@ -45,33 +46,29 @@ KINDS = ("gated", "relu", "jumprelu", "topk")
 
 
 @pytest.mark.parametrize("architecture", KINDS)
-def test_on_a_gpu_a_step_that_logs_nothing_never_synchronises(architecture: str) -> None:
-    trainer = Trainer([new_sae(architecture)], CFG)
-    data = batches()
-    for x in data[:15]:  # compiles what there is to compile; then both ways have been taken
+def test_on_a_gpu_launching_a_step_never_synchronises(architecture: str) -> None:
+    learner = Learner(new_sae(architecture), CFG, lr=CFG.lr, sparsity=0.5)
+    for number, x in enumerate(batches(), 1):
+        if number > 15:  # what there is to compile is compiled, and both ways have been taken
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = learner.launch(x, number)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert launched is not None
+        assert learner.finish(launched, x, number, pool=None).loss is not None
+
+
+def test_on_a_gpu_saes_trained_together_have_the_bits_of_each_trained_alone() -> None:
+    together, alone = [[new_sae(kind) for kind in KINDS] for _ in range(2)]
+    trainer, each = Trainer(together, CFG), [Trainer([sae], CFG) for sae in alone]
+    for x in batches():
         trainer.step(x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        reports = [trainer.step(x) for x in data[15:-1]]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert reports[-1].saes[0].answer.known is None
-    assert reports[-1].saes[0].loss is not None
-
-
-@pytest.mark.parametrize("architecture", KINDS)
-def test_on_a_gpu_steps_settled_late_leave_the_bits_of_steps_settled_at_once(
-    architecture: str,
-) -> None:
-    late, at_once = new_sae(architecture), new_sae(architecture)
-    for sae, settles in ((late, False), (at_once, True)):
-        trainer = Trainer([sae], CFG)
-        for x in batches():
-            trainer.step(x)
-            if settles:
-                trainer.settle()
-    for name, parameter in late.named_parameters():
-        assert torch.equal(parameter, at_once.get_parameter(name)), name
+        for one in each:
+            one.step(x)
+    for sae, other in zip(together, alone, strict=True):
+        for name, parameter in sae.named_parameters():
+            assert torch.equal(parameter, other.get_parameter(name)), name
 
 
 def test_on_a_gpu_a_batch_that_is_not_finite_leaves_the_weights_of_the_step_before() -> None:
@@ -83,7 +80,6 @@ def test_on_a_gpu_a_batch_that_is_not_finite_leaves_the_weights_of_the_step_befo
     trainer.step(batches()[10] * math.nan)
     trainer.step(batches()[11])
     assert trainer.stopped == ("step 11: the activations are not finite",)
-    shorter.settle()
     for name, parameter in sae.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
 
@@ -92,11 +88,11 @@ def test_on_a_gpu_steps_that_overflow_leave_the_bits_of_dense_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     crowded, dense = new_sae("gated"), new_sae("gated")
-    # Room for one gate, where hundreds open: every step but the first two is taken again.
+    # Room for one gate, where hundreds open: every step but the first is taken again.
     monkeypatch.setattr(step_choice.kernels, "capacity_for", lambda n_open: 1)
     for sae, crossover in ((crowded, 2.0), (dense, 0.0)):
+        monkeypatch.setitem(step_choice.CROSSOVER, "cuda", crossover)
         trainer = Trainer([sae], CFG)
-        monkeypatch.setattr(trainer._pupils[0]._stepper, "crossover", crossover)
         for x in batches():
             trainer.step(x)
     for name, parameter in crowded.named_parameters():

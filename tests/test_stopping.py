@@ -1,4 +1,4 @@
-"""A whole run whose steps are settled late, as on CUDA: what it logs, keeps and says."""
+"""A whole run of which SAEs stop learning: what it logs, keeps and says."""
 
 import math
 from collections.abc import Iterator
@@ -16,13 +16,11 @@ from gsae_core.runs.run import Run
 from gsae_core.runs.work import train
 from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import ReluSAE
-from gsae_core.training import learner
 from gsae_core.training.step_choice import Attempt, Stepper
 
 
 @pytest.fixture(autouse=True)
-def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(learner, "AHEAD_ON", ("cpu",))
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,8 +43,7 @@ def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = Fa
     def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
         made = original(self, x, **settings)
         batches = seen.setdefault(id(self), [])
-        if not batches or not torch.equal(batches[-1], x):  # not one taken for its cause
-            batches.append(x.clone())
+        batches.append(x.clone())
         grad = self._sae.b_dec.grad
         assert grad is not None
         if len(batches) == step and (every_sae or isinstance(self._sae, ReluSAE)):
@@ -58,21 +55,6 @@ def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = Fa
 
 def stops(run: Run) -> list[tuple[str, str]]:
     return [(e["sae"], e["why"]) for e in run.events() if e["event"] == "sae stopped"]
-
-
-def test_a_run_waits_for_no_step_but_those_it_logs_looks_at_revives_at_or_ends_with(
-    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "LOGGED_POINTS", 4)  # every 8th step, the first and the last
-    run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
-    waited = [
-        progress.done
-        for progress in train_run(run)
-        if progress.report is not None
-        and any(sae.answer.known is not None for sae in progress.report.saes)
-    ]
-    assert waited == [1, 8, 10, 16, 20, 24, N_STEPS]
-    assert sorted({row["step"] for row in run.metrics()}) == [1, 8, 16, 24, N_STEPS]
 
 
 def test_how_often_a_run_is_saved_changes_no_bit(tmp_path: Path, tiny_lm_folder: Path) -> None:
@@ -121,7 +103,6 @@ def test_a_run_left_at_the_step_that_stops_an_sae_says_so_before_and_after_it_go
     progresses = train_run(run)
     for progress in progresses:
         if progress.stage == "training" and progress.done == 7:
-            assert stops(run) == []  # nobody has looked
             break
     progresses.close()  # pyright: ignore[reportAttributeAccessIssue]
     why = "step 7: the gradient of b_dec is not finite"

@@ -9,14 +9,14 @@ from torch import Tensor
 from gsae_core.config import TrainRecipe
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.training import dead_latents as revive
+from gsae_core.training import dead_latents as resampling
 from gsae_core.training.dead_latents import (
-    collects,
-    dead_latents,
+    DeadLatentCounter,
     draw,
     input_losses,
-    is_revival,
-    revive_,
+    is_resampling,
+    joins_pool,
+    resample_,
 )
 from gsae_core.training.optimizer import DictionaryAdam
 
@@ -52,30 +52,36 @@ def of_latents(name: str, values: Tensor, latents: Tensor) -> Tensor:
     return (values.T if name in ("W_gate", "W_mag", "W_enc") else values)[latents]
 
 
-def test_revivals_come_at_whole_periods_until_their_share_of_the_steps_is_done() -> None:
+def test_resamplings_come_at_whole_periods_until_their_share_of_the_steps_is_done() -> None:
     cfg = TrainRecipe(n_tokens=50, batch_size=1, revive_every=10, revive_until=0.7)
-    assert [step for step in range(51) if is_revival(step, cfg)] == [10, 20, 30]  # 35 is the last
+    assert [step for step in range(51) if is_resampling(step, cfg)] == [
+        10,
+        20,
+        30,
+    ]  # 35 is the last
 
 
-def test_a_period_of_zero_never_revives() -> None:
+def test_a_period_of_zero_never_resamples() -> None:
     cfg = TrainRecipe(n_tokens=50, batch_size=1, revive_every=0)
-    assert not any(is_revival(step, cfg) for step in range(51))
-    assert not any(collects(step, cfg, widest=D_SAE) for step in range(51))
+    assert not any(is_resampling(step, cfg) for step in range(51))
+    assert not any(joins_pool(step, cfg, widest=D_SAE) for step in range(51))
 
 
-def test_the_pool_is_the_last_batches_up_to_a_revival() -> None:
+def test_the_pool_is_the_last_batches_up_to_a_resampling() -> None:
     cfg = TrainRecipe(n_tokens=25 * 2**13, batch_size=2**13, revive_every=10, revive_until=0.9)
 
     def steps(widest: int) -> list[int]:
-        return [step for step in range(1, 26) if collects(step, cfg, widest=widest)]
+        return [step for step in range(1, 26) if joins_pool(step, cfg, widest=widest)]
 
     assert steps(widest=100) == [9, 10, 19, 20]  # 2^14 inputs are two batches
     assert steps(widest=2**14 + 1) == [8, 9, 10, 18, 19, 20]  # an input for each latent
 
 
 def test_a_latent_is_dead_when_the_whole_window_passed_without_it() -> None:
-    steps_since_fired = torch.tensor([0, 5, 4, 6], dtype=torch.int32)
-    assert dead_latents(steps_since_fired, window=5).tolist() == [1, 3]
+    counter = DeadLatentCounter(ReluSAE(2, 4), window=5)
+    counter.since_fired.copy_(torch.tensor([0, 5, 4, 6]))
+    assert counter.mask.tolist() == [False, True, False, True]
+    assert counter.max_steps_since_fired == 6
 
 
 def test_losses_are_squared_errors_of_each_input() -> None:
@@ -92,7 +98,7 @@ def test_losses_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     sae, _ = trained("gated")
     pool = torch.randn(11, D_IN, generator=torch.Generator().manual_seed(0))
     whole = input_losses(sae, pool)
-    monkeypatch.setattr(revive, "CHUNK_ENTRIES", 4 * D_SAE)  # 4 + 4 + 3 inputs
+    monkeypatch.setattr(resampling, "CHUNK_ENTRIES", 4 * D_SAE)  # 4 + 4 + 3 inputs
     assert torch.allclose(input_losses(sae, pool), whole, rtol=1e-6)
 
 
@@ -131,7 +137,7 @@ def test_equal_seeds_draw_equal_inputs() -> None:
 
 
 @pytest.mark.parametrize("kind", SAES)
-def test_each_weight_of_a_revived_latent(kind: str) -> None:
+def test_each_weight_of_a_resampled_latent(kind: str) -> None:
     sae, adam = trained(kind)
     pool = torch.tensor([[4.0, -2.0, 1.0], [0.5, 3.0, -6.0]])
     encoders = [name for name, _ in sae.named_parameters() if name in ("W_gate", "W_mag", "W_enc")]
@@ -140,8 +146,8 @@ def test_each_weight_of_a_revived_latent(kind: str) -> None:
         for name in encoders
     }
     drawn = draw(input_losses(sae, pool), n=2, seed=7)
-    revived = revive_(sae, adam, dead=DEAD, pool=pool, seed=7)
-    assert revived.tolist() == DEAD.tolist()
+    resampled = resample_(sae, adam, dead=DEAD, pool=pool, seed=7)
+    assert resampled.tolist() == DEAD.tolist()
     directions = torch.nn.functional.normalize(pool[drawn] - sae.b_dec, dim=1)
     assert torch.allclose(sae.W_dec[DEAD], directions, atol=1e-6)
     assert torch.allclose(sae.W_dec[DEAD].norm(dim=1), torch.ones(2), atol=1e-6)
@@ -164,7 +170,7 @@ def test_everything_else_keeps_its_bits(kind: str) -> None:
     weights = {name: p.detach().clone() for name, p in sae.named_parameters()}
     moments = adam.state_dict()
     pool = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(3))
-    revive_(sae, adam, dead=DEAD, pool=pool, seed=0)
+    resample_(sae, adam, dead=DEAD, pool=pool, seed=0)
     assert torch.equal(sae.b_dec, weights["b_dec"])
     for name, parameter in sae.named_parameters():
         now = adam.moments(name)
@@ -183,18 +189,18 @@ def test_everything_else_keeps_its_bits(kind: str) -> None:
             assert of_latents(name, now[key], DEAD).abs().max() == 0, name
 
 
-def test_a_revived_latent_fires_on_the_input_it_came_from() -> None:
+def test_a_resampled_latent_fires_on_the_input_it_came_from() -> None:
     sae, adam = trained("gated")
     pool = torch.tensor([[4.0, -2.0, 1.0]])
-    (latent,) = revive_(sae, adam, dead=DEAD, pool=pool, seed=0).tolist()
+    (latent,) = resample_(sae, adam, dead=DEAD, pool=pool, seed=0).tolist()
     assert sae.encode(pool)[0, latent] > 0
 
 
 def test_more_dead_latents_than_inputs_wait() -> None:
     sae, adam = trained("gated")
     second = sae.W_dec[4].detach().clone()
-    revived = revive_(sae, adam, dead=DEAD, pool=torch.tensor([[4.0, -2.0, 1.0]]), seed=0)
-    assert revived.tolist() == [1]
+    resampled = resample_(sae, adam, dead=DEAD, pool=torch.tensor([[4.0, -2.0, 1.0]]), seed=0)
+    assert resampled.tolist() == [1]
     assert torch.equal(sae.W_dec[4], second)
 
 
@@ -202,12 +208,12 @@ def test_with_nothing_alive_encoders_start_at_a_fifth() -> None:
     sae, adam = trained("gated")
     assert isinstance(sae, GatedSAE)
     pool = torch.randn(20, D_IN, generator=torch.Generator().manual_seed(0))
-    revive_(sae, adam, dead=torch.arange(D_SAE), pool=pool, seed=0)
+    resample_(sae, adam, dead=torch.arange(D_SAE), pool=pool, seed=0)
     assert torch.allclose(sae.W_gate.norm(dim=0), torch.full((D_SAE,), 0.2), atol=1e-6)
 
 
-def test_revival_before_the_first_step_needs_no_moments() -> None:
+def test_resampling_before_the_first_step_needs_no_moments() -> None:
     sae = GatedSAE(D_IN, D_SAE)
     adam = DictionaryAdam(sae, beta1=0.0, beta2=0.999)
     pool = torch.ones(4, D_IN) * torch.arange(1.0, 5.0)[:, None]
-    assert len(revive_(sae, adam, dead=DEAD, pool=pool, seed=0)) == 2
+    assert len(resample_(sae, adam, dead=DEAD, pool=pool, seed=0)) == 2
