@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.serve import Job, Work, serve
-from gsae_core.analysis.features.build import build_index
+from gsae_core.analysis.features.build import Part, build_index
 from gsae_core.analysis.features.index import open_index
-from gsae_core.analysis.features.shards import Part
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.lm.corpus import SequenceSet

@@ -79,7 +79,7 @@ def readable(n_bytes: int) -> str:
     return f"{n_bytes} bytes"
 
 
-def replace_durably(path: Path, write: Callable[[Path], None], *, n_bytes: int) -> None:
+def replace_durably(path: Path, write: Callable[[Path], object], *, n_bytes: int) -> None:
     """Put a file at `path` that is whole whenever it is seen, even after a power cut.
 
     Args:

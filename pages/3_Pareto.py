@@ -7,7 +7,7 @@ from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     NUMBERS,
     against,
-    ground,
+    model_site_text,
     published,
     published_places,
     published_ratio,
@@ -118,7 +118,7 @@ def headline(evals: pd.DataFrame) -> None:
             help=definition("matched_ratio"),
         )
         with words:
-            plain(matched.sentence[0].upper() + matched.sentence[1:] + ".")
+            plain(f"{matched.sentence}.")
             st.caption(
                 "Above 1, the Gated SAEs need fewer active features for the same loss recovered."
             )
@@ -204,10 +204,10 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
         name="plane",
         about=f"{definition(y)}\n\nFrontier: {definition('frontier')}",
     )
-    grounds = {name: ground(by_id[name].config) for name in shown_runs}
-    if len(set(grounds.values())) > 1:
-        listed = "; ".join(f"{name}: {where}" for name, where in grounds.items())
-        plain(f"These runs were not measured on the same ground ({listed}).", size=".875rem")
+    sources = {name: model_site_text(by_id[name].config) for name in shown_runs}
+    if len(set(sources.values())) > 1:
+        listed = "; ".join(f"{name}: {source}" for name, source in sources.items())
+        plain(f"Different model, site or text: not comparable ({listed}).", size=".875rem")
     if x == y:
         st.caption(f"Both axes show {AXES[x]}: the SAEs lie on the diagonal.")
     missing = len(evals) - len(placed(evals, x, y, log_x=log_x))

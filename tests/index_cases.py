@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsae_core.analysis.features.build import build_index
+from gsae_core.analysis.features.build import Part, build_index
 from gsae_core.analysis.features.index import FeatureIndex, open_index
-from gsae_core.analysis.features.shards import Part
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE

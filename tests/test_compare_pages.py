@@ -94,9 +94,9 @@ def test_runs_of_other_sites_are_not_compared_in_silence(root: Path) -> None:
     moved = config().model.model_copy(update={"layer": 3, "name": HOSTILE})
     write_run(root, "moved", run_config=one_pair(model=moved))
     at = opened(PARETO, run="done", runs="moved")
-    assert "not measured on the same ground" in text(at)
+    assert "Different model, site or text: not comparable" in text(at)
     assert "<img" not in text(at)
-    assert "same ground" not in text(opened(PARETO, run="done"))
+    assert "not comparable" not in text(opened(PARETO, run="done"))
 
 
 def test_the_papers_runs_are_named_with_their_tables(root: Path) -> None:

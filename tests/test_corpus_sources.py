@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from corpora import BOS, EOS, WordTokenizer, counted, file, load, refusal, rows, token_rows, words
 
-from gsae_core.lm.load import BUNDLED
+from gsae_core.lm.catalog import BUNDLED
 
 
 @pytest.fixture(autouse=True)

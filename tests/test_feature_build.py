@@ -11,7 +11,7 @@ import pytest
 import torch
 from index_cases import D_SAE, built, some_parts, some_sae
 
-from gsae_core.analysis.features import shards
+from gsae_core.analysis.features import build, files
 from gsae_core.analysis.features.build import build_index
 from gsae_core.analysis.features.index import open_index
 from gsae_core.cli import main
@@ -38,7 +38,7 @@ def steps(model: LanguageModel, folder: Path, kind: str = "gated") -> Any:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard ends with the sequence that holds its 100th token: 7 sequences of 15."""
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(build, "SHARD_TOKENS", 100)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -100,7 +100,7 @@ def test_shards_and_their_number_change_nothing(
     tiny_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = built(tiny_lm, some_sae("gated"), tmp_path / "one")
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(build, "SHARD_TOKENS", 100)
     many = built(tiny_lm, some_sae("gated"), tmp_path / "many")
     for name in ("offsets", "token", "latent", "near_token", "histogram", "companions"):
         np.testing.assert_array_equal(one.array(name), many.array(name))
@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_read_is_lost(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "posix_fallocate", full)
+    monkeypatch.setattr(files.os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"expected .* free for .*npy, found .*; make room on the"):
         for _ in steps(tiny_lm, tmp_path):
             pass

@@ -263,7 +263,7 @@ def test_an_index_is_opened_and_asked_without_torch(index: FeatureIndex) -> None
         f"i = open_index({str(index.folder)!r}); f = i.feature(7); f.top(); f.quantiles(); "
         "f.just_missed(); f.co_firing; f.neighbours; f.logits; f.matched(i); f._repr_html_(); "
         "i.by_text('w5'); i.select(density=(0, 1)); i.labels.frame(); "
-        "from gsae_core.store import index_jobs; "
+        "from gsae_core.runs.work import index; "
         "print(sorted({'torch', 'numba', 'transformers', 'streamlit'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsae_core.analysis.attribution import effects
 from gsae_core.analysis.features import collect
-from gsae_core.analysis.features.shards import tensors_sha256
+from gsae_core.analysis.features.build import tensors_sha256
 from gsae_core.analysis.fidelity import evaluating, fidelity, reconstruct
 from gsae_core.analysis.prompt import look, read_prompt
 from gsae_core.analysis.steering import Intervention, Steering, scales_of

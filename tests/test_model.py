@@ -238,9 +238,9 @@ def test_a_folder_knows_its_shape(tiny_lm: LanguageModel) -> None:
 
 
 def test_the_bundled_model_is_a_folder_like_any_other() -> None:
-    from gsae_core.lm import load
+    from gsae_core.lm.catalog import BUNDLED
 
-    bundled, folder = load_model("bundled"), load_model(str(load.BUNDLED))
+    bundled, folder = load_model("bundled"), load_model(str(BUNDLED))
     ids = torch.arange(1, 9)[None]
     assert torch.equal(bundled.logits(ids), folder.logits(ids))
     assert (bundled.name, bundled.family, bundled.n_layers) == ("bundled", "gpt2", 4)

@@ -84,7 +84,7 @@ def test_log_l0_is_linear_between_runs_and_the_median_is_reported() -> None:
     assert [pair.ratio for pair in result.pairs] == pytest.approx([4, 5])
     assert result.median == pytest.approx(4.5)
     assert result.sentence == (
-        "L0(baseline) / L0(gated) = 4.50, the median over 2 levels of loss recovered both reach"
+        "At equal loss recovered the baseline fires 4.5x as many features (2 matched points)"
     )
 
 
@@ -108,8 +108,8 @@ def test_frontiers_that_do_not_overlap_say_so() -> None:
     assert math.isnan(result.median)
     assert result.pairs == ()
     assert result.sentence == (
-        "no matched-fidelity ratio: the baseline's loss recovered (0.5 to 0.6) and the Gated "
-        "SAEs' (0.7 to 0.8) do not overlap; train more values of lambda between them"
+        "No ratio at equal loss recovered: the baseline's loss recovered (0.5 to 0.6) and the "
+        "Gated SAEs' (0.7 to 0.8) do not overlap; train more values of lambda between them"
     )
     alone = matched_l0_ratio([Point(10, 0.5)], [Point(10, 0.7)]).sentence
     assert "the baseline's loss recovered (0.5) and the Gated SAEs' (0.7) do not" in alone
@@ -128,7 +128,7 @@ def test_a_missing_architecture_is_named(
 ) -> None:
     result = matched_l0_ratio(baseline, gated)
     assert math.isnan(result.median)
-    assert result.sentence == f"no matched-fidelity ratio: there is no {missing} run"
+    assert result.sentence == f"No ratio at equal loss recovered: there is no {missing} run"
 
 
 def test_one_evaluation_is_compared_by_architecture_and_what_was_not_measured_is_left_out() -> None:

@@ -15,8 +15,7 @@ from gsae_core.analysis.attribution import candidates, effects, slope_at
 from gsae_core.analysis.matching import best_matches
 from gsae_core.analysis.prompt import MAX_CHARACTERS, Look, Prompt, align, look, read_prompt
 from gsae_core.errors import InputError
-from gsae_core.lm.decoding import logit_slope
-from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.model import LanguageModel, load_model, logit_slope
 from gsae_core.lm.texts import token_texts
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE

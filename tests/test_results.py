@@ -12,7 +12,7 @@ from gsae_core.analysis.results import (
     against,
     changes,
     evaluation_frame,
-    ground,
+    model_site_text,
     of_architecture,
     published,
     published_places,
@@ -145,8 +145,8 @@ def test_no_more_than_ten_columns_are_compared() -> None:
     )
 
 
-def test_runs_on_another_site_stand_on_other_ground() -> None:
+def test_runs_on_another_site_do_not_compare() -> None:
     here = config()
     moved = here.model_copy(update={"model": here.model.model_copy(update={"layer": 3})})
-    assert ground(here) == "bundled, blocks.2.hook_resid_post, stdlib"
-    assert ground(moved) != ground(here)
+    assert model_site_text(here) == "bundled, blocks.2.hook_resid_post, stdlib"
+    assert model_site_text(moved) != model_site_text(here)

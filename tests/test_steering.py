@@ -34,8 +34,7 @@ from gsae_core.analysis.steering import (
     scales_of_index,
 )
 from gsae_core.errors import InputError
-from gsae_core.lm.decoding import Decoding
-from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.model import Decoding, LanguageModel, load_model
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 
 PLACE: dict[str, Any] = {"layer": 1, "site": "resid_pre"}

@@ -14,8 +14,8 @@ import torch
 from app_pages import labelled, opened, text
 from index_cases import built, some_sae
 
+from gsae_core.analysis.features.build import Part
 from gsae_core.analysis.features.index import open_index
-from gsae_core.analysis.features.shards import Part
 from gsae_core.analysis.generation import followed_by, new_texts
 from gsae_core.analysis.prompt import read_prompt
 from gsae_core.cli import main

@@ -363,11 +363,8 @@ def test_a_tokenizer_that_cannot_be_fetched_is_a_sentence(monkeypatch: pytest.Mo
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     for error, sentence in (
-        (
-            LocalEntryNotFoundError("x"),
-            "but it cannot be reached and the cache has none; go online",
-        ),
-        (HFValidationError("x"), "expected the name of a model on the Hub or a local folder"),
+        (LocalEntryNotFoundError("x"), "but we are offline and it is not in the cache; give"),
+        (HFValidationError("x"), "expected a Hub repository as OWNER/NAME, got 'someone/model'"),
     ):
 
         def refuse(*_: object, error: Exception = error, **__: object) -> str:

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
 from benchmarks.serve import Job, Work, serve
-from gsae_core.lm.load import open_source
+from gsae_core.lm.load import open_model
 
 
 def prepare(job: Job) -> Work:
-    hf, tokenizer = open_source(job["model"], revision=None, device=job["device"], dtype="float32")
+    hf, tokenizer = open_model(job["model"], revision=None, device=job["device"], dtype="float32")
     bridge = TransformerBridge.boot_transformers(
         tokenizer.name_or_path, hf_model=hf, tokenizer=tokenizer, device=job["device"]
     )

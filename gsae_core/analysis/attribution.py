@@ -19,8 +19,7 @@ from torch import Tensor
 from gsae_core.analysis.prompt import Look, Prompt
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.lm.decoding import logit_slope
-from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.model import LanguageModel, logit_slope
 from gsae_core.lm.texts import alone, pieces
 from gsae_core.sae.base import SAE
 

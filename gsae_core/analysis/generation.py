@@ -13,8 +13,7 @@ from gsae_core.analysis.prompt import Prompt, special_ids
 from gsae_core.analysis.steering import Steering
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.lm.decoding import Decoding
-from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.model import Decoding, LanguageModel
 from gsae_core.lm.texts import alone, pieces, token_texts
 
 MAX_NEW_TOKENS = 400

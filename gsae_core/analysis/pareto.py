@@ -75,7 +75,9 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
     curves = [frontier(baseline), frontier(gated)]
     for curve, name in zip(curves, ("baseline", "Gated"), strict=True):
         if not curve:
-            return MatchedRatio(math.nan, (), f"no matched-fidelity ratio: there is no {name} run")
+            return MatchedRatio(
+                math.nan, (), f"No ratio at equal loss recovered: there is no {name} run"
+            )
     low = max(curve[0].loss_recovered for curve in curves)
     high = min(curve[-1].loss_recovered for curve in curves)
     if low > high:
@@ -86,17 +88,21 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
         return MatchedRatio(
             math.nan,
             (),
-            f"no matched-fidelity ratio: the baseline's loss recovered ({ranges[0]}) and the Gated "
-            f"SAEs' ({ranges[1]}) do not overlap; train more values of lambda between them",
+            f"No ratio at equal loss recovered: the baseline's loss recovered ({ranges[0]}) and "
+            f"the Gated SAEs' ({ranges[1]}) do not overlap; "
+            "train more values of lambda between them",
         )
     heights = sorted(
         {p.loss_recovered for c in curves for p in c if low <= p.loss_recovered <= high}
     )
     pairs = tuple(MatchedPair(h, _l0_at(curves[0], h), _l0_at(curves[1], h)) for h in heights)
     median = statistics.median(pair.ratio for pair in pairs)
-    level = f"{len(pairs)} level{'s' if len(pairs) > 1 else ''} of loss recovered"
-    sentence = f"L0(baseline) / L0(gated) = {median:.2f}, the median over {level} both reach"
-    return MatchedRatio(median, pairs, sentence)
+    points = f"{len(pairs)} matched point{'s' if len(pairs) > 1 else ''}"
+    return MatchedRatio(
+        median,
+        pairs,
+        f"At equal loss recovered the baseline fires {median:.1f}x as many features ({points})",
+    )
 
 
 def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:

@@ -208,8 +208,8 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
     return _flat(fields, "") | _flat(spec.model_dump(mode="json", exclude={"name"}), "sae.")
 
 
-def ground(config: RunConfig) -> str:
-    """Return what a run's losses are measured on: SAEs of other models or sites do not compare."""
+def model_site_text(config: RunConfig) -> str:
+    """Return what a run's losses are measured on: they compare only where all three are equal."""
     return f"{config.model.name}, {config.model.hook_name}, {config.data.source}"
 
 

@@ -9,15 +9,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.files import (
-    COLUMNS,
-    MANIFEST,
-    N_BINS,
-    N_NEIGHBOURS,
-    WEIGHTS,
-    read_manifest,
-    weight_table,
-)
+from gsae_core.analysis.features.files import COLUMNS, MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
 from gsae_core.analysis.features.filter import (
     ANY,
     ORDERS,
@@ -100,13 +92,13 @@ def open_index(run: Run, name: str) -> FeatureIndex | None:
 
 
 def weights_of(run: Run, name: str) -> pd.DataFrame:
-    """Return `weight_table` of an SAE.
+    """Return what the weights of an SAE say of each feature: `table.weight_columns`.
 
     Raises:
-        InputError: as there.
+        InputError: if the SAE cannot be read.
     """
     folder = run.sae_folder(name)
-    return _weight_table(str(folder), version(folder / WEIGHTS))
+    return _weight_table(str(folder), version(folder / "sae_weights.safetensors"))
 
 
 class Cost(NamedTuple):
@@ -156,7 +148,10 @@ def _listing(folder: str, made: float, _index: FeatureIndex) -> pd.DataFrame:
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _weight_table(folder: str, stamp: Version) -> pd.DataFrame:
-    return weight_table(Path(folder))
+    from gsae_core.analysis.features.table import weight_columns
+    from gsae_core.checkpoints.checkpoint import load_sae
+
+    return pd.DataFrame(weight_columns(load_sae(folder))).rename_axis("feature")
 
 
 def _weights(run: Run, name: str) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def _round(number: float) -> str:
 
 def numbers(feature: "Feature") -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
-    row, columns = feature.stats, COLUMNS
+    row = feature.stats
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
         ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens", "density"),
@@ -77,7 +77,7 @@ def numbers(feature: "Feature") -> None:
         note = f"{vain:,} times in vain" if vain else "never in vain"
         tiles.append(("gate open", percent(row["gate_density"], 2), note, "gate_density"))
     cells = "".join(
-        f'<div title="{html.escape(columns[column], quote=True)}">'
+        f'<div title="{html.escape(COLUMNS[column], quote=True)}">'
         f'<div style="opacity:.75;font-size:.8125rem">{html.escape(title)}</div>'
         f'<div style="font-size:1.25rem;line-height:1.3;font-variant-numeric:tabular-nums">'
         f"{html.escape(value)}</div>"
@@ -136,8 +136,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
         )
         with st.container(horizontal=True, vertical_alignment="center"):
             st.caption("A dot is a token, hollow: just missed. Slope: e^r.")
-            about = COLUMNS["theta"]
-            figure_tools(feature.gate_line(), name="gate_and_magnitude", about=about)
+            figure_tools(feature.gate_line(), name="gate_and_magnitude", about=COLUMNS["theta"])
 
 
 def _histogram_words(feature: "Feature", theta: float) -> str:
@@ -147,8 +146,7 @@ def _histogram_words(feature: "Feature", theta: float) -> str:
 
 
 def _definitions() -> str:
-    columns = COLUMNS
-    return "\n".join(f"{name}: {columns[name]}" for name in ("max", "q50", "theta"))
+    return "\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta"))
 
 
 def logits(feature: "Feature") -> None:
@@ -187,14 +185,14 @@ def _logit_list(title: str, found: "Sequence[Logit]", most: float, colour: str) 
 
 def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
     """Draw what the weights alone say of a feature."""
-    columns, kind = COLUMNS, architecture(sae.run, sae.name)
+    kind = architecture(sae.run, sae.name)
     shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
     shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
     shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
     facts({title: _short(row[name]) for name, title in shown.items()})
     with st.popover("What these mean", icon=":material/help:", type="tertiary"):
         for name, title in shown.items():
-            plain(f"{title}: {columns[name]}", size=".9rem")
+            plain(f"{title}: {COLUMNS[name]}", size=".9rem")
 
 
 TERMS = {
@@ -297,9 +295,8 @@ def _terms() -> None:
     if not terms.open:
         return
     with terms:
-        columns = COLUMNS
         for name, title in TERMS.items():
-            plain(f"{title}: {columns[name]}", size=".9rem")
+            plain(f"{title}: {COLUMNS[name]}", size=".9rem")
 
 
 def _random(sae: Opened, go: Callable[[int], None]) -> None:

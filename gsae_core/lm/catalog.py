@@ -4,14 +4,17 @@ import csv
 import functools
 import json
 import math
-import struct
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+
+ASSETS = Path(str(resources.files("gsae_core").joinpath("assets")))
+BUNDLED = ASSETS / "stdlib-gpt2"
+"""Folder of the model that ships with the package."""
 
 
 class ModelShape(NamedTuple):
@@ -28,10 +31,23 @@ class ModelShape(NamedTuple):
         return {"mlp_hidden": self.d_mlp, "attn_z": self.d_attn}.get(site, self.d_model)
 
 
+class ModelFacts(NamedTuple):
+    """What is known of a model before it is loaded; None: not known."""
+
+    name: str
+    where: Literal["bundled", "folder", "cached", "hub"]
+    family: str | None = None
+    """The `model_type` of its config.json."""
+    parameters: int | None = None
+    shape: ModelShape | None = None
+    gated: bool | None = None
+    """Whether the Hub asks for a licence to be accepted; None also where that has changed."""
+
+
 def model_folder(name: str) -> Path | None:
     """Return the folder of the bundled model or of a local one; None for a name on the Hub."""
     if name == "bundled":
-        return Path(str(resources.files("gsae_core").joinpath("assets/stdlib-gpt2")))
+        return BUNDLED
     try:
         folder = Path(name).expanduser()
         return folder if (folder / "config.json").is_file() else None
@@ -42,20 +58,27 @@ def model_folder(name: str) -> Path | None:
 def model_shape(name: str) -> ModelShape | None:
     """Return the shape of the bundled model or of a local folder; None for a name on the Hub."""
     folder = model_folder(name)
-    return None if folder is None else read_shape(folder / "config.json")
+    return None if folder is None else _shape(_config(folder))
 
 
-def read_shape(path: Path) -> ModelShape | None:
-    """Return the shape that a Hugging Face config.json gives; None where it gives none."""
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a config.json; an empty one where it is no JSON, or JSON of another kind."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-        fields = fields.get("text_config", fields)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _shape(config: dict[str, Any]) -> ModelShape | None:
+    try:
+        fields = config.get("text_config", config)
         d_model = fields.get("hidden_size") or fields.get("n_embd")
         n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
         n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
         d_mlp = fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model
         d_head = fields.get("head_dim") or d_model // n_heads
-    except (ValueError, AttributeError, TypeError):  # no JSON, or JSON of another kind
+    except (AttributeError, TypeError, ArithmeticError):
         return None
     numbers = (d_model, n_layers, n_heads, d_mlp, d_head)
     if not all(isinstance(number, int) and number > 0 for number in numbers):
@@ -63,53 +86,26 @@ def read_shape(path: Path) -> ModelShape | None:
     return ModelShape(d_model=d_model, d_mlp=d_mlp, d_attn=n_heads * d_head, n_layers=n_layers)
 
 
-Where = Literal["bundled", "folder", "cached", "hub"]
-
-
-class KnownModel(NamedTuple):
-    """A row of assets/models.csv."""
-
-    name: str
-    family: str
-    """The `model_type` of its config.json."""
-    parameters: int
-    shape: ModelShape
-    gated: bool | None
-    """Whether the Hub asks for a licence to be accepted; None where that has changed over time."""
-
-
-class ModelFacts(NamedTuple):
-    """What is known of a model before it is loaded; None: not known."""
-
-    name: str
-    where: Where
-    family: str | None
-    parameters: int | None
-    shape: ModelShape | None
-    gated: bool | None
-
-
 @functools.cache
-def known_models() -> dict[str, KnownModel]:
+def known_models() -> dict[str, ModelFacts]:
     """Return the well-known models of the supported families by name."""
-    text = resources.files("gsae_core").joinpath("assets/models.csv").read_text(encoding="utf-8")
-    return {row["name"]: _known(row) for row in csv.DictReader(text.splitlines())}
-
-
-def _known(row: dict[str, str]) -> KnownModel:
-    shape = ModelShape(
-        d_model=int(row["d_model"]),
-        d_mlp=int(row["d_mlp"]),
-        d_attn=int(row["heads"]) * int(row["head_dim"]),
-        n_layers=int(row["layers"]),
-    )
-    gated = {"yes": True, "no": False}.get(row["gated"])
-    return KnownModel(row["name"], row["family"], int(row["parameters"]), shape, gated)
+    found = {}
+    for row in csv.DictReader((ASSETS / "models.csv").read_text(encoding="utf-8").splitlines()):
+        shape = ModelShape(
+            d_model=int(row["d_model"]),
+            d_mlp=int(row["d_mlp"]),
+            d_attn=int(row["heads"]) * int(row["head_dim"]),
+            n_layers=int(row["layers"]),
+        )
+        gated = {"yes": True, "no": False}.get(row["gated"])
+        facts = (row["family"], int(row["parameters"]), shape, gated)
+        found[row["name"]] = ModelFacts(row["name"], "hub", *facts)
+    return found
 
 
 def families() -> tuple[str, ...]:
     """Return the `model_type`s of the models that can be trained on."""
-    return tuple(dict.fromkeys(model.family for model in known_models().values()))
+    return tuple(dict.fromkeys(str(model.family) for model in known_models().values()))
 
 
 def cached_models() -> dict[str, Path]:
@@ -125,13 +121,10 @@ def cached_models() -> dict[str, Path]:
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda r: r.last_modified):
             names = {file.file_name for file in revision.files}
-            if repo.repo_type == "model" and "config.json" in names and _has_weights(names):
+            weights = any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names)
+            if repo.repo_type == "model" and "config.json" in names and weights:
                 found[repo.repo_id] = revision.snapshot_path
     return found
-
-
-def _has_weights(names: set[str]) -> bool:
-    return any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names)
 
 
 def choices(cached: Mapping[str, Path]) -> list[str]:
@@ -146,49 +139,32 @@ def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
         name: `bundled`, a local folder, or a name on the Hub.
         cached: as `cached_models` returns them.
     """
-    known = known_models().get(name)
-    gated = None if known is None else known.gated
-    folder = model_folder(name)
-    where: Where = "bundled" if name == "bundled" else "folder"
-    if folder is None and name in cached:
-        folder, where = cached[name], "cached"
-    if folder is not None:
-        shape = read_shape(folder / "config.json")
-        parameters = count_parameters(folder) or (known and known.parameters)
-        return ModelFacts(name, where, _family(folder), parameters, shape, gated)
-    if known is not None:
-        return ModelFacts(name, "hub", known.family, known.parameters, known.shape, gated)
-    return ModelFacts(name, "hub", None, None, None, None)
-
-
-def _family(folder: Path) -> str | None:
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-        return str(fields["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    known = known_models().get(name, ModelFacts(name, "hub"))
+    folder = model_folder(name) or cached.get(name)
+    if folder is None:
+        return known
+    config = _config(folder)
+    where = "bundled" if name == "bundled" else "folder" if model_folder(name) else "cached"
+    family = str(config["model_type"]) if "model_type" in config else None
+    parameters = count_parameters(folder) or known.parameters
+    return ModelFacts(name, where, family, parameters, _shape(config), known.gated)
 
 
 def count_parameters(folder: Path) -> int | None:
     """Return how many numbers a folder's safetensors files hold; None without such files.
 
-    Only their headers are read: 8 bytes with the length of a JSON object of names and shapes.
+    Only their headers are read.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
     try:
-        total = sum(_numbers_in(file) for file in files)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "np") as file:
+                total += sum(math.prod(file.get_slice(k).get_shape()) for k in file.offset_keys())
+    except (OSError, SafetensorError):
         return None  # damaged; the job says so when it loads it
     return total or None
-
-
-def _numbers_in(file: Path) -> int:
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        if length > file.stat().st_size:
-            raise ValueError("expected a header inside the file")
-        header = json.loads(opened.read(length))
-    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
 
 
 def check_family(facts: ModelFacts) -> None:

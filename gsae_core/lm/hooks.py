@@ -22,38 +22,42 @@ from gsae_core.config import SITES, Site, hook_name
 from gsae_core.errors import InputError
 
 
-class Layout(NamedTuple):
+class Family(NamedTuple):
     """Module names of one family, relative to a block."""
 
     blocks: str
     """Name of the list of blocks in the headless model."""
-    attn: str
     attn_proj: str
-    mlp: str
     mlp_proj: str
-    attn_out: str
-    """Module whose output is added to the residual stream; `attn` unless a norm follows."""
-    mlp_out: str
+    attn_norm: str | None = None
+    """Norm after attention, before it is added to the residual stream."""
+    mlp_norm: str | None = None
+
+    @property
+    def attn(self) -> str:
+        return self.attn_proj.split(".")[0]
+
+    @property
+    def mlp(self) -> str:
+        return self.mlp_proj.split(".")[0]
+
+    @property
+    def attn_out(self) -> str:
+        """Module whose output is added to the residual stream."""
+        return self.attn_norm or self.attn
+
+    @property
+    def mlp_out(self) -> str:
+        return self.mlp_norm or self.mlp
 
 
-def _layout(
-    blocks: str, attn_proj: str, mlp_proj: str, attn_out: str = "", mlp_out: str = ""
-) -> Layout:
-    attn, mlp = attn_proj.split(".")[0], mlp_proj.split(".")[0]
-    return Layout(blocks, attn, attn_proj, mlp, mlp_proj, attn_out or attn, mlp_out or mlp)
-
-
-_LLAMA = _layout("layers", "self_attn.o_proj", "mlp.down_proj")
-_POST_NORM = _layout(
-    "layers",
-    "self_attn.o_proj",
-    "mlp.down_proj",
-    attn_out="post_attention_layernorm",
-    mlp_out="post_feedforward_layernorm",
+_LLAMA = Family("layers", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = _LLAMA._replace(
+    attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"
 )
-FAMILIES: Mapping[str, Layout] = {
-    "gpt2": _layout("h", "attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": _layout("layers", "attention.dense", "mlp.dense_4h_to_h"),
+FAMILIES: Mapping[str, Family] = {
+    "gpt2": Family("h", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": Family("layers", "attention.dense", "mlp.dense_4h_to_h"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "gemma": _LLAMA,
@@ -82,19 +86,19 @@ class BlockSites(NamedTuple):
 
 def hf_blocks(hf: Any) -> list[BlockSites]:
     """Return the sites of every block of a Hugging Face causal LM of a family in `FAMILIES`."""
-    layout = FAMILIES[hf.config.model_type]
+    family = FAMILIES[hf.config.model_type]
     found = []
-    for block in hf.base_model.get_submodule(layout.blocks):
+    for block in hf.base_model.get_submodule(family.blocks):
+        attn, mlp = block.get_submodule(family.attn), block.get_submodule(family.mlp)
         taps: dict[Site, Tap] = {
             "resid_pre": Tap(block, "input"),
             "resid_post": Tap(block, "output"),
             # The projections' inputs: after the non-linearity, and the heads side by side.
-            "mlp_hidden": Tap(block.get_submodule(layout.mlp_proj), "input"),
-            "attn_z": Tap(block.get_submodule(layout.attn_proj), "input"),
-            "mlp_out": Tap(block.get_submodule(layout.mlp_out), "output"),
-            "attn_out": Tap(block.get_submodule(layout.attn_out), "output"),
+            "mlp_hidden": Tap(block.get_submodule(family.mlp_proj), "input"),
+            "attn_z": Tap(block.get_submodule(family.attn_proj), "input"),
+            "mlp_out": Tap(block.get_submodule(family.mlp_out), "output"),
+            "attn_out": Tap(block.get_submodule(family.attn_out), "output"),
         }
-        attn, mlp = block.get_submodule(layout.attn), block.get_submodule(layout.mlp)
         before: dict[Site, tuple[nn.Module, ...]] = {
             "attn_out": (attn,),
             "mlp_hidden": (attn,),
@@ -115,8 +119,7 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
     for layer, block in enumerate(bridge.blocks):
         taps: dict[Site, Tap] = {}
         for site in SITES:
-            point = bridge.hook_dict.get(hook_name(layer, site))
-            if point is not None:
+            if (point := bridge.hook_dict.get(hook_name(layer, site))) is not None:
                 taps[site] = Tap(point, "output")
         # A bridge's hook points lie inside the modules whose output they show.
         parts = dict(block.named_children())  # an attention-only model has no mlp
@@ -177,7 +180,7 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
     try:
         for module, output in outputs.items():
             # Through __dict__: a bridge's __setattr__ would pass it on to the module it wraps.
-            vars(module)["forward"] = _returns(output)
+            vars(module)["forward"] = lambda *_, _output=output, **__: _output
         yield
     finally:
         for module, forward in own.items():
@@ -187,11 +190,7 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
                 vars(module)["forward"] = forward
 
 
-def _returns(output: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: output
-
-
-class Turns:
+class ModelLock:
     """Hooks and replayed outputs belong to the modules, which threads share.
 
     A setting (a hook, say) that serves many passes at once is made when the first of them comes and
@@ -205,7 +204,7 @@ class Turns:
         self._inside: set[int] = set()
 
     @contextmanager
-    def together(
+    def shared(
         self, key: Hashable, setting: Callable[[], AbstractContextManager[None]]
     ) -> Iterator[None]:
         """Within, `setting` holds, and only threads that came with the same key are there too.
@@ -239,5 +238,5 @@ class Turns:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within, no other thread is there."""
-        with self.together(object(), nullcontext):
+        with self.shared(object(), nullcontext):
             yield

@@ -12,11 +12,12 @@ import re
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from gsae_core.errors import InputError, hub_sentence, is_hub_trouble
+from gsae_core.lm.catalog import model_folder
 from gsae_core.lm.hooks import FAMILIES
 
 WRAPPERS: Mapping[str, str] = {
@@ -114,11 +115,7 @@ def _prefix(unexpected: Sequence[str], known: Collection[str]) -> str:
     return prefixes.pop() if len(prefixes) == 1 else ""
 
 
-BUNDLED = Path(__file__).parent.parent / "assets" / "stdlib-gpt2"
-"""Folder of the model that ships with the package."""
-
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _LFS_POINTER = b"version https://git-lfs"
 # How transformers reports keys that do not fit.
@@ -127,7 +124,36 @@ _TOLD = ("LOAD REPORT", "This checkpoint seem corrupted")
 _UNREADABLE = (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError)
 
 
-def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+class _Origin(NamedTuple):
+    """What a model is read from."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path | None
+    """None: on the Hub."""
+    options: dict[str, Any]
+    """For every `from_pretrained`."""
+
+    @property
+    def path(self) -> str:
+        return self.name if self.folder is None else str(self.folder)
+
+    def hub_sentence(self, error: Exception) -> str:
+        return hub_sentence(error, self.name, what="model", revision=self.options.get("revision"))
+
+    def refuse_pointer(self) -> None:
+        """Refuse a clone that holds Git LFS's notes in place of its files."""
+        for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
+            if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
+                with path.open("rb") as file:
+                    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                        raise InputError(
+                            f"expected the file itself in {path}, got Git LFS's pointer to it; "
+                            "fetch it with `git lfs pull`"
+                        )
+
+
+def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """Return the Hugging Face causal LM and the tokenizer that `name` stands for.
 
     Args:
@@ -140,190 +166,70 @@ def open_source(name: str, *, revision: str | None, device: str, dtype: str) -> 
     """
     import torch
 
-    where = _folder(name)
-    found = name if where is None else str(where)
+    folder = _folder(name)
     # Left out, transformers asks at a terminal whether to run the folder's own Python.
     options: dict[str, Any] = {"trust_remote_code": False}
-    if where is None and revision:
+    if folder is None and revision:
         options["revision"] = revision
-    config = _config(name, found, where, options)
-    check_config(name, config, headless=True)
-    if where is not None and (where / "adapter_config.json").is_file():
+    origin = _Origin(name, folder, options)
+    check_config(name, _config(origin), headless=True)
+    if folder is not None and (folder / "adapter_config.json").is_file():
         raise InputError(
             f"expected the weights of one model, got an adapter beside them in {name!r} "
             "(adapter_config.json); merge the two with merge_and_unload() and save the result"
         )
-    tokenizer = _tokenizer(name, found, where, options)
-    hf = _model(name, found, where, {"dtype": getattr(torch, dtype), **options})
+    tokenizer = _tokenizer(origin)
+    hf = _model(origin, getattr(torch, dtype))
     if dtype == "float32":
         _fuse_gelu(hf)
     return hf.to(torch.device(device)), tokenizer
 
 
-def _config(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
+def _folder(name: str) -> Path | None:
+    """Return the folder that `name` stands for, or None if it is a name on the Hub."""
+    folder = model_folder(name)
+    is_hub_name = _HUB_NAME.fullmatch(name) and name[0] not in "./~"
+    if folder is None and (not is_hub_name or Path(name).exists()):
+        raise InputError(
+            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
+            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
+        )
+    return folder
+
+
+def _config(origin: _Origin) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(found, **options)
-    except OSError as error:
-        # transformers' word for a file that is no JSON, too.
-        if where is None and not isinstance(error.__context__, ValueError):
-            raise InputError(_hub_sentence(error, name, options)) from error
-        _refuse_config(name, where, error)
-    except ValueError as error:  # transformers' word for a model_type that it has never heard of
-        raise InputError(_unsupported(name, _stranger(found, options))) from error
+        return AutoConfig.from_pretrained(origin.path, **origin.options)
     except Exception as error:
+        # transformers' word for a file that is no JSON, too.
+        is_missing = isinstance(error, OSError) and not isinstance(error.__context__, ValueError)
+        if origin.folder is None and is_missing:
+            raise InputError(origin.hub_sentence(error)) from error
+        # Its word for a model_type that it has never heard of.
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            raise InputError(_unsupported(origin.name, _stranger(origin))) from error
         # A value of the wrong kind leads to errors of many kinds: huggingface_hub's own, which are
         # no ValueErrors, KeyError, ZeroDivisionError.
-        _refuse_config(name, where, error)
+        origin.refuse_pointer()
+        raise InputError(
+            f"expected a config.json that describes a model in {origin.name!r}, got one that "
+            f"cannot be used ({_reason(error)}); download or save the model again"
+        ) from error
 
 
-def _refuse_config(name: str, where: Path | None, error: Exception) -> NoReturn:
-    _refuse_pointer(where)
-    raise InputError(
-        f"expected a config.json that describes a model in {name!r}, got one that cannot be used "
-        f"({_reason(error)}); download or save the model again"
-    ) from error
-
-
-def _stranger(found: str, options: dict[str, Any]) -> str:
+def _stranger(origin: _Origin) -> str:
     """Return what a config.json says of a model that transformers has no code for."""
     from transformers import PreTrainedConfig
 
-    fields: Any = PreTrainedConfig.get_config_dict(found, **options)[0]
+    fields: Any = PreTrainedConfig.get_config_dict(origin.path, **origin.options)[0]
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind is None:
         return "a config.json without a model_type"
     if "auto_map" in fields:
         return f"{kind!r}, whose code is Python that comes with it (auto_map) and is never run,"
     return f"{kind!r}, which is unknown to transformers,"
-
-
-def _tokenizer(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(found, **options)
-    except (OSError, ValueError, ImportError) as error:
-        if is_hub_trouble(error):
-            raise InputError(_hub_sentence(error, name, options)) from error
-        _refuse_pointer(where)
-        raise InputError(_no_tokenizer(name, where, error)) from error
-    # Where the files are missing, most tokenizer classes start out empty and say nothing.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(_no_tokenizer(name))
-    return tokenizer
-
-
-def _model(name: str, found: str, where: Path | None, options: dict[str, Any]) -> Any:
-    """Return the model with every weight that its kind has, and nothing left over."""
-    import httpx2
-    from transformers import AutoModelForCausalLM
-
-    try:
-        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
-        # scores, which SDPA cannot).
-        with _no_report(), contextlib.nullcontext() if where is None else _no_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                found,
-                output_loading_info=True,
-                # Told like the other keys that do not fit, by check_keys.
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except ImportError as error:
-        raise InputError(
-            f"expected a model that loads with the packages that are here, got {name!r}, which "
-            f"needs another ({_reason(error)}); install it, or choose a copy of the model that "
-            "does without, not quantised"
-        ) from error
-    except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
-        if is_hub_trouble(error):
-            raise InputError(_hub_sentence(error, name, options)) from error
-        _refuse_pointer(where)
-        raise InputError(
-            f"expected model weights (model.safetensors) beside the config of {name!r}, "
-            f"found none that could be read ({_reason(error)}); download or save the model again"
-        ) from error
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        # An activation function that there is none of, no heads, a list where tensors were.
-        raise InputError(
-            f"expected a config.json and weights that make a model in {name!r}, got some that do "
-            f"not ({_reason(error)}); download or save the model again"
-        ) from error
-    hf, keys = loaded
-    check_keys(name, hf, keys)
-    return hf
-
-
-def _refuse_pointer(where: Path | None) -> None:
-    """Refuse a clone that holds Git LFS's notes in place of its files."""
-    for path in sorted(where.iterdir()) if where is not None else ():
-        if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    raise InputError(
-                        f"expected the file itself in {path}, got Git LFS's pointer to it; fetch "
-                        "it with `git lfs pull`"
-                    )
-
-
-def _hub_sentence(error: Exception, name: str, options: dict[str, Any]) -> str:
-    return hub_sentence(error, name, what="model", revision=options.get("revision"))
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's kind and how its text begins, fit to stand inside a sentence."""
-    kind = type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):
-        return f"{kind}: a file of more than tensors, or damaged"  # torch's own text: ten lines
-    said = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return f"{kind}: {said.rstrip('.')}" if said else kind
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    # What transformers says of keys that do not fit would stand above our sentence about them.
-    log = logging.getLogger("transformers.modeling_utils")
-    log.addFilter(_is_other)
-    try:
-        yield
-    finally:
-        log.removeFilter(_is_other)
-
-
-def _is_other(record: logging.LogRecord) -> bool:
-    return not any(words in record.getMessage() for words in _TOLD)
-
-
-def _fuse_gelu(hf: Any) -> None:
-    """Replace GPT-2's GELU, eight passes over memory, by torch's one: equal up to rounding.
-
-    The bundled model harvests 1.14 times as fast on a CPU. In float32 only: in half precision the
-    eight passes round eight times, which is how the model was published.
-    """
-    from torch import nn
-    from transformers.activations import NewGELUActivation
-
-    for module in hf.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[None]:
-    # A bar over weights that load in a blink would only end up in logs; the Hub's bars, which the
-    # same switch controls, stay on for models that are downloaded.
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
@@ -353,21 +259,6 @@ def check_config(name: str, config: Any, *, headless: bool = False) -> None:
         )
 
 
-def _folder(name: str) -> Path | None:
-    """Return the folder that `name` stands for, or None if it is a name on the Hub."""
-    if name == "bundled":
-        return BUNDLED
-    folder = Path(name).expanduser()
-    if not folder.exists() and _HUB_NAME.fullmatch(name) and name[0] not in "./~":
-        return None
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
-            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
-        )
-    return folder
-
-
 def _unsupported(name: str, family: str) -> str:
     return (
         f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family} "
@@ -375,20 +266,123 @@ def _unsupported(name: str, family: str) -> str:
     )
 
 
-def _no_tokenizer(name: str, where: Path | None = None, error: Exception | None = None) -> str:
-    if error is not None and "custom code" in str(error):
-        return (
-            f"expected a tokenizer that transformers has the code of, got one in {name!r} whose "
-            "code is Python that comes with it (auto_map) and is never run; save its "
-            "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
-        )
-    files = [] if where is None else [where / file for file in _TOKENIZERS]
-    if error is not None and any(file.is_file() for file in files):
-        return (
-            f"expected a tokenizer that can be read beside the model, got one in {name!r} that "
-            f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
-        )
-    return (
-        f"expected a tokenizer (tokenizer.json) beside the model, found none in {name!r}; "
+def _tokenizer(origin: _Origin) -> Any:
+    from transformers import AutoTokenizer
+
+    name = repr(origin.name)
+    missing = (
+        f"expected a tokenizer (tokenizer.json) beside the model, found none in {name}; "
         "save it there with tokenizer.save_pretrained()"
     )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(origin.path, **origin.options)
+    except (OSError, ValueError, ImportError) as error:
+        if is_hub_trouble(error):
+            raise InputError(origin.hub_sentence(error)) from error
+        origin.refuse_pointer()
+        if "custom code" in str(error):
+            raise InputError(
+                f"expected a tokenizer that transformers has the code of, got one in {name} whose "
+                "code is Python that comes with it (auto_map) and is never run; save its "
+                "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
+            ) from error
+        if origin.folder and any((origin.folder / file).is_file() for file in _TOKENIZERS):
+            raise InputError(
+                f"expected a tokenizer that can be read beside the model, got one in {name} that "
+                f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
+            ) from error
+        raise InputError(missing) from error
+    # Where the files are missing, most tokenizer classes start out empty and say nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(missing)
+    return tokenizer
+
+
+def _model(origin: _Origin, dtype: Any) -> Any:
+    """Return the model with every weight that its kind has, and nothing left over."""
+    import httpx2
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
+        # scores, which SDPA cannot).
+        with _quiet(bar=origin.folder is None):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                origin.path,
+                dtype=dtype,
+                output_loading_info=True,
+                # Told like the other keys that do not fit, by check_keys.
+                ignore_mismatched_sizes=True,
+                **origin.options,
+            )
+    except ImportError as error:
+        raise InputError(
+            f"expected a model that loads with the packages that are here, got {origin.name!r}, "
+            f"which needs another ({_reason(error)}); install it, or choose a copy of the model "
+            "that does without, not quantised"
+        ) from error
+    except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
+        if is_hub_trouble(error):
+            raise InputError(origin.hub_sentence(error)) from error
+        origin.refuse_pointer()
+        raise InputError(
+            f"expected model weights (model.safetensors) beside the config of {origin.name!r}, "
+            f"found none that could be read ({_reason(error)}); download or save the model again"
+        ) from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # An activation function that there is none of, no heads, a list where tensors were.
+        raise InputError(
+            f"expected a config.json and weights that make a model in {origin.name!r}, got some "
+            f"that do not ({_reason(error)}); download or save the model again"
+        ) from error
+    hf, keys = loaded
+    check_keys(origin.name, hf, keys)
+    return hf
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's kind and how its text begins, fit to stand inside a sentence."""
+    kind = type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{kind}: a file of more than tensors, or damaged"  # torch's own text: ten lines
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{kind}: {said.rstrip('.')}" if said else kind
+
+
+@contextlib.contextmanager
+def _quiet(*, bar: bool) -> Iterator[None]:
+    """Within, transformers reports no keys that do not fit: our sentence does. `bar`: it may draw.
+
+    A bar over weights that load in a blink would only end up in logs; the Hub's bars, which the
+    same switch controls, stay on for models that are downloaded.
+    """
+    from transformers.utils import logging as library
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in _TOLD)
+
+    log, drawn = logging.getLogger("transformers.modeling_utils"), library.is_progress_bar_enabled()
+    log.addFilter(is_other)
+    if not bar:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+        if drawn:
+            library.enable_progress_bar()
+
+
+def _fuse_gelu(hf: Any) -> None:
+    """Replace GPT-2's GELU, eight passes over memory, by torch's one: equal up to rounding.
+
+    The bundled model harvests 1.14 times as fast on a CPU. In float32 only: in half precision the
+    eight passes round eight times, which is how the model was published.
+    """
+    from torch import nn
+    from transformers.activations import NewGELUActivation
+
+    for module in hf.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))

@@ -8,7 +8,7 @@ computed (a bridge switches to eager attention and takes about twice the time an
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,76 +17,10 @@ from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError
-from gsae_core.lm.hooks import Turns, bridge_blocks, hf_blocks, hooked, recording, replaying
-from gsae_core.lm.load import check_config, open_source
+from gsae_core.lm.hooks import ModelLock, bridge_blocks, hf_blocks, hooked, recording, replaying
+from gsae_core.lm.load import check_config, open_model
 
 Edit = Callable[[Tensor], Tensor]
-
-
-class Splice:
-    """A clean pass over one batch, and passes that differ from it from one site on.
-
-    What ran before the site is remembered, so a continuation costs only what comes after it.
-
-    Attributes:
-        x: the site's activations in the clean pass, float32 (rows, pos, d_in).
-        logits: the clean next-token logits, float32 (rows, pos, d_vocab).
-    """
-
-    def __init__(self, model: "LanguageModel", ids: Tensor, layer: int, site: Site) -> None:
-        self._model, self._ids, self._tap = model, ids, model._blocks[layer].taps[site]
-        earlier = [sites.block for sites in model._blocks[:layer]]
-        before = model._blocks[layer].before.get(site, ())
-        seen: list[Tensor] = []
-        with (
-            model._turns.alone(),
-            recording((*earlier[-1:], *before)) as outputs,
-            hooked(self._tap, seen.append),
-        ):
-            self.logits: Tensor = model._forward(ids)
-        # A copy made outside inference mode may later meet autograd.
-        self.x: Tensor = seen[0].to(torch.float32, copy=True)
-        # Each block hands on one residual stream, so every earlier one may return the last one's.
-        self._outputs = outputs | {block: outputs[earlier[-1]] for block in earlier}
-        self._mine = threading.local()  # what each thread that continues the pass puts there
-
-    def run(self, x: Float[Tensor, "rows pos d_in"]) -> Float[Tensor, "rows pos d_vocab"]:
-        """Return the logits that follow when the rest of the model reads `x` at the site.
-
-        Threads may continue one pass side by side (in a TransformerBridge, one after the other).
-
-        Raises:
-            InputError: if `x` has another shape than the site's activations.
-        """
-        key = self if self._model._bridge is None else object()
-        with self._model._turns.together(key, self._spliced):
-            self._mine.x = x
-            return self._model._forward(self._ids)
-
-    @contextmanager
-    def _spliced(self) -> Iterator[None]:
-        with (
-            replaying(self._outputs),
-            hooked(self._tap, in_model_dtype(lambda _: self._mine.x)),
-        ):
-            yield
-
-
-def in_model_dtype(edit: Edit) -> Edit:
-    """Return `edit` between a float32 view of the model's tensor and the model's own precision."""
-
-    def edited(x: Tensor) -> Tensor:
-        new = edit(x.float())
-        if new.shape != x.shape:
-            raise InputError(
-                f"expected an edit that keeps the shape {tuple(x.shape)}, got {tuple(new.shape)}; "
-                "was this SAE trained at another site?"
-            )
-        return new.to(x)
-
-    return edited
-
-
 Numerics = Literal["raw", "compatibility"]
 
 
@@ -120,7 +54,7 @@ class LanguageModel:
         self.numerics: Numerics = "compatibility" if compatible else "raw"
         self.n_layers = len(self._blocks)
         self.device: torch.device = next(hf.parameters()).device
-        self._turns = Turns()
+        self._lock = ModelLock()
         # Dropout would make activations depend on when they are harvested.
         (hf if bridge is None else bridge).eval()
 
@@ -184,7 +118,7 @@ class LanguageModel:
         tap = self._blocks[layer].taps[site]
         # What a bridge keeps of a pass besides its hooks is not ours to know.
         key = (layer, site) if self._bridge is None else object()
-        with self._turns.together(key, lambda: hooked(tap, _stop)):
+        with self._lock.shared(key, lambda: hooked(tap, _stop)):
             try:
                 self._forward(ids)
             except _SiteReached as reached:
@@ -212,15 +146,15 @@ class LanguageModel:
             InputError: if the site does not exist or is half given, or `edit` changes the shape.
         """
         if edit is None and layer is None and site is None:
-            with self._turns.alone():
+            with self._lock.alone():
                 return self._forward(ids)
         if edit is None or layer is None or site is None:
             raise InputError("expected layer, site and edit together, got only some of them")
         self.check(layer, site)
-        with self._turns.alone(), hooked(self._blocks[layer].taps[site], in_model_dtype(edit)):
+        with self._lock.alone(), hooked(self._blocks[layer].taps[site], in_model_dtype(edit)):
             return self._forward(ids)
 
-    def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> Splice:
+    def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> "Splice":
         """Return one clean pass over `ids`, ready to be continued from other activations.
 
         Raises:
@@ -236,10 +170,12 @@ class LanguageModel:
                 f"expected at most {self.n_ctx} tokens in a sequence ({self.name}'s context), "
                 f"got {ids.shape[1]}; cut the text into shorter sequences"
             )
-        ids = ids.to(self.device)
+        return self._logits(ids.to(self.device)).float()
+
+    def _logits(self, ids: Int64[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_vocab"]:
         if self._bridge is not None:
-            return self._bridge(ids, return_type="logits").float()
-        return self.hf(input_ids=ids, use_cache=False).logits.float()
+            return self._bridge(ids, return_type="logits")
+        return self.hf(input_ids=ids, use_cache=False).logits
 
 
 class _SiteReached(Exception):
@@ -255,6 +191,173 @@ class _SiteReached(Exception):
 
 def _stop(x: Tensor) -> None:
     raise _SiteReached(x)
+
+
+def in_model_dtype(edit: Edit) -> Edit:
+    """Return `edit` between a float32 view of the model's tensor and the model's own precision."""
+
+    def edited(x: Tensor) -> Tensor:
+        new = edit(x.float())
+        if new.shape != x.shape:
+            raise InputError(
+                f"expected an edit that keeps the shape {tuple(x.shape)}, got {tuple(new.shape)}; "
+                "was this SAE trained at another site?"
+            )
+        return new.to(x)
+
+    return edited
+
+
+class Splice:
+    """A clean pass over one batch, and passes that differ from it from one site on.
+
+    What ran before the site is remembered, so a continuation costs only what comes after it.
+
+    Attributes:
+        x: the site's activations in the clean pass, float32 (rows, pos, d_in).
+        logits: the clean next-token logits, float32 (rows, pos, d_vocab).
+    """
+
+    def __init__(self, model: LanguageModel, ids: Tensor, layer: int, site: Site) -> None:
+        self._model, self._ids, self._tap = model, ids, model._blocks[layer].taps[site]
+        earlier = [sites.block for sites in model._blocks[:layer]]
+        before = model._blocks[layer].before.get(site, ())
+        seen: list[Tensor] = []
+        with (
+            model._lock.alone(),
+            recording((*earlier[-1:], *before)) as outputs,
+            hooked(self._tap, seen.append),
+        ):
+            self.logits: Tensor = model._forward(ids)
+        # A copy made outside inference mode may later meet autograd.
+        self.x: Tensor = seen[0].to(torch.float32, copy=True)
+        # Each block hands on one residual stream, so every earlier one may return the last one's.
+        self._outputs = outputs | {block: outputs[earlier[-1]] for block in earlier}
+        self._mine = threading.local()  # what each thread that continues the pass puts there
+
+    def run(self, x: Float[Tensor, "rows pos d_in"]) -> Float[Tensor, "rows pos d_vocab"]:
+        """Return the logits that follow when the rest of the model reads `x` at the site.
+
+        Threads may continue one pass side by side (in a TransformerBridge, one after the other).
+
+        Raises:
+            InputError: if `x` has another shape than the site's activations.
+        """
+        key = self if self._model._bridge is None else object()
+        with self._model._lock.shared(key, self._spliced):
+            self._mine.x = x
+            return self._model._forward(self._ids)
+
+    @contextmanager
+    def _spliced(self) -> Iterator[None]:
+        edit = in_model_dtype(lambda _: self._mine.x)
+        with replaying(self._outputs), hooked(self._tap, edit):
+            yield
+
+
+class Decoding:
+    """Logits of a growing sequence; what was read stays read, with the edits it had.
+
+    Keys and values of earlier tokens are kept, so a token costs one row and not the sequence. An
+    edit that changed an earlier token lives on in them, exactly as in a pass over the whole. A
+    TransformerBridge keeps none, and reads the sequence again for every token.
+
+    Args:
+        model: is shared: between two calls of `extend`, others may use it.
+        layer: block of the edited site.
+        site: where in the block.
+
+    Raises:
+        InputError: if there is no such layer or site.
+    """
+
+    def __init__(self, model: LanguageModel, *, layer: int, site: Site) -> None:
+        model.check(layer, site)
+        self._model, self._tap = model, model._blocks[layer].taps[site]
+        self._cache = None
+        self._read: list[tuple[Tensor, Edit | None]] = []
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read so far."""
+        return sum(ids.shape[1] for ids, _ in self._read)
+
+    @torch.inference_mode()
+    def extend(
+        self, ids: Int64[Tensor, "1 new"], edit: Edit | None = None
+    ) -> Float[Tensor, "new d_vocab"]:
+        """Read more tokens; return the next-token logits after each of them, float32.
+
+        Args:
+            ids: the new tokens alone.
+            edit: takes and returns float32 (1, new, d_in), the new tokens' activations at the site.
+
+        Raises:
+            InputError: if the sequence outgrows the model's context.
+        """
+        model, n_new = self._model, ids.shape[1]
+        if self.n_tokens + n_new > model.n_ctx:
+            raise InputError(
+                f"expected at most {model.n_ctx} tokens in a sequence ({model.name}'s context), "
+                f"got {self.n_tokens + n_new}; shorten the prompt or the continuation"
+            )
+        ids = ids.to(model.device)
+        self._read.append((ids, edit))
+        if model._bridge is not None:
+            return self._again()[-n_new:]
+        hook = nullcontext() if edit is None else hooked(self._tap, in_model_dtype(edit))
+        with model._lock.alone(), hook:
+            out = model.hf(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._cache = out.past_key_values
+        return out.logits[0].float()
+
+    def _again(self) -> Float[Tensor, "pos d_vocab"]:
+        """Read the whole sequence, every part of it under its own edit."""
+
+        def edited(x: Tensor) -> Tensor:
+            parts = x.split([ids.shape[1] for ids, _ in self._read], dim=1)
+            pairs = zip(parts, self._read, strict=True)
+            return torch.cat([part if edit is None else edit(part) for part, (_, edit) in pairs], 1)
+
+        whole = torch.cat([ids for ids, _ in self._read], 1)
+        with self._model._lock.alone(), hooked(self._tap, in_model_dtype(edited)):
+            return self._model._forward(whole)[0]
+
+
+def logit_slope(
+    model: LanguageModel,
+    ids: Int64[Tensor, "1 pos"],
+    *,
+    layer: int,
+    site: Site,
+    position: int,
+    token: int,
+) -> Float[Tensor, "pos d_in"]:
+    """Return d logit(token after `position`) / d x(q), for every position q; float32.
+
+    It goes through all that lies between the site and the logits: later blocks, attention included,
+    the final norm and the unembedding. Positions after `position` have slope 0: attention is
+    causal.
+
+    Raises:
+        InputError: if there is no such layer, site, position or token.
+    """
+    model.check(layer, site)
+    for name, index, n in (("position", position, ids.shape[1]), ("token", token, model.d_vocab)):
+        if not 0 <= index < n:
+            raise InputError(f"expected a {name} from 0 to {n - 1}, got {index}")
+    leaves: list[Tensor] = []
+
+    def plant(x: Tensor) -> Tensor:
+        leaves.append(x.detach().clone().requires_grad_())
+        return leaves[0]
+
+    tap, ids = model._blocks[layer].taps[site], ids.to(model.device)
+    with torch.enable_grad(), model._lock.alone(), hooked(tap, plant):
+        logits = model._logits(ids)
+        # Only towards the leaf: the model's weights, which all visitors share, get no gradients.
+        (slope,) = torch.autograd.grad(logits[0, position, token], leaves)
+    return slope[0].float()
 
 
 def load_model(
@@ -280,33 +383,27 @@ def load_model(
             has no tokenizer.
     """
     if isinstance(source, str):
-        hf, tokenizer = open_source(source, revision=revision, device=device, dtype=dtype)
+        hf, tokenizer = open_model(source, revision=revision, device=device, dtype=dtype)
         return LanguageModel(hf, tokenizer, name=source)
-    if _is_bridge(source):
-        if source.tokenizer is None and tokenizer is None:
-            raise InputError(_NEEDS_TOKENIZER.format("TransformerBridge"))
-        hf = source.original_model
-        name = source.cfg.model_name
-        return LanguageModel(hf, tokenizer or source.tokenizer, name=name, bridge=source)
-    name = type(source).__name__
-    if not hasattr(source, "config"):
-        raise InputError(
-            "expected 'bundled', a folder, a name on the Hub, a TransformerBridge or a Hugging "
-            f"Face causal LM, got {name}"
-        )
-    check_config(name, source.config)
-    if tokenizer is None:
-        raise InputError(_NEEDS_TOKENIZER.format(name))
-    return LanguageModel(source, tokenizer, name=source.config._name_or_path or name)
-
-
-_NEEDS_TOKENIZER = (
-    "expected a tokenizer with the {} given as an object, got none; "
-    "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
-)
-
-
-def _is_bridge(source: Any) -> bool:
+    kind, bridge = type(source).__name__, None
     # Code that holds a bridge has imported TransformerLens; no other code waits seconds for it.
     bridges = sys.modules.get("transformer_lens.model_bridge")
-    return bridges is not None and isinstance(source, bridges.TransformerBridge)
+    if bridges is not None and isinstance(source, bridges.TransformerBridge):
+        kind, bridge = "TransformerBridge", source
+        tokenizer = tokenizer or source.tokenizer
+    elif not hasattr(source, "config"):
+        raise InputError(
+            "expected 'bundled', a folder, a name on the Hub, a TransformerBridge or a Hugging "
+            f"Face causal LM, got {kind}"
+        )
+    else:
+        check_config(kind, source.config)
+    if tokenizer is None:
+        raise InputError(
+            f"expected a tokenizer with the {kind} given as an object, got none; "
+            "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
+        )
+    if bridge is not None:
+        hf, name = bridge.original_model, bridge.cfg.model_name
+        return LanguageModel(hf, tokenizer, name=name, bridge=bridge)
+    return LanguageModel(source, tokenizer, name=source.config._name_or_path or kind)

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gsae_core.config import DataConfig
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, hub_answers
 from gsae_core.lm.catalog import model_folder
 from gsae_core.lm.texts import token_texts
 
@@ -54,11 +53,13 @@ def preview(data: DataConfig, model: str, revision: str | None = None) -> Previe
     if not parts:
         raise InputError(f"expected some text in {source.name}, got none")
     samples = [_sample(part, tokenizer) for part in parts]
-    n_tokens = sum(len(tokens) for tokens, _ in samples)
-    n_bytes = sum(size for _, size in samples)
-    lines = list(islice(_lines([tokens for tokens, _ in samples]), LINES))
+    texts, sizes = zip(*samples, strict=True)
+    n_tokens, n_bytes = sum(map(len, texts)), sum(sizes)
+    # The first line of every document, then the second of each, and so on.
+    starts = range(0, max(map(len, texts)), LINE_TOKENS)
+    lines = [text[i : i + LINE_TOKENS] for i in starts for text in texts if len(text) > i]
     whole = _estimate(source, parts, n_tokens / n_bytes if n_bytes else None)
-    return Preview(lines, n_tokens, n_bytes, whole)
+    return Preview(lines[:LINES], n_tokens, n_bytes, whole)
 
 
 def _sample(part: "Part", tokenizer: "Tokenizer") -> tuple[list[str], int]:
@@ -69,15 +70,6 @@ def _sample(part: "Part", tokenizer: "Tokenizer") -> tuple[list[str], int]:
     text = part.content[:SAMPLE_CHARACTERS]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return token_texts(tokenizer, ids, text=text), len(text.encode())
-
-
-def _lines(documents: list[list[str]]) -> Iterator[list[str]]:
-    """Yield the first line of every document, then the second of each, and so on."""
-    longest = max(len(tokens) for tokens in documents)
-    for start in range(0, longest, LINE_TOKENS):
-        for tokens in documents:
-            if line := tokens[start : start + LINE_TOKENS]:
-                yield line
 
 
 def _estimate(source: "Source", parts: "list[Part]", tokens_per_byte: float | None) -> int | None:
@@ -119,35 +111,16 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(model, "tokenizer.json", revision=revision))
-    except GatedRepoError:
-        raise InputError(
-            f"expected access to the tokenizer of {model}, got none; accept its licence on the "
-            "model's page and run `hf auth login`"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise InputError(
-            f"expected to fetch the tokenizer of {model} from the Hub, but it cannot be reached "
-            "and the cache has none; go online, or choose a model that is on this machine"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(
-            f"expected the name of a model on the Hub or a local folder, found no {model!r}"
-        ) from None
-    except EntryNotFoundError:
-        raise InputError(
-            f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; training "
-            "may still work"
-        ) from None
+    with hub_answers(model, what="model", revision=revision):
+        try:
+            return Path(hf_hub_download(model, "tokenizer.json", revision=revision))
+        except RemoteEntryNotFoundError:
+            raise InputError(
+                f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
+                "training may still work"
+            ) from None
 
 
 def preview_within(

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import Site
@@ -30,190 +30,7 @@ from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest, Harvester, VectorSource
 
-# A chunk that takes more of a GPU's memory than this share is kept in pinned host memory: there
-# are two of them when one is filled ahead, and the SAEs and the language model want room as well.
-GPU_SHARE = 1 / 8
-
-
-class ChunkPlan(NamedTuple):
-    """What a chunk holds and in which order; all that its bits depend on besides the source."""
-
-    epoch: int
-    k: int
-    sequences: np.ndarray
-    """Sorted, so that a mapped file is read in one direction."""
-
-    n: int
-    """Counted vectors of the sequences."""
-
-    seed: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.epoch, self.k
-
-
-class Filled(NamedTuple):
-    """A chunk, and on CUDA the event after which it is whole."""
-
-    x: Tensor
-    whole: torch.cuda.Event | None
-
-
-class Chunks:
-    """The chunk that was asked for last.
-
-    Args:
-        source: of the vectors.
-        ahead: fill the next chunk in the background; None: on CUDA only.
-    """
-
-    def __init__(self, source: VectorSource, *, ahead: bool | None = None) -> None:
-        self._source, self._device = source, source.device
-        on_cuda = source.device.type == "cuda"
-        self._ahead = on_cuda if ahead is None else ahead
-        self._stream = torch.cuda.Stream(source.device) if on_cuda and self._ahead else None
-        if self._stream is not None:
-            # The weights may still be on their way.
-            self._stream.wait_stream(torch.cuda.current_stream(source.device))
-        self._now: tuple[tuple[int, int], Tensor] | None = None
-        self._next: _Background | None = None
-
-    def get(
-        self,
-        key: tuple[int, int],
-        plans: Callable[[int, int], tuple[ChunkPlan, ChunkPlan | None]],
-    ) -> Float[Tensor, "vectors d_in"]:
-        """Return the raw vectors of a chunk in their final order.
-
-        Args:
-            key: epoch and number of the chunk.
-            plans: returns its plan and that of the chunk after it, if there is one.
-        """
-        if self._now is None or self._now[0] != key:
-            self._now = None  # frees its memory before the next one is filled
-            plan, following = plans(*key)
-            self._now = key, self._fetch(plan)
-            if self._ahead and following is not None:
-                self._next = _Background(self._source, following, self._stream)
-        return self._now[1]
-
-    def _fetch(self, plan: ChunkPlan) -> Tensor:
-        background, self._next = self._next, None
-        if background is not None and background.plan.key != plan.key:
-            background.stop()
-            background = None
-        if background is None and self._stream is not None:
-            background = _Background(self._source, plan, self._stream)
-        filled = fill(self._source, plan) if background is None else background.result()
-        if filled.whole is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(filled.whole)
-            if filled.x.is_cuda:
-                # Its memory belongs to the other stream, which must not have it back too early.
-                filled.x.record_stream(stream)
-        return filled.x
-
-    def __del__(self) -> None:
-        if getattr(self, "_next", None) is not None:
-            assert self._next is not None
-            self._next.abandon()
-
-
-class _Background:
-    """A chunk that is being filled by a thread. It holds nothing that holds it: see `__del__`."""
-
-    def __init__(
-        self, source: VectorSource, plan: ChunkPlan, stream: torch.cuda.Stream | None
-    ) -> None:
-        self.plan = plan
-        self._future: Future[Filled] = Future()
-        self._unwanted = threading.Event()
-        threading.Thread(
-            target=_run, args=(self._future, source, plan, stream, self._unwanted), name="harvest"
-        ).start()
-
-    def result(self) -> Filled:
-        return self._future.result()
-
-    def abandon(self) -> None:
-        """Let the thread end after the pass it is at."""
-        self._unwanted.set()
-
-    def stop(self) -> None:
-        """Abandon it and wait for its end."""
-        self.abandon()
-        self._future.exception()
-
-
-class _Unwanted(Exception):
-    """Ends the filling of a chunk that will not be asked for."""
-
-
-def _run(
-    future: Future[Filled],
-    source: VectorSource,
-    plan: ChunkPlan,
-    stream: torch.cuda.Stream | None,
-    unwanted: threading.Event,
-) -> None:
-    def check() -> None:
-        # Threads are waited for when Python ends; this chunk is not needed then.
-        if unwanted.is_set() or not threading.main_thread().is_alive():
-            raise _Unwanted
-
-    try:
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            filled = fill(source, plan, check)
-            if stream is not None:
-                filled = filled._replace(whole=stream.record_event())
-        future.set_result(filled)
-    except BaseException as error:
-        future.set_exception(error)
-
-
-def fill(source: VectorSource, plan: ChunkPlan, check: Callable[[], None] = lambda: None) -> Filled:
-    """Return a chunk, filled on the current stream; `check` is called before each pass is kept."""
-    places = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n))
-    chunk: Tensor | None = None
-    done = 0
-    for x in source.vectors(plan.sequences):
-        check()
-        if chunk is None:
-            chunk = _room(plan.n, x)
-        _scatter(chunk, places[done : done + len(x)], x)
-        done += len(x)
-    assert chunk is not None
-    assert done == plan.n
-    return Filled(chunk, None)
-
-
-def _scatter(
-    chunk: Float[Tensor, "n d_in"],
-    places: Int64[Tensor, " vectors"],
-    x: Float[Tensor, "vectors d_in"],
-) -> None:
-    if chunk.device.type == "cpu" and x.device.type == "cpu":
-        # torch would wake a team of threads for each pass, which then spin for work on the cores
-        # that the next passes run on: a quarter of the processor time of a whole harvest.
-        chunk.numpy()[places.numpy()] = x.numpy()
-    else:
-        # To pinned memory this waits for the pass, but for no other stream.
-        chunk[places.to(chunk.device)] = x.to(chunk.device)
-
-
-def _room(n: int, like: Float[Tensor, "vectors d_in"]) -> Float[Tensor, "{n} d_in"]:
-    """Return memory for a chunk: beside the vectors, or pinned where it would crowd a GPU."""
-    shape = (n, like.shape[1])
-    if like.is_cuda:
-        total = torch.cuda.get_device_properties(like.device).total_memory
-        if n * like.shape[1] * like.element_size() > GPU_SHARE * total:
-            return torch.empty(shape, pin_memory=True)
-    return like.new_empty(shape)
-
-
 log = logging.getLogger(__name__)
-
 
 # E|x|^2 is measured on about so many vectors: the relative error is well below a percent.
 SCALE_VECTORS = 2**15
@@ -221,18 +38,28 @@ SCALE_VECTORS = 2**15
 # Keeps the seeds of permutations and of chunks apart, for every seed of a run.
 SEQUENCES, VECTORS = 1, 2
 
+# 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
+MAX_CHUNK_VECTORS, MAX_CHUNK_BYTES = 2**20, 2**31
 
-class _Epoch(NamedTuple):
-    """Where everything is in one pass over the sequences."""
+# A short run is cut into 8 chunks, so that its first step need not wait for half of its harvest,
+# but never below 2^16 vectors: 16 of the usual batches, a few hundred sequences.
+CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
 
-    order: np.ndarray
-    """Sequences in the order in which they are harvested."""
+# A chunk that takes more of a GPU's memory than this share is kept in pinned host memory: there
+# are two of them when one is filled ahead, and the SAEs and the language model want room as well.
+GPU_SHARE = 1 / 8
 
-    sequence_edges: np.ndarray
-    """Chunk k is `order[sequence_edges[k] : sequence_edges[k + 1]]`."""
 
-    vector_edges: np.ndarray
-    """Chunk k is the epoch's vectors `vector_edges[k]` to `vector_edges[k + 1] - 1`."""
+def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
+    """Return how many vectors to shuffle at a time: a function of the run's size, not the machine.
+
+    Args:
+        d_in: width of a vector, kept as float32.
+        n_vectors: vectors of the whole run.
+    """
+    fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
+    share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
+    return min(MAX_CHUNK_VECTORS, fitting, share)
 
 
 class ActivationStream:
@@ -277,12 +104,9 @@ class ActivationStream:
         ahead: bool | None = None,
     ) -> None:
         self._source = source or Harvest(model, sequences, layer=layer, site=site)
-        self._chunks = Chunks(self._source, ahead=ahead)
-        self._sequences, self._layer = sequences, layer
-        self._site: Site = site
-        self._batch_size, self._seed, self.n_batches = batch_size, seed, n_batches
-        self.d_in = self._source.d_in
-        self.tokens_per_epoch = sequences.n_tokens
+        self.d_in, self._device = self._source.d_in, self._source.device
+        self._sequences, self._batch_size, self._seed = sequences, batch_size, seed
+        self.n_batches, self.tokens_per_epoch = n_batches, sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
             raise InputError(
                 f"expected at least one batch of {batch_size} training tokens, got "
@@ -291,7 +115,21 @@ class ActivationStream:
         n_vectors = n_batches * batch_size
         self.chunk_vectors = chunk_vectors or default_chunk_vectors(self.d_in, n_vectors)
         self._epoch: tuple[int, _Epoch] | None = None
-        self.scale = 1.0 if scale == "none" else self._unit_scale()
+        self._chunk: tuple[tuple[int, int], Tensor] | None = None
+        self._next: _Filling | None = None
+        on_cuda = self._device.type == "cuda"
+        self._ahead = on_cuda if ahead is None else ahead
+        self._cuda_stream = torch.cuda.Stream(self._device) if on_cuda and self._ahead else None
+        if self._cuda_stream is not None:
+            # The weights may still be on their way.
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(self._device))
+        if scale == "unit" and not 0 < self.mean_square_norm < float("inf"):
+            raise InputError(
+                f"expected activations with a finite length above 0 at {site} of layer {layer}, "
+                f"got E|x|^2 = {self.mean_square_norm}: choose another site, or float32 for the "
+                "model"
+            )
+        self.scale = 1.0 if scale == "none" else self.mean_square_norm**-0.5
         log.info(
             "%d batches of %d: %.2f epochs of %d tokens, shuffled %d at a time, scaled by %g",
             n_batches,
@@ -316,11 +154,11 @@ class ActivationStream:
         """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
         order = self._order(0)
         enough = np.searchsorted(np.cumsum(self._sequences.counts[order]), SCALE_VECTORS) + 1
-        # Pieces of one size, for any size of a pass or of a file: not a bit depends on it. On
-        # the CPU, because Apple's GPUs know no float64.
+        # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on
+        # it. On the CPU, because Apple's GPUs know no float64.
         found = [x.cpu() for x in self._source.vectors(np.sort(order[:enough]))]
-        pieces = torch.cat(found).split(2**12)
-        return sum(float(x.double().square().sum()) for x in pieces) / sum(map(len, pieces))
+        parts = torch.cat(found).split(2**12)
+        return sum(float(x.double().square().sum()) for x in parts) / sum(map(len, parts))
 
     def batch(self, i: int) -> Float[Tensor, "batch d_in"]:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.
@@ -336,12 +174,12 @@ class ActivationStream:
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.tokens_per_epoch)
-            edges = self._plan(epoch).vector_edges
+            edges = self._edges(epoch).vectors
             k = int(np.searchsorted(edges, offset, side="right")) - 1
             taken = min(stop - start, int(edges[k + 1]) - offset)
             first = offset - int(edges[k])
-            chunk = self._chunks.get((epoch, k), self._plans)
-            part = chunk[first : first + taken].to(self._source.device, non_blocking=True)
+            chunk = self._filled(epoch, k)
+            part = chunk[first : first + taken].to(self._device, non_blocking=True)
             parts.append(part * self.scale)
             start += taken
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -351,11 +189,13 @@ class ActivationStream:
         for i in range(start, self.n_batches):
             yield self.batch(i)
 
+    # The order of everything
+
     def _order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, epoch, 0, SEQUENCES])
         return rng.permutation(len(self._sequences))
 
-    def _plan(self, epoch: int) -> _Epoch:
+    def _edges(self, epoch: int) -> "_Epoch":
         if self._epoch is None or self._epoch[0] != epoch:
             order = self._order(epoch)
             ends = np.cumsum(self._sequences.counts[order])
@@ -371,47 +211,158 @@ class ActivationStream:
             self._epoch = epoch, _Epoch(order, edges, np.concatenate([[0], ends[stops - 1]]))
         return self._epoch[1]
 
-    def _plans(self, epoch: int, k: int) -> tuple[ChunkPlan, ChunkPlan | None]:
-        """Return what a chunk holds, and what the next one does, if a batch reaches it."""
-        this, last = self._chunk(epoch, k), len(self._plan(epoch).vector_edges) - 2
-        if k < last:
-            return this, self._chunk(epoch, k + 1)
-        if (epoch + 1) * self.tokens_per_epoch < self.n_batches * self._batch_size:
-            return this, self._chunk(epoch + 1, 0)
-        return this, None
+    def _plan(self, epoch: int, k: int) -> "ChunkPlan":
+        order, sequences, vectors = self._edges(epoch)
+        which = np.sort(order[sequences[k] : sequences[k + 1]])
+        n = int(vectors[k + 1] - vectors[k])
+        return ChunkPlan((epoch, k), which, n, (self._seed, epoch, k, VECTORS))
 
-    def _chunk(self, epoch: int, k: int) -> ChunkPlan:
-        plan = self._plan(epoch)
-        which = plan.order[plan.sequence_edges[k] : plan.sequence_edges[k + 1]]
-        n = int(plan.vector_edges[k + 1] - plan.vector_edges[k])
-        return ChunkPlan(epoch, k, np.sort(which), n, (self._seed, epoch, k, VECTORS))
+    def _after(self, epoch: int, k: int) -> tuple[int, int] | None:
+        """Return the chunk after this one; None if no batch reaches it."""
+        if k < len(self._edges(epoch).vectors) - 2:
+            return epoch, k + 1
+        ends = (epoch + 1) * self.tokens_per_epoch >= self.n_batches * self._batch_size
+        return None if ends else (epoch + 1, 0)
 
-    def _unit_scale(self) -> float:
-        if not 0 < self.mean_square_norm < float("inf"):
-            raise InputError(
-                f"expected activations with a finite length above 0 at {self._site} of layer "
-                f"{self._layer}, got E|x|^2 = {self.mean_square_norm}: choose another site, or "
-                "float32 for the model"
-            )
-        return self.mean_square_norm**-0.5
+    # The chunk that was asked for last, and the one after it
+
+    def _filled(self, epoch: int, k: int) -> Float[Tensor, "vectors d_in"]:
+        """Return the raw vectors of a chunk in their final order."""
+        if self._chunk is None or self._chunk[0] != (epoch, k):
+            self._chunk = None  # frees its memory before the next one is filled
+            self._chunk = (epoch, k), self._fetch(self._plan(epoch, k))
+            if self._ahead and (following := self._after(epoch, k)) is not None:
+                self._next = _Filling(self._source, self._plan(*following), self._cuda_stream)
+        return self._chunk[1]
+
+    def _fetch(self, plan: "ChunkPlan") -> Tensor:
+        filling, self._next = self._next, None
+        if filling is not None and filling.key != plan.key:
+            filling.stop()
+            filling = None
+        if filling is None and self._cuda_stream is not None:
+            filling = _Filling(self._source, plan, self._cuda_stream)
+        if filling is None:
+            return fill(self._source, plan)
+        x, whole = filling.future.result()
+        if whole is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(whole)
+            if x.is_cuda:
+                # Its memory belongs to the other stream, which must not have it back too early.
+                x.record_stream(stream)
+        return x
 
 
-# 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
-MAX_CHUNK_VECTORS, MAX_CHUNK_BYTES = 2**20, 2**31
+class _Epoch(NamedTuple):
+    """Where everything is in one pass over the sequences."""
+
+    order: np.ndarray
+    """Sequences in the order in which they are harvested."""
+
+    sequences: np.ndarray
+    """Chunk k is `order[sequences[k] : sequences[k + 1]]`."""
+
+    vectors: np.ndarray
+    """Chunk k is the epoch's vectors `vectors[k]` to `vectors[k + 1] - 1`."""
 
 
-# A short run is cut into 8 chunks, so that its first step need not wait for half of its harvest,
-# but never below 2^16 vectors: 16 of the usual batches, a few hundred sequences.
-CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
+class ChunkPlan(NamedTuple):
+    """What a chunk holds and in which order; all that its bits depend on besides the source."""
+
+    key: tuple[int, int]
+    """Epoch, and number in it."""
+
+    sequences: np.ndarray
+    """Sorted, so that a mapped file is read in one direction."""
+
+    n: int
+    """Counted vectors of the sequences."""
+
+    seed: tuple[int, ...]
 
 
-def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
-    """Return how many vectors to shuffle at a time: a function of the run's size, not the machine.
+Filled = tuple[Tensor, Any]
+"""A chunk, and on CUDA the event after which it is whole."""
 
-    Args:
-        d_in: width of a vector, kept as float32.
-        n_vectors: vectors of the whole run.
+
+class _Filling:
+    """A chunk that a thread fills.
+
+    The thread holds nothing that holds this object, and ends early once it is dropped.
     """
-    fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
-    share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
-    return min(MAX_CHUNK_VECTORS, fitting, share)
+
+    def __init__(
+        self, source: VectorSource, plan: ChunkPlan, stream: torch.cuda.Stream | None
+    ) -> None:
+        self.key = plan.key
+        self.future: Future[Filled] = Future()
+        self._unwanted = threading.Event()
+        arguments = (self.future, source, plan, stream, self._unwanted)
+        threading.Thread(target=_fill_beside, args=arguments, name="harvest").start()
+
+    def stop(self) -> None:
+        """Let the thread end after the pass it is at, and wait for that."""
+        self._unwanted.set()
+        self.future.exception()
+
+    def __del__(self) -> None:
+        self._unwanted.set()
+
+
+class _Unwanted(Exception):
+    """Ends the filling of a chunk that will not be asked for."""
+
+
+def _fill_beside(
+    future: Future[Filled],
+    source: VectorSource,
+    plan: ChunkPlan,
+    stream: torch.cuda.Stream | None,
+    unwanted: threading.Event,
+) -> None:
+    def check() -> None:
+        # Threads are waited for when Python ends; this chunk is not needed then.
+        if unwanted.is_set() or not threading.main_thread().is_alive():
+            raise _Unwanted
+
+    try:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            x = fill(source, plan, check)
+            future.set_result((x, None if stream is None else stream.record_event()))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def fill(
+    source: VectorSource, plan: ChunkPlan, check: Callable[[], None] = lambda: None
+) -> Float[Tensor, "vectors d_in"]:
+    """Return a chunk, filled on the current stream; `check` is called before each pass is kept."""
+    rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n))
+    chunk: Tensor | None = None
+    done = 0
+    for x in source.vectors(plan.sequences):
+        check()
+        chunk = _memory(plan.n, x) if chunk is None else chunk
+        mine = rows[done : done + len(x)]
+        done += len(x)
+        if chunk.device.type == "cpu" and x.device.type == "cpu":
+            # torch would wake a team of threads for each pass, which then spin for work on the
+            # cores that the next passes run on: a quarter of the processor time of a harvest.
+            chunk.numpy()[mine.numpy()] = x.numpy()
+        else:
+            # To pinned memory this waits for the pass, but for no other stream.
+            chunk[mine.to(chunk.device)] = x.to(chunk.device)
+    assert chunk is not None
+    assert done == plan.n
+    return chunk
+
+
+def _memory(n: int, like: Float[Tensor, "vectors d_in"]) -> Float[Tensor, "{n} d_in"]:
+    """Return memory for a chunk: beside the vectors, or pinned where it would crowd a GPU."""
+    shape = (n, like.shape[1])
+    if like.is_cuda:
+        total = torch.cuda.get_device_properties(like.device).total_memory
+        if n * like.shape[1] * like.element_size() > GPU_SHARE * total:
+            return torch.empty(shape, pin_memory=True)
+    return like.new_empty(shape)

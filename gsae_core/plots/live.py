@@ -1,4 +1,4 @@
-"""Figures of a run that still moves, in Vega-Lite: charts keep their zoom while data arrive.
+"""Figures of a run that still moves, in Altair: charts keep their zoom while data arrive.
 
 A chart is a specification that no data change, and a slim table. Streamlit hands new rows to the
 chart that is there; a new specification would be a new chart, zoomed out.
@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import altair as alt
 import numpy as np
 import pandas as pd
 
 from gsae_core.config import SAESpec
-from gsae_core.plots.palette import AXES, LOOKS, Theme, hover_name, log_ticks, shades
+from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, Theme, hover_name, shades
 
 if TYPE_CHECKING:
-    import altair
     import pyarrow as pa
 
 XAxis = Literal["tokens", "step", "seconds"]
@@ -37,6 +37,25 @@ TITLES = {
 }
 """Short enough for a third of a narrow window; tooltips have the long ones."""
 
+# A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most,
+# nor less than its least even where the others need the room.
+CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
+GAMMAS = ("gamma", "gamma_gate")
+# Tops of the axis of gamma: its first steps may reach 4, and all that matters later lies near 1.
+CEILINGS = (1.5, 3.0, 10.0)
+TRAIL = 40  # logged points of an SAE's path that the plane shows
+RUN_COLOURS = {
+    "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
+    "dark": ("#56B4E9", "#f08a3c", "#2bbf95", "#d993ba", "#e6b53c"),
+}
+"""Of runs laid over each other, the first that of the page's run."""
+
+# What Altair puts into a specification that is not of the chart: pages bring data and theme.
+OUTSIDE = ("$schema", "config", "data")
+
+Track = dict[str, np.ndarray]
+"""What was logged of a line: a float64 array for each number, oldest first."""
+
 
 class Line(NamedTuple):
     """One SAE of one run, and how all charts draw it."""
@@ -48,99 +67,6 @@ class Line(NamedTuple):
     dash: tuple[int, ...]
     shape: str
     """Vega's name of its marker."""
-
-
-def shared(lines: Sequence[Line], title: str) -> dict[str, Any]:
-    """Return what every live chart's specification begins with."""
-    names = json.dumps([line.label for line in lines])
-    return {
-        "title": {"text": title, "anchor": "start", "fontSize": 13, "fontWeight": "normal"},
-        "height": 240,
-        "padding": {"left": 0, "right": 4, "top": 0, "bottom": 0},
-        "transform": [{"calculate": f"{names}[datum.line]", "as": "SAE"}],
-    }
-
-
-def series_scale(lines: Sequence[Line], trait: str) -> dict[str, Any]:
-    """Return the scale from a line's number to its colour, dash or shape."""
-    values = [list(v) if isinstance(v := getattr(line, trait), tuple) else v for line in lines]
-    return {"domain": list(range(len(lines))), "range": values}
-
-
-@functools.lru_cache(maxsize=256)
-def line_spec(
-    lines: tuple[Line, ...],
-    column: str,
-    x: XAxis,
-    smooth: bool,
-    log: bool,
-    rule: float | None,
-    top: float | None,
-) -> dict[str, Any]:
-    form = "~%" if column in PERCENT else "~g"
-    scale: dict[str, Any] = {"type": "log", "nice": False} if log else {"zero": False}
-    if top is not None:
-        scale = {"domain": [0, top], "nice": False}
-    axis = {"format": form, **({"values": log_ticks("y")} if log else {"tickCount": 5})}
-    encoding = {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "title": AXES[x],
-            "axis": {"format": "~s", "tickCount": 5, "grid": False},
-            "scale": {"nice": False},
-        },
-        "color": {"field": "line", "type": "nominal", "scale": series_scale(lines, "colour")},
-        "strokeDash": {"field": "line", "type": "nominal", "scale": series_scale(lines, "dash")},
-        "tooltip": [
-            {"field": "SAE", "type": "nominal"},
-            {"field": "x", "type": "quantitative", "title": AXES[x], "format": ",.6~g"},
-            {"field": "raw", "type": "quantitative", "title": AXES[column], "format": ".4~g"},
-        ],
-    }
-    for channel in ("color", "strokeDash"):
-        encoding[channel]["legend"] = None  # one legend serves all charts of a page
-
-    def y(field: str) -> dict[str, Any]:
-        return {"field": field, "type": "quantitative", "title": None, "scale": scale, "axis": axis}
-
-    zoom = {
-        "name": "zoom",
-        "select": {"type": "interval", "encodings": ["x"]},
-        "bind": "scales",
-    }
-    mark = {"type": "line", "strokeWidth": 2, "clip": True}
-    main = {"mark": mark, "params": [zoom], "encoding": {**encoding, "y": y("raw")}}
-    layers = [main]
-    if smooth:
-        main["encoding"]["y"] = y("value")
-        faint = {**mark, "strokeWidth": 1, "opacity": 0.25}
-        layers.insert(0, {"mark": faint, "encoding": {**encoding, "y": y("raw")}})
-    if rule is not None:
-        ruler = {"type": "rule", "strokeDash": [2, 2], "opacity": 0.6, "color": "#7d8894"}
-        layers.insert(0, {"mark": ruler, "encoding": {"y": {"datum": rule}}})
-    if column in PERCENT:
-        # Where nothing is dead the axis would have no length: it reaches a percent at least.
-        unseen = {"type": "rule", "opacity": 0}
-        layers += [{"mark": unseen, "encoding": {"y": {"datum": end}}} for end in (0, 0.01)]
-    return {**shared(lines, TITLES[column]), "layer": layers}
-
-
-# A tick sends every chart: eight lines of 150 points are 15 kB. No line has more than its most,
-# nor less than its least even where the others need the room.
-CHART_POINTS, MOST_POINTS, LEAST_POINTS = 1200, 1000, 60
-GAMMAS = ("gamma", "gamma_gate")
-# Tops of the axis of gamma: its first steps may reach 4, and all that matters later lies near 1.
-CEILINGS = (1.5, 3.0, 10.0)
-RUN_COLOURS = {
-    "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
-    "dark": ("#56B4E9", "#f08a3c", "#2bbf95", "#d993ba", "#e6b53c"),
-}
-"""Of runs laid over each other, the first that of the page's run."""
-
-
-Track = dict[str, np.ndarray]
-"""What was logged of a line: a float64 array for each number, oldest first."""
 
 
 class LiveChart(NamedTuple):
@@ -173,24 +99,23 @@ class LiveChart(NamedTuple):
             }
         )
 
-    def altair(self) -> "altair.Chart | altair.LayerChart":
+    def altair(self) -> alt.LayerChart:
         """Return the chart for a notebook."""
-        import altair
+        return alt.LayerChart.from_dict(
+            self.spec | {"data": {"values": self.data.to_dict("records")}}
+        )
 
-        inline = {"values": self.data.to_dict("records")}
-        chart = altair.Chart.from_dict(self.spec | {"data": inline})
-        assert isinstance(chart, altair.Chart | altair.LayerChart)
-        return chart
+
+def spec_of(layers: Sequence[alt.Chart], **properties: Any) -> dict[str, Any]:
+    """Return the specification of layers, checked, without data and Altair's own theme."""
+    spec = alt.layer(*layers, data=alt.NamedData(name="rows")).properties(**properties).to_dict()
+    return {name: value for name, value in spec.items() if name not in OUTSIDE}
 
 
 def lines_of(run: str, saes: Sequence[SAESpec], theme: Theme) -> tuple[Line, ...]:
     """Return a run's SAEs as lines: hue by architecture, strength by sparsity."""
     colours = shades(saes, theme)
-    looks = {spec.name: (LOOKS[spec.architecture], hover_name(spec)) for spec in saes}
-    return tuple(
-        Line(run, name, label, colours[name], look.dash, look.vega_shape)
-        for name, (look, label) in looks.items()
-    )
+    return tuple(_line(run, spec, hover_name(spec), colours[spec.name]) for spec in saes)
 
 
 def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
@@ -201,17 +126,15 @@ def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[
     colours = RUN_COLOURS[theme]
     drawn = list(enumerate(runs.items()))[::-1]
     return tuple(
-        Line(
-            run,
-            spec.name,
-            f"{hover_name(spec)} · {run}",
-            colours[i % len(colours)],
-            LOOKS[spec.architecture].dash,
-            LOOKS[spec.architecture].vega_shape,
-        )
+        _line(run, spec, f"{hover_name(spec)} · {run}", colours[i % len(colours)])
         for i, (run, saes) in drawn
         for spec in saes
     )
+
+
+def _line(run: str, spec: SAESpec, label: str, colour: str) -> Line:
+    look = LOOKS[spec.architecture]
+    return Line(run, spec.name, label, colour, look.dash, look.vega_shape)
 
 
 def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[Track]:
@@ -302,8 +225,8 @@ def line_chart(
         parts.append(data)
     columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
     top = ceiling([part["raw"] for part in parts]) if column in GAMMAS else None
-    spec = line_spec(tuple(lines), column, x, smoothing > 0, log, rule, top)
-    return LiveChart(spec, joined(parts, columns))
+    spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, rule, top)
+    return LiveChart(spec, _joined(parts, columns))
 
 
 def ceiling(series: Sequence[np.ndarray]) -> float | None:
@@ -313,18 +236,6 @@ def ceiling(series: Sequence[np.ndarray]) -> float | None:
     """
     late = [float(values[len(values) // 2 :].max()) for values in series if len(values)]
     return next((top for top in CEILINGS if max(late, default=0.0) < 0.95 * top), None)
-
-
-def joined(
-    parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Return columns set end to end; empty ones where there are no parts."""
-    if not parts:
-        return {name: np.empty(0) for name in columns}
-    return {name: np.concatenate([p[name] for p in parts]) for name in columns}
-
-
-TRAIL = 40  # logged points of an SAE's path that the plane shows
 
 
 def plane(
@@ -346,59 +257,125 @@ def plane(
         data = {name: part[name][path] for name in ("step", "l0", "fvu")}
         parts.append(data | {"line": np.full(len(path), index, dtype="int16"), "now": now})
     columns = ["step", "l0", "fvu", "line", "now"]
-    return LiveChart(_plane_spec(tuple(lines)), joined(parts, columns))
+    return LiveChart(_plane_spec(tuple(lines)), _joined(parts, columns))
+
+
+def _joined(
+    parts: Sequence[Mapping[str, np.ndarray]], columns: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return columns set end to end; empty ones where there are no parts."""
+    if not parts:
+        return {name: np.empty(0) for name in columns}
+    return {name: np.concatenate([p[name] for p in parts]) for name in columns}
+
+
+@functools.lru_cache(maxsize=256)
+def _line_spec(
+    lines: tuple[Line, ...],
+    column: str,
+    x: XAxis,
+    smooth: bool,
+    log: bool,
+    rule: float | None,
+    top: float | None,
+) -> dict[str, Any]:
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    if top is not None:
+        scale = alt.Scale(domain=[0, top], nice=False)
+    form = "~%" if column in PERCENT else "~g"
+    ticks: dict[str, Any] = {"values": log_ticks("y")} if log else {"tickCount": 5}
+
+    def drawn(field: str, **mark: Any) -> alt.Chart:
+        chart = alt.Chart().mark_line(clip=True, **mark)
+        return chart.encode(
+            alt.X("x:Q", title=AXES[x], scale=alt.Scale(nice=False)).axis(
+                format="~s", tickCount=5, grid=False
+            ),
+            alt.Y(field, type="quantitative", title=None, scale=scale).axis(format=form, **ticks),
+            alt.Color("line:N", scale=series_scale(lines, "colour"), legend=None),
+            alt.StrokeDash("line:N", scale=series_scale(lines, "dash"), legend=None),
+            tooltip=[
+                alt.Tooltip("SAE:N"),
+                alt.Tooltip("x:Q", title=AXES[x], format=",.6~g"),
+                alt.Tooltip("raw:Q", title=AXES[column], format=".4~g"),
+            ],
+        )
+
+    zoom = alt.selection_interval(name="zoom", bind="scales", encodings=["x"])
+    layers = [drawn("value" if smooth else "raw", strokeWidth=2).add_params(zoom)]
+    if smooth:
+        layers.insert(0, drawn("raw", strokeWidth=1, opacity=0.25))
+    if rule is not None:
+        ruler = alt.Chart().mark_rule(strokeDash=[2, 2], opacity=0.6, color=NEUTRAL)
+        layers.insert(0, ruler.encode(y=alt.datum(rule)))
+    if column in PERCENT:
+        # Where nothing is dead the axis would have no length: it reaches a percent at least.
+        unseen = alt.Chart().mark_rule(opacity=0)
+        layers += [unseen.encode(y=alt.datum(end)) for end in (0, 0.01)]
+    return _layered(lines, TITLES[column], layers)
 
 
 @functools.lru_cache(maxsize=64)
 def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
-    def log_axis(channel: str, field: str, title: str | None) -> dict[str, Any]:
-        return {
-            "field": field,
-            "type": "quantitative",
-            "title": title,
-            "scale": {"type": "log", "nice": False, "padding": 14},
-            "axis": {"values": log_ticks(channel), "format": "~g"},
-        }
-
-    colour = {
-        "field": "line",
-        "type": "nominal",
-        "scale": series_scale(lines, "colour"),
-        "legend": None,
-    }
-    here = {
+    scale = alt.Scale(type="log", nice=False, padding=14)
+    colour: dict[str, Any] = {"scale": series_scale(lines, "colour"), "legend": None}
+    here = alt.Chart().encode(
         # Short enough for a third of a narrow page; the figure's own title says L0.
-        "x": log_axis("x", "l0", "active features per token"),
-        "y": log_axis("y", "fvu", None),
-        "color": colour,
-    }
-    trail = {
-        "mark": {"type": "line", "opacity": 0.35, "strokeWidth": 1.5, "clip": True},
-        "params": [{"name": "zoom", "select": "interval", "bind": "scales"}],
-        "encoding": {**here, "order": {"field": "step", "type": "quantitative"}},
-    }
-    shape = {
-        "field": "line",
-        "type": "nominal",
-        "scale": series_scale(lines, "shape"),
-        "legend": None,
-    }
-    marker = {
-        "transform": [{"filter": "datum.now > 0"}],
-        "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1, "clip": True},
-        "encoding": {
-            **here,
-            "shape": shape,
-            "fillOpacity": {"condition": {"test": "datum.now > 1", "value": 1}, "value": 0},
-            "fill": {**colour},
-            "tooltip": [
-                {"field": "SAE", "type": "nominal"},
-                {"field": "l0", "type": "quantitative", "title": "L0", "format": ".1f"},
-                {"field": "fvu", "type": "quantitative", "title": "FVU", "format": ".3f"},
+        alt.X("l0:Q", title="active features per token", scale=scale).axis(
+            values=log_ticks("x"), format="~g"
+        ),
+        alt.Y("fvu:Q", title=None, scale=scale).axis(values=log_ticks("y"), format="~g"),
+        alt.Color("line:N", **colour),
+    )
+    trail = here.mark_line(opacity=0.35, strokeWidth=1.5, clip=True).encode(order="step:Q")
+    marker = (
+        here.transform_filter("datum.now > 0")
+        .mark_point(size=90, strokeWidth=2, opacity=1, clip=True)
+        .encode(
+            alt.Shape("line:N", scale=series_scale(lines, "shape"), legend=None),
+            alt.Fill("line:N", **colour),
+            fillOpacity=alt.condition("datum.now > 1", alt.value(1), alt.value(0)),
+            tooltip=[
+                alt.Tooltip("SAE:N"),
+                alt.Tooltip("l0:Q", title="L0", format=".1f"),
+                alt.Tooltip("fvu:Q", title="FVU", format=".3f"),
             ],
-        },
-    }
-    spec = {**shared(lines, "FVU against L0"), "layer": [trail, marker]}
+        )
+    )
+    zoom = alt.selection_interval(name="zoom", bind="scales")
     # Vega begins this title left of the axis, where nothing is drawn: its first letter was cut off.
-    spec["title"]["dx"] = 10
-    return spec
+    return _layered(lines, "FVU against L0", [trail.add_params(zoom), marker], dx=10)
+
+
+def _layered(
+    lines: Sequence[Line], title: str, layers: Sequence[alt.Chart], **title_fields: Any
+) -> dict[str, Any]:
+    """Return the specification of layers, with what every live chart has."""
+    names = json.dumps([line.label for line in lines])
+    return spec_of(
+        layers,
+        title=alt.Title(title, anchor="start", fontSize=13, fontWeight="normal", **title_fields),
+        height=240,
+        padding={"left": 0, "right": 4, "top": 0, "bottom": 0},
+        transform=[alt.CalculateTransform(calculate=f"{names}[datum.line]", **{"as": "SAE"})],
+    )
+
+
+def series_scale(lines: Sequence[Line], trait: str) -> alt.Scale:
+    """Return the scale from a line's number to its colour, dash or shape."""
+    values = [list(v) if isinstance(v := getattr(line, trait), tuple) else v for line in lines]
+    return alt.Scale(domain=list(range(len(lines))), range=values)
+
+
+def log_ticks(scale: str) -> alt.ExprRef:
+    """Return round ticks of a log axis of Vega, chosen in the browser from what the axis shows.
+
+    Vega's own are a grid line for every digit; ours chosen here would follow the data, and a
+    specification that changes throws the zoom away. Those off the axis are left out by Vega.
+    """
+    coarse, fine = (
+        [float(f"{digit}e{decade}") for decade in range(-7, 8) for digit in digits]
+        for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
+    wide = f"domain('{scale}')[1] > 20 * domain('{scale}')[0]"
+    return alt.ExprRef(f"{wide} ? {json.dumps(coarse)} : {json.dumps(fine)}")

@@ -1,6 +1,5 @@
 """One look for every figure: Okabe-Ito colours, a marker per architecture, titles with units."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -107,20 +106,6 @@ def round_values(values: Iterable[float]) -> list[float]:
         if len(found) >= 3 and (inside >= 2 or low == high):
             break
     return found
-
-
-def log_ticks(scale: str) -> dict[str, str]:
-    """Return round ticks of a log axis of Vega, chosen in the browser from what the axis shows.
-
-    Vega's own are a grid line for every digit; ours chosen here would follow the data, and a
-    specification that changes throws the zoom away. Those off the axis are left out by Vega.
-    """
-    coarse, fine = (
-        [float(f"{digit}e{decade}") for decade in range(-7, 8) for digit in digits]
-        for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
-    )
-    wide = f"domain('{scale}')[1] > 20 * domain('{scale}')[0]"
-    return {"expr": f"{wide} ? {json.dumps(coarse)} : {json.dumps(fine)}"}
 
 
 def _by_sparsity(spec: SAESpec) -> float:

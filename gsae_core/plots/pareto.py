@@ -1,4 +1,4 @@
-"""The trade-off between sparsity and fidelity, in Plotly."""
+"""The trade-off between sparsity and fidelity, in Plotly, and what all Plotly figures share."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,18 @@ from gsae_core.text import WORSE, is_worse_than_mean
 
 Measure = Literal["l0", "loss_recovered", "delta_ce", "fvu", "kl"]
 
-MEASURES: tuple[Measure, ...] = ("l0", "loss_recovered", "delta_ce", "fvu", "kl")
-VALUE_FORMATS: dict[Measure, str] = {
+VALUE_FORMATS = {
     "l0": ".1f",
     "loss_recovered": ".2%",
     "delta_ce": ".4f",
     "fvu": ".3f",
     "kl": ".4f",
+    "gamma": ".3f",
 }
 FAINT = 0.55  # opacity of what is there to compare with
+RULE = {"color": NEUTRAL, "dash": "dot", "width": 1.5}
+# Its ends lie on SAEs, whose own clicks and hovers must win.
+BARE_LINE: dict[str, Any] = {"mode": "lines", "showlegend": False, "hoverinfo": "skip"}
 
 
 class RunLook(NamedTuple):
@@ -87,6 +90,22 @@ def hover(*lines: str) -> str:
     return "<br>".join(lines) + "<extra></extra>"
 
 
+def columns(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[Any]]:
+    """Return two columns of a table as a trace takes them."""
+    return {"x": rows[x].to_list(), "y": rows[y].to_list()}
+
+
+def add_note(figure: go.Figure, text: str, **place: Any) -> None:
+    """Write a small grey remark into a figure."""
+    place |= {"xref": "paper", "showarrow": False, "font": {"size": 12, "color": NEUTRAL}}
+    figure.add_annotation(text=text, **place)
+
+
+def knobs(rows: pd.DataFrame) -> list[str]:
+    """Return what sets each SAE's sparsity."""
+    return [knob(*pair) for pair in zip(rows["architecture"], rows["sparsity"], strict=True)]
+
+
 def tradeoff(
     evals: pd.DataFrame,
     y: Measure = "loss_recovered",
@@ -115,10 +134,10 @@ def tradeoff(
     evals = placed(evals, x, y, log_x=log_x)
     on_own_axes = (x, y) == ("l0", "loss_recovered")
     if paper is not None and on_own_axes:
-        _draw_paper(figure, paper, log_x=log_x)
+        draw_paper(figure, paper, "loss_recovered", log_x=log_x)
     if matched is not None and on_own_axes:
         _draw_matches(figure, matched)
-    _draw_picks(figure, evals.set_index("id"), x, y, picked)
+    _draw_picks(figure, evals, x, y, picked)
     runs = list(dict.fromkeys(evals["run"]))
     for run, run_look in zip(runs, RUN_LOOKS, strict=False):
         for architecture, look in LOOKS.items():
@@ -133,24 +152,23 @@ def tradeoff(
     return style(figure, x=AXES[x], y=AXES[y], log_x=log_x)
 
 
-def placed(evals: pd.DataFrame, x: Measure, y: Measure, *, log_x: bool) -> pd.DataFrame:
+def placed(evals: pd.DataFrame, x: str, y: str, *, log_x: bool) -> pd.DataFrame:
     """Return the rows that have a place in the plane: measured, and above 0 on a log axis."""
     rows = evals.dropna(subset=[x, y])
     return pd.DataFrame(rows[rows[x] > 0]) if log_x else rows
 
 
-def best(rows: pd.DataFrame, y: Measure, x: Measure = "l0") -> pd.DataFrame:
+def best(rows: pd.DataFrame, y: str, x: str = "l0") -> pd.DataFrame:
     """Return the Pareto-optimal rows, from the best `x` to the best `y`: no other beats them twice.
 
-    Args:
-        rows: SAEs with different names.
+    Rows may share a name.
     """
     along, up = (1 if x in LOWER_IS_BETTER else -1), (-1 if y in LOWER_IS_BETTER else 1)
     points = [
-        Point(along * float(first), up * float(second), str(name))
-        for first, second, name in zip(rows[x], rows[y], rows["name"], strict=True)
+        Point(along * float(first), up * float(second), str(number))
+        for number, (first, second) in enumerate(zip(rows[x], rows[y], strict=True))
     ]
-    return rows.set_index("name").loc[[point.name for point in frontier(points)]].reset_index()
+    return rows.iloc[[int(point.name) for point in frontier(points)]].reset_index(drop=True)
 
 
 def _draw_architecture(
@@ -163,39 +181,28 @@ def _draw_architecture(
     name: str,
 ) -> None:
     """Draw the SAEs of one architecture of one run, and their frontier."""
-    edge = best(rows, y, x)
     figure.add_scatter(
-        x=edge[x].to_list(),
-        y=edge[y].to_list(),
-        mode="lines",
+        **columns(best(rows, y, x), x, y),
         line={"color": look.colour, "width": 2, "dash": run_look.dash or dash_of(look)},
         name=f"{name} frontier",
         legendgroup=name,
-        showlegend=False,
-        hoverinfo="skip",
+        **BARE_LINE,
     )
     hollow = "open" in run_look.suffix
-    rim = {"width": 2} if hollow else {"width": 1, "color": "white"}
     figure.add_scatter(
-        x=rows[x].to_list(),
-        y=rows[y].to_list(),
+        **columns(rows, x, y),
         mode="markers",
         marker={
             "color": look.colour,
             "symbol": look.plotly_symbol + run_look.suffix,
             "size": run_look.size,
-            "line": rim,
+            "line": {"width": 2} if hollow else {"width": 1, "color": "white"},
         },
         # A click would fade all other points; what was clicked has its ring and its card.
         unselected={"marker": {"opacity": 1}},
         name=name,
         legendgroup=name,
-        customdata=[
-            [key, knob(architecture, sparsity)]
-            for key, architecture, sparsity in zip(
-                rows["id"], rows["architecture"], rows["sparsity"], strict=True
-            )
-        ],
+        customdata=list(zip(rows["id"], knobs(rows), strict=True)),
         hovertemplate=hover(
             f"{name}, %{{customdata[1]}}",
             f"{AXES[x]} %{{x:{VALUE_FORMATS[x]}}}",
@@ -207,32 +214,30 @@ def _draw_architecture(
 def draw_worse(figure: go.Figure, rows: pd.DataFrame, x: str, y: str) -> None:
     """Draw a cross over each SAE whose FVU is above 1."""
     worse = pd.DataFrame(rows[[is_worse_than_mean(fvu) for fvu in rows["fvu"]]])
-    if worse.empty:
-        return
-    figure.add_scatter(
-        x=worse[x].to_list(),
-        y=worse[y].to_list(),
-        mode="markers",
-        marker={"symbol": "x-thin", "size": 14, "line": {"width": 2, "color": NEUTRAL}},
-        name=f"{WORSE} FVU above 1: worse than the mean activation",
-        hoverinfo="skip",  # it lies on an SAE, whose own click and hover must win
-    )
+    if len(worse):
+        figure.add_scatter(
+            **columns(worse, x, y),
+            mode="markers",
+            marker={"symbol": "x-thin", "size": 14, "line": {"width": 2, "color": NEUTRAL}},
+            name=f"{WORSE} FVU above 1: worse than the mean activation",
+            hoverinfo="skip",  # it lies on an SAE, whose own click and hover must win
+        )
 
 
 def _draw_picks(
-    figure: go.Figure, rows: pd.DataFrame, x: Measure, y: Measure, picked: Sequence[str]
+    figure: go.Figure, evals: pd.DataFrame, x: Measure, y: Measure, picked: Sequence[str]
 ) -> None:
     """Draw a numbered ring around each SAE that was picked."""
-    places = [(str(i), key) for i, key in enumerate(picked[:2], start=1) if key in rows.index]
-    if not places:
+    rows = evals.set_index("id")
+    numbers = {key: str(i) for i, key in enumerate(picked[:2], start=1) if key in rows.index}
+    if not numbers:
         return
     figure.add_scatter(
-        x=[float(rows.loc[key, x]) for _, key in places],
-        y=[float(rows.loc[key, y]) for _, key in places],
-        text=[number for number, _ in places],
+        **columns(rows.loc[list(numbers)], x, y),
+        text=list(numbers.values()),
         mode="markers+text",
         # Of two next to each other, one number above and one below.
-        textposition=["top center", "bottom center"][: len(places)],
+        textposition=["top center", "bottom center"][: len(numbers)],
         marker={"symbol": "circle-open", "size": 22, "color": NEUTRAL, "line": {"width": 2.5}},
         name="picked",
         showlegend=False,
@@ -241,38 +246,37 @@ def _draw_picks(
     )
 
 
-def _draw_paper(figure: go.Figure, paper: pd.DataFrame, *, log_x: bool) -> None:
-    """Draw the paper's runs and their frontiers, faint."""
-    paper = placed(paper, "l0", "loss_recovered", log_x=log_x)
+def draw_paper(
+    figure: go.Figure,
+    paper: pd.DataFrame,
+    y: Literal["loss_recovered", "gamma"],
+    *,
+    log_x: bool = True,
+) -> None:
+    """Draw the paper's runs, faint, and for loss recovered their frontiers.
+
+    A few printed L0 are 0 or negative and have no place on a log axis.
+    """
+    paper = placed(paper, "l0", y, log_x=log_x)
     for architecture, look in LOOKS.items():
         rows = of_architecture(paper, architecture)
         if rows.empty:
             continue
-        unique = rows.assign(name=[f"{name}#{i}" for i, name in enumerate(rows["name"])])
-        edge = best(unique, "loss_recovered")
-        line = {"color": look.colour, "width": 1, "dash": "dot"}
         common: dict[str, Any] = {"opacity": FAINT, "legendgroup": f"paper {architecture}"}
+        if y == "loss_recovered":
+            line = {"color": look.colour, "width": 1, "dash": "dot"}
+            figure.add_scatter(**columns(best(rows, y), "l0", y), line=line, **BARE_LINE, **common)
         figure.add_scatter(
-            x=edge["l0"].to_list(),
-            y=edge["loss_recovered"].to_list(),
-            mode="lines",
-            line=line,
-            showlegend=False,
-            hoverinfo="skip",
-            **common,
-        )
-        figure.add_scatter(
-            x=rows["l0"].to_list(),
-            y=rows["loss_recovered"].to_list(),
+            **columns(rows, "l0", y),
             mode="markers",
             marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 8},
             unselected={"marker": {"opacity": FAINT}},
             name=f"{look.label}, published",
-            text=[knob(architecture, sparsity) for sparsity in rows["sparsity"]],
+            text=knobs(rows),
             hovertemplate=hover(
                 f"published: {look.label}, %{{text}}",
                 "L0 %{x:.1f}",
-                "loss recovered %{y:.2%}",
+                f"{'γ' if y == 'gamma' else 'loss recovered'} %{{y:{VALUE_FORMATS[y]}}}",
             ),
             **common,
         )
@@ -280,24 +284,20 @@ def _draw_paper(figure: go.Figure, paper: pd.DataFrame, *, log_x: bool) -> None:
 
 def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
     """Draw a level line between the two frontiers for each pair the ratio is taken from."""
+    common = {"name": "matched fidelity", "legendgroup": "matched"}
     # One trace with gaps: a trace for each level takes longer to make and to draw than all SAEs.
     figure.add_scatter(
         x=[end for pair in matched.pairs for end in (pair.l0_gated, pair.l0_baseline, None)],
         y=[end for pair in matched.pairs for end in (*[pair.loss_recovered] * 2, None)],
-        mode="lines",
         line={"color": NEUTRAL, "width": 1, "dash": "dot"},
-        name="matched fidelity",
-        legendgroup="matched",
-        showlegend=False,
-        hoverinfo="skip",  # the ends lie on SAEs, whose own clicks and hovers must win
+        **BARE_LINE,
+        **common,
     )
     figure.add_scatter(
         x=[math.sqrt(pair.l0_gated * pair.l0_baseline) for pair in matched.pairs],
         y=[pair.loss_recovered for pair in matched.pairs],
         mode="markers",
         marker={"symbol": "line-ns-open", "size": 8, "color": NEUTRAL},
-        name="matched fidelity",
-        legendgroup="matched",
         legendrank=2000,  # after the SAEs it is about
         showlegend=bool(matched.pairs),
         text=[
@@ -306,4 +306,5 @@ def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
             for pair in matched.pairs
         ],
         hovertemplate=hover("%{text}"),
+        **common,
     )

@@ -11,8 +11,19 @@ import plotly.graph_objects as go
 
 from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
-from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name, knob
-from gsae_core.plots.pareto import FAINT, dash_of, draw_worse, hover, style
+from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
+from gsae_core.plots.pareto import (
+    RULE,
+    add_note,
+    columns,
+    dash_of,
+    draw_paper,
+    draw_worse,
+    hover,
+    knobs,
+    placed,
+    style,
+)
 
 BIN = 0.025  # width of a gamma bin; doubled until they fit
 MAX_BINS = 80  # more are thinner than a pointer can hit
@@ -25,7 +36,6 @@ class FeatureGamma(NamedTuple):
     spec: SAESpec
     stats: pd.DataFrame
     n_features: int
-    n_hidden: int
     busiest: int
     """Firings of the feature that fired most, hidden or not."""
     n_silent: int
@@ -86,7 +96,6 @@ def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> Fe
         spec=spec,
         stats=shown,
         n_features=len(stats),
-        n_hidden=len(stats) - len(shown),
         busiest=int(fired.max()) if len(fired) else 0,
         n_silent=int((fired == 0).sum()),
     )
@@ -135,7 +144,7 @@ def gamma_histogram(
             x0=left, x1=left + bins.width, fillcolor=NEUTRAL, opacity=0.25, line_width=0
         )
     figure.update_layout(barmode="overlay", bargap=0)
-    figure.add_vline(x=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
+    figure.add_vline(x=1, line=RULE)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return style(figure, x="γ of the feature", y="share of the features shown")
 
@@ -211,23 +220,14 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
                 "γ %{y:.3f}",
             ),
         )
-    figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
+    figure.add_hline(y=1, line=RULE)
     figure.update_yaxes(range=[low, high])
     notes = [f"beyond the axis: {beyond:,}"] if beyond else []
     if one_in > 1:
         notes.append(f"one feature in {one_in} drawn")
     if notes:
-        figure.add_annotation(
-            text="<br>".join(notes),
-            x=1,
-            xref="paper",
-            y=0,
-            yref="paper",
-            yanchor="bottom",
-            showarrow=False,
-            align="right",
-            font={"size": 12, "color": NEUTRAL},
-        )
+        corner = {"x": 1, "y": 0, "yref": "paper", "yanchor": "bottom", "align": "right"}
+        add_note(figure, "<br>".join(notes), **corner)
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
 
 
@@ -239,17 +239,6 @@ LENGTH_AXES: dict[Length, str] = {
 }
 
 
-class Series(NamedTuple):
-    """A line of gamma over a sweep."""
-
-    label: str
-    rows: pd.DataFrame
-    column: str
-    colour: str
-    symbol: str
-    dash: str
-
-
 def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) -> go.Figure:
     """Return gamma against L0 of each architecture and of the gate path; 1 means no shrinkage.
 
@@ -259,65 +248,30 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
     """
     figure = go.Figure()
     if paper is not None:
-        _draw_paper(figure, paper)
-    for series in _series(evals):
-        figure.add_scatter(
-            x=series.rows["l0"].to_list(),
-            y=series.rows[series.column].to_list(),
-            mode="lines+markers",
-            name=series.label,
-            line={"color": series.colour, "dash": series.dash, "width": 2},
-            marker={"symbol": series.symbol, "size": 10},
-            customdata=[
-                [name, knob(architecture, sparsity)]
-                for name, architecture, sparsity in zip(
-                    series.rows["name"],
-                    series.rows["architecture"],
-                    series.rows["sparsity"],
-                    strict=True,
-                )
-            ],
-            hovertemplate=hover(series.label, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
-        )
+        draw_paper(figure, paper, "gamma")
+    for architecture, look in LOOKS.items():
+        name = f"{look.label}, output" if architecture == "gated" else look.label
+        series = [(name, "gamma", look.colour, look.plotly_symbol, dash_of(look))]
+        if architecture == "gated":
+            path = f"{look.label}, gate path"
+            series.append((path, "gamma_gate", THIRD, "triangle-down", "dot"))
+        for name, column, colour, symbol, dash in series:
+            rows = placed(of_architecture(evals, architecture), "l0", column, log_x=True)
+            if rows.empty:
+                continue
+            rows = rows.sort_values("l0")
+            figure.add_scatter(
+                **columns(rows, "l0", column),
+                mode="lines+markers",
+                name=name,
+                line={"color": colour, "dash": dash, "width": 2},
+                marker={"symbol": symbol, "size": 10},
+                customdata=list(zip(rows["name"], knobs(rows), strict=True)),
+                hovertemplate=hover(name, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
+            )
     draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
     rule_at_one(figure, "no shrinkage")
     return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
-
-
-def _series(evals: pd.DataFrame) -> list[Series]:
-    found = []
-    for architecture, look in LOOKS.items():
-        dash = dash_of(look)
-        gated = architecture == "gated"
-        label = f"{look.label}, output" if gated else look.label
-        kinds = [(label, "gamma", look.colour, look.plotly_symbol, dash)]
-        if gated:
-            kinds.append((f"{look.label}, gate path", "gamma_gate", THIRD, "triangle-down", "dot"))
-        for name, column, colour, symbol, line in kinds:
-            rows = of_architecture(evals, architecture).dropna(subset=[column, "l0"])
-            rows = pd.DataFrame(rows[rows["l0"] > 0]).sort_values("l0")
-            if len(rows):
-                found.append(Series(name, rows, column, colour, symbol, line))
-    return found
-
-
-def _draw_paper(figure: go.Figure, paper: pd.DataFrame) -> None:
-    """Draw the published gammas, faint; a few printed L0 are 0 or negative and have no place."""
-    for architecture, look in LOOKS.items():
-        rows = of_architecture(paper, architecture)
-        rows = pd.DataFrame(rows[rows["l0"] > 0]).sort_values("l0")
-        if rows.empty:
-            continue
-        figure.add_scatter(
-            x=rows["l0"].to_list(),
-            y=rows["gamma"].to_list(),
-            mode="markers",
-            marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 8},
-            opacity=FAINT,
-            name=f"{look.label}, published",
-            text=[knob(architecture, sparsity) for sparsity in rows["sparsity"]],
-            hovertemplate=hover(f"published: {look.label}, %{{text}}", "L0 %{x:.1f}", "γ %{y:.3f}"),
-        )
 
 
 def lengths_by_decile(
@@ -334,15 +288,10 @@ def lengths_by_decile(
         look = LOOKS[spec.architecture]
         name = hover_name(spec)
         figure.add_scatter(
-            x=frame["decile"].to_list(),
-            y=frame[column].to_list(),
+            **columns(frame, "decile", column),
             mode="lines+markers",
             name=name,
-            line={
-                "color": look.colour,
-                "dash": dash_of(look),
-                "width": 2,
-            },
+            line={"color": look.colour, "dash": dash_of(look), "width": 2},
             marker={"symbol": look.plotly_symbol, "size": 10},
             customdata=[[f"{norm:.4g}"] for norm in frame["norm"]],
             hovertemplate=hover(
@@ -351,22 +300,13 @@ def lengths_by_decile(
                 f"{LENGTH_AXES[column]} %{{y:.3f}}",
             ),
         )
-    rule_at_one(figure, "no shrinkage" if column == "gamma" else "as long as x")
+    rule_at_one(figure, "no shrinkage" if column == "gamma" else "|x̂| = |x|")
     figure.update_xaxes(tickvals=list(range(1, 11)), range=[0.5, 10.5])
     return style(figure, x="tenth of the tokens, shortest activations first", y=LENGTH_AXES[column])
 
 
 def rule_at_one(figure: go.Figure, text: str) -> None:
     """Draw the line where nothing is too short, and say so."""
-    figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot", "width": 1.5})
+    figure.add_hline(y=1, line=RULE)
     # On the left, where the dense end of a Gated curve, close to 1, does not run through it.
-    figure.add_annotation(
-        x=0,
-        xref="paper",
-        xanchor="left",
-        y=1,
-        yanchor="bottom",
-        showarrow=False,
-        text=text,
-        font={"size": 12, "color": NEUTRAL},
-    )
+    add_note(figure, text, x=0, xanchor="left", y=1, yanchor="bottom")

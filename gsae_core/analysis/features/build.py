@@ -5,44 +5,75 @@
 A shard holds what fires on about 2^16 tokens. It is whole or not there, and what is in it depends
 on the plan alone, so an interrupted build loses one shard and ends with the same bytes. A building
 folder with another plan, of other weights or tokens, is thrown away.
+
+The shards are then sorted by counting: latents' firings are counted, each is written to where its
+latent's next one goes, and every latent's own are sorted. Memory holds one shard; the rest are
+mapped files.
 """
 
+import hashlib
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from gsae_core.analysis.features.collect import CALIBRATION_TOKENS, Finder, Found, NearBand, finder
-from gsae_core.analysis.features.files import MANIFEST, SCHEMA_VERSION, Manifest, Split
-from gsae_core.analysis.features.shards import (
-    Part,
-    Shard,
-    cut_into_shards,
-    sort_shards,
-    take_up,
-    tensors_sha256,
-    tokens_sha256,
-    versions,
+from gsae_core.analysis.features import loops as index_loops
+from gsae_core.analysis.features.collect import CALIBRATION_TOKENS, Collector, NearBand, collector
+from gsae_core.analysis.features.files import (
+    MANIFEST,
+    NEAR_KEPT,
+    SCHEMA_VERSION,
+    Manifest,
+    Split,
+    allocate,
 )
 from gsae_core.analysis.features.table import describe
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.files import replace_durably, write_json, writing
+from gsae_core.files import read_json, replace_durably, write_json, writing
+from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
+from gsae_core.threads import spread
 
 log = logging.getLogger(__name__)
+
+SHARD_TOKENS = 2**16
+SORTED_AT_ONCE = 64
+"""Latents sorted in one task."""
+
+
+class Part(NamedTuple):
+    """The first sequences of a split of the text."""
+
+    split: str
+    sequences: SequenceSet
+    n: int
+    """How many of them are read."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Counted tokens of those sequences."""
+        return int(self.sequences.counts[: self.n].sum())
+
+
+class Shard(NamedTuple):
+    """Some sequences of one part."""
+
+    part: int
+    first: int
+    last: int
 
 
 def build_index(
@@ -81,40 +112,27 @@ def build_index(
     """
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
-    began = time.time()
-    building = folder / "building"
-    shards = cut_into_shards(parts)
-    n_tokens = sum(int(part.sequences.counts[: part.n].sum()) for part in parts)
+    began, building = time.time(), folder / "building"
+    shards, n_tokens = cut_into_shards(parts), sum(part.n_tokens for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
     plan = {
         "schema_version": SCHEMA_VERSION,
         "weights_sha256": weights_sha256 or tensors_sha256(sae),
-        "tokens_sha256": tokens_sha256(parts),
+        "tokens_sha256": _tokens_sha256(parts),
         "hook": [layer, site],
         "device": model.device.type,
         "shards": [list(shard) for shard in shards],
     }
-    take_up(building, plan)
-    harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
-    band = _band(building, sae, parts, harvests, n_tokens=n_tokens)
-    find, done = finder(sae, band), 0
-    yield Progress("indexing", done, n_tokens, "token")
-    for number, shard in enumerate(shards):
-        path = building / f"shard-{number:05d}.safetensors"
-        if not _is_whole(path):
-            _write_shard(path, _read_shard(harvests[shard.part], shard, find))
-        counts = parts[shard.part].sequences.counts
-        done += int(counts[shard.first : shard.last].sum())
-        yield Progress("indexing", done, n_tokens, "token")
+    _resume_or_clear(building, plan)
     paths = [building / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
-    data = building / "data"
+    yield from _read_shards(model, sae, parts, list(zip(paths, shards, strict=True)), layer, site)
     yield Progress("sorting", 0, sae.d_sae, "feature")
-    totals = sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
+    data = building / "data"
+    totals = _sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
     yield Progress("describing", 0, sae.d_sae, "feature")
-    facts = describe(
-        data, sae, model, layer=layer, site=site, gate_open=totals.gate_open, toward=totals.toward
-    )
+    gate_open, toward = totals.pop("gate_open"), totals.pop("toward")
+    facts = describe(data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward)
     manifest = Manifest(
         sae=name,
         architecture=sae.architecture,
@@ -128,24 +146,17 @@ def build_index(
         site=site,
         text=text,
         n_ctx=parts[0].sequences.n_ctx,
-        splits=tuple(
-            Split(name=p.split, n_sequences=p.n, n_tokens=int(p.sequences.counts[: p.n].sum()))
-            for p in parts
-        ),
+        splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
         tokens_sha256=plan["tokens_sha256"],
         n_tokens_asked=n_tokens_asked or n_tokens,
         shortage=shortage if n_tokens < (n_tokens_asked or n_tokens) else None,
         n_tokens=n_tokens,
-        n_entries=totals.n_entries,
-        n_near=totals.n_near,
-        l0=totals.n_entries / n_tokens,
-        fvu=totals.fvu,
-        gamma=totals.gamma,
-        companion_stride=facts.companion_stride,
-        logit_tokens=facts.logit_tokens,
+        l0=totals["n_entries"] / n_tokens,
+        **totals,
+        **facts,
         made=time.time(),
         seconds=time.time() - began,
-        versions=versions(),
+        versions=_versions(),
         data=f"data-{time.time_ns():x}",
         files={path.name: path.stat().st_size for path in sorted(data.iterdir())},
     )
@@ -153,14 +164,93 @@ def build_index(
     yield Progress("describing", sae.d_sae, sae.d_sae, "feature")
 
 
+# The plan
+
+
+def cut_into_shards(parts: Sequence[Part]) -> list[Shard]:
+    """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
+    shards = []
+    for number, part in enumerate(parts):
+        ends = np.cumsum(part.sequences.counts[: part.n])
+        first = 0
+        while first < part.n:
+            before = int(ends[first - 1]) if first else 0
+            last = min(int(np.searchsorted(ends, before + SHARD_TOKENS)) + 1, part.n)
+            shards.append(Shard(number, first, last))
+            first = last
+    return shards
+
+
+def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
+    """Go on with a build of the same plan, or begin anew."""
+    path = building / "plan.json"
+    with writing(building, 2**20):
+        if not (path.is_file() and read_json(path) == plan):
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            write_json(path, plan)
+
+
+def tensors_sha256(sae: SAE) -> str:
+    """Return a hash of an SAE's tensors, and of how it normalises its inputs."""
+    digest = hashlib.sha256((sae.input_norm or "").encode())
+    for key, tensor in sorted(sae.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tokens_sha256(parts: Sequence[Part]) -> str:
+    """Return a hash of the ids read; it does not depend on how they are stored."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for start in range(0, part.n, 2**12):
+            ids, mask = part.sequences[start : min(start + 2**12, part.n)]
+            digest.update(ids.numpy().astype("<i8").tobytes())
+            digest.update(mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("gsae-core", "torch", "transformers", "numpy")}
+
+
+# The shards
+
+
+def _read_shards(
+    model: LanguageModel,
+    sae: SAE,
+    parts: Sequence[Part],
+    shards: Sequence[tuple[Path, Shard]],
+    layer: int,
+    site: Site,
+) -> Iterator[Progress]:
+    """Write the shards that are not there yet."""
+    harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
+    done, n_tokens = 0, sum(part.n_tokens for part in parts)
+    band = _band(shards[0][0].parent, sae, parts, harvests, n_tokens=n_tokens)
+    collect = collector(sae, band)
+    yield Progress("indexing", 0, n_tokens, "token")
+    for path, shard in shards:
+        if not _is_whole(path):
+            arrays = _read_shard(harvests[shard.part], shard, collect)
+            n_bytes = sum(array.nbytes for array in arrays.values())
+            # The loop is over before `arrays` changes.
+            replace_durably(path, lambda to: save_file(arrays, to), n_bytes=n_bytes)  # noqa: B023
+        done += int(parts[shard.part].sequences.counts[shard.first : shard.last].sum())
+        yield Progress("indexing", done, n_tokens, "token")
+
+
 def _band(
     building: Path, sae: SAE, parts: Sequence[Part], harvests: Sequence[Harvest], *, n_tokens: int
 ) -> Float[Tensor, " d_sae"]:
-    path = building / "band.npy"
-    device = sae.W_dec.device
+    """Return the width of each latent's band of near misses, measured once a build."""
+    path, device = building / "band.npy", sae.W_dec.device
     if path.is_file():
         return torch.from_numpy(np.load(path)).to(device)
-    n_sequences = sum(part.n for part in parts)
     share = min(1.0, CALIBRATION_TOKENS / n_tokens)
     batches, n_sample = [], 0
     for part, harvest in zip(parts, harvests, strict=True):
@@ -169,6 +259,7 @@ def _band(
         which = np.unique(np.linspace(0, part.n - 1, n).round().astype(np.int64))
         batches.append((harvest, which))
         n_sample += int(part.sequences.counts[which].sum())
+    n_sequences = sum(part.n for part in parts)
     log.info("band of near misses from %d tokens of %d sequences", n_sample, n_sequences)
     band = NearBand(sae, n_sample=max(n_sample, 1), n_tokens=n_tokens)
     for harvest, which in batches:
@@ -187,33 +278,20 @@ def _band(
 SUMMED = ("gate_open", "toward", "x_sum", "sums")
 
 
-def _read_shard(harvest: Harvest, shard: Shard, find: Finder) -> dict[str, Any]:
+def _read_shard(harvest: Harvest, shard: Shard, collect: Collector) -> dict[str, Any]:
     totals: dict[str, Any] = {}
-    found: list[Found] = []
-    for each in harvest.through(find, np.arange(shard.first, shard.last)):
-        totals = {name: totals.get(name, 0) + getattr(each, name) for name in SUMMED}
-        # What is added up already is as long as the dictionary is wide, each time.
-        found.append(each._replace(**{name: getattr(each, name)[:0] for name in SUMMED}))
-    starts = np.cumsum([0, *(len(each.counts) for each in found)])
-    rows = [each.near_row + start for each, start in zip(found, starts, strict=False)]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(each, name) for each in found])
-
-    return {
-        "counts": joined("counts").astype(np.uint32),
-        "latent": joined("latent"),
-        "value": joined("value"),
-        "near_row": np.concatenate(rows).astype(np.uint32),
-        "near_latent": joined("near_latent"),
-        "near_margin": joined("near_margin"),
-        **totals,
-    }
-
-
-def _write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    n_bytes = sum(array.nbytes for array in arrays.values())
-    replace_durably(path, lambda to: save_file(arrays, to), n_bytes=n_bytes)
+    batches: list[dict[str, np.ndarray]] = []
+    n_rows = 0
+    for batch in harvest.through(collect, np.arange(shard.first, shard.last)):
+        arrays = batch._asdict()
+        # Added up at once: each is as long as the dictionary is wide.
+        totals = {name: totals.get(name, 0) + arrays.pop(name) for name in SUMMED}
+        arrays["near_row"] = arrays["near_row"] + n_rows
+        n_rows += len(batch.counts)
+        batches.append(arrays)
+    joined = {name: np.concatenate([arrays[name] for arrays in batches]) for name in batches[0]}
+    rows = {name: joined[name].astype(np.uint32) for name in ("counts", "near_row")}
+    return joined | rows | totals
 
 
 def _is_whole(path: Path) -> bool:
@@ -226,6 +304,146 @@ def _is_whole(path: Path) -> bool:
         log.warning("%s is damaged (%s): its tokens are read again", path.name, error)
         return False
     return True
+
+
+# Sorted by latent
+
+
+def _sort_shards(
+    paths: Sequence[Path], shards: Sequence[Shard], parts: Sequence[Part], data: Path, *, d_sae: int
+) -> dict[str, Any]:
+    """Write tokens, firings in both orders, and near misses to `data`, made anew.
+
+    Returns `gate_open` and `toward` (as in `Collected`), and of the manifest n_entries, n_near,
+    fvu and gamma.
+
+    Raises:
+        InputError: if the disk is full.
+    """
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir()
+    mask = _write_tokens(parts, data)
+    counts, near_counts, totals = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64), {}
+    for path in paths:
+        shard = load_file(path)
+        counts += np.bincount(shard["latent"], minlength=d_sae)
+        near_counts += np.bincount(shard["near_latent"], minlength=d_sae)
+        totals = {name: totals.get(name, 0) + shard[name] for name in SUMMED}
+    shards_at = list(zip(paths, _positions(shards, parts, mask), strict=True))
+    _write_codes(shards_at, data, counts, n_places=mask.size)
+    n_near = _write_near(shards_at, data, near_counts)
+    n, power, hat, along, off = totals.pop("sums").tolist()
+    about_mean = power - float((totals.pop("x_sum") ** 2).sum()) / n
+    return totals | {
+        "n_entries": int(counts.sum()),
+        "n_near": n_near,
+        # What is left of equal activations is rounding, not variance.
+        "fvu": None if about_mean <= 1e-13 * power else off / about_mean,
+        "gamma": None if along == 0 else hat / along,
+    }
+
+
+def _write_tokens(parts: Sequence[Part], data: Path) -> np.ndarray:
+    """Write ids and masks; return the mask (sequences, n_ctx)."""
+    n, n_ctx = sum(part.n for part in parts), parts[0].sequences.n_ctx
+    widest = max(int(part.sequences[: part.n].ids.max()) for part in parts)
+    ids = allocate(data, "ids", (n, n_ctx), np.uint16 if widest < 2**16 else np.uint32)
+    mask = allocate(data, "mask", (n, n_ctx), np.bool_)
+    at = 0
+    for part in parts:
+        batch = part.sequences[: part.n]
+        ids[at : at + part.n], mask[at : at + part.n] = batch.ids.numpy(), batch.mask.numpy()
+        at += part.n
+    return np.array(mask)
+
+
+def _positions(
+    shards: Sequence[Shard], parts: Sequence[Part], mask: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield for each shard where its counted tokens stand (sequence * n_ctx + position), uint32."""
+    starts = np.cumsum([0, *(part.n for part in parts)])
+    for shard in shards:
+        first, last = starts[shard.part] + shard.first, starts[shard.part] + shard.last
+        yield (np.flatnonzero(mask[first:last]) + first * mask.shape[1]).astype(np.uint32)
+
+
+_LARGEST = np.uint32(2**32 - 1)
+
+
+def _write_codes(
+    shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray, *, n_places: int
+) -> None:
+    n, d_sae = int(counts.sum()), len(counts)
+    offsets = _offsets(data, "offsets", counts)
+    token = allocate(data, "token", (n,), np.uint32)
+    value = allocate(data, "value", (n,), np.float32)
+    latent = allocate(data, "latent", (n,), np.uint16 if d_sae <= 2**16 else np.uint32)
+    per_token = np.zeros(n_places, np.int64)
+    cursor, at = offsets[:-1].copy(), 0
+    for path, positions in shards:
+        shard = load_file(path)
+        latent[at : at + len(shard["latent"])] = shard["latent"]
+        at += len(shard["latent"])
+        per_token[positions] = shard["counts"]
+        rows = np.repeat(positions, shard["counts"])
+        index_loops.scatter(shard["latent"], rows, shard["value"], cursor, token, value)
+    _offsets(data, "row_offsets", per_token)
+    del latent  # mapped, it counts as this process's memory
+
+    def sort(i: int) -> None:
+        own = slice(offsets[i], offsets[i + 1])
+        # The bits of a positive float32 order as it does: one sort of integers orders both.
+        key = (_LARGEST - value[own].view(np.uint32)).astype(np.uint64) << 32
+        key |= token[own]
+        key.sort()
+        token[own] = key.astype(np.uint32)
+        value[own] = (_LARGEST - (key >> 32).astype(np.uint32)).view(np.float32)
+
+    _each_latent(d_sae, sort)
+
+
+def _write_near(shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray) -> int:
+    """Write each latent's nearest misses, nearest first; return how many there are."""
+    n, d_sae = int(counts.sum()), len(counts)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    token, short = np.empty(n, np.uint32), np.empty(n, np.float32)
+    cursor = offsets[:-1].copy()
+    for path, positions in shards:
+        shard = load_file(path)
+        rows = positions[shard["near_row"]]
+        # How much is missing; + 0 makes -0 a 0, whose bits are the smallest.
+        lacks = 0 - shard["near_margin"] + np.float32(0)
+        index_loops.scatter(shard["near_latent"], rows, lacks, cursor, token, short)
+    kept = np.minimum(counts, NEAR_KEPT)
+    near_offsets, n_near = _offsets(data, "near_offsets", kept), int(kept.sum())
+    near_token = allocate(data, "near_token", (n_near,), np.uint32)
+    near_margin = allocate(data, "near_margin", (n_near,), np.float32)
+
+    def sort(i: int) -> None:
+        own, out = slice(offsets[i], offsets[i + 1]), slice(near_offsets[i], near_offsets[i + 1])
+        key = (short[own].view(np.uint32).astype(np.uint64) << 32) | token[own]
+        key.sort()
+        key = key[: kept[i]]
+        near_token[out] = key.astype(np.uint32)
+        near_margin[out] = -(key >> 32).astype(np.uint32).view(np.float32)
+
+    _each_latent(d_sae, sort)
+    return n_near
+
+
+def _offsets(data: Path, name: str, counts: Int64[np.ndarray, " n"]) -> np.ndarray:
+    offsets = allocate(data, name, (len(counts) + 1,), np.int64)
+    offsets[0] = 0
+    np.cumsum(counts, out=offsets[1:])
+    return np.array(offsets)
+
+
+def _each_latent(d_sae: int, sort: Any) -> None:
+    def some(k: int) -> None:
+        for i in range(k * SORTED_AT_ONCE, min(d_sae, (k + 1) * SORTED_AT_ONCE)):
+            sort(i)
+
+    spread(some, -(-d_sae // SORTED_AT_ONCE))
 
 
 def _publish(folder: Path, manifest: Manifest) -> None:

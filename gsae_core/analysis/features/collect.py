@@ -2,7 +2,7 @@
 
 A margin says how far a latent is from firing, in the units of the pre-activation that decides: it
 fires where its margin is above 0. Of the margins at or below 0 a band is kept, as wide for each
-latent as it takes to hold some tokens at any scale (`near_band`).
+latent as it takes to hold some tokens at any scale (`NearBand`).
 """
 
 import threading
@@ -33,145 +33,6 @@ from gsae_core.sae.sparse.codes import (
 )
 from gsae_core.threads import over_rows
 
-
-class Rules(NamedTuple):
-    """How each latent's product h with the encoder decides.
-
-    A gate is open where h > opens; then f = gain h + bias, which counts above `least`. Of what does
-    not fire, that is near whose margin min(h - edge, 0) > band.
-    """
-
-    opens: Float[Tensor, " d_sae"]
-    gain: Float[Tensor, " d_sae"]
-    bias: Float[Tensor, " d_sae"]
-    least: Float[Tensor, " d_sae"]
-    edge: Float[Tensor, " d_sae"]
-    band: Float[Tensor, " d_sae"]
-
-
-class Entries:
-    """Entries of batches; threads may share one.
-
-    Args:
-        W: the encoder.
-        bound: products above it are looked at; no higher than any rule needs.
-        rules: what decides then.
-        gated: whether `opens` is a gate's.
-    """
-
-    def __init__(
-        self,
-        W: Float[Tensor, "d_in d_sae"],
-        bound: Float[Tensor, " d_sae"],
-        rules: Rules,
-        gated: bool,
-    ) -> None:
-        self._W, self._bound, self._gated = W.detach().contiguous(), numpy(bound), gated
-        self._rules = tuple(numpy(rule) for rule in rules)
-        self._spare: list[_Scratch] = []
-
-    def of(
-        self, xc: Float[Tensor, "rows d_in"]
-    ) -> tuple[SparseCodes, Tensor, Tensor, Tensor, Tensor | None]:
-        """Return active codes, the near misses' rows, latents and margins, and how often gates were
-        open (None without a gate).
-        """
-        d_sae = self._W.shape[1]
-        rows = chunk_rows(d_sae)
-        counts, gate_open = np.empty(len(xc), np.int64), np.zeros(d_sae, np.int64)
-        scratch = self._spare.pop() if self._spare else _Scratch(rows, self._W)
-        parts = [
-            self._chunk(xc[at : at + rows], at, scratch, counts[at : at + rows], gate_open)
-            for at in range(0, len(xc), rows)
-        ]
-        self._spare.append(scratch)
-        latent, f, *near = (
-            torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)
-        )
-        offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
-        opened = torch.from_numpy(gate_open) if self._gated else None
-        return SparseCodes(offsets, latent, f, f), near[0], near[1], near[2], opened
-
-    def _chunk(
-        self,
-        xc: Float[Tensor, "rows d_in"],
-        first: int,
-        scratch: "_Scratch",
-        counts: np.ndarray,
-        gate_open: np.ndarray,
-    ) -> tuple[np.ndarray, ...]:
-        h = torch.mm(xc, self._W, out=scratch.h[: len(xc)])
-        latent, value, *near = scratch.room
-        ends = np.empty(len(xc), np.int64)
-        loops.pick_above(h.numpy(), self._bound, latent, value, ends)
-        n, n_near = index_loops.split(
-            ends, latent, value, first, self._rules, counts, *near, gate_open
-        )
-        return latent[:n].copy(), value[:n].copy(), *(each[:n_near].copy() for each in near)
-
-
-class _Scratch:
-    """Room for a chunk's products and for every entry it could have; used again and again."""
-
-    def __init__(self, rows: int, like: Float[Tensor, "d_in d_sae"]) -> None:
-        self.h = like.new_empty(rows, like.shape[1])
-        n, kind = self.h.numel(), self.h.numpy().dtype
-        # What is never written to costs no memory.
-        self.room = tuple(np.empty(n, each) for each in (np.int64, kind, np.int64, np.int64, kind))
-
-
-def narrow(d_sae: int) -> Any:
-    """Return the dtype in which files hold a latent's number."""
-    return np.uint16 if d_sae <= 2**16 else np.uint32
-
-
-class Compared(NamedTuple):
-    """A batch beside its reconstruction."""
-
-    toward: Float[np.ndarray, " nnz"]
-    """<u - u_hat, W_dec_i> of each active entry; mostly u is x: see `SAE.normalised`."""
-    x_sum: Float64[np.ndarray, " d_in"]
-    sums: Float64[np.ndarray, " sums"]
-
-
-def compare(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> Compared:
-    """Return how far reconstructions are from their activations, along each active entry."""
-    if x.device.type != "cpu" or sae.input_norm is not None:
-        return _compare_elsewhere(sae, x, codes)
-    offsets, latent, f, W, b, rows = (
-        each.detach().contiguous().numpy()
-        for each in (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
-    )
-    error, toward = np.empty_like(rows), np.empty_like(f)
-    sums, x_sum = np.zeros((len(rows), loops.N_ROW_SUMS)), np.zeros(rows.shape[1])
-    none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
-
-    def decode(first: int, last: int) -> None:
-        entries = (first, last, offsets, latent, f, f, W, b, rows, scale, False)
-        loops.decode_rows(*entries, error, none, toward, toward, sums)
-
-    over_rows(len(rows), decode)
-    loops.sum_columns(rows, x_sum)
-    kept = [loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT, loops.ERROR_POWER]
-    return Compared(toward, x_sum, sums[:, kept].sum(0))
-
-
-def _compare_elsewhere(sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes) -> Compared:
-    seen = sae.normalised(x)
-    with torch.enable_grad():
-        f = codes.magnitude.detach().requires_grad_()
-        decoded = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
-    u_hat = decoded.detach() + sae.b_dec
-    # The product's derivative to its weights is the sampled product <., W_dec_i>.
-    (toward,) = torch.autograd.grad(decoded, f, seen.u - u_hat)
-    x_hat = seen.undo(u_hat)
-    dtype = sum_dtype(x.device)
-    pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
-    sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
-    x_sum = x.to(dtype).sum(0)
-    return Compared(toward.cpu().numpy(), *(each.double().cpu().numpy() for each in (x_sum, sums)))
-
-
 CALIBRATION_TOKENS = 2**12
 """Tokens that set the width of the band."""
 BAND_TOKENS = 2 * NEAR_KEPT
@@ -180,11 +41,11 @@ DENSE_ROWS, DENSE_ELEMENTS = 2**8, 2**22
 """Most rows, and numbers, of pre-activations that exist at once where all are looked at."""
 
 
-class Found(NamedTuple):
-    """A batch: its active entries, row by row, and its near misses, as arrays of the CPU."""
+class Collected(NamedTuple):
+    """A batch: what fires, row by row, and its near misses, as arrays of the CPU."""
 
     counts: Int64[np.ndarray, " rows"]
-    """Active entries of each row."""
+    """Latents that fire on each row."""
     latent: Integer[np.ndarray, " nnz"]
     value: Float32[np.ndarray, " nnz"]
     near_row: Int64[np.ndarray, " near"]
@@ -199,8 +60,8 @@ class Found(NamedTuple):
     """Over rows: 1, |x|^2, |x_hat|^2, x . x_hat, |x - x_hat|^2."""
 
 
-class _Split(NamedTuple):
-    """A batch's active codes, its near misses, and how often gates were open."""
+class _Chosen(NamedTuple):
+    """A batch's active codes, its near misses, and how often gates were open (None: no gate)."""
 
     active: SparseCodes
     near_row: Int64[Tensor, " near"]
@@ -209,58 +70,250 @@ class _Split(NamedTuple):
     gate_open: Int64[Tensor, " d_sae"] | None
 
 
-Finder = Callable[[Float[Tensor, "rows d_in"]], Found]
+class Rules(NamedTuple):
+    """How each latent's product h with the encoder W decides.
+
+    A gate is open where h > opens; then f = gain h + bias, which counts above `least`. A latent
+    fires where h > edge; of what does not fire, that is near whose margin min(h - edge, 0) > band.
+    """
+
+    W: Float[Tensor, "d_in d_sae"]
+    opens: Float[Tensor, " d_sae"]
+    gain: Float[Tensor, " d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    least: Float[Tensor, " d_sae"]
+    edge: Float[Tensor, " d_sae"]
 
 
 @torch.no_grad()
-def finder(sae: SAE, band: Float[Tensor, " d_sae"]) -> Finder:
+def rules_of(sae: SAE) -> Rules:
+    """Return the rules of an SAE whose latents decide one by one: of any but a TopK SAE.
+
+    A Gated latent needs an open gate, h > -b_gate, and a magnitude above 0, exp(r_mag) h > -b_mag;
+    where the magnitude reads a direction of its own, the gate alone is asked for the edge.
+    """
+    match sae:
+        case JumpReluSAE():
+            edge = sae.threshold - sae.b_enc
+            always, ones = torch.full_like(edge, -torch.inf), torch.ones_like(edge)
+            return Rules(sae.W_enc, always, ones, sae.b_enc, sae.threshold, edge)
+        case GatedSAE():
+            W, opens = gates(sae)
+            gain = torch.ones_like(opens) if sae.r_mag is None else sae.r_mag.exp()
+            edge = torch.maximum(opens, -sae.b_mag / gain) if sae.W_mag is None else opens
+            return Rules(W, opens, gain, sae.b_mag, torch.zeros_like(opens), edge)
+        case ReluSAE():
+            W, opens = gates(sae)
+            ones, zeros = torch.ones_like(opens), torch.zeros_like(opens)
+            return Rules(W, opens, ones, sae.b_enc, zeros, opens)
+    raise TypeError(f"no thresholds are known for {type(sae).__name__}")
+
+
+Collector = Callable[[Float[Tensor, "rows d_in"]], Collected]
+
+
+@torch.no_grad()
+def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
     """Return the function from activations to what fires on each row, and what nearly does.
 
     Threads may call it side by side.
 
     Args:
         sae: takes raw activations.
-        band: of `near_band`: the margin above which a silent latent counts as a near miss.
+        band: of `NearBand`: the margin above which a silent latent counts as a near miss.
     """
-    on_cpu = band.is_cpu and band.dtype in (torch.float32, torch.float64)
-    compiled = on_cpu and not isinstance(sae, TopKSAE) and not _untied(sae)
-    entries = Entries(*_rules(sae, band)) if compiled else None
+    choose = _topk_chooser(sae, band) if isinstance(sae, TopKSAE) else _chooser(sae, band)
 
     @torch.no_grad()
-    def find(x: Float[Tensor, "rows d_in"]) -> Found:
+    def collect(x: Float[Tensor, "rows d_in"]) -> Collected:
         x = x.to(band.device)
-        if isinstance(sae, TopKSAE):
-            split = _whole_rows(sae, x, band)
-        elif entries is None:
-            split = _by_product(sae, x, band)
-        else:
-            split = _Split(*entries.of(sae.normalised(x).u - sae.b_dec))
-        return _found(sae, x, split)
+        chosen = choose(x)
+        codes = chosen.active
+        toward, x_sum, sums = _errors(sae, x, codes)
+        latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
+        fired, opened = np.bincount(latent, minlength=sae.d_sae), chosen.gate_open
+        return Collected(
+            counts=codes.row_offsets.diff().cpu().numpy(),
+            latent=latent.astype(latent_dtype(sae.d_sae)),
+            value=value,
+            near_row=chosen.near_row.cpu().numpy(),
+            near_latent=chosen.near_latent.cpu().numpy().astype(latent_dtype(sae.d_sae)),
+            near_margin=chosen.near_margin.float().cpu().numpy(),
+            gate_open=fired if opened is None else opened.cpu().numpy(),
+            # Of no entries at all, NumPy's sums are integers.
+            toward=np.bincount(latent, weights=value * toward, minlength=sae.d_sae) + 0.0,
+            x_sum=x_sum,
+            sums=np.array([len(x), *sums]),
+        )
 
-    return find
+    return collect
 
 
-def _found(sae: SAE, x: Float[Tensor, "rows d_in"], split: "_Split") -> Found:
-    codes = split.active
-    came = compare(sae, x, codes)
-    latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
-    if split.gate_open is None:
-        gate_open = np.bincount(latent, minlength=sae.d_sae)
+def latent_dtype(d_sae: int) -> Any:
+    """Return the dtype in which files hold a latent's number."""
+    return np.uint16 if d_sae <= 2**16 else np.uint32
+
+
+def _chooser(sae: SAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
+    """Return the function that chooses by a rule which each latent has of its own."""
+    rules = rules_of(sae)
+    if isinstance(sae, JumpReluSAE):
+        # Here a sum is compared with a number that is not 0, and each side rounds.
+        slack = 8 * torch.finfo(band.dtype).eps * (sae.threshold + sae.b_enc.abs())
+        bound = rules.edge + band - slack
     else:
-        gate_open = split.gate_open.cpu().numpy()
-    return Found(
-        counts=codes.row_offsets.diff().cpu().numpy(),
-        latent=latent.astype(narrow(sae.d_sae)),
-        value=value,
-        near_row=split.near_row.cpu().numpy(),
-        near_latent=split.near_latent.cpu().numpy().astype(narrow(sae.d_sae)),
-        near_margin=split.near_margin.float().cpu().numpy(),
-        gate_open=gate_open,
-        # Of no entries at all, NumPy's sums are integers.
-        toward=np.bincount(latent, weights=value * came.toward, minlength=sae.d_sae) + 0.0,
-        x_sum=came.x_sum,
-        sums=np.array([len(x), *came.sums]),
+        # Every open gate counts, also one that opens onto no magnitude.
+        bound = torch.minimum(rules.edge + band, rules.opens)
+    gated = not isinstance(sae, JumpReluSAE)
+    untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
+    if band.is_cpu and band.dtype in (torch.float32, torch.float64) and untied is None:
+        by_rule = _compiled(rules, band, bound, gated)
+        return lambda x: by_rule(sae.normalised(x).u - sae.b_dec)
+
+    def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
+        xc = sae.normalised(x).u - sae.b_dec
+        return _by_torch(rules, band, products_above(xc, rules.W, bound), gated, untied, xc)
+
+    return choose
+
+
+def _compiled(
+    rules: Rules, band: Tensor, bound: Tensor, gated: bool
+) -> Callable[[Float[Tensor, "rows d_in"]], _Chosen]:
+    W, above = rules.W.detach().contiguous(), numpy(bound)
+    d_sae, arrays = W.shape[1], tuple(numpy(rule) for rule in (*rules[1:], band))
+    n_rows, kind = chunk_rows(d_sae), above.dtype
+    spare: list[tuple[Any, ...]] = []
+
+    def room() -> tuple[Any, ...]:
+        # For a chunk's products and all that it could hold; what is never written to costs nothing.
+        kinds = (np.int64, kind, np.int64, np.int64, kind)
+        return W.new_empty(n_rows, d_sae), *(np.empty(n_rows * d_sae, each) for each in kinds)
+
+    def choose(xc: Float[Tensor, "rows d_in"]) -> _Chosen:
+        counts, gate_open = np.empty(len(xc), np.int64), np.zeros(d_sae, np.int64)
+        scratch = spare.pop() if spare else room()
+        products, latent, value, *near = scratch
+        parts = []
+        for first in range(0, len(xc), n_rows):
+            rows = xc[first : first + n_rows]
+            h, ends = torch.mm(rows, W, out=products[: len(rows)]), np.empty(len(rows), np.int64)
+            loops.pick_above(h.numpy(), above, latent, value, ends)
+            own = counts[first : first + n_rows]
+            n, n_near = index_loops.split(ends, latent, value, first, arrays, own, *near, gate_open)
+            ours = (latent[:n].copy(), value[:n].copy(), *(each[:n_near].copy() for each in near))
+            parts.append(ours)
+        spare.append(scratch)
+        latent, f, *near = (
+            torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)
+        )
+        offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
+        opened = torch.from_numpy(gate_open) if gated else None
+        return _Chosen(SparseCodes(offsets, latent, f, f), near[0], near[1], near[2], opened)
+
+    return choose
+
+
+def _by_torch(
+    rules: Rules,
+    band: Float[Tensor, " d_sae"],
+    found: Products,
+    gated: bool,
+    untied: GatedSAE | None,
+    xc: Float[Tensor, "rows d_in"],
+) -> _Chosen:
+    """Choose among products on any device; `untied` has magnitudes of directions of their own."""
+    h, latent = found.h, found.latent
+    opens, gain, bias, least, edge, near_above = (each.take(latent) for each in (*rules[1:], band))
+    is_open = h > opens
+    f = gain * h + bias
+    if untied is not None:
+        f.masked_scatter_(is_open, codes_of(untied, xc, _only(found, is_open)).magnitude)
+    fires = is_open & (f > least)
+    margin = (h - edge).clamp_(max=0)
+    near = ~(is_open if untied is not None else fires) & (margin > near_above)
+    rows = SparseCodes(found.row_offsets, latent, h, h).rows()
+    kept = _only(found, fires)
+    opened = torch.bincount(latent[is_open], minlength=len(band)) if gated else None
+    active = SparseCodes(kept.row_offsets, kept.latent, f[fires], f[fires])
+    return _Chosen(active, rows[near], latent[near], margin[near], opened)
+
+
+def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
+    before = F.pad(keep.cumsum(0), (1, 0))
+    return Products(before.take(found.row_offsets), found.latent[keep], found.h[keep])
+
+
+def _topk(
+    sae: TopKSAE, x: Float[Tensor, "rows d_in"]
+) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
+    """Return z, where latents fire, and each row's k-th largest z."""
+    z = sae.pre_activations(x)
+    kept = z.topk(sae.k, dim=-1, sorted=True)
+    fires = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, kept.indices, kept.values > 0)
+    return z, fires, kept.values[:, -1:]
+
+
+def _topk_chooser(sae: TopKSAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
+    """Return the function that chooses where a latent's fate hangs on the others of its row."""
+
+    def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
+        offsets, parts = [x.new_zeros(1, dtype=torch.int64)], []
+        for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
+            z, fires, edge = _topk(sae, part)
+            margin = (z - edge).clamp_(max=0)
+            near = ~fires & (z > 0) & (margin > band)
+            rows, latent = near.nonzero(as_tuple=True)
+            offsets.append(offsets[-1][-1] + fires.sum(1).cumsum(0))
+            parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
+        latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
+        active = SparseCodes(torch.cat(offsets), latent, value, value)
+        return _Chosen(active, near[0], near[1], near[2], None)
+
+    return choose
+
+
+def _errors(
+    sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
+) -> tuple[Float[np.ndarray, " nnz"], Float64[np.ndarray, " d_in"], Float64[np.ndarray, " sums"]]:
+    """Return <u - u_hat, W_dec_i> of each active entry, and the sums of x and of powers.
+
+    Mostly u is x: see `SAE.normalised`. The powers are those of `Collected.sums` but the first.
+    """
+    if not x.is_cpu or sae.input_norm is not None:
+        return _errors_by_torch(sae, x, codes)
+    offsets, latent, f, W, b, rows = map(
+        numpy, (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
     )
+    error, toward = np.empty_like(rows), np.empty_like(f)
+    sums, x_sum = np.zeros((len(rows), loops.N_ROW_SUMS)), np.zeros(rows.shape[1])
+    none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
+
+    def decode(first: int, last: int) -> None:
+        entries = (first, last, offsets, latent, f, f, W, b, rows, scale, False)
+        loops.decode_rows(*entries, error, none, toward, toward, sums)
+
+    over_rows(len(rows), decode)
+    loops.sum_columns(rows, x_sum)
+    kept = [loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT, loops.ERROR_POWER]
+    return toward, x_sum, sums[:, kept].sum(0)
+
+
+def _errors_by_torch(
+    sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    seen = sae.normalised(x)
+    with torch.enable_grad():
+        f = codes.magnitude.detach().requires_grad_()
+        decoded = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
+    u_hat = decoded.detach() + sae.b_dec
+    # The product's derivative to its weights is the sampled product <., W_dec_i>.
+    (toward,) = torch.autograd.grad(decoded, f, seen.u - u_hat)
+    x_hat, dtype = seen.undo(u_hat), sum_dtype(x.device)
+    pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
+    sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
+    x_sum = x.to(dtype).sum(0)
+    return toward.cpu().numpy(), x_sum.double().cpu().numpy(), sums.double().cpu().numpy()
 
 
 class NearBand:
@@ -305,120 +358,6 @@ def margins(
     if isinstance(sae, TopKSAE):
         z, kept, edge = _topk(sae, x)
         return (z - edge).masked_fill_(z <= 0, -torch.inf), kept
-    W, threshold = _thresholds(sae)
-    margin = (sae.normalised(x).u - sae.b_dec) @ W - threshold
+    rules = rules_of(sae)
+    margin = (sae.normalised(x).u - sae.b_dec) @ rules.W - rules.edge
     return margin, margin > 0
-
-
-def _thresholds(sae: SAE) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
-    """Return the encoder and the product above which a latent fires.
-
-    A Gated latent needs an open gate, h > -b_gate, and a magnitude above 0, exp(r_mag) h > -b_mag;
-    where the magnitude reads a direction of its own, the gate alone is asked.
-    """
-    match sae:
-        case JumpReluSAE():
-            return sae.W_enc, sae.threshold - sae.b_enc
-        case GatedSAE():
-            W, opens = gates(sae)
-            if sae.W_mag is not None:
-                return W, opens
-            gain = 1.0 if sae.r_mag is None else sae.r_mag.exp()
-            return W, torch.maximum(opens, -sae.b_mag / gain)
-        case ReluSAE():
-            return gates(sae)
-    raise TypeError(f"no thresholds are known for {type(sae).__name__}")
-
-
-def _rules(sae: SAE, band: Float[Tensor, " d_sae"]) -> tuple[Tensor, Tensor, Rules, bool]:
-    """Return what `Entries` takes."""
-    W, edge = _thresholds(sae)
-    always, ones = torch.full_like(edge, -torch.inf), torch.ones_like(edge)
-    match sae:
-        case GatedSAE():
-            gain = ones if sae.r_mag is None else sae.r_mag.exp()
-            rules = Rules(gates(sae)[1], gain, sae.b_mag, torch.zeros_like(edge), edge, band)
-        case ReluSAE():
-            rules = Rules(gates(sae)[1], ones, sae.b_enc, torch.zeros_like(edge), edge, band)
-        case JumpReluSAE():
-            slack = 8 * torch.finfo(edge.dtype).eps * (sae.threshold + sae.b_enc.abs())
-            rules = Rules(always, ones, sae.b_enc, sae.threshold, edge, band)
-            return W, edge + band - slack, rules, False
-        case _:
-            raise TypeError(f"no thresholds are known for {type(sae).__name__}")
-    # Every open gate counts, also one that opens onto no magnitude.
-    return W, torch.minimum(edge + band, rules.opens), rules, True
-
-
-def _by_product(sae: SAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"]) -> _Split:
-    """Find entries by a threshold on the product that each latent has of its own."""
-    xc = sae.normalised(x).u - sae.b_dec
-    W, threshold = _thresholds(sae)
-    bound = threshold + band
-    if isinstance(sae, GatedSAE | ReluSAE):
-        # Every open gate counts, also one that opens onto no magnitude.
-        opens = gates(sae)[1]
-        found = products_above(xc, W, torch.minimum(bound, opens))
-        is_open = found.h > opens.take(found.latent)
-        codes = codes_of(sae, xc, _only(found, is_open))
-        fires = codes.magnitude > 0
-        active = torch.zeros_like(is_open).masked_scatter_(is_open, fires)
-        gate_open = torch.bincount(codes.latent, minlength=sae.d_sae)
-        value = codes.magnitude[fires]
-        silent = ~is_open if sae.architecture == "gated" and _untied(sae) else ~active
-    else:
-        assert isinstance(sae, JumpReluSAE)  # there is no further kind
-        slack = 8 * torch.finfo(x.dtype).eps * (sae.threshold + sae.b_enc.abs())
-        found = products_above(xc, W, bound - slack)
-        z = found.h + sae.b_enc.take(found.latent)
-        active = z > sae.threshold.take(found.latent)
-        gate_open, value, silent = None, z[active], ~active
-    margin = (found.h - threshold.take(found.latent)).clamp_(max=0)
-    near = silent & (margin > band.take(found.latent))
-    rows = SparseCodes(found.row_offsets, found.latent, found.h, found.h).rows()
-    kept = _only(found, active)
-    return _Split(
-        active=SparseCodes(kept.row_offsets, kept.latent, value, value),
-        near_row=rows[near],
-        near_latent=found.latent[near],
-        near_margin=margin[near],
-        gate_open=gate_open,
-    )
-
-
-def _untied(sae: SAE) -> bool:
-    return isinstance(sae, GatedSAE) and sae.W_mag is not None
-
-
-def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
-    before = F.pad(keep.cumsum(0), (1, 0))
-    return Products(before.take(found.row_offsets), found.latent[keep], found.h[keep])
-
-
-def _topk(
-    sae: TopKSAE, x: Float[Tensor, "rows d_in"]
-) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
-    """Return z, where latents fire, and each row's k-th largest z."""
-    z = sae.pre_activations(x)
-    kept = z.topk(sae.k, dim=-1, sorted=True)
-    fires = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, kept.indices, kept.values > 0)
-    return z, fires, kept.values[:, -1:]
-
-
-def _whole_rows(
-    sae: TopKSAE, x: Float[Tensor, "rows d_in"], band: Float[Tensor, " d_sae"]
-) -> _Split:
-    """Find entries where a latent's fate hangs on the other latents of its row."""
-    offsets, parts = [x.new_zeros(1, dtype=torch.int64)], []
-    for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
-        z, fires, edge = _topk(sae, part)
-        margin = (z - edge).clamp_(max=0)
-        near = ~fires & (z > 0) & (margin > band)
-        rows, latent = near.nonzero(as_tuple=True)
-        offsets.append(offsets[-1][-1] + fires.sum(1).cumsum(0))
-        parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
-    latent, value, near_row, near_latent, near_margin = (
-        torch.cat(column) for column in zip(*parts, strict=True)
-    )
-    active = SparseCodes(torch.cat(offsets), latent, value, value)
-    return _Split(active, near_row, near_latent, near_margin, None)

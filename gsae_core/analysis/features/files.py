@@ -11,18 +11,16 @@ the size of every file in it and is replaced last, so that a reader sees one bui
 are plain .npy, mapped into memory. Nothing here needs torch.
 """
 
+import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
 from gsae_core.config import Architecture, Config, Site, validated
 from gsae_core.errors import InputError
-from gsae_core.files import read_json, read_sae_cfg, readable, sha256
-
-if TYPE_CHECKING:
-    import pandas as pd
+from gsae_core.files import read_json, read_sae_cfg, readable, sha256, writing
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,7 +51,6 @@ ARRAYS = (
     "decoder",
 )
 TABLE, VOCABULARY = "features.parquet", "vocabulary.json"
-
 COLUMNS = {
     "fired": "Tokens it fires on: the numerator of its density.",
     "n_tokens": "Tokens read: the denominator.",
@@ -193,6 +190,25 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def allocate(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return a new array in `name`.npy, mapped, its room on the disk taken already.
+
+    Raises:
+        InputError: if the disk is full. Written to later, a mapped file without room would end the
+            process.
+    """
+    path, n_bytes = folder / f"{name}.npy", math.prod(shape) * np.dtype(dtype).itemsize
+    if n_bytes == 0:
+        np.save(path, np.empty(shape, dtype))
+        return np.empty(shape, dtype)
+    with writing(path, n_bytes):
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def load_array(folder: Path, name: str) -> np.ndarray:
     """Return one of the arrays, mapped into memory read-only."""
     return np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -222,73 +238,3 @@ def weights_sha256(sae_folder: Path) -> str:
     cfg = read_sae_cfg(sae_folder / "cfg.json")
     said = (cfg.get("metadata") or {}).get("weights_sha256")
     return said or sha256(sae_folder / "sae_weights.safetensors")
-
-
-WEIGHTS = "sae_weights.safetensors"
-
-
-def weight_table(sae_folder: Path) -> "pd.DataFrame":
-    """Return `theta`, `gain`, `b_gate`, `b_mag`, `decoder_norm`, `encoder_cosine` of each feature.
-
-    Raises:
-        InputError: if the SAE's files are not there or damaged.
-    """
-    import pandas as pd
-
-    cfg = read_sae_cfg(sae_folder / "cfg.json")
-    W = _tensors(sae_folder / WEIGHTS)
-    norms = np.linalg.norm(W["W_dec"], axis=1)
-    columns = {
-        **_paths(cfg, W),
-        "decoder_norm": norms,
-        "encoder_cosine": _cosine(W["W_enc"], W["W_dec"], norms),
-    }
-    return pd.DataFrame(columns).rename_axis("feature")
-
-
-def _paths(cfg: dict[str, Any], W: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what decides, and how strongly, by feature; NaN where an SAE has no such number."""
-    none = np.full(len(W["W_dec"]), np.nan)
-    found = {"theta": none, "gain": none, "b_gate": none, "b_mag": none}
-    match cfg["architecture"]:
-        case "gated":
-            gain = np.exp(W["r_mag"])
-            # `GatedSAE.jumprelu_threshold`, which tests hold this to.
-            theta = np.maximum(W["b_mag"] - gain * W["b_gate"], 0.0)
-            return {"theta": theta, "gain": gain, "b_gate": W["b_gate"], "b_mag": W["b_mag"]}
-        case "gated_untied":
-            return found | {"b_gate": W["b_gate"], "b_mag": W["b_mag"]}
-        case "jumprelu":
-            return found | {"theta": np.maximum(W["threshold"], 0.0)}
-        case "standard":
-            return found | {"theta": np.zeros(len(none))}
-        case _:
-            return found
-
-
-def _cosine(
-    W_enc: Float64[np.ndarray, "d_in d_sae"],
-    W_dec: Float64[np.ndarray, "d_sae d_in"],
-    norms: Float64[np.ndarray, " d_sae"],
-) -> Float64[np.ndarray, " d_sae"]:
-    lengths = np.linalg.norm(W_enc, axis=0) * norms
-    return np.einsum("ij,ji->i", W_dec, W_enc) / np.where(lengths > 0, lengths, 1)
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        found = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"expected the weights of an SAE at {path}, found nothing") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"expected whole safetensors in {path}, found something else ({error}); copy or train "
-            "the SAE again"
-        ) from None
-    missing = {"W_enc", "W_dec"} - found.keys()
-    if missing:
-        raise InputError(f"expected {' and '.join(sorted(missing))} in {path}, found none")
-    return {name: tensor.astype(np.float64) for name, tensor in found.items()}

@@ -1,8 +1,9 @@
 """A row per feature, and what stands beside it: histograms, neighbours, companions, vocabulary."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ from gsae_core.analysis.features.files import (
     N_NEIGHBOURS,
     TABLE,
     VOCABULARY,
+    allocate,
     load_array,
 )
 from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows, logit_map
-from gsae_core.analysis.features.shards import allocate
 from gsae_core.config import Site
 from gsae_core.files import replace_durably
 from gsae_core.lm.model import LanguageModel
@@ -29,9 +30,6 @@ from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows, spread
 
-if TYPE_CHECKING:
-    pass
-
 N_TOP_TOKENS, N_LOGITS = 5, 10
 LOGIT_TOKENS = 2**10
 """Tokens over which the final norm's derivative is averaged."""
@@ -39,13 +37,6 @@ COMPANION_STEPS = 2**29
 """Pairs of firings looked at to find companions: a second on one core; above, a share is."""
 BLOCK = 256
 QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
-
-
-class Facts(NamedTuple):
-    """What was decided while describing."""
-
-    companion_stride: int
-    logit_tokens: int
 
 
 def describe(
@@ -57,33 +48,37 @@ def describe(
     site: Site,
     gate_open: Int64[np.ndarray, " d_sae"],
     toward: Float64[np.ndarray, " d_sae"],
-) -> Facts:
+) -> dict[str, int]:
     """Write the table and all that stands beside it to a folder with sorted codes.
 
+    Returns `companion_stride` and `logit_tokens` of the manifest.
+
     Args:
-        gate_open, toward: of `index_sort.Totals`.
+        gate_open, toward: as in `collect.Collected`, over all tokens.
     """
     texts = pieces(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
-    _write_json(data / VOCABULARY, texts)
+    vocabulary = json.dumps(texts).encode()
+    replace_durably(
+        data / VOCABULARY, lambda to: to.write_bytes(vocabulary), n_bytes=len(vocabulary)
+    )
     codes = {name: load_array(data, name) for name in ("offsets", "token", "value", "ids", "mask")}
     columns = _numbers(data, sae, codes, gate_open=gate_open, toward=toward)
     columns |= _top_tokens(codes, n_vocabulary=len(texts))
     ids = _sample(codes["ids"])
     del codes  # mapped, they count as this process's memory
+    n_averaged, effects = 0, [[np.empty(0)] * sae.d_sae] * 4
     if model._bridge is None:
-        effects = logit_map(model, ids.to(model.device), layer=layer, site=site)
-        found = extremes(effects, sae.W_dec.detach(), k=N_LOGITS)
-        arrays = [each.cpu().numpy() for each in found]
-        names = ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")
-        columns |= {name: list(array) for name, array in zip(names, arrays, strict=True)}
-        logit_tokens = effects.n_tokens
-    else:
-        names = ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")
-        columns |= {name: [np.empty(0)] * sae.d_sae for name in names}
-        logit_tokens = 0
+        found = logit_map(model, ids.to(model.device), layer=layer, site=site)
+        n_averaged = found.n_tokens
+        effects = [
+            list(each.cpu().numpy()) for each in extremes(found, sae.W_dec.detach(), k=N_LOGITS)
+        ]
+    names = ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")
+    columns |= dict(zip(names, effects, strict=True))
     _write_table(data / TABLE, columns)
     _write_neighbours(data, sae.W_dec.detach())
-    return Facts(_write_companions(data, sae.d_sae), logit_tokens)
+    stride = _write_companions(data, sae.d_sae)
+    return {"companion_stride": stride, "logit_tokens": n_averaged}
 
 
 def _numbers(
@@ -103,7 +98,7 @@ def _numbers(
     alive = fired > 0
     top = np.zeros(d_sae, np.float32)
     top[alive] = value[offsets[:-1][alive]]
-    weights = _weights(sae)
+    weights = weight_columns(sae)
     power = squares * weights["decoder_norm"] ** 2
     aligned = power + toward
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -143,8 +138,11 @@ def quantile(
 
 
 @torch.no_grad()
-def _weights(sae: SAE) -> dict[str, Float64[np.ndarray, " d_sae"]]:
-    """Return what a feature's row says of its weights alone."""
+def weight_columns(sae: SAE) -> dict[str, Float64[np.ndarray, " d_sae"]]:
+    """Return what the weights alone say of each feature, by column; NaN where there is no number.
+
+    The columns: theta, gain, b_gate, b_mag, decoder_norm, encoder_cosine.
+    """
     none = torch.full((sae.d_sae,), torch.nan)
     found = {"theta": none, "gain": none, "b_gate": none, "b_mag": none}
     match sae:
@@ -180,15 +178,14 @@ def _top_tokens(codes: dict[str, np.ndarray], *, n_vocabulary: int) -> dict[str,
 
 
 def _write_companions(data: Path, d_sae: int) -> int:
-    """Write who fires with whom; return on every how many-th place that was counted."""
+    """Write who fires with whom; return on every how many-th token that was counted."""
     names = ("offsets", "token", "row_offsets", "latent")
     offsets, token, row_offsets, latent = (load_array(data, name) for name in names)
-    per_place = np.diff(row_offsets).astype(float)
-    stride = max(1, int(np.ceil((per_place**2).sum() / COMPANION_STEPS)))
-    looked_at = np.arange(0, len(per_place), stride)
-    fired = np.zeros(d_sae)  # float64, as the loop divides
-    for part in np.array_split(looked_at, max(1, len(looked_at) // 2**16)):
-        fired += np.bincount(_latents_at(row_offsets, latent, part), minlength=d_sae)
+    per_token, fired = np.diff(row_offsets).astype(float), np.diff(offsets).astype(float)
+    stride = max(1, int(np.ceil((per_token**2).sum() / COMPANION_STEPS)))
+    if stride > 1:
+        counted = (token[first:end] % stride == 0 for first, end in pairwise(offsets.tolist()))
+        fired = np.array([np.count_nonzero(each) for each in counted], float)
     who = np.full((d_sae, N_NEIGHBOURS), -1)
     both = np.zeros((d_sae, N_NEIGHBOURS), np.int64)
     arrays = (offsets, token, row_offsets, latent, fired, stride, who, both)
@@ -197,13 +194,6 @@ def _write_companions(data: Path, d_sae: int) -> int:
     allocate(data, "companions", who.shape, np.uint32)[:] = np.where(who < 0, own, who)
     allocate(data, "companion_counts", both.shape, np.uint32)[:] = both
     return stride
-
-
-def _latents_at(row_offsets: np.ndarray, latent: np.ndarray, places: np.ndarray) -> np.ndarray:
-    if len(places) > 1 and places[1] == places[0] + 1:
-        return latent[row_offsets[places[0]] : row_offsets[places[-1] + 1]]
-    rows = [latent[row_offsets[place] : row_offsets[place + 1]] for place in places.tolist()]
-    return np.concatenate(rows) if rows else latent[:0]
 
 
 @torch.no_grad()
@@ -238,15 +228,6 @@ def _sample(ids: np.ndarray) -> Int64[Tensor, "rows pos"]:
 def _write_table(path: Path, columns: dict[str, Any]) -> None:
     import pandas as pd
 
-    frame: pd.DataFrame = pd.DataFrame({name: columns[name] for name in COLUMNS})
+    frame = pd.DataFrame({name: columns[name] for name in COLUMNS})
     n_bytes = int(frame.memory_usage(index=False).sum())
     replace_durably(path, lambda to: frame.to_parquet(to, index=False), n_bytes=n_bytes)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value)
-
-    def write(to: Path) -> None:
-        to.write_text(text, encoding="utf-8")
-
-    replace_durably(path, write, n_bytes=len(text))

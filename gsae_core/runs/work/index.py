@@ -17,7 +17,7 @@ from gsae_core.runs.run import Run
 from gsae_core.text import Progress
 
 if TYPE_CHECKING:  # the app and the command line read this module without torch
-    from gsae_core.analysis.features.shards import Part
+    from gsae_core.analysis.features.build import Part
     from gsae_core.lm.corpus import Corpus, SequenceSet
 
 IndexSplit = Literal["mixed", "train", "held_out"]
@@ -222,7 +222,7 @@ def _first(sequences: "SequenceSet", split: str, n_tokens: int) -> "Part":
     """Return the sequences up to and including the one in which token `n_tokens` is counted."""
     import numpy as np
 
-    from gsae_core.analysis.features.shards import Part
+    from gsae_core.analysis.features.build import Part
 
     ends = np.cumsum(sequences.counts)
     return Part(split, sequences, min(int(np.searchsorted(ends, n_tokens)) + 1, len(sequences)))

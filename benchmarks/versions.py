@@ -1,0 +1,102 @@
+"""Two versions of the repository against each other: `python -m benchmarks.versions OTHER_CLONE`.
+
+Each benchmark runs in this clone and in the other, turn about, a process each; the ratio of a round
+is this clone's time over the other's, and the median of the rounds is printed with their range.
+Pages are timed by `benchmarks/pages.py`, which needs Chromium.
+
+    --rounds N      rounds that count (7)
+    --only WORD     leave out benchmarks whose name does not hold the word
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parents[1]
+Times = dict[str, float]
+
+
+class Job(NamedTuple):
+    """A benchmark of both clones."""
+
+    words: tuple[str, ...]
+    read: Callable[[str], Times]
+    """What it printed -> the time of each row."""
+
+
+def rows_of(printed: str) -> Times:
+    """Return the milliseconds of each row of a table in JSON."""
+    return {row["name"]: row["ms"] for row in json.loads(printed)["rows"]}
+
+
+def budgets_of(printed: str) -> Times:
+    """Return what `benchmarks/pages.py` measured, in the units of each."""
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return {row["name"]: row["measured"] for row in rows}
+
+
+def bench(*words: str) -> Job:
+    """Return a benchmark of `python -m gsae_core bench`, by its own ways alone."""
+    return Job(("-m", "gsae_core", "bench", *words, "--json", "--rounds", "1"), rows_of)
+
+
+JOBS = {
+    "step": bench("step", "--no-peers", "--brief", "--batch", "2048", "--d-sae", "8192"),
+    "harvest": bench("harvest"),
+    "train": bench("train", "--no-peers", "--tokens", "131072", "--width", "2048", "--saes", "4"),
+    "index": bench("index", "--no-peers", "--tokens", "32768", "--width", "8192"),
+    "pages": Job(("benchmarks/pages.py", "--rounds", "1", "--only", "switch"), budgets_of),
+}
+
+
+def measure(clone: Path, job: Job) -> Times:
+    """Return the times of one run in one clone."""
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(
+        [sys.executable, *job.words],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return job.read(done.stdout)
+
+
+def compare(other: Path, job: Job, rounds: int) -> dict[str, list[float]]:
+    """Return the ratios of each row that both clones have, a round each; the first is left out."""
+    ratios: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):
+        order = (HERE, other) if turn % 2 else (other, HERE)
+        found = {clone: measure(clone, job) for clone in order}
+        if turn:
+            for name in found[HERE].keys() & found[other].keys():
+                ratios.setdefault(name, []).append(found[HERE][name] / found[other][name])
+    return ratios
+
+
+def main() -> None:
+    """Print the ratios of each benchmark as they are found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("other", type=Path, help="folder of the other clone")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    for name, job in JOBS.items():
+        if asked.only in name:
+            for row, ratios in sorted(compare(asked.other.resolve(), job, asked.rounds).items()):
+                print(
+                    f"{name:8} {row:56} {median(ratios):.3f}  "
+                    f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
