@@ -21,7 +21,7 @@ MOST_SHOWN = 20  # of the runs, the newest
 frame = shell.page(
     "Home",
     icon="🏠",
-    purpose="Train Gated Sparse Autoencoders beside a ReLU baseline; see what the gate changes.",
+    purpose="Train Gated sparse autoencoders and ReLU baselines, and compare them.",
 )
 
 
@@ -50,7 +50,7 @@ def actions() -> None:
             if st.button("Choose settings", icon=icon, key="home.choose", width="stretch"):
                 shell.go("pages/1_Train.py", frame.run)
     with cells[1]:
-        heading("Open from the Hub", "SAEs that others trained and published, to look inside.")
+        heading("Open from the Hub", "Published SAEs, to download and explore.")
         icon = ":material/cloud_download:"
         if st.button("Find SAEs", icon=icon, key="home.hub", width="stretch"):
             shell.go("pages/8_Hub.py", frame.run)
@@ -66,7 +66,7 @@ def results(finished: list[Run]) -> None:
         newest = f"{own[0].id} is the newest result: {many} SAE{'s' * (many != 1)}"
         heading("Explore", f"{newest}{'; ' * bool(worse(own[0]))}{worse(own[0])}.")
     else:
-        heading("Explore", "A finished Gated SAE beside its baseline, and what the words mean.")
+        heading("Explore", "A finished Gated SAE and its baseline, and what the terms mean.")
     with st.container(gap="small"):
         icon = ":material/balance:"
         if own and st.button("Latest results", icon=icon, key="home.results", width="stretch"):
@@ -77,7 +77,7 @@ def results(finished: list[Run]) -> None:
             icon=":material/search:",
             key="home.example",
             width="stretch",
-            help="Its features, over text of the bundled model; opens at once, and is only read.",
+            help="Its features on text of the bundled model; opens at once, read-only.",
         ):
             chosen = {"sae": SHOWN_SAE, "feature": str(SHOWN_FEATURE)}
             shell.go("pages/5_Features.py", shipped, **chosen)
@@ -194,7 +194,7 @@ def this_machine() -> None:
     """Draw what there is to train on."""
     here = machine(shell.runs_root())
     st.subheader("This machine", anchor=False)
-    device = here.gpus[0] if here.gpus else "none found: training runs on the processor"
+    device = here.gpus[0] if here.gpus else "none found: training runs on the CPU"
     facts_in_line(
         {
             "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",

@@ -70,6 +70,11 @@ def is_worse_than_mean(fvu: float | int | None) -> bool:
     return fvu is not None and fvu > 1
 
 
+def explained_variance(fvu: float | int | None) -> float | None:
+    """Return 1 - FVU; None without one."""
+    return None if fvu is None else 1 - fvu
+
+
 def marked_fvu(fvu: float | int | None, digits: int = 3) -> str:
     """Return an FVU with so many decimals, behind `WORSE` where it is above 1."""
     return f"{WORSE} {fixed(fvu, digits)}" if is_worse_than_mean(fvu) else fixed(fvu, digits)

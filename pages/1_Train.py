@@ -1,4 +1,4 @@
-"""Train: choose a model, a place in it and a sweep; see what it takes; start it."""
+"""Train: choose a model, a hook point and a sweep; see what it takes; start it."""
 
 import secrets
 from pathlib import Path
@@ -66,7 +66,7 @@ asked = {name: st.query_params.get_all(name) for name in st.query_params} if arr
 frame = shell.page(
     "Train",
     icon="🏋️",
-    purpose="One pass over the language model trains every λ, all on the same activations.",
+    purpose="Train a sweep of SAEs on the activations of one hook point.",
 )
 
 
@@ -76,18 +76,18 @@ def choose_base() -> Base:
     runs = {run.id: run for run in frame.runs}
     with two:
         chosen = st.selectbox(
-            "Or repeat a run",
+            "Or settings of a run",
             list(runs),
             index=None,
             key="from",
             bind="query-params",
             placeholder="none" if runs else "no runs yet",
             disabled=not runs,
-            help="Fills in everything that run was made with; change what you like.",
+            help="Fills in the settings of that run.",
         )
     with one:
         name = st.selectbox(
-            "Start from a set-up",
+            "Preset",
             list(presets()),
             key="preset",
             bind="query-params",
@@ -98,7 +98,7 @@ def choose_base() -> Base:
         plain(f"{presets()[name].description}.", size=".875rem")
     else:
         base = Base(runs[chosen].config, run=runs[chosen].folder / "config.json")
-        plain(f"The settings of {chosen}; a run that differs in nothing finds the same numbers.")
+        plain(f"The settings of {chosen}. Unchanged, they give the same results.")
     if unknown := [run for run in asked.get("from", []) if run not in runs]:
         notice(f"Run {unknown[0][:80]} is not on this machine; showing {name}.", kind="warning")
     if state.get("train.filled") != base.id or "from" in asked:
@@ -131,7 +131,7 @@ def preview(config: RunConfig) -> None:
         passes = config.train.n_tokens / max(found.n_tokens * (1 - config.data.held_out), 1)
         said.append(f"about {count(found.n_tokens)} in all, so {passes:.2g} passes over the text")
     else:
-        said.append("how many there are in all is known when it has been read")
+        said.append("total not known until all of it is read")
     st.caption(" · ".join(said))
 
 
@@ -193,17 +193,17 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     if runs:
         others = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
         which = f"{'run' if len(runs) == 1 else 'runs'} {', '.join(runs[:3])}{others}"
-        plain(f"L0 as in {which} at this place, interpolated over λ.", size=".875rem")
+        plain(f"L0 as in {which} at this hook point, interpolated over λ.", size=".875rem")
     for one in flight.bars:
         bar(one)
     n_steps, batch = config.train.n_steps, config.train.batch_size
     rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {len(config.saes)} SAEs at once"}
     rows |= schedule_rows(config.train)
     if flight.seconds is None:
-        rows["Memory and time"] = "known once the model is here; the run checks before it trains"
+        rows["Memory and time"] = "known once the model is downloaded; checked before training"
     else:
         source = (
-            "a rough guess: nothing was trained here yet"
+            "a rough estimate: no run was trained here yet"
             if now.source is None
             else f"at the speed of {now.source}"
         )
@@ -293,11 +293,11 @@ with left:
     base = choose_base()
     given = shown(base.config)
     with st.container(border=True):
-        st.markdown("**1 · Where to read**")
+        st.markdown("**1 · Model and hook point**")
         about = where(base, given)
     given = shown(at_place(base, state["layer"], state["site"]).config)
     with st.container(border=True):
-        st.markdown("**2 · What to train**")
+        st.markdown("**2 · SAEs**")
         what(given, about)
     with st.container(border=True):
         st.markdown("**3 · Data and budget**")
@@ -312,7 +312,7 @@ with left:
     for sentence in corrected(asked, values):
         plain(sentence, size=".875rem")
 with right, st.container(border=True):
-    st.subheader("Before it starts", anchor=False)
+    st.subheader("Check before training", anchor=False)
     try:
         flags = to_flags(values, base)
         config = run_config(flags)

@@ -8,7 +8,7 @@ from gsae_core.app import shell
 from gsae_core.app.controls import controls
 from gsae_core.app.glossary import definition
 from gsae_core.app.live_view import (
-    STAGES,
+    CANCEL_STAGES,
     draw_log,
     draw_numbers,
     draw_progress,
@@ -16,7 +16,7 @@ from gsae_core.app.live_view import (
     draw_timeline,
     draw_trouble,
     explain_numbers,
-    newest_numbers,
+    latest_values,
 )
 from gsae_core.app.parts import figure_tools, line_legend, notice, plain, say_worse, state_badge
 from gsae_core.app.shell import escalate
@@ -50,13 +50,13 @@ LOSS_PARTS = {
 X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
 LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
-LEAVES_SUCH = "A power cut or a full disk leaves such: make sure that there is room."
+DAMAGE_CAUSE = "A power cut or a full disk can cause this; check the free disk space."
 MAX_OVERLAID = 4  # runs beside the page's own: five hues are told apart, and five are read in time
 
 frame = shell.page(
     "Live",
     icon="📈",
-    purpose="A run while it trains. It goes on when this tab is closed; this page finds it again.",
+    purpose="Training curves of a run. Training continues when this tab is closed.",
 )
 run = shell.need_run(frame, "its curves")
 drawn = frame.statuses.get(run.id)
@@ -98,7 +98,7 @@ def header(status: Status, table: pd.DataFrame) -> None:
         tokens = newest[-1]["tokens"] if newest else 0
         draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING)
         if status.state == "cancelling":
-            st.caption(f"The process was {STAGES.get(escalate(run), 'ended')}.")
+            st.caption(f"Cancelling: {CANCEL_STAGES.get(escalate(run), 'ended')}.")
 
 
 def about(name: str) -> str:
@@ -128,7 +128,7 @@ def figures(
         )
         for column in columns
     ]
-    alt = "L0 against FVU of each SAE now, with the path it came by"
+    alt = "L0 against FVU of each SAE now, and its path during training"
     charts.insert(5, (plane(lines, logged, finished=finished), "plane", alt))
     return charts
 
@@ -136,7 +136,7 @@ def figures(
 def draw_newest(lines: tuple[Line, ...], logged: list[Track]) -> None:
     """Draw the last number of each kind, as a table."""
     icon = ":material/table_rows:"
-    table = st.expander("The newest numbers", icon=icon, key="live.newest", on_change="rerun")
+    table = st.expander("Latest values", icon=icon, key="live.newest", on_change="rerun")
     if not table.open:
         return  # a tenth of a tick
     newest = {
@@ -144,8 +144,8 @@ def draw_newest(lines: tuple[Line, ...], logged: list[Track]) -> None:
         for line, part in zip(lines, logged, strict=True)
         if part
     }
-    numbers = newest_numbers(newest)
-    table.dataframe(numbers, hide_index=True, alt="Newest numbers of each SAE")
+    numbers = latest_values(newest)
+    table.dataframe(numbers, hide_index=True, alt="Latest values of each SAE")
 
 
 def view(was: Status) -> None:
@@ -172,7 +172,7 @@ def view(was: Status) -> None:
     said = [left_out(n, name) for name, n in damaged.items() if n]
     if said:
         left = "; ".join(said)
-        notice(f"{left}. {LEAVES_SUCH}", kind="warning")
+        notice(f"{left}. {DAMAGE_CAUSE}", kind="warning")
     finished = [name for name, state in states.items() if state == "finished"]
     chosen = st.session_state.get("saes")
     runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
@@ -193,10 +193,7 @@ def view(was: Status) -> None:
     with place:
         if not charts:
             with st.container(border=True):
-                st.caption(
-                    "The first numbers appear after the model is loaded and the first steps are "
-                    "done."
-                )
+                st.caption("Values appear once the model is loaded and the first steps are done.")
             return
         line_legend(lines)
         say_worse(
@@ -277,13 +274,13 @@ with options:
     )
     st.multiselect("SAEs", names, key="saes", placeholder="all", bind="query-params")
     st.multiselect(
-        "Lay other runs over it",
+        "Overlay runs",
         others,
         key="overlay",
         placeholder="none",
         bind="query-params",
         max_selections=MAX_OVERLAID,
-        help="Hue tells the run then; dash and marker still tell the architecture.",
+        help="Colour then shows the run; dash and marker still show the architecture.",
     )
     st.toggle("Pause", key="live.pause", help="Stop refreshing; training goes on.")
 shown = [run, *(other for other in frame.runs if other.id in st.session_state["overlay"])]

@@ -1,4 +1,4 @@
-"""Pareto: what each SAE costs in active features and what it keeps of the language model."""
+"""Pareto: active features and fidelity to the language model of each SAE."""
 
 import pandas as pd
 import streamlit as st
@@ -37,7 +37,7 @@ MAX_OTHERS = len(RUN_LOOKS) - 2  # beside the run of the sidebar and a baseline
 frame = shell.page(
     "Pareto",
     icon="⚖️",
-    purpose="How much of the language model survives, for how many active features per token.",
+    purpose="Fidelity to the language model against active features per token, for every SAE.",
 )
 run = shell.need_run(frame, "its trade-off curves")
 shell.need_evals(run)
@@ -72,7 +72,7 @@ def choose_axes() -> tuple[Measure, Measure, bool]:
 
 def choose_company() -> tuple[list[str], str | None, str | None]:
     """Draw the choice of further runs, of a baseline run and of the paper's; return all three."""
-    correct("runs", others, what="other run with results on this machine", shown="those that are")
+    correct("runs", others, what="other run with results on this machine", shown="the others")
     correct("base", list(by_id), what="run with results on this machine", shown="no baseline")
     correct("paper", list(PLACES), what="site in the paper's tables", shown="none")
     first, second, third = st.columns(3)
@@ -84,7 +84,7 @@ def choose_company() -> tuple[list[str], str | None, str | None]:
         max_selections=MAX_OTHERS,
         placeholder="none" if others else "no other run has results yet",
         disabled=not others,
-        help="Hue and shape tell the architecture; fill, size and dash tell the run.",
+        help="Colour and shape show the architecture; fill, size and dash show the run.",
     )
     base = second.selectbox(
         "Baseline run",
@@ -93,8 +93,8 @@ def choose_company() -> tuple[list[str], str | None, str | None]:
         key="base",
         bind="query-params",
         placeholder="none",
-        help="Adds columns of differences: each SAE is held against the baseline run's SAE of the "
-        "same architecture and λ.",
+        help="Adds columns of differences: each SAE minus the baseline run's SAE of the same "
+        "architecture and λ.",
     )
     paper = third.selectbox(
         "Published results",
@@ -103,7 +103,7 @@ def choose_company() -> tuple[list[str], str | None, str | None]:
         key="paper",
         bind="query-params",
         placeholder="none",
-        help="The runs of the paper's tables at one site (model, site, block), faint behind yours.",
+        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
     )
     return more, base, paper
 
@@ -127,12 +127,12 @@ def headline(evals: pd.DataFrame) -> None:
             rows = evals.query("run == @other").to_dict("records")
             plain(f"{other}: {matched_ratio(rows).sentence}.", size=".9rem")
         if matched.pairs:
-            with st.expander("The interpolation"):
+            with st.expander("Interpolation"):
                 interpolation()
 
 
 def how_measured(evals: pd.DataFrame) -> None:
-    """Say which runs' losses do not compare with the others', and how to mend it."""
+    """Say which runs' losses are not comparable with the others', and how to measure again."""
     rows = {row["run"]: row for row in evals.to_dict("records")}
     for name, row in rows.items():
         if measured_earlier(row):
@@ -166,8 +166,8 @@ def interpolation() -> None:
         alt="Levels of loss recovered, L0 of both frontiers there, and their ratio",
     )
     st.caption(
-        "One line per SAE on a frontier whose height the other frontier reaches; log L0 is taken "
-        "linear in loss recovered between SAEs next to each other. Dotted in the plot."
+        "One row per frontier SAE whose loss recovered the other frontier reaches; log L0 is "
+        "interpolated linearly in loss recovered between neighbouring SAEs. Dotted in the plot."
     )
 
 
@@ -213,7 +213,7 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
     missing = len(evals) - len(placed(evals, x, y, log_x=log_x))
     if missing:
         st.caption(
-            f"{missing} of {len(evals)} SAEs have no place here: not measured, or not above "
+            f"{missing} of {len(evals)} SAEs are not shown: not measured, or not above "
             "0 on the logarithmic axis."
         )
     if place is not None and (x, y) != ("l0", "loss_recovered"):
@@ -222,8 +222,8 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
         st.caption(
             f"Faint: {len(published(place))} runs of {place.model}, {place.site} of block "
             f"{place.layer}, as printed in {published_source(place)}; "
-            f"{published_ratio(place).sentence}. Another language model's: read the distance "
-            "between its two curves, not their height."
+            f"{published_ratio(place).sentence}. Another language model: compare the distance "
+            "between the two curves, not their height."
         )
 
 
@@ -255,9 +255,9 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     figure_tools(evals, name="evaluations")
     first = evals.iloc[0]
     st.caption(
-        f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. The language "
-        f"model alone loses {fixed(first['ce_clean'], 4)} nats per token, and with the site set to "
-        f"zero {fixed(first['ce_zero'], 4)} ({averaged(first.to_dict())}; "
+        f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. Cross-"
+        f"entropy of the language model: {fixed(first['ce_clean'], 4)} nats per token unchanged, "
+        f"{fixed(first['ce_zero'], 4)} with zero ablation ({averaged(first.to_dict())}; "
         f"{positions(first.to_dict())})."
     )
 

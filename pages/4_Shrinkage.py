@@ -1,4 +1,4 @@
-"""Shrinkage: how much too short reconstructions are, for the SAE and for each feature."""
+"""Shrinkage: how much too short reconstructions are, per SAE and per feature."""
 
 import pandas as pd
 import streamlit as st
@@ -56,7 +56,7 @@ PLACES = {place.label: place for place in published_places()}
 frame = shell.page(
     "Shrinkage",
     icon="📏",
-    purpose="Whether reconstructions are as long as they should be: γ is 1, or less if shrunk.",
+    purpose="Relative reconstruction bias γ: 1 is unbiased, below 1 reconstructions are too short.",
 )
 run = shell.need_run(frame, "γ and its histograms")
 shell.need_evals(run)
@@ -118,7 +118,7 @@ def over_the_sweep() -> None:
         key="paper",
         bind="query-params",
         placeholder="none",
-        help="The runs of the paper's tables at one site (model, site, block), faint behind yours.",
+        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
     )
     place = PLACES.get(paper or "")
     st.plotly_chart(
@@ -132,7 +132,7 @@ def over_the_sweep() -> None:
     if place is not None:
         st.caption(
             f"Faint: {place.model}, {place.site} of block {place.layer}, as printed in "
-            f"{published_source(place)}; rows with an L0 of 0 or below have no place."
+            f"{published_source(place)}; rows with an L0 of 0 or below are not shown."
         )
 
 

@@ -1,4 +1,4 @@
-"""Prompt: one text through an SAE, token by token, and through another beside it."""
+"""Prompt: one text through an SAE, token by token, and through a second one."""
 
 import pandas as pd
 import streamlit as st
@@ -31,8 +31,8 @@ cache.import_ahead()
 frame = shell.page(
     "Prompt",
     icon="💬",
-    purpose="Which features fire on each token of your text, how strongly, and what they do to "
-    "the next.",
+    purpose="Which features fire on each token of your text, how strongly, and their effect on "
+    "the next token.",
 )
 
 
@@ -92,7 +92,7 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
             range(len(offered)),
             format_func=lambda i: prompt_view.label_of(offered[i]),
             key=key_for("prompt.target", seen.key, position),
-            help="Attribution is to the logit of this token, coming next after the chosen one.",
+            help="Attribution is to the logit of this token after the chosen position.",
         )
     with three:
         correct("by", list(MEASURES), what="measure of the strip", shown="active features")
@@ -107,7 +107,7 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
     tables = attributed(chosen, seen, position=position, token=offered[target].id)
     with strip:
         token_picker(
-            cells(seen, tables, measure),
+            cells(chosen, seen, tables, measure),
             picked=position,
             two=chosen.other is not None,
             pick=pick_token,
@@ -131,7 +131,7 @@ def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, ta
         plain(f"token {position}, ‘{token}’", size=".9rem")
         settle("sort", SORTS, key="prompt.sort", default="activation", what="order")
         sort = st.segmented_control(
-            "Strongest first by",
+            "Sort by",
             list(SORTS),
             default="activation",
             required=True,
@@ -141,9 +141,9 @@ def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, ta
         write({"sort": sort if sort != "activation" else None})
         features(chosen, seen, table, position, sort, target)
     with right:
-        st.subheader("Beside the other SAE", anchor=False)
+        st.subheader("Compare with", anchor=False)
         if chosen.other is None:
-            st.caption("Choose a second SAE above to see what both see, and what only one does.")
+            st.caption("Choose a second SAE above to see which features both share.")
         else:
             plain(f"token {position}, ‘{token}’", size=".9rem")
             prompt_view.alignment_view(seen, chosen, position=position)
@@ -168,7 +168,7 @@ def features(
     with st.container(horizontal=True):
         if st.button("Open in Features", icon=":material/search:", key="prompt.to_features"):
             shell.go("pages/5_Features.py", chosen.run, sae=chosen.name, feature=str(latent))
-        if st.button("Steer with it", icon=":material/alt_route:", key="prompt.to_steer"):
+        if st.button("Steer this feature", icon=":material/alt_route:", key="prompt.to_steer"):
             shell.go("pages/7_Steer.py", chosen.run, sae=chosen.name, f=str(latent))
 
 

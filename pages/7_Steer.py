@@ -1,4 +1,4 @@
-"""Steer: turn up to three features up or off, and read how the model goes on."""
+"""Steer: add to, clamp or ablate up to three features, and read what the model writes."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ from gsae_core.app.pickers import (
     stop_with,
     text_field,
 )
-from gsae_core.app.steer_view import BASELINE, DEFAULT, STEERED, Job, Push, Settings
+from gsae_core.app.steer_view import MATCHED, STEERED, UNSTEERED, Generation, Push, Settings
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS
 
@@ -32,8 +32,7 @@ cache.import_ahead()
 frame = shell.page(
     "Steer",
     icon="🎚️",
-    purpose="Add to, clamp or ablate features while the model writes, beside what it writes by "
-    "itself.",
+    purpose="Add to, clamp or ablate features while the model writes, next to its unsteered text.",
 )
 
 
@@ -49,17 +48,17 @@ def choose_saes() -> tuple[str, str | None, str]:
 def choose_features(name: str, text: str) -> tuple[Push, ...]:
     """Draw a row for each feature that is steered, and one more."""
     d_sae = cache.sae(run, name).d_sae
-    with st.spinner("Measuring how strongly features fire", show_time=True):
+    with st.spinner("Measuring the scale of each feature", show_time=True):
         scales, why = steer_view.scales_or_prompt(run, name, text)
     if why is not None:
-        plain(f"Units are of this prompt alone: the run's held-out text cannot be read ({why}).")
+        plain(f"Scales are of this prompt alone: the run's held-out text cannot be read ({why}).")
     pushes: list[Push] = []
     for row in ROWS:
         push = feature_row(row, d_sae, scales)
         if push is None:
             break
         if push.latent in [each.latent for each in pushes]:
-            plain(f"Feature {push.latent} is there already; it is steered once.", size=".9rem")
+            plain(f"Feature {push.latent} is listed already; it is steered once.", size=".9rem")
             break
         pushes.append(push)
     if not pushes:
@@ -119,20 +118,20 @@ def suggestions(name: str, text: str) -> None:
     """Offer features that fire on the prompt."""
     found = steer_view.active_features(run, name, text)
     if not found:
-        st.caption("No feature fires on this prompt; give a feature's number.")
+        st.caption("No feature fires on this prompt; enter a feature's number.")
         return
-    st.caption("Give a feature's number, or take one that fires on the prompt; then it is steered.")
+    st.caption("Choose a feature to steer.")
     labels = {
         f"feature {latent} · {units:.2f} × its scale on {quoted(token)}": latent
         for latent, units, token in found
     }
     key = key_for("steer.suggested", run.id, name, text)
     st.selectbox(
-        "Or one that fires on the prompt",
+        "Features that fire on the prompt",
         list(labels),
         index=None,
         key=key,
-        placeholder="strongest for its own scale first",
+        placeholder="strongest relative to its scale first",
         on_change=lambda: take(labels, st.session_state[key]),
     )
 
@@ -163,8 +162,8 @@ def choose_sampling() -> tuple[int, float, int, bool]:
             step=0.1,
             key="temp",
             bind="query-params",
-            help="0 always takes the likeliest token. Default and steered share their random "
-            "numbers: they differ only where the predictions do.",
+            help="0 always takes the likeliest token. Unsteered and steered text share their "
+            "random numbers: they differ only where the predictions do.",
         )
     with three:
         correct_number("len", 10, 200, what="length", shown="60")
@@ -175,93 +174,93 @@ def choose_sampling() -> tuple[int, float, int, bool]:
             value=True,
             key="err",
             bind="query-params",
-            help="On: x + (f' - f) W_dec, what the SAE fails to reconstruct stays. Off: the model "
-            "reads the reconstruction of f'.",
+            help="On: x + (f' - f) W_dec, the reconstruction error is kept. Off: the model reads "
+            "the reconstruction of f'.",
         )
     return int(length), float(temperature), int(seed), bool(keep)
 
 
-def the_job(settings: Settings) -> Job:
-    """Return the job of these settings: the session's, or a new one."""
-    job = st.session_state.get("steer.job")
-    if job is None or job.settings != settings:
+def generation_of(settings: Settings) -> Generation:
+    """Return the generation of these settings: the session's, or a new one."""
+    generation = st.session_state.get("steer.generation")
+    if generation is None or generation.settings != settings:
         with st.spinner("Two passes over the prompt", show_time=True):
-            job = steer_view.start(run, settings)
-        st.session_state["steer.job"] = job
-    return job
+            generation = steer_view.start(run, settings)
+        st.session_state["steer.generation"] = generation
+    return generation
 
 
-def stop(job: Job, *, stopped: bool) -> None:
+def stop(generation: Generation, *, stopped: bool) -> None:
     """Stop a continuation, or let it go on."""
-    job.stopped = stopped
+    generation.stopped = stopped
 
 
-def titles(job: Job) -> dict[str, str]:
+def titles(generation: Generation) -> dict[str, str]:
     """Return the heading of each column."""
-    kind = LOOKS[architecture(run, job.settings.name)].label
-    found = {DEFAULT: "Default", STEERED: f"Steered · {kind} {job.settings.name}"}
-    if job.settings.other is not None:
-        kind = LOOKS[architecture(run, job.settings.other)].label
-        found[BASELINE] = f"Matched · {kind} {job.settings.other}"
+    kind = LOOKS[architecture(run, generation.settings.name)].label
+    found = {UNSTEERED: "Unsteered", STEERED: f"Steered · {kind} {generation.settings.name}"}
+    if generation.settings.other is not None:
+        kind = LOOKS[architecture(run, generation.settings.other)].label
+        found[MATCHED] = f"Matched · {kind} {generation.settings.other}"
     return found
 
 
-def results(job: Job) -> None:
+def results(generation: Generation) -> None:
     """Draw the continuations as they grow, then how predictions shift."""
-    named = titles(job)
-    st.subheader("How it goes on", anchor=False)
-    steer_view.say_matches(job)
+    named = titles(generation)
+    st.subheader("Continuations", anchor=False)
+    steer_view.say_matches(generation)
     buttons = st.empty()
     with stacking("steer.texts", least=18):
-        spots = st.columns(len(job.tokens))
+        spots = st.columns(len(generation.tokens))
     bodies = {}
-    for spot, kind in zip(spots, job.tokens, strict=True):
+    for spot, kind in zip(spots, generation.tokens, strict=True):
         with spot:
             steer_view.heading(kind, named[kind])
             bodies[kind] = st.empty()
-    draw(job, bodies)
-    if job.stream is not None and not job.stopped:
-        # Streamlit's own Stop, at the top, ends this run of the page and not the job.
+    draw(generation, bodies)
+    if generation.stream is not None and not generation.stopped:
+        # Streamlit's own Stop, at the top, ends this run of the page and not the generation.
         buttons.button(
-            "Stop writing",
+            "Stop generating",
             icon=":material/stop_circle:",
             key="steer.stop",
             on_click=stop,
-            args=(job,),
+            args=(generation,),
             kwargs={"stopped": True},
         )
-        grow(job, bodies)
-    if job.stopped and job.stream is not None:
+        grow(generation, bodies)
+    if generation.stopped and generation.stream is not None:
         buttons.button(
-            "Go on",
+            "Continue",
             icon=":material/play_arrow:",
             key="steer.go_on",
             on_click=stop,
-            args=(job,),
+            args=(generation,),
             kwargs={"stopped": False},
         )
     else:
         buttons.empty()
-    draw(job, bodies)
-    steer_view.say_end(run, job)
-    st.subheader("The next token", anchor=False)
+    draw(generation, bodies)
+    steer_view.say_end(generation)
+    st.subheader("Next token", anchor=False)
     with stacking("steer.shifts", least=24):
-        steer_view.shift_columns(st.columns(max(len(job.shifts), 2)), job, named)
+        steer_view.shift_columns(st.columns(max(len(generation.shifts), 2)), generation, named)
 
 
-def grow(job: Job, bodies: dict[str, Any]) -> None:
+def grow(generation: Generation, bodies: dict[str, Any]) -> None:
     """Let the continuations grow to their end, showing them on the way."""
     drawn = time.monotonic()
-    while steer_view.advance(run, job):
+    while steer_view.advance(run, generation):
         if time.monotonic() - drawn > EVERY:
-            draw(job, bodies)  # where a press of Stop ends this run of the page
+            draw(generation, bodies)  # where a press of Stop ends this run of the page
             drawn = time.monotonic()
 
 
-def draw(job: Job, bodies: dict[str, Any]) -> None:
+def draw(generation: Generation, bodies: dict[str, Any]) -> None:
     """Draw every continuation as far as it is."""
     for kind, body in bodies.items():
-        body.html(steer_view.continuation(run, job, kind))
+        body.html(steer_view.continuation(run, generation, kind))
 
 
 run, names = need_saes(frame, "steered continuations")
@@ -272,8 +271,10 @@ try:
     if not pushes:
         st.stop()
     weights = cache.identity(run, [name, *([other] if other else [])])
-    job = the_job(Settings(weights, name, other, text, pushes, keep, length, temperature, seed))
-    results(job)
+    generation = generation_of(
+        Settings(weights, name, other, text, pushes, keep, length, temperature, seed)
+    )
+    results(generation)
 except InputError as error:
     stop_with(error)
 with st.container(horizontal=True):

@@ -56,7 +56,7 @@ def test_a_link_opens_both_cards_and_the_difference(root: Path) -> None:
     assert not at.exception
     said = text(at)
     assert "ReLU baseline, λ 0.4, 768 features" in said
-    assert "From 1, done/relu-0.4, to 2, done/gated-0.4" in said
+    assert "Change from 1, done/relu-0.4, to 2, done/gated-0.4" in said
 
 
 def test_every_number_of_a_card_has_its_definition(root: Path) -> None:
@@ -210,7 +210,7 @@ def test_fewer_held_out_tokens_than_asked_for_are_said_where_they_were_measured(
     assert not at.exception
     said = text(at).replace("\\", "")  # Markdown's
     amount = f"4,335 held-out tokens of 50,000 asked for: {no_more}"
-    assert f"short: {amount}. The language model alone loses" in said
+    assert f"short: {amount}. Cross-entropy of the language model:" in said
     assert "(mean over 4,318 predictions; zeros at every position" in said
     assert said.count(amount) == 2  # under the table, and on the card
 
@@ -414,7 +414,7 @@ def test_wide_saes_and_rows_without_numbers_are_shown(root: Path, page: str) -> 
     at = opened(page, run="wide", ym="KL")
     assert not at.exception
     if page == PARETO:
-        assert "1 of 2 SAEs have no place here" in text(at)
+        assert "1 of 2 SAEs are not shown" in text(at)
     else:
         assert "16,384 features" in text(at)
 

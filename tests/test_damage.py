@@ -321,12 +321,12 @@ def test_live_opens_a_run_with_torn_events_and_says_so(ward: Path) -> None:
     at = opened("pages/2_Live.py", run="half-events")
     assert not at.exception, at.exception
     # What was lost may have been the end of any stage.
-    assert "How long each stage took is not known: a part of events.jsonl is lost." in text(at)
+    assert "Stage times are not known: part of events.jsonl is lost." in text(at)
     assert "queued<span" not in text(at)
     assert (
         "1 line of metrics.jsonl cannot be read and is left out; "
         "1 line of events.jsonl cannot be read and is left out. "
-        "A power cut or a full disk leaves such" in text(at)
+        "A power cut or a full disk can cause this" in text(at)
     )
 
 

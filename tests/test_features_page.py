@@ -58,7 +58,7 @@ def test_a_run_without_finished_saes_says_how_far_it_is(root: Path) -> None:
 
 def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
     make_run(root)
-    assert "This run has no SAEs to look through" in shown(opened(PAGE, run="done"))
+    assert "This run has no SAE weights" in shown(opened(PAGE, run="done"))
 
 
 def test_a_feature_shows_its_numbers_words_and_examples(indexed: Run) -> None:

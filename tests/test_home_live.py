@@ -54,7 +54,7 @@ def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int
     at.run()
     (said,) = bars(at)
     assert said == (
-        "evaluating: 1,024 of 4,335 held-out tokens; 131,072 were asked for, and there are no more"
+        "evaluating: 1,024 of 4,335 held-out tokens; 131,072 were requested, the text has no more"
     )
 
 
@@ -67,7 +67,7 @@ def test_a_waiting_run_says_its_place_in_line(root: Path, worker: int) -> None:
         ticket = {"run": name, "pid": worker, "started": started}
         (tickets / f"{n}-{name}.json").write_text(json.dumps(ticket))
     at = opened(LIVE)
-    assert bars(at) == ["waits until its device is free; number 2 in line"]
+    assert bars(at) == ["waits until its device is free; position 2 in the queue"]
     assert "1 queued" in text(at)
     assert at.button(key="live.cancel")
 
@@ -246,7 +246,7 @@ def test_a_run_that_ended_before_this_visit_is_not_news(root: Path) -> None:
 def test_a_visit_that_finds_a_run_at_work_says_so_until_it_ends(root: Path, worker: int) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     at = opened(LIVE)
-    assert "Reconnected to moving: training goes on whether this page is open" in text(at)
+    assert "Reconnected to moving: training continues whether this page is open" in text(at)
     write_status(run.folder, read_status(run.folder)._replace(state="finished"))
     at.run()
     assert "Reconnected" not in text(at)
@@ -259,7 +259,7 @@ def test_a_server_that_was_started_again_says_so_on_the_first_page(
     write_run(root, "moving", "running", share=0.5, pid=worker)
     monkeypatch.setattr(shell, "server_started", lambda: time.time() + 60)
     at = opened(page)
-    said = "Reconnected to moving: training went on while the app was started again."
+    said = "Reconnected to moving: training continued while the app restarted."
     assert said in text(at)
     at.run()
     assert said in text(at)

@@ -82,7 +82,7 @@ def test_an_empty_machine_shows_the_catalogue_and_says_what_is_missing(root: Pat
     at = opened(HUB)
     assert not at.exception
     assert f"{len(releases())} of {len(releases())} releases" in text(at)
-    assert "Nothing is here yet. What is downloaded or trained appears here." in text(at)
+    assert "No runs yet. Downloaded and trained runs appear here." in text(at)
     assert "Choose a run in the sidebar" in text(at)
 
 
@@ -93,7 +93,7 @@ def test_offline_is_one_sentence_and_the_rest_works(
     write_run(root, "done")
     at = opened(HUB, repo="ada/saes")
     assert not at.exception
-    assert "HF_HUB_OFFLINE is set, so nothing is fetched or sent" in text(at)
+    assert "HF_HUB_OFFLINE is set: nothing is downloaded or uploaded" in text(at)
     assert "Nothing can be listed" in text(at)
     assert {"hub.export", "hub.push"} <= keys(at)
 
@@ -119,7 +119,7 @@ def test_a_repository_in_the_address_that_is_none_is_a_sentence(
 def test_a_repository_without_saes_says_how_to_name_a_file(root: Path, hub: Hub) -> None:
     hub.add("ada/lm", {"model.safetensors": b"w" * 100})
     said = text(opened(HUB, repo="ada/lm"))
-    assert "None of its files lies as a library lays out SAEs" in said
+    assert "None of its files has the layout of a known SAE library" in said
 
 
 def test_the_page_loads_no_torch() -> None:
@@ -216,7 +216,7 @@ def test_what_does_not_fit_on_the_disk_cannot_be_started(
     monkeypatch.setattr(hub_find, "free_bytes", lambda path: 6000)
     at = opened(HUB, repo="ada/saes")
     assert at.button(key="hub.download").disabled
-    assert "It takes about 10.2 kB while it is opened, and 6.0 kB are free" in text(at)
+    assert "Opening it takes about 10.2 kB of disk; 6.0 kB are free" in text(at)
 
 
 def test_files_of_hostile_names_are_shown_as_they_stand(root: Path, hub: Hub) -> None:
@@ -298,7 +298,7 @@ def test_what_stopped_can_go_on_or_be_put_away(
 def test_a_process_that_is_gone_is_said_to_be(root: Path, hub: Hub) -> None:
     transfer = pull(root, hub)
     stands(transfer, "running", pid=2**22 - 1, process_started=time.time())
-    assert "Its process is gone without a word" in text(opened(HUB))
+    assert "Its process ended without an error message" in text(opened(HUB))
 
 
 def test_a_finished_download_opens_its_run(root: Path, hub: Hub) -> None:
@@ -345,7 +345,7 @@ def test_without_a_token_nothing_is_sent_and_no_field_asks_for_one(
 def test_an_unfinished_run_is_neither_sent_nor_exported(root: Path) -> None:
     write_run(root, "half", "cancelled", share=0.5)
     at = opened(HUB)
-    assert "half is cancelled: only finished SAEs leave this machine" in text(at)
+    assert "half is cancelled: only finished SAEs can be exported or sent" in text(at)
     assert not {"hub.export", "hub.push"} & keys(at)
 
 
@@ -454,5 +454,5 @@ def test_what_names_do_not_tell_is_said_to_come_later() -> None:
 
     sae = HubSAE("x.pt", None, (HubFile("x.pt", 10, None, "0" * 40),))
     told = hub_find.compatibility(sae, Facts(None, None, None, None, None))
-    assert told["opens here"] == "unknown: its content tells once it is here"
+    assert told["opens here"] == "not known until downloaded"
     assert told["download"] == "10 bytes in 1 file: x.pt"

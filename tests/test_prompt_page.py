@@ -11,7 +11,7 @@ from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from synthetic import write_run
 
 from gsae_core.app import cache, pickers, prompt_view
-from gsae_core.app.cache import Desk
+from gsae_core.app.cache import ModelLock
 from gsae_core.app.components import read_token_pick
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
@@ -158,13 +158,13 @@ def test_a_long_text_is_cut_and_says_so(run: Run) -> None:
     at = opened(PROMPT, run=run.id)
     field(at).set_value("w1 " * 30).run()
     assert "16 tokens" in text(at)
-    assert "the last 15 had no room and are left out" in text(at)
+    assert "the last 15 do not fit in the context and are left out" in text(at)
 
 
 def test_an_address_carries_500_characters(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text="w1 " * 400)
     assert not at.exception
-    assert "An address carries at most 500 characters" in text(at)
+    assert "An address holds at most 500 characters" in text(at)
     assert len(field(at).value) == 500
 
 
@@ -261,10 +261,10 @@ def test_an_sae_of_another_place_is_named(run: Run) -> None:
 
 
 def test_a_model_that_is_busy_says_so() -> None:
-    desk, entered, leave = Desk(), threading.Event(), threading.Event()
+    lock, entered, leave = ModelLock(), threading.Event(), threading.Event()
 
     def work() -> None:
-        with desk.turn():
+        with lock.held():
             entered.set()
             leave.wait(30)
 
@@ -272,17 +272,17 @@ def test_a_model_that_is_busy_says_so() -> None:
     worker.start()
     entered.wait(30)
     with pytest.raises(InputError, match=r"busy: 1 ahead of you after 0.01 s .*; try again in"):
-        desk.turn(patience=0.01).__enter__()
+        lock.held(patience=0.01).__enter__()
     leave.set()
     worker.join()
-    with desk.turn(patience=0.01):
+    with lock.held(patience=0.01):
         pass  # nobody is in the way any more
 
 
 def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = cache.language_model(run).desk
+    lock = cache.language_model(run).lock
     monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    with desk.turn():
+    with lock.held():
         at = opened(PROMPT, run=run.id, text="w30 w31 w32")
     assert not at.exception
     assert "The language model is busy: 1 ahead of you" in text(at)
@@ -291,7 +291,7 @@ def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.Monk
 def test_a_model_too_large_for_the_memory_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache._language_model.clear()
+    cache.language_model.clear()
     monkeypatch.setattr(cache, "_free", lambda _device: 1000)
     with pytest.raises(InputError, match=r"of memory free for .*; close what else runs, or look"):
         cache.language_model(run)

@@ -12,7 +12,7 @@ from synthetic import write_run
 from gsae_core.analysis import generation
 from gsae_core.analysis.generation import Loop
 from gsae_core.app import steer_view
-from gsae_core.app.steer_view import BASELINE, DEFAULT, STEERED, Job
+from gsae_core.app.steer_view import MATCHED, STEERED, UNSTEERED, Generation
 from gsae_core.files import sha256
 from gsae_core.runs.run import Run
 
@@ -26,8 +26,8 @@ def run(root: Path, finished: Run) -> Run:
     return finished
 
 
-def job(at: Any) -> Job:
-    return at.session_state["steer.job"]
+def job(at: Any) -> Generation:
+    return at.session_state["steer.generation"]
 
 
 def kill_feature(run: Run, name: str, latent: int) -> None:
@@ -42,12 +42,12 @@ def kill_feature(run: Run, name: str, latent: int) -> None:
     (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
 
 
-def test_default_steered_and_the_match_stand_side_by_side(run: Run) -> None:
+def test_unsteered_steered_and_the_match_stand_side_by_side(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", s="3", **PAIR)
     assert not at.exception
     done = job(at)
     assert done.stream is None
-    assert set(done.tokens) == {DEFAULT, STEERED, BASELINE}
+    assert set(done.tokens) == {UNSTEERED, STEERED, MATCHED}
     assert all(tokens for tokens in done.tokens.values())
     said = text(at)
     assert "feature 2 ↔" in said
@@ -57,12 +57,12 @@ def test_default_steered_and_the_match_stand_side_by_side(run: Run) -> None:
     assert set(at.dataframe[0].value.columns) >= {"token", "before", "after", "delta_logit"}
 
 
-def test_strength_zero_writes_what_the_default_writes(run: Run) -> None:
+def test_strength_zero_writes_the_unsteered_text(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", s="0", **PAIR)
     done = job(at)
-    assert done.tokens[STEERED] == done.tokens[DEFAULT] == done.tokens[BASELINE]
+    assert done.tokens[STEERED] == done.tokens[UNSTEERED] == done.tokens[MATCHED]
     assert done.shifts[STEERED].kl == 0
-    assert done.kl == {STEERED: 0, BASELINE: 0}
+    assert done.kl == {STEERED: 0, MATCHED: 0}
     assert set(done.shifts[STEERED].table["change"]) == {0}
 
 
@@ -83,7 +83,7 @@ def test_a_stopped_continuation_stays_and_goes_on(
 
     advance, steps = steer_view.advance, [0]
 
-    def interrupted(run: Run, job: Job) -> bool:
+    def interrupted(run: Run, job: Generation) -> bool:
         steps[0] += 1
         if steps[0] == 4:
             job.stopped = True  # as a press of Stop between two tokens
@@ -95,7 +95,7 @@ def test_a_stopped_continuation_stays_and_goes_on(
     assert not at.exception
     kept = {kind: list(tokens) for kind, tokens in job(at).tokens.items()}
     assert sum(map(len, kept.values())) == 3
-    assert "Stopped; what is there stays." in text(at)
+    assert "Stopped. Continue adds the remaining tokens." in text(at)
     at.button(key="steer.go_on").click().run()
     assert not at.exception
     assert job(at).stream is None
@@ -130,15 +130,15 @@ def test_three_features_are_steered_at_once(run: Run) -> None:
 def test_a_feature_given_twice_is_steered_once(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", f2="2", **PAIR)
     assert not at.exception
-    assert "Feature 2 is there already" in text(at)
+    assert "Feature 2 is listed already" in text(at)
     assert len(job(at).settings.pushes) == 1
 
 
 def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
     at = opened(STEER, run=run.id, **PAIR)
     assert not at.exception
-    assert "steer.job" not in at.session_state
-    offered = labelled(at.selectbox, "Or one that fires on the prompt")
+    assert "steer.generation" not in at.session_state
+    offered = labelled(at.selectbox, "Features that fire on the prompt")
     assert "× its scale on" in offered.options[0]
     offered.set_value(offered.options[0]).run()
     assert not at.exception
@@ -149,7 +149,7 @@ def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
 def test_one_sae_is_steered_alone(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", text=TEXT, sae="relu-0.4", base="none")
     assert not at.exception
-    assert set(job(at).tokens) == {DEFAULT, STEERED}
+    assert set(job(at).tokens) == {UNSTEERED, STEERED}
 
 
 def test_the_error_can_be_left_out(run: Run) -> None:
@@ -176,7 +176,7 @@ def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -
     path.write_text(json.dumps(fields), encoding="utf-8")
     at = opened(STEER, run=run.id, f="2", **PAIR)
     assert not at.exception
-    assert "Units are of this prompt alone" in text(at)
+    assert "Scales are of this prompt alone" in text(at)
     assert "tokens of this prompt" in text(at)
     assert job(at).stream is None
 
@@ -234,9 +234,9 @@ def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(run: Run) -> 
     at = opened(STEER, run=run.id, f="2", **PAIR | {"text": "w1 " * 16})
     assert not at.exception
     assert {kind: len(tokens) for kind, tokens in job(at).tokens.items()} == {
-        DEFAULT: 1,
+        UNSTEERED: 1,
         STEERED: 1,
-        BASELINE: 1,
+        MATCHED: 1,
     }
     assert "where the model's context was full" in text(at)
 
@@ -297,20 +297,24 @@ def test_tokens_that_differ_are_marked_without_colour_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "default", "said"),
+    ("found", "unsteered", "said"),
     [
-        (Loop(1, 20), None, "The last 20 steered tokens repeat the same token: steered too hard"),
+        (
+            Loop(1, 20),
+            None,
+            "20 steered tokens repeat the same token: the steering is too strong",
+        ),
         (Loop(3, 12), None, "repeat the same 3 tokens"),
-        (Loop(2, 12), Loop(2, 14), "the default goes round as well: raise the temperature"),
+        (Loop(2, 12), Loop(2, 14), "the unsteered text repeats itself too: raise the temperature"),
         (None, Loop(1, 12), ""),
     ],
 )
-def test_a_text_that_goes_round_is_warned_of(
-    found: Loop | None, default: Loop | None, said: str, monkeypatch: pytest.MonkeyPatch
+def test_a_text_that_repeats_itself_is_warned_of(
+    found: Loop | None, unsteered: Loop | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
     monkeypatch.setattr(steer_view, "notice", lambda words, **_: shown.append(words))
-    steer_view.say_loop(found, default)
+    steer_view.say_loop(found, unsteered)
     assert said in "".join(shown)
     assert bool(shown) == bool(said)
 
@@ -318,7 +322,7 @@ def test_a_text_that_goes_round_is_warned_of(
 def test_marks_lie_where_the_slider_has_their_value(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(steer_view.st, "html", drawn.append)
-    marks = [steer_view.Mark(1.0, "p99"), steer_view.Mark(99.0, "max")]
+    marks = {1.0: "p99", 99.0: "max"}
     steer_view.ruler(marks, low=-10, high=10)
     assert "left:55.00%" in drawn[0]  # 11 of 20
     assert "max" not in drawn[0]

@@ -36,7 +36,7 @@ def test_the_page_opens_ready_to_start_the_quick_set_up(root: Path) -> None:
     assert not at.button(key="train.start").disabled
     assert at.text_input(key="tokens").value == "1,048,576"
     assert "4.27 M parameters · 4 layers · d_model 256 · ships with the package" in said(at)
-    assert "a rough guess: nothing was trained here yet" in said(at)
+    assert "a rough estimate: no run was trained here yet" in said(at)
 
 
 def test_the_form_starts_what_its_command_line_and_its_notebook_cell_say(
@@ -67,7 +67,7 @@ def test_what_the_run_is_too_short_for_is_said_before_the_button(root: Path) -> 
     at = opened(TRAIN)
     # 1,048,576 tokens in batches of 2048 are 512 steps; quick says 20, 0.2, 20, 100 and 50.
     assert "rises over 20 steps, falls over the last 102" in said(at)
-    assert "revived every 100 steps, if silent for 50" in said(at)
+    assert "resampled every 100 steps, if dead for 50" in said(at)
     short = opened(TRAIN, tokens="40960")  # 20 steps
     assert not short.exception
     assert (
@@ -201,14 +201,14 @@ def test_a_model_nobody_knows_is_taken_at_its_word(root: Path) -> None:
     assert not at.exception
     shown = [str(e.value) for kind in (at.html, at.markdown, at.caption) for e in kind]
     assert not any("<img" in part or "![](" in part for part in shown)
-    assert "known once the model is here" in said(at)
+    assert "known once the model is downloaded" in said(at)
     assert command(at).model == HOSTILE
 
 
 def test_a_place_the_paper_has_no_runs_at_drops_the_name_of_the_set_up(root: Path) -> None:
     at = opened(TRAIN, preset="pythia-2.8b", site="mlp_hidden")
     assert not at.exception
-    assert "pythia-2.8b has no runs at this place" in said(at)
+    assert "pythia-2.8b has no runs at this hook point" in said(at)
     assert command(at).preset is None
 
 
@@ -238,7 +238,7 @@ def test_a_smaller_model_takes_the_layer_along(root: Path) -> None:
     at.selectbox(key="model").set_value("bundled").run()
     assert not at.exception
     assert at.number_input(key="layer").value == 3
-    assert "Layer 8 became 3: the model has 4 blocks." in said(at)
+    assert "Layer 8 was set to 3: the model has 4 blocks." in said(at)
 
 
 def test_a_run_of_the_address_is_filled_in_and_can_be_changed(
@@ -270,7 +270,7 @@ def test_earlier_results_say_which_l0_to_expect(root: Path) -> None:
     # 12 / 0.1 and 16 / 0.8 of the made-up evaluation.
     for part in ("λ 0.1 ", "→ L0 120", "λ 0.8 ", "→ L0 20"):
         assert part in said(at)
-    assert "L0 as in run first at this place, interpolated over λ." in said(at)
+    assert "L0 as in run first at this hook point, interpolated over λ." in said(at)
 
 
 @pytest.mark.parametrize("state", ["running", "failed"])

@@ -11,7 +11,7 @@ from app_pages import opened, text
 from synthetic import config, write_run
 
 from gsae_core.analysis.results import evaluation_frame, several_runs
-from gsae_core.app.live_view import newest_numbers
+from gsae_core.app.live_view import latest_values
 from gsae_core.cli import main
 from gsae_core.cli.report import evals_table
 from gsae_core.config import sweep
@@ -148,13 +148,13 @@ def test_shrinkage_home_and_live_mark_it(bad: Run) -> None:
     assert "bad is the newest result: 2 SAEs; ⚠ 1 worse than the mean activation." in text(home)
 
 
-def test_live_marks_it_by_the_newest_numbers(bad: Run) -> None:
+def test_live_marks_it_by_the_latest_values(bad: Run) -> None:
     lines = [json.loads(line) for line in (bad.folder / "metrics.jsonl").read_text().splitlines()]
     for row in lines:
         row["fvu"] = 7.6 if row["sae"] == BAD else 0.3
     (bad.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
     assert SENTENCE in text(opened("pages/2_Live.py", run="bad"))
-    rows = newest_numbers({BAD: {"fvu": 7.6}, "gated-0.2": {"fvu": 0.3}})
+    rows = latest_values({BAD: {"fvu": 7.6}, "gated-0.2": {"fvu": 0.3}})
     assert [row["FVU"] for row in rows] == ["⚠ 7.600", "0.300"]
 
 

@@ -22,6 +22,7 @@ from gsae_core.runs.run import Run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gsae_core.analysis.prompt import Prompt
     from gsae_core.analysis.steering import Scales
     from gsae_core.lm.model import LanguageModel
     from gsae_core.sae.base import SAE
@@ -29,45 +30,83 @@ if TYPE_CHECKING:
 Version = tuple[int, int] | None
 
 
+def version(path: Path) -> Version:
+    """Return what changes when a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def until_changed(*files: str) -> Any:
+    """Return `hash_funcs` that give a cached function of a run a new key when a file changes.
+
+    Args:
+        files: in the run's folder; `{sae}` stands for the name of each SAE.
+    """
+
+    def key(run: Run) -> tuple[Any, ...]:
+        names = [spec.name for spec in run.config.saes]
+        found = [f.format(sae=n) for f in files for n in (names if "{sae}" in f else [""])]
+        return str(run.folder), *(version(run.folder / file) for file in found)
+
+    return {Run: key}
+
+
 def evaluations(run: Run) -> pd.DataFrame:
     """Return `evaluation_frame` of a run; empty where it was not evaluated or cannot be read."""
     try:
-        return _evaluations(str(run.folder), version(run.folder / "evals.json"), _run=run)
+        return _evaluations(run)
     except InputError:
         return pd.DataFrame()
 
 
+@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed("evals.json"))
+def _evaluations(run: Run) -> pd.DataFrame:
+    return evaluation_frame(run.evals())
+
+
+@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed("evals.json"))
 def nearest(run: Run, names: Sequence[str]) -> Mapping[str, str]:
     """Return `nearest_pair` of those SAEs of a run; empty where it was not evaluated."""
-    key = version(run.folder / "evals.json")
-    return _nearest(str(run.folder), key, tuple(names), _run=run)
+    evals: Any = evaluations(run)
+    return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
 
 
+FEATURE_STATS = "saes/{sae}/feature_stats.safetensors"
+
+
+@st.cache_data(max_entries=64, show_spinner=False, hash_funcs=until_changed(FEATURE_STATS))
 def feature_stats(run: Run, name: str) -> pd.DataFrame:
     """Return `Run.feature_stats`.
 
     Raises:
         InputError: as there.
     """
-    path = run.sae_folder(name) / "feature_stats.safetensors"
-    return _feature_stats(str(run.folder), name, version(path), _run=run)
+    return run.feature_stats(name)
 
 
+DECILES = "saes/{sae}/norm_deciles.json"
+
+
+@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed(DECILES))
 def deciles(run: Run, name: str) -> pd.DataFrame:
     """Return `Run.norm_deciles`.
 
     Raises:
         InputError: as there.
     """
-    path = run.sae_folder(name) / "norm_deciles.json"
-    return _deciles(str(run.folder), name, version(path), _run=run)
+    return run.norm_deciles(name)
 
 
+CHECKED = ("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")
+
+
+@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed(*CHECKED))
 def damages(run: Run) -> list[str]:
     """Return `Run.damages`."""
-    names = ["evals.json", "samples.json", "events.jsonl"]
-    names += [f"saes/{spec.name}/cfg.json" for spec in run.config.saes]
-    return _damages(str(run.folder), tuple(version(run.folder / name) for name in names), _run=run)
+    return run.damages()
 
 
 def recent_metrics(run: Run) -> list[dict[str, Any]]:
@@ -83,42 +122,6 @@ def evaluated(runs: list[Run]) -> list[Run]:
     return [run for run in runs if (run.folder / "evals.json").exists()]
 
 
-def version(path: Path) -> Version:
-    """Return what changes when a file does; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
-
-
-# Arguments with an underscore are no part of the key: the folder and the version stand for the run.
-@st.cache_data(max_entries=512, show_spinner=False)
-def _evaluations(folder: str, version: Version, _run: Run) -> pd.DataFrame:
-    return evaluation_frame(_run.evals())
-
-
-@st.cache_data(max_entries=512, show_spinner=False)
-def _damages(folder: str, versions: tuple[Version, ...], _run: Run) -> list[str]:
-    return _run.damages()
-
-
-@st.cache_data(max_entries=512, show_spinner=False)
-def _nearest(folder: str, version: Version, names: tuple[str, ...], _run: Run) -> Mapping[str, str]:
-    evals: Any = evaluations(_run)
-    return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _feature_stats(folder: str, name: str, version: Version, _run: Run) -> pd.DataFrame:
-    return _run.feature_stats(name)
-
-
-@st.cache_data(max_entries=512, show_spinner=False)
-def _deciles(folder: str, name: str, version: Version, _run: Run) -> pd.DataFrame:
-    return _run.norm_deciles(name)
-
-
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20.0
@@ -128,15 +131,15 @@ MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on
 HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
 
 
-class Desk:
-    """Who works with a model: one visitor at a time, the others wait a while and are told."""
+class ModelLock:
+    """Lets one thread at a time work with a model; the others wait a while and are told."""
 
     def __init__(self) -> None:
         self._lock, self._counting = threading.Lock(), threading.Lock()
         self._n_waiting = 0
 
     @contextmanager
-    def turn(self, *, patience: float | None = None) -> Iterator[None]:
+    def held(self, *, patience: float | None = None) -> Iterator[None]:
         """Within, no other thread has the model.
 
         Raises:
@@ -163,56 +166,24 @@ class Desk:
 
 
 class Loaded(NamedTuple):
-    """A language model in memory, and who works with it."""
+    """A language model in memory, and its lock."""
 
     model: "LanguageModel"
-    desk: Desk
+    lock: ModelLock
 
 
-def language_model(run: Run) -> Loaded:
-    """Return the language model a run's SAEs are for; at most two are kept.
-
-    Raises:
-        InputError: if it is gone, cannot be loaded or does not fit in memory.
-    """
-    _imported()
-    place = run.config.model
-    folder = model_folder(place.name)
+def _model_key(run: Run) -> tuple[Any, ...]:
+    """Return what tells a run's language model from others."""
+    of = run.config.model
+    folder = model_folder(of.name)
     stamp = None if folder is None else version(folder / "config.json")
-    return _language_model(place.name, place.revision, place.dtype, stamp)
-
-
-def sae(run: Run, name: str) -> "SAE":
-    """Return a finished SAE of a run, on its model's device.
-
-    Raises:
-        InputError: if its files are missing or damaged, or it is for another place.
-    """
-    _imported()
-    folder = run.sae_folder(name)
-    return _sae(str(folder), version(folder / "sae_weights.safetensors"), _run=run, _name=name)
-
-
-def scales(run: Run, name: str) -> "Scales":
-    """Return the scale of each feature of an SAE: from its index, or from held-out tokens.
-
-    Raises:
-        InputError: if the model, the SAE or the text cannot be read.
-    """
-    _imported()
-    folder = str(run.sae_folder(name))
-    weights = version(run.sae_folder(name) / "sae_weights.safetensors")
-    index = version(run.folder / "features" / name / "manifest.json")
-    return _scales(folder, weights, index, _run=run, _name=name)
+    return of.name, of.revision, of.dtype, stamp
 
 
 def identity(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
     """Return what changes when the model or one of the SAEs does, to keep results by."""
-    place = run.config.model
-    folder = model_folder(place.name)
-    stamp = None if folder is None else version(folder / "config.json")
     weights = [run.sae_folder(name) / "sae_weights.safetensors" for name in names]
-    return (place.name, place.revision, stamp, *((str(path), version(path)) for path in weights))
+    return (*_model_key(run), *((str(path), version(path)) for path in weights))
 
 
 def finished_saes(run: Run) -> list[str]:
@@ -252,22 +223,29 @@ def _imported() -> None:
     _importing[0].join()
 
 
-# Arguments with an underscore are no part of the key.
-@st.cache_resource(max_entries=2, show_spinner=False)
-def _language_model(name: str, revision: str | None, dtype: Any, stamp: Version) -> Loaded:
+@st.cache_resource(max_entries=2, show_spinner=False, hash_funcs={Run: _model_key})
+def language_model(run: Run) -> Loaded:
+    """Return the language model a run's SAEs are for; at most two are kept.
+
+    Raises:
+        InputError: if it is gone, cannot be loaded or does not fit in memory.
+    """
+    _imported()
     from gsae_core.lm.model import load_model
     from gsae_core.runs.plan.cost import resolve_device
 
-    device, need = resolve_device("auto"), _needs(name)
+    of = run.config.model
+    device, need = resolve_device("auto"), _needs(of.name)
     if need > _free(device):
         # The other model makes room before this one is refused.
-        _language_model.clear()
+        language_model.clear()
     if need > _free(device):
         raise InputError(
-            f"expected about {readable(need)} of memory free for {name}, found "
+            f"expected about {readable(need)} of memory free for {of.name}, found "
             f"{readable(_free(device))}; close what else runs, or look at a run of a smaller model"
         )
-    return Loaded(load_model(name, revision=revision, device=str(device), dtype=dtype), Desk())
+    model = load_model(of.name, revision=of.revision, device=str(device), dtype=of.dtype)
+    return Loaded(model, ModelLock())
 
 
 def _needs(name: str) -> int:
@@ -282,58 +260,80 @@ def _free(device: Any) -> int:
     return free_memory(device)
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _sae(folder: str, weights: Version, _run: Run, _name: str) -> "SAE":
+def prompt(run: Run, text: str) -> "Prompt":
+    """Return a text as the tokens of a run's model, with BOS where the run had one.
+
+    Raises:
+        InputError: if there is no text, or too much of it, or the model cannot be loaded.
+    """
+    model = language_model(run).model
+    from gsae_core.analysis.prompt import read_prompt
+
+    return read_prompt(model, text, bos=run.config.data.bos != "never")
+
+
+WEIGHTS = "saes/{sae}/sae_weights.safetensors"
+
+
+@st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=until_changed(WEIGHTS))
+def sae(run: Run, name: str) -> "SAE":
+    """Return a finished SAE of a run, on its model's device.
+
+    Raises:
+        InputError: if its files are missing or damaged, or it is for another hook point.
+    """
+    model, hook = language_model(run).model, run.config.model
     from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.sae.base import check_width
 
-    model, place = language_model(_run).model, _run.config.model
-    found = load_sae(folder)
-    model.check(place.layer, place.site)
-    check_width(found, model.width(place.site), name=_name, hook_name=place.hook_name)
+    found = load_sae(run.sae_folder(name))
+    model.check(hook.layer, hook.site)
+    check_width(found, model.width(hook.site), name=name, hook_name=hook.hook_name)
     return found.requires_grad_(False).to(model.device)
 
 
-@st.cache_resource(max_entries=32, show_spinner=False)
-def _scales(folder: str, weights: Version, index: Version, _run: Run, _name: str) -> "Scales":
+INDEX = "features/{sae}/manifest.json"
+
+
+@st.cache_resource(max_entries=32, show_spinner=False, hash_funcs=until_changed(WEIGHTS, INDEX))
+def scales(run: Run, name: str) -> "Scales":
+    """Return the scale of each feature of an SAE: from its index, or from held-out tokens.
+
+    Raises:
+        InputError: if the model, the SAE or the text cannot be read.
+    """
+    found = sae(run, name)
     from gsae_core.analysis.steering import scales_of, scales_of_index
 
-    found = sae(_run, _name)
-    if index is not None:
+    if (run.folder / INDEX.format(sae=name)).exists():
         try:
-            return scales_of_index(_run.features(_name), found)
+            return scales_of_index(run.features(name), found)
         except InputError as error:
             # Of an older SAE, or cut short: its page says so, and the unit says where it is from.
-            logger.info("no scales from the index of %s: %s", _name, error)
-    place, data = _run.config.model, _run.config.data.model_dump_json()
-    x = _held_out_vectors(data, identity(_run, []), place.layer, place.site, _run=_run)
-    return scales_of(found, x, source="held-out tokens")
+            logger.info("no scales from the index of %s: %s", name, error)
+    return scales_of(found, _held_out_vectors(run), source="held-out tokens")
+
+
+def _text_key(run: Run) -> tuple[Any, ...]:
+    hook = run.config.model
+    return (*_model_key(run), hook.layer, hook.site, run.config.data.model_dump_json())
 
 
 # Both SAEs of a page read the same vectors; 64 MB of them at most.
-@st.cache_resource(max_entries=1, show_spinner=False)
-def _held_out_vectors(
-    data: str, model: tuple[Any, ...], layer: int, site: Any, _run: Run
-) -> "Tensor":
+@st.cache_resource(max_entries=1, show_spinner=False, hash_funcs={Run: _text_key})
+def _held_out_vectors(run: Run) -> "Tensor":
+    """Return activations of held-out text: of as little text as has enough of them."""
     from gsae_core.analysis.steering import N_TOKENS, counted_vectors
-
-    lm, desk = language_model(_run)
-    n_tokens = min(N_TOKENS, MOST_NUMBERS // lm.width(site))
-    with desk.turn():
-        return counted_vectors(lm, _held_out(_run, lm), layer=layer, site=site, n_tokens=n_tokens)
-
-
-def _held_out(run: Run, model: "LanguageModel") -> Any:
-    """Return held-out sequences of a run: of as little text as has enough of them."""
-    from gsae_core.analysis.steering import N_TOKENS
     from gsae_core.lm.corpus import load_corpus
 
-    data = run.config.data
+    (model, lock), hook = language_model(run), run.config.model
     corpus = load_corpus(
-        data,
+        run.config.data,
         model.tokenizer,
         n_tokens=min(run.config.train.n_tokens, N_TOKENS),
         model_n_ctx=model.n_ctx,
         n_held_out=N_TOKENS,
     )
-    return corpus.held_out
+    n = min(N_TOKENS, MOST_NUMBERS // model.width(hook.site))
+    with lock.held():
+        return counted_vectors(model, corpus.held_out, layer=hook.layer, site=hook.site, n_tokens=n)

@@ -56,7 +56,7 @@ def controls(run: Run, status: Status) -> None:
 def confirm_cancel(run: Run) -> None:
     """Ask whether a run should stop, and have it stop."""
     plain(run.id)
-    st.caption("It finishes its step and saves; Resume goes on from there later.")
+    st.caption("It finishes its step and saves. Resume continues from there.")
     _choice("Cancel the run", "Keep training", name="confirm_cancel", act=_cancel, run=run)
 
 
@@ -64,7 +64,7 @@ def confirm_cancel(run: Run) -> None:
 def confirm_delete(run: Run) -> None:
     """Ask whether a run should go, and delete it."""
     plain(run.id)
-    st.caption("Its SAEs, curves and results go with it. This cannot be undone.")
+    st.caption("This deletes its SAEs, curves and results, and cannot be undone.")
     _choice("Delete for good", "Keep it", name="confirm_delete", act=_delete, run=run)
 
 

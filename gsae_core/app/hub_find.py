@@ -1,4 +1,4 @@
-"""Parts of the Hub page that look into a repository: what is in it, and one of its SAEs."""
+"""Parts of the Hub page that find SAEs: the catalogue, a repository, and one SAE in it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +35,8 @@ def offline() -> bool:
     if not constants.HF_HUB_OFFLINE:
         return False
     notice(
-        "HF_HUB_OFFLINE is set, so nothing is fetched or sent. The catalogue can be searched, and "
-        "runs, imports from folders and exports work as always.",
+        "HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue, runs, imports "
+        "from folders and exports still work.",
         kind="info",
         title="Offline",
     )
@@ -100,8 +100,8 @@ def _show(found: Repository, address: str, root: Path) -> None:
     plain(f"{found.repo}: {' · '.join(words)}", size=".9rem")
     if not found.saes:
         notice(
-            "None of its files lies as a library lays out SAEs. If you know which file holds one, "
-            "put its path after a colon: OWNER/NAME:PATH.",
+            "None of its files has the layout of a known SAE library. If you know which file is an "
+            "SAE, add its path after a colon: OWNER/NAME:PATH.",
             kind="warning",
             title="No SAE found",
         )
@@ -139,7 +139,7 @@ def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
             with st.spinner("Reading its config"):
                 told = _described(address, found, sae, sae.path)
         except InputError as error:
-            notice(str(error), title="It cannot be looked at")
+            notice(str(error), title="It cannot be read")
             return
         left, right = st.columns([3, 2], gap="large")
         with left:
@@ -151,18 +151,18 @@ def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
 def compatibility(sae: HubSAE, told: Facts) -> dict[str, str]:
     """Return what is known of an SAE before it is here, and whether it can be opened."""
     if sae.format is None:
-        verdict = "unknown: its content tells once it is here"
+        verdict = "not known until downloaded"
     else:
         verdict = f"yes, {FORMATS[sae.format]} files can be read"
     shape = [f"{n:,}" if n is not None else "?" for n in (told.d_in, told.d_sae)]
     return {
         "opens here": verdict,
-        "architecture": told.architecture or "told once it is here",
-        "width": "told once it is here"
+        "architecture": told.architecture or "not known until downloaded",
+        "width": "not known until downloaded"
         if told.d_in is None and told.d_sae is None
         else f"{shape[0]} wide activations, {shape[1]} features",
         "model": told.model or "not stated",
-        "site": told.hook_name or "not stated",
+        "hook point": told.hook_name or "not stated",
         "download": f"{readable(sae.n_bytes)} in {len(sae.files)} "
         f"file{'s' * (len(sae.files) > 1)}: {', '.join(_names(sae))}",
     }
@@ -186,8 +186,8 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     enough = sae.n_bytes * 2 < free  # what comes, and the run that is made of it
     if not enough:
         notice(
-            f"It takes about {readable(2 * sae.n_bytes)} while it is opened, and {readable(free)} "
-            "are free.",
+            f"Opening it takes about {readable(2 * sae.n_bytes)} of disk; {readable(free)} are "
+            "free.",
             kind="warning",
         )
     pressed = st.button(
@@ -210,17 +210,17 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
 
 
 def _place(found: Repository, sae: HubSAE, told: Facts) -> dict[str, Any]:
-    """Draw the fields for what the files may not say; an empty one leaves it to them."""
+    """Draw the fields for what the files may not state; an empty one keeps what they state."""
 
     def key(part: str) -> str:
         return key_for(f"hub.place_{part}", found.repo, found.commit, sae.path)
 
-    with st.expander("Where it belongs", expanded=False):
-        st.caption("Only where its files do not say, or say it wrongly.")
+    with st.expander("Model and hook point", expanded=False):
+        st.caption("Fill in only what its files do not state, or state wrongly.")
         model = st.text_input(
             "Language model",
             key=key("model"),
-            placeholder=told.model or "as its files say",
+            placeholder=told.model or "as stated",
         )
         layer = st.number_input("Layer", 0, 200, None, key=key("layer"), placeholder="as stated")
         site = st.selectbox("Site", SITES, index=None, key=key("site"), placeholder="as stated")
@@ -251,8 +251,8 @@ def catalogue() -> None:
     found = search(wanted)
     if not found:
         notice(
-            "No release states all of this. Leave a field empty: what a release does not state, it "
-            "is not found by.",
+            "No release matches all fields. Leave a field empty: a release is not found by what it "
+            "does not state.",
             kind="info",
         )
         return

@@ -1,4 +1,4 @@
-"""Parts of the Hub page about what is here: the library, exports, and what is sent to the Hub."""
+"""Parts of the Hub page about what is here: the library, exports and transfers."""
 
 import io
 import subprocess
@@ -32,7 +32,7 @@ FORMATS: dict[str, Export] = {label: name for name, label in EXPORTS.items()}
 def library(frame: shell.Frame) -> None:
     """Draw the runs of this machine with their origin and size; one can be deleted."""
     if not frame.runs:
-        st.caption("Nothing is here yet. What is downloaded or trained appears here.")
+        st.caption("No runs yet. Downloaded and trained runs appear here.")
         return
     rows = [_row(run, frame) for run in frame.runs]
     st.dataframe(
@@ -43,7 +43,7 @@ def library(frame: shell.Frame) -> None:
             "run": st.column_config.TextColumn(width="large"),
             "SAEs": st.column_config.NumberColumn(width="small"),
         },
-        alt="Runs of this machine: name, where from, model, site, SAEs, state, size",
+        alt="Runs of this machine: name, where from, model, hook point, SAEs, state, size",
     )
     left, right = st.columns([4, 1], vertical_alignment="bottom")
     chosen = left.selectbox(
@@ -73,7 +73,7 @@ def _row(run: Run, frame: shell.Frame) -> dict[str, object]:
         "run": run.id,
         "from": config.imported or "trained here",
         "model": config.model.name,
-        "site": config.model.hook_name,
+        "hook point": config.model.hook_name,
         "SAEs": len(config.saes),
         "state": "unreadable" if status is None else status.state,
         "size": readable(_size(str(run.folder), _stamp(run))),
@@ -109,7 +109,7 @@ def share(frame: shell.Frame) -> None:
     if status is None or status.state != "finished":
         notice(
             f"{run.id} is {'unreadable' if status is None else status.state}: only finished SAEs "
-            "leave this machine. Choose another run in the sidebar.",
+            "can be exported or sent. Choose another run in the sidebar.",
             kind="info",
         )
         return
@@ -131,7 +131,7 @@ def _export(run: Run) -> None:
     folder = run.folder.parent / "exports" / f"{run.id}-{name}-{FORMATS[label]}"
     plain(f"To {folder}", size=".85rem")
     if st.button("Export and check", icon=":material/output:", key="hub.export", width="stretch"):
-        with st.spinner("Writing it, reading it back, comparing", show_time=True):
+        with st.spinner("Writing, reading back and comparing", show_time=True):
             done, said = export(run, name, FORMATS[label], folder)
         if done:
             notice(said, kind="info", title="Exported")
@@ -172,7 +172,7 @@ def export(run: Run, name: str, format_: Export, folder: Path) -> tuple[bool, st
         )
     if done.returncode == 0:
         return True, done.stdout.strip().splitlines()[-1]
-    last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    last = (done.stderr.strip().splitlines() or ["it ended without an error message"])[-1]
     return False, last.removeprefix("gsae_core: ")
 
 
@@ -199,14 +199,14 @@ def _push(run: Run) -> None:
     public = st.toggle(
         "Public",
         key="hub.push_public",
-        help="Of a repository that is made for it. One that is there stays as it is.",
+        help="For a new repository. An existing one keeps its visibility.",
     )
     st.caption(
         "With a card: what was measured, the trade-off's figure, and how to load it in three "
         "libraries. Your token is the one of `hf auth login`, or HF_TOKEN of this server."
     )
     ready = bool(chosen and repo.strip())
-    label = "Send, for everybody to see" if public else "Send"
+    label = "Send publicly" if public else "Send"
     pressed = st.button(
         label, icon=":material/upload:", key="hub.push", width="stretch", disabled=not ready
     )
@@ -223,7 +223,7 @@ def _push(run: Run) -> None:
         st.rerun()
 
 
-STAGES = {"downloading": "downloading", "importing": "making a run of it", "uploading": "sending"}
+STAGES = {"downloading": "downloading", "importing": "importing", "uploading": "uploading"}
 MOST_SHOWN = 8
 
 
@@ -270,11 +270,11 @@ def _card(transfer: Transfer, status: Status) -> None:
         elif status.expects_process:
             st.progress(0.0, text=STAGES.get(status.stage or "", "starting"))
         if status.state == "failed":
-            notice(status.error or "It gave no reason.", title="It failed")
+            notice(status.error or "No reason was given.", title="It failed")
         elif status.state == "lost":
             notice(
-                "Its process is gone without a word: the machine restarted, or it was killed. Go "
-                "on takes up what came.",
+                "Its process ended without an error message: the machine restarted, or it was "
+                "killed. Resume continues from what was downloaded.",
                 kind="warning",
             )
         if damaged := transfer.event_lines().damaged:
@@ -296,11 +296,11 @@ def _buttons(transfer: Transfer, status: Status) -> None:
             )
         elif status.state in ("cancelled", "failed", "lost"):
             st.button(
-                "Go on",
+                "Resume",
                 icon=":material/play_arrow:",
                 type="primary",
                 key=f"hub.on_{key}",
-                on_click=_go_on,
+                on_click=_resume,
                 args=(transfer,),
             )
         elif status.state == "finished" and transfer.kind == "pull" and transfer.result:
@@ -312,12 +312,12 @@ def _buttons(transfer: Transfer, status: Status) -> None:
             plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
         if not status.expects_process and status.state != "cancelling":
             st.button(
-                "Put away",
+                "Dismiss",
                 icon=":material/close:",
                 key=f"hub.away_{key}",
-                on_click=_put_away,
+                on_click=_dismiss,
                 args=(transfer,),
-                help="What came and is no run yet goes with it.",
+                help="Files that were downloaded but not imported are deleted.",
             )
 
 
@@ -334,12 +334,12 @@ def _cancel(transfer: Transfer) -> None:
     _attempt(lambda: transfer.request_cancel(by="app"), "Nothing was cancelled")
 
 
-def _go_on(transfer: Transfer) -> None:
+def _resume(transfer: Transfer) -> None:
     _attempt(lambda: process.start(transfer), "Nothing was started")
 
 
-def _put_away(transfer: Transfer) -> None:
-    _attempt(lambda: process.delete(transfer), "Nothing was put away")
+def _dismiss(transfer: Transfer) -> None:
+    _attempt(lambda: process.delete(transfer), "Nothing was dismissed")
 
 
 def _attempt(act: Callable[[], object], refused: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts of the Live page: where a run stands, how it got there, what its latents see."""
+"""Parts of the Live page: state and progress of a run, its stages, a sample of its features."""
 
 import html
 import time
@@ -14,26 +14,36 @@ from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import line
 from gsae_core.runs.plan.progress import RECENT, Phase, Progress, explain, timeline
 from gsae_core.runs.run import Run
-from gsae_core.text import ago, count, duration, fixed, marked_fvu, percent, token_strip, unhidden
+from gsae_core.text import (
+    ago,
+    count,
+    duration,
+    explained_variance,
+    fixed,
+    marked_fvu,
+    percent,
+    token_strip,
+    unhidden,
+)
 
 # Mixed with the colour of the text, which is dark on a light page and light on a dark one.
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
-STAGES = {
-    "requested": "asked to finish its step and save",
-    "terminating": "did not answer in 10 s; told to end",
-    "killing": "did not end in 20 s; being killed",
+CANCEL_STAGES = {
+    "requested": "the process was asked to finish its step and save",
+    "terminating": "the process did not respond within 10 s and was told to end",
+    "killing": "the process did not end within 20 s and is being killed",
 }
 
 
 def draw_timeline(run: Run, status: Status) -> None:
-    """Show the stretches of a run's life with their lengths."""
+    """Show the stages of a run with their lengths."""
     if run.n_lost_events(status):
-        st.caption("How long each stage took is not known: a part of events.jsonl is lost.")
+        st.caption("Stage times are not known: part of events.jsonl is lost.")
         return
     phases = timeline(run.events(), status, now=time.time())
     items = "".join(_phase(phase) for phase in phases)
     st.html(
-        '<ol aria-label="What the run has been through" style="display:flex;flex-wrap:wrap;'
+        '<ol aria-label="Stages of the run" style="display:flex;flex-wrap:wrap;'
         'gap:.25rem 1.5rem;list-style:none;margin:0;padding:0;font-size:.9rem">'
         f"{items}</ol>"
     )
@@ -59,14 +69,14 @@ def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False)
     """
     if status.state == "queued":
         waiting = [w.run for w in line(run.folder.parent)]
-        place = f"; number {waiting.index(run.id) + 1} in line" if run.id in waiting else ""
+        place = f"; position {waiting.index(run.id) + 1} in the queue" if run.id in waiting else ""
         waits = f"waits until its device is free{place}"
         st.progress(0.0, text="not started yet" if status.pid is None else waits)
     elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
         share = min(status.done / status.total, 1.0) if status.total else 0.0
         text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
         if 0 < status.total < (asked := run.config.evaluation.n_tokens):
-            text += f"; {asked:,} were asked for, and there are no more"
+            text += f"; {asked:,} were requested, the text has no more"
         st.progress(share, text=text)
     else:
         text = f"step {status.step:,} of {status.n_steps:,}"
@@ -90,10 +100,10 @@ def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) ->
         "the terminal prints at the end has the average over the whole run.",
     )
     cells[2].metric(
-        "LM share",
+        "Time in language model",
         "–" if now.lm_share is None else percent(now.lm_share, 0),
         help="Share of training time spent in the language model. The SAEs' steps took "
-        f"{percent(now.sae_share, 0)}; files, logs and looks at latents took the rest.",
+        f"{percent(now.sae_share, 0)}; files, logs and samples of features took the rest.",
     )
     last = ago(seconds_since(status.heartbeat))
     if not moving:
@@ -106,7 +116,7 @@ def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) ->
         help="Training steps left at this speed; evaluation comes after.",
     )
     cells[4].metric(
-        "Last sign of life",
+        "Last update",
         last.removesuffix(" ago"),  # in a narrow window there is no room for it
         help="How long ago the training process last wrote its status.",
     )
@@ -119,8 +129,8 @@ def draw_trouble(run: Run, status: Status) -> None:
         notice(f"{cause} {advice}", title="Training failed")
     elif status.state == "lost":
         notice(
-            "The process is gone without a word: the machine restarted, or it was killed, "
-            "often for want of memory. Resume goes on from the last saved state.",
+            "The process ended without an error message: the machine restarted, or it was killed, "
+            "often because memory ran out. Resume continues from the last saved state.",
             kind="warning",
             title="The run was lost",
         )
@@ -128,8 +138,8 @@ def draw_trouble(run: Run, status: Status) -> None:
         who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
         by = f" from {who[-1]}" if who and who[-1] else ""
         notice(
-            f"It stopped after step {status.step:,} of {status.n_steps:,}, as a request{by} "
-            "asked. Resume goes on from there.",
+            f"It stopped after step {status.step:,} of {status.n_steps:,}, on request{by}. Resume "
+            "continues from there.",
             kind="info",
             title="The run was cancelled",
         )
@@ -146,7 +156,7 @@ def draw_log(run: Run) -> None:
 
 
 def draw_samples(run: Run, names: Sequence[str]) -> None:
-    """Show a few latents of one SAE and where they fire."""
+    """Show a few features of one SAE and where they fire."""
     try:
         samples = run.samples()
     except InputError as error:
@@ -161,9 +171,9 @@ def draw_samples(run: Run, names: Sequence[str]) -> None:
         st.session_state["feat"] = known[0]
     name = st.selectbox("SAE", known, key="feat", bind="query-params")
     st.caption(
-        f"On {samples['n_tokens']:,} held-out tokens after step {samples['step']:,}; a new look "
-        f"every {samples['every']:,} steps. Drawn at random among the "
-        f"{samples['saes'][name]['alive']:,} that fired, and the two that fire most."
+        f"On {samples['n_tokens']:,} held-out tokens after step {samples['step']:,}; taken every "
+        f"{samples['every']:,} steps. Drawn at random among the "
+        f"{samples['saes'][name]['alive']:,} features that fired, and the two densest."
     )
     latents = samples["saes"][name]["latents"]
     if not latents:
@@ -211,18 +221,19 @@ def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def explain_numbers() -> None:
-    """Show what each number of the page means, in the words of what computes it."""
+    """Show what each number of the page means."""
     for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
         plain(f"{title(term)}: {definition(term)}")
 
 
-def newest_numbers(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the newest numbers of each SAE as a table's rows."""
+def latest_values(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the latest values of each SAE as a table's rows."""
     return [
         {
             "SAE": name,
             "L0": fixed(row.get("l0"), 1),
             "FVU": marked_fvu(row.get("fvu")),
+            "explained variance": percent(explained_variance(row.get("fvu")), 2),
             "γ": fixed(row.get("gamma"), 3),
             "γ gate path": fixed(row.get("gamma_gate"), 3),
             "loss": fixed(row.get("loss"), 4),

@@ -1,4 +1,4 @@
-"""SAEs in words: one on a card, two with what changes, several with their settings side by side."""
+"""Parts of the Pareto page: cards of one SAE and of a difference, settings side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +78,7 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
             f"change_{name}": number(
                 f"Δ {TITLES[name]}",
                 format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
-                help=f"Less the baseline run's. {definition(name)}",
+                help=f"Minus the baseline run's. {definition(name)}",
             )
             for name in NUMBERS[:6]
         }
@@ -113,11 +113,11 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
         if measured_earlier(row):
             plain(f"{measure_again(str(run.folder))}.", size=".875rem")
         spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
-        with st.expander("What it was made from"):
+        with st.expander("Provenance"):
             facts(
                 {
                     "model": config.model.name,
-                    "site": config.model.hook_name,
+                    "hook point": config.model.hook_name,
                     "text": config.data.source,
                     **_training(config, spec),
                     "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
@@ -149,7 +149,7 @@ def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
 def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Draw what changes from one SAE to another, absolute and in percent."""
     with st.container(border=True, key="pareto.difference"):
-        plain(f"From 1, {before['id']}, to 2, {after['id']}")
+        plain(f"Change from 1, {before['id']}, to 2, {after['id']}")
         found = {change.number: change for change in changes(before, after)}
         for names in _rows_of_three():
             for cell, name in zip(st.columns(3), names, strict=True):

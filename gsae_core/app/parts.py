@@ -126,9 +126,30 @@ def line_legend(lines: Sequence["Line"]) -> None:
         items = [_legend_item(run, colour, (1, 0), None) for run, colour in runs.items()]
         kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
         items += [_legend_item(*kind[:1], NEUTRAL, kind[1], s) for s, kind in kinds.items()]
+    legend_row(items)
+
+
+def legend_row(items: Sequence[str]) -> None:
+    """Show pieces of HTML one after the other, in as many lines as they need."""
     st.html(
         '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
         f"{''.join(items)}</div>"
+    )
+
+
+def swatch(colour: str, label: str) -> str:
+    """Return a label behind a square of its colour, as HTML."""
+    return (
+        '<span style="white-space:nowrap"><span style="display:inline-block;width:.7em;height:.7em;'
+        f'border-radius:2px;background:{colour}"></span> {escaped(label)}</span>'
+    )
+
+
+def segments(sizes: Sequence[float | int], colours: Sequence[str], *, whole: float | int) -> str:
+    """Return the segments of a bar as HTML, for a flex row whose width stands for `whole`."""
+    return "".join(
+        f'<div style="width:{100 * size / whole:.2f}%;background:{colour}"></div>'
+        for size, colour in zip(sizes, colours, strict=False)
     )
 
 

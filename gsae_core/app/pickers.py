@@ -42,7 +42,7 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
     notice(
         f"expected the weights of {run.id}'s SAEs in {run.folder / 'saes'}, found none; copy them "
         "back, or train the run again",
-        title="This run has no SAEs to look through",
+        title="This run has no SAE weights",
     )
     return st.stop()
 
@@ -123,7 +123,7 @@ def _pick(
 
 
 def pick_pair(
-    run: Run, names: Sequence[str], *, page: str, other: str = "Beside it"
+    run: Run, names: Sequence[str], *, page: str, other: str = "Compare with"
 ) -> tuple[str, str | None]:
     """Draw pickers of an SAE and of one to see beside it; return both, which the address follows.
 
@@ -166,8 +166,7 @@ def text_field(
     if wanted or key not in st.session_state:
         if wanted is not None and len(wanted) > ADDRESS_TEXT:
             plain(
-                f"An address carries at most {ADDRESS_TEXT} characters of text; the rest of this "
-                "one's was cut.",
+                f"An address holds at most {ADDRESS_TEXT} characters of text; the rest was cut.",
                 size=".9rem",
             )
             wanted = wanted[:ADDRESS_TEXT]

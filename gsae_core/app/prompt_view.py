@@ -2,7 +2,7 @@
 
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -10,22 +10,29 @@ import streamlit as st
 
 from gsae_core.app import cache
 from gsae_core.app.components import Cell
-from gsae_core.app.parts import SIGNS, marked
+from gsae_core.app.parts import SIGNS, legend_row, marked, segments, swatch
 from gsae_core.app.pickers import quoted, stacking
 from gsae_core.config import Architecture
 from gsae_core.runs.run import Run
-from gsae_core.text import STRONGEST, WORSE, fixed, marked_fvu, percent, token_strip
+from gsae_core.text import (
+    STRONGEST,
+    WORSE,
+    explained_variance,
+    fixed,
+    marked_fvu,
+    percent,
+    token_strip,
+)
 
 if TYPE_CHECKING:
     from gsae_core.analysis.attribution import Candidate
     from gsae_core.analysis.prompt import Alignment, Look
-    from gsae_core.sae.base import SAE
 
 MEASURES = {
     "active features": ("n_active", "features that fire on the token"),
     "strongest": ("strongest", "the largest activation on the token"),
-    "loss added": ("added", "nats that reading the reconstruction adds to predicting the token"),
-    "attribution": ("effect", "what the token's features together do to the chosen next token"),
+    "loss added": ("added", "increase of the token's loss with reconstructions, in nats"),
+    "attribution": ("effect", "summed effect of the token's features on the chosen next token"),
 }
 """What the strip can be shaded by: column, and definition."""
 
@@ -65,69 +72,56 @@ def read(chosen: Chosen, text: str) -> Seen:
     Raises:
         InputError: if the text, the model or an SAE cannot be read, or the model is busy.
     """
-    began = time.perf_counter()
-    model = cache.language_model(chosen.run)
-    saes = [cache.sae(chosen.run, name) for name in chosen.names]
-    bos = chosen.run.config.data.bos != "never"
-    place = chosen.run.config.model
-    key = (cache.identity(chosen.run, chosen.names), bos, text, place.layer, place.site)
-    return _read(key, _model=model, _saes=saes, _began=began)
+    hook, bos = chosen.run.config.model, chosen.run.config.data.bos
+    key = (cache.identity(chosen.run, chosen.names), bos, text, hook.layer, hook.site)
+    return _read(key, text, _chosen=chosen)
 
 
 # The key says which model and weights; arguments with an underscore are no part of it.
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _read(key: tuple[Any, ...], _model: cache.Loaded, _saes: "list[SAE]", _began: float) -> Seen:
-    from gsae_core.analysis.prompt import align, look, read_prompt
+def _read(key: tuple[Any, ...], text: str, _chosen: Chosen) -> Seen:
+    began = time.perf_counter()
+    (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
+    saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
+    prompt = cache.prompt(_chosen.run, text)
+    from gsae_core.analysis.prompt import align, look
 
-    *_, bos, text, layer, site = key
-    prompt = read_prompt(_model.model, text, bos=bos)
-    with _model.desk.turn():
-        looks = look(_model.model, _saes, prompt, layer=layer, site=site)
-    aligned = align(looks[0], looks[1], _saes[0], _saes[1]) if len(looks) == 2 else None
-    return Seen(looks, aligned, time.perf_counter() - _began, key)
-
-
-def next_tokens(chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
-    """Return what may follow a token: what does follow first, then the likeliest."""
-    return _next_tokens(seen.key, position, _chosen=chosen, _seen=seen)
+    with lock.held():
+        looks = look(model, saes, prompt, layer=hook.layer, site=hook.site)
+    aligned = align(looks[0], looks[1], saes[0], saes[1]) if len(looks) == 2 else None
+    return Seen(looks, aligned, time.perf_counter() - began, key)
 
 
 # The likeliest of every token of a vocabulary, or a pass back through the model: a page that is
-# opened again, or drawn anew for a choice beside it, does not pay for them again.
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _next_tokens(
-    key: tuple[Any, ...], position: int, _chosen: Chosen, _seen: Seen
-) -> "list[Candidate]":
+# opened again, or drawn anew for another choice, does not pay for them again.
+BY_TEXT: Any = {Seen: lambda seen: seen.key}
+
+
+@st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
+def next_tokens(_chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
+    """Return what may follow a token: what does follow first, then the likeliest."""
     from gsae_core.analysis.attribution import candidates
 
-    model, desk = cache.language_model(_chosen.run)
-    with desk.turn():
-        return candidates(model, _seen.looks[0].prompt, position=position)
+    model, lock = cache.language_model(_chosen.run)
+    with lock.held():
+        return candidates(model, seen.looks[0].prompt, position=position)
 
 
-def attributed(chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
+@st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
+def attributed(_chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     """Return the features of each SAE with their effect on a next token, in logits."""
-    return _attributed(seen.key, position, token, _chosen=chosen, _seen=seen)
-
-
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _attributed(
-    key: tuple[Any, ...], position: int, token: int, _chosen: Chosen, _seen: Seen
-) -> list[pd.DataFrame]:
     from gsae_core.analysis.attribution import effects, slope_at
 
-    model, desk = cache.language_model(_chosen.run)
-    place, prompt = _chosen.run.config.model, _seen.looks[0].prompt
-    with desk.turn():
-        slope = slope_at(
-            model, prompt, layer=place.layer, site=place.site, position=position, token=token
-        )
+    (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
+    where: dict[str, Any] = {"layer": hook.layer, "site": hook.site}
+    with lock.held():
+        slope = slope_at(model, seen.looks[0].prompt, position=position, token=token, **where)
     saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
-    return [effects(look, sae, slope) for look, sae in zip(_seen.looks, saes, strict=True)]
+    return [effects(look, sae, slope) for look, sae in zip(seen.looks, saes, strict=True)]
 
 
-def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
-    """Return the strip: the first SAE's measure as ground, the second's as a line below.
+def cells(chosen: Chosen, seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
+    """Return the strip: the first SAE's measure as shading, the second's as an underline.
 
     Both are on one scale, so that equal shades are equal numbers.
     """
@@ -137,11 +131,14 @@ def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell
     top = max((float(column.abs().max()) for column in values), default=0.0)
     top = top if top > 0 else 1.0
     prompt, found = seen.looks[0].prompt, []
+    digits = 0 if measure == "active features" else 3
     for index, token in enumerate(prompt.tokens):
         special = not bool(prompt.counted[index])
         here = [float(column.iloc[index]) for column in values]
         shares = [min(abs(value) / top, 1.0) if value == value else 0.0 for value in here]
-        about = "special token: not read by the SAE" if special else _about(here, measure)
+        named = zip(chosen.names, here, strict=True)
+        lines = [measure, *(f"{name}: {fixed(value, digits)}" for name, value in named)]
+        about = "special token: not read by the SAE" if special else "\n".join(lines)
         if not token:
             about += "\n∅: the rest of the character before it"
         below = shares[1] if len(shares) > 1 else 0.0
@@ -158,12 +155,6 @@ def _measured(look: "Look", table: pd.DataFrame, measure: str) -> Any:
         sums: Any = table.groupby("position")["effect"].sum()
         return sums.reindex(tokens["position"], fill_value=0.0).reset_index(drop=True)
     return tokens[column].astype(float)
-
-
-def _about(values: Sequence[float], measure: str) -> str:
-    digits = 0 if measure == "active features" else 3
-    lines = [fixed(value, digits) for value in values]
-    return f"{measure}: {lines[0]}" + (f"\nbeside: {lines[1]}" if len(lines) > 1 else "")
 
 
 def feature_rows(table: pd.DataFrame, *, position: int, sort: str) -> pd.DataFrame:
@@ -190,7 +181,7 @@ def say_reading(seen: Seen) -> None:
     prompt = seen.looks[0].prompt
     parts = [f"{len(prompt.tokens):,} tokens, read in {seen.seconds:.1f} s"]
     if prompt.n_left_out:
-        parts.append(f"the last {prompt.n_left_out:,} had no room and are left out")
+        parts.append(f"the last {prompt.n_left_out:,} do not fit in the context and are left out")
     if prompt.n_unknown:
         parts.append(
             f"{prompt.n_unknown:,} are unknown to this model's tokenizer, which lacks these words "
@@ -216,33 +207,32 @@ def numbers(chosen: Chosen, seen: Seen) -> None:
             cells[1].metric(
                 "ΔCE (nats)",
                 fixed(found.delta_ce, 3),
-                help=f"Loss a token that reading reconstructions adds on this text: from "
-                f"{fixed(found.ce_clean)} to {fixed(found.ce_sae)}.",
+                help="Increase of the loss per token on this text when the model reads "
+                f"reconstructions: from {fixed(found.ce_clean)} to {fixed(found.ce_sae)}.",
             )
             cells[2].metric(
                 "FVU",
                 marked_fvu(found.fvu),
-                help="Residual over total sum of squares about this text's own mean activation; "
-                f"{WORSE} above 1, where that mean would do better.",
+                help="Residual over total sum of squares about this text's mean activation; "
+                f"explained variance {percent(explained_variance(found.fvu), 2)}. {WORSE}: above "
+                "1, where the mean would do better.",
             )
 
 
 def legend(chosen: Chosen, measure: str) -> None:
-    """Say what the strip's shades mean."""
-    kinds = chosen.architectures()
-    ground = (
-        '<span style="background:rgba(0,114,178,.5);border-radius:3px;padding:0 .5em">ground</span>'
+    """Say which SAE the strip's shading and which its underline is."""
+    styles = (
+        ("shading", "background:rgba(0,114,178,.5);border-radius:3px;padding:0 .5em"),
+        ("underline", "border-bottom:4px solid #D55E00"),
     )
-    line = '<span style="border-bottom:4px solid #D55E00">line</span>'
-    parts = [f"{ground} {SIGNS[kinds[0]]} {html.escape(chosen.name)}"]
-    if chosen.other:
-        parts.append(f"{line} {SIGNS[kinds[1]]} {html.escape(chosen.other)}")
-    about = html.escape(MEASURES[measure][1])
-    st.html(
-        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
-        f"{''.join(f'<span>{part}</span>' for part in parts)}"
-        f'<span style="opacity:.75">{about}; one scale for both</span></div>'
-    )
+    items = [
+        f'<span><span style="{style}">{what}</span>: {SIGNS[kind]} {html.escape(name)}</span>'
+        for (what, style), name, kind in zip(
+            styles, chosen.names, chosen.architectures(), strict=False
+        )
+    ]
+    about = f"{MEASURES[measure][1]}{'; same scale for both' if chosen.other else ''}"
+    legend_row([*items, f'<span style="opacity:.75">{html.escape(about)}</span>'])
 
 
 def label_of(candidate: "Candidate") -> str:
@@ -302,13 +292,27 @@ def on_every_token(seen: Seen, latent: int, *, at: int, which: int = 0) -> None:
     st.caption(f"fires on {int((values > 0).sum())} of {len(values)} tokens, at most {top:.3g}")
 
 
+BAR = ("#0072B2", "#009E73", "#D55E00")
+
+
 def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     """Draw what both SAEs see of a token, and what only one does."""
     aligned = seen.alignment
     assert aligned is not None
     here: Any = aligned.table[aligned.table["position"] == position]
-    names = _names(chosen)
-    _bar({names[where]: int((here["where"] == where).sum()) for where in names})
+    names = {
+        "only gated": f"only {chosen.name}",
+        "both": "both",
+        "only baseline": f"only {chosen.other}",
+    }
+    counts = [int((here["where"] == where).sum()) for where in names]
+    legend_row(
+        [swatch(c, f"{n} {name}") for c, n, name in zip(BAR, counts, names.values(), strict=True)]
+    )
+    st.html(
+        '<div style="display:flex;height:.7rem;border-radius:4px;overflow:hidden;margin:.4rem 0">'
+        f"{segments(counts, BAR, whole=max(sum(counts), 1))}</div>"
+    )
     number = st.column_config.NumberColumn
     # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
     columns = {
@@ -339,32 +343,6 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
         alt="Features of the token in both SAEs, or in one alone",
     )
     st.caption(
-        "Two features are the same where each is the other's best match by decoder cosine and the "
-        f"cosine is at least {aligned.threshold:g}; an activation of 0: it does not fire here."
-    )
-
-
-BAR = ("#0072B2", "#009E73", "#D55E00")
-
-
-def _names(chosen: Chosen) -> dict[str, str]:
-    only = {"only gated": f"only {chosen.name}", "both": "both"}
-    return only | {"only baseline": f"only {chosen.other}"}
-
-
-def _bar(counts: Mapping[str, int]) -> None:
-    whole = max(sum(counts.values()), 1)
-    parts = "".join(
-        f'<div style="width:{100 * n / whole:.2f}%;background:{colour}"></div>'
-        for n, colour in zip(counts.values(), BAR, strict=True)
-    )
-    words = "".join(
-        f'<span style="white-space:nowrap"><span style="display:inline-block;width:.7em;'
-        f'height:.7em;border-radius:2px;background:{colour}"></span> {n} {html.escape(name)}</span>'
-        for (name, n), colour in zip(counts.items(), BAR, strict=True)
-    )
-    st.html(
-        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
-        f'{words}</div><div style="display:flex;height:.7rem;border-radius:4px;overflow:hidden;'
-        f'margin:.4rem 0">{parts}</div>'
+        "Two features match where each is the other's best match by decoder cosine and the cosine "
+        f"is at least {aligned.threshold:g}. Activation 0: it does not fire here."
     )

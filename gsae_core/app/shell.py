@@ -133,10 +133,10 @@ def say_connected(title: str, run: Run | None, statuses: dict[str, Status]) -> N
     server = server_started()
     older = [name for name in still if (statuses[name].process_started or server) < server]
     if older:
-        went_on = f"{', '.join(older)}: training went on while the app was started again."
+        went_on = f"{', '.join(older)}: training continued while the app restarted."
         notice(f"Reconnected to {went_on}", kind="info")
     elif title == "Live" and run is not None and run.id in still:
-        text = f"Reconnected to {run.id}: training goes on whether this page is open or not."
+        text = f"Reconnected to {run.id}: training continues whether this page is open or not."
         notice(text, kind="info")
 
 
@@ -432,7 +432,7 @@ def need_evals(run: Run) -> list[dict[str, Any]]:
         )
     elif status.state == "finished":
         notice(
-            "The run is finished but none of its SAEs could be evaluated; its log says why.",
+            "The run is finished but none of its SAEs could be evaluated; see its log.",
             kind="warning",
         )
     elif status.state in (*ACTIVE, "queued"):

@@ -1,8 +1,7 @@
-"""The Train page's form as values: what a set-up fills in, and the flags that its fields mean.
+"""The Train page's form as values: what a preset fills in, and the flags that its fields mean.
 
-The form is the command line with another face: a field is a flag, what is shown is what the set-up
-gives unless it was changed, and only what was changed becomes a flag. So the page, the command
-line beside it and the run can never differ.
+A field is a flag of `train`. It shows the preset's value until it is changed, and only what was
+changed becomes a flag. So the page, the command line that it shows and the run are always the same.
 """
 
 import functools
@@ -43,7 +42,7 @@ LABELS = {
     "sparsity": "λ",
     "jumprelu_sparsity": "λ of JumpReLU",
     "k": "k",
-    "equal_width": "Baselines as wide as the others",
+    "equal_width": "Equal width for ReLU baselines",
     "data": "Data",
     "tokens": "Tokens",
     "batch_size": "Batch size",
@@ -60,15 +59,15 @@ LABELS = {
     "recipe": "Recipe",
     "tie": "Tied encoder",
     "aux": "Auxiliary decoder",
-    "loss_norm": "Error normalised",
+    "loss_norm": "Loss normalisation",
     "beta1": "Adam β₁",
     "beta2": "Adam β₂",
     "lr_warmup_steps": "Warm-up steps",
     "lr_decay_fraction": "Decay share",
     "sparsity_warmup_steps": "λ warm-up steps",
-    "revive_every": "Revive every",
+    "revive_every": "Resample every",
     "revive_window": "Dead after",
-    "revive_until": "Revive until",
+    "revive_until": "Resample until",
     "eval_tokens": "Evaluation tokens",
     "eval_replace": "Reconstructions replace",
     "activation_scale": "Activation scale",

@@ -10,7 +10,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app.components import ABOUT, block_diagram
-from gsae_core.app.parts import SIGNS, notice, plain
+from gsae_core.app.parts import SIGNS, notice, plain, segments, swatch
 from gsae_core.app.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
 from gsae_core.config import ARCHITECTURES, SITES, RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
@@ -23,13 +23,14 @@ from gsae_core.text import count
 FIELDS = form_fields()
 DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
 BIND = "query-params"
-WIDTH = "Features of an SAE; a ReLU baseline gets 1.5x as many, to even the compute."
+WIDTH = "Features per SAE. A ReLU baseline gets 1.5x as many, for equal training compute."
 KNOB_HELP = {
-    "sparsity": "One Gated and one ReLU SAE per value, separated by spaces; larger is sparser.",
-    "jumprelu_sparsity": "One JumpReLU SAE per value; it weighs the number of features, so it is "
-    "of another size than the λ of an L1 penalty: from 0.001 to 0.1, L0 on the bundled model falls "
-    "from about 70 to about 1.",
-    "k": "Features that a TopK SAE fires: one SAE per value.",
+    "sparsity": "One Gated and one ReLU SAE per value, separated by spaces. Larger λ, fewer active "
+    "features.",
+    "jumprelu_sparsity": "One JumpReLU SAE per value: weight of the L0 penalty, not comparable "
+    "with the λ of an L1 penalty. From 0.001 to 0.1, L0 on the bundled model falls from about 70 "
+    "to about 1.",
+    "k": "Active features per token: one TopK SAE per value.",
 }
 state = st.session_state
 
@@ -70,7 +71,9 @@ def where(base: Base, given: Values) -> ModelFacts:
     )
     about = model_facts(str(state["model"] or "").strip(), cached)
     said = {"bundled": "ships with the package", "folder": "local folder", "cached": "in the cache"}
-    size = "size known once it is here" if about.parameters is None else count(about.parameters)
+    size = (
+        "size not known until downloaded" if about.parameters is None else count(about.parameters)
+    )
     parts = [size if about.parameters is None else f"{size} parameters"]
     if about.shape is not None:
         parts += [f"{about.shape.n_layers} layers", f"d_model {about.shape.d_model:,}"]
@@ -91,7 +94,7 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     one, two = st.columns([2, 3])
     last = None if about.shape is None else about.shape.n_layers - 1
     if last is not None and state["layer"] > last:
-        st.caption(f"Layer {state['layer']} became {last}: the model has {last + 1} blocks.")
+        st.caption(f"Layer {state['layer']} was set to {last}: the model has {last + 1} blocks.")
         state["layer"] = last
     default = given["layer"] if last is None else min(given["layer"], last)
     layer_help = "Block number, from 0."
@@ -102,7 +105,7 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     st.caption(f"{ABOUT[state['site']].capitalize()}{width}.")
     if not covers(base, state["layer"], state["site"]):
         st.caption(
-            f"{base.preset} has no runs at this place: its settings stay, its name does not."
+            f"{base.preset} has no runs at this hook point; its settings are kept as your own."
         )
     with picture:
         block_diagram(
@@ -163,12 +166,12 @@ def what(given: Values, about: ModelFacts) -> None:
             st.caption(f"{expansion(state['width'] / d_in)} × the {d_in:,} activations")
     many = {"relu"} < set(state["arch"])
     st.toggle(
-        "Baselines as wide as the others",
+        "Equal width for ReLU baselines",
         given["equal_width"],
         key="equal_width",
         bind=BIND,
         disabled=not many,
-        help="Off: ReLU SAEs get 1.5x the width, which evens the compute (paper, section 4.1).",
+        help="Off: ReLU SAEs get 1.5x the width, for equal compute (paper, section 4.1).",
     )
     turned = [knob for knob, archs in KNOBS.items() if set(archs) & set(state["arch"])]
     for knob in turned:
@@ -230,7 +233,7 @@ def computing(given: Values) -> None:
         None,
         key="price",
         bind=BIND,
-        placeholder="optional: what an hour of this machine costs",
+        placeholder="optional: price of this machine per hour",
     )
 
 
@@ -287,14 +290,9 @@ def bar(shown: Bar) -> None:
     """Draw how much is needed of how much there is; a part's name is under it."""
     whole = max(shown.needed, shown.available, 1)
     said = f"{readable(shown.needed)} of {readable(shown.available)} free"
-    shares = "".join(
-        f'<div style="width:{100 * part.size / whole:.2f}%;background:{shade}"></div>'
-        for part, shade in zip(shown.parts, SHADES, strict=False)
-    )
+    shares = segments([part.size for part in shown.parts], SHADES, whole=whole)
     names = "".join(
-        f'<span style="white-space:nowrap"><span style="display:inline-block;width:.7em;'
-        f'height:.7em;border-radius:2px;background:{shade}"></span> {html.escape(part.label)} '
-        f"{readable(part.size)}</span>"
+        swatch(shade, f"{part.label} {readable(part.size)}")
         for part, shade in zip(shown.parts, SHADES, strict=False)
         if part.size
     )
@@ -353,16 +351,16 @@ def _glyph(character: str) -> str:
 
 
 def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
-    """Return the rows about the steps over which rates change and features are revived."""
+    """Return the rows about the steps over which rates change and features are resampled."""
     steps, n = recipe.schedule, recipe.n_steps
     rate = [_rise(steps.lr_warmup_steps, whole="at its peak")]
     if recipe.lr_decay_fraction:
         rate.append(f"falls over the last {recipe.lr_decay_fraction * n:,.0f}")
-    revived = f"revived every {_steps(steps.revive_every)}, if silent for {steps.revive_window:,}"
+    revived = f"resampled every {_steps(steps.revive_every)}, if dead for {steps.revive_window:,}"
     return {
         "Learning rate": ", ".join(rate),
-        "λ": _rise(steps.sparsity_warmup_steps, whole="whole"),
-        "Dead features": revived if steps.revive_every else "not revived",
+        "λ": _rise(steps.sparsity_warmup_steps, whole="full"),
+        "Dead features": revived if steps.revive_every else "not resampled",
     }
 
 

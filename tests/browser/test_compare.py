@@ -92,7 +92,7 @@ def test_a_link_shows_another_visitor_every_choice_it_names(
     )
     page, _ = new_visitor()
     opened(page, f"{address}/Pareto?{chosen}")
-    expect(page.get_by_text("From 1, done/gated-0.2, to 2, done/relu-0.2")).to_be_visible()
+    expect(page.get_by_text("Change from 1, done/gated-0.2, to 2, done/relu-0.2")).to_be_visible()
     expect(page.get_by_text("fraction of variance unexplained").first).to_be_visible()
     expect(page.get_by_text("KL divergence (nats per token)").first).to_be_visible()
     expect(page.get_by_text("Gated · other")).to_be_visible()

@@ -93,7 +93,7 @@ def test_an_sae_is_fetched_cancelled_taken_up_and_opened(
     expect(tab.get_by_text("◻ cancelled")).to_be_visible()
     loopback.slow_seconds = 0.0
     loopback.seen.clear()
-    tab.get_by_role("button", name="Go on").click()
+    tab.get_by_role("button", name="Resume").click()
     expect(tab.get_by_text("● finished")).to_be_visible()
     first = loopback.requests("GET", "/storage/")[0]
     assert str(first.range).startswith("bytes=")

@@ -90,7 +90,7 @@ def test_a_run_outlives_its_tab_and_its_server(
     pid, seen = long.status.pid, steps.inner_text()
     with serving(long.folder.parent, port=port):
         # The tab is not touched: it finds the new server by itself.
-        expect(page.get_by_text("training went on while the app was started again")).to_be_visible()
+        expect(page.get_by_text("training continued while the app restarted")).to_be_visible()
         expect(steps).not_to_have_text(seen)
         assert long.status.pid == pid
         page.goto("about:blank")
@@ -115,7 +115,7 @@ def test_a_second_run_waits_and_starts_by_itself(page: Page, desk: str, training
     second = long_run(training.folder.parent, "second")
     start(second)
     opened(page, f"{desk}/Live?run=second")
-    expect(page.get_by_text("number 1 in line")).to_be_visible()
+    expect(page.get_by_text("position 1 in the queue")).to_be_visible()
     expect(page.get_by_text("1 queued")).to_be_visible()
     page.goto("about:blank")  # nobody watches any more
     training.request_cancel()

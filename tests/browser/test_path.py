@@ -192,7 +192,7 @@ def test_as_many_presses_of_back_as_pages_were_seen_and_each_is_as_it_was_left(
     page.get_by_role("button", name=re.compile("Next")).click()
     eventually(lambda: parameters(page)["feature"] != left["feature"])
     left = parameters(page)
-    page.get_by_role("button", name="Steer with it").click()
+    page.get_by_role("button", name="Steer this feature").click()
     sees(page, "Steer")
     eventually(lambda: parameters(page).get("f") == left["feature"])
     page.get_by_test_id("stSidebar").get_by_role("link", name="Pareto").click()

@@ -133,7 +133,7 @@ def test_spaces_and_split_characters_of_sentencepiece_are_shown(
 
 def test_a_feature_is_taken_from_prompt_to_steer_with_its_text(page: Page, address: str) -> None:
     opened(page, f"{address}/Prompt?run=small&text={TEXT}&tok=1")
-    page.get_by_role("button", name="Steer with it").click()
+    page.get_by_role("button", name="Steer this feature").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Steer")
     at_rest(page)
     expect(page.get_by_label("Prompt")).to_have_value("import json\ndef f(x):\n")
@@ -147,7 +147,7 @@ def test_a_cold_link_to_steer_shows_all_it_names(page: Page, address: str) -> No
     opened(page, f"{address}/Steer?run=small&f=3&s=-2&mode=clamp&seed=7&len=20&text={TEXT}")
     expect(page.get_by_label("Seed")).to_have_value("7")
     expect(
-        page.get_by_text("default 20 tokens").or_(page.get_by_text("ended before 20"))
+        page.get_by_text("unsteered 20 tokens").or_(page.get_by_text("ended before 20"))
     ).to_be_visible()
     expect(page.get_by_text("decoder cosine")).to_be_visible()
     page.get_by_role("button", name="Copy link").click()
@@ -157,12 +157,12 @@ def test_a_cold_link_to_steer_shows_all_it_names(page: Page, address: str) -> No
 
 def test_a_long_continuation_is_stopped_and_goes_on(page: Page, address: str) -> None:
     page.goto(f"{address}/Steer?run=small&f=3&s=0&len=200&temp=2&seed=3&text={TEXT}")
-    page.get_by_role("button", name="Stop writing").click()
-    expect(page.get_by_text("Stopped; what is there stays.")).to_be_visible()
-    page.get_by_role("button", name="Go on").click()
-    expect(page.get_by_text("Stopped; what is there stays.")).to_be_hidden()
+    page.get_by_role("button", name="Stop generating").click()
+    expect(page.get_by_text("Stopped. Continue adds the remaining tokens.")).to_be_visible()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_text("Stopped. Continue adds the remaining tokens.")).to_be_hidden()
     at_rest(page)
-    expect(page.get_by_text(re.compile(r"^default \d+ tokens"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"^unsteered \d+ tokens"))).to_be_visible()
 
 
 def test_no_column_of_prompts_tables_is_cut(page: Page, address: str) -> None:
