@@ -1,9 +1,8 @@
 """What a run is: frozen, validated, a JSON round trip, and the same text as `--help`."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from gsae_core.errors import InputError
+from gsae_core.files import read_json
 
 
 class Config(BaseModel):
@@ -61,63 +61,6 @@ def validated(
         message = re.sub("^expected (greater|less)", r"expected a number \1", message)
         came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
         raise InputError(f"{where}: {message[0].lower()}{message[1:]}{came}") from None
-
-
-def first_of(error: ValidationError, *, may_lack: Collection[str] = ()) -> str | None:
-    """Return what came first in the wrong place, and where: `'three' as saes.gated.alive`.
-
-    Args:
-        may_lack: keys that need not be there; None comes back where nothing else is wrong.
-    """
-    wrong = (
-        each
-        for each in error.errors()
-        if each["type"] != "missing" or each["loc"][-1] not in may_lack
-    )
-    first = next(wrong, None)
-    if first is None:
-        return None
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"no {where}"
-    came = first["input"]
-    shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
-    return f"{shown} as {where}"
-
-
-MOST = 2**63
-"""What no number in our files reaches; arrays, charts and process ids could not take it."""
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says, UTF-8 if it comes as bytes.
-
-    Raises:
-        ValueError: for anything that no file of ours holds: other encodings, numbers beyond 2^63,
-            half a surrogate pair, nesting deeper than Python follows.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")  # some editors begin a file with a mark
-    try:
-        value = json.loads(text, parse_int=_whole, parse_float=_real)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 20 or abs(int(digits)) >= MOST:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _real(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"the number {digits[:20]}, which is too large")
-    return value
 
 
 Architecture = Literal["gated", "relu", "jumprelu", "topk"]
@@ -199,7 +142,9 @@ class SAESpec(Config):
     d_sae: PositiveInt
     """Number of latents."""
 
-    sparsity: Annotated[PositiveFloat, WrapValidator(lambda v, handler: _or_nan(v, handler))]
+    sparsity: Annotated[
+        PositiveFloat, WrapValidator(lambda v, positive: math.nan if v is None else positive(v))
+    ]
     """lambda, against squared error normalised as `loss_norm` says, in training units: it weighs
     the sum of latents (L1), for `jumprelu` their number (L0). For `topk` it is k, that number.
     NaN, null in JSON, where an imported SAE's files do not say."""
@@ -252,10 +197,6 @@ class SAESpec(Config):
         if sparsity > d_sae:
             raise ValueError(f"expected a k of at most d_sae={d_sae}")
         return sparsity
-
-
-def _or_nan(value: Any, handler: Callable[[Any], float]) -> float:
-    return math.nan if value is None else handler(value)
 
 
 class Schedule(NamedTuple):
@@ -337,16 +278,15 @@ def _given(number: int | None, otherwise: int) -> int:
 class TrainConfig(TrainRecipe):
     """A recipe and one lambda (and, if need be, one learning rate) for each SAE."""
 
-    sparsity: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(lambda v: _as_tuple(v))]
+    sparsity: Annotated[
+        tuple[NonNegativeFloat, ...],
+        BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v),
+    ]
     """lambda of each SAE, against squared error summed over d_in; one number serves all. A TopK SAE
     has none and takes no notice."""
 
     lrs: tuple[PositiveFloat, ...] | None = None
     """Peak learning rate of each SAE; None takes `lr` for all."""
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float) else value
 
 
 class EvalConfig(Config):
@@ -394,15 +334,12 @@ class RunConfig(Config):
     recipe says nothing of how they learnt: its `n_tokens` bounds the text that is read."""
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> "RunConfig":
-        names = [spec.name for spec in self.saes]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"expected a different name for each SAE, got {twice!r} twice")
-        return self
-
-    @model_validator(mode="after")
-    def _trained_here_with_a_sparsity(self) -> "RunConfig":
+    def _saes_can_be_told_apart_and_trained(self) -> "RunConfig":
+        names: set[str] = set()
+        for spec in self.saes:
+            if spec.name in names:
+                raise ValueError(f"expected a different name for each SAE, got {spec.name!r} twice")
+            names.add(spec.name)
         unsaid = next((spec.name for spec in self.saes if math.isnan(spec.sparsity)), None)
         if self.imported is None and unsaid is not None:
             raise ValueError(f"expected a sparsity to train {unsaid!r} with, got none")
@@ -419,46 +356,13 @@ class RunConfig(Config):
         return train
 
 
-def sweep(
-    architectures: list[Architecture],
-    sparsity: list[float],
-    width: int,
-    *,
-    k: list[int] | None = None,
-    equal_width: bool = False,
-    **common: Any,
-) -> tuple[SAESpec, ...]:
-    """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
-
-    The extra width evens the training compute (paper section 4.1); `equal_width` leaves it out.
-    TopK SAEs have a `k` each in place of a lambda.
-    """
-    specs = []
-    for architecture in dict.fromkeys(architectures):
-        d_sae = width * 3 // 2 if architecture == "relu" and not equal_width else width
-        for coeff in dict.fromkeys((k or []) if architecture == "topk" else sparsity):
-            name = f"{architecture}-{coeff:g}"
-            fields = {"name": name, "architecture": architecture, "d_sae": d_sae, "sparsity": coeff}
-            specs.append(validated(SAESpec, fields | common))
-    return tuple(specs)
-
-
 def load_config(path: Path) -> RunConfig:
     """Return the run described by a JSON file.
 
     Raises:
         InputError: if the file is missing, is not JSON, or describes no valid run.
     """
-    try:
-        fields = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"expected a config file, found nothing at {path}") from None
-    except OSError as error:
-        raise InputError(f"expected a file to read at {path}, got: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
+    fields = read_json(path, missing=f"expected a config file, found nothing at {path}")
     return validated(RunConfig, fields | {"saes": _with_unit(fields.get("saes"))})
 
 
@@ -532,6 +436,7 @@ def resweep(
         for fields in alike:
             fields = {**fields, "architecture": architecture, **changes}
             if width is not None:
+                # The extra width evens the training compute (paper section 4.1).
                 wider = architecture == "relu" and not equal_width
                 fields["d_sae"] = width * 3 // 2 if wider else width
             if knob.values or not own:
@@ -550,3 +455,24 @@ def _turned(spec: SAESpec, architecture: Architecture) -> dict[str, Any]:
     if WEIGHS[spec.architecture] != WEIGHS[architecture]:
         del fields["sparsity"]
     return fields
+
+
+def sweep(
+    architectures: list[Architecture],
+    sparsity: list[float],
+    width: int,
+    *,
+    k: list[int] | None = None,
+    equal_width: bool = False,
+    **common: Any,
+) -> tuple[SAESpec, ...]:
+    """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
+
+    `equal_width` leaves the extra width out. TopK SAEs have a `k` each in place of a lambda.
+    """
+    knobs: dict[Architecture, Knob] = {}
+    for architecture in architectures:
+        if values := (k or []) if architecture == "topk" else sparsity:
+            knobs[architecture] = Knob("sparsity", tuple(values))
+    specs = resweep((), knobs, width=width, equal_width=equal_width, changes=common, called={})
+    return tuple(specs)

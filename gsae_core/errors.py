@@ -35,27 +35,20 @@ def hub_answers(
         InputError: with the sentence.
     """
     import httpx2
-    from huggingface_hub.errors import (
-        FileMetadataError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import errors
 
+    told = (
+        errors.FileMetadataError,
+        errors.HFValidationError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        httpx2.HTTPError,  # HfHubHTTPError is one
+    )
     try:
         yield
-    except (
-        FileMetadataError,
-        HFValidationError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        httpx2.HTTPError,
-    ) as error:
-        raise InputError(
-            hub_sentence(error, repo, what=what, revision=revision, file=file)
-        ) from error
+    except told as error:
+        sentence = hub_sentence(error, repo, what=what, revision=revision, file=file)
+        raise InputError(sentence) from error
 
 
 def hub_sentence(
@@ -77,35 +70,40 @@ def hub_sentence(
     def met(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
+    page = {"model": "model's", "data set": "data set's", "SAE": "repository's"}[what]
+    by_kind = {
+        errors.GatedRepoError: (
+            f"expected access to {repo!r}, but its owner asks for an agreement first; accept it on "
+            f"the {page} page and run `hf auth login`"
+        ),
+        errors.DisabledRepoError: (
+            f"expected {repo!r} on the Hub, but it was disabled there; look for another copy"
+        ),
+        errors.RevisionNotFoundError: (
+            f"expected a branch, tag or commit of {repo!r}, got {revision!r}; look at the {page} "
+            "page for the revisions there are"
+        ),
+        errors.RemoteEntryNotFoundError: (
+            f"expected {file or 'the file'} in {repo!r}, found none there; list what there is: "
+            f"python -m gsae_core pull {repo} --list"
+        ),
+        errors.RepositoryNotFoundError: (
+            f"expected the name of a {'repository' if what == 'SAE' else what} on the Hub, found "
+            f"no {repo!r} there; check its spelling, or log in with `hf auth login` if it is "
+            "private"
+        ),
+        errors.HFValidationError: (
+            f"expected a Hub repository as OWNER/NAME, got {repo!r}; copy it from its page"
+        ),
+    }
     if _disk_full(chain):
         return (
             f"expected room on the disk for the files of {repo!r}, it is full; make room, or let "
             "HF_HOME name a folder on a larger disk, and start again: whole files stay"
         )
-    if met(errors.GatedRepoError):
-        return (
-            f"expected access to {repo!r}, but its owner asks for an agreement first; accept it on "
-            f"the {_page(what)} page and run `hf auth login`"
-        )
-    if met(errors.DisabledRepoError):
-        return f"expected {repo!r} on the Hub, but it was disabled there; look for another copy"
-    if met(errors.RevisionNotFoundError):
-        return (
-            f"expected a branch, tag or commit of {repo!r}, got {revision!r}; look at the "
-            f"{_page(what)} page for the revisions there are"
-        )
-    if met(errors.RemoteEntryNotFoundError):
-        return (
-            f"expected {file or 'the file'} in {repo!r}, found none there; list what there is: "
-            f"python -m gsae_core pull {repo} --list"
-        )
-    if met(errors.RepositoryNotFoundError):
-        return (
-            f"expected the name of a {_thing(what)} on the Hub, found no {repo!r} there; check its "
-            "spelling, or log in with `hf auth login` if it is private"
-        )
-    if met(errors.HFValidationError):
-        return f"expected a Hub repository as OWNER/NAME, got {repo!r}; copy it from its page"
+    for kind, sentence in by_kind.items():
+        if met(kind):
+            return sentence
     if (status := _status(chain)) is not None:
         return _refused(repo, status)
     if met(errors.FileMetadataError):
@@ -119,10 +117,10 @@ def hub_sentence(
 def is_hub_trouble(error: BaseException) -> bool:
     """Return whether an error began at the Hub, on the way to it, or on a full disk."""
     import httpx2
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import errors
 
     chain = _chain(error)
-    kinds = (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    kinds = (httpx2.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     return _disk_full(chain) or any(isinstance(one, kinds) for one in chain)
 
 
@@ -176,24 +174,26 @@ def _unreached(repo: str, what: What, *, set_offline: bool) -> str:
 
 
 def _refused(repo: str, status: int) -> str:
-    if status == 401:
-        return (
+    by_status = {
+        401: (
             f"expected a token that the Hub knows for {repo!r}, it refused ours; run "
             "`hf auth login` again, or correct HF_TOKEN"
-        )
-    if status == 403:
-        return (
+        ),
+        403: (
             f"expected a token that may do this to {repo!r}, ours may not; make one that can write "
             "on the Hub's settings page and run `hf auth login`"
-        )
-    if status == 429:
-        return f"expected an answer about {repo!r}, but the Hub counts too many; wait some minutes"
+        ),
+        429: f"expected an answer about {repo!r}, but the Hub counts too many; wait some minutes",
+    }
     if status >= 500:
         return (
             f"expected an answer about {repo!r}, but the Hub itself is in trouble ({status}); try "
             "again later"
         )
-    return f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
+    otherwise = (
+        f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
+    )
+    return by_status.get(status, otherwise)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -212,11 +212,3 @@ def _status(chain: list[BaseException]) -> int | None:
         if isinstance(status := getattr(response, "status_code", None), int):
             return status
     return None
-
-
-def _page(what: What) -> str:
-    return "model's" if what == "model" else "data set's" if what == "data set" else "repository's"
-
-
-def _thing(what: What) -> str:
-    return "repository" if what == "SAE" else what

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from gsae_core.config import first_of, parse_json
 from gsae_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,14 +115,8 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file; NaN and infinities become null, which is what JSON has for them."""
-    text = to_json(value, indent=2) + "\n"
-    replace_durably(
-        path, lambda sibling: _write_text(sibling, text), n_bytes=len(text.encode("utf-8"))
-    )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    data = f"{to_json(value, indent=2)}\n".encode()
+    replace_durably(path, lambda sibling: sibling.write_bytes(data), n_bytes=len(data))
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -141,16 +134,17 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, *, missing: str | None = None) -> bytes:
     """Return a file's content.
 
     Raises:
-        InputError: if there is no such file, or it cannot be read.
+        InputError: if there is no such file (says `missing`, if given), or it cannot be read.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(unreadable(path, error)) from None
+        lacks = missing is not None and isinstance(error, FileNotFoundError)
+        raise InputError(missing if lacks else unreadable(path, error)) from None
 
 
 def unreadable(path: Path, error: OSError) -> str:
@@ -166,91 +160,80 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Lines(NamedTuple):
-    """What a file of JSON lines holds."""
-
-    rows: list[dict[str, Any]]
-    damaged: int
-    """Lines that are no JSON objects."""
-    torn: bool
-    """The end is half a line: it is being written, or its writer died."""
+MOST = 2**63
+"""What no number in our files reaches; arrays, charts and process ids could not take it."""
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, whole and on the disk before this returns; others may append meanwhile.
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says, UTF-8 if it comes as bytes.
 
     Raises:
-        InputError: if the disk is full or the folder cannot be written or is gone.
+        ValueError: for anything that no file of ours holds: other encodings, numbers beyond 2^63,
+            half a surrogate pair, nesting deeper than Python follows.
     """
-    data = encoded([row])
-    with (
-        writing(path, len(data)),
-        lock(path.parent, path.stem),
-        path.open("ab+", buffering=0) as file,
-    ):
-        is_new = file.seek(0, os.SEEK_END) == 0
-        append_to(file, data)
-        os.fsync(file.fileno())
-    if is_new:
-        sync(path.parent)
-
-
-def append_to(file: BinaryIO, data: bytes) -> None:
-    """Append whole lines to a file opened by `ab+` without a buffer, or nothing.
-
-    The caller sees to it that nothing else appends meanwhile.
-    """
-    end = file.seek(0, os.SEEK_END)
-    if end and not _ends_a_line(file):
-        data = b"\n" + data
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")  # some editors begin a file with a mark
     try:
-        while data:
-            data = data[file.write(data) :]
-    except BaseException:
-        os.ftruncate(file.fileno(), end)
-        raise
+        value = json.loads(text, parse_int=_whole, parse_float=_real)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
-def _ends_a_line(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= MOST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
-def encoded(rows: list[dict[str, Any]]) -> bytes:
-    """Return rows as the lines of a file."""
-    return "".join(to_json(row) + "\n" for row in rows).encode("utf-8")
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]}, which is too large")
+    return value
 
 
-def read(path: Path) -> Lines:
-    """Return what a file holds; nothing where there is none.
+def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
+    """Return the object in one of a run's JSON files.
+
+    Args:
+        missing: the sentence where there is no such file, if another than `read_bytes` has.
 
     Raises:
-        InputError: if there is something else than a file, or it may not be read.
+        InputError: if the file is missing, cannot be read or holds no JSON object.
     """
-    return parsed(read_bytes(path)) if os.path.lexists(path) else Lines([], 0, False)
-
-
-def parsed(data: bytes) -> Lines:
-    """Return the objects of lines. A last line without its end counts if it is a whole object."""
-    *lines, last = data.split(b"\n")
-    found = [_object(line) for line in lines]
-    end = _object(last)
-    rows = [row for row in (*found, end) if row is not None]
-    return Lines(rows, damaged=found.count(None), torn=end is None and last != b"")
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
+    data = read_bytes(path, missing=missing)
     try:
-        value = parse_json(line)
-    except ValueError:
+        fields = parse_json(data)
+    except ValueError as error:
+        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
+    return fields
+
+
+def first_of(error: ValidationError, *, may_lack: Collection[str] = ()) -> str | None:
+    """Return what came first in the wrong place, and where: `'three' as saes.gated.alive`.
+
+    Args:
+        may_lack: keys that need not be there; None comes back where nothing else is wrong.
+    """
+    wrong = (
+        each
+        for each in error.errors()
+        if each["type"] != "missing" or each["loc"][-1] not in may_lack
+    )
+    first = next(wrong, None)
+    if first is None:
         return None
-    return value if isinstance(value, dict) else None
-
-
-def left_out(n_lines: int, name: str) -> str:
-    """Return the sentence on damaged lines of a file."""
-    lines, they = ("1 line", "is") if n_lines == 1 else (f"{n_lines:,} lines", "are")
-    return f"{lines} of {name} cannot be read and {they} left out"
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"no {where}"
+    came = first["input"]
+    shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
+    return f"{shown} as {where}"
 
 
 class _Source(BaseModel):
@@ -294,19 +277,88 @@ def read_sae_cfg(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in one of a run's JSON files.
+class Lines(NamedTuple):
+    """What a file of JSON lines holds."""
+
+    rows: list[dict[str, Any]]
+    damaged: int
+    """Lines that are no JSON objects."""
+    torn: bool
+    """The end is half a line: it is being written, or its writer died."""
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row, whole and on the disk before this returns; others may append meanwhile.
 
     Raises:
-        InputError: if the file is missing, cannot be read or holds no JSON object.
+        InputError: if the disk is full or the folder cannot be written or is gone.
     """
+    data = encoded([row])
+    with (
+        writing(path, len(data)),
+        lock(path.parent, path.stem),
+        path.open("ab+", buffering=0) as file,
+    ):
+        is_new = file.seek(0, os.SEEK_END) == 0
+        append_to(file, data)
+        os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
+
+
+def append_to(file: BinaryIO, data: bytes) -> None:
+    """Append whole lines to a file opened by `ab+` without a buffer, or nothing.
+
+    The caller sees to it that nothing else appends meanwhile.
+    """
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            data = b"\n" + data
     try:
-        fields = parse_json(read_bytes(path))
-    except ValueError as error:
-        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
-    return fields
+        while data:
+            data = data[file.write(data) :]
+    except BaseException:
+        os.ftruncate(file.fileno(), end)
+        raise
+
+
+def encoded(rows: list[dict[str, Any]]) -> bytes:
+    """Return rows as the lines of a file."""
+    return "".join(to_json(row) + "\n" for row in rows).encode("utf-8")
+
+
+def read(path: Path) -> Lines:
+    """Return what a file holds; nothing where there is none.
+
+    Raises:
+        InputError: if there is something else than a file, or it may not be read.
+    """
+    return parsed(read_bytes(path)) if os.path.lexists(path) else Lines([], 0, False)
+
+
+def parsed(data: bytes) -> Lines:
+    """Return the objects of lines. A last line without its end counts if it is a whole object."""
+    *lines, last = data.split(b"\n")
+    found = [_object(line) for line in lines]
+    end = _object(last)
+    rows = [row for row in (*found, end) if row is not None]
+    return Lines(rows, damaged=found.count(None), torn=end is None and last != b"")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def left_out(n_lines: int, name: str) -> str:
+    """Return the sentence on damaged lines of a file."""
+    lines, they = ("1 line", "is") if n_lines == 1 else (f"{n_lines:,} lines", "are")
+    return f"{lines} of {name} cannot be read and {they} left out"
 
 
 def lock(folder: Path, name: str) -> "BaseFileLock":

@@ -11,9 +11,8 @@ import pytest
 
 from gsae_core import files
 from gsae_core.analysis.labels import Labels
-from gsae_core.config import parse_json
 from gsae_core.errors import InputError
-from gsae_core.files import Lines, append, read
+from gsae_core.files import Lines, append, parse_json, read
 from gsae_core.runs.jobs.job import Job
 from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog, read_since
 

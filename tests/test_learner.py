@@ -427,7 +427,7 @@ def test_launching_reads_no_tensor(
     monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
     learner = Learner(copy.deepcopy(sae), config(), lr=0.01, sparsity=0.1)
     for number, x in enumerate(BATCHES[:3], 1):
-        learner.step(x, number, pool=None)
+        learner.finish(learner.launch(x, number), x, number, pool=None)
     request.getfixturevalue("unread")
     assert learner.launch(BATCHES[3], 4) is not None
 

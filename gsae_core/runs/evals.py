@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float64, Int, Int64
 from pydantic import BaseModel, ValidationError
 from safetensors.numpy import save_file
 
-from gsae_core.config import Architecture, Positions, first_of
+from gsae_core.config import Architecture, Positions
 from gsae_core.errors import InputError
-from gsae_core.files import read_json, replace_durably, write_json
+from gsae_core.files import first_of, read_json, replace_durably, write_json
 
 
 class EvalRow(BaseModel, frozen=True, extra="forbid"):

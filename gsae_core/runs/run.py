@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from gsae_core import files
-from gsae_core.config import RunConfig, first_of, load_config
+from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
 from gsae_core.files import (
     EXAMPLE,
+    first_of,
     free_bytes,
     lock,
     read_json,

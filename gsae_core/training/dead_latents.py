@@ -23,20 +23,7 @@ ENCODER_SHARE = (
 )
 MIN_POOL = 2**14  # Inputs that compete for a resampling, at least.
 CHUNK_ENTRIES = 2**22  # Latents computed at once while the pool is scored: 16 MiB of float32.
-
-# Where latents lie in each parameter. b_dec is the one that belongs to no latent.
-LATENT_AXIS = {
-    "W_dec": 0,
-    "W_gate": 1,
-    "W_mag": 1,
-    "W_enc": 1,
-    "b_gate": 0,
-    "b_mag": 0,
-    "b_enc": 0,
-    "r_mag": 0,
-    "threshold": 0,
-}
-ENCODERS = ("W_gate", "W_mag", "W_enc")
+ENCODERS = ("W_gate", "W_mag", "W_enc")  # Latents lie along axis 1 here, elsewhere along axis 0.
 
 
 def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
@@ -104,11 +91,13 @@ def resample_(
     for name, parameter in sae.named_parameters():
         if name == "b_dec":
             continue
-        axis = LATENT_AXIS[name]
+        axis = 1 if name in ENCODERS else 0
         if name == "W_dec":
             parameter.index_copy_(axis, latents, directions)
         elif name in ENCODERS:
-            length = ENCODER_SHARE * _mean_norm(parameter[:, alive])
+            norms = torch.linalg.vector_norm(parameter[:, alive], dim=0)
+            # With nothing alive there is no mean; 1 is the norm of every direction at the start.
+            length = ENCODER_SHARE * (norms.mean() if len(norms) else 1.0)
             parameter.index_copy_(axis, latents, (length * directions).T)
         else:
             parameter.index_fill_(axis, latents, starts.get(name, 0.0))
@@ -143,11 +132,6 @@ def draw(losses: Float[Tensor, " pool"], *, n: int, seed: int) -> Int64[Tensor, 
     if n == 0:
         return torch.empty(0, dtype=torch.int64)
     return torch.multinomial(weights, n, generator=torch.Generator().manual_seed(seed))
-
-
-def _mean_norm(columns: Float[Tensor, "d_in alive"]) -> Tensor | float:
-    # With nothing alive there is no mean; 1 is the norm of every direction at initialisation.
-    return torch.linalg.vector_norm(columns, dim=0).mean() if columns.shape[1] else 1.0
 
 
 class DeadCounts(NamedTuple):

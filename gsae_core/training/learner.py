@@ -191,16 +191,6 @@ class Learner:
         self._max_steps_since_fired: int | None = None
         self.stopped: str | None = None
 
-    def step(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        number: int,
-        *,
-        pool: Float[Tensor, "pool d_in"] | None,
-    ) -> SAEReport:
-        """Take a whole step: `launch`, then `finish`."""
-        return self.finish(self.launch(x, number), x, number, pool=pool)
-
     def launch(self, x: Float[Tensor, "batch d_in"], number: int) -> Launched | None:
         """Give the device the gradients of step `number`, from 1; wait for nothing.
 

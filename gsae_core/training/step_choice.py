@@ -53,7 +53,6 @@ class Stepper:
     def __init__(self, sae: SAE, *, screened: bool) -> None:
         device = sae.W_dec.device
         self._sae, self._screened, self._too_many_said = sae, screened, False
-        self._crossover = CROSSOVER.get(device.type, 0.0)
         self._kernels = device.type == "cuda"
         if self._kernels and (refusal := kernels.available(device, sae)) is not None:
             logger.warning("every step is a dense one: %s", refusal)
@@ -78,8 +77,8 @@ class Stepper:
         sae = self._sae
         if density is None and isinstance(sae, TopKSAE):
             density = sae.k / sae.d_sae  # known beforehand; no latent counts as dead that early
-        if self._kernels and density is not None and density < self._crossover:
-            done = self._by_kernels(x, density, sparsity_coeff=sparsity_coeff, dead=dead)
+        if self._kernels and density is not None and density < CROSSOVER["cuda"]:
+            done = self._by_kernels(x, density, sparsity_coeff, dead)
             if done is not None:
                 return done
         step = choose_step(sae, density, screened=self._screened)
@@ -89,7 +88,6 @@ class Stepper:
         self,
         x: Float[Tensor, "batch d_in"],
         density: float,
-        *,
         sparsity_coeff: float,
         dead: Bool[Tensor, " d_sae"] | None,
     ) -> Attempt | None:

@@ -112,7 +112,10 @@ class Trainer:
             # Two SAEs on a core each are faster than one on two: much of a step (counters, small
             # sums) does not spread over cores, and no SAE waits for another. One stacked encoder
             # product for all would save nothing: one SAE's runs at full rate.
-            saes = spread(lambda i: learners[i].step(x, number, pool=pool), len(learners))
+            def step(i: int) -> SAEReport:
+                return learners[i].finish(learners[i].launch(x, number), x, number, pool=pool)
+
+            saes = spread(step, len(learners))
         else:
             # All are launched before one is waited for, so the device is never without work.
             launched = [learner.launch(x, number) for learner in learners]
