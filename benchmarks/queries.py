@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.analysis.features.index import Feature, FeatureIndex, open_index
+from gsae_core.analysis.features.feature import Feature
+from gsae_core.analysis.features.index import FeatureIndex, open_index
 
 
 def queries(other: FeatureIndex) -> dict[str, Callable[[Feature], Any]]:

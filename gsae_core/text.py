@@ -1,5 +1,6 @@
 """Numbers as a person writes them: the pages print no raw float."""
 
+import functools
 import html
 import itertools
 import math
@@ -142,27 +143,28 @@ def visible(text: str) -> str:
     return "".join(SIGNS.get(c) or unhidden(c) for c in text) or NOTHING
 
 
-def token_strip(tokens: Sequence[str], values: Sequence[float], *, at: int, top: float) -> str:
-    """Return tokens as a line of HTML, shaded by a latent's value, the token `at` outlined.
+def quoted(token: str, *, most: int = 24) -> str:
+    """Return a token as it is shown inside a sentence or a list: nothing hidden, nothing long."""
+    shown = visible(token)
+    return shown if len(shown) <= most else f"{shown[:most]}…"
 
-    Args:
-        values: the latent's value on each token.
-        top: value of the strongest shade.
+
+@functools.cache
+def macros(template: str) -> Any:
+    """Return the macros of a template in `assets`: all text they are given is escaped.
+
+    What cannot be seen is written out, except line ends and tabs.
     """
-    spans = []
-    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        opacity = STRONGEST * min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
-        style = "unicode-bidi:isolate;border-radius:3px;padding:1px 1px;white-space:pre-wrap"
-        if value > 0:
-            style += f";background:rgba(0,114,178,{opacity:.2f})"
-        if index == at:
-            style += ";outline:1.5px solid #0072B2"
-        label = f"{value:.4g}" if value > 0 else "does not fire"
-        focus = ' tabindex="0"' if index == at else ""
-        spans.append(
-            f'<span style="{style}" title="{label}"{focus}>{html.escape(visible(token))}</span>'
-        )
-    return f'<span dir="ltr" style="font-family:monospace;font-size:.85rem">{"".join(spans)}</span>'
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gsae_core", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: unhidden(value) if type(value) is str else value,
+    )
+    environment.filters |= {"quoted": quoted, "visible": visible}
+    return environment.get_template(template).module
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,11 +1,12 @@
-"""Features: one at a time, where it fires, how its gate decides, what it writes."""
+"""Features: one at a time, where it fires, how its gate decides, its logit effects."""
 
 import streamlit as st
 
+from gsae_core.analysis.features.feature import Feature
 from gsae_core.analysis.features.filter import Chosen
-from gsae_core.analysis.features.index import Feature, FeatureIndex
+from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.app import feature_examples, feature_list, feature_view, shell
-from gsae_core.app.feature_examples import match, near, relations
+from gsae_core.app.feature_examples import match, relations, similar
 from gsae_core.app.feature_list import Opened, open_index, open_sae, weights_of
 from gsae_core.app.index_panel import panel
 from gsae_core.app.parts import notice, plain
@@ -76,7 +77,7 @@ def dead(sae: Opened, feature: Feature) -> None:
     text = f"It did not fire in {feature.index.n_tokens:,} tokens."
     notice(text, kind="info", title=f"Feature {feature.number} is dead")
     feature_view.from_weights(sae, feature.stats)
-    near(sae, feature, go=feature_list.go_to, alive_only=True)
+    similar(sae, feature, go=feature_list.go_to, alive_only=True)
     if len(feature.near_misses[0]):
         st.subheader("Where it came nearest to firing", anchor=False)
         feature_examples.just_missed(feature)
@@ -91,7 +92,7 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
     found, problem = match(feature, other)
     like = found.feature if found is not None else None
     feature_examples.examples(feature, like, name=sae.name, beside=base or "")
-    st.subheader("What it writes", anchor=False)
+    st.subheader("Logit effects", anchor=False)
     feature_view.logits(feature)
     relations(sae, feature, found, base=base, problem=problem, go=feature_list.go_to)
     with pictures:

@@ -26,7 +26,7 @@ ROWS = pd.DataFrame(
         "theta": [0.1, 0.2, 0.3, 0.4, 0.5],
         "gamma": [1.0, 0.9, np.nan, 0.7, 1.1],
         "fired": [50, 10, 0, 1, 20],
-        "vain": [0.0, 0.3, 0.0, 0.1, 0.2],
+        "no_output": [0.0, 0.3, 0.0, 0.1, 0.2],
     }
 )
 
@@ -125,7 +125,7 @@ def test_a_search_finds_tokens_and_labels_the_best_match_first(labels: Labels) -
         ("strongest", [1, 3, 4, 0, 2]),
         ("largest θ", [4, 3, 2, 1, 0]),
         ("most shrunk", [3, 1, 0, 4, 2]),
-        ("gate open in vain", [1, 4, 3, 0, 2]),
+        ("gate open, no output", [1, 4, 3, 0, 2]),
     ],
 )
 def test_rows_are_ordered_and_those_without_the_number_come_last(

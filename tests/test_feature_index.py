@@ -48,13 +48,13 @@ def test_every_activation_is_kept_strongest_first(case: Case) -> None:
         places, values = case.fired(i)
         feature = case.index.feature(i)
         np.testing.assert_allclose(feature.values, values, rtol=1e-5, atol=1e-6)
-        assert sorted(feature.places.tolist()) == sorted(places.tolist())
+        assert sorted(feature.positions.tolist()) == sorted(places.tolist())
         assert (np.diff(feature.values) <= 0).all()
     assert case.index.feature(3).is_dead
 
 
 def test_both_forms_of_the_codes_hold_the_same_entries(case: Case) -> None:
-    by_feature = {(int(p), i) for i in range(D_SAE) for p in case.index.feature(i).places}
+    by_feature = {(int(p), i) for i in range(D_SAE) for p in case.index.feature(i).positions}
     by_token = {
         (place, int(i))
         for place in range(case.index.n_places)
@@ -172,7 +172,7 @@ def test_features_of_a_token_are_ordered_by_how_specific_they_are(case: Case) ->
     fires, on = (case.truth.f > 0).numpy(), case.truth.ids == 7
     counts = fires[on].sum(0)
     found = case.index.by_token(7)
-    assert found.attrs["places"] == on.sum()
+    assert found.attrs["tokens"] == on.sum()
     assert set(found["feature"]) == set(np.flatnonzero(counts))
     assert found["on"].tolist() == counts[found["feature"]].tolist()
     np.testing.assert_allclose(found["recall"], counts[found["feature"]] / on.sum())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from index_cases import KINDS, built, some_sae
 
-from gsae_core.analysis.features.html import Row, readable_token, strips
-from gsae_core.analysis.features.index import Histogram, pair, values_on
+from gsae_core.analysis.features.export import Row, readable_token, strips
+from gsae_core.analysis.features.feature import Histogram
 from gsae_core.analysis.features.table import weight_columns
 from gsae_core.analysis.labels import Labels
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
@@ -124,8 +124,8 @@ def test_a_pair_counts_tokens_and_compares_lengths_where_both_fire(
 ) -> None:
     one = built(tiny_lm, some_sae("gated"), tmp_path / "a").feature(7)
     other = built(tiny_lm, some_sae("relu"), tmp_path / "b").feature(9)
-    found = pair(one, other)
-    first, second = set(one.places.tolist()), set(other.places.tolist())
+    found = one.pair(other)
+    first, second = set(one.positions.tolist()), set(other.positions.tolist())
     both = sorted(first & second)
     assert (found.only_first, found.both, found.only_second) == (
         len(first - second),
@@ -144,7 +144,7 @@ def test_the_others_values_are_those_on_the_same_tokens(
     one = built(tiny_lm, some_sae("gated"), tmp_path / "a").feature(7)
     example = one.top(1)[0]
     # Of a feature on its own examples the values are the example's.
-    np.testing.assert_array_equal(values_on(one, example), example.values)
+    np.testing.assert_array_equal(one.on_example(example), example.values)
 
 
 # Weights

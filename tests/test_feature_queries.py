@@ -10,11 +10,10 @@ import pytest
 import torch
 from index_cases import Dense, built, dense, some_parts, some_sae
 
-from gsae_core.analysis.features import index as matching
-from gsae_core.analysis.features import neuronpedia
-from gsae_core.analysis.features.examples import distinct
-from gsae_core.analysis.features.html import card, page, write_page
-from gsae_core.analysis.features.index import FeatureIndex, matches
+from gsae_core.analysis.features import feature as features_of
+from gsae_core.analysis.features.export import card, neuronpedia_batch, page
+from gsae_core.analysis.features.feature import distinct
+from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 
@@ -96,7 +95,7 @@ def test_random_examples_are_drawn_from_all_firings_by_a_seed(index: FeatureInde
     assert all(example.value > 0 for example in feature.random(10, seed=1))
     n = len(feature.values)
     every = {(e.sequence, e.position) for e in feature.random(n + 5)}
-    assert every == {divmod(place, 16) for place in feature.places.tolist()}
+    assert every == {divmod(place, 16) for place in feature.positions.tolist()}
 
 
 def test_quantile_groups_are_slices_of_equal_size(index: FeatureIndex) -> None:
@@ -138,14 +137,14 @@ def test_a_match_counts_shared_tokens(
     theirs = dense(tiny_lm, other_sae).f > 0
     both = (fires[:, None] & theirs).sum(0)
     f1 = 2 * both / (fires.sum() + theirs.sum(0))
-    found = matches(index.feature(FEATURE), other, by="firing", k=3)
+    found = index.feature(FEATURE).matched(other, by="firing", k=3)
     np.testing.assert_allclose(found["f1"], f1.sort(descending=True).values[:3], rtol=1e-6)
     assert found["both"].tolist() == both[found["feature"].tolist()].tolist()
     W = torch.nn.functional.normalize
     mine, all_theirs = (W(sae.W_dec.detach(), dim=1) for sae in (some_sae("gated"), other_sae))
     cosine = all_theirs @ mine[FEATURE]
     np.testing.assert_allclose(found["cosine"], cosine[found["feature"].tolist()], atol=1e-6)
-    nearest = matches(index.feature(FEATURE), other, by="decoder", k=1).iloc[0]
+    nearest = index.feature(FEATURE).matched(other, by="decoder", k=1).iloc[0]
     assert nearest["feature"] == int(cosine.argmax())
     back = mine @ all_theirs[int(cosine.argmax())]
     assert nearest["mutual"] == (int(back.argmax()) == FEATURE)
@@ -160,11 +159,11 @@ def test_of_tokens_with_too_many_firings_an_even_sample_is_counted_and_scaled(
     # One too few for all asks for every second token; one less than half, for every third.
     found = int(theirs[on].sum())
     for most, step in ((found, 1), (found - 1, 2), (found // 2 - 1, 3)):
-        monkeypatch.setattr(matching, "MOST_FOUND", most)
-        counts = matching.fired_with(feature, index)
-        looked_at = -(-len(feature.places) // step)
-        assert counts[FEATURE] == pytest.approx(len(feature.places))
-        unit = len(feature.places) / looked_at
+        monkeypatch.setattr(features_of, "MOST_FOUND", most)
+        counts = feature.fired_with(index)
+        looked_at = -(-len(feature.positions) // step)
+        assert counts[FEATURE] == pytest.approx(len(feature.positions))
+        unit = len(feature.positions) / looked_at
         np.testing.assert_allclose(counts / unit, np.rint(counts / unit), atol=1e-9)
         assert (counts / unit).max() == pytest.approx(looked_at)
 
@@ -181,10 +180,9 @@ def test_indices_of_other_tokens_are_not_compared(
 
 
 def test_a_page_holds_all_there_is_and_needs_nothing_from_elsewhere(
-    index: FeatureIndex, tmp_path: Path
+    index: FeatureIndex,
 ) -> None:
-    path = write_page([index.feature(FEATURE), index.feature(3)], tmp_path / "features.html")
-    text = path.read_text()
+    text = page([index.feature(FEATURE), index.feature(3)])
     for piece in ("Feature 7 of small", "Feature 3 of small", "a dead feature", "Just missed", "θ"):
         assert piece in text
     assert not any(word in text for word in ("<script", "src=", "href=", "url(", "@import"))
@@ -210,13 +208,10 @@ def test_hostile_tokens_and_labels_are_text_and_nothing_else(
 
 
 def test_the_json_is_a_batch_as_neuronpedias_importer_reads_it(
-    index: FeatureIndex, truth: Dense, tmp_path: Path
+    index: FeatureIndex, truth: Dense
 ) -> None:
     features = [index.feature(FEATURE), index.feature(3)]
-    path = neuronpedia.write_batch(
-        features, tmp_path / "batch-0.json", model_id="tiny", sae_set="res"
-    )
-    batch = json.loads(path.read_text())
+    batch = json.loads(json.dumps(neuronpedia_batch(features, model_id="tiny", sae_set="res")))
     assert {key: batch[key] for key in ("model_id", "layer", "sae_set")} == {
         "model_id": "tiny",
         "layer": 1,

@@ -308,7 +308,7 @@ def test_without_an_index_the_weights_are_shown_and_one_can_be_built(
 ) -> None:
     at = opened(PAGE, run="done", feature="7")
     said = shown(at)
-    assert "Where does each feature fire?" in "".join(each.value for each in at.subheader)
+    assert "Index this SAE to see its top examples." in "".join(each.value for each in at.subheader)
     assert "θ" in said
     # theta = b_mag - exp(r_mag) b_gate = 1.
     assert set(at.dataframe[0].value["theta"]) == {THETA}
@@ -353,7 +353,7 @@ def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     ("state", "said"),
     [
         ("failed", "out of memory"),
-        ("lost", "gone without a word"),
+        ("lost", "process is gone"),
         ("cancelled", "It was cancelled"),
     ],
 )

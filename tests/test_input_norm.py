@@ -207,7 +207,7 @@ def test_an_index_has_what_fires_what_nearly_did_and_how_short_it_is(
     n_near = 0
     for latent in range(D_SAE):
         feature = index.feature(latent)
-        fires = f[:, latent].numpy()[feature.places]
+        fires = f[:, latent].numpy()[feature.positions]
         np.testing.assert_allclose(feature.values, fires, rtol=1e-4, atol=1e-6)
         places, margins = feature.near_misses
         lacks = margin[:, latent].numpy()[places]

@@ -19,7 +19,7 @@ from gsae_core.analysis.autointerp import (
     score_label,
     write_label,
 )
-from gsae_core.analysis.features.examples import Example
+from gsae_core.analysis.features.feature import Example
 from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel

@@ -18,13 +18,13 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from gsae_core.analysis.features.examples import Example
+from gsae_core.analysis.features.feature import Example
 from gsae_core.analysis.labels import LONGEST, Said
 from gsae_core.errors import InputError
 from gsae_core.lm.texts import running_text
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.features.index import Feature
+    from gsae_core.analysis.features.feature import Feature
 
 TIMEOUT_SECONDS = 60.0
 TOKEN = "OPENAI_API_KEY"

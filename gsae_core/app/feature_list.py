@@ -1,9 +1,8 @@
 """The list of features: how often they fire, which of them are wanted, and in what order."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,13 +62,18 @@ def open_sae(run: Run, name: str) -> Opened:
     Raises:
         InputError: if not even its weights can be read.
     """
+    problem, index = "", None
     try:
         index = open_index(run, name)
     except InputError as error:
-        return Opened(run, name, None, str(error), _weights(run, name))
-    if index is None:
-        return Opened(run, name, None, "", _weights(run, name))
-    return Opened(run, name, index, "", _listing(str(index.folder), index.manifest.made, index))
+        problem = str(error)
+    if index is not None:
+        return Opened(run, name, index, "", _listing(str(index.folder), index.manifest.made, index))
+    try:
+        stats = cache.feature_stats(run, name)
+    except InputError:
+        stats = None  # not evaluated: the weights alone
+    return Opened(run, name, None, problem, weight_listing(weights_of(run, name), stats))
 
 
 def open_index(run: Run, name: str) -> FeatureIndex | None:
@@ -101,19 +105,12 @@ def weights_of(run: Run, name: str) -> pd.DataFrame:
     return _weight_table(str(folder), version(folder / "sae_weights.safetensors"))
 
 
-class Cost(NamedTuple):
-    """What building an index takes, about."""
+def cost(run: Run, name: str, n_tokens: int) -> tuple[float | None, int]:
+    """Return about how many seconds and bytes an index over so many tokens takes.
 
-    seconds: float | None
-    """None where the run did not measure how fast its model is."""
-    n_bytes: int
-
-
-def cost(run: Run, name: str, n_tokens: int) -> Cost:
-    """Return what an index over so many tokens takes, from what the run measured.
-
-    Time is that of the language model's passes in training, and of each SAE's step a third, which
-    is about what encoding is of it. Room is 10 bytes a firing and 11 a token, and the tables.
+    Seconds are None where the run did not measure how fast its model is. They are those of the
+    model's passes in training, and of each SAE's step a third, which is about what encoding is of
+    it. Bytes are 10 a firing and 11 a token, and the tables.
     """
     spec = next(spec for spec in run.config.saes if spec.name == name)
     evals = cache.evaluations(run)
@@ -123,11 +120,11 @@ def cost(run: Run, name: str, n_tokens: int) -> Cost:
     n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
     rows = cache.recent_metrics(run)
     if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
-        return Cost(None, n_bytes)
+        return None, n_bytes
     last = rows[-1]
     model = last["seconds_lm"] / last["tokens"]
     step = (last["seconds"] - last["seconds_lm"]) / last["tokens"] / len(run.config.saes)
-    return Cost(5 + n_tokens * (model + step / 3), n_bytes)
+    return 5 + n_tokens * (model + step / 3), n_bytes
 
 
 # Arguments with an underscore are no part of the key: what stands before them tells them apart.
@@ -154,18 +151,19 @@ def _weight_table(folder: str, stamp: Version) -> pd.DataFrame:
     return pd.DataFrame(weight_columns(load_sae(folder))).rename_axis("feature")
 
 
-def _weights(run: Run, name: str) -> pd.DataFrame:
-    try:
-        stats = cache.feature_stats(run, name)
-    except InputError:
-        stats = None  # not evaluated: the weights alone
-    return weight_listing(weights_of(run, name), stats)
-
-
 MOST_ROWS = 2000
 PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
 """Parameter of the address for each range."""
 TEXTS = ("q", "label", *PARAMS.values())
+NUMBERS = {
+    "density": ("density", "%.3g %%", 78),
+    "max": ("max", "%.3g", 60),
+    "theta": ("θ", "%.3g", 60),
+    "gamma": ("γ", "%.3f", 60),
+    "gain": ("e^r", "%.3g", 60),
+    "gate_density": ("gate open", "%.3g %%", 86),
+}
+"""Columns of numbers: head, format, width in pixels."""
 LIVES: tuple[Life, ...] = ("all", "alive", "dead")
 EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
 
@@ -180,6 +178,7 @@ def ask(sae: Opened) -> tuple[Wanted, str]:
         help="Features that fire on tokens with this text, the most specific first, and those "
         "whose label has it. Spaces and capitals count in tokens.",
     )
+    usual = "best match" if text else "number"
     left, right = st.columns([1, 1.4], vertical_alignment="bottom")
     with left:
         wanted = _filters(text or "")
@@ -191,11 +190,10 @@ def ask(sae: Opened) -> tuple[Wanted, str]:
             index=None,
             key="sort",
             bind="query-params",
-            placeholder="best match" if text else "number",
+            placeholder=usual,
             label_visibility="collapsed",
         )
-    order = order or ("best match" if text else "number")
-    return wanted, "number" if order == "best match" and not text else order
+    return wanted, usual if order in (None, "best match") else order
 
 
 def _filters(text: str) -> Wanted:
@@ -221,7 +219,7 @@ def _filters(text: str) -> Wanted:
         st.button(
             "Clear all", key="features.clear", on_click=clear, icon=":material/filter_list_off:"
         )
-    kept: Life = "alive" if life == "alive" else "dead" if life == "dead" else "all"
+    kept: Life = life if life in LIVES else "all"
     return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
 
 
@@ -257,19 +255,16 @@ def clear() -> None:
 
 def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
     """Return the rows that are wanted."""
+    if sae.index is None:
+        columns = ["label", "star", "author", "model", "score"]
+        said = pd.DataFrame(columns=columns, dtype=object)
+        return choose(sae.rows, wanted, said=said, order=order)
     matches = None
-    if wanted.text and sae.index is not None:
-        matches = _matches(sae.index, wanted.text)
-    said = sae.index.labels.frame() if sae.index is not None else _NOTHING_SAID
+    if wanted.text:
+        found = sae.index.by_text(wanted.text)
+        matches = dict(zip(found["feature"].tolist(), found["f1"].tolist(), strict=True))
+    said = sae.index.labels.frame()
     return choose(sae.rows, wanted, said=said, matches=matches, order=order)
-
-
-_NOTHING_SAID = pd.DataFrame(columns=["label", "star", "author", "model", "score"], dtype=object)
-
-
-def _matches(index: "FeatureIndex", text: str) -> Mapping[int, float]:
-    found = index.by_text(text)
-    return dict(zip(found["feature"].tolist(), found["f1"].tolist(), strict=True))
 
 
 def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
@@ -342,14 +337,10 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
             "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
             "label": st.column_config.TextColumn("label"),
             "by": st.column_config.TextColumn("by", help="Who wrote the label; 0.5 is guessing"),
-            "density": number("density", format="%.3g %%", width=78, help=COLUMNS["density"]),
-            "max": number("max", format="%.3g", width=60, help=COLUMNS["max"]),
-            "theta": number("θ", format="%.3g", width=60, help=COLUMNS["theta"]),
-            "gamma": number("γ", format="%.3f", width=60, help=COLUMNS["gamma"]),
-            "gain": number("e^r", format="%.3g", width=60, help=COLUMNS["gain"]),
-            "gate_density": number(
-                "gate open", format="%.3g %%", width=86, help=COLUMNS["gate_density"]
-            ),
+            **{
+                name: number(title, format=form, width=width, help=COLUMNS[name])
+                for name, (title, form, width) in NUMBERS.items()
+            },
         },
         alt="The features that the filters leave: number, what they fire on, and their numbers",
     )
@@ -359,33 +350,27 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
 
 
 def _count(chosen: Chosen, n_shown: int) -> None:
-    n = len(chosen.rows)
-    of = f"{chosen.n_all:,}".replace(",", " ")
-    shown = f"{n_shown:,}".replace(",", " ")
+    n, n_all = len(chosen.rows), chosen.n_all
+    text = f"All {n_all:,} features."
+    if n_shown < n_all:
+        fit = f" ({n:,} fit)" if n_shown < n < n_all else ""
+        text = f"{n_shown:,} of {n_all:,} features{fit}."
     with st.container(horizontal=True, vertical_alignment="center"):
-        if n == chosen.n_all == n_shown:
-            st.caption(f"All {of} features.")
-        elif n == n_shown:
-            st.caption(f"{shown} of {of} features.")
-        else:
-            fit = "" if n == chosen.n_all else f" ({n:,} fit)".replace(",", " ")
-            st.caption(f"{shown} of {of} features{fit}.")
+        st.caption(text.replace(",", " "))
         if n > MOST_ROWS:
             st.toggle("All rows", key="features.everything")
 
 
 def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
     """Return the columns that say anything of this SAE."""
-    wanted = ["feature"]
-    wanted += ["star"] * bool(rows["star"].any())
-    wanted += ["label", "by"] * bool((rows["label"] != "").any())
-    if sae.index is not None:
-        wanted.append("tokens")
-    numbers = ["density", "max", "theta", "gamma", "gain", "gate_density"]
-    if architecture(sae.run, sae.name) != "gated":
-        numbers = ["density", "max", "theta", "gamma"]
-    return wanted + [
-        name for name in numbers if np.isfinite(sae.rows[name].to_numpy(dtype=float)).any()
+    gated = architecture(sae.run, sae.name) == "gated"
+    numbers = [name for name in NUMBERS if gated or name not in ("gain", "gate_density")]
+    return [
+        "feature",
+        *["star"] * bool(rows["star"].any()),
+        *["label", "by"] * bool((rows["label"] != "").any()),
+        *["tokens"] * (sae.index is not None),
+        *(n for n in numbers if np.isfinite(sae.rows[n].to_numpy(dtype=float)).any()),
     ]
 
 

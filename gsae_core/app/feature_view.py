@@ -1,58 +1,41 @@
-"""One feature: where it fires, how its gate decides, what it writes, and who is near it."""
+"""One feature: its numbers, how its gate decides, its logit effects, its label, its exports."""
 
 import getpass
-import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import mimetypes
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from gsae_core.analysis.features.export import TEMPLATE, neuronpedia_batch, page
 from gsae_core.analysis.features.files import COLUMNS
 from gsae_core.analysis.features.filter import Chosen, beside
 from gsae_core.app import shell
 from gsae_core.app.feature_list import Opened
-from gsae_core.app.parts import copy_link, escaped, facts, figure_tools, key_for, notice, plain
-from gsae_core.app.pickers import architecture, correct_number, quoted
+from gsae_core.app.parts import copy_link, facts, figure_tools, key_for, notice, plain
+from gsae_core.app.pickers import architecture, correct_number
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
-from gsae_core.text import percent
+from gsae_core.text import macros, percent
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.features.index import Feature, Logit
-    from gsae_core.analysis.labels import Labels
+    import pandas as pd
+
+    from gsae_core.analysis.features.feature import Feature
+    from gsae_core.analysis.labels import Kind, Labels
 
 
 def summary(feature: "Feature") -> None:
     """Say in two lines what the feature is: how often, on what, to what end."""
-    row = feature.stats
-    fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
-    tokens = feature.index.texts([int(token) for token in row["top_tokens"]])
-    shares = [float(share) for share in row["top_token_shares"]]
-    chips = " ".join(
-        _chip(token, percent(share, 0)) for token, share in zip(tokens, shares, strict=True)
-    )
-    raised = " ".join(_chip(each.text) for each in feature.logits.top[:4])
-    lowered = " ".join(_chip(each.text) for each in feature.logits.bottom[:2])
+    fired, n_tokens = int(feature.stats["fired"]), int(feature.stats["n_tokens"])
     often = f"1 token in {_round(n_tokens / fired)}" if fired else "no token"
-    lines = [f"Fires on <b>{often}</b>, most on {chips}"]
-    if raised:
-        lines.append(f"Makes {raised} more likely next, {lowered} less")
-    body = "".join(f'<div style="margin:.15rem 0">{line}</div>' for line in lines)
-    st.html(f'<div style="line-height:1.9">{body}</div>')
-
-
-def _chip(token: str, said: str = "") -> str:
-    note = f' <span style="opacity:.75;font-size:.8rem">{said}</span>' if said else ""
-    return (
-        '<span style="white-space:nowrap"><code dir="ltr" style="unicode-bidi:isolate;'
-        "padding:.05rem .3rem;border-radius:4px;color:inherit;font-size:.9rem;"
-        'background:color-mix(in srgb,currentColor 9%,transparent)">'
-        f"{html.escape(quoted(token))}</code>{note}</span>"
-    )
+    tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
+    logits = feature.logits
+    st.html(macros(TEMPLATE).summary(often, tokens, logits.top[:4], logits.bottom[:2]))
 
 
 def _round(number: float) -> str:
@@ -62,39 +45,28 @@ def _round(number: float) -> str:
 
 def numbers(feature: "Feature") -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
-    row = feature.stats
+    row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
         ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens", "density"),
         ("strongest", _short(row["max"]), f"median {_short(row['q50'])}", "max"),
     ]
-    if feature.index.manifest.architecture in ("gated", "jumprelu"):
+    if kind in ("gated", "jumprelu"):
         gain = f"e^r {_short(row['gain'])}" if math.isfinite(row["gain"]) else "threshold"
         tiles.append(("θ", _short(row["theta"]), gain, "theta"))
     tiles.append(("γ", _short(row["gamma"]), _shrinkage(row["gamma"]), "gamma"))
-    if feature.index.manifest.architecture == "gated":
-        vain = int(row["gate_open"]) - fired
-        note = f"{vain:,} times in vain" if vain else "never in vain"
+    if kind == "gated":
+        silent = int(row["gate_open"]) - fired
+        note = f"no output {silent:,} times" if silent else "always with output"
         tiles.append(("gate open", percent(row["gate_density"], 2), note, "gate_density"))
-    cells = "".join(
-        f'<div title="{html.escape(COLUMNS[column], quote=True)}">'
-        f'<div style="opacity:.75;font-size:.8125rem">{html.escape(title)}</div>'
-        f'<div style="font-size:1.25rem;line-height:1.3;font-variant-numeric:tabular-nums">'
-        f"{html.escape(value)}</div>"
-        f'<div style="opacity:.75;font-size:.8125rem">{html.escape(note)}</div></div>'
-        for title, value, note, column in tiles
-    )
-    st.html(
-        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(6rem,1fr));'
-        f'gap:.5rem 1rem">{cells}</div>'
-    )
+    st.html(macros(TEMPLATE).tiles([(*cell, COLUMNS[column]) for *cell, column in tiles]))
 
 
 def _shrinkage(gamma: float) -> str:
     if not math.isfinite(gamma):
         return "never fired"
     if abs(gamma - 1) < 0.02:
-        return "as long as it should"
+        return "no shrinkage"
     return f"{100 * abs(1 - gamma):.0f} % too {'short' if gamma < 1 else 'long'}"
 
 
@@ -104,95 +76,60 @@ def _short(number: float) -> str:
 
 def pictures(feature: "Feature", theme: Theme) -> None:
     """Draw how strongly it fires, and how its gate decides."""
-    row = feature.stats
-    theta, kind = float(row["theta"]), feature.index.manifest.architecture
+    theta, kind = float(feature.stats["theta"]), feature.index.manifest.architecture
     plane = gate_plane(feature, theme=theme) if kind == "gated" else None
     left, right = st.columns([1, 1.1]) if plane is not None else (st.container(), None)
-    with left:
-        st.html('<div style="font-weight:600">How strongly it fires</div>')
-        chart = activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind)
-        st.vega_lite_chart(
-            chart.data, chart.spec, key="features.activations", alt=_histogram_words(feature, theta)
-        )
-        words = {
-            "relu": "One path decides whether and how much: no gate, no empty band at 0.",
-            "topk": "It fires where it is among the k largest of a token.",
-        }
-        jump = f"Nothing between 0 and θ = {theta:.3g}: it jumps."
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.caption(jump if theta > 0 else words.get(kind, "Its gate never binds: no jump."))
-            table = histogram_table(feature.histogram)
-            figure_tools(table, name="activations", about=_definitions())
-    if right is None or plane is None:
-        return
-    with right:
-        st.html('<div style="font-weight:600">How its gate decides</div>')
-        st.vega_lite_chart(
-            plane.data,
-            plane.spec,
-            key="features.plane",
-            alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
-            f"opening at theta, {theta:.3g}",
-        )
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.caption("A dot is a token, hollow: just missed. Slope: e^r.")
-            figure_tools(feature.gate_line(), name="gate_and_magnitude", about=COLUMNS["theta"])
-
-
-def _histogram_words(feature: "Feature", theta: float) -> str:
     top = float(feature.histogram.edges[-1])
-    band = f"; nothing between 0 and {theta:.3g}" if math.isfinite(theta) and theta > 0 else ""
-    return f"How often it fires how strongly, from 0 to {top:.3g}{band}"
+    jumps = math.isfinite(theta) and theta > 0
+    words = {
+        "relu": "One path decides whether and how much: no gate, no empty band at 0.",
+        "topk": "It fires where it is among the k largest of a token.",
+    }
+    with left:
+        _picture(
+            "How strongly it fires",
+            activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind),
+            key="activations",
+            alt=f"How often it fires how strongly, from 0 to {top:.3g}"
+            + (f"; nothing between 0 and {theta:.3g}" if jumps else ""),
+            caption=f"Nothing between 0 and θ = {theta:.3g}: it jumps."
+            if jumps
+            else words.get(kind, "Its gate never binds: no jump."),
+            table=histogram_table(feature.histogram),
+            about="\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta")),
+        )
+    if right is not None and plane is not None:
+        with right:
+            _picture(
+                "How its gate decides",
+                plane,
+                key="gate_and_magnitude",
+                alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
+                f"opening at theta, {theta:.3g}",
+                caption="A dot is a token, hollow: just missed. Slope: e^r.",
+                table=feature.gate_line(),
+                about=COLUMNS["theta"],
+            )
 
 
-def _definitions() -> str:
-    return "\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta"))
+def _picture(
+    title: str, chart: Any, *, key: str, alt: str, caption: str, table: "pd.DataFrame", about: str
+) -> None:
+    """Draw a chart under its title, above a sentence and the tools of a figure."""
+    st.html(f'<div style="font-weight:600">{title}</div>')
+    st.vega_lite_chart(chart.data, chart.spec, key=f"features.{key}", alt=alt)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(caption)
+        figure_tools(table, name=key, about=about)
 
 
 def logits(feature: "Feature") -> None:
     """Draw the next tokens that it raises and lowers most."""
     found = feature.logits
-    if not found.top:
-        st.caption("What it writes is not known: the model's head could not be followed.")
-        return
-    most = max((abs(each.effect) for each in (*found.top, *found.bottom)), default=0.0)
-    st.html(
-        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));'
-        'gap:.25rem 1.5rem">'
-        f"{_logit_list('Makes more likely next', found.top, most, '#0072B2')}"
-        f"{_logit_list('Makes less likely next', found.bottom, most, '#D55E00')}</div>"
-    )
-
-
-def _logit_list(title: str, found: "Sequence[Logit]", most: float, colour: str) -> str:
-    rows = "".join(
-        '<div style="display:grid;grid-template-columns:minmax(0,1fr) 6.5rem;gap:.5rem;'
-        'align-items:center"><code dir="ltr" style="unicode-bidi:isolate;overflow:hidden;'
-        'text-overflow:ellipsis;white-space:nowrap;color:inherit;background:none;padding:0" '
-        f'title="{html.escape(quoted(each.text, most=200), quote=True)}">'
-        f"{html.escape(quoted(each.text))}</code>"
-        '<span style="text-align:right;font-variant-numeric:tabular-nums;border-radius:3px;'
-        f"padding:0 4px;background:linear-gradient(to right,color-mix(in srgb,{colour} 35%,"
-        f'transparent) {100 * abs(each.effect) / most if most else 0:.0f}%,transparent 0)">'
-        f"{each.effect:+.3f}</span></div>"
-        for each in found
-    )
-    return (
-        f'<div><div style="font-weight:600;margin-bottom:.2rem">{html.escape(title)}</div>'
-        f'<div style="font-size:.875rem;line-height:1.65">{rows}</div></div>'
-    )
-
-
-def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
-    """Draw what the weights alone say of a feature."""
-    kind = architecture(sae.run, sae.name)
-    shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
-    shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
-    shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
-    facts({title: _short(row[name]) for name, title in shown.items()})
-    with st.popover("What these mean", icon=":material/help:", type="tertiary"):
-        for name, title in shown.items():
-            plain(f"{title}: {COLUMNS[name]}", size=".9rem")
+    if found.top:
+        st.html(macros(TEMPLATE).logits(found.top, found.bottom))
+    else:
+        st.caption("Logit effects are not known: the model's head could not be followed.")
 
 
 TERMS = {
@@ -207,6 +144,23 @@ TERMS = {
     "top_logits": "makes more likely",
 }
 """Columns of the table, by what people call them."""
+
+
+def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
+    """Draw what the weights alone say of a feature."""
+    kind = architecture(sae.run, sae.name)
+    shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
+    shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
+    shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
+    facts({title: _short(row[name]) for name, title in shown.items()})
+    with st.popover("What these mean", icon=":material/help:", type="tertiary"):
+        _define(shown)
+
+
+def _define(terms: Mapping[str, str]) -> None:
+    """Draw what columns of the table mean, by what people call them."""
+    for name, title in terms.items():
+        plain(f"{title}: {COLUMNS[name]}", size=".9rem")
 
 
 def which(sae: Opened, landing: int) -> int:
@@ -283,20 +237,17 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
                 args=(sae, go),
                 help="Any feature that fires",
             )
-            _terms()
+            terms = st.popover(
+                "Terms",
+                icon=":material/help:",
+                type="tertiary",
+                key="features.terms",
+                on_change="rerun",
+            )
+            if terms.open:
+                with terms:
+                    _define(TERMS)
     return int(number if number is not None else held or 0)
-
-
-def _terms() -> None:
-    """Draw what the numbers of a feature mean, one click away."""
-    terms = st.popover(
-        "Terms", icon=":material/help:", type="tertiary", key="features.terms", on_change="rerun"
-    )
-    if not terms.open:
-        return
-    with terms:
-        for name, title in TERMS.items():
-            plain(f"{title}: {COLUMNS[name]}", size=".9rem")
 
 
 def _random(sae: Opened, go: Callable[[int], None]) -> None:
@@ -326,26 +277,31 @@ def said(feature: "Feature") -> None:
             on_click=_say,
             args=(labels, number, "star", "off" if star else "on"),
         )
-        key = key_for("features.label", feature.index.folder, number)
-        st.session_state.setdefault(key, known["label"].text if "label" in known else "")
-        st.text_input(
-            "Label",
-            key=key,
+        _field(
+            st.text_input,
+            feature,
+            "label",
             label_visibility="collapsed",
             placeholder="What does it mean? Your label",
             max_chars=200,
-            on_change=_say_field,
-            args=(labels, number, "label", key),
             width="stretch",
         )
-        _notes(feature, known["note"].text if "note" in known else "")
+        notes = st.popover(
+            "Notes ●" if "note" in known else "Notes",
+            icon=":material/edit_note:",
+            key="features.notes",
+            on_change="rerun",
+        )
+        if notes.open:
+            with notes:
+                _field(st.text_area, feature, "note", height=160, max_chars=10_000)
+                st.caption("Kept as you leave the field; earlier versions stay in labels.jsonl.")
     if labels.damaged:
         st.caption(f"{left_out(labels.damaged, 'labels.jsonl')}.")
     if by := known.get("label"):
-        author = escaped(by.author)
-        who = f"{escaped(by.model)} ({author})" if by.model else author
-        score = escaped(f"; {by.measured}" if by.measured else "")
-        st.html(f'<div style="font-size:.8125rem;opacity:.75">written by {who}{score}</div>')
+        who = f"{by.model} ({by.author})" if by.model else by.author
+        score = f"; {by.measured}" if by.measured else ""
+        plain(f"written by {who}{score}", size=".8125rem")
 
 
 def heading(number: int) -> None:
@@ -357,44 +313,30 @@ def heading(number: int) -> None:
     )
 
 
-def _notes(feature: "Feature", text: str) -> None:
+def _field(draw: Callable[..., Any], feature: "Feature", kind: "Kind", **looks: Any) -> None:
+    """Draw the field of a feature's label or notes, which is kept as it is left."""
     labels, number = feature.index.labels, feature.number
-    title = "Notes ●" if text else "Notes"
-    notes = st.popover(title, icon=":material/edit_note:", key="features.notes", on_change="rerun")
-    if not notes.open:
-        return
-    with notes:
-        key = key_for("features.note", feature.index.folder, number)
-        st.session_state.setdefault(key, text)
-        st.text_area(
-            "Notes",
-            key=key,
-            height=160,
-            max_chars=10_000,
-            on_change=_say_field,
-            args=(labels, number, "note", key),
-        )
-        st.caption("Kept as you leave the field; earlier versions stay in labels.jsonl.")
+    key = key_for(f"features.{kind}", feature.index.folder, number)
+    known = labels.of(number).get(kind)
+    st.session_state.setdefault(key, known.text if known is not None else "")
+
+    def keep() -> None:
+        _say(labels, number, kind, st.session_state[key])
+
+    draw("Label" if kind == "label" else "Notes", key=key, on_change=keep, **looks)
 
 
-def _say_field(labels: "Labels", number: int, kind: str, key: str) -> None:
-    _say(labels, number, kind, st.session_state[key])
-
-
-def _say(labels: "Labels", number: int, kind: str, text: str) -> None:
+def _say(labels: "Labels", number: int, kind: "Kind", text: str) -> None:
     try:
-        labels.add(number, kind, text.strip(), author=_author())  # type: ignore[arg-type]
+        author = getpass.getuser()
+    except (KeyError, OSError):
+        author = "somebody"  # a container without a user of this number
+    try:
+        labels.add(number, kind, text.strip(), author=author)
     except InputError as error:
         st.session_state["shell.refused"] = ("Not kept", str(error))
     # The list shows labels and stars too.
     st.session_state["features.list_is_old"] = True
-
-
-def _author() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "somebody"  # a container without a user of this number
 
 
 def take_along(sae: Opened, feature: "Feature") -> None:
@@ -410,39 +352,32 @@ def take_along(sae: Opened, feature: "Feature") -> None:
         return
     with share:
         copy_link()
-        st.download_button(
+        _download(
             "One HTML file",
-            lambda: _html(feature),
-            file_name=f"{sae.name}-{number}.html",
-            mime="text/html",
-            icon=":material/download:",
-            key="features.as_html",
-            on_click="ignore",
-            help="Numbers, pictures and examples; needs nothing from elsewhere.",
+            lambda: page([feature]),
+            f"{sae.name}-{number}.html",
+            "Numbers, pictures and examples; needs nothing from elsewhere.",
         )
-        st.download_button(
+        place = {"model_id": feature.index.manifest.model, "sae_set": sae.name}
+        _download(
             "Neuronpedia JSON",
-            lambda: _json(sae, feature),
-            file_name="batch-0.json",
-            mime="application/json",
-            icon=":material/download:",
-            key="features.as_json",
-            on_click="ignore",
-            help="A batch of one feature, as Neuronpedia's importer reads it.",
+            lambda: json.dumps(neuronpedia_batch([feature], **place)),
+            "batch-0.json",
+            "A batch of one feature, as Neuronpedia's importer reads it.",
         )
 
 
-def _html(feature: "Feature") -> str:
-    from gsae_core.analysis.features.html import page
-
-    return page([feature])
-
-
-def _json(sae: Opened, feature: "Feature") -> str:
-    from gsae_core.analysis.features.neuronpedia import batch
-
-    manifest = feature.index.manifest
-    return json.dumps(batch([feature], model_id=manifest.model, sae_set=sae.name))
+def _download(label: str, make: Callable[[], str], file_name: str, about: str) -> None:
+    st.download_button(
+        label,
+        make,
+        file_name=file_name,
+        mime=mimetypes.guess_type(file_name)[0],
+        icon=":material/download:",
+        key=f"features.as_{file_name.rpartition('.')[2]}",
+        on_click="ignore",
+        help=about,
+    )
 
 
 def say_refused() -> None:

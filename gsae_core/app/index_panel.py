@@ -5,7 +5,7 @@ import contextlib
 import streamlit as st
 
 from gsae_core.app.feature_list import cost
-from gsae_core.app.parts import notice, plain
+from gsae_core.app.parts import notice
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.runs.jobs.job import Job, Status, escalate_cancel
@@ -67,12 +67,7 @@ def _job(run: Run, name: str) -> Job | None:
 
 def _offer(run: Run, names: list[str]) -> None:
     with st.container(border=True):
-        st.subheader("Where does each feature fire?", anchor=False)
-        plain(
-            "Weights say how a gate decides; where a feature fires and what that means is read "
-            "from text, once, into an index beside the run.",
-            size=".9rem",
-        )
+        st.subheader("Index this SAE to see its top examples.", anchor=False)
         with st.container(horizontal=True, vertical_alignment="bottom"):
             amount = st.segmented_control(
                 "Tokens to read",
@@ -95,10 +90,10 @@ def _offer(run: Run, names: list[str]) -> None:
 
 
 def _cost(run: Run, names: list[str], n_tokens: int) -> str:
-    found = [cost(run, name, n_tokens) for name in names]
-    room = readable(sum(each.n_bytes for each in found))
-    times = [each.seconds for each in found if each.seconds is not None]
-    return f"≈ {duration(sum(times))}, {room}" if len(times) == len(found) else f"≈ {room}"
+    costs = [cost(run, name, n_tokens) for name in names]
+    room = readable(sum(n_bytes for _, n_bytes in costs))
+    times = [seconds for seconds, _ in costs if seconds is not None]
+    return f"≈ {duration(sum(times))}, {room}" if len(times) == len(costs) else f"≈ {room}"
 
 
 def _start(run: Run, names: list[str], n_tokens: int) -> None:
@@ -115,10 +110,12 @@ def _watch(run: Run, name: str) -> None:
         return
     status = job.status
     if status.state == "cancelling":
-        _escalate(job)
+        with contextlib.suppress(InputError):  # read-only, or gone: the process ends by itself
+            escalate_cancel(job)
+    share = min(status.done / status.total, 1.0) if status.total else 0.0
     with st.container(border=True):
         left, right = st.columns([4, 1], vertical_alignment="bottom")
-        left.progress(_share(status), text=f"Index of {name}: {_stage(status)}")
+        left.progress(share, text=f"Index of {name}: {_stage(status)}")
         if status.state == "cancelling":
             right.caption("ending …")
         else:
@@ -129,15 +126,6 @@ def _watch(run: Run, name: str) -> None:
                 on_click=_cancel,
                 args=(job,),
             )
-
-
-def _escalate(job: Job) -> None:
-    with contextlib.suppress(InputError):  # read-only, or gone: the process ends by itself
-        escalate_cancel(job)
-
-
-def _share(status: Status) -> float:
-    return min(status.done / status.total, 1.0) if status.total else 0.0
 
 
 def _stage(status: Status) -> str:
@@ -169,7 +157,7 @@ def _trouble(run: Run, name: str) -> None:
         if lines:
             st.code("\n".join(lines), language=None, height=160)
     elif status.state == "lost":
-        text = "Its process is gone without a word; building goes on from its last shard."
+        text = "Its process is gone; building goes on from its last shard."
         notice(text, kind="warning", title=f"The index of {name} is not finished")
     elif status.state == "cancelled":
         text = "It was cancelled; building goes on from its last shard."

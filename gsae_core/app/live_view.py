@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app.glossary import definition, title
 from gsae_core.app.parts import figure_tools, notice, plain, seconds_since
 from gsae_core.errors import InputError
@@ -22,7 +23,6 @@ from gsae_core.text import (
     fixed,
     marked_fvu,
     percent,
-    token_strip,
     unhidden,
 )
 
@@ -185,19 +185,16 @@ def draw_samples(run: Run, names: Sequence[str]) -> None:
 
 def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
     top = max((max(e["values"]) for e in latent["examples"]), default=0.0)
-    strips = "".join(
-        f'<div style="overflow-wrap:anywhere;margin:.15rem 0">'
-        f'<span style="display:inline-block;min-width:4.5rem;opacity:.75;font-size:.85rem">'
-        f"{e['values'][e['at']]:.3g}</span>"
-        f"{token_strip(e['tokens'], e['values'], at=e['at'], top=top)}</div>"
+    rows = [
+        Row(e["tokens"], e["values"], e["at"], f"{e['values'][e['at']]:.3g}")
         for e in latent["examples"]
-    )
+    ]
     how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
     return (
         f'<div style="margin-bottom:.75rem"><strong>Feature {int(latent["latent"]):,}</strong> '
         f'<span style="opacity:.75;font-size:.875rem">{html.escape(how)} · '
         f"{latent['fired']:,} of {n_tokens:,} tokens "
-        f"({percent(latent['fired'] / n_tokens, 2)})</span>{strips}</div>"
+        f"({percent(latent['fired'] / n_tokens, 2)})</span>{strips(rows, top=top)}</div>"
     )
 
 

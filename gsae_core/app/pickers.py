@@ -16,7 +16,7 @@ from gsae_core.app.shell import Frame
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
-from gsae_core.text import visible
+from gsae_core.text import quoted
 
 ADDRESS_TEXT = 500
 """Characters of a text that an address carries; a longer one stays in the session."""
@@ -218,12 +218,6 @@ def stop_with(error: InputError) -> NoReturn:
     sentence = str(error)
     notice(f"{sentence[:1].upper()}{sentence[1:]}.")
     return st.stop()
-
-
-def quoted(token: str, *, most: int = 24) -> str:
-    """Return a token as it is shown inside a sentence or a list: nothing hidden, nothing long."""
-    shown = visible(token)
-    return shown if len(shown) <= most else f"{shown[:most]}…"
 
 
 def _say_stranger(asked: str, what: str, shown: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import streamlit as st
 
+from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app import cache
 from gsae_core.app.components import Cell
 from gsae_core.app.parts import SIGNS, legend_row, marked, segments, swatch
@@ -21,7 +22,6 @@ from gsae_core.text import (
     fixed,
     marked_fvu,
     percent,
-    token_strip,
 )
 
 if TYPE_CHECKING:
@@ -287,8 +287,8 @@ def on_every_token(seen: Seen, latent: int, *, at: int, which: int = 0) -> None:
         own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)
     )
     top = float(values.max())
-    strip = token_strip(look.prompt.tokens, values.tolist(), at=at, top=top)
-    st.html(f'<div style="overflow-wrap:anywhere;line-height:1.9">{strip}</div>')
+    row = Row(look.prompt.tokens, values.tolist(), at, f"{values.iloc[at]:.3g}")
+    st.html(strips([row], top=top))
     st.caption(f"fires on {int((values > 0).sum())} of {len(values)} tokens, at most {top:.3g}")
 
 

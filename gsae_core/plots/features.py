@@ -18,7 +18,7 @@ from gsae_core.plots.live import LiveChart, spec_of
 from gsae_core.plots.palette import LOOKS, NEUTRAL, Theme
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.features.index import Feature, Histogram
+    from gsae_core.analysis.features.feature import Feature, Histogram
 
 BINS_A_DECADE = 5
 POWERS = "['1','10⁻¹','10⁻²','10⁻³','10⁻⁴','10⁻⁵','10⁻⁶','10⁻⁷','10⁻⁸','10⁻⁹']"

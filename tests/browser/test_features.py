@@ -205,7 +205,7 @@ def test_an_index_is_built_from_the_page(page: Page, finished: object, tmp_path:
     # `finished` is a trained run of the tiny model in tmp_path / "run".
     with serving(tmp_path) as address:
         opened(page, f"{address}/Features?run=run&base=none")
-        expect(page.get_by_text("Where does each feature fire?")).to_be_visible()
+        expect(page.get_by_text("Index this SAE to see its top examples.")).to_be_visible()
         page.get_by_role("button", name=re.compile("^Build the index")).click()
         # A process of its own imports torch first: long, on a machine that is busy.
         read = page.get_by_text(re.compile("Read from .* tokens of"))

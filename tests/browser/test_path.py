@@ -185,7 +185,7 @@ def test_as_many_presses_of_back_as_pages_were_seen_and_each_is_as_it_was_left(
     page.get_by_role("button", name="Open in Features").click()
     sees(page, "Features")
     shows_run(page, "example")
-    expect(page.get_by_role("heading", name="What it writes")).to_be_visible()
+    expect(page.get_by_role("heading", name="Logit effects")).to_be_visible()
     at_rest(page)
     left = parameters(page)
     assert {"sae", "feature"} <= left.keys()

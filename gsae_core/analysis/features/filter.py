@@ -1,7 +1,7 @@
 """Which features of an SAE a reader wants to see, and in what order: the list, filtered.
 
 wanted = Wanted(density=parse_range("1e-4..1e-2", "density"), label="loop")
-chosen = choose(listing, wanted)
+chosen = choose(listing(index), wanted, said=index.labels.frame())
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gsae_core.errors import InputError
-from gsae_core.text import visible
+from gsae_core.text import quoted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ ORDERS: dict[str, tuple[str, bool]] = {
     "strongest": ("max", False),
     "largest θ": ("theta", False),
     "most shrunk": ("gamma", True),
-    "gate open in vain": ("vain", False),
+    "gate open, no output": ("no_output", False),
 }
 """Orders by name: the column, and whether it rises."""
 
@@ -75,11 +75,11 @@ def parse_range(text: str, what: str) -> Range:
     """
     if not text.strip():
         return ANY
-    found = _RANGE.fullmatch(text)
-    if found is None:
+    ends = _RANGE.fullmatch(text)
+    if ends is None:
         shown = text if len(text) <= 40 else f"{text[:40]}…"
         raise InputError(f"{what}: expected a range like 0.5..0.9, 0.5.. or ..0.9, got {shown!r}")
-    low, high = (None if end is None else float(end) for end in found.groups())
+    low, high = (None if end is None else float(end) for end in ends.groups())
     if low is not None and high is not None and low > high:
         raise InputError(f"{what}: expected the smaller number first, got {text!r}")
     return low, high
@@ -90,55 +90,55 @@ def range_text(low: float | None, high: float | None) -> str:
     return f"{'' if low is None else f'{low:.4g}'}..{'' if high is None else f'{high:.4g}'}"
 
 
+def within(numbers: np.ndarray, ends: Range) -> Bool[np.ndarray, " rows"]:
+    """Return which numbers lie in a range, ends included; NaN lies in none."""
+    low, high = (-np.inf if ends[0] is None else ends[0], np.inf if ends[1] is None else ends[1])
+    return (numbers >= low) & (numbers <= high)
+
+
+COUNTED = ("density", "max", "gamma", "gate_density", "fired")
+WEIGHTS = ("theta", "gain")
+
+
 def listing(index: "FeatureIndex") -> "pd.DataFrame":
     """Return a row per feature with what a list shows and can be asked of it.
 
     Columns: `feature`, `tokens` (those it fires on most, as they are shown), and of the index's
-    table `density`, `max`, `theta`, `gamma`, `gain`, `gate_density` and `fired`; `vain`, the share
-    of tokens on which the gate is open and the feature silent.
+    table `density`, `max`, `theta`, `gamma`, `gain`, `gate_density` and `fired`; `no_output`, the
+    share of tokens on which the gate is open and the feature silent.
     """
-    import pandas as pd
-
-    table, shown = index.table, [visible(token) for token in index.vocabulary]
-    shown = [token if len(token) <= 24 else f"{token[:24]}…" for token in shown]
-    names = [shown[int(i)] for i in range(len(shown))]
-    tops = table["top_tokens"].to_numpy()
-    tokens = ["  ".join(names[int(i)] for i in row[:N_TOKENS_SHOWN]) for row in tops]
-    kept = ["density", "max", "theta", "gamma", "gain", "gate_density", "fired"]
-    found = {"feature": np.arange(len(table)), "tokens": tokens}
-    found |= {name: table[name].to_numpy() for name in kept}
-    found["vain"] = found["gate_density"] - found["density"]
-    return pd.DataFrame(found)
+    shown = [quoted(token) for token in index.vocabulary]
+    tops = index.table["top_tokens"].to_numpy()
+    tokens = ["  ".join(shown[int(i)] for i in row[:N_TOKENS_SHOWN]) for row in tops]
+    return _rows(tokens, {name: index.table[name].to_numpy() for name in (*COUNTED, *WEIGHTS)})
 
 
 def weight_listing(weights: "pd.DataFrame", stats: "pd.DataFrame | None") -> "pd.DataFrame":
     """Return the same list from the weights alone, with what an evaluation counted if there is one.
 
     Args:
-        weights: `weight_table` of the SAE.
+        weights: with the columns `theta` and `gain`.
         stats: `Run.feature_stats`; None: not evaluated.
     """
+    n = len(weights)
+    columns = dict.fromkeys(COUNTED, np.full(n, np.nan))
+    columns |= {name: weights[name].to_numpy() for name in WEIGHTS}
+    if stats is not None and len(stats) == n:
+        columns |= {name: stats[name].to_numpy() for name in ("density", "gamma", "fired")}
+        # How many tokens were evaluated: firings over density, of the busiest feature.
+        busiest = int(columns["fired"].argmax())
+        if columns["density"][busiest] > 0:
+            n_tokens = columns["fired"][busiest] / columns["density"][busiest]
+            columns["gate_density"] = stats["gate_open"].to_numpy() / n_tokens
+    return _rows([""] * n, columns)
+
+
+def _rows(tokens: list[str], columns: dict[str, Any]) -> "pd.DataFrame":
     import pandas as pd
 
-    n = len(weights)
-    none = np.full(n, np.nan)
-    found: dict[str, Any] = {"feature": np.arange(n), "tokens": [""] * n}
-    found |= {name: none for name in ("density", "max", "gamma", "gate_density", "fired", "vain")}
-    found |= {name: weights[name].to_numpy() for name in ("theta", "gain")}
-    if stats is not None and len(stats) == n:
-        found |= {name: stats[name].to_numpy() for name in ("density", "gamma", "fired")}
-        n_tokens = _n_tokens(stats)
-        if n_tokens:
-            found["gate_density"] = stats["gate_open"].to_numpy() / n_tokens
-            found["vain"] = found["gate_density"] - found["density"]
-    return pd.DataFrame(found)
-
-
-def _n_tokens(stats: "pd.DataFrame") -> float:
-    """Return how many tokens were evaluated: firings over density, of the busiest feature."""
-    busiest = int(stats["fired"].to_numpy().argmax())
-    fired, density = (float(stats[name].iloc[busiest]) for name in ("fired", "density"))
-    return fired / density if density > 0 else 0.0
+    no_output = columns["gate_density"] - columns["density"]
+    first = {"feature": np.arange(len(tokens)), "tokens": tokens}
+    return pd.DataFrame(first | columns | {"no_output": no_output})
 
 
 def choose(
@@ -164,46 +164,37 @@ def choose(
         star=said["star"].reindex(rows["feature"], fill_value=False).to_numpy(dtype=bool),
     )
     if wanted.text:
-        known = matches or {}
-        score = np.array([known.get(int(i), 0.0) for i in rows["feature"].to_numpy()])
+        scores = matches or {}
+        score = np.array([scores.get(int(i), 0.0) for i in rows["feature"].to_numpy()])
         rows = rows.assign(match=score + _holds(rows["label"].to_numpy(), wanted.text))
-    masks = dict(_masks(rows, wanted))
-    kept = np.ones(len(rows), bool)
-    for mask in masks.values():
-        kept &= mask
-    excluded = {name: int((~mask).sum()) for name, mask in masks.items()}
+    masks = _masks(rows, wanted)
+    kept = rows.loc[np.logical_and.reduce([np.ones(len(rows), bool), *masks.values()])]
     column, rising = ORDERS[order]
-    found: pd.DataFrame = rows.loc[kept]
-    if column in found:
-        found = found.sort_values(column, ascending=rising, kind="stable", na_position="last")
+    if column in kept:
+        kept = kept.sort_values(column, ascending=rising, kind="stable", na_position="last")
+    excluded = {name: int((~mask).sum()) for name, mask in masks.items()}
     ranked = dict(sorted(excluded.items(), key=lambda pair: -pair[1]))
-    return Chosen(found.reset_index(drop=True), len(rows), ranked)
+    return Chosen(kept.reset_index(drop=True), len(rows), ranked)
 
 
 def _writers(said: "pd.DataFrame") -> list[str]:
     """Return who wrote each label: a person, or a model with its score."""
-    found = zip(said["author"], said["model"], said["score"], strict=True)
     return [
         (model or author) + (f", {score:.2f}" if score == score else "")
-        for author, model, score in found
+        for author, model, score in zip(said["author"], said["model"], said["score"], strict=True)
     ]
 
 
-def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "Mapping[str, Bool[np.ndarray, ' rows']]":
+def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "dict[str, Bool[np.ndarray, ' rows']]":
     """Return which rows each filter in use keeps, by the filter's name."""
-    masks = {}
-    for name, title in RANGES.items():
-        low, high = getattr(wanted, name)
-        if (low, high) != ANY:
-            numbers = rows[name].to_numpy(dtype=float)
-            mask = ~np.isnan(numbers)
-            mask &= True if low is None else numbers >= low
-            mask &= True if high is None else numbers <= high
-            masks[title] = mask
+    masks = {
+        title: within(rows[name].to_numpy(dtype=float), getattr(wanted, name))
+        for name, title in RANGES.items()
+        if getattr(wanted, name) != ANY
+    }
     if wanted.life != "all":
-        masks["alive or dead"] = (rows["fired"].to_numpy(dtype=float) > 0) == (
-            wanted.life == "alive"
-        )
+        fires = rows["fired"].to_numpy(dtype=float) > 0
+        masks["alive or dead"] = fires == (wanted.life == "alive")
     if wanted.starred:
         masks["starred"] = rows["star"].to_numpy(dtype=bool)
     if wanted.label:

@@ -1,0 +1,280 @@
+"""Features for others to read: as HTML, for pages, notebooks and files; as Neuronpedia's JSON.
+
+All text in the HTML is escaped, and every character of a token is visible.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from gsae_core.text import STRONGEST, facts, macros, visible
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.features.feature import Example, Feature
+
+TEMPLATE = "features.html.j2"
+LONGEST = 160
+"""Characters of a token that are shown; some are 10 kB of spaces."""
+TAB_STOP = 0.5
+"""Share of the strongest value from which a token is a stop of the Tab key."""
+
+
+class Row(NamedTuple):
+    """One example: its tokens, and what one or two features are there."""
+
+    tokens: Sequence[str]
+    values: Sequence[float]
+    at: int
+    label: str
+    """What stands in front of it, such as the value it is about."""
+    about: str = ""
+    """Where it is from, said on hovering what stands in front."""
+    below: Sequence[float] | None = None
+    """The other SAE's feature on the same tokens."""
+
+
+def strips(rows: Sequence[Row], *, top: float, below_top: float = 0.0, breaks: bool = False) -> str:
+    """Return examples as a list in HTML: tokens shaded by value, the one it is about outlined.
+
+    Args:
+        top, below_top: values of the strongest shade and of the strongest line.
+        breaks: begin a new line after a token that ends one.
+    """
+    drawn = [(row, list(_tokens(row, top, below_top, breaks))) for row in rows]
+    return macros(TEMPLATE).strip_list(drawn) if drawn else ""
+
+
+def _tokens(row: Row, top: float, below_top: float, breaks: bool) -> Iterator[dict[str, Any]]:
+    below = row.below if row.below is not None else [0.0] * len(row.tokens)
+    for i, (text, value, under) in enumerate(zip(row.tokens, row.values, below, strict=True)):
+        at, share, style = i == row.at, _share(value, top), []
+        fires = value > 0 or under > 0 or at
+        blank = not text.strip() and value <= 0
+        about = _value(value) + (f" · beside: {_value(under)}" if below_top > 0 else "")
+        if value > 0:
+            style.append(f"--a:{share * STRONGEST:.2f}")
+        if under > 0:
+            style.append(f"--b:{0.25 + 0.75 * _share(under, below_top):.2f}")
+        yield {
+            "text": readable_token(text),
+            "classes": " ".join(["f"] * fires + ["p"] * at + ["w"] * blank),
+            "about": about if fires else "",
+            "style": ";".join(style),
+            "stop": at or (fires and share >= TAB_STOP),
+            "breaks": breaks and "\n" in text,
+        }
+
+
+def _value(value: float) -> str:
+    return f"{value:.4g}" if value > 0 else "does not fire"
+
+
+def _share(value: float, top: float) -> float:
+    return min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+
+
+def readable_token(text: str) -> str:
+    """Return a token as it is read in running text: a sign for all that cannot be seen.
+
+    Spaces beside other characters stay spaces; a token of nothing but white space is signs.
+    """
+    shown = visible(text)
+    if not text.strip():
+        return shown
+    if "·" not in text:
+        shown = shown.replace("·", " ")
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}… ({len(text):,} characters)"
+
+
+def example_row(
+    example: "Example", *, margin: bool = False, below: Sequence[float] | None = None
+) -> Row:
+    """Return an example as a row of a list.
+
+    Args:
+        margin: its value is the margin of a near miss.
+        below: another SAE's feature on the same tokens.
+    """
+    where = f"{example.split.replace('_', ' ')} text, sequence {example.sequence}"
+    label = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
+    about = f"{where}, token {example.position}"
+    return Row(example.tokens, example.values, example.at, label, about, below)
+
+
+def card(feature: "Feature", *, k: int = 10) -> str:
+    """Return a feature at a glance: numbers, how strongly it fires, its logit effects, examples."""
+    label = feature.index.labels.of(feature.number).get("label")
+    top = [] if feature.is_dead else [("Top", feature.top(k))]
+    shown = _html(facts(_numbers(feature)))
+    return str(macros(TEMPLATE).card(feature, label, shown, _drawn(feature, top)))
+
+
+def page(features: Sequence["Feature"], *, k: int = 20) -> str:
+    """Return features as one HTML document that needs nothing from elsewhere."""
+    title, provenance = "No features", ""
+    if features:
+        made = features[0].index.manifest
+        title = f"Features of {made.sae}"
+        provenance = facts(
+            {
+                "SAE": f"{made.sae} ({made.architecture}, {made.d_sae:,} features)",
+                "place": f"{made.site} of layer {made.layer} of {made.model}",
+                "tokens": made.amount(f" of {made.text}"),
+            }
+        )
+    body = [(_html(card(feature, k=k)), _drawn(feature, _more(feature, k))) for feature in features]
+    return str(macros(TEMPLATE).page(title, _html(provenance), body))
+
+
+def _more(feature: "Feature", k: int) -> list[tuple[str, Sequence["Example"]]]:
+    """Return lists of examples of a feature beyond its top ones, by title."""
+    if feature.is_dead:
+        return []
+    return [
+        *(
+            (f"{group.low:.3g} to {group.high:.3g}, {group.n_fired:,} tokens", group.examples)
+            for group in feature.quantiles(5, k=max(1, k // 4))
+        ),
+        ("Random", feature.random(k)),
+        ("Near threshold", feature.near_threshold(k)),
+        ("Just missed", feature.just_missed(k)),
+    ]
+
+
+def _drawn(
+    feature: "Feature", lists: Sequence[tuple[str, Sequence["Example"]]]
+) -> list[tuple[str, str]]:
+    """Return lists of examples as strips on one colour scale."""
+    top = 0.0 if feature.is_dead else float(feature.values[0])
+    return [(title, strips([*map(example_row, found)], top=top)) for title, found in lists]
+
+
+def _html(markup: str) -> Any:
+    """Return HTML of ours, which a template leaves as it is."""
+    from markupsafe import Markup
+
+    return Markup(markup)
+
+
+def _numbers(feature: "Feature") -> dict[str, str]:
+    """Return a feature's numbers as a person reads them."""
+    row = feature.stats
+    fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
+    numbers = {
+        "density": f"{100 * row['density']:.3g} % ({fired:,} of {n_tokens:,} tokens)",
+        "largest": _number(row["max"]),
+        "mean, median, 99 %": ", ".join(_number(row[name]) for name in ("mean", "q50", "q99")),
+        "γ": _number(row["gamma"]),
+        "decoder norm": _number(row["decoder_norm"]),
+        "encoder-decoder cosine": _number(row["encoder_cosine"]),
+    }
+    if feature.index.manifest.architecture == "gated":
+        opened = int(row["gate_open"])
+        numbers["gate open"] = f"{100 * row['gate_density']:.3g} % ({opened:,} tokens)"
+        numbers["θ, exp(r_mag)"] = f"{_number(row['theta'])}, {_number(row['gain'])}"
+    elif math.isfinite(row["theta"]) and row["theta"] > 0:
+        numbers["θ"] = _number(row["theta"])
+    numbers["top tokens"] = "  ".join(
+        f"{visible(text)} {100 * share:.0f} %" for text, share in feature.top_tokens
+    )
+    return numbers
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "–"
+
+
+# Neuronpedia: a batch as SAEDashboard writes it. What this package does not compute is left empty,
+# which the format allows.
+
+EMPTY = (
+    "neuron_alignment_indices",
+    "neuron_alignment_values",
+    "neuron_alignment_l1",
+    "correlated_neurons_indices",
+    "correlated_neurons_l1",
+    "correlated_neurons_pearson",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+    "decoder_weights_dist",
+)
+# Its dashboards show 20 strongest examples and 5 of each of 10 groups.
+N_TOP, N_GROUPS, N_IN_GROUP = 20, 10, 5
+
+
+def neuronpedia_batch(
+    features: Sequence["Feature"], *, model_id: str, sae_set: str
+) -> dict[str, Any]:
+    """Return features of one index as one batch: JSON for the importer's `batch-0.json` and so on.
+
+    Activations come in groups: the strongest (`bin_min` and `bin_contains` are -1), then slices of
+    the firings with their range and share.
+
+    Args:
+        model_id: Neuronpedia's name of the model.
+        sae_set: Neuronpedia's name of the set of SAEs.
+    """
+    return {
+        "model_id": model_id,
+        "layer": features[0].index.manifest.layer if features else 0,
+        "sae_set": sae_set,
+        "features": [_neuronpedia(feature) for feature in features],
+    }
+
+
+def _neuronpedia(feature: "Feature") -> dict[str, Any]:
+    manifest, histogram, logits = feature.index.manifest, feature.histogram, feature.logits
+    middles = (histogram.edges[:-1] + histogram.edges[1:]) / 2
+    alike = feature.co_firing["feature"].to_numpy()
+    cosine = feature.cosines(feature.index)[alike]
+    return {name: [] for name in EMPTY} | {
+        "feature_index": feature.number,
+        "correlated_features_indices": alike.tolist(),
+        # Its writer puts cosines of decoder directions under this name.
+        "correlated_features_l1": cosine.astype(float).round(3).tolist(),
+        "correlated_features_pearson": _correlations(feature).round(3).tolist(),
+        "neg_str": [each.text for each in logits.bottom],
+        "neg_values": [round(each.effect, 3) for each in logits.bottom],
+        "pos_str": [each.text for each in logits.top],
+        "pos_values": [round(each.effect, 3) for each in logits.top],
+        "frac_nonzero": float(feature.stats["density"]),
+        "freq_hist_data_bar_values": middles.round(3).tolist(),
+        "freq_hist_data_bar_heights": histogram.counts.tolist(),
+        "n_prompts_total": sum(split.n_sequences for split in manifest.splits),
+        "n_tokens_in_prompt": manifest.n_ctx,
+        "dataset": manifest.text,
+        "activations": list(_activations(feature)),
+    }
+
+
+def _correlations(feature: "Feature") -> Float64[np.ndarray, " companions"]:
+    """Return Pearson's correlation of firing or not, with each of `feature.co_firing`."""
+    together = feature.co_firing
+    n = feature.index.n_tokens / feature.index.manifest.companion_stride
+    both = together["both"].to_numpy(float)
+    # lift = both n / (a b), jaccard = both / (a + b - both): a + b and a b follow.
+    product = both * n / together["lift"].to_numpy(float)
+    total = both / together["jaccard"].to_numpy(float) + both
+    spread = product * (n * n - n * total + product)
+    return (n * both - product) / np.sqrt(spread)
+
+
+def _activations(feature: "Feature") -> Iterator[dict[str, Any]]:
+    if feature.is_dead:
+        return
+    groups = [(-1.0, float(feature.values[0]), -1.0, feature.top(N_TOP))]
+    for group in feature.quantiles(N_GROUPS, k=N_IN_GROUP):
+        share = group.n_fired / len(feature.values)
+        groups.append((group.low, group.high, share, list(group.examples)))
+    for low, high, share, examples in groups:
+        for example in examples:
+            yield {
+                "bin_min": low,
+                "bin_max": high,
+                "bin_contains": share,
+                "tokens": list(example.tokens),
+                "values": [round(value, 3) for value in example.values],
+            }

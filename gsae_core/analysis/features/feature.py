@@ -1,0 +1,513 @@
+"""One feature of an index: its numbers, its examples, and how it compares with others.
+
+Every query reads only the slices it needs of arrays that are mapped into memory, without torch.
+A token of the index is named by its position: sequence * n_ctx + position in the sequence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, Integer
+
+from gsae_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gsae_core.analysis.features.index import FeatureIndex
+
+BEFORE, AFTER = 20, 8
+"""Tokens of context on either side; None in their place means all there are."""
+LINE_POINTS = 2000
+# Candidates looked at before a list of examples is left short: some 10 ms of them.
+MOST_LOOKED_AT = 2**13
+# Firings looked at to find who else fires there, and firings found there; of more, an even sample.
+MOST_FIRINGS, MOST_FOUND = 2**13, 2**19
+
+By = Literal["decoder", "firing"]
+
+
+class Histogram(NamedTuple):
+    """How often a feature fires how strongly: every firing is in it."""
+
+    edges: Float[np.ndarray, " bins_and_end"]
+    """From 0 to the maximum, of equal width; a bin holds its lower edge, the last one both."""
+    counts: Integer[np.ndarray, " bins"]
+
+
+class Logit(NamedTuple):
+    """What one unit of a feature does to one next token, to first order."""
+
+    token: int
+    text: str
+    effect: float
+
+
+class Logits(NamedTuple):
+    """The next tokens that a feature raises most and lowers most; empty if none were computed."""
+
+    top: tuple[Logit, ...]
+    bottom: tuple[Logit, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token that a feature fires on, or nearly does, in its context."""
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+    """The feature's value on each token; 0 where it does not fire or the token is not counted."""
+    at: int
+    """Which of `tokens` it is about."""
+    value: float
+    """The feature's value there; of a near miss its margin, at most 0."""
+    sequence: int
+    position: int
+    """Of the token in its sequence."""
+    split: str
+    """`held_out` or `train`."""
+
+    def html(self, *, top: float | None = None) -> str:
+        """Return the tokens as a strip of HTML, all text escaped.
+
+        Args:
+            top: value of the strongest shade; None takes the largest here. Lists share one.
+        """
+        from gsae_core.analysis.features.export import example_row, strips
+
+        strongest = max(self.values, default=0.0) if top is None else top
+        return strips([example_row(self)], top=strongest)
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+@dataclass(frozen=True)
+class Group:
+    """A slice of a feature's firings, ranked by strength, and examples drawn from it."""
+
+    low: float
+    high: float
+    """The weakest and the strongest value in it."""
+    n_fired: int
+    examples: tuple[Example, ...]
+
+
+class Pair(NamedTuple):
+    """How two features compare where they fire, lengths in the activations' own units."""
+
+    only_first: int
+    both: int
+    only_second: int
+    first: float
+    """Mean length that the first writes, |d| f, over the tokens on which both fire; else NaN."""
+    second: float
+
+    @property
+    def shorter(self) -> float:
+        """By what share the second writes less than the first there; NaN where never both fire."""
+        return 1 - self.second / self.first
+
+
+class Feature:
+    """One feature of an index; made by `FeatureIndex.feature`, reads only what it is asked for.
+
+    Attributes:
+        index: the index it is in.
+        number: which latent it is, from 0.
+    """
+
+    def __init__(self, index: "FeatureIndex", number: int) -> None:
+        self.index, self.number = index, number
+        first, last = (int(end) for end in index.array("offsets")[number : number + 2])
+        self._slice = slice(first, last)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it fired on none of the index's tokens."""
+        return self._slice.start == self._slice.stop
+
+    @cached_property
+    def stats(self) -> Mapping[str, Any]:
+        """The feature's row of `FeatureIndex.table`, by column."""
+        return self.index.row(self.number)
+
+    @property
+    def values(self) -> Float32[np.ndarray, " fired"]:
+        """Its value on every token it fires on, strongest first."""
+        return self.index.array("value")[self._slice]
+
+    @property
+    def positions(self) -> Integer[np.ndarray, " fired"]:
+        """The positions of those tokens; ties in the text's order."""
+        return self.index.array("token")[self._slice]
+
+    @property
+    def near_misses(self) -> tuple[Integer[np.ndarray, " near"], Float32[np.ndarray, " near"]]:
+        """Positions just under its gate and their margins, nearest first; a bounded band."""
+        first, last = self.index.array("near_offsets")[self.number : self.number + 2]
+        return (
+            self.index.array("near_token")[first:last],
+            self.index.array("near_margin")[first:last],
+        )
+
+    @cached_property
+    def histogram(self) -> Histogram:
+        """Its firings in bins of equal width from 0 to its maximum."""
+        counts = np.array(self.index.array("histogram")[self.number])
+        top = float(self.values[0]) if not self.is_dead else 0.0
+        return Histogram(np.linspace(0.0, top, len(counts) + 1), counts)
+
+    @property
+    def top_tokens(self) -> list[tuple[str, float]]:
+        """The vocabulary's tokens it fires on most, each with its share of the summed value."""
+        tokens = self.index.texts([int(token) for token in self.stats["top_tokens"]])
+        return list(zip(tokens, map(float, self.stats["top_token_shares"]), strict=True))
+
+    @cached_property
+    def logits(self) -> Logits:
+        """The next tokens that it raises and lowers most, by the logit change of one unit."""
+
+        def of(end: str) -> tuple[Logit, ...]:
+            tokens = [int(token) for token in self.stats[f"{end}_logit_tokens"]]
+            effects = [float(effect) for effect in self.stats[f"{end}_logits"]]
+            return tuple(map(Logit, tokens, self.index.texts(tokens), effects))
+
+        return Logits(of("top"), of("bottom"))
+
+    @cached_property
+    def neighbours(self) -> "pd.DataFrame":
+        """Features whose decoder directions are nearest: columns `feature`, `cosine`."""
+        import pandas as pd
+
+        numbers, cosines = (
+            np.array(self.index.array(name)[self.number])
+            for name in ("neighbours", "neighbour_cosines")
+        )
+        kept = numbers != self.number
+        return pd.DataFrame({"feature": numbers[kept].astype(np.int64), "cosine": cosines[kept]})
+
+    @cached_property
+    def co_firing(self) -> "pd.DataFrame":
+        """Features that fire on the same tokens, most alike first.
+
+        Columns: `feature`; `both`, tokens on which both fire; `jaccard`, those among the tokens on
+        which either fires; `lift`, how many times as often as if they were independent. Counted on
+        every `manifest.companion_stride`-th token.
+        """
+        import pandas as pd
+
+        numbers, both = (
+            np.array(self.index.array(name)[self.number]).astype(np.int64)
+            for name in ("companions", "companion_counts")
+        )
+        numbers, both = numbers[both > 0], both[both > 0]
+        stride = self.index.manifest.companion_stride
+
+        def fired_of(number: int) -> int:
+            first, end = self.index.array("offsets")[number : number + 2]
+            return int((self.index.array("token")[first:end] % stride == 0).sum())
+
+        # Of these few alone: a pass over the text for all of them took 35 ms and more.
+        fired = fired_of(self.number)
+        theirs = np.array([fired_of(i) for i in numbers.tolist()], np.int64)
+        either = fired + theirs - both
+        lift = both * (self.index.n_tokens / stride) / np.maximum(fired * theirs, 1)
+        columns = {"feature": numbers, "both": both, "jaccard": both / either, "lift": lift}
+        return pd.DataFrame(columns)
+
+    # Examples
+
+    def top(
+        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
+    ) -> list[Example]:
+        """Return the tokens it fires on most, each context once (see `distinct`).
+
+        Args:
+            k: how many at most.
+            before, after: tokens of context on either side; None: the whole sequence.
+        """
+        return self._distinct(self.positions, k, before, after)
+
+    def near_threshold(
+        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
+    ) -> list[Example]:
+        """Return the tokens it fires on least, weakest first, each context once."""
+        return self._distinct(self.positions[::-1], k, before, after)
+
+    def just_missed(
+        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
+    ) -> list[Example]:
+        """Return tokens just under its gate, nearest first, each context once.
+
+        An example's `value` is its margin: by how much the pre-activation that decides misses the
+        threshold, at most 0. A Gated SAE's is pi_gate (of a gate that never binds, what pi_mag
+        lacks over exp(r_mag)); a TopK SAE's is what z lacks to the token's k-th largest.
+        """
+        positions, margins = self.near_misses
+        margin_at = dict(zip(positions.tolist(), margins.tolist(), strict=True))
+        return self._distinct(positions, k, before, after, margin_at)
+
+    def random(
+        self, k: int = 20, *, seed: int = 0, before: int | None = BEFORE, after: int | None = AFTER
+    ) -> list[Example]:
+        """Return tokens drawn evenly from all it fires on: the honest sample. One draw a seed."""
+        chosen = self._draw(len(self.values), k, seed)
+        return self._examples(self.positions[chosen].tolist(), before, after)
+
+    def quantiles(
+        self,
+        n: int = 10,
+        *,
+        k: int = 5,
+        seed: int = 0,
+        before: int | None = BEFORE,
+        after: int | None = AFTER,
+    ) -> list[Group]:
+        """Return its firings in `n` slices of equal size, strongest first, `k` drawn from each."""
+        count = len(self.values)
+        edges = [count * i // n for i in range(n + 1)]
+        groups = []
+        for i, (start, stop) in enumerate(pairwise(edges)):
+            if start == stop:
+                continue
+            drawn = start + self._draw(stop - start, k, [seed, i])
+            examples = self._examples(self.positions[drawn].tolist(), before, after)
+            low, high = float(self.values[stop - 1]), float(self.values[start])
+            groups.append(Group(low, high, stop - start, tuple(examples)))
+        return groups
+
+    def non_activating(
+        self, k: int = 20, *, seed: int = 0, before: int | None = BEFORE, after: int | None = AFTER
+    ) -> list[Example]:
+        """Return counted tokens drawn evenly from all it does not fire on."""
+        is_silent = np.array(self.index.array("mask")).reshape(-1)
+        is_silent[self.positions] = False
+        silent = np.flatnonzero(is_silent)
+        positions = silent[self._draw(len(silent), k, seed)].tolist()
+        return self._examples(positions, before, after)
+
+    def gate_line(self, n: int = LINE_POINTS, *, seed: int = 0) -> "pd.DataFrame":
+        """Return tokens along the line that ties magnitude to gate, as `pi_gate`, `pi_mag`, `f`.
+
+        pi_mag = exp(r_mag) (pi_gate - b_gate) + b_mag, so each token is one number: known of those
+        it fires on and of its near misses. At most `n` of each, drawn evenly; empty where the SAE
+        has no gate tied to its magnitude.
+        """
+        import pandas as pd
+
+        gain, b_gate, b_mag = (float(self.stats[name]) for name in ("gain", "b_gate", "b_mag"))
+        if not np.isfinite([gain, b_gate, b_mag]).all():
+            return pd.DataFrame({"pi_gate": [], "pi_mag": [], "f": []}, dtype=float)
+        f = self.values[self._draw(len(self.values), n, seed)].astype(float)
+        margins = self.near_misses[1]
+        margin = margins[self._draw(len(margins), n, seed)].astype(float)
+        # The threshold of <x - b_dec, w_gate>: where the gate opens, or where the magnitude does.
+        missed = margin + max(-b_gate, -b_mag / gain)
+        h = np.concatenate([(f - b_mag) / gain, missed])
+        f = np.concatenate([f, np.zeros(len(missed))])
+        return pd.DataFrame({"pi_gate": h + b_gate, "pi_mag": gain * h + b_mag, "f": f})
+
+    def on(self, positions: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+        """Return its value on any positions; 0 where it does not fire."""
+        everywhere = self._everywhere
+        return everywhere[positions]
+
+    def on_example(self, example: Example) -> Float32[np.ndarray, " tokens"]:
+        """Return its value on every token of an example of another feature."""
+        n_ctx = self.index.manifest.n_ctx
+        first = example.sequence * n_ctx + example.position - example.at
+        return self.on(np.arange(first, first + len(example.tokens), dtype=np.int64))
+
+    @cached_property
+    def _everywhere(self) -> Float32[np.ndarray, " positions"]:
+        # Zeros cost no memory until they are touched; one feature's firings touch little.
+        values = np.zeros(self.index.n_places, np.float32)
+        values[self.positions] = self.values
+        return values
+
+    def _distinct(
+        self,
+        positions: np.ndarray,
+        k: int,
+        before: int | None,
+        after: int | None,
+        said: Mapping[int, float] | None = None,
+    ) -> list[Example]:
+        chosen = distinct(positions, self.index.array("ids"), k, before=before, after=after)
+        return self._examples(chosen, before, after, said)
+
+    def _examples(
+        self,
+        positions: Sequence[int],
+        before: int | None,
+        after: int | None,
+        said: Mapping[int, float] | None = None,
+    ) -> list[Example]:
+        """Return positions in context; `said` holds what to say of them instead of its value."""
+        ids = self.index.array("ids")
+        n_ctx, examples = ids.shape[1], []
+        for number in positions:
+            sequence, first, last = window(number, n_ctx, before=before, after=after)
+            values = self.on(np.arange(sequence * n_ctx + first, sequence * n_ctx + last)).tolist()
+            at = number - sequence * n_ctx - first
+            examples.append(
+                Example(
+                    tokens=tuple(self.index.tokens_of(sequence, first, last)),
+                    ids=tuple(ids[sequence, first:last].tolist()),
+                    values=tuple(values),
+                    at=at,
+                    value=values[at] if said is None else said[number],
+                    sequence=sequence,
+                    position=first + at,
+                    split=self.index.split_of(sequence),
+                )
+            )
+        return examples
+
+    def _draw(self, n: int, k: int, seed: int | list[int]) -> Int64[np.ndarray, " drawn"]:
+        """Return up to `k` numbers below `n`, none twice, ascending."""
+        if n <= k:
+            return np.arange(n)
+        seeds = [self.number, *([seed] if isinstance(seed, int) else seed)]
+        return np.sort(np.random.default_rng(seeds).choice(n, k, replace=False, shuffle=False))
+
+    # Other features, also of other SAEs
+
+    def matched(self, other: "FeatureIndex", *, by: By = "decoder", k: int = 5) -> "pd.DataFrame":
+        """Return the features of another index that are most like this one, best first.
+
+        Columns: `feature`; `cosine` of the decoder directions; `both`, tokens on which both fire;
+        `f1`, the harmonic mean of the shares of either's firings that those are; `mutual`, whether
+        this feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
+
+        Of more than 2^13 firings, or of tokens on which more than 2^19 features fire together, an
+        even sample is looked at, and `both` is scaled to all.
+
+        Raises:
+            InputError: if the two are of different widths or not over the same tokens.
+        """
+        import pandas as pd
+
+        _check_comparable(self.index, other)
+        cosine, both = self.cosines(other), self.fired_with(other)
+        fired = np.diff(other.array("offsets"))
+        f1 = 2 * both / np.maximum(fired + len(self.positions), 1)
+        best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
+        back = _cosines(other, best.tolist(), self.index)
+        return pd.DataFrame(
+            {
+                "feature": best,
+                "cosine": cosine[best],
+                "both": np.rint(both[best]).astype(np.int64),
+                "f1": f1[best],
+                "mutual": back.argmax(0) == self.number,
+            }
+        )
+
+    def cosines(self, other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
+        """Return the cosine of its decoder direction with every one of an index."""
+        return _cosines(self.index, [self.number], other)[:, 0]
+
+    def fired_with(self, other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
+        """Return on how many of its tokens each feature of an index over the same tokens fires."""
+        positions, row_offsets = self.positions, other.array("row_offsets")
+        n_fired = int((row_offsets[positions.astype(np.int64) + 1] - row_offsets[positions]).sum())
+        step = max(-(-len(positions) // MOST_FIRINGS), -(-n_fired // MOST_FOUND), 1)
+        looked_at = np.asarray(positions[::step]).astype(np.int64)
+        counts = np.bincount(other.latents_at(looked_at), minlength=other.n_features)
+        return counts * (len(positions) / max(len(looked_at), 1))
+
+    def pair(self, other: "Feature") -> Pair:
+        """Return how it compares with a feature of an index over the same tokens."""
+        _, *at = np.intersect1d(
+            self.positions, other.positions, assume_unique=True, return_indices=True
+        )
+        n = len(at[0])
+        lengths = [
+            float(each.stats["decoder_norm"]) * float(np.mean(each.values[here], dtype=float))
+            if n
+            else np.nan
+            for each, here in zip((self, other), at, strict=True)
+        ]
+        return Pair(len(self.positions) - n, n, len(other.positions) - n, *lengths)
+
+    def __repr__(self) -> str:
+        return f"Feature({self.number} of {self.index.manifest.sae}, fired {len(self.values):,})"
+
+    def _repr_html_(self) -> str:
+        from gsae_core.analysis.features.export import card
+
+        return card(self)
+
+
+def distinct(
+    positions: np.ndarray, ids: np.ndarray, k: int, *, before: int | None, after: int | None
+) -> list[int]:
+    """Return the first `k` positions whose contexts differ, in the order given.
+
+    Two contexts are the same if they hold the same tokens, or if they lie in the same sequence and
+    overlap: of a repeated licence, or of a phrase that the feature fires on throughout, one stays.
+
+    Args:
+        positions: (n,), best first.
+        ids: (sequences, n_ctx).
+        before, after: tokens of context on either side; None: to the end of the sequence.
+    """
+    chosen: list[int] = []
+    contexts: set[bytes] = set()
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for number in positions[:MOST_LOOKED_AT].tolist():
+        if len(chosen) == k:
+            break
+        sequence, first, last = window(number, ids.shape[1], before=before, after=after)
+        context, taken = ids[sequence, first:last].tobytes(), spans.setdefault(sequence, [])
+        if context in contexts or any(first < stop and start < last for start, stop in taken):
+            continue
+        contexts.add(context)
+        taken.append((first, last))
+        chosen.append(number)
+    return chosen
+
+
+def window(
+    number: int, n_ctx: int, *, before: int | None, after: int | None
+) -> tuple[int, int, int]:
+    """Return the sequence of a token, and where its context begins and ends there."""
+    sequence, position = divmod(number, n_ctx)
+    first = 0 if before is None else max(0, position - before)
+    last = n_ctx if after is None else min(n_ctx, position + after + 1)
+    return sequence, first, last
+
+
+def _cosines(
+    one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
+) -> Float[np.ndarray, "d_sae numbers"]:
+    """Return the cosines of several directions with every one of another index, in one product."""
+    directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
+    return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
+
+
+def _check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
+    """Check that two indices are of one place in one model, over the same tokens.
+
+    Raises:
+        InputError: if not.
+    """
+    a, b = one.manifest, other.manifest
+    if a.d_in != b.d_in:
+        raise InputError(
+            f"expected two SAEs of one place in one model, got widths {a.d_in} ({a.sae}) and "
+            f"{b.d_in} ({b.sae})"
+        )
+    if a.tokens_sha256 != b.tokens_sha256:
+        raise InputError(
+            f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for {a.sae} "
+            f"and {b.n_tokens} of {b.text} for {b.sae}; build one again with the other's --tokens "
+            "and --split"
+        )
