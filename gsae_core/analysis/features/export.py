@@ -47,25 +47,23 @@ def strips(rows: Sequence[Row], *, top: float, below_top: float = 0.0, breaks: b
     return macros(TEMPLATE).strip_list(drawn) if drawn else ""
 
 
-def _tokens(row: Row, top: float, below_top: float, breaks: bool) -> Iterator[dict[str, Any]]:
+def _tokens(row: Row, top: float, below_top: float, breaks: bool) -> Iterator[tuple[Any, ...]]:
+    """Yield a token's text, classes, words on hovering, style, if Tab stops, and if a line ends."""
     below = row.below if row.below is not None else [0.0] * len(row.tokens)
     for i, (text, value, under) in enumerate(zip(row.tokens, row.values, below, strict=True)):
-        at, share, style = i == row.at, _share(value, top), []
-        fires = value > 0 or under > 0 or at
-        blank = not text.strip() and value <= 0
-        about = _value(value) + (f" · beside: {_value(under)}" if below_top > 0 else "")
+        at, ends, style = i == row.at, breaks and "\n" in text, []
+        if not (value > 0 or under > 0 or at):
+            yield readable_token(text), "" if text.strip() else "w", "", "", False, ends
+            continue
+        share = _share(value, top)
         if value > 0:
             style.append(f"--a:{share * STRONGEST:.2f}")
         if under > 0:
             style.append(f"--b:{0.25 + 0.75 * _share(under, below_top):.2f}")
-        yield {
-            "text": readable_token(text),
-            "classes": " ".join(["f"] * fires + ["p"] * at + ["w"] * blank),
-            "about": about if fires else "",
-            "style": ";".join(style),
-            "stop": at or (fires and share >= TAB_STOP),
-            "breaks": breaks and "\n" in text,
-        }
+        blank = not text.strip() and value <= 0
+        classes = " ".join(["f"] + ["p"] * at + ["w"] * blank)
+        about = _value(value) + (f" · beside: {_value(under)}" if below_top > 0 else "")
+        yield readable_token(text), classes, about, ";".join(style), at or share >= TAB_STOP, ends
 
 
 def _value(value: float) -> str:
