@@ -184,12 +184,13 @@ def test_a_server_is_asked_as_openais_would_be(
     address: str, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", address + "/")
+    monkeypatch.setenv("HF_TOKEN", "of-the-hub")
     assert write_label(index.feature(sparse(index)), RemoteWriter("small")) == "full stops"
     body = Handler.seen[-1]
     assert body["path"] == "/v1/chat/completions"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("small", 0, 40)
     assert "<< w" in body["messages"][0]["content"]
-    assert Handler.headers_seen[-1] is None
+    assert Handler.headers_seen[-1] is None  # nor does a token for another service go there
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     RemoteWriter("small").answer("?", max_tokens=1)
     assert Handler.headers_seen[-1] == "Bearer secret"

@@ -6,15 +6,12 @@ on?), after Bills et al. 2023 and EleutherAI's automated interpretability. A sco
 right answers over as many true as false texts: 0.5 is guessing. It is never shown as truth.
 """
 
-import http.client
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -57,14 +54,27 @@ class RemoteWriter:
 
     def __init__(self, name: str, *, base_url: str | None = None) -> None:
         url = base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if urlsplit(url).scheme not in ("http", "https"):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
             raise InputError(
                 f"expected an address in OPENAI_BASE_URL such as http://localhost:8000/v1, got "
                 f"{url or 'none'!r}"
             )
-        _check_plain(urlsplit(url))
+        # Addresses are shown and end up in logs.
+        if parts.username is not None or parts.query or parts.fragment:
+            raise InputError(
+                "expected an address in OPENAI_BASE_URL without a user, a password or a query, got "
+                f"one with them for {parts.hostname}; put the token into {TOKEN}"
+            )
+        token = os.environ.get(TOKEN, "").strip()
+        # The client's own error would show the token.
+        if not (token.isascii() and token.isprintable()) and token:
+            raise InputError(
+                f"expected a token of plain characters in {TOKEN}, got one with others; copy it "
+                "again"
+            )
         self.name, self.where = name, url.rstrip("/")
-        self._url, self._token = self.where + "/chat/completions", _token()
+        self._url, self._token = self.where + "/chat/completions", token
 
     @property
     def has_token(self) -> bool:
@@ -76,26 +86,29 @@ class RemoteWriter:
         Raises:
             InputError: if the address does not answer, or not as OpenAI's would.
         """
+        # Not huggingface_hub's InferenceClient: it follows redirects, and without a token of ours
+        # it sends the one for the Hub to whatever address was named.
+        import httpx2
+
         body = {
             "model": self.name,
             "messages": [{"role": "user", "content": question}],
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        headers = {"Content-Type": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
         try:
-            with _OPENER.open(request, timeout=TIMEOUT_SECONDS) as response:
-                found = json.load(response)
-        except urllib.error.HTTPError as error:
-            refused = f"does {TOKEN} hold a token for it?" if error.code in (401, 403) else None
+            response = httpx2.post(self._url, json=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            response.raise_for_status()
+            found = response.json()
+        except httpx2.HTTPStatusError as error:
+            code = error.response.status_code
+            refused = f"does {TOKEN} hold a token for it?" if code in (401, 403) else None
             raise InputError(
-                f"expected an answer from {self._url}, got {error.code} {error.reason}; "
+                f"expected an answer from {self._url}, got {code} {error.response.reason_phrase}; "
                 f"{refused or f'is {self.name!r} served there?'}"
             ) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise InputError(
                 f"expected an answer from {self._url}, got none ({error}); is the server running?"
             ) from None
@@ -106,35 +119,6 @@ class RemoteWriter:
                 f"expected a chat completion from {self._url}, got something else: "
                 f"{json.dumps(found)[:200]}"
             ) from None
-
-
-def _check_plain(url: SplitResult) -> None:
-    """Check that nothing in an address is a secret: addresses are shown and end up in logs."""
-    if url.username is not None or url.query or url.fragment:
-        raise InputError(
-            "expected an address in OPENAI_BASE_URL without a user, a password or a query, got "
-            f"one with them for {url.hostname}; put the token into {TOKEN}"
-        )
-
-
-def _token() -> str:
-    token = os.environ.get(TOKEN, "").strip()
-    # http.client would say the whole header in its error.
-    if not (token.isascii() and token.isprintable()) and token:
-        raise InputError(
-            f"expected a token of plain characters in {TOKEN}, got one with others; copy it again"
-        )
-    return token
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Text and token go to the address that was named, and to no other that it names."""
-
-    def redirect_request(self, *_: Any) -> None:  # pyright: ignore
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class LocalWriter:
@@ -231,8 +215,8 @@ class NotUnderstood(NotLabelled):
     """The writer answered, but not what it was asked."""
 
 
-class Scored(NamedTuple):
-    """How a label did."""
+class LabelScore(NamedTuple):
+    """How well a label tells where its feature fires."""
 
     score: float
     """Share of right answers; 0.5 is guessing."""
@@ -274,7 +258,7 @@ def check_fires(feature: "Feature") -> None:
 
 def score_label(
     feature: "Feature", label: str, writer: Writer, *, by: By = "detection", seed: int = 0
-) -> Scored:
+) -> LabelScore:
     """Return how well a label tells where the feature fires, on texts drawn by `seed`.
 
     Raises:
@@ -298,7 +282,7 @@ def score_label(
     )
     answers = _digits(writer.answer(question, max_tokens=4 * len(order)), len(order), writer.name)
     right = np.array(answers) == truth[order]
-    return Scored(float(right.mean()), tuple(answers), tuple(int(t) for t in truth[order]))
+    return LabelScore(float(right.mean()), tuple(answers), tuple(int(t) for t in truth[order]))
 
 
 def label_feature(
