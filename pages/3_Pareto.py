@@ -8,10 +8,8 @@ from gsae_core.analysis.results import (
     NUMBERS,
     against,
     model_site_text,
+    paper_sites,
     published,
-    published_places,
-    published_ratio,
-    published_source,
     several_runs,
 )
 from gsae_core.app import cache, shell
@@ -31,7 +29,7 @@ LABELS: dict[str, Measure] = {
     "KL": "kl",
     "L0": "l0",
 }
-PLACES = {place.label: place for place in published_places()}
+PLACES = {place.label: place for place in paper_sites()}
 MAX_OTHERS = len(RUN_LOOKS) - 2  # beside the run of the sidebar and a baseline
 
 frame = shell.page(
@@ -219,10 +217,12 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
     if place is not None and (x, y) != ("l0", "loss_recovered"):
         st.caption("The paper published L0 and loss recovered; choose these axes to see its runs.")
     elif place is not None:
+        runs = published(place)
+        ratio = matched_ratio(runs.to_dict("records")).sentence
         st.caption(
-            f"Faint: {len(published(place))} runs of {place.model}, {place.site} of block "
-            f"{place.layer}, as printed in {published_source(place)}; "
-            f"{published_ratio(place).sentence}. Another language model: compare the distance "
+            f"Faint: {len(runs)} runs of {place.model}, {place.site} of block "
+            f"{place.layer}, as printed in {place.source}; "
+            f"{ratio}. Another language model: compare the distance "
             "between the two curves, not their height."
         )
 

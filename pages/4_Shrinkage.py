@@ -6,9 +6,8 @@ import streamlit as st
 from gsae_core.analysis.results import (
     baselines,
     nearest_pair,
+    paper_sites,
     published,
-    published_places,
-    published_source,
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
@@ -51,7 +50,7 @@ TWO_GAMMAS = (
 )
 # Labels first: the address holds what a bound widget shows.
 LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}
-PLACES = {place.label: place for place in published_places()}
+PLACES = {place.label: place for place in paper_sites()}
 
 frame = shell.page(
     "Shrinkage",
@@ -132,7 +131,7 @@ def over_the_sweep() -> None:
     if place is not None:
         st.caption(
             f"Faint: {place.model}, {place.site} of block {place.layer}, as printed in "
-            f"{published_source(place)}; rows with an L0 of 0 or below are not shown."
+            f"{place.source}; rows with an L0 of 0 or below are not shown."
         )
 
 

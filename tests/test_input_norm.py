@@ -11,11 +11,10 @@ from examples import numbers, perturb_, set_
 from index_cases import D_IN, D_SAE, KINDS, built, some_sae
 from torch import Tensor
 
-from gsae_core.analysis.attribution import effects
 from gsae_core.analysis.features import collect
 from gsae_core.analysis.features.build import tensors_sha256
 from gsae_core.analysis.fidelity import evaluating, fidelity, reconstruct
-from gsae_core.analysis.prompt import look, read_prompt
+from gsae_core.analysis.prompt import analyse, effects, read_prompt
 from gsae_core.analysis.steering import Intervention, Steering, scales_of
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.checkpoints.formats import read_sae, write_sae
@@ -295,7 +294,7 @@ def test_effects_on_a_logit_are_the_derivative_through_the_undoing(
 ) -> None:
     sae = normed("gated", norm, tiny_lm.width("resid_pre"), 24)
     prompt = read_prompt(tiny_lm, "w1 w2 w3 w2 w9 w30")
-    (seen,) = look(tiny_lm, [sae], prompt, **PLACE)
+    (seen,) = analyse(tiny_lm, [sae], prompt, **PLACE)
     slope = torch.randn(7, sae.d_in, generator=torch.Generator().manual_seed(0))
     x = tiny_lm.harvest(prompt.ids, **PLACE)[0]
     f = sae.encode(x).requires_grad_()
@@ -315,7 +314,7 @@ def test_effects_on_a_logit_are_the_derivative_through_the_undoing(
 
 def test_a_plain_look_has_no_scale(tiny_lm: LanguageModel) -> None:
     sae = normed("gated", None, tiny_lm.width("resid_pre"), 24)
-    (seen,) = look(tiny_lm, [sae], read_prompt(tiny_lm, "w1 w2"), **PLACE)
+    (seen,) = analyse(tiny_lm, [sae], read_prompt(tiny_lm, "w1 w2"), **PLACE)
     assert seen.scale is None
 
 

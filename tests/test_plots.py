@@ -7,7 +7,7 @@ from synthetic import evaluation
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
-    Place,
+    PaperSite,
     evaluation_frame,
     nearest_pair,
     published,
@@ -167,7 +167,7 @@ def test_what_is_picked_wears_a_numbered_ring() -> None:
 
 
 def test_the_papers_runs_are_fainter_and_take_no_clicks() -> None:
-    place = Place("gemma-7b", "resid_post", 20)
+    place = PaperSite("gemma-7b", "resid_post", 20)
     figure = tradeoff(EVALS, paper=published(place))
     faint = [t for t in traces(figure) if t.opacity is not None]
     assert {t.name for t in faint if t.mode == "markers"} == {
@@ -184,7 +184,7 @@ def test_the_papers_runs_are_fainter_and_take_no_clicks() -> None:
 
 def test_published_rows_without_a_place_on_a_log_axis_are_not_drawn() -> None:
     # Table 3: MLP of block 20 has one row with L0 -91.1.
-    paper = published(Place("gemma-7b", "mlp_out", 20))
+    paper = published(PaperSite("gemma-7b", "mlp_out", 20))
     for figure in (tradeoff(EVALS, paper=paper), gamma_over_sweep(EVALS, paper=paper)):
         drawn = [x for t in traces(figure) if t.name == "Gated, published" for x in t.x]
         assert len(drawn) == 9

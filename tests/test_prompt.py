@@ -11,9 +11,17 @@ from examples import perturb_, set_
 from families import CONFIGS, tiny
 from torch.nn import functional as F
 
-from gsae_core.analysis.attribution import candidates, effects, slope_at
-from gsae_core.analysis.matching import best_matches
-from gsae_core.analysis.prompt import MAX_CHARACTERS, Look, Prompt, align, look, read_prompt
+from gsae_core.analysis.prompt import (
+    MAX_CHARACTERS,
+    Prompt,
+    PromptAnalysis,
+    align,
+    analyse,
+    best_matches,
+    candidates,
+    effects,
+    read_prompt,
+)
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel, load_model, logit_slope
 from gsae_core.lm.texts import token_texts
@@ -44,8 +52,8 @@ def prompt(tiny_lm: LanguageModel) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def looks(tiny_lm: LanguageModel, gated: SAE, relu: SAE, prompt: Prompt) -> list[Look]:
-    return look(tiny_lm, [gated, relu], prompt, **PLACE)
+def looks(tiny_lm: LanguageModel, gated: SAE, relu: SAE, prompt: Prompt) -> list[PromptAnalysis]:
+    return analyse(tiny_lm, [gated, relu], prompt, **PLACE)
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +127,14 @@ def test_special_tokens_alone_are_refused(
 ) -> None:
     alone = read_prompt(tiny_lm, "<|endoftext|>")
     with pytest.raises(InputError, match="a token that is no special one, got none; add some"):
-        look(tiny_lm, [gated], alone, **PLACE)
+        analyse(tiny_lm, [gated], alone, **PLACE)
 
 
 # What fires
 
 
 def test_features_are_those_the_encoder_gives(
-    tiny_lm: LanguageModel, gated: GatedSAE, looks: list[Look], prompt: Prompt
+    tiny_lm: LanguageModel, gated: GatedSAE, looks: list[PromptAnalysis], prompt: Prompt
 ) -> None:
     x = tiny_lm.harvest(prompt.ids, **PLACE)[0]
     f, pi_gate = gated.encode(x), gated.pre_activations(x).pi_gate
@@ -140,12 +148,12 @@ def test_features_are_those_the_encoder_gives(
     assert set(looks[1].features["gate"].isna()) == {True}
 
 
-def test_strongest_features_come_first_on_each_token(looks: list[Look]) -> None:
+def test_strongest_features_come_first_on_each_token(looks: list[PromptAnalysis]) -> None:
     for _, here in looks[0].features.groupby("position"):
         assert here["activation"].is_monotonic_decreasing
 
 
-def test_a_token_s_shares_add_up_to_one(looks: list[Look]) -> None:
+def test_a_token_s_shares_add_up_to_one(looks: list[PromptAnalysis]) -> None:
     sums: Any = looks[0].features.groupby("position")["share"].sum()
     assert sums.to_list() == pytest.approx([1.0] * len(sums), abs=1e-4)
 
@@ -156,13 +164,13 @@ def test_a_share_by_hand(tiny_lm: LanguageModel) -> None:
     unit = torch.eye(12)[:2].tolist()
     zeros = [[0.0, 0.0]] * 12
     set_(sae, W_enc=zeros, b_enc=[3.0, 4.0], W_dec=unit, b_dec=[0.0] * 12)
-    (seen,) = look(tiny_lm, [sae], read_prompt(tiny_lm, "w1"), **PLACE)
+    (seen,) = analyse(tiny_lm, [sae], read_prompt(tiny_lm, "w1"), **PLACE)
     assert seen.features["share"].to_list() == pytest.approx([16 / 25, 9 / 25])
     assert seen.features["latent"].to_list() == [1, 0]
 
 
 def test_numbers_of_the_text_are_those_of_its_parts(
-    tiny_lm: LanguageModel, gated: SAE, looks: list[Look], prompt: Prompt
+    tiny_lm: LanguageModel, gated: SAE, looks: list[PromptAnalysis], prompt: Prompt
 ) -> None:
     found, x = looks[0].numbers, tiny_lm.harvest(prompt.ids, **PLACE)
     inside = x[0, 1:]
@@ -179,7 +187,7 @@ def test_numbers_of_the_text_are_those_of_its_parts(
     assert found.delta_ce == pytest.approx(float(read - clean), rel=1e-4, abs=1e-5)
 
 
-def test_tokens_add_up_to_the_text(looks: list[Look]) -> None:
+def test_tokens_add_up_to_the_text(looks: list[PromptAnalysis]) -> None:
     tokens: Any = looks[0].tokens
     numbers = looks[0].numbers
     assert tokens["n_active"].sum() == pytest.approx(numbers.l0 * numbers.n_tokens)
@@ -188,7 +196,7 @@ def test_tokens_add_up_to_the_text(looks: list[Look]) -> None:
 
 
 def test_one_token_has_no_variance_and_no_loss(tiny_lm: LanguageModel, gated: SAE) -> None:
-    (seen,) = look(tiny_lm, [gated], read_prompt(tiny_lm, "w1"), **PLACE)
+    (seen,) = analyse(tiny_lm, [gated], read_prompt(tiny_lm, "w1"), **PLACE)
     assert math.isnan(seen.numbers.fvu)
     assert math.isnan(seen.numbers.ce_clean)
 
@@ -196,7 +204,7 @@ def test_one_token_has_no_variance_and_no_loss(tiny_lm: LanguageModel, gated: SA
 def test_a_text_on_which_nothing_fires_has_no_features(tiny_lm: LanguageModel) -> None:
     sae = ReluSAE(12, 5)
     set_(sae, b_enc=[-1e6] * 5)
-    (seen,) = look(tiny_lm, [sae], read_prompt(tiny_lm, TEXT), **PLACE)
+    (seen,) = analyse(tiny_lm, [sae], read_prompt(tiny_lm, TEXT), **PLACE)
     assert len(seen.features) == 0
     assert seen.numbers.l0 == 0
     slope = torch.zeros(7, 12)
@@ -206,7 +214,7 @@ def test_a_text_on_which_nothing_fires_has_no_features(tiny_lm: LanguageModel) -
 
 def test_an_sae_of_another_width_is_refused(tiny_lm: LanguageModel, prompt: Prompt) -> None:
     with pytest.raises(InputError, match=r"width d_in=5, got shape .*; was this SAE trained on"):
-        look(tiny_lm, [ReluSAE(5, 7)], prompt, **PLACE)
+        analyse(tiny_lm, [ReluSAE(5, 7)], prompt, **PLACE)
 
 
 # What they do to a logit
@@ -240,9 +248,9 @@ def test_a_slope_leaves_no_gradients_and_no_hooks_behind(tiny_lm: LanguageModel)
 
 
 def test_effects_are_what_features_write_along_the_slope(
-    tiny_lm: LanguageModel, gated: SAE, looks: list[Look], prompt: Prompt
+    tiny_lm: LanguageModel, gated: SAE, looks: list[PromptAnalysis], prompt: Prompt
 ) -> None:
-    slope = slope_at(tiny_lm, prompt, position=4, token=11, **PLACE)
+    slope = logit_slope(tiny_lm, prompt.ids, position=4, token=11, **PLACE)
     table: Any = effects(looks[0], gated, slope)
     for row in table.iloc[::5].itertuples():
         expected = row.activation * float(gated.W_dec[row.latent] @ slope[row.position])
@@ -251,9 +259,9 @@ def test_effects_are_what_features_write_along_the_slope(
 
 
 def test_a_feature_s_effect_is_the_logit_s_change_when_it_fires_a_little_more(
-    tiny_lm: LanguageModel, gated: SAE, looks: list[Look], prompt: Prompt
+    tiny_lm: LanguageModel, gated: SAE, looks: list[PromptAnalysis], prompt: Prompt
 ) -> None:
-    slope = slope_at(tiny_lm, prompt, position=6, token=8, **PLACE)
+    slope = logit_slope(tiny_lm, prompt.ids, position=6, token=8, **PLACE)
     row = effects(looks[0], gated, slope).query("position == 6").iloc[0]
     share = 1e-3
 
@@ -278,14 +286,16 @@ def test_candidates_begin_with_what_follows(tiny_lm: LanguageModel, prompt: Prom
     assert [each.actual for each in last] == [False] * 3
 
 
-@pytest.mark.parametrize(("position", "token"), [(7, 1), (-1, 1)])
+@pytest.mark.parametrize("position", [7, -1])
 def test_a_token_outside_of_the_text_is_refused(
-    tiny_lm: LanguageModel, prompt: Prompt, position: int, token: int
+    tiny_lm: LanguageModel, prompt: Prompt, position: int
 ) -> None:
     with pytest.raises(InputError, match=f"a token from 0 to 6 of this text, got {position}"):
-        slope_at(tiny_lm, prompt, position=position, token=token, **PLACE)
+        candidates(tiny_lm, prompt, position=position)
+    with pytest.raises(InputError, match=f"a position from 0 to 6, got {position}"):
+        logit_slope(tiny_lm, prompt.ids, position=position, token=1, **PLACE)
     with pytest.raises(InputError, match="a token from 0 to 39, got 40"):
-        slope_at(tiny_lm, prompt, position=1, token=40, **PLACE)
+        logit_slope(tiny_lm, prompt.ids, position=1, token=40, **PLACE)
 
 
 # Two SAEs on the same tokens
@@ -316,7 +326,7 @@ def test_a_token_s_features_are_told_apart(tiny_lm: LanguageModel) -> None:
     # Directions 0 and 1 are in both; of 1 only the first fires. 2 and 3 have no match.
     one = firing(12, [5.0, 4.0, 3.0], [0, 1, 2])
     two = firing(12, [-1.0, 2.0, 1.0], [1, 0, 3])
-    looks = look(tiny_lm, [one, two], read_prompt(tiny_lm, "w1 w2"), **PLACE)
+    looks = analyse(tiny_lm, [one, two], read_prompt(tiny_lm, "w1 w2"), **PLACE)
     aligned = align(looks[0], looks[1], one, two)
     table: Any = aligned.table
     first = table[table["position"] == 1].drop(columns="position")
@@ -335,7 +345,7 @@ def test_a_token_s_features_are_told_apart(tiny_lm: LanguageModel) -> None:
 
 
 def test_an_sae_beside_itself_shares_everything(
-    tiny_lm: LanguageModel, gated: SAE, looks: list[Look]
+    tiny_lm: LanguageModel, gated: SAE, looks: list[PromptAnalysis]
 ) -> None:
     table: Any = align(looks[0], looks[0], gated, gated).table
     assert set(table["where"]) == {"both"}
@@ -343,7 +353,9 @@ def test_an_sae_beside_itself_shares_everything(
     assert len(table) == len(looks[0].features)
 
 
-def test_every_firing_is_in_the_alignment_once(looks: list[Look], gated: SAE, relu: SAE) -> None:
+def test_every_firing_is_in_the_alignment_once(
+    looks: list[PromptAnalysis], gated: SAE, relu: SAE
+) -> None:
     table: Any = align(looks[0], looks[1], gated, relu, threshold=0.3).table
     assert (table["gated_activation"] > 0).sum() == len(looks[0].features)
     assert (table["baseline_activation"] > 0).sum() == len(looks[1].features)

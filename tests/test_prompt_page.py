@@ -124,7 +124,7 @@ def test_a_rerun_reads_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def never(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("read twice")
 
-    monkeypatch.setattr("gsae_core.analysis.prompt.look", never)
+    monkeypatch.setattr("gsae_core.analysis.prompt.analyse", never)
     at.run()
     assert not at.exception
 

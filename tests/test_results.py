@@ -6,21 +6,20 @@ import pandas as pd
 import pytest
 from synthetic import config, evaluation
 
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     NUMBERS,
-    Place,
+    PaperSite,
     against,
     changes,
     evaluation_frame,
     model_site_text,
     of_architecture,
+    paper_sites,
     published,
-    published_places,
-    published_ratio,
-    published_source,
     settings,
+    settings_table,
     several_runs,
-    side_by_side,
 )
 from gsae_core.config import sweep
 
@@ -94,7 +93,7 @@ def test_losses_measured_at_other_positions_are_not_compared() -> None:
 
 
 def test_the_paper_has_27_sites_and_each_its_runs() -> None:
-    places = published_places()
+    places = paper_sites()
     # Gemma-7B: 3 sites of 4 blocks; Pythia-2.8B: 3 of 5.
     assert len(places) == 12 + 15
     assert sum(len(published(place)) for place in places) == 283
@@ -102,20 +101,20 @@ def test_the_paper_has_27_sites_and_each_its_runs() -> None:
 
 
 def test_published_losses_are_shares_of_one() -> None:
-    first = published(Place("gemma-7b", "resid_post", 6)).iloc[0]
+    first = published(PaperSite("gemma-7b", "resid_post", 6)).iloc[0]
     assert (first["l0"], first["loss_recovered"], first["gamma"]) == (18.1, 0.9528, 0.982)
 
 
 def test_the_published_ratio_at_block_20_is_that_of_its_tables() -> None:
     # Worked out in test_pareto.py at the top level, 97.95 %: 46.4 / 18.6055 = 2.4939.
-    ratio = published_ratio(Place("gemma-7b", "resid_post", 20))
+    ratio = matched_ratio(published(PaperSite("gemma-7b", "resid_post", 20)).to_dict("records"))
     assert ratio.pairs[-1].loss_recovered == pytest.approx(0.9795)
     assert ratio.pairs[-1].ratio == pytest.approx(2.4939, abs=1e-4)
 
 
 def test_a_published_number_names_its_tables() -> None:
-    assert published_source(Place("gemma-7b", "resid_post", 20)).endswith("Tables 1-4")
-    assert published_source(Place("pythia-2.8b", "mlp_out", 4)).endswith("Tables 5-8")
+    assert PaperSite("gemma-7b", "resid_post", 20).source.endswith("Tables 1-4")
+    assert PaperSite("pythia-2.8b", "mlp_out", 4).source.endswith("Tables 5-8")
 
 
 def test_settings_are_text_by_dotted_name() -> None:
@@ -130,16 +129,16 @@ def test_settings_are_text_by_dotted_name() -> None:
 
 def test_only_what_differs_is_shown_and_what_is_missing_is_a_dash() -> None:
     columns = {"a": {"lr": "1", "same": "x"}, "b": {"lr": "2", "same": "x", "own": "y"}}
-    table = side_by_side(columns, differences=True)
+    table = settings_table(columns, differences=True)
     assert table.index.to_list() == ["lr", "own"]
     assert table.loc["own"].to_list() == ["–", "y"]
-    assert side_by_side(columns, differences=False).index.to_list() == ["lr", "same", "own"]
+    assert settings_table(columns, differences=False).index.to_list() == ["lr", "same", "own"]
     # One SAE differs from nothing, and all its settings are shown.
-    assert len(side_by_side({"a": columns["a"]}, differences=True)) == 2
+    assert len(settings_table({"a": columns["a"]}, differences=True)) == 2
 
 
 def test_no_more_than_ten_columns_are_compared() -> None:
-    assert side_by_side({str(i): {"n": str(i)} for i in range(12)}, differences=True).shape == (
+    assert settings_table({str(i): {"n": str(i)} for i in range(12)}, differences=True).shape == (
         1,
         10,
     )

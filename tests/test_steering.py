@@ -13,7 +13,6 @@ from gsae_core.analysis.generation import (
     Loop,
     Sampling,
     continuation,
-    differs_from,
     divergence,
     draw,
     followed_by,
@@ -295,10 +294,6 @@ def test_a_text_and_what_follows_are_one_text(tiny_lm: LanguageModel, prompt: Pr
 )
 def test_a_text_that_goes_round_is_found(ids: list[int], loop: Loop | None) -> None:
     assert loop_at_end(ids) == loop
-
-
-def test_tokens_differ_by_place() -> None:
-    assert differs_from([1, 2], [1, 3, 2]) == [False, True, True]
 
 
 # Units

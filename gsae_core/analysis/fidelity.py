@@ -14,7 +14,7 @@ zero recovers exactly nothing. Either way no loss is averaged there, and metrics
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,11 +79,7 @@ class Reference:
         self._excess = _excess(self._p)
         self.losses = self._losses(self._log_p, self._excess)
 
-    def _losses(
-        self,
-        log_q: Float[Tensor, "rows predictions d_vocab"],
-        excess: Float[Tensor, "rows predictions"],
-    ) -> Float[Tensor, " n"]:
+    def _losses(self, log_q: Tensor, excess: Tensor) -> Float[Tensor, " n"]:
         return (excess - log_q.gather(-1, self._targets)[..., 0])[self._counted]
 
     @torch.inference_mode()
@@ -216,13 +212,10 @@ def evaluating(
             finite, or nothing can be predicted.
     """
     model.check(layer, site)
-    clean, zero = RunningLosses(), RunningLosses()
-    spliced, metrics = [RunningLosses() for _ in saes], [Metrics() for _ in saes]
-    norms = [NormDeciles() for _ in saes]
+    clean, *spliced, zero = (RunningLosses() for _ in range(len(saes) + 2))
+    metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
     n_done = 0
-    # A thread an SAE costs a fifth less than products and sums that each wake every thread.
     on_cpu = model.device.type == "cpu"
-    side_by_side, here = (spread, on_one_core) if on_cpu else (_in_turn, _now)
 
     def measured(i: int, x: Tensor, mask: Tensor) -> Tensor:
         """Measure SAE i where tokens count; return what the model reads in place of x."""
@@ -230,15 +223,19 @@ def evaluating(
         x_hat, stats = reconstruct(saes[i], counted)
         metrics[i].add(stats)
         norms[i].add(x=counted, x_hat=x_hat)
-        read = _replace(x, mask, x_hat.to(x))
+        read = x.masked_scatter(mask[..., None], x_hat.to(x))
         if replace == "all" and not mask.all():
             others, _ = reconstruct(saes[i], x[~mask].to(counted))
-            read = _replace(read, ~mask, others.to(x))
+            read = read.masked_scatter(~mask[..., None], others.to(x))
         return read
 
     for ids, mask in _batches(model, sequences, n_tokens):
+
+        def before_the_site(ids=ids) -> Splice:
+            return model.splice(ids, layer=layer, site=site)
+
         # Where the passes run that it is compared with: else the identity would differ in rounding.
-        splice = here(lambda ids=ids: model.splice(ids, layer=layer, site=site))
+        splice = on_one_core(before_the_site) if on_cpu else before_the_site()
         ids, mask = ids.to(model.device), mask.to(model.device)
         x = splice.x.flatten(0, 1) if replace == "all" else splice.x[mask]
         check_finite(x, layer=layer, site=site, dtype=model.dtype)
@@ -250,10 +247,11 @@ def evaluating(
             read = torch.zeros_like(splice.x) if zeros else measured(i, splice.x, mask)
             return reference.compare(splice.run(read))
 
-        for losses, found in zip(
-            [*spliced, zero], side_by_side(evaluated, len(saes) + 1), strict=True
-        ):
-            losses.add(*found)
+        # A thread an SAE costs a fifth less than products and sums that each wake every thread.
+        passes = range(len(saes) + 1)
+        found = spread(evaluated, len(passes)) if on_cpu else map(evaluated, passes)
+        for sums, losses in zip([*spliced, zero], found, strict=True):
+            sums.add(*losses)
         n_done += int(mask.sum())
         yield n_done
     if clean.n == 0:
@@ -309,23 +307,6 @@ def reconstruct(
         latent_aligned=power + per_latent(f * toward_error[fires]),
     )
     return x_hat, stats
-
-
-def _now(task: Callable[[], Splice]) -> Splice:
-    return task()
-
-
-def _in_turn(task: Callable[[int], Losses], n: int) -> list[Losses]:
-    return [task(i) for i in range(n)]
-
-
-def _replace(
-    x: Float[Tensor, "rows pos d_in"],
-    mask: Bool[Tensor, "rows pos"],
-    x_hat: Float[Tensor, "counted d_in"],
-) -> Float[Tensor, "rows pos d_in"]:
-    """Return x with the positions of the mask replaced."""
-    return x.masked_scatter(mask[..., None], x_hat)
 
 
 def _batches(model: LanguageModel, sequences: SequenceSet, n_tokens: int) -> Iterator[TokenBatch]:

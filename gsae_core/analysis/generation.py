@@ -189,9 +189,8 @@ def steered_logits(
         InputError: if the site does not exist or the SAE has another width.
     """
     edit = None if steering is None else steering.edit(prompt.counted)
-    if edit is None:
-        return model.logits(prompt.ids)[0].cpu()
-    return model.logits(prompt.ids, layer=layer, site=site, edit=edit)[0].cpu()
+    where = {} if edit is None else {"layer": layer, "site": site, "edit": edit}
+    return model.logits(prompt.ids, **where)[0].cpu()
 
 
 def mean_divergence(
@@ -239,8 +238,3 @@ def loop_at_end(ids: list[int]) -> Loop | None:
         if n >= max(SHORTEST_REPEAT, 3 * period):
             return Loop(period, n)
     return None
-
-
-def differs_from(default: list[int], steered: list[int]) -> list[bool]:
-    """Return which steered tokens are not the default's at the same place."""
-    return [i >= len(default) or default[i] != token for i, token in enumerate(steered)]

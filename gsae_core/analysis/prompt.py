@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.analysis.fidelity import reconstruct
-from gsae_core.analysis.matching import MATCHED, best_matches
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.texts import token_texts
+from gsae_core.lm.texts import alone, pieces, token_texts
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.metrics import Metrics
@@ -29,6 +28,11 @@ from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 MAX_CHARACTERS = 20_000
 MAX_TOKENS = 512
 """A page's strip of tokens; the model's context, where that is shorter."""
+
+MATCHED = 0.7
+"""Cosine from which two mutual best matches count as one feature; ours, and shown on the pages."""
+
+ROWS = 512  # latents whose cosines with a whole dictionary are held at once
 
 
 class Prompt(NamedTuple):
@@ -115,8 +119,8 @@ class TextNumbers(NamedTuple):
         return self.ce_sae - self.ce_clean
 
 
-class Look(NamedTuple):
-    """One text seen through one SAE."""
+class PromptAnalysis(NamedTuple):
+    """One text through one SAE."""
 
     prompt: Prompt
     features: pd.DataFrame
@@ -134,10 +138,10 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(
+def analyse(
     model: LanguageModel, saes: Sequence[SAE], prompt: Prompt, *, layer: int, site: Site
-) -> list[Look]:
-    """Return a text as each SAE sees it; one clean pass of the model serves all.
+) -> list[PromptAnalysis]:
+    """Return a text through each SAE; one clean pass of the model serves all.
 
     Args:
         saes: take raw activations of this site.
@@ -155,7 +159,7 @@ def look(
     x = splice.x[0, counted]
     check_finite(x, layer=layer, site=site, dtype=model.dtype)
     clean = _losses(splice.logits, prompt)
-    looks = []
+    found = []
     for sae in saes:
         x_hat, stats = reconstruct(sae, x.to(sae.W_dec))
         read = splice.x.clone()
@@ -169,8 +173,10 @@ def look(
         numbers = TextNumbers(
             len(x), metrics.l0, fvu, float(clean.nanmean()), float(spliced.nanmean())
         )
-        looks.append(Look(prompt, features, tokens, numbers, _scale(sae, x.to(sae.W_dec), prompt)))
-    return looks
+        found.append(
+            PromptAnalysis(prompt, features, tokens, numbers, _scale(sae, x.to(sae.W_dec), prompt))
+        )
+    return found
 
 
 def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> Float[Tensor, " pos"]:
@@ -245,6 +251,99 @@ def _tokens(
     )
 
 
+class Candidate(NamedTuple):
+    """A token that may come next."""
+
+    id: int
+    text: str
+    probability: float
+    actual: bool
+    """Whether it is the token that follows in the text."""
+
+
+def candidates(
+    model: LanguageModel, prompt: Prompt, *, position: int, n: int = 10
+) -> list[Candidate]:
+    """Return what may follow a token: what does follow in the text first, then the likeliest.
+
+    Raises:
+        InputError: if there is no such token.
+    """
+    if not 0 <= position < prompt.ids.shape[1]:
+        raise InputError(
+            f"expected a token from 0 to {prompt.ids.shape[1] - 1} of this text, got {position}"
+        )
+    p = model.logits(prompt.ids)[0, position].softmax(-1).cpu()
+    last = position + 1 == prompt.ids.shape[1]
+    actual = [] if last else [int(prompt.ids[0, position + 1])]
+    ids = list(dict.fromkeys(actual + p.topk(min(n, len(p))).indices.tolist()))
+    texts = [alone(piece) for piece in pieces(model.tokenizer, ids)]
+    return [
+        Candidate(i, text, float(p[i]), [i] == actual) for i, text in zip(ids, texts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def effects(analysis: PromptAnalysis, sae: SAE, slope: Float[Tensor, "pos d_in"]) -> pd.DataFrame:
+    """Return `analysis.features` with a column `effect` on a logit, to first order.
+
+        effect(q, i) = f_i(q) <W_dec_i, d logit / d x(q)>
+
+    The derivative is taken at the model's own activations and runs through everything after the
+    site: later blocks, the final norm and the unembedding. It is exact for a small change of f at
+    any site; for taking a feature away altogether it is the tangent's answer, which the final norm
+    and later blocks bend. Of an SAE that normalises its inputs, f_i writes scale(q) f_i W_dec_i,
+    and the effect has that factor too.
+
+    Args:
+        slope: d logit / d x, as `lm.model.logit_slope` returns it.
+    """
+    features = analysis.features
+    latent = torch.tensor(features["latent"].to_numpy(), device=sae.W_dec.device)
+    position = torch.tensor(features["position"].to_numpy(), device=sae.W_dec.device)
+    along = (sae.W_dec[latent] * slope.to(sae.W_dec)[position]).sum(1).cpu()
+    f = torch.tensor(features["activation"].to_numpy(), dtype=along.dtype)
+    if analysis.scale is not None:
+        f = f * analysis.scale[position.cpu()]
+    return features.assign(effect=(f * along).tolist())
+
+
+class Matches(NamedTuple):
+    """For each of some latents, the latent of another dictionary that points most alike."""
+
+    latent: Int64[Tensor, " n"]
+    partner: Int64[Tensor, " n"]
+    """The one in the other dictionary with the largest decoder cosine."""
+    cosine: Float[Tensor, " n"]
+    """<d_i, d_j> / (|d_i| |d_j|) of the two."""
+    mutual: Bool[Tensor, " n"]
+    """Whether `latent` is also its partner's best match."""
+
+    def matched(self, threshold: float = MATCHED) -> Bool[Tensor, " n"]:
+        """Return which are the same feature: mutual best matches of at least this cosine."""
+        return self.mutual & (self.cosine >= threshold)
+
+
+@torch.no_grad()
+def best_matches(
+    latents: Int64[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    W_dec_other: Float[Tensor, "d_other d_in"],
+) -> Matches:
+    """Return the best match of `latents` of one dictionary in the other, and whether it is mutual.
+
+    Costs n (d_sae + d_other) d_in products: for the features of one text, not for every pair.
+    """
+    latents = latents.to(W_dec.device)
+    own, other = F.normalize(W_dec.detach(), dim=1), F.normalize(W_dec_other.detach(), dim=1)
+    parts = []
+    for some in latents.split(ROWS):
+        cosine, partner = (own[some] @ other.T).max(dim=1)
+        back = (other[partner] @ own.T).argmax(dim=1)
+        parts.append(Matches(some, partner, cosine, back == some))
+    return Matches(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class Alignment(NamedTuple):
     """Two SAEs on the same tokens."""
 
@@ -258,7 +357,12 @@ class Alignment(NamedTuple):
 
 
 def align(
-    gated: Look, baseline: Look, sae: SAE, base: SAE, *, threshold: float = MATCHED
+    gated: PromptAnalysis,
+    baseline: PromptAnalysis,
+    sae: SAE,
+    base: SAE,
+    *,
+    threshold: float = MATCHED,
 ) -> Alignment:
     """Return which features of a token both SAEs see, and which only one does.
 
@@ -293,12 +397,14 @@ def align(
     return Alignment(table[names].reset_index(drop=True), threshold)
 
 
-def _pairs(gated: Look, baseline: Look, sae: SAE, base: SAE, *, threshold: float) -> pd.DataFrame:
+def _pairs(
+    gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, *, threshold: float
+) -> pd.DataFrame:
     """Return the matched pairs of which at least one feature fires somewhere in the text."""
     sides = ((gated, sae, base, False), (baseline, base, sae, True))
     tables = []
-    for seen, own, other, swapped in sides:
-        active = torch.tensor(sorted(set(seen.features["latent"])), dtype=torch.int64)
+    for analysis, own, other, swapped in sides:
+        active = torch.tensor(sorted(set(analysis.features["latent"])), dtype=torch.int64)
         found = best_matches(active, own.W_dec, other.W_dec)
         keep = found.matched(threshold)
         latent, partner = found.latent[keep].tolist(), found.partner[keep].tolist()

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gsae_core.analysis.pareto import MatchedRatio, matched_ratio
 from gsae_core.config import Architecture, RunConfig, SAESpec, Site
 from gsae_core.paper import PaperRun, paper_runs
 
@@ -48,7 +47,7 @@ class Change(NamedTuple):
         return self.after - self.before
 
 
-class Place(NamedTuple):
+class PaperSite(NamedTuple):
     """A site the paper trained SAEs at."""
 
     model: str
@@ -60,24 +59,26 @@ class Place(NamedTuple):
         """What names it in a list and in an address, e.g. `gemma-7b resid_post 20`."""
         return f"{self.model} {self.site} {self.layer}"
 
-
-def delta_ce(evals: pd.DataFrame) -> pd.Series:
-    """How much worse the language model predicts when it reads reconstructions; 0 is perfect.
-
-    Its cross-entropy then, less its own, in nats per token: ce_sae - ce_clean.
-    """
-    return pd.Series(evals["ce_sae"] - evals["ce_clean"])
+    @property
+    def source(self) -> str:
+        """Where its numbers stand in print."""
+        tables = "Tables 1-4" if self.model == "gemma-7b" else "Tables 5-8"
+        return f"arXiv:2404.16014v2, appendix B, {tables}"
 
 
 def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return `evals.json`'s SAEs as a table, with `delta_ce`, sorted by architecture and L0."""
+    """Return `evals.json`'s SAEs as a table, sorted by architecture and L0.
+
+    `delta_ce`, ce_sae - ce_clean, is added: how much worse the language model predicts when it
+    reads reconstructions, in nats per token; 0 is perfect.
+    """
     frame = pd.DataFrame(list(evals))
     if frame.empty:
         return frame
     # JSON has null for NaN, which would make a column of objects.
     numbers = frame.columns.difference([*WORDS, "d_in", "d_sae", "n_tokens"])
     frame = frame.astype({str(name): float for name in numbers})
-    frame = frame.assign(delta_ce=delta_ce(frame))
+    frame = frame.assign(delta_ce=frame["ce_sae"] - frame["ce_clean"])
     return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
 
 
@@ -164,31 +165,20 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     ]
 
 
-def published_places() -> list[Place]:
+def paper_sites() -> list[PaperSite]:
     """Return the sites of the paper's tables, in their order."""
-    runs = (Place(run.model, run.site, run.layer) for run in paper_runs())
+    runs = (PaperSite(run.model, run.site, run.layer) for run in paper_runs())
     return list(dict.fromkeys(runs))
 
 
-def published(place: Place) -> pd.DataFrame:
+def published(site: PaperSite) -> pd.DataFrame:
     """Return the paper's runs at a site: `PaperRun`'s columns, `loss_recovered` as a share of 1."""
-    rows = [run for run in paper_runs() if Place(run.model, run.site, run.layer) == place]
+    rows = [run for run in paper_runs() if PaperSite(run.model, run.site, run.layer) == site]
     frame = pd.DataFrame(rows, columns=list(PaperRun._fields))
     return frame.assign(
         loss_recovered=frame["loss_recovered"] / 100,
         name=[f"{run.architecture}-{run.sparsity:g}" for run in rows],
     )
-
-
-def published_ratio(place: Place) -> MatchedRatio:
-    """Return the matched-fidelity ratio of the paper's runs at a site."""
-    return matched_ratio(published(place).to_dict("records"))
-
-
-def published_source(place: Place) -> str:
-    """Return where the numbers stand in print."""
-    tables = "Tables 1-4" if place.model == "gemma-7b" else "Tables 5-8"
-    return f"arXiv:2404.16014v2, appendix B, {tables}"
 
 
 MISSING = "–"
@@ -213,7 +203,7 @@ def model_site_text(config: RunConfig) -> str:
     return f"{config.model.name}, {config.model.hook_name}, {config.data.source}"
 
 
-def side_by_side(columns: Mapping[str, Mapping[str, str]], *, differences: bool) -> pd.DataFrame:
+def settings_table(columns: Mapping[str, Mapping[str, str]], *, differences: bool) -> pd.DataFrame:
     """Return one row per setting and one column per SAE, with a dash where it has no such setting.
 
     Args:

@@ -18,7 +18,6 @@ activations, for no SAE is trained on them.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -88,20 +87,20 @@ class Scales(NamedTuple):
         fired, norm = int(self.fired[latent]), float(self.decoder_norm[latent])
         if fired:
             value = float(self.p99[latent])
-            said = (
+            sentence = (
                 f"1 unit = {value:.3g}, the 99th percentile of its activations "
                 f"(fired on {fired:,} of {self.n_tokens:,} {self.source})"
             )
-            return Unit(value, True, said)
+            return Unit(value, True, sentence)
         value = self.typical / norm if norm > 0 else self.typical
-        said = (
+        sentence = (
             f"did not fire on {self.n_tokens:,} {self.source}, so it has no scale of its own: "
             f"1 unit = {value:.3g}, which writes a vector of length {value * norm:.3g}, as a "
             f"typical feature does (its decoder norm is {norm:.3g})"
         )
         if self.normalised:
-            said += "; in activations, that length times each token's own scale"
-        return Unit(value, False, said)
+            sentence += "; in activations, that length times each token's own scale"
+        return Unit(value, False, sentence)
 
 
 def check_latent(latent: int, d_sae: int) -> None:
@@ -276,7 +275,32 @@ class Steering:
     keep_error: bool = True
 
     def __post_init__(self) -> None:
-        check_interventions(self.interventions, self.sae.d_sae)
+        latents = [each.latent for each in self.interventions]
+        if len(latents) > MAX_FEATURES:
+            raise InputError(
+                f"expected at most {MAX_FEATURES} features to steer at once, got {len(latents)}; "
+                "leave some out"
+            )
+        for each in self.interventions:
+            check_latent(each.latent, self.sae.d_sae)
+            if latents.count(each.latent) > 1:
+                raise InputError(
+                    f"expected each feature once, got feature {each.latent} twice; "
+                    "give it one mode and one strength"
+                )
+            if each.mode not in MODES:
+                raise InputError(f"expected a mode out of {', '.join(MODES)}, got {each.mode!r}")
+            if not (math.isfinite(each.strength) and abs(each.strength) <= MAX_STRENGTH):
+                raise InputError(
+                    f"expected a strength from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, in units of "
+                    f"the feature's own scale, got {each.strength}; 1 is as strongly as it usually "
+                    "fires at most"
+                )
+            if not (math.isfinite(each.unit) and each.unit > 0):
+                raise InputError(
+                    f"expected a positive, finite unit for feature {each.latent}, got {each.unit}; "
+                    "take the one of Scales.unit()"
+                )
 
     @property
     def is_identity(self) -> bool:
@@ -295,34 +319,22 @@ class Steering:
         if self.is_identity:
             return x
         inputs = x.to(self.sae.W_dec)
-        seen = self.sae.normalised(inputs)
-        f = None if self._needs_no_latents else self.sae.encode(inputs)
-        if self.keep_error:
-            return x + seen.in_raw_units(self._change(f)).to(x)
-        assert f is not None
-        for each in self.interventions:
-            before = f[..., each.latent] if each.mode == "add" else 0.0
-            f[..., each.latent] = before + each.amount
-        return seen.undo(self.sae.decode(f)).to(x)
-
-    @property
-    def _needs_no_latents(self) -> bool:
-        return self.keep_error and all(each.mode == "add" for each in self.interventions)
-
-    def _change(self, f: Float[Tensor, "*batch d_sae"] | None) -> Float[Tensor, "*#batch d_in"]:
-        """Return (f' - f) @ W_dec, term by term.
-
-        What `add` changes is its amount itself and not a difference of two rounded latents.
-        """
+        normalised = self.sae.normalised(inputs)
+        only_adds = all(each.mode == "add" for each in self.interventions)
+        # Adding to a latent and keeping the error takes no latents.
+        f = inputs[..., :0] if self.keep_error and only_adds else self.sae.encode(inputs)
+        if not self.keep_error:
+            for each in self.interventions:
+                before = f[..., each.latent] if each.mode == "add" else 0.0
+                f[..., each.latent] = before + each.amount
+            return normalised.undo(self.sae.decode(f)).to(x)
+        # (f' - f) @ W_dec, term by term: what `add` changes is its amount itself and not a
+        # difference of two rounded latents.
         change = torch.zeros_like(self.sae.b_dec)
         for each in self.interventions:
-            direction = self.sae.W_dec[each.latent]
-            if each.mode == "add":
-                change = change + each.amount * direction
-            else:
-                assert f is not None
-                change = change + (each.amount - f[..., each.latent, None]) * direction
-        return change
+            before = 0.0 if each.mode == "add" else f[..., each.latent, None]
+            change = change + (each.amount - before) * self.sae.W_dec[each.latent]
+        return x + normalised.in_raw_units(change).to(x)
 
     def edit(self, counted: Bool[Tensor, " pos"]) -> Edit | None:
         """Return the edit of a row of tokens, or None if it would change nothing.
@@ -337,37 +349,3 @@ class Steering:
             return torch.where(counted.to(x.device)[:, None], self(x), x)
 
         return edited
-
-
-def check_interventions(interventions: Sequence[Intervention], d_sae: int) -> None:
-    """Raise InputError, a sentence with what to do, if the interventions make no sense."""
-    latents = [each.latent for each in interventions]
-    if len(latents) > MAX_FEATURES:
-        raise InputError(
-            f"expected at most {MAX_FEATURES} features to steer at once, got {len(latents)}; "
-            "leave some out"
-        )
-    for each in interventions:
-        check_latent(each.latent, d_sae)
-        if latents.count(each.latent) > 1:
-            raise InputError(
-                f"expected each feature once, got feature {each.latent} twice; "
-                "give it one mode and one strength"
-            )
-        if each.mode not in MODES:
-            raise InputError(f"expected a mode out of {', '.join(MODES)}, got {each.mode!r}")
-        check_strength(each.strength)
-        if not (math.isfinite(each.unit) and each.unit > 0):
-            raise InputError(
-                f"expected a positive, finite unit for feature {each.latent}, got {each.unit}; "
-                "take the one of Scales.unit()"
-            )
-
-
-def check_strength(strength: float | int) -> None:
-    """Raise InputError if a strength is not finite, or is out of range."""
-    if not (math.isfinite(strength) and abs(strength) <= MAX_STRENGTH):
-        raise InputError(
-            f"expected a strength from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, in units of the "
-            f"feature's own scale, got {strength}; 1 is as strongly as it usually fires at most"
-        )

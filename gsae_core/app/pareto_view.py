@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.results import MAX_COLUMNS, NUMBERS, changes, settings, side_by_side
+from gsae_core.analysis.results import MAX_COLUMNS, NUMBERS, changes, settings, settings_table
 from gsae_core.app.glossary import definition
 from gsae_core.app.parts import facts, marked, plain, say_worse
 from gsae_core.config import RunConfig, SAESpec
@@ -195,7 +195,7 @@ def comparer(table: pd.DataFrame, runs: Mapping[str, Run], picked: Sequence[str]
             columns[name] = settings(config, spec)
     if len(names) > MAX_COLUMNS:
         st.caption(f"The first {MAX_COLUMNS} of {len(names)}; choose columns to see others.")
-    found = side_by_side(columns, differences=only)
+    found = settings_table(columns, differences=only)
     if found.empty:
         st.caption("These SAEs have the same settings; switch off “Differences only” to see them.")
     else:

@@ -25,8 +25,7 @@ from gsae_core.text import (
 )
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.attribution import Candidate
-    from gsae_core.analysis.prompt import Alignment, Look
+    from gsae_core.analysis.prompt import Alignment, Candidate, PromptAnalysis
 
 MEASURES = {
     "active features": ("n_active", "features that fire on the token"),
@@ -42,7 +41,7 @@ SORTS = {"activation": "activation", "share": "share", "attribution": "effect"}
 class Seen(NamedTuple):
     """A text through the SAEs of the page."""
 
-    looks: "list[Look]"
+    looks: "list[PromptAnalysis]"
     alignment: "Alignment | None"
     seconds: float
     """What reading it took, when it was read."""
@@ -84,10 +83,10 @@ def _read(key: tuple[Any, ...], text: str, _chosen: Chosen) -> Seen:
     (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
     saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
     prompt = cache.prompt(_chosen.run, text)
-    from gsae_core.analysis.prompt import align, look
+    from gsae_core.analysis.prompt import align, analyse
 
     with lock.held():
-        looks = look(model, saes, prompt, layer=hook.layer, site=hook.site)
+        looks = analyse(model, saes, prompt, layer=hook.layer, site=hook.site)
     aligned = align(looks[0], looks[1], saes[0], saes[1]) if len(looks) == 2 else None
     return Seen(looks, aligned, time.perf_counter() - began, key)
 
@@ -100,7 +99,7 @@ BY_TEXT: Any = {Seen: lambda seen: seen.key}
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
 def next_tokens(_chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
     """Return what may follow a token: what does follow first, then the likeliest."""
-    from gsae_core.analysis.attribution import candidates
+    from gsae_core.analysis.prompt import candidates
 
     model, lock = cache.language_model(_chosen.run)
     with lock.held():
@@ -110,12 +109,15 @@ def next_tokens(_chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]"
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
 def attributed(_chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     """Return the features of each SAE with their effect on a next token, in logits."""
-    from gsae_core.analysis.attribution import effects, slope_at
+    from gsae_core.analysis.prompt import effects
+    from gsae_core.lm.model import logit_slope
 
     (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
     where: dict[str, Any] = {"layer": hook.layer, "site": hook.site}
     with lock.held():
-        slope = slope_at(model, seen.looks[0].prompt, position=position, token=token, **where)
+        slope = logit_slope(
+            model, seen.looks[0].prompt.ids, position=position, token=token, **where
+        )
     saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
     return [effects(look, sae, slope) for look, sae in zip(seen.looks, saes, strict=True)]
 
@@ -146,7 +148,7 @@ def cells(chosen: Chosen, seen: Seen, tables: Sequence[pd.DataFrame], measure: s
     return found
 
 
-def _measured(look: "Look", table: pd.DataFrame, measure: str) -> Any:
+def _measured(look: "PromptAnalysis", table: pd.DataFrame, measure: str) -> Any:
     column = MEASURES[measure][0]
     tokens = look.tokens
     if column == "added":

@@ -195,7 +195,7 @@ def _steerings(
 ) -> "tuple[dict[str, Steering | None], list[Match], list[str]]":
     import torch
 
-    from gsae_core.analysis.matching import best_matches
+    from gsae_core.analysis.prompt import best_matches
     from gsae_core.analysis.steering import Steering, intervention
 
     sae = cache.sae(run, settings.name)
@@ -224,7 +224,7 @@ def _steerings(
 
 
 COLOURS = {UNSTEERED: "#7d8894", STEERED: "#0072B2", MATCHED: "#D55E00"}
-POOR = 0.7  # cosine below which a match is called weak; matching.MATCHED, without torch
+POOR = 0.7  # cosine below which a match is called weak; prompt.MATCHED, without torch
 
 
 def scale_under(scales: "Scales", latent: int, *, limit: float) -> None:
