@@ -90,6 +90,11 @@ def worse_than_mean(fvus: Mapping[str, float | int | None]) -> str:
     return f"{WORSE} FVU above 1: {', '.join(names)} {reconstruct} worse than the mean activation"
 
 
+def short(number: float) -> str:
+    """Return a number with three digits that count, or a dash where there is none."""
+    return f"{number:.3g}" if math.isfinite(number) else "–"
+
+
 def percent(share: float | int | None, digits: int = 1) -> str:
     """Return a share as a percentage, or a dash where there is none."""
     if share is None or not math.isfinite(share):

@@ -20,7 +20,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
-from gsae_core.text import macros, percent
+from gsae_core.text import macros, percent, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,12 +49,12 @@ def numbers(feature: "Feature") -> None:
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
         ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens", "density"),
-        ("strongest", _short(row["max"]), f"median {_short(row['q50'])}", "max"),
+        ("strongest", short(row["max"]), f"median {short(row['q50'])}", "max"),
     ]
     if kind in ("gated", "jumprelu"):
-        gain = f"e^r {_short(row['gain'])}" if math.isfinite(row["gain"]) else "threshold"
-        tiles.append(("θ", _short(row["theta"]), gain, "theta"))
-    tiles.append(("γ", _short(row["gamma"]), _shrinkage(row["gamma"]), "gamma"))
+        gain = f"e^r {short(row['gain'])}" if math.isfinite(row["gain"]) else "threshold"
+        tiles.append(("θ", short(row["theta"]), gain, "theta"))
+    tiles.append(("γ", short(row["gamma"]), _shrinkage(row["gamma"]), "gamma"))
     if kind == "gated":
         silent = int(row["gate_open"]) - fired
         note = f"no output {silent:,} times" if silent else "always with output"
@@ -68,10 +68,6 @@ def _shrinkage(gamma: float) -> str:
     if abs(gamma - 1) < 0.02:
         return "no shrinkage"
     return f"{100 * abs(1 - gamma):.0f} % too {'short' if gamma < 1 else 'long'}"
-
-
-def _short(number: float) -> str:
-    return f"{number:.3g}" if math.isfinite(number) else "–"
 
 
 def pictures(feature: "Feature", theme: Theme) -> None:
@@ -152,7 +148,7 @@ def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
     shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
     shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
     shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
-    facts({title: _short(row[name]) for name, title in shown.items()})
+    facts({title: short(row[name]) for name, title in shown.items()})
     with st.popover("What these mean", icon=":material/help:", type="tertiary"):
         _define(shown)
 

@@ -9,6 +9,7 @@ are read. Nothing of a step is left open when it ends.
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -226,24 +227,19 @@ class Learner:
             pool: recent inputs at a step that ends with a resampling, else None.
         """
         lr_share = lr_factor(number - 1, self._cfg, warmup_start=self._warmup_start)
-        lr = self._lr * lr_share
+        lr, coeff = self._lr * lr_share, self._sparsity_coeff(number)
+        report = partial(SAEReport, lr=lr, sparsity_coeff=coeff, d_sae=self.sae.d_sae)
         result = None if launched is None else self._result(launched, x, number)
-        if result is not None:
-            unit_lr = threshold_lr(self._lr, self._cfg) * lr_share
-            self._optimizer.step(lr, threshold_lr=unit_lr)
-            self._dead.count(result.stats)
-        dead = self._dead.counts  # before a resampling gives some of them a new window
-        n_resampled = 0 if result is None or pool is None else self._resample(pool, number)
-        return SAEReport(
-            lr=lr,
-            sparsity_coeff=self._sparsity_coeff(number),
-            d_sae=self.sae.d_sae,
-            loss=None if result is None else result.loss,
-            stats=None if result is None else slim(result.stats),
-            n_candidates=None if result is None else result.n_candidates,
-            dead=dead,
-            n_resampled=n_resampled,
-            stopped=self.stopped,
+        if result is None:
+            return report(dead=self._dead.counts, stopped=self.stopped)
+        self._optimizer.step(lr, threshold_lr=threshold_lr(self._lr, self._cfg) * lr_share)
+        self._dead.count(result.stats)
+        return report(
+            dead=self._dead.counts,  # before a resampling gives some of them a new window
+            loss=result.loss,
+            stats=slim(result.stats),
+            n_candidates=result.n_candidates,
+            n_resampled=0 if pool is None else self._resample(pool, number),
         )
 
     def _result(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from gsae_core.text import STRONGEST, facts, macros, visible
+from gsae_core.text import STRONGEST, facts, macros, short, visible
 
 if TYPE_CHECKING:
     from gsae_core.analysis.features.feature import Example, Feature
@@ -163,26 +163,22 @@ def _numbers(feature: "Feature") -> dict[str, str]:
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     numbers = {
         "density": f"{100 * row['density']:.3g} % ({fired:,} of {n_tokens:,} tokens)",
-        "largest": _number(row["max"]),
-        "mean, median, 99 %": ", ".join(_number(row[name]) for name in ("mean", "q50", "q99")),
-        "γ": _number(row["gamma"]),
-        "decoder norm": _number(row["decoder_norm"]),
-        "encoder-decoder cosine": _number(row["encoder_cosine"]),
+        "largest": short(row["max"]),
+        "mean, median, 99 %": ", ".join(short(row[name]) for name in ("mean", "q50", "q99")),
+        "γ": short(row["gamma"]),
+        "decoder norm": short(row["decoder_norm"]),
+        "encoder-decoder cosine": short(row["encoder_cosine"]),
     }
     if feature.index.manifest.architecture == "gated":
         opened = int(row["gate_open"])
         numbers["gate open"] = f"{100 * row['gate_density']:.3g} % ({opened:,} tokens)"
-        numbers["θ, exp(r_mag)"] = f"{_number(row['theta'])}, {_number(row['gain'])}"
+        numbers["θ, exp(r_mag)"] = f"{short(row['theta'])}, {short(row['gain'])}"
     elif math.isfinite(row["theta"]) and row["theta"] > 0:
-        numbers["θ"] = _number(row["theta"])
+        numbers["θ"] = short(row["theta"])
     numbers["top tokens"] = "  ".join(
         f"{visible(text)} {100 * share:.0f} %" for text, share in feature.top_tokens
     )
     return numbers
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
 # Neuronpedia: a batch as SAEDashboard writes it. What this package does not compute is left empty,
