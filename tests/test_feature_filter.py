@@ -92,8 +92,8 @@ def test_filters_hold_together_and_each_says_how_many_it_excludes(labels: Labels
     found = chosen(labels, density=(0.1, None), theta=(0.2, None), life="alive")
     assert features(found) == [1, 4]
     # Of five: density excludes 2 and 3, theta 0, dead ones 2.
-    assert found.excluded == {"density": 2, "θ": 1, "alive or dead": 1}
-    assert next(iter(found.excluded)) == "density"
+    assert found.excluded == {"feature density": 2, "θ": 1, "alive or dead": 1}
+    assert next(iter(found.excluded)) == "feature density"
 
 
 def test_dead_features_are_those_that_never_fired(labels: Labels) -> None:

@@ -140,7 +140,7 @@ def test_tokens_are_searched_the_most_specific_feature_first(indexed: Run) -> No
 def test_a_filter_that_leaves_nothing_is_named_and_can_be_cleared(indexed: Run) -> None:
     at = opened(PAGE, run="done", dens="0.9..1", theta="0..")
     said = shown(at)
-    assert f"The filter on density excludes most: {WIDTH} of {WIDTH} features." in said
+    assert f"The filter on feature density excludes most: {WIDTH} of {WIDTH} features." in said
     assert "No feature is left" in said
     at.button(key="features.clear_all").click().run()
     assert f"All {WIDTH} features." in shown(at)

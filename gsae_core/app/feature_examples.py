@@ -11,7 +11,7 @@ import streamlit as st
 from gsae_core.analysis.features.export import TEMPLATE, example_row, strips
 from gsae_core.app.components import Link, feature_links
 from gsae_core.app.feature_list import Opened
-from gsae_core.app.parts import correct, escaped
+from gsae_core.app.parts import correct, escaped, legend_row, segments, swatch
 from gsae_core.errors import InputError
 from gsae_core.text import macros
 
@@ -164,12 +164,12 @@ def relations(
         return
     pair = feature.pair(found.feature)
     st.html(f"<div>{escaped(f'{base} · {found.feature.number}')}: {_compared(pair, found)}</div>")
-    counts = (
-        (pair.only_first, "only here", "#0072B2"),
-        (pair.both, "both", "#009E73"),
-        (pair.only_second, f"only {base}", "#D55E00"),
-    )
-    st.html(macros(TEMPLATE).overlap(counts))
+    counts = (pair.only_first, pair.both, pair.only_second)
+    colours = ("#0072B2", "#009E73", "#D55E00")
+    bar = segments(counts, colours, whole=max(sum(counts), 1))
+    st.html(f'<div style="display:flex;height:.6rem;border-radius:4px;overflow:hidden">{bar}</div>')
+    words = zip(counts, colours, ("only here", "both", f"only {base}"), strict=True)
+    legend_row([swatch(colour, f"{n:,} {name}") for n, colour, name in words])
     st.caption("Mutual match." if found.mutual else "Not a mutual match.")
 
 

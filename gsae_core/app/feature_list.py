@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.files import COLUMNS, MANIFEST, N_BINS, N_NEIGHBOURS, read_manifest
+from gsae_core.analysis.features.files import COLUMNS, MANIFEST, read_manifest
 from gsae_core.analysis.features.filter import (
     ANY,
     ORDERS,
@@ -103,28 +103,6 @@ def weights_of(run: Run, name: str) -> pd.DataFrame:
     """
     folder = run.sae_folder(name)
     return _weight_table(str(folder), version(folder / "sae_weights.safetensors"))
-
-
-def cost(run: Run, name: str, n_tokens: int) -> tuple[float | None, int]:
-    """Return about how many seconds and bytes an index over so many tokens takes.
-
-    Seconds are None where the run did not measure how fast its model is. They are those of the
-    model's passes in training, and of each SAE's step a third, which is about what encoding is of
-    it. Bytes are 10 a firing and 11 a token, and the tables.
-    """
-    spec = next(spec for spec in run.config.saes if spec.name == name)
-    evals = cache.evaluations(run)
-    found = next((row for row in evals.to_dict("records") if row["name"] == name), {})
-    l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
-    tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
-    n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
-    rows = cache.recent_metrics(run)
-    if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
-        return None, n_bytes
-    last = rows[-1]
-    model = last["seconds_lm"] / last["tokens"]
-    step = (last["seconds"] - last["seconds_lm"]) / last["tokens"] / len(run.config.saes)
-    return 5 + n_tokens * (model + step / 3), n_bytes
 
 
 # Arguments with an underscore are no part of the key: what stands before them tells them apart.

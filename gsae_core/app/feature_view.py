@@ -48,7 +48,7 @@ def numbers(feature: "Feature") -> None:
     row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
-        ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens", "density"),
+        ("feature density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,}", "density"),
         ("strongest", short(row["max"]), f"median {short(row['q50'])}", "max"),
     ]
     if kind in ("gated", "jumprelu"):
@@ -129,7 +129,7 @@ def logits(feature: "Feature") -> None:
 
 
 TERMS = {
-    "density": "density",
+    "density": "feature density",
     "max": "strongest",
     "q50": "median",
     "theta": "θ",

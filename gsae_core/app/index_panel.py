@@ -4,7 +4,8 @@ import contextlib
 
 import streamlit as st
 
-from gsae_core.app.feature_list import cost
+from gsae_core.analysis.features.files import N_BINS, N_NEIGHBOURS
+from gsae_core.app import cache
 from gsae_core.app.parts import notice
 from gsae_core.errors import InputError
 from gsae_core.files import readable
@@ -90,10 +91,32 @@ def _offer(run: Run, names: list[str]) -> None:
 
 
 def _cost(run: Run, names: list[str], n_tokens: int) -> str:
-    costs = [cost(run, name, n_tokens) for name in names]
+    costs = [_seconds_and_bytes(run, name, n_tokens) for name in names]
     room = readable(sum(n_bytes for _, n_bytes in costs))
     times = [seconds for seconds, _ in costs if seconds is not None]
     return f"≈ {duration(sum(times))}, {room}" if len(times) == len(costs) else f"≈ {room}"
+
+
+def _seconds_and_bytes(run: Run, name: str, n_tokens: int) -> tuple[float | None, int]:
+    """Return about how many seconds and bytes an index over so many tokens takes.
+
+    Seconds are None where the run did not measure how fast its model is. They are those of the
+    model's passes in training, and of each SAE's step a third, which is about what encoding is of
+    it. Bytes are 10 a firing and 11 a token, and the tables.
+    """
+    spec = next(spec for spec in run.config.saes if spec.name == name)
+    evals = cache.evaluations(run)
+    found = next((row for row in evals.to_dict("records") if row["name"] == name), {})
+    l0, d_in = float(found.get("l0", 50.0)), int(found.get("d_in", 512))
+    tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
+    n_bytes = round(n_tokens * (10 * l0 + 11) + tables)
+    rows = cache.recent_metrics(run)
+    if not rows or not rows[-1].get("tokens") or "seconds_lm" not in rows[-1]:
+        return None, n_bytes
+    last = rows[-1]
+    model = last["seconds_lm"] / last["tokens"]
+    step = (last["seconds"] - last["seconds_lm"]) / last["tokens"] / len(run.config.saes)
+    return 5 + n_tokens * (model + step / 3), n_bytes
 
 
 def _start(run: Run, names: list[str], n_tokens: int) -> None:

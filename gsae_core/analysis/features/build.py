@@ -236,10 +236,7 @@ def _read_shards(
     yield Progress("indexing", 0, n_tokens, "token")
     for path, shard in shards:
         if not _is_whole(path):
-            arrays = _read_shard(harvests[shard.part], shard, collect)
-            n_bytes = sum(array.nbytes for array in arrays.values())
-            # The loop is over before `arrays` changes.
-            replace_durably(path, lambda to: save_file(arrays, to), n_bytes=n_bytes)  # noqa: B023
+            _write_shard(path, harvests[shard.part], shard, collect)
         done += int(parts[shard.part].sequences.counts[shard.first : shard.last].sum())
         yield Progress("indexing", done, n_tokens, "token")
 
@@ -278,7 +275,7 @@ def _band(
 SUMMED = ("gate_open", "toward", "x_sum", "sums")
 
 
-def _read_shard(harvest: Harvest, shard: Shard, collect: Collector) -> dict[str, Any]:
+def _write_shard(path: Path, harvest: Harvest, shard: Shard, collect: Collector) -> None:
     totals: dict[str, Any] = {}
     batches: list[dict[str, np.ndarray]] = []
     n_rows = 0
@@ -290,8 +287,9 @@ def _read_shard(harvest: Harvest, shard: Shard, collect: Collector) -> dict[str,
         n_rows += len(batch.counts)
         batches.append(arrays)
     joined = {name: np.concatenate([arrays[name] for arrays in batches]) for name in batches[0]}
-    rows = {name: joined[name].astype(np.uint32) for name in ("counts", "near_row")}
-    return joined | rows | totals
+    joined |= {name: joined[name].astype(np.uint32) for name in ("counts", "near_row")} | totals
+    n_bytes = sum(array.nbytes for array in joined.values())
+    replace_durably(path, lambda to: save_file(joined, to), n_bytes=n_bytes)
 
 
 def _is_whole(path: Path) -> bool:

@@ -246,29 +246,28 @@ def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
 
 def _topk(
     sae: TopKSAE, x: Float[Tensor, "rows d_in"]
-) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
-    """Return z, where latents fire, and each row's k-th largest z."""
+) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
+    """Return z, margins (z less the row's k-th largest; -inf at z <= 0), and what fires."""
     z = sae.pre_activations(x)
     kept = z.topk(sae.k, dim=-1, sorted=True)
     fires = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, kept.indices, kept.values > 0)
-    return z, fires, kept.values[:, -1:]
+    return z, (z - kept.values[:, -1:]).masked_fill_(z <= 0, -torch.inf), fires
 
 
 def _topk_chooser(sae: TopKSAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
     """Return the function that chooses where a latent's fate hangs on the others of its row."""
 
     def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
-        offsets, parts = [x.new_zeros(1, dtype=torch.int64)], []
+        counts, parts = [], []
         for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
-            z, fires, edge = _topk(sae, part)
-            margin = (z - edge).clamp_(max=0)
-            near = ~fires & (z > 0) & (margin > band)
+            z, margin, fires = _topk(sae, part)
+            near = ~fires & (margin > band)
             rows, latent = near.nonzero(as_tuple=True)
-            offsets.append(offsets[-1][-1] + fires.sum(1).cumsum(0))
+            counts.append(fires.sum(1))
             parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
         latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
-        active = SparseCodes(torch.cat(offsets), latent, value, value)
-        return _Chosen(active, near[0], near[1], near[2], None)
+        offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return _Chosen(SparseCodes(offsets, latent, value, value), near[0], near[1], near[2], None)
 
     return choose
 
@@ -356,8 +355,7 @@ def margins(
 ) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
     """Return every margin of a batch, and where latents fire; dense: for few rows."""
     if isinstance(sae, TopKSAE):
-        z, kept, edge = _topk(sae, x)
-        return (z - edge).masked_fill_(z <= 0, -torch.inf), kept
+        return _topk(sae, x)[1:]
     rules = rules_of(sae)
     margin = (sae.normalised(x).u - sae.b_dec) @ rules.W - rules.edge
     return margin, margin > 0

@@ -56,7 +56,7 @@ COLUMNS = {
     "n_tokens": "Tokens read: the denominator.",
     "density": "Share of the tokens it fires on.",
     "gate_open": "Tokens on which pi_gate > 0; without a gate, those it fires on.",
-    "gate_density": "Their share; above the density, gates open onto nothing.",
+    "gate_density": "Their share; where it is above the density, the gate opens without output.",
     "max": "Its largest value; 0 of a dead feature.",
     "mean": "Mean value over the tokens it fires on; NaN of a dead feature.",
     "q50": "Median value over the tokens it fires on.",

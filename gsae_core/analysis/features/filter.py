@@ -23,7 +23,7 @@ Range = tuple[float | None, float | None]
 Life = Literal["all", "alive", "dead"]
 ANY: Range = (None, None)
 
-RANGES = {"density": "density", "theta": "θ", "gamma": "γ", "fired": "firings"}
+RANGES = {"density": "feature density", "theta": "θ", "gamma": "γ", "fired": "firings"}
 """Columns a range can be asked of, and what people call them."""
 
 ORDERS: dict[str, tuple[str, bool]] = {
