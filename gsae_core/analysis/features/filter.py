@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gsae_core.analysis.features.index import FeatureIndex
 
-Range = tuple[float | None, float | None]
+Range = tuple[float | int | None, float | int | None]
 Life = Literal["all", "alive", "dead"]
 ANY: Range = (None, None)
 
