@@ -320,7 +320,7 @@ def test_ten_lines_are_shown_and_a_hostile_corpus_stays_text(root: Path, tmp_pat
     assert not at.exception
     (strip,) = [str(e.value) for e in at.html if "First lines as tokens" in str(e.value)]
     assert "<script" not in strip
-    for sign in ("&lt;", "⇥", "↵", "U+202E", "U+200B", "U+0007"):
+    for sign in ("&lt;", "⇥", "↵", "⟨202E⟩", "⟨200B⟩", "⟨0007⟩"):
         assert sign in strip
     assert "tokens read" in said(at)
 

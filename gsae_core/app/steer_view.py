@@ -1,6 +1,5 @@
 """Parts of the Steer page: the scale under a slider, continuations, shifts of the next token."""
 
-import html
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,14 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from gsae_core.analysis.features.export import TEMPLATE
 from gsae_core.app import cache
 from gsae_core.app.parts import escaped, figure_tools, notice, plain
 from gsae_core.app.pickers import quoted
 from gsae_core.app.prompt_view import Chosen, read
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
-from gsae_core.text import fixed, visible
+from gsae_core.text import fixed, macros, visible
 
 if TYPE_CHECKING:
     from gsae_core.analysis.generation import Loop, Shift
@@ -328,23 +328,12 @@ def continuation_html(tokens: Sequence[str], differs: Sequence[bool], *, going: 
     Args:
         going: whether more is to come.
     """
-    spans = []
-    for token, other in zip(tokens, differs, strict=True):
-        style = "unicode-bidi:isolate"
-        if other:
-            # Below the line that an underscore is drawn on.
-            style += ";border-bottom:2px dotted currentColor;padding-bottom:2px"
-            style += ";background:rgba(230,159,0,.22)"
-        # Spaces and line ends act; everything else hidden is shown.
-        text = "".join(c if c == " " else f"↵{c}" if c == "\n" else visible(c) for c in token)
-        spans.append(f'<span style="{style}">{html.escape(text)}</span>')
-    cursor = '<span aria-hidden="true" style="opacity:.6">▍</span>' if going else ""
-    full = '<span style="opacity:.75">no tokens: the context is full</span>'
-    return (
-        '<div dir="ltr" style="font-family:monospace;font-size:.9rem;line-height:1.6;'
-        'white-space:pre-wrap;overflow-wrap:anywhere;min-height:6rem">'
-        f"{''.join(spans)}{cursor}{'' if tokens or going else full}</div>"
-    )
+    # Spaces and line ends act; everything else hidden is shown.
+    texts = [
+        "".join(c if c == " " else f"↵{c}" if c == "\n" else visible(c) for c in token)
+        for token in tokens
+    ]
+    return macros(TEMPLATE).continuation(list(zip(texts, differs, strict=True)), going)
 
 
 def say_matches(generation: Generation) -> None:

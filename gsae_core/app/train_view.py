@@ -18,7 +18,7 @@ from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
 from gsae_core.plots.palette import LOOKS
 from gsae_core.runs.plan.cost import Bar, Expected
-from gsae_core.text import count
+from gsae_core.text import count, visible
 
 FIELDS = form_fields()
 DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
@@ -330,24 +330,14 @@ def token_lines(lines: Sequence[Sequence[str]]) -> None:
         "<style>.gs-t{display:inline-block;border:1px solid color-mix(in srgb,currentColor 25%,"
         "transparent);border-radius:3px;padding:0 .2em;margin:1px;max-width:16em;overflow:hidden;"
         "text-overflow:ellipsis;vertical-align:bottom;unicode-bidi:isolate}"
-        ".gs-t:nth-child(even){background:color-mix(in srgb,currentColor 8%,transparent)}"
-        ".gs-w{opacity:.55}</style>"
+        ".gs-t:nth-child(even){background:color-mix(in srgb,currentColor 8%,transparent)}</style>"
         '<div role="list" aria-label="First lines as tokens" style="font-family:monospace;'
         f'font-size:.875rem;line-height:1.7">{rows}</div>'
     )
 
 
 def _token(text: str) -> str:
-    shown = "".join(_glyph(character) for character in text[:200]) or '<span class="gs-w">∅</span>'
-    return f'<span class="gs-t">{shown}</span>'
-
-
-def _glyph(character: str) -> str:
-    """Return a character as HTML; white space and what cannot be seen as a sign for it."""
-    sign = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}.get(character)
-    if sign is None and not character.isprintable():
-        sign = f"U+{ord(character):04X}"
-    return html.escape(character) if sign is None else f'<span class="gs-w">{sign}</span>'
+    return f'<span class="gs-t">{html.escape(visible(text[:200]))}</span>'
 
 
 def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
