@@ -47,8 +47,9 @@ def numbers(feature: "Feature") -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
     row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
+    share = f"{fired:,} of {n_tokens:,} tokens"
     tiles = [
-        ("feature density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,}", "density"),
+        ("feature density", percent(row["density"], 2), share, "density"),
         ("strongest", short(row["max"]), f"median {short(row['q50'])}", "max"),
     ]
     if kind in ("gated", "jumprelu"):
