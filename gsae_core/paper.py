@@ -2,9 +2,10 @@
 
 import csv
 import functools
-from collections.abc import Callable
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
 
 from gsae_core.config import Architecture, DataConfig, EvalConfig, SAESpec, Site, TrainRecipe
 
@@ -41,14 +42,8 @@ class PaperRun(NamedTuple):
 def paper_runs() -> tuple[PaperRun, ...]:
     """Return the paper's 283 Gemma-7B and Pythia-2.8B runs in the order of Tables 1-8."""
     table = resources.files("gsae_core").joinpath("assets/paper-results.csv")
-    cast: dict[str, Callable[[str], Any]] = {
-        name: kind if kind in (int, float) else str
-        for name, kind in PaperRun.__annotations__.items()
-    }
-    return tuple(
-        PaperRun(**{name: cast[name](cell) for name, cell in row.items()})
-        for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-    )
+    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    return TypeAdapter(tuple[PaperRun, ...]).validate_python(tuple(rows))
 
 
 # The paper evaluates on "over 1 M" held-out tokens (D.2); 2048 sequences of 1024 are Gemma Scope's.
