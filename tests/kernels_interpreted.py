@@ -18,7 +18,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.gpu import step as kernels
-from gsae_core.sae.gpu.launch import LaunchError, launch, launch_encode
+from gsae_core.sae.gpu.launch import Kernels, LaunchError, launch
 from gsae_core.sae.gpu.step import available, capacity_for, check_kernels, cuda_step, kernel_step
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.losses import StepResult, dense_step
@@ -43,7 +43,7 @@ def on_device(
 ) -> StepResult:
     attempt = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=ROOM, dead=dead)
     assert not attempt.overflowed
-    return attempt.result
+    return attempt
 
 
 def assert_equals_dense(
@@ -96,8 +96,8 @@ def test_thresholds_and_their_windows_equal_the_dense_step(bandwidth: float) -> 
     near = in_window(sae.pre_activations(x), sae.threshold, bandwidth)
     assert bool(near.any()) is (bandwidth > 0.1)
     assert_equals_dense(sae, x)
-    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=ROOM, precision="ieee")
-    assert int(entries.n_open) == int((near | (sae.encode(x) > 0)).sum())
+    entries = Kernels(capacity=ROOM).active(sae, x - sae.b_dec.detach())
+    assert int(entries.n_entries) == int((near | (sae.encode(x) > 0)).sum())
 
 
 @pytest.mark.parametrize("dead", [None, (), (1, 4), range(9)])
@@ -111,7 +111,7 @@ def test_ranks_and_dead_latents_equal_the_dense_step(k: int, dead: Any) -> None:
 def test_ranks_of_several_blocks_of_rows_equal_the_dense_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gsae_core.sae.gpu.step.PRODUCTS_AT_ONCE", 27)
+    monkeypatch.setattr("gsae_core.sae.gpu.launch.PRODUCTS_AT_ONCE", 27)
     assert_equals_dense(random_sae("topk", 5, 9, k=2).float(), numbers(7, 5))
 
 
@@ -271,19 +271,19 @@ def test_entries_of_many_tiles_come_in_the_order_of_sparse_codes() -> None:
     row, latent = gates.nonzero(as_tuple=True)
     assert gates.sum(1).min() == 0
     assert gates[128:, 128:].any()
-    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=ROOM, precision="ieee")
-    nnz = int(entries.n_open)
-    assert entries.row_offsets.tolist() == [0, *gates.sum(1).cumsum(0).tolist()]
-    assert entries.latent[:nnz].tolist() == latent.tolist()
-    assert entries.latent_offsets.tolist() == [0, *gates.sum(0).cumsum(0).tolist()]
+    active = Kernels(capacity=ROOM).active(sae, x - sae.b_dec.detach())
+    codes, entries, nnz = active.codes, active.entries, int(active.n_entries)
+    assert codes.row_offsets.tolist() == [0, *gates.sum(1).cumsum(0).tolist()]
+    assert codes.latent[:nnz].tolist() == latent.tolist()
+    assert entries.offsets.tolist() == [0, *gates.sum(0).cumsum(0).tolist()]
     # The transpose: rows of each latent in turn, and where each pair stands by row.
     latent_T, row_T = gates.T.nonzero(as_tuple=True)
-    assert entries.row_by_latent[:nnz].tolist() == row_T.tolist()
+    assert entries.row[:nnz].tolist() == row_T.tolist()
     place = {pair: at for at, pair in enumerate(zip(row.tolist(), latent.tolist(), strict=True))}
     turned = [place[pair] for pair in zip(row_T.tolist(), latent_T.tolist(), strict=True)]
-    assert entries.place_by_latent[:nnz].tolist() == turned
-    torch.testing.assert_close(entries.gate[:nnz], sae.pre_activations(x).pi_gate[gates])
-    torch.testing.assert_close(entries.magnitude[:nnz], sae.encode(x)[gates])
+    assert entries.order[:nnz].tolist() == turned
+    torch.testing.assert_close(codes.gate[:nnz], sae.pre_activations(x).pi_gate[gates])
+    torch.testing.assert_close(codes.magnitude[:nnz], sae.encode(x)[gates])
 
 
 def test_many_tiles_equal_the_dense_step() -> None:
@@ -294,8 +294,8 @@ def test_a_latent_with_more_entries_in_a_tile_than_are_compared_at_once_keeps_it
     # Four gates open on all of 100 rows; entries of a tile are compared 64 at a time.
     sae = random_sae("gated", 2, 4, shift=50.0).float()
     x = numbers(100, 2)
-    entries = launch_encode(sae, x - sae.b_dec.detach(), capacity=400, precision="ieee")
-    assert entries.row_by_latent.tolist() == list(range(100)) * 4
+    entries = Kernels(capacity=400).active(sae, x - sae.b_dec.detach()).entries
+    assert entries.row.tolist() == list(range(100)) * 4
 
 
 def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do() -> None:
@@ -314,7 +314,7 @@ def test_no_matrix_of_batch_by_dictionary_is_ever_made() -> None:
     sae = random_sae("gated", 2, 300, shift=-50.0).float()
 
     def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
-        return kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100).result
+        return kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)
 
     # 40 x 300 pre-activations; the interpreter also copies byte by byte, at most the 4800 bytes
     # of both counts per latent.
@@ -516,7 +516,7 @@ def test_one_open_gate_more_than_there_is_room_for_raises_the_flag(
     n_open = int(opened(sae, x).sum())
     attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=n_open + spare)
     assert bool(attempt.overflowed) is overflowed
-    assert int(attempt.n_open) == n_open
+    assert int(attempt.n_entries) == n_open
 
 
 def test_overflow_takes_the_dense_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

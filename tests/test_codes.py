@@ -14,7 +14,6 @@ from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.sparse.codes import (
     SparseCodes,
-    Wanted,
     by_latent,
     chunk_rows,
     encode_sparse,
@@ -196,7 +195,7 @@ def test_the_largest_of_many_ties_are_those_of_a_stable_sort(
     if ascending:  # each one exceeds all before it: the list of candidates overflows the most often
         z = z.sort().values
     k = max(1, round(share * d_sae))
-    (found,) = largest_products(torch.ones(1, 1), z, [Wanted(torch.zeros(d_sae), k)])
+    (found,) = largest_products(torch.ones(1, 1), z, [(torch.zeros(d_sae), k)])
     order = z[0].sort(descending=True, stable=True).indices[:k]
     wanted = order[z[0][order] > 0].sort().values
     assert torch.equal(found.latent, wanted)

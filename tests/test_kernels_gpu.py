@@ -9,7 +9,7 @@ from test_sparse import OBJECTIVES, random_sae, taken
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE
-from gsae_core.sae.gpu.launch import launch_encode
+from gsae_core.sae.gpu.launch import Kernels
 from gsae_core.sae.gpu.step import capacity_for, cuda_step, kernel_step
 from gsae_core.sae.losses import StepResult, dense_step
 
@@ -25,7 +25,7 @@ def on_gpu(
         room = capacity_for(len(x) * sae.d_sae)
         outcome = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room, **more)
         attempt.outcome = outcome
-        return outcome.result
+        return outcome
 
     got = taken(step, sae, x, coeff, dead)
     assert not attempt.outcome.overflowed
@@ -93,10 +93,10 @@ def test_on_a_gpu_gates_are_as_exact_as_their_precision(
     # Factors keep 24, about 22, 11 and 8 bits; errors of 512 products average out in their sum.
     sae, x = gpu_example(512, 4096)
     exact = (x - sae.b_dec).double() @ sae.W_gate.double() + sae.b_gate
-    entries = launch_encode(sae, x - sae.b_dec, capacity=2**20, precision=precision)
-    n_open = int(entries.n_open)
-    row = torch.arange(len(x), device=x.device).repeat_interleave(entries.row_offsets.diff())
-    error = entries.gate[:n_open] - exact[row, entries.latent[:n_open].long()]
+    active = Kernels(capacity=2**20, precision=precision).active(sae, x - sae.b_dec)
+    codes, n_open = active.codes, int(active.n_entries)
+    row = torch.arange(len(x), device=x.device).repeat_interleave(codes.row_offsets.diff())
+    error = codes.gate[:n_open] - exact[row, codes.latent[:n_open].long()]
     assert least <= error.abs().max() / exact.abs().max() <= most
 
 
@@ -110,7 +110,7 @@ def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits(kind: str) -> None:
         attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=2**22, dead=dead)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name, term in attempt.result.loss._asdict().items():
+    for name, term in attempt.loss._asdict().items():
         assert torch.equal(term, first[name]), name
     for name, p in sae.named_parameters():
         assert torch.equal(p.grad, first[name]), name

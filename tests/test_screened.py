@@ -10,7 +10,7 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.sparse import loops
-from gsae_core.sae.sparse.codes import products_above, screened_products_above
+from gsae_core.sae.sparse.codes import products_above
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training.trainer import Trainer
 
@@ -23,8 +23,8 @@ def random_batch(n: int, d_in: int, d_sae: int, *, seed: int) -> tuple[Tensor, T
 
 def assert_same_entries(x: Tensor, W: Tensor, above: Tensor) -> int:
     """Compare with float64's entries, those within float32's rounding of the threshold aside."""
-    screened = screened_products_above(x, W, above)
-    found = screened.products
+    found = products_above(x, W, above, screened=True)
+    assert found.n_candidates is not None
     exact = x.double() @ W.double()
     rows = torch.arange(len(x)).repeat_interleave(found.row_offsets.diff())
     opened = torch.zeros_like(exact, dtype=torch.bool)
@@ -34,8 +34,8 @@ def assert_same_entries(x: Tensor, W: Tensor, above: Tensor) -> int:
     assert bool((opened == (exact > above))[sure].all())
     off = (found.h - exact[rows, found.latent]).abs()
     assert bool((off <= rounding[rows, found.latent]).all())
-    assert screened.n_candidates >= found.latent.numel()
-    return screened.n_candidates - found.latent.numel()
+    assert found.n_candidates >= found.latent.numel()
+    return found.n_candidates - found.latent.numel()
 
 
 @settings(deadline=None, max_examples=60)
@@ -61,7 +61,7 @@ def test_entries_of_a_realistic_batch_are_those_of_the_exact_encode_and_the_boun
     # so near its threshold that the order would show.
     x, W = random_batch(600, 64, 1000, seed=0)
     above = torch.full((1000,), 2.5)
-    exact, screened = products_above(x, W, above), screened_products_above(x, W, above).products
+    exact, screened = products_above(x, W, above), products_above(x, W, above, screened=True)
     assert torch.equal(exact.row_offsets, screened.row_offsets)
     assert torch.equal(exact.latent, screened.latent)
     torch.testing.assert_close(exact.h, screened.h, atol=1e-5, rtol=0)
@@ -74,18 +74,18 @@ def test_a_product_that_bfloat16_loses_is_found() -> None:
     # threshold of 1.002; the exact one, 1.0039, above it.
     x, W = torch.tensor([[1.0]]), torch.tensor([[1 + 2**-8]])
     assert float(x.bfloat16() @ W.bfloat16()) == 1.0
-    found = screened_products_above(x, W, torch.tensor([1.002]))
-    assert found.products.latent.tolist() == [0]
-    assert found.products.h.tolist() == [1 + 2**-8]
+    found = products_above(x, W, torch.tensor([1.002]), screened=True)
+    assert found.latent.tolist() == [0]
+    assert found.h.tolist() == [1 + 2**-8]
 
 
 def test_a_product_that_bfloat16_invents_is_dropped() -> None:
     # 1 + 3 * 2^-8 = 1.0117 lies halfway between 1 + 2^-7 and 1 + 2^-6; ties go to even, the larger.
     x, W = torch.tensor([[1.0]]), torch.tensor([[1 + 3 * 2**-8]])
     assert float(x.bfloat16() @ W.bfloat16()) == 1 + 2**-6
-    found = screened_products_above(x, W, torch.tensor([1.013]))
+    found = products_above(x, W, torch.tensor([1.013]), screened=True)
     assert found.n_candidates == 1
-    assert found.products.latent.numel() == 0
+    assert found.latent.numel() == 0
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:

@@ -38,10 +38,14 @@ class StepResult(NamedTuple):
 
     loss: LossParts
     stats: BatchStats
+    n_entries: Int64[Tensor, ""]
+    """(Input, latent) pairs that cost work: open gates, a JumpReLU SAE's latents above or within
+    the window below their thresholds, a TopK SAE's largest and its largest dead ones."""
     n_candidates: int | None = None
     """Products that a screened encode computed again in float32; None without a screen."""
-    n_entries: Int64[Tensor, ""] | None = None
-    """(Input, latent) pairs that cost work; None where those are the open gates."""
+    overflowed: Bool[Tensor, ""] | None = None
+    """Whether a GPU's buffers were too small for them: all else means nothing then, nor does
+    `.grad`, and the dense step is to be taken. None where that cannot be."""
 
 
 class Forward(NamedTuple):
@@ -52,8 +56,8 @@ class Forward(NamedTuple):
     x_hat: Float[Tensor, "*batch d_in"]
     pi_gate: Float[Tensor, "*batch d_sae"] | None = None
     x_hat_aux: Float[Tensor, "*batch d_in"] | None = None
-    n_entries: Int64[Tensor, ""] | None = None
-    """As `StepResult.n_entries`."""
+    n_spare: Int64[Tensor, ""] | int = 0
+    """Entries that cost work and are not in `f`: near a threshold, or of dead latents."""
 
 
 def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float) -> Forward:
@@ -111,8 +115,8 @@ def jumprelu_loss(
     x_hat = sae.decode(f)
     sparsity = sparsity_coeff * step(z, theta, eps).sum(-1).mean()
     parts = LossParts(squared_error(x, x_hat), sparsity, x.new_zeros(()))
-    near = (f > 0) | in_window(z, theta, eps)
-    return Forward(parts, f, x_hat, n_entries=near.sum())
+    near = in_window(z, theta, eps) & (f == 0)
+    return Forward(parts, f, x_hat, n_spare=near.sum())
 
 
 def topk_loss(
@@ -129,16 +133,16 @@ def topk_loss(
     z = sae.pre_activations(x)
     f = largest(z, k=sae.k)
     x_hat = sae.decode(f)
-    auxiliary, n_entries = x.new_zeros(()), (f > 0).sum()
+    auxiliary, n_spare = x.new_zeros(()), 0
     if dead is not None:
         # Where fewer are dead than are kept, the rest kept is relu(-inf) = 0. Asking how many are
         # dead would wait for the device.
         spare = largest(z.masked_fill(~dead, -torch.inf), k=min(sae.k_aux, sae.d_sae))
         e = (x - x_hat).detach()
         auxiliary = AUX_WEIGHT * squared_error(e, spare @ sae.W_dec) * dead.any()
-        n_entries = n_entries + (spare > 0).sum()
+        n_spare = (spare > 0).sum()
     parts = LossParts(squared_error(x, x_hat), x.new_zeros(()), auxiliary)
-    return Forward(parts, f, x_hat, n_entries=n_entries)
+    return Forward(parts, f, x_hat, n_spare=n_spare)
 
 
 def loss(
@@ -181,7 +185,8 @@ def dense_step(
         x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, f=out.f, pi_gate=out.pi_gate
     )
     terms = LossParts(*(term.detach() for term in out.loss))
-    return StepResult(loss=terms, stats=stats, n_entries=out.n_entries)
+    opened = stats.fired if stats.gate_open is None else stats.gate_open
+    return StepResult(loss=terms, stats=stats, n_entries=opened.sum() + out.n_spare)
 
 
 def _forward(

@@ -91,26 +91,61 @@ def stats_from_counts(
 ) -> BatchStats:
     """Return the sums of a batch whose latents have been counted already, dense or sparse."""
     exact = x.to(sum_dtype(x.device))  # FVU subtracts |sum x|^2 / n from sum |x|^2.
-    x_squared = (exact * exact).sum(1)
-    x_hat_squared, products = _row_dot(x_hat, x_hat), _row_dot(x, x_hat)
-    # A zero vector has no direction; its cosine counts as 0.
-    lengths = (x_squared * x_hat_squared).sqrt()
-    cosines = torch.where(lengths > 0, products / lengths, 0.0)
     error = x - x_hat
-    return BatchStats(
-        n_tokens=torch.full((), x.shape[0], dtype=torch.int64, device=x.device),
-        squared_error=_row_dot(error, error).sum(),
+    rows = [(exact * exact).sum(1), _row_dot(x_hat, x_hat), _row_dot(x, x_hat)]
+    rows.append(_row_dot(error, error))
+    if x_hat_gate is not None:
+        rows += [_row_dot(x_hat_gate, x_hat_gate), _row_dot(x, x_hat_gate)]
+    stats = stats_from_rows(
         x_sum=exact.sum(0),
-        x_power=x_squared.sum(),
-        x_hat_power=x_hat_squared.sum(),
-        x_dot_x_hat=products.sum(),
+        row_sums=torch.stack(rows, 1),
+        aux=x_hat_gate is not None,
+        fired=fired,
+        gate_open=gate_open,
+    )
+    return stats._replace(latent_power=latent_power, latent_aligned=latent_aligned)
+
+
+# Columns of the sums over d_in of each token, of which those from AUX_POWER on are about x_hat_aux.
+X_POWER, X_HAT_POWER, X_DOT_X_HAT, ERROR_POWER, AUX_POWER, X_DOT_AUX, AUX_ERROR_POWER = range(7)
+N_ROW_SUMS = 7
+
+
+@torch.no_grad()
+def stats_from_rows(
+    *,
+    x_sum: Float[Tensor, " d_in"],
+    row_sums: Float[Tensor, "batch sums"],
+    fired: Int64[Tensor, " d_sae"],
+    gate_open: Int64[Tensor, " d_sae"] | None = None,
+    aux: bool = False,
+) -> BatchStats:
+    """Return the sums of a batch from those of its tokens.
+
+    Args:
+        x_sum: of the activations.
+        row_sums: what is summed over d_in for each token, in the columns above.
+        fired: tokens on which each latent's f > 0.
+        gate_open: tokens on which each gate was open; None without gates.
+        aux: whether there is a second reconstruction, from relu(pi_gate).
+    """
+    power, hat, along = row_sums[:, : X_DOT_X_HAT + 1].unbind(1)
+    # A zero vector has no direction; its cosine counts as 0.
+    lengths = (power * hat).sqrt()
+    cosines = torch.where(lengths > 0, along / lengths, 0.0)
+    totals = row_sums.sum(0)
+    return BatchStats(
+        n_tokens=torch.full((), len(row_sums), dtype=torch.int64, device=row_sums.device),
+        squared_error=totals[ERROR_POWER],
+        x_sum=x_sum,
+        x_power=totals[X_POWER],
+        x_hat_power=totals[X_HAT_POWER],
+        x_dot_x_hat=totals[X_DOT_X_HAT],
         cosine=cosines.sum(),
         fired=fired,
         gate_open=gate_open,
-        gate_power=None if x_hat_gate is None else _row_dot(x_hat_gate, x_hat_gate).sum(),
-        x_dot_gate=None if x_hat_gate is None else _row_dot(x, x_hat_gate).sum(),
-        latent_power=latent_power,
-        latent_aligned=latent_aligned,
+        gate_power=totals[AUX_POWER] if aux else None,
+        x_dot_gate=totals[X_DOT_AUX] if aux else None,
     )
 
 
@@ -173,7 +208,7 @@ class Metrics:
     @property
     def l0(self) -> float:
         """How many latents fire on an average token. Fewer is sparser, and easier to read."""
-        return math.nan if self.sums is None else _ratio(self.sums.fired.sum(), self.sums.n_tokens)
+        return self._ratio("fired", "n_tokens")
 
     @property
     def gate_l0(self) -> float:
@@ -181,9 +216,7 @@ class Metrics:
 
         It exceeds L0 by the gates that open onto a magnitude of zero: sparsity paid for nothing.
         """
-        if self.sums is None or self.sums.gate_open is None:
-            return math.nan
-        return _ratio(self.sums.gate_open.sum(), self.sums.n_tokens)
+        return self._ratio("gate_open", "n_tokens")
 
     @property
     def fvu(self) -> float:
@@ -197,7 +230,7 @@ class Metrics:
         about_mean = self.sums.x_power - self.sums.x_sum.square().sum() / self.sums.n_tokens
         # What is left of equal activations is rounding, not variance.
         constant = about_mean <= 1e-13 * self.sums.x_power
-        return math.nan if constant else _ratio(self.sums.squared_error, about_mean)
+        return math.nan if constant else float(self.sums.squared_error / about_mean)
 
     @property
     def gamma(self) -> float:
@@ -206,31 +239,27 @@ class Metrics:
         Dividing every reconstruction by gamma brings it as close to x as one factor can.
         E|x_hat|^2 / E[x . x_hat] (arXiv:2404.16014v2, Eq. 10).
         """
-        if self.sums is None:
-            return math.nan
-        return _ratio(self.sums.x_hat_power, self.sums.x_dot_x_hat)
+        return self._ratio("x_hat_power", "x_dot_x_hat")
 
     @property
     def gamma_gate(self) -> float:
         """Gamma of reconstructions from relu(pi_gate): the shrinkage that magnitudes repair."""
-        if self.sums is None or self.sums.gate_power is None or self.sums.x_dot_gate is None:
-            return math.nan
-        return _ratio(self.sums.gate_power, self.sums.x_dot_gate)
+        return self._ratio("gate_power", "x_dot_gate")
 
     @property
     def cosine(self) -> float:
         """Cosine of the angle between x and its reconstruction, averaged over tokens."""
-        return math.nan if self.sums is None else _ratio(self.sums.cosine, self.sums.n_tokens)
+        return self._ratio("cosine", "n_tokens")
 
     @property
     def density(self) -> Float64[Tensor, " d_sae"]:
         """Share of tokens on which each latent fires."""
-        return self._per_token("fired")
+        return self._per_latent("fired", self.n_tokens)
 
     @property
     def gate_density(self) -> Float64[Tensor, " d_sae"]:
         """Share of tokens on which each latent's gate is open."""
-        return self._per_token("gate_open")
+        return self._per_latent("gate_open", self.n_tokens)
 
     @property
     def alive_fraction(self) -> float:
@@ -254,22 +283,25 @@ class Metrics:
         own measure; with few firings it is mostly noise. Of an SAE that normalises its inputs, x
         is what it sees: a token's scale, which no latent can help, weighs nothing here.
         """
-        if self.sums is None or self.sums.latent_power is None or self.sums.latent_aligned is None:
+        aligned = None if self.sums is None else self.sums.latent_aligned
+        return self._per_latent("latent_power", 0 if aligned is None else aligned.cpu().double())
+
+    def _ratio(self, above: str, below: str) -> float:
+        """Return one sum over another; NaN where it was not gathered or nothing is below."""
+        over, under = getattr(self.sums, above, None), getattr(self.sums, below, None)
+        if over is None or under is None or float(under) == 0:
+            return math.nan
+        return float(over.sum()) / float(under)
+
+    def _per_latent(
+        self, field: str, below: int | Float64[Tensor, " d_sae"]
+    ) -> Float64[Tensor, " d_sae"]:
+        """Return each latent's sum over `below`; NaN where not gathered or nothing is below."""
+        sums = getattr(self.sums, field, None)
+        if sums is None:
             return torch.full_like(self.firings, math.nan, dtype=torch.float64)
-        aligned = self.sums.latent_aligned.cpu().double()
-        ratios = self.sums.latent_power.cpu().double() / aligned
-        return torch.where(aligned == 0, math.nan, ratios)
-
-    def _per_token(self, field: str) -> Float64[Tensor, " d_sae"]:
-        counts = None if self.sums is None else getattr(self.sums, field)
-        if counts is None:
-            return torch.full_like(self.firings, math.nan, dtype=torch.float64)
-        return counts.cpu().double() / (self.n_tokens or math.nan)
-
-
-def _ratio(above: Tensor, below: Tensor) -> float:
-    """Return above / below, NaN where there is nothing below."""
-    return math.nan if float(below) == 0 else float(above) / float(below)
+        below = torch.as_tensor(below, dtype=torch.float64)
+        return torch.where(below == 0, math.nan, sums.cpu().double() / below)
 
 
 # Bins of |x|, 0.27 % wide, from 2^-32 to 2^32; what lies beyond is counted in the last ones.

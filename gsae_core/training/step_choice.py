@@ -34,7 +34,7 @@ class Attempt(NamedTuple):
 
     result: StepResult
     n_open: Int64[Tensor, ""]
-    """Open gates of the batch, or what else cost work: see `StepResult.n_entries`."""
+    """Of `StepResult.n_entries`."""
     overflowed: Bool[Tensor, ""]
     """Whether more gates opened than a GPU's buffers had room for: the rest means nothing then."""
     capacity: int = 0
@@ -113,7 +113,7 @@ class Stepper:
             logger.warning("%s; every further step is a dense one", error)
             self._kernels = False
             return None
-        return Attempt(done.result, done.n_open, done.overflowed, room)
+        return _attempt(done, room)
 
     def dense(
         self,
@@ -142,8 +142,7 @@ def choose_step(sae: SAE, density: float | None, *, screened: bool) -> Step:
     return functools.partial(sparse_step, screened=True) if screened else sparse_step
 
 
-def _attempt(result: StepResult) -> Attempt:
-    stats = result.stats
-    opened = stats.fired if stats.gate_open is None else stats.gate_open
-    n_open = opened.sum() if result.n_entries is None else result.n_entries
-    return Attempt(result, n_open, torch.zeros((), dtype=torch.bool, device=opened.device))
+def _attempt(result: StepResult, capacity: int = 0) -> Attempt:
+    never = torch.zeros_like(result.n_entries, dtype=torch.bool)
+    overflowed = never if result.overflowed is None else result.overflowed
+    return Attempt(result, result.n_entries, overflowed, capacity)

@@ -1,19 +1,20 @@
-"""From activations to entries: buffers, launch shapes and arguments of the encoder's kernels.
+"""A step on a GPU: buffers, launch shapes and arguments of the kernels, never waiting for them.
 
 Kernels find a tensor's numbers by its address, as if its rows followed each other: `launch` lets no
 other tensor through. What the caller owns is read through `rows_in_order`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int32, Int64
+from jaxtyping import Bool, Float, Float64, Int32
 from torch import Tensor
 
-from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE
-from gsae_core.sae.sparse import loops
-from gsae_core.sae.sparse.codes import gates, thresholds
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.metrics import N_ROW_SUMS
+from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
 from gsae_core.sae.sparse.gradients import StepSums, gain, l1_weights
+from gsae_core.sae.sparse.step import Active, Decoded, Engine
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 """How the encoder's product is rounded; sums are float32 in all four, and all else is float32.
@@ -22,6 +23,9 @@ PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 units. `tf32` keeps 11 bits of each factor and `bf16` 8: gates near zero may open or shut.
 Triton's interpreter rounds the first three alike and cannot multiply bf16.
 """
+
+# Pre-activations that exist at once while a TopK SAE looks for each row's largest: 64 MiB.
+PRODUCTS_AT_ONCE = 2**24
 
 # A tile of the encoder: rows, latents. For sm_90, 8.0 and 8.9 alike it takes 96 KiB of shared
 # memory at most (all of Ada's) and the 255 registers a thread has, 16 bytes beside them at worst.
@@ -36,7 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Launch a kernel.
 
     Args:
-        kernel: one of `triton_encode.py` or `triton_gradients.py`.
+        kernel: one of `kernels.py`.
         grid: programs along each axis.
         args: of the kernel.
         options: its switches, and Triton's.
@@ -78,122 +82,273 @@ def rows_in_order(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-class Entries(NamedTuple):
-    """Entries of a batch in fixed buffers, by row and by latent; none if they overflowed.
+class Kernels(Engine):
+    """The Triton kernels; nothing here waits for the device.
 
-    `latent`, `gate` and `magnitude` are those of `SparseCodes`, as 32-bit numbers and with room to
-    spare at the end; `row_by_latent` and `place_by_latent` are `row` and `order` of `ByLatent`.
+    How many entries a batch has is known on the device alone, so buffers have the caller's
+    capacity. It is one number for the whole batch, because rows and tiles vary far more than their
+    sum does: a tile claims a stretch of the buffer with one atomic addition and leaves its counts
+    per row and per latent; prefix sums over those counts say where each entry belongs. That makes
+    the order exact for any order in which tiles finish, and costs no sort. A batch with more
+    entries than the capacity leaves empty sums and a flag.
+
+    Args:
+        capacity: room for entries; those in the window below a JumpReLU threshold count.
+        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
     """
 
-    overflowed: Bool[Tensor, ""]
-    n_open: Int64[Tensor, ""]
-    row_offsets: Int32[Tensor, " rows_and_end"]
-    latent: Int32[Tensor, " capacity"]
-    gate: Float[Tensor, " capacity"]
-    magnitude: Float[Tensor, " capacity"]
-    latent_offsets: Int32[Tensor, " d_sae_and_end"]
-    row_by_latent: Int32[Tensor, " capacity"]
-    place_by_latent: Int32[Tensor, " capacity"]
+    def __init__(self, *, capacity: int, precision: str = "ieee") -> None:
+        self._capacity, self._precision = capacity, precision
 
+    def active(
+        self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
+    ) -> Active:
+        from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
 
-def launch_encode(
-    sae: GatedSAE | ReluSAE | JumpReluSAE,
-    xc: Float[Tensor, "batch d_in"],
-    *,
-    capacity: int,
-    precision: str,
-) -> Entries:
-    """Return the active entries of a batch, from xc = x - b_dec.
+        jumps = isinstance(sae, JumpReluSAE)
+        gated = isinstance(sae, GatedSAE)
+        W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
+        W, bias = rows_in_order(W), rows_in_order(-above)
+        bf16, capacity = self._precision == "bf16", self._capacity
+        n_rows, d_sae = len(xc), sae.d_sae
+        row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
+        n_tiles = row_tiles * latent_tiles
+        n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
+        tile_begin, tile_count = _ints(n_tiles, xc), _ints(n_tiles, xc)
+        by_row, by_latent = _cells(n_rows * latent_tiles, xc), _cells(d_sae * row_tiles, xc)
+        product, local = xc.new_empty(capacity), _ints(capacity, xc)
+        launch(
+            encode_tiles,
+            (n_tiles,),
+            xc.bfloat16() if bf16 else xc,
+            W.bfloat16() if bf16 else W,
+            bias,
+            n_open,
+            tile_begin,
+            tile_count,
+            by_row[1:],
+            by_latent[1:],
+            product,
+            local,
+            n_rows,
+            sae.d_in,
+            d_sae,
+            capacity,
+            PRECISION="ieee" if bf16 else self._precision,  # says nothing about bf16 factors
+            ROWS=ROWS,
+            LATENTS=LATENTS,
+            DEPTH=64 if bf16 else 32,
+            GROUP=8,
+            num_warps=8,
+            num_stages=3,
+        )
 
-    Those of a JumpReLU SAE reach down to theta - eps / 2; what does not fire has magnitude 0.
-    """
-    from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
-
-    jumps = isinstance(sae, JumpReluSAE)
-    gated = isinstance(sae, GatedSAE)
-    W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
-    W, bias = rows_in_order(W), rows_in_order(-above)
-    bf16 = precision == "bf16"
-    n_rows, d_sae = len(xc), sae.d_sae
-    row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
-    n_tiles = row_tiles * latent_tiles
-    n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
-    tile_begin, tile_count = _ints(n_tiles, xc), _ints(n_tiles, xc)
-    by_row, by_latent = _cells(n_rows * latent_tiles, xc), _cells(d_sae * row_tiles, xc)
-    product, local = xc.new_empty(capacity), _ints(capacity, xc)
-    launch(
-        encode_tiles,
-        (n_tiles,),
-        xc.bfloat16() if bf16 else xc,
-        W.bfloat16() if bf16 else W,
-        bias,
-        n_open,
-        tile_begin,
-        tile_count,
-        by_row[1:],
-        by_latent[1:],
-        product,
-        local,
-        n_rows,
-        sae.d_in,
-        d_sae,
-        capacity,
-        PRECISION="ieee" if bf16 else precision,  # says nothing about bf16 factors
-        ROWS=ROWS,
-        LATENTS=LATENTS,
-        DEPTH=64 if bf16 else 32,
-        GROUP=8,
-        num_warps=8,
-        num_stages=3,
-    )
-
-    overflowed = n_open > capacity
-    fits = (~overflowed).int()
-    row_cells, latent_cells = _prefix_sums(by_row), _prefix_sums(by_latent)
-    gate = xc.new_empty(capacity)
-    entries = Entries(
-        overflowed=overflowed,
-        n_open=n_open,
+        overflowed = n_open > capacity
+        fits = (~overflowed).int()
+        row_cells, latent_cells = _prefix_sums(by_row), _prefix_sums(by_latent)
+        gate = xc.new_empty(capacity)
         # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
-        row_offsets=row_cells[::latent_tiles] * fits,
-        latent=_ints(capacity, xc),
-        gate=gate,
-        magnitude=xc.new_empty(capacity) if gated or jumps else gate,
-        latent_offsets=latent_cells[::row_tiles] * fits,
-        row_by_latent=_ints(capacity, xc),
-        place_by_latent=_ints(capacity, xc),
-    )
-    slope = gain(sae) if gated else None
-    launch(
-        place_entries,
-        (n_tiles,),
-        product,
-        local,
-        tile_begin,
-        tile_count,
-        row_cells,
-        latent_cells,
-        fits,
-        rows_in_order(sae.b_gate if gated else sae.b_enc),
-        None if slope is None else rows_in_order(slope),
-        rows_in_order(sae.b_mag) if gated else None,
-        rows_in_order(sae.threshold) if jumps else None,
-        entries.latent,
-        gate,
-        entries.magnitude,
-        entries.row_by_latent,
-        entries.place_by_latent,
-        row_tiles,
-        latent_tiles,
-        GATED=gated,
-        GAIN=slope is not None,
-        JUMPS=jumps,
-        ROWS=ROWS,
-        LATENTS=LATENTS,
-        ENTRIES=64,
-        num_warps=4,
-    )
-    return entries
+        codes = SparseCodes(
+            row_offsets=row_cells[::latent_tiles] * fits,
+            latent=_ints(capacity, xc),
+            gate=gate,
+            magnitude=xc.new_empty(capacity) if gated or jumps else gate,
+        )
+        offsets = latent_cells[::row_tiles] * fits
+        entries = ByLatent(offsets, order=_ints(capacity, xc), row=_ints(capacity, xc))
+        slope = gain(sae)
+        launch(
+            place_entries,
+            (n_tiles,),
+            product,
+            local,
+            tile_begin,
+            tile_count,
+            row_cells,
+            latent_cells,
+            fits,
+            rows_in_order(sae.b_gate if gated else sae.b_enc),
+            None if slope is None else rows_in_order(slope),
+            rows_in_order(sae.b_mag) if gated else None,
+            rows_in_order(sae.threshold) if jumps else None,
+            *codes[1:],
+            entries.row,
+            entries.order,
+            row_tiles,
+            latent_tiles,
+            GATED=gated,
+            GAIN=slope is not None,
+            JUMPS=jumps,
+            ROWS=ROWS,
+            LATENTS=LATENTS,
+            ENTRIES=64,
+            num_warps=4,
+        )
+        return Active(codes, entries, n_open, overflowed=overflowed)
+
+    def largest(
+        self,
+        sae: TopKSAE,
+        xc: Float[Tensor, "batch d_in"],
+        dead: Bool[Tensor, " d_sae"] | None,
+    ) -> tuple[SparseCodes, SparseCodes | None]:
+        # As many entries as asked for, so that none can overflow: one whose product is not positive
+        # has magnitude 0. So have those beyond the dead; asking how many are would wait.
+        wanted: list[tuple[Tensor, int]] = [(sae.b_enc, sae.k)]
+        if dead is not None:
+            wanted.append((sae.b_enc.masked_fill(~dead, -torch.inf), min(sae.k_aux, sae.d_sae)))
+        n_rows, at_once = len(xc), max(1, PRODUCTS_AT_ONCE // sae.d_sae)
+        latent = [torch.empty(n_rows, k, dtype=torch.int32, device=xc.device) for _, k in wanted]
+        height = [xc.new_empty(n_rows, k) for _, k in wanted]
+        for start in range(0, n_rows, at_once):
+            rows = slice(start, start + at_once)
+            h = xc[rows] @ sae.W_enc
+            for (bias, k), where, value in zip(wanted, latent, height, strict=True):
+                top = (h + bias).topk(k, dim=1, sorted=False)
+                ascending = top.indices.sort(dim=1)
+                where[rows] = ascending.values
+                value[rows] = top.values.gather(1, ascending.indices).relu_()
+        every = torch.arange(n_rows + 1, dtype=torch.int32, device=xc.device)
+        kept, *spare = (
+            SparseCodes(every * k, where.flatten(), value.flatten(), value.flatten())
+            for (_, k), where, value in zip(wanted, latent, height, strict=True)
+        )
+        return kept, spare[0] if spare else None
+
+    def decode(
+        self,
+        sae: BuiltinSAE,
+        codes: SparseCodes,
+        x: Float[Tensor, "batch d_in"],
+        *,
+        b_dec: Float[Tensor, " d_in"] | None = None,
+        weight: float = 1.0,
+    ) -> Decoded:
+        from gsae_core.sae.gpu.kernels import decode_rows
+
+        aux = sae.objective.aux
+        decoded = Decoded(
+            error=torch.empty_like(x),
+            aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
+            mag_slope=torch.empty_like(codes.gate),
+            aux_slope=None if aux == "off" else torch.empty_like(codes.gate),
+            # Zeros, for nothing is written about an auxiliary term that there is not.
+            row_sums=torch.zeros(len(x), N_ROW_SUMS, dtype=torch.float64, device=x.device),
+        )
+        width = power_of_two(max(sae.d_in, 16))
+        launch(
+            decode_rows,
+            (len(x),),
+            x,
+            rows_in_order(sae.W_dec),
+            rows_in_order(sae.b_dec if b_dec is None else b_dec),
+            *codes,
+            *decoded,
+            sae.d_in,
+            weight * 2 / len(x),
+            AUX=aux != "off",
+            UNFROZEN=aux == "unfrozen",
+            WIDTH=width,
+            ENTRIES=_entries_at_once(width),
+            num_warps=_warps(width),
+        )
+        return decoded
+
+    def sums(
+        self,
+        sae: BuiltinSAE,
+        codes: SparseCodes,
+        entries: ByLatent,
+        decoded: Decoded,
+        xc: Float[Tensor, "batch d_in"],
+        l1_slope: float | None = None,
+    ) -> StepSums:
+        from gsae_core.sae.gpu.kernels import sum_latents
+
+        slope, weights = gain(sae), l1_weights(sae)
+        # Not `empty_like`, which lays them out as the dictionary is.
+        W_dec, W_enc_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
+        dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
+        fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
+        # Wide rows are shared out over programs, which also shortens the longest of them.
+        width = min(power_of_two(max(sae.d_in, 16)), 512)
+        launch(
+            sum_latents,
+            (sae.d_sae, -(-sae.d_in // width)),
+            xc,
+            decoded.error,
+            decoded.aux_error,
+            entries.offsets,
+            entries.row,
+            entries.order,
+            codes.gate,
+            codes.magnitude,
+            decoded.mag_slope,
+            decoded.aux_slope,
+            None if slope is None else rows_in_order(slope),
+            None if weights is None else rows_in_order(weights),
+            W_dec,
+            W_enc_T,
+            dm,
+            dm_m,
+            dg,
+            gate,
+            fired,
+            gate_open,
+            sae.d_in,
+            l1_slope or 0.0,
+            AUX=decoded.aux_slope is not None,
+            UNFROZEN=decoded.aux_error is not None,
+            GAIN=slope is not None,
+            WEIGHTED=weights is not None,
+            WIDTH=width,
+            ENTRIES=_entries_at_once(width),
+            num_warps=_warps(width),
+        )
+        error = decoded.error.sum(0)
+        if decoded.aux_error is not None:
+            error += decoded.aux_error.sum(0)
+        return StepSums(
+            W_dec=W_dec,
+            # A program that wrote its column of W_enc would touch a cache line for each number.
+            W_enc=W_enc_T.T.contiguous(),
+            dm=dm,
+            dm_m=None if slope is None else dm_m,
+            dg=None if l1_slope is None else dg,
+            gate=None if l1_slope is None else gate,
+            error=error,
+            fired=fired,
+            gate_open=gate_open,
+        )
+
+    def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
+        return x.sum(0, dtype=torch.float64)
+
+    def windows(
+        self,
+        sae: JumpReluSAE,
+        codes: SparseCodes,
+        entries: ByLatent,
+        slope: Float[Tensor, " nnz"],
+    ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+        from gsae_core.sae.gpu.kernels import sum_windows
+
+        slope_sum, n_near = slope.new_empty(2, sae.d_sae)
+        launch(
+            sum_windows,
+            (sae.d_sae,),
+            entries.offsets,
+            entries.order,
+            codes.gate,
+            slope,
+            rows_in_order(sae.threshold),
+            slope_sum,
+            n_near,
+            sae.eps / 2,
+            ENTRIES=64,
+            num_warps=2,
+        )
+        return slope_sum, n_near
 
 
 def _ints(n: int, like: Tensor) -> Int32[Tensor, " n"]:
@@ -214,170 +369,6 @@ def _prefix_sums(counts: Int32[Tensor, " n"]) -> Int32[Tensor, " n"]:
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is at least `n`, for n >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-class Decoded(NamedTuple):
-    """Both reconstructions, there and back: fields of the same name as in `sparse.py`."""
-
-    error: Float[Tensor, "batch d_in"]
-    aux_error: Float[Tensor, "batch d_in"] | None
-    mag_slope: Float[Tensor, " capacity"]
-    aux_slope: Float[Tensor, " capacity"] | None
-    row_sums: Float64[Tensor, "batch sums"]
-
-
-class LatentSums(NamedTuple):
-    """What one walk over the latents leaves."""
-
-    sums: StepSums
-    fired: Int64[Tensor, " d_sae"]
-    gate_open: Int64[Tensor, " d_sae"]
-
-
-def launch_decode(
-    sae: BuiltinSAE,
-    entries: Entries,
-    *,
-    x: Float[Tensor, "batch d_in"],
-    b_dec: Float[Tensor, " d_in"] | None = None,
-    weight: float = 1.0,
-) -> Decoded:
-    """Return what both reconstructions leave behind; None where no term asks for it.
-
-    Args:
-        sae: whose dictionary decodes.
-        entries: what to decode.
-        x: what is to be reconstructed.
-        b_dec: in place of the SAE's own.
-        weight: of the squared error in the loss.
-    """
-    from gsae_core.sae.gpu.kernels import decode_rows
-
-    aux = sae.objective.aux
-    decoded = Decoded(
-        error=torch.empty_like(x),
-        aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
-        mag_slope=torch.empty_like(entries.gate),
-        aux_slope=None if aux == "off" else torch.empty_like(entries.gate),
-        # Zeros, for nothing is written about an auxiliary term that there is not.
-        row_sums=torch.zeros(len(x), loops.N_ROW_SUMS, dtype=torch.float64, device=x.device),
-    )
-    width = power_of_two(max(sae.d_in, 16))
-    launch(
-        decode_rows,
-        (len(x),),
-        x,
-        rows_in_order(sae.W_dec),
-        rows_in_order(sae.b_dec if b_dec is None else b_dec),
-        entries.row_offsets,
-        entries.latent,
-        entries.gate,
-        entries.magnitude,
-        *decoded,
-        sae.d_in,
-        weight * 2 / len(x),
-        AUX=aux != "off",
-        UNFROZEN=aux == "unfrozen",
-        WIDTH=width,
-        ENTRIES=_entries_at_once(width),
-        num_warps=_warps(width),
-    )
-    return decoded
-
-
-def launch_sums(
-    sae: BuiltinSAE,
-    entries: Entries,
-    *,
-    decoded: Decoded,
-    xc: Float[Tensor, "batch d_in"],
-    l1_slope: float,
-) -> LatentSums:
-    """Return what the batch leaves behind for `leave_gradients`, and how often latents fired.
-
-    With `l1_slope` 0, of an SAE without an L1 term, `sums.W_gate` is the encoder's gradient.
-    """
-    from gsae_core.sae.gpu.kernels import sum_latents
-
-    slope = gain(sae) if isinstance(sae, GatedSAE) else None
-    weights = l1_weights(sae) if isinstance(sae, GatedSAE | ReluSAE) else None
-    # Not `empty_like`, which lays them out as the dictionary is.
-    W_dec, W_gate_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
-    dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
-    fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
-    # Wide rows are shared out over programs, which also shortens the longest of them.
-    width = min(power_of_two(max(sae.d_in, 16)), 512)
-    launch(
-        sum_latents,
-        (sae.d_sae, -(-sae.d_in // width)),
-        xc,
-        decoded.error,
-        decoded.aux_error,
-        entries.latent_offsets,
-        entries.row_by_latent,
-        entries.place_by_latent,
-        entries.gate,
-        entries.magnitude,
-        decoded.mag_slope,
-        decoded.aux_slope,
-        None if slope is None else rows_in_order(slope),
-        None if weights is None else rows_in_order(weights),
-        W_dec,
-        W_gate_T,
-        dm,
-        dm_m,
-        dg,
-        gate,
-        fired,
-        gate_open,
-        sae.d_in,
-        l1_slope,
-        AUX=decoded.aux_slope is not None,
-        UNFROZEN=decoded.aux_error is not None,
-        GAIN=slope is not None,
-        WEIGHTED=weights is not None,
-        WIDTH=width,
-        ENTRIES=_entries_at_once(width),
-        num_warps=_warps(width),
-    )
-    error = decoded.error.sum(0)
-    if decoded.aux_error is not None:
-        error += decoded.aux_error.sum(0)
-    sums = StepSums(
-        W_dec=W_dec,
-        # A program that wrote its column of W_gate would touch a cache line for each number.
-        W_gate=W_gate_T.T.contiguous(),
-        dm=dm,
-        dm_m=None if slope is None else dm_m,
-        dg=dg,
-        gate=gate,
-        error=error,
-    )
-    return LatentSums(sums=sums, fired=fired, gate_open=gate_open)
-
-
-def launch_windows(
-    sae: JumpReluSAE, entries: Entries, slope: Float[Tensor, " capacity"]
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """Return each latent's sum of `slope` over the inputs in its window, and how many those are."""
-    from gsae_core.sae.gpu.kernels import sum_windows
-
-    slope_sum, n_near = slope.new_empty(2, sae.d_sae)
-    launch(
-        sum_windows,
-        (sae.d_sae,),
-        entries.latent_offsets,
-        entries.place_by_latent,
-        entries.gate,
-        slope,
-        rows_in_order(sae.threshold),
-        slope_sum,
-        n_near,
-        sae.eps / 2,
-        ENTRIES=64,
-        num_warps=2,
-    )
-    return slope_sum, n_near
 
 
 def _entries_at_once(width: int) -> int:

@@ -1,213 +1,33 @@
-"""The sparse step on a GPU: the functions of `sparse.py` as Triton kernels, never waiting for it.
+"""The sparse step on a GPU: whether it can run, its arguments, and the step itself.
 
-A step launches four kernels of its own (`triton_encode.py`, `triton_gradients.py`), a JumpReLU
-SAE's one more for its thresholds; a TopK SAE's entries come from PyTorch's product and topk:
+A step launches four kernels of its own (`kernels.py`), a JumpReLU SAE's one more for its
+thresholds; a TopK SAE's entries come from PyTorch's product and topk:
 
     encode_tiles    pi_gate of a tile of rows x latents in registers; active entries are appended
     place_entries   the same entries, by row and latent (CSR) and by latent and row (its transpose)
     decode_rows     both reconstructions, errors, and <error, W_dec_i> at the entries
     sum_latents     weight gradients and every per-latent sum, one program a latent
-
-How many entries a batch has is known on the device alone, so buffers have the caller's capacity.
-It is one number for the whole batch, because rows and tiles vary far more than their sum does:
-a tile claims a stretch of the buffer with one atomic addition and leaves its counts per row and
-per latent; prefix sums over those counts say where each entry belongs. That makes the order
-exact for any order in which tiles finish, and costs no sort. A batch with more entries than the
-capacity leaves empty sums and a flag, and the caller takes the dense step.
 """
 
 import functools
 import logging
 import subprocess
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, has_fast_step
-from gsae_core.sae.gpu.launch import (
-    PRECISIONS,
-    Decoded,
-    Entries,
-    LatentSums,
-    LaunchError,
-    launch_decode,
-    launch_encode,
-    launch_sums,
-    launch_windows,
-    power_of_two,
-)
-from gsae_core.sae.jumprelu import JumpReluSAE
-from gsae_core.sae.losses import LossParts, StepResult, dense_step
-from gsae_core.sae.sparse import loops
-from gsae_core.sae.sparse.codes import Wanted
-from gsae_core.sae.sparse.gradients import (
-    leave_gradients,
-    leave_plain_gradients,
-    loss_parts,
-    stats_from_rows,
-    threshold_gradient,
-)
-from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE
-
-# Pre-activations that exist at once while a TopK SAE looks for each row's largest: 64 MiB.
-PRODUCTS_AT_ONCE = 2**24
-
-
-def jumprelu_step(
-    sae: JumpReluSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    l0_slope: float,
-    capacity: int,
-    precision: str,
-) -> tuple[StepResult, Entries]:
-    """Return `sparse_jumprelu_step`'s result, and the entries it went through.
-
-    Args:
-        sae: learns later, when an optimiser reads `.grad`.
-        x: activations, contiguous, in the units the SAE trains in.
-        l0_slope: lambda / B.
-        capacity: room for entries; those in the window below a threshold count.
-        precision: of the encoder's product.
-    """
-    xc = x - sae.b_dec
-    entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
-    decoded = launch_decode(sae, entries, x=x)
-    done = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=0.0)
-    slope, n_near = launch_windows(sae, entries, decoded.mag_slope)
-    sae.threshold.grad = threshold_gradient(sae, slope=slope, n_near=n_near, l0_slope=l0_slope)
-    sparsity = l0_slope * done.fired.sum().to(x.dtype)
-    return _leave(sae, x, decoded, done, sparsity=sparsity, auxiliary=x.new_zeros(())), entries
-
-
-def topk_step(
-    sae: TopKSAE, x: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None
-) -> tuple[StepResult, Entries]:
-    """Return `sparse_topk_step`'s result, and the entries of each row's k largest latents.
-
-    Where fewer latents are dead than `k_aux`, entries without a magnitude take their place: asking
-    how many are dead would wait for the device.
-
-    Args:
-        sae: learns later, when an optimiser reads `.grad`.
-        x: activations, contiguous, in the units the SAE trains in.
-        dead: latents that have not fired for long; None leaves the auxiliary term out.
-    """
-    xc = x - sae.b_dec
-    wanted = [Wanted(sae.b_enc, sae.k)]
-    if dead is not None:
-        shut = sae.b_enc.masked_fill(~dead, -torch.inf)
-        wanted.append(Wanted(shut, min(sae.k_aux, sae.d_sae)))
-    kept, *spare = _largest(xc, sae.W_enc, wanted)
-    decoded = launch_decode(sae, kept, x=x)
-    done = launch_sums(sae, kept, decoded=decoded, xc=xc, l1_slope=0.0)
-    auxiliary = x.new_zeros(())
-    if dead is not None:
-        aux = launch_decode(
-            sae,
-            spare[0],
-            # What is left of the error, a constant: b_dec hears of it through xc alone.
-            x=decoded.error * (-len(x) / 2),
-            b_dec=torch.zeros_like(sae.b_dec),
-            weight=AUX_WEIGHT,
-        )
-        more = launch_sums(sae, spare[0], decoded=aux, xc=xc, l1_slope=0.0).sums
-        done.sums.W_dec += more.W_dec
-        done.sums.W_gate += more.W_gate
-        done.sums.dm += more.dm
-        # Without a dead latent there is no such term, and what it would leave has no slope.
-        auxiliary = torch.where(dead.any(), AUX_WEIGHT * _error_power(aux, x), auxiliary)
-    return _leave(sae, x, decoded, done, sparsity=x.new_zeros(()), auxiliary=auxiliary), kept
-
-
-def _leave(
-    sae: JumpReluSAE | TopKSAE,
-    x: Float[Tensor, "batch d_in"],
-    decoded: Decoded,
-    done: LatentSums,
-    *,
-    sparsity: Float[Tensor, ""],
-    auxiliary: Float[Tensor, ""],
-) -> StepResult:
-    sums = done.sums
-    leave_plain_gradients(sae, W_dec=sums.W_dec, W_enc=sums.W_gate, b_enc=sums.dm, error=sums.error)
-    return StepResult(
-        loss=LossParts(_error_power(decoded, x), sparsity=sparsity, auxiliary=auxiliary),
-        stats=stats_from_rows(
-            x=x, row_sums=decoded.row_sums, aux=False, fired=done.fired, gate_open=None
-        ),
-    )
-
-
-def _error_power(decoded: Decoded, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Return the mean over the batch of the squared error."""
-    return decoded.row_sums[:, loops.ERROR_POWER].sum().to(x.dtype) / len(x)
-
-
-def _largest(
-    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], wanted: Sequence[Wanted]
-) -> list[Entries]:
-    """Return each row's largest products, with each of the biases, as entries by row and latent.
-
-    The product is PyTorch's, in blocks of rows. As many entries as asked for, so that none can
-    overflow; one whose product is not positive has magnitude 0.
-    """
-    n_rows, d_sae = len(xc), W.shape[1]
-    at_once = max(1, PRODUCTS_AT_ONCE // d_sae)
-    latent = [torch.empty(n_rows, k, dtype=torch.int32, device=xc.device) for _, k in wanted]
-    height = [xc.new_empty(n_rows, k) for _, k in wanted]
-    for start in range(0, n_rows, at_once):
-        rows = slice(start, start + at_once)
-        h = xc[rows] @ W
-        for (bias, k), where, value in zip(wanted, latent, height, strict=True):
-            top = (h + bias).topk(k, dim=1, sorted=False)
-            ascending = top.indices.sort(dim=1)
-            where[rows] = ascending.values
-            value[rows] = top.values.gather(1, ascending.indices).relu_()
-    return [_entries(*each, d_sae=d_sae) for each in zip(latent, height, strict=True)]
-
-
-def _entries(
-    latent: Int32[Tensor, "batch k"], height: Float[Tensor, "batch k"], *, d_sae: int
-) -> Entries:
-    """Return the entries of a batch in which each row has as many."""
-    n_rows, k = latent.shape
-    device = latent.device
-    turned = latent.flatten().sort(stable=True)
-    every = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
-    return Entries(
-        overflowed=torch.zeros((), dtype=torch.bool, device=device),
-        n_open=torch.full((), n_rows * k, dtype=torch.int64, device=device),
-        row_offsets=torch.arange(n_rows + 1, dtype=torch.int32, device=device) * k,
-        latent=latent.flatten(),
-        gate=height.flatten(),
-        magnitude=height.flatten(),
-        latent_offsets=torch.searchsorted(turned.values, every, out_int32=True),
-        row_by_latent=(turned.indices // k).int(),
-        place_by_latent=turned.indices.int(),
-    )
-
+from gsae_core.sae.architectures import BuiltinSAE, has_fast_step
+from gsae_core.sae.gpu.launch import PRECISIONS, Kernels, LaunchError, power_of_two
+from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.sparse.step import take_step
 
 logger = logging.getLogger(__name__)
 
 MAX_D_IN = 16384  # A row, both its reconstructions and a direction are held in registers.
 MAX_CAPACITY = 2**30  # Places are 32-bit numbers, and a tile may reach beyond the end.
 MIN_CAPABILITY = (8, 0)  # TF32, bf16 and asynchronous copies came with Ampere.
-
-
-class KernelResult(NamedTuple):
-    """What a step leaves besides `.grad`; nothing here has been waited for."""
-
-    result: StepResult
-    """Meaningless if `overflowed`, and so are the gradients."""
-    overflowed: Bool[Tensor, ""]
-    """Whether more gates were open than there was room for: take the dense step then."""
-    n_open: Int64[Tensor, ""]
-    """Open gates of the batch, right even if they overflowed."""
 
 
 def available(device: torch.device, sae: nn.Module | None = None) -> str | None:
@@ -278,10 +98,10 @@ def cuda_step(
     except LaunchError as error:
         logger.warning("%s; the dense step is taken", error)
         return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-    if bool(attempt.overflowed):
-        logger.warning(overflow_note(n_open=int(attempt.n_open), capacity=capacity))
+    if attempt.overflowed is not None and bool(attempt.overflowed):
+        logger.warning(overflow_note(n_open=int(attempt.n_entries), capacity=capacity))
         return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-    return attempt.result
+    return attempt
 
 
 @torch.no_grad()
@@ -293,7 +113,7 @@ def kernel_step(
     capacity: int,
     dead: Bool[Tensor, " d_sae"] | None = None,
     precision: str = "ieee",
-) -> KernelResult:
+) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
     Equal to `dense_step` up to rounding, for every architecture, recipe and auxiliary decoder of
@@ -317,52 +137,12 @@ def kernel_step(
         LaunchError: if a kernel does not compile or fit here; `.grad` means nothing then.
     """
     _check_arguments(sae, x, capacity, precision)
+    engine = Kernels(capacity=capacity, precision=precision)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x):
-        x, slope = x.contiguous(), sparsity_coeff / len(x)
-        match sae:
-            case GatedSAE() | ReluSAE():
-                result, entries = _gated_step(
-                    sae, x, l1_slope=slope, capacity=capacity, precision=precision
-                )
-            case JumpReluSAE():
-                result, entries = jumprelu_step(
-                    sae, x, l0_slope=slope, capacity=capacity, precision=precision
-                )
-            case TopKSAE():
-                result, entries = topk_step(sae, x, dead=dead)
-    return KernelResult(result=result, overflowed=entries.overflowed, n_open=entries.n_open)
-
-
-def _gated_step(
-    sae: GatedSAE | ReluSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    l1_slope: float,
-    capacity: int,
-    precision: str,
-) -> tuple[StepResult, Entries]:
-    xc = x - sae.b_dec
-    entries = launch_encode(sae, xc, capacity=capacity, precision=precision)
-    decoded = launch_decode(sae, entries, x=x)
-    sums, fired, gate_open = launch_sums(sae, entries, decoded=decoded, xc=xc, l1_slope=l1_slope)
-    leave_gradients(sae, sums, l1_slope)
-    totals = decoded.row_sums.sum(0).to(x.dtype)
-    loss = loss_parts(
-        sae,
-        reconstruction=totals[loops.ERROR_POWER] / len(x),
-        auxiliary=totals[loops.AUX_ERROR_POWER] / len(x),
-        gate=sums.gate,
-        l1_slope=l1_slope,
-    )
-    stats = stats_from_rows(
-        x=x,
-        row_sums=decoded.row_sums,
-        aux=decoded.aux_slope is not None,
-        fired=fired,
-        gate_open=gate_open if isinstance(sae, GatedSAE) else None,
-    )
-    return StepResult(loss=loss, stats=stats), entries
+        return take_step(
+            sae, x.contiguous(), sparsity_coeff=sparsity_coeff, dead=dead, engine=engine
+        )
 
 
 def _check_arguments(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,19 +21,48 @@ CHUNK_ELEMENTS = 2**19
 CHUNK_ROWS = 256
 
 
+class SparseCodes(NamedTuple):
+    """Entries of a batch where pi_gate > 0, rows in order, latents ascending within a row (CSR).
+
+    Everything else about a batch follows: f is zero elsewhere, and so are both gradients. Indices
+    are int64 on a CPU; the GPU's kernels have int32, and room to spare behind the last entry.
+    """
+
+    row_offsets: Int[Tensor, " rows_and_end"]
+    """Row t owns entries row_offsets[t] to row_offsets[t + 1]; one more number than rows."""
+    latent: Int[Tensor, " nnz"]
+    """Which latent each entry is, 0 to d_sae - 1."""
+    gate: Float[Tensor, " nnz"]
+    """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
+    magnitude: Float[Tensor, " nnz"]
+    """f = relu(pi_mag): 0 where a gate opens onto nothing."""
+
+    def rows(self) -> Int[Tensor, " nnz"]:
+        """Return which row each entry is in."""
+        n_rows = self.row_offsets.numel() - 1
+        every = torch.arange(n_rows, dtype=self.latent.dtype, device=self.latent.device)
+        return every.repeat_interleave(self.row_offsets.diff(), output_size=self.latent.numel())
+
+
+class ByLatent(NamedTuple):
+    """The transpose: the same entries, latent by latent, rows ascending within a latent."""
+
+    offsets: Int[Tensor, " d_sae_and_end"]
+    """Latent i owns entries offsets[i] to offsets[i + 1]."""
+    order: Int[Tensor, " nnz"]
+    """Place of each entry in the SparseCodes it was made from."""
+    row: Int[Tensor, " nnz"]
+    """Which row each entry is in."""
+
+
 class Products(NamedTuple):
     """Entries of a batch with h = <xc, W_gate_i> above their latent's threshold."""
 
     row_offsets: Int64[Tensor, " rows_and_end"]
     latent: Int64[Tensor, " nnz"]
     h: Float[Tensor, " nnz"]
-
-
-class Wanted(NamedTuple):
-    """The k largest of h + bias in each row, as far as they are positive; -inf leaves one out."""
-
-    bias: Float[Tensor, " d_sae"]
-    k: int
+    n_candidates: int | None = None
+    """How many candidates a bfloat16 screen picked them from; None without a screen."""
 
 
 def chunk_rows(d_sae: int) -> int:
@@ -43,84 +72,65 @@ def chunk_rows(d_sae: int) -> int:
 
 @torch.no_grad()
 def products_above(
-    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
+    xc: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    above: Float[Tensor, " d_sae"],
+    *,
+    screened: bool = False,
 ) -> Products:
-    """Return the entries of xc @ W above `above`, a threshold for each latent."""
-    above = above.detach()
+    """Return the entries of xc @ W above `above`, a threshold for each latent.
 
-    def pick(h: Float[Tensor, "rows d_sae"], scratch: _Scratch) -> list[Products]:
+    Args:
+        xc: centred activations.
+        W: the encoder.
+        above: the thresholds.
+        screened: look by a bfloat16 product first, on a CPU, and compute again in float32 what may
+            be above: the same entries, up to the order of float32 sums. Of no effect in float64,
+            for which the rounding would be too coarse a screen.
+    """
+    W, above = W.detach(), above.detach()
+
+    def pick(part: Tensor, scratch: _Scratch) -> list[Products]:
+        h = torch.mm(part, W, out=scratch.h[: len(part)])
         if scratch.latent is None:
             return [_above(h, above)]
         return [_picked(loops.pick_above, (h.numpy(), above.numpy()), scratch)]
 
-    (found,) = _in_chunks(xc, W.detach(), pick, n_kinds=1)
+    if screened and xc.dtype == torch.float32:
+        rounded = _rounded(W.contiguous())
+        (found,) = _in_chunks(
+            xc,
+            W,
+            lambda part, scratch: [_screen(part, rounded, above.numpy(), scratch)],
+            product=torch.bfloat16,
+        )
+        return found
+    (found,) = _in_chunks(xc, W, pick)
     return found
 
 
 @torch.no_grad()
 def largest_products(
-    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], wanted: Sequence[Wanted]
+    xc: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    wanted: Sequence[tuple[Float[Tensor, " d_sae"], int]],
 ) -> list[Products]:
-    """Return, for each of `wanted`, its entries: h + bias in place of h.
+    """Return, for each (bias, k), the k largest of h + bias in each row, as far as positive.
 
-    Compiled, equal values go to the lower latent; by torch, to any.
+    `h` of the products is h + bias; a bias of -inf leaves a latent out. Compiled, equal values go
+    to the lower latent; by torch, to any.
     """
-    kinds = [Wanted(bias.detach(), k) for bias, k in wanted]
+    kinds = [(bias.detach(), k) for bias, k in wanted]
 
-    def pick(h: Float[Tensor, "rows d_sae"], scratch: _Scratch) -> list[Products]:
+    def pick(part: Tensor, scratch: _Scratch) -> list[Products]:
+        h = torch.mm(part, W, out=scratch.h[: len(part)])
         if scratch.latent is None:
             return [_above(largest(h + bias, k=k), torch.zeros_like(bias)) for bias, k in kinds]
         return [
             _picked(loops.pick_largest, (h.numpy(), bias.numpy(), k), scratch) for bias, k in kinds
         ]
 
-    return _in_chunks(xc, W.detach(), pick, n_kinds=len(kinds))
-
-
-def _in_chunks(
-    xc: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "d_in d_sae"],
-    pick: Callable[[Tensor, "_Scratch"], list[Products]],
-    *,
-    n_kinds: int,
-) -> list[Products]:
-    """Return what `pick` returns for xc @ W, a few rows of it at a time on each core."""
-    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
-    spare: list[_Scratch] = []
-
-    def chunk(k: int) -> list[Products]:
-        part = xc[k * rows : (k + 1) * rows]
-        scratch = spare.pop() if spare else _Scratch(rows, W)
-        found = pick(torch.mm(part, W, out=scratch.h[: len(part)]), scratch)
-        spare.append(scratch)
-        return found
-
-    parts = spread(chunk, -(-len(xc) // rows))
-    return [joined([part[i] for part in parts], xc) for i in range(n_kinds)]
-
-
-def joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
-    """Return the entries of consecutive chunks as those of one batch."""
-    start = torch.zeros(1, dtype=torch.int64, device=like.device)
-    if not parts:
-        return Products(start, start[:0], like.new_empty(0))
-    counts = torch.cat([part.row_offsets.diff() for part in parts])
-    return Products(
-        row_offsets=torch.cat([start, counts.cumsum(0)]),
-        latent=torch.cat([part.latent for part in parts]),
-        h=torch.cat([part.h for part in parts]),
-    )
-
-
-def numpy(tensor: Tensor) -> np.ndarray:
-    """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
-    return tensor.detach().contiguous().numpy()
-
-
-def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
-    mask = h > above
-    counts = mask.sum(1)
-    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
+    return _in_chunks(xc, W, pick, n_kinds=len(kinds))
 
 
 class _Scratch:
@@ -132,12 +142,55 @@ class _Scratch:
     latent: np.ndarray | None
     """None where numba cannot go: on a GPU, in half precision."""
 
-    def __init__(self, rows: int, like: Float[Tensor, "d_in d_sae"]) -> None:
-        self.h = like.new_empty(rows, like.shape[1])
+    def __init__(self, rows: int, W: Float[Tensor, "d_in d_sae"], product: torch.dtype) -> None:
+        self.h = W.new_empty(rows, W.shape[1], dtype=product)
         self.latent = None
-        if like.is_cpu and like.dtype in (torch.float32, torch.float64):
+        if W.is_cpu and W.dtype in (torch.float32, torch.float64):
             self.latent = np.empty(self.h.numel(), np.int64)
-            self.value = np.empty(self.h.numel(), self.h.numpy().dtype)
+            self.value = np.empty(self.h.numel(), W.detach().numpy().dtype)
+
+
+def _in_chunks(
+    xc: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    pick: Callable[[Tensor, _Scratch], list[Products]],
+    *,
+    n_kinds: int = 1,
+    product: torch.dtype | None = None,
+) -> list[Products]:
+    """Return what `pick` returns for all of xc, a few rows of it at a time on each core."""
+    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
+    spare: list[_Scratch] = []
+
+    def chunk(k: int) -> list[Products]:
+        scratch = spare.pop() if spare else _Scratch(rows, W, product or W.dtype)
+        found = pick(xc[k * rows : (k + 1) * rows], scratch)
+        spare.append(scratch)
+        return found
+
+    parts = spread(chunk, -(-len(xc) // rows))
+    return [_joined([part[i] for part in parts], xc) for i in range(n_kinds)]
+
+
+def _joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
+    """Return the entries of consecutive chunks as those of one batch."""
+    start = torch.zeros(1, dtype=torch.int64, device=like.device)
+    if not parts:
+        return Products(start, start[:0], like.new_empty(0))
+    counts = torch.cat([part.row_offsets.diff() for part in parts])
+    candidates = [part.n_candidates for part in parts if part.n_candidates is not None]
+    return Products(
+        row_offsets=torch.cat([start, counts.cumsum(0)]),
+        latent=torch.cat([part.latent for part in parts]),
+        h=torch.cat([part.h for part in parts]),
+        n_candidates=sum(candidates) if candidates else None,
+    )
+
+
+def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
+    mask = h > above
+    counts = mask.sum(1)
+    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
 
 
 def _picked(loop: Callable[..., int], arguments: tuple[Any, ...], scratch: _Scratch) -> Products:
@@ -145,41 +198,21 @@ def _picked(loop: Callable[..., int], arguments: tuple[Any, ...], scratch: _Scra
     assert scratch.latent is not None
     offsets = np.zeros(len(arguments[0]) + 1, np.int64)
     n = loop(*arguments, scratch.latent, scratch.value, offsets[1:])
+    return _first(n, offsets, scratch)
+
+
+def _first(
+    n: int, offsets: np.ndarray, scratch: _Scratch, n_candidates: int | None = None
+) -> Products:
+    """Return the first n entries of the scratch, in memory of their own."""
+    assert scratch.latent is not None
     found = (offsets, scratch.latent[:n].copy(), scratch.value[:n].copy())
-    return Products(*map(torch.from_numpy, found))
+    return Products(*map(torch.from_numpy, found), n_candidates=n_candidates)
 
 
-class SparseCodes(NamedTuple):
-    """Entries of a batch where pi_gate > 0, rows in order, latents ascending within a row (CSR).
-
-    Everything else about a batch follows: f is zero elsewhere, and so are both gradients.
-    """
-
-    row_offsets: Int64[Tensor, " rows_and_end"]
-    """Row t owns entries row_offsets[t] to row_offsets[t + 1]; one more number than rows."""
-    latent: Int64[Tensor, " nnz"]
-    """Which latent each entry is, 0 to d_sae - 1."""
-    gate: Float[Tensor, " nnz"]
-    """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
-    magnitude: Float[Tensor, " nnz"]
-    """f = relu(pi_mag): 0 where a gate opens onto nothing."""
-
-    def rows(self) -> Int64[Tensor, " nnz"]:
-        """Return which row each entry is in."""
-        n_rows = self.row_offsets.numel() - 1
-        every = torch.arange(n_rows, device=self.latent.device)
-        return every.repeat_interleave(self.row_offsets.diff(), output_size=self.latent.numel())
-
-
-class ByLatent(NamedTuple):
-    """The transpose: the same entries, latent by latent, rows ascending within a latent."""
-
-    offsets: Int64[Tensor, " d_sae_and_end"]
-    """Latent i owns entries offsets[i] to offsets[i + 1]."""
-    order: Int64[Tensor, " nnz"]
-    """Place of each entry in the SparseCodes it was made from."""
-    row: Int64[Tensor, " nnz"]
-    """Which row each entry is in."""
+def numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of the CPU as an array in C order: the same memory where it can be."""
+    return tensor.detach().contiguous().numpy()
 
 
 @torch.no_grad()
@@ -198,10 +231,14 @@ def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         case GatedSAE() | ReluSAE():
             return codes_of(sae, xc, products_above(xc, *gates(sae)))
         case JumpReluSAE():
-            return _jumprelu_codes(sae, products_above(xc, *thresholds(sae, below=0.0)))
+            offsets, latent, h, _ = products_above(xc, *thresholds(sae, below=0.0))
+            z = h + sae.b_enc.take(latent)
+            fires = z > sae.threshold.take(latent)
+            before = F.pad(fires.cumsum(0), (1, 0))
+            return SparseCodes(before.take(offsets), latent[fires], z[fires], z[fires])
         case TopKSAE():
-            (kept,) = largest_products(xc, sae.W_enc, [Wanted(sae.b_enc, sae.k)])
-            return kept_codes(kept)
+            (kept,) = largest_products(xc, sae.W_enc, [(sae.b_enc, sae.k)])
+            return SparseCodes(kept.row_offsets, kept.latent, kept.h, kept.h)
     raise TypeError(f"no codes are known for {type(sae).__name__}")
 
 
@@ -213,19 +250,6 @@ def gates(
     W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
     # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
     return W, -bias
-
-
-@torch.no_grad()
-def codes_of(
-    sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
-) -> SparseCodes:
-    """Return the codes whose products with the encoder are `found`."""
-    if isinstance(sae, GatedSAE):
-        gate = found.h + sae.b_gate.take(found.latent)
-        magnitude = _magnitude(sae, xc, found)
-    else:
-        gate = magnitude = found.h + sae.b_enc.take(found.latent)
-    return SparseCodes(found.row_offsets, found.latent, gate=gate, magnitude=magnitude)
 
 
 @torch.no_grad()
@@ -242,30 +266,35 @@ def thresholds(
     return sae.W_enc, theta - below - b - rounding
 
 
-def kept_codes(found: Products) -> SparseCodes:
-    """Return the codes of latents without a gate; `found` holds them in place of products."""
-    return SparseCodes(found.row_offsets, found.latent, gate=found.h, magnitude=found.h)
-
-
-def _jumprelu_codes(sae: JumpReluSAE, found: Products) -> SparseCodes:
-    offsets, latent, h = found
-    z = h + sae.b_enc.take(latent)
-    fires = z > sae.threshold.take(latent)
-    before = F.pad(fires.cumsum(0), (1, 0))
-    return kept_codes(Products(before.take(offsets), latent[fires], z[fires]))
+@torch.no_grad()
+def codes_of(
+    sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
+) -> SparseCodes:
+    """Return the codes whose products with the encoder are `found`."""
+    offsets, latent, h, _ = found
+    if isinstance(sae, ReluSAE):
+        gate = h + sae.b_enc.take(latent)
+        return SparseCodes(offsets, latent, gate, gate)
+    gate = h + sae.b_gate.take(latent)
+    if sae.W_mag is not None:
+        h = (xc @ sae.W_mag)[SparseCodes(offsets, latent, h, h).rows(), latent]
+    elif sae.r_mag is not None:
+        h = h * sae.r_mag.exp().take(latent)
+    return SparseCodes(offsets, latent, gate, torch.relu_(h + sae.b_mag.take(latent)))
 
 
 def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
     """Return the transpose of `codes`: what weight gradients and the feature index walk along."""
     latent = codes.latent
     if latent.device.type != "cpu":
-        order = torch.sort(latent, stable=True).indices
-        offsets = F.pad(torch.bincount(latent, minlength=d_sae).cumsum(0), (1, 0))
-        return ByLatent(offsets, order, codes.rows().take(order))
-    offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
+        ordered, order = torch.sort(latent, stable=True)
+        every = torch.arange(d_sae + 1, dtype=latent.dtype, device=latent.device)
+        # Not by counts: `bincount` would wait for the device.
+        offsets = torch.searchsorted(ordered, every).to(latent.dtype)
+        return ByLatent(offsets, order.to(latent.dtype), codes.rows().take(order))
+    offsets = torch.zeros(d_sae + 1, dtype=latent.dtype)
     entries = ByLatent(offsets, torch.empty_like(latent), torch.empty_like(latent))
-    arrays = (each.numpy() for each in (codes.row_offsets, latent, *entries))
-    loops.sort_by_latent(*arrays)
+    loops.sort_by_latent(*(each.numpy() for each in (codes.row_offsets, latent, *entries)))
     return entries
 
 
@@ -285,26 +314,6 @@ def weighted_sums(
     )
 
 
-def _magnitude(
-    sae: GatedSAE, xc: Float[Tensor, "batch d_in"], found: Products
-) -> Float[Tensor, " nnz"]:
-    """Return f on the entries."""
-    h = found.h
-    if sae.W_mag is not None:
-        rows = SparseCodes(found.row_offsets, found.latent, h, h).rows()
-        h = (xc @ sae.W_mag)[rows, found.latent]
-    elif sae.r_mag is not None:
-        h = h * sae.r_mag.exp().take(found.latent)
-    return torch.relu_(h + sae.b_mag.take(found.latent))
-
-
-class Screened(NamedTuple):
-    """The entries found, and how many candidates they were picked from."""
-
-    products: Products
-    n_candidates: int
-
-
 class _Rounded(NamedTuple):
     """The encoder, latent by latent: exact, rounded, and how far apart the two are."""
 
@@ -312,38 +321,6 @@ class _Rounded(NamedTuple):
     half: Float[Tensor, "d_sae d_in"]
     off: Float[Tensor, " d_sae"]
     length: Float[Tensor, " d_sae"]
-
-
-@torch.no_grad()
-def screened_products_above(
-    xc: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_in d_sae"], above: Float[Tensor, " d_sae"]
-) -> Screened:
-    """Return what `products_above` does, up to the order of float32 sums, on the CPU in float32."""
-    rounded = _rounded(W.detach().contiguous())
-    rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
-    thresholds = above.detach().numpy()
-    spare: list[_ScreenScratch] = []
-
-    def chunk(k: int) -> Screened:
-        scratch = spare.pop() if spare else _ScreenScratch(rows, W.shape[1])
-        found = _screen(xc[k * rows : (k + 1) * rows], rounded, thresholds, scratch)
-        spare.append(scratch)
-        return found
-
-    parts = spread(chunk, -(-len(xc) // rows))
-    return Screened(
-        products=joined([part.products for part in parts], xc),
-        n_candidates=sum(part.n_candidates for part in parts),
-    )
-
-
-class _ScreenScratch:
-    """Room for a chunk's rounded products and for every candidate it could have."""
-
-    def __init__(self, rows: int, d_sae: int) -> None:
-        self.h = torch.empty(rows, d_sae, dtype=torch.bfloat16)
-        self.latent = np.empty(rows * d_sae, np.int64)
-        self.value = np.empty(rows * d_sae, np.float32)
 
 
 def _rounded(W: Float[Tensor, "d_in d_sae"]) -> _Rounded:
@@ -362,8 +339,8 @@ def _rounded(W: Float[Tensor, "d_in d_sae"]) -> _Rounded:
 
 
 def _screen(
-    part: Float[Tensor, "rows d_in"], rounded: _Rounded, above: np.ndarray, scratch: _ScreenScratch
-) -> Screened:
+    part: Float[Tensor, "rows d_in"], rounded: _Rounded, above: np.ndarray, scratch: _Scratch
+) -> Products:
     half = part.bfloat16()
     lengths = torch.linalg.vector_norm(part, dim=1)
     # Each of d_in additions in float32 rounds by at most 2^-24 of |x| |w|; twice that is ample.
@@ -382,5 +359,4 @@ def _screen(
     x, W = part.numpy(), rounded.rows.numpy()
     loops.dot_rows(0, len(part), offsets, latent, x, W, value)
     n = loops.keep_above(offsets[1:], latent, value, above)
-    found = (offsets, latent[:n].copy(), value[:n].copy())
-    return Screened(Products(*map(torch.from_numpy, found)), n_candidates)
+    return _first(n, offsets, scratch, n_candidates)

@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.losses import StepResult, squared_error
+from gsae_core.sae.losses import LossParts, StepResult, squared_error
 from gsae_core.sae.metrics import stats_from_counts
 from gsae_core.sae.sparse.codes import chunk_rows
 from gsae_core.sae.sparse.gradients import (
     StepSums,
     check_by_hand,
     gain,
+    l1_term,
     l1_weights,
     leave_gradients,
-    loss_parts,
 )
 
 
@@ -41,20 +41,13 @@ def manual_dense_step(
     aux = sae.objective.aux
     l1_slope, slope = sparsity_coeff / len(x), gain(sae)
     weights = l1_weights(sae)
+    l1_slopes = l1_slope if weights is None else weights * l1_slope
     x_hat, x_hat_aux = torch.empty_like(x), None if aux == "off" else torch.empty_like(x)
-    # Counted in floating point, where a column sum is one vectorised pass; exact to 2^24 rows.
-    fired, gate_open = x.new_zeros(2, sae.d_sae)
-    dm, dm_m, dg, gate = x.new_zeros(4, sae.d_sae)
-    sums = StepSums(
-        W_dec=torch.zeros_like(sae.W_dec),
-        W_gate=torch.zeros_like(sae.W_gate if gated else sae.W_enc),
-        dm=dm,
-        dm_m=None if slope is None else dm_m,
-        dg=dg,
-        gate=gate,
-        error=x.new_zeros(sae.d_in),
-    )
     W, b_gate = (sae.W_gate, sae.b_gate) if gated else (sae.W_enc, sae.b_enc)
+    # Counted in floating point, where a column sum is one vectorised pass; exact to 2^24 rows.
+    fired, gate_open, dm_sum, dm_m_sum, dg_sum, gate_sum = x.new_zeros(6, sae.d_sae)
+    W_dec_sum, W_enc_sum = torch.zeros_like(sae.W_dec), torch.zeros_like(W)
+    error_sum = x.new_zeros(sae.d_in)
     for start in range(0, len(x), chunk_rows(sae.d_sae)):
         rows = slice(start, start + chunk_rows(sae.d_sae))
         xc = x[rows] - sae.b_dec
@@ -62,7 +55,7 @@ def manual_dense_step(
         g = torch.relu_(h + b_gate)
         opened = g.sign()
         gate_open += opened.sum(0)
-        sums.gate += g.sum(0)
+        gate_sum += g.sum(0)
         m = g
         if gated:
             h = h if slope is None else h.mul_(slope)
@@ -71,40 +64,48 @@ def manual_dense_step(
         fired += fires.sum(0)
 
         error = _error(sae, m, x, rows, x_hat)
-        sums.error += error.sum(0)
-        sums.W_dec.addmm_(m.T, error)
+        error_sum += error.sum(0)
+        W_dec_sum.addmm_(m.T, error)
         dm = (error @ sae.W_dec.T).mul_(fires)
-        sums.dm += dm.sum(0)
-        if sums.dm_m is not None:
-            sums.dm_m += m.mul_(dm).sum(0)
-        l1 = l1_slope if weights is None else weights * l1_slope
+        dm_sum += dm.sum(0)
+        if slope is not None:
+            dm_m_sum += m.mul_(dm).sum(0)
         if x_hat_aux is None:
-            dg = opened * l1
+            dg = opened * l1_slopes
         else:
             error = _error(sae, g, x, rows, x_hat_aux)
             if aux == "unfrozen":
-                sums.error += error.sum(0)
-                sums.W_dec.addmm_(g.T, error)
-            dg = (error @ sae.W_dec.T).add_(l1).mul_(opened)
-        sums.dg += dg.sum(0)
-        sums.W_gate.addmm_(xc.T, dg.add_(dm if slope is None else dm.mul_(slope)))
+                error_sum += error.sum(0)
+                W_dec_sum.addmm_(g.T, error)
+            dg = (error @ sae.W_dec.T).add_(l1_slopes).mul_(opened)
+        dg_sum += dg.sum(0)
+        W_enc_sum.addmm_(xc.T, dg.add_(dm if slope is None else dm.mul_(slope)))
 
+    sums = StepSums(
+        W_dec=W_dec_sum,
+        W_enc=W_enc_sum,
+        dm=dm_sum,
+        dm_m=None if slope is None else dm_m_sum,
+        dg=dg_sum,
+        gate=gate_sum,
+        error=error_sum,
+        fired=fired.long(),
+        gate_open=gate_open.long(),
+    )
     leave_gradients(sae, sums, l1_slope)
     stats = stats_from_counts(
         x=x,
         x_hat=x_hat,
         x_hat_gate=x_hat_aux,
-        fired=fired.long(),
-        gate_open=gate_open.long() if gated else None,
+        fired=sums.fired,
+        gate_open=sums.gate_open if gated else None,
     )
-    loss = loss_parts(
-        sae,
+    parts = LossParts(
         reconstruction=(stats.squared_error / len(x)).to(x.dtype),
+        sparsity=l1_term(sae, gate_sum, l1_slope),
         auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
-        gate=sums.gate,
-        l1_slope=l1_slope,
     )
-    return StepResult(loss, stats)
+    return StepResult(parts, stats, n_entries=sums.gate_open.sum())
 
 
 def _error(

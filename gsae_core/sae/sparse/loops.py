@@ -13,6 +13,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from gsae_core.sae.metrics import (
+    AUX_ERROR_POWER,
+    AUX_POWER,
+    ERROR_POWER,
+    X_DOT_AUX,
+    X_DOT_X_HAT,
+    X_HAT_POWER,
+    X_POWER,
+)
+
 OPTIONS: dict[str, Any] = {
     "nogil": True,
     # Sums may be reordered, as in a matrix product; infinities and NaN are not assumed away.
@@ -160,12 +170,6 @@ def dot_rows(first, last, offsets, latent, x, W, out):
         dot_entries(offsets[t], offsets[t + 1], latent, W, x[t], out)
 
 
-# Columns of `row_sums` in `decode_rows`, all sums over d_in.
-X_POWER, X_HAT_POWER, X_DOT_X_HAT, ERROR_POWER = 0, 1, 2, 3
-AUX_POWER, X_DOT_AUX, AUX_ERROR_POWER = 4, 5, 6
-N_ROW_SUMS = 7
-
-
 @compiled
 def decode_rows(
     first, last, offsets, latent, m, g, W, b, x, scale, two, error, aux_error, dm, dg, sums
@@ -188,7 +192,7 @@ def decode_rows(
         aux_error: the same of g, or (0, 0) where it is not to be kept.
         dm: (nnz,), becomes <error, W_i>.
         dg: (nnz,), becomes <aux error, W_i> if `two`.
-        sums: (rows, N_ROW_SUMS) in float64.
+        sums: (rows, N_ROW_SUMS) in float64: the columns of `metrics.stats_from_rows`.
     """
     width, zero = x.shape[1], x.dtype.type(0)
     keep = aux_error.shape[0] > 0
@@ -244,24 +248,6 @@ TILE = 16
 
 
 @compiled
-def add_rows_in_order(first, last, order, row, weight, dense, total):
-    """Add to `total`, (width,), weight[order[k]] * dense[row[k]] for places first to last - 1."""
-    k = first
-    while k + 4 <= last:
-        a, b, c, d = dense[row[k]], dense[row[k + 1]], dense[row[k + 2]], dense[row[k + 3]]
-        p, q = weight[order[k]], weight[order[k + 1]]
-        r, s = weight[order[k + 2]], weight[order[k + 3]]
-        for j in range(total.shape[0]):
-            total[j] += p * a[j] + q * b[j] + r * c[j] + s * d[j]
-        k += 4
-    while k < last:
-        a, p = dense[row[k]], weight[order[k]]
-        for j in range(total.shape[0]):
-            total[j] += p * a[j]
-        k += 1
-
-
-@compiled
 def sort_by_latent(row_offsets, latent, offsets, order, row):
     """Write the transpose of the codes: a counting sort, rows ascending within a latent.
 
@@ -285,13 +271,13 @@ def sort_by_latent(row_offsets, latent, offsets, order, row):
 
 
 @compiled
-def sum_rows(first, last, offsets, order, row, weight, dense, out, add):
-    """Write to out[i], for latents first to last - 1, its entries' sum of weight * dense[t].
+def sum_rows(first, last, offsets, row, weight, dense, out, add):
+    """Write to out[i], for latents first to last - 1, its entries' sum of weight * dense[row].
 
     Args:
         first, last: latents.
-        offsets, order, row: the transposed codes.
-        weight: (nnz,) in the order of the codes themselves.
+        offsets, row: the transposed codes.
+        weight: (nnz,) in the same order, latent by latent.
         dense: (rows, d_in).
         out: (d_sae, d_in).
         add: whether to add to what `out` holds.
@@ -300,11 +286,11 @@ def sum_rows(first, last, offsets, order, row, weight, dense, out, add):
         total = out[i]
         if not add:
             total[:] = 0
-        add_rows_in_order(offsets[i], offsets[i + 1], order, row, weight, dense, total)
+        add_rows(offsets[i], offsets[i + 1], row, weight, dense, total)
 
 
 @compiled
-def sum_rows_into_columns(first, last, offsets, order, row, weight, dense, out):
+def sum_rows_into_columns(first, last, offsets, row, weight, dense, out):
     """Write to out[:, i] what `sum_rows` writes to out[i]; out: (d_in, d_sae)."""
     width = dense.shape[1]
     tile = np.empty((TILE, width), dense.dtype)
@@ -313,9 +299,7 @@ def sum_rows_into_columns(first, last, offsets, order, row, weight, dense, out):
         for k in range(n):
             total = tile[k]
             total[:] = 0
-            add_rows_in_order(
-                offsets[start + k], offsets[start + k + 1], order, row, weight, dense, total
-            )
+            add_rows(offsets[start + k], offsets[start + k + 1], row, weight, dense, total)
         for j in range(width):
             for k in range(n):
                 out[j, start + k] = tile[k, j]
