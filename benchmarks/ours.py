@@ -25,7 +25,7 @@ from gsae_core.runs.run import Run
 from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.gpu.step import cuda_step
+from gsae_core.sae.gpu.step import capacity_for, kernel_step
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse.codes import encode_sparse
 from gsae_core.sae.sparse.dense import manual_dense_step
@@ -190,7 +190,11 @@ def gradients(take_step: Callable[..., StepResult]) -> Callable[[Job], Work]:
 def _sparse(sae: SAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
     if x.is_cuda:
         assert isinstance(sae, BuiltinSAE)  # the kernels know no others
-        return cuda_step(sae, x, sparsity_coeff=sparsity_coeff)
+        room = capacity_for(len(x) * sae.d_sae / 20)
+        result = kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=room)
+        if bool(result.overflowed):
+            raise RuntimeError(f"expected at most {room} open gates, got {int(result.n_entries)}")
+        return result
     return sparse_step(sae, x, sparsity_coeff=sparsity_coeff)
 
 

@@ -19,7 +19,7 @@ from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.gpu import step as kernels
 from gsae_core.sae.gpu.launch import Kernels, LaunchError, launch
-from gsae_core.sae.gpu.step import available, capacity_for, check_kernels, cuda_step, kernel_step
+from gsae_core.sae.gpu.step import available, capacity_for, check_kernels, kernel_step
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.training import TrainConfig, Trainer, step_choice
@@ -517,28 +517,6 @@ def test_one_open_gate_more_than_there_is_room_for_raises_the_flag(
     attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=n_open + spare)
     assert bool(attempt.overflowed) is overflowed
     assert int(attempt.n_entries) == n_open
-
-
-def test_overflow_takes_the_dense_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
-    expected = taken(dense_step, sae, x, 0.3)
-    with caplog.at_level(logging.WARNING):
-        result = cuda_step(sae, x, sparsity_coeff=0.3, capacity=10)
-    assert caplog.messages == [
-        f"expected at most 10 open gates, got {opened(sae, x).sum()}: "
-        "this step was taken again by the dense way, with the same gradients"
-    ]
-    assert all(torch.equal(term, expected[name]) for name, term in result.loss._asdict().items())
-    for name, p in sae.named_parameters():
-        assert p.grad is not None
-        assert torch.equal(p.grad, expected[name]), name
-
-
-def test_a_step_with_room_takes_no_dense_step(caplog: pytest.LogCaptureFixture) -> None:
-    sae, x = random_sae("relu", 5, 9).float(), numbers(7, 5)
-    result = cuda_step(sae, x, sparsity_coeff=0.3)
-    assert not caplog.messages
-    torch.testing.assert_close(result.loss.total, dense_step(sae, x, sparsity_coeff=0.3).loss.total)
 
 
 def test_room_is_a_quarter_more_than_expected_and_a_power_of_two() -> None:

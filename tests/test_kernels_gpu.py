@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE
 from gsae_core.sae.gpu.launch import Kernels
-from gsae_core.sae.gpu.step import capacity_for, cuda_step, kernel_step
+from gsae_core.sae.gpu.step import capacity_for, kernel_step
 from gsae_core.sae.losses import StepResult, dense_step
 
 pytestmark = pytest.mark.gpu
@@ -116,11 +116,10 @@ def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits(kind: str) -> None:
         assert torch.equal(p.grad, first[name]), name
 
 
-def test_on_a_gpu_overflow_takes_the_dense_step() -> None:
+def test_on_a_gpu_overflow_raises_the_flag_and_counts_right() -> None:
     sae, x = gpu_example(64, 1000)
-    expected = taken(dense_step, sae, x, 0.3)
-    assert worst(taken(_cramped, sae, x, 0.3), expected) < 1e-6
-
-
-def _cramped(sae: BuiltinSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
-    return cuda_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)
+    n_open = int((sae.pre_activations(x).pi_gate > 0).sum())
+    for room, overflowed in ((n_open, False), (100, True)):
+        attempt = kernel_step(sae, x, sparsity_coeff=0.3, capacity=room)
+        assert bool(attempt.overflowed) is overflowed
+        assert int(attempt.n_entries) == n_open

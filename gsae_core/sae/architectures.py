@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Recipe, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, Aux, check_choice, objective, transposed
+from gsae_core.sae.base import SAE, Aux, SinglePathSAE, check_choice, objective, transposed
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
 
@@ -37,7 +37,7 @@ class GatedSAE(SAE):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        recipe: `P`, `A` or `B`, see `recipes.RECIPES`.
+        recipe: `P`, `A` or `B`, see `base.RECIPES`.
         tie: `r_mag` shares directions between the paths up to a learnt scale (Eq. 7); `none` drops
             the scale (`W_mag = W_gate`); `untied` gives the magnitude path its own `W_mag`.
         aux: decoder of the auxiliary term where it differs from the recipe's; recipe `P` with
@@ -78,11 +78,7 @@ class GatedSAE(SAE):
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0` (Eq. 6).
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return the latents `f >= 0` (Eq. 6)."""
         pi_gate, pi_mag = self.pre_activations(x)
         return (pi_gate > 0) * torch.relu(pi_mag)
 
@@ -123,7 +119,7 @@ class GatedSAE(SAE):
         return f"{super().extra_repr()}, tie={self.tie!r}, aux={self.aux!r}"
 
 
-class ReluSAE(SAE):
+class ReluSAE(SinglePathSAE):
     """The L1 baseline: one number says both whether a latent fires and how much.
 
         f     = relu((x - b_dec) @ W_enc + b_enc)
@@ -142,18 +138,10 @@ class ReluSAE(SAE):
 
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        self.objective = objective("relu", recipe=recipe)
-        self.W_enc = nn.Parameter(transposed(self.W_dec))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0` (Eq. 3).
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
-        self.check_width(x)
-        return torch.relu((self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc)
+        """Return the latents `f >= 0` (Eq. 3)."""
+        return torch.relu(self.pre_activations(x))
 
 
 def build_sae(spec: SAESpec, d_in: int) -> SAE:

@@ -163,7 +163,11 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`."""
+        """Return the latents `f >= 0`.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
 
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
@@ -220,6 +224,25 @@ class SAE(nn.Module, ABC):
                 f"normalises every token ({self.input_norm}); it can be evaluated, explored and "
                 "steered, not trained or converted"
             )
+
+
+class SinglePathSAE(SAE):
+    """The half shared by those whose encoder is one path: z = (x - b_dec) @ W_enc + b_enc."""
+
+    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
+        super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
+        self.objective = objective(self.architecture, recipe=recipe)
+        self.W_enc = nn.Parameter(transposed(self.W_dec))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return z.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
+        self.check_width(x)
+        return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
 
 def transposed(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_in d_sae"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, objective, transposed
+from gsae_core.sae.base import SinglePathSAE
 from gsae_core.sae.metrics import sum_dtype
 
 # Multiples of the activations' length, sqrt(E|x|^2).
@@ -23,7 +23,7 @@ INIT_THRESHOLD = 0.1
 BANDWIDTH = 0.1
 
 
-class JumpReluSAE(SAE):
+class JumpReluSAE(SinglePathSAE):
     """Dictionary whose latents fire above a threshold of their own, and keep their whole height.
 
         z     = (x - b_dec) @ W_enc + b_enc
@@ -65,7 +65,6 @@ class JumpReluSAE(SAE):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        self.objective = objective("jumprelu", recipe=recipe)
         settings = {
             "init_threshold": init_threshold,
             "bandwidth": bandwidth,
@@ -76,8 +75,6 @@ class JumpReluSAE(SAE):
                 raise InputError(f"expected a positive, finite {name}, got {value}")
         self.init_threshold, self.bandwidth = init_threshold, bandwidth
         self.threshold_unit = threshold_unit
-        self.W_enc = nn.Parameter(transposed(self.W_dec))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.threshold = nn.Parameter(torch.full((d_sae,), self.start))
 
     @property
@@ -116,21 +113,8 @@ class JumpReluSAE(SAE):
         if untouched:
             self.threshold.fill_(self.start)
 
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return z.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
-        self.check_width(x)
-        return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
-
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`; exactly at its threshold a latent is silent.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return the latents `f >= 0`; exactly at its threshold a latent is silent."""
         return jump(self.pre_activations(x), self.threshold, self.eps)
 
     def extra_repr(self) -> str:
@@ -157,7 +141,7 @@ def jump(
     The paper's listing clamps z at zero first, so that where theta < eps / 2 every silent latent
     lies in the window; its equations do not, and neither does this.
     """
-    return _Jump.apply(z, theta, bandwidth)  # pyright: ignore[reportReturnType]
+    return _AtThreshold.apply(z, theta, bandwidth, True)  # pyright: ignore[reportReturnType]
 
 
 def step(
@@ -168,7 +152,7 @@ def step(
     d/dz     = 0                                the penalty moves thresholds alone
     d/dtheta = -(1 / eps) K((z - theta) / eps)
     """
-    return _Step.apply(z, theta, bandwidth)  # pyright: ignore[reportReturnType]
+    return _AtThreshold.apply(z, theta, bandwidth, False)  # pyright: ignore[reportReturnType]
 
 
 def in_window(
@@ -178,35 +162,20 @@ def in_window(
     return (z - theta).abs() < bandwidth / 2
 
 
-class _Jump(torch.autograd.Function):
+class _AtThreshold(torch.autograd.Function):
+    """H(z - theta), times z if `whole`, with the pseudo-derivatives of `step` and `jump`."""
+
     @staticmethod
-    def forward(ctx, z, theta, bandwidth):
+    def forward(ctx, z, theta, bandwidth, whole):
         ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return torch.where(z > theta, z, 0.0)
+        ctx.bandwidth, ctx.whole = bandwidth, whole
+        return torch.where(z > theta, z, 0.0) if whole else (z > theta).to(z.dtype)
 
     @staticmethod
     def backward(ctx, *grads):
         (grad,) = grads
         z, theta = ctx.saved_tensors
-        near = grad * in_window(z, theta, ctx.bandwidth)
-        return grad * (z > theta), -(theta / ctx.bandwidth) * _over_batch(near), None
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, theta, bandwidth):
-        ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return (z > theta).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (grad,) = grads
-        z, theta = ctx.saved_tensors
-        near = grad * in_window(z, theta, ctx.bandwidth)
-        return None, _over_batch(near) / -ctx.bandwidth, None
-
-
-def _over_batch(entries: Tensor) -> Tensor:
-    return entries.reshape(-1, entries.shape[-1]).sum(0)
+        near = (grad * in_window(z, theta, ctx.bandwidth)).reshape(-1, z.shape[-1]).sum(0)
+        if ctx.whole:
+            return grad * (z > theta), -(theta / ctx.bandwidth) * near, None, None
+        return None, near / -ctx.bandwidth, None, None

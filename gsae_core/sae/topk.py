@@ -6,16 +6,16 @@ an auxiliary loss lets them explain what the others leave over (its appendix on 
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, objective, transposed
+from gsae_core.sae.base import SinglePathSAE
 
 AUX_WEIGHT = 1 / 32
 
 
-class TopKSAE(SAE):
+class TopKSAE(SinglePathSAE):
     """Dictionary that keeps a token's `k` largest latents.
 
         z     = (x - b_dec) @ W_enc + b_enc
@@ -46,7 +46,6 @@ class TopKSAE(SAE):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        self.objective = objective("topk", recipe=recipe)
         if not 1 <= k <= d_sae:
             raise InputError(
                 f"expected k from 1 to d_sae={d_sae}, got {k}; k is how many latents a token may "
@@ -55,24 +54,9 @@ class TopKSAE(SAE):
         self.k, self.k_aux = k, max(d_in // 2, 1) if k_aux is None else k_aux
         if self.k_aux < 1:
             raise InputError(f"expected k_aux of at least 1, got {k_aux}")
-        self.W_enc = nn.Parameter(transposed(self.W_dec))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return z.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
-        self.check_width(x)
-        return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`, at most `k` of them positive on a token.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return the latents `f >= 0`, at most `k` of them positive on a token."""
         return largest(self.pre_activations(x), k=self.k)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluS
 from gsae_core.sae.metrics import N_ROW_SUMS
 from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
 from gsae_core.sae.sparse.gradients import StepSums, gain, l1_weights
-from gsae_core.sae.sparse.step import Active, Decoded, Engine
+from gsae_core.sae.sparse.step import Active, Decoded, Loops
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 """How the encoder's product is rounded; sums are float32 in all four, and all else is float32.
@@ -82,7 +82,7 @@ def rows_in_order(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-class Kernels(Engine):
+class Kernels(Loops):
     """The Triton kernels; nothing here waits for the device.
 
     How many entries a batch has is known on the device alone, so buffers have the caller's
@@ -98,6 +98,7 @@ class Kernels(Engine):
     """
 
     def __init__(self, *, capacity: int, precision: str = "ieee") -> None:
+        super().__init__()
         self._capacity, self._precision = capacity, precision
 
     def active(
@@ -257,14 +258,14 @@ class Kernels(Engine):
     def sums(
         self,
         sae: BuiltinSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
+        active: Active,
         decoded: Decoded,
         xc: Float[Tensor, "batch d_in"],
         l1_slope: float | None = None,
     ) -> StepSums:
         from gsae_core.sae.gpu.kernels import sum_latents
 
+        codes, entries = active[:2]
         slope, weights = gain(sae), l1_weights(sae)
         # Not `empty_like`, which lays them out as the dictionary is.
         W_dec, W_enc_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
@@ -325,11 +326,7 @@ class Kernels(Engine):
         return x.sum(0, dtype=torch.float64)
 
     def windows(
-        self,
-        sae: JumpReluSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
-        slope: Float[Tensor, " nnz"],
+        self, sae: JumpReluSAE, active: Active, slope: Float[Tensor, " nnz"]
     ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
         from gsae_core.sae.gpu.kernels import sum_windows
 
@@ -337,9 +334,9 @@ class Kernels(Engine):
         launch(
             sum_windows,
             (sae.d_sae,),
-            entries.offsets,
-            entries.order,
-            codes.gate,
+            active.entries.offsets,
+            active.entries.order,
+            active.codes.gate,
             slope,
             rows_in_order(sae.threshold),
             slope_sum,

@@ -10,7 +10,6 @@ thresholds; a TopK SAE's entries come from PyTorch's product and topk:
 """
 
 import functools
-import logging
 import subprocess
 
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, has_fast_step
-from gsae_core.sae.gpu.launch import PRECISIONS, Kernels, LaunchError, power_of_two
-from gsae_core.sae.losses import StepResult, dense_step
+from gsae_core.sae.gpu.launch import PRECISIONS, Kernels, power_of_two
+from gsae_core.sae.losses import StepResult
 from gsae_core.sae.sparse.step import take_step
-
-logger = logging.getLogger(__name__)
 
 MAX_D_IN = 16384  # A row, both its reconstructions and a direction are held in registers.
 MAX_CAPACITY = 2**30  # Places are 32-bit numbers, and a tile may reach beyond the end.
@@ -63,47 +60,6 @@ def overflow_note(*, n_open: int, capacity: int) -> str:
     )
 
 
-def cuda_step(
-    sae: BuiltinSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None = None,
-    capacity: int | None = None,
-    precision: str = "ieee",
-) -> StepResult:
-    """Return what `sparse_step` returns, from the GPU; the dense step's upon overflow.
-
-    And where a kernel does not compile or fit here.
-
-    It waits for the device once, to see whether entries overflowed. The trainer calls `kernel_step`
-    and reads the flag later.
-
-    Args:
-        sae: learns later, when an optimiser reads `.grad`.
-        x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
-        capacity: room for open gates; a sixteenth of all (input, latent) pairs by default.
-        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
-
-    Raises:
-        InputError: as `kernel_step`.
-    """
-    capacity = capacity or capacity_for(len(x) * sae.d_sae / 20)
-    try:
-        attempt = kernel_step(
-            sae, x, sparsity_coeff=sparsity_coeff, dead=dead, capacity=capacity, precision=precision
-        )
-    except LaunchError as error:
-        logger.warning("%s; the dense step is taken", error)
-        return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-    if attempt.overflowed is not None and bool(attempt.overflowed):
-        logger.warning(overflow_note(n_open=int(attempt.n_entries), capacity=capacity))
-        return dense_step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-    return attempt
-
-
 @torch.no_grad()
 def kernel_step(
     sae: BuiltinSAE,
@@ -114,13 +70,10 @@ def kernel_step(
     dead: Bool[Tensor, " d_sae"] | None = None,
     precision: str = "ieee",
 ) -> StepResult:
-    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
+    """Return what `sparse_step` returns, unless entries overflow; never wait for the device.
 
-    Equal to `dense_step` up to rounding, for every architecture, recipe and auxiliary decoder of
-    tied paths (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435,
-    section 3; arXiv:2406.04093), unless entries overflow. Never waits for the device. Temporary
-    memory: 36 bytes for each of `capacity`, two or three matrices of the shape of `x` and two of
-    the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products besides.
+    Temporary memory: 36 bytes for each of `capacity`, two or three matrices of the shape of `x` and
+    two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products.
 
     Args:
         sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.

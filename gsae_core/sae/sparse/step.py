@@ -5,11 +5,10 @@ wherever pi_gate <= 0, so after one dense product for the encoder all else costs
 O(active entries * d_in). No matrix of batch x d_sae exists at any time. A JumpReLU SAE's thresholds
 and a TopK SAE's ranks decide as gates do.
 
-What each architecture does is written once (`take_step`); what a device does of it is an `Engine`:
-`Loops` here for a CPU, `gpu.launch.Kernels` for a GPU.
+What each architecture does is written once, on top of what a device does of it: the `Loops` of a
+CPU, or `gpu.launch.Kernels`.
 """
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -76,216 +75,8 @@ class Decoded(NamedTuple):
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
 
-class Engine(ABC):
-    """What a device does of a step."""
-
-    @abstractmethod
-    def active(
-        self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
-    ) -> Active:
-        """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2.
-
-        There `gate` is z, and the magnitude of what does not fire is 0.
-        """
-
-    @abstractmethod
-    def largest(
-        self,
-        sae: TopKSAE,
-        xc: Float[Tensor, "batch d_in"],
-        dead: Bool[Tensor, " d_sae"] | None,
-    ) -> tuple[SparseCodes, SparseCodes | None]:
-        """Return each row's k largest latents, and its k_aux largest dead ones; None if none is."""
-
-    @abstractmethod
-    def decode(
-        self,
-        sae: BuiltinSAE,
-        codes: SparseCodes,
-        x: Float[Tensor, "batch d_in"],
-        *,
-        b_dec: Float[Tensor, " d_in"] | None = None,
-        weight: float = 1.0,
-    ) -> Decoded:
-        """Return the errors of the reconstructions, and what each entry would change about them.
-
-        Args:
-            sae: whose dictionary decodes, and whose objective says what is kept.
-            codes: `magnitude` makes x_hat, and `gate` x_hat_aux.
-            x: what is reconstructed; contiguous.
-            b_dec: what a reconstruction without entries is, in place of the SAE's own.
-            weight: of the squared error in the loss; errors are scaled by 2 weight / B.
-        """
-
-    @abstractmethod
-    def sums(
-        self,
-        sae: BuiltinSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
-        decoded: Decoded,
-        xc: Float[Tensor, "batch d_in"],
-        l1_slope: float | None = None,
-    ) -> StepSums:
-        """Return what the batch leaves behind; `l1_slope` is lambda / B, None without an L1 term.
-
-        `decoded.mag_slope` is used up.
-        """
-
-    @abstractmethod
-    def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
-        """Return the sum over the batch, in float64."""
-
-    @abstractmethod
-    def windows(
-        self,
-        sae: JumpReluSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
-        slope: Float[Tensor, " nnz"],
-    ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-        """Return each latent's sum of `slope` over the inputs in its window, and their number."""
-
-
-@torch.no_grad()
-def take_step(
-    sae: BuiltinSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None,
-    engine: Engine,
-) -> StepResult:
-    """Return `sparse_step`'s result by this engine; x is contiguous, and all has been checked."""
-    match sae:
-        case GatedSAE() | ReluSAE():
-            return _gated_step(sae, x, sparsity_coeff / len(x), engine)
-        case JumpReluSAE():
-            return _jumprelu_step(sae, x, sparsity_coeff / len(x), engine)
-        case TopKSAE():
-            return _topk_step(sae, x, dead, engine)
-
-
-def _gated_step(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], l1_slope: float, engine: Engine
-) -> StepResult:
-    """Take the step of an SAE with a gate, or of one whose gate is its magnitude (Eq. 8, Eq. 4)."""
-    xc = x - sae.b_dec
-    active = engine.active(sae, xc)
-    decoded = engine.decode(sae, active.codes, x)
-    sums = engine.sums(sae, active.codes, active.entries, decoded, xc, l1_slope)
-    leave_gradients(sae, sums, l1_slope)
-    assert sums.gate is not None
-    gated, aux = isinstance(sae, GatedSAE), decoded.aux_slope is not None
-    return StepResult(
-        loss=LossParts(
-            reconstruction=decoded.mean(ERROR_POWER),
-            sparsity=l1_term(sae, sums.gate, l1_slope),
-            auxiliary=decoded.mean(AUX_ERROR_POWER),
-        ),
-        stats=stats_from_rows(
-            x_sum=engine.column_sums(x),
-            row_sums=decoded.row_sums,
-            aux=aux,
-            fired=sums.fired,
-            gate_open=sums.gate_open if gated else None,
-        ),
-        n_candidates=active.n_candidates,
-        n_entries=active.n_entries,
-        overflowed=active.overflowed,
-    )
-
-
-def _jumprelu_step(
-    sae: JumpReluSAE, x: Float[Tensor, "batch d_in"], l0_slope: float, engine: Engine
-) -> StepResult:
-    """Take the step of `losses.jumprelu_loss`.
-
-    With e = x_hat - x and df_i = <2e/B, W_dec_i>, sums over the batch:
-
-        dz     = df where z > theta                         to W_enc and b_enc
-        dtheta = -(theta df + lambda / B) / eps where |z - theta| < eps / 2
-    """
-    xc = x - sae.b_dec
-    active = engine.active(sae, xc)
-    decoded = engine.decode(sae, active.codes, x)
-    slope, n_near = engine.windows(sae, active.codes, active.entries, decoded.mag_slope)
-    sae.threshold.grad = (sae.threshold * slope + l0_slope * n_near) / -sae.eps
-    sums = engine.sums(sae, active.codes, active.entries, decoded, xc)
-    leave_gradients(sae, sums)
-    parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER),
-        sparsity=l0_slope * sums.fired.sum().to(x.dtype),
-        auxiliary=x.new_zeros(()),
-    )
-    stats = stats_from_rows(
-        x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=sums.fired
-    )
-    return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
-
-
-def _topk_step(
-    sae: TopKSAE,
-    x: Float[Tensor, "batch d_in"],
-    dead: Bool[Tensor, " d_sae"] | None,
-    engine: Engine,
-) -> StepResult:
-    """Take the step of `losses.topk_loss`.
-
-    The dead latents' entries follow the batch's own as if they were those of B rows more, with
-    xc for input once again and the error that the others leave for target.
-    """
-    n_rows, xc = len(x), x - sae.b_dec
-    kept, spare = engine.largest(sae, xc, dead)
-    decoded = engine.decode(sae, kept, x)
-    codes, both, auxiliary = kept, decoded, x.new_zeros(())
-    if dead is not None and spare is not None:
-        left = decoded.error * (-n_rows / 2)
-        nothing = torch.zeros_like(sae.b_dec)
-        aux = engine.decode(sae, spare, left, b_dec=nothing, weight=AUX_WEIGHT)
-        # Without a dead latent there is no such term.
-        auxiliary = torch.where(dead.any(), AUX_WEIGHT * aux.mean(ERROR_POWER), auxiliary)
-        codes, xc = _one_after_the_other(kept, spare), torch.cat([xc, xc])
-        both = decoded._replace(
-            error=torch.cat([decoded.error, aux.error]),
-            mag_slope=torch.cat([decoded.mag_slope, aux.mag_slope]),
-        )
-    sums = engine.sums(sae, codes, by_latent(codes, sae.d_sae), both, xc)
-    # What the dead latents are to explain is a constant: b_dec hears of it through xc alone.
-    sums.error = decoded.error.sum(0)
-    leave_gradients(sae, sums)
-    parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER),
-        sparsity=x.new_zeros(()),
-        auxiliary=auxiliary,
-    )
-    # Those of the batch's own rows.
-    fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
-    stats = stats_from_rows(x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=fired)
-    return StepResult(
-        parts, stats, n_entries=x.new_full((), codes.latent.numel(), dtype=torch.int64)
-    )
-
-
-def _one_after_the_other(first: SparseCodes, second: SparseCodes) -> SparseCodes:
-    """Return the rows of `first`, then those of `second`."""
-    entries = (torch.cat(pair) for pair in zip(first[1:], second[1:], strict=True))
-    rest = second.row_offsets[1:] + first.latent.numel()
-    return SparseCodes(torch.cat([first.row_offsets, rest]), *entries)
-
-
-def per_latent(
-    entries: ByLatent, value: Float[Tensor, " nnz"] | Bool[Tensor, " nnz"]
-) -> Float[Tensor, " d_sae"] | Int64[Tensor, " d_sae"]:
-    """Return each latent's sum of `value`; a count where it is of truth values."""
-    kind = torch.int64 if value.dtype == torch.bool else value.dtype
-    out = torch.empty(entries.offsets.numel() - 1, dtype=kind)
-    loops.sum_entries(*map(numpy, (entries.offsets, entries.order, value, out)))
-    return out
-
-
-class Loops(Engine):
-    """The loops compiled for a CPU.
+class Loops:
+    """What a device does of a step: here the loops compiled for a CPU.
 
     Args:
         screened: whether to look for open gates by a bfloat16 product first.
@@ -297,6 +88,10 @@ class Loops(Engine):
     def active(
         self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
     ) -> Active:
+        """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2.
+
+        There `gate` is z, and the magnitude of what does not fire is 0.
+        """
         if isinstance(sae, JumpReluSAE):
             bounds = thresholds(sae, below=sae.eps / 2)
             found = products_above(xc, *bounds, screened=self._screened)
@@ -315,6 +110,7 @@ class Loops(Engine):
         xc: Float[Tensor, "batch d_in"],
         dead: Bool[Tensor, " d_sae"] | None,
     ) -> tuple[SparseCodes, SparseCodes | None]:
+        """Return each row's k largest latents, and its k_aux largest dead ones; None if none is."""
         wanted: list[tuple[Tensor, int]] = [(sae.b_enc, sae.k)]
         if dead is not None and (n_dead := int(dead.sum())):
             wanted.append((sae.b_enc.masked_fill(~dead, -torch.inf), min(sae.k_aux, n_dead)))
@@ -333,6 +129,15 @@ class Loops(Engine):
         b_dec: Float[Tensor, " d_in"] | None = None,
         weight: float = 1.0,
     ) -> Decoded:
+        """Return the errors of the reconstructions, and what each entry would change about them.
+
+        Args:
+            sae: whose dictionary decodes, and whose objective says what is kept.
+            codes: `magnitude` makes x_hat, and `gate` x_hat_aux.
+            x: what is reconstructed; contiguous.
+            b_dec: what a reconstruction without entries is, in place of the SAE's own.
+            weight: of the squared error in the loss; errors are scaled by 2 weight / B.
+        """
         aux = sae.objective.aux
         decoded = Decoded(
             error=torch.empty_like(x),
@@ -359,13 +164,16 @@ class Loops(Engine):
     def sums(
         self,
         sae: BuiltinSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
+        active: Active,
         decoded: Decoded,
         xc: Float[Tensor, "batch d_in"],
         l1_slope: float | None = None,
     ) -> StepSums:
-        latent = codes.latent
+        """Return what the batch leaves behind; `l1_slope` is lambda / B, None without an L1 term.
+
+        `decoded.mag_slope` is used up.
+        """
+        (codes, entries), latent = active[:2], active.codes.latent
         fires = codes.magnitude > 0
         dm = decoded.mag_slope.mul_(fires)
         slope, dg, dh = gain(sae), None, dm
@@ -394,20 +202,156 @@ class Loops(Engine):
         )
 
     def windows(
-        self,
-        sae: JumpReluSAE,
-        codes: SparseCodes,
-        entries: ByLatent,
-        slope: Float[Tensor, " nnz"],
+        self, sae: JumpReluSAE, active: Active, slope: Float[Tensor, " nnz"]
     ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+        """Return each latent's sum of `slope` over the inputs in its window, and their number."""
+        codes, entries = active[:2]
         near = in_window(codes.gate, sae.threshold.take(codes.latent), sae.eps)
         return per_latent(entries, slope * near), per_latent(entries, near).to(slope.dtype)
 
     def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
+        """Return the sum over the batch."""
         # In float64 torch needs five hundred times as long.
         out = torch.zeros(x.shape[1], dtype=torch.float64)
         loops.sum_columns(numpy(x), out.numpy())
         return out
+
+
+def per_latent(
+    entries: ByLatent, value: Float[Tensor, " nnz"] | Bool[Tensor, " nnz"]
+) -> Float[Tensor, " d_sae"] | Int64[Tensor, " d_sae"]:
+    """Return each latent's sum of `value`; a count where it is of truth values."""
+    kind = torch.int64 if value.dtype == torch.bool else value.dtype
+    out = torch.empty(entries.offsets.numel() - 1, dtype=kind)
+    loops.sum_entries(*map(numpy, (entries.offsets, entries.order, value, out)))
+    return out
+
+
+@torch.no_grad()
+def take_step(
+    sae: BuiltinSAE,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    sparsity_coeff: float,
+    dead: Bool[Tensor, " d_sae"] | None,
+    engine: Loops,
+) -> StepResult:
+    """Return `sparse_step`'s result by this engine; x is contiguous, and all has been checked."""
+    match sae:
+        case GatedSAE() | ReluSAE():
+            return _gated_step(sae, x, sparsity_coeff / len(x), engine)
+        case JumpReluSAE():
+            return _jumprelu_step(sae, x, sparsity_coeff / len(x), engine)
+        case TopKSAE():
+            return _topk_step(sae, x, dead, engine)
+
+
+def _gated_step(
+    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], l1_slope: float, engine: Loops
+) -> StepResult:
+    """Take the step of an SAE with a gate, or of one whose gate is its magnitude (Eq. 8, Eq. 4)."""
+    xc = x - sae.b_dec
+    active = engine.active(sae, xc)
+    decoded = engine.decode(sae, active.codes, x)
+    sums = engine.sums(sae, active, decoded, xc, l1_slope)
+    leave_gradients(sae, sums, l1_slope)
+    assert sums.gate is not None
+    gated, aux = isinstance(sae, GatedSAE), decoded.aux_slope is not None
+    return StepResult(
+        loss=LossParts(
+            reconstruction=decoded.mean(ERROR_POWER),
+            sparsity=l1_term(sae, sums.gate, l1_slope),
+            auxiliary=decoded.mean(AUX_ERROR_POWER),
+        ),
+        stats=stats_from_rows(
+            x_sum=engine.column_sums(x),
+            row_sums=decoded.row_sums,
+            aux=aux,
+            fired=sums.fired,
+            gate_open=sums.gate_open if gated else None,
+        ),
+        n_candidates=active.n_candidates,
+        n_entries=active.n_entries,
+        overflowed=active.overflowed,
+    )
+
+
+def _jumprelu_step(
+    sae: JumpReluSAE, x: Float[Tensor, "batch d_in"], l0_slope: float, engine: Loops
+) -> StepResult:
+    """Take the step of `losses.jumprelu_loss`.
+
+    With e = x_hat - x and df_i = <2e/B, W_dec_i>, sums over the batch:
+
+        dz     = df where z > theta                         to W_enc and b_enc
+        dtheta = -(theta df + lambda / B) / eps where |z - theta| < eps / 2
+    """
+    xc = x - sae.b_dec
+    active = engine.active(sae, xc)
+    decoded = engine.decode(sae, active.codes, x)
+    slope, n_near = engine.windows(sae, active, decoded.mag_slope)
+    sae.threshold.grad = (sae.threshold * slope + l0_slope * n_near) / -sae.eps
+    sums = engine.sums(sae, active, decoded, xc)
+    leave_gradients(sae, sums)
+    parts = LossParts(
+        reconstruction=decoded.mean(ERROR_POWER),
+        sparsity=l0_slope * sums.fired.sum().to(x.dtype),
+        auxiliary=x.new_zeros(()),
+    )
+    stats = stats_from_rows(
+        x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=sums.fired
+    )
+    return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
+
+
+def _topk_step(
+    sae: TopKSAE,
+    x: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    engine: Loops,
+) -> StepResult:
+    """Take the step of `losses.topk_loss`.
+
+    The dead latents' entries follow the batch's own as if they were those of B rows more, with
+    xc for input once again and the error that the others leave for target.
+    """
+    n_rows, xc = len(x), x - sae.b_dec
+    kept, spare = engine.largest(sae, xc, dead)
+    decoded = engine.decode(sae, kept, x)
+    codes, both, auxiliary = kept, decoded, x.new_zeros(())
+    if dead is not None and spare is not None:
+        left = decoded.error * (-n_rows / 2)
+        nothing = torch.zeros_like(sae.b_dec)
+        aux = engine.decode(sae, spare, left, b_dec=nothing, weight=AUX_WEIGHT)
+        # Without a dead latent there is no such term.
+        auxiliary = torch.where(dead.any(), AUX_WEIGHT * aux.mean(ERROR_POWER), auxiliary)
+        codes, xc = _one_after_the_other(kept, spare), torch.cat([xc, xc])
+        both = decoded._replace(
+            error=torch.cat([decoded.error, aux.error]),
+            mag_slope=torch.cat([decoded.mag_slope, aux.mag_slope]),
+        )
+    n_entries = x.new_full((), codes.latent.numel(), dtype=torch.int64)
+    active = Active(codes, by_latent(codes, sae.d_sae), n_entries)
+    sums = engine.sums(sae, active, both, xc)
+    # What the dead latents are to explain is a constant: b_dec hears of it through xc alone.
+    sums.error = decoded.error.sum(0)
+    leave_gradients(sae, sums)
+    parts = LossParts(
+        reconstruction=decoded.mean(ERROR_POWER),
+        sparsity=x.new_zeros(()),
+        auxiliary=auxiliary,
+    )
+    # Those of the batch's own rows.
+    fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
+    stats = stats_from_rows(x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=fired)
+    return StepResult(parts, stats, n_entries)
+
+
+def _one_after_the_other(first: SparseCodes, second: SparseCodes) -> SparseCodes:
+    """Return the rows of `first`, then those of `second`."""
+    entries = (torch.cat(pair) for pair in zip(first[1:], second[1:], strict=True))
+    rest = second.row_offsets[1:] + first.latent.numel()
+    return SparseCodes(torch.cat([first.row_offsets, rest]), *entries)
 
 
 def weight_sums(
