@@ -17,10 +17,10 @@ Aux = Literal["frozen", "unfrozen", "off"]
 
 
 class Objective(NamedTuple):
-    """What keeps a dictionary from cheating: the three choices a recipe stands for.
+    """The three choices a recipe stands for.
 
-    Shrinking `f` while growing `W_dec` would buy sparsity for nothing. Either the norm of each
-    direction is held at one, or the L1 term is weighted by it.
+    Shrinking `f` while growing `W_dec` would lower an L1 term and leave x_hat as it is. Either the
+    norm of each direction is held at one, or the L1 term is weighted by it.
     """
 
     unit_norm: bool
@@ -69,7 +69,7 @@ def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = N
     chosen = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)
     if chosen.l1_weight == "norm" and chosen.aux == "frozen":
         # The terms must agree on whether norms are theirs to move (an author's comment on the
-        # paper's forum post); SAELens PR #545 is this mixture, and its users met dead latents.
+        # paper's forum post); SAELens PR #545 is this mixture, and its users report dead latents.
         raise InputError(
             "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would "
             "shrink decoder norms that the frozen auxiliary term cannot hold up, and latents die; "

@@ -42,8 +42,8 @@ class JumpReluSAE(SinglePathSAE):
         d_sae: number of latents.
         init_threshold: theta of every latent at the start and after a revival, as a multiple of
             `threshold_unit`.
-        bandwidth: width of the window around theta in which a pre-activation tells theta where to
-            go, as a multiple of `threshold_unit`.
+        bandwidth: width of the window around theta in which a pre-activation moves theta, as a
+            multiple of `threshold_unit`.
         threshold_unit: the length those two are multiples of, and by which Adam's steps of theta
             are multiplied; None lets training measure it, sqrt(E|x|^2) of the first batch, and
             counts as 1 until then.
@@ -101,7 +101,7 @@ class JumpReluSAE(SinglePathSAE):
         """Take sqrt(E|x|^2) for `threshold_unit` if that is not known yet; thresholds follow.
 
         Thresholds that are no longer where they started, read from a file or set by hand, stay.
-        A batch that has no length, or is not finite, tells nothing.
+        A batch of zeros, or one that is not finite, is not measured.
         """
         if self.threshold_unit is not None:
             return
@@ -114,7 +114,7 @@ class JumpReluSAE(SinglePathSAE):
             self.threshold.fill_(self.start)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`; exactly at its threshold a latent is silent."""
+        """Return the latents `f >= 0`; exactly at its threshold a latent does not fire."""
         return jump(self.pre_activations(x), self.threshold, self.eps)
 
     def extra_repr(self) -> str:
@@ -138,8 +138,8 @@ def jump(
         d/dtheta = -(theta / eps) K((z - theta) / eps),    K(u) = 1 where |u| < 1/2
 
     The derivative to z is the true one: the jump itself is not let through to the encoder.
-    The paper's listing clamps z at zero first, so that where theta < eps / 2 every silent latent
-    lies in the window; its equations do not, and neither does this.
+    The paper's listing clamps z at zero first, so that where theta < eps / 2 every latent that
+    does not fire lies in the window; its equations do not, and neither does this.
     """
     return _AtThreshold.apply(z, theta, bandwidth, True)  # pyright: ignore[reportReturnType]
 

@@ -1,4 +1,4 @@
-"""Each loss as its paper writes it, dense and left to autograd: the reference for faster ways."""
+"""Each loss as its paper writes it, dense and left to autograd: the reference for faster steps."""
 
 from typing import NamedTuple
 
@@ -68,13 +68,13 @@ def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: f
         auxiliary      = |x - (relu(pi_gate) @ W_dec_copy + b_dec_copy)|^2
 
     The copies are frozen: the auxiliary term trains the gate and never the dictionary. As in the
-    paper's pseudo-code, `b_dec` still hears the last two terms through the centred input, unless
-    the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies.
+    paper's pseudo-code, `b_dec` still learns from the last two terms through the centred input,
+    unless the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies.
     """
     pi_gate, pi_mag = sae.pre_activations(x)
     f = (pi_gate > 0) * torch.relu(pi_mag)
     if sae.detach_b_dec:
-        # The same values again, on a path that b_dec does not hear.
+        # The same values again, on a path without a gradient to b_dec.
         pi_gate = (x - sae.b_dec.detach()) @ sae.W_gate + sae.b_gate
     x_hat = sae.decode(f)
     x_hat_aux = None

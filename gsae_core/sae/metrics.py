@@ -1,4 +1,4 @@
-"""What is said about an SAE: sums gathered batch by batch in float64, one division at the end."""
+"""Metrics of an SAE: sums gathered batch by batch in float64, one division at the end."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class BatchStats(NamedTuple):
     """What one batch adds to the sums; plain tensors, on the batch's device, never synchronised.
 
     Sums are float64 (float32 where the device has no float64) and counts are int64. A field is None
-    where nothing was asked: the gate of a ReLU SAE, the per-latent gains while training.
+    where nothing was gathered: the gate of a ReLU SAE, the per-latent gains while training.
     """
 
     n_tokens: Int64[Tensor, ""]

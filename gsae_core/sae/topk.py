@@ -28,7 +28,7 @@ class TopKSAE(SinglePathSAE):
         d_in: width of the activations.
         d_sae: number of latents.
         k: latents a token may use.
-        k_aux: dead latents that the auxiliary loss listens to on each token; None takes d_in / 2.
+        k_aux: dead latents in the auxiliary loss of each token; None takes d_in / 2.
         recipe: `P`, the only one: latents compete by size, so their directions have one length.
         seed: of the initial directions.
     """

@@ -11,10 +11,9 @@ from jaxtyping import Bool, Float, Float64, Int32
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.metrics import N_ROW_SUMS
 from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
 from gsae_core.sae.sparse.gradients import StepSums, gain, l1_weights
-from gsae_core.sae.sparse.step import Active, Decoded, Loops
+from gsae_core.sae.sparse.step import Active, Decoded, Loops, undecoded
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 """How the encoder's product is rounded; sums are float32 in all four, and all else is float32.
@@ -227,15 +226,7 @@ class Kernels(Loops):
     ) -> Decoded:
         from gsae_core.sae.gpu.kernels import decode_rows
 
-        aux = sae.objective.aux
-        decoded = Decoded(
-            error=torch.empty_like(x),
-            aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
-            mag_slope=torch.empty_like(codes.gate),
-            aux_slope=None if aux == "off" else torch.empty_like(codes.gate),
-            # Zeros, for nothing is written about an auxiliary term that there is not.
-            row_sums=torch.zeros(len(x), N_ROW_SUMS, dtype=torch.float64, device=x.device),
-        )
+        decoded = undecoded(sae, codes, x)
         width = power_of_two(max(sae.d_in, 16))
         launch(
             decode_rows,
@@ -247,8 +238,8 @@ class Kernels(Loops):
             *decoded,
             sae.d_in,
             weight * 2 / len(x),
-            AUX=aux != "off",
-            UNFROZEN=aux == "unfrozen",
+            AUX=decoded.aux_slope is not None,
+            UNFROZEN=decoded.aux_error is not None,
             WIDTH=width,
             ENTRIES=_entries_at_once(width),
             num_warps=_warps(width),
@@ -306,9 +297,6 @@ class Kernels(Loops):
             ENTRIES=_entries_at_once(width),
             num_warps=_warps(width),
         )
-        error = decoded.error.sum(0)
-        if decoded.aux_error is not None:
-            error += decoded.aux_error.sum(0)
         return StepSums(
             W_dec=W_dec,
             # A program that wrote its column of W_enc would touch a cache line for each number.
@@ -317,7 +305,7 @@ class Kernels(Loops):
             dm_m=None if slope is None else dm_m,
             dg=None if l1_slope is None else dg,
             gate=None if l1_slope is None else gate,
-            error=error,
+            error=decoded.error_sum(),
             fired=fired,
             gate_open=gate_open,
         )

@@ -32,7 +32,7 @@ def available(device: torch.device, sae: nn.Module | None = None) -> str | None:
 
     Args:
         device: of the activations.
-        sae: asked about too, if given.
+        sae: its architecture and precision are checked too, if given.
     """
     return _device_refusal(device) or (None if sae is None else _sae_refusal(sae))
 

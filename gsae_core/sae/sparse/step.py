@@ -74,6 +74,23 @@ class Decoded(NamedTuple):
         """Return the mean over the batch of one of the row sums, in the precision of the error."""
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
+    def error_sum(self) -> Float[Tensor, " d_in"]:
+        """Return the sum over the batch of the errors that the dictionary learns from."""
+        total = self.error.sum(0)
+        return total if self.aux_error is None else total + self.aux_error.sum(0)
+
+
+def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Float[Tensor, "batch d_in"]) -> Decoded:
+    """Return room for what `Loops.decode` returns; zeros where nothing will be written."""
+    aux = sae.objective.aux
+    return Decoded(
+        error=torch.empty_like(x),
+        aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
+        mag_slope=torch.empty_like(codes.gate),
+        aux_slope=None if aux == "off" else torch.empty_like(codes.gate),
+        row_sums=torch.zeros(len(x), N_ROW_SUMS, dtype=torch.float64, device=x.device),
+    )
+
 
 class Loops:
     """What a device does of a step: here the loops compiled for a CPU.
@@ -138,14 +155,7 @@ class Loops:
             b_dec: what a reconstruction without entries is, in place of the SAE's own.
             weight: of the squared error in the loss; errors are scaled by 2 weight / B.
         """
-        aux = sae.objective.aux
-        decoded = Decoded(
-            error=torch.empty_like(x),
-            aux_error=torch.empty_like(x) if aux == "unfrozen" else None,
-            mag_slope=torch.empty_like(codes.magnitude),
-            aux_slope=None if aux == "off" else torch.empty_like(codes.gate),
-            row_sums=torch.empty(len(x), N_ROW_SUMS, dtype=torch.float64),
-        )
+        decoded = undecoded(sae, codes, x)
         bias = sae.b_dec if b_dec is None else b_dec
         arrays = [codes.row_offsets, codes.latent, codes.magnitude, codes.gate, sae.W_dec, bias, x]
         results = [
@@ -157,7 +167,7 @@ class Loops:
         ]
         inputs, outputs = map(numpy, arrays), [each.numpy() for each in results]
         scale = outputs[0].dtype.type(2 * weight / len(x))
-        arguments = (*inputs, scale, aux != "off", *outputs)
+        arguments = (*inputs, scale, decoded.aux_slope is not None, *outputs)
         over_rows(len(x), lambda first, last: loops.decode_rows(first, last, *arguments))
         return decoded
 
@@ -185,10 +195,8 @@ class Loops:
                 dg += decoded.aux_slope
             dh = dm + dg if slope is None else torch.addcmul(dg, dm, slope.take(latent))
         W_dec = weight_sums(entries, codes.magnitude, decoded.error)
-        error = decoded.error.sum(0)
         if decoded.aux_error is not None:
             weight_sums(entries, codes.gate, decoded.aux_error, add_to=W_dec)
-            error += decoded.aux_error.sum(0)
         return StepSums(
             W_dec=W_dec,
             W_enc=weight_sums(entries, dh, xc, columns=True),
@@ -196,7 +204,7 @@ class Loops:
             dm_m=None if slope is None else per_latent(entries, dm * codes.magnitude),
             dg=None if dg is None else per_latent(entries, dg),
             gate=None if dg is None else per_latent(entries, codes.gate),
-            error=error,
+            error=decoded.error_sum(),
             fired=per_latent(entries, fires),
             gate_open=entries.offsets.diff(),
         )
@@ -333,7 +341,7 @@ def _topk_step(
     n_entries = x.new_full((), codes.latent.numel(), dtype=torch.int64)
     active = Active(codes, by_latent(codes, sae.d_sae), n_entries)
     sums = engine.sums(sae, active, both, xc)
-    # What the dead latents are to explain is a constant: b_dec hears of it through xc alone.
+    # What the dead latents are to explain is a constant: it moves b_dec through xc alone.
     sums.error = decoded.error.sum(0)
     leave_gradients(sae, sums)
     parts = LossParts(
