@@ -438,6 +438,13 @@ def round_columns(first, last, W, rows, row_bits, half, off, length):
 
 
 @compiled
+def _may_exceed(bits, bound, above):
+    """Return whether a number within bound + |h| / 256 of a bfloat16 h may be above `above`."""
+    h = _bfloat16(bits)
+    return h + (bound + abs(h) * np.float32(1 / 256)) > above
+
+
+@compiled
 def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, ends):
     """Write where a bfloat16 h may stand for a number above `above`; return how many entries.
 
@@ -452,25 +459,18 @@ def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, en
         ends: (rows,), becomes the end of each row's entries.
     """
     n, whole = 0, h.shape[1] // BLOCK * BLOCK
-    relative = np.float32(1 / 256)
     for t in range(h.shape[0]):
         row, a, b = h[t], row_slack[t], row_slack_2[t]
         for start in range(0, whole, BLOCK):
             hits = 0
             for j in range(start, start + BLOCK):
-                value = _bfloat16(row[j])
-                bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
-                hits += value + bound > above[j]
+                hits += _may_exceed(row[j], a * slack[j] + b * slack_2[j], above[j])
             if hits:
                 for j in range(start, start + BLOCK):
-                    value = _bfloat16(row[j])
-                    bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
                     latent[n] = j
-                    n += value + bound > above[j]
+                    n += _may_exceed(row[j], a * slack[j] + b * slack_2[j], above[j])
         for j in range(whole, h.shape[1]):
-            value = _bfloat16(row[j])
-            bound = a * slack[j] + b * slack_2[j] + abs(value) * relative
-            if value + bound > above[j]:
+            if _may_exceed(row[j], a * slack[j] + b * slack_2[j], above[j]):
                 latent[n] = j
                 n += 1
         ends[t] = n
