@@ -12,6 +12,7 @@ from torch import Tensor
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, TopKSAE, has_fast_step
 from gsae_core.sae.base import SAE
 from gsae_core.sae.gpu import step as kernels
+from gsae_core.sae.gpu.launch import LaunchError
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
@@ -109,7 +110,7 @@ class Stepper:
             done = kernels.kernel_step(
                 sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
             )
-        except kernels.LaunchError as error:
+        except LaunchError as error:
             logger.warning("%s; every further step is a dense one", error)
             self._kernels = False
             return None

@@ -19,7 +19,7 @@ from gsae_core.analysis.features import loops as index_loops
 from gsae_core.analysis.features.files import NEAR_KEPT
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.metrics import sum_dtype
+from gsae_core.sae.metrics import ERROR_POWER, N_ROW_SUMS, sum_dtype
 from gsae_core.sae.sparse import loops
 from gsae_core.sae.sparse.codes import (
     Products,
@@ -285,7 +285,7 @@ def _errors(
         numpy, (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
     )
     error, toward = np.empty_like(rows), np.empty_like(f)
-    sums, x_sum = np.zeros((len(rows), loops.N_ROW_SUMS)), np.zeros(rows.shape[1])
+    sums, x_sum = np.zeros((len(rows), N_ROW_SUMS)), np.zeros(rows.shape[1])
     none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
 
     def decode(first: int, last: int) -> None:
@@ -294,8 +294,7 @@ def _errors(
 
     over_rows(len(rows), decode)
     loops.sum_columns(rows, x_sum)
-    kept = [loops.X_POWER, loops.X_HAT_POWER, loops.X_DOT_X_HAT, loops.ERROR_POWER]
-    return toward, x_sum, sums[:, kept].sum(0)
+    return toward, x_sum, sums[:, : ERROR_POWER + 1].sum(0)
 
 
 def _errors_by_torch(
