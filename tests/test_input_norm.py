@@ -368,7 +368,7 @@ def test_training_such_an_sae_is_refused() -> None:
     x = numbers(8, 6)
     for kind in KINDS:
         sae = normed(kind, "layer_norm").double().requires_grad_()
-        by_hand = [manual_dense_step] if kind in ("gated", "relu") else []
+        by_hand: list[Any] = [manual_dense_step] if kind in ("gated", "relu") else []
         for step in (loss, dense_step, sparse_step, *by_hand):
             with pytest.raises(InputError, match=REFUSED):
                 step(sae, x, sparsity_coeff=0.1)
