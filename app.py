@@ -12,7 +12,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.machine import machine
 from gsae_core.presets import preset
-from gsae_core.runs.plan.progress import progress
+from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, is_example, launch
 from gsae_core.text import WORSE, ago, count, is_worse_than_mean
 
@@ -127,7 +127,7 @@ def jobs() -> None:
                     # Asked by the whole page: a dialog of this part would go with its refresh.
                     st.session_state["home.to_cancel"] = run.id
                     st.rerun()
-            draw_progress(run, status, progress(status, cache.recent_metrics(run)), eta=True)
+            draw_progress(run, status, speed(status, cache.recent_metrics(run)), eta=True)
 
 
 def recent() -> None:

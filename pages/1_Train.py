@@ -98,7 +98,7 @@ def choose_base() -> Base:
         plain(f"{presets()[name].description}.", size=".875rem")
     else:
         base = Base(runs[chosen].config, run=runs[chosen].folder / "config.json")
-        plain(f"The settings of {chosen}. Unchanged, they give the same results.")
+        plain(f"The settings of {chosen}. Unchanged settings reproduce the same results.")
     if unknown := [run for run in asked.get("from", []) if run not in runs]:
         notice(f"Run {unknown[0][:80]} is not on this machine; showing {name}.", kind="warning")
     if state.get("train.filled") != base.id or "from" in asked:

@@ -35,7 +35,7 @@ from gsae_core.plots.live import (
 )
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.metrics_log import MetricsCursor
-from gsae_core.runs.plan.progress import progress
+from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import Run
 from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count
@@ -91,7 +91,7 @@ def names_of(one: Run) -> list[str]:
 def header(status: Status, table: pd.DataFrame) -> None:
     """Draw state, progress and speed."""
     newest = table.tail(10 * len(run.config.saes)).to_dict("records")
-    now = progress(status, newest)
+    now = speed(status, newest)
     with st.container(border=True):
         draw_timeline(run, status)
         draw_progress(run, status, now)

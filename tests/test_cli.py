@@ -42,7 +42,9 @@ def test_train_ends_with_a_table_a_headline_and_the_folder(
     assert lines[-3] == matched_ratio(run.evals()).sentence
     # 20 steps of 16 vectors.
     assert re.fullmatch(
-        r"320 tokens in \d+ s, [\d.]+( k)?/s on average; LM share \d+ %, SAE share \d+ %", lines[-2]
+        r"320 tokens in \d+ s, [\d.]+( k)?/s on average; "
+        r"time in language model \d+ %, in SAEs \d+ %",
+        lines[-2],
     )
     assert lines[-1] == f"the run is in {run.folder}"
     assert run.status.state == "finished"

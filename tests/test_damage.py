@@ -20,7 +20,7 @@ from gsae_core.cli.arguments import List
 from gsae_core.cli.report import list_lines
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import escalate_cancel
-from gsae_core.runs.plan.progress import progress, timeline
+from gsae_core.runs.plan.progress import speed, timeline
 from gsae_core.runs.resume import load_state
 from gsae_core.runs.run import Run, list_runs, unreadable_runs
 from gsae_core.runs.work.index import index_job, request
@@ -100,8 +100,8 @@ def readers(folder: Path) -> Iterator[Callable[[], Any]]:
     except InputError:
         return
     yield lambda: timeline(run.events(), run.status, now=time.time())
-    yield lambda: progress(run.status, run.metrics())
-    yield lambda: progress(run.status, run.recent_metrics())
+    yield lambda: speed(run.status, run.metrics())
+    yield lambda: speed(run.status, run.recent_metrics())
     yield lambda: evaluation_frame(run.evals())
     yield lambda: escalate_cancel(run)
     yield lambda: load_state(run.folder / "resume")

@@ -353,7 +353,7 @@ def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     ("state", "said"),
     [
         ("failed", "out of memory"),
-        ("lost", "process is gone"),
+        ("lost", "The process ended unexpectedly"),
         ("cancelled", "It was cancelled"),
     ],
 )

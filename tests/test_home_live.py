@@ -86,7 +86,11 @@ def test_a_run_that_was_made_and_not_started_can_be(
 
 @pytest.mark.parametrize(
     ("state", "said"),
-    [("failed", "make room"), ("lost", "The run was lost"), ("cancelled", "request from ada")],
+    [
+        ("failed", "make room"),
+        ("lost", "The run was lost"),
+        ("cancelled", "Cancelled by ada at step"),
+    ],
 )
 def test_a_run_that_stopped_says_why_shows_its_log_and_can_go_on(
     root: Path, state: str, said: str
@@ -137,7 +141,7 @@ def test_recent_speed_and_the_average_are_told_apart(root: Path) -> None:
     )
     # 6000 tokens in 60 s
     assert time_spent(rows) == [
-        "6 k tokens in 1 min, 100/s on average; LM share 50 %, SAE share 25 %"
+        "6 k tokens in 1 min, 100/s on average; time in language model 50 %, in SAEs 25 %"
     ]
 
 

@@ -298,7 +298,7 @@ def test_what_stopped_can_go_on_or_be_put_away(
 def test_a_process_that_is_gone_is_said_to_be(root: Path, hub: Hub) -> None:
     transfer = pull(root, hub)
     stands(transfer, "running", pid=2**22 - 1, process_started=time.time())
-    assert "Its process ended without an error message" in text(opened(HUB))
+    assert "The process ended unexpectedly" in text(opened(HUB))
 
 
 def test_a_finished_download_opens_its_run(root: Path, hub: Hub) -> None:

@@ -129,7 +129,7 @@ def test_a_download_that_was_asked_for_is_still_asked_for(older: Path) -> None:
     ("page", "parameters", "said"),
     [
         ("app.py", {}, "interrupted-jumprelu"),
-        ("pages/2_Live.py", {"run": "interrupted"}, "It stopped after step 7 of 12"),
+        ("pages/2_Live.py", {"run": "interrupted"}, "at step 7 of 12"),
         ("pages/3_Pareto.py", {"run": "finished"}, "finished: 60 held-out tokens"),
         ("pages/4_Shrinkage.py", {"run": "finished"}, "Gated, λ 0.3: 6 of 16 features fired"),
         (

@@ -4,14 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 from synthetic import config
 
 from gsae_core.lm.catalog import ModelShape, model_shape
 from gsae_core.machine import machine
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.plan.cost import Measured, operations, pace
-from gsae_core.runs.plan.progress import Phase, explain, progress, timeline
+from gsae_core.runs.plan.progress import Phase, speed, timeline
 from gsae_core.text import ago, count, duration, fixed, percent, signed_percent, unhidden
 
 
@@ -39,14 +38,14 @@ def test_what_cannot_be_seen_is_written_out() -> None:
 
 def test_time_left_is_steps_left_at_the_recent_speed() -> None:
     rows = [{"step": s, "tokens": 10 * s, "seconds": 0.5 * s} for s in (1, 1, 2, 3)]
-    now = progress(status(3, 11), rows)
+    now = speed(status(3, 11), rows)
     # Two steps took 1 s for 20 tokens: 0.5 s a step, 8 steps left.
     assert now == (3 / 11, 20.0, 4.0, None, None)
 
 
 def test_the_shares_are_of_all_seconds_so_far() -> None:
     row = {"step": 4, "tokens": 40, "seconds": 8.0, "seconds_lm": 2.0, "seconds_sae": 5.0}
-    now = progress(status(4, 8), [row])
+    now = speed(status(4, 8), [row])
     assert (now.lm_share, now.sae_share) == (0.25, 0.625)
 
 
@@ -94,7 +93,7 @@ def test_a_timeline_goes_on_while_the_run_does() -> None:
     ]
 
 
-def test_a_run_that_was_lost_trained_until_its_last_sign_of_life() -> None:
+def test_a_run_that_was_lost_trained_until_its_last_heartbeat() -> None:
     events = happened(("created", 0), ("started", 0), ("training", 5))
     lost = status(4, 8)._replace(state="lost", heartbeat=25.0)
     assert lengths(timeline(events, lost, now=1000.0))[2:] == [
@@ -111,25 +110,13 @@ def test_what_a_killed_process_did_since_nobody_knows_when_is_left_out() -> None
 
 
 def test_nothing_logged_yet_has_no_speed() -> None:
-    assert progress(status(0, 10), []) == (0.0, None, None, None, None)
-    assert progress(status(0, 0), []).share == 0.0
+    assert speed(status(0, 10), []) == (0.0, None, None, None, None)
+    assert speed(status(0, 0), []).share == 0.0
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        ("CUDA out of memory", "Train fewer SAEs at once, narrow them, or use a smaller batch."),
-        ("No space left on device", "Free some disk space, then resume: nothing is lost."),
-        ("the loss is nan", "Lower the learning rate, or lengthen its warm-up."),
-        ("expected 0 to 3, got 7", ""),
-    ],
-)
-def test_a_failure_comes_with_the_one_thing_to_change(error: str, advice: str) -> None:
-    assert explain(error) == (f"{error}.", advice)
-
-
-def test_a_failure_without_a_reason_points_at_the_log() -> None:
-    assert explain(None).advice == "The last lines of its log are below."
+def test_a_failure_is_its_error_as_a_sentence_and_without_one_points_at_the_log() -> None:
+    assert status(0, 1)._replace(error="expected 0 to 3, got 7").reason == "expected 0 to 3, got 7."
+    assert "its log" in status(0, 1).reason
 
 
 def test_the_width_of_each_site_is_read_from_the_folder(tmp_path: Path) -> None:

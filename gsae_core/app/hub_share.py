@@ -273,8 +273,8 @@ def _card(transfer: Transfer, status: Status) -> None:
             notice(status.error or "No reason was given.", title="It failed")
         elif status.state == "lost":
             notice(
-                "Its process ended without an error message: the machine restarted, or it was "
-                "killed. Resume continues from what was downloaded.",
+                "The process ended unexpectedly: the machine restarted, or it was killed. "
+                "Resume continues from what was downloaded.",
                 kind="warning",
             )
         if damaged := transfer.event_lines().damaged:

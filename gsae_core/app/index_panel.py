@@ -10,7 +10,6 @@ from gsae_core.app.parts import notice
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.runs.jobs.job import Job, Status, escalate_cancel
-from gsae_core.runs.plan.progress import explain
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import N_TOKENS, index_job, start_index
 from gsae_core.text import count, duration
@@ -174,13 +173,12 @@ def _trouble(run: Run, name: str) -> None:
         return
     status = job.status
     if status.state == "failed":
-        cause, advice = explain(status.error)
-        notice(f"{cause} {advice}", title=f"The index of {name} was not built")
+        notice(status.reason, title=f"The index of {name} was not built")
         lines = job.log_tail(12)
         if lines:
             st.code("\n".join(lines), language=None, height=160)
     elif status.state == "lost":
-        text = "Its process is gone; building goes on from its last shard."
+        text = "The process ended unexpectedly. Building goes on from its last shard."
         notice(text, kind="warning", title=f"The index of {name} is not finished")
     elif status.state == "cancelled":
         text = "It was cancelled; building goes on from its last shard."

@@ -13,7 +13,7 @@ from gsae_core.app.parts import figure_tools, notice, plain, seconds_since
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import line
-from gsae_core.runs.plan.progress import RECENT, Phase, Progress, explain, timeline
+from gsae_core.runs.plan.progress import RECENT, Phase, Speed, timeline
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     ago,
@@ -61,7 +61,7 @@ def _phase(phase: Phase) -> str:
     )
 
 
-def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False) -> None:
+def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) -> None:
     """Show the bar of the present stage, in numbers too.
 
     Args:
@@ -87,7 +87,7 @@ def draw_progress(run: Run, status: Status, now: Progress, *, eta: bool = False)
         st.progress(now.share, text=text)
 
 
-def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) -> None:
+def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> None:
     """Show how far and how fast."""
     cells = st.columns(5 if moving else 4)
     cells[0].metric(
@@ -125,21 +125,21 @@ def draw_numbers(status: Status, now: Progress, *, tokens: int, moving: bool) ->
 def draw_trouble(run: Run, status: Status) -> None:
     """Say why a run stopped early, what its log says, and what to change."""
     if status.state == "failed":
-        cause, advice = explain(status.error)
-        notice(f"{cause} {advice}", title="Training failed")
+        notice(status.reason, title="Training failed")
     elif status.state == "lost":
         notice(
-            "The process ended without an error message: the machine restarted, or it was killed, "
+            "The process ended unexpectedly: the machine restarted, or it was killed, "
             "often because memory ran out. Resume continues from the last saved state.",
             kind="warning",
             title="The run was lost",
         )
     elif status.state == "cancelled":
         who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
-        by = f" from {who[-1]}" if who and who[-1] else ""
+        name = who[-1] if who else ""
+        by = " by you" if name == "app" else f" by {name}" if name else ""
         notice(
-            f"It stopped after step {status.step:,} of {status.n_steps:,}, on request{by}. Resume "
-            "continues from there.",
+            f"Cancelled{by} at step {status.step:,} of {status.n_steps:,}. Resume continues "
+            "from there.",
             kind="info",
             title="The run was cancelled",
         )

@@ -234,8 +234,8 @@ def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     seconds = last["seconds"]
     return [
         f"{count(last['tokens'])} tokens in {duration(seconds)}, "
-        f"{count(last['tokens'] / seconds)}/s on average; LM share "
-        f"{percent(last['seconds_lm'] / seconds, 0)}, SAE share "
+        f"{count(last['tokens'] / seconds)}/s on average; time in language model "
+        f"{percent(last['seconds_lm'] / seconds, 0)}, in SAEs "
         f"{percent(last['seconds_sae'] / seconds, 0)}"
     ]
 

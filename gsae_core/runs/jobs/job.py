@@ -65,6 +65,12 @@ class Status(NamedTuple):
         return live_process(self.pid, self.process_started)
 
     @property
+    def reason(self) -> str:
+        """Why the run failed, as a sentence with its full stop."""
+        error = self.error or "the process gave no reason; the last lines of its log are below"
+        return error if error.endswith((".", "!", "?")) else f"{error}."
+
+    @property
     def expects_process(self) -> bool:
         """Whether a process should be there: the run is active, or waits in line."""
         return self.state in ACTIVE or (self.state == "queued" and self.pid is not None)

@@ -1,6 +1,5 @@
 """How far a run is and how long it still takes, from what it wrote so far."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,8 +8,8 @@ from gsae_core.runs.jobs.job import Status
 RECENT = 10  # logged steps that the speed is taken from: old ones say little about now
 
 
-class Progress(NamedTuple):
-    """Where a run stands."""
+class Speed(NamedTuple):
+    """How far a run is, and how fast."""
 
     share: float
     """Steps done over steps planned."""
@@ -28,8 +27,8 @@ class Progress(NamedTuple):
     """Share of all training seconds spent in the SAEs' steps."""
 
 
-def progress(status: Status, rows: Sequence[Mapping[str, Any]]) -> Progress:
-    """Return where a run stands.
+def speed(status: Status, rows: Sequence[Mapping[str, Any]]) -> Speed:
+    """Return how far a run is, and how fast.
 
     Args:
         rows: what `Run.metrics` returns, oldest first.
@@ -39,12 +38,12 @@ def progress(status: Status, rows: Sequence[Mapping[str, Any]]) -> Progress:
     recent = list(steps.values())[-RECENT:]
     shares = _shares(recent[-1]) if recent else (None, None)
     if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
-        return Progress(share, None, None, *shares)
+        return Speed(share, None, None, *shares)
     first, last = recent[0], recent[-1]
     seconds = last["seconds"] - first["seconds"]
     step_seconds = seconds / (last["step"] - first["step"])
     left = max(status.n_steps - status.step, 0) * step_seconds
-    return Progress(share, (last["tokens"] - first["tokens"]) / seconds, left, *shares)
+    return Speed(share, (last["tokens"] - first["tokens"]) / seconds, left, *shares)
 
 
 def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -99,7 +98,7 @@ def timeline(
         begins = _BEGINS.get(event["event"])
         if begins is None and event["event"] not in _ENDS:
             continue
-        # A process that died without a word said nothing of when: that stretch is left out.
+        # When a process died that could not say so is not known: that stretch is left out.
         if current is not None and not (event["event"] == "started" and current != "queued"):
             spent[current] = spent.get(current, 0.0) + event["time"] - since
         current, since = begins, event["time"]
@@ -126,41 +125,3 @@ def _mark(
     if [name] != last:
         return "done"
     return "stopped" if stopped else "done" if over else "now"
-
-
-class Failure(NamedTuple):
-    """Why a run failed and the one thing to change."""
-
-    cause: str
-    advice: str
-
-
-_ADVICE = (
-    (
-        r"out of memory|cannot allocate|MemoryError|enough memory|expected .* free memory",
-        "Train fewer SAEs at once, narrow them, or use a smaller batch.",
-    ),
-    (r"No space left|make room on the disk", "Free some disk space, then resume: nothing is lost."),
-    (r"expected finite activations", ""),  # it says itself what to change
-    (r"\bnan\b|\binf\b|not finite", "Lower the learning rate, or lengthen its warm-up."),
-    (
-        r"gated repo|accept|401|403",
-        "Accept the licence on the model's page, sign in with the Hub's command line, then resume.",
-    ),
-    (
-        r"offline|HF_HUB_OFFLINE|network|connection|resolve",
-        "Connect to the network, or give a local folder as the model or the data.",
-    ),
-)
-
-
-def explain(error: str | None) -> Failure:
-    """Return the headline cause and a suggested change, empty where the cause says it itself."""
-    if not error:
-        return Failure("The process gave no reason.", "The last lines of its log are below.")
-    cause = error if error.endswith((".", "!", "?")) else f"{error}."
-    for pattern, advice in _ADVICE:
-        if re.search(pattern, error, re.IGNORECASE):
-            said = advice.lower() in error.lower()
-            return Failure(cause, "" if said else advice)
-    return Failure(cause, "")
