@@ -12,11 +12,7 @@ class InputError(ValueError):
 
 What = Literal["model", "data set", "SAE"]
 
-OFFLINE_ADVICE: dict[What, str] = {
-    "model": "give a local model folder, or 'bundled' for the model that ships with the package",
-    "data set": "go online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file",
-    "SAE": "what is on this machine works without it: runs, imports from folders, exports",
-}
+OFFLINE = "No connection to the Hugging Face Hub. Local runs, imports and exports still work."
 
 
 @contextmanager
@@ -66,12 +62,8 @@ def hub_sentence(
     from huggingface_hub import errors
 
     chain = _chain(error)
-
-    def met(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(one, kinds) for one in chain)
-
-    page = {"model": "model's", "data set": "data set's", "SAE": "repository's"}[what]
-    by_kind = {
+    page = "repository's" if what == "SAE" else f"{what}'s"
+    told: dict[type[BaseException], str] = {
         errors.GatedRepoError: (
             f"expected access to {repo!r}, but its owner asks for an agreement first; accept it on "
             f"the {page} page and run `hf auth login`"
@@ -80,8 +72,8 @@ def hub_sentence(
             f"expected {repo!r} on the Hub, but it was disabled there; look for another copy"
         ),
         errors.RevisionNotFoundError: (
-            f"expected a branch, tag or commit of {repo!r}, got {revision!r}; look at the {page} "
-            "page for the revisions there are"
+            f"expected a branch, tag or commit of {repo!r}, got {revision!r}; look at the "
+            f"{page} page for the revisions there are"
         ),
         errors.RemoteEntryNotFoundError: (
             f"expected {file or 'the file'} in {repo!r}, found none there; list what there is: "
@@ -101,17 +93,25 @@ def hub_sentence(
             f"expected room on the disk for the files of {repo!r}, it is full; make room, or let "
             "HF_HOME name a folder on a larger disk, and start again: whole files stay"
         )
-    for kind, sentence in by_kind.items():
-        if met(kind):
+    for kind, sentence in told.items():
+        if _met(chain, kind):
             return sentence
     if (status := _status(chain)) is not None:
         return _refused(repo, status)
-    if met(errors.FileMetadataError):
+    if _met(chain, errors.FileMetadataError):
         return (
             f"expected a Hub to answer for {repo!r}, got something else; correct HF_ENDPOINT, the "
             "proxy or the firewall"
         )
-    return _unreached(repo, what, set_offline=met(errors.OfflineModeIsEnabled))
+    if what == "model":
+        return (
+            f"expected to download {repo!r} from the Hub, but we are offline and it is not in the "
+            "cache; give a local model folder, or 'bundled' for the model that ships with the "
+            "package"
+        )
+    if _met(chain, errors.OfflineModeIsEnabled):
+        return f"{OFFLINE} (HF_HUB_OFFLINE is set; unset it to reach {repo!r})"
+    return f"{OFFLINE} ({repo!r} was not reached; go online and try again)"
 
 
 def is_hub_trouble(error: BaseException) -> bool:
@@ -121,7 +121,7 @@ def is_hub_trouble(error: BaseException) -> bool:
 
     chain = _chain(error)
     kinds = (httpx2.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-    return _disk_full(chain) or any(isinstance(one, kinds) for one in chain)
+    return _disk_full(chain) or _met(chain, *kinds)
 
 
 def data_sentence(error: BaseException, name: str) -> str:
@@ -135,9 +135,7 @@ def data_sentence(error: BaseException, name: str) -> str:
 
     repository = name.partition(":")[0]
     chain = _chain(error)
-    if _disk_full(chain) or any(
-        isinstance(one, GatedRepoError | RevisionNotFoundError) for one in chain
-    ):
+    if _disk_full(chain) or _met(chain, GatedRepoError, RevisionNotFoundError):
         return hub_sentence(error, repository, what="data set")
     first = str(error).strip().partition("\n")[0]
     if isinstance(error, DatasetNotFoundError):
@@ -147,7 +145,7 @@ def data_sentence(error: BaseException, name: str) -> str:
         )
     return (
         f"expected to stream {name} from the Hub, got no connection ({first}): "
-        f"{OFFLINE_ADVICE['data set']}"
+        "go online, unset HF_HUB_OFFLINE, or use `stdlib` or a local file"
     )
 
 
@@ -156,25 +154,12 @@ def _disk_full(chain: list[BaseException]) -> bool:
     return any(isinstance(one, OSError) and one.errno in full for one in chain)
 
 
-def _unreached(repo: str, what: What, *, set_offline: bool) -> str:
-    if what == "model":
-        return (
-            f"expected to download {repo!r} from the Hub, but we are offline and it is not in the "
-            f"cache; {OFFLINE_ADVICE[what]}"
-        )
-    if set_offline:
-        return (
-            f"expected to reach the Hub for {repo!r}, but HF_HUB_OFFLINE is set; unset it to go "
-            f"online: {OFFLINE_ADVICE[what]}"
-        )
-    return (
-        f"expected to reach the Hub for {repo!r}, got no connection; go online and try again: "
-        f"{OFFLINE_ADVICE[what]}"
-    )
+def _met(chain: list[BaseException], *kinds: type[BaseException]) -> bool:
+    return any(isinstance(one, kinds) for one in chain)
 
 
 def _refused(repo: str, status: int) -> str:
-    by_status = {
+    told = {
         401: (
             f"expected a token that the Hub knows for {repo!r}, it refused ours; run "
             "`hf auth login` again, or correct HF_TOKEN"
@@ -193,7 +178,7 @@ def _refused(repo: str, status: int) -> str:
     otherwise = (
         f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
     )
-    return by_status.get(status, otherwise)
+    return told.get(status, otherwise)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -172,8 +172,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     """An empty Hub on loopback that huggingface_hub's client, and processes started here, ask."""
     from huggingface_hub import constants
 
-    from gsae_core.checkpoints import download
-
     home = tmp_path_factory.mktemp("hf-home")
     with serving_hub() as hub:
         # The library reads its environment when it is imported, which it was.
@@ -185,7 +183,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
-        monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr("gsae_core.checkpoints.hub.PAUSE_SECONDS", 0.0)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)

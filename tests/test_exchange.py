@@ -12,7 +12,7 @@ from app_pages import PAGES, opened, text
 from safetensors.torch import save_file
 
 from gsae_core.checkpoints.checkpoint import load_sae
-from gsae_core.checkpoints.formats.found import hub_name
+from gsae_core.checkpoints.formats.libraries import hub_name
 from gsae_core.cli import main
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe, validated
 from gsae_core.errors import InputError

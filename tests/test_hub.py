@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub
 
-from gsae_core.checkpoints import download
-from gsae_core.checkpoints.download import fetching
+from gsae_core.checkpoints import hub as hub_module
 from gsae_core.checkpoints.hub import (
     Address,
     HubFile,
     choose,
     describe,
+    fetching,
     find_on_hub,
     look,
     one_sae,
@@ -218,8 +218,8 @@ def test_a_token_that_the_hub_does_not_know_is_a_sentence_without_it(
 def test_offline_by_choice_is_a_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert refusal("ada/saes") == (
-        "expected to reach the Hub for 'ada/saes', but HF_HUB_OFFLINE is set; unset it to go "
-        "online: what is on this machine works without it: runs, imports from folders, exports"
+        "No connection to the Hugging Face Hub. Local runs, imports and exports still work. "
+        "(HF_HUB_OFFLINE is set; unset it to reach 'ada/saes')"
     )
     assert hub.seen == []
 
@@ -228,8 +228,8 @@ def test_a_hub_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch, hub: 
     # Nobody listens on port 1.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
     assert refusal("ada/saes") == (
-        "expected to reach the Hub for 'ada/saes', got no connection; go online and try again: "
-        "what is on this machine works without it: runs, imports from folders, exports"
+        "No connection to the Hugging Face Hub. Local runs, imports and exports still work. "
+        "('ada/saes' was not reached; go online and try again)"
     )
 
 
@@ -334,7 +334,7 @@ def test_too_small_a_disk_is_told_before_a_byte_comes(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("ada/saes", SAE)
-    monkeypatch.setattr(download, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(hub_module, "free_bytes", lambda path: 1000)
     with pytest.raises(
         InputError, match=r"expected 262\.2 kB free for the download in .*, found 1\.0 kB"
     ):

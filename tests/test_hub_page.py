@@ -14,7 +14,7 @@ from synthetic import config, write_run
 
 from gsae_core.app import hub_find, hub_share
 from gsae_core.checkpoints import catalog
-from gsae_core.checkpoints.catalog import Release, Wanted, ranged, releases, search
+from gsae_core.checkpoints.catalog import Release, ranged, releases, search
 from gsae_core.checkpoints.hub import Facts, look, one_sae, parse_address
 from gsae_core.config import sweep
 from gsae_core.runs.jobs import job as process
@@ -410,20 +410,20 @@ def test_every_release_is_complete_enough_to_be_found() -> None:
 
 
 def test_the_gated_release_is_found_by_word_layer_architecture_and_width() -> None:
-    (release,) = search(Wanted("pythia-70m", layer=3, architecture="gated", width=4096))
+    (release,) = search("pythia-70m", layer=3, architecture="gated", width=4096)
     assert release.repo == "canrager/lm_sae"
     assert release.prefix == "pythia70m_sweep_gated_ctx128_0730"
-    assert search(Wanted("pythia-70m", layer=5, architecture="gated")) == []
+    assert search("pythia-70m", layer=5, architecture="gated") == []
 
 
 def test_an_l0_finds_what_reaches_it_and_nothing_that_states_none() -> None:
-    found = search(Wanted("gemma-scope-2b-pt-res", l0=71))
+    found = search("gemma-scope-2b-pt-res", l0=71)
     assert [release.repo for release in found] == ["google/gemma-scope-2b-pt-res"]
-    assert not search(Wanted("lm_sae", l0=71))
+    assert not search("lm_sae", l0=71)
 
 
 def test_what_is_not_on_the_hub_says_where_it_is() -> None:
-    (release,) = search(Wanted("OpenAI v5", width=32768, architecture="topk", layer=0))[-1:]
+    (release,) = search("OpenAI v5", width=32768, architecture="topk", layer=0)[-1:]
     assert release.repo is None
     assert str(release.where).startswith("az://openaipublic/")
     assert "Azure" in str(release.note)
@@ -432,7 +432,7 @@ def test_what_is_not_on_the_hub_says_where_it_is() -> None:
 def test_a_picked_release_fills_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
     state: dict[str, object] = {}
     monkeypatch.setattr(hub_find.st, "session_state", state)
-    (gated,) = search(Wanted("pythia-70m", architecture="gated"))
+    (gated,) = search("pythia-70m", architecture="gated")
     hub_find.choose_release(gated)
     assert state["repo"] == "canrager/lm_sae:pythia70m_sweep_gated_ctx128_0730"
     hub_find.choose_release(Release(title="t", layout="openai", model="m", where="az://x"))

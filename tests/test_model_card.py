@@ -163,18 +163,17 @@ def test_hostile_names_do_nothing_in_a_card(root: Path) -> None:
 def test_the_figure_places_l0_by_its_logarithm_and_rings_what_is_sent() -> None:
     rows = [row("a", 10, 0.8), row("b", 100, 0.9), row("c", 1000, 0.95, "relu")]
     root = ElementTree.fromstring(pareto_svg(rows, chosen=["b"], title="run"))
-    marks = {
-        mark.find(f"{SVG}title").text.split(":")[0]: mark  # pyright: ignore
-        for mark in root.iter()
-        if mark.find(f"{SVG}title") is not None and "mark" in mark.get("class", "")
-    }
-    assert set(marks) == {"a", "b", "c"}
-    a, b = (float(marks[name].get("cx", "nan")) for name in "ab")
-    # c's diamond: its first corner is above its middle.
-    c = float(marks["c"].get("points", "").split(",")[0])
-    assert b - a == pytest.approx(c - b, abs=0.2)
-    (ring,) = [mark for mark in root.iter() if mark.get("class") == "ring"]
-    assert (ring.get("cx"), ring.get("cy")) == (marks["b"].get("cx"), marks["b"].get("cy"))
+    marks = {mark.get("aria-label", "").split(": L0")[0]: mark for mark in root.iter(f"{SVG}path")}
+    (a, _), b, (c, _) = (place(marks[name]) for name in "abc")
+    assert b[0] - a == pytest.approx(c - b[0], abs=0.2)
+    assert place(marks["ring: b"]) == b
+    assert not {"ring: a", "ring: c"} & marks.keys()
+    assert marks["a"].get("fill") == marks["b"].get("fill") != marks["c"].get("fill")
+
+
+def place(mark: ElementTree.Element) -> tuple[float, float]:
+    x, y = re.findall(r"[\d.]+", mark.get("transform", ""))
+    return float(x), float(y)
 
 
 def test_a_figure_of_nothing_measured_is_refused() -> None:

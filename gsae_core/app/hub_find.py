@@ -10,17 +10,16 @@ import streamlit as st
 from gsae_core.app.parts import facts, key_for, notice, plain
 from gsae_core.checkpoints.catalog import (
     Release,
-    Wanted,
     architectures,
     ranged,
     releases,
     search,
     widths,
 )
-from gsae_core.checkpoints.formats.found import FORMATS
+from gsae_core.checkpoints.formats.libraries import FORMATS
 from gsae_core.checkpoints.hub import Facts, HubSAE, Repository, describe, look, parse_address
 from gsae_core.config import SITES
-from gsae_core.errors import InputError
+from gsae_core.errors import OFFLINE, InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.work.transfer import ask, free_name, new_run_folder, plan_pull, run_name
@@ -35,8 +34,8 @@ def offline() -> bool:
     if not constants.HF_HUB_OFFLINE:
         return False
     notice(
-        "HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue, runs, imports "
-        "from folders and exports still work.",
+        f"{OFFLINE} HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue can be "
+        "searched.",
         kind="info",
         title="Offline",
     )
@@ -230,10 +229,8 @@ def _place(found: Repository, sae: HubSAE, told: Facts) -> dict[str, Any]:
 def catalogue() -> None:
     """Draw the search over public releases; a chosen row fills the repository's field."""
     words, layer, kind, width, l0 = st.columns([4, 1.5, 2.5, 2, 1.5])
-    wanted = Wanted(
-        words=words.text_input(
-            "Model or words", key="hub.find", placeholder="gemma-2-2b resid_post"
-        ),
+    found = search(
+        words.text_input("Model or words", key="hub.find", placeholder="gemma-2-2b resid_post"),
         layer=layer.number_input("Layer", 0, 200, None, key="hub.find_layer", placeholder="any"),
         architecture=kind.selectbox(
             "Architecture", architectures(), index=None, key="hub.find_arch", placeholder="any"
@@ -248,7 +245,6 @@ def catalogue() -> None:
         ),
         l0=l0.number_input("L0 near", 1.0, 5000.0, None, 1.0, key="hub.find_l0", placeholder="any"),
     )
-    found = search(wanted)
     if not found:
         notice(
             "No release matches all fields. Leave a field empty: a release is not found by what it "

@@ -13,7 +13,7 @@ import streamlit as st
 from gsae_core.app import shell
 from gsae_core.app.controls import confirm_delete
 from gsae_core.app.parts import key_for, notice, plain, seconds_since, state_badge
-from gsae_core.checkpoints.formats.found import EXPORTS, Export
+from gsae_core.checkpoints.formats.libraries import EXPORTS, Export
 from gsae_core.errors import InputError
 from gsae_core.files import left_out, readable
 from gsae_core.runs.jobs import job as process

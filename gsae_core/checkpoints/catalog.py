@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -62,19 +62,6 @@ class Release(Config):
         return starts.pop() if len(starts) == 1 else ""
 
 
-class Wanted(NamedTuple):
-    """What one looks for; None and "" for anything."""
-
-    words: str = ""
-    """In titles, models, repositories, sites and notes: all of them."""
-
-    layer: int | None = None
-    architecture: str | None = None
-    width: int | None = None
-    l0: float | int | None = None
-    """Latents per token that the release reaches."""
-
-
 @functools.cache
 def releases() -> tuple[Release, ...]:
     """Return the catalogue."""
@@ -87,35 +74,41 @@ def releases() -> tuple[Release, ...]:
     return tuple(Release.model_validate(entry) for entry in entries)
 
 
-def search(wanted: Wanted) -> list[Release]:
-    """Return the releases that fit, in the catalogue's order.
+def search(
+    words: str = "",
+    *,
+    layer: int | None = None,
+    architecture: str | None = None,
+    width: int | None = None,
+    l0: float | int | None = None,
+) -> list[Release]:
+    """Return the releases that fit, in the catalogue's order; None and "" fit everything.
 
     A release that does not state what is asked for is left out: it may or may not have it.
+
+    Args:
+        words: in titles, models, repositories, sites and architectures: all of them.
+        layer: block number.
+        architecture: as the catalogue names it.
+        width: latents.
+        l0: latents per token that the release reaches.
     """
-    return [release for release in releases() if _fits(release, wanted)]
+    asked = re.split(r"[\s,]+", words.lower().strip())
 
+    def fits(release: Release) -> bool:
+        names = [release.title, release.model, release.layout, *release.sae_lens]
+        maybe = [release.repo or "", release.site or "", release.architecture or ""]
+        text = " ".join(names + maybe).lower()
+        low, high = release.l0 or (1.0, 0.0)
+        return (
+            all(word in text for word in asked)
+            and (layer is None or layer in release.layers)
+            and (architecture is None or architecture == release.architecture)
+            and (width is None or width in release.widths)
+            and (l0 is None or low <= l0 <= high)
+        )
 
-def _fits(release: Release, wanted: Wanted) -> bool:
-    text = " ".join(
-        [
-            release.title,
-            release.model,
-            release.repo or "",
-            release.site or "",
-            release.architecture or "",
-            release.layout,
-            *release.sae_lens,
-        ]
-    ).lower()
-    words = re.split(r"[\s,]+", wanted.words.lower().strip())
-    low, high = release.l0 or (1.0, 0.0)
-    return (
-        all(word in text for word in words)
-        and (wanted.layer is None or wanted.layer in release.layers)
-        and (wanted.architecture is None or wanted.architecture == release.architecture)
-        and (wanted.width is None or wanted.width in release.widths)
-        and (wanted.l0 is None or low <= wanted.l0 <= high)
-    )
+    return [release for release in releases() if fits(release)]
 
 
 def architectures() -> list[str]:

@@ -1,7 +1,10 @@
-"""SAEs on disk, in SAELens 6's layout.
+"""SAEs on disk, in SAELens 6's layout: `load_sae(folder)` and `save_sae(sae, folder)`.
 
-An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations, and says under
-`normalize_activations` if it normalises each token itself. Names of tensors:
+    folder/cfg.json                   architecture, widths, and `metadata`: where it came from
+    folder/sae_weights.safetensors    its tensors
+
+It takes raw activations, and says under `normalize_activations` if it normalises each token
+itself. Names of tensors:
 
 | ours     | `gated`  | others   |
 |----------|----------|----------|
@@ -11,6 +14,7 @@ An SAE is `cfg.json` and `sae_weights.safetensors`; it takes raw activations, an
 A `topk` config holds `k` as well. `threshold` of a `jumprelu` SAE is float32 in any file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.files import read_sae_cfg, replace_durably, sha256, write_json
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
@@ -33,10 +38,49 @@ SAE_LENS_VERSION = "6.54.12"
 
 # What SAELens' loader cannot build; our own reader takes it.
 UNTIED = "gated_untied"
-NAMES = {"relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk"}
-KNOWN = ("gated", "standard", "jumprelu", "topk", UNTIED)
+ARCHITECTURES: dict[str, Architecture] = {
+    "gated": "gated",
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    UNTIED: "gated",
+}
 
 FORBIDDEN_SIBLING = "activation_scaler.json"
+
+
+def load_sae(folder: Path | str) -> SAE:
+    """Return the SAE in a folder, ours or SAELens 6's, on the CPU in float32.
+
+    Raises:
+        InputError: if a file is missing, damaged, or describes an SAE that this package has not.
+    """
+    folder = Path(folder)
+    cfg = read_cfg(folder)
+    _check_cfg(folder, cfg)
+    tensors = _read_weights(folder, cfg)
+    metadata = cfg.get("metadata") or {}
+    if cfg["architecture"] == UNTIED:
+        metadata |= {"tie": "untied"}
+    if metadata.get("tie") == "none":
+        tensors.pop("r_mag", None)
+    sae = empty_sae(
+        ARCHITECTURES[cfg["architecture"]],
+        cfg["d_in"],
+        cfg["d_sae"],
+        recipe=metadata.get("recipe") or recipe_of(tensors.get("W_dec", torch.eye(1))),
+        k=cfg.get("k"),
+        settings=metadata,
+    )
+    _check_tensors(folder, sae, tensors)
+    fill_(sae, tensors)
+    normalisation = cfg.get("normalize_activations", "none")
+    sae.input_norm = None if normalisation == "none" else normalisation
+    if not cfg.get("apply_b_dec_to_input", True):
+        shift_input_(sae, sae.b_dec)
+    if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
+        take_norms_into_encoder_(sae)
+    return sae
 
 
 def save_sae(
@@ -55,6 +99,9 @@ def save_sae(
         InputError: if the disk is full or the folder cannot be written.
     """
     dtype = dtype or sae.W_dec.dtype
+    name = next(name for name, ours in ARCHITECTURES.items() if ours == sae.architecture)
+    if isinstance(sae, GatedSAE) and sae.tie == "untied":
+        name = UNTIED
     tensors = {
         name: tensor.to(torch.float32 if name == "threshold" else dtype)
         for name, tensor in _tensors(sae).items()
@@ -65,7 +112,7 @@ def save_sae(
     write_json(
         folder / "cfg.json",
         {
-            "architecture": _name(sae),
+            "architecture": name,
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "dtype": str(dtype).removeprefix("torch."),
@@ -81,10 +128,6 @@ def save_sae(
             | {"weights_sha256": sha256(folder / WEIGHTS)},
         },
     )
-
-
-def _name(sae: SAE) -> str:
-    return UNTIED if isinstance(sae, GatedSAE) and sae.tie == "untied" else NAMES[sae.architecture]
 
 
 @torch.no_grad()
@@ -112,72 +155,51 @@ def _settings(sae: SAE) -> dict[str, Any]:
     return settings
 
 
-def load_sae(folder: Path | str) -> SAE:
-    """Return the SAE in a folder, ours or SAELens 6's, on the CPU in float32.
-
-    Raises:
-        InputError: if a file is missing, damaged, or describes an SAE that this package has not.
-    """
-    folder = Path(folder)
-    cfg = read_cfg(folder)
-    _check_cfg(folder, cfg)
-    tensors = _read_weights(folder, cfg)
-    metadata = cfg.get("metadata") or {}
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    # A recipe says how to go on training; a file that names none has norms that tell.
-    norms = tensors["W_dec"].norm(dim=1) if "W_dec" in tensors else torch.ones(1)
-    recipe = metadata.get("recipe") or ("P" if (norms - 1).abs().max() < 1e-4 else "A")
-    match cfg["architecture"]:
-        case "standard":
-            sae: SAE = ReluSAE(d_in, d_sae, recipe=recipe)
+def empty_sae(
+    architecture: Architecture,
+    d_in: int,
+    d_sae: int,
+    *,
+    recipe: Recipe,
+    k: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> SAE:
+    """Return an SAE to be filled, with the settings that training would go on with."""
+    settings = settings or {}
+    match architecture:
+        case "relu":
+            return ReluSAE(d_in, d_sae, recipe=recipe)
         case "jumprelu":
-            sae = JumpReluSAE(
+            # Earlier versions wrote both in the units of x, and had no unit.
+            unit = settings.get("threshold_unit", 1.0 if "bandwidth" in settings else None)
+            return JumpReluSAE(
                 d_in,
                 d_sae,
-                init_threshold=metadata.get("init_threshold", INIT_THRESHOLD),
-                bandwidth=metadata.get("bandwidth", BANDWIDTH),
-                # Earlier versions wrote both in the units of x, and had no unit.
-                threshold_unit=metadata.get(
-                    "threshold_unit", 1.0 if "bandwidth" in metadata else None
-                ),
+                init_threshold=settings.get("init_threshold", INIT_THRESHOLD),
+                bandwidth=settings.get("bandwidth", BANDWIDTH),
+                threshold_unit=unit,
             )
         case "topk":
-            sae = TopKSAE(d_in, d_sae, k=_k(folder, cfg), k_aux=metadata.get("k_aux"))
-        case _:
-            tie = "untied" if cfg["architecture"] == UNTIED else metadata.get("tie", "r_mag")
-            if tie == "none":
-                tensors.pop("r_mag", None)
-            sae = GatedSAE(
+            assert k is not None  # callers have checked it
+            return TopKSAE(d_in, d_sae, k=k, k_aux=settings.get("k_aux"))
+        case "gated":
+            return GatedSAE(
                 d_in,
                 d_sae,
                 recipe=recipe,
-                tie=tie,
-                aux=metadata.get("aux"),
-                detach_b_dec=metadata.get("detach_b_dec", False),
+                tie=settings.get("tie", "r_mag"),
+                aux=settings.get("aux"),
+                detach_b_dec=settings.get("detach_b_dec", False),
             )
-    _check_tensors(folder, sae, tensors)
-    _fill_(sae, tensors)
-    said = cfg.get("normalize_activations", "none")
-    sae.input_norm = None if said == "none" else said
-    if not cfg.get("apply_b_dec_to_input", True):
-        centre_input_(sae)
-    if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
-        take_norms_into_encoder_(sae)
-    return sae
 
 
-def _k(folder: Path, cfg: dict[str, Any]) -> int:
-    k, d_sae = cfg.get("k"), cfg["d_sae"]
-    if not (isinstance(k, int) and 1 <= k <= d_sae):
-        raise InputError(
-            f"expected a k from 1 to d_sae={d_sae} in {folder / 'cfg.json'}, as a topk SAE has, "
-            f"got {k!r}"
-        )
-    return k
+def recipe_of(W_dec: Tensor) -> Recipe:
+    """Return how to go on training an SAE whose file does not say: its norms tell."""
+    return "P" if (W_dec.norm(dim=1) - 1).abs().max() < 1e-4 else "A"
 
 
-def _fill_(sae: SAE, tensors: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into the SAE, which has their shapes."""
+def fill_(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors, under its names, into an SAE of their shapes."""
     state = dict(tensors)
     if isinstance(sae, GatedSAE):
         state["W_gate"] = state.pop("W_enc")
@@ -207,9 +229,10 @@ def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
             f"expected {', '.join(missing)} in {folder / 'cfg.json'}, found only "
             f"{', '.join(cfg) or 'an empty object'}"
         )
-    if cfg["architecture"] not in KNOWN:
+    if cfg["architecture"] not in ARCHITECTURES:
+        *known, last = ARCHITECTURES
         raise InputError(
-            f"expected architecture {', '.join(KNOWN[:-1])} or {KNOWN[-1]} in "
+            f"expected architecture {', '.join(known)} or {last} in "
             f"{folder / 'cfg.json'}, got {cfg['architecture']!r}"
         )
     normalisation = cfg.get("normalize_activations", "none")
@@ -218,6 +241,12 @@ def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
             f"expected an SAE that takes raw activations, got one in {folder} whose input "
             f"normalisation is not folded into its weights (normalize_activations "
             f"{normalisation!r}); save its final, folded form"
+        )
+    k, d_sae = cfg.get("k"), cfg["d_sae"]
+    if cfg["architecture"] == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
+        raise InputError(
+            f"expected a k from 1 to d_sae={d_sae} in {folder / 'cfg.json'}, as a topk SAE has, "
+            f"got {k!r}"
         )
 
 
@@ -259,17 +288,12 @@ def _shapes(tensors: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def centre_input_(sae: SAE) -> None:
-    """Make an SAE that was written for uncentred input right for `x - b_dec`, in place.
+def shift_input_(sae: SAE, by: Float[Tensor, " d_in"]) -> None:
+    """Make the encoder read its input plus `by`, in place: biases take up by @ W.
 
+    By b_dec, an SAE that was written for uncentred input is right for `x - b_dec`, as
     x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
     """
-    shift_input_(sae, sae.b_dec)
-
-
-@torch.no_grad()
-def shift_input_(sae: SAE, by: Float[Tensor, " d_in"]) -> None:
-    """Make the encoder read its input plus `by`, in place: biases take up by @ W."""
     if isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE):
         sae.b_enc.add_(by @ sae.W_enc)
         return

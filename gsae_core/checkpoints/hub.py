@@ -1,25 +1,32 @@
-"""Look at a repository on the Hub: which SAEs it holds and how large they are; nothing is kept.
+"""SAEs on the Hub: which ones a repository holds, and their files in a folder of this machine.
 
     look(parse_address("google/gemma-scope-2b-pt-res:layer_12/width_16k")) -> Repository
+    fetching(repo, commit, files, folder)
 
 Every answer names the commit it is of, and all that is fetched later is fetched from that commit.
 Tokens are huggingface_hub's business alone: the environment's or the login's, never seen here.
 """
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from gsae_core.checkpoints.formats.found import FORMATS, Format
+from gsae_core.checkpoints.formats.libraries import FORMATS, LIBRARIES, Format, Library, mapping
 from gsae_core.errors import InputError, hub_answers
+from gsae_core.files import free_bytes, readable, sync, writing
 
 LARGEST_CONFIG = 2**20
-CONFIGS = (".json",)
 
 
-class HubFile(NamedTuple):
+@dataclass(frozen=True)
+class HubFile:
     """A file of a repository, with what proves that a download of it is whole."""
 
     path: str
@@ -30,38 +37,6 @@ class HubFile(NamedTuple):
     blob_id: str
     """SHA-1 of git's blob: of the content, or of the pointer to a large file."""
 
-
-class Layout(NamedTuple):
-    """How one library names its files."""
-
-    format: Format
-    weights: str
-    """Pattern of the file's name."""
-
-    config: str | None
-    """Name of the file that must stand beside it."""
-
-    beside: tuple[str, ...] = ()
-    """Files that are fetched too where they are, beside every JSON file."""
-
-    config_above: bool = False
-    """Whether the config stands a folder higher."""
-
-
-LAYOUTS = (
-    Layout(
-        "sae_lens",
-        r"sae_weights\.safetensors",
-        "cfg.json",
-        ("activation_whitening.safetensors", "feature_stats.safetensors"),
-    ),
-    Layout("sparsify", r"sae\.safetensors", "cfg.json"),
-    Layout("dictionary_learning", r"ae\.pt", "config.json"),
-    Layout("gemma_scope", r"params\.npz", None),
-    Layout("gemma_scope_2", r"params\.safetensors", None),
-    Layout("batch_topk", r"sae\.pt", "config.json"),
-    Layout("llama_scope", r"final\.safetensors", "hyperparams.json", config_above=True),
-)
 
 # A single file of these kinds may hold an SAE under a name that tells nothing.
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
@@ -106,46 +81,41 @@ def check_path(path: str) -> str:
     return path
 
 
-def find_on_hub(files: Sequence[HubFile]) -> list[HubSAE]:
-    """Return the SAEs whose file names fit a layout, by path."""
-    by_folder: dict[str, dict[str, HubFile]] = {}
+def find_on_hub(files: Iterable[HubFile]) -> list[HubSAE]:
+    """Return the SAEs whose files are named as a library names them, by path."""
+    folders = _by_folder(files)
+    found = [
+        _fits(format_, library, folder, folders)
+        for folder in sorted(folders)
+        for format_, library in LIBRARIES.items()
+        if library.weights in folders[folder]
+    ]
+    return [sae for sae in found if sae is not None]
+
+
+def _by_folder(files: Iterable[HubFile]) -> dict[str, dict[str, HubFile]]:
+    folders: dict[str, dict[str, HubFile]] = {}
     for file in files:
         folder, _, name = file.path.rpartition("/")
-        by_folder.setdefault(folder, {})[name] = file
-    found = []
-    for folder, names in sorted(by_folder.items()):
-        for layout in LAYOUTS:
-            sae = _fits(layout, folder, names, by_folder)
-            if sae is not None:
-                found.append(sae)
-    return found
+        folders.setdefault(folder, {})[name] = file
+    return folders
 
 
 def _fits(
-    layout: Layout, folder: str, names: dict[str, HubFile], all_: dict[str, dict[str, HubFile]]
+    format_: Format, library: Library, folder: str, folders: Mapping[str, Mapping[str, HubFile]]
 ) -> HubSAE | None:
-    weights = next((file for name, file in names.items() if _is(layout, name)), None)
-    if weights is None:
+    names = folders[folder]
+    where = folder.rpartition("/")[0] if library.config_above else folder
+    beside = folders.get(where, {})
+    if library.config and library.config not in beside:
         return None
-    where = folder
-    if layout.config_above:
-        where = folder.rpartition("/")[0]
-    if layout.config is not None and layout.config not in all_.get(where, {}):
-        return None
-    beside = [*_configs(all_.get(where, {})), *(names[n] for n in layout.beside if n in names)]
-    return HubSAE(where, layout.format, (weights, *beside))
+    more = (names[name] for name in library.beside if name in names)
+    return HubSAE(where, format_, (names[library.weights], *_configs(beside), *more))
 
 
-def _is(layout: Layout, name: str) -> bool:
-    return re.fullmatch(layout.weights, name) is not None
-
-
-def _configs(names: dict[str, HubFile]) -> Iterable[HubFile]:
-    return (
-        file
-        for name, file in sorted(names.items())
-        if name.endswith(CONFIGS) and file.n_bytes <= LARGEST_CONFIG
-    )
+def _configs(names: Mapping[str, HubFile]) -> list[HubFile]:
+    small = (name for name in sorted(names) if names[name].n_bytes <= LARGEST_CONFIG)
+    return [names[name] for name in small if name.endswith(".json")]
 
 
 def choose(files: Sequence[HubFile], path: str) -> list[HubSAE]:
@@ -165,9 +135,8 @@ def choose(files: Sequence[HubFile], path: str) -> list[HubSAE]:
     named = next((file for file in files if file.path == path), None)
     if below or named is None or PurePosixPath(path).suffix not in WEIGHTS:
         return below
-    folder = path.rpartition("/")[0]
-    names = {f.path.rpartition("/")[2]: f for f in files if f.path.rpartition("/")[0] == folder}
-    return [HubSAE(path, None, (named, *_configs(names)))]
+    beside = _by_folder(files)[path.rpartition("/")[0]]
+    return [HubSAE(path, None, (named, *_configs(beside)))]
 
 
 MOST_FILES = 50_000
@@ -263,7 +232,9 @@ def look(address: Address) -> Repository:
         files = []
         for entry in entries:
             if isinstance(entry, RepoFile):
-                files.append(_file(entry))
+                large = entry.lfs
+                size, digest = (large.size, large.sha256) if large else (entry.size, None)
+                files.append(HubFile(entry.path, size, digest, entry.blob_id))
             if len(files) > MOST_FILES:
                 raise InputError(
                     f"expected at most {MOST_FILES:,} files in {address.repo}, found more; this is "
@@ -279,12 +250,6 @@ def look(address: Address) -> Repository:
         private=bool(info.private),
         license=None if card is None else _text(card.get("license")),
     )
-
-
-def _file(entry: Any) -> HubFile:
-    if entry.lfs is None:
-        return HubFile(entry.path, entry.size, None, entry.blob_id)
-    return HubFile(entry.path, entry.lfs.size, entry.lfs.sha256, entry.blob_id)
 
 
 def _text(value: object) -> str | None:
@@ -322,7 +287,10 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
     config: dict[str, Any] = {}
     for file in sae.files[1:]:
         if file.path.endswith(".json") and file.n_bytes <= LARGEST_CONFIG:
-            config |= _flat(_small_json(repository, file))
+            read = _small_json(repository, file)
+            for inner in ("metadata", "buffer", "trainer"):
+                config |= mapping(read, inner)
+            config |= read
     d_in, d_sae = _whole(config, "d_in", "activation_dim"), _whole(config, "d_sae", "dict_size")
     if sae.files[0].path.endswith(".safetensors") and (d_in is None or d_sae is None):
         d_in, d_sae = _widths(repository, sae.files[0].path)
@@ -350,15 +318,6 @@ def _small_json(repository: Repository, file: HubFile) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with what `metadata`, `trainer` and `buffer` hold beside its own keys."""
-    inner: dict[str, Any] = {}
-    for name in ("metadata", "buffer", "trainer"):
-        if isinstance(config.get(name), dict):
-            inner |= config[name]
-    return inner | config
-
-
 def _widths(repository: Repository, path: str) -> tuple[int | None, int | None]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
@@ -383,3 +342,148 @@ def _first(config: dict[str, Any], *keys: str) -> str | None:
 def _whole(config: dict[str, Any], *keys: str) -> int | None:
     values = (config.get(key) for key in keys)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+# Downloads. The library's own begins a file anew in every process and checks its size alone. This
+# one keeps what came (`.NAME.part`), asks for the rest by range, and believes no file before its
+# hash.
+
+# How often a connection that brings nothing new is taken up again, and after which pause.
+TRIES = 5
+PAUSE_SECONDS = 1.0
+
+
+def fetching(repo: str, commit: str, files: Sequence[HubFile], folder: Path) -> Iterator[int]:
+    """Fetch what is missing; yield how many bytes are here after each piece that came.
+
+    Closed early, it leaves what came, and the next call goes on from there.
+
+    Args:
+        repo: on the Hub.
+        commit: all files are of it.
+        files: each ends at its own path below `folder`.
+
+    Raises:
+        InputError: one sentence; what came stays.
+    """
+    for file in files:
+        check_path(file.path)
+    needed = sum(file.n_bytes - _here(folder / file.path, file) for file in files)
+    if needed > (free := free_bytes(folder)):
+        raise InputError(
+            f"expected {readable(needed)} free for the download in {folder}, found "
+            f"{readable(free)}; make room on the disk and start it again"
+        )
+    before = 0
+    for file in files:
+        target = folder / file.path
+        if not _is_whole(target, file):
+            with writing(target, file.n_bytes):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = _part(target)
+                for size in _filling(repo, commit, file, part):
+                    yield before + size
+                _check(part, file, repo)
+                sync(part)
+                os.replace(part, target)
+        before += file.n_bytes
+        yield before
+
+
+def _filling(repo: str, commit: str, file: HubFile, part: Path) -> Iterator[int]:
+    """Append to a partial file until it has its size; yield the size so far."""
+    import httpx2
+
+    part.touch()
+    tries = TRIES
+    with hub_answers(repo, what="SAE", revision=commit, file=file.path):
+        while (have := part.stat().st_size) < file.n_bytes:
+            broken: Exception | None = None
+            try:
+                yield from _pieces(repo, commit, file, part)
+            except httpx2.TransportError as error:
+                broken = error
+            now = part.stat().st_size
+            tries = TRIES if now > have else tries - 1
+            if tries == 0:
+                if now == 0 and broken is not None:
+                    raise broken
+                raise InputError(
+                    f"expected {readable(file.n_bytes)} of {file.path} in {repo!r}, the connection "
+                    f"broke after {readable(now)}; start it again to go on from there"
+                ) from broken
+            if now < file.n_bytes:
+                time.sleep(PAUSE_SECONDS)
+
+
+def _pieces(repo: str, commit: str, file: HubFile, part: Path) -> Iterator[int]:
+    """Append what one connection brings."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    url = hf_hub_url(repo, file.path, revision=commit)
+    # Asked anew each time: the storage's addresses are signed and expire.
+    location = get_hf_file_metadata(url, library_name="gsae_core").location
+    headers = build_hf_headers(library_name="gsae_core") | {"Accept-Encoding": "identity"}
+    same_host = urlsplit(url)[:2] == urlsplit(location)[:2]
+    if not same_host and urlsplit(location).hostname not in constants.HF_URL_HOSTS:
+        headers.pop("authorization", None)  # A token is the Hub's alone.
+    have = part.stat().st_size
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with http_stream_backoff(
+        "GET",
+        location,
+        headers=headers,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),
+    ) as answer:
+        hf_raise_for_status(answer)
+        # A server may take no notice of the range and send everything again.
+        with part.open("ab" if answer.status_code == 206 else "wb") as out:
+            for piece in answer.iter_bytes():
+                if out.tell() + len(piece) > file.n_bytes:
+                    part.unlink()
+                    raise InputError(
+                        f"expected {file.n_bytes} bytes of {file.path} in {repo!r}, as its listing "
+                        "says, got more; pull it again, and if that fails tell its owner"
+                    )
+                out.write(piece)
+                yield out.tell()
+
+
+def _check(part: Path, file: HubFile, repo: str) -> None:
+    """Compare a file's hash with the Hub's; throw a damaged one away."""
+    with part.open("rb") as opened:
+        if file.sha256 is not None:
+            kind, wanted, digest = "SHA-256", file.sha256, hashlib.file_digest(opened, "sha256")
+        else:
+            # Git names a file by the SHA-1 of its size and content.
+            start = hashlib.sha1(f"blob {file.n_bytes}\0".encode(), usedforsecurity=False)
+            kind, wanted = "git's SHA-1", file.blob_id
+            digest = hashlib.file_digest(opened, lambda: start)
+    found = digest.hexdigest()
+    if found == wanted:
+        return
+    part.unlink()
+    raise InputError(
+        f"expected {file.path} of {repo!r} with {kind} {wanted[:12]}..., got {found[:12]}...; it "
+        "was damaged on its way and is thrown away: pull it again"
+    )
+
+
+def _here(target: Path, file: HubFile) -> int:
+    """Return how much of a file is here, whole or in part."""
+    if _is_whole(target, file):
+        return file.n_bytes
+    part = _part(target)
+    return min(part.stat().st_size, file.n_bytes) if part.exists() else 0
+
+
+def _is_whole(target: Path, file: HubFile) -> bool:
+    # Put in place only once its hash was right; an empty one never has to come.
+    return target.is_file() and target.stat().st_size == file.n_bytes
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")

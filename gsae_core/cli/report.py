@@ -6,7 +6,7 @@ from typing import Any
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.checkpoints.formats.detect import find_saes
-from gsae_core.checkpoints.formats.found import Place
+from gsae_core.checkpoints.formats.libraries import HookPoint
 from gsae_core.checkpoints.hub import Repository
 from gsae_core.cli.arguments import PROGRAM, ExportSAE, Import, List
 from gsae_core.config import ModelConfig, validated
@@ -186,7 +186,7 @@ def _saes_of(run: Run) -> list[str]:
     ]
 
 
-def _place(place: Place) -> str:
+def _place(place: HookPoint) -> str:
     known = [place.model, None if place.layer is None else f"layer {place.layer}", place.site]
     return " ".join(part for part in known if part) or place.hook_name or "–"
 

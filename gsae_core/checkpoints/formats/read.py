@@ -1,42 +1,50 @@
-"""Files -> an SAE of ours that computes the same, and a record of how that was known."""
+"""Files -> an SAE of ours that computes the same, and a record of how that was known.
 
+A function a library says what its file means; `build` turns that into our numbers:
+
+    input centred or not        x @ W + b = (x - b_dec) @ W + (b + b_dec @ W)
+    input scaled by s or not    f(s x) with W s, and x_hat / s with W_dec / s and b_dec / s
+    input whitened or not       f((x - m) M) with M @ W, and x_hat M^-1 + m likewise
+    latents scaled on the way   (c f) @ W_dec = f @ (c W_dec)
+
+Each is the same function in other numbers, so an SAE reads as well here as where it comes from. A
+file whose library normalises token by token stays so: no other numbers would do the same.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.checkpoints.checkpoint import load_sae
-from gsae_core.checkpoints.formats import libraries
-from gsae_core.checkpoints.formats.detect import SIGNATURES, config_of, detect, find_saes
-from gsae_core.checkpoints.formats.found import Found, Provenance
-from gsae_core.checkpoints.formats.parts import as_float32, build, load_values, number
+from gsae_core.checkpoints.checkpoint import (
+    empty_sae,
+    fill_,
+    load_sae,
+    recipe_of,
+    shift_input_,
+    take_norms_into_encoder_,
+)
+from gsae_core.checkpoints.formats.containers import contents_of, load_values, read_object
+from gsae_core.checkpoints.formats.detect import config_of, detect, find_saes
+from gsae_core.checkpoints.formats.libraries import (
+    SIGNATURES,
+    Format,
+    FoundSAE,
+    Provenance,
+    mapping,
+)
+from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.files import sha256
 from gsae_core.sae.architectures import GatedSAE, TopKSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, InputNorm
 from gsae_core.sae.jumprelu import JumpReluSAE
-
-READERS = {
-    "sae_lens": libraries.read_sae_lens,
-    "sae_lens_legacy": libraries.read_sae_lens,
-    "dictionary_learning": libraries.read_dictionary_learning,
-    "sae_bench": libraries.read_bench,
-    "sparsify": libraries.read_sparsify,
-    "gemma_scope": libraries.read_gemma_scope,
-    "gemma_scope_2": libraries.read_gemma_scope,
-    "llama_scope": libraries.read_llama_scope,
-    "openai": libraries.read_openai,
-    "batch_topk": libraries.read_batch_topk,
-}
-NEEDED = {
-    "sae_lens": libraries.SAE_LENS_NEEDED,
-    "sae_lens_legacy": libraries.SAE_LENS_NEEDED,
-    "sparsify": libraries.SPARSIFY_NEEDED,
-    "batch_topk": libraries.BATCH_TOPK_NEEDED,
-    "llama_scope": "its threshold",
-}
-COUNTS = {"k", "group_sizes", "stats_last_nonzero"}
 
 
 class Foreign(NamedTuple):
@@ -51,7 +59,7 @@ def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
 
     Args:
         path: of the weights, or the folder around them.
-        name: which one, where the folder holds several: a `Found.name`.
+        name: which one, where the folder holds several: a `FoundSAE.name`.
 
     Raises:
         InputError: one sentence, if there is none, several, or none that can be read exactly.
@@ -66,51 +74,80 @@ def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
     raise InputError(f"expected one of the SAEs in {path} ({names}), got {name!r}")
 
 
-def read_found(found: Found) -> Foreign:
+def read_found(found: FoundSAE) -> Foreign:
     """Return the SAE that was found.
 
     Raises:
         InputError: if its files are damaged or contradict each other, or it computes what no SAE
             here does.
     """
-    config = config_of(found, needed=NEEDED.get(found.format, ""))
+    config = config_of(found)
     if found.format == "gsae_core":
-        return _ours(found, config)
-    values = load_values(found.weights, _names(found))
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    counts = {name: tensors.pop(name) for name in COUNTS & tensors.keys()}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    tensors = as_float32(tensors, found.weights)
-    plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    _refuse_if_missing(found, tensors, counts)
-    with torch.no_grad():
-        parts = READERS[found.format](found, tensors | counts, config | plain)
-        sae = build(parts, found.weights)
-    assumed = [*parts.assumed, *_about_numbers(dtypes, sae)]
-    return Foreign(sae, _provenance(found, assumed, sparsity=parts.sparsity, l0=parts.l0))
-
-
-def _ours(found: Found, config: dict[str, Any]) -> Foreign:
-    sae = load_sae(found.weights.parent)
-    metadata = config.get("metadata") or {}
-    source = _provenance(found, [], sparsity=number(metadata, "sparsity"), l0=None)
+        sae, weights = load_sae(found.weights.parent), None
+        sparsity, l0, assumed = number(mapping(config, "metadata"), "sparsity"), None, []
+    else:
+        tensors, values = _tensors_and_values(found)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        with torch.no_grad():
+            tensors = _in_our_names(as_float32(tensors, found.weights))
+            weights = READERS[found.format](found, tensors, config | values)
+            sae = build(weights, found.weights)
+        sparsity, l0 = weights.sparsity, weights.l0
+        assumed = [*weights.assumed, *_about_numbers(dtypes, sae)]
+    source = Provenance(
+        format=found.format,
+        library=found.library,
+        architecture=found.architecture,
+        place=found.place,
+        files=tuple((file.name, sha256(file)) for file in found.files),
+        assumed=tuple(assumed),
+        sparsity=sparsity,
+        l0=l0,
+    )
     return Foreign(sae, source)
 
 
-def _names(found: Found) -> set[str]:
-    same = [s for s in SIGNATURES if s.format == found.format.removesuffix("_legacy")]
-    return {name for signature in same for name in signature.required | signature.optional}
-
-
-def _refuse_if_missing(found: Found, tensors: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
-    """Check that one of the format's SAEs is complete: a pickle's names may be other things."""
-    names = tensors.keys() | counts.keys()
-    same = [s for s in SIGNATURES if s.format == found.format.removesuffix("_legacy")]
-    if not any(signature.required <= names for signature in same):
+def _tensors_and_values(found: FoundSAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a file's weights, and what else it holds of an SAE: counts and plain values."""
+    format_ = "sae_lens" if found.format == "sae_lens_legacy" else found.format
+    signatures = [signature for signature in SIGNATURES if signature.format == format_]
+    held = load_values(found.weights, {name for s in signatures for name in s.known})
+    # A pickle's names were told without its values, and may be other things.
+    names = {n for n, v in held.items() if isinstance(v, Tensor)}
+    if not any(signature.required <= names for signature in signatures):
         raise InputError(
             f"expected the tensors of a {found.library} SAE in {found.weights}, found "
             f"{', '.join(sorted(names)) or 'none'}"
         )
+    weights = names - {"k", "group_sizes", "stats_last_nonzero"}
+    tensors = {name: held[name] for name in held if name in weights}
+    return tensors, {name: value for name, value in held.items() if name not in weights}
+
+
+# Of every library; those of `nn.Linear`s are transposed as well.
+OUR_NAMES = {
+    "w_enc": "W_enc",
+    "w_dec": "W_dec",
+    "encoder.weight": "W_enc",
+    "decoder.weight": "W_dec",
+    "encoder.bias": "b_enc",
+    "latent_bias": "b_enc",
+    "decoder.bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "pre_bias": "b_dec",
+    "bias": "b_dec",
+    "gate_bias": "b_gate",
+    "mag_bias": "b_mag",
+}
+
+
+def _in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        OUR_NAMES.get(name, name): tensor.T
+        if name.endswith(".weight") and tensor.ndim == 2
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _about_numbers(dtypes: set[torch.dtype], sae: SAE) -> list[str]:
@@ -129,16 +166,560 @@ def _about_numbers(dtypes: set[torch.dtype], sae: SAE) -> list[str]:
     return said
 
 
-def _provenance(
-    found: Found, assumed: list[str], *, sparsity: float | None, l0: float | None
-) -> Provenance:
-    return Provenance(
-        format=found.format,
-        library=found.library,
-        architecture=found.architecture,
-        place=found.place,
-        files=tuple((file.name, sha256(file)) for file in found.files),
-        assumed=tuple(assumed),
-        sparsity=sparsity,
-        l0=l0,
+SAME_K = "The k largest of relu(z) are those of the k largest z."
+ALL_HAVE = ("W_enc", "W_dec", "b_dec")
+BIASES: dict[Architecture, tuple[str, ...]] = {
+    "gated": ("b_gate", "b_mag", "r_mag"),
+    "relu": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "topk": ("b_enc",),
+}
+
+
+class Whitening(NamedTuple):
+    """What a file's encoder reads in place of x, (x - mean) @ matrix, and what leads back."""
+
+    mean: Float[Tensor, " d_in"]
+    matrix: Float[Tensor, "d_in d_in"]
+    inverse: Float[Tensor, "d_in d_in"]
+    """Back by z @ inverse + mean."""
+
+
+@dataclass
+class Weights:
+    """What a file holds, and how it means it."""
+
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    """`W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
+    `threshold` may be one number for all latents."""
+
+    centred: bool
+    """Whether the file's encoder reads x - b_dec."""
+
+    k: int | None = None
+    scale: float = 1.0
+    """What activations are multiplied by before they reach the file's encoder."""
+
+    input_norm: InputNorm | None = None
+    """How the library normalises each token, before all else."""
+
+    whitening: Whitening | None = None
+    """An affine map that activations go through before they reach the file's encoder."""
+
+    latents_by_norm: bool = False
+    """Whether TopK ranks and reports latents times the norms of their directions."""
+
+    assumed: list[str] = field(default_factory=list)
+    sparsity: float | None = None
+    l0: float | None = None
+
+    def count_(self, k: int | None) -> None:
+        """Note how many latents a token may have, which is also its sparsity."""
+        self.k, self.sparsity = k, None if k is None else float(k)
+
+
+@torch.no_grad()
+def build(weights: Weights, path: Path) -> SAE:
+    """Return the SAE that computes what the file's own library computes, on raw activations.
+
+    Raises:
+        InputError: if shapes do not agree with each other.
+    """
+    tensors, d_in, d_sae = _checked(weights, path)
+    if weights.scale != 1.0:
+        # As SAELens folds it: latents keep the numbers they have in the file's own units.
+        tensors["W_enc"] = tensors["W_enc"] * weights.scale
+        tensors["W_dec"] = tensors["W_dec"] / weights.scale
+        tensors["b_dec"] = tensors["b_dec"] / weights.scale
+    W_dec = tensors["W_dec"].double()
+    if weights.whitening is not None:
+        W_dec = W_dec @ weights.whitening.inverse.double()
+    sae = empty_sae(weights.architecture, d_in, d_sae, recipe=recipe_of(W_dec), k=weights.k)
+    fill_(sae, tensors)
+    sae.input_norm = weights.input_norm
+    if weights.input_norm is not None:
+        weights.assumed.append(
+            f"Takes raw activations and normalises each token itself ({weights.input_norm}), which "
+            "is undone on its reconstruction; latents count in normalised units."
+        )
+    if not weights.centred:
+        shift_input_(sae, sae.b_dec)
+        weights.assumed.append(
+            "The encoder reads x, not x - b_dec; b_dec @ W_enc is added to the encoder's bias, "
+            "which is the same function."
+        )
+    if weights.latents_by_norm and isinstance(sae, TopKSAE):
+        take_norms_into_encoder_(sae)
+        weights.assumed.append("Latents compete by size times the norm of their direction; folded.")
+    if weights.whitening is not None:
+        fold_whitening_(sae, weights.whitening)
+    return sae
+
+
+@torch.no_grad()
+def fold_whitening_(sae: SAE, whitening: Whitening) -> None:
+    """Turn an SAE of whitened activations into the same one for raw `x`, in place.
+
+    In double precision, and right also where `inverse` is the inverse but nearly: biases take what
+    b_dec loses on its way out and in again.
+    """
+    mean, matrix, inverse = (each.double() for each in whitening)
+    b_dec = sae.b_dec.double() @ inverse
+    shift_input_(sae, (b_dec @ matrix - sae.b_dec).to(sae.b_dec))
+    for name, W in sae.named_parameters():
+        if name in ("W_enc", "W_gate", "W_mag"):
+            W.copy_(matrix @ W.double())
+    sae.W_dec.copy_(sae.W_dec.double() @ inverse)
+    sae.b_dec.copy_(b_dec + mean)
+
+
+def _checked(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int, int]:
+    """Return the tensors with agreeing shapes, and the widths they agree on."""
+    tensors, W_dec = dict(weights.tensors), weights.tensors["W_dec"]
+    if W_dec.ndim != 2 or 0 in W_dec.shape:
+        raise InputError(
+            f"expected a decoder with an axis of latents and one of activations in {path}, found "
+            f"shape {list(W_dec.shape)}"
+        )
+    d_sae, d_in = W_dec.shape
+    threshold = tensors.get("threshold")
+    if weights.architecture == "jumprelu" and threshold is not None and threshold.ndim == 0:
+        tensors["threshold"] = threshold.expand(d_sae)
+        weights.assumed.append("One threshold serves every latent.")
+    expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    expected |= dict.fromkeys(BIASES[weights.architecture], (d_sae,))
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(
+                f"expected {name} in {path} for a {weights.architecture} SAE, found "
+                f"{', '.join(sorted(tensors))}"
+            )
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(
+                f"expected {name} of shape {list(shape)} in {path}, as its decoder of "
+                f"{d_sae} latents over {d_in} activations asks, found {list(tensors[name].shape)}"
+            )
+    if weights.architecture == "topk" and (weights.k is None or not 1 <= weights.k <= d_sae):
+        raise InputError(
+            f"expected a k from 1 to d_sae={d_sae} for the TopK SAE in {path}, found {weights.k}"
+        )
+    return {name: tensors[name] for name in expected}, d_in, d_sae
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def as_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return floating-point tensors in float32.
+
+    Raises:
+        InputError: if one holds no floating-point numbers, or a NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(
+                f"expected floating-point numbers in {name!r} of {path}, found {tensor.dtype}"
+            )
+        # A sum is NaN or infinite where an entry is, and takes no memory of the tensor's size.
+        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise InputError(
+                f"expected finite numbers in {name!r} of {path}, found a NaN or an infinity; the "
+                "SAE did not survive its training or its copying"
+            )
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def one_of(config: Mapping[str, Any], key: str, choices: Mapping[Any, Any], path: Path) -> Any:
+    """Return what `choices` has for a config's value; a missing key is None.
+
+    Raises:
+        InputError: if the value is none of the choices.
+    """
+    value = config.get(key)
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        known = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise InputError(
+            f"expected {key} to be one of {known} in {path}, found {str(value)[:80]!r}; an SAE "
+            "with another one computes what no SAE here can"
+        ) from None
+
+
+def number(config: Mapping[str, Any], key: str) -> float | None:
+    """Return the positive finite number under a key; None where there is none."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # A whole number of JSON may be longer than any float.
+    return float(value) if 0 < value < 1e300 else None
+
+
+def whole(value: Any) -> int | None:
+    """Return a number or a tensor of one entry as an int; None for anything else."""
+    try:
+        # A tensor of one whole number, or the number.
+        found = value.item() if hasattr(value, "item") else value
+    except RuntimeError:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None
+    return int(found) if math.isfinite(found) and found == math.floor(found) else None
+
+
+# SAELens, 6 and older: some files are not folded, and some are folded wrongly.
+
+SCALER = "activation_scaler.json"
+MEAN_NORM = "expected_average_only_in"
+WHITENER = "activation_whitening.safetensors"
+WHITENING = "covariance_whitening"
+SAE_LENS_ARCHITECTURES: dict[Any, Architecture] = {
+    None: "relu",
+    "standard": "relu",
+    "gated": "gated",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+}
+
+
+def _read_sae_lens(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+    path = found.config or found.weights
+    architecture: Architecture = one_of(config, "architecture", SAE_LENS_ARCHITECTURES, path)
+    key = "activation_fn_str" if "activation_fn_str" in config else "activation_fn"
+    if one_of(config, key, {None: "relu", "relu": "relu", "topk": "topk"}, path) == "topk":
+        # 5 and older: a standard SAE whose activation function is TopK.
+        architecture = "topk"
+    metadata = mapping(config, "metadata")
+    weights = Weights(
+        architecture,
+        {name: t for name, t in tensors.items() if name in (*ALL_HAVE, *BIASES[architecture])},
+        centred=bool(config.get("apply_b_dec_to_input", True)),
+        latents_by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        l0=number(metadata, "l0"),
+        sparsity=number(config, "l1_coefficient")
+        or number(mapping(metadata, "training_architecture_details"), "l1_coefficient"),
     )
+    _normalise_(weights, found, config)
+    if weights.centred and "apply_b_dec_to_input" not in config:
+        weights.assumed.append("The config does not say so: the encoder reads x - b_dec.")
+    k = config.get("k", mapping(config, "activation_fn_kwargs").get("k"))
+    if architecture == "topk":
+        weights.count_(whole(k))
+    if weights.scale != 1.0:
+        weights.assumed.append(
+            f"A checkpoint from the middle of training: its scale of {weights.scale:.6g} lay "
+            f"beside it in {SCALER} and is folded into the weights."
+        )
+    used = bool(config.get("finetuning_scaling_factor"))
+    _take_scaling_factor_(weights, tensors.get("scaling_factor"), used, found)
+    if found.format == "sae_lens_legacy" and architecture == "gated":
+        _refuse_if_folded_wrongly(tensors, config, found)
+    return weights
+
+
+def _normalise_(weights: Weights, found: FoundSAE, config: dict[str, Any]) -> None:
+    """Say what activations go through first: nothing, where it is folded into the weights."""
+    said = config.get("normalize_activations")
+    # 5 and older wrote a bool: true is scaling by the mean norm.
+    said = MEAN_NORM if said is True else said or "none"
+    known = ("none", MEAN_NORM, WHITENING, *get_args(InputNorm))
+    beside = found.weights.with_name(SCALER)
+    scaler = read_object(beside) if beside.is_file() else {}
+    factor = number(scaler, "scaling_factor")
+    if said not in known:
+        raise InputError(
+            f"expected normalize_activations to be one of {', '.join(known)} for {found.weights}, "
+            f"found {str(said)[:40]!r}; export its folded form, if it has one"
+        )
+    if (said == WHITENING) != bool(scaler.get("has_whitening")):
+        raise InputError(
+            f"expected has_whitening in {SCALER} beside {found.weights} where "
+            f"normalize_activations is {WHITENING!r} and only there, found "
+            f"{scaler.get('has_whitening')!r} and {said!r}; copy the whole checkpoint again"
+        )
+    if (said == MEAN_NORM) != (factor is not None):
+        beside_it = f"{SCALER} of {factor:g}" if factor is not None else f"no {SCALER}"
+        raise InputError(
+            f"expected normalize_activations and {SCALER} to agree beside {found.weights}, found "
+            f"{said!r} and {beside_it}; the scale of its activations is not known"
+        )
+    weights.scale = factor or 1.0
+    weights.input_norm = next((norm for norm in get_args(InputNorm) if norm == said), None)
+    if said == WHITENING:
+        weights.whitening = _whitening(found, d_in=weights.tensors["b_dec"].numel())
+        weights.assumed.append(
+            f"A checkpoint from the middle of training: the whitening in {WHITENER} is folded into "
+            "the weights."
+        )
+
+
+def _whitening(found: FoundSAE, *, d_in: int) -> Whitening:
+    path = found.weights.with_name(WHITENER)
+    shapes = {"mean": [d_in], "matrix": [d_in, d_in], "inverse_matrix": [d_in, d_in]}
+    held = contents_of(path) if path.is_file() else None
+    readable = held is not None and held.kind == "safetensors"
+    tensors = load_values(path, shapes) if readable else {}
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        there = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(tensors.items()))
+        raise InputError(
+            f"expected mean, matrix and inverse_matrix for {d_in} activations in {path}, found "
+            f"{there or 'none'}; copy the whole checkpoint again"
+        )
+    as_float32(tensors, path)  # refuses what is not a finite number
+    return Whitening(tensors["mean"], tensors["matrix"], tensors["inverse_matrix"])
+
+
+def _take_scaling_factor_(
+    weights: Weights, factors: Tensor | None, used: bool, found: FoundSAE
+) -> None:
+    """Fold a factor for each latent, learnt after training, into its direction."""
+    if factors is None or bool((factors == 1).all()):
+        return
+    if not used:
+        raise InputError(
+            f"expected finetuning_scaling_factor to be true for the scaling_factor in "
+            f"{found.weights}, found it false or missing; whether it applies is not known"
+        )
+    if factors.shape != weights.tensors["W_dec"].shape[:1]:
+        raise InputError(
+            f"expected a scaling_factor for each latent in {found.weights}, found shape "
+            f"{list(factors.shape)}"
+        )
+    weights.tensors["W_dec"] = weights.tensors["W_dec"] * factors[:, None]
+    weights.assumed.append(
+        "A factor for each latent, learnt after training, is folded into its direction; latents "
+        "are those before it."
+    )
+
+
+def _refuse_if_folded_wrongly(
+    tensors: dict[str, Tensor], config: dict[str, Any], found: FoundSAE
+) -> None:
+    """Refuse a Gated SAE of 5 or older whose decoder norms were folded before it was saved.
+
+    Folding there multiplied r_mag, a logarithm, by the norms, which are one afterwards and lost.
+    Where r_mag is zero that did nothing, and where norms were one in training as well.
+    """
+    norms = tensors["W_dec"].norm(dim=-1)
+    folded = bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-4))
+    if folded and bool((tensors["r_mag"] != 0).any()) and not config.get("normalize_sae_decoder"):
+        raise InputError(
+            f"expected r_mag as it was trained in {found.weights}, found a Gated SAE of SAELens 5 "
+            "or older with unit norms, whose folding multiplied r_mag by the norms and lost them; "
+            "use the file from before fold_W_dec_norm, or set normalize_sae_decoder to true in its "
+            "config if it was trained at unit norm"
+        )
+
+
+# dictionary_learning and SAEBench
+
+BY_TOKEN = {"AutoEncoderTopK", "topk"}
+BY_BATCH = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE", "batch_topk", "matryoshka_batch_topk"}
+UNCENTRED = {"JumpReluAutoEncoder", "AutoEncoderNew"}
+
+
+def _read_dictionary_learning(
+    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> Weights:
+    trainer = mapping(config, "trainer")
+    k = whole(config.get("k", trainer.get("k")))
+    centred = found.architecture not in UNCENTRED
+    weights = Weights("relu", tensors, centred=centred, sparsity=number(trainer, "l1_penalty"))
+    if "b_gate" in tensors:
+        weights.architecture = "gated"
+    elif k is not None:
+        _read_topk_(weights, found, k)
+    elif "threshold" in tensors:
+        weights.architecture = "jumprelu"
+        weights.sparsity = number(trainer, "sparsity_penalty")
+    weights.assumed.append(
+        "Takes raw activations, as all of SAEBench's do."
+        if found.format == "sae_bench"
+        else "Takes raw activations: the library folds its normalisation into the biases and "
+        "records no factor."
+    )
+    return weights
+
+
+def _read_topk_(weights: Weights, found: FoundSAE, k: int) -> None:
+    """Tell TopK, which counts within a token, from BatchTopK, which has a threshold by then.
+
+    Both store k and a threshold, and their names are the same.
+    """
+    weights.count_(k)
+    if found.architecture in BY_TOKEN or "threshold" not in weights.tensors:
+        weights.architecture = "topk"
+        weights.assumed.append(SAME_K)
+        return
+    if found.architecture not in BY_BATCH or found.config is None:
+        raise InputError(
+            f"expected a config.json beside {found.weights} that says TopK or BatchTopK, whose "
+            "tensors have the same names, found none; copy it too"
+        )
+    weights.architecture = "jumprelu"
+    weights.assumed.append(
+        "BatchTopK at inference is a JumpReLU SAE with one threshold, kept while training."
+    )
+    if bool((weights.tensors["threshold"] < 0).any()):
+        weights.assumed.append(
+            "The threshold is negative: it was never set, and every positive latent fires."
+        )
+
+
+def _read_gemma_scope(
+    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> Weights:
+    """Read either release."""
+    if "affine_skip_connection" in tensors or config.get("hf_hook_point_out"):
+        raise InputError(
+            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
+            "activations than it reads; take the release's SAEs (res, mlp or att)"
+        )
+    if tensors["W_dec"].ndim == 3:
+        raise InputError(
+            f"expected an SAE in {found.weights}, found a cross-layer transcoder, whose decoder "
+            "has an axis of layers"
+        )
+    if "architecture" in config:
+        one_of(config, "architecture", {"jump_relu": "jumprelu"}, found.config or found.weights)
+    factors = tensors.get("scaling_factor")
+    if factors is not None and bool((factors != 1).any()):
+        raise InputError(
+            f"expected a scaling_factor of ones in {found.weights}, found others, which the "
+            "release does not explain"
+        )
+    stated = re.search(r"average_l0_(\d{1,6})", found.weights.as_posix())
+    weights = Weights("jumprelu", tensors, centred=False, l0=float(stated[1]) if stated else None)
+    weights.assumed.append("Takes raw activations: the release has folded its normalisation.")
+    if found.format == "gemma_scope" and "embedding" in found.weights.absolute().parts:
+        # Trained on embeddings divided by sqrt(d_model), where the model multiplies by it.
+        root = math.sqrt(tensors["W_dec"].shape[-1])
+        weights.tensors |= {"W_enc": tensors["W_enc"] / root, "W_dec": tensors["W_dec"] * root}
+        weights.assumed.append("An SAE of the embeddings: its weights are scaled by sqrt(d_in).")
+    return weights
+
+
+def _read_llama_scope(
+    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> Weights:
+    """Read one threshold, in units in which E|x| = sqrt(d_in)."""
+    threshold = config.get("jump_relu_threshold")
+    mean_norm = number(mapping(config, "dataset_average_activation_norm"), "in")
+    if mean_norm is None or not isinstance(threshold, int | float):
+        raise InputError(
+            "expected jump_relu_threshold and dataset_average_activation_norm in "
+            f"{found.config or found.weights}, found {', '.join(config)}"
+        )
+    W_dec = tensors["W_dec"]
+    weights = Weights(
+        "jumprelu",
+        tensors | {"threshold": W_dec.new_tensor(float(threshold))},
+        centred=False,
+        scale=math.sqrt(W_dec.shape[-1]) / mean_norm,
+    )
+    weights.assumed.append(
+        f"Trained on activations scaled by {weights.scale:.6g} to a mean norm of sqrt(d_in); "
+        "folded into the weights, so that latents keep the release's units."
+    )
+    return weights
+
+
+def _read_openai(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+    activation = str(config.get("activation", "ReLU"))
+    if activation not in ("ReLU", "TopK"):
+        raise InputError(
+            f"expected the activation ReLU or TopK in {found.weights}, found {activation[:40]!r}"
+        )
+    weights = Weights("relu", tensors, centred=True)
+    if activation == "ReLU":
+        weights.assumed.append(
+            "Takes raw activations: nothing in the file says so, but the library normalises for "
+            "TopK alone."
+        )
+        if "activation" not in config:
+            weights.assumed.append(
+                "The file names no activation function: ReLU, the library's default."
+            )
+        return weights
+    settings = mapping(config, "activation_state_dict")
+    one_of(settings, "postact_fn", {None: "relu", "ReLU": "relu"}, found.weights)
+    weights.architecture, weights.input_norm = "topk", "layer_norm"
+    weights.count_(whole(settings.get("k")))
+    weights.assumed.append(
+        "The library normalises for TopK, and for TopK alone; nothing in the file says so."
+    )
+    if "postact_fn" not in settings:
+        weights.assumed.append("The file does not say what follows the choice of k: ReLU.")
+    return weights
+
+
+BATCH_TOPK_KINDS = {
+    "vanilla": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batchtopk": "batchtopk",
+}
+
+
+def _read_batch_topk(
+    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> Weights:
+    kind = one_of(config, "sae_type", BATCH_TOPK_KINDS, found.config or found.weights)
+    if kind == "batchtopk":
+        raise InputError(
+            f"expected an SAE whose latents depend on one token in {found.weights}, found a "
+            "BatchTopK SAE without a threshold, whose latents depend on the batch they are in; set "
+            "a threshold and save it as JumpReLU"
+        )
+    centred = kind != "jumprelu"
+    weights = Weights(kind, dict(tensors), centred=centred, sparsity=number(config, "l1_coeff"))
+    if config.get("input_unit_norm") not in (False, None, "False"):
+        # Despite its name: less the mean, over the deviation.
+        weights.input_norm = "layer_norm"
+    if kind == "jumprelu":
+        if "jumprelu.log_threshold" not in tensors:
+            raise InputError(
+                f"expected jumprelu.log_threshold in {found.weights}, as its config says, found "
+                f"{', '.join(sorted(tensors))}"
+            )
+        weights.tensors["threshold"] = tensors["jumprelu.log_threshold"].exp()
+    if kind == "topk":
+        weights.count_(whole(config.get("top_k")))
+        # In the file, and unused by the code that trained it.
+        weights.tensors["b_enc"] = tensors["b_enc"] * 0
+        weights.assumed.append(
+            "The file's b_enc is left out, as its library leaves it out of TopK."
+        )
+    return weights
+
+
+def _read_sparsify(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+    """Read `W_dec` as it is; `num_latents` is 0 where the width is a multiple of d_in."""
+    path = found.config or found.weights
+    if config.get("transcode") or config.get("skip_connection") or "W_skip" in tensors:
+        raise InputError(
+            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
+            "activations than it reads; train an SAE on either side instead"
+        )
+    if config.get("signed"):
+        raise InputError(f"expected latents of at least zero in {path}, found signed ones")
+    one_of(config, "activation", {None: "topk", "topk": "topk"}, path)
+    weights = Weights("topk", tensors, centred=True)
+    weights.count_(whole(config.get("k")))
+    weights.assumed += ["Takes raw activations, less b_dec.", SAME_K]
+    return weights
+
+
+READERS: dict[Format, Callable[[FoundSAE, dict[str, Tensor], dict[str, Any]], Weights]] = {
+    "sae_lens": _read_sae_lens,
+    "sae_lens_legacy": _read_sae_lens,
+    "dictionary_learning": _read_dictionary_learning,
+    "sae_bench": _read_dictionary_learning,
+    "sparsify": _read_sparsify,
+    "gemma_scope": _read_gemma_scope,
+    "gemma_scope_2": _read_gemma_scope,
+    "llama_scope": _read_llama_scope,
+    "openai": _read_openai,
+    "batch_topk": _read_batch_topk,
+}

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.checkpoints.checkpoint import save_sae
-from gsae_core.checkpoints.formats.found import Export, hook_place
+from gsae_core.checkpoints.formats.libraries import Export, layer_and_site
 from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
 from gsae_core.files import sync, write_json, writing
@@ -274,7 +274,7 @@ def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any])
     state = {name: t.detach().contiguous() for name, t in _linears(sae).items()}
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
     torch.save(state, folder / "ae.pt")
-    layer, site = hook_place(str(metadata.get("hook_name")))
+    layer, site = layer_and_site(str(metadata.get("hook_name")))
     coeff = metadata.get("sparsity_coeff_raw", metadata.get("sparsity"))
     write_json(
         folder / "config.json",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.checkpoints.formats.detect import find_saes
-from gsae_core.checkpoints.formats.found import Found, Place, Provenance, hub_name
+from gsae_core.checkpoints.formats.libraries import FoundSAE, HookPoint, Provenance, hub_name
 from gsae_core.checkpoints.formats.read import read_found
 from gsae_core.config import EvalConfig, RunConfig, SAESpec, Site, TrainRecipe, hook_name, validated
 from gsae_core.errors import InputError
@@ -48,7 +48,7 @@ def import_saes(
         model: language model, in place of the files' word.
         layer: block number, in place of the files' word.
         site: in place of the files' word.
-        saes: names (`Found.name`) of those to take; all that are there, if empty.
+        saes: names (`FoundSAE.name`) of those to take; all that are there, if empty.
         data: text to evaluate on later; None takes the standard library's.
 
     Raises:
@@ -56,7 +56,7 @@ def import_saes(
             or the run's folder is taken.
     """
     found = _chosen(find_saes(path), saes, path)
-    given = Place(model, layer, site)
+    given = HookPoint(model, layer, site)
     place = _one_place(found, given, path)
     folder = Path(folder).absolute()
     check_run_id(folder.name)
@@ -78,7 +78,7 @@ def import_saes(
     return Imported(run, {spec.name: source for spec, source in read})
 
 
-def _chosen(found: list[Found], names: Sequence[str], path: Path | str) -> list[Found]:
+def _chosen(found: list[FoundSAE], names: Sequence[str], path: Path | str) -> list[FoundSAE]:
     by_name = {sae.name: sae for sae in found}
     for name in names:
         if name not in by_name:
@@ -87,7 +87,7 @@ def _chosen(found: list[Found], names: Sequence[str], path: Path | str) -> list[
     return [by_name[name] for name in names] or found
 
 
-def _one_place(found: list[Found], given: Place, path: Path | str) -> Place:
+def _one_place(found: list[FoundSAE], given: HookPoint, path: Path | str) -> HookPoint:
     """Return the place that all the SAEs share, what was given before what their files say."""
     places = {sae.name: _over(sae.place, given) for sae in found}
     if len({(place.model, place.layer, place.site) for place in places.values()}) > 1:
@@ -107,13 +107,13 @@ def _one_place(found: list[Found], given: Place, path: Path | str) -> Place:
     return place
 
 
-def _over(said: Place, given: Place) -> Place:
+def _over(said: HookPoint, given: HookPoint) -> HookPoint:
     model = given.model or (None if said.model is None else hub_name(said.model))
     layer = said.layer if given.layer is None else given.layer
-    return Place(model, layer, given.site or said.site, said.hook_name)
+    return HookPoint(model, layer, given.site or said.site, said.hook_name)
 
 
-def _staged(folder: Path, found: Found, place: Place) -> tuple[SAESpec, Provenance]:
+def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, Provenance]:
     """Read an SAE and write it as ours; return its line in the config, and its origin."""
     sae, source = read_found(found)
     spec = validated(
@@ -142,7 +142,9 @@ def _staged(folder: Path, found: Found, place: Place) -> tuple[SAESpec, Provenan
     return spec, source
 
 
-def _config(read: list[tuple[SAESpec, Provenance]], place: Place, data: str | None) -> RunConfig:
+def _config(
+    read: list[tuple[SAESpec, Provenance]], place: HookPoint, data: str | None
+) -> RunConfig:
     n_tokens = EvalConfig().n_tokens
     return validated(
         RunConfig,

@@ -1,21 +1,26 @@
 """Chosen SAEs of a finished run -> one commit on the Hub, with their card; all of it or nothing."""
 
+import contextlib
+import io
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gsae_core.analysis.pareto import Point, frontier, matched_ratio
-from gsae_core.config import Architecture, RunConfig, SAESpec
+from gsae_core.config import RunConfig, SAESpec
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.files import sha256
-from gsae_core.plots.palette import AXES, LOOKS, knob, round_values
+from gsae_core.plots.palette import AXES, LOOKS, Look, knob, round_values
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run
 from gsae_core.text import count, fixed, marked_fvu, percent, worse_than_mean
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # Of an SAE's folder; what else is in it was made here and is made anew elsewhere.
 WEIGHTS = "sae_weights.safetensors"
@@ -183,16 +188,106 @@ def send(parcel: Parcel) -> Pushed:
     return Pushed(parcel.repo, commit.oid, commit.commit_url, created)
 
 
-WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 66, 24, 62, 56
+FIGURE = "pareto.svg"
 
-# Hues for a light and for a dark page.
-HUES = {
-    "gated": ("#0072B2", "#56B4E9"),
-    "relu": ("#D55E00", "#F0883E"),
-    "jumprelu": ("#00795A", "#2EC4A0"),
-    "topk": ("#B0568A", "#E39CC4"),
-}
+
+def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
+    """Return the text files that go to the Hub beside SAEs, by name: the card, and its figure.
+
+    Args:
+        run: finished; its evaluation, where there is one, becomes a table and the figure.
+        names: the SAEs that are sent.
+        repo: where they go.
+    """
+    config, evals = run.config, run.evals()
+    saes = [spec for spec in config.saes if spec.name in names]
+    measured = [row for row in evals if row["name"] in names]
+    files = {}
+    with contextlib.suppress(ValueError):  # Nothing measured may have a place in the plane.
+        files[FIGURE] = pareto_svg(evals, chosen=names, title=run.id)
+    notes = []
+    if worse := worse_than_mean({row["name"]: row["fvu"] for row in measured}):
+        notes.append(_text(worse))
+    if any(measured_earlier(row) for row in evals):
+        notes.append(measure_again("RUN"))
+    ratio = matched_ratio(evals).sentence
+    # A card can be made before there are weights.
+    norm = run.sae_cfg(saes[0].name).get("normalize_activations")
+    card = _template().render(
+        config=config,
+        figure=FIGURE if files else None,
+        first=saes[0],
+        front_matter=_front_matter(config),
+        gated=any(spec.architecture == "gated" for spec in saes),
+        kinds=dict.fromkeys(LOOKS[spec.architecture].label for spec in saes),
+        measured=measured,
+        model=public_name(config.model.name),
+        norm=None if norm == "none" else norm,
+        notes=notes,
+        positions=positions(evals[0]) if evals else None,
+        ratio=ratio[:1].upper() + ratio[1:],
+        repo=repo,
+        saes=saes,
+        text_source=public_name(config.data.source),
+        # Why there were not more may name a folder of this machine, or what the Hub answered.
+        tokens=measured_on({**evals[0], "shortage": None}) if evals else None,
+    )
+    return {"README.md": card} | files
+
+
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined
+
+    # Markdown: what is not ours goes through `text` or `code`.
+    jinja = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    jinja.filters |= {
+        "text": _text,
+        "code": _code,
+        "count": count,
+        "fixed": fixed,
+        "percent": percent,
+        "marked_fvu": marked_fvu,
+        "label": lambda spec: LOOKS[spec.architecture].label,
+        "knob": _knob,
+    }
+    path = resources.files("gsae_core").joinpath("assets/model-card.md.jinja")
+    return jinja.from_string(path.read_text(encoding="utf-8"))
+
+
+def _front_matter(config: RunConfig) -> str:
+    from huggingface_hub import ModelCardData
+
+    gated = any(spec.architecture == "gated" for spec in config.saes)
+    # A name on the Hub alone: a folder of this machine is private.
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name)
+    return ModelCardData(
+        library_name="saelens",
+        tags=["sparse-autoencoder", *(["gated-sae"] if gated else [])],
+        base_model=config.model.name if on_hub else None,
+    ).to_yaml()
+
+
+def public_name(name: str) -> str:
+    """Return a model's or data set's name; of a folder, its last part alone."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
+
+
+def _knob(spec: SAESpec) -> str:
+    # An imported SAE's files may not say.
+    return "" if math.isnan(spec.sparsity) else f"{knob(spec.architecture, spec.sparsity)}, "
+
+
+def _text(text: str) -> str:
+    """Return text that Markdown shows as it stands, on one line."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|!~" else c for c in flat)
+
+
+def _code(text: str) -> str:
+    return " ".join(str(text).replace("`", "'").replace("|", "/").split())
 
 
 def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str) -> str:
@@ -205,18 +300,51 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     Raises:
         ValueError: if no row has both numbers, L0 above 0.
     """
+    # Imported here: a page that asks whether something can be sent draws nothing.
+    import altair as alt
+
     placed = [row for row in rows if _is_placed(row)]
     if not placed:
         raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
-    x = _Axis([float(row["l0"]) for row in placed], LEFT, WIDTH - RIGHT, log=True)
-    y = _Axis([100 * row["loss_recovered"] for row in placed], HEIGHT - BOTTOM, TOP, log=False)
-    kinds: list[Architecture] = [
-        kind for kind in LOOKS if any(row["architecture"] == kind for row in placed)
-    ]
-    parts = [_head(title), *_grid(x, y), *_legend(kinds)]
-    for kind in kinds:
-        parts += _series([row for row in placed if row["architecture"] == kind], kind, x, y, chosen)
-    return "\n".join([*parts, "</svg>", ""])
+    points, edges = [], []
+    looks = []
+    for architecture, look in LOOKS.items():
+        own = [
+            Point(float(row["l0"]), float(row["loss_recovered"]), row["name"])
+            for row in placed
+            if row["architecture"] == architecture
+        ]
+        points += [_drawn(point, look) for point in own]
+        edges += [_drawn(point, look) for point in frontier(own)]
+        looks += [look] if own else []
+    labels = [look.label for look in looks]
+    ticks = round_values(point["l0"] for point in points)
+    x = alt.X("l0:Q", title=f"{AXES['l0']}, logarithmic")
+    x = x.scale(type="log", nice=False, padding=24).axis(values=ticks, format="~g", grid=False)
+    y = alt.Y("loss_recovered:Q", title=AXES["loss_recovered"])
+    y = y.scale(zero=False, nice=False, padding=24).axis(format="~%")
+    hue = alt.Color("kind:N").scale(domain=labels, range=[look.colour for look in looks])
+    hue = hue.legend(orient="top", title=None)
+    shape = alt.Shape("kind:N").scale(domain=labels, range=[look.vega_shape for look in looks])
+    dash = alt.StrokeDash("kind:N", legend=None)
+    dash = dash.scale(domain=labels, range=[look.dash for look in looks])
+    ringed = [point for point in points if point["name"] in chosen]
+    chart = alt.layer(
+        alt.Chart(alt.Data(values=edges)).mark_line().encode(x, y, hue, dash),
+        alt.Chart(alt.Data(values=points))
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(x, y, hue, shape, description="told:N"),
+        alt.Chart(alt.Data(values=ringed))
+        .mark_point(size=240, color="black", strokeWidth=1.5)
+        .encode(x, y, description="ring:N"),
+        title=title,
+        background="white",
+        width=560,
+        height=320,
+    )
+    svg = io.StringIO()
+    chart.save(svg, format="svg")
+    return svg.getvalue()
 
 
 def _is_placed(row: Mapping[str, Any]) -> bool:
@@ -224,324 +352,11 @@ def _is_placed(row: Mapping[str, Any]) -> bool:
     return all(n is not None and math.isfinite(n) for n in numbers) and row["l0"] > 0
 
 
-class _Axis:
-    """From numbers to places along one side of the picture."""
-
-    def __init__(self, values: Sequence[float], start: int, end: int, *, log: bool) -> None:
-        self.start, self.end, self.log = start, end, log
-        spread = [math.log(v) for v in values] if log else list(values)
-        pad = 0.08 * (max(spread) - min(spread)) or (0.5 if log else 1.0)
-        self.low, self.high = min(spread) - pad, max(spread) + pad
-        self.ticks = self._ticks(values)
-
-    def at(self, value: float) -> float:
-        position = math.log(value) if self.log else value
-        share = (position - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def _ticks(self, values: Sequence[float]) -> list[float]:
-        if self.log:
-            inside = (t for t in round_values(values) if self.low <= math.log(t) <= self.high)
-            return list(inside)
-        step = 10.0 ** math.floor(math.log10(self.high - self.low))
-        while (self.high - self.low) / step > 6:
-            step *= 2
-        while (self.high - self.low) / step < 3:
-            step /= 2
-        first = math.ceil(self.low / step)
-        return [step * n for n in range(first, math.floor(self.high / step) + 1)]
-
-
-def _head(title: str) -> str:
-    light = "".join(f".{kind}{{--hue:{hues[0]}}}" for kind, hues in HUES.items())
-    dark = "".join(f".{kind}{{--hue:{hues[1]}}}" for kind, hues in HUES.items())
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" \
-width="{WIDTH}" height="{HEIGHT}" role="img" aria-labelledby="title">
-<title id="title">{escape(title)}: loss recovered against L0</title>
-<style>
-svg{{--ink:#1f2933;--soft:#52606d;--grid:#d9dee4;font-family:system-ui,sans-serif;font-size:12px}}
-{light}
-@media (prefers-color-scheme:dark){{svg{{--ink:#e6e9ed;--soft:#a9b2bc;--grid:#39424d}}{dark}}}
-text{{fill:var(--soft)}} .title{{fill:var(--ink);font-size:15px;font-weight:600}}
-.grid{{stroke:var(--grid)}} .line{{fill:none;stroke:var(--hue);stroke-width:2}}
-.mark{{fill:var(--hue)}} .ring{{fill:none;stroke:var(--ink);stroke-width:1.5}}
-.name{{fill:var(--ink)}}
-</style>
-<text class="title" x="{LEFT}" y="24">{escape(title)}</text>"""
-
-
-def _grid(x: _Axis, y: _Axis) -> list[str]:
-    bottom, right, parts = HEIGHT - BOTTOM, WIDTH - RIGHT, []
-    for tick in y.ticks:
-        at = y.at(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        label = f"{tick:.6g} %"
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in x.ticks:
-        at = x.at(tick)
-        parts.append(
-            f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 5}"/>'
-        )
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 20}" text-anchor="middle">{tick:g}</text>')
-    middle = (TOP + bottom) / 2
-    return [
-        *parts,
-        f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 12}" text-anchor="middle">'
-        f"{escape(AXES['l0'])}, logarithmic</text>",
-        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(AXES['loss_recovered'])}</text>",
-    ]
-
-
-def _legend(kinds: Sequence[Architecture]) -> list[str]:
-    parts, x = [], LEFT + 6.0
-    for kind in kinds:
-        label = LOOKS[kind].label
-        parts.append(_mark(kind, x, 43.0))
-        parts.append(f'<text class="name" x="{x + 10:.0f}" y="47">{escape(label)}</text>')
-        # No font is at hand to measure with; 6.6 px a letter is generous for system fonts.
-        x += 34 + 6.6 * len(label)
-    return parts
-
-
-def _series(
-    rows: Sequence[Mapping[str, Any]], kind: Architecture, x: _Axis, y: _Axis, chosen: Sequence[str]
-) -> list[str]:
-    points = [Point(float(r["l0"]), 100 * float(r["loss_recovered"]), r["name"]) for r in rows]
-    best = " ".join(f"{x.at(p.l0):.1f},{y.at(p.loss_recovered):.1f}" for p in frontier(points))
-    dash = ",".join(str(n) for n in LOOKS[kind].dash) if LOOKS[kind].dash != (1, 0) else "none"
-    parts = [f'<polyline class="line {kind}" stroke-dasharray="{dash}" points="{best}"/>']
-    for point in points:
-        left, top = x.at(point.l0), y.at(point.loss_recovered)
-        told = f"{point.name}: L0 {point.l0:.3g}, {point.loss_recovered:.2f} % recovered"
-        parts.append(_mark(kind, left, top, f"<title>{escape(told)}</title>"))
-        if point.name in chosen:
-            parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="9"/>')
-    return parts
-
-
-def _mark(kind: Architecture, x: float, y: float, inner: str = "") -> str:
-    match kind:
-        case "gated":
-            shape, where = "circle", f'cx="{x:.1f}" cy="{y:.1f}" r="4.5"'
-        case "topk":
-            shape, where = "rect", f'x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"'
-        case "relu":
-            shape, where = (
-                "polygon",
-                _corners(x, y, ((0.0, -5.5), (5.5, 0.0), (0.0, 5.5), (-5.5, 0.0))),
-            )
-        case _:
-            shape, where = "polygon", _corners(x, y, ((0.0, -5.5), (5.0, 4.0), (-5.0, 4.0)))
-    return f'<{shape} class="mark {kind}" {where}>{inner}</{shape}>'
-
-
-def _corners(x: float, y: float, offsets: Sequence[tuple[float, float]]) -> str:
-    return 'points="' + " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in offsets) + '"'
-
-
-FIGURE = "pareto.svg"
-
-
-def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
-    """Return the text files that go to the Hub beside SAEs, by name: the card, and its figure.
-
-    Args:
-        run: finished; its evaluation, where there is one, becomes a table and the figure.
-        names: the SAEs that are sent.
-        repo: where they go.
-    """
-    specs = [spec for spec in run.config.saes if spec.name in names]
-    evals = run.evals()
-    parts = [_front_matter(run.config), f"# {_text(repo.rpartition('/')[2])}", _opening(run, specs)]
-    files: dict[str, str] = {}
-    if evals:
-        parts += ["## Measured", _table(evals, names)]
-        try:
-            files[FIGURE] = pareto_svg(evals, chosen=names, title=run.id)
-        except ValueError:
-            pass  # Nothing measured has a place in the plane.
-        else:
-            parts.append(f"![Loss recovered against L0 of every SAE of the run]({FIGURE})")
-            parts.append(f"Rings mark the SAEs here. {_sentence(matched_ratio(evals).sentence)}")
-    parts += ["## How they were trained", _recipe(run.config, specs)]
-    parts += ["## Load", *_loading(repo, specs[0], norm=_norm(run, specs[0]))]
-    return {"README.md": "\n\n".join(parts) + "\n"} | files
-
-
-def _front_matter(config: RunConfig) -> str:
-    lines = ["---", "library_name: saelens", "tags:", "- sparse-autoencoder"]
-    if any(spec.architecture == "gated" for spec in config.saes):
-        lines.append("- gated-sae")
-    # A name on the Hub alone: a folder of this machine is private.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name):
-        lines.append(f"base_model: {config.model.name}")
-    return "\n".join([*lines, "---"])
-
-
-def _opening(run: Run, specs: Sequence[SAESpec]) -> str:
-    config = run.config
-    kinds = ", ".join(dict.fromkeys(LOOKS[spec.architecture].label for spec in specs))
-    gated = any(spec.architecture == "gated" for spec in specs)
-    paper = (
-        " Gated SAEs are those of [arXiv:2404.16014](https://arxiv.org/abs/2404.16014): the gate "
-        "decides which latents fire, the magnitude path how much."
-    )
-    return (
-        f"{len(specs)} sparse autoencoder{'s' * (len(specs) > 1)} ({_text(kinds)}) on "
-        f"`{_code(config.model.hook_name)}` of {_text(public_name(config.model.name))}. They take "
-        f"raw activations: the training scale is folded into the weights.{paper * gated}"
-    )
-
-
-def public_name(name: str) -> str:
-    """Return a model's or data set's name; of a folder, its last part alone."""
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() or path.exists() else name
-
-
-def _table(evals: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    head = ["SAE", "latents", "L0", "loss recovered", "CE clean → SAE", "FVU", "γ", "alive"]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for row in evals:
-        if row["name"] not in names:
-            continue
-        cells = [
-            f"`{_code(row['name'])}`",
-            f"{row['d_sae']:,}",
-            fixed(row["l0"], 1),
-            percent(row["loss_recovered"], 2),
-            f"{fixed(row['ce_clean'], 3)} → {fixed(row['ce_sae'], 3)}",
-            marked_fvu(row["fvu"], 4),
-            fixed(row["gamma"], 3),
-            percent(row["alive_fraction"], 1),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    # Why there were not more may name a folder of this machine, or what the Hub answered.
-    tokens = measured_on({**evals[0], "shortage": None})
-    note = (
-        f"On {tokens}. L0: latents that fire per token. Loss recovered: 1 "
-        "where the language model loses nothing, 0 where zeros would do as well "
-        f"({positions(evals[0])}). FVU: squared error over variance. γ: relative reconstruction "
-        "bias, below 1 where reconstructions are too short."
-    )
-    notes = [note]
-    if worse := worse_than_mean({r["name"]: r["fvu"] for r in evals if r["name"] in names}):
-        notes.append(f"{_text(worse)}.")
-    if any(measured_earlier(row) for row in evals):
-        notes.append(f"{measure_again('RUN')}.")
-    return "\n\n".join(["\n".join(lines), *notes])
-
-
-def _recipe(config: RunConfig, specs: Sequence[SAESpec]) -> str:
-    train = config.train
-    lines = [
-        f"- text: {_text(public_name(config.data.source))}",
-        f"- {count(train.n_tokens)} activation vectors, batches of {train.batch_size:,}",
-        f"- Adam, learning rate {train.lr:g}, beta1 {train.beta1:g}, beta2 {train.beta2:g}",
-        f"- seed {config.seed}",
-    ]
-    lines += [
-        f"- `{_code(spec.name)}`: {LOOKS[spec.architecture].label}, {spec.d_sae:,} latents, "
-        f"{_knob(spec)}recipe {spec.recipe}"
-        for spec in specs
-    ]
-    return "\n".join(lines)
-
-
-def _knob(spec: SAESpec) -> str:
-    # An imported SAE's files may not say.
-    return "" if math.isnan(spec.sparsity) else f"{knob(spec.architecture, spec.sparsity)}, "
-
-
-def _norm(run: Run, spec: SAESpec) -> str | None:
-    """Return how an SAE normalises each token; None where it does not."""
-    # A card can be made before there are weights.
-    said = run.sae_cfg(spec.name).get("normalize_activations")
-    return None if said in (None, "none") else str(said)
-
-
-def _loading(repo: str, spec: SAESpec, *, norm: str | None) -> list[str]:
-    parts = [
-        "With gsae_core, which also evaluates and explores them:",
-        _python(
-            f"# python -m gsae_core pull {repo}:{spec.name} --to runs/pulled",
-            "from gsae_core import open_run",
-            "from gsae_core.checkpoints.checkpoint import load_sae",
-            "",
-            'run = open_run("runs/pulled")',
-            "sae = load_sae(run.sae_folder(run.config.saes[0].name))",
-        ),
-    ]
-    if spec.tie != "untied":
-        parts += [
-            "With SAELens 6:",
-            _python(
-                "from sae_lens import SAE",
-                "",
-                f'sae = SAE.from_pretrained("{repo}", "{spec.name}")',
-            ),
-        ]
-    if norm is not None:
-        # The lines below encode x as it is.
-        return [*parts, f"Each token is normalised on its way in and out (`{_code(norm)}`)."]
-    if spec.architecture == "gated" and spec.tie != "untied":
-        parts += [*_as_jumprelu(repo, spec), *_as_dictionary_learning(spec)]
-    return parts
-
-
-def _as_jumprelu(repo: str, spec: SAESpec) -> list[str]:
-    return [
-        "With PyTorch alone, as the JumpReLU SAE that computes the same:",
-        _python(
-            "import torch",
-            "from huggingface_hub import hf_hub_download",
-            "from safetensors.torch import load_file",
-            "",
-            f'w = load_file(hf_hub_download("{repo}", "{spec.name}/sae_weights.safetensors"))',
-            'W, b = w["W_enc"] * w["r_mag"].exp(), w["b_mag"]',
-            'threshold = torch.relu(b - w["r_mag"].exp() * w["b_gate"])',
-            "",
-            "def encode(x):",
-            '    pre = (x - w["b_dec"]) @ W + b',
-            "    return torch.relu(pre) * (pre > threshold)",
-            "",
-            "def decode(f):",
-            '    return f @ w["W_dec"] + w["b_dec"]',
-        ),
-    ]
-
-
-def _as_dictionary_learning(spec: SAESpec) -> list[str]:
-    return [
-        "With dictionary_learning, from the same tensors `w`:",
-        _python(
-            "from dictionary_learning.dictionary import GatedAutoEncoder",
-            "",
-            'd_in, d_sae = w["W_enc"].shape',
-            "ae = GatedAutoEncoder(d_in, d_sae)",
-            "ae.load_state_dict({",
-            '    "encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T,',
-            '    "decoder_bias": w["b_dec"], "gate_bias": w["b_gate"],',
-            '    "mag_bias": w["b_mag"], "r_mag": w["r_mag"],',
-            "})",
-        ),
-    ]
-
-
-def _python(*lines: str) -> str:
-    return "\n".join(["```python", *lines, "```"])
-
-
-def _sentence(text: str) -> str:
-    return f"{_text(text[:1].upper() + text[1:])}."
-
-
-def _text(text: str) -> str:
-    """Return text that Markdown shows as it stands, on one line."""
-    flat = " ".join(text.split())
-    return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|!~" else c for c in flat)
-
-
-def _code(text: str) -> str:
-    return " ".join(text.replace("`", "'").replace("|", "/").split())
+def _drawn(point: Point, look: Look) -> dict[str, Any]:
+    told = f"{point.name}: L0 {point.l0:.3g}, {100 * point.loss_recovered:.2f} % recovered"
+    return {
+        **point._asdict(),
+        "kind": look.label,
+        "told": told,
+        "ring": f"ring: {point.name}",
+    }

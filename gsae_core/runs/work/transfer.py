@@ -14,12 +14,15 @@ import re
 import shutil
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, cast
 
-from gsae_core.checkpoints.download import fetching
-from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository
-from gsae_core.config import Site
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository, fetching
+from gsae_core.config import Site, first_of
 from gsae_core.errors import InputError
 from gsae_core.files import lock, read_json, readable, write_json, writing
 from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
@@ -30,10 +33,12 @@ from gsae_core.text import Progress
 
 FOLDER = ".hub"
 
-Kind = Literal["pull", "push"]
+
+_REQUEST = ConfigDict(extra="forbid")
 
 
-class PullRequest(NamedTuple):
+@dataclass(frozen=True, config=_REQUEST)
+class PullRequest:
     """What to fetch, and the run to make of it."""
 
     repo: str
@@ -49,46 +54,46 @@ class PullRequest(NamedTuple):
     site: Site | None = None
     """Where the SAE belongs, where its files do not say."""
 
+    kind: Literal["pull"] = "pull"
 
-class PushRequest(NamedTuple):
+
+@dataclass(frozen=True, config=_REQUEST)
+class PushRequest:
     """What to send, and where."""
 
     run: str
     saes: tuple[str, ...]
     repo: str
     public: bool
+    kind: Literal["push"] = "push"
+
+
+Request = Annotated[PullRequest | PushRequest, Field(discriminator="kind")]
 
 
 class Transfer(Job):
     """A folder with a request, and where it stands."""
 
     @property
-    def kind(self) -> Kind:
-        """Which way it goes."""
-        return self._fields()["kind"]
-
-    @property
-    def request(self) -> PullRequest | PushRequest:
+    def request(self) -> Request:
         """What was asked for.
 
         Raises:
             InputError: if the file is gone or damaged.
         """
-        fields: dict[str, Any] = dict(self._fields())
+        path = self.folder / "request.json"
         try:
-            if fields.pop("kind") == "push":
-                fields["saes"] = tuple(map(_text, fields["saes"]))
-                named = ("run", "repo")
-            else:
-                fields["files"] = tuple(HubFile(**file) for file in fields["files"])
-                named = ("repo", "commit", "path", "library", "to")
-            fields |= {name: _text(fields[name]) for name in named}
-            return PushRequest(**fields) if named[0] == "run" else PullRequest(**fields)
-        except (TypeError, KeyError, ValueError) as error:
+            return TypeAdapter(Request).validate_python(read_json(path))
+        except ValidationError as error:
             raise InputError(
-                f"expected a request of this version in {self.folder / 'request.json'}, got another"
-                f" ({error}); delete the folder and ask again"
+                f"expected a request of this version in {path}, got another ({first_of(error)}); "
+                "delete the folder and ask again"
             ) from None
+
+    @property
+    def kind(self) -> Literal["pull", "push"]:
+        """Which way it goes."""
+        return self.request.kind
 
     @property
     def arrow(self) -> str:
@@ -103,8 +108,7 @@ class Transfer(Job):
     @property
     def files(self) -> Path:
         """Folder that what comes is kept in; it ends with the repository's name."""
-        request = self.request
-        return self.folder / "files" / request.repo
+        return self.folder / "files" / self.request.repo
 
     @property
     def result(self) -> str | None:
@@ -112,11 +116,8 @@ class Transfer(Job):
         ends = [event.get("result") for event in self.events() if event["event"] == "arrived"]
         return ends[-1] if ends else None
 
-    def _fields(self) -> dict[str, Any]:
-        return read_json(self.folder / "request.json")
 
-
-def ask(root: Path, request: PullRequest | PushRequest) -> Transfer:
+def ask(root: Path, request: Request) -> Transfer:
     """Return the transfer of a request, made if there is none; one that ended begins anew.
 
     Raises:
@@ -131,27 +132,14 @@ def ask(root: Path, request: PullRequest | PushRequest) -> Transfer:
             if known and transfer.status.expects_process:
                 return transfer
             # A new try may go to a run of another name.
-            write_json(folder / "request.json", _plain(request))
+            write_json(folder / "request.json", asdict(request))
             if not known or read_status(folder).state == "finished":
                 write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
                 transfer.add_event("created")
     return transfer
 
 
-def _plain(request: PullRequest | PushRequest) -> dict[str, Any]:
-    fields = request._asdict()
-    if isinstance(request, PullRequest):
-        return {"kind": "pull"} | fields | {"files": [file._asdict() for file in request.files]}
-    return {"kind": "push"} | fields
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _id(request: PullRequest | PushRequest) -> str:
+def _id(request: Request) -> str:
     if isinstance(request, PullRequest):
         parts = ("pull", request.repo, request.commit, request.path)
     else:
@@ -179,18 +167,6 @@ def transfers(root: Path) -> list[Transfer]:
         except (InputError, FileNotFoundError):
             continue
     return [transfer for _, transfer in sorted(found, key=lambda pair: pair[0], reverse=True)]
-
-
-def find_transfer(root: Path, transfer_id: str) -> Transfer:
-    """Return a transfer by its name; the name cannot lead out of `root`.
-
-    Raises:
-        InputError: if there is none.
-    """
-    folder = root / FOLDER / check_run_id(transfer_id)
-    if not is_transfer(folder):
-        raise InputError(f"expected a transfer of {root}, found none called {transfer_id!r}")
-    return Transfer(folder)
 
 
 def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> PullRequest:
@@ -240,11 +216,6 @@ def free_name(root: Path, name: str) -> str:
     return next(free for free in names if not (root / free).exists())
 
 
-def clear_files(transfer: Transfer) -> None:
-    """Throw away what came, once it is a run."""
-    shutil.rmtree(transfer.folder / "files", ignore_errors=True)
-
-
 log = logging.getLogger(__name__)
 
 
@@ -288,7 +259,8 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
         for sentence in source.assumed:
             log.info("%s", sentence)
     transfer.add_event("arrived", result=run.id)
-    clear_files(transfer)
+    # It is a run now, and nowhere twice.
+    shutil.rmtree(transfer.folder / "files", ignore_errors=True)
 
 
 def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:

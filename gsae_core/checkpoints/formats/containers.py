@@ -1,0 +1,353 @@
+"""A file from anywhere -> the names in it without torch, and then its tensors; nothing is run.
+
+Every container is checked before anything in it is believed: sizes against the file's own, names
+for coming twice or leading out, pickles for calling anything.
+"""
+
+import json
+import math
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gsae_core.checkpoints.formats.libraries import Shape
+from gsae_core.errors import InputError
+from gsae_core.files import readable
+
+Kind = Literal["safetensors", "npz", "pickle"]
+
+LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
+LARGEST_PICKLE = 64 * 2**20  # of data.pkl, which holds names and not numbers
+MOST_ENTRIES = 4096
+
+# Weights hardly compress. Zeros do, a thousandfold, so that small files are left alone.
+LARGEST_RATIO, BELOW_SUSPICION = 100, 16 * 2**20
+
+SAFETENSORS_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
+
+
+class Contents(NamedTuple):
+    """The names in a file, with shapes where those can be told without torch."""
+
+    kind: Kind
+    shapes: dict[str, Shape | None]
+
+
+def contents_of(path: Path) -> Contents | None:
+    """Return what a file holds; None if it is no container of tensors.
+
+    Raises:
+        InputError: if it is one that is damaged, or made to do harm.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\x03\x04":
+        return _look_into_zip(path)
+    if start[8:9] == b"{":
+        return Contents("safetensors", dict(safetensors_shapes(path)))
+    return None
+
+
+def is_bare_pickle(path: Path) -> bool:
+    """Return whether a file is what torch wrote before version 1.6, or pickle itself."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def safetensors_shapes(path: Path) -> dict[str, Shape]:
+    """Return names and shapes from a safetensors header, whose sizes agree with the file's."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        if n_header > min(size - 8, LARGEST_HEADER):
+            raise InputError(
+                f"expected a safetensors header within the {size} bytes of {path}, found one that "
+                f"claims {n_header}; copy the file again"
+            )
+        header = parse_object(file.read(n_header), f"the header of {path}")
+    header.pop("__metadata__", None)
+    shapes = {name: _declared_shape(name, entry, path) for name, entry in header.items()}
+    n_data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if n_data != size - 8 - n_header:
+        raise InputError(
+            f"expected {n_data} bytes of tensors in {path}, as its header says, found "
+            f"{size - 8 - n_header}; copy the file again"
+        )
+    return shapes
+
+
+def _declared_shape(name: str, entry: object, path: Path) -> Shape:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+            whole = all(isinstance(n, int) and n >= 0 for n in shape)
+            bits = SAFETENSORS_BITS.get(dtype)
+            if whole and bits and math.prod(shape) * bits == 8 * (end - start):
+                return tuple(shape)
+    raise InputError(
+        f"expected a type, a shape and as many bytes for {name!r} in the header of {path}, found "
+        f"{str(entry)[:120]}"
+    )
+
+
+def _look_into_zip(path: Path) -> Contents | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _check_entries(path, entries)
+            if any(entry.filename.endswith(".npy") for entry in entries):
+                return Contents(
+                    "npz", {e.filename[:-4]: _npy_shape(path, archive, e) for e in entries}
+                )
+            for entry in entries:
+                if PurePosixPath(entry.filename).name == "data.pkl":
+                    return Contents("pickle", dict.fromkeys(_pickled_names(path, archive, entry)))
+    except InputError:
+        raise
+    except Exception as error:
+        # zipfile raises half a dozen kinds over bytes that are no zip, and lists none of them.
+        raise InputError(
+            f"expected a whole zip archive in {path}, found a damaged one ({error}); copy the "
+            "file again"
+        ) from None
+    return None
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Refuse archives that no library writes, by their directory alone."""
+    names = [entry.filename for entry in entries]
+    if len(names) > MOST_ENTRIES:
+        raise InputError(f"expected an SAE's few tensors in {path}, found {len(names)} files")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"expected each name once in {path}, found {twice!r} twice")
+    for name in names:
+        if _leads_out(name):
+            raise InputError(
+                f"expected plain names in {path}, found {name!r}, which leads out of the archive; "
+                "do not trust this file"
+            )
+    size, unpacked = path.stat().st_size, sum(entry.file_size for entry in entries)
+    if sum(entry.compress_size for entry in entries) > size or (
+        unpacked > max(BELOW_SUSPICION, LARGEST_RATIO * size)
+    ):
+        raise InputError(
+            f"expected an archive whose content has about its size, found {readable(size)} that "
+            f"claim to hold {readable(unpacked)} in {path}; do not trust this file"
+        )
+
+
+def _leads_out(name: str) -> bool:
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return posix.is_absolute() or bool(windows.anchor) or ".." in {*posix.parts, *windows.parts}
+
+
+def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Shape:
+    """Return an array's shape from its header, which agrees with the entry's size."""
+    with archive.open(entry) as file:
+        try:
+            version = np.lib.format.read_magic(file)  # pyright: ignore[reportArgumentType]
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"version {version}")
+            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read[version[0]](file)  # pyright: ignore[reportArgumentType]
+        except (ValueError, EOFError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise InputError(
+                f"expected a numpy array in {entry.filename!r} of {path}, found something else "
+                f"({str(error)[:120]})"
+            ) from None
+        n_bytes = entry.file_size - file.tell()
+    if dtype.hasobject or dtype.kind not in "fiub":
+        raise InputError(
+            f"expected numbers in {entry.filename!r} of {path}, found type {dtype}, which can "
+            "hold code"
+        )
+    claimed = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or claimed != n_bytes:
+        raise InputError(
+            f"expected {n_bytes} bytes in {entry.filename!r} of {path}, as its archive says, found "
+            f"a shape {list(shape)} of {claimed}"
+        )
+    return shape
+
+
+def _pickled_names(path: Path, archive: zipfile.ZipFile, pickle: zipfile.ZipInfo) -> list[str]:
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InputError(
+                f"expected tensors stored as they are, as torch.save does, found "
+                f"{entry.filename!r} compressed in {path}; do not trust this file"
+            )
+    if pickle.file_size > LARGEST_PICKLE:
+        raise InputError(
+            f"expected names alone in the pickle of {path}, found {readable(pickle.file_size)}"
+        )
+    return names_in(archive.read(pickle), path)
+
+
+# What rebuilds a tensor, a dictionary that keeps its order, and a type in a saved config.
+HARMLESS = re.compile(
+    r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|collections OrderedDict"
+    r"|torch (\w+Storage|device|float32|float64|float16|bfloat16|Size)"
+)
+STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8"}
+UNREADABLE_CALLS = {"INST", "OBJ", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}
+
+
+def names_in(data: bytes, path: Path) -> list[str]:
+    """Return every string in a pickle, each once, in order.
+
+    Raises:
+        InputError: if it is no pickle, or would call anything that makes no tensor.
+    """
+    names: dict[str, None] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in STRINGS:
+                names[str(argument)] = None
+            elif opcode.name == "GLOBAL" and HARMLESS.fullmatch(str(argument)) is None:
+                _refuse(str(argument).replace(" ", "."), path)
+            elif opcode.name in UNREADABLE_CALLS:
+                _refuse(opcode.name, path)
+    except InputError:
+        raise
+    except Exception as error:
+        # pickletools reads untrusted bytes with int(), decode() and struct: it raises what they do.
+        raise InputError(
+            f"expected a pickle of tensors in {path}, found a damaged one ({str(error)[:120]}); "
+            "copy the file again"
+        ) from None
+    return list(names)
+
+
+def _refuse(what: str, path: Path) -> None:
+    raise InputError(
+        f"expected a pickle of tensors and plain values in {path}, found one that calls "
+        f"{what[:80]!r}; it was not run: do not trust this file, or save it again as safetensors"
+    )
+
+
+LARGEST_JSON = 16 * 2**20
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        InputError: if it is no JSON object, too large, or has a name twice.
+    """
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise InputError(
+            f"expected a config of at most {readable(LARGEST_JSON)} in {path}, found "
+            f"{readable(size)}; is it another kind of file?"
+        )
+    return parse_object(path.read_bytes(), str(path))
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """Return the object that `data` is JSON of; `where` names it in a sentence."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_name_twice)
+    except RecursionError:
+        raise InputError(f"expected JSON in {where}, found brackets nested too deeply") from None
+    except InputError as error:
+        raise InputError(f"expected JSON with each name once in {where}, found {error}") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors.
+        raise InputError(f"expected JSON in {where}, found something else ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object in {where}, found a {type(value).__name__}")
+    return value
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"{next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
+
+
+UNREADABLE: dict[Kind, str] = {
+    "safetensors": "whole safetensors in {}, found damage ({}); copy the file again",
+    "npz": "whole arrays in {}, found damage ({}); copy the file again",
+    "pickle": "tensors in {}, found what torch cannot read ({}); copy it again",
+}
+
+
+def load_values(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return the named entries of a file that are there: tensors, in a pickle plain values too.
+
+    Raises:
+        InputError: if the file is damaged, or would execute code or take memory beyond its size.
+    """
+    held = contents_of(path)
+    assert held is not None  # callers have recognised it
+    read = {"safetensors": _load_safetensors, "npz": _load_npz, "pickle": _load_pickle}[held.kind]
+    try:
+        return read(path, set(names))
+    except InputError:
+        raise
+    except Exception as error:
+        # What a damaged file makes the libraries' readers raise is not listed anywhere.
+        why = str(error).partition("\n")[0][:120]
+        raise InputError("expected " + UNREADABLE[held.kind].format(path, why)) from None
+
+
+def _load_safetensors(path: Path, wanted: set[str]) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in sorted(wanted & set(file.keys()))}
+
+
+def _load_npz(path: Path, wanted: set[str]) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {}
+    # Never more than the archive's directory says, with which each header was found to agree.
+    with np.load(path, allow_pickle=False) as archive:
+        for name in sorted(wanted & set(archive.files)):
+            array = archive[name]
+            array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+            found[name] = torch.from_numpy(array)
+    return found
+
+
+def _load_pickle(path: Path, wanted: set[str]) -> dict[str, Any]:
+    import torch
+
+    # Mapped: an optimiser's state beside the weights is never read. weights_only: torch's reader
+    # builds tensors and plain values and calls nothing else.
+    value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    outer = value if isinstance(value, dict) else {}
+    # dictionary_learning nests the weights within the state of an unfinished training.
+    for entries in (outer, *(inner for inner in outer.values() if isinstance(inner, dict))):
+        found = {name: entries[name] for name in wanted & entries.keys()}
+        for name, entry in found.items():
+            if isinstance(entry, torch.Tensor):
+                _refuse_if_expanded(path, name, entry)
+                found[name] = entry.detach()
+        if found:
+            return found
+    return {}
+
+
+def _refuse_if_expanded(path: Path, name: str, tensor: Any) -> None:
+    """Refuse a tensor that is larger than what the file stores of it."""
+    plain = str(tensor.layout) == "torch.strided" and tensor.device.type == "cpu"
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(
+            f"expected as many numbers as its shape {list(tensor.shape)} says for {name!r} in "
+            f"{path}, found fewer; do not trust this file"
+        )
