@@ -18,7 +18,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from gsae_core.checkpoints.formats.libraries import FORMATS, LIBRARIES, Format, Library, mapping
+from gsae_core.checkpoints.formats.libraries import (
+    FORMATS,
+    LIBRARIES,
+    Format,
+    Library,
+    hook_point,
+    mapping,
+    widths,
+)
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.files import free_bytes, readable, sync, writing
 
@@ -287,19 +295,20 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
     config: dict[str, Any] = {}
     for file in sae.files[1:]:
         if file.path.endswith(".json") and file.n_bytes <= LARGEST_CONFIG:
-            read = _small_json(repository, file)
-            for inner in ("metadata", "buffer", "trainer"):
-                config |= mapping(read, inner)
-            config |= read
-    d_in, d_sae = _whole(config, "d_in", "activation_dim"), _whole(config, "d_sae", "dict_size")
-    if sae.files[0].path.endswith(".safetensors") and (d_in is None or d_sae is None):
-        d_in, d_sae = _widths(repository, sae.files[0].path)
+            config |= _small_json(repository, file)
+    path = sae.files[0].path
+    d_in, d_sae = widths({}, config)
+    if path.endswith(".safetensors") and (d_in is None or d_sae is None):
+        d_in, d_sae = widths(_shapes(repository, path), config)
+    fields = config | mapping(config, "trainer")
+    architecture = (fields.get(key) for key in ("architecture", "dict_class", "sae_type"))
+    place = hook_point(sae.format or "sae_lens", config, Path("/", repository.repo, path))
     return Facts(
-        architecture=_first(config, "architecture", "dict_class", "sae_type"),
+        architecture=next((text for each in architecture if (text := _text(each))), None),
         d_in=d_in,
         d_sae=d_sae,
-        model=_first(config, "model_name", "lm_name"),
-        hook_name=_first(config, "hook_name", "hook_point", "hf_hook_point_in", "submodule_name"),
+        model=place.model,
+        hook_name=place.hook_name,
     )
 
 
@@ -318,7 +327,7 @@ def _small_json(repository: Repository, file: HubFile) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _widths(repository: Repository, path: str) -> tuple[int | None, int | None]:
+def _shapes(repository: Repository, path: str) -> dict[str, tuple[int, ...]]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
 
@@ -328,20 +337,8 @@ def _widths(repository: Repository, path: str) -> tuple[int | None, int | None]:
                 repository.repo, path, revision=repository.commit
             )
         except SafetensorsParsingError:
-            return None, None  # Its download says so.
-    for name, tensor in header.tensors.items():
-        if name.lower() in ("w_dec", "encoder.weight") and len(tensor.shape) == 2:
-            return tensor.shape[1], tensor.shape[0]
-    return None, None
-
-
-def _first(config: dict[str, Any], *keys: str) -> str | None:
-    return next((text for key in keys if (text := _text(config.get(key)))), None)
-
-
-def _whole(config: dict[str, Any], *keys: str) -> int | None:
-    values = (config.get(key) for key in keys)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+            return {}  # Its download says so.
+    return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
 
 
 # Downloads. The library's own begins a file anew in every process and checks its size alone. This

@@ -22,6 +22,7 @@ from gsae_core.checkpoints.formats.libraries import (
     Signature,
     hook_point,
     mapping,
+    widths,
 )
 from gsae_core.errors import InputError
 
@@ -164,7 +165,7 @@ def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE:
     marked = (each for each in configs.items() if signature.marked_by(each[1]))
     config_path, config = next(marked, (None, {}))
     format_, architecture = _refined(signature, config)
-    d_in, d_sae = _widths(held, config)
+    d_in, d_sae = widths(held.shapes, config)
     return FoundSAE(
         name=_name(path, root),
         format=format_,
@@ -195,19 +196,6 @@ def _refined(signature: Signature, config: dict[str, Any]) -> tuple[Format, str]
         case "batch_topk":
             return "batch_topk", str(config.get("sae_type", signature.architecture))
     return signature.format, signature.architecture
-
-
-def _widths(held: Contents, config: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Return d_in and d_sae by the shapes, else by what the config calls them."""
-    for name, order in (("W_dec", 1), ("w_dec", 1), ("decoder.weight", -1), ("encoder.weight", 1)):
-        shape = held.shapes.get(name)
-        if shape is not None and len(shape) == 2:
-            d_sae, d_in = shape[::order]
-            return d_in, d_sae
-    fields = config | mapping(config, "trainer")
-    d_in = next((fields[k] for k in ("d_in", "activation_dim", "act_size") if k in fields), None)
-    d_sae = next((fields[k] for k in ("d_sae", "dict_size") if k in fields), None)
-    return (d_in if isinstance(d_in, int) else None, d_sae if isinstance(d_sae, int) else None)
 
 
 def _name(path: Path, root: Path) -> str:

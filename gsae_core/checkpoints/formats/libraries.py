@@ -331,6 +331,21 @@ def mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def widths(
+    shapes: Mapping[str, Shape | None], config: Mapping[str, Any]
+) -> tuple[int | None, int | None]:
+    """Return d_in and d_sae by the shapes, else by what the config calls them."""
+    for name, order in (("W_dec", 1), ("w_dec", 1), ("decoder.weight", -1), ("encoder.weight", 1)):
+        shape = shapes.get(name)
+        if shape is not None and len(shape) == 2:
+            d_sae, d_in = shape[::order]
+            return d_in, d_sae
+    fields = {**config, **mapping(config, "trainer")}
+    d_in = next((fields[k] for k in ("d_in", "activation_dim", "act_size") if k in fields), None)
+    d_sae = next((fields[k] for k in ("d_sae", "dict_size") if k in fields), None)
+    return (d_in if isinstance(d_in, int) else None, d_sae if isinstance(d_sae, int) else None)
+
+
 def _text(value: Any) -> str | None:
     return value[:200] if isinstance(value, str) and value else None
 
