@@ -22,9 +22,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository, fetching
-from gsae_core.config import Site, first_of
+from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.files import lock, read_json, readable, write_json, writing
+from gsae_core.files import first_of, lock, read_json, readable, write_json, writing
 from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
 from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.run import Run, check_run_id, find_run
