@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gsae_core.config import SITES, Site, hook_name
 from gsae_core.errors import InputError
-from gsae_core.lm.hooks import FAMILIES
+from gsae_core.lm.catalog import BUNDLED, FAMILIES
 from gsae_core.lm.model import LanguageModel, load_model
 
 IDS = torch.tensor([[0, 5, 9, 2, 31, 7, 7], [0, 3, 3, 17, 8, 20, 39]])
@@ -238,8 +238,6 @@ def test_a_folder_knows_its_shape(tiny_lm: LanguageModel) -> None:
 
 
 def test_the_bundled_model_is_a_folder_like_any_other() -> None:
-    from gsae_core.lm.catalog import BUNDLED
-
     bundled, folder = load_model("bundled"), load_model(str(BUNDLED))
     ids = torch.arange(1, 9)[None]
     assert torch.equal(bundled.logits(ids), folder.logits(ids))

@@ -23,7 +23,7 @@ from gsae_core.config import DataConfig
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.preview import preview
-from gsae_core.lm.texts import alone, in_sequence, pieces, running_text, token_texts
+from gsae_core.lm.texts import by_itself, in_sequence, raw_texts, running_text, token_texts
 
 Make = Callable[[], Any]
 
@@ -89,8 +89,8 @@ def test_the_tokens_of_a_text_are_the_text(make: Make, typed: str, texts: list[s
 )
 def test_a_token_by_itself_has_its_space(make: Make, token: str, text: str) -> None:
     tokenizer = make()
-    (piece,) = pieces(tokenizer, [tokenizer.convert_tokens_to_ids(token)])
-    assert alone(piece) == text
+    (raw,) = raw_texts(tokenizer, [tokenizer.convert_tokens_to_ids(token)])
+    assert by_itself(raw) == text
 
 
 EVERY = [
@@ -111,8 +111,8 @@ def test_any_tokens_are_what_the_tokenizer_decodes_them_to(make: Make) -> None:
     # Bytes apart: the library gives up on a run of them that is not UTF-8 throughout.
     plain = [
         i
-        for i, piece in enumerate(pieces(tokenizer, range(len(tokenizer))))
-        if piece == alone(piece) and not tokenizer.convert_ids_to_tokens(i).startswith("<")
+        for i, raw in enumerate(raw_texts(tokenizer, range(len(tokenizer))))
+        if raw == by_itself(raw) and not tokenizer.convert_ids_to_tokens(i).startswith("<")
     ]
     for _ in range(50):
         ids = rng.choices(plain, k=12)

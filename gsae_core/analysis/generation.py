@@ -14,7 +14,7 @@ from gsae_core.analysis.steering import Steering
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.model import Decoding, LanguageModel
-from gsae_core.lm.texts import alone, pieces, token_texts
+from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 
 MAX_NEW_TOKENS = 400
 MAX_TEMPERATURE = 2.0
@@ -161,7 +161,7 @@ def next_token_shift(
     ids = ids[(q - p)[ids].abs().argsort(descending=True, stable=True)].tolist()
     table = pd.DataFrame(
         {
-            "token": [alone(piece) for piece in pieces(model.tokenizer, ids)],
+            "token": [by_itself(raw) for raw in raw_texts(model.tokenizer, ids)],
             "id": ids,
             "before": p[ids].tolist(),
             "after": q[ids].tolist(),

@@ -19,7 +19,7 @@ from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.texts import alone, pieces, token_texts
+from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.metrics import Metrics
@@ -277,7 +277,7 @@ def candidates(
     last = position + 1 == prompt.ids.shape[1]
     actual = [] if last else [int(prompt.ids[0, position + 1])]
     ids = list(dict.fromkeys(actual + p.topk(min(n, len(p))).indices.tolist()))
-    texts = [alone(piece) for piece in pieces(model.tokenizer, ids)]
+    texts = [by_itself(raw) for raw in raw_texts(model.tokenizer, ids)]
     return [
         Candidate(i, text, float(p[i]), [i] == actual) for i, text in zip(ids, texts, strict=True)
     ]

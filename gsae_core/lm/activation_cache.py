@@ -14,7 +14,8 @@ a GPU the two may differ by rounding. A run reads one or the other from beginnin
 
 import logging
 from collections.abc import Iterator
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -168,16 +169,30 @@ class CachedActivations:
         return int(self._first[stop] - self._first[k * self._rows])
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
-        """Return a shard, mapped into memory; checked when it is first opened."""
-        if k not in self._open:
-            path = self._paths[k]
-            found = self._checked(path, k) if path.exists() else None
-            if found is None:
-                found = self._made(path, k)
-            self._open[k] = found
-        return self._open[k]
+        """Return a shard, mapped into memory; checked, or harvested, when it is first asked for."""
+        if k in self._open:
+            return self._open[k]
+        path = self._paths[k]
+        x = self._checked(path, k)
+        if x is None:
+            with self._alone():
+                # Another run may have harvested it meanwhile.
+                x = self._checked(path, k)
+                if x is None:
+                    self._write(path, self._harvested(k))
+                    x = self._checked(path, k)
+        if x is None:
+            raise InputError(
+                f"expected to read back what was just written to {path}, got something else; check "
+                "the disk, or set XDG_CACHE_HOME to a folder on another one"
+            )
+        self._open[k] = x
+        return x
 
     def _checked(self, path: Path, k: int) -> Tensor | None:
+        """Return a shard that is whole; None where there is none, and then no file either."""
+        if not path.exists():
+            return None
         with self._watch.running():
             try:
                 with safe_open(path, "pt") as file:
@@ -199,8 +214,9 @@ class CachedActivations:
         path.unlink(missing_ok=True)
         return None
 
-    def _made(self, path: Path, k: int) -> Tensor:
-        """Return a shard that this run or another one, meanwhile, has harvested."""
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within, no other run harvests for this folder."""
         from filelock import FileLock, Timeout
 
         held = FileLock(self.folder / ".lock")
@@ -210,18 +226,9 @@ class CachedActivations:
             log.info("activation cache: another run is filling it; waiting for its shard")
             held.acquire()
         try:
-            found = self._checked(path, k) if path.exists() else None
-            if found is None:
-                self._write(path, self._harvested(k))
-                found = self._checked(path, k)
+            yield
         finally:
             held.release()
-        if found is None:
-            raise InputError(
-                f"expected to read back what was just written to {path}, got something else; check "
-                "the disk, or set XDG_CACHE_HOME to a folder on another one"
-            )
-        return found
 
     def _harvested(self, k: int) -> Float[Tensor, "vectors d_in"]:
         rows = np.arange(k * self._rows, min((k + 1) * self._rows, len(self._sequences)))
@@ -238,12 +245,9 @@ class CachedActivations:
         with self._watch.running():
             for left in self.folder.glob(f".{path.name}.*.tmp"):
                 left.unlink()  # of a killed process: who writes holds the lock
-            metadata = {"sha256": _sha256(x)}
-            replace_durably(
-                path,
-                lambda sibling: save_file({"x": x}, sibling, metadata),
-                n_bytes=x.numel() * x.element_size(),
-            )
+            metadata, n_bytes = {"sha256": _sha256(x)}, x.numel() * x.element_size()
+            save = partial(save_file, {"x": x}, metadata=metadata)
+            replace_durably(path, save, n_bytes=n_bytes)
 
 
 def open_cache(

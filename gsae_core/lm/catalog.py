@@ -17,6 +17,52 @@ BUNDLED = ASSETS / "stdlib-gpt2"
 """Folder of the model that ships with the package."""
 
 
+class Family(NamedTuple):
+    """Module names of one family, relative to a block."""
+
+    blocks: str
+    """Name of the list of blocks in the headless model."""
+    attn_proj: str
+    mlp_proj: str
+    attn_norm: str | None = None
+    """Norm after attention, before it is added to the residual stream."""
+    mlp_norm: str | None = None
+
+    @property
+    def attn(self) -> str:
+        return self.attn_proj.split(".")[0]
+
+    @property
+    def mlp(self) -> str:
+        return self.mlp_proj.split(".")[0]
+
+    @property
+    def attn_out(self) -> str:
+        """Module whose output is added to the residual stream."""
+        return self.attn_norm or self.attn
+
+    @property
+    def mlp_out(self) -> str:
+        return self.mlp_norm or self.mlp
+
+
+_LLAMA = Family("layers", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = _LLAMA._replace(
+    attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"
+)
+FAMILIES: Mapping[str, Family] = {
+    "gpt2": Family("h", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": Family("layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
 class ModelShape(NamedTuple):
     """What a model folder's config.json says of its size."""
 
@@ -103,11 +149,6 @@ def known_models() -> dict[str, ModelFacts]:
     return found
 
 
-def families() -> tuple[str, ...]:
-    """Return the `model_type`s of the models that can be trained on."""
-    return tuple(dict.fromkeys(str(model.family) for model in known_models().values()))
-
-
 def cached_models() -> dict[str, Path]:
     """Return the models whose config and weights lie in the Hub's cache, each with its folder."""
     from huggingface_hub import scan_cache_dir
@@ -173,8 +214,8 @@ def check_family(facts: ModelFacts) -> None:
     Raises:
         InputError: if it is of another.
     """
-    if facts.family is not None and facts.family not in families():
+    if facts.family is not None and facts.family not in FAMILIES:
         raise InputError(
-            f"--model: expected a model of a supported family ({', '.join(families())}), got "
+            f"--model: expected a model of a supported family ({', '.join(FAMILIES)}), got "
             f"{facts.family!r}; choose another"
         )

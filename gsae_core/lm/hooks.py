@@ -20,52 +20,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site, hook_name
 from gsae_core.errors import InputError
-
-
-class Family(NamedTuple):
-    """Module names of one family, relative to a block."""
-
-    blocks: str
-    """Name of the list of blocks in the headless model."""
-    attn_proj: str
-    mlp_proj: str
-    attn_norm: str | None = None
-    """Norm after attention, before it is added to the residual stream."""
-    mlp_norm: str | None = None
-
-    @property
-    def attn(self) -> str:
-        return self.attn_proj.split(".")[0]
-
-    @property
-    def mlp(self) -> str:
-        return self.mlp_proj.split(".")[0]
-
-    @property
-    def attn_out(self) -> str:
-        """Module whose output is added to the residual stream."""
-        return self.attn_norm or self.attn
-
-    @property
-    def mlp_out(self) -> str:
-        return self.mlp_norm or self.mlp
-
-
-_LLAMA = Family("layers", "self_attn.o_proj", "mlp.down_proj")
-_POST_NORM = _LLAMA._replace(
-    attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"
-)
-FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family("h", "attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": Family("layers", "attention.dense", "mlp.dense_4h_to_h"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _POST_NORM,
-    "gemma3_text": _POST_NORM,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-}
+from gsae_core.lm.catalog import FAMILIES
 
 
 class Tap(NamedTuple):

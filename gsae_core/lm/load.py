@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from gsae_core.errors import InputError, hub_sentence, is_hub_trouble
-from gsae_core.lm.catalog import model_folder
-from gsae_core.lm.hooks import FAMILIES
+from gsae_core.lm.catalog import FAMILIES, model_folder
 
 WRAPPERS: Mapping[str, str] = {
     "_orig_mod": "torch.compile",

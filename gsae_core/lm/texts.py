@@ -3,7 +3,7 @@
 A tokenizer's own `decode` answers for whole texts. Of a token alone it drops what only its place
 decides (the space in front of a SentencePiece word, of a WordPiece one too), and of a character
 that is split over tokens it gives U+FFFD for each. So a token is first given its bytes, as it
-writes them in the middle of a text, and characters are put together from those.
+writes them in the middle of a text (`raw_texts`), and characters are put together from those.
 """
 
 import re
@@ -30,11 +30,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int], *, text: str | None = None) 
         text: what the ids were made of, where they are its first ones: the space that many
             tokenizers put in front of a text is then left out. None: they go on from others.
     """
-    found = in_sequence(pieces(tokenizer, ids))
-    if text is not None and _spaces("".join(found)) > _spaces(text):
-        first = next(i for i, each in enumerate(found) if each)
-        found[first] = found[first][1:]
-    return found
+    texts = in_sequence(raw_texts(tokenizer, ids))
+    whole = "".join(texts)
+    if text is not None and len(whole) - len(whole.lstrip(" ")) > len(text) - len(text.lstrip(" ")):
+        first = next(i for i, each in enumerate(texts) if each)
+        texts[first] = texts[first][1:]
+    return texts
 
 
 def running_text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -44,43 +45,61 @@ def running_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(token_texts(tokenizer, kept))
 
 
-def in_sequence(found: Sequence[str]) -> list[str]:
-    """Return the texts of tokens that follow each other from their `pieces`; see `token_texts`."""
+def by_itself(raw: str) -> str:
+    """Return a token of `raw_texts` by itself; what is no whole character is U+FFFD."""
+    return _bytes(raw).decode("utf-8", "replace") if BROKEN.search(raw) else raw
+
+
+def in_sequence(raw: Sequence[str]) -> list[str]:
+    """Return the texts of tokens that follow each other from `raw_texts`; see `token_texts`."""
     texts: list[str] = []
-    for broken, run in groupby(found, lambda piece: BROKEN.search(piece) is not None):
-        part = list(run)
-        texts += _put_together(part) if broken else part
+    for broken, group in groupby(raw, lambda each: BROKEN.search(each) is not None):
+        run = list(group)
+        if not broken:
+            texts += run
+            continue
+        parts = [_bytes(each) for each in run]
+        owner = [i for i, part in enumerate(parts, len(texts)) for _ in part]
+        texts += [""] * len(run)
+        data, at = b"".join(parts), 0
+        while at < len(data):
+            character, size = _first_character(data[at : at + SPLIT + 1])
+            texts[owner[at]] += character
+            at += size
     return texts
 
 
-def alone(piece: str) -> str:
-    """Return a token of `pieces` by itself; what is no whole character is U+FFFD."""
-    return _bytes(piece).decode("utf-8", "replace") if BROKEN.search(piece) else piece
+def _first_character(data: bytes) -> tuple[str, int]:
+    """Return the character that bytes begin with, and of how many it is made."""
+    size = 1 + sum(data[0] >= least for least in (0xC0, 0xE0, 0xF0))
+    try:
+        return data[:size].decode(), size
+    except UnicodeDecodeError as error:
+        return "\ufffd", error.end
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def _bytes(raw: str) -> bytes:
+    return raw.encode("utf-8", "surrogateescape")
+
+
+def raw_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return what each token writes in the middle of a text, its leading space included.
 
     Bytes that are no whole characters stand as lone surrogates (`errors="surrogateescape"`), for
-    `in_sequence` or `alone`; so they can be kept as JSON. An id without a token writes nothing.
+    `in_sequence` or `by_itself`; so they can be kept as JSON. An id without a token writes nothing.
     """
     backend = _backend(tokenizer)
     added = backend.get_added_tokens_decoder()
     byte_level = backend.decoder is not None and backend.decoder.decode(["Ġ"]) == " "
-    found: dict[int, str] = {}
-    others: dict[int, str] = {}
-    for i in dict.fromkeys(ids):
-        name = backend.id_to_token(i)
-        if name is None:
-            found[i] = ""
-        elif byte_level:
-            found[i] = added[i].content if i in added else _from_byte_level(name)
-        else:
-            others[i] = name
-    between = _in_the_middle(backend, list(others))
-    for (i, name), text in zip(others.items(), between, strict=True):
-        found[i] = _from_byte_fallback(name, text)
-    return [found[i] for i in ids]
+    names = {i: backend.id_to_token(i) for i in dict.fromkeys(ids)}
+    known = [i for i, name in names.items() if name is not None]
+    if byte_level:
+        texts = [added[i].content if i in added else _from_byte_level(names[i]) for i in known]
+    else:
+        between = _in_the_middle(backend, known)
+        texts = [_from_byte_fallback(names[i], t) for i, t in zip(known, between, strict=True)]
+    found = dict(zip(known, texts, strict=True))
+    return [found.get(i, "") for i in ids]
 
 
 def _in_the_middle(backend: Any, ids: list[int]) -> list[str]:
@@ -111,19 +130,19 @@ def _plain(backend: Any) -> int | None:
     return None
 
 
-def _from_byte_level(name: str) -> str:
-    """Return the text of a byte-level token, which has a character for each byte."""
-    if not all(c in _BYTES for c in name):
-        return name
-    return bytes(_BYTES[c] for c in name).decode("utf-8", "surrogateescape")
-
-
 def _from_byte_fallback(name: str, text: str) -> str:
     """Return a token's text: of one that stands for a byte, such as `<0xE2>`, that byte."""
     byte = BYTE.fullmatch(name)
     if byte is None or text.endswith(name):
         return text
     return bytes.fromhex(byte[1]).decode("utf-8", "surrogateescape")
+
+
+def _from_byte_level(name: str) -> str:
+    """Return the text of a byte-level token, which has a character for each byte."""
+    if not all(c in _BYTES for c in name):
+        return name
+    return bytes(_BYTES[c] for c in name).decode("utf-8", "surrogateescape")
 
 
 def _byte_characters() -> Iterator[tuple[str, int]]:
@@ -135,35 +154,6 @@ def _byte_characters() -> Iterator[tuple[str, int]]:
 
 
 _BYTES = dict(_byte_characters())
-
-
-def _put_together(run: list[str]) -> list[str]:
-    """Return the characters that tokens which split some make up, each at its first byte's."""
-    parts = [_bytes(piece) for piece in run]
-    owner = [i for i, part in enumerate(parts) for _ in part]
-    data, texts, at = b"".join(parts), [""] * len(run), 0
-    while at < len(data):
-        character, size = _first_character(data[at : at + SPLIT + 1])
-        texts[owner[at]] += character
-        at += size
-    return texts
-
-
-def _first_character(data: bytes) -> tuple[str, int]:
-    """Return the character that bytes begin with, and of how many it is made."""
-    size = 1 + sum(data[0] >= least for least in (0xC0, 0xE0, 0xF0))
-    try:
-        return data[:size].decode(), size
-    except UnicodeDecodeError as error:
-        return "\ufffd", error.end
-
-
-def _bytes(piece: str) -> bytes:
-    return piece.encode("utf-8", "surrogateescape")
-
-
-def _spaces(text: str) -> int:
-    return len(text) - len(text.lstrip(" "))
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -22,7 +22,7 @@ from gsae_core.analysis.features.files import ARRAYS, TABLE, VOCABULARY, load_ar
 from gsae_core.analysis.features.filter import Range, within
 from gsae_core.analysis.labels import Labels
 from gsae_core.errors import InputError
-from gsae_core.lm.texts import SPLIT, alone, in_sequence
+from gsae_core.lm.texts import SPLIT, by_itself, in_sequence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,16 +198,16 @@ class FeatureIndex:
         """Return the texts of a sequence's tokens from `first` up to `last`, as read in a row."""
         start = max(0, first - SPLIT)
         ids = self.array("ids")[sequence, start : last + SPLIT].tolist()
-        return in_sequence([self._pieces[i] for i in ids])[first - start : last - start]
+        return in_sequence([self._raw_texts[i] for i in ids])[first - start : last - start]
 
     @cached_property
     def vocabulary(self) -> list[str]:
         """What each token id stands for by itself; part of a character is U+FFFD."""
-        return [alone(piece) for piece in self._pieces]
+        return [by_itself(raw) for raw in self._raw_texts]
 
     @cached_property
-    def _pieces(self) -> list[str]:
-        """`lm.texts.pieces` of every id; of an index made before, U+FFFD in parts of characters."""
+    def _raw_texts(self) -> list[str]:
+        """`lm.texts.raw_texts` of every id; of an older index U+FFFD in parts of characters."""
         return json.loads((self._data / VOCABULARY).read_text(encoding="utf-8"))
 
     def split_of(self, sequence: int) -> str:

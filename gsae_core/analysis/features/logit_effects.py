@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from gsae_core.analysis.features import loops as index_loops
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.catalog import FAMILIES
 from gsae_core.lm.harvest import default_rows
-from gsae_core.lm.hooks import FAMILIES
 from gsae_core.lm.model import LanguageModel
 from gsae_core.threads import spread
 

@@ -25,7 +25,7 @@ from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows,
 from gsae_core.config import Site
 from gsae_core.files import replace_durably
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.texts import pieces
+from gsae_core.lm.texts import raw_texts
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows, spread
@@ -56,7 +56,7 @@ def describe(
     Args:
         gate_open, toward: as in `collect.Collected`, over all tokens.
     """
-    texts = pieces(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
+    texts = raw_texts(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
     vocabulary = json.dumps(texts).encode()
     replace_durably(
         data / VOCABULARY, lambda to: to.write_bytes(vocabulary), n_bytes=len(vocabulary)
