@@ -74,13 +74,11 @@ class CachedActivations:
     Args:
         harvest: of `sequences`; asked only for shards that are missing or damaged.
         sequences: what the vectors belong to.
-        folder: of shards of this model and place: see `cache_place`.
+        folder: of shards of this model and place: see `open_cache`.
         dtype: of the model. Its activations are kept in it where that loses nothing.
 
     Attributes:
-        d_in: width of a vector.
         device: where vectors are handed out.
-        folder: where the shards are.
         n_bytes: size of all shards of `sequences`.
     """
 

@@ -133,15 +133,11 @@ class Harvest:
     """The counted vectors of sequences, from a language model.
 
     Args:
-        model: the language model.
-        sequences: what it reads.
         layer: block number, from 0.
-        site: where in the block.
         rows: sequences in a forward pass; None: `default_rows`. Rounding may depend on it.
 
     Attributes:
         rows: as given or derived.
-        d_in: width of a vector.
         device: where the vectors are.
     """
 
@@ -184,17 +180,18 @@ class Harvest:
             InputError: once all is read, if a vector is not finite: do not keep what was yielded
                 before. On a CPU, `work` is not called on passes with such a vector.
         """
+        on_cpu = self.device.type == "cpu"
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 
         def task(group: np.ndarray) -> tuple[int, Int64[Tensor, ""], list[Result]]:
             x = self._pass(group)
             bad = n_not_finite(x)
             # On a GPU, to look at the number would be to wait for the pass.
-            spoilt = self.device.type == "cpu" and bool(bad)
+            spoilt = on_cpu and bool(bad)
             return len(x), bad, [work(x)] if len(x) and not spoilt else []
 
         # A generator cannot be timed by `with`: its time runs on while it is not asked.
-        results = _side_by_side(task, groups, _n_threads(self.device))
+        results = _side_by_side(task, groups, torch.get_num_threads() if on_cpu else 0)
         n, n_bad = 0, torch.zeros((), dtype=torch.int64)
         while True:
             with self._watch.running():
@@ -224,10 +221,6 @@ class Harvest:
 def default_rows(n_ctx: int, device: torch.device) -> int:
     """Return how many sequences a forward pass takes."""
     return max(1, (CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS) // n_ctx)
-
-
-def _n_threads(device: torch.device) -> int:
-    return torch.get_num_threads() if device.type == "cpu" else 0
 
 
 def _side_by_side(

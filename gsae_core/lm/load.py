@@ -10,7 +10,7 @@ import logging
 import pickle
 import re
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +77,18 @@ def _advice(
     """Return what to do about keys that do not fit."""
     known = set(hf.state_dict())
     known |= {key.removeprefix(f"{hf.base_model_prefix}.") for key in known}
-    if wrappers := _wrappers(unexpected, known):
-        parts = " and ".join(f"'{part}.' of {WRAPPERS[part]}" for part in wrappers)
-        return f"save the model that is inside the wrapper, or take {parts} out of the keys"
-    if prefix := _prefix(unexpected, known):
+    # Without which the keys would be the model's: wrappers' names, or one thing in front of all.
+    wrappers, prefixes = dict[str, str](), set[str]()
+    for key in unexpected:
+        parts = key.split(".")
+        if ".".join(part for part in parts if part not in WRAPPERS) in known:
+            wrappers |= {part: WRAPPERS[part] for part in parts if part in WRAPPERS}
+        n = next((n for n in range(1, len(parts)) if ".".join(parts[n:]) in known), 0)
+        prefixes.add("".join(f"{part}." for part in parts[:n]))
+    if wrappers:
+        names = " and ".join(f"'{part}.' of {wrapper}" for part, wrapper in wrappers.items())
+        return f"save the model that is inside the wrapper, or take {names} out of the keys"
+    if len(prefixes) == 1 and (prefix := prefixes.pop()):
         return f"take {prefix!r} out of the keys"
     if not missing and not mismatched:
         return (
@@ -92,26 +100,6 @@ def _advice(
     if own.issuperset(missing) and not mismatched:
         return "choose a checkpoint that has the output layer, for it predicts the next token"
     return "save the model again with save_pretrained(), weights and config.json together"
-
-
-def _wrappers(unexpected: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return the wrappers without whose names the keys would be the model's."""
-    found: dict[str, None] = {}
-    for key in unexpected:
-        parts = key.split(".")
-        if ".".join(part for part in parts if part not in WRAPPERS) in known:
-            found |= dict.fromkeys(part for part in parts if part in WRAPPERS)
-    return list(found)
-
-
-def _prefix(unexpected: Sequence[str], known: Collection[str]) -> str:
-    """Return what every key has before one of the model's own; nothing if they do not agree."""
-    prefixes = set()
-    for key in unexpected:
-        parts = key.split(".")
-        n = next((n for n in range(1, len(parts)) if ".".join(parts[n:]) in known), 0)
-        prefixes.add("".join(f"{part}." for part in parts[:n]))
-    return prefixes.pop() if len(prefixes) == 1 else ""
 
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

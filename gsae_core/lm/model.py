@@ -264,8 +264,7 @@ class Decoding:
 
     Args:
         model: is shared: between two calls of `extend`, others may use it.
-        layer: block of the edited site.
-        site: where in the block.
+        layer: block of the edited site, from 0.
 
     Raises:
         InputError: if there is no such layer or site.

@@ -66,12 +66,9 @@ class ActivationStream:
     """Shuffled, scaled batches of a language model's activations.
 
     Args:
-        model: the language model.
         sequences: the training split; at least one batch of counted tokens.
         layer: block number, from 0.
-        site: where in the block.
         batch_size: vectors in a batch.
-        seed: of the order.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time; None: `default_chunk_vectors`.
@@ -79,7 +76,6 @@ class ActivationStream:
         ahead: fill the next chunk while this one is used; None: on CUDA only.
 
     Attributes:
-        d_in: width of a vector.
         scale: what raw activations are multiplied by.
         chunk_vectors: as given or derived; part of what decides the batches.
         tokens_per_epoch: counted tokens of all sequences.
