@@ -197,7 +197,7 @@ def test_hostile_tokens_and_labels_are_text_and_nothing_else(
 ) -> None:
     index = built(tiny_lm, some_sae("gated"), tmp_path)
     hostile = '<img src=x onerror="alert(1)">\u202e\n'
-    index._pieces[:] = [hostile] * 40
+    index._raw_texts[:] = [hostile] * 40
     index.labels.add(FEATURE, "label", '<b>bold</b> & "quoted"', author="<i>me</i>")
     text = page([index.feature(FEATURE)])
     assert "<img" not in text
