@@ -9,7 +9,6 @@ from gsae_core.app.controls import controls
 from gsae_core.app.glossary import definition
 from gsae_core.app.live_view import (
     CANCEL_STAGES,
-    draw_log,
     draw_numbers,
     draw_progress,
     draw_samples,
@@ -18,8 +17,16 @@ from gsae_core.app.live_view import (
     explain_numbers,
     latest_values,
 )
-from gsae_core.app.parts import figure_tools, line_legend, notice, plain, say_worse, state_badge
-from gsae_core.app.shell import escalate
+from gsae_core.app.parts import (
+    escalate,
+    figure_tools,
+    line_legend,
+    log,
+    notice,
+    plain,
+    say_worse,
+    state_badge,
+)
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.live import (
@@ -189,7 +196,7 @@ def view(was: Status) -> None:
         draw_samples(run, names)
     if status.state not in ("failed", "lost", "cancelled"):
         with st.expander("Log", expanded=status.state == "starting"):
-            draw_log(run)
+            log(run.log_tail(30))
     with place:
         if not charts:
             with st.container(border=True):

@@ -118,7 +118,7 @@ def test_a_damaged_line_is_left_out_with_what_to_do(root: Path, worker: int) -> 
     at = opened(LIVE)
     assert not at.exception
     assert "1 line of metrics.jsonl cannot be read and is left out" in text(at)
-    assert "make sure that there is room" in text(at)
+    assert "check the free disk space" in text(at)
 
 
 # A folder of runs that cannot be written
@@ -236,7 +236,7 @@ def test_a_disk_that_fills_during_training_says_how_much_it_takes_and_resume_goe
     assert done.returncode != 0
     at = opened(LIVE)
     assert not at.exception
-    assert "Training failed" in text(at)
+    assert "The run failed" in text(at)
     assert "make room on the disk and resume the run" in text(at)
     assert at.button(key="live.resume").label == "Resume"
     (run,) = list_runs(root)

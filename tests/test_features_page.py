@@ -343,7 +343,7 @@ def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     write_status(folder, of_process(status, "running", worker)._replace(done=250, total=1000))
     at = opened(PAGE, run="done")
     assert not at.exception
-    assert "reading tokens, 250 of 1,000" in str(at.get("progress")[0].proto)
+    assert "reading tokens: 250 of 1,000" in str(at.get("progress")[0].proto)
     at.button(key="features.cancel_gated-0.3").click().run()
     assert (folder / "control.json").exists()
     assert not at.exception
@@ -354,7 +354,7 @@ def test_a_build_that_moves_shows_how_far_it_is_and_can_be_cancelled(
     [
         ("failed", "out of memory"),
         ("lost", "The process ended unexpectedly"),
-        ("cancelled", "It was cancelled"),
+        ("cancelled", "Building the index of gated-0.3 was cancelled"),
     ],
 )
 def test_a_build_that_ended_early_says_why_and_can_go_on(bare: Run, state: str, said: str) -> None:

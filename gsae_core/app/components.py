@@ -1,7 +1,10 @@
-"""The transformer block as a picture in which one clicks the site to read at."""
+"""Pictures and lists of our own in which one clicks: the block, a strip of tokens, feature links.
+
+Each stands beside a widget that keeps the choice; a click only tells the page what to choose.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import streamlit as st
 from streamlit.components.v2 import component
@@ -21,12 +24,36 @@ ABOUT: dict[Site, str] = {
 """What is read at each site."""
 
 
-_diagram = component(
-    "gsae_block_diagram",
-    html='<div class="block"></div>',
-    css=asset("block-diagram.css"),
-    js=asset("block-diagram.js"),
-)
+def _clickable(name: str, html: str) -> Callable[..., None]:
+    """Return what draws a component of this package, of the script and style of that name.
+
+    The function takes the component's `key` and `data`, `read`, which returns what a browser says
+    was clicked or None where that is nothing there is, and `pick`, which is called with it before
+    the page runs again.
+    """
+    mount = component(
+        f"gsae_{name.replace('-', '_')}",
+        html=html,
+        css=asset(f"{name}.css"),
+        js=asset(f"{name}.js"),
+    )
+
+    def draw(
+        *, key: str, data: Any, read: Callable[[object], Any], pick: Callable[[Any], None]
+    ) -> None:
+        def picked() -> None:
+            choice = read(st.session_state[key].get("picked"))
+            if choice is not None:
+                pick(choice)
+
+        mount(key=key, data=data, on_picked_change=picked)
+
+    return draw
+
+
+_diagram = _clickable("block-diagram", '<div class="block"></div>')
+_picker = _clickable("token-picker", '<div class="picker"></div>')
+_links = _clickable("feature-links", '<ul class="links"></ul>')
 
 
 def block_diagram(
@@ -37,23 +64,15 @@ def block_diagram(
     parallel: bool,
     pick: Callable[[str, str | int], None],
 ) -> None:
-    """Draw the block; the widgets beside it stay the truth, and are told of a click by `pick`.
+    """Draw the transformer block, in which one clicks the site to read at.
 
     Args:
         n_layers: blocks of the model; None, where that is not known, draws no row of them.
         parallel: whether attention and MLP both read what enters the block (GPT-NeoX).
-        pick: called with `"site"` or `"layer"` and the choice, before the page runs again.
+        pick: called with `"site"` or `"layer"` and the choice.
     """
-
-    key = own("block")
-
-    def picked() -> None:
-        choice = read_choice(st.session_state[key].get("picked"), n_layers)
-        if choice is not None:
-            pick(*choice)
-
     _diagram(
-        key=key,
+        key=own("block"),
         data={
             "site": site,
             "layer": layer,
@@ -61,7 +80,8 @@ def block_diagram(
             "parallel": parallel,
             "about": ABOUT,
         },
-        on_picked_change=picked,
+        read=lambda sent: read_choice(sent, n_layers),
+        pick=lambda choice: pick(*choice),
     )
 
 
@@ -75,12 +95,12 @@ def read_choice(sent: object, n_layers: int | None) -> tuple[str, str | int] | N
     return None
 
 
-_picker = component(
-    "gsae_token_picker",
-    html='<div class="picker"></div>',
-    css=asset("token-picker.css"),
-    js=asset("token-picker.js"),
-)
+def read_number(sent: object) -> int | None:
+    """Return the whole number that a browser sent; None if it is none."""
+    # True is an int to Python; NaN and the infinities are equal to no whole number.
+    if isinstance(sent, bool) or not isinstance(sent, int | float):
+        return None
+    return int(sent) if sent % 1 == 0 else None
 
 
 class Cell(NamedTuple):
@@ -90,7 +110,7 @@ class Cell(NamedTuple):
     about: str
     """What hovering and focusing it say."""
     shade: float
-    """Opacity of its ground, 0 to 0.6: body text keeps a contrast of 5:1 on it."""
+    """Opacity of its shading, 0 to 0.6: body text keeps a contrast of 5:1 on it."""
     below: float
     """Opacity of the line under it, 0 to 1: the other SAE."""
     special: bool
@@ -98,63 +118,38 @@ class Cell(NamedTuple):
 
 
 def token_picker(
-    cells: Sequence[Cell],
-    *,
-    picked: int,
-    two: bool,
-    pick: Callable[[int], None],
+    cells: Sequence[Cell], *, picked: int, two: bool, pick: Callable[[int], None]
 ) -> None:
-    """Draw the strip; the widget beside it stays the truth, and is told of a click by `pick`.
+    """Draw a text's tokens.
 
     Args:
         picked: index of the token that is marked.
         two: whether the lines under the tokens are drawn.
-        pick: called with the index of a token, before the page runs again.
+        pick: called with the index of a token.
     """
-
-    key = own("tokens")
-
-    def chosen() -> None:
-        index = read_token_pick(st.session_state[key].get("picked"), len(cells))
-        if index is not None:
-            pick(index)
-
+    tokens = [
+        {
+            # A line ends where the text's does, and the sign for it stays in sight.
+            "text": visible(cell.text).replace("↵", "↵\n"),
+            "about": cell.about,
+            "shade": round(cell.shade, 3),
+            "below": round(cell.below, 3),
+            "special": cell.special,
+        }
+        for cell in cells
+    ]
     _picker(
-        key=key,
-        data={
-            "picked": picked,
-            "two": two,
-            "tokens": [
-                {
-                    # A line ends where the text's does, and the sign for it stays in sight.
-                    "text": visible(cell.text).replace("↵", "↵\n"),
-                    "about": cell.about,
-                    "shade": round(cell.shade, 3),
-                    "below": round(cell.below, 3),
-                    "special": cell.special,
-                }
-                for cell in cells
-            ],
-        },
-        on_picked_change=chosen,
+        key=own("tokens"),
+        data={"picked": picked, "two": two, "tokens": tokens},
+        read=lambda sent: read_token_pick(sent, len(cells)),
+        pick=pick,
     )
 
 
 def read_token_pick(sent: object, n_tokens: int) -> int | None:
     """Return which token a browser says was picked; None if that is no token there is."""
-    # True is an int to Python, and no place in a text.
-    if isinstance(sent, bool) or not isinstance(sent, int | float):
-        return None
-    # NaN is neither below nor above anything.
-    return int(sent) if 0 <= sent < n_tokens and sent == int(sent) else None
-
-
-_links = component(
-    "gsae_feature_links",
-    html='<ul class="links"></ul>',
-    css=asset("feature-links.css"),
-    js=asset("feature-links.js"),
-)
+    index = read_number(sent)
+    return index if index is not None and 0 <= index < n_tokens else None
 
 
 class Link(NamedTuple):
@@ -181,23 +176,20 @@ def feature_links(
     Args:
         label: what the list is, for those who do not see it.
     """
-
-    def picked() -> None:
-        number = read_feature_pick(st.session_state[key].get("picked"), links)
-        if number is not None:
-            go(number)
-
     rows = [
         link._asdict()
         | {"number": str(link.feature), "share": round(min(max(link.share, 0), 1), 3)}
         for link in links
     ]
-    _links(key=key, data={"label": label, "rows": rows}, on_picked_change=picked)
+    _links(
+        key=key,
+        data={"label": label, "rows": rows},
+        read=lambda sent: read_feature_pick(sent, links),
+        pick=go,
+    )
 
 
 def read_feature_pick(sent: object, links: Sequence[Link]) -> int | None:
     """Return which of the features a browser says was picked; None if it is none of them."""
-    # True is an int to Python.
-    if isinstance(sent, bool) or not isinstance(sent, int | float):
-        return None
-    return next((link.feature for link in links if link.feature == sent), None)
+    number = read_number(sent)
+    return number if number in [link.feature for link in links] else None

@@ -8,14 +8,12 @@ from collections.abc import Callable
 import streamlit as st
 
 from gsae_core.app import shell
-from gsae_core.app.parts import own, plain
-from gsae_core.errors import InputError
+from gsae_core.app.parts import CANCELLABLE, attempt, cancel, own, plain
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, is_example
 
 RESUMABLE = ("cancelled", "failed", "lost")
-CANCELLABLE = ("queued", "starting", "running")
 
 
 def controls(run: Run, status: Status) -> None:
@@ -27,10 +25,13 @@ def controls(run: Run, status: Status) -> None:
             shell.go("pages/3_Pareto.py", run)
         idle = status.state == "queued" and status.pid is None
         if idle or status.state in RESUMABLE:
-            label = "Start" if idle else "Resume"
-            icon = ":material/play_arrow:"
             st.button(
-                label, icon=icon, type="primary", key=own("resume"), on_click=_resume, args=(run,)
+                "Start" if idle else "Resume",
+                icon=":material/play_arrow:",
+                type="primary",
+                key=own("resume"),
+                on_click=attempt,
+                args=(lambda: process.start(run), "Nothing was started"),
             )
         if status.state in CANCELLABLE and not idle:
             if st.button("Cancel", icon=":material/stop_circle:", key=own("cancel")):
@@ -57,7 +58,7 @@ def confirm_cancel(run: Run) -> None:
     """Ask whether a run should stop, and have it stop."""
     plain(run.id)
     st.caption("It finishes its step and saves. Resume continues from there.")
-    _choice("Cancel the run", "Keep training", name="confirm_cancel", act=_cancel, run=run)
+    _choice("Cancel the run", "Keep training", name="confirm_cancel", act=cancel, run=run)
 
 
 @st.dialog("Delete this run?")
@@ -78,25 +79,9 @@ def _choice(yes: str, no: str, *, name: str, act: Callable[[Run], None], run: Ru
         st.rerun()
 
 
-def _cancel(run: Run) -> None:
-    try:
-        run.request_cancel(by="app")
-    except InputError as error:
-        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
-
-
 def _delete(run: Run) -> None:
-    try:
+    def act() -> None:
         process.delete(run)
-    except InputError as error:
-        st.session_state["shell.refused"] = ("Nothing was deleted", str(error))
-    else:
         shell.forget(run)
 
-
-def _resume(run: Run) -> None:
-    try:
-        process.start(run)
-    except InputError as error:
-        # Someone else may have pressed first, deleted it, or the disk refuses.
-        st.session_state["shell.refused"] = ("Nothing was started", str(error))
+    attempt(act, "Nothing was deleted")

@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,16 @@ import streamlit as st
 
 from gsae_core.app import shell
 from gsae_core.app.controls import confirm_delete
-from gsae_core.app.parts import key_for, notice, plain, seconds_since, state_badge
+from gsae_core.app.parts import (
+    attempt,
+    job_panel,
+    job_trouble,
+    key_for,
+    notice,
+    plain,
+    seconds_since,
+    state_badge,
+)
 from gsae_core.checkpoints.formats.libraries import EXPORTS, Export
 from gsae_core.errors import InputError
 from gsae_core.files import left_out, readable
@@ -223,7 +231,6 @@ def _push(run: Run) -> None:
         st.rerun()
 
 
-STAGES = {"downloading": "downloading", "importing": "importing", "uploading": "uploading"}
 MOST_SHOWN = 8
 
 
@@ -254,71 +261,51 @@ def on_the_way(root: Path, drawn: bool) -> None:
 
 
 def _card(transfer: Transfer, status: Status) -> None:
-    request = transfer.request
-    if status.state == "cancelling":
-        process.escalate_cancel(transfer)
+    request, key = transfer.request, transfer.id
     with st.container(border=True):
         if isinstance(request, PullRequest):
             path = f" · {request.path}" if request.path else ""
             plain(f"{transfer.arrow} {request.repo}{path} → {request.to}")
         else:
             plain(f"{transfer.arrow} {request.run}: {', '.join(request.saes)} → {request.repo}")
-        if status.state in ("starting", "running", "cancelling") and status.total:
-            done = f"{readable(status.done)} of {readable(status.total)}"
-            text = f"{STAGES.get(status.stage or '', 'starting')}: {done}"
-            st.progress(min(1.0, status.done / status.total), text=text)
-        elif status.expects_process:
-            st.progress(0.0, text=STAGES.get(status.stage or "", "starting"))
-        if status.state == "failed":
-            notice(status.error or "No reason was given.", title="It failed")
-        elif status.state == "lost":
-            notice(
-                "The process ended unexpectedly: the machine restarted, or it was killed. "
-                "Resume continues from what was downloaded.",
-                kind="warning",
-            )
+        if status.expects_process or status.state == "cancelling":
+            job_panel(transfer, status, key=f"hub.stop_{key}", amount=readable)
+        again = "Resume continues from what was transferred."
+        job_trouble(transfer, status, name="The transfer", again=again, n_lines=0)
         if damaged := transfer.event_lines().damaged:
             st.caption(f"{left_out(damaged, 'events.jsonl')}.")
-        _buttons(transfer, status)
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            state_badge(status.state)
+            if not status.expects_process and status.state != "cancelling":
+                _buttons(transfer, status)
 
 
 def _buttons(transfer: Transfer, status: Status) -> None:
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        state_badge(status.state)
-        key = transfer.id
-        if status.state in ("queued", "starting", "running"):
-            st.button(
-                "Cancel",
-                icon=":material/stop_circle:",
-                key=f"hub.stop_{key}",
-                on_click=_cancel,
-                args=(transfer,),
-            )
-        elif status.state in ("cancelled", "failed", "lost"):
-            st.button(
-                "Resume",
-                icon=":material/play_arrow:",
-                type="primary",
-                key=f"hub.on_{key}",
-                on_click=_resume,
-                args=(transfer,),
-            )
-        elif status.state == "finished" and transfer.kind == "pull" and transfer.result:
-            if st.button(
-                "Open the run", icon=":material/monitoring:", type="primary", key=f"hub.open_{key}"
-            ):
-                _open(transfer)
-        elif status.state == "finished":
-            plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
-        if not status.expects_process and status.state != "cancelling":
-            st.button(
-                "Dismiss",
-                icon=":material/close:",
-                key=f"hub.away_{key}",
-                on_click=_dismiss,
-                args=(transfer,),
-                help="Files that were downloaded but not imported are deleted.",
-            )
+    """Draw what can be done with a transfer that has ended."""
+    key = transfer.id
+    if status.state == "finished" and transfer.kind == "pull" and transfer.result:
+        icon = ":material/monitoring:"
+        if st.button("Open the run", icon=icon, type="primary", key=f"hub.open_{key}"):
+            _open(transfer)
+    elif status.state == "finished":
+        plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
+    else:
+        st.button(
+            "Resume",
+            icon=":material/play_arrow:",
+            type="primary",
+            key=f"hub.on_{key}",
+            on_click=attempt,
+            args=(lambda: process.start(transfer), "Nothing was started"),
+        )
+    st.button(
+        "Dismiss",
+        icon=":material/close:",
+        key=f"hub.away_{key}",
+        on_click=attempt,
+        args=(lambda: process.delete(transfer), "Nothing was dismissed"),
+        help="Files that were downloaded but not imported are deleted.",
+    )
 
 
 def _open(transfer: Transfer) -> None:
@@ -328,23 +315,3 @@ def _open(transfer: Transfer) -> None:
         notice(str(error), title="The run is gone")
     else:
         shell.go("pages/2_Live.py", run)
-
-
-def _cancel(transfer: Transfer) -> None:
-    _attempt(lambda: transfer.request_cancel(by="app"), "Nothing was cancelled")
-
-
-def _resume(transfer: Transfer) -> None:
-    _attempt(lambda: process.start(transfer), "Nothing was started")
-
-
-def _dismiss(transfer: Transfer) -> None:
-    _attempt(lambda: process.delete(transfer), "Nothing was dismissed")
-
-
-def _attempt(act: Callable[[], object], refused: str) -> None:
-    try:
-        act()
-    except InputError as error:
-        # Someone else may have pressed first, or the disk refuses.
-        st.session_state["shell.refused"] = (refused, str(error))

@@ -1,28 +1,19 @@
 """Building the index of an SAE from its page: started as a process, watched, ended."""
 
-import contextlib
-
 import streamlit as st
 
 from gsae_core.analysis.features.files import N_BINS, N_NEIGHBOURS
 from gsae_core.app import cache
-from gsae_core.app.parts import notice
+from gsae_core.app.parts import attempt, job_panel, job_trouble, notice
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.runs.jobs.job import Job, Status, escalate_cancel
+from gsae_core.runs.jobs.job import Job
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import N_TOKENS, index_job, start_index
 from gsae_core.text import count, duration
 
 AMOUNTS = [100_000, 300_000, N_TOKENS, 3_000_000]
 EVERY = 1.0
-STAGES = {
-    "waiting": "waits until the device is free",
-    "loading": "loading the model and the text",
-    "indexing": "reading tokens",
-    "sorting": "sorting by feature",
-    "describing": "describing features",
-}
 
 
 def panel(run: Run, names: list[str], *, problem: str) -> None:
@@ -40,13 +31,19 @@ def panel(run: Run, names: list[str], *, problem: str) -> None:
         if moving != any(_expects(run, name) for name in names):
             st.rerun()  # the index is there, or its building has ended
         for name in names:
-            _watch(run, name)
+            job = _job(run, name)
+            if job is not None and job.status.expects_process:
+                with st.container(border=True):
+                    key = f"features.cancel_{name}"
+                    job_panel(job, job.status, name=f"Index of {name}", key=key)
 
     if moving:
         st.fragment(watched, run_every=EVERY)()
         return
+    again = "Building it again continues from its last shard."
     for name in names:
-        _trouble(run, name)
+        if (job := _job(run, name)) is not None:
+            job_trouble(job, job.status, name=f"Building the index of {name}", again=again)
     _offer(run, names)
 
 
@@ -119,67 +116,8 @@ def _seconds_and_bytes(run: Run, name: str, n_tokens: int) -> tuple[float | None
 
 
 def _start(run: Run, names: list[str], n_tokens: int) -> None:
-    try:
+    def act() -> None:
         for name in names:
             start_index(run, name, n_tokens=n_tokens, split="mixed")
-    except InputError as error:
-        st.session_state["shell.refused"] = ("Nothing was started", str(error))
 
-
-def _watch(run: Run, name: str) -> None:
-    job = _job(run, name)
-    if job is None or not job.status.expects_process:
-        return
-    status = job.status
-    if status.state == "cancelling":
-        with contextlib.suppress(InputError):  # read-only, or gone: the process ends by itself
-            escalate_cancel(job)
-    share = min(status.done / status.total, 1.0) if status.total else 0.0
-    with st.container(border=True):
-        left, right = st.columns([4, 1], vertical_alignment="bottom")
-        left.progress(share, text=f"Index of {name}: {_stage(status)}")
-        if status.state == "cancelling":
-            right.caption("ending …")
-        else:
-            right.button(
-                "Cancel",
-                icon=":material/stop_circle:",
-                key=f"features.cancel_{name}",
-                on_click=_cancel,
-                args=(job,),
-            )
-
-
-def _stage(status: Status) -> str:
-    if status.stage is None or status.state == "queued":
-        return "starting" if status.stage is None else STAGES["waiting"]
-    said = STAGES.get(status.stage, status.stage)
-    if status.stage == "indexing" and status.total:
-        return f"{said}, {status.done:,} of {status.total:,}"
-    return said
-
-
-def _cancel(job: Job) -> None:
-    try:
-        job.request_cancel(by="app")
-    except InputError as error:
-        st.session_state["shell.refused"] = ("Nothing was cancelled", str(error))
-
-
-def _trouble(run: Run, name: str) -> None:
-    """Say why the last build ended early, if it did."""
-    job = _job(run, name)
-    if job is None:
-        return
-    status = job.status
-    if status.state == "failed":
-        notice(status.reason, title=f"The index of {name} was not built")
-        lines = job.log_tail(12)
-        if lines:
-            st.code("\n".join(lines), language=None, height=160)
-    elif status.state == "lost":
-        text = "The process ended unexpectedly. Building goes on from its last shard."
-        notice(text, kind="warning", title=f"The index of {name} is not finished")
-    elif status.state == "cancelled":
-        text = "It was cancelled; building goes on from its last shard."
-        notice(text, kind="info", title=f"The index of {name} is not finished")
+    attempt(act, "Nothing was started")

@@ -9,7 +9,7 @@ import streamlit as st
 
 from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app.glossary import definition, title
-from gsae_core.app.parts import figure_tools, notice, plain, seconds_since
+from gsae_core.app.parts import figure_tools, job_share, job_trouble, notice, plain, seconds_since
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import line
@@ -23,7 +23,6 @@ from gsae_core.text import (
     fixed,
     marked_fvu,
     percent,
-    unhidden,
 )
 
 # Mixed with the colour of the text, which is dark on a light page and light on a dark one.
@@ -73,11 +72,10 @@ def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) ->
         waits = f"waits until its device is free{place}"
         st.progress(0.0, text="not started yet" if status.pid is None else waits)
     elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
-        share = min(status.done / status.total, 1.0) if status.total else 0.0
         text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
         if 0 < status.total < (asked := run.config.evaluation.n_tokens):
             text += f"; {asked:,} were requested, the text has no more"
-        st.progress(share, text=text)
+        st.progress(job_share(status), text=text)
     else:
         text = f"step {status.step:,} of {status.n_steps:,}"
         if status.state == "starting":
@@ -124,35 +122,12 @@ def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> No
 
 def draw_trouble(run: Run, status: Status) -> None:
     """Say why a run stopped early, what its log says, and what to change."""
-    if status.state == "failed":
-        notice(status.reason, title="Training failed")
-    elif status.state == "lost":
-        notice(
-            "The process ended unexpectedly: the machine restarted, or it was killed, "
-            "often because memory ran out. Resume continues from the last saved state.",
-            kind="warning",
-            title="The run was lost",
-        )
-    elif status.state == "cancelled":
-        who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
-        name = who[-1] if who else ""
-        by = " by you" if name == "app" else f" by {name}" if name else ""
-        notice(
-            f"Cancelled{by} at step {status.step:,} of {status.n_steps:,}. Resume continues "
-            "from there.",
-            kind="info",
-            title="The run was cancelled",
-        )
-    else:
-        return
-    draw_log(run)
-
-
-def draw_log(run: Run) -> None:
-    """Show the end of the log as it stands."""
-    lines = run.log_tail(30)
-    height = 240 if len(lines) > 8 else "content"
-    st.code(unhidden("\n".join(lines)) or "the log is empty", language=None, height=height)
+    who = [e.get("by") for e in run.events() if e["event"] == "cancel requested"]
+    name = who[-1] if who else ""
+    by = " by you" if name == "app" else f" by {name}" if name else ""
+    stopped = f"Cancelled{by} at step {status.step:,} of {status.n_steps:,}."
+    again = "Resume continues from the last saved state."
+    job_trouble(run, status, name="The run", again=again, cancelled=stopped, n_lines=30)
 
 
 def draw_samples(run: Run, names: Sequence[str]) -> None:

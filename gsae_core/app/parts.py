@@ -15,8 +15,9 @@ from streamlit.errors import StreamlitAPIException
 
 from gsae_core import text as markup
 from gsae_core.config import Architecture
+from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS, NEUTRAL
-from gsae_core.runs.jobs.job import State
+from gsae_core.runs.jobs.job import CancelStage, Job, State, Status, escalate_cancel
 from gsae_core.text import unhidden, worse_than_mean
 
 if TYPE_CHECKING:
@@ -109,9 +110,118 @@ def escape_markdown(text: str) -> str:
 
 
 def state_badge(state: State) -> None:
-    """Show a run's state."""
+    """Show a job's state."""
     sign, colour = STATE_LOOKS[state]
     st.badge(f"{sign} {state}", color=colour)
+
+
+# Jobs: runs, indices of features, and transfers from and to the Hub.
+
+STAGES = {
+    "waiting": "waits until the device is free",
+    "loading": "loading the model and the text",
+    "indexing": "reading tokens",
+    "sorting": "sorting by feature",
+    "describing": "describing features",
+    "downloading": "downloading",
+    "importing": "importing",
+    "uploading": "uploading",
+}
+CANCELLABLE = ("queued", "starting", "running")
+
+
+def attempt(act: Callable[[], object], refused: str) -> None:
+    """Do what a press asks for; where it fails, the next page says so. For callbacks.
+
+    Args:
+        refused: what did not happen, e.g. "Nothing was started".
+    """
+    try:
+        act()
+    except InputError as error:
+        # Someone else may have pressed first, deleted it, or the disk refuses.
+        st.session_state["shell.refused"] = (refused, str(error))
+
+
+def cancel(job: Job) -> None:
+    """Ask a job's process to stop. For callbacks."""
+    attempt(lambda: job.request_cancel(by="app"), "Nothing was cancelled")
+
+
+def escalate(job: Job) -> CancelStage:
+    """Take a cancellation as far as it needs to go by now, if the folder lets us."""
+    try:
+        return escalate_cancel(job)
+    except InputError:
+        return "requested"  # read-only, or gone: the process itself ends all the same
+
+
+def job_share(status: Status) -> float:
+    """Return how much of its stage a job has done, from 0 to 1."""
+    return min(status.done / status.total, 1.0) if status.total else 0.0
+
+
+def job_panel(
+    job: Job,
+    status: Status,
+    *,
+    key: str,
+    name: str = "",
+    amount: Callable[[int], str] = "{:,}".format,
+    counted: Collection[str] = ("indexing", "downloading", "uploading"),
+) -> None:
+    """Draw how far a job with a process is, and the button that cancels it.
+
+    Args:
+        key: of the button.
+        name: in front of the stage.
+        amount: writes what is done and what there is to do, in stages that are `counted`.
+    """
+    if status.state == "cancelling":
+        escalate(job)
+    stage = STAGES.get(status.stage or "", status.stage or "starting")
+    if status.state == "queued" and status.stage:
+        stage = STAGES["waiting"]
+    elif status.stage in counted and status.total:
+        stage += f": {amount(status.done)} of {amount(status.total)}"
+    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    left.progress(job_share(status), text=f"{name}: {stage}" if name else stage)
+    if status.state == "cancelling":
+        right.caption("cancelling …")
+    elif status.state in CANCELLABLE:
+        icon = ":material/stop_circle:"
+        right.button("Cancel", icon=icon, key=key, on_click=cancel, args=(job,))
+
+
+def job_trouble(
+    job: Job, status: Status, *, name: str, again: str, cancelled: str = "", n_lines: int = 12
+) -> None:
+    """Say why a job ended early, if it did, with the end of its log.
+
+    Args:
+        name: what it is, to begin a sentence.
+        again: the sentence on what starting it again does.
+        cancelled: what is said of a cancelled one.
+        n_lines: of the log, at most.
+    """
+    if status.state == "failed":
+        notice(status.reason, title=f"{name} failed")
+    elif status.state == "lost":
+        text = "The process ended unexpectedly: the machine restarted, or it was "
+        text += "killed, often because memory ran out."
+        notice(f"{text} {again}", kind="warning", title=f"{name} was lost")
+    elif status.state == "cancelled":
+        notice(f"{cancelled} {again}".strip(), kind="info", title=f"{name} was cancelled")
+    else:
+        return
+    if n_lines:
+        log(job.log_tail(n_lines))
+
+
+def log(lines: Sequence[str]) -> None:
+    """Show lines of a log as they stand."""
+    height = 240 if len(lines) > 8 else "content"
+    st.code(unhidden("\n".join(lines)) or "the log is empty", language=None, height=height)
 
 
 def line_legend(lines: Sequence["Line"]) -> None:

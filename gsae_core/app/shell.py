@@ -11,11 +11,11 @@ import streamlit as st
 from streamlit.components.v2 import component
 
 from gsae_core.app import parts
-from gsae_core.app.parts import asset, escape_markdown, notice, own, plain
+from gsae_core.app.parts import asset, escalate, escape_markdown, job_share, notice, own, plain
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
-from gsae_core.runs.jobs.job import ACTIVE, CancelStage, Job, Status, escalate_cancel
+from gsae_core.runs.jobs.job import ACTIVE, Job, Status
 from gsae_core.runs.run import EXAMPLE_ID, Run, UnreadableRun, example_run, survey
 from gsae_core.runs.work.transfer import Transfer, transfers
 from gsae_core.text import percent
@@ -73,8 +73,8 @@ def _badge(moving: Standings) -> None:
     if len(active) < len(runs):
         words.append(f"{len(runs) - len(active)} queued")
     for job, status in sent:
-        share = min(1.0, status.done / status.total) if status.total else None
-        words.append(f"{job.arrow} {'starting' if share is None else percent(share, 0)}")
+        done = percent(job_share(status), 0) if status.total else "starting"
+        words.append(f"{job.arrow} {done}")
     st.badge(" · ".join(words), color="blue" if active or sent else "gray")
 
 
@@ -100,14 +100,6 @@ def _title(job: Job) -> str:
         return f"{job.arrow} {job.request.repo}" if isinstance(job, Transfer) else job.id
     except InputError:
         return job.id  # put away between two looks
-
-
-def escalate(job: Job) -> CancelStage:
-    """Take a cancellation as far as it needs to go by now, if the folder lets us."""
-    try:
-        return escalate_cancel(job)
-    except InputError:
-        return "requested"  # read-only, or gone: what the process itself does is seen all the same
 
 
 def _at_work(statuses: dict[str, Status]) -> list[str]:
