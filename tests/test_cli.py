@@ -236,7 +236,7 @@ def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
             signal.raise_signal(signal.SIGINT)
         return found or 1
 
-    monkeypatch.setattr("gsae_core.runs.jobs.worker.Place.ahead", ahead)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker.QueuePlace.ahead", ahead)
     monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     assert main(small) == 130
     run = Run.open(tmp_path / "run")

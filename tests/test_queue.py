@@ -21,7 +21,7 @@ from gsae_core.machine import slot_of
 from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs import worker as queue
 from gsae_core.runs.jobs.job import delete, of_process, read_status, start, write_status
-from gsae_core.runs.jobs.worker import Place, Waiting, Worker, line
+from gsae_core.runs.jobs.worker import QueuePlace, Waiting, Worker, waiting_runs
 from gsae_core.runs.run import Run, list_runs, unreadable_runs
 
 
@@ -67,27 +67,27 @@ def let_go(holder: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_free_device_is_taken_at_once(tmp_path: Path) -> None:
-    place = Place(tmp_path / "first", "cpu")
+    place = QueuePlace(tmp_path / "first", "cpu")
     assert place.ahead() == 0
-    assert line(tmp_path) == []
+    assert waiting_runs(tmp_path) == []
     place.leave()
 
 
 def test_those_who_came_earlier_go_first_and_are_counted(tmp_path: Path, worker: int) -> None:
     for when, name in enumerate(("a", "b")):
         ticket(tmp_path, name, worker, when=when)
-    place = Place(tmp_path / "third", "cpu")
+    place = QueuePlace(tmp_path / "third", "cpu")
     # Two wait, and somebody trains, or one of the two is about to.
     assert place.ahead() == 3
-    assert line(tmp_path) == [Waiting(name, "cpu") for name in ("a", "b", "third")]
+    assert waiting_runs(tmp_path) == [Waiting(name, "cpu") for name in ("a", "b", "third")]
     place.leave()
-    assert [waiting.run for waiting in line(tmp_path)] == ["a", "b"]
+    assert [waiting.run for waiting in waiting_runs(tmp_path)] == ["a", "b"]
 
 
 def test_a_device_in_use_is_free_when_its_holder_is_killed(
     tmp_path: Path, holder: subprocess.Popen[bytes]
 ) -> None:
-    place = Place(tmp_path / "second", "cpu")
+    place = QueuePlace(tmp_path / "second", "cpu")
     assert place.ahead() == 1
     holder.kill()
     holder.wait()
@@ -100,7 +100,7 @@ def test_the_dead_do_not_wait(tmp_path: Path) -> None:
     path = ticket(tmp_path, "killed", process.pid)
     process.kill()
     process.wait()
-    place = Place(tmp_path / "second", "cpu")
+    place = QueuePlace(tmp_path / "second", "cpu")
     assert place.ahead() == 0
     assert not path.exists()
     place.leave()
@@ -108,13 +108,13 @@ def test_the_dead_do_not_wait(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("holder")
 def test_devices_have_lines_of_their_own(tmp_path: Path) -> None:
-    place = Place(tmp_path / "other", "cuda-0")
+    place = QueuePlace(tmp_path / "other", "cuda-0")
     assert place.ahead() == 0
     place.leave()
 
 
 def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
-    outer, inner = Place(tmp_path / "outer", "cpu"), Place(tmp_path / "inner", "cpu")
+    outer, inner = QueuePlace(tmp_path / "outer", "cpu"), QueuePlace(tmp_path / "inner", "cpu")
     assert outer.ahead() == 0
     assert inner.ahead() == 0
     inner.leave()
@@ -162,7 +162,7 @@ def test_a_waiting_run_says_how_many_go_first_and_starts_by_itself(
     monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     seen = []
     with Worker(run) as worker:
-        for ahead in worker.turn("cpu"):
+        for ahead in worker.wait_for_device("cpu"):
             status = run.status
             seen.append((ahead, status.state, status.stage, status.done))
             let_go(holder)
@@ -175,13 +175,13 @@ def test_a_waiting_run_says_how_many_go_first_and_starts_by_itself(
 @pytest.mark.usefixtures("holder")
 def test_a_waiting_run_is_cancelled_at_once(run: Run) -> None:
     with Worker(run) as worker:
-        for _ in worker.turn("cpu"):
+        for _ in worker.wait_for_device("cpu"):
             run.request_cancel(by="ada")
             assert run.status.state == "cancelling"
         assert worker.stop_requested
         worker.outcome = "cancelled"
     assert run.status.state == "cancelled"
-    assert line(run.folder.parent) == []
+    assert waiting_runs(run.folder.parent) == []
 
 
 def test_a_run_killed_while_it_waits_is_lost_and_not_queued_for_ever(run: Run) -> None:

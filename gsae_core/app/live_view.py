@@ -12,7 +12,7 @@ from gsae_core.app.glossary import definition, title
 from gsae_core.app.parts import figure_tools, job_share, job_trouble, notice, plain, seconds_since
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
-from gsae_core.runs.jobs.worker import line
+from gsae_core.runs.jobs.worker import waiting_runs
 from gsae_core.runs.plan.progress import RECENT, Phase, Speed, timeline
 from gsae_core.runs.run import Run
 from gsae_core.text import (
@@ -67,7 +67,7 @@ def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) ->
         eta: say how long training still takes.
     """
     if status.state == "queued":
-        waiting = [w.run for w in line(run.folder.parent)]
+        waiting = [w.run for w in waiting_runs(run.folder.parent)]
         place = f"; position {waiting.index(run.id) + 1} in the queue" if run.id in waiting else ""
         waits = f"waits until its device is free{place}"
         st.progress(0.0, text="not started yet" if status.pid is None else waits)

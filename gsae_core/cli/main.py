@@ -181,7 +181,7 @@ def _work(run: Run) -> None:
     stage = "cancelled"
     with _unexpected(run), contextlib.suppress(KeyboardInterrupt), Worker(run) as worker:
         slot = slot_of(run.config.device)
-        for n, ahead in enumerate(worker.turn(slot)):
+        for n, ahead in enumerate(worker.wait_for_device(slot)):
             if n == 0:
                 runs = "1 run goes" if ahead == 1 else f"{ahead} runs go"
                 say(f"waiting for {slot}: {runs} first; Ctrl-C leaves the line")

@@ -46,7 +46,7 @@ class Waiting(NamedTuple):
     slot: str
 
 
-class Place:
+class QueuePlace:
     """A run's place in the line for a device; leave it in the end, whether its turn came or not.
 
     Args:
@@ -100,7 +100,7 @@ class Place:
             self._lock.release()
 
 
-def line(root: Path) -> list[Waiting]:
+def waiting_runs(root: Path) -> list[Waiting]:
     """Return the runs that wait, first in line first, device by device."""
     slots = sorted(path for path in (root / FOLDER).glob("*") if path.is_dir())
     return [Waiting(ticket["run"], slot.name) for slot in slots for _, ticket in _living(slot)]
@@ -151,7 +151,7 @@ class Worker:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._handlers: dict[int, object] = {}
         self._log: logging.Handler | None = None
-        self._place: Place | None = None
+        self._place: QueuePlace | None = None
         # The heartbeat and the one who trains both write the status.
         self._writing = threading.Lock()
 
@@ -194,7 +194,7 @@ class Worker:
             raise
         return self
 
-    def turn(self, slot: str, *, of: Path | None = None) -> Iterator[int]:
+    def wait_for_device(self, slot: str, *, of: Path | None = None) -> Iterator[int]:
         """Wait until the device is free; yield how many runs go first, about twice a second.
 
         Ends at once when somebody asks the run to stop. The device is held until the worker ends.
@@ -203,7 +203,7 @@ class Worker:
             slot: name of the device, from `machine.slot_of`.
             of: the run in whose place in the line the work stands; None: the run itself.
         """
-        self._place = Place(of or self.run.folder, slot)
+        self._place = QueuePlace(of or self.run.folder, slot)
         ahead = self._place.ahead()
         if ahead:
             self._status = self._status._replace(state="queued")
@@ -348,7 +348,7 @@ def perform(
     Args:
         work: yields its progress; what it must save when it is closed, it saves.
         slot: device to wait for, from `machine.slot_of`; None: the work needs none.
-        of: as for `Worker.turn`.
+        of: as for `Worker.wait_for_device`.
         worker: holds the job and its device already; it is the caller's to end.
 
     Raises:
@@ -356,7 +356,7 @@ def perform(
     """
     with contextlib.nullcontext(worker) if worker else Worker(job) as held:
         if slot is not None and worker is None:
-            for ahead in held.turn(slot, of=of):
+            for ahead in held.wait_for_device(slot, of=of):
                 yield Progress("waiting", 0, ahead, "run")
         now = Progress("loading", 0, 0)
         if not held.stop_requested:
