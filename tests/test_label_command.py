@@ -18,7 +18,7 @@ from chat_server import Chat, save_writer
 from synthetic import config, write_run
 from synthetic_index import DEAD, write_index, write_weights
 
-from gsae_core.analysis.labels import FILE, Labels, Said
+from gsae_core.analysis.labels import FILE, Annotation, Labels
 from gsae_core.cli import main
 from gsae_core.config import sweep
 from gsae_core.runs import run as example
@@ -59,7 +59,7 @@ def label(run: Run, *words: str, sae: str = SAE) -> int:
     return main.main(["label", str(run.folder), "--sae", sae, *words])
 
 
-def labels(run: Run) -> dict[int, Said]:
+def labels(run: Run) -> dict[int, Annotation]:
     return run.features(SAE).labels.latest("label")
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from gsae_core.analysis.features.feature import Example
-from gsae_core.analysis.labels import LONGEST, Said
+from gsae_core.analysis.labels import LONGEST, Annotation
 from gsae_core.errors import InputError
 from gsae_core.lm.texts import running_text
 
@@ -287,7 +287,7 @@ def score_label(
 
 def label_feature(
     feature: "Feature", writer: Writer, *, by: By | None = "detection", seed: int = 0
-) -> Said:
+) -> Annotation:
     """Write a label, score it, and append both to the index's labels as automatic.
 
     Args:

@@ -1,4 +1,4 @@
-"""labels.jsonl: what people and models said of features; appended to, never rewritten.
+"""labels.jsonl: labels, notes and stars of features; appended to, never rewritten.
 
 One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `model`, `score`,
 `time`, `scored_by`. The newest of a kind counts; the others stay as its history. An empty text
@@ -21,14 +21,14 @@ FILE = "labels.jsonl"
 LONGEST: dict[Kind, int] = {"label": 200, "note": 10_000, "star": 3}
 
 
-class Said(NamedTuple):
-    """One thing said of one feature."""
+class Annotation(NamedTuple):
+    """A label, a note or a star of one feature."""
 
     feature: int
     kind: Kind
     text: str
     author: str
-    """Who said it: a person's name, or `automatic`."""
+    """Who gave it: a person's name, or `automatic`."""
     model: str | None
     """The model that wrote it, if one did."""
     score: float | None
@@ -36,7 +36,7 @@ class Said(NamedTuple):
     time: float
     """Seconds since 1970."""
     scored_by: str | None = None
-    """What the score is of, `detection` or `fuzzing`; None: not measured, or not said then."""
+    """What the score is of, `detection` or `fuzzing`; None: not measured, or not recorded."""
 
     @property
     def measured(self) -> str:
@@ -48,7 +48,7 @@ class Said(NamedTuple):
 
 
 class Labels:
-    """What was said of an index's features; reads its file again whenever it has grown.
+    """The annotations of an index's features; reads its file again whenever it has grown.
 
     Args:
         folder: of the index.
@@ -57,7 +57,7 @@ class Labels:
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / FILE
         self._seen: tuple[int, int] | None = None
-        self._all: list[Said] = []
+        self._all: list[Annotation] = []
         self._damaged = 0
 
     def add(
@@ -70,21 +70,21 @@ class Labels:
         model: str | None = None,
         score: float | None = None,
         scored_by: str | None = None,
-    ) -> Said:
-        """Append one thing, whole and on the disk before this returns; others may append meanwhile.
+    ) -> Annotation:
+        """Append one, whole and on the disk before this returns; others may append meanwhile.
 
         Raises:
             InputError: if a label has several lines or a text is too long, or the disk is full.
         """
         _check(kind, text)
-        said = Said(feature, kind, text, author, model, score, time.time(), scored_by)
+        added = Annotation(feature, kind, text, author, model, score, time.time(), scored_by)
         with writing(self._path, 0):
             self._folder.mkdir(parents=True, exist_ok=True)
-        files.append(self._path, said._asdict())
-        return said
+        files.append(self._path, added._asdict())
+        return added
 
-    def all(self) -> list[Said]:
-        """Return everything that was said, oldest first; lines that say nothing are left out.
+    def all(self) -> list[Annotation]:
+        """Return every annotation, oldest first; lines that hold none are left out.
 
         Raises:
             InputError: if labels.jsonl cannot be read.
@@ -111,16 +111,16 @@ class Labels:
         self.all()
         return self._damaged
 
-    def latest(self, kind: Kind) -> dict[int, Said]:
+    def latest(self, kind: Kind) -> dict[int, Annotation]:
         """Return what counts of a kind, by feature; nothing where it was taken back."""
-        newest = {said.feature: said for said in self.all() if said.kind == kind}
+        newest = {each.feature: each for each in self.all() if each.kind == kind}
         nothing = "off" if kind == "star" else ""
-        return {feature: said for feature, said in newest.items() if said.text != nothing}
+        return {feature: each for feature, each in newest.items() if each.text != nothing}
 
-    def of(self, feature: int) -> dict[Kind, Said]:
+    def of(self, feature: int) -> dict[Kind, Annotation]:
         """Return what counts of one feature, by kind."""
         found = ((kind, self.latest(kind).get(feature)) for kind in get_args(Kind))
-        return {kind: said for kind, said in found if said is not None}
+        return {kind: each for kind, each in found if each is not None}
 
     def frame(self) -> "pd.DataFrame":
         """Return a row per feature of which anything counts: `label`, `note`, `star`, `author`,
@@ -157,14 +157,17 @@ def _check(kind: Kind, text: str) -> None:
         raise InputError("expected a label of one line, got several; what is long fits a note")
 
 
-def _read(lines: Lines) -> tuple[list[Said], int]:
-    """Return what lines say, and how many say nothing: damaged, or of no feature."""
-    needed, known = set(Said._fields) - set(Said._field_defaults), set(Said._fields)
+def _read(lines: Lines) -> tuple[list[Annotation], int]:
+    """Return the annotations of lines, and how many hold none: damaged, or of no feature."""
+    needed, known = (
+        set(Annotation._fields) - set(Annotation._field_defaults),
+        set(Annotation._fields),
+    )
     found = []
     for row in lines.rows:
-        # A newer version may say more of a label; what says less is somebody's own line.
+        # A newer version may add fields; a line with fewer is somebody's own.
         if needed <= set(row) and all(_may_be(name, row[name]) for name in known & set(row)):
-            found.append(Said(**{name: row[name] for name in known & set(row)}))
+            found.append(Annotation(**{name: row[name] for name in known & set(row)}))
     return found, lines.damaged + lines.torn + len(lines.rows) - len(found)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 from gsae_core.analysis.features.files import read_manifest
-from gsae_core.analysis.labels import Labels, Said
+from gsae_core.analysis.labels import Annotation, Labels
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
 from gsae_core.cli.arguments import (
@@ -489,7 +489,7 @@ def _labelling(
     index: "FeatureIndex",
     writer: "LocalWriter | RemoteWriter",
     asked: Sequence[int],
-    done: list[Said],
+    done: list[Annotation],
     failed: dict[int, str],
 ) -> Iterator[Progress]:
     """Label one feature after another, and yield how many; `done` and `failed` grow."""
@@ -510,7 +510,7 @@ def _labelling(
     yield Progress("labelling", len(asked), len(asked), "feature")
 
 
-def _rest(command: Label, asked: Sequence[int], done: Sequence[Said]) -> str:
+def _rest(command: Label, asked: Sequence[int], done: Sequence[Annotation]) -> str:
     if not command.again:
         return "the same command goes on from there"
     labelled = {said.feature for said in done}
@@ -518,7 +518,7 @@ def _rest(command: Label, asked: Sequence[int], done: Sequence[Said]) -> str:
     return f"for the others give --again --features {rest}"
 
 
-def _table(done: Sequence[Said]) -> list[str]:
+def _table(done: Sequence[Annotation]) -> list[str]:
     """Return a line for each label: feature, score, label, as far as there are any."""
     if not done:
         return []

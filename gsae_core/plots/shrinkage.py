@@ -192,8 +192,8 @@ def common_bins(features: Sequence[FeatureGamma]) -> Bins:
 def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     """Return each feature's gamma against how often it fires, on the histogram's range of gamma.
 
-    One runaway feature would flatten all the others; how many lie beyond is said. Of many features
-    every so-manieth is drawn, which is said too.
+    One runaway feature would flatten all the others: a note counts those beyond the range. Of more
+    than `MAX_DOTS` features one in n is drawn, and the note says so.
     """
     figure = go.Figure()
     edges = common_bins(features).edges
