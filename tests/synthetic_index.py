@@ -19,7 +19,7 @@ THETA = 1.0
 
 
 def write_weights(run: Run, spec: SAESpec, *, seed: int = 0) -> None:
-    """Write an SAE with random weights as `store.checkpoint` does; theta is 1 where it is gated."""
+    """Write an SAE with random weights as `save_sae` does; theta is 1 where it is gated."""
     from safetensors.numpy import save_file
 
     rng, folder = np.random.default_rng(seed), run.sae_folder(spec.name)

@@ -48,7 +48,7 @@ class Opened:
     problem: str
     """Why an index that is there cannot be read."""
     rows: pd.DataFrame
-    """A row per feature: `feature_filter.listing`, or `weight_listing` without an index."""
+    """A row per feature: `filter.listing`, or `filter.weight_listing` without an index."""
 
     @property
     def n_features(self) -> int:

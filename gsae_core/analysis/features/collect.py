@@ -140,7 +140,7 @@ def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
             near_latent=chosen.near_latent.cpu().numpy().astype(latent_dtype(sae.d_sae)),
             near_margin=chosen.near_margin.float().cpu().numpy(),
             gate_open=fired if opened is None else opened.cpu().numpy(),
-            # Of no entries at all, NumPy's sums are integers.
+            # Of no firings at all, NumPy's sums are integers.
             toward=np.bincount(latent, weights=value * toward, minlength=sae.d_sae) + 0.0,
             x_sum=x_sum,
             sums=np.array([len(x), *sums]),
@@ -289,8 +289,8 @@ def _errors(
     none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
 
     def decode(first: int, last: int) -> None:
-        entries = (first, last, offsets, latent, f, f, W, b, rows, scale, False)
-        loops.decode_rows(*entries, error, none, toward, toward, sums)
+        given = (first, last, offsets, latent, f, f, W, b, rows, scale, False)
+        loops.decode_rows(*given, error, none, toward, toward, sums)
 
     over_rows(len(rows), decode)
     loops.sum_columns(rows, x_sum)

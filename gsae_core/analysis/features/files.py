@@ -6,9 +6,9 @@
                                   row_offsets latent             (token-major)
                                   ids mask  histogram  neighbours ...  features.parquet
 
-A token is named by its place: sequence * n_ctx + position. manifest.json names the data folder and
-the size of every file in it and is replaced last, so that a reader sees one build, whole. Arrays
-are plain .npy, mapped into memory. Nothing here needs torch.
+A token is named by its position: sequence * n_ctx + position in it. manifest.json names the data
+folder and the size of every file in it and is replaced last, so that a reader sees one build,
+whole. Arrays are plain .npy, mapped into memory. Nothing here needs torch.
 """
 
 import math
@@ -126,7 +126,7 @@ class Manifest(Config):
     gamma: float | None
     """Of the whole SAE on these tokens, as `sae.metrics` defines them."""
     companion_stride: int = 1
-    """Companions are counted on every so-many-th place; 1: on all."""
+    """Companions are counted on every so-many-th token; 1: on all."""
     logit_tokens: int = 0
     """Tokens over which the derivative of the final norm is averaged; 0: no logit effects."""
     made: float

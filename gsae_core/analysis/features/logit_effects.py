@@ -141,7 +141,7 @@ def largest_in_rows(
 
 
 def final_norm(hf: Any) -> nn.Module:
-    """Return the norm before the unembedding of a model of a family in `sites.FAMILIES`.
+    """Return the norm before the unembedding of a model of a family in `lm.hooks.FAMILIES`.
 
     Raises:
         InputError: if the model has none under a name we know.

@@ -4,27 +4,15 @@ Arrays are NumPy's, in C order; each loop releases the interpreter lock and work
 features, so that threads may share the work.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
 from gsae_core.sae.sparse.loops import BLOCK, compiled
 
 
-def exactly(function: Callable[..., Any]) -> Any:
-    """Return `function` compiled with every rounding where it is written, as torch rounds."""
-    plain, options = inspect.unwrap(function), {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(plain)
-    except RuntimeError:
-        # Neither the package's folder nor the user's can be written: compile in every process.
-        return njit(**options)(plain)
-
-
-@exactly
+# Every rounding where it is written, as torch rounds.
+@partial(compiled, fastmath=False)
 def split(ends, latent, h, near, rules, counts, near_row, near_latent, near_margin, gate_open):
     """Split found products into what fires and what nearly does; return how many of each.
 
@@ -136,17 +124,17 @@ def largest_in_rows(h, sign, own, who, best):
 
 
 @compiled
-def scatter(latent, place, value, cursor, token, out):
-    """Write entries to where their feature's next one goes: the second half of a counting sort.
+def scatter(latent, position, value, cursor, token, out):
+    """Write firings to where their feature's next one goes: the second half of a counting sort.
 
     Args:
-        latent, place, value: (n,), entries in any order.
+        latent, position, value: (n,), firings in any order.
         cursor: (d_sae,), where each feature's next entry goes; moved on.
-        token, out: of all entries.
+        token, out: of all firings.
     """
     for e in range(latent.shape[0]):
         at = cursor[latent[e]]
-        token[at], out[at] = place[e], value[e]
+        token[at], out[at] = position[e], value[e]
         cursor[latent[e]] = at + 1
 
 
@@ -187,7 +175,7 @@ def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, sh
     """Write the vocabulary's tokens on which features fire most, by summed activation.
 
     Args:
-        ids: (places,).
+        ids: (positions,).
         tokens: (d_sae, k), all -1 before.
         shares: (d_sae, k), their share of the feature's summed activation.
     """
@@ -216,7 +204,7 @@ def companions(first, last, offsets, token, row_offsets, latent, fired, stride, 
     Args:
         token: (nnz,), of the feature-major codes.
         row_offsets, latent: the token-major codes.
-        fired: (d_sae,) in float64, firings on every `stride`-th place.
+        fired: (d_sae,) in float64, firings on every `stride`-th token.
         who: (d_sae, k), all -1 before.
         both: (d_sae, k), tokens on which both fire.
     """
@@ -228,13 +216,13 @@ def companions(first, last, offsets, token, row_offsets, latent, fired, stride, 
             continue
         counts[:] = 0
         for e in range(offsets[i], offsets[i + 1]):
-            place = token[e]
-            if place % stride:
+            position = token[e]
+            if position % stride:
                 continue
-            for r in range(row_offsets[place], row_offsets[place + 1]):
+            for r in range(row_offsets[position], row_offsets[position + 1]):
                 counts[latent[r]] += 1
         for j in range(d_sae):
-            # At most 1 below: a feature that is silent on these places shares none of them.
+            # At most 1 below: a feature that is silent on these tokens shares none of them.
             scores[j] = counts[j] / max(fired[i] + fired[j] - counts[j], 1.0)
         scores[i] = 0.0
         best[:] = 0.0

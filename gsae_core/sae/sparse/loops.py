@@ -35,15 +35,20 @@ OPTIONS: dict[str, Any] = {
 BLOCK = 32
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Return `function` compiled, from the disk where it was compiled before."""
+def compiled(function: Callable[..., Any], **changes: Any) -> Any:
+    """Return `function` compiled, from the disk where it was compiled before.
+
+    Args:
+        changes: other values for some of `OPTIONS`.
+    """
+    options = OPTIONS | changes
     # Tests wrap every function in a type check, which numba can neither read nor needs.
     plain = inspect.unwrap(function)
     try:
-        return njit(cache=True, **OPTIONS)(plain)
+        return njit(cache=True, **options)(plain)
     except RuntimeError:
         # Neither the package's folder nor the user's can be written: compile in every process.
-        return njit(**OPTIONS)(plain)
+        return njit(**options)(plain)
 
 
 @compiled
