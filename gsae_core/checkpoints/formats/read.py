@@ -151,19 +151,19 @@ def _in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _about_numbers(dtypes: set[torch.dtype], sae: SAE) -> list[str]:
-    said = []
+    notes = []
     if torch.float64 in dtypes:
-        said.append("Weights in float64 are rounded to float32.")
+        notes.append("Weights in float64 are rounded to float32.")
     elif dtypes - {torch.float32}:
         kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        said.append(f"Weights in {kinds} are held in float32, which has them all exactly.")
+        notes.append(f"Weights in {kinds} are held in float32, which has them all exactly.")
     if isinstance(sae, JumpReluSAE):
-        said.append("A latent fires where z > threshold; exactly at it, none does.")
+        notes.append("A latent fires where z > threshold; exactly at it, none does.")
     if isinstance(sae, GatedSAE):
-        said.append("A latent fires where the gate's pre-activation is above zero.")
+        notes.append("A latent fires where the gate's pre-activation is above zero.")
     if isinstance(sae, TopKSAE):
-        said.append("Of the k largest, only those above zero fire.")
-    return said
+        notes.append("Of the k largest, only those above zero fire.")
+    return notes
 
 
 SAME_K = "The k largest of relu(z) are those of the k largest z."
@@ -420,33 +420,33 @@ def _read_sae_lens(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str
 
 def _normalise_(weights: Weights, found: FoundSAE, config: dict[str, Any]) -> None:
     """Say what activations go through first: nothing, where it is folded into the weights."""
-    said = config.get("normalize_activations")
+    norm = config.get("normalize_activations")
     # 5 and older wrote a bool: true is scaling by the mean norm.
-    said = MEAN_NORM if said is True else said or "none"
+    norm = MEAN_NORM if norm is True else norm or "none"
     known = ("none", MEAN_NORM, WHITENING, *get_args(InputNorm))
     beside = found.weights.with_name(SCALER)
     scaler = read_object(beside) if beside.is_file() else {}
     factor = number(scaler, "scaling_factor")
-    if said not in known:
+    if norm not in known:
         raise InputError(
             f"expected normalize_activations to be one of {', '.join(known)} for {found.weights}, "
-            f"found {str(said)[:40]!r}; export its folded form, if it has one"
+            f"found {str(norm)[:40]!r}; export its folded form, if it has one"
         )
-    if (said == WHITENING) != bool(scaler.get("has_whitening")):
+    if (norm == WHITENING) != bool(scaler.get("has_whitening")):
         raise InputError(
             f"expected has_whitening in {SCALER} beside {found.weights} where "
             f"normalize_activations is {WHITENING!r} and only there, found "
-            f"{scaler.get('has_whitening')!r} and {said!r}; copy the whole checkpoint again"
+            f"{scaler.get('has_whitening')!r} and {norm!r}; copy the whole checkpoint again"
         )
-    if (said == MEAN_NORM) != (factor is not None):
+    if (norm == MEAN_NORM) != (factor is not None):
         beside_it = f"{SCALER} of {factor:g}" if factor is not None else f"no {SCALER}"
         raise InputError(
             f"expected normalize_activations and {SCALER} to agree beside {found.weights}, found "
-            f"{said!r} and {beside_it}; the scale of its activations is not known"
+            f"{norm!r} and {beside_it}; the scale of its activations is not known"
         )
     weights.scale = factor or 1.0
-    weights.input_norm = next((norm for norm in get_args(InputNorm) if norm == said), None)
-    if said == WHITENING:
+    weights.input_norm = next((each for each in get_args(InputNorm) if each == norm), None)
+    if norm == WHITENING:
         weights.whitening = _whitening(found, d_in=weights.tensors["b_dec"].numel())
         weights.assumed.append(
             f"A checkpoint from the middle of training: the whitening in {WHITENER} is folded into "
