@@ -114,7 +114,7 @@ class Kernels(Loops):
         row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
         n_tiles = row_tiles * latent_tiles
         n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
-        tile_begin, tile_count = _ints(n_tiles, xc), _ints(n_tiles, xc)
+        tiles = _ints(n_tiles, xc), _ints(n_tiles, xc)  # where each begins, and its entries
         by_row, by_latent = _cells(n_rows * latent_tiles, xc), _cells(d_sae * row_tiles, xc)
         product, local = xc.new_empty(capacity), _ints(capacity, xc)
         launch(
@@ -124,8 +124,7 @@ class Kernels(Loops):
             W.bfloat16() if bf16 else W,
             bias,
             n_open,
-            tile_begin,
-            tile_count,
+            *tiles,
             by_row[1:],
             by_latent[1:],
             product,
@@ -142,9 +141,7 @@ class Kernels(Loops):
             num_warps=8,
             num_stages=3,
         )
-
-        overflowed = n_open > capacity
-        fits = (~overflowed).int()
+        fits = (n_open <= capacity).int()
         row_cells, latent_cells = _prefix_sums(by_row), _prefix_sums(by_latent)
         gate = xc.new_empty(capacity)
         # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
@@ -162,8 +159,7 @@ class Kernels(Loops):
             (n_tiles,),
             product,
             local,
-            tile_begin,
-            tile_count,
+            *tiles,
             row_cells,
             latent_cells,
             fits,
@@ -172,8 +168,7 @@ class Kernels(Loops):
             rows_in_order(sae.b_mag) if gated else None,
             rows_in_order(sae.threshold) if jumps else None,
             *codes[1:],
-            entries.row,
-            entries.order,
+            *entries[1:],
             row_tiles,
             latent_tiles,
             GATED=gated,
@@ -184,7 +179,7 @@ class Kernels(Loops):
             ENTRIES=64,
             num_warps=4,
         )
-        return Active(codes, entries, n_open, overflowed=overflowed)
+        return Active(codes, entries, n_open, overflowed=n_open > capacity)
 
     def largest(
         self,

@@ -38,11 +38,10 @@ def manual_dense_step(
     """
     check_by_hand(sae, x)
     gated = isinstance(sae, GatedSAE)
-    aux = sae.objective.aux
     l1_slope, slope = sparsity_coeff / len(x), gain(sae)
-    weights = l1_weights(sae)
-    l1_slopes = l1_slope if weights is None else weights * l1_slope
-    x_hat, x_hat_aux = torch.empty_like(x), None if aux == "off" else torch.empty_like(x)
+    l1_slopes = l1_slope if (weights := l1_weights(sae)) is None else weights * l1_slope
+    x_hat = torch.empty_like(x)
+    x_hat_aux = None if sae.objective.aux == "off" else torch.empty_like(x)
     W, b_gate = (sae.W_gate, sae.b_gate) if gated else (sae.W_enc, sae.b_enc)
     # Counted in floating point, where a column sum is one vectorised pass; exact to 2^24 rows.
     fired, gate_open, dm_sum, dm_m_sum, dg_sum, gate_sum = x.new_zeros(6, sae.d_sae)
@@ -62,7 +61,6 @@ def manual_dense_step(
             m = torch.relu_(h.add_(sae.b_mag)).mul_(opened)
         fires = m.sign() if gated else opened
         fired += fires.sum(0)
-
         error = _error(sae, m, x, rows, x_hat)
         error_sum += error.sum(0)
         W_dec_sum.addmm_(m.T, error)
@@ -74,7 +72,7 @@ def manual_dense_step(
             dg = opened * l1_slopes
         else:
             error = _error(sae, g, x, rows, x_hat_aux)
-            if aux == "unfrozen":
+            if sae.objective.aux == "unfrozen":
                 error_sum += error.sum(0)
                 W_dec_sum.addmm_(g.T, error)
             dg = (error @ sae.W_dec.T).add_(l1_slopes).mul_(opened)
@@ -93,12 +91,9 @@ def manual_dense_step(
         gate_open=gate_open.long(),
     )
     leave_gradients(sae, sums, l1_slope)
+    opens = sums.gate_open if gated else None
     stats = stats_from_counts(
-        x=x,
-        x_hat=x_hat,
-        x_hat_gate=x_hat_aux,
-        fired=sums.fired,
-        gate_open=sums.gate_open if gated else None,
+        x=x, x_hat=x_hat, x_hat_gate=x_hat_aux, fired=sums.fired, gate_open=opens
     )
     parts = LossParts(
         reconstruction=(stats.squared_error / len(x)).to(x.dtype),
