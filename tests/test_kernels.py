@@ -138,16 +138,13 @@ def launches(
     dead: Tensor | None = None,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return every kernel of a step with its arguments."""
-    from gsae_core.sae.gpu import kernels as triton_encode
-    from gsae_core.sae.gpu import kernels as triton_gradients
+    from gsae_core.sae.gpu import kernels
 
     seen: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(step, "available", lambda device, sae: None)
-        for module in (triton_encode, triton_gradients):
-            for name in KERNELS:
-                if hasattr(module, name):
-                    patch.setattr(module, name, Launches(getattr(module, name), seen))
+        for name in KERNELS:
+            patch.setattr(kernels, name, Launches(getattr(kernels, name), seen))
         x = torch.zeros(n_rows, sae.d_in)
         kernel_step(sae, x, sparsity_coeff=0.1, capacity=capacity, dead=dead, precision=precision)
     return seen
