@@ -26,6 +26,7 @@ from gsae_core.app.prompt_view import (
     next_tokens,
     read,
 )
+from gsae_core.text import quoted
 
 cache.import_ahead()
 frame = shell.page(
@@ -123,7 +124,7 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
 
 def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, target: str) -> None:
     """Draw the features of the token, and the same of both SAEs."""
-    token = prompt_view.quoted(seen.looks[0].prompt.tokens[position])
+    token = quoted(seen.looks[0].prompt.tokens[position])
     with stacking("prompt.token"):
         left, right = st.columns(2, gap="medium")
     with left:

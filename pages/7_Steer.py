@@ -12,7 +12,6 @@ from gsae_core.app.pickers import (
     correct_number,
     need_saes,
     pick_pair,
-    quoted,
     said,
     stacking,
     stop_with,
@@ -21,6 +20,7 @@ from gsae_core.app.pickers import (
 from gsae_core.app.steer_view import MATCHED, STEERED, UNSTEERED, Generation, Push, Settings
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS
+from gsae_core.text import quoted
 
 MODES: list[Any] = ["add", "clamp", "ablate"]
 LIMIT = 10.0

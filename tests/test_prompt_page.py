@@ -10,11 +10,12 @@ import pytest
 from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
 from synthetic import write_run
 
-from gsae_core.app import cache, pickers, prompt_view
+from gsae_core.app import cache, prompt_view
 from gsae_core.app.cache import ModelLock
 from gsae_core.app.components import read_token_pick
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
+from gsae_core.text import quoted
 
 PROMPT = "pages/6_Prompt.py"
 TEXT = "w1 w2 w3 w2 w9"
@@ -318,4 +319,4 @@ def test_a_ticked_row_that_is_gone_is_none() -> None:
 
 def test_a_quoted_token_hides_nothing_and_is_short() -> None:
     # Six signs for the override, then 18 characters of 24.
-    assert pickers.quoted("\u202ea b" + "x" * 99) == "⟨202E⟩a·b" + "x" * 15 + "…"
+    assert quoted("\u202ea b" + "x" * 99) == "⟨202E⟩a·b" + "x" * 15 + "…"

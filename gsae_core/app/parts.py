@@ -397,7 +397,7 @@ def settle(
     elif st.session_state.get(key) is None:
         st.session_state[key] = default
     if wanted is not None and wanted not in choices:
-        _say_stranger(wanted, what=what, shown=st.session_state[key] or "none")
+        say_stranger(wanted, what=what, shown=st.session_state[key] or "none")
 
 
 def write(values: Mapping[str, str | None]) -> None:
@@ -423,7 +423,7 @@ def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> Non
     """
     strangers = [value for value in st.query_params.get_all(key) if value not in choices]
     for value in strangers[:3]:
-        _say_stranger(value, what=what, shown=shown)
+        say_stranger(value, what=what, shown=shown)
     # A list may only hold what it offers; a deleted run's SAEs are not offered any more.
     kept = st.session_state.get(key)
     if isinstance(kept, list):
@@ -432,6 +432,7 @@ def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> Non
         del st.session_state[key]
 
 
-def _say_stranger(value: str, *, what: str, shown: str) -> None:
+def say_stranger(value: str, *, what: str, shown: str) -> None:
+    """Say that the address asks for what is no `what`, and what is shown in its place."""
     short = value if len(value) <= 80 else f"{value[:80]}…"
     plain(f"The address asks for {short!r}, which is no {what}; showing {shown}.", size=".9rem")

@@ -11,12 +11,11 @@ from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app import cache, shell
 from gsae_core.app.cache import finished_saes
-from gsae_core.app.parts import asked, key_for, notice, plain, say_worse, write
+from gsae_core.app.parts import asked, key_for, notice, plain, say_stranger, say_worse, write
 from gsae_core.app.shell import Frame
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
-from gsae_core.text import quoted
 
 ADDRESS_TEXT = 500
 """Characters of a text that an address carries; a longer one stays in the session."""
@@ -117,7 +116,7 @@ def _pick(
     elif st.session_state.get(key) not in offered:  # just arrived, at the page or the run
         wanted = wanted or st.query_params.get(param)
         if wanted is not None and wanted not in offered:
-            _say_stranger(wanted, "SAE of this run", default or none or "none")
+            say_stranger(wanted, what="SAE of this run", shown=default or none or "none")
         st.session_state[key] = wanted if wanted in offered else (default or none)
     return st.selectbox(label, offered, key=key, persist_state="session")
 
@@ -190,7 +189,7 @@ def correct_number(
         return False
     pattern = r"-?\d{1,15}" if whole else r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
     if re.fullmatch(pattern, asked.strip()) is None:
-        _say_stranger(asked, what, shown)
+        say_stranger(asked, what=what, shown=shown)
         return False
     if not low <= float(asked) <= high:
         plain(
@@ -218,8 +217,3 @@ def stop_with(error: InputError) -> NoReturn:
     sentence = str(error)
     notice(f"{sentence[:1].upper()}{sentence[1:]}.")
     return st.stop()
-
-
-def _say_stranger(asked: str, what: str, shown: str) -> None:
-    short = quoted(asked, most=80) if asked else ""
-    plain(f"The address asks for '{short}', which is no {what}; showing {shown}.", size=".9rem")

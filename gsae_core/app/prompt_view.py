@@ -12,7 +12,7 @@ from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app import cache
 from gsae_core.app.components import Cell
 from gsae_core.app.parts import SIGNS, legend_row, marked, segments, swatch
-from gsae_core.app.pickers import quoted, stacking
+from gsae_core.app.pickers import stacking
 from gsae_core.config import Architecture
 from gsae_core.runs.run import Run
 from gsae_core.text import (
@@ -22,6 +22,7 @@ from gsae_core.text import (
     fixed,
     marked_fvu,
     percent,
+    quoted,
 )
 
 if TYPE_CHECKING:

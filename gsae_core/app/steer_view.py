@@ -12,11 +12,10 @@ from streamlit.delta_generator import DeltaGenerator
 from gsae_core.analysis.features.export import TEMPLATE
 from gsae_core.app import cache
 from gsae_core.app.parts import escaped, figure_tools, notice, plain
-from gsae_core.app.pickers import quoted
 from gsae_core.app.prompt_view import Chosen, read
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
-from gsae_core.text import fixed, macros, visible
+from gsae_core.text import fixed, macros, quoted, visible
 
 if TYPE_CHECKING:
     from gsae_core.analysis.generation import Loop, Shift
