@@ -39,7 +39,7 @@ frame = shell.page(
 @said
 def choose_saes() -> tuple[str, str | None, str]:
     """Draw the pickers of SAEs and the prompt."""
-    name, other = pick_pair(run, names, page="steer", other="Matched in")
+    name, other = pick_pair(run, names, page="steer", other="Compare with")
     text = text_field("Prompt", page="steer", model=run.config.model.name)
     return name, other, text
 

@@ -86,7 +86,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
         _picture(
             "How strongly it fires",
             activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind),
-            key="activations",
+            key="features.activations",
             alt=f"How often it fires how strongly, from 0 to {top:.3g}"
             + (f"; nothing between 0 and {theta:.3g}" if jumps else ""),
             caption=f"Nothing between 0 and θ = {theta:.3g}: it jumps."
@@ -100,7 +100,7 @@ def pictures(feature: "Feature", theme: Theme) -> None:
             _picture(
                 "How its gate decides",
                 plane,
-                key="gate_and_magnitude",
+                key="features.gate_and_magnitude",
                 alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
                 f"opening at theta, {theta:.3g}",
                 caption="A dot is a token, hollow: just missed. Slope: e^r.",

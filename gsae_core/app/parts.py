@@ -1,4 +1,4 @@
-"""Pieces of a page that show text from elsewhere: escaped HTML, for Markdown would act on it."""
+"""Parts that several pages draw, text from elsewhere escaped: Markdown would act on it."""
 
 import contextlib
 import html

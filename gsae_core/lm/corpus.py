@@ -463,7 +463,7 @@ class _Reading:
         width = packing.n_ctx - (packing.bos is not None)
         n_rows = n_tokens = n_held_out = 0
         missing = wanted.missing(0, 0)
-        # Asked before each block, so that the last blocks are small and little is read in vain.
+        # Asked before each block, so that the last blocks are small and little too much is read.
         while block := self._block(missing):
             ids = np.concatenate([carry, *self._ids(block)])
             n = len(ids) // width

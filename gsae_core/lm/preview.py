@@ -152,7 +152,7 @@ def preview_within(
         ) from None
     answer = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
     if not answer:
-        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
         raise InputError(f"expected the first lines of {data.source}, got a failure: {last}")
     fields = json.loads(answer[0])
     if "error" in fields:

@@ -84,7 +84,7 @@ class SAEReport:
     def screen_ratio(self) -> float:
         """Products computed again in float32 for each gate that opened; NaN without a screen.
 
-        1 would be a screen that let nothing through in vain: what it exceeds 1 by is how often
+        1 would be a screen that lets nothing through needlessly: what it exceeds 1 by is how often
         the bound on bfloat16's rounding was needed.
         """
         if self.n_candidates is None or self.stats is None:
