@@ -12,7 +12,7 @@ LINES = {
     "lm": 4110,
     "training": 1210,
     "checkpoints": 3100,
-    "analysis": 5440,
+    "analysis": 5460,
     "plots": 1400,
     "runs": 4220,
     "cli": 1570,

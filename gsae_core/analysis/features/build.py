@@ -116,14 +116,11 @@ def build_index(
     shards, n_tokens = cut_into_shards(parts), sum(part.n_tokens for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
-    plan = {
-        "schema_version": SCHEMA_VERSION,
+    hashes = {
         "weights_sha256": weights_sha256 or tensors_sha256(sae),
         "tokens_sha256": _tokens_sha256(parts),
-        "hook": [layer, site],
-        "device": model.device.type,
-        "shards": [list(shard) for shard in shards],
     }
+    plan = _plan(hashes, (layer, site), model, shards)
     _resume_or_clear(building, plan)
     paths = [building / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
     yield from _read_shards(model, sae, parts, list(zip(paths, shards, strict=True)), layer, site)
@@ -132,28 +129,25 @@ def build_index(
     totals = _sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
     yield Progress("describing", 0, sae.d_sae, "feature")
     gate_open, toward = totals.pop("gate_open"), totals.pop("toward")
-    facts = describe(data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward)
+    facts: dict[str, Any] = describe(
+        data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward
+    )
     manifest = Manifest(
         sae=name,
         architecture=sae.architecture,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
-        weights_sha256=plan["weights_sha256"],
+        weights_sha256=hashes["weights_sha256"],
         model=model.name,
         revision=revision,
         numerics=model.numerics,
         layer=layer,
         site=site,
         text=text,
-        n_ctx=parts[0].sequences.n_ctx,
-        splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
-        tokens_sha256=plan["tokens_sha256"],
-        n_tokens_asked=n_tokens_asked or n_tokens,
-        shortage=shortage if n_tokens < (n_tokens_asked or n_tokens) else None,
-        n_tokens=n_tokens,
+        tokens_sha256=hashes["tokens_sha256"],
+        **_counts(parts, n_tokens_asked or n_tokens, shortage),
         l0=totals["n_entries"] / n_tokens,
-        **totals,
-        **facts,
+        **(totals | facts),
         made=time.time(),
         seconds=time.time() - began,
         versions=_versions(),
@@ -179,6 +173,31 @@ def cut_into_shards(parts: Sequence[Part]) -> list[Shard]:
             shards.append(Shard(number, first, last))
             first = last
     return shards
+
+
+def _counts(parts: Sequence[Part], asked: int, shortage: str | None) -> dict[str, Any]:
+    """Return what a manifest says of the tokens that are read."""
+    n_tokens = sum(part.n_tokens for part in parts)
+    return {
+        "n_ctx": parts[0].sequences.n_ctx,
+        "splits": tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
+        "n_tokens": n_tokens,
+        "n_tokens_asked": asked,
+        "shortage": shortage if n_tokens < asked else None,
+    }
+
+
+def _plan(
+    hashes: dict[str, str], hook: tuple[int, Site], model: LanguageModel, shards: Sequence[Shard]
+) -> dict[str, Any]:
+    """Return what two builds share if one can go on with the shards of the other."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **hashes,
+        "hook": list(hook),
+        "device": model.device.type,
+        "shards": [list(shard) for shard in shards],
+    }
 
 
 def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
