@@ -340,7 +340,7 @@ def take_along(sae: Opened, feature: "Feature") -> None:
     """Draw where to go with the feature: other pages, a link, files."""
     number = feature.number
     with st.container(horizontal=True, gap="small"):
-        if st.button("Steer with it", icon=":material/alt_route:", key="features.to_steer"):
+        if st.button("Steer this feature", icon=":material/alt_route:", key="features.to_steer"):
             shell.go("pages/7_Steer.py", sae.run, sae=sae.name, f=str(number))
         share = st.popover(
             "Share and export", icon=":material/ios_share:", key="features.share", on_change="rerun"

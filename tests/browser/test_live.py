@@ -82,7 +82,7 @@ def test_a_run_outlives_its_tab_and_its_server(
         start(long)
         trains(long)
         page.reload()
-        expect(page.get_by_text("Reconnected to long: training goes on")).to_be_visible()
+        expect(page.get_by_text("Reconnected to long: training continues")).to_be_visible()
         expect(page.get_by_text(RUNNING)).to_be_visible()
         # A server that goes while the browser fetches how charts are drawn leaves it without them.
         expect(page.locator("[data-testid=stVegaLiteChart] svg")).to_have_count(9)

@@ -102,7 +102,7 @@ def test_a_token_is_picked_by_keyboard_and_says_its_value_on_focus(
 ) -> None:
     opened(page, f"{address}/Prompt?run=small&text={TEXT}&tok=1")
     strip(page).nth(1).focus()
-    expect(page.locator(".picker .tip")).to_contain_text("active features:")
+    expect(page.locator(".picker .tip")).to_contain_text("active features")
     page.keyboard.press("ArrowRight")
     expect(strip(page).nth(2)).to_be_focused()
     page.keyboard.press("Enter")
