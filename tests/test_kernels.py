@@ -224,7 +224,7 @@ def test_the_kernels_of_thresholds_compile(
 ) -> None:
     need_triton()
     seen = launches(random_sae("jumprelu", 512, 256).float(), "ieee", monkeypatch)
-    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(KERNELS)
+    assert sorted(kernel.fn.__name__ for kernel, _, _ in seen) == sorted(KERNELS)
     for launch in seen:
         assert len(compiled(*launch, capability).asm["cubin"]) > 0
 
