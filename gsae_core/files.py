@@ -267,13 +267,23 @@ def read_sae_cfg(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is missing or damaged.
     """
+    return read_checked(path, _SAECfg, what="the config of an SAE")
+
+
+def read_checked(path: Path, schema: type[BaseModel], *, what: str) -> dict[str, Any]:
+    """Return a file's JSON object, as it stands, if it fits a schema.
+
+    Args:
+        what: the file holds, for the sentence.
+
+    Raises:
+        InputError: if it is missing or damaged; names the first field that does not fit.
+    """
     fields = read_json(path)
     try:
-        _SAECfg.model_validate(fields, strict=True)
+        schema.model_validate(fields, strict=True)
     except ValidationError as error:
-        raise InputError(
-            f"expected the config of an SAE in {path}, got {first_of(error)}"
-        ) from None
+        raise InputError(f"expected {what} in {path}, got {first_of(error)}") from None
     return fields
 
 

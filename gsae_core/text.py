@@ -13,7 +13,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 class Progress(NamedTuple):
-    """How far a piece of work is, for whoever waits for it."""
+    """How far a job is: training, evaluation, indexing, a transfer, labelling."""
 
     stage: str
     """What is done now: `waiting`, `loading`, `training`, ...; at last `finished`, `cancelled`."""

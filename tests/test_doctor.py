@@ -40,9 +40,10 @@ def test_a_sound_machine_passes_line_by_line(
     assert {line.split()[0] for line in lines} == {"ok", "note"}
     names = ["python", "torch", "transformers", "tokenizers", "safetensors", "transformer-lens"]
     names += ["datasets", "huggingface-hub", "pyarrow", "zstandard", "streamlit", "plotly"]
+    names += ["altair", "vl-convert-python", "jinja2"]
     names += ["device", "memory", "disk", "runs folder", "bundled model", "Hub"]
-    assert [line[6:22].strip() for line in lines] == names
-    assert "bundled model     loads and runs: 4 layers of width 256, 4096 tokens" in "\n".join(
+    assert [line[6:23].strip() for line in lines] == names
+    assert "bundled model      loads and runs: 4 layers of width 256, 4096 tokens" in "\n".join(
         lines
     )
     assert not (tmp_path / "runs").exists()
@@ -50,7 +51,7 @@ def test_a_sound_machine_passes_line_by_line(
 
 def test_no_network_is_no_failure_and_says_what_still_works() -> None:
     check = doctor.hub()
-    assert check.verdict == "note"
+    assert check.status == "note"
     assert check.found == (
         "huggingface.co does not answer (timed out); local folders and files work, names on the "
         "Hub need the network"
@@ -90,15 +91,15 @@ def test_what_is_wrong_comes_with_what_to_do(
     assert main(["doctor", "--runs", str(runs)]) == 1
     lines = capsys.readouterr().out.splitlines()
     bad = [line[6:] for line in lines if line.startswith("bad")]
-    assert "torch             not installed; pip install -r requirements.txt" in bad
-    assert "zstandard         not installed; pip install -r requirements.txt" in bad
+    assert "torch              not installed; pip install -r requirements.txt" in bad
+    assert "zstandard          not installed; pip install -r requirements.txt" in bad
     assert (
-        "memory            100.0 MB free; close other programs: the quick preset wants 2.0 GB"
+        "memory             100.0 MB free; close other programs: the quick preset wants 2.0 GB"
         in bad
     )
-    assert "disk              100.0 MB free; make room: the quick preset wants 1.0 GB" in bad
+    assert "disk               100.0 MB free; make room: the quick preset wants 1.0 GB" in bad
     assert (
-        f"runs folder       {runs} cannot be written (Read-only file system); give train another "
+        f"runs folder        {runs} cannot be written (Read-only file system); give train another "
         "place with --out"
     ) in bad
-    assert "bundled model     no model.safetensors; install the package again" in bad
+    assert "bundled model      no model.safetensors; install the package again" in bad

@@ -234,6 +234,14 @@ def test_dictionary_learning_in_both_shapes(tmp_path: Path, kind: str, mid_run: 
     )
 
 
+def test_a_layer_that_is_no_number_names_no_layer(tmp_path: Path) -> None:
+    state, dict_class, compute, _ = dictionary("relu")
+    name = "resid_post_layer_8("
+    files.dictionary_learning(tmp_path, state, dict_class, layer="8(", submodule_name=name)
+    place = ("EleutherAI/pythia-70m-deduped", None, "resid_post")
+    agrees(tmp_path, compute, "dictionary_learning", place=place)
+
+
 def test_a_threshold_that_was_never_set_lets_every_positive_latent_fire(tmp_path: Path) -> None:
     w = weights("b_enc")
     state = transposed(w) | {"encoder.bias": w["b_enc"], "b_dec": w["b_dec"]}
@@ -430,6 +438,10 @@ COUNTED |= {"threshold": torch.tensor(0.5)}
         (
             lens(normalize_activations="batch_norm"),
             "expected normalize_activations to be one of none, .* found 'batch_norm'",
+        ),
+        (
+            lens(normalize_activations=["none"]),
+            r"expected normalize_activations to be one of none, .* found \"\['none'\]\"",
         ),
         (
             lens(normalize_activations="covariance_whitening"),

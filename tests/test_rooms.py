@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 2000,
+    "ground": 2010,
     "sae": 3980,
     "lm": 4110,
     "training": 1210,
     "checkpoints": 3100,
     "analysis": 5460,
     "plots": 1400,
-    "runs": 4220,
+    "runs": 4210,
     "cli": 1570,
     "app": 5770,
 }

@@ -150,12 +150,12 @@ def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
 def compatibility(sae: HubSAE, told: Facts) -> dict[str, str]:
     """Return what is known of an SAE before it is here, and whether it can be opened."""
     if sae.format is None:
-        verdict = "not known until downloaded"
+        opens = "not known until downloaded"
     else:
-        verdict = f"yes, {FORMATS[sae.format]} files can be read"
+        opens = f"yes, {FORMATS[sae.format]} files can be read"
     shape = [f"{n:,}" if n is not None else "?" for n in (told.d_in, told.d_sae)]
     return {
-        "opens here": verdict,
+        "opens here": opens,
         "architecture": told.architecture or "not known until downloaded",
         "width": "not known until downloaded"
         if told.d_in is None and told.d_sae is None

@@ -415,7 +415,7 @@ def write(values: Mapping[str, str | None]) -> None:
 def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> None:
     """Say which of an address' values under `key` are none of the choices.
 
-    Call it before the widget bound to `key` is drawn: binding clears them without a word.
+    Call it before the widget bound to `key` is drawn: binding clears them and says nothing.
 
     Args:
         what: what a value would be, to complete "... is no ...".

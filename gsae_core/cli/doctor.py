@@ -23,7 +23,7 @@ HUB = "huggingface.co"
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "transformer-lens"),
     *("datasets", "huggingface-hub", "pyarrow", "zstandard"),
-    *("streamlit", "plotly"),
+    *("streamlit", "plotly", "altair", "vl-convert-python", "jinja2"),
 )
 
 
@@ -31,7 +31,7 @@ class Check(NamedTuple):
     """One line of the report."""
 
     name: str
-    verdict: Literal["ok", "note", "bad"]
+    status: Literal["ok", "note", "bad"]
     """`note` is no obstacle: something works only in part. `bad` is."""
 
     found: str

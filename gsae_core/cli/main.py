@@ -143,7 +143,7 @@ def _show(lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
-    """Turn an error that nobody foresaw into a sentence that says where its traceback is.
+    """Turn an unexpected error into a sentence that says where its traceback is.
 
     Args:
         log: put it there; a worker has done so itself.
@@ -230,8 +230,8 @@ def _doctor(command: Doctor) -> int:
 
     failed = False
     for check in examine(command.runs):
-        failed |= check.verdict == "bad"
-        show(f"{check.verdict:<4}  {check.name:<16}  {check.found}")
+        failed |= check.status == "bad"
+        show(f"{check.status:<4}  {check.name:<17}  {check.found}")
     return FAILURE if failed else 0
 
 

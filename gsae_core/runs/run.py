@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt
 
 from gsae_core import files
 from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
 from gsae_core.files import (
     EXAMPLE,
-    first_of,
     free_bytes,
     lock,
-    read_json,
+    read_checked,
     read_sae_cfg,
     readable,
     unreadable,
@@ -178,14 +177,7 @@ class Run(Job):
         path = self.folder / "samples.json"
         if not os.path.lexists(path):
             return None
-        fields = read_json(path)
-        try:
-            _Samples.model_validate(fields, strict=True)
-        except ValidationError as error:
-            raise InputError(
-                f"expected a sample of latents in {path}, got {first_of(error)}"
-            ) from None
-        return fields
+        return read_checked(path, _Samples, what="a sample of latents")
 
     def sae_cfg(self, name: str) -> dict[str, Any]:
         """Return an SAE's cfg.json; empty before it was saved first.

@@ -270,7 +270,7 @@ def _close_gaps_(parameter: Tensor) -> None:
 
 def _match_layout_(parameter: Tensor) -> None:
     # The fused kernel walks raw memory: a gradient of other strides (a transposed product put into
-    # .grad by hand) is applied to the wrong entries without a word (torch 2.13, CPU).
+    # .grad by hand) is applied to the wrong entries without an error (torch 2.13, CPU).
     grad = parameter.grad
     if grad is not None and grad.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(grad)

@@ -37,7 +37,7 @@ class Parity(NamedTuple):
     reconstructions: float
     n_tokens: int
     n_active: int
-    """Latents that fire, over all tokens: a comparison of silence says nothing."""
+    """Latents that fire, over all tokens; where none does, there is nothing to compare."""
 
     n_at_threshold: int
     """Latents that fire in one alone and lie on the threshold to 1e-6: left out."""
