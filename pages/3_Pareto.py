@@ -39,7 +39,8 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "its trade-off curves")
 shell.need_evals(run)
-by_id = {other.id: other for other in cache.evaluated(frame.runs)} | {run.id: run}
+by_id = {other.id: other for other in frame.runs if (other.folder / "evals.json").exists()}
+by_id |= {run.id: run}
 others = [name for name in by_id if name != run.id]
 
 

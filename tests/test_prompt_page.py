@@ -261,7 +261,8 @@ def test_an_sae_of_another_place_is_named(run: Run) -> None:
     assert "to take activations of width 12" in text(at)
 
 
-def test_a_model_that_is_busy_says_so() -> None:
+def test_a_model_that_is_busy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PATIENCE", 0.01)
     lock, entered, leave = ModelLock(), threading.Event(), threading.Event()
 
     def work() -> None:
@@ -273,10 +274,10 @@ def test_a_model_that_is_busy_says_so() -> None:
     worker.start()
     entered.wait(30)
     with pytest.raises(InputError, match=r"busy: 1 ahead of you after 0.01 s .*; try again in"):
-        lock.held(patience=0.01).__enter__()
+        lock.held().__enter__()
     leave.set()
     worker.join()
-    with lock.held(patience=0.01):
+    with lock.held():
         pass  # nobody is in the way any more
 
 
@@ -293,7 +294,7 @@ def test_a_model_too_large_for_the_memory_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.language_model.clear()
-    monkeypatch.setattr(cache, "_free", lambda _device: 1000)
+    monkeypatch.setattr("gsae_core.runs.plan.cost.free_memory", lambda _device: 1000)
     with pytest.raises(InputError, match=r"of memory free for .*; close what else runs, or look"):
         cache.language_model(run)
 

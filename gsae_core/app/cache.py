@@ -5,10 +5,10 @@ A page runs from its first line at every click; 200 runs must not mean 200 folde
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pandas as pd
 import streamlit as st
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from gsae_core.lm.model import LanguageModel
     from gsae_core.sae.base import SAE
 
+WEIGHTS = "saes/{sae}/sae_weights.safetensors"
+INDEX = "features/{sae}/manifest.json"
+PATIENCE = 20.0  # seconds that a visitor waits for a language model that others use
+MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on: 64 MB
+HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
+
+logger = logging.getLogger(__name__)
+
 Version = tuple[int, int] | None
+OfRun = TypeVar("OfRun", bound=Callable[..., Any])
 
 
 def version(path: Path) -> Version:
@@ -54,6 +63,24 @@ def until_changed(*files: str) -> Any:
     return {Run: key}
 
 
+def kept(*files: str, most: int = 512) -> Callable[[OfRun], OfRun]:
+    """Return a decorator that keeps what a function of a run returns until a file changes."""
+    keep: Any = st.cache_data(
+        max_entries=most, show_spinner=False, hash_funcs=until_changed(*files)
+    )
+    return keep
+
+
+feature_stats = kept("saes/{sae}/feature_stats.safetensors", most=64)(Run.feature_stats)
+deciles = kept("saes/{sae}/norm_deciles.json")(Run.norm_deciles)
+damages = kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")(Run.damages)
+
+
+@kept("evals.json")
+def _evaluations(run: Run) -> pd.DataFrame:
+    return evaluation_frame(run.evals())
+
+
 def evaluations(run: Run) -> pd.DataFrame:
     """Return `evaluation_frame` of a run; empty where it was not evaluated or cannot be read."""
     try:
@@ -62,51 +89,11 @@ def evaluations(run: Run) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed("evals.json"))
-def _evaluations(run: Run) -> pd.DataFrame:
-    return evaluation_frame(run.evals())
-
-
-@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed("evals.json"))
+@kept("evals.json")
 def nearest(run: Run, names: Sequence[str]) -> Mapping[str, str]:
     """Return `nearest_pair` of those SAEs of a run; empty where it was not evaluated."""
     evals: Any = evaluations(run)
     return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
-
-
-FEATURE_STATS = "saes/{sae}/feature_stats.safetensors"
-
-
-@st.cache_data(max_entries=64, show_spinner=False, hash_funcs=until_changed(FEATURE_STATS))
-def feature_stats(run: Run, name: str) -> pd.DataFrame:
-    """Return `Run.feature_stats`.
-
-    Raises:
-        InputError: as there.
-    """
-    return run.feature_stats(name)
-
-
-DECILES = "saes/{sae}/norm_deciles.json"
-
-
-@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed(DECILES))
-def deciles(run: Run, name: str) -> pd.DataFrame:
-    """Return `Run.norm_deciles`.
-
-    Raises:
-        InputError: as there.
-    """
-    return run.norm_deciles(name)
-
-
-CHECKED = ("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")
-
-
-@st.cache_data(max_entries=512, show_spinner=False, hash_funcs=until_changed(*CHECKED))
-def damages(run: Run) -> list[str]:
-    """Return `Run.damages`."""
-    return run.damages()
 
 
 def recent_metrics(run: Run) -> list[dict[str, Any]]:
@@ -117,46 +104,28 @@ def recent_metrics(run: Run) -> list[dict[str, Any]]:
         return []
 
 
-def evaluated(runs: list[Run]) -> list[Run]:
-    """Return the runs that have an evaluation, by a look at their folders alone."""
-    return [run for run in runs if (run.folder / "evals.json").exists()]
-
-
-logger = logging.getLogger(__name__)
-
-PATIENCE = 20.0
-"""Seconds that a visitor waits for a language model that others use."""
-
-MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on
-HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
-
-
 class ModelLock:
     """Lets one thread at a time work with a model; the others wait a while and are told."""
 
     def __init__(self) -> None:
-        self._lock, self._counting = threading.Lock(), threading.Lock()
-        self._n_waiting = 0
+        self._lock = threading.Lock()
+        self._waiting: list[object] = []
 
     @contextmanager
-    def held(self, *, patience: float | None = None) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Within, no other thread has the model.
 
         Raises:
-            InputError: if it does not come free in `patience` seconds; None: `PATIENCE`.
+            InputError: if it does not come free in `PATIENCE` seconds.
         """
-        patience = PATIENCE if patience is None else patience
-        with self._counting:
-            ahead = self._n_waiting + 1
-            self._n_waiting += 1
-        try:
-            free = self._lock.acquire(timeout=patience)
-        finally:
-            with self._counting:
-                self._n_waiting -= 1
+        me = object()
+        self._waiting.append(me)
+        ahead = self._waiting.index(me) + 1  # who waits already, and the one that has it
+        free = self._lock.acquire(timeout=PATIENCE)
+        self._waiting.remove(me)
         if not free:
             raise InputError(
-                f"the language model is busy: {ahead} ahead of you after {patience:g} s of "
+                f"the language model is busy: {ahead} ahead of you after {PATIENCE:g} s of "
                 "waiting; try again in a moment"
             )
         try:
@@ -182,26 +151,8 @@ def _model_key(run: Run) -> tuple[Any, ...]:
 
 def identity(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
     """Return what changes when the model or one of the SAEs does, to keep results by."""
-    weights = [run.sae_folder(name) / "sae_weights.safetensors" for name in names]
+    weights = [run.folder / WEIGHTS.format(sae=name) for name in names]
     return (*_model_key(run), *((str(path), version(path)) for path in weights))
-
-
-def finished_saes(run: Run) -> list[str]:
-    """Return the names of the SAEs whose weights are there, in the run's order."""
-    names = [spec.name for spec in run.config.saes]
-    return [n for n in names if (run.sae_folder(n) / "sae_weights.safetensors").is_file()]
-
-
-_importing: list[threading.Thread] = []
-_starting = threading.Lock()
-
-
-def import_ahead() -> None:
-    """Begin to import what a model takes, once, while the page is still being drawn."""
-    with _starting:
-        if not _importing:
-            _importing.append(threading.Thread(target=_imports, name="imports", daemon=True))
-            _importing[0].start()
 
 
 def _imports() -> None:
@@ -213,14 +164,15 @@ def _imports() -> None:
     )
 
 
-def _imported() -> None:
-    """Wait until what is imported ahead is there.
+_importing = threading.Thread(target=_imports, name="imports", daemon=True)
+_starting = threading.Lock()
 
-    Two threads that import packages with cycles, as torch and transformers are, may each find the
-    other's modules half made.
-    """
-    import_ahead()
-    _importing[0].join()
+
+def import_ahead() -> None:
+    """Begin to import what a model takes, once, while the page is still being drawn."""
+    with _starting:
+        if _importing.ident is None:
+            _importing.start()
 
 
 @st.cache_resource(max_entries=2, show_spinner=False, hash_funcs={Run: _model_key})
@@ -230,34 +182,28 @@ def language_model(run: Run) -> Loaded:
     Raises:
         InputError: if it is gone, cannot be loaded or does not fit in memory.
     """
-    _imported()
+    # Two threads that import packages with cycles, as torch and transformers are, may each find
+    # the other's modules half made: so this one waits.
+    import_ahead()
+    _importing.join()
     from gsae_core.lm.model import load_model
-    from gsae_core.runs.plan.cost import resolve_device
+    from gsae_core.runs.plan.cost import free_memory, resolve_device
 
-    of = run.config.model
-    device, need = resolve_device("auto"), _needs(of.name)
-    if need > _free(device):
+    of, device = run.config.model, resolve_device("auto")
+    folder = model_folder(of.name) or cached_models().get(of.name)
+    # Counted as float32; nothing where the number of parameters is not known.
+    need = round(HEADROOM * 4 * ((folder and count_parameters(folder)) or 0))
+    if need > free_memory(device):
         # The other model makes room before this one is refused.
         language_model.clear()
-    if need > _free(device):
+    if need > free_memory(device):
         raise InputError(
             f"expected about {readable(need)} of memory free for {of.name}, found "
-            f"{readable(_free(device))}; close what else runs, or look at a run of a smaller model"
+            f"{readable(free_memory(device))}; close what else runs, or look at a run of a smaller "
+            "model"
         )
     model = load_model(of.name, revision=of.revision, device=str(device), dtype=of.dtype)
     return Loaded(model, ModelLock())
-
-
-def _needs(name: str) -> int:
-    """Return the bytes a model takes, counted as float32; 0 where that is not known."""
-    folder = model_folder(name) or cached_models().get(name)
-    return round(HEADROOM * 4 * ((folder and count_parameters(folder)) or 0))
-
-
-def _free(device: Any) -> int:
-    from gsae_core.runs.plan.cost import free_memory
-
-    return free_memory(device)
 
 
 def prompt(run: Run, text: str) -> "Prompt":
@@ -270,9 +216,6 @@ def prompt(run: Run, text: str) -> "Prompt":
     from gsae_core.analysis.prompt import read_prompt
 
     return read_prompt(model, text, bos=run.config.data.bos != "never")
-
-
-WEIGHTS = "saes/{sae}/sae_weights.safetensors"
 
 
 @st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=until_changed(WEIGHTS))
@@ -290,9 +233,6 @@ def sae(run: Run, name: str) -> "SAE":
     model.check(hook.layer, hook.site)
     check_width(found, model.width(hook.site), name=name, hook_name=hook.hook_name)
     return found.requires_grad_(False).to(model.device)
-
-
-INDEX = "features/{sae}/manifest.json"
 
 
 @st.cache_resource(max_entries=32, show_spinner=False, hash_funcs=until_changed(WEIGHTS, INDEX))
@@ -319,7 +259,7 @@ def _text_key(run: Run) -> tuple[Any, ...]:
     return (*_model_key(run), hook.layer, hook.site, run.config.data.model_dump_json())
 
 
-# Both SAEs of a page read the same vectors; 64 MB of them at most.
+# Both SAEs of a page read the same vectors.
 @st.cache_resource(max_entries=1, show_spinner=False, hash_funcs={Run: _text_key})
 def _held_out_vectors(run: Run) -> "Tensor":
     """Return activations of held-out text: of as little text as has enough of them."""

@@ -10,7 +10,6 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app import cache, shell
-from gsae_core.app.cache import finished_saes
 from gsae_core.app.parts import asked, key_for, notice, plain, say_stranger, say_worse, write
 from gsae_core.app.shell import Frame
 from gsae_core.config import Architecture
@@ -34,7 +33,8 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
         what: what the page would show, to complete "... appear here".
     """
     run = shell.need_run(frame, what)
-    names = finished_saes(run)
+    names = [spec.name for spec in run.config.saes]
+    names = [n for n in names if (run.folder / cache.WEIGHTS.format(sae=n)).is_file()]
     if names:
         return run, names
     shell.need_evals(run)
