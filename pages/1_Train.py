@@ -57,7 +57,6 @@ from gsae_core.text import count, duration
 
 PREVIEW_SECONDS = 20
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
-IN_LABELS = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
 state = st.session_state
 
 arrived = state.get("shell.page") != "Train"
@@ -228,7 +227,7 @@ def cost(seconds: float, *, on_gpu: bool) -> dict[str, str]:
 def refuse(refusals: tuple[Refusal, ...]) -> None:
     """Draw why the run cannot start, with a button for each change that would let it."""
     for number, refusal in enumerate(refusals):
-        notice(in_labels(refusal.sentence, IN_LABELS), title="This cannot start yet")
+        notice(in_labels(refusal.sentence), title="This cannot start yet")
         for fix in refusal.fixes:
             st.button(
                 f"Set {LABELS[fix.flag]} to {grouped(fix.value)}",
@@ -317,7 +316,7 @@ with right, st.container(border=True):
         flags = to_flags(values, base)
         config = run_config(flags)
     except InputError as error:
-        notice(in_labels(str(error), IN_LABELS), title="This cannot start yet")
+        notice(in_labels(str(error)), title="This cannot start yet")
         st.button("Start", type="primary", disabled=True, width="stretch", key="train.start")
         st.stop()
     refusals = before(config, about)

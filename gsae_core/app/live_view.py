@@ -1,6 +1,5 @@
 """Parts of the Live page: state and progress of a run, its stages, a sample of its features."""
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +8,19 @@ import streamlit as st
 
 from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app.glossary import definition, title
-from gsae_core.app.parts import figure_tools, job_share, job_trouble, notice, plain, seconds_since
+from gsae_core.app.parts import (
+    TEMPLATE,
+    figure_tools,
+    job_share,
+    job_trouble,
+    notice,
+    plain,
+    seconds_since,
+)
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import waiting_runs
-from gsae_core.runs.plan.progress import RECENT, Phase, Speed, timeline
+from gsae_core.runs.plan.progress import RECENT, Speed, timeline
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     ago,
@@ -21,11 +28,11 @@ from gsae_core.text import (
     duration,
     explained_variance,
     fixed,
+    macros,
     marked_fvu,
     percent,
 )
 
-# Mixed with the colour of the text, which is dark on a light page and light on a dark one.
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
 CANCEL_STAGES = {
     "requested": "the process was asked to finish its step and save",
@@ -39,25 +46,15 @@ def draw_timeline(run: Run, status: Status) -> None:
     if run.n_lost_events(status):
         st.caption("Stage times are not known: part of events.jsonl is lost.")
         return
-    phases = timeline(run.events(), status, now=time.time())
-    items = "".join(_phase(phase) for phase in phases)
-    st.html(
-        '<ol aria-label="Stages of the run" style="display:flex;flex-wrap:wrap;'
-        'gap:.25rem 1.5rem;list-style:none;margin:0;padding:0;font-size:.9rem">'
-        f"{items}</ol>"
-    )
-
-
-def _phase(phase: Phase) -> str:
-    sign, hue = MARKS.get(phase.mark, ("○", "currentColor"))
-    colour = f"color-mix(in srgb, {hue} 70%, currentColor)"
-    weight = "600" if phase.mark in ("now", "stopped") else "400"
-    faint = ";opacity:.6" if phase.mark == "ahead" else ""
-    length = "" if phase.seconds is None else f" {duration(phase.seconds)}"
-    return (
-        f'<li style="font-weight:{weight}{faint}"><span style="color:{colour}">{sign}</span> '
-        f'{phase.name}<span style="opacity:.75;font-weight:400">{length}</span></li>'
-    )
+    rows = [
+        (
+            phase,
+            "" if phase.seconds is None else f" {duration(phase.seconds)}",
+            *MARKS.get(phase.mark, ("○", "currentColor")),
+        )
+        for phase in timeline(run.events(), status, now=time.time())
+    ]
+    st.html(macros(TEMPLATE).phases(rows))
 
 
 def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) -> None:
@@ -165,12 +162,9 @@ def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
         for e in latent["examples"]
     ]
     how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
-    return (
-        f'<div style="margin-bottom:.75rem"><strong>Feature {int(latent["latent"]):,}</strong> '
-        f'<span style="opacity:.75;font-size:.875rem">{html.escape(how)} · '
-        f"{latent['fired']:,} of {n_tokens:,} tokens "
-        f"({percent(latent['fired'] / n_tokens, 2)})</span>{strips(rows, top=top)}</div>"
-    )
+    often = f"{latent['fired']:,} of {n_tokens:,} tokens"
+    about = f"{how} · {often} ({percent(latent['fired'] / n_tokens, 2)})"
+    return macros(TEMPLATE).sample(int(latent["latent"]), about, strips(rows, top=top))
 
 
 def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:

@@ -18,7 +18,7 @@ from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.runs.jobs.job import CancelStage, Job, State, Status, escalate_cancel
-from gsae_core.text import unhidden, worse_than_mean
+from gsae_core.text import macros, unhidden, worse_than_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,8 @@ def key_for(name: str, *about: object) -> str:
 
 SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
 SHAPES = {LOOKS[architecture].vega_shape: sign for architecture, sign in SIGNS.items()}
+SOLID = (1, 0)  # as a dash
+TEMPLATE = "page.html.j2"
 Colour = Literal["gray", "blue", "green", "orange", "red"]
 
 STATE_LOOKS: dict[State, tuple[str, Colour]] = {
@@ -230,13 +232,14 @@ def line_legend(lines: Sequence["Line"]) -> None:
     Of several runs it shows which colour is which run, and which dash which architecture.
     """
     if len({line.run for line in lines}) == 1:
-        items = [_legend_item(line.label, line.colour, line.dash, line.shape) for line in lines]
+        items = [(line.label, line.colour, line.dash, SHAPES[line.shape]) for line in lines]
     else:
         runs = {line.run: line.colour for line in reversed(lines)}
-        items = [_legend_item(run, colour, (1, 0), None) for run, colour in runs.items()]
+        items = [(run, colour, SOLID, "") for run, colour in runs.items()]
         kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
-        items += [_legend_item(*kind[:1], NEUTRAL, kind[1], s) for s, kind in kinds.items()]
-    legend_row(items)
+        items += [(kind, NEUTRAL, dash, SHAPES[s]) for s, (kind, dash) in kinds.items()]
+    item = macros(TEMPLATE).legend_item
+    legend_row([item(label, colour, dash == SOLID, sign) for label, colour, dash, sign in items])
 
 
 def legend_row(items: Sequence[str]) -> None:
@@ -249,28 +252,13 @@ def legend_row(items: Sequence[str]) -> None:
 
 def swatch(colour: str, label: str) -> str:
     """Return a label behind a square of its colour, as HTML."""
-    return (
-        '<span style="white-space:nowrap"><span style="display:inline-block;width:.7em;height:.7em;'
-        f'border-radius:2px;background:{colour}"></span> {escaped(label)}</span>'
-    )
+    return macros(TEMPLATE).swatch(colour, label)
 
 
 def segments(sizes: Sequence[float | int], colours: Sequence[str], *, whole: float | int) -> str:
     """Return the segments of a bar as HTML, for a flex row whose width stands for `whole`."""
-    return "".join(
-        f'<div style="width:{100 * size / whole:.2f}%;background:{colour}"></div>'
-        for size, colour in zip(sizes, colours, strict=False)
-    )
-
-
-def _legend_item(label: str, colour: str, dash: tuple[int, ...], shape: str | None) -> str:
-    stroke = "solid" if dash == (1, 0) else "dashed"
-    sign = "" if shape is None else f'<span style="color:{colour}">{SHAPES[shape]}</span> '
-    return (
-        f'<span style="white-space:nowrap"><span style="display:inline-block;width:1.4rem;'
-        f'border-top:3px {stroke} {colour};vertical-align:middle"></span> '
-        f"{sign}{escaped(label)}</span>"
-    )
+    segment = macros(TEMPLATE).segment
+    return "".join(segment(c, n / whole) for n, c in zip(sizes, colours, strict=False))
 
 
 def seconds_since(moment: float | int) -> float:

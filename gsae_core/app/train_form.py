@@ -9,11 +9,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from gsae_core.cli.arguments import Train
+from gsae_core.cli.arguments import SETS, Train
 from gsae_core.config import (
     ARCHITECTURES,
     Architecture,
@@ -33,30 +33,24 @@ from gsae_core.runs.plan.cost import gated_width
 Values = dict[str, Any]
 """What a form's widgets hold, by flag: text, whole numbers, switches and lists of names."""
 
-LABELS = {
-    "model": "Model",
-    "layer": "Layer",
-    "site": "Site",
+KNOBS: dict[str, tuple[Architecture, ...]] = {
+    "sparsity": ("gated", "relu"),
+    "jumprelu_sparsity": ("jumprelu",),
+    "k": ("topk",),
+}
+"""Which architectures' sparsity a flag sets: what it weighs is of another size in each."""
+LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")} | {
     "arch": "Architectures",
-    "width": "Width",
     "sparsity": "λ",
     "jumprelu_sparsity": "λ of JumpReLU",
     "k": "k",
     "equal_width": "Equal width for ReLU baselines",
-    "data": "Data",
-    "tokens": "Tokens",
-    "batch_size": "Batch size",
     "lr": "Learning rate",
-    "seed": "Seed",
-    "device": "Device",
     "dtype": "Precision",
     "revision": "Model revision",
-    "text_column": "Text column",
-    "split": "Split",
     "n_ctx": "Context length",
     "bos": "BOS",
     "held_out": "Held-out share",
-    "recipe": "Recipe",
     "tie": "Tied encoder",
     "aux": "Auxiliary decoder",
     "loss_norm": "Loss normalisation",
@@ -70,53 +64,28 @@ LABELS = {
     "revive_until": "Resample until",
     "eval_tokens": "Evaluation tokens",
     "eval_replace": "Reconstructions replace",
-    "activation_scale": "Activation scale",
-    "checkpoint_minutes": "Checkpoint minutes",
     "init_threshold": "Initial threshold",
-    "bandwidth": "Bandwidth",
     "threshold_unit": "Unit of thresholds",
     "k_aux": "Auxiliary k",
     "screened": "Screened encoder",
-    "cache_activations": "Cache activations",
 }
-_NOT_FIELDS = {"preset", "config", "out"}
-KNOBS: dict[str, tuple[Architecture, ...]] = {
-    "sparsity": ("gated", "relu"),
-    "jumprelu_sparsity": ("jumprelu",),
-    "k": ("topk",),
-}
-"""Which architectures' sparsity a flag sets: what it weighs is of another size in each."""
+"""What the form calls each flag."""
 _READ_BY: dict[str, Architecture] = {
     **dict.fromkeys(("init_threshold", "bandwidth", "threshold_unit"), "jumprelu"),
     "k_aux": "topk",
 }
-_SWEPT = {"arch", "width", "equal_width", *KNOBS}
-_RENAMED: dict[str, tuple[type[Config], str]] = {
-    "model": (ModelConfig, "name"),
-    "data": (DataConfig, "source"),
-    "tokens": (TrainRecipe, "n_tokens"),
-    "eval_tokens": (EvalConfig, "n_tokens"),
-    "eval_replace": (EvalConfig, "replace"),
-}
-_PARTS: dict[type[Config], str] = {
-    ModelConfig: "model",
-    DataConfig: "data",
-    TrainRecipe: "train",
-    EvalConfig: "evaluation",
-}
-
-
-Kind = Literal["choice", "switch", "whole", "number", "text"]
 
 
 class Field(NamedTuple):
-    """A flag as a field of the form."""
+    """A flag that sets one field of a config, as a field of the form."""
 
-    flag: str
     label: str
     help: str
-    kind: Kind
+    kind: Any
+    """bool, int, float, str, or a Literal."""
     choices: tuple[str, ...]
+    default: Any
+    """None where there is none."""
     of: type[Config]
     name: str
     """Where the config keeps it."""
@@ -125,33 +94,15 @@ class Field(NamedTuple):
 @functools.cache
 def form_fields() -> dict[str, Field]:
     """Return every flag of `train` that sets one field of a config, by name."""
-    hints = get_type_hints(Train)
-    own = [f.name for f in fields(Train) if f.name not in _NOT_FIELDS | _SWEPT]
-    return {flag: _field(flag, hints[flag]) for flag in own}
-
-
-def _field(flag: str, hint: Any) -> Field:
-    of, name = _RENAMED.get(flag) or next(
-        (config, flag)
-        # The run's own fields first: --lr and --seed are the run's, and the SAEs follow.
-        for config in (*_PARTS, RunConfig, SAESpec)
-        if flag in config.model_fields
-    )
-    info = of.model_fields[name]
-    args = get_args(hint) or (hint,)
-    choices = next((get_args(arg) for arg in args if get_origin(arg) is Literal), ())
-    kind: Kind = "text"
-    if choices:
-        kind = "choice"
-    elif bool in args:
-        kind = "switch"
-    elif int in args:
-        kind = "whole"
-    elif float in args:
-        kind = "number"
-    label = LABELS.get(flag, flag.replace("_", " ").capitalize())
-    text = " ".join((info.description or "").split())
-    return Field(flag, label, text, kind, choices, of, name)
+    hints, found = get_type_hints(Train), {}
+    for flag, (of, name) in SETS.items():
+        info = of.model_fields[name]
+        kind = (get_args(hints[flag]) or (hints[flag],))[0]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        text = " ".join((info.description or "").split())
+        default = None if info.is_required() else info.default
+        found[flag] = Field(LABELS[flag], text, kind, choices, default, of, name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -202,24 +153,21 @@ def shown(config: RunConfig) -> Values:
 
 
 def _shown(field: Field, config: RunConfig) -> str | bool:
-    value = _value(field, config)
-    if field.kind == "switch":
-        return bool(value)
+    if field.of is SAESpec:
+        # What one architecture alone reads is shown as its SAEs have it.
+        own = [spec for spec in config.saes if spec.architecture == _READ_BY.get(field.name)]
+        part: Config = (own or config.saes)[0]
+    else:
+        parts = {ModelConfig: config.model, DataConfig: config.data, TrainRecipe: config.train}
+        part = (parts | {EvalConfig: config.evaluation, RunConfig: config})[field.of]
+    value = getattr(part, field.name)
+    if field.kind is bool:
+        return value
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value!r}" if isinstance(value, float) else str(value)
-
-
-def _value(field: Field, config: RunConfig) -> Any:
-    if field.of is SAESpec:
-        # What one architecture alone reads is shown as its SAEs have it.
-        reader = _READ_BY.get(field.name)
-        own = [spec for spec in config.saes if spec.architecture == reader]
-        return getattr((own or config.saes)[0], field.name)
-    part = config if field.of is RunConfig else getattr(config, _PARTS[field.of])
-    return getattr(part, field.name)
 
 
 def _sparsity(config: RunConfig, knob: str) -> str:
@@ -255,12 +203,12 @@ def to_flags(values: Values, base: Base) -> Train:
     )
     start = base.flags()
     if emptied or not covered:
-        start, given = Train(), _defaults()
+        given = {flag: field.default for flag, field in form_fields().items()}
+        start, given["equal_width"] = Train(), False
     changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
     if {"width", "equal_width"} & set(changed):
         changed |= {"width": wanted["width"], "equal_width": wanted["equal_width"]}
-    known = {f.name for f in fields(Train)}
-    return replace(start, **{flag: value for flag, value in changed.items() if flag in known})
+    return replace(start, **changed)
 
 
 def _unsayable(value: Any) -> bool:
@@ -272,44 +220,36 @@ def _parsed(values: Values) -> dict[str, Any]:
     found: dict[str, Any] = {
         flag: _read(field, values[flag]) for flag, field in form_fields().items()
     }
-    if found["model"] is None or found["data"] is None:
-        empty = "model" if found["model"] is None else "data"
-        raise InputError(f"{LABELS[empty]}: expected a name, got none")
-    found["arch"] = _architectures(values["arch"])
+    for flag in ("model", "data"):
+        if found[flag] is None:
+            raise InputError(f"{LABELS[flag]}: expected a name, got none")
+    chosen = found["arch"] = tuple(a for a in ARCHITECTURES if a in values["arch"])
+    if not chosen:
+        raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
     for knob, architectures in KNOBS.items():
-        turned = set(architectures) & set(found["arch"])
+        turned = set(architectures) & set(chosen)
         found[knob] = numbers(values[knob], LABELS[knob]) if turned else ()
-    found["k"] = tuple(_whole(k) for k in found["k"])
-    found["width"] = None if values["width"] is None else int(values["width"])
-    if found["width"] is None:
+    for k in found["k"]:
+        if not k.is_integer():
+            raise InputError(f"{LABELS['k']}: expected whole numbers of features, got {k:g}")
+    found["k"] = tuple(int(k) for k in found["k"])
+    if values["width"] is None:
         raise InputError(f"{LABELS['width']}: expected a number of features, got none")
-    both = "relu" in found["arch"] and len(found["arch"]) > 1
+    found["width"] = int(values["width"])
+    both = "relu" in chosen and len(chosen) > 1
     found["equal_width"] = bool(values["equal_width"]) and both
     return found
 
 
-def _whole(number: float) -> int:
-    if not math.isfinite(number) or number != int(number):
-        raise InputError(f"{LABELS['k']}: expected whole numbers of features, got {number:g}")
-    return int(number)
-
-
-def _architectures(chosen: list[str]) -> tuple[Architecture, ...]:
-    found: list[Architecture] = [a for a in ARCHITECTURES if a in chosen]
-    if not found:
-        raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
-    return tuple(found)
-
-
 def _read(field: Field, value: Any) -> Any:
-    if field.kind == "switch":
+    if field.kind is bool:
         return bool(value)
     text = "" if value is None else str(value).strip()
     if not text:
         return None
-    if field.kind == "whole":
+    if field.kind is int:
         return whole(text, field.label)
-    if field.kind == "number":
+    if field.kind is float:
         found = numbers(text, field.label)
         if len(found) != 1:
             raise InputError(f"{field.label}: expected one number, got {text!r}")
@@ -317,21 +257,11 @@ def _read(field: Field, value: Any) -> Any:
     return text
 
 
-def _defaults() -> dict[str, Any]:
-    """Return what a run has without a set-up; None where there is no default."""
-    found = {}
-    for flag, field in form_fields().items():
-        info = field.of.model_fields[field.name]
-        found[flag] = None if info.is_required() else info.default
-    return found | {"equal_width": False}
-
-
 def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
     """Return `n` values from `low` to `high` in equal ratios, to three significant digits.
 
     Raises:
-        InputError: if an end is not above 0, they are the wrong way round, or so close that
-            rounding makes two values one.
+        InputError: if there are no such values, or rounding makes two of them one.
     """
     if not 0 < low < high or not math.isfinite(high):
         raise InputError(
@@ -348,35 +278,22 @@ def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
     return values
 
 
-def corrected(asked: Mapping[str, str | list[str]], values: Values) -> list[str]:
-    """Return a sentence for each value of the address that the form did not take.
-
-    Args:
-        asked: the address's parameters before the form was drawn.
-        values: what the form shows.
-    """
+def corrected(asked: Mapping[str, list[str]], values: Values) -> list[str]:
+    """Return a sentence for each value that the address asked for and the form does not show."""
     sentences = []
-    for flag, value in values.items():
-        if flag not in asked:
-            continue
-        came = asked[flag]
-        names = came if isinstance(came, list) else [came]
-        mine = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        if [name.lower() for name in names] != [name.lower() for name in mine]:
-            label = LABELS.get(flag, flag)
+    for flag in [flag for flag in values if flag in asked]:
+        value = values[flag]
+        names = ", ".join(asked[flag])
+        mine = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if names.lower() != mine.lower():
             sentences.append(
-                f"{label}: {', '.join(names)[:80]} is not a choice here; showing "
-                f"{', '.join(mine) or 'none'}"
+                f"{LABELS[flag]}: {names[:80]} is not a choice here; showing {mine or 'none'}"
             )
     return sentences
 
 
 def notebook_cell(config: RunConfig, *, name: str = "my-run") -> str:
-    """Return Python that trains and evaluates `config`; settings at their defaults are left out.
-
-    Args:
-        name: of the run's folder under runs/.
-    """
+    """Return Python that trains and evaluates `config` in `runs/<name>`, defaults left out."""
     given = json.loads(config.model_dump_json(exclude_defaults=True))
     # In ASCII, so that nothing hidden is pasted; no string of JSON holds three quotes.
     text = json.dumps(given, indent=2).replace("\\", "\\\\")
@@ -402,11 +319,10 @@ def numbers(text: str, field: str) -> tuple[float, ...]:
     """
     words = re.split(r"[\s,;]+", text.strip())
     try:
-        found = tuple(float(word) for word in words)
+        return tuple(float(word) for word in words)
     except ValueError:
         wanted = "numbers separated by spaces, like 0.1 0.2"
         raise InputError(f"{field}: expected {wanted}, got {text!r}") from None
-    return found
 
 
 def whole(text: str, field: str) -> int:
@@ -419,15 +335,16 @@ def whole(text: str, field: str) -> int:
         digits = re.sub(r"[\s,_]", "", text)
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(digits[-1:].lower())
         number = float(digits) if unit is None else round(float(digits[:-1]) * unit, 3)
-        if number != int(number):
+        if not number.is_integer():
             raise ValueError
-    except (ValueError, OverflowError):
+    except ValueError:
         raise InputError(
             f"{field}: expected a whole number, like 2_000_000, got {text!r}"
         ) from None
     return int(number)
 
 
-def in_labels(sentence: str, labels: Mapping[str, str]) -> str:
-    """Return an error of the command line in a form's words: flags become the fields' labels."""
+def in_labels(sentence: str) -> str:
+    """Return an error of the command line in the form's words: flags become the fields' labels."""
+    labels = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
     return re.sub(r"--[a-z-]+", lambda flag: labels.get(flag[0], flag[0]), sentence)

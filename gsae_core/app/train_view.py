@@ -1,7 +1,5 @@
 """The widgets of the Train page: each is a flag of `train`, and its value is in the address."""
 
-import html
-import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,15 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app.components import ABOUT, block_diagram
-from gsae_core.app.parts import SIGNS, notice, plain, segments, swatch
+from gsae_core.app.parts import SIGNS, TEMPLATE, notice, plain
 from gsae_core.app.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
-from gsae_core.config import ARCHITECTURES, SITES, RunConfig, SAESpec, TrainRecipe
+from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
-from gsae_core.plots.palette import LOOKS
+from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.plan.cost import Bar, Expected
-from gsae_core.text import count, visible
+from gsae_core.text import count, macros
 
 FIELDS = form_fields()
 DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
@@ -45,11 +43,11 @@ def field(flag: str, given: Values, **options: Any) -> None:
     """Draw the widget of a flag; what the set-up gives is its default, left out of the address."""
     about, value = FIELDS[flag], given[flag]
     options = {"key": flag, "bind": BIND, "help": about.help} | options
-    if about.kind == "choice":
+    if about.choices:
         index = about.choices.index(value) if value in about.choices else None
         state[flag] = state.get(flag) or None
         st.selectbox(about.label, about.choices, index=index, **options)
-    elif about.kind == "switch":
+    elif about.kind is bool:
         st.toggle(about.label, value, **options)
     else:
         st.text_input(about.label, value, **options)
@@ -58,12 +56,11 @@ def field(flag: str, given: Values, **options: Any) -> None:
 def where(base: Base, given: Values) -> ModelFacts:
     """Draw the model, and the place in it."""
     cached = in_cache()
-    names = choices(cached)
-    extra = [name for name in (given["model"], state["model"]) if name not in names]
+    names = list(dict.fromkeys([*choices(cached), given["model"], state["model"]]))
     st.selectbox(
         "Model",
-        [*names, *dict.fromkeys(extra)],
-        index=[*names, *dict.fromkeys(extra)].index(given["model"]),
+        names,
+        index=names.index(given["model"]),
         key="model",
         bind=BIND,
         accept_new_options=True,
@@ -71,10 +68,8 @@ def where(base: Base, given: Values) -> ModelFacts:
     )
     about = model_facts(str(state["model"] or "").strip(), cached)
     said = {"bundled": "ships with the package", "folder": "local folder", "cached": "in the cache"}
-    size = (
-        "size not known until downloaded" if about.parameters is None else count(about.parameters)
-    )
-    parts = [size if about.parameters is None else f"{size} parameters"]
+    unknown = "size not known until downloaded"
+    parts = [unknown if about.parameters is None else f"{count(about.parameters)} parameters"]
     if about.shape is not None:
         parts += [f"{about.shape.n_layers} layers", f"d_model {about.shape.d_model:,}"]
     parts.append(said.get(about.where, "from the Hub"))
@@ -163,7 +158,9 @@ def what(given: Values, about: ModelFacts) -> None:
         st.number_input("Width", 1, None, given["width"], 256, key="width", bind=BIND, help=WIDTH)
         if about.shape is not None and state["width"]:
             d_in = about.shape.width(state["site"])
-            st.caption(f"{expansion(state['width'] / d_in)} × the {d_in:,} activations")
+            factor = state["width"] / d_in
+            times = f"{factor:,.0f}" if factor >= 1000 else f"{factor:.3g}"
+            st.caption(f"{times} × the {d_in:,} activations")
     many = {"relu"} < set(state["arch"])
     st.toggle(
         "Equal width for ReLU baselines",
@@ -173,18 +170,13 @@ def what(given: Values, about: ModelFacts) -> None:
         disabled=not many,
         help="Off: ReLU SAEs get 1.5x the width, for equal compute (paper, section 4.1).",
     )
-    turned = [knob for knob, archs in KNOBS.items() if set(archs) & set(state["arch"])]
-    for knob in turned:
+    turned = [flag for flag, archs in KNOBS.items() if set(archs) & set(state["arch"])]
+    for flag in turned:
         one, two = st.columns([5, 2], vertical_alignment="bottom")
-        one.text_input(LABELS[knob], given[knob], key=knob, bind=BIND, help=KNOB_HELP[knob])
-        if knob == turned[0] and knob != "k":
+        one.text_input(LABELS[flag], given[flag], key=flag, bind=BIND, help=KNOB_HELP[flag])
+        if flag == turned[0] and flag != "k":
             with two:
-                spacing(knob)
-
-
-def expansion(factor: float) -> str:
-    """Return how many times as wide, in figures that people read."""
-    return f"{factor:,.0f}" if factor >= 1000 else f"{factor:.3g}"
+                spacing(flag)
 
 
 def spacing(knob: str) -> None:
@@ -256,7 +248,7 @@ def advanced(given: Values, asked: Container[str]) -> None:
             for flag in rest:
                 state.setdefault(flag, given[flag])
             return
-        switches = [flag for flag in rest if FIELDS[flag].kind == "switch"]
+        switches = [flag for flag in rest if FIELDS[flag].kind is bool]
         fields = [flag for flag in rest if flag not in switches]
         rows = [fields[start : start + 3] for start in range(0, len(fields), 3)]
         for row, n_columns in [*((row, 3) for row in rows), (switches, 2)]:  # their names are long
@@ -267,7 +259,6 @@ def advanced(given: Values, asked: Container[str]) -> None:
 
 # Shares of a bar, told apart by lightness as well as hue; Okabe-Ito.
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-OVER = "#D55E00"
 
 
 def side_by_side() -> DeltaGenerator:
@@ -288,56 +279,18 @@ def side_by_side() -> DeltaGenerator:
 
 def bar(shown: Bar) -> None:
     """Draw how much is needed of how much there is; a part's name is under it."""
-    whole = max(shown.needed, shown.available, 1)
-    said = f"{readable(shown.needed)} of {readable(shown.available)} free"
-    shares = segments([part.size for part in shown.parts], SHADES, whole=whole)
-    names = "".join(
-        swatch(shade, f"{part.label} {readable(part.size)}")
+    said = f"about {readable(shown.needed)} of {readable(shown.available)} free"
+    parts = [
+        (shade, part.size, f"{part.label} {readable(part.size)}")
         for part, shade in zip(shown.parts, SHADES, strict=False)
         if part.size
-    )
-    edge = "transparent" if shown.fits else OVER
-    limit = f"{100 * shown.available / whole:.2f}%"
-    st.html(
-        f'<div style="display:flex;justify-content:space-between;gap:1rem;flex-wrap:wrap">'
-        f"<span>{html.escape(shown.label)}</span>"
-        f'<span style="font-variant-numeric:tabular-nums">about {said}'
-        f"{'' if shown.fits else ' ✕'}</span></div>"
-        f'<div role="meter" aria-label="{html.escape(shown.label)}" aria-valuemin="0" '
-        f'aria-valuemax="{shown.available}" aria-valuenow="{shown.needed}" '
-        f'aria-valuetext="about {said}" style="position:relative;height:.75rem;'
-        f"border-radius:.4rem;overflow:hidden;display:flex;outline:2px solid {edge};"
-        f'background:color-mix(in srgb,currentColor 12%,transparent)">{shares}'
-        + (
-            ""
-            if shown.fits
-            else f'<div style="position:absolute;left:{limit};top:0;bottom:0;width:3px;'
-            'background:currentColor"></div>'
-        )
-        + '</div><div style="display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.875rem;'
-        f'opacity:.85;margin-top:.2rem">{names}</div>'
-    )
+    ]
+    st.html(macros(TEMPLATE).bar(shown, said, parts))
 
 
 def token_lines(lines: Sequence[Sequence[str]]) -> None:
     """Show tokens side by side, each in its own frame, with white space made visible."""
-    rows = "".join(
-        f'<div style="white-space:nowrap;overflow-x:auto" tabindex="0" role="listitem">'
-        f"{''.join(_token(token) for token in line)}</div>"
-        for line in lines
-    )
-    st.html(
-        "<style>.gs-t{display:inline-block;border:1px solid color-mix(in srgb,currentColor 25%,"
-        "transparent);border-radius:3px;padding:0 .2em;margin:1px;max-width:16em;overflow:hidden;"
-        "text-overflow:ellipsis;vertical-align:bottom;unicode-bidi:isolate}"
-        ".gs-t:nth-child(even){background:color-mix(in srgb,currentColor 8%,transparent)}</style>"
-        '<div role="list" aria-label="First lines as tokens" style="font-family:monospace;'
-        f'font-size:.875rem;line-height:1.7">{rows}</div>'
-    )
-
-
-def _token(text: str) -> str:
-    return f'<span class="gs-t">{html.escape(visible(text[:200]))}</span>'
+    st.html(macros(TEMPLATE).token_lines([[token[:200] for token in line] for line in lines]))
 
 
 def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
@@ -364,41 +317,17 @@ def _steps(n: int) -> str:
 
 def plan(config: RunConfig, expected: dict[str, Expected]) -> None:
     """Show every SAE of the sweep: width, lambda and the L0 that earlier runs let one expect."""
-    groups: dict[str, list[SAESpec]] = {}
+    groups: dict[tuple[Architecture, int], list[tuple[str, str]]] = {}
     for spec in config.saes:
-        groups.setdefault(f"{spec.architecture} {spec.d_sae}", []).append(spec)
-    body = "".join(_group(saes, expected) for saes in groups.values())
-    st.html(
-        f'<div style="display:flex;flex-direction:column;gap:.6rem;font-size:.9375rem">{body}</div>'
-    )
-
-
-def _group(saes: list[SAESpec], expected: dict[str, Expected]) -> str:
-    look, sign = LOOKS[saes[0].architecture], SIGNS[saes[0].architecture]
-    letter = "k" if saes[0].architecture == "topk" else "λ"
-    head = (
-        f'<div><span style="color:{look.colour}">{sign}</span> <strong>{html.escape(look.label)}'
-        f"</strong>, {saes[0].d_sae:,} features</div>"
-    )
-    cells = "".join(
-        '<span style="white-space:nowrap;border:1px solid color-mix(in srgb,currentColor 20%,'
-        'transparent);border-radius:.4rem;padding:.05rem .5rem;font-variant-numeric:tabular-nums">'
-        f"{letter} {spec.sparsity:g}{_l0(spec, expected)}</span>"
-        for spec in saes
-    )
-    return f'<div>{head}<div style="display:flex;flex-wrap:wrap;gap:.3rem">{cells}</div></div>'
+        cell = knob(spec.architecture, spec.sparsity), _l0(spec, expected)
+        groups.setdefault((spec.architecture, spec.d_sae), []).append(cell)
+    rows = [(LOOKS[kind], SIGNS[kind], width, cells) for (kind, width), cells in groups.items()]
+    st.html(macros(TEMPLATE).plan(rows))
 
 
 def _l0(spec: SAESpec, expected: dict[str, Expected]) -> str:
-    if spec.architecture == "topk":
-        return ""
     found = expected.get(spec.name)
-    if found is None:
+    if found is None or spec.architecture == "topk":
         return ""
-    low, high = f"{found.low:.2g}", f"{found.high:.2g}"
-    low, high = (_plainly(text) for text in (low, high))
-    return f' <span style="opacity:.8">→ L0 {low if low == high else f"{low}–{high}"}</span>'
-
-
-def _plainly(number: str) -> str:
-    return re.sub(r"\.0$", "", f"{float(number):,}")
+    ends = [f"{float(f'{end:.2g}'):,g}" for end in (found.low, found.high)]
+    return f"→ L0 {'–'.join(dict.fromkeys(ends))}"
