@@ -279,10 +279,7 @@ def stream(job: Job) -> Work:
     sequences = SequenceSet(_ids(job).numpy())
     n = sequences.n_tokens
     batches = ActivationStream(
-        model,
-        sequences,
-        layer=job["layer"],
-        site="resid_post",
+        Harvest(model, sequences, layer=job["layer"], site=SITE),
         batch_size=job["batch"],
         seed=0,
         n_batches=10**6 * (n // job["batch"]),

@@ -16,7 +16,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.lm.activation_cache import CachedActivations, fingerprint, open_cache
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, VectorSource
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.runs.plan.cost import cache_bytes
@@ -69,8 +69,9 @@ def cached(
     dtype: torch.dtype = torch.float32,
 ) -> Made:
     model, set_ = model or TokenModel(), set_ or sequences()
-    harvest = Harvest(model, set_, layer=0, site="mlp_out", rows=2)
-    return Made(model, CachedActivations(harvest, set_, folder, dtype=dtype, shard_bytes=SHARD))
+    model.dtype = dtype
+    place: dict[str, Any] = {"layer": 0, "site": "mlp_out", "rows": 2}
+    return Made(model, CachedActivations(model, set_, folder, **place, shard_bytes=SHARD))
 
 
 def shards(folder: Path) -> list[Path]:
@@ -252,20 +253,8 @@ def test_time_spent_reading_and_harvesting_adds_up(tmp_path: Path) -> None:
     assert 0 < filled < cache.seconds
 
 
-def batches(
-    model: LanguageModel, set_: SequenceSet, source: VectorSource | None, seed: int
-) -> list[Tensor]:
-    stream = ActivationStream(
-        model,
-        set_,
-        layer=1,
-        site="mlp_out",
-        batch_size=64,
-        seed=seed,
-        n_batches=25,
-        chunk_vectors=300,
-        source=source,
-    )
+def batches(harvest: Harvest, seed: int) -> list[Tensor]:
+    stream = ActivationStream(harvest, batch_size=64, seed=seed, n_batches=25, chunk_vectors=300)
     return list(stream.batches())
 
 
@@ -278,10 +267,10 @@ def test_batches_have_the_same_bits_from_the_cache_for_every_seed(
     rows[:, 0] = 0
     set_ = SequenceSet(rows, (0,))
     harvest = Harvest(model, set_, layer=1, site="mlp_out")
-    cache = open_cache(model, harvest, set_, layer=1, site="mlp_out")
+    cache = open_cache(model, set_, layer=1, site="mlp_out")
     for seed in (0, 1):
-        wanted = batches(model, set_, None, seed)
-        found = batches(model, set_, cache, seed)
+        wanted = batches(harvest, seed)
+        found = batches(cache, seed)
         # 20 rows of 63 counted tokens are 1260 vectors, so 25 batches of 64 are more than an epoch.
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -293,8 +282,7 @@ def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
     set_ = sequences()
 
     def folder(model: LanguageModel, layer: int = 0, rows: int = 2) -> Path:
-        harvest = Harvest(model, set_, layer=layer, site="mlp_out", rows=rows)
-        return open_cache(model, harvest, set_, layer=layer, site="mlp_out").folder
+        return open_cache(model, set_, layer=layer, site="mlp_out", rows=rows).folder
 
     model = load_model(str(tiny_lm_folder))
     copy = tmp_path / "copy"

@@ -11,15 +11,13 @@ import torch
 from test_stream import N_COUNTED, TokenModel, sequences
 from torch import Tensor
 
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.stream import GPU_SHARE, ActivationStream
 
 
-def stream(model: TokenModel, *, ahead: bool, n_batches: int = 26) -> ActivationStream:
+def stream(model: TokenModel, *, ahead: bool | None, n_batches: int = 26) -> ActivationStream:
     return ActivationStream(
-        model,
-        sequences(),
-        layer=1,
-        site="resid_post",
+        Harvest(model, sequences(), layer=1, site="resid_post"),
         batch_size=3,
         seed=0,
         n_batches=n_batches,
@@ -75,17 +73,7 @@ def test_the_next_chunk_is_harvested_while_this_one_is_used() -> None:
 
 def test_nothing_is_harvested_ahead_on_a_cpu_unless_asked() -> None:
     model = TokenModel()
-    run = ActivationStream(
-        model,
-        sequences(),
-        layer=1,
-        site="resid_post",
-        batch_size=3,
-        seed=0,
-        n_batches=13,
-        scale="none",
-        chunk_vectors=10,
-    )
+    run = stream(model, ahead=None, n_batches=13)
     run.batch(0)
     assert fillers() == []
     assert model.n_tokens < 12 * 5
@@ -125,6 +113,7 @@ ENDS_EARLY = """
 import threading
 import numpy as np, torch
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.stream import ActivationStream
 
 class Model:
@@ -139,9 +128,9 @@ class Model:
         return ids[..., None].float()
 
 n_ctx = 2**15  # one sequence a pass
-run = ActivationStream(Model(), SequenceSet(np.ones((100, n_ctx), np.uint16)), layer=0,
-    site="mlp_out", batch_size=n_ctx, seed=0, n_batches=100, scale="none",
-    chunk_vectors=n_ctx * 50, ahead=True)
+text = SequenceSet(np.ones((100, n_ctx), np.uint16))
+run = ActivationStream(Harvest(Model(), text, layer=0, site="mlp_out"), batch_size=n_ctx, seed=0,
+    n_batches=100, scale="none", chunk_vectors=n_ctx * 50, ahead=True)
 run.batch(0)
 """
 

@@ -10,6 +10,7 @@ from examples import numbers, perturb_, set_
 from torch import Tensor
 
 from gsae_core.errors import InputError
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.presets import preset
 from gsae_core.runs.work.setup import load_lm, load_text
@@ -342,17 +343,11 @@ def test_l0_falls_tenfold_over_two_decades_of_lambda_on_the_bundled_model() -> N
     # 512 steps of 2048 where the quick preset trains, at the defaults of everything else.
     quick = preset("quick").config()
     model = load_lm(quick)
-    stream = ActivationStream(
-        model,
-        load_text(quick, model).train,
-        layer=quick.model.layer,
-        site=quick.model.site,
-        batch_size=2048,
-        seed=0,
-        n_batches=512,
-    )
+    text, place = load_text(quick, model).train, quick.model
+    harvest = Harvest(model, text, layer=place.layer, site=place.site)
+    stream = ActivationStream(harvest, batch_size=2048, seed=0, n_batches=512)
     seeds = range(3)
-    saes = [JumpReluSAE(stream.d_in, 1024, seed=seed) for seed in seeds for _ in LAMBDAS]
+    saes = [JumpReluSAE(harvest.d_in, 1024, seed=seed) for seed in seeds for _ in LAMBDAS]
     cfg = TrainConfig(n_tokens=512 * 2048, batch_size=2048, sparsity=LAMBDAS * len(seeds))
     found = mean_l0(saes, stream.batches(), cfg)
     for seed in seeds:

@@ -102,10 +102,8 @@ def test_a_stream_hands_out_no_batch_of_such_a_chunk(monkeypatch: pytest.MonkeyP
     n = 40
     order = np.random.default_rng([0, 0, 0, stream.SEQUENCES]).permutation(n)
     text = sequences(n, (int(order[-1]), 7))  # in the last chunk that is harvested
-    batches = ActivationStream(
-        Spoilt(), text, layer=3, site="mlp_out", batch_size=8, seed=0, n_batches=20,
-        chunk_vectors=40,
-    )  # fmt: skip
+    harvest = Harvest(Spoilt(), text, layer=3, site="mlp_out")
+    batches = ActivationStream(harvest, batch_size=8, seed=0, n_batches=20, chunk_vectors=40)
     for i in range(15):
         assert batches.batch(i).isfinite().all()
     with pytest.raises(InputError) as caught:
@@ -117,9 +115,9 @@ def test_the_cache_writes_no_such_shard_and_reads_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cached(text: SequenceSet, model: Spoilt) -> CachedActivations:
-        harvest = Harvest(model, text, layer=3, site="mlp_out", rows=2)
         # Two rows of 5 positions, 2 numbers of 2 bytes each, in a shard.
-        return CachedActivations(harvest, text, tmp_path, dtype=torch.float16, shard_bytes=40)
+        place: dict[str, Any] = {"layer": 3, "site": "mlp_out", "rows": 2}
+        return CachedActivations(model, text, tmp_path, **place, shard_bytes=40)
 
     text = sequences(4, (2, 7))
     with pytest.raises(InputError) as caught:

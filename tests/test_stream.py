@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 
 SPECIAL = 0
@@ -53,10 +54,7 @@ def stream(
     chunk_vectors: int | None = 10,
 ) -> ActivationStream:
     return ActivationStream(
-        model or TokenModel(),
-        set_ or sequences(),
-        layer=1,
-        site="resid_post",
+        Harvest(model or TokenModel(), set_ or sequences(), layer=1, site="resid_post"),
         batch_size=batch_size,
         seed=seed,
         n_batches=n_batches,

@@ -7,9 +7,9 @@ A shard holds the counted vectors of consecutive sequences of the text, in the t
 named by a hash of their tokens: runs with another seed, another length of the same text or another
 config find it. It is written whole or not at all, so an interruption loses one shard at most.
 
-The vectors are those that a stream harvests, bit for bit, wherever a sequence's activations do not
-depend on which others share its forward pass. A test holds this for the bundled model on a CPU; on
-a GPU the two may differ by rounding. A run reads one or the other from beginning to end.
+The vectors are those of a harvest, bit for bit, wherever a sequence's activations do not depend on
+which others share its forward pass. A test holds this for the bundled model on a CPU; on a GPU the
+two may differ by rounding. A run reads one or the other from beginning to end.
 """
 
 import logging
@@ -30,12 +30,53 @@ from gsae_core.config import Site, hook_name
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable, replace_durably, write_json, writing
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, Stopwatch
+from gsae_core.lm.harvest import Harvest, Harvester, Stopwatch, check_finite, default_rows
 from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import cache_folder
 
+log = logging.getLogger(__name__)
+
+# Raise it when the same model, place and tokens come to give other shards.
+FORMAT = 1
+
+# A quarter of a minute of work for the bundled model on two cores: an interruption loses no more.
+SHARD_BYTES = 2**28
+
 # Fields of a Hugging Face config that say where a model came from, not what it computes.
 ORIGIN = ("_name_or_path", "transformers_version", "architectures")
+
+
+def open_cache(
+    model: LanguageModel,
+    sequences: SequenceSet,
+    *,
+    layer: int,
+    site: Site,
+    rows: int | None = None,
+) -> "CachedActivations":
+    """Return the cache of a model's activations at a place, in the user's cache folder.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    rows = rows or default_rows(sequences.n_ctx, model.device)
+    about = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(model),
+        "hook_name": hook_name(layer, site),
+        "n_ctx": sequences.n_ctx,
+        # What rounding may depend on.
+        "rows_per_pass": rows,
+        "device": model.device.type,
+        "torch": torch.__version__,
+    }
+    name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
+    folder = cache_folder("activations") / name
+    with writing(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "about.json").exists():
+        write_json(folder / "about.json", {"model": model.name} | about)
+    return CachedActivations(model, sequences, folder, layer=layer, site=site, rows=rows)
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -59,54 +100,43 @@ def fingerprint(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-log = logging.getLogger(__name__)
+class CachedActivations(Harvest):
+    """A harvest whose vectors come from shards on disk; missing or damaged ones are made first.
 
-# Raise it when the same model, place and tokens come to give other shards.
-FORMAT = 1
-
-# A quarter of a minute of work for the bundled model on two cores: an interruption loses no more.
-SHARD_BYTES = 2**28
-
-
-class CachedActivations:
-    """The counted vectors of sequences, from shards on disk; missing ones are harvested first.
+    They are kept in the model's precision where that loses nothing.
 
     Args:
-        harvest: of `sequences`; asked only for shards that are missing or damaged.
-        sequences: what the vectors belong to.
         folder: of shards of this model and place: see `open_cache`.
-        dtype: of the model. Its activations are kept in it where that loses nothing.
-
-    Attributes:
-        device: where vectors are handed out.
-        n_bytes: size of all shards of `sequences`.
     """
 
     def __init__(
         self,
-        harvest: Harvest,
+        model: Harvester,
         sequences: SequenceSet,
         folder: Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        layer: int,
+        site: Site,
+        rows: int | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self._harvest, self._sequences, self.folder = harvest, sequences, folder
-        self.d_in, self.device, self._dtype = harvest.d_in, harvest.device, dtype
-        self._watch = Stopwatch(torch.device("cpu"))
-        per_row = sequences.n_ctx * self.d_in * dtype.itemsize
+        super().__init__(model, sequences, layer=layer, site=site, rows=rows)
+        self.folder, self._dtype = folder, model.dtype
+        self._disk_watch = Stopwatch(torch.device("cpu"))
+        per_row = sequences.n_ctx * self.d_in * self._dtype.itemsize
         # Whole passes, so that the passes of a shard do not depend on where the text ends.
-        self._rows = max(1, shard_bytes // (per_row * harvest.rows)) * harvest.rows
+        self._shard_rows = max(1, shard_bytes // (per_row * self.rows)) * self.rows
         self._first = np.concatenate([[0], np.cumsum(sequences.counts)])
         self._open: dict[int, Tensor] = {}
 
     @property
     def seconds(self) -> float:
         """Seconds spent reading, checking and writing shards, and in the language model, so far."""
-        return self._harvest.seconds + self._watch.seconds
+        return super().seconds + self._disk_watch.seconds
 
     @property
     def n_bytes(self) -> int:
+        """Size of all shards."""
         return int(self._first[-1]) * self.d_in * self._dtype.itemsize
 
     def fill(self) -> None:
@@ -139,12 +169,12 @@ class CachedActivations:
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of sequences, ascending, float32; a shard's share at a time."""
-        for k in np.unique(which // self._rows):
+        for k in np.unique(which // self._shard_rows):
             x = self._shard(int(k))
-            with self._watch.running():
-                mine = which[which // self._rows == k]
-                starts = self._first[mine] - self._first[k * self._rows]
-                counts = self._sequences.counts[mine]
+            with self._disk_watch.running():
+                mine = which[which // self._shard_rows == k]
+                starts = self._first[mine] - self._first[k * self._shard_rows]
+                counts = self.sequences.counts[mine]
                 runs = [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]
                 found = x[torch.from_numpy(np.concatenate(runs))].float().to(self.device)
             if len(found):
@@ -152,19 +182,23 @@ class CachedActivations:
 
     @cached_property
     def _paths(self) -> list[Path]:
-        n_shards = -(-len(self._sequences) // self._rows)
-        return [self.folder / f"{self._name(k)}.safetensors" for k in range(n_shards)]
+        """A shard's path says the hash of its tokens."""
+        paths = []
+        for start in range(0, len(self.sequences), self._shard_rows):
+            ids, mask = self.sequences[start : start + self._shard_rows]
+            digest = sha256(repr(tuple(ids.shape)).encode())
+            digest.update(ids.numpy().tobytes())
+            digest.update(mask.numpy().tobytes())
+            paths.append(self.folder / f"{digest.hexdigest()[:32]}.safetensors")
+        return paths
 
-    def _name(self, k: int) -> str:
-        ids, mask = self._sequences[k * self._rows : (k + 1) * self._rows]
-        digest = sha256(repr(tuple(ids.shape)).encode())
-        digest.update(ids.numpy().tobytes())
-        digest.update(mask.numpy().tobytes())
-        return digest.hexdigest()[:32]
+    def _sequences_of(self, k: int) -> range:
+        start = k * self._shard_rows
+        return range(start, min(start + self._shard_rows, len(self.sequences)))
 
     def _n_vectors(self, k: int) -> int:
-        stop = min((k + 1) * self._rows, len(self._sequences))
-        return int(self._first[stop] - self._first[k * self._rows])
+        mine = self._sequences_of(k)
+        return int(self._first[mine.stop] - self._first[mine.start])
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
         """Return a shard, mapped into memory; checked, or harvested, when it is first asked for."""
@@ -191,7 +225,7 @@ class CachedActivations:
         """Return a shard that is whole; None where there is none, and then no file either."""
         if not path.exists():
             return None
-        with self._watch.running():
+        with self._disk_watch.running():
             try:
                 with safe_open(path, "pt") as file:
                     x, kept = file.get_tensor("x"), (file.metadata() or {}).get("sha256")
@@ -200,7 +234,7 @@ class CachedActivations:
             else:
                 if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
                     # An earlier version wrote them without a check.
-                    self._harvest.check(x)
+                    check_finite(x, layer=self.layer, site=self.site, dtype=self._dtype)
                     return x
                 reason = "its checksum is another's"
         log.warning(
@@ -229,10 +263,9 @@ class CachedActivations:
             held.release()
 
     def _harvested(self, k: int) -> Float[Tensor, "vectors d_in"]:
-        rows = np.arange(k * self._rows, min((k + 1) * self._rows, len(self._sequences)))
         x = torch.empty(self._n_vectors(k), self.d_in)
         done = 0
-        for part in self._harvest.vectors(rows):
+        for part in super().vectors(np.array(self._sequences_of(k))):
             x[done : done + len(part)] = part.cpu()
             done += len(part)
         assert done == len(x)
@@ -240,39 +273,12 @@ class CachedActivations:
         return narrow if torch.equal(narrow.float(), x) else x
 
     def _write(self, path: Path, x: Float[Tensor, "vectors d_in"]) -> None:
-        with self._watch.running():
+        with self._disk_watch.running():
             for left in self.folder.glob(f".{path.name}.*.tmp"):
                 left.unlink()  # of a killed process: who writes holds the lock
             metadata, n_bytes = {"sha256": _sha256(x)}, x.numel() * x.element_size()
             save = partial(save_file, {"x": x}, metadata=metadata)
             replace_durably(path, save, n_bytes=n_bytes)
-
-
-def open_cache(
-    model: LanguageModel, harvest: Harvest, sequences: SequenceSet, *, layer: int, site: Site
-) -> CachedActivations:
-    """Return the cache of a model's activations at a place, in the user's cache folder.
-
-    Raises:
-        InputError: if the folder cannot be written.
-    """
-    about = {
-        "format": FORMAT,
-        "fingerprint": fingerprint(model),
-        "hook_name": hook_name(layer, site),
-        "n_ctx": sequences.n_ctx,
-        # What rounding may depend on.
-        "rows_per_pass": harvest.rows,
-        "device": model.device.type,
-        "torch": torch.__version__,
-    }
-    name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
-    folder = cache_folder("activations") / name
-    with writing(folder, 0):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "about.json").exists():
-        write_json(folder / "about.json", {"model": model.name} | about)
-    return CachedActivations(harvest, sequences, folder, dtype=model.dtype)
 
 
 def _sha256(x: Tensor) -> str:

@@ -48,11 +48,6 @@ class Harvester(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def n_not_finite(x: Float[Tensor, "vectors d_in"]) -> Int64[Tensor, ""]:
-    """Return how many vectors hold a number that is infinite or NaN, on their device."""
-    return (~x.isfinite().all(dim=1)).sum()
-
-
 def check_finite(
     x: Float[Tensor, "vectors d_in"], *, layer: int, site: Site, dtype: torch.dtype
 ) -> None:
@@ -62,15 +57,18 @@ def check_finite(
         x: read at `layer` and `site`.
         dtype: what the language model computes in.
     """
-    refuse_not_finite(int(n_not_finite(x)), len(x), layer=layer, site=site, dtype=dtype)
+    _refuse(int(_n_not_finite(x)), len(x), layer=layer, site=site, dtype=dtype)
 
 
-def refuse_not_finite(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> None:
-    """Raise InputError if `n`, of so many vectors read at a place that are not finite, is not 0."""
+def _n_not_finite(x: Float[Tensor, "vectors d_in"]) -> Int64[Tensor, ""]:
+    return (~x.isfinite().all(dim=1)).sum()
+
+
+def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> None:
+    """Raise InputError if `n`, of so many vectors those that are not finite, is not 0."""
     if not n:
         return
-    name = str(dtype).removeprefix("torch.")
-    why = f"the language model computes in {name}"
+    why = f"the language model computes in {str(dtype).removeprefix('torch.')}"
     if dtype == torch.float16:
         most = torch.finfo(dtype).max
         why += f", which overflows above {most:,.0f}; use float32 or bfloat16 for it (--dtype)"
@@ -82,22 +80,6 @@ def refuse_not_finite(n: int, of: int, *, layer: int, site: Site, dtype: torch.d
     )
 
 
-@runtime_checkable
-class VectorSource(Protocol):
-    """Where a stream's vectors come from: a language model, or what one wrote to disk."""
-
-    @property
-    def d_in(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    def vectors(self, which: np.ndarray) -> Iterator[Tensor]: ...
-
-
 class Stopwatch:
     """Seconds that blocks took: on the clock, or of a CUDA stream without waiting for it."""
 
@@ -107,7 +89,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the block. Only what the current CUDA stream is given inside counts there."""
+        """Count the block; on CUDA, what the current stream is given in it."""
         if not self._on_cuda:
             began = time.perf_counter()
             yield
@@ -130,15 +112,11 @@ class Stopwatch:
 
 
 class Harvest:
-    """The counted vectors of sequences, from a language model.
+    """The counted vectors of sequences at one place of a language model.
 
     Args:
         layer: block number, from 0.
         rows: sequences in a forward pass; None: `default_rows`. Rounding may depend on it.
-
-    Attributes:
-        rows: as given or derived.
-        device: where the vectors are.
     """
 
     def __init__(
@@ -150,8 +128,8 @@ class Harvest:
         site: Site,
         rows: int | None = None,
     ) -> None:
-        self._model, self._sequences, self._layer = model, sequences, layer
-        self._site: Site = site
+        self._model, self.sequences, self.layer = model, sequences, layer
+        self.site: Site = site
         self.rows = rows or default_rows(sequences.n_ctx, model.device)
         self.d_in, self.device = model.width(site), model.device
         self._watch = Stopwatch(model.device)
@@ -162,7 +140,7 @@ class Harvest:
         return self._watch.seconds
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of sequences, float32, in order, a forward pass at a time.
+        """Yield the counted vectors of sequences, float32, in order, a part at a time.
 
         Raises:
             InputError: as `through` does.
@@ -185,7 +163,7 @@ class Harvest:
 
         def task(group: np.ndarray) -> tuple[int, Int64[Tensor, ""], list[Result]]:
             x = self._pass(group)
-            bad = n_not_finite(x)
+            bad = _n_not_finite(x)
             # On a GPU, to look at the number would be to wait for the pass.
             spoilt = on_cpu and bool(bad)
             return len(x), bad, [work(x)] if len(x) and not spoilt else []
@@ -201,20 +179,14 @@ class Harvest:
             n_read, bad, made = read
             n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
-        refuse_not_finite(
-            int(n_bad), n, layer=self._layer, site=self._site, dtype=self._model.dtype
-        )
-
-    def check(self, x: Float[Tensor, "vectors d_in"]) -> None:
-        """Raise InputError if a vector that was read here before is not finite."""
-        check_finite(x, layer=self._layer, site=self._site, dtype=self._model.dtype)
+        _refuse(int(n_bad), n, layer=self.layer, site=self.site, dtype=self._model.dtype)
 
     def _pass(self, which: np.ndarray) -> Float[Tensor, "vectors d_in"]:
-        ids, mask = self._sequences[which]
+        ids, mask = self.sequences[which]
         counted = mask.flatten().nonzero().squeeze(1)
         if not len(counted):
             return torch.empty(0, self.d_in, device=self.device)
-        x = self._model.harvest(ids, layer=self._layer, site=self._site).flatten(0, 1)
+        x = self._model.harvest(ids, layer=self.layer, site=self.site).flatten(0, 1)
         return x.index_select(0, counted.to(x.device)).float()
 
 

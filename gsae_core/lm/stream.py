@@ -15,7 +15,7 @@ So nothing but `i` needs to be saved to resume, and two runs with one config see
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -25,10 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, Harvester, VectorSource
+from gsae_core.lm.harvest import Harvest
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +49,42 @@ GPU_SHARE = 1 / 8
 
 
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
-    """Return how many vectors to shuffle at a time: a function of the run's size, not the machine.
-
-    Args:
-        d_in: width of a vector, kept as float32.
-        n_vectors: vectors of the whole run.
-    """
+    """Return how many vectors to shuffle at a time in a run of `n_vectors`, on any machine."""
     fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
     share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
     return min(MAX_CHUNK_VECTORS, fitting, share)
+
+
+class _Epoch(NamedTuple):
+    """Where everything is in one pass over the sequences; `order` is that of their harvest."""
+
+    order: np.ndarray
+    sequences: np.ndarray
+    """Chunk k is `order[sequences[k] : sequences[k + 1]]`."""
+    vectors: np.ndarray
+    """Chunk k is the epoch's vectors `vectors[k]` to `vectors[k + 1] - 1`."""
+
+
+class _Plan(NamedTuple):
+    """All that a chunk's bits depend on besides the harvest."""
+
+    key: tuple[int, int]
+    """Epoch, and number in it."""
+    sequences: np.ndarray
+    """Sorted, so that a mapped file is read in one direction."""
+    n_vectors: int
+    seed: tuple[int, ...]
 
 
 class ActivationStream:
     """Shuffled, scaled batches of a language model's activations.
 
     Args:
-        sequences: the training split; at least one batch of counted tokens.
-        layer: block number, from 0.
+        harvest: of the training split; at least one batch of counted tokens.
         batch_size: vectors in a batch.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time; None: `default_chunk_vectors`.
-        source: where the vectors come from; None: a `Harvest` of `model`.
         ahead: fill the next chunk while this one is used; None: on CUDA only.
 
     Attributes:
@@ -86,44 +98,39 @@ class ActivationStream:
 
     def __init__(
         self,
-        model: Harvester,
-        sequences: SequenceSet,
+        harvest: Harvest,
         *,
-        layer: int,
-        site: Site,
         batch_size: int,
         seed: int,
         n_batches: int,
         scale: Literal["unit", "none"] = "unit",
         chunk_vectors: int | None = None,
-        source: VectorSource | None = None,
         ahead: bool | None = None,
     ) -> None:
-        self._source = source or Harvest(model, sequences, layer=layer, site=site)
-        self.d_in, self._device = self._source.d_in, self._source.device
-        self._sequences, self._batch_size, self._seed = sequences, batch_size, seed
-        self.n_batches, self.tokens_per_epoch = n_batches, sequences.n_tokens
+        self._harvest, self._counts = harvest, harvest.sequences.counts
+        self._batch_size, self._seed, self.n_batches = batch_size, seed, n_batches
+        self.tokens_per_epoch = harvest.sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
             raise InputError(
                 f"expected at least one batch of {batch_size} training tokens, got "
                 f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
             )
         n_vectors = n_batches * batch_size
-        self.chunk_vectors = chunk_vectors or default_chunk_vectors(self.d_in, n_vectors)
+        self.chunk_vectors = chunk_vectors or default_chunk_vectors(harvest.d_in, n_vectors)
         self._epoch: tuple[int, _Epoch] | None = None
         self._chunk: tuple[tuple[int, int], Tensor] | None = None
         self._next: _Filling | None = None
-        on_cuda = self._device.type == "cuda"
+        on_cuda = harvest.device.type == "cuda"
         self._ahead = on_cuda if ahead is None else ahead
-        self._cuda_stream = torch.cuda.Stream(self._device) if on_cuda and self._ahead else None
+        self._cuda_stream = torch.cuda.Stream(harvest.device) if on_cuda and self._ahead else None
         if self._cuda_stream is not None:
             # The weights may still be on their way.
-            self._cuda_stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(harvest.device))
         if scale == "unit" and not 0 < self.mean_square_norm < float("inf"):
             raise InputError(
-                f"expected activations with a finite length above 0 at {site} of layer {layer}, "
-                f"got E|x|^2 = {self.mean_square_norm}: choose another site, or float32 for the "
-                "model"
+                "expected activations with a finite length above 0 at "
+                f"{harvest.site} of layer {harvest.layer}, got E|x|^2 = {self.mean_square_norm}: "
+                "choose another site, or float32 for the model"
             )
         self.scale = 1.0 if scale == "none" else self.mean_square_norm**-0.5
         log.info(
@@ -138,21 +145,17 @@ class ActivationStream:
 
     @property
     def seconds_harvesting(self) -> float:
-        """Seconds spent in the language model so far, or reading what it wrote to disk.
-
-        On a CPU, time that training waits. On CUDA, time of the harvest's own stream, most of it
-        beside training, as far as the device has come.
-        """
-        return self._source.seconds
+        """Seconds of the harvest so far: on CUDA of its own stream, most of it beside training."""
+        return self._harvest.seconds
 
     @cached_property
     def mean_square_norm(self) -> float:
         """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
         order = self._order(0)
-        enough = np.searchsorted(np.cumsum(self._sequences.counts[order]), SCALE_VECTORS) + 1
+        enough = np.searchsorted(np.cumsum(self._counts[order]), SCALE_VECTORS) + 1
         # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on
         # it. On the CPU, because Apple's GPUs know no float64.
-        found = [x.cpu() for x in self._source.vectors(np.sort(order[:enough]))]
+        found = [x.cpu() for x in self._harvest.vectors(np.sort(order[:enough]))]
         parts = torch.cat(found).split(2**12)
         return sum(float(x.double().square().sum()) for x in parts) / sum(map(len, parts))
 
@@ -172,12 +175,10 @@ class ActivationStream:
             epoch, offset = divmod(start, self.tokens_per_epoch)
             edges = self._edges(epoch).vectors
             k = int(np.searchsorted(edges, offset, side="right")) - 1
-            taken = min(stop - start, int(edges[k + 1]) - offset)
-            first = offset - int(edges[k])
-            chunk = self._filled(epoch, k)
-            part = chunk[first : first + taken].to(self._device, non_blocking=True)
-            parts.append(part * self.scale)
-            start += taken
+            first, end = offset - int(edges[k]), int(edges[k + 1] - edges[k])
+            part = self._filled(epoch, k)[first : min(end, first + stop - start)]
+            parts.append(part.to(self._harvest.device, non_blocking=True) * self.scale)
+            start += len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
@@ -189,12 +190,12 @@ class ActivationStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, epoch, 0, SEQUENCES])
-        return rng.permutation(len(self._sequences))
+        return rng.permutation(len(self._counts))
 
-    def _edges(self, epoch: int) -> "_Epoch":
+    def _edges(self, epoch: int) -> _Epoch:
         if self._epoch is None or self._epoch[0] != epoch:
             order = self._order(epoch)
-            ends = np.cumsum(self._sequences.counts[order])
+            ends = np.cumsum(self._counts[order])
             left = self.n_batches * self._batch_size - epoch * self.tokens_per_epoch
             if left < self.tokens_per_epoch:
                 n = int(np.searchsorted(ends, left)) + 1
@@ -207,11 +208,11 @@ class ActivationStream:
             self._epoch = epoch, _Epoch(order, edges, np.concatenate([[0], ends[stops - 1]]))
         return self._epoch[1]
 
-    def _plan(self, epoch: int, k: int) -> "ChunkPlan":
+    def _plan(self, epoch: int, k: int) -> _Plan:
         order, sequences, vectors = self._edges(epoch)
         which = np.sort(order[sequences[k] : sequences[k + 1]])
         n = int(vectors[k + 1] - vectors[k])
-        return ChunkPlan((epoch, k), which, n, (self._seed, epoch, k, VECTORS))
+        return _Plan((epoch, k), which, n, (self._seed, epoch, k, VECTORS))
 
     def _after(self, epoch: int, k: int) -> tuple[int, int] | None:
         """Return the chunk after this one; None if no batch reaches it."""
@@ -228,21 +229,21 @@ class ActivationStream:
             self._chunk = None  # frees its memory before the next one is filled
             self._chunk = (epoch, k), self._fetch(self._plan(epoch, k))
             if self._ahead and (following := self._after(epoch, k)) is not None:
-                self._next = _Filling(self._source, self._plan(*following), self._cuda_stream)
+                self._next = _Filling(self._harvest, self._plan(*following), self._cuda_stream)
         return self._chunk[1]
 
-    def _fetch(self, plan: "ChunkPlan") -> Tensor:
+    def _fetch(self, plan: _Plan) -> Tensor:
         filling, self._next = self._next, None
         if filling is not None and filling.key != plan.key:
             filling.stop()
             filling = None
         if filling is None and self._cuda_stream is not None:
-            filling = _Filling(self._source, plan, self._cuda_stream)
+            filling = _Filling(self._harvest, plan, self._cuda_stream)
         if filling is None:
-            return fill(self._source, plan)
+            return _fill(self._harvest, plan)
         x, whole = filling.future.result()
         if whole is not None:
-            stream = torch.cuda.current_stream(self._device)
+            stream = torch.cuda.current_stream(self._harvest.device)
             stream.wait_event(whole)
             if x.is_cuda:
                 # Its memory belongs to the other stream, which must not have it back too early.
@@ -250,51 +251,17 @@ class ActivationStream:
         return x
 
 
-class _Epoch(NamedTuple):
-    """Where everything is in one pass over the sequences."""
-
-    order: np.ndarray
-    """Sequences in the order in which they are harvested."""
-
-    sequences: np.ndarray
-    """Chunk k is `order[sequences[k] : sequences[k + 1]]`."""
-
-    vectors: np.ndarray
-    """Chunk k is the epoch's vectors `vectors[k]` to `vectors[k + 1] - 1`."""
-
-
-class ChunkPlan(NamedTuple):
-    """What a chunk holds and in which order; all that its bits depend on besides the source."""
-
-    key: tuple[int, int]
-    """Epoch, and number in it."""
-
-    sequences: np.ndarray
-    """Sorted, so that a mapped file is read in one direction."""
-
-    n: int
-    """Counted vectors of the sequences."""
-
-    seed: tuple[int, ...]
-
-
-Filled = tuple[Tensor, Any]
-"""A chunk, and on CUDA the event after which it is whole."""
-
-
 class _Filling:
-    """A chunk that a thread fills.
+    """A chunk that a thread fills; on CUDA, also the event after which it is whole.
 
     The thread holds nothing that holds this object, and ends early once it is dropped.
     """
 
-    def __init__(
-        self, source: VectorSource, plan: ChunkPlan, stream: torch.cuda.Stream | None
-    ) -> None:
+    def __init__(self, harvest: Harvest, plan: _Plan, stream: torch.cuda.Stream | None) -> None:
         self.key = plan.key
-        self.future: Future[Filled] = Future()
+        self.future: Future[tuple[Tensor, Any]] = Future()
         self._unwanted = threading.Event()
-        arguments = (self.future, source, plan, stream, self._unwanted)
+        arguments = (self.future, harvest, plan, stream, self._unwanted)
         threading.Thread(target=_fill_beside, args=arguments, name="harvest").start()
 
     def stop(self) -> None:
@@ -306,40 +273,36 @@ class _Filling:
         self._unwanted.set()
 
 
-class _Unwanted(Exception):
-    """Ends the filling of a chunk that will not be asked for."""
-
-
 def _fill_beside(
-    future: Future[Filled],
-    source: VectorSource,
-    plan: ChunkPlan,
+    future: Future[tuple[Tensor, Any]],
+    harvest: Harvest,
+    plan: _Plan,
     stream: torch.cuda.Stream | None,
     unwanted: threading.Event,
 ) -> None:
     def check() -> None:
         # Threads are waited for when Python ends; this chunk is not needed then.
         if unwanted.is_set() or not threading.main_thread().is_alive():
-            raise _Unwanted
+            raise CancelledError
 
     try:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            x = fill(source, plan, check)
+            x = _fill(harvest, plan, check)
             future.set_result((x, None if stream is None else stream.record_event()))
     except BaseException as error:
         future.set_exception(error)
 
 
-def fill(
-    source: VectorSource, plan: ChunkPlan, check: Callable[[], None] = lambda: None
+def _fill(
+    harvest: Harvest, plan: _Plan, check: Callable[[], None] = lambda: None
 ) -> Float[Tensor, "vectors d_in"]:
     """Return a chunk, filled on the current stream; `check` is called before each pass is kept."""
-    rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n))
+    rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n_vectors))
     chunk: Tensor | None = None
     done = 0
-    for x in source.vectors(plan.sequences):
+    for x in harvest.vectors(plan.sequences):
         check()
-        chunk = _memory(plan.n, x) if chunk is None else chunk
+        chunk = _memory(plan.n_vectors, x) if chunk is None else chunk
         mine = rows[done : done + len(x)]
         done += len(x)
         if chunk.device.type == "cpu" and x.device.type == "cpu":
@@ -350,7 +313,7 @@ def fill(
             # To pinned memory this waits for the pass, but for no other stream.
             chunk[mine.to(chunk.device)] = x.to(chunk.device)
     assert chunk is not None
-    assert done == plan.n
+    assert done == plan.n_vectors
     return chunk
 
 

@@ -9,7 +9,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.lm.activation_cache import open_cache
 from gsae_core.lm.corpus import Corpus, load_corpus
-from gsae_core.lm.harvest import Harvest, VectorSource
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
@@ -52,17 +52,12 @@ def set_up(run: Run) -> RunSetup:
     corpus = load_text(cfg, model)
     if has_state(run.folder / "resume"):
         _check_text(run, corpus, so="start a new run")
-    harvest = Harvest(model, corpus.train, layer=cfg.model.layer, site=cfg.model.site)
     stream = ActivationStream(
-        model,
-        corpus.train,
-        layer=cfg.model.layer,
-        site=cfg.model.site,
+        _harvest(cfg, model, corpus),
         batch_size=cfg.train.batch_size,
         seed=cfg.seed,
         n_batches=cfg.train.n_steps,
         scale=cfg.activation_scale,
-        source=_source(cfg, model, corpus, harvest),
     )
     sparsity = [
         sparsity_in_training_units(
@@ -150,10 +145,11 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
         )
 
 
-def _source(cfg: RunConfig, model: LanguageModel, corpus: Corpus, harvest: Harvest) -> VectorSource:
+def _harvest(cfg: RunConfig, model: LanguageModel, corpus: Corpus) -> Harvest:
+    layer, site = cfg.model.layer, cfg.model.site
     if not cfg.cache_activations:
-        return harvest
-    cache = open_cache(model, harvest, corpus.train, layer=cfg.model.layer, site=cfg.model.site)
+        return Harvest(model, corpus.train, layer=layer, site=site)
+    cache = open_cache(model, corpus.train, layer=layer, site=site)
     cache.fill()
     return cache
 
