@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2010,
     "sae": 3980,
-    "lm": 4070,
+    "lm": 3950,
     "training": 1210,
     "checkpoints": 3100,
     "analysis": 5460,

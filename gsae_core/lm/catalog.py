@@ -18,41 +18,30 @@ BUNDLED = ASSETS / "stdlib-gpt2"
 
 
 class Family(NamedTuple):
-    """Module names of one family, relative to a block."""
+    """Module names of one family."""
 
     blocks: str
-    """Name of the list of blocks in the headless model."""
+    """The list of blocks in the headless model; all others are relative to a block."""
+    attn: str
+    mlp: str
     attn_proj: str
     mlp_proj: str
-    attn_norm: str | None = None
-    """Norm after attention, before it is added to the residual stream."""
-    mlp_norm: str | None = None
-
-    @property
-    def attn(self) -> str:
-        return self.attn_proj.split(".")[0]
-
-    @property
-    def mlp(self) -> str:
-        return self.mlp_proj.split(".")[0]
-
-    @property
-    def attn_out(self) -> str:
-        """Module whose output is added to the residual stream."""
-        return self.attn_norm or self.attn
-
-    @property
-    def mlp_out(self) -> str:
-        return self.mlp_norm or self.mlp
+    attn_out: str
+    """What is added to the residual stream: in Gemma 2 and 3 the norm after attention."""
+    mlp_out: str
 
 
-_LLAMA = Family("layers", "self_attn.o_proj", "mlp.down_proj")
+_LLAMA = Family(
+    "layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj", "self_attn", "mlp"
+)
 _POST_NORM = _LLAMA._replace(
-    attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"
+    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
 )
 FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family("h", "attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": Family("layers", "attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": Family("h", "attn", "mlp", "attn.c_proj", "mlp.c_proj", "attn", "mlp"),
+    "gpt_neox": Family(
+        "layers", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h", "attention", "mlp"
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "gemma": _LLAMA,
@@ -69,11 +58,10 @@ class ModelShape(NamedTuple):
     d_model: int
     d_mlp: int
     d_attn: int
-    """Heads times head width: what attn_z holds."""
+    """Heads times head width."""
     n_layers: int
 
     def width(self, site: Site) -> int:
-        """Return how wide the activations at a site are."""
         return {"mlp_hidden": self.d_mlp, "attn_z": self.d_attn}.get(site, self.d_model)
 
 
@@ -83,7 +71,6 @@ class ModelFacts(NamedTuple):
     name: str
     where: Literal["bundled", "folder", "cached", "hub"]
     family: str | None = None
-    """The `model_type` of its config.json."""
     parameters: int | None = None
     shape: ModelShape | None = None
     gated: bool | None = None
@@ -91,7 +78,7 @@ class ModelFacts(NamedTuple):
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of the bundled model or of a local one; None for a name on the Hub."""
+    """Return a local model's folder; None for a name on the Hub."""
     if name == "bundled":
         return BUNDLED
     try:
@@ -102,13 +89,13 @@ def model_folder(name: str) -> Path | None:
 
 
 def model_shape(name: str) -> ModelShape | None:
-    """Return the shape of the bundled model or of a local folder; None for a name on the Hub."""
+    """Return a local model's shape; None for a name on the Hub."""
     folder = model_folder(name)
     return None if folder is None else _shape(_config(folder))
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return a config.json; an empty one where it is no JSON, or JSON of another kind."""
+    """Return a config.json; an empty one where it is no JSON object."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
@@ -129,7 +116,7 @@ def _shape(config: dict[str, Any]) -> ModelShape | None:
     numbers = (d_model, n_layers, n_heads, d_mlp, d_head)
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
-    return ModelShape(d_model=d_model, d_mlp=d_mlp, d_attn=n_heads * d_head, n_layers=n_layers)
+    return ModelShape(d_model, d_mlp, n_heads * d_head, n_layers)
 
 
 @functools.cache
@@ -137,14 +124,10 @@ def known_models() -> dict[str, ModelFacts]:
     """Return the well-known models of the supported families by name."""
     found = {}
     for row in csv.DictReader((ASSETS / "models.csv").read_text(encoding="utf-8").splitlines()):
-        shape = ModelShape(
-            d_model=int(row["d_model"]),
-            d_mlp=int(row["d_mlp"]),
-            d_attn=int(row["heads"]) * int(row["head_dim"]),
-            n_layers=int(row["layers"]),
-        )
+        n = {column: int(text) for column, text in row.items() if text.isdecimal()}
+        shape = ModelShape(n["d_model"], n["d_mlp"], n["heads"] * n["head_dim"], n["layers"])
         gated = {"yes": True, "no": False}.get(row["gated"])
-        facts = (row["family"], int(row["parameters"]), shape, gated)
+        facts = (row["family"], n["parameters"], shape, gated)
         found[row["name"]] = ModelFacts(row["name"], "hub", *facts)
     return found
 
@@ -174,12 +157,7 @@ def choices(cached: Mapping[str, Path]) -> list[str]:
 
 
 def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
-    """Return what is known of the model that `name` stands for.
-
-    Args:
-        name: `bundled`, a local folder, or a name on the Hub.
-        cached: as `cached_models` returns them.
-    """
+    """Return what is known of `bundled`, a local folder, or a name on the Hub."""
     known = known_models().get(name, ModelFacts(name, "hub"))
     folder = model_folder(name) or cached.get(name)
     if folder is None:
@@ -192,10 +170,7 @@ def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Return how many numbers a folder's safetensors files hold; None without such files.
-
-    Only their headers are read.
-    """
+    """Return how many numbers the headers of safetensors files tell; None without such files."""
     from safetensors import SafetensorError, safe_open
 
     total = 0
@@ -209,11 +184,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def check_family(facts: ModelFacts) -> None:
-    """Check that a model is of a family that can be trained on, as far as that is known.
-
-    Raises:
-        InputError: if it is of another.
-    """
+    """Raise InputError if a model is known to be of a family that cannot be trained on."""
     if facts.family is not None and facts.family not in FAMILIES:
         raise InputError(
             f"--model: expected a model of a supported family ({', '.join(FAMILIES)}), got "

@@ -1,12 +1,5 @@
 """Where the six sites lie in a language model's modules, and hooks that read, edit or skip them.
 
-| family | site modules under `layers[i]` | norm after the sub-layer |
-|---|---|---|
-| gpt2 | attn, attn.c_proj, mlp, mlp.c_proj | none |
-| gpt_neox | attention, attention.dense, mlp, mlp.dense_4h_to_h | none (parallel) |
-| llama, mistral, gemma, qwen2, qwen3 | self_attn, self_attn.o_proj, mlp, mlp.down_proj | none |
-| gemma2, gemma3_text | the same | attn_out and mlp_out are what the post-norms give |
-
 `attn_out` and `mlp_out` are always the tensors that are added to the residual stream, as in
 TransformerLens; tests hold every site of every family equal to its cache.
 """
@@ -68,7 +61,7 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
     """Return the sites of every block of a TransformerBridge, as its own hook points name them.
 
     A hook point is a module that passes its input through, so a plain forward hook reads it and
-    edits it in either mode of the bridge; `attn_z` passes with its heads side by side.
+    edits it in either mode of the bridge.
     """
     found = []
     for layer, block in enumerate(bridge.blocks):
@@ -162,11 +155,7 @@ class ModelLock:
     def shared(
         self, key: Hashable, setting: Callable[[], AbstractContextManager[None]]
     ) -> Iterator[None]:
-        """Within, `setting` holds, and only threads that came with the same key are there too.
-
-        Raises:
-            InputError: if this thread is inside already, and would wait for itself.
-        """
+        """Within, `setting` holds, and only threads that came with the same key are there too."""
         me = threading.get_ident()
         with self._changed:
             if me in self._inside:

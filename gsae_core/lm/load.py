@@ -1,8 +1,4 @@
-"""Where a language model comes from: a Hugging Face folder, the Hub, or an object in memory.
-
-A folder is data: Python that lies in it (`auto_map`) is never run, and no question
-about it is asked.
-"""
+"""Language models from a Hugging Face folder or the Hub; their own Python is never run."""
 
 import contextlib
 import json
@@ -19,13 +15,13 @@ from safetensors import SafetensorError
 from gsae_core.errors import InputError, hub_sentence, is_hub_trouble
 from gsae_core.lm.catalog import FAMILIES, model_folder
 
-WRAPPERS: Mapping[str, str] = {
+# Parts of keys that a wrapper around a model, or around part of it, leaves in them.
+WRAPPERS = {
     "_orig_mod": "torch.compile",
     "module": "DataParallel or DistributedDataParallel",
     "_fsdp_wrapped_module": "FSDP",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-"""Parts of keys that a wrapper around a model, or around part of it, leaves in them."""
 
 # Masks, positions and rotary tables that earlier versions of transformers saved with the weights;
 # it knows most of them itself.
@@ -36,34 +32,26 @@ SHOWN = 3
 
 
 def check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
-    """Check that every weight of a model came from its checkpoint, and that none was left over.
+    """Raise InputError with the keys of model and checkpoint that do not fit.
 
     Args:
-        name: what the model was loaded from.
-        hf: the Hugging Face causal LM.
         loaded: what `from_pretrained(..., output_loading_info=True)` says of it; weights that are
             tied to others are not missing there.
-
-    Raises:
-        InputError: with the keys that do not fit.
     """
     missing = sorted(loaded["missing_keys"])
     unexpected = sorted(key for key in loaded["unexpected_keys"] if not _BUFFERS.search(key))
     mismatched = sorted(loaded["mismatched_keys"])
-    if not (missing or unexpected or mismatched):
-        return
-    found = []
-    if missing:
-        found.append(f"none for {_counted(missing)} of its own")
-    if mismatched:
-        shapes = [f"{key}: {tuple(came)}, not {tuple(want)}" for key, came, want in mismatched]
-        found.append(f"another shape for {_counted(shapes)}")
-    if unexpected:
-        found.append(f"{_counted(unexpected)} that it does not have")
-    raise InputError(
-        f"expected the weights of a {type(hf).__name__} in {name!r}, found "
-        f"{' and '.join(found)}; {_advice(hf, missing, unexpected, mismatched)}"
-    )
+    shapes = [f"{key}: {tuple(came)}, not {tuple(want)}" for key, came, want in mismatched]
+    found = [
+        *([f"none for {_counted(missing)} of its own"] if missing else []),
+        *([f"another shape for {_counted(shapes)}"] if shapes else []),
+        *([f"{_counted(unexpected)} that it does not have"] if unexpected else []),
+    ]
+    if found:
+        raise InputError(
+            f"expected the weights of a {type(hf).__name__} in {name!r}, found "
+            f"{' and '.join(found)}; {_advice(hf, missing, unexpected, mismatched)}"
+        )
 
 
 def _counted(keys: Sequence[str]) -> str:
@@ -74,7 +62,6 @@ def _counted(keys: Sequence[str]) -> str:
 def _advice(
     hf: Any, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[Any]
 ) -> str:
-    """Return what to do about keys that do not fit."""
     known = set(hf.state_dict())
     known |= {key.removeprefix(f"{hf.base_model_prefix}.") for key in known}
     # Without which the keys would be the model's: wrappers' names, or one thing in front of all.
@@ -115,18 +102,18 @@ class _Origin(NamedTuple):
     """What a model is read from."""
 
     name: str
-    """As the user gave it."""
     folder: Path | None
     """None: on the Hub."""
     options: dict[str, Any]
     """For every `from_pretrained`."""
 
-    @property
-    def path(self) -> str:
-        return self.name if self.folder is None else str(self.folder)
+    def load(self, auto: Any, **options: Any) -> Any:
+        """Return what one of transformers' Auto classes loads."""
+        return auto.from_pretrained(str(self.folder or self.name), **self.options, **options)
 
-    def hub_sentence(self, error: Exception) -> str:
-        return hub_sentence(error, self.name, what="model", revision=self.options.get("revision"))
+    def hub_mistake(self, error: Exception) -> InputError:
+        revision = self.options.get("revision")
+        return InputError(hub_sentence(error, self.name, what="model", revision=revision))
 
     def refuse_pointer(self) -> None:
         """Refuse a clone that holds Git LFS's notes in place of its files."""
@@ -143,17 +130,19 @@ class _Origin(NamedTuple):
 def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """Return the Hugging Face causal LM and the tokenizer that `name` stands for.
 
-    Args:
-        name: `bundled`, a local folder, or a name on the Hub.
-        revision: branch, tag or commit; read for Hub names only.
-
     Raises:
         InputError: if there is no such model, its kind is unsupported, its files are damaged, its
             weights are not those of its kind, or it lacks a tokenizer.
     """
     import torch
 
-    folder = _folder(name)
+    folder = model_folder(name)
+    is_hub_name = _HUB_NAME.fullmatch(name) and name[0] not in "./~"
+    if folder is None and (not is_hub_name or Path(name).exists()):
+        raise InputError(
+            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
+            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
+        )
     # Left out, transformers asks at a terminal whether to run the folder's own Python.
     options: dict[str, Any] = {"trust_remote_code": False}
     if folder is None and revision:
@@ -172,28 +161,16 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
     return hf.to(torch.device(device)), tokenizer
 
 
-def _folder(name: str) -> Path | None:
-    """Return the folder that `name` stands for, or None if it is a name on the Hub."""
-    folder = model_folder(name)
-    is_hub_name = _HUB_NAME.fullmatch(name) and name[0] not in "./~"
-    if folder is None and (not is_hub_name or Path(name).exists()):
-        raise InputError(
-            f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
-            "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
-        )
-    return folder
-
-
 def _config(origin: _Origin) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(origin.path, **origin.options)
+        return origin.load(AutoConfig)
     except Exception as error:
         # transformers' word for a file that is no JSON, too.
         is_missing = isinstance(error, OSError) and not isinstance(error.__context__, ValueError)
         if origin.folder is None and is_missing:
-            raise InputError(origin.hub_sentence(error)) from error
+            raise origin.hub_mistake(error) from error
         # Its word for a model_type that it has never heard of.
         if isinstance(error, ValueError) and not isinstance(error, OSError):
             raise InputError(_unsupported(origin.name, _stranger(origin))) from error
@@ -210,7 +187,8 @@ def _stranger(origin: _Origin) -> str:
     """Return what a config.json says of a model that transformers has no code for."""
     from transformers import PreTrainedConfig
 
-    fields: Any = PreTrainedConfig.get_config_dict(origin.path, **origin.options)[0]
+    where = str(origin.folder or origin.name)
+    fields: Any = PreTrainedConfig.get_config_dict(where, **origin.options)[0]
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind is None:
         return "a config.json without a model_type"
@@ -220,14 +198,11 @@ def _stranger(origin: _Origin) -> str:
 
 
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
-    """Check that a Hugging Face config describes a causal LM of a supported family.
+    """Raise InputError if a Hugging Face config is of no causal LM of a supported family.
 
     Args:
         headless: whether a model saved without its output layer will do; it is complete where that
             layer is tied to the embedding.
-
-    Raises:
-        InputError: if it does not.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -262,10 +237,10 @@ def _tokenizer(origin: _Origin) -> Any:
         "save it there with tokenizer.save_pretrained()"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(origin.path, **origin.options)
+        tokenizer = origin.load(AutoTokenizer)
     except (OSError, ValueError, ImportError) as error:
         if is_hub_trouble(error):
-            raise InputError(origin.hub_sentence(error)) from error
+            raise origin.hub_mistake(error) from error
         origin.refuse_pointer()
         if "custom code" in str(error):
             raise InputError(
@@ -286,7 +261,6 @@ def _tokenizer(origin: _Origin) -> Any:
 
 
 def _model(origin: _Origin, dtype: Any) -> Any:
-    """Return the model with every weight that its kind has, and nothing left over."""
     import httpx2
     from transformers import AutoModelForCausalLM
 
@@ -294,13 +268,12 @@ def _model(origin: _Origin, dtype: Any) -> Any:
         # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
         # scores, which SDPA cannot).
         with _quiet(bar=origin.folder is None):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                origin.path,
+            hf, keys = origin.load(
+                AutoModelForCausalLM,
                 dtype=dtype,
                 output_loading_info=True,
                 # Told like the other keys that do not fit, by check_keys.
                 ignore_mismatched_sizes=True,
-                **origin.options,
             )
     except ImportError as error:
         raise InputError(
@@ -310,7 +283,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
         ) from error
     except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
         if is_hub_trouble(error):
-            raise InputError(origin.hub_sentence(error)) from error
+            raise origin.hub_mistake(error) from error
         origin.refuse_pointer()
         raise InputError(
             f"expected model weights (model.safetensors) beside the config of {origin.name!r}, "
@@ -322,13 +295,12 @@ def _model(origin: _Origin, dtype: Any) -> Any:
             f"expected a config.json and weights that make a model in {origin.name!r}, got some "
             f"that do not ({_reason(error)}); download or save the model again"
         ) from error
-    hf, keys = loaded
     check_keys(origin.name, hf, keys)
     return hf
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's kind and how its text begins, fit to stand inside a sentence."""
+    """Return an error's kind and how its text begins."""
     kind = type(error).__name__
     if isinstance(error, pickle.UnpicklingError):
         return f"{kind}: a file of more than tensors, or damaged"  # torch's own text: ten lines
@@ -340,8 +312,8 @@ def _reason(error: Exception) -> str:
 def _quiet(*, bar: bool) -> Iterator[None]:
     """Within, transformers reports no keys that do not fit: our sentence does. `bar`: it may draw.
 
-    A bar over weights that load in a blink would only end up in logs; the Hub's bars, which the
-    same switch controls, stay on for models that are downloaded.
+    A bar over weights of a local folder would only end up in logs; the same switch controls the
+    Hub's bars for downloads.
     """
     from transformers.utils import logging as library
 

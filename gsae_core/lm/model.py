@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError
-from gsae_core.lm.hooks import ModelLock, bridge_blocks, hf_blocks, hooked, recording, replaying
+from gsae_core.lm.hooks import (
+    ModelLock,
+    Tap,
+    bridge_blocks,
+    hf_blocks,
+    hooked,
+    recording,
+    replaying,
+)
 from gsae_core.lm.load import check_config, open_model
 
 Edit = Callable[[Tensor], Tensor]
@@ -33,10 +41,6 @@ class LanguageModel:
         numerics: `raw`, the weights as published; or `compatibility`, a TransformerBridge whose
             weights TransformerLens has centred and folded, so that its residual stream is another.
         hf: the Hugging Face model (inside the bridge, where there is one).
-        tokenizer: the Hugging Face tokenizer.
-        n_layers, d_model: number of blocks; width of the residual stream.
-        n_ctx, d_vocab: longest sequence, in tokens; number of tokens there are.
-        device: where it computes.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str, bridge: Any = None) -> None:
@@ -59,27 +63,19 @@ class LanguageModel:
         (hf if bridge is None else bridge).eval()
 
     def width(self, site: Site) -> int:
-        """Return d_in of a site: the length of its activation vectors.
-
-        Raises:
-            InputError: if there is no such site.
-        """
-        self.check(0, site)
+        """Return d_in of a site: the length of its activation vectors."""
+        tap = self._tap(0, site)
         if site not in ("mlp_hidden", "attn_z"):
             return self.d_model
         if self._bridge is not None:
             cfg = self._bridge.cfg
             return cfg.d_mlp if site == "mlp_hidden" else cfg.n_heads * cfg.d_head
-        projection: Any = self._blocks[0].taps[site].module
+        projection: Any = tap.module
         # GPT-2 keeps its projections as Conv1D, which calls the width of its input nx.
         return projection.in_features if isinstance(projection, nn.Linear) else projection.nx
 
     def check(self, layer: int, site: str) -> None:
-        """Check that the model has such a layer and such a site.
-
-        Raises:
-            InputError: if not; the sentence names the valid ones.
-        """
+        """Raise InputError, with the valid ones, if the model has no such layer or site."""
         if site not in SITES:
             raise InputError(f"expected a site out of {', '.join(SITES)}, got {site!r}")
         if not 0 <= layer < self.n_layers:
@@ -93,9 +89,12 @@ class LanguageModel:
                 f"layer {layer} has {', '.join(self._blocks[layer].taps)}"
             )
 
+    def _tap(self, layer: int, site: Site) -> Tap:
+        self.check(layer, site)
+        return self._blocks[layer].taps[site]
+
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
         return next(self.hf.parameters()).dtype
 
     def harvest(
@@ -107,15 +106,14 @@ class LanguageModel:
         read the same site run side by side (in a TransformerBridge, one after the other).
 
         Args:
-            ids: token ids, every row of one length; attention is causal and nothing is padding.
+            ids: token ids; attention is causal and nothing is padding.
             layer: block number, from 0.
             site: where in the block; `attn_z` comes with its heads side by side.
 
         Raises:
             InputError: if there is no such layer or site, or the rows exceed the model's context.
         """
-        self.check(layer, site)
-        tap = self._blocks[layer].taps[site]
+        tap = self._tap(layer, site)
         # What a bridge keeps of a pass besides its hooks is not ours to know.
         key = (layer, site) if self._bridge is None else object()
         with self._lock.shared(key, lambda: hooked(tap, _stop)):
@@ -136,11 +134,7 @@ class LanguageModel:
     ) -> Float[Tensor, "rows pos d_vocab"]:
         """Return next-token logits, float32; with `edit`, those that follow from an edited site.
 
-        Args:
-            ids: token ids, every row of one length.
-            layer: block of the edited site.
-            site: the site whose activation x the rest of the model reads as `edit(x)`.
-            edit: takes and returns float32 (rows, pos, d_in); all three or none are given.
+        The rest of the model reads a site's float32 x (rows, pos, d_in) as `edit(x)`.
 
         Raises:
             InputError: if the site does not exist or is half given, or `edit` changes the shape.
@@ -150,17 +144,12 @@ class LanguageModel:
                 return self._forward(ids)
         if edit is None or layer is None or site is None:
             raise InputError("expected layer, site and edit together, got only some of them")
-        self.check(layer, site)
-        with self._lock.alone(), hooked(self._blocks[layer].taps[site], in_model_dtype(edit)):
+        tap = self._tap(layer, site)
+        with self._lock.alone(), hooked(tap, _in_model_dtype(edit)):
             return self._forward(ids)
 
     def splice(self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site) -> "Splice":
-        """Return one clean pass over `ids`, ready to be continued from other activations.
-
-        Raises:
-            InputError: if there is no such layer or site, or the rows exceed the model's context.
-        """
-        self.check(layer, site)
+        """Return one clean pass over `ids`, ready to be continued from other activations."""
         return Splice(self, ids, layer, site)
 
     @torch.inference_mode()
@@ -179,10 +168,7 @@ class LanguageModel:
 
 
 class _SiteReached(Exception):
-    """Ends a forward pass whose rest is not needed, and carries `x` out of it.
-
-    An exception belongs to the thread it is raised in, so one hook serves passes side by side.
-    """
+    """Carries `x` out of a forward pass; it belongs to its thread, so one hook serves several."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -193,8 +179,8 @@ def _stop(x: Tensor) -> None:
     raise _SiteReached(x)
 
 
-def in_model_dtype(edit: Edit) -> Edit:
-    """Return `edit` between a float32 view of the model's tensor and the model's own precision."""
+def _in_model_dtype(edit: Edit) -> Edit:
+    """Return `edit` of a tensor in the model's own precision."""
 
     def edited(x: Tensor) -> Tensor:
         new = edit(x.float())
@@ -219,7 +205,7 @@ class Splice:
     """
 
     def __init__(self, model: LanguageModel, ids: Tensor, layer: int, site: Site) -> None:
-        self._model, self._ids, self._tap = model, ids, model._blocks[layer].taps[site]
+        self._model, self._ids, self._tap = model, ids, model._tap(layer, site)
         earlier = [sites.block for sites in model._blocks[:layer]]
         before = model._blocks[layer].before.get(site, ())
         seen: list[Tensor] = []
@@ -239,9 +225,6 @@ class Splice:
         """Return the logits that follow when the rest of the model reads `x` at the site.
 
         Threads may continue one pass side by side (in a TransformerBridge, one after the other).
-
-        Raises:
-            InputError: if `x` has another shape than the site's activations.
         """
         key = self if self._model._bridge is None else object()
         with self._model._lock.shared(key, self._spliced):
@@ -250,7 +233,7 @@ class Splice:
 
     @contextmanager
     def _spliced(self) -> Iterator[None]:
-        edit = in_model_dtype(lambda _: self._mine.x)
+        edit = _in_model_dtype(lambda _: self._mine.x)
         with replaying(self._outputs), hooked(self._tap, edit):
             yield
 
@@ -260,19 +243,12 @@ class Decoding:
 
     Keys and values of earlier tokens are kept, so a token costs one row and not the sequence. An
     edit that changed an earlier token lives on in them, exactly as in a pass over the whole. A
-    TransformerBridge keeps none, and reads the sequence again for every token.
-
-    Args:
-        model: is shared: between two calls of `extend`, others may use it.
-        layer: block of the edited site, from 0.
-
-    Raises:
-        InputError: if there is no such layer or site.
+    TransformerBridge keeps none, and reads the sequence again for every token. Between two calls of
+    `extend`, others may use the model.
     """
 
     def __init__(self, model: LanguageModel, *, layer: int, site: Site) -> None:
-        model.check(layer, site)
-        self._model, self._tap = model, model._blocks[layer].taps[site]
+        self._model, self._tap = model, model._tap(layer, site)
         self._cache = None
         self._read: list[tuple[Tensor, Edit | None]] = []
 
@@ -287,9 +263,7 @@ class Decoding:
     ) -> Float[Tensor, "new d_vocab"]:
         """Read more tokens; return the next-token logits after each of them, float32.
 
-        Args:
-            ids: the new tokens alone.
-            edit: takes and returns float32 (1, new, d_in), the new tokens' activations at the site.
+        `edit` takes and returns float32 (1, new, d_in), the new tokens' activations at the site.
 
         Raises:
             InputError: if the sequence outgrows the model's context.
@@ -304,7 +278,7 @@ class Decoding:
         self._read.append((ids, edit))
         if model._bridge is not None:
             return self._again()[-n_new:]
-        hook = nullcontext() if edit is None else hooked(self._tap, in_model_dtype(edit))
+        hook = nullcontext() if edit is None else hooked(self._tap, _in_model_dtype(edit))
         with model._lock.alone(), hook:
             out = model.hf(input_ids=ids, past_key_values=self._cache, use_cache=True)
         self._cache = out.past_key_values
@@ -319,7 +293,7 @@ class Decoding:
             return torch.cat([part if edit is None else edit(part) for part, (_, edit) in pairs], 1)
 
         whole = torch.cat([ids for ids, _ in self._read], 1)
-        with self._model._lock.alone(), hooked(self._tap, in_model_dtype(edited)):
+        with self._model._lock.alone(), hooked(self._tap, _in_model_dtype(edited)):
             return self._model._forward(whole)[0]
 
 
@@ -341,7 +315,7 @@ def logit_slope(
     Raises:
         InputError: if there is no such layer, site, position or token.
     """
-    model.check(layer, site)
+    tap = model._tap(layer, site)
     for name, index, n in (("position", position, ids.shape[1]), ("token", token, model.d_vocab)):
         if not 0 <= index < n:
             raise InputError(f"expected a {name} from 0 to {n - 1}, got {index}")
@@ -351,7 +325,7 @@ def logit_slope(
         leaves.append(x.detach().clone().requires_grad_())
         return leaves[0]
 
-    tap, ids = model._blocks[layer].taps[site], ids.to(model.device)
+    ids = ids.to(model.device)
     with torch.enable_grad(), model._lock.alone(), hooked(tap, plant):
         logits = model._logits(ids)
         # Only towards the leaf: the model's weights, which all visitors share, get no gradients.
@@ -373,8 +347,7 @@ def load_model(
         source: `bundled`, a local Hugging Face folder, a name on the Hub, a `TransformerBridge`, or
             a Hugging Face causal LM. The last two are used as they are, on their own device.
         revision: branch, tag or commit of a model on the Hub.
-        device: where a model that is loaded here computes.
-        dtype: precision of a model that is loaded here; activations leave it as float32.
+        dtype: of a model that is loaded here; activations leave it as float32.
         tokenizer: of a Hugging Face model given as an object.
 
     Raises:
