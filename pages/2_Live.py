@@ -36,7 +36,6 @@ from gsae_core.plots.live import (
     XAxis,
     line_chart,
     lines_of,
-    lines_of_runs,
     plane,
     tracks,
 )
@@ -128,7 +127,6 @@ def figures(
                 x=x,
                 smoothing=0.0 if column == "lr" else st.session_state["smooth"],
                 log=column in LOG and st.session_state["log"],
-                rule=1.0 if column in ("gamma", "gamma_gate") else None,
             ),
             column,
             f"{column} of each SAE against {x}",
@@ -183,10 +181,7 @@ def view(was: Status) -> None:
     finished = [name for name, state in states.items() if state == "finished"]
     chosen = st.session_state.get("saes")
     runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
-    if len(runs) > 1:
-        lines = lines_of_runs(runs, frame.theme)
-    else:
-        lines = lines_of(run.id, runs[run.id], frame.theme)
+    lines = lines_of(runs, frame.theme)
     logged = tracks({name: table for name, (table, _) in tables.items()}, lines)
     charts = figures(lines, logged, finished) if any(logged) else []
     place = st.container()

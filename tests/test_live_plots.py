@@ -1,6 +1,5 @@
 """Live charts: a specification that no data change, and slim data that keep a line's look."""
 
-import altair
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +12,6 @@ from gsae_core.plots.live import (
     ceiling,
     line_chart,
     lines_of,
-    lines_of_runs,
     plane,
     smoothed,
     thin,
@@ -22,7 +20,7 @@ from gsae_core.plots.live import (
 from gsae_core.plots.palette import Theme
 
 CONFIG = config()
-LINES = lines_of("a", CONFIG.saes, "light")
+LINES = lines_of({"a": CONFIG.saes}, "light")
 
 
 def logged(share: float, lines: tuple[Line, ...] = LINES) -> list[Track]:
@@ -84,7 +82,7 @@ def test_new_data_leave_the_specification_alone(column: str) -> None:
 
 
 def test_a_chart_drops_what_was_not_measured() -> None:
-    chart = line_chart(LINES, logged(0.2), "gamma_gate", x="step", rule=1.0)
+    chart = line_chart(LINES, logged(0.2), "gamma_gate", x="step")
     # The first four SAEs are gated; a baseline has no gate.
     assert set(chart.data["line"]) == {0, 1, 2, 3}
 
@@ -113,7 +111,7 @@ def test_nothing_logged_is_an_empty_chart() -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_runs_laid_over_each_other_differ_in_hue_and_architectures_in_dash(theme: Theme) -> None:
-    lines = lines_of_runs({"a": CONFIG.saes, "b": CONFIG.saes}, theme)
+    lines = lines_of({"a": CONFIG.saes, "b": CONFIG.saes}, theme)
     for run in ("a", "b"):
         assert len({line.colour for line in lines if line.run == run}) == 1
         assert len({line.dash for line in lines if line.run == run}) == 2
@@ -122,19 +120,12 @@ def test_runs_laid_over_each_other_differ_in_hue_and_architectures_in_dash(theme
 
 
 def test_a_run_without_an_sae_of_another_is_drawn_with_what_it_has() -> None:
-    lines = lines_of_runs({"a": CONFIG.saes, "b": CONFIG.saes[:1]}, "light")
+    lines = lines_of({"a": CONFIG.saes, "b": CONFIG.saes[:1]}, "light")
     frames = {"a": pd.DataFrame(metric_lines(CONFIG, share=0.1)), "b": pd.DataFrame()}
     assert [bool(part) for part in tracks(frames, lines)] == [False] + [True] * 8
 
 
-def test_a_notebook_gets_an_altair_chart() -> None:
-    for chart in (plane(LINES, logged(0.1)), line_chart(LINES, logged(0.1), "fvu", x="step")):
-        made = chart.altair()
-        assert isinstance(made, altair.LayerChart)
-        made.to_dict()  # checks it against Vega-Lite's schema
-
-
-def test_streamlit_gets_the_same_columns_as_a_notebook_in_single_precision() -> None:
+def test_streamlit_gets_the_data_in_single_precision() -> None:
     chart = line_chart(LINES, logged(0.1), "fvu", x="step")
     table = chart.arrow()
     assert table.column_names == list(chart.data.columns)

@@ -223,7 +223,7 @@ def test_rare_and_unmeasured_features_are_hidden_and_counted() -> None:
     table = stats([0, 5, 50, 60, 70], [np.nan, 0.2, 0.9, np.nan, 1.1])
     chosen = select_features(SAES[0], table, min_fired=10)
     assert chosen.stats.index.to_list() == [2, 4]
-    assert chosen.n_features == 5
+    assert len(chosen.fired) == 5
     assert chosen.median == pytest.approx(1.0)
 
 

@@ -13,7 +13,7 @@ LINES = {
     "training": 1210,
     "checkpoints": 3100,
     "analysis": 5460,
-    "plots": 1400,
+    "plots": 1310,
     "runs": 4210,
     "cli": 1570,
     "app": 5540,

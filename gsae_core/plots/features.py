@@ -6,7 +6,7 @@ hands new rows to the chart that is there.
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from gsae_core.config import Architecture
-from gsae_core.plots.live import LiveChart, spec_of
+from gsae_core.plots.live import LiveChart, spec_of, tooltips
 from gsae_core.plots.palette import LOOKS, NEUTRAL, Theme
 
 if TYPE_CHECKING:
@@ -28,9 +28,19 @@ DOTS = 120
 
 
 def hue(architecture: Architecture, theme: Theme) -> str:
-    """Return the colour an architecture's marks have on a page: lighter on a dark one."""
+    """Return the colour of an architecture's marks on a page: lighter on a dark one."""
     dark = {"gated": "#56B4E9", "relu": "#f08a3c", "jumprelu": "#2bbf95"} if theme == "dark" else {}
     return dark.get(architecture, LOOKS[architecture].colour)
+
+
+def _bars(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], **mark: Any) -> alt.Chart:
+    """Return bars from `x` to the column `high`, which stand on 0."""
+    chart = alt.Chart().mark_rect(**mark)
+    return chart.encode(x, alt.X2("high"), y, alt.Y2Datum(0), tooltip=tooltip)
+
+
+def _theta_mark(red: str, **place: Any) -> dict[str, Any]:
+    return {"text": "θ", "color": red, "fontSize": 15, "fontWeight": "bold", **place}
 
 
 def density_histogram(
@@ -48,36 +58,32 @@ def density_histogram(
     fires = np.isfinite(density) & (density > 0)
     logs = np.log10(density[fires]) * BINS_A_DECADE
     numbers = np.minimum(np.floor(logs + 1e-9), -1).astype(np.int64)
-    rows = []
-    for number in range(int(numbers.min(initial=-1)), 0):
-        here = numbers == number
-        low, high = (10.0 ** (end / BINS_A_DECADE) for end in (number, number + 1))
-        rows.append((low, high, int(here.sum()), int((here & kept[fires]).sum())))
-    data = pd.DataFrame(rows, columns=["low", "high", "n", "kept"])
-    return LiveChart.of(_density_spec(hue(architecture, theme)), data)
+    first = int(numbers.min(initial=-1))
+    ends = np.array([10.0 ** (number / BINS_A_DECADE) for number in range(first, 1)])
+    n, n_kept = (
+        np.bincount(here - first, minlength=-first) for here in (numbers, numbers[kept[fires]])
+    )
+    columns = {"low": ends[:-1], "high": ends[1:], "n": n, "kept": n_kept}
+    return LiveChart(_density_spec(hue(architecture, theme)), columns)
 
 
 @functools.lru_cache(maxsize=16)
 def _density_spec(colour: str) -> dict[str, Any]:
-    title = "density: share of tokens (10⁻⁴ is 1 in 10 000)"
-    label = f"{POWERS}[-round(log(datum.value) / LN10)]"
+    x = alt.X(
+        "low:Q",
+        title="density: share of tokens (10⁻⁴ is 1 in 10 000)",
+        scale=alt.Scale(type="log", nice=False),
+    ).axis(
+        values=[10.0**-i for i in range(10)],
+        labelExpr=f"{POWERS}[-round(log(datum.value) / LN10)]",
+        grid=False,
+    )
+    tooltip = tooltips(".2~g", low="density from", high="to")
+    tooltip += tooltips(",", n="features", kept="shown in the list")
 
     def bars(field: str, fill: str, **mark: Any) -> alt.Chart:
-        chart = alt.Chart().mark_rect(color=fill, stroke="transparent", cursor="pointer", **mark)
-        return chart.encode(
-            alt.X("low:Q", title=title, scale=alt.Scale(type="log", nice=False)).axis(
-                values=[10.0**-i for i in range(10)], labelExpr=label, grid=False
-            ),
-            alt.X2("high"),
-            alt.Y(field, type="quantitative", title="features").axis(tickCount=3),
-            alt.Y2Datum(0),
-            tooltip=[
-                alt.Tooltip("low:Q", title="density from", format=".2~g"),
-                alt.Tooltip("high:Q", title="to", format=".2~g"),
-                alt.Tooltip("n:Q", title="features", format=","),
-                alt.Tooltip("kept:Q", title="shown in the list", format=","),
-            ],
-        )
+        y = alt.Y(field, type="quantitative", title="features").axis(tickCount=3)
+        return _bars(x, y, tooltip, color=fill, stroke="transparent", cursor="pointer", **mark)
 
     clicked = alt.selection_point(name="bar", fields=["low", "high"])
     below, above = bars("n", NEUTRAL, opacity=0.45), bars("kept", colour).add_params(clicked)
@@ -91,55 +97,42 @@ def activation_histogram(
     theta: float,
     theme: Theme,
     architecture: Architecture = "gated",
-    name: str = "value of the feature",
 ) -> LiveChart:
     """Return how often a feature fires how strongly, with a rule at theta.
 
     Nothing lies between 0 and theta: that empty band is the jump. Heights are on a square-root
     scale, so that rare strong firings are seen beside many weak ones.
     """
-    data = pd.DataFrame(
-        {
-            "low": histogram.edges[:-1],
-            "high": histogram.edges[1:],
-            "count": histogram.counts.astype(np.int64),
-        }
-    )
     shown = math.isfinite(theta) and 0 < theta <= float(histogram.edges[-1])
-    # Of one row: the band and its rule are drawn once.
-    data["theta"] = [theta if shown else math.nan, *[math.nan] * (len(data) - 1)]
-    return LiveChart.of(_activation_spec(hue(architecture, theme), RED[theme], name), data)
+    thetas = np.full(len(histogram.counts), math.nan)
+    thetas[0] = theta if shown else math.nan  # in one row: the band and its rule are drawn once
+    columns = {
+        "low": histogram.edges[:-1],
+        "high": histogram.edges[1:],
+        "count": histogram.counts.astype(np.int64),
+        "theta": thetas,
+    }
+    return LiveChart(_activation_spec(hue(architecture, theme), RED[theme]), columns)
 
 
 @functools.lru_cache(maxsize=16)
-def _activation_spec(colour: str, red: str, name: str) -> dict[str, Any]:
+def _activation_spec(colour: str, red: str) -> dict[str, Any]:
     def x(field: str) -> alt.X:
-        channel = alt.X(field, type="quantitative", title=name)
+        channel = alt.X(field, type="quantitative", title="value of the feature")
         return channel.scale(nice=False, domainMin=0).axis(tickCount=5, format=".3~r", grid=False)
 
+    y = alt.Y("count:Q", title="tokens (√ scale)", scale=alt.Scale(type="sqrt"))
+    y = y.axis(tickCount=4, format="~s")
+    tooltip = tooltips(".3~g", low="from", high="to") + tooltips(",", count="tokens")
     theta = alt.Chart().transform_filter("isValid(datum.theta)")
     band = theta.transform_calculate(zero="0").mark_rect(color=red, opacity=0.14)
-    bars = alt.Chart().mark_rect(color=colour, opacity=0.9)
-    mark: dict[str, Any] = {"color": red, "fontSize": 15, "fontWeight": "bold", "baseline": "top"}
+    rule = theta.mark_rule(color=red, strokeWidth=2)
+    text = theta.mark_text(**_theta_mark(red, align="left", baseline="top", dx=5))
     layers = [
         band.encode(x("zero"), alt.X2("theta")),
-        bars.encode(
-            x("low"),
-            alt.X2("high"),
-            alt.Y("count:Q", title="tokens (√ scale)", scale=alt.Scale(type="sqrt")).axis(
-                tickCount=4, format="~s"
-            ),
-            alt.Y2Datum(0),
-            tooltip=[
-                alt.Tooltip("low:Q", title="from", format=".3~g"),
-                alt.Tooltip("high:Q", title="to", format=".3~g"),
-                alt.Tooltip("count:Q", title="tokens", format=","),
-            ],
-        ),
-        theta.mark_rule(color=red, strokeWidth=2).encode(
-            x("theta"), tooltip=[alt.Tooltip("theta:Q", title="θ", format=".3~g")]
-        ),
-        theta.mark_text(text="θ", align="left", dx=5, **mark).encode(x("theta"), y=alt.value(0)),
+        _bars(x("low"), y, tooltip, color=colour, opacity=0.9),
+        rule.encode(x("theta"), tooltip=tooltips(".3~g", theta="θ")),
+        text.encode(x("theta"), y=alt.value(0)),
     ]
     return spec_of(layers, height=235, padding=0)
 
@@ -148,9 +141,6 @@ def histogram_table(histogram: "Histogram") -> pd.DataFrame:
     """Return what `activation_histogram` draws: the ends of each bin, and its tokens."""
     ends = {"from": histogram.edges[:-1], "to": histogram.edges[1:]}
     return pd.DataFrame(ends | {"tokens": histogram.counts})
-
-
-Region = Literal["silent", "vetoed", "open", "fires"]
 
 
 def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
@@ -190,9 +180,10 @@ def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
     rows += [{"kind": "theta", "x": 0.0, "y": cross}] if cross > 0 else []
     dots = line.rename(columns={"pi_gate": "x", "pi_mag": "y"})
     dots["kind"] = np.where(line["f"] > 0, "dot", "miss")
-    columns = ["kind", "x", "x2", "y", "y2", "region", "label", "f"]
-    data = pd.concat([pd.DataFrame(rows), dots], ignore_index=True).reindex(columns=columns)
-    return LiveChart.of(_plane_spec(hue("gated", theme), RED[theme]), data)
+    data = pd.concat([pd.DataFrame(rows), dots], ignore_index=True)
+    names = ("kind", "x", "x2", "y", "y2", "region", "label", "f")
+    spec = _plane_spec(hue("gated", theme), RED[theme])
+    return LiveChart(spec, {name: data[name].to_numpy() for name in names})
 
 
 @functools.lru_cache(maxsize=8)
@@ -208,62 +199,43 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         chart = alt.Chart().transform_filter(f"datum.kind == '{kind}'")
         return chart.encode(x.field(across), y.field(up))
 
-    def words(region: Region) -> alt.Chart:
+    def words(region: str) -> alt.Chart:
         """Return the words of one region, in its outer corner: top left, or bottom right."""
         top = region == "vetoed"
         chart = rows("region", "x" if top else "x2", "y2" if top else "y")
-        return (
-            chart.transform_filter(f"datum.region == '{region}'")
-            .mark_text(
-                align="left" if top else "right",
-                baseline="top" if top else "bottom",
-                lineBreak="\n",
-                fontSize=11,
-                lineHeight=13,
-                dx=4 if top else -4,
-                dy=4 if top else -4,
-                color=NEUTRAL,
-            )
-            .encode(alt.Text("label:N"))
+        chart = chart.transform_filter(f"datum.region == '{region}'").mark_text(
+            align="left" if top else "right",
+            baseline="top" if top else "bottom",
+            lineBreak="\n",
+            fontSize=11,
+            lineHeight=13,
+            dx=4 if top else -4,
+            dy=4 if top else -4,
+            color=NEUTRAL,
         )
+        return chart.encode(alt.Text("label:N"))
 
-    dot_tooltip = [
-        alt.Tooltip("x:Q", title="π_gate", format=".3~g"),
-        alt.Tooltip("y:Q", title="π_mag", format=".3~g"),
-        alt.Tooltip("f:Q", title="value", format=".3~g"),
-    ]
-    fills = alt.Scale(
-        domain=["silent", "vetoed", "open", "fires"], range=["transparent", red, NEUTRAL, colour]
-    )
+    def dots(kind: str, **mark: Any) -> alt.Chart:
+        chart = rows(kind).mark_point(size=28, **mark)
+        return chart.encode(tooltip=tooltips(".3~g", x="π_gate", y="π_mag", f="value"))
+
+    regions = ["silent", "vetoed", "open", "fires"]
+    fills = alt.Scale(domain=regions, range=["transparent", red, NEUTRAL, colour])
     region = rows("region").mark_rect(opacity=0.1)
     axis_rule = alt.Chart().mark_rule(color=NEUTRAL, strokeWidth=1)
-    theta: dict[str, Any] = {
-        "text": "θ",
-        "color": red,
-        "fontSize": 15,
-        "fontWeight": "bold",
-        "dx": -6,
-        "dy": -2,
-    }
+    theta = rows("theta")
     layers = [
         region.encode(alt.X2("x2"), alt.Y2("y2"), alt.Color("region:N", scale=fills, legend=None)),
         axis_rule.encode(alt.XDatum(0, type="quantitative")),
         axis_rule.encode(alt.YDatum(0, type="quantitative")),
-        words("vetoed"),
-        words("fires"),
-        words("silent"),
-        words("open"),
+        *(words(name) for name in ("vetoed", "fires", "silent", "open")),
         rows("line").mark_line(color=NEUTRAL, strokeDash=[4, 3]),
         rows("value").mark_line(color=colour, strokeWidth=2.5),
-        rows("miss")
-        .mark_point(size=28, color=NEUTRAL, filled=False, opacity=0.7)
-        .encode(tooltip=dot_tooltip),
-        rows("dot")
-        .mark_point(size=28, color=colour, filled=True, opacity=0.55)
-        .encode(tooltip=dot_tooltip),
-        rows("theta").mark_text(align="right", baseline="bottom", **theta),
-        rows("theta")
-        .mark_point(color=red, filled=True, size=60, opacity=1)
-        .encode(tooltip=[alt.Tooltip("y:Q", title="θ", format=".3~g")]),
+        dots("miss", color=NEUTRAL, filled=False, opacity=0.7),
+        dots("dot", color=colour, filled=True, opacity=0.55),
+        theta.mark_text(**_theta_mark(red, align="right", baseline="bottom", dx=-6, dy=-2)),
+        theta.mark_point(color=red, filled=True, size=60, opacity=1).encode(
+            tooltip=tooltips(".3~g", y="θ")
+        ),
     ]
     return spec_of(layers, height=235, padding=0)

@@ -75,21 +75,13 @@ class LiveChart(NamedTuple):
     spec: dict[str, Any]
     columns: Mapping[str, np.ndarray]
 
-    @classmethod
-    def of(cls, spec: dict[str, Any], data: pd.DataFrame) -> "LiveChart":
-        """Return the chart of a table."""
-        return cls(spec, {str(name): data[name].to_numpy() for name in data})
-
     @property
     def data(self) -> pd.DataFrame:
-        """The data for a table: made when asked for, for a table a second costs."""
+        """The data as a table: made on request, since a table for every tick takes time."""
         return pd.DataFrame(dict(self.columns))
 
     def arrow(self) -> "pa.Table":
-        """Return the data as Streamlit sends them, single precision.
-
-        Seven digits draw a line and fill a tooltip; `data` keeps all of them.
-        """
+        """Return the data for Streamlit, in single precision: seven digits draw a line."""
         import pyarrow as pa
 
         return pa.table(
@@ -99,12 +91,6 @@ class LiveChart(NamedTuple):
             }
         )
 
-    def altair(self) -> alt.LayerChart:
-        """Return the chart for a notebook."""
-        return alt.LayerChart.from_dict(
-            self.spec | {"data": {"values": self.data.to_dict("records")}}
-        )
-
 
 def spec_of(layers: Sequence[alt.Chart], **properties: Any) -> dict[str, Any]:
     """Return the specification of layers, checked, without data and Altair's own theme."""
@@ -112,36 +98,32 @@ def spec_of(layers: Sequence[alt.Chart], **properties: Any) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name not in OUTSIDE}
 
 
-def lines_of(run: str, saes: Sequence[SAESpec], theme: Theme) -> tuple[Line, ...]:
-    """Return a run's SAEs as lines: hue by architecture, strength by sparsity."""
-    colours = shades(saes, theme)
-    return tuple(_line(run, spec, hover_name(spec), colours[spec.name]) for spec in saes)
+def tooltips(form: str, **titles: str) -> list[alt.Tooltip]:
+    """Return a line of a tooltip for each column of numbers, all in one format."""
+    return [alt.Tooltip(f"{name}:Q", title=title, format=form) for name, title in titles.items()]
 
 
-def lines_of_runs(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
-    """Return the SAEs of several runs as lines: hue by run, dash and marker by architecture.
+def lines_of(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
+    """Return the SAEs of runs as lines: dash and marker by architecture.
 
+    Hue tells the runs apart; of one run, hue tells the architecture and its strength the sparsity.
     The first run comes last, so that it is drawn over the others.
     """
-    colours = RUN_COLOURS[theme]
-    drawn = list(enumerate(runs.items()))[::-1]
-    return tuple(
-        _line(run, spec, f"{hover_name(spec)} · {run}", colours[i % len(colours)])
-        for i, (run, saes) in drawn
-        for spec in saes
-    )
-
-
-def _line(run: str, spec: SAESpec, label: str, colour: str) -> Line:
-    look = LOOKS[spec.architecture]
-    return Line(run, spec.name, label, colour, look.dash, look.vega_shape)
+    several, hues, lines = len(runs) > 1, RUN_COLOURS[theme], []
+    for number, (run, saes) in reversed(list(enumerate(runs.items()))):
+        own_hues = shades(saes, theme)
+        for spec in saes:
+            look = LOOKS[spec.architecture]
+            label = hover_name(spec) + (f" · {run}" if several else "")
+            colour = hues[number % len(hues)] if several else own_hues[spec.name]
+            lines.append(Line(run, spec.name, label, colour, look.dash, look.vega_shape))
+    return tuple(lines)
 
 
 def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[Track]:
-    """Return what was logged of each line; empty where nothing was yet.
+    """Return what was logged of each line, empty where nothing was yet.
 
-    Args:
-        frames: metric lines of each run as a table, in the order in which they were written.
+    `frames` holds the metric lines of each run, in the order in which they were written.
     """
     parts: dict[tuple[str, str], Track] = {}
     for run, frame in frames.items():
@@ -163,8 +145,7 @@ def tracks(frames: Mapping[str, pd.DataFrame], lines: Sequence[Line]) -> list[Tr
 def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
     """Return the exponential moving average: causal, and unbiased early on.
 
-    Args:
-        weight: share of the past in each value, from 0 (raw) to below 1.
+    `weight` is the share of the past in each value, from 0 (raw) to below 1.
     """
     if weight == 0:
         return values
@@ -198,14 +179,11 @@ def line_chart(
     x: XAxis,
     smoothing: float = 0.0,
     log: bool = False,
-    rule: float | None = None,
 ) -> LiveChart:
-    """Return one quantity against training, a line per SAE; smoothing leaves the raw line faint.
+    """Return one key of `metrics.jsonl` against training, a line per SAE.
 
-    Args:
-        logged: what `tracks` returns for `lines`.
-        column: a key of `metrics.jsonl`, e.g. `l0`.
-        rule: value marked with a thin line, such as gamma = 1.
+    `logged` is what `tracks` returns for the lines. Smoothing leaves the raw line faint. A gamma
+    has a thin rule at 1.
     """
     limit = min(max(CHART_POINTS // max(len(lines), 1), LEAST_POINTS), MOST_POINTS)
     parts: list[dict[str, np.ndarray]] = []
@@ -225,7 +203,7 @@ def line_chart(
         parts.append(data)
     columns = ["x", "line", "raw", *(["value"] if smoothing > 0 else [])]
     top = ceiling([part["raw"] for part in parts]) if column in GAMMAS else None
-    spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, rule, top)
+    spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, top)
     return LiveChart(spec, _joined(parts, columns))
 
 
@@ -243,8 +221,7 @@ def plane(
 ) -> LiveChart:
     """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
 
-    Args:
-        finished: runs that are done: their markers are solid, those of others hollow.
+    Markers of runs that are finished are solid, those of others hollow.
     """
     parts: list[dict[str, np.ndarray]] = []
     for index, (line, part) in enumerate(zip(lines, logged, strict=True)):
@@ -276,7 +253,6 @@ def _line_spec(
     x: XAxis,
     smooth: bool,
     log: bool,
-    rule: float | None,
     top: float | None,
 ) -> dict[str, Any]:
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
@@ -296,8 +272,8 @@ def _line_spec(
             alt.StrokeDash("line:N", scale=series_scale(lines, "dash"), legend=None),
             tooltip=[
                 alt.Tooltip("SAE:N"),
-                alt.Tooltip("x:Q", title=AXES[x], format=",.6~g"),
-                alt.Tooltip("raw:Q", title=AXES[column], format=".4~g"),
+                *tooltips(",.6~g", x=AXES[x]),
+                *tooltips(".4~g", raw=AXES[column]),
             ],
         )
 
@@ -305,9 +281,9 @@ def _line_spec(
     layers = [drawn("value" if smooth else "raw", strokeWidth=2).add_params(zoom)]
     if smooth:
         layers.insert(0, drawn("raw", strokeWidth=1, opacity=0.25))
-    if rule is not None:
-        ruler = alt.Chart().mark_rule(strokeDash=[2, 2], opacity=0.6, color=NEUTRAL)
-        layers.insert(0, ruler.encode(y=alt.datum(rule)))
+    if column in GAMMAS:
+        rule = alt.Chart().mark_rule(strokeDash=[2, 2], opacity=0.6, color=NEUTRAL)
+        layers.insert(0, rule.encode(y=alt.datum(1.0)))
     if column in PERCENT:
         # Where nothing is dead the axis would have no length: it reaches a percent at least.
         unseen = alt.Chart().mark_rule(opacity=0)
@@ -335,11 +311,7 @@ def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
             alt.Shape("line:N", scale=series_scale(lines, "shape"), legend=None),
             alt.Fill("line:N", **colour),
             fillOpacity=alt.condition("datum.now > 1", alt.value(1), alt.value(0)),
-            tooltip=[
-                alt.Tooltip("SAE:N"),
-                alt.Tooltip("l0:Q", title="L0", format=".1f"),
-                alt.Tooltip("fvu:Q", title="FVU", format=".3f"),
-            ],
+            tooltip=[alt.Tooltip("SAE:N"), *tooltips(".1f", l0="L0"), *tooltips(".3f", fvu="FVU")],
         )
     )
     zoom = alt.selection_interval(name="zoom", bind="scales")

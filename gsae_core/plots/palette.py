@@ -61,10 +61,7 @@ def hover_name(spec: SAESpec) -> str:
 
 
 def knob(architecture: Architecture | str, sparsity: float) -> str:
-    """Return what sets an SAE's sparsity, e.g. `λ 0.2`, or `k 32` for TopK.
-
-    `λ unknown` for an imported SAE whose files do not say.
-    """
+    """Return what sets an SAE's sparsity: `λ 0.2`, `k 32` for TopK, `λ unknown` for NaN."""
     number = "unknown" if math.isnan(sparsity) else f"{sparsity:g}"
     return f"{'k' if architecture == 'topk' else 'λ'} {number}"
 
@@ -76,7 +73,9 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
     """
     colours = {}
     for architecture, look in LOOKS.items():
-        family = sorted((s for s in saes if s.architecture == architecture), key=_by_sparsity)
+        family = [spec for spec in saes if spec.architecture == architecture]
+        # A larger lambda is sparser, a larger k is not.
+        family.sort(key=lambda spec: spec.sparsity, reverse=architecture == "topk")
         for rank, spec in enumerate(family):
             strength = rank / max(len(family) - 1, 1) if len(family) > 1 else 0.5
             # From its tint to 40 % black, or from a tenth to 70 % white.
@@ -106,11 +105,6 @@ def round_values(values: Iterable[float]) -> list[float]:
         if len(found) >= 3 and (inside >= 2 or low == high):
             break
     return found
-
-
-def _by_sparsity(spec: SAESpec) -> float:
-    # A larger lambda is sparser, a larger k is not.
-    return -spec.sparsity if spec.architecture == "topk" else spec.sparsity
 
 
 def _mix(colour: str, amount: float) -> str:

@@ -22,10 +22,10 @@ VALUE_FORMATS = {
     "kl": ".4f",
     "gamma": ".3f",
 }
-FAINT = 0.55  # opacity of what is there to compare with
-RULE = {"color": NEUTRAL, "dash": "dot", "width": 1.5}
-# Its ends lie on SAEs, whose own clicks and hovers must win.
-BARE_LINE: dict[str, Any] = {"mode": "lines", "showlegend": False, "hoverinfo": "skip"}
+FAINT = 0.55  # opacity of published runs
+# These traces lie on SAEs, whose own clicks and hovers must win.
+NO_HOVER: dict[str, Any] = {"hoverinfo": "skip"}
+BARE_LINE: dict[str, Any] = {"mode": "lines", "showlegend": False} | NO_HOVER
 
 
 class RunLook(NamedTuple):
@@ -57,10 +57,9 @@ def dash_of(look: Look) -> str:
 def style(
     figure: go.Figure, *, x: str, y: str, log_x: bool = False, decades: bool = False
 ) -> go.Figure:
-    """Return the figure with our axes, legend below the title line, and room for labels.
+    """Return the figure with titled axes, the legend below the title, and room for labels.
 
-    Args:
-        decades: label powers of ten only, for an axis over many of them.
+    `decades` labels powers of ten only, for a log axis over many of them.
     """
     figure.update_xaxes(title=x, ticks="outside")
     figure.update_yaxes(title=y, ticks="outside")
@@ -71,13 +70,12 @@ def style(
             value for trace in traces(figure) for value in trace.x if value is not None
         )
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-    figure.update_layout(
+    return figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
         margin={"l": 8, "r": 8, "t": 48, "b": 8},
         hovermode="closest",
         height=420,
     )
-    return figure
 
 
 def traces(figure: go.Figure) -> list[Any]:
@@ -86,19 +84,13 @@ def traces(figure: go.Figure) -> list[Any]:
 
 
 def hover(*lines: str) -> str:
-    """Return a hover box with one line per argument."""
+    """Return a hover box of these lines."""
     return "<br>".join(lines) + "<extra></extra>"
 
 
 def columns(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[Any]]:
     """Return two columns of a table as a trace takes them."""
     return {"x": rows[x].to_list(), "y": rows[y].to_list()}
-
-
-def add_note(figure: go.Figure, text: str, **place: Any) -> None:
-    """Write a small grey remark into a figure."""
-    place |= {"xref": "paper", "showarrow": False, "font": {"size": 12, "color": NEUTRAL}}
-    figure.add_annotation(text=text, **place)
 
 
 def knobs(rows: pd.DataFrame) -> list[str]:
@@ -134,7 +126,7 @@ def tradeoff(
     evals = placed(evals, x, y, log_x=log_x)
     on_own_axes = (x, y) == ("l0", "loss_recovered")
     if paper is not None and on_own_axes:
-        draw_paper(figure, paper, "loss_recovered", log_x=log_x)
+        draw_paper(figure, placed(paper, x, y, log_x=log_x), "loss_recovered")
     if matched is not None and on_own_axes:
         _draw_matches(figure, matched)
     _draw_picks(figure, evals, x, y, picked)
@@ -152,18 +144,19 @@ def tradeoff(
     return style(figure, x=AXES[x], y=AXES[y], log_x=log_x)
 
 
-def placed(evals: pd.DataFrame, x: str, y: str, *, log_x: bool) -> pd.DataFrame:
-    """Return the rows that have a place in the plane: measured, and above 0 on a log axis."""
+def placed(evals: pd.DataFrame, x: str, y: str, *, log_x: bool = True) -> pd.DataFrame:
+    """Return the rows that have a place in the plane: measured, and above 0 on a log axis.
+
+    Of the paper's, a few printed L0 are 0 or negative.
+    """
     rows = evals.dropna(subset=[x, y])
     return pd.DataFrame(rows[rows[x] > 0]) if log_x else rows
 
 
 def best(rows: pd.DataFrame, y: str, x: str = "l0") -> pd.DataFrame:
-    """Return the Pareto-optimal rows, from the best `x` to the best `y`: no other beats them twice.
-
-    Rows may share a name.
-    """
+    """Return the Pareto-optimal rows, which no other beats on both axes, from the best `x` on."""
     along, up = (1 if x in LOWER_IS_BETTER else -1), (-1 if y in LOWER_IS_BETTER else 1)
+    # Rows may share a name, so points are numbered.
     points = [
         Point(along * float(first), up * float(second), str(number))
         for number, (first, second) in enumerate(zip(rows[x], rows[y], strict=True))
@@ -220,7 +213,7 @@ def draw_worse(figure: go.Figure, rows: pd.DataFrame, x: str, y: str) -> None:
             mode="markers",
             marker={"symbol": "x-thin", "size": 14, "line": {"width": 2, "color": NEUTRAL}},
             name=f"{WORSE} FVU above 1: worse than the mean activation",
-            hoverinfo="skip",  # it lies on an SAE, whose own click and hover must win
+            **NO_HOVER,
         )
 
 
@@ -230,34 +223,23 @@ def _draw_picks(
     """Draw a numbered ring around each SAE that was picked."""
     rows = evals.set_index("id")
     numbers = {key: str(i) for i, key in enumerate(picked[:2], start=1) if key in rows.index}
-    if not numbers:
-        return
-    figure.add_scatter(
-        **columns(rows.loc[list(numbers)], x, y),
-        text=list(numbers.values()),
-        mode="markers+text",
-        # Of two next to each other, one number above and one below.
-        textposition=["top center", "bottom center"][: len(numbers)],
-        marker={"symbol": "circle-open", "size": 22, "color": NEUTRAL, "line": {"width": 2.5}},
-        name="picked",
-        showlegend=False,
-        hoverinfo="skip",  # it lies on an SAE, whose own click and hover must win
-        cliponaxis=False,
-    )
+    if numbers:
+        figure.add_scatter(
+            **columns(rows.loc[list(numbers)], x, y),
+            text=list(numbers.values()),
+            mode="markers+text",
+            # Of two next to each other, one number above and one below.
+            textposition=["top center", "bottom center"][: len(numbers)],
+            marker={"symbol": "circle-open", "size": 22, "color": NEUTRAL, "line": {"width": 2.5}},
+            name="picked",
+            showlegend=False,
+            cliponaxis=False,
+            **NO_HOVER,
+        )
 
 
-def draw_paper(
-    figure: go.Figure,
-    paper: pd.DataFrame,
-    y: Literal["loss_recovered", "gamma"],
-    *,
-    log_x: bool = True,
-) -> None:
-    """Draw the paper's runs, faint, and for loss recovered their frontiers.
-
-    A few printed L0 are 0 or negative and have no place on a log axis.
-    """
-    paper = placed(paper, "l0", y, log_x=log_x)
+def draw_paper(figure: go.Figure, paper: pd.DataFrame, y: str) -> None:
+    """Draw the paper's runs, faint, and for loss recovered their frontiers."""
     for architecture, look in LOOKS.items():
         rows = of_architecture(paper, architecture)
         if rows.empty:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,6 @@ from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
 from gsae_core.plots.pareto import (
-    RULE,
-    add_note,
     columns,
     dash_of,
     draw_paper,
@@ -28,18 +26,17 @@ from gsae_core.plots.pareto import (
 BIN = 0.025  # width of a gamma bin; doubled until they fit
 MAX_BINS = 80  # more are thinner than a pointer can hit
 MAX_DOTS = 1000  # dots per SAE in a scatter: more hide each other and slow the page
+RULE = {"color": NEUTRAL, "dash": "dot", "width": 1.5}
 
 
 class FeatureGamma(NamedTuple):
-    """Per-feature gamma of one SAE, after hiding features that fired too seldom to tell."""
+    """Per-feature gamma of one SAE; those that fired too seldom to tell are hidden."""
 
     spec: SAESpec
     stats: pd.DataFrame
-    n_features: int
-    busiest: int
-    """Firings of the feature that fired most, hidden or not."""
-    n_silent: int
-    """Features that never fired."""
+    """Of the features shown."""
+    fired: np.ndarray
+    """Firings of every feature, hidden or not."""
 
     @property
     def median(self) -> float:
@@ -48,15 +45,16 @@ class FeatureGamma(NamedTuple):
 
     def sentence(self, min_fired: int) -> str:
         """Say how many features are shown, or which limit hides them all."""
-        name = hover_name(self.spec)
+        name, n = hover_name(self.spec), len(self.fired)
         if len(self.stats):
             return (
-                f"{name}: {len(self.stats):,} of {self.n_features:,} features fired on "
-                f"{min_fired:,} tokens or more; the median of their own γ is {self.median:.3f}."
+                f"{name}: {len(self.stats):,} of {n:,} features fired on {min_fired:,} tokens or "
+                f"more; the median of their own γ is {self.median:.3f}."
             )
         return (
-            f"{name}: none of {self.n_features:,} features fired on {min_fired:,} tokens or more; "
-            f"{self.n_silent:,} never fired, and the busiest fired on {self.busiest:,}."
+            f"{name}: none of {n:,} features fired on {min_fired:,} tokens or more; "
+            f"{int((self.fired == 0).sum()):,} never fired, and the busiest fired on "
+            f"{int(self.fired.max(initial=0)):,}."
         )
 
 
@@ -87,37 +85,29 @@ class Bins(NamedTuple):
         """Return the number of the bin of each feature, by its `gamma`."""
         return np.digitize(stats["gamma"].to_numpy(), self.edges[1:-1])
 
+    def counts(self, stats: pd.DataFrame) -> np.ndarray:
+        """Return how many features lie in each bin."""
+        return np.bincount(self.place(stats), minlength=len(self.edges) - 1)
+
 
 def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> FeatureGamma:
     """Return the features that fired at least `min_fired` times and have a gamma."""
     shown = pd.DataFrame(stats[stats["fired"] >= min_fired]).dropna(subset="gamma")
-    fired = stats["fired"].to_numpy()
-    return FeatureGamma(
-        spec=spec,
-        stats=shown,
-        n_features=len(stats),
-        busiest=int(fired.max()) if len(fired) else 0,
-        n_silent=int((fired == 0).sum()),
-    )
+    return FeatureGamma(spec, shown, stats["fired"].to_numpy())
 
 
 def gamma_histogram(
     features: Sequence[FeatureGamma], *, bins: Bins, chosen: str | None = None
 ) -> go.Figure:
-    """Return the share of features per bin of gamma, all SAEs on the same bins.
+    """Return the share of features per bin of gamma, with the bin labelled `chosen` marked.
 
     A bar's `customdata` begins with its bin's label, which is what a click reports.
-
-    Args:
-        bins: `common_bins` of the features.
-        chosen: label of a bin to mark.
     """
     labels, centres = bins.labels, bins.edges[:-1] + bins.width / 2
     figure = go.Figure()
     for feature in features:
         look = LOOKS[feature.spec.architecture]
-        counts = np.bincount(bins.place(feature.stats), minlength=len(labels))
-        n = len(feature.stats)
+        counts, n = bins.counts(feature.stats), len(feature.stats)
         figure.add_bar(
             x=centres.tolist(),
             y=(counts / max(n, 1)).tolist(),
@@ -151,11 +141,8 @@ def gamma_histogram(
 
 def histogram_table(features: Sequence[FeatureGamma], bins: Bins) -> pd.DataFrame:
     """Return the counts the histogram draws, one row per bin and one column per SAE."""
-    table = pd.DataFrame({"γ": bins.labels})
-    for feature in features:
-        counts = np.bincount(bins.place(feature.stats), minlength=len(table))
-        table[feature.spec.name] = counts
-    return table
+    counts = {feature.spec.name: bins.counts(feature.stats) for feature in features}
+    return pd.DataFrame({"γ": bins.labels} | counts)
 
 
 def features_in_bin(features: Sequence[FeatureGamma], bins: Bins, label: str) -> pd.DataFrame:
@@ -223,11 +210,10 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     figure.add_hline(y=1, line=RULE)
     figure.update_yaxes(range=[low, high])
     notes = [f"beyond the axis: {beyond:,}"] if beyond else []
-    if one_in > 1:
-        notes.append(f"one feature in {one_in} drawn")
+    notes += [f"one feature in {one_in} drawn"] if one_in > 1 else []
     if notes:
         corner = {"x": 1, "y": 0, "yref": "paper", "yanchor": "bottom", "align": "right"}
-        add_note(figure, "<br>".join(notes), **corner)
+        _note(figure, "<br>".join(notes), **corner)
     return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
 
 
@@ -248,7 +234,7 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
     """
     figure = go.Figure()
     if paper is not None:
-        draw_paper(figure, paper, "gamma")
+        draw_paper(figure, placed(paper, "l0", "gamma"), "gamma")
     for architecture, look in LOOKS.items():
         name = f"{look.label}, output" if architecture == "gated" else look.label
         series = [(name, "gamma", look.colour, look.plotly_symbol, dash_of(look))]
@@ -256,21 +242,16 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
             path = f"{look.label}, gate path"
             series.append((path, "gamma_gate", THIRD, "triangle-down", "dot"))
         for name, column, colour, symbol, dash in series:
-            rows = placed(of_architecture(evals, architecture), "l0", column, log_x=True)
-            if rows.empty:
-                continue
-            rows = rows.sort_values("l0")
-            figure.add_scatter(
-                **columns(rows, "l0", column),
-                mode="lines+markers",
-                name=name,
-                line={"color": colour, "dash": dash, "width": 2},
-                marker={"symbol": symbol, "size": 10},
-                customdata=list(zip(rows["name"], knobs(rows), strict=True)),
-                hovertemplate=hover(name, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
-            )
+            rows = placed(of_architecture(evals, architecture), "l0", column).sort_values("l0")
+            if len(rows):
+                figure.add_scatter(
+                    **columns(rows, "l0", column),
+                    **_curve(name, colour, symbol, dash),
+                    customdata=list(zip(rows["name"], knobs(rows), strict=True)),
+                    hovertemplate=hover(name, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
+                )
     draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
-    rule_at_one(figure, "no shrinkage")
+    _rule_at_one(figure, "no shrinkage")
     return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
 
 
@@ -285,14 +266,10 @@ def lengths_by_decile(
     """
     figure = go.Figure()
     for spec, frame in deciles:
-        look = LOOKS[spec.architecture]
-        name = hover_name(spec)
+        look, name = LOOKS[spec.architecture], hover_name(spec)
         figure.add_scatter(
             **columns(frame, "decile", column),
-            mode="lines+markers",
-            name=name,
-            line={"color": look.colour, "dash": dash_of(look), "width": 2},
-            marker={"symbol": look.plotly_symbol, "size": 10},
+            **_curve(name, look.colour, look.plotly_symbol, dash_of(look)),
             customdata=[[f"{norm:.4g}"] for norm in frame["norm"]],
             hovertemplate=hover(
                 name,
@@ -300,13 +277,27 @@ def lengths_by_decile(
                 f"{LENGTH_AXES[column]} %{{y:.3f}}",
             ),
         )
-    rule_at_one(figure, "no shrinkage" if column == "gamma" else "|x̂| = |x|")
+    _rule_at_one(figure, "no shrinkage" if column == "gamma" else "|x̂| = |x|")
     figure.update_xaxes(tickvals=list(range(1, 11)), range=[0.5, 10.5])
     return style(figure, x="tenth of the tokens, shortest activations first", y=LENGTH_AXES[column])
 
 
-def rule_at_one(figure: go.Figure, text: str) -> None:
+def _curve(name: str, colour: str, symbol: str, dash: str) -> dict[str, Any]:
+    return {
+        "mode": "lines+markers",
+        "name": name,
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"symbol": symbol, "size": 10},
+    }
+
+
+def _rule_at_one(figure: go.Figure, text: str) -> None:
     """Draw the line where nothing is too short, and say so."""
     figure.add_hline(y=1, line=RULE)
     # On the left, where the dense end of a Gated curve, close to 1, does not run through it.
-    add_note(figure, text, x=0, xanchor="left", y=1, yanchor="bottom")
+    _note(figure, text, x=0, xanchor="left", y=1, yanchor="bottom")
+
+
+def _note(figure: go.Figure, text: str, **place: Any) -> None:
+    place |= {"xref": "paper", "showarrow": False, "font": {"size": 12, "color": NEUTRAL}}
+    figure.add_annotation(text=text, **place)
