@@ -6,15 +6,22 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 from tyro import _errors as tyro_errors
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from gsae_core.config import (
-    ARCHITECTURES,
-    SITES,
     Architecture,
     Config,
     ConfigKind,
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m gsae_core"
 
 SETS: dict[str, tuple[type[Config], str]] = {
-    (names := word.split("="))[0]: (config, names[-1])
+    word.partition("=")[0]: (config, word.rpartition("=")[2])
     for config, words in {
         ModelConfig: "model=name revision layer site dtype",
         DataConfig: "data=source text_column split n_ctx bos held_out",
@@ -55,15 +62,13 @@ SETS: dict[str, tuple[type[Config], str]] = {
 """Flag of `train` -> config and field that it sets; help, choices and default are the field's."""
 
 
-TRAIN = """Train SAEs: the product of --arch and --sparsity, all on the same activations.
-
-Start from a preset or a config file and change what you like, or give --sparsity, --width and
---tokens. TopK SAEs take --k in place of --sparsity.
-"""
+def _flags_of(config: type[Config]) -> dict[str, str]:
+    """Return the field that each flag of a config sets."""
+    return {flag: field for flag, (owner, field) in SETS.items() if owner is config}
 
 
-def _plain(text: str, metavar: str | None = None, name: str | None = None) -> Any:
-    return arg(help=text, metavar=metavar, help_behavior_hint="", name=name)
+def _flag(kind: Any, text: str, metavar: str | None = None, default: str = "") -> Any:
+    return Annotated[kind, arg(help=text, metavar=metavar, help_behavior_hint=default)]
 
 
 def _help_of(config: type[Config], field: str) -> str:
@@ -73,71 +78,62 @@ def _help_of(config: type[Config], field: str) -> str:
 
 def _settings(config: type[Config]) -> dict[str, Any]:
     """Return the type and help of each flag that sets a field of a config."""
-    hints = {}
-    for flag, (owner, name) in SETS.items():
-        if owner is not config:
-            continue
-        info, text = config.model_fields[name], _help_of(config, name)
-        kind = next(each for each in _members(info.annotation) if each is not type(None))
+    hints, kinds = {}, get_type_hints(config)
+    for flag, name in _flags_of(config).items():
+        info, kind = config.model_fields[name], kinds[name]
         if kind is bool:
-            hints[flag] = Annotated[FlagCreatePairsOff[bool], _plain(info.description or "")]
+            hints[flag] = _flag(FlagCreatePairsOff[bool], info.description or "")
             continue
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
         metavars = {int: "INT", float: "FLOAT", str: "REV" if flag == "revision" else "NAME"}
-        metavar = metavars.get(kind) or f"{{{','.join(get_args(kind))}}}"
+        metavar = metavars.get(kind) or _choices(kind)
         shown = not info.is_required() and info.default is not None
         default = f"(default: {info.default})" if shown else ""
-        told = arg(help=text, metavar=metavar, help_behavior_hint=default)
-        hints[flag] = Annotated[kind | None, told]
+        hints[flag] = _flag(kind | None, _help_of(config, name), metavar, default)
     return hints
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """Return what a field's type is made of, without what pydantic checks of it."""
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if annotation in (bool, int, float, str) or get_origin(annotation) is Literal:
-        return (annotation,)
-    return tuple(each for part in get_args(annotation) for each in _members(part))
+def _choices(literal: Any) -> str:
+    return f"{{{','.join(get_args(literal))}}}"
 
 
 def _train_flags() -> dict[str, Any]:
     """Return the type and help of each flag of `train`, in the order of its help."""
-
-    def flag(kind: Any, text: str, metavar: str | None = None) -> Any:
-        return Annotated[kind, _plain(text, metavar)]
-
-    switch, lambdas = FlagCreatePairsOff[bool], "LAMBDA [LAMBDA ...]"
+    lambdas = "LAMBDA [LAMBDA ...]"
     return {
-        "preset": flag(str | None, f"Start from a known set-up: {', '.join(presets())}.", "NAME"),
-        "config": flag(Path | None, "Start from a config file: the config.json of a run.", "FILE"),
-        "out": flag(
+        "preset": _flag(str | None, f"Start from a known set-up: {', '.join(presets())}.", "NAME"),
+        "config": _flag(Path | None, "Start from a config file: the config.json of a run.", "FILE"),
+        "out": _flag(
             Path | None,
             "New folder for the run; without it, one under runs/ named after the time.",
             "DIR",
         ),
         **_settings(ModelConfig),
         **_settings(DataConfig),
-        "arch": flag(
+        "arch": _flag(
             tuple[Architecture, ...],
             "Architectures of the sweep; without it the set-up's, or gated and relu.",
-            f"{{{','.join(ARCHITECTURES)}}} [...]",
+            f"{_choices(Architecture)} [...]",
         ),
-        "sparsity": flag(tuple[float, ...], _help_of(SAESpec, "sparsity"), lambdas),
-        "jumprelu_sparsity": flag(
+        "sparsity": _flag(tuple[float, ...], _help_of(SAESpec, "sparsity"), lambdas),
+        "jumprelu_sparsity": _flag(
             tuple[float, ...],
             "lambda of the JumpReLU SAEs, which weighs the number of latents and is therefore of "
             "another size: from 0.001 to 0.1, L0 on the bundled model falls from about 70 to about "
             "1; without it --sparsity.",
             lambdas,
         ),
-        "k": flag(tuple[int, ...], "Latents of a token in a TopK SAE.", "INT [INT ...]"),
-        "width": flag(int | None, "Latents of an SAE; a ReLU SAE gets 1.5x as many.", "INT"),
-        "equal_width": flag(switch, "Make the ReLU SAEs as wide as the Gated ones."),
+        "k": _flag(tuple[int, ...], "Latents of a token in a TopK SAE.", "INT [INT ...]"),
+        "width": _flag(int | None, "Latents of an SAE; a ReLU SAE gets 1.5x as many.", "INT"),
+        "equal_width": _flag(
+            FlagCreatePairsOff[bool], "Make the ReLU SAEs as wide as the Gated ones."
+        ),
         **_settings(SAESpec),
         **_settings(TrainRecipe),
         **_settings(EvalConfig),
         **_settings(RunConfig),
-        "seed": flag(int | None, "Seed of the data order and of the initial weights.", "INT"),
+        "seed": _flag(int | None, "Seed of the data order and of the initial weights.", "INT"),
     }
 
 
@@ -146,6 +142,12 @@ def _unsaid(hint: Any) -> Any:
     kind = get_args(hint)[0]
     return False if kind is bool else () if get_origin(kind) is tuple else None
 
+
+TRAIN = """Train SAEs: the product of --arch and --sparsity, all on the same activations.
+
+Start from a preset or a config file and change what you like, or give --sparsity, --width and
+--tokens. TopK SAEs take --k in place of --sparsity.
+"""
 
 if TYPE_CHECKING:
 
@@ -166,10 +168,15 @@ else:
     )
 
 
-DEFAULT_SWEEP: tuple[Architecture, ...] = ("gated", "relu")
-
-
-_RunFolder = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+# Flags of the commands below. The docstring of a field is its help, but for those of several lines,
+# which tyro would break where the source does.
+_Plain = arg(help_behavior_hint="")
+_Run = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+_Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
+_Names = Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")]
+_Number = Annotated[int | None, _Plain, arg(metavar="INT")]
+_Site = Annotated[Site | None, _Plain, arg(metavar=_choices(Site))]
+_Switch = Annotated[FlagCreatePairsOff[bool], _Plain]
 
 
 @dataclass(frozen=True)
@@ -181,42 +188,40 @@ class Label:
     interrupted. No text leaves this machine without --remote.
     """
 
-    run: _RunFolder
-    sae: Annotated[str | None, _plain("Name of the SAE; without it the only one.", "NAME")] = None
-    features: Annotated[tuple[int, ...], _plain("Numbers of features.", "INT [INT ...]")] = ()
-    most: Annotated[
-        int | None, _plain("In place of numbers: the INT features that fire most often.", "INT")
-    ] = None
+    run: _Run
+    sae: _Name = None
+    """Name of the SAE; without it the only one."""
+    features: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = ()
+    """Numbers of features."""
+    most: _Number = None
+    """In place of numbers: the INT features that fire most often."""
     with_: Annotated[
-        str | None,
-        _plain(
-            "Model that writes: a folder, or the name of one on this machine; with --remote the "
-            "name of one at the address in OPENAI_BASE_URL.",
-            "MODEL",
-            "with",
+        _Name,
+        arg(
+            name="with",
+            metavar="MODEL",
+            help="Model that writes: a folder, or the name of one on this machine; with --remote "
+            "the name of one at the address in OPENAI_BASE_URL.",
         ),
     ] = None
     remote: Annotated[
-        FlagCreatePairsOff[bool],
-        _plain(
-            "Send texts of the index to the address in OPENAI_BASE_URL, which speaks OpenAI's chat "
-            "completions, with the token in OPENAI_API_KEY if there is one."
+        _Switch,
+        arg(
+            help="Send texts of the index to the address in OPENAI_BASE_URL, which speaks OpenAI's "
+            "chat completions, with the token in OPENAI_API_KEY if there is one."
         ),
     ] = False
     score: Annotated[
         Literal["detection", "fuzzing", "none"],
         arg(
             help="How: by telling texts in which it fires from others, or marked tokens on which "
-            "it fires from others; none leaves labels unscored.",
+            "it fires from others; none leaves labels unscored."
         ),
     ] = "detection"
-    again: Annotated[
-        FlagCreatePairsOff[bool],
-        _plain("Also label what has a label; the old one stays in labels.jsonl."),
-    ] = False
-    device: Annotated[
-        str | None, _plain("Where a model on this machine works; without it as the run.", "NAME")
-    ] = None
+    again: _Switch = False
+    """Also label what has a label; the old one stays in labels.jsonl."""
+    device: _Name = None
+    """Where a model on this machine works; without it as the run."""
 
 
 @dataclass(frozen=True)
@@ -227,24 +232,20 @@ class Import:
     OpenAI's and BatchTopK's, recognised by what is in their files.
     """
 
-    path: Annotated[
-        Positional[Path], arg(help="File or folder of one SAE, or of several.", metavar="PATH")
-    ]
-    to: Annotated[Path, _plain("New folder for the run.", "RUN")]
-    sae: Annotated[
-        tuple[str, ...], _plain("Which of several to take; without it all.", "NAME [NAME ...]")
-    ] = ()
-    model: Annotated[
-        str | None, _plain("Language model, where the files say none or another name.", "NAME")
-    ] = None
-    layer: Annotated[int | None, _plain("Block number, from 0, likewise.", "INT")] = None
-    site: Annotated[
-        Site | None, _plain("Place in the block, likewise.", f"{{{','.join(SITES)}}}")
-    ] = None
-    data: Annotated[
-        str | None,
-        _plain("Text to evaluate on; without it the Python standard library's.", "NAME"),
-    ] = None
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """File or folder of one SAE, or of several."""
+    to: Annotated[Path, arg(metavar="RUN")]
+    """New folder for the run."""
+    sae: _Names = ()
+    """Which of several to take; without it all."""
+    model: _Name = None
+    """Language model, where the files say none or another name."""
+    layer: _Number = None
+    """Block number, from 0, likewise."""
+    site: _Site = None
+    """Place in the block, likewise."""
+    data: _Name = None
+    """Text to evaluate on; without it the Python standard library's."""
 
 
 @dataclass(frozen=True)
@@ -254,25 +255,23 @@ class ExportSAE:
     `jumprelu` is SAELens' layout of the JumpReLU SAE that computes what a Gated one does.
     """
 
-    run: _RunFolder
-    to: Annotated[Path, _plain("New folder for the SAE.", "FOLDER")]
-    sae: Annotated[str | None, _plain("Its name; without it the run's only one.", "NAME")] = None
+    run: _Run
+    to: Annotated[Path, arg(metavar="FOLDER")]
+    """New folder for the SAE."""
+    sae: _Name = None
+    """Its name; without it the run's only one."""
     format: Annotated[
-        Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"],
-        _plain("Whose files to write."),
+        Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"], _Plain
     ] = "saelens"
+    """Whose files to write."""
 
 
 @dataclass(frozen=True)
 class List:
     """Show the runs in a folder, the SAEs of a run, or those in any other folder or file."""
 
-    path: Annotated[
-        Positional[Path | None],
-        _plain(
-            "Folder of runs, a run, or files of any library; without it the folder of runs.", "PATH"
-        ),
-    ] = None
+    path: Annotated[Positional[Path | None], _Plain, arg(metavar="PATH")] = None
+    """Folder of runs, a run, or files of any library; without it the folder of runs."""
 
 
 @dataclass(frozen=True)
@@ -287,25 +286,21 @@ class Pull:
     address: Annotated[
         Positional[str],
         arg(
+            metavar="REPO[:PATH][@REV]",
             help="OWNER/NAME; after a colon the SAE's folder or file in it; after an @ a branch, "
             "tag or commit.",
-            metavar="REPO[:PATH][@REV]",
         ),
     ]
-    to: Annotated[
-        Path | None, _plain("New folder for the run; without it, one under runs/.", "DIR")
-    ] = None
-    list: Annotated[
-        FlagCreatePairsOff[bool], _plain("Only list the SAEs there and their sizes.")
-    ] = False
-    model: Annotated[
-        str | None, _plain("Language model of the SAE, where its files do not say.", "NAME")
-    ] = None
-    layer: Annotated[int | None, _plain("Its block, where its files do not say.", "INT")] = None
-    site: Annotated[
-        Site | None,
-        _plain("Its place in the block, where its files do not say.", f"{{{','.join(SITES)}}}"),
-    ] = None
+    to: Annotated[Path | None, _Plain, arg(metavar="DIR")] = None
+    """New folder for the run; without it, one under runs/."""
+    list: _Switch = False
+    """Only list the SAEs there and their sizes."""
+    model: _Name = None
+    """Language model of the SAE, where its files do not say."""
+    layer: _Number = None
+    """Its block, where its files do not say."""
+    site: _Site = None
+    """Its place in the block, where its files do not say."""
 
 
 @dataclass(frozen=True)
@@ -315,43 +310,47 @@ class Push:
     A new repository is private unless --public says otherwise; an existing one stays as it is.
     """
 
-    run: _RunFolder
-    sae: Annotated[tuple[str, ...], _plain("Names of the SAEs to send.", "NAME [NAME ...]")]
-    to: Annotated[str, _plain("Repository on the Hub, made if it is not there.", "OWNER/NAME")]
-    public: Annotated[
-        FlagCreatePairsOff[bool], _plain("Let everybody see a repository that is made for it.")
-    ] = False
+    run: _Run
+    sae: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
+    """Names of the SAEs to send."""
+    to: Annotated[str, arg(metavar="OWNER/NAME")]
+    """Repository on the Hub, made if it is not there."""
+    public: _Switch = False
+    """Let everybody see a repository that is made for it."""
 
 
 @dataclass(frozen=True)
 class Resume:
     """Go on with a run that was interrupted or never started, from its last saved state."""
 
-    run: _RunFolder
+    run: _Run
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew."""
 
-    run: _RunFolder
+    run: _Run
     tokens: Annotated[
-        int | None,
-        _plain(
-            "Held-out tokens, masked positions left out, or as many as the whole text has; "
-            "without it as many as the run's config says.",
-            "INT",
+        _Number,
+        arg(
+            help="Held-out tokens, masked positions left out, or as many as the whole text has; "
+            "without it as many as the run's config says."
         ),
     ] = None
     replace: Annotated[
         Positions | None,
-        _plain(
-            "Where the model reads reconstructions: counted tokens alone, or BOS, separators "
+        _Plain,
+        arg(
+            metavar=_choices(Positions),
+            help="Where the model reads reconstructions: counted tokens alone, or BOS, separators "
             "and padding too; without it as the run's config says. Zero ablation zeroes every "
             "position.",
-            "{counted,all}",
         ),
     ] = None
+
+
+_Split = Literal["mixed", "train", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -362,26 +361,21 @@ class Index:
     last: a million tokens, half of them held out.
     """
 
-    run: _RunFolder
-    sae: Annotated[
-        str | None,
-        _plain("Name of one SAE; without it all of them.", "NAME"),
-    ] = None
-    tokens: Annotated[
-        int | None,
-        _plain("Tokens to read, masked positions left out, or as many as the text has.", "INT"),
-    ] = None
-    split: Annotated[
-        Literal["mixed", "train", "held_out"] | None,
-        _plain("Which of the text to read.", "{mixed,train,held_out}"),
-    ] = None
+    run: _Run
+    sae: _Name = None
+    """Name of one SAE; without it all of them."""
+    tokens: _Number = None
+    """Tokens to read, masked positions left out, or as many as the text has."""
+    split: Annotated[_Split | None, _Plain, arg(metavar=_choices(_Split))] = None
+    """Which of the text to read."""
 
 
 @dataclass(frozen=True)
 class Doctor:
     """Check that this machine can do the work, line by line; exit 1 if something cannot work."""
 
-    runs: Annotated[Path, _plain("Folder that runs are kept in.", "DIR")] = Path("runs")
+    runs: Annotated[Path, _Plain, arg(metavar="DIR")] = Path("runs")
+    """Folder that runs are kept in."""
 
 
 @dataclass(frozen=True)
@@ -389,8 +383,6 @@ class Bench:
     """Measure what training costs on this machine, beside other libraries where they are here."""
 
 
-Exchange = Import | ExportSAE | List
-Command = Train | Resume | Evaluate | Index | Label | Exchange | Pull | Push | Doctor
 COMMANDS: dict[str, type] = {
     "train": Train,
     "resume": Resume,
@@ -414,9 +406,9 @@ def run_config(flags: Train) -> RunConfig:
         InputError: one sentence in the words of the command line.
     """
     base = _base(flags)
-    missing = [_said(name) for name in ("width", "tokens") if _absent(flags, name)]
-    knobs = [_knob(flags, architecture) for architecture in flags.arch or DEFAULT_SWEEP]
-    missing = [*(knob.flag for knob in knobs if not knob.values), *missing]
+    knobs = [_knob(flags, architecture) for architecture in flags.arch or ("gated", "relu")]
+    missing = [knob.flag for knob in knobs if not knob.values]
+    missing += [_said(name) for name in ("width", "tokens") if getattr(flags, name) is None]
     if base is None and missing:
         raise InputError(
             f"expected {missing[0]}, got none; or start from a set-up: "
@@ -429,9 +421,9 @@ def run_config(flags: Train) -> RunConfig:
         "train": _over(TrainRecipe, base and base.train, flags),
         "saes": _specs(flags, base.saes if base else ()),
     }
-    kept = {name: getattr(base, name) for name in RunConfig.model_fields} if base else {}
+    kept = dict(base) if base else {}
     called = _called(RunConfig) | {"train": "--tokens"}
-    return validated(RunConfig, kept | parts | _given(flags, RunConfig), called)
+    return validated(RunConfig, kept | parts | _fields(flags, RunConfig), called)
 
 
 def _base(flags: Train) -> RunConfig | None:
@@ -446,48 +438,49 @@ def _base(flags: Train) -> RunConfig | None:
     return None if flags.config is None else load_config(flags.config)
 
 
-def _absent(flags: Train, name: str) -> bool:
-    value = getattr(flags, name)
-    return value is False or value in (None, ())
-
-
 def _said(flag: str) -> str:
     return "--" + flag.replace("_", "-")
 
 
-def _given(flags: Train, config: type[Config]) -> dict[str, Any]:
+def _given(flags: Train) -> dict[str, Any]:
+    """Return the flags that were given, by name."""
+    values = {field: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    return {field.name: value for field, value in values.items() if value != field.default}
+
+
+def _fields(flags: Train, config: type[Config]) -> dict[str, Any]:
     """Return the fields of a config that flags set."""
-    return {
-        field: getattr(flags, flag)
-        for flag, (owner, field) in SETS.items()
-        if owner is config and not _absent(flags, flag)
-    }
+    given = _given(flags)
+    return {field: given[flag] for flag, field in _flags_of(config).items() if flag in given}
 
 
 def _called(config: type[Config]) -> dict[str, str]:
     """Return what the command line calls a config's fields."""
-    return {field: _said(flag) for flag, (owner, field) in SETS.items() if owner is config}
+    return {field: _said(flag) for flag, field in _flags_of(config).items()}
 
 
 def _over(kind: type[ConfigKind], base: Config | None, flags: Train) -> ConfigKind:
     fields = base.model_dump() if base else {}
-    return validated(kind, fields | _given(flags, kind), _called(kind))
+    return validated(kind, fields | _fields(flags, kind), _called(kind))
 
 
 def _specs(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
     in_base: tuple[Architecture, ...] = tuple(spec.architecture for spec in base)
-    architectures = tuple(dict.fromkeys(flags.arch or in_base or DEFAULT_SWEEP))
+    architectures = dict.fromkeys(flags.arch or in_base or ("gated", "relu"))
     knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
     _check_knobs(flags, knobs)
-    changes = _given(flags, SAESpec)
+    changes = _fields(flags, SAESpec)
     if flags.seed is not None:
         changes["seed"] = flags.seed
     if flags.lr is not None:
         changes["lr"] = None  # the run's, which --lr sets
-    called = _called(SAESpec) | {"d_sae": "--width", "seed": "--seed"}
-    width = _width(flags, base)
     return resweep(
-        base, knobs, width=width, equal_width=flags.equal_width, changes=changes, called=called
+        base,
+        knobs,
+        width=_width(flags, base),
+        equal_width=flags.equal_width,
+        changes=changes,
+        called=_called(SAESpec) | {"d_sae": "--width", "seed": "--seed"},
     )
 
 
@@ -501,7 +494,7 @@ def _check_knobs(flags: Train, knobs: dict[Architecture, Knob]) -> None:
     """Raise InputError if a flag sets the sparsity of nothing in the sweep."""
     for name in ("sparsity", "jumprelu_sparsity", "k"):
         flag = _said(name)
-        if not _absent(flags, name) and flag not in {knob.flag for knob in knobs.values()}:
+        if getattr(flags, name) and flag not in {knob.flag for knob in knobs.values()}:
             wanted = {"jumprelu_sparsity": "jumprelu", "k": "topk"}.get(name, "gated or relu")
             raise InputError(
                 f"{flag}: expected {wanted} among the architectures, got {', '.join(knobs)}; "
@@ -527,29 +520,19 @@ def _width(flags: Train, base: tuple[SAESpec, ...]) -> int | None:
     return widths.pop()
 
 
-def command_line(flags: "Train") -> str:
+def command_line(flags: Train) -> str:
     """Return the command that trains exactly what `flags` describes, quoted for a shell."""
-    words = ["python", "-m", "gsae_core", "train"]
-    for field in dataclasses.fields(flags):
-        value = getattr(flags, field.name)
-        if value is not None and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *_words(value)]
+    words = [*PROGRAM.split(), "train"]
+    for name, value in _given(flags).items():
+        words.append(_said(name))
+        if value is not True:
+            words += [_exact(each) for each in (value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
 
 
-def _words(value: Any) -> list[str]:
-    if value is True:
-        return []
-    return [_exact(v) if isinstance(v, float) else str(v) for v in _listed(value)]
-
-
-def _exact(number: float) -> str:
-    short = f"{number:g}"
-    return short if float(short) == number else repr(number)
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _exact(value: Any) -> str:
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def parse(

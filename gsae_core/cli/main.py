@@ -19,7 +19,6 @@ from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
 from gsae_core.cli.arguments import (
     PROGRAM,
-    Command,
     Doctor,
     Evaluate,
     ExportSAE,
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(command: Command) -> int:
+def _run(command: object) -> int:
     match command:
         case Train():
             _train(command)
