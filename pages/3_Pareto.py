@@ -268,12 +268,7 @@ def cards(evals: pd.DataFrame, picked: list[str]) -> None:
     rows = {str(row["id"]): row for row in evals.to_dict("records")}
     for number, (cell, name) in enumerate(zip(st.columns(2), picked, strict=False), start=1):
         with cell:
-            asked = card(rows[name], by_id[str(rows[name]["run"])], number=number)
-        if asked == "live":
-            shell.go("pages/2_Live.py", by_id[str(rows[name]["run"])])
-        elif asked == "shrinkage":
-            st.session_state["shrinkage.open_sae"] = str(rows[name]["name"])
-            shell.go("pages/4_Shrinkage.py", by_id[str(rows[name]["run"])])
+            card(rows[name], by_id[str(rows[name]["run"])], number=number)
     if len(picked) == 2:
         difference_card(rows[picked[0]], rows[picked[1]])
 

@@ -22,6 +22,7 @@ from gsae_core.app.parts import (
     settle,
     write,
 )
+from gsae_core.app.pickers import choice
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
@@ -138,14 +139,12 @@ def over_the_sweep() -> None:
 def by_length() -> None:
     """Draw lengths of reconstructions from the shortest activations to the longest."""
     st.subheader("By length of the activation", anchor=False, help=definition("norm_ratio"))
-    correct("lengths", list(LENGTHS), what="measure of length", shown="the length ratio")
-    label = st.segmented_control(
+    label = choice(
         "Measure",
-        list(LENGTHS),
-        default="length ratio",
-        required=True,
+        LENGTHS,
         key="lengths",
-        bind="query-params",
+        what="measure of length",
+        shown="the length ratio",
         help=f"{definition('norm_ratio')}\n\nγ: {definition('norm_gamma')}",
     )
     try:

@@ -5,11 +5,9 @@ import streamlit as st
 from gsae_core.analysis.features.feature import Feature
 from gsae_core.analysis.features.filter import Chosen
 from gsae_core.analysis.features.index import FeatureIndex
-from gsae_core.app import feature_examples, feature_list, feature_view, shell
-from gsae_core.app.feature_examples import match, relations, similar
-from gsae_core.app.feature_list import Opened, open_index, open_sae, weights_of
-from gsae_core.app.index_panel import panel
-from gsae_core.app.parts import notice, plain
+from gsae_core.app import feature_list, feature_view, shell
+from gsae_core.app.feature_index import Opened, open_index, open_sae, panel, weights_of
+from gsae_core.app.parts import notice, plain, say_refused
 from gsae_core.app.pickers import need_saes, pick_pair, said, stacking
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
@@ -37,15 +35,9 @@ def other_index(run: Run, base: str | None) -> FeatureIndex | None:
         return None  # its own page says why
 
 
-def build(run: Run, sae: Opened, base: str | None, other: FeatureIndex | None) -> None:
-    """Draw what has to be built before anything is known of where features fire."""
-    names = [sae.name] if base is None or other is not None else [sae.name, base]
-    panel(run, names, problem=sae.problem)
-
-
 def ask(sae: Opened) -> tuple[Chosen, int]:
     """Draw the filters; return what they leave, and the feature that is shown."""
-    wanted, order = feature_list.ask(sae)
+    wanted, order = feature_list.ask()
     chosen = feature_list.find(sae, wanted, order)
     if chosen.rows.empty:
         feature_list.nothing_left(sae, chosen, wanted)
@@ -55,8 +47,8 @@ def ask(sae: Opened) -> tuple[Chosen, int]:
 
 def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: str | None) -> None:
     """Draw the feature that is chosen."""
-    feature_view.say_refused()
-    number = feature_view.navigation(sae, chosen, go=feature_list.go_to)
+    say_refused()
+    number = feature_view.navigation(sae, chosen)
     if st.session_state.pop("features.list_is_old", False):
         st.rerun()
     if sae.index is None:
@@ -77,10 +69,10 @@ def dead(sae: Opened, feature: Feature) -> None:
     text = f"It did not fire in {feature.index.n_tokens:,} tokens."
     notice(text, kind="info", title=f"Feature {feature.number} is dead")
     feature_view.from_weights(sae, feature.stats)
-    similar(sae, feature, go=feature_list.go_to, alive_only=True)
+    feature_view.similar(sae, feature, alive_only=True)
     if len(feature.near_misses[0]):
         st.subheader("Where it came nearest to firing", anchor=False)
-        feature_examples.just_missed(feature)
+        feature_view.just_missed(feature)
 
 
 def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str | None) -> None:
@@ -89,12 +81,12 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
     feature_view.numbers(feature)
     pictures = st.container()
     st.subheader("Where it fires", anchor=False)
-    found, problem = match(feature, other)
+    found, problem = feature_view.match(feature, other)
     like = found.feature if found is not None else None
-    feature_examples.examples(feature, like, name=sae.name, beside=base or "")
+    feature_view.examples(feature, like, name=sae.name, beside=base or "")
     st.subheader("Logit effects", anchor=False)
     feature_view.logits(feature)
-    relations(sae, feature, found, base=base, problem=problem, go=feature_list.go_to)
+    feature_view.relations(sae, feature, found, base=base, problem=problem)
     with pictures:
         feature_view.pictures(feature, frame.theme)
 
@@ -102,7 +94,8 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
 run, sae, base = choose()
 other = other_index(run, base)
 if sae.index is None:
-    build(run, sae, base, other)
+    missing = [sae.name] if base is None or other is not None else [sae.name, base]
+    panel(run, missing, problem=sae.problem)
 st.session_state.pop("features.list_is_old", None)  # it is drawn anew
 with stacking("features.split", least=19):
     left, right = st.columns([1, 1.75], gap="medium")

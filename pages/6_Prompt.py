@@ -5,9 +5,10 @@ import streamlit as st
 
 from gsae_core.app import cache, prompt_view, shell
 from gsae_core.app.components import token_picker
-from gsae_core.app.parts import correct, figure_tools, key_for, plain, settle, write
+from gsae_core.app.parts import figure_tools, key_for, plain, settle, write
 from gsae_core.app.pickers import (
     architecture,
+    choice,
     correct_number,
     need_saes,
     pick_pair,
@@ -96,15 +97,7 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
             help="Attribution is to the logit of this token after the chosen position.",
         )
     with three:
-        correct("by", list(MEASURES), what="measure of the strip", shown="active features")
-        measure = st.segmented_control(
-            "Shade tokens by",
-            list(MEASURES),
-            default="active features",
-            required=True,
-            key="by",
-            bind="query-params",
-        )
+        measure = choice("Shade tokens by", MEASURES, key="by", what="measure of the strip")
     tables = attributed(chosen, seen, position=position, token=offered[target].id)
     with strip:
         token_picker(

@@ -6,9 +6,10 @@ from typing import Any
 import streamlit as st
 
 from gsae_core.app import cache, shell, steer_view
-from gsae_core.app.parts import asked, copy_link, correct, key_for, plain, write
+from gsae_core.app.parts import asked, copy_link, key_for, plain, write
 from gsae_core.app.pickers import (
     architecture,
+    choice,
     correct_number,
     need_saes,
     pick_pair,
@@ -87,14 +88,11 @@ def feature_row(row: str, d_sae: int, scales: Any) -> Push | None:
     if latent is None:
         return None
     with two:
-        correct(mode, MODES, what="mode", shown="add")
-        how = st.segmented_control(
+        how = choice(
             "Mode",
             MODES,
-            default="add",
-            required=True,
             key=mode,
-            bind="query-params",
+            what="mode",
             help="add: f + strength, on every token. clamp: f = strength, whether it fires or "
             "not. ablate: f = 0.",
         )

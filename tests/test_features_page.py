@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 from synthetic_index import DEAD, THETA, write_index, write_weights
 
-from gsae_core.app import components, feature_list, index_panel
+from gsae_core.app import components, feature_index, feature_list
 from gsae_core.config import SAESpec, sweep
 from gsae_core.runs.jobs.job import Status, write_status
 from gsae_core.runs.run import Run
@@ -191,12 +191,6 @@ def test_a_click_on_a_bar_is_a_range_of_densities() -> None:
         assert feature_list.bar_range(nothing) == ""
 
 
-def test_a_ticked_row_is_one_there_is() -> None:
-    assert feature_list.picked_row({"selection": {"rows": [2]}}, 3) == 2
-    assert feature_list.picked_row({"selection": {"rows": [3]}}, 3) is None
-    assert feature_list.picked_row({"selection": {"rows": []}}, 3) is None
-
-
 def test_only_a_link_that_was_offered_is_followed() -> None:
     links = [components.Link(7, "w", "0.5", 0.5, "", "")]
     assert components.read_feature_pick(7, links) == 7
@@ -319,7 +313,7 @@ def test_without_an_index_the_weights_are_shown_and_one_can_be_built(
         asked.append((name, n_tokens))
         return 1
 
-    monkeypatch.setattr(index_panel, "start_index", note)
+    monkeypatch.setattr(feature_index, "start_index", note)
     at.button(key="features.build").click().run()
     # The one beside it too, over the same tokens.
     assert asked == [("gated-0.3", 1_000_000), ("relu-0.3", 1_000_000)]
@@ -449,7 +443,7 @@ def test_the_page_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    modules = "app.feature_list app.feature_view app.feature_examples app.index_panel runs.run"
+    modules = "app.feature_list app.feature_view app.feature_index runs.run"
     code = f"import sys, importlib\nfor m in '{modules}'.split(): "
     code += "importlib.import_module(f'gsae_core.{m}')\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

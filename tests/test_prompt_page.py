@@ -13,6 +13,7 @@ from synthetic import write_run
 from gsae_core.app import cache, prompt_view
 from gsae_core.app.cache import ModelLock
 from gsae_core.app.components import read_token_pick
+from gsae_core.app.pickers import ticked_row
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.text import quoted
@@ -315,7 +316,7 @@ def test_a_click_names_a_token_there_is(sent: object, index: int | None) -> None
 
 def test_a_ticked_row_that_is_gone_is_none() -> None:
     for rows, row in (([], None), ([2], 2), ([5], None)):
-        assert prompt_view.chosen_row({"selection": {"rows": rows}}, 3) == row
+        assert ticked_row({"selection": {"rows": rows}}, 3) == row
 
 
 def test_a_quoted_token_hides_nothing_and_is_short() -> None:

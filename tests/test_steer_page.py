@@ -323,6 +323,6 @@ def test_marks_lie_where_the_slider_has_their_value(monkeypatch: pytest.MonkeyPa
     drawn: list[str] = []
     monkeypatch.setattr(steer_view.st, "html", drawn.append)
     marks = {1.0: "p99", 99.0: "max"}
-    steer_view.ruler(marks, low=-10, high=10)
+    steer_view.ruler(marks, 10.0)
     assert "left:55.00%" in drawn[0]  # 11 of 20
     assert "max" not in drawn[0]

@@ -1,14 +1,12 @@
 """The list of features: how often they fire, which of them are wanted, and in what order."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.files import COLUMNS, MANIFEST, read_manifest
+from gsae_core.analysis.features.files import COLUMNS
 from gsae_core.analysis.features.filter import (
     ANY,
     ORDERS,
@@ -18,116 +16,15 @@ from gsae_core.analysis.features.filter import (
     Range,
     Wanted,
     choose,
-    listing,
     parse_range,
     range_text,
-    weight_listing,
 )
-from gsae_core.analysis.features.index import FeatureIndex
-from gsae_core.analysis.labels import Labels
-from gsae_core.app import cache
-from gsae_core.app.cache import Version, version
+from gsae_core.app.feature_index import Opened
 from gsae_core.app.parts import correct, figure_tools, notice, plain
-from gsae_core.app.pickers import architecture
+from gsae_core.app.pickers import architecture, choice, ticked_row
 from gsae_core.errors import InputError
 from gsae_core.plots.features import density_histogram
 from gsae_core.plots.palette import Theme
-from gsae_core.runs import run as launch
-from gsae_core.runs.run import Run, is_example, labels_folder
-from gsae_core.runs.work.index import index_folder
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An SAE as the page can show it."""
-
-    run: Run
-    name: str
-    index: FeatureIndex | None
-    """None where there is none, or none that can be read."""
-    problem: str
-    """Why an index that is there cannot be read."""
-    rows: pd.DataFrame
-    """A row per feature: `filter.listing`, or `filter.weight_listing` without an index."""
-
-    @property
-    def n_features(self) -> int:
-        """Number of latents."""
-        return len(self.rows)
-
-
-def open_sae(run: Run, name: str) -> Opened:
-    """Return one of a run's SAEs with its index, if it has one that can be read.
-
-    Raises:
-        InputError: if not even its weights can be read.
-    """
-    problem, index = "", None
-    try:
-        index = open_index(run, name)
-    except InputError as error:
-        problem = str(error)
-    if index is not None:
-        return Opened(run, name, index, "", _listing(str(index.folder), index.manifest.made, index))
-    try:
-        stats = cache.feature_stats(run, name)
-    except InputError:
-        stats = None  # not evaluated: the weights alone
-    return Opened(run, name, None, problem, weight_listing(weights_of(run, name), stats))
-
-
-def open_index(run: Run, name: str) -> FeatureIndex | None:
-    """Return the index of one of a run's SAEs; None if there is none.
-
-    Raises:
-        InputError: if it is of other weights, cut short, or a newer version's, or if its labels
-            cannot be read.
-    """
-    folder = index_folder(run, name)
-    if not (folder / MANIFEST).is_file():
-        return None
-    # At every look: a mapped file that was cut short since would end the server.
-    manifest = read_manifest(folder)
-    weights = version(run.sae_folder(name) / "cfg.json")
-    said = labels_folder(launch.runs_root().absolute(), name) if is_example(run) else folder
-    index = _index(str(folder), manifest.made, weights, str(said), _run=run, _name=name)
-    index.labels.all()  # A file of them that cannot be read is told now, and once.
-    return index
-
-
-def weights_of(run: Run, name: str) -> pd.DataFrame:
-    """Return what the weights of an SAE say of each feature: `table.weight_columns`.
-
-    Raises:
-        InputError: if the SAE cannot be read.
-    """
-    folder = run.sae_folder(name)
-    return _weight_table(str(folder), version(folder / "sae_weights.safetensors"))
-
-
-# Arguments with an underscore are no part of the key: what stands before them tells them apart.
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _index(
-    folder: str, made: float, weights: Version, said: str, _run: Run, _name: str
-) -> FeatureIndex:
-    index = _run.features(_name)
-    index.labels = Labels(Path(said))
-    return index
-
-
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _listing(folder: str, made: float, _index: FeatureIndex) -> pd.DataFrame:
-    # Shared by every visitor: read, never changed.
-    return listing(_index)
-
-
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _weight_table(folder: str, stamp: Version) -> pd.DataFrame:
-    from gsae_core.analysis.features.table import weight_columns
-    from gsae_core.checkpoints.checkpoint import load_sae
-
-    return pd.DataFrame(weight_columns(load_sae(folder))).rename_axis("feature")
-
 
 MOST_ROWS = 2000
 PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
@@ -146,7 +43,7 @@ LIVES: tuple[Life, ...] = ("all", "alive", "dead")
 EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
 
 
-def ask(sae: Opened) -> tuple[Wanted, str]:
+def ask() -> tuple[Wanted, str]:
     """Draw the search field, the filters and the order; return what is wanted."""
     text = st.text_input(
         "Search",
@@ -178,27 +75,19 @@ def _filters(text: str) -> Wanted:
     """Draw the filters behind a button that says how many are in use."""
     used = _in_use()
     label = f"Filters ({used})" if used else "Filters"
-    ranges: dict[str, Range] = {}
     with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
-        for name, title in RANGES.items():
-            ranges[name] = _range(name, title)
-        correct("life", list(LIVES), what="choice here", shown="all")
-        life = st.segmented_control(
+        ranges = {name: _range(name, title) for name, title in RANGES.items()}
+        life = choice(
             "Features",
-            list(LIVES),
-            default="all",
-            required=True,
+            LIVES,
             key="life",
-            bind="query-params",
+            what="choice here",
             help="A dead feature fired on none of the tokens that were read.",
         )
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
-        st.button(
-            "Clear all", key="features.clear", on_click=clear, icon=":material/filter_list_off:"
-        )
-    kept: Life = life if life in LIVES else "all"
-    return Wanted(**ranges, life=kept, starred=starred, label=label or "", text=text)
+        _clear_button("Clear all", key="features.clear")
+    return Wanted(**ranges, life=life, starred=starred, label=label or "", text=text)
 
 
 def _range(name: str, title: str) -> Range:
@@ -224,8 +113,11 @@ def _in_use() -> int:
     return sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
 
 
-def clear() -> None:
-    """Ask for everything again."""
+def _clear_button(label: str, *, key: str) -> None:
+    st.button(label, key=key, on_click=_clear, icon=":material/filter_list_off:")
+
+
+def _clear() -> None:
     for key in TEXTS:
         st.session_state[key] = ""
     st.session_state["life"], st.session_state["star"] = "all", False
@@ -246,18 +138,23 @@ def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
 
 
 def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
-    """Draw how often features fire; a click on a bar lists its features."""
+    """Draw how often features fire; a click on a bar lists its features, beside the bars all."""
     density = sae.rows["density"].to_numpy(dtype=float)
     kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
     kind = architecture(sae.run, sae.name)
     chart = density_histogram(density, kept, theme=theme, architecture=kind)
     if not chart.data["n"].to_numpy().any():
         return
+
+    def clicked() -> None:
+        sent = st.session_state["features.density"]["selection"].get("bar")
+        st.session_state["dens"] = bar_range(sent)
+
     st.vega_lite_chart(
         chart.data,
         chart.spec,
         key="features.density",
-        on_select=_remember_bar,
+        on_select=clicked,
         selection_mode="bar",
         alt="How many features fire how often; a click on a bar lists its features",
     )
@@ -268,22 +165,13 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
         figure_tools(chart.data, name="densities", about=COLUMNS["density"])
 
 
-def _remember_bar() -> None:
-    """Filter by the bar that was clicked; a click beside the bars asks for all again."""
-    st.session_state["dens"] = bar_range(
-        st.session_state["features.density"]["selection"].get("bar")
-    )
-
-
 def bar_range(sent: Any) -> str:
     """Return the range of densities a browser says was clicked, as the filter reads it."""
     try:
-        ends = [(float(bar["low"]), float(bar["high"])) for bar in sent or []]
+        ends = [float(bar[end]) for bar in sent or [] for end in ("low", "high")]
     except (KeyError, TypeError, ValueError):
         return ""
-    if not ends:
-        return ""
-    return range_text(min(low for low, _ in ends), max(high for _, high in ends))
+    return range_text(min(ends), max(ends)) if ends else ""
 
 
 def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
@@ -296,7 +184,7 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
     number = st.column_config.NumberColumn
 
     def picked() -> None:
-        row = picked_row(st.session_state["features.list"], len(features))
+        row = ticked_row(st.session_state["features.list"], len(features))
         if row is not None:
             go_to(int(features[row]))
 
@@ -352,12 +240,6 @@ def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def picked_row(event: Any, n_rows: int) -> int | None:
-    """Return which row a browser says is ticked; None if that is none there is."""
-    rows = event["selection"]["rows"]
-    return int(rows[0]) if rows and 0 <= rows[0] < n_rows else None
-
-
 def go_to(feature: int) -> None:
     """Show a feature; for callbacks, before its field is drawn."""
     st.session_state["feature"] = feature
@@ -391,6 +273,4 @@ def nothing_left(sae: Opened, chosen: Chosen, wanted: Wanted) -> None:
         name, n = next(iter(chosen.excluded.items()))
         text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
     notice(text, kind="info", title="No feature is left")
-    st.button(
-        "Clear filters", key="features.clear_all", on_click=clear, icon=":material/filter_list_off:"
-    )
+    _clear_button("Clear filters", key="features.clear_all")

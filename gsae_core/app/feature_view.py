@@ -1,35 +1,54 @@
-"""One feature: its numbers, how its gate decides, its logit effects, its label, its exports."""
+"""One feature: its numbers, its gate, its examples, its label, its relations, its exports."""
 
 import getpass
 import json
 import math
 import mimetypes
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
+import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.features.export import TEMPLATE, neuronpedia_batch, page
+from gsae_core.analysis.features.export import (
+    TEMPLATE,
+    example_row,
+    neuronpedia_batch,
+    page,
+    strips,
+)
+from gsae_core.analysis.features.feature import Example, Feature, Pair
 from gsae_core.analysis.features.files import COLUMNS
-from gsae_core.analysis.features.filter import Chosen, beside
+from gsae_core.analysis.features.filter import Chosen
+from gsae_core.analysis.features.filter import beside as next_to
+from gsae_core.analysis.features.index import FeatureIndex
+from gsae_core.analysis.labels import Kind, Labels
 from gsae_core.app import shell
-from gsae_core.app.feature_list import Opened
-from gsae_core.app.parts import copy_link, facts, figure_tools, key_for, notice, plain
-from gsae_core.app.pickers import architecture, correct_number
+from gsae_core.app.components import Link, feature_links
+from gsae_core.app.feature_index import Opened
+from gsae_core.app.feature_list import go_to
+from gsae_core.app.parts import (
+    attempt,
+    copy_link,
+    escaped,
+    facts,
+    figure_tools,
+    key_for,
+    legend_row,
+    plain,
+    segments,
+    swatch,
+)
+from gsae_core.app.pickers import architecture, choice, correct_number
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
 from gsae_core.text import macros, percent, short
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-    from gsae_core.analysis.features.feature import Feature
-    from gsae_core.analysis.labels import Kind, Labels
-
-
-def summary(feature: "Feature") -> None:
+def summary(feature: Feature) -> None:
     """Say in two lines what the feature is: how often, on what, to what end."""
     fired, n_tokens = int(feature.stats["fired"]), int(feature.stats["n_tokens"])
     often = f"1 token in {_round(n_tokens / fired)}" if fired else "no token"
@@ -43,7 +62,7 @@ def _round(number: float) -> str:
     return f"{int(round(number, -digits)):,}".replace(",", " ")
 
 
-def numbers(feature: "Feature") -> None:
+def numbers(feature: Feature) -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
     row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
@@ -71,56 +90,62 @@ def _shrinkage(gamma: float) -> str:
     return f"{100 * abs(1 - gamma):.0f} % too {'short' if gamma < 1 else 'long'}"
 
 
-def pictures(feature: "Feature", theme: Theme) -> None:
+def pictures(feature: Feature, theme: Theme) -> None:
     """Draw how strongly it fires, and how its gate decides."""
     theta, kind = float(feature.stats["theta"]), feature.index.manifest.architecture
     plane = gate_plane(feature, theme=theme) if kind == "gated" else None
-    left, right = st.columns([1, 1.1]) if plane is not None else (st.container(), None)
+    spots = st.columns([1, 1.1]) if plane is not None else [st.container()]
     top = float(feature.histogram.edges[-1])
-    jumps = math.isfinite(theta) and theta > 0
+    alt = f"How often it fires how strongly, from 0 to {top:.3g}"
     words = {
         "relu": "One path decides whether and how much: no gate, no empty band at 0.",
         "topk": "It fires where it is among the k largest of a token.",
     }
-    with left:
+    caption = words.get(kind, "Its gate never binds: no jump.")
+    if math.isfinite(theta) and theta > 0:
+        alt += f"; nothing between 0 and {theta:.3g}"
+        caption = f"Nothing between 0 and θ = {theta:.3g}: it jumps."
+    with spots[0]:
         _picture(
             "How strongly it fires",
             activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind),
-            key="features.activations",
-            alt=f"How often it fires how strongly, from 0 to {top:.3g}"
-            + (f"; nothing between 0 and {theta:.3g}" if jumps else ""),
-            caption=f"Nothing between 0 and θ = {theta:.3g}: it jumps."
-            if jumps
-            else words.get(kind, "Its gate never binds: no jump."),
+            key="activations",
+            alt=alt,
+            caption=caption,
             table=histogram_table(feature.histogram),
             about="\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta")),
         )
-    if right is not None and plane is not None:
-        with right:
-            _picture(
-                "How its gate decides",
-                plane,
-                key="features.gate_and_magnitude",
-                alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
-                f"opening at theta, {theta:.3g}",
-                caption="A dot is a token, hollow: just missed. Slope: e^r.",
-                table=feature.gate_line(),
-                about=COLUMNS["theta"],
-            )
+    if plane is None:
+        return
+    with spots[1]:
+        _picture(
+            "How its gate decides",
+            plane,
+            key="gate_and_magnitude",
+            alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
+            f"opening at theta, {theta:.3g}",
+            caption="A dot is a token, hollow: just missed. Slope: e^r.",
+            table=feature.gate_line(),
+            about=COLUMNS["theta"],
+        )
 
 
 def _picture(
-    title: str, chart: Any, *, key: str, alt: str, caption: str, table: "pd.DataFrame", about: str
+    title: str, chart: Any, *, key: str, alt: str, caption: str, table: pd.DataFrame, about: str
 ) -> None:
     """Draw a chart under its title, above a sentence and the tools of a figure."""
-    st.html(f'<div style="font-weight:600">{title}</div>')
+    _title(title)
     st.vega_lite_chart(chart.data, chart.spec, key=f"features.{key}", alt=alt)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(caption)
         figure_tools(table, name=key, about=about)
 
 
-def logits(feature: "Feature") -> None:
+def _title(text: str, *, size: str = "1rem") -> None:
+    st.html(f'<div style="font-weight:600;font-size:{size}">{escaped(text)}</div>')
+
+
+def logits(feature: Feature) -> None:
     """Draw the next tokens that it raises and lowers most."""
     found = feature.logits
     if found.top:
@@ -166,30 +191,27 @@ def which(sae: Opened, landing: int) -> int:
     Args:
         landing: the one to begin with.
     """
-    last = sae.n_features - 1
-    asked = st.query_params.get("feature")
+    last = len(sae.rows) - 1
     held = st.session_state.get("feature")
     if held is None:
-        correct_number("feature", 0, last, what="feature", shown=str(landing))
-        if asked is None or not asked.isdecimal() or int(asked) > last:
-            st.session_state["feature"] = landing
-            return landing
-        return int(asked)
-    if held > last:
+        if correct_number("feature", 0, last, what="feature", shown=str(landing)):
+            return int(st.query_params["feature"])
+    elif held <= last:
+        return int(held)
+    else:
         st.caption(f"{sae.name} has features 0 to {last}, no {held}; showing {landing}.")
-        st.session_state["feature"] = landing
-        return landing
-    return int(held)
+    go_to(landing)
+    return landing
 
 
-def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int:
+def navigation(sae: Opened, chosen: Chosen) -> int:
     """Draw the ways to go on; return the feature that is shown."""
     held = st.session_state.get("feature")
 
     def step(by: int) -> None:
-        number = beside(chosen.rows, st.session_state.get("feature") or 0, by)
+        number = next_to(chosen.rows, st.session_state.get("feature") or 0, by)
         if number is not None:
-            go(number)
+            go_to(number)
 
     with st.container(
         horizontal=True, vertical_alignment="bottom", gap="small", key="features.going_on"
@@ -206,7 +228,7 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
         number = st.number_input(
             "Feature",
             0,
-            sae.n_features - 1,
+            len(sae.rows) - 1,
             value=None,
             step=1,
             key="feature",
@@ -231,7 +253,7 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
                 icon=":material/shuffle:",
                 key="features.random",
                 on_click=_random,
-                args=(sae, go),
+                args=(sae.index,),
                 help="Any feature that fires",
             )
             terms = st.popover(
@@ -247,17 +269,13 @@ def navigation(sae: Opened, chosen: Chosen, *, go: Callable[[int], None]) -> int
     return int(number if number is not None else held or 0)
 
 
-def _random(sae: Opened, go: Callable[[int], None]) -> None:
-    assert sae.index is not None
+def _random(index: FeatureIndex) -> None:
     # As many draws as presses: the next one is another.
     drawn = st.session_state["features.draws"] = st.session_state.get("features.draws", 0) + 1
-    try:
-        go(sae.index.random_alive(seed=drawn))
-    except InputError as error:
-        st.session_state["shell.refused"] = ("No feature fires", str(error))
+    attempt(lambda: go_to(index.random_alive(seed=drawn)), "No feature fires")
 
 
-def said(feature: "Feature") -> None:
+def said(feature: Feature) -> None:
     """Draw the star, the label and the notes of a feature; what is changed is appended at once."""
     labels, number = feature.index.labels, feature.number
     known = labels.of(number)
@@ -310,7 +328,7 @@ def heading(number: int) -> None:
     )
 
 
-def _field(draw: Callable[..., Any], feature: "Feature", kind: "Kind", **looks: Any) -> None:
+def _field(draw: Callable[..., Any], feature: Feature, kind: Kind, **looks: Any) -> None:
     """Draw the field of a feature's label or notes, which is kept as it is left."""
     labels, number = feature.index.labels, feature.number
     key = key_for(f"features.{kind}", feature.index.folder, number)
@@ -323,20 +341,202 @@ def _field(draw: Callable[..., Any], feature: "Feature", kind: "Kind", **looks: 
     draw("Label" if kind == "label" else "Notes", key=key, on_change=keep, **looks)
 
 
-def _say(labels: "Labels", number: int, kind: "Kind", text: str) -> None:
+def _say(labels: Labels, number: int, kind: Kind, text: str) -> None:
     try:
         author = getpass.getuser()
     except (KeyError, OSError):
         author = "somebody"  # a container without a user of this number
-    try:
-        labels.add(number, kind, text.strip(), author=author)
-    except InputError as error:
-        st.session_state["shell.refused"] = ("Not kept", str(error))
+    attempt(lambda: labels.add(number, kind, text.strip(), author=author), "Not kept")
     # The list shows labels and stars too.
     st.session_state["features.list_is_old"] = True
 
 
-def take_along(sae: Opened, feature: "Feature") -> None:
+VIEWS = {
+    "Top": "The tokens it fires on most, each context once.",
+    "Quantiles": "Its firings in five slices of equal size, strongest first, some drawn from each.",
+    "Random": "Drawn evenly from all it fires on: the honest sample.",
+    "Near threshold": "The tokens it fires on least, weakest first: just above the threshold.",
+    "Just missed": "Tokens just under its threshold, nearest first; the number is the margin that "
+    "was missing.",
+}
+CONTEXTS = {"snippet": (20, 8), "full": (None, None)}
+SHOWN = {"snippet": 12, "full": 5}
+MORE = 4
+"""How many times as many are shown on demand."""
+N_LINKS = 6
+
+
+def examples(feature: Feature, other: Feature | None, *, name: str, beside: str) -> None:
+    """Draw where it fires, and the other SAE's feature under the same tokens."""
+    hidden: Any = {"label_visibility": "collapsed"}
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        what = "list of examples"
+        view = choice("Examples", VIEWS, key="view", what=what, shown="the top ones", **hidden)
+        what = "length of context"
+        context = choice("Context", CONTEXTS, key="ctx", what=what, shown="snippets", **hidden)
+        breaks = st.toggle("line breaks", key="lines", bind="query-params")
+        more = st.toggle("more", key="features.more")
+    st.caption(VIEWS[view])
+    missed, top, below_top = view == "Just missed", _top(feature), 0.0
+    if other is not None:
+        st.html(macros(TEMPLATE).legend(name, f"{beside} · {other.number}"))
+        below_top = _top(other)
+    before, after = CONTEXTS[context]
+    n = SHOWN[context] * (MORE if more else 1)
+    for title, found in _lists(feature, view, n, before=before, after=after):
+        if title:
+            _title(title, size=".9rem")
+        if not found:
+            near = "No token came near its threshold without passing it."
+            dead = f"It fired on none of {feature.index.n_tokens:,} tokens."
+            st.caption(near if missed else dead)
+            continue
+        below = [None if other is None else other.on_example(each).tolist() for each in found]
+        rows = [
+            example_row(example, margin=missed, below=under)
+            for example, under in zip(found, below, strict=True)
+        ]
+        st.html(strips(rows, top=top, below_top=below_top, breaks=breaks))
+
+
+def _top(feature: Feature) -> float:
+    return 0.0 if feature.is_dead else float(feature.values[0])
+
+
+def just_missed(feature: Feature) -> None:
+    """Draw what a feature that never fired came nearest to firing on."""
+    rows = [example_row(each, margin=True) for each in feature.just_missed(SHOWN["snippet"])]
+    st.html(strips(rows, top=0.0))
+
+
+def _lists(
+    feature: Feature, view: str, n: int, *, before: int | None, after: int | None
+) -> list[tuple[str, Sequence[Example]]]:
+    """Return what a view shows, each list under its title."""
+    if view == "Quantiles":
+        groups = feature.quantiles(5, k=max(2, n // 4), before=before, after=after)
+        return [
+            (f"{each.low:.3g} to {each.high:.3g} · {each.n_fired:,} tokens", each.examples)
+            for each in groups
+        ] or [("", ())]
+    ways: dict[str, Callable[..., list[Example]]] = {
+        "Top": feature.top,
+        "Random": feature.random,
+        "Near threshold": feature.near_threshold,
+        "Just missed": feature.just_missed,
+    }
+    return [("", ways[view](n, before=before, after=after))]
+
+
+class Match(NamedTuple):
+    """The feature of another SAE that is most like one."""
+
+    feature: Feature
+    cosine: float
+    mutual: bool
+    """Whether the one is in turn most like it."""
+
+
+def match(feature: Feature, other: FeatureIndex | None) -> tuple[Match | None, str]:
+    """Return the best match in another index, or why there is none to show."""
+    if other is None:
+        return None, "Index the other SAE to compare."
+    try:
+        best = feature.matched(other, k=1).iloc[0]
+    except InputError as error:
+        return None, str(error)
+    like = other.feature(int(best["feature"]))
+    return Match(like, float(best["cosine"]), bool(best["mutual"])), ""
+
+
+def relations(
+    sae: Opened, feature: Feature, found: Match | None, *, base: str | None, problem: str
+) -> None:
+    """Draw similar decoder directions, features on the same tokens, and the best match."""
+    left, right = st.columns(2)
+    with left:
+        similar(sae, feature)
+    with right:
+        _linked(
+            sae,
+            feature.co_firing,
+            "jaccard",
+            title="Fires on the same tokens",
+            about="of the tokens of either: both",
+            none="No other feature fires on its tokens.",
+            key="features.together",
+        )
+    if base is None:
+        return
+    _title(f"Best match in {base}")
+    if found is None:
+        st.caption(problem)
+        return
+    pair = feature.pair(found.feature)
+    st.html(f"<div>{escaped(f'{base} · {found.feature.number}')}: {_compared(pair, found)}</div>")
+    counts = (pair.only_first, pair.both, pair.only_second)
+    colours = ("#0072B2", "#009E73", "#D55E00")
+    bar = segments(counts, colours, whole=max(sum(counts), 1))
+    st.html(f'<div style="display:flex;height:.6rem;border-radius:4px;overflow:hidden">{bar}</div>')
+    words = zip(counts, colours, ("only here", "both", f"only {base}"), strict=True)
+    legend_row([swatch(colour, f"{n:,} {name}") for n, colour, name in words])
+    st.caption("Mutual match." if found.mutual else "Not a mutual match.")
+
+
+def _compared(pair: Pair, match: Match) -> str:
+    """Return how the matched feature compares on the same tokens, as HTML."""
+    if not pair.both:
+        return f"They never fire on the same token; cosine {match.cosine:.2f}."
+    if math.isclose(pair.first, pair.second, rel_tol=0.01):
+        return f"Where both fire, it writes as much; cosine {match.cosine:.2f}."
+    more, share = ("less", pair.shorter) if pair.shorter > 0 else ("more", -pair.shorter)
+    return (
+        f"Where both fire, it writes <b>{100 * share:.0f} % {more}</b> "
+        f"({pair.second:.3g} against {pair.first:.3g}); cosine {match.cosine:.2f}."
+    )
+
+
+def similar(sae: Opened, feature: Feature, *, alive_only: bool = False) -> None:
+    """Draw the features whose decoder directions are nearest."""
+    near = feature.neighbours
+    if alive_only:
+        near = near.loc[feature.index.alive()[near["feature"].to_numpy()]]
+    _linked(
+        sae,
+        near,
+        "cosine",
+        title="Nearest features that fire" if alive_only else "Similar decoder directions",
+        about="cosine of decoder directions",
+        none="None of the nearest features fires." if alive_only else "There is no other feature.",
+        key="features.near",
+    )
+
+
+def _linked(
+    sae: Opened, rows: pd.DataFrame, measure: str, *, title: str, about: str, none: str, key: str
+) -> None:
+    """Draw the first of some features as links, each with its measure, 0 to 1, as a bar."""
+    _title(title)
+    labels = sae.index.labels.latest("label") if sae.index is not None else {}
+    shown = rows.head(N_LINKS)
+    links = [
+        Link(
+            feature=number,
+            text=labels[number].text if number in labels else str(sae.rows["tokens"].iat[number]),
+            said=f"{value:.2f}",
+            share=value,
+            about=f"Feature {number}: {value:.3f} {about}",
+            href="Features?" + urlencode({"run": sae.run.id, "sae": sae.name, "feature": number}),
+        )
+        for number, value in zip(shown["feature"].tolist(), shown[measure].tolist(), strict=True)
+    ]
+    if links:
+        feature_links(links, label=title, key=key, go=go_to)
+    else:
+        st.caption(none)
+
+
+def take_along(sae: Opened, feature: Feature) -> None:
     """Draw where to go with the feature: other pages, a link, files."""
     number = feature.number
     with st.container(horizontal=True, gap="small"):
@@ -375,9 +575,3 @@ def _download(label: str, make: Callable[[], str], file_name: str, about: str) -
         on_click="ignore",
         help=about,
     )
-
-
-def say_refused() -> None:
-    """Say what a press could not do; a part of the page that is drawn alone has no frame."""
-    if refused := st.session_state.pop("shell.refused", None):
-        notice(refused[1], title=refused[0])

@@ -1,12 +1,14 @@
 """Parts of the Pareto page: cards of one SAE and of a difference, settings side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.analysis.results import MAX_COLUMNS, NUMBERS, changes, settings, settings_table
+from gsae_core.app import shell
 from gsae_core.app.glossary import definition
 from gsae_core.app.parts import facts, marked, plain, say_worse
 from gsae_core.config import RunConfig, SAESpec
@@ -91,12 +93,14 @@ def _title(row: Mapping[str, Any]) -> str:
     return f"{label}, {knob(architecture, row['sparsity'])}, {row['d_sae']:,} features"
 
 
-def _rows_of_three() -> list[tuple[str, ...]]:
-    return [NUMBERS[start : start + 3] for start in range(0, len(NUMBERS), 3)]
+def _cells() -> Iterator[tuple[str, DeltaGenerator]]:
+    """Yield each number with its place, three to a row."""
+    for start in range(0, len(NUMBERS), 3):
+        yield from zip(NUMBERS[start : start + 3], st.columns(3), strict=True)
 
 
-def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
-    """Draw one SAE's numbers and what it is made from; return the page it was asked to open in.
+def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
+    """Draw one SAE's numbers, what it is made from, and the ways to its other pages.
 
     Args:
         row: of `results.several_runs`.
@@ -106,9 +110,8 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
     with st.container(border=True, key=f"pareto.card_{number}"):
         marked(row["architecture"], f"{number} · {_title(row)}")
         plain(f"{run.id} / {row['name']}", size=".85rem")
-        for names in _rows_of_three():
-            for cell, name in zip(st.columns(3), names, strict=True):
-                cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
+        for name, cell in _cells():
+            cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
         say_worse({str(row["name"]): row["fvu"]})
         if measured_earlier(row):
             plain(f"{measure_again(str(run.folder))}.", size=".875rem")
@@ -126,14 +129,12 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> str | None:
                 }
             )
         with st.container(horizontal=True, gap="small"):
-            live, shrinkage = st.container(width="content"), st.container(width="content")
-        if live.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
-            return "live"
-        if shrinkage.button(
-            "Shrinkage", icon=":material/straighten:", key=f"pareto.shrink_{number}"
-        ):
-            return "shrinkage"
-    return None
+            if st.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
+                shell.go("pages/2_Live.py", run)
+            key = f"pareto.shrink_{number}"
+            if st.button("Shrinkage", icon=":material/straighten:", key=key):
+                st.session_state["shrinkage.open_sae"] = str(row["name"])
+                shell.go("pages/4_Shrinkage.py", run)
 
 
 def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
@@ -151,17 +152,16 @@ def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None
     with st.container(border=True, key="pareto.difference"):
         plain(f"Change from 1, {before['id']}, to 2, {after['id']}")
         found = {change.number: change for change in changes(before, after)}
-        for names in _rows_of_three():
-            for cell, name in zip(st.columns(3), names, strict=True):
-                change = found[name]
-                cell.metric(
-                    TITLES[name],
-                    say(name, change.after),
-                    delta=say_change(name, change.before, change.after),
-                    delta_color="off",
-                    delta_arrow="off",  # the sign says it, and a change of 0 has no direction
-                    help=definition(name),
-                )
+        for name, cell in _cells():
+            change = found[name]
+            cell.metric(
+                TITLES[name],
+                say(name, change.after),
+                delta=say_change(name, change.before, change.after),
+                delta_color="off",
+                delta_arrow="off",  # the sign says it, and a change of 0 has no direction
+                help=definition(name),
+            )
 
 
 def comparer(table: pd.DataFrame, runs: Mapping[str, Run], picked: Sequence[str]) -> None:

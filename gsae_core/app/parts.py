@@ -145,6 +145,12 @@ def attempt(act: Callable[[], object], refused: str) -> None:
         st.session_state["shell.refused"] = (refused, str(error))
 
 
+def say_refused() -> None:
+    """Say what the last press could not do, if anything."""
+    if refused := st.session_state.pop("shell.refused", None):
+        notice(refused[1], title=refused[0])
+
+
 def cancel(job: Job) -> None:
     """Ask a job's process to stop. For callbacks."""
     attempt(lambda: job.request_cancel(by="app"), "Nothing was cancelled")

@@ -3,14 +3,23 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app import cache, shell
-from gsae_core.app.parts import asked, key_for, notice, plain, say_stranger, say_worse, write
+from gsae_core.app.parts import (
+    asked,
+    correct,
+    key_for,
+    notice,
+    plain,
+    say_stranger,
+    say_worse,
+    write,
+)
 from gsae_core.app.shell import Frame
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
@@ -24,6 +33,7 @@ PROSE = "When Mary and John went to the shop, John gave a bottle of milk to"
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound=str)
 
 
 def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
@@ -175,6 +185,34 @@ def text_field(
     st.session_state["shell.text"] = text
     write({"text": text if text.strip() and len(text) <= ADDRESS_TEXT else None})
     return text
+
+
+def choice(
+    label: str,
+    options: Iterable[C],
+    *,
+    key: str,
+    what: str,
+    shown: str | None = None,
+    **looks: Any,
+) -> C:
+    """Draw a choice that the address holds; return it. The first is the usual one.
+
+    Args:
+        what: what a choice is, to complete "... is no ...".
+        shown: what is said to be shown where the address asks for another; None: the first.
+    """
+    listed = list(options)
+    correct(key, listed, what=what, shown=shown or listed[0])
+    return st.segmented_control(
+        label, listed, default=listed[0], required=True, key=key, bind="query-params", **looks
+    )
+
+
+def ticked_row(event: Any, n_rows: int) -> int | None:
+    """Return which row of a table a browser says is ticked; None if that is none there is."""
+    rows = event["selection"]["rows"] if event else []
+    return int(rows[0]) if rows and 0 <= rows[0] < n_rows else None
 
 
 def correct_number(

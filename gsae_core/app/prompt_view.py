@@ -12,8 +12,7 @@ from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app import cache
 from gsae_core.app.components import Cell
 from gsae_core.app.parts import SIGNS, legend_row, marked, segments, swatch
-from gsae_core.app.pickers import stacking
-from gsae_core.config import Architecture
+from gsae_core.app.pickers import architecture, stacking, ticked_row
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     STRONGEST,
@@ -60,10 +59,6 @@ class Chosen(NamedTuple):
     @property
     def names(self) -> list[str]:
         return [self.name, *([self.other] if self.other else [])]
-
-    def architectures(self) -> "list[Architecture]":
-        specs: dict[str, Architecture] = {s.name: s.architecture for s in self.run.config.saes}
-        return [specs[name] for name in self.names]
 
 
 def read(chosen: Chosen, text: str) -> Seen:
@@ -131,21 +126,19 @@ def cells(chosen: Chosen, seen: Seen, tables: Sequence[pd.DataFrame], measure: s
     values = [
         _measured(look, table, measure) for look, table in zip(seen.looks, tables, strict=True)
     ]
-    top = max((float(column.abs().max()) for column in values), default=0.0)
+    top = max(float(column.abs().max()) for column in values)
     top = top if top > 0 else 1.0
     prompt, found = seen.looks[0].prompt, []
     digits = 0 if measure == "active features" else 3
-    for index, token in enumerate(prompt.tokens):
-        special = not bool(prompt.counted[index])
-        here = [float(column.iloc[index]) for column in values]
+    for token, counted, *here in zip(prompt.tokens, prompt.counted.tolist(), *values, strict=True):
         shares = [min(abs(value) / top, 1.0) if value == value else 0.0 for value in here]
         named = zip(chosen.names, here, strict=True)
         lines = [measure, *(f"{name}: {fixed(value, digits)}" for name, value in named)]
-        about = "special token: not read by the SAE" if special else "\n".join(lines)
+        about = "\n".join(lines) if counted else "special token: not read by the SAE"
         if not token:
             about += "\n∅: the rest of the character before it"
         below = shares[1] if len(shares) > 1 else 0.0
-        found.append(Cell(token, about, STRONGEST * shares[0], below, special))
+        found.append(Cell(token, about, STRONGEST * shares[0], below, not counted))
     return found
 
 
@@ -170,12 +163,6 @@ def feature_rows(table: pd.DataFrame, *, position: int, sort: str) -> pd.DataFra
     )
 
 
-def chosen_row(event: Any, n_rows: int) -> int | None:
-    """Return which row of a table is ticked; None if none is, or one that is gone."""
-    rows = event["selection"]["rows"] if event else []
-    return rows[0] if rows and 0 <= rows[0] < n_rows else None
-
-
 MAX_ROWS = 200
 
 
@@ -197,10 +184,9 @@ def numbers(chosen: Chosen, seen: Seen) -> None:
     """Draw L0, ΔCE and FVU of this text for each SAE."""
     with stacking("prompt.numbers", least=20):
         spots = st.columns(max(len(seen.looks), 2), border=True)
-    kinds = chosen.architectures()
-    for spot, name, kind, look in zip(spots, chosen.names, kinds, seen.looks, strict=False):
+    for spot, name, look in zip(spots, chosen.names, seen.looks, strict=False):
         with spot:
-            marked(kind, name)
+            marked(architecture(chosen.run, name), name)
             cells, found = st.columns(3), look.numbers
             cells[0].metric(
                 "L0",
@@ -228,11 +214,10 @@ def legend(chosen: Chosen, measure: str) -> None:
         ("shading", "background:rgba(0,114,178,.5);border-radius:3px;padding:0 .5em"),
         ("underline", "border-bottom:4px solid #D55E00"),
     )
+    signs = [SIGNS[architecture(chosen.run, name)] for name in chosen.names]
     items = [
-        f'<span><span style="{style}">{what}</span>: {SIGNS[kind]} {html.escape(name)}</span>'
-        for (what, style), name, kind in zip(
-            styles, chosen.names, chosen.architectures(), strict=False
-        )
+        f'<span><span style="{style}">{what}</span>: {sign} {html.escape(name)}</span>'
+        for (what, style), sign, name in zip(styles, signs, chosen.names, strict=False)
     ]
     about = f"{MEASURES[measure][1]}{'; same scale for both' if chosen.other else ''}"
     legend_row([*items, f'<span style="opacity:.75">{html.escape(about)}</span>'])
@@ -278,13 +263,13 @@ def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) ->
         alt="Features that fire on the token: number, activation, gate, share and attribution to "
         f"{target}",
     )
-    row = chosen_row(event, len(shown))
+    row = ticked_row(event, len(shown))
     return None if row is None else int(shown["latent"].iloc[row])
 
 
-def on_every_token(seen: Seen, latent: int, *, at: int, which: int = 0) -> None:
-    """Draw one feature's activation on every token of the text."""
-    look = seen.looks[which]
+def on_every_token(seen: Seen, latent: int, *, at: int) -> None:
+    """Draw the activation of one of the first SAE's features on every token of the text."""
+    look = seen.looks[0]
     own: Any = look.features[look.features["latent"] == latent]
     values: Any = (
         own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)

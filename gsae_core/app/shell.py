@@ -255,8 +255,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     st.session_state.pop("shell.deleted", None)
     if deleted is not None:
         notice(f"{deleted} was deleted.", kind="info")
-    if refused := st.session_state.pop("shell.refused", None):
-        notice(refused[1], title=refused[0])
+    parts.say_refused()
     missing = st.session_state.get("shell.missing_run")
     if missing:
         _say_missing(missing, runs, unreadable)

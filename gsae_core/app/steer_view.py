@@ -18,6 +18,8 @@ from gsae_core.runs.run import Run
 from gsae_core.text import fixed, macros, quoted, visible
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gsae_core.analysis.generation import Loop, Shift
     from gsae_core.analysis.prompt import Prompt
     from gsae_core.analysis.steering import Mode, Scales, Steering
@@ -49,7 +51,7 @@ class Settings(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The other SAE's feature that points most alike."""
+    """The other SAE's feature that points most alike: a row of `analysis.prompt.Matches`."""
 
     latent: int
     partner: int
@@ -72,7 +74,7 @@ class Generation:
     tokens: dict[str, list[int]]
     stream: Iterator[tuple[str, int]] | None
     """None when all tokens are there, or what ended them was an error."""
-    seconds: float = 0.0
+    seconds: float
     stopped: bool = False
     kl: dict[str, float] = field(default_factory=dict)
     """Mean KL to the unsteered predictions along the unsteered text, once it is whole."""
@@ -97,17 +99,16 @@ def scales_or_prompt(run: Run, name: str, text: str) -> "tuple[Scales, str | Non
         return scales_of(sae, x, source="tokens of this prompt"), str(error)
 
 
-def active_features(run: Run, name: str, text: str, n: int = 12) -> list[tuple[int, float, str]]:
+def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, str]]:
     """Return features that fire on a prompt, strongest for their scale first.
 
-    Returns:
-        for each: its number, its largest activation in its own units, and the token.
+    Of each: its number, its largest activation in its own units, and the token.
     """
     scales, _ = scales_or_prompt(run, name, text)
     features = read(Chosen(run, name, None), text).looks[0].features
     units = scales.p99.numpy()[features["latent"].to_numpy()]
     found = features.assign(units=features["activation"].to_numpy() / units)
-    best = found.sort_values("units", ascending=False).drop_duplicates("latent").head(n)
+    best = found.sort_values("units", ascending=False).drop_duplicates("latent").head(12)
     rows = zip(best["latent"], best["units"], best["token"], strict=True)
     return [(int(latent), float(units), str(token)) for latent, units, token in rows]
 
@@ -121,30 +122,37 @@ def start(run: Run, settings: Settings) -> Generation:
     """
     began = time.perf_counter()
     (model, lock), hook = cache.language_model(run), run.config.model
-    from gsae_core.analysis.generation import (
-        Sampling,
-        next_token_shift,
-        side_by_side,
-        steered_logits,
-    )
+    from gsae_core.analysis.generation import Sampling, next_token_shift, side_by_side
 
     sampling = Sampling(settings.n_tokens, settings.temperature, settings.seed)
     sampling.check()
     prompt = cache.prompt(run, settings.text)
     steerings, matches, notes = _steerings(run, settings)
-    where: dict[str, Any] = {"layer": hook.layer, "site": hook.site}
     with lock.held():
-        logits = {
-            kind: steered_logits(model, prompt, steering, **where)[-1]
-            for kind, steering in steerings.items()
-        }
-    before = logits.pop(UNSTEERED)
-    shifts = {kind: next_token_shift(before, after, model=model) for kind, after in logits.items()}
-    stream = side_by_side(model, prompt, steerings, sampling=sampling, **where)
+        before, logits = _logits(run, prompt, steerings)
+    shifts = {
+        k: next_token_shift(before[-1], after[-1], model=model) for k, after in logits.items()
+    }
+    stream = side_by_side(
+        model, prompt, steerings, sampling=sampling, layer=hook.layer, site=hook.site
+    )
     tokens: dict[str, list[int]] = {kind: [] for kind in steerings}
-    found = Generation(settings, prompt, steerings, matches, notes, shifts, tokens, stream)
-    found.seconds = time.perf_counter() - began
-    return found
+    seconds = time.perf_counter() - began
+    return Generation(settings, prompt, steerings, matches, notes, shifts, tokens, stream, seconds)
+
+
+def _logits(
+    run: Run, text: "Prompt", steerings: "dict[str, Steering | None]"
+) -> "tuple[Tensor, dict[str, Tensor]]":
+    """Return the logits after every token of a text, unsteered, and under each steering."""
+    from gsae_core.analysis.generation import steered_logits
+
+    model, hook = cache.language_model(run).model, run.config.model
+    found = {
+        kind: steered_logits(model, text, steering, layer=hook.layer, site=hook.site)
+        for kind, steering in steerings.items()
+    }
+    return found.pop(UNSTEERED), found
 
 
 def advance(run: Run, generation: Generation) -> bool:
@@ -173,19 +181,15 @@ def advance(run: Run, generation: Generation) -> bool:
 
 def _finish(run: Run, generation: Generation) -> None:
     """Measure how far steered predictions are from unsteered ones, along the unsteered text."""
-    from gsae_core.analysis.generation import followed_by, mean_divergence, steered_logits
+    from gsae_core.analysis.generation import followed_by, mean_divergence
 
-    model, hook = cache.language_model(run).model, run.config.model
+    model = cache.language_model(run).model
     generation.stream = None
     prompt, new = generation.prompt, generation.tokens[UNSTEERED]
     text = followed_by(prompt, new, model=model)
     if text.ids.shape[1] > model.n_ctx:  # its last token was never read
         text = followed_by(prompt, new[:-1], model=model)
-    logits = {
-        kind: steered_logits(model, text, steering, layer=hook.layer, site=hook.site)
-        for kind, steering in generation.steerings.items()
-    }
-    before = logits.pop(UNSTEERED)
+    before, logits = _logits(run, text, generation.steerings)
     generation.kl = {k: mean_divergence(text, before, after) for k, after in logits.items()}
 
 
@@ -235,19 +239,19 @@ def scale_under(scales: "Scales", latent: int, *, limit: float) -> None:
         top = float(scales.largest[latent]) / unit.value
         if top >= 2:  # nearer, its name would lie over the other's
             marks[top] = "max"
-    ruler(marks, low=-limit, high=limit)
+    ruler(marks, limit)
     plain(f"{'' if unit.own else '⚠ '}Feature {latent}: {unit.sentence}.", size=".85rem")
 
 
-def ruler(marks: Mapping[float, str], *, low: float | int, high: float | int) -> None:
-    """Draw names of values under a slider that spans `low` to `high`."""
+def ruler(marks: Mapping[float, str], limit: float) -> None:
+    """Draw names of values under a slider that spans `-limit` to `limit`."""
     ticks = "".join(
-        f'<span style="position:absolute;left:{100 * (at - low) / (high - low):.2f}%;'
+        f'<span style="position:absolute;left:{50 * (1 + at / limit):.2f}%;'
         f'transform:translateX(-50%);white-space:nowrap;text-align:center">'
         f'<span style="display:block;margin:0 auto;width:2px;height:.45rem;'
         f'background:currentColor"></span>{escaped(text)}</span>'
         for at, text in marks.items()
-        if low <= at <= high
+        if abs(at) <= limit
     )
     st.html(
         '<div style="position:relative;height:1.7rem;margin:-.6rem .5rem 0;font-size:.78rem;'
@@ -302,7 +306,7 @@ def _shift_table(table: pd.DataFrame, kind: str) -> None:
 
 
 def heading(kind: str, title: str) -> None:
-    """Draw the name of a continuation."""
+    """Draw the name of a continuation beside its colour."""
     st.html(
         f'<div style="font-weight:600;border-left:4px solid {COLOURS[kind]};padding-left:.5rem;'
         f'overflow-wrap:anywhere">{escaped(title)}</div>'
@@ -322,11 +326,7 @@ def continuation(run: Run, generation: Generation, kind: str) -> str:
 
 
 def continuation_html(tokens: Sequence[str], differs: Sequence[bool], *, going: bool) -> str:
-    """Return a continuation as HTML; tokens that differ from unsteered are underlined and shaded.
-
-    Args:
-        going: whether more is to come.
-    """
+    """Return a continuation as HTML; those that differ from the unsteered text are marked."""
     # Spaces and line ends act; everything else hidden is shown.
     texts = [
         "".join(c if c == " " else f"↵{c}" if c == "\n" else visible(c) for c in token)
