@@ -23,7 +23,7 @@ from gsae_core.sae.gpu.step import available, capacity_for, check_kernels, kerne
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.training import TrainConfig, Trainer, step_choice
-from gsae_core.training.step_choice import Attempt, Stepper
+from gsae_core.training.step_choice import Stepper
 
 ROOM = 8192
 
@@ -501,8 +501,10 @@ def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
     ]
 
 
-def _dense_attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
-    return self.dense(x, **settings)
+def _dense_attempt(
+    self: Stepper, x: Tensor, *, density: float | None, **settings: Any
+) -> StepResult:
+    return dense_step(self._sae, x, **settings)
 
 
 # Overflow

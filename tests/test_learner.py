@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.losses import LossParts, dense_step
+from gsae_core.sae.losses import LossParts, StepResult, dense_step
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train
 from gsae_core.training.learner import Launched, Learner
-from gsae_core.training.step_choice import Attempt, Stepper
+from gsae_core.training.step_choice import Stepper
 
 D_IN, BATCH, N_STEPS = 6, 16, 24
 
@@ -111,7 +111,7 @@ def run(
     return learnt(trainer), [numbers(report) for report in reports]
 
 
-Attempts = Callable[..., Attempt]
+Attempts = Callable[..., StepResult]
 
 
 def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int, unseen: int = 0) -> None:
@@ -122,16 +122,21 @@ def overflow_at(monkeypatch: pytest.MonkeyPatch, *which: int, unseen: int = 0) -
     """
     original = Stepper.attempt
 
-    def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
+    def attempt(self: Stepper, x: Tensor, **settings: Any) -> StepResult:
         made = original(self, x, **settings)
         if not any(torch.equal(x, BATCHES[i]) for i in which):
             return made
         for parameter in self._sae.parameters():
             parameter.grad = torch.full_like(parameter, 1e3)  # finite: the flag alone tells
-        loss = LossParts(*(term * 0 + 77.0 for term in made.result.loss))
-        stats = made.result.stats._replace(fired=made.result.stats.fired * 0 + 1)
-        result = made.result._replace(loss=loss, stats=stats)
-        return Attempt(result, made.n_open + unseen, torch.tensor(True), 4)
+        loss = LossParts(*(term * 0 + 77.0 for term in made.loss))
+        stats = made.stats._replace(fired=made.stats.fired * 0 + 1)
+        return made._replace(
+            loss=loss,
+            stats=stats,
+            n_entries=made.n_entries + unseen,
+            overflowed=torch.tensor(True),
+            capacity=4,
+        )
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
 
@@ -140,9 +145,9 @@ def dense_at(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
     """Take the dense step at these batches in the first place."""
     original = Stepper.attempt
 
-    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
+    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> StepResult:
         if any(torch.equal(x, BATCHES[i]) for i in which):
-            return self.dense(x, **settings)
+            return dense_step(self._sae, x, **settings)
         return original(self, x, density=density, **settings)
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
@@ -153,7 +158,7 @@ def densities(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
     chosen: dict[int, float | None] = {}
     original = Stepper.attempt
 
-    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> Attempt:
+    def attempt(self: Stepper, x: Tensor, *, density: float | None, **settings: Any) -> StepResult:
         (i,) = (i for i, batch in enumerate(BATCHES) if torch.equal(x, batch))
         chosen[i] = density
         return original(self, x, density=density, **settings)
@@ -336,9 +341,9 @@ def test_the_cause_is_told_of_the_gradients_that_had_it(
     monkeypatch: pytest.MonkeyPatch, value: float, cause: str, overflows: bool
 ) -> None:
     def spoil(way: Attempts) -> Attempts:
-        def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
-            made = way(self, x, **settings)
-            grad = self._sae.get_parameter("W_gate").grad
+        def attempt(its: Stepper | SAE, x: Tensor, **settings: Any) -> StepResult:
+            made = way(its, x, **settings)
+            grad = sae.get_parameter("W_gate").grad
             assert grad is not None
             if torch.equal(x, BATCHES[2]):
                 grad.view(-1)[0] = value
@@ -346,11 +351,11 @@ def test_the_cause_is_told_of_the_gradients_that_had_it(
 
         return attempt
 
-    monkeypatch.setattr(Stepper, "dense", spoil(Stepper.dense))
+    sae = gated()
+    monkeypatch.setattr("gsae_core.training.learner.dense_step", spoil(dense_step))
     monkeypatch.setattr(Stepper, "attempt", spoil(Stepper.attempt))
     if overflows:
         overflow_at(monkeypatch, 2)
-    sae = gated()
     reports = list(train([sae], BATCHES, config()))
     assert [r.saes[0].stopped for r in reports] == [None, None, cause]
     assert [r.saes[0].loss is None for r in reports] == [False, False, True]
@@ -460,7 +465,7 @@ def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dea
     asked = []
     original = Stepper.attempt
 
-    def attempt(self: Stepper, x: Tensor, *, dead: Tensor | None, **settings: Any) -> Attempt:
+    def attempt(self: Stepper, x: Tensor, *, dead: Tensor | None, **settings: Any) -> StepResult:
         asked.append(None if dead is None else int(dead.sum()))
         return original(self, x, dead=dead, **settings)
 

@@ -10,7 +10,7 @@ LINES = {
     "ground": 2010,
     "sae": 3980,
     "lm": 3950,
-    "training": 1210,
+    "training": 1090,
     "checkpoints": 3100,
     "analysis": 5300,
     "plots": 1310,

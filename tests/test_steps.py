@@ -55,9 +55,9 @@ def test_what_the_fast_steps_do_not_know_takes_autograds(
     attempt = stepper.attempt(x, sparsity_coeff=0.1, density=0.01, dead=dead)
     assert sae.W_dec.grad is not None
     assert not attempt.overflowed
-    opened = attempt.result.stats.gate_open
-    expected = attempt.result.stats.fired if opened is None else opened
-    assert int(attempt.n_open) >= int(expected.sum())
+    opened = attempt.stats.gate_open
+    expected = attempt.stats.fired if opened is None else opened
+    assert int(attempt.n_entries) >= int(expected.sum())
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_the_window_of_a_jumprelu_sae_and_the_dead_of_a_topk_sae_count_as_work(
         set_(sae, W_enc=[[0, 0, 0]], b_enc=[1, 1, 1])
         stepper = Stepper(sae, screened=False)
         attempt = stepper.attempt(torch.ones(2, 1), sparsity_coeff=0.1, density=density, dead=dead)
-        assert int(attempt.n_open) == 6
-        assert int(attempt.result.stats.fired.sum()) == fired
+        assert int(attempt.n_entries) == 6
+        assert int(attempt.stats.fired.sum()) == fired
 
 
 def test_float64_is_not_screened() -> None:
@@ -129,4 +129,4 @@ def test_float64_is_not_screened() -> None:
     stepper = Stepper(sae, screened=True)
     dead = torch.zeros(5, dtype=torch.bool)
     attempt = stepper.attempt(x, sparsity_coeff=0.1, density=0.01, dead=dead)
-    assert attempt.result.n_candidates is None
+    assert attempt.n_candidates is None

@@ -16,7 +16,8 @@ from gsae_core.runs.run import Run
 from gsae_core.runs.work import train
 from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import ReluSAE
-from gsae_core.training.step_choice import Attempt, Stepper
+from gsae_core.sae.losses import StepResult
+from gsae_core.training.step_choice import Stepper
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = Fa
     seen: dict[int, list[Tensor]] = {}
     original = Stepper.attempt
 
-    def attempt(self: Stepper, x: Tensor, **settings: Any) -> Attempt:
+    def attempt(self: Stepper, x: Tensor, **settings: Any) -> StepResult:
         made = original(self, x, **settings)
         batches = seen.setdefault(id(self), [])
         batches.append(x.clone())

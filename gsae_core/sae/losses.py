@@ -46,6 +46,8 @@ class StepResult(NamedTuple):
     overflowed: Bool[Tensor, ""] | None = None
     """Whether a GPU's buffers were too small for them: all else means nothing then, nor does
     `.grad`, and the dense step is to be taken. None where that cannot be."""
+    capacity: int = 0
+    """Entries that those buffers had room for."""
 
 
 class Forward(NamedTuple):
@@ -185,8 +187,7 @@ def dense_step(
         x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, f=out.f, pi_gate=out.pi_gate
     )
     terms = LossParts(*(term.detach() for term in out.loss))
-    opened = stats.fired if stats.gate_open is None else stats.gate_open
-    return StepResult(loss=terms, stats=stats, n_entries=opened.sum() + out.n_spare)
+    return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)
 
 
 def _forward(

@@ -40,6 +40,20 @@ class BatchStats(NamedTuple):
     latent_aligned: Float[Tensor, " d_sae"] | None = None
     """Sum over tokens of f_i d_i . (f_i d_i + x - x_hat)."""
 
+    @property
+    def opened(self) -> Int64[Tensor, " d_sae"]:
+        """Tokens on which each latent's gate opened; on which it fired, where there is no gate."""
+        return self.fired if self.gate_open is None else self.gate_open
+
+    def without_latents(self) -> "BatchStats":
+        """Return the sums without their per-latent detail, which would fill memory if kept."""
+        return self._replace(
+            fired=self.fired.sum()[None],
+            gate_open=None if self.gate_open is None else self.gate_open.sum()[None],
+            latent_power=None,
+            latent_aligned=None,
+        )
+
 
 def batch_stats(
     *,

@@ -18,9 +18,8 @@ from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.training.optimizer import DictionaryAdam
 
-ENCODER_SHARE = (
-    0.2  # Norm of a resampled encoder direction, as a share of the alive mean (Bricken).
-)
+# Norm of a resampled encoder direction, as a share of the alive mean (Bricken).
+ENCODER_SHARE = 0.2
 MIN_POOL = 2**14  # Inputs that compete for a resampling, at least.
 CHUNK_ENTRIES = 2**22  # Latents computed at once while the pool is scored: 16 MiB of float32.
 ENCODERS = ("W_gate", "W_mag", "W_enc")  # Latents lie along axis 1 here, elsewhere along axis 0.
@@ -29,12 +28,8 @@ ENCODERS = ("W_gate", "W_mag", "W_enc")  # Latents lie along axis 1 here, elsewh
 def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
     """Return whether dead latents are resampled after so many steps."""
     every = cfg.schedule.revive_every
-    return (
-        every > 0
-        and steps_done > 0
-        and steps_done % every == 0
-        and steps_done <= cfg.revive_until * cfg.n_steps
-    )
+    due = every > 0 and steps_done > 0 and steps_done % every == 0
+    return due and steps_done <= cfg.revive_until * cfg.n_steps
 
 
 def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
@@ -71,15 +66,10 @@ def resample_(
     - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `threshold`: what it began with.
     - Adam's moments of exactly these entries: 0.
 
-    Inputs are drawn without replacement (twins would have the same gradients for ever), so where
-    dead latents outnumber inputs with any loss, the last ones wait for the next time.
-
-    Args:
-        sae: its other latents, and `b_dec`, keep their bits.
-        adam: the optimiser that holds its moments.
-        dead: indices of latents to resample.
-        pool: inputs, in the units the SAE trains in.
-        seed: of the draw; with equal arguments the result is equal.
+    Inputs, in the units the SAE trains in, are drawn without replacement (twins would have the same
+    gradients for ever), so where dead latents outnumber inputs with any loss, the last ones wait
+    for the next time. Other latents and `b_dec` keep their bits. Equal arguments give an equal
+    result.
     """
     inputs = draw(input_losses(sae, pool), n=len(dead), seed=seed).to(pool.device)
     latents = dead[: len(inputs)]
@@ -103,7 +93,7 @@ def resample_(
             parameter.index_fill_(axis, latents, starts.get(name, 0.0))
         for key, moment in adam.moments(name).items():
             # The step count is the whole tensor's and stays, so bias correction does not see that
-            # these moments are young: first updates are 1 / sqrt(1 - beta2), some 30 times, too
+            # these moments are new: first updates are 1 / sqrt(1 - beta2), some 30 times, too
             # large. That is what starting again from a tenth of the learning rate is for.
             if key != "step":
                 moment.index_fill_(axis, latents, 0.0)
@@ -147,24 +137,18 @@ class DeadCounts(NamedTuple):
 class DeadLatentCounter:
     """Steps since each latent of an SAE fired, and since its gate opened.
 
-    Args:
-        sae: whose latents they are.
-        window: steps without firing after which a latent counts as dead.
+    After `window` steps without firing a latent counts as dead.
     """
 
     def __init__(self, sae: SAE, *, window: int) -> None:
         self._window = window
-        device = sae.b_dec.device
-        self.since_fired: Int32[Tensor, " d_sae"] = torch.zeros(
-            sae.d_sae, dtype=torch.int32, device=device
-        )
-        self.since_open: Int32[Tensor, " d_sae"] = torch.zeros_like(self.since_fired)
+        since = torch.zeros(2, sae.d_sae, dtype=torch.int32, device=sae.b_dec.device)
+        self.since_fired: Int32[Tensor, " d_sae"] = since[0]
+        self.since_open: Int32[Tensor, " d_sae"] = since[1]
 
     def count(self, stats: BatchStats) -> None:
-        """Count a step."""
-        opened = stats.fired if stats.gate_open is None else stats.gate_open
         self.since_fired.add_(1).masked_fill_(stats.fired > 0, 0)
-        self.since_open.add_(1).masked_fill_(opened > 0, 0)
+        self.since_open.add_(1).masked_fill_(stats.opened > 0, 0)
 
     def restart(self, latents: Int64[Tensor, " resampled"]) -> None:
         """Give latents a whole window again."""
@@ -189,10 +173,8 @@ class DeadLatentCounter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies, on the CPU."""
-        return {
-            "since_fired": self.since_fired.to("cpu", copy=True),
-            "since_open": self.since_open.to("cpu", copy=True),
-        }
+        names = ("since_fired", "since_open")
+        return {name: getattr(self, name).to("cpu", copy=True) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned; other keys are left alone."""

@@ -3,7 +3,7 @@
 A step has two phases. `launch` gives the device all that the gradients take and waits for nothing.
 `finish` reads five numbers about them, and only then do the weights move. Launch the step of every
 SAE of a sweep before any is finished: a GPU then computes the others' gradients while one's numbers
-are read. Nothing of a step is left open when it ends.
+are read. Every step that was launched is finished before the next.
 """
 
 import logging
@@ -19,13 +19,12 @@ from torch import Tensor
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
-from gsae_core.sae.gpu.step import overflow_note
 from gsae_core.sae.jumprelu import JumpReluSAE
-from gsae_core.sae.losses import LossParts, StepResult
+from gsae_core.sae.losses import LossParts, StepResult, dense_step
 from gsae_core.sae.metrics import BatchStats, Metrics, sum_dtype
 from gsae_core.training.dead_latents import DeadCounts, DeadLatentCounter, resample_
 from gsae_core.training.optimizer import DictionaryAdam, lr_factor, sparsity_factor, threshold_lr
-from gsae_core.training.step_choice import Attempt, Stepper
+from gsae_core.training.step_choice import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class SAEReport:
     d_sae: int
 
     dead: DeadCounts
-    """Latents that did not fire within the window, as the step left them."""
+    """Latents that did not fire within the window, before a resampling gave some a new one."""
 
     loss: LossParts | None = None
     """Batch means before the step; None for an SAE that has stopped."""
@@ -60,37 +59,33 @@ class SAEReport:
     stopped: str | None = None
     """Why and when this SAE stopped learning; None while it learns."""
 
+    # Metrics of this batch, NaN once stopped; `gamma_gate` also without a gate.
+
     @property
     def l0(self) -> float:
-        """Latents that fire on an average input of this batch; NaN once stopped."""
         return Metrics(self.stats).l0
 
     @property
     def fvu(self) -> float:
-        """Fraction of this batch's variance unexplained; NaN once stopped."""
         return Metrics(self.stats).fvu
 
     @property
     def gamma(self) -> float:
-        """Relative reconstruction bias on this batch; NaN once stopped."""
         return Metrics(self.stats).gamma
 
     @property
     def gamma_gate(self) -> float:
-        """The same bias when latents are read off the gate; NaN without a gate or once stopped."""
         return Metrics(self.stats).gamma_gate
 
     @property
     def screen_ratio(self) -> float:
         """Products computed again in float32 for each gate that opened; NaN without a screen.
 
-        1 would be a screen that lets nothing through needlessly: what it exceeds 1 by is how often
-        the bound on bfloat16's rounding was needed.
+        What it exceeds 1 by is how often the bound on bfloat16's rounding was needed.
         """
         if self.n_candidates is None or self.stats is None:
             return math.nan
-        opened = self.stats.fired if self.stats.gate_open is None else self.stats.gate_open
-        return self.n_candidates / max(int(opened.sum()), 1)
+        return self.n_candidates / max(int(self.stats.opened.sum()), 1)
 
     @property
     def gate_dead_fraction(self) -> float:
@@ -118,15 +113,11 @@ class StepCheck(NamedTuple):
     max_steps_since_fired: int
     """Of any latent, when the step began."""
 
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 class Launched(NamedTuple):
     """A step whose gradients the device was given to compute."""
 
-    attempt: Attempt
+    result: StepResult
     numbers: Float[Tensor, "5"]
     """The fields of `StepCheck`, on the CPU once they have arrived."""
     arrived: torch.cuda.Event | None
@@ -140,45 +131,11 @@ class Launched(NamedTuple):
         return StepCheck(loss, norm, int(n_open), bool(overflowed), int(since))
 
 
-def step_check(sae: SAE, attempt: Attempt, counter: DeadLatentCounter) -> Launched:
-    """Send the numbers of a step, whose gradients are in `.grad`, on their way to the CPU."""
-    gradients = [p.grad for p in sae.parameters() if p.grad is not None]
-    total, norm = attempt.result.loss.total, torch.nn.utils.get_total_norm(gradients)
-    values = (total, norm, attempt.n_open, attempt.overflowed, counter.max_steps_since_fired)
-    # float32 counts exactly only up to 2^24.
-    numbers = torch.stack([value.to(sum_dtype(total.device)) for value in values])
-    if not numbers.is_cuda:
-        return Launched(attempt, numbers, None)
-    # Pinned by `to`, or the copy would wait for the device.
-    numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(total.device))
-    return Launched(attempt, numbers, arrived)
-
-
-def nonfinite_cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
-    """Return what is not finite about a step whose gradients are in `.grad`."""
-    if not bool(x.isfinite().all()):
-        return "the activations are not finite"
-    for name, term in zip(result.loss._fields, result.loss, strict=True):
-        if not bool(term.isfinite()):
-            return f"the {name} loss is not finite"
-    for name, parameter in sae.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return f"the gradient of {name} is not finite"
-    return "the gradients are too large to be squared"
-
-
 class Learner:
     """One SAE and everything its next step depends on, the batch left out.
 
-    Args:
-        sae: learns in place.
-        cfg: the recipe.
-        lr: peak learning rate of this SAE.
-        sparsity: final lambda of this SAE.
-
-    Attributes:
-        stopped: why and when it stopped; None while it learns.
+    `lr` is its peak learning rate and `sparsity` its final lambda; `stopped` says why and when it
+    stopped, None while it learns.
     """
 
     def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
@@ -193,10 +150,7 @@ class Learner:
         self.stopped: str | None = None
 
     def launch(self, x: Float[Tensor, "batch d_in"], number: int) -> Launched | None:
-        """Give the device the gradients of step `number`, from 1; wait for nothing.
-
-        None comes back once the SAE has stopped.
-        """
+        """Give the device step `number`, from 1, without waiting; None once the SAE has stopped."""
         if self.stopped is not None:
             return None
         if number == 1 and isinstance(self.sae, JumpReluSAE):
@@ -204,13 +158,13 @@ class Learner:
         # A loss that hears dead latents costs as much where there are none, unless that is known.
         longest, window = self._max_steps_since_fired, self._cfg.schedule.revive_window
         none_dead = longest is not None and longest + 1 < window
-        attempt = self._stepper.attempt(
+        result = self._stepper.attempt(
             x,
             sparsity_coeff=self._sparsity_coeff(number),
             density=self._last_density,
             dead=None if none_dead else self._dead.mask,
         )
-        return step_check(self.sae, attempt, self._dead)
+        return self._launched(result)
 
     def finish(
         self,
@@ -235,33 +189,54 @@ class Learner:
         self._optimizer.step(lr, threshold_lr=threshold_lr(self._lr, self._cfg) * lr_share)
         self._dead.count(result.stats)
         return report(
-            dead=self._dead.counts,  # before a resampling gives some of them a new window
+            dead=self._dead.counts,
             loss=result.loss,
-            stats=slim(result.stats),
+            stats=result.stats.without_latents(),
             n_candidates=result.n_candidates,
             n_resampled=0 if pool is None else self._resample(pool, number),
         )
+
+    def _launched(self, result: StepResult) -> Launched:
+        """Start sending the numbers of a step, whose gradients are in `.grad`, to the CPU."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        total, norm = result.loss.total, torch.nn.utils.get_total_norm(gradients)
+        overflowed = result.overflowed
+        if overflowed is None:
+            overflowed = torch.zeros_like(result.n_entries)
+        values = (total, norm, result.n_entries, overflowed, self._dead.max_steps_since_fired)
+        # float32 counts exactly only up to 2^24.
+        numbers = torch.stack([value.to(sum_dtype(total.device)) for value in values])
+        if not numbers.is_cuda:
+            return Launched(result, numbers, None)
+        # Pinned by `to`, or the copy would wait for the device.
+        numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(total.device))
+        return Launched(result, numbers, arrived)
 
     def _result(
         self, launched: Launched, x: Float[Tensor, "batch d_in"], number: int
     ) -> StepResult | None:
         """Return what a step came to; None if its gradients must not reach the weights."""
-        attempt, check = launched.attempt, launched.check()
+        result, check = launched.result, launched.check()
         if check.overflowed:
-            logger.info("%s", overflow_note(n_open=check.n_open, capacity=attempt.capacity))
+            logger.info(
+                "expected at most %d open gates, got %d: this step was taken again by the dense "
+                "way, with the same gradients",
+                result.capacity,
+                check.n_open,
+            )
             coeff = self._sparsity_coeff(number)
-            attempt = self._stepper.dense(x, sparsity_coeff=coeff, dead=self._dead.mask)
+            result = dense_step(self.sae, x, sparsity_coeff=coeff, dead=self._dead.mask)
             # The room that was too little is the room to ask for next: a dense step counts less.
-            again = step_check(self.sae, attempt, self._dead).check()
-            check = again._replace(n_open=check.n_open)
-        if not check.is_finite:
-            self.stopped = f"step {number}: {nonfinite_cause(self.sae, x, attempt.result)}"
+            check = self._launched(result).check()._replace(n_open=check.n_open)
+        if not (math.isfinite(check.loss) and math.isfinite(check.grad_norm)):
+            self.stopped = f"step {number}: {nonfinite_cause(self.sae, x, result)}"
             self.sae.zero_grad(set_to_none=True)
             logger.warning("an SAE has stopped learning at %s", self.stopped)
             return None
         self._last_density = check.n_open / (len(x) * self.sae.d_sae)
         self._max_steps_since_fired = check.max_steps_since_fired
-        return attempt.result
+        return result
 
     def _resample(self, pool: Float[Tensor, "pool d_in"], number: int) -> int:
         dead = self._dead.mask.nonzero().squeeze(1)
@@ -298,11 +273,17 @@ class Learner:
                 "run (train --config with the run's config.json, and --init-threshold 0.1 "
                 "--bandwidth 0.1, which are today's)"
             )
-        ours = {name: tuple(p.shape) for name, p in self.sae.named_parameters()}
-        saved = {name: tuple(w.shape) for name, w in state["weights"].items()}
+        ours, saved = (
+            {name: "x".join(map(str, p.shape)) for name, p in parameters}
+            for parameters in (self.sae.named_parameters(), state["weights"].items())
+        )
         if ours != saved:
+            expected, got = (
+                ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+                for shapes in (ours, saved)
+            )
             raise InputError(
-                f"expected SAE {index} of the state to have {_shapes(ours)}, got {_shapes(saved)}; "
+                f"expected SAE {index} of the state to have {expected}, got {got}; "
                 "build the trainer from the config of the run that saved it"
             )
 
@@ -320,15 +301,14 @@ class Learner:
         self.stopped = state["stopped"]
 
 
-def slim(stats: BatchStats) -> BatchStats:
-    """Return the sums without their per-latent detail, which would fill memory in kept reports."""
-    return stats._replace(
-        fired=stats.fired.sum()[None],
-        gate_open=None if stats.gate_open is None else stats.gate_open.sum()[None],
-        latent_power=None,
-        latent_aligned=None,
-    )
-
-
-def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+def nonfinite_cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
+    """Return what is not finite about a step whose gradients are in `.grad`."""
+    if not bool(x.isfinite().all()):
+        return "the activations are not finite"
+    for name, term in result.loss._asdict().items():
+        if not bool(term.isfinite()):
+            return f"the {name} loss is not finite"
+    for name, parameter in sae.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name} is not finite"
+    return "the gradients are too large to be squared"

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import SAESpec, TrainRecipe
@@ -21,16 +20,9 @@ def adam_on_sphere(first, last, W, grad, mean, square, rate, new1, new2, root, e
     """Move unit rows first to last - 1 of W by Adam, along the sphere, in one pass over each.
 
     The gradient loses its component along the row, Adam takes its step, the row is scaled back to
-    norm one.
-
-    Args:
-        first, last: rows.
-        W, grad, mean, square: (d_sae, d_in): weights, their gradient, Adam's two moments.
-        rate: learning rate / (1 - beta1^t); like all numbers here in the precision of W, for an
-            integer beside it would lift the whole loop to float64.
-        new1, new2: 1 - beta1 and 1 - beta2, the share of the new in each moment.
-        root: sqrt(1 - beta2^t).
-        eps: added to the root of the second moment.
+    norm one. W, grad, and Adam's moments mean and square are (d_sae, d_in). Of the scalars, `rate`
+    is the learning rate / (1 - beta1^t), new1 and new2 are 1 - beta1 and 1 - beta2, and root is
+    sqrt(1 - beta2^t); all in the precision of W, or the whole loop is lifted to float64.
     """
     width, zero = W.shape[1], W.dtype.type(0)
     for i in range(first, last):
@@ -52,7 +44,6 @@ def adam_on_sphere(first, last, W, grad, mean, square, rate, new1, new2, root, e
 
 WARMUP_FLOOR = 0.1  # Share of the peak at which a warm-up starts (arXiv:2404.16014v2, D.1.1).
 EPS = 1e-8
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # What torch's Adam keeps of a parameter.
 
 
 def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
@@ -60,11 +51,8 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
 
     A cosine rises from 0.1 to 1 over `lr_warmup_steps` (arXiv:2404.16014v2, D.1.1), and a line
     falls to 0 over the last `lr_decay_fraction` of the steps; where they overlap they multiply.
-
-    Args:
-        step: steps done before this one.
-        cfg: the recipe.
-        warmup_start: steps done when the warm-up last began: 0, or at the last resampling.
+    `step` counts those done before; the warm-up last began after `warmup_start`, 0 or that of the
+    last resampling.
     """
     since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
     factor = 1.0
@@ -110,13 +98,8 @@ def sparsity_in_training_units(
     Dividing the squared error by d_in, or by d_in E|x|^2 (arXiv:2404.16014v2, D.1.1), multiplies
     lambda by the same. With y = s x, latents of a unit-norm dictionary scale by s too, and
     |y - y_hat|^2 + lambda |f_y|_1 = s^2 (|x - x_hat|^2 + (lambda / s) |f_x|_1). Where lambda weighs
-    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2.
-
-    Args:
-        spec: the SAE.
-        d_in: width of its activations.
-        scale: s, which multiplies raw activations.
-        mean_square_norm: E|x|^2 of raw activations.
+    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2. Here
+    `scale` is s and `mean_square_norm` is E|x|^2 of raw activations.
     """
     if spec.architecture == "topk":
         return Sparsity(coeff=0.0, raw=0.0)
@@ -130,25 +113,6 @@ def sparsity_in_training_units(
     return Sparsity(coeff=coeff, raw=coeff / scale**power)
 
 
-@torch.no_grad()
-def remove_parallel_(
-    grad: Float[Tensor, "d_sae d_in"], *, W_dec: Float[Tensor, "d_sae d_in"]
-) -> None:
-    """Take from each row of `grad` its component along the unit row of `W_dec`, in place.
-
-    Renormalising undoes a move along a direction; left in, that move would still fill Adam's
-    second moment and slow the turns that count (arXiv:2408.05147, section 3.2).
-    """
-    along = torch.linalg.vecdot(grad, W_dec)
-    grad.addcmul_(W_dec, along[:, None], value=-1)
-
-
-@torch.no_grad()
-def normalise_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Scale each row of `W_dec` to norm one, in place."""
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-
-
 class DictionaryAdam:
     """Adam over one SAE's parameters that keeps a unit-norm dictionary on the sphere.
 
@@ -160,7 +124,10 @@ class DictionaryAdam:
         self._sae = sae
         self._named = dict(sae.named_parameters())
         for parameter in self._named.values():
-            _close_gaps_(parameter)
+            # Of a view of a wider tensor the fused kernel would move the numbers in between;
+            # `empty_like` has the strides of what has no gaps.
+            if torch.empty_like(parameter).stride() != parameter.stride():
+                parameter.data = parameter.detach().contiguous()
         # Thresholds go at a rate of their own, in a group by themselves.
         self._threshold = sae.threshold if isinstance(sae, JumpReluSAE) else None
         groups = [[p for p in self._named.values() if p is not self._threshold]]
@@ -174,19 +141,19 @@ class DictionaryAdam:
         """Apply the gradients in `.grad`, at learning rate `lr`; rows of `W_dec` end at norm one.
 
         A dictionary whose recipe leaves norms free is neither projected nor renormalised. A
-        threshold moves in its own unit, and ends at 0 where it would be less: there the gradient
-        still is what the penalty makes it, and raises it again.
-
-        Args:
-            lr: learning rate.
-            threshold_lr: that of thresholds; None takes `lr`.
+        threshold moves in its own unit, at the rate `threshold_lr` if given, and ends at 0 where it
+        would be less: there the gradient still is what the penalty makes it, and raises it again.
         """
         for parameter in self._named.values():
-            _match_layout_(parameter)
+            grad = parameter.grad
+            # The fused kernel walks raw memory: a gradient of other strides (a transposed product
+            # put into .grad by hand) is applied to the wrong entries without an error (torch 2.13,
+            # CPU).
+            if grad is not None and grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(grad)
         W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
-        on_sphere = self._sae.unit_norm and grad is not None
-        loops_know = W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
-        one_pass = on_sphere and loops_know
+        on_sphere = self._sae.objective.unit_norm and grad is not None
+        one_pass = on_sphere and W_dec.is_cpu and W_dec.dtype in (torch.float32, torch.float64)
         for group in self._adam.param_groups:
             group["lr"] = lr
         if isinstance(self._sae, JumpReluSAE):
@@ -195,7 +162,10 @@ class DictionaryAdam:
         if one_pass:
             W_dec.grad = None  # left out of the step of all others
         elif on_sphere and grad is not None:
-            remove_parallel_(grad, W_dec=W_dec)
+            # Renormalising undoes a move along a direction; left in, that move would still fill
+            # Adam's second moment and slow the turns that count (arXiv:2408.05147, section 3.2).
+            along = torch.linalg.vecdot(grad, W_dec)
+            grad.addcmul_(W_dec, along[:, None], value=-1)
         self._adam.step()
         if self._threshold is not None:
             self._threshold.clamp_(min=0)
@@ -203,7 +173,7 @@ class DictionaryAdam:
             W_dec.grad = grad
             self._step_on_sphere(lr)
         elif on_sphere:
-            normalise_rows_(W_dec)
+            W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
     def _step_on_sphere(self, lr: float) -> None:
         """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""
@@ -256,21 +226,9 @@ class DictionaryAdam:
             # Adam.load_state_dict goes by position; the step count stays float32 in any precision.
             self._adam.state[parameter] = {
                 "step": moments["step"].to(parameter.device, copy=True),
-                # In the layout of the parameter, for the reason given at `_match_layout_`.
-                **{key: torch.empty_like(parameter).copy_(moments[key]) for key in MOMENTS[1:]},
+                # In the layout of the parameter, for the reason given in `step`.
+                **{
+                    key: torch.empty_like(parameter).copy_(moments[key])
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
             }
-
-
-def _close_gaps_(parameter: Tensor) -> None:
-    # For the same reason: of a parameter with other numbers between its own (a view of a wider
-    # tensor) the kernel would move those. `empty_like` has the strides of what has no gaps.
-    if torch.empty_like(parameter).stride() != parameter.stride():
-        parameter.data = parameter.detach().contiguous()
-
-
-def _match_layout_(parameter: Tensor) -> None:
-    # The fused kernel walks raw memory: a gradient of other strides (a transposed product put into
-    # .grad by hand) is applied to the wrong entries without an error (torch 2.13, CPU).
-    grad = parameter.grad
-    if grad is not None and grad.stride() != parameter.stride():
-        parameter.grad = torch.empty_like(parameter).copy_(grad)

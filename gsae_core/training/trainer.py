@@ -43,10 +43,9 @@ class StepReport(NamedTuple):
 class Trainer:
     """SAEs of any architectures and widths, with their optimisers, on one stream.
 
-    Args:
-        saes: learn in place. Each learns as it would alone: nothing passes between them.
-        cfg: the recipe; `sparsity` and `lrs` hold one number for all SAEs, or one for each.
-        measure: without effect; an earlier version timed its ways of computing a step.
+    Each learns in place, as it would alone: nothing passes between them. In `cfg`, `sparsity` and
+    `lrs` hold one number for all, or one for each. `measure` is without effect: an earlier version
+    timed its ways of computing a step.
 
     Raises:
         InputError: if there is no SAE, one is given twice or normalises every token, their `d_in`
@@ -75,12 +74,10 @@ class Trainer:
 
     @property
     def saes(self) -> tuple[SAE, ...]:
-        """The SAEs that learn, in the order in which they were given."""
         return tuple(learner.sae for learner in self._learners)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or every SAE has stopped."""
         return self.steps_done >= self.cfg.n_steps or all(self.stopped)
 
     @property
@@ -110,8 +107,8 @@ class Trainer:
         pool = torch.cat(self._pool) if is_resampling(number, self.cfg) else None
         if x.is_cpu:
             # Two SAEs on a core each are faster than one on two: much of a step (counters, small
-            # sums) does not spread over cores, and no SAE waits for another. One stacked encoder
-            # product for all would save nothing: one SAE's runs at full rate.
+            # sums) does not spread over cores. One stacked encoder product for all would save
+            # nothing: one SAE's runs at full rate.
             def step(i: int) -> SAEReport:
                 return learners[i].finish(learners[i].launch(x, number), x, number, pool=pool)
 
@@ -119,10 +116,8 @@ class Trainer:
         else:
             # All are launched before one is waited for, so the device is never without work.
             launched = [learner.launch(x, number) for learner in learners]
-            saes = [
-                learner.finish(its, x, number, pool=pool)
-                for learner, its in zip(learners, launched, strict=True)
-            ]
+            pairs = zip(learners, launched, strict=True)
+            saes = [learner.finish(its, x, number, pool=pool) for learner, its in pairs]
         if pool is not None:
             self._pool.clear()
         self.steps_done = number
@@ -182,7 +177,7 @@ def train(
                 print(report.step, report.saes[0].l0)
 
     Args:
-        saes: learn in place, and only while the iterator is read.
+        saes: learn only while the iterator is read.
         batches: activations of shape (batch_size, d_in); no more are taken than there are steps.
         cfg: the recipe.
         trainer: one made from `saes` and `cfg` whose state was loaded; `batches` then begin with

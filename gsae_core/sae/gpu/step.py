@@ -52,14 +52,6 @@ def capacity_for(n_open: float) -> int:
     return max(4096, power_of_two(int(1.25 * n_open) + 1))
 
 
-def overflow_note(*, n_open: int, capacity: int) -> str:
-    """Return the sentence for a log when a step had to be taken again."""
-    return (
-        f"expected at most {capacity} open gates, got {n_open}: "
-        "this step was taken again by the dense way, with the same gradients"
-    )
-
-
 @torch.no_grad()
 def kernel_step(
     sae: BuiltinSAE,
