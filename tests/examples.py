@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
+from gsae_core.sae.metrics import BatchStats, stats_from_counts
 
 
 def set_(sae: SAE, **values: list) -> None:
@@ -66,6 +67,31 @@ def random_relu(**options: Any) -> ReluSAE:
     sae = ReluSAE(4, 7, **options).double()
     perturb_(sae)
     return sae
+
+
+def batch_stats(
+    *,
+    x: Tensor,
+    x_hat: Tensor,
+    x_hat_gate: Tensor | None,
+    f: Tensor,
+    pi_gate: Tensor | None,
+    W_dec: Tensor | None = None,
+) -> BatchStats:
+    """Return the sums of a batch whose latents are dense; with `W_dec`, of single latents too."""
+    stats = stats_from_counts(
+        x=x,
+        x_hat=x_hat,
+        x_hat_gate=x_hat_gate,
+        fired=(f > 0).sum(0),
+        gate_open=None if pi_gate is None else (pi_gate > 0).sum(0),
+    )
+    if W_dec is None:
+        return stats
+    with torch.no_grad():
+        power = f.square().sum(0, dtype=torch.float64) * W_dec.square().sum(1)
+        cross = (f * ((x - x_hat) @ W_dec.T)).sum(0, dtype=torch.float64)
+    return stats._replace(latent_power=power, latent_aligned=power + cross)
 
 
 class Largest(TorchDispatchMode):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import perturb_
+from examples import batch_stats, perturb_
 from torch import Tensor
 
 from gsae_core.analysis.fidelity import reconstruct
@@ -18,7 +18,7 @@ from gsae_core.runs.run import Run
 from gsae_core.sae.ablations import pursue
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import encode_sparse
 from gsae_core.training.trainer import Trainer, train
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from examples import batch_stats
 from index_cases import D_SAE, KINDS, Dense, built, dense, some_parts, some_sae
 
 from gsae_core.analysis.features.collect import margins
@@ -13,7 +14,7 @@ from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.sae.metrics import Metrics
 
 # 40 rows of 15 counted tokens.
 N_TOKENS = 600

@@ -5,15 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from examples import numbers
+from examples import batch_stats, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.metrics import BatchStats, Metrics, batch_stats, stats_from_counts, sum_dtype
+from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
 
-SCALARS = ["l0", "gate_l0", "fvu", "gamma", "gamma_gate", "cosine", "alive_fraction"]
+SCALARS = ["l0", "fvu", "gamma", "gamma_gate", "cosine", "alive_fraction"]
 PER_LATENT = ["density", "gate_density", "gamma_per_feature"]
 
 
@@ -46,7 +46,6 @@ def test_every_metric_by_hand() -> None:
     m = Metrics(worked_example())
     assert m.n_tokens == 2
     assert m.l0 == 1.5  # (1 + 2) / 2
-    assert m.gate_l0 == 2  # (2 + 2) / 2
     # errors (0, 4), (0, 1): 17. The mean is (2, 3.5); about it 1.25 + 1.25.
     assert m.fvu == pytest.approx(17 / 2.5)
     # |x_hat|^2: 9 + 5. x . x_hat: 9 + 7.
@@ -274,7 +273,6 @@ def test_activations_that_never_vary_have_no_fvu(value: float) -> None:
 
 def test_a_relu_sae_has_no_gate_to_measure() -> None:
     m = Metrics(batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=None))
-    assert math.isnan(m.gate_l0)
     assert math.isnan(m.gamma_gate)
     assert m.gate_density.isnan().tolist() == [True] * 3
     assert m.gamma_per_feature.isnan().tolist() == [True] * 3  # W_dec was not given

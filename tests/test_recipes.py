@@ -25,7 +25,7 @@ def test_a_recipe_names_three_explicit_choices(
 ) -> None:
     sae = GatedSAE(4, 7, recipe=recipe, aux=aux)
     assert tuple(sae.objective) == expected
-    assert (sae.recipe, sae.unit_norm, sae.aux) == (recipe, expected[0], expected[2])
+    assert (sae.recipe, sae.objective.unit_norm, sae.aux) == (recipe, expected[0], expected[2])
     # A checkpoint may record the resolved choice and build the same SAE from it.
     assert GatedSAE(4, 7, recipe=recipe, aux=sae.aux).objective == sae.objective
 
@@ -51,8 +51,8 @@ def test_norm_weighting_that_ignores_norms_is_refused_beside_a_live_decoder() ->
 
 
 def test_a_relu_sae_has_no_recipe_b() -> None:
-    assert ReluSAE(4, 7, recipe="P").unit_norm
-    assert not ReluSAE(4, 7, recipe="A").unit_norm
+    assert ReluSAE(4, 7, recipe="P").objective.unit_norm
+    assert not ReluSAE(4, 7, recipe="A").objective.unit_norm
     assert ReluSAE(4, 7).objective.aux == "off"
     with pytest.raises(InputError) as caught:
         ReluSAE(4, 7, recipe="B")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from examples import numbers, random_gated, random_relu, set_
+from examples import batch_stats, numbers, random_gated, random_relu, set_
 from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae.ablations import rescale_and_shift, rescale_step
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.sae.metrics import Metrics
 
 
 def shrunk_baseline() -> ReluSAE:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2010,
-    "sae": 3980,
+    "sae": 3780,
     "lm": 3950,
     "training": 1090,
     "checkpoints": 3100,
@@ -18,7 +18,7 @@ LINES = {
     "cli": 1560,
     "app": 5480,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 126, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 125, 20, 80
 
 
 def modules(room: str) -> list[Path]:

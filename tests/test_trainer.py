@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from examples import batch_stats
 from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.sae.metrics import Metrics, batch_stats
+from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train

@@ -96,15 +96,13 @@ LEARNS = ("b_mag", "r_mag")
 
 @torch.no_grad()
 def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
-    """Return a Gated SAE that begins as `baseline`, and in which only `r_mag` and `b_mag` learn.
+    """Return a Gated SAE that begins as a copy of `baseline`; only its `r_mag` and `b_mag` learn.
 
         pi_gate = (x - b_dec) @ W_enc + b_enc                     the baseline's, frozen
         pi_mag  = (x - b_dec) @ W_enc * exp(r_mag) + b_mag        from r_mag = 0, b_mag = b_enc
 
-    Latents and reconstructions start as the baseline's, bit for bit. The gate stays the baseline's,
-    so each token's active latents stay among the baseline's: L0 can fall and never rise. The
-    comparison in the paper (section 5.2) takes a baseline as wide as the Gated SAE it is held
-    against. `baseline` is copied and stays as it is.
+    Latents and reconstructions start as the baseline's, bit for bit, and L0 can fall and never
+    rise. The paper's comparison (section 5.2) takes a baseline as wide as the Gated SAE.
 
     Raises:
         InputError: if it normalises every token.
@@ -132,11 +130,8 @@ def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Float[Tensor
             rescale_step(sae, x)
             adam.step()
 
-    No sparsity term is needed: what is active is the frozen gate's to say.
-
-    Args:
-        sae: what `rescale_and_shift` returned.
-        x: activations, in the units the baseline was trained in.
+    `sae` comes from `rescale_and_shift`, and `x` is in the units the baseline was trained in. No
+    sparsity term is needed: the frozen gate decides what is active.
 
     Raises:
         InputError: if other parameters than `r_mag` and `b_mag` learn, or the last axis of `x` is

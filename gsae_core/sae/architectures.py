@@ -17,7 +17,7 @@ Tie = Literal["r_mag", "none", "untied"]
 
 
 class PreActivations(NamedTuple):
-    """What the two paths of the gated encoder see before their nonlinearities."""
+    """Both paths of the gated encoder before their nonlinearities."""
 
     pi_gate: Float[Tensor, "*batch d_sae"]
     pi_mag: Float[Tensor, "*batch d_sae"]
@@ -35,8 +35,6 @@ class GatedSAE(SAE):
     the paper's pseudo-code; its text writes them transposed.
 
     Args:
-        d_in: width of the activations.
-        d_sae: number of latents.
         recipe: `P`, `A` or `B`, see `base.RECIPES`.
         tie: `r_mag` shares directions between the paths up to a learnt scale (Eq. 7); `none` drops
             the scale (`W_mag = W_gate`); `untied` gives the magnitude path its own `W_mag`.
@@ -44,7 +42,6 @@ class GatedSAE(SAE):
             `unfrozen` is the paper's ablation (Fig. 8).
         detach_b_dec: keep the sparsity and auxiliary terms from moving `b_dec` through the centred
             input, as the text asks and the paper's pseudo-code does not do.
-        seed: of the initial directions.
     """
 
     architecture = "gated"
@@ -83,11 +80,7 @@ class GatedSAE(SAE):
         return (pi_gate > 0) * torch.relu(pi_mag)
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> PreActivations:
-        """Return the gate and magnitude pre-activations of `x`.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return pi_gate and pi_mag of `x`."""
         self.check_width(x)
         xc = self.normalised(x).u - self.b_dec
         h = xc @ self.W_gate
@@ -101,8 +94,8 @@ class GatedSAE(SAE):
     def jumprelu_threshold(self) -> Float[Tensor, " d_sae"]:
         """Return theta of the JumpReLU SAE that computes the same: f = pi_mag where pi_mag > theta.
 
-        theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, where the
-        maximum is left to the reader). At theta = 0 the gate never binds: a plain ReLU latent.
+        theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, which leaves
+        out the maximum). At theta = 0 the gate never binds: a plain ReLU latent.
 
         Raises:
             InputError: if the paths are untied, for then no JumpReLU SAE computes the same.
@@ -125,13 +118,8 @@ class ReluSAE(SinglePathSAE):
         f     = relu((x - b_dec) @ W_enc + b_enc)
         x_hat = f @ W_dec + b_dec
 
-    Bricken et al. 2023, as arXiv:2404.16014v2 writes it (Eq. 1-3).
-
-    Args:
-        d_in: width of the activations.
-        d_sae: number of latents.
-        recipe: `P` (unit norm, plain L1: the paper's baseline) or `A` (L1 weighted by free norms).
-        seed: of the initial directions.
+    Bricken et al. 2023, as arXiv:2404.16014v2 writes it (Eq. 1-3). Recipe `P` is the paper's
+    baseline (unit norm, plain L1); `A` weighs L1 by free norms.
     """
 
     architecture = "relu"
@@ -145,10 +133,7 @@ class ReluSAE(SinglePathSAE):
 
 
 def build_sae(spec: SAESpec, d_in: int) -> SAE:
-    """Return a new SAE as a run's config describes it.
-
-    Each architecture reads the settings it has: a ReLU SAE has no gate, so `tie`, `aux` and
-    `detach_b_dec` say nothing about it, and a sweep may set them for its Gated half.
+    """Return a new SAE as a run's config describes it, by the settings its architecture has.
 
     Raises:
         InputError: if the recipe is unsound for the architecture.
@@ -183,8 +168,7 @@ def fold_scale_(sae: SAE, scale: float) -> None:
 
     With y = s x, the encoder's products are (y - b_dec) @ W = s (x - b_dec / s) @ W. Dividing every
     bias and threshold by s therefore divides pre-activations, latents and x_hat by s and leaves
-    each gate, and the order of the latents, as they are; directions, norms and r_mag (a ratio)
-    stay. In raw units the same optimum has lambda / s, or lambda / s^2 where lambda weighs L0.
+    each gate and the order of the latents as they are.
 
     Raises:
         InputError: if `scale` is not a positive number, or the SAE normalises every token.

@@ -24,15 +24,14 @@ class Objective(NamedTuple):
     """
 
     unit_norm: bool
-    """Rows of `W_dec` are held at norm one (the optimiser's job after every step)."""
+    """Whether the optimiser holds rows of `W_dec` at norm one."""
 
     l1_weight: L1Weight
     """What multiplies each latent in the L1 term: 1, the norm of its direction, or that norm as a
     constant."""
 
     aux: Aux
-    """Decoder of the gate's auxiliary term: a frozen copy (Eq. 8), the live one, or no such
-    term."""
+    """Decoder of the gate's auxiliary term: a frozen copy (Eq. 8), the live one, or no term."""
 
 
 RECIPES: dict[Recipe, Objective] = {
@@ -45,31 +44,28 @@ RECIPES: dict[Recipe, Objective] = {
 def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
     """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
 
-    The others have no gate and so no auxiliary reconstruction from it (Eq. 4), for any `aux`.
+    Only a Gated SAE has a gate and so an auxiliary reconstruction from it (Eq. 4).
 
     Raises:
-        InputError: for combinations in which norms can run away; nothing else is looked at, so
-            that a caller may ask before it builds anything.
+        InputError: for combinations in which norms can run away.
     """
-    if architecture == "relu":
-        if recipe == "B":
-            raise InputError(
-                "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
-                "L1 term, latents shrink and decoder norms grow without limit"
-            )
-        return RECIPES[recipe]._replace(aux="off")
+    if architecture == "relu" and recipe == "B":
+        raise InputError(
+            "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
+            "L1 term, latents shrink and decoder norms grow without limit"
+        )
+    if architecture in ("jumprelu", "topk") and recipe != "P":
+        name = {"jumprelu": "JumpReLU", "topk": "TopK"}[architecture]
+        raise InputError(
+            f"expected recipe 'P' for a {name} SAE, got {recipe!r}: recipes A and B weigh an "
+            "L1 term, and this architecture has none"
+        )
     if architecture != "gated":
-        if recipe != "P":
-            name = {"jumprelu": "JumpReLU", "topk": "TopK"}[architecture]
-            raise InputError(
-                f"expected recipe 'P' for a {name} SAE, got {recipe!r}: recipes A and B weigh an "
-                "L1 term, and this architecture has none"
-            )
         return RECIPES[recipe]._replace(aux="off")
     chosen = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)
     if chosen.l1_weight == "norm" and chosen.aux == "frozen":
-        # The terms must agree on whether norms are theirs to move (an author's comment on the
-        # paper's forum post); SAELens PR #545 is this mixture, and its users report dead latents.
+        # The terms must agree on whether they move norms (an author's comment on the paper's forum
+        # post); SAELens PR #545 is this mixture, and its users report dead latents.
         raise InputError(
             "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would "
             "shrink decoder norms that the frozen auxiliary term cannot hold up, and latents die; "
@@ -86,18 +82,16 @@ def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = N
 
 InputNorm = Literal["layer_norm", "constant_norm_rescale"]
 
-# All three libraries add it to the deviation, and only on the way in.
+# All three libraries add it to the deviation, and only when encoding.
 EPS = 1e-5
 
 
 class Normalised(NamedTuple):
-    """A batch as an SAE sees it, and what leads back from there."""
+    """A batch as an SAE sees it: x = u * scale + mean, where None stands for 1 and for 0."""
 
     u: Float[Tensor, "*batch d_in"]
     scale: Float[Tensor, "*batch 1"] | None = None
-    """How long one unit of u is in x; None: one, for every token."""
     mean: Float[Tensor, "*batch 1"] | None = None
-    """What was taken from x first; None: nothing."""
 
     def undo(self, u_hat: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Return reconstructions of u as reconstructions of x."""
@@ -105,15 +99,12 @@ class Normalised(NamedTuple):
         return x_hat if self.mean is None else x_hat + self.mean
 
     def in_raw_units(self, step: Float[Tensor, "*#batch d_in"]) -> Float[Tensor, "*#batch d_in"]:
-        """Return how far u_hat's going so far moves x_hat: the step times each token's scale."""
+        """Return how far a step of u_hat moves x_hat."""
         return step if self.scale is None else step * self.scale
 
 
 def normalised(x: Float[Tensor, "*batch d_in"], kind: InputNorm | None) -> Normalised:
-    """Return `x` as an SAE with such inputs sees it; with None, `x` itself.
-
-    A vector of zeros has no direction to rescale: its u is zeros, as is its x_hat.
-    """
+    """Return `x` as an SAE with such inputs sees it; a vector of zeros stays one."""
     match kind:
         case None:
             return Normalised(x)
@@ -128,11 +119,7 @@ def normalised(x: Float[Tensor, "*batch d_in"], kind: InputNorm | None) -> Norma
 
 
 class SAE(nn.Module, ABC):
-    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width.
-
-    One that was read from another library may normalise each token on its way in (`input_norm`);
-    its equations then hold for `u` of `normalised(x)`, and its x_hat is undone from there.
-    """
+    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width."""
 
     architecture: Architecture
     objective: Objective
@@ -140,8 +127,10 @@ class SAE(nn.Module, ABC):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     input_norm: InputNorm | None = None
-    """How tokens are normalised before anything else; None, as everything trained here: not at all.
-    Such an SAE still takes and returns raw activations, and cannot be trained further."""
+    """How an SAE of another library normalises each token first; None for those trained here.
+
+    Its equations then hold for `u` of `normalised(x)`. It takes and returns raw activations, and
+    cannot be trained further."""
 
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
         super().__init__()
@@ -156,24 +145,14 @@ class SAE(nn.Module, ABC):
         self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
-    @property
-    def unit_norm(self) -> bool:
-        """Whether rows of `W_dec` have to be kept at norm one while training."""
-        return self.objective.unit_norm
-
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents `f >= 0`.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return the latents `f >= 0`, or raise InputError if the last axis is not `d_in`."""
 
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
 
-        Latents alone do not say how a token was normalised: of an SAE with `input_norm` this is a
-        reconstruction of u, which `normalised(x).undo` turns into one of x.
+        Of an SAE with `input_norm` this reconstructs u; `normalised(x).undo` turns it into x_hat.
 
         Raises:
             InputError: if the last axis of `f` is not `d_sae`.
@@ -186,11 +165,10 @@ class SAE(nn.Module, ABC):
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the reconstruction of `x`: `decode(encode(x))`, in units of x."""
+        """Return the reconstruction of `x`, in units of x."""
         return self.normalised(x).undo(self.decode(self.encode(x)))
 
     def normalised(self, x: Float[Tensor, "*batch d_in"]) -> Normalised:
-        """Return activations as the encoder sees them, and what undoes it; mostly `x` itself."""
         return normalised(x, self.input_norm)
 
     def extra_repr(self) -> str:
@@ -236,11 +214,7 @@ class SinglePathSAE(SAE):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return z.
-
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
-        """
+        """Return z."""
         self.check_width(x)
         return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
@@ -258,11 +232,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_width(sae: SAE, width: int, *, name: str, hook_name: str) -> None:
-    """Check that an SAE fits a place in a model.
-
-    Raises:
-        InputError: names both widths.
-    """
+    """Raise InputError unless an SAE fits a place in a model."""
     if sae.d_in != width:
         raise InputError(
             f"expected SAE {name!r} to take activations of width {width}, as {hook_name} has, got "

@@ -30,25 +30,20 @@ class JumpReluSAE(SinglePathSAE):
         f     = z * H(z - theta),   theta = threshold >= 0
         x_hat = f @ W_dec + b_dec
 
-    The input is centred, as everywhere in this package; the paper's own SAEs are not, and folding
-    `b_dec @ W_enc` into `b_enc` turns one form into the other. The paper learns log theta; a step
-    of Adam then moves theta by a share of itself, however far it has to go, and from a small start
-    no penalty raises it within a short run. Here theta itself is the parameter: the optimiser sets
-    it to 0 where a step took it below, and leaves it in float32 where the SAE is made of shorter
-    numbers.
+    The paper's own SAEs do not centre the input; folding `b_dec @ W_enc` into `b_enc` turns one
+    form into the other. The paper learns log theta; a step of Adam then moves theta by a share of
+    itself, and from a small start no penalty raises it within a short run. Here theta itself is the
+    parameter: the optimiser sets it to 0 where a step took it below, and it is float32 where the
+    SAE is made of shorter numbers.
 
     Args:
-        d_in: width of the activations.
-        d_sae: number of latents.
         init_threshold: theta of every latent at the start and after a revival, as a multiple of
             `threshold_unit`.
-        bandwidth: width of the window around theta in which a pre-activation moves theta, as a
-            multiple of `threshold_unit`.
+        bandwidth: width of the window around theta in which a pre-activation moves theta, likewise.
         threshold_unit: the length those two are multiples of, and by which Adam's steps of theta
             are multiplied; None lets training measure it, sqrt(E|x|^2) of the first batch, and
             counts as 1 until then.
         recipe: `P`, the only one: its penalty does not weigh latents by anything.
-        seed: of the initial directions.
     """
 
     architecture = "jumprelu"
@@ -65,16 +60,11 @@ class JumpReluSAE(SinglePathSAE):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        settings = {
-            "init_threshold": init_threshold,
-            "bandwidth": bandwidth,
-            "threshold_unit": 1.0 if threshold_unit is None else threshold_unit,
-        }
-        for name, value in settings.items():
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"expected a positive, finite {name}, got {value}")
         self.init_threshold, self.bandwidth = init_threshold, bandwidth
         self.threshold_unit = threshold_unit
+        for name, value in self.settings.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"expected a positive, finite {name}, got {value}")
         self.threshold = nn.Parameter(torch.full((d_sae,), self.start))
 
     @property
@@ -93,15 +83,14 @@ class JumpReluSAE(SinglePathSAE):
 
     @property
     def eps(self) -> float:
-        """Width of the window around theta, in units of x: the paper's eps."""
+        """The paper's eps: width of the window around theta, in units of x."""
         return self.bandwidth * (self.threshold_unit or 1.0)
 
     @torch.no_grad()
     def measure_unit_(self, x: Float[Tensor, "*batch d_in"]) -> None:
-        """Take sqrt(E|x|^2) for `threshold_unit` if that is not known yet; thresholds follow.
+        """Take sqrt(E|x|^2) for `threshold_unit`, unless it is known, 0 or not finite.
 
-        Thresholds that are no longer where they started, read from a file or set by hand, stay.
-        A batch of zeros, or one that is not finite, is not measured.
+        Thresholds follow, but for those no longer where they started.
         """
         if self.threshold_unit is not None:
             return
@@ -137,9 +126,9 @@ def jump(
         d/dz     = H(z - theta)
         d/dtheta = -(theta / eps) K((z - theta) / eps),    K(u) = 1 where |u| < 1/2
 
-    The derivative to z is the true one: the jump itself is not let through to the encoder.
-    The paper's listing clamps z at zero first, so that where theta < eps / 2 every latent that
-    does not fire lies in the window; its equations do not, and neither does this.
+    The jump itself is not let through to the encoder. The paper's listing clamps z at zero first,
+    so that where theta < eps / 2 every latent that does not fire lies in the window; its equations
+    do not, and neither does this.
     """
     return _AtThreshold.apply(z, theta, bandwidth, True)  # pyright: ignore[reportReturnType]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE, in_window, jump, step
-from gsae_core.sae.metrics import BatchStats, batch_stats
+from gsae_core.sae.metrics import BatchStats, stats_from_counts
 from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, largest
 
 
@@ -23,13 +23,11 @@ class LossParts(NamedTuple):
     """The L1 term, or the L0 term of a JumpReLU SAE, lambda included; 0 for a TopK SAE."""
 
     auxiliary: Float[Tensor, ""]
-    """|x - x_hat_aux|^2, x_hat_aux being decoded from relu(pi_gate); weight one; 0 if none.
-
-    Of a TopK SAE: 1/32 of what its dead latents leave of the error; 0 if none is dead."""
+    """|x - x_hat_aux|^2 of a Gated SAE, x_hat_aux being decoded from relu(pi_gate); of a TopK SAE
+    1/32 of what its dead latents leave of the error; else 0."""
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """What is minimised: the sum of the three."""
         return self.reconstruction + self.sparsity + self.auxiliary
 
 
@@ -42,10 +40,10 @@ class StepResult(NamedTuple):
     """(Input, latent) pairs that cost work: open gates, a JumpReLU SAE's latents above or within
     the window below their thresholds, a TopK SAE's largest and its largest dead ones."""
     n_candidates: int | None = None
-    """Products that a screened encode computed again in float32; None without a screen."""
+    """Products a screened encode computed again in float32; None without a screen."""
     overflowed: Bool[Tensor, ""] | None = None
-    """Whether a GPU's buffers were too small for them: all else means nothing then, nor does
-    `.grad`, and the dense step is to be taken. None where that cannot be."""
+    """Whether a GPU's buffers were too small for them: then all else and `.grad` mean nothing, and
+    the dense step is to be taken. None where that cannot be."""
     capacity: int = 0
     """Entries that those buffers had room for."""
 
@@ -78,18 +76,15 @@ def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: f
     if sae.detach_b_dec:
         # The same values again, on a path without a gradient to b_dec.
         pi_gate = (x - sae.b_dec.detach()) @ sae.W_gate + sae.b_gate
-    x_hat = sae.decode(f)
-    x_hat_aux = None
-    if sae.objective.aux == "frozen":
-        # The auxiliary term may move the gate, never the dictionary.
-        x_hat_aux = torch.relu(pi_gate) @ sae.W_dec.detach() + sae.b_dec.detach()
-    elif sae.objective.aux == "unfrozen":
-        x_hat_aux = torch.relu(pi_gate) @ sae.W_dec + sae.b_dec
-    parts = LossParts(
-        reconstruction=squared_error(x, x_hat),
-        sparsity=sparsity_coeff * l1(sae, torch.relu(pi_gate)),
-        auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
-    )
+    x_hat, g = sae.decode(f), torch.relu(pi_gate)
+    x_hat_aux, auxiliary = None, x.new_zeros(())
+    if sae.objective.aux != "off":
+        W, b = sae.W_dec, sae.b_dec
+        if sae.objective.aux == "frozen":
+            W, b = W.detach(), b.detach()
+        x_hat_aux = g @ W + b
+        auxiliary = squared_error(x, x_hat_aux)
+    parts = LossParts(squared_error(x, x_hat), sparsity_coeff * l1(sae, g), auxiliary)
     return Forward(parts, f, x_hat, pi_gate, x_hat_aux)
 
 
@@ -100,8 +95,8 @@ def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: flo
     """
     f = sae.encode(x)
     x_hat = sae.decode(f)
-    sparsity = sparsity_coeff * l1(sae, f)
-    return Forward(LossParts(squared_error(x, x_hat), sparsity, x.new_zeros(())), f, x_hat)
+    parts = LossParts(squared_error(x, x_hat), sparsity_coeff * l1(sae, f), x.new_zeros(()))
+    return Forward(parts, f, x_hat)
 
 
 def jumprelu_loss(
@@ -177,14 +172,18 @@ def dense_step(
 ) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
-    One forward pass serves all three. Returned tensors carry no graph. The SAE learns later, when
-    an optimiser reads `.grad`; its parameters stay as they are. Arguments and errors as `loss`.
+    Returned tensors carry no graph, and the parameters stay as they are. Arguments and errors are
+    those of `loss`.
     """
     sae.zero_grad(set_to_none=True)
     out = _forward(sae, x, sparsity_coeff, dead)
     out.loss.total.backward()
-    stats = batch_stats(
-        x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, f=out.f, pi_gate=out.pi_gate
+    stats = stats_from_counts(
+        x=x,
+        x_hat=out.x_hat,
+        x_hat_gate=out.x_hat_aux,
+        fired=(out.f > 0).sum(0),
+        gate_open=None if out.pi_gate is None else (out.pi_gate > 0).sum(0),
     )
     terms = LossParts(*(term.detach() for term in out.loss))
     return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)

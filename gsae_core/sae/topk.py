@@ -22,15 +22,9 @@ class TopKSAE(SinglePathSAE):
         f     = relu(z) on the k largest z of a token, 0 elsewhere
         x_hat = f @ W_dec + b_dec
 
-    A token whose k-th largest z is negative has fewer than k latents.
-
-    Args:
-        d_in: width of the activations.
-        d_sae: number of latents.
-        k: latents a token may use.
-        k_aux: dead latents in the auxiliary loss of each token; None takes d_in / 2.
-        recipe: `P`, the only one: latents compete by size, so their directions have one length.
-        seed: of the initial directions.
+    A token whose k-th largest z is negative has fewer than k latents. `k_aux` dead latents take
+    part in the auxiliary loss of each token, d_in / 2 by default. `P` is the only recipe: latents
+    compete by size, so their directions have one length.
     """
 
     architecture = "topk"
@@ -64,12 +58,10 @@ class TopKSAE(SinglePathSAE):
 
 
 def largest(z: Float[Tensor, "*batch d_sae"], *, k: int) -> Float[Tensor, "*batch d_sae"]:
-    """Return relu(z) on the k largest entries of each row, 0 elsewhere.
+    """Return relu(z) on the k largest entries of each row, 0 elsewhere; gradients pass there alone.
 
     Which of two equal entries is kept is torch.topk's choice; `largest_products`, which training
     and evaluation on a CPU use, keeps the lower one.
-
-    Gradients pass through the entries that are kept and positive; which those are is fixed.
     """
     kept = z.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(z).scatter(-1, kept.indices, torch.relu(kept.values))

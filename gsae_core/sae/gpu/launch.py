@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
-from gsae_core.sae.sparse.gradients import StepSums, gain, l1_weights
+from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, undecoded
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")

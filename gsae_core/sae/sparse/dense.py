@@ -1,26 +1,113 @@
-"""The losses of Gated and ReLU SAEs by hand, for batches in which much of the dictionary fires.
+"""The gradients written out by hand, and the step of Gated and ReLU SAEs that many latents fire in.
 
-Seven matrix products (one shared encoder, two decoders, two gradients at the latents, two at the
-weights) where autograd runs eight, five without a gate, and rows in blocks that stay in cache, so
-that neither the latents nor their gradients ever exist for a whole batch.
+That step takes seven matrix products (one shared encoder, two decoders, two gradients at the
+latents, two at the weights; five without a gate) where autograd runs eight, and takes rows in
+blocks that stay in cache: neither latents nor their gradients ever exist for a whole batch.
 """
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
+from gsae_core.errors import InputError
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, has_fast_step
+from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import LossParts, StepResult, squared_error
 from gsae_core.sae.metrics import stats_from_counts
 from gsae_core.sae.sparse.codes import chunk_rows
-from gsae_core.sae.sparse.gradients import (
-    StepSums,
-    check_by_hand,
-    gain,
-    l1_term,
-    l1_weights,
-    leave_gradients,
-)
+
+
+@dataclass
+class StepSums:
+    """Sums over a batch, from which the gradients follow.
+
+    With S the entries where pi_gate > 0, e = x_hat - x and e' = x_hat_aux - x, a batch of B rows:
+
+        dm = 1[m > 0] <2e/B, W_dec_i>                      gradient at pi_mag
+        dg = lambda w_i / B + <2e'/B, W_dec_i>             gradient at pi_gate, on S
+
+    For a ReLU SAE the gate is the magnitude: m = g = f and its gradient is dm + dg, e' left out.
+    A JumpReLU or TopK SAE has no term of a gate: its gradient at z is dm.
+    """
+
+    W_dec: Float[Tensor, "d_sae d_in"]
+    """Of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
+    W_enc: Float[Tensor, "d_in d_sae"]
+    """Of xc dh, dh = gain dm + dg: the gradient of W_gate, if there is one."""
+    dm: Float[Tensor, " d_sae"]
+    dm_m: Float[Tensor, " d_sae"] | None
+    """Of dm times m, where there is an r_mag to learn from it."""
+    dg: Float[Tensor, " d_sae"] | None
+    gate: Float[Tensor, " d_sae"] | None
+    """Of relu(pi_gate)."""
+    error: Float[Tensor, " d_in"]
+    """Of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
+    fired: Int64[Tensor, " d_sae"]
+    gate_open: Int64[Tensor, " d_sae"]
+    """Inputs on which pi_gate > 0; entries of a latent, where there is no gate."""
+
+
+def check_by_hand(sae: SAE, x: Float[Tensor, "batch d_in"]) -> None:
+    """Raise InputError unless this SAE's gradients are written out by hand, and fit `x`."""
+    sae.check_width(x)
+    sae.check_trains()
+    if not has_fast_step(sae):
+        raise InputError(
+            "expected a Gated SAE with tie 'r_mag' or 'none', a ReLU, JumpReLU or TopK SAE, got "
+            f"{sae}; take dense_step"
+        )
+
+
+@torch.no_grad()
+def l1_weights(sae: BuiltinSAE) -> Float[Tensor, " d_sae"] | None:
+    """Return what multiplies each latent in the L1 term; None for ones."""
+    return None if sae.objective.l1_weight == "none" else sae.W_dec.norm(dim=1)
+
+
+@torch.no_grad()
+def gain(sae: BuiltinSAE) -> Float[Tensor, " d_sae"] | None:
+    """Return the slope of pi_mag in h = xc @ W_gate; None for ones."""
+    return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
+
+
+@torch.no_grad()
+def l1_term(
+    sae: GatedSAE | ReluSAE, gate: Float[Tensor, " d_sae"], l1_slope: float
+) -> Float[Tensor, ""]:
+    """Return the L1 term from each latent's sum of relu(pi_gate); `l1_slope` is lambda / B."""
+    weights = l1_weights(sae)
+    return (gate.sum() if weights is None else torch.dot(gate, weights)) * l1_slope
+
+
+@torch.no_grad()
+def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> None:
+    """Leave the gradient of every parameter but a threshold in `.grad`; uses up the sums."""
+    if sae.objective.l1_weight == "norm":
+        assert sums.gate is not None  # only a gate's activity is weighted
+        norms = sae.W_dec.norm(dim=1)
+        # A direction of length zero has no slope; autograd takes 0 there as well.
+        slopes = torch.where(norms > 0, l1_slope * sums.gate / norms, 0.0)
+        sums.W_dec.addcmul_(slopes[:, None], sae.W_dec)
+    sae.W_dec.grad = sums.W_dec
+    if not isinstance(sae, GatedSAE):
+        dz = sums.dm if sums.dg is None else sums.dm + sums.dg
+        sae.W_enc.grad, sae.b_enc.grad = sums.W_enc, dz
+        # b_dec moves x_hat and, the other way, the centred input.
+        sae.b_dec.grad = sums.error - sae.W_enc @ dz
+        return
+    assert sums.dg is not None
+    slope = gain(sae)
+    through_h = sums.dm if slope is None else sums.dm * slope
+    if not sae.detach_b_dec:
+        through_h = through_h + sums.dg
+    sae.W_gate.grad, sae.b_gate.grad, sae.b_mag.grad = sums.W_enc, sums.dg, sums.dm
+    sae.b_dec.grad = sums.error - sae.W_gate @ through_h
+    if sae.r_mag is not None:
+        assert sums.dm_m is not None
+        # d pi_mag / d r_mag = exp(r_mag) h = pi_mag - b_mag, and pi_mag = m wherever dm is not 0.
+        sae.r_mag.grad = sums.dm_m - sae.b_mag * sums.dm
 
 
 @torch.no_grad()
@@ -31,11 +118,7 @@ def manual_dense_step(
     sparsity_coeff: float,
     dead: Bool[Tensor, " d_sae"] | None = None,
 ) -> StepResult:
-    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
-
-    Equal to `dense_step` up to rounding, without autograd, for every recipe and auxiliary decoder
-    of tied paths. Arguments and errors are those of `sparse_step`.
-    """
+    """Equal `dense_step` up to rounding; arguments and errors are those of `sparse_step`."""
     check_by_hand(sae, x)
     gated = isinstance(sae, GatedSAE)
     l1_slope, slope = sparsity_coeff / len(x), gain(sae)
@@ -47,6 +130,13 @@ def manual_dense_step(
     fired, gate_open, dm_sum, dm_m_sum, dg_sum, gate_sum = x.new_zeros(6, sae.d_sae)
     W_dec_sum, W_enc_sum = torch.zeros_like(sae.W_dec), torch.zeros_like(W)
     error_sum = x.new_zeros(sae.d_in)
+
+    def error_of(latents: Tensor, rows: slice, x_hat: Tensor) -> Tensor:
+        """Return 2 (x_hat - x) / B of these rows, and leave x_hat itself in `x_hat`."""
+        decoded = torch.addmm(sae.b_dec, latents, sae.W_dec)
+        x_hat[rows] = decoded
+        return decoded.sub_(x[rows]).mul_(2 / len(x))
+
     for start in range(0, len(x), chunk_rows(sae.d_sae)):
         rows = slice(start, start + chunk_rows(sae.d_sae))
         xc = x[rows] - sae.b_dec
@@ -61,7 +151,7 @@ def manual_dense_step(
             m = torch.relu_(h.add_(sae.b_mag)).mul_(opened)
         fires = m.sign() if gated else opened
         fired += fires.sum(0)
-        error = _error(sae, m, x, rows, x_hat)
+        error = error_of(m, rows, x_hat)
         error_sum += error.sum(0)
         W_dec_sum.addmm_(m.T, error)
         dm = (error @ sae.W_dec.T).mul_(fires)
@@ -71,7 +161,7 @@ def manual_dense_step(
         if x_hat_aux is None:
             dg = opened * l1_slopes
         else:
-            error = _error(sae, g, x, rows, x_hat_aux)
+            error = error_of(g, rows, x_hat_aux)
             if sae.objective.aux == "unfrozen":
                 error_sum += error.sum(0)
                 W_dec_sum.addmm_(g.T, error)
@@ -101,16 +191,3 @@ def manual_dense_step(
         auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
     )
     return StepResult(parts, stats, n_entries=sums.gate_open.sum())
-
-
-def _error(
-    sae: GatedSAE | ReluSAE,
-    latents: Float[Tensor, "rows d_sae"],
-    x: Float[Tensor, "batch d_in"],
-    rows: slice,
-    x_hat: Float[Tensor, "batch d_in"],
-) -> Float[Tensor, "rows d_in"]:
-    """Return 2 (x_hat - x) / B of these rows, and leave x_hat itself in `x_hat`."""
-    decoded = torch.addmm(sae.b_dec, latents, sae.W_dec)
-    x_hat[rows] = decoded
-    return decoded.sub_(x[rows]).mul_(2 / len(x))

@@ -1,12 +1,9 @@
 """The losses and their exact gradients through SparseCodes: one matrix product where dense needs 8.
 
-The gate decides everything. f, relu(pi_gate) and the gradients at both pre-activations are zero
-wherever pi_gate <= 0, so after one dense product for the encoder all else costs
-O(active entries * d_in). No matrix of batch x d_sae exists at any time. A JumpReLU SAE's thresholds
-and a TopK SAE's ranks decide as gates do.
-
-What each architecture does is written once, on top of what a device does of it: the `Loops` of a
-CPU, or `gpu.launch.Kernels`.
+f, relu(pi_gate) and the gradients at both pre-activations are zero wherever pi_gate <= 0, so after
+one dense product for the encoder all else costs O(active entries * d_in), and no matrix of
+batch x d_sae ever exists. A JumpReLU SAE's thresholds and a TopK SAE's ranks decide as gates do.
+Each architecture's step is written once, on top of the `Loops` of a CPU or `gpu.launch.Kernels`.
 """
 
 from typing import NamedTuple
@@ -32,7 +29,7 @@ from gsae_core.sae.sparse.codes import (
     products_above,
     thresholds,
 )
-from gsae_core.sae.sparse.gradients import (
+from gsae_core.sae.sparse.dense import (
     StepSums,
     check_by_hand,
     gain,
@@ -51,13 +48,12 @@ class Active(NamedTuple):
     entries: ByLatent
     n_entries: Int64[Tensor, ""]
     n_candidates: int | None = None
-    """How many a bfloat16 screen let through; None without one."""
     overflowed: Bool[Tensor, ""] | None = None
     """Whether a GPU's buffers had no room for them: there are none then, and n_entries is right."""
 
 
 class Decoded(NamedTuple):
-    """Both reconstructions, there and back."""
+    """The errors of both reconstructions, and the gradients at the entries."""
 
     error: Float[Tensor, "batch d_in"]
     """scale (x_hat - x)."""
@@ -71,17 +67,17 @@ class Decoded(NamedTuple):
     """What each row adds to the loss and the statistics: the columns of `stats_from_rows`."""
 
     def mean(self, column: int) -> Float[Tensor, ""]:
-        """Return the mean over the batch of one of the row sums, in the precision of the error."""
+        """Return the batch's mean of one of the row sums, in the precision of the error."""
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
     def error_sum(self) -> Float[Tensor, " d_in"]:
-        """Return the sum over the batch of the errors that the dictionary learns from."""
+        """Return the batch's sum of the errors that the dictionary learns from."""
         total = self.error.sum(0)
         return total if self.aux_error is None else total + self.aux_error.sum(0)
 
 
 def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Float[Tensor, "batch d_in"]) -> Decoded:
-    """Return room for what `Loops.decode` returns; zeros where nothing will be written."""
+    """Return room for what `Loops.decode` returns, zeros where nothing will be written."""
     aux = sae.objective.aux
     return Decoded(
         error=torch.empty_like(x),
@@ -93,11 +89,7 @@ def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Float[Tensor, "batch d_in"
 
 
 class Loops:
-    """What a device does of a step: here the loops compiled for a CPU.
-
-    Args:
-        screened: whether to look for open gates by a bfloat16 product first.
-    """
+    """What a device does of a step: here the loops compiled for a CPU."""
 
     def __init__(self, *, screened: bool = False) -> None:
         self._screened = screened
@@ -148,12 +140,8 @@ class Loops:
     ) -> Decoded:
         """Return the errors of the reconstructions, and what each entry would change about them.
 
-        Args:
-            sae: whose dictionary decodes, and whose objective says what is kept.
-            codes: `magnitude` makes x_hat, and `gate` x_hat_aux.
-            x: what is reconstructed; contiguous.
-            b_dec: what a reconstruction without entries is, in place of the SAE's own.
-            weight: of the squared error in the loss; errors are scaled by 2 weight / B.
+        `magnitude` makes x_hat, and `gate` x_hat_aux. `b_dec` takes the place of the SAE's own.
+        Errors are scaled by 2 weight / B, for the `weight` of the squared error in the loss.
         """
         decoded = undecoded(sae, codes, x)
         bias = sae.b_dec if b_dec is None else b_dec
@@ -179,7 +167,7 @@ class Loops:
         xc: Float[Tensor, "batch d_in"],
         l1_slope: float | None = None,
     ) -> StepSums:
-        """Return what the batch leaves behind; `l1_slope` is lambda / B, None without an L1 term.
+        """Return the sums; `l1_slope` is lambda / B, None without an L1 term.
 
         `decoded.mag_slope` is used up.
         """
@@ -218,8 +206,7 @@ class Loops:
         return per_latent(entries, slope * near), per_latent(entries, near).to(slope.dtype)
 
     def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
-        """Return the sum over the batch."""
-        # In float64 torch needs five hundred times as long.
+        """Return the sum over the batch; in float64 torch needs five hundred times as long."""
         out = torch.zeros(x.shape[1], dtype=torch.float64)
         loops.sum_columns(numpy(x), out.numpy())
         return out
@@ -228,7 +215,7 @@ class Loops:
 def per_latent(
     entries: ByLatent, value: Float[Tensor, " nnz"] | Bool[Tensor, " nnz"]
 ) -> Float[Tensor, " d_sae"] | Int64[Tensor, " d_sae"]:
-    """Return each latent's sum of `value`; a count where it is of truth values."""
+    """Return each latent's sum of `value`; a count of truth values."""
     kind = torch.int64 if value.dtype == torch.bool else value.dtype
     out = torch.empty(entries.offsets.numel() - 1, dtype=kind)
     loops.sum_entries(*map(numpy, (entries.offsets, entries.order, value, out)))
@@ -244,7 +231,7 @@ def take_step(
     dead: Bool[Tensor, " d_sae"] | None,
     engine: Loops,
 ) -> StepResult:
-    """Return `sparse_step`'s result by this engine; x is contiguous, and all has been checked."""
+    """Return `sparse_step`'s result by this engine, for a contiguous x; nothing is checked."""
     match sae:
         case GatedSAE() | ReluSAE():
             return _gated_step(sae, x, sparsity_coeff / len(x), engine)
@@ -257,31 +244,26 @@ def take_step(
 def _gated_step(
     sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], l1_slope: float, engine: Loops
 ) -> StepResult:
-    """Take the step of an SAE with a gate, or of one whose gate is its magnitude (Eq. 8, Eq. 4)."""
+    """Take the step of `losses.gated_loss` or `losses.relu_loss`."""
     xc = x - sae.b_dec
     active = engine.active(sae, xc)
     decoded = engine.decode(sae, active.codes, x)
     sums = engine.sums(sae, active, decoded, xc, l1_slope)
     leave_gradients(sae, sums, l1_slope)
     assert sums.gate is not None
-    gated, aux = isinstance(sae, GatedSAE), decoded.aux_slope is not None
-    return StepResult(
-        loss=LossParts(
-            reconstruction=decoded.mean(ERROR_POWER),
-            sparsity=l1_term(sae, sums.gate, l1_slope),
-            auxiliary=decoded.mean(AUX_ERROR_POWER),
-        ),
-        stats=stats_from_rows(
-            x_sum=engine.column_sums(x),
-            row_sums=decoded.row_sums,
-            aux=aux,
-            fired=sums.fired,
-            gate_open=sums.gate_open if gated else None,
-        ),
-        n_candidates=active.n_candidates,
-        n_entries=active.n_entries,
-        overflowed=active.overflowed,
+    parts = LossParts(
+        reconstruction=decoded.mean(ERROR_POWER),
+        sparsity=l1_term(sae, sums.gate, l1_slope),
+        auxiliary=decoded.mean(AUX_ERROR_POWER),
     )
+    stats = stats_from_rows(
+        x_sum=engine.column_sums(x),
+        row_sums=decoded.row_sums,
+        aux=decoded.aux_slope is not None,
+        fired=sums.fired,
+        gate_open=sums.gate_open if isinstance(sae, GatedSAE) else None,
+    )
+    return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
 
 def _jumprelu_step(
@@ -320,8 +302,8 @@ def _topk_step(
 ) -> StepResult:
     """Take the step of `losses.topk_loss`.
 
-    The dead latents' entries follow the batch's own as if they were those of B rows more, with
-    xc for input once again and the error that the others leave for target.
+    The dead latents' entries follow the batch's own like those of B more rows, with the same xc,
+    and the error that the others leave for target.
     """
     n_rows, xc = len(x), x - sae.b_dec
     kept, spare = engine.largest(sae, xc, dead)
@@ -333,7 +315,9 @@ def _topk_step(
         aux = engine.decode(sae, spare, left, b_dec=nothing, weight=AUX_WEIGHT)
         # Without a dead latent there is no such term.
         auxiliary = torch.where(dead.any(), AUX_WEIGHT * aux.mean(ERROR_POWER), auxiliary)
-        codes, xc = _one_after_the_other(kept, spare), torch.cat([xc, xc])
+        pairs = zip(kept[1:], spare[1:], strict=True)
+        offsets = torch.cat([kept.row_offsets, spare.row_offsets[1:] + kept.latent.numel()])
+        codes, xc = SparseCodes(offsets, *map(torch.cat, pairs)), torch.cat([xc, xc])
         both = decoded._replace(
             error=torch.cat([decoded.error, aux.error]),
             mag_slope=torch.cat([decoded.mag_slope, aux.mag_slope]),
@@ -355,13 +339,6 @@ def _topk_step(
     return StepResult(parts, stats, n_entries)
 
 
-def _one_after_the_other(first: SparseCodes, second: SparseCodes) -> SparseCodes:
-    """Return the rows of `first`, then those of `second`."""
-    entries = (torch.cat(pair) for pair in zip(first[1:], second[1:], strict=True))
-    rest = second.row_offsets[1:] + first.latent.numel()
-    return SparseCodes(torch.cat([first.row_offsets, rest]), *entries)
-
-
 def weight_sums(
     entries: ByLatent,
     weight: Float[Tensor, " nnz"],
@@ -370,23 +347,19 @@ def weight_sums(
     add_to: Float[Tensor, "d_sae d_in"] | None = None,
     columns: bool = False,
 ) -> Float[Tensor, "a b"]:
-    """Return, for each latent, the sum over its entries of weight * dense[row], (d_sae, d_in).
+    """Return each latent's sum over its entries of weight * dense[row], (d_sae, d_in).
 
-    Args:
-        entries: of the batch.
-        weight: of each, in the order of the codes.
-        dense: (rows, d_in).
-        add_to: what to add it to, in place of zeros.
-        columns: return (d_in, d_sae) instead: gradients lie as their parameters do.
+    `weight` is in the order of the codes. The sum is added to `add_to` where that is given. With
+    `columns`, (d_in, d_sae) is returned: gradients lie as their parameters do.
     """
     d_sae, d_in = entries.offsets.numel() - 1, dense.shape[1]
     out = dense.new_empty((d_in, d_sae) if columns else (d_sae, d_in)) if add_to is None else add_to
     weight = weight.take(entries.order)
     arrays = [numpy(each) for each in (entries.offsets, entries.row, weight, dense, out)]
-    loop, rest = (
-        (loops.sum_rows_into_columns, ()) if columns else (loops.sum_rows, (add_to is not None,))
-    )
-    over_rows(d_sae, lambda first, last: loop(first, last, *arrays, *rest))
+    if columns:
+        over_rows(d_sae, lambda i, end: loops.sum_rows_into_columns(i, end, *arrays))
+    else:
+        over_rows(d_sae, lambda i, end: loops.sum_rows(i, end, *arrays, add_to is not None))
     return out
 
 
@@ -399,20 +372,11 @@ def sparse_step(
     dead: Bool[Tensor, " d_sae"] | None = None,
     screened: bool = False,
 ) -> StepResult:
-    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
+    """Do as `dense_step`, up to rounding, for every architecture and objective of tied paths.
 
-    Equal to `dense_step` up to rounding, for every architecture, recipe and auxiliary decoder of
-    tied paths (arXiv:2404.16014v2, Eq. 8 for a Gated SAE, Eq. 4 for a ReLU SAE; arXiv:2407.14435,
-    section 3; arXiv:2406.04093).
-
-    Args:
-        sae: on the CPU, in float32 or float64; learns later, when an optimiser reads `.grad`; its
-            parameters stay as they are.
-        x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
-        screened: look for entries by a bfloat16 product first; of no effect in float64, and on a
-            TopK SAE, whose latents have no threshold to be screened against.
+    The SAE is on the CPU, in float32 or float64. `screened` looks for entries by a bfloat16 product
+    first; of no effect in float64, and on a TopK SAE, whose latents have no threshold to be
+    screened against.
 
     Raises:
         InputError: if the last axis of `x` is not `d_in`, the SAE normalises every token, or its
