@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.analysis.prompt import Prompt, special_ids
+from gsae_core.analysis.prompt import Prompt
 from gsae_core.analysis.steering import Steering
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.corpus import special_ids
 from gsae_core.lm.model import Decoding, LanguageModel
 from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gsae_core.analysis.fidelity import reconstruct
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.lm.corpus import special_ids
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.texts import by_itself, raw_texts, token_texts
@@ -88,12 +89,6 @@ def read_prompt(
         n_unknown=0 if unknown in special else ids.count(unknown),
         n_left_out=len(front) + len(found) - len(ids),
     )
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """Return the ids that are never counted: BOS, EOS and padding."""
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return {each for each in special if each is not None}
 
 
 BOTH, ONLY_GATED, ONLY_BASELINE = "both", "only gated", "only baseline"

@@ -14,8 +14,8 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
 from itertools import chain, islice
@@ -49,9 +49,6 @@ class TokenBatch(NamedTuple):
 
 class SequenceSet:
     """Token sequences of one length; `set[i:j]` and `set[indices]` are TokenBatches.
-
-    Attributes:
-        counts: counted tokens of each sequence, int64 (n,).
 
     Args:
         rows: token ids (n, n_ctx) of any integer dtype, possibly mapped from a file.
@@ -118,12 +115,10 @@ class Corpus:
 
     @property
     def n_train_tokens(self) -> int:
-        """Counted training tokens: masked positions left out."""
         return self.train.n_tokens
 
     @property
     def n_held_out_tokens(self) -> int:
-        """Counted held-out tokens: masked positions left out."""
         return self.held_out.n_tokens
 
     @property
@@ -165,8 +160,6 @@ def load_corpus(
     A corpus for fewer tokens is a prefix of one for more, in both splits.
 
     Args:
-        cfg: the source and how it is cut.
-        tokenizer: a Hugging Face tokenizer.
         n_tokens: counted training tokens after which reading stops, rounded up to a sequence, plus
             the held-out sequences up to there (of `stdlib`: as many in proportion, or 2^18 tokens).
             None reads all there is.
@@ -226,42 +219,50 @@ class _Wanted(NamedTuple):
         return missing
 
 
+class _Tokens(NamedTuple):
+    """Rows (n, n_ctx) of a source."""
+
+    rows: np.ndarray
+    starts_with_bos: bool
+    whole: bool
+    """Whether they reach the source's end."""
+
+
 class _Reader:
     """Reads the rows of a source, from the token cache where it has them.
 
     Attributes:
-        source: what is read.
         shortage: why there are not more held-out tokens.
     """
 
     def __init__(self, cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> None:
         self._cfg, self._tokenizer, self._model_n_ctx = cfg, tokenizer, model_n_ctx
-        self._packing = choose_packing(cfg, tokenizer, model_n_ctx=model_n_ctx)
-        self.source = open_source(cfg, self._packing.vocabulary)
-        settings = (cfg.n_ctx, cfg.bos, model_n_ctx, tokenizer_key(tokenizer))
+        self._packing = _choose_packing(cfg, tokenizer, model_n_ctx)
+        self._special = tuple(sorted(special_ids(tokenizer)))
+        self.source = open_source(cfg, len(tokenizer))
+        settings = (cfg.n_ctx, cfg.bos, model_n_ctx, _tokenizer_key(tokenizer))
         self._settings = (FORMAT, *settings, self.source.stamp)
         self.shortage = Corpus.shortage
 
     def splits(
         self, wanted: _Wanted, *, held_out: bool = False
-    ) -> tuple[SequenceSet, SequenceSet, "_Tokens"]:
+    ) -> tuple[SequenceSet, SequenceSet, _Tokens]:
         """Return the training and the held-out sequences as far as wanted, and what they are of.
 
         Args:
             held_out: read the documents that the source itself holds out.
         """
         tokens = self._tokens(wanted, held_out)
-        special = self._packing.special
-        counts = _count(tokens.rows, special)
+        counts = _count(tokens.rows, self._special)
         is_held_out = _held_out(0, len(counts), wanted.share)
         last = _reaching(np.where(is_held_out, 0, counts), wanted.n_tokens)
         # Of what follows, sequences that the split holds out, and no training one.
         beyond = max(last, _reaching(np.where(is_held_out, counts, 0), wanted.n_held_out))
         index = np.flatnonzero(~is_held_out[:last]), np.flatnonzero(is_held_out[:beyond])
-        train, rest = (SequenceSet(tokens.rows, special, each, counts[each]) for each in index)
+        train, rest = (SequenceSet(tokens.rows, self._special, i, counts[i]) for i in index)
         return train, rest, tokens
 
-    def _tokens(self, wanted: _Wanted, held_out: bool) -> "_Tokens":
+    def _tokens(self, wanted: _Wanted, held_out: bool) -> _Tokens:
         key = sha256(repr((*self._settings, wanted.share, held_out)).encode()).hexdigest()[:32]
         known = _find(key, wanted.n_tokens, self._packing.dtype)
         if not known:
@@ -280,57 +281,112 @@ class _Reader:
             log.warning("held-out text: %s", self.shortage)
             return first
 
-    def _has_enough(self, tokens: "_Tokens", wanted: _Wanted) -> bool:
+    def _has_enough(self, tokens: _Tokens, wanted: _Wanted) -> bool:
         """Whether rows hold as many held-out tokens as wanted, or there are no more."""
         if tokens.whole or not wanted.n_held_out:
             return True
         held_out = np.flatnonzero(_held_out(0, len(tokens.rows), wanted.share))
-        counts = _count(tokens.rows[held_out], self._packing.special)
-        return int(counts.sum()) >= wanted.n_held_out
+        return int(_count(tokens.rows[held_out], self._special).sum()) >= wanted.n_held_out
 
     def _read(
         self, wanted: _Wanted, held_out: bool, key: str, before: np.ndarray | None
-    ) -> "_Tokens":
+    ) -> _Tokens:
+        """Return what is read anew; it begins with the rows `before`, if there are any."""
         open_documents = self.source.held_out if held_out else self.source.train
         assert open_documents is not None
         parts = open_documents()
-        first = next(parts, None)
-        if first is None:
+        head = list(islice(parts, HEAD))
+        if not head:
             raise InputError(f"expected some text in {self.source.name}, got none")
-        packing, parts = settle_packing(
-            self._packing,
-            chain([first], parts),
-            self._cfg,
-            self._tokenizer,
-            model_n_ctx=self._model_n_ctx,
-        )
-        reading = _Reading(parts, packing, self._tokenizer, wanted)
-        blocks = iter(reading)
+        packing = self._settled(head)
+        blocks = self._blocks(chain(head, parts), packing, wanted)
         if before is not None:
-            blocks = _going_on(blocks, before, self.source.name)
-        bos, always = packing.starts_with_bos, self.source.remote
-        rows = _keep(blocks, key, bos=bos, reach=lambda: reading.reach, always=always)
-        return _Tokens(rows, bos, reading.reach is None)
+            blocks = self._going_on(blocks, before)
+        return _keep(blocks, key, bos=packing.starts_with_bos, always=self.source.remote)
 
+    def _settled(self, head: list[Part]) -> "_Packing":
+        """Return the packing after a look at the first documents.
 
-def _going_on(blocks: Iterator[np.ndarray], before: np.ndarray, name: str) -> Iterator[np.ndarray]:
-    """Yield blocks of rows that begin with those an earlier reading came to.
+        Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows
+        if that length is the context's and they start with BOS as `cfg.bos` asks.
+        """
+        cfg = self._cfg
+        rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
+        lengths = {len(row) for row in rows}
+        if len(rows) < len(head) or len(lengths) != 1:
+            return self._packing
+        (length,) = lengths
+        bos = self._tokenizer.bos_token_id
+        with_bos = bos is not None and all(row[0] == bos for row in rows)
+        fits = length == cfg.n_ctx if cfg.n_ctx else 2 <= length <= self._model_n_ctx
+        if not fits or (cfg.bos == "always" and not with_bos) or (cfg.bos == "never" and with_bos):
+            return self._packing
+        kept = {"bos": None, "separator": None, "as_they_are": True, "starts_with_bos": with_bos}
+        return self._packing._replace(n_ctx=length, **kept)
 
-    Of other text, what is held out may be what was trained on.
+    def _blocks(
+        self, parts: Iterator[Part], packing: "_Packing", wanted: _Wanted
+    ) -> Iterator["_Block"]:
+        """Yield blocks of rows until there are as many counted tokens among them as wanted.
 
-    Raises:
-        InputError: while iterating, if they do not.
-    """
-    n_rows = 0
-    for rows in blocks:
-        if not _begins_with(rows, before[n_rows : n_rows + len(rows)]):
-            break
-        yield rows
-        n_rows += len(rows)
-    else:
-        if n_rows >= len(before):
-            return
-    raise InputError(f"expected the text that was read of {name} before, got other text")
+        Raises:
+            InputError: while iterating, if an id is outside the tokenizer's vocabulary.
+        """
+        carry = np.empty(0, packing.dtype)
+        width = packing.n_ctx - (packing.bos is not None)
+        n_rows = n_tokens = n_held_out = 0
+        missing = wanted.missing(0, 0)
+        # Asked before each block, so that the last blocks are small and little too much is read.
+        while block := _next_parts(parts, missing):
+            ids = np.concatenate([carry, *self._ids(block, packing)])
+            n = len(ids) // width
+            rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
+            if packing.bos is not None:
+                rows = np.insert(rows, 0, packing.bos, axis=1)
+            counts = _count(rows, self._special)
+            held_out = _held_out(n_rows, n_rows + n, wanted.share)
+            n_rows += n
+            n_tokens += int(counts[~held_out].sum())
+            n_held_out += int(counts[held_out].sum())
+            missing = wanted.missing(n_tokens, n_held_out)
+            yield _Block(rows, n_tokens if missing <= 0 else None)
+            if missing <= 0:
+                return
+
+    def _ids(self, block: list[Part], packing: "_Packing") -> Iterator[np.ndarray]:
+        """Yield the ids of each part and, after a document's end, the separator."""
+        texts = [part.content for part in block if isinstance(part.content, str)]
+        # Not verbose: the warning that a text exceeds the model's context is for those who do not
+        # cut.
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = iter(self._tokenizer(texts, **options)["input_ids"] if texts else ())
+        for part in block:
+            if isinstance(part.content, str):
+                yield np.array(next(encoded), packing.dtype)
+            else:
+                yield _checked(part, packing)
+            if part.ends and packing.separator is not None:
+                yield np.array([packing.separator], packing.dtype)
+
+    def _going_on(self, blocks: Iterator["_Block"], before: np.ndarray) -> Iterator["_Block"]:
+        """Yield blocks that begin with the rows that an earlier reading came to.
+
+        Of other text, what is held out may be what was trained on.
+
+        Raises:
+            InputError: while iterating, if they do not.
+        """
+        n_rows = 0
+        for block in blocks:
+            if not _begins_with(block.rows, before[n_rows : n_rows + len(block.rows)]):
+                break
+            yield block
+            n_rows += len(block.rows)
+        else:
+            if n_rows >= len(before):
+                return
+        name = self.source.name
+        raise InputError(f"expected the text that was read of {name} before, got other text")
 
 
 def _begins_with(rows: np.ndarray, known: np.ndarray) -> bool:
@@ -355,37 +411,47 @@ def _reaching(counts: np.ndarray, n_tokens: int | None) -> int:
 
 # --- Documents to rows
 
+# Documents that decide how a source is packed.
+HEAD = 64
+
 # Characters (or ids) that are tokenised in one call: enough to keep every core busy.
 SMALLEST_BLOCK, LARGEST_BLOCK = 2**12, 2**22
 
 
-@dataclass(frozen=True)
-class Packing:
+class _Packing(NamedTuple):
     """How ids become rows: decided from a config, a tokenizer and, for token arrays, the data."""
 
     n_ctx: int
+    vocabulary: int
     bos: int | None
     """Id in front of every row, or None."""
-
     separator: int | None
     """Id after every document: EOS, else BOS, else none."""
-
-    special: tuple[int, ...]
-    """Ids that are never counted: BOS, EOS, padding and the separator."""
-
-    vocabulary: int
+    starts_with_bos: bool
+    """Whether rows start with BOS, put there by us or by the maker of the token array."""
     as_they_are: bool = False
     """Whether the source's own rows are kept."""
-
-    starts_with_bos: bool = False
-    """Whether rows start with BOS, put there by us or by the maker of the token array."""
 
     @property
     def dtype(self) -> str:
         return narrowest(self.vocabulary)
 
 
-def choose_packing(cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int) -> Packing:
+class _Block(NamedTuple):
+    """Rows (n, n_ctx) that are read in one go."""
+
+    rows: np.ndarray
+    reach: int | None
+    """Of the last block: training tokens there are with it; None if the source ended first."""
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that are never counted: BOS, EOS and padding."""
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return {each for each in special if each is not None}
+
+
+def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
     """Return how text is packed.
 
     Raises:
@@ -398,117 +464,30 @@ def choose_packing(cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int) -> Pack
             f"expected n_ctx of at most {model_n_ctx}, the model's context, got {n_ctx}: lower "
             "n_ctx or leave it out"
         )
-    if cfg.bos == "always" and tokenizer.bos_token_id is None:
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if cfg.bos == "always" and bos is None:
         raise InputError(
             "expected a tokenizer with a BOS token for bos='always', got one without: use "
             "bos='auto' or 'never'"
         )
     if n_ctx < 2:
         raise InputError(f"expected n_ctx of at least 2, got {n_ctx}: nothing can be predicted")
-    eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
-    return Packing(
-        n_ctx=n_ctx,
-        bos=None if cfg.bos == "never" else bos,
-        separator=bos if eos is None else eos,
-        special=tuple(sorted({id_ for id_ in (bos, eos, pad) if id_ is not None})),
-        vocabulary=len(tokenizer),
-        starts_with_bos=cfg.bos != "never" and bos is not None,
-    )
+    front = None if cfg.bos == "never" else bos
+    return _Packing(n_ctx, len(tokenizer), front, bos if eos is None else eos, front is not None)
 
 
-def settle_packing(
-    packing: Packing, parts: Iterator[Part], cfg: DataConfig, tokenizer: Any, *, model_n_ctx: int
-) -> tuple[Packing, Iterator[Part]]:
-    """Return the packing after a look at the first 64 documents, and all the parts.
-
-    Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows if
-    that length is the context's and they start with BOS as `cfg.bos` asks.
-    """
-    head = list(islice(parts, 64))
-    parts = chain(head, parts)
-    rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
-    lengths = {len(row) for row in rows}
-    if len(rows) < len(head) or len(lengths) != 1:
-        return packing, parts
-    (length,) = lengths
-    bos = tokenizer.bos_token_id
-    with_bos = bos is not None and all(row[0] == bos for row in rows)
-    fits = length == cfg.n_ctx if cfg.n_ctx else 2 <= length <= model_n_ctx
-    if not fits or (cfg.bos == "always" and not with_bos) or (cfg.bos == "never" and with_bos):
-        return packing, parts
-    kept = {"bos": None, "separator": None, "as_they_are": True, "starts_with_bos": with_bos}
-    return replace(packing, n_ctx=length, **kept), parts
+def _next_parts(parts: Iterator[Part], missing: float) -> list[Part]:
+    """Return the next parts, of about `2 missing` characters together; none at the end."""
+    # Text has three or four characters a token: two a token stops short rather than beyond.
+    size = min(max(2 * missing, SMALLEST_BLOCK), LARGEST_BLOCK)
+    block: list[Part] = []
+    while size > 0 and (part := next(parts, None)) is not None:
+        block.append(part)
+        size -= len(part.content)
+    return block
 
 
-class _Reading:
-    """Blocks of rows (n, n_ctx), until there are as many counted tokens among them as wanted.
-
-    Attributes:
-        reach: training tokens there were when reading stopped; None: the source ended first.
-
-    Raises:
-        InputError: while iterating, if an id is outside the tokenizer's vocabulary.
-    """
-
-    def __init__(
-        self, parts: Iterator[Part], packing: Packing, tokenizer: Any, wanted: _Wanted
-    ) -> None:
-        self._parts, self._packing, self._tokenizer = parts, packing, tokenizer
-        self._wanted = wanted
-        self.reach: int | None = None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        packing, wanted = self._packing, self._wanted
-        carry = np.empty(0, packing.dtype)
-        width = packing.n_ctx - (packing.bos is not None)
-        n_rows = n_tokens = n_held_out = 0
-        missing = wanted.missing(0, 0)
-        # Asked before each block, so that the last blocks are small and little too much is read.
-        while block := self._block(missing):
-            ids = np.concatenate([carry, *self._ids(block)])
-            n = len(ids) // width
-            rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
-            if packing.bos is not None:
-                rows = np.insert(rows, 0, packing.bos, axis=1)
-            yield rows
-            counts = _count(rows, packing.special)
-            held_out = _held_out(n_rows, n_rows + n, wanted.share)
-            n_rows += n
-            n_tokens += int(counts[~held_out].sum())
-            n_held_out += int(counts[held_out].sum())
-            missing = wanted.missing(n_tokens, n_held_out)
-            if missing <= 0:
-                self.reach = n_tokens
-                return
-
-    def _block(self, missing: float) -> list[Part]:
-        """Return the next parts, of about `2 missing` characters together; none at the end."""
-        # Text has three or four characters a token: two a token stops short rather than beyond.
-        size = min(max(2 * missing, SMALLEST_BLOCK), LARGEST_BLOCK)
-        block: list[Part] = []
-        while size > 0 and (part := next(self._parts, None)) is not None:
-            block.append(part)
-            size -= len(part.content)
-        return block
-
-    def _ids(self, block: list[Part]) -> Iterator[np.ndarray]:
-        """Yield the ids of each part and, after a document's end, the separator."""
-        dtype, separator = self._packing.dtype, self._packing.separator
-        texts = [part.content for part in block if isinstance(part.content, str)]
-        # Not verbose: the warning that a text exceeds the model's context is for those who do not
-        # cut.
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = iter(self._tokenizer(texts, **options)["input_ids"] if texts else ())
-        for part in block:
-            if isinstance(part.content, str):
-                yield np.array(next(encoded), dtype)
-            else:
-                yield _checked(part, self._packing)
-            if part.ends and separator is not None:
-                yield np.array([separator], dtype)
-
-
-def _checked(part: Part, packing: Packing) -> np.ndarray:
+def _checked(part: Part, packing: _Packing) -> np.ndarray:
     """Return the ids of a token array, without the BOS and EOS that packing puts there itself."""
     ids = np.asarray(part.content)
     if len(ids) and (ids.min() < 0 or ids.max() >= packing.vocabulary):
@@ -540,16 +519,7 @@ SMALL_TOKENS = 2**18
 FORMAT = 1
 
 
-class _Tokens(NamedTuple):
-    """Rows (n, n_ctx) of a source."""
-
-    rows: np.ndarray
-    starts_with_bos: bool
-    whole: bool
-    """Whether they reach the source's end."""
-
-
-def tokenizer_key(tokenizer: Any) -> str:
+def _tokenizer_key(tokenizer: Any) -> str:
     """Return what two tokenizers share if they give the same ids."""
     if tokenizer.is_fast:
         text = tokenizer.backend_tokenizer.to_str()
@@ -575,29 +545,21 @@ def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
     return [tokens for _, tokens in sorted(found, key=lambda each: each[0])]
 
 
-def _keep(
-    blocks: Iterator[np.ndarray],
-    key: str,
-    *,
-    bos: bool,
-    reach: Callable[[], int | None],
-    always: bool,
-) -> np.ndarray:
+def _keep(blocks: Iterator[_Block], key: str, *, bos: bool, always: bool) -> _Tokens:
     """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
 
     Args:
-        blocks: rows (n, n_ctx), at least one block; consumed one by one.
+        blocks: at least one.
         bos: whether they start with BOS.
-        reach: once they are read, how many tokens they are enough for; None: the source ended.
         always: keep few rows too, because the source is slow.
 
     Raises:
         InputError: if the disk fills up.
     """
     head = [next(blocks)]
-    while not always and sum(block.size for block in head) < SMALL_TOKENS:
+    while not always and sum(block.rows.size for block in head) < SMALL_TOKENS:
         if (block := next(blocks, None)) is None:
-            return np.concatenate(head)
+            return _in_memory(head, bos)
         head.append(block)
     folder = cache_folder("tokens")
     try:
@@ -606,23 +568,28 @@ def _keep(
     except OSError as error:
         # A home that cannot be written costs the next run its time and this one its memory.
         log.warning("no token cache, so tokens stay in memory: %s", error)
-        return np.concatenate([*head, *blocks])
+        return _in_memory([*head, *blocks], bos)
+    block = head[0]
     try:
+        # Unbuffered, so that a full disk is noticed here and not once more when it is closed.
         with os.fdopen(handle, "wb", buffering=0) as file:
             for block in chain(head, blocks):
-                _write(file, block)
-        said, n_ctx = reach(), head[0].shape[1]
-        facts = ("all" if said is None else said, n_ctx, "bos" if bos else "plain")
-        path = folder / ".".join(map(str, (key, *facts, "rows")))
+                _write(file, block.rows)
+        said, n_ctx = "all" if block.reach is None else block.reach, block.rows.shape[1]
+        path = folder / f"{key}.{said}.{n_ctx}.{'bos' if bos else 'plain'}.rows"
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return _mapped(path, head[0].dtype, n_ctx)
+    return _Tokens(_mapped(path, block.rows.dtype, n_ctx), bos, block.reach is None)
+
+
+def _in_memory(blocks: list[_Block], bos: bool) -> _Tokens:
+    rows = np.concatenate([block.rows for block in blocks])
+    return _Tokens(rows, bos, blocks[-1].reach is None)
 
 
 def _write(file: FileIO, block: np.ndarray) -> None:
-    # Unbuffered, so that a full disk is noticed here and not once more when the file is closed.
     data = memoryview(block.tobytes())
     try:
         while data:
