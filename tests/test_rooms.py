@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2010,
     "sae": 3780,
-    "lm": 3950,
+    "lm": 3870,
     "training": 1090,
     "checkpoints": 3100,
     "analysis": 5300,

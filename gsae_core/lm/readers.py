@@ -68,7 +68,6 @@ class Source:
     """Where a corpus comes from, not yet read."""
 
     name: str
-    """For people."""
 
     stamp: tuple[str, ...]
     """What the token cache knows it by: names, sizes and times of files. A Hub data set's is its
@@ -95,21 +94,12 @@ READ_ANEW = "2"
 
 
 def open_source(cfg: DataConfig, vocabulary: int) -> Source:
-    """Return the source that `cfg` names.
-
-    Args:
-        cfg: `source`, `text_column`, `split` and, for `stdlib`, `held_out` are read.
-        vocabulary: number of the tokenizer's ids; sets the width of a bare `.bin` file.
+    """Return the source that `cfg` names; `vocabulary` sets the width of a bare `.bin` file.
 
     Raises:
         InputError: if there is nothing to read under that name.
     """
     path = Path(cfg.source).expanduser()
-    if path.is_dir() and cfg.source != "stdlib":
-        saved = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
-        if any(all((path / name).exists() for name in names) for names in saved):
-            return _saved(cfg, path)
-        return _files(cfg, *_files_to_read(path, cfg.split), vocabulary)
     if cfg.source == "stdlib" or path.is_file():
         if cfg.split not in ("train", "all"):
             raise InputError(_no_split(cfg.split, cfg.source, []))
@@ -118,6 +108,11 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
         kind = _kind(path)
         # One file of an unknown name may be text all the same: opening it tells.
         return _files(cfg, [path], "text" if kind == "other" else kind, vocabulary)
+    if path.is_dir():
+        saved = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
+        if any(all((path / name).exists() for name in names) for names in saved):
+            return _saved(cfg, path)
+        return _files(cfg, *_files_to_read(path, cfg.split), vocabulary)
     # A path that ends like a file is a typing mistake, not the name of a data set.
     suffixes = TABLE_SUFFIXES | TOKEN_SUFFIXES | {".txt", ".md", ".py", *PACKED}
     if not HUB_NAME.fullmatch(cfg.source) or path.suffix.lower() in suffixes:
@@ -187,8 +182,7 @@ def _files_to_read(folder: Path, split: str) -> tuple[list[Path], Kind]:
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             kinds[name.as_posix()] = _kind(path)
     # What stands beside a data set says nothing of its kind.
-    beside = {name for name in kinds if Path(name).stem in ("README", "LICENSE")}
-    counts = Counter(kinds[name] for name in kinds.keys() - beside)
+    counts = Counter(kinds[n] for n in kinds if Path(n).stem not in ("README", "LICENSE"))
     ranking: tuple[Kind, ...] = ("tokens", "table", "text")
     kind = max(ranking, key=lambda kind: counts[kind]) if counts.total() else "text"
     names = sorted(name for name in kinds if kinds[name] == kind)
@@ -233,7 +227,7 @@ def _stamp(paths: list[Path]) -> tuple[str, ...]:
 
 def is_held_out(name: str, percent: int = 5) -> bool:
     """Whether file `name` belongs to the held-out split: decided by its name alone."""
-    return int.from_bytes(sha256(name.encode()).digest()[:4], "big") % 100 < percent
+    return int(_hashed(name)[:8], 16) % 100 < percent
 
 
 def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
@@ -252,10 +246,7 @@ def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
 
 
 def read_utf8(path: Path) -> str | None:
-    """Return the text of `path`, or None where it is in another encoding.
-
-    A few of the standard library's own tests are in other encodings on purpose.
-    """
+    """Return a text; None in another encoding, as some of the standard library's own tests are."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -310,11 +301,8 @@ def _split_of_shard(name: str) -> str | None:
 def _split_of_words(name: str) -> str | None:
     from datasets import data_files as library
 
-    by_folder, by_file = (
-        library.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
-        library.DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
-    )
-    rules = chain(by_folder.items(), by_file.items())
+    by_folder = library.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME.items()
+    rules = chain(by_folder, library.DEFAULT_PATTERNS_SPLIT_IN_FILENAME.items())
     return next((str(split) for split, patterns in rules if _fits(name, patterns)), None)
 
 
@@ -363,15 +351,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _no_split(split: str, where: Path | str, splits: list[str]) -> str:
     """Return the sentence for a split that is not there; it names those that are."""
-    if splits:
-        return (
-            f"expected a split {split!r} in {where}, found {', '.join(splits)}: name one of these "
-            "with --split, or `all`"
-        )
-    return (
-        f"expected a split {split!r} in {where}, found no splits there: leave --split out to read "
-        "all there is"
+    there = ", ".join(splits) or "no splits there"
+    do = (
+        "name one of these with --split, or `all`"
+        if splits
+        else "leave --split out to read all there is"
     )
+    return f"expected a split {split!r} in {where}, found {there}: {do}"
 
 
 # --- Files of text, packed or not
@@ -451,9 +437,7 @@ def _is_damage(error: Exception) -> bool:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a UTF-8 file, unpacked if it is called so, its line ends as they are.
-
-    A byte-order mark at its start is dropped.
+    """Open a UTF-8 file, unpacked if it is called so, its line ends as they are, without its BOM.
 
     Raises:
         InputError: here or within, when the file turns out to be no UTF-8 text, or damaged.
@@ -469,11 +453,7 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def text_parts(path: Path, size: int = PART) -> Iterator[Part]:
-    """Yield a UTF-8 file in parts of about `size` characters that end at a line's end.
-
-    Raises:
-        InputError: if the file is not UTF-8 text.
-    """
+    """Yield a UTF-8 file in parts of about `size` characters that end at a line's end."""
     with open_text(path) as file:
         part = file.read(size) + file.readline()
         while part:
@@ -486,17 +466,15 @@ def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") ->
     """Return the sentence for a file whose bytes are no UTF-8 text."""
     if isinstance(error, EOFError):
         return InputError(f"expected all of {path}, got its beginning ({error}); download it again")
-    if is_utf16(path):
-        return InputError(
-            f"expected UTF-8 text in {path}, got UTF-16; save it as UTF-8 (Notepad: Save as, "
-            "Encoding: UTF-8)"
-        )
     with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            return InputError(f"expected UTF-8 text in {path}, got a zip archive; unpack it")
-    return InputError(
-        f"expected UTF-8 text in {path}, got something else ({error}); convert or remove the file"
-    )
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_utf16(path):
+        got = "UTF-16; save it as UTF-8 (Notepad: Save as, Encoding: UTF-8)"
+    elif is_zip:
+        got = "a zip archive; unpack it"
+    else:
+        got = f"something else ({error}); convert or remove the file"
+    return InputError(f"expected UTF-8 text in {path}, got {got}")
 
 
 def is_utf16(path: Path) -> bool:
@@ -529,9 +507,6 @@ def token_parts(path: Path, vocabulary: int) -> Iterator[Part]:
 
     The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"` of
     uint16 or uint32, else it is the narrowest that holds `vocabulary` (as nanoGPT writes).
-
-    Raises:
-        InputError: if the file holds no ids.
     """
     ids = _npy(path) if path.suffix == ".npy" else _bin(path, vocabulary)
     if ids.ndim == 2:
@@ -557,9 +532,8 @@ def _npy(path: Path) -> np.ndarray:
 def _bin(path: Path, vocabulary: int) -> np.ndarray:
     with path.open("rb") as file:
         head = file.read(LLM_C_HEADER_BYTES)
-    by_header = None
-    if len(head) == LLM_C_HEADER_BYTES:
-        by_header = LLM_C_HEADERS.get(struct.unpack("<ii", head[:8]))
+    whole = len(head) == LLM_C_HEADER_BYTES
+    by_header = LLM_C_HEADERS.get(struct.unpack("<ii", head[:8])) if whole else None
     start = LLM_C_HEADER_BYTES if by_header else 0
     dtype = by_header or _told_dtype(path) or narrowest(vocabulary)
     size = path.stat().st_size
@@ -642,8 +616,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSON array, or of JSON lines under the name `.json`."""
     with open_text(path) as file:
-        first = file.read(2**12).lstrip()[:1]
-    if first != "[":
+        is_array = file.read(2**12).lstrip().startswith("[")
+    if not is_array:
         yield from _json_lines(path)
         return
     try:
@@ -695,10 +669,9 @@ def _csv(path: Path, usual: str) -> Iterator[Row]:
 
 
 def csv_delimiter(path: Path, usual: str) -> str:
-    """Return the first delimiter that cuts the header and every row after it into as many fields.
+    """Return the first delimiter, the `usual` one before others, that cuts all rows alike.
 
-    More than one field, by the file's first 64 Ki characters; the `usual` one is tried first, and
-    taken where none does.
+    Into more than one field each, by the file's first 64 Ki characters; `usual` where none does.
     """
     with open_text(path) as file:
         head = file.read(2**16)
@@ -717,11 +690,7 @@ def csv_delimiter(path: Path, usual: str) -> str:
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[Row]:
-    """Yield the rows of a `datasets` folder in a fixed permutation.
-
-    Args:
-        folder: written by `save_to_disk`.
-        split: one of the folder's; `all` for every row.
+    """Yield the rows of a folder of `datasets.save_to_disk` in a fixed permutation.
 
     Raises:
         InputError: if the folder has no such split.
@@ -747,9 +716,6 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
 
 def hub_table(name: str, split: str) -> Iterator[Table]:
     """Yield the table of a data set on the Hub, its rows as they arrive.
-
-    Args:
-        name: `owner/name`, or `owner/name:config` to pick a config.
 
     Raises:
         InputError: if the Hub cannot be reached or has no such data set, config or split.
@@ -852,7 +818,7 @@ def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Pa
         for row in chain(head, rows):
             assert column is not None
             if column not in row:
-                raise InputError(_no_column(column, _by_column([row]), name))
+                raise _no_column(f"a column {column!r}", name, _by_column([row]))
             value = row[column]
             if isinstance(value, str):
                 # Surrogates that a JSON escape left alone are no text: no tokenizer takes them.
@@ -877,33 +843,28 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
     Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
     or else the only column of strings, if it reads like text: five words each, on average.
 
-    Args:
-        head: the first rows, at least one.
-
     Raises:
         InputError: if there is no such column, or more than one; the sentence lists what there is.
     """
     columns = _by_column(head)
     if text_column is not None:
         if text_column not in columns:
-            raise InputError(_no_column(text_column, columns, name))
+            raise _no_column(f"a column {text_column!r}", name, columns)
         return text_column
     for column in TOKEN_COLUMNS:
         if columns.get(column) and _is_ids(columns[column][0]):
             return column
-    named = [column for column in TEXT_COLUMNS if column in columns]
     strings = [
         column
         for column, values in columns.items()
         if values and all(isinstance(value, str) for value in values)
     ]
+    named = [column for column in TEXT_COLUMNS if column in columns]
     if named:
         return next((column for column in named if column in strings), named[0])
     if len(strings) == 1 and reads_like_text(columns[strings[0]]):
         return strings[0]
-    raise InputError(
-        f"expected a column of text in {name}, found {_described(columns)}: {_advice(columns)}"
-    )
+    raise _no_column("a column of text", name, columns)
 
 
 def _by_column(head: list[Row]) -> dict[str, list[Any]]:
@@ -919,9 +880,7 @@ def _by_column(head: list[Row]) -> dict[str, list[Any]]:
 def reads_like_text(values: list[str]) -> bool:
     """Whether strings are sentences or code rather than identifiers, URLs, dates, labels or JSON.
 
-    That is: at least five words each, on average, by their first 2000 characters. A word is up to
-    40 characters between spaces with a letter among them and no `://`, or one letter of a script
-    that is written without spaces. Values that are JSON objects or arrays have none.
+    That is: at least five words each, on average, by their first 2000 characters.
     """
     n_words = sum(0 if _is_json(value) else len(WORD.findall(value[:LOOK])) for value in values)
     return n_words >= WORDS * len(values)
@@ -942,10 +901,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def _no_column(column: str, columns: dict[str, list[Any]], name: str) -> str:
-    return (
-        f"expected a column {column!r} in {name}, found {_described(columns)}: {_advice(columns)}"
-    )
+def _no_column(wanted: str, name: str, columns: dict[str, list[Any]]) -> InputError:
+    """Return the sentence for a table without the wanted column; of those it has the first 12."""
+    found = [f"{_start(str(c))} ({_kind_of_values(values)})" for c, values in columns.items()]
+    more = [f"{len(found) - 12} more"] if len(found) > 12 else []
+    described = ", ".join(found[:12] + more) or "no columns"
+    return InputError(f"expected {wanted} in {name}, found {described}: {_advice(columns)}")
 
 
 def _advice(columns: dict[str, list[Any]]) -> str:
@@ -968,18 +929,6 @@ def _template(values: list[Any]) -> str:
         turns = turns[0]
     chats = isinstance(turns, dict) and any(keys <= turns.keys() for keys in TURNS)
     return ", each chat by the model's chat template" if chats else ""
-
-
-def _described(columns: dict[str, list[Any]]) -> str:
-    """Return what each column holds: `id (strings like 'q-1'), messages (chats: lists of {...})`.
-
-    Of many columns the first twelve.
-    """
-    parts = [
-        f"{_start(str(column))} ({_kind_of_values(values)})" for column, values in columns.items()
-    ]
-    more = [f"{len(parts) - 12} more"] if len(parts) > 12 else []
-    return ", ".join(parts[:12] + more) or "no columns"
 
 
 def _kind_of_values(values: list[Any]) -> str:
