@@ -29,8 +29,17 @@ NASTY = [
 """Tokens that are after the page: code, remote images, overlays, and what moves its neighbours."""
 
 
+class Page(AppTest):
+    """A page without a browser; no run of it may end in an exception."""
+
+    def _run(self, *args: Any, **settings: Any) -> AppTest:
+        super()._run(*args, **settings)
+        assert not self.exception, self.exception[0].value
+        return self
+
+
 def opened(page: str, **parameters: str | list[str]) -> AppTest:
-    at = AppTest.from_file(str(APP), default_timeout=120)
+    at = Page(APP, default_timeout=120)
     if page != "app.py":
         at.switch_page(page)
     for name, value in parameters.items():

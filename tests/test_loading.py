@@ -404,7 +404,6 @@ def test_a_page_says_it_where_the_model_has_changed_since(
     config["model"]["name"] = str(folder)
     (finished.folder / "config.json").write_text(json.dumps(config))
     at = opened(page, run=finished.id, text="w1 w2", sae="gated-0.05", feature="1")
-    assert not at.exception
     assert "take 'module.' of DataParallel" in html.unescape(text(at))
 
 

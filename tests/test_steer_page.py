@@ -44,7 +44,6 @@ def kill_feature(run: Run, name: str, latent: int) -> None:
 
 def test_unsteered_steered_and_the_match_stand_side_by_side(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", s="3", **PAIR)
-    assert not at.exception
     done = job(at)
     assert done.stream is None
     assert set(done.tokens) == {UNSTEERED, STEERED, MATCHED}
@@ -92,12 +91,10 @@ def test_a_stopped_continuation_stays_and_goes_on(
 
     monkeypatch.setattr(steer_view, "advance", interrupted)
     at = opened(STEER, run=run.id, f="2", **PAIR)
-    assert not at.exception
     kept = {kind: list(tokens) for kind, tokens in job(at).tokens.items()}
     assert sum(map(len, kept.values())) == 3
     assert "Stopped. Continue adds the remaining tokens." in text(at)
     at.button(key="steer.go_on").click().run()
-    assert not at.exception
     assert job(at).stream is None
     assert all(job(at).tokens[kind][: len(tokens)] == tokens for kind, tokens in kept.items())
 
@@ -121,7 +118,6 @@ def test_a_continuation_that_grows_while_it_is_drawn_is_drawn_as_it_was(
 def test_three_features_are_steered_at_once(run: Run) -> None:
     rest = {"f2": "1", "s2": "-2", "mode2": "clamp", "f3": "4", "mode3": "ablate"}
     at = opened(STEER, run=run.id, f="2", **PAIR, **rest)
-    assert not at.exception
     pushes = [tuple(push) for push in job(at).settings.pushes]
     assert pushes == [(2, "add", 4.0), (1, "clamp", -2.0), (4, "ablate", 4.0)]
     assert at.slider(key="s3").disabled
@@ -129,26 +125,22 @@ def test_three_features_are_steered_at_once(run: Run) -> None:
 
 def test_a_feature_given_twice_is_steered_once(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", f2="2", **PAIR)
-    assert not at.exception
     assert "Feature 2 is listed already" in text(at)
     assert len(job(at).settings.pushes) == 1
 
 
 def test_without_a_feature_those_that_fire_are_offered(run: Run) -> None:
     at = opened(STEER, run=run.id, **PAIR)
-    assert not at.exception
     assert "steer.generation" not in at.session_state
     offered = labelled(at.selectbox, "Features that fire on the prompt")
     assert "× its scale on" in offered.options[0]
     offered.set_value(offered.options[0]).run()
-    assert not at.exception
     assert f"feature {at.number_input(key='f').value} " in offered.options[0]
     assert job(at).stream is None
 
 
 def test_one_sae_is_steered_alone(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", text=TEXT, sae="relu-0.4", base="none")
-    assert not at.exception
     assert set(job(at).tokens) == {UNSTEERED, STEERED}
 
 
@@ -162,7 +154,6 @@ def test_the_error_can_be_left_out(run: Run) -> None:
 def test_a_dead_feature_says_what_its_unit_is(run: Run) -> None:
     kill_feature(run, "gated-0.05", 3)
     at = opened(STEER, run=run.id, f="3", **PAIR)
-    assert not at.exception
     said = text(at)
     assert "did not fire on" in said
     assert "so it has no scale of its own: 1 unit =" in said
@@ -175,7 +166,6 @@ def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -
     fields["data"]["source"] = "/gone/text.txt"
     path.write_text(json.dumps(fields), encoding="utf-8")
     at = opened(STEER, run=run.id, f="2", **PAIR)
-    assert not at.exception
     assert "Scales are of this prompt alone" in text(at)
     assert "tokens of this prompt" in text(at)
     assert job(at).stream is None
@@ -201,7 +191,6 @@ def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -
 )
 def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, said: str) -> None:
     at = opened(STEER, run=run.id, **PAIR | {"f": "2", param: value})
-    assert not at.exception
     assert said in text(at).replace("&#x27;", "'")
     assert "<img" not in text(at)
 
@@ -216,7 +205,6 @@ def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, s
 def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) -> None:
     at = opened(STEER, run=run.id, f="2")
     at.text_area(key="steer.text").set_value(words).run()
-    assert not at.exception
     assert sentence in text(at)
 
 
@@ -224,7 +212,6 @@ def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) 
 def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
     at = opened(STEER, run=run.id, f="2", len="10")
     at.text_area(key="steer.text").set_value(words).run()
-    assert not at.exception
     said = text(at)
     for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):
         assert piece not in said
@@ -232,7 +219,6 @@ def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
 
 def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", **PAIR | {"text": "w1 " * 16})
-    assert not at.exception
     assert {kind: len(tokens) for kind, tokens in job(at).tokens.items()} == {
         UNSTEERED: 1,
         STEERED: 1,
@@ -246,21 +232,18 @@ def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(run: Run) -> 
 
 def test_no_runs_at_all(root: Path) -> None:
     at = opened(STEER)
-    assert not at.exception
     assert "No runs yet" in text(at)
 
 
 def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
     write_run(root, "done")
     at = opened(STEER, f="2")
-    assert not at.exception
     assert "copy them back, or train the run again" in text(at)
 
 
 def test_a_hostile_run_is_only_text(root: Path) -> None:
     hostile_run(root)
     at = opened(STEER)
-    assert not at.exception
     assert "<script" not in text(at)
 
 
@@ -270,7 +253,6 @@ def test_a_model_folder_that_is_gone_is_named(run: Run) -> None:
     fields["model"]["name"] = "/gone/tiny"
     path.write_text(json.dumps(fields), encoding="utf-8")
     at = opened(STEER, run=run.id, f="2", text=TEXT)
-    assert not at.exception
     assert "Expected a Hugging Face model folder with a config.json" in text(at)
 
 

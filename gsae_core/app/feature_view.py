@@ -109,7 +109,7 @@ def pictures(feature: Feature, theme: Theme) -> None:
         _picture(
             "How strongly it fires",
             activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind),
-            key="activations",
+            name="activations",
             alt=alt,
             caption=caption,
             table=histogram_table(feature.histogram),
@@ -121,7 +121,7 @@ def pictures(feature: Feature, theme: Theme) -> None:
         _picture(
             "How its gate decides",
             plane,
-            key="gate_and_magnitude",
+            name="gate_and_magnitude",
             alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
             f"opening at theta, {theta:.3g}",
             caption="A dot is a token, hollow: just missed. Slope: e^r.",
@@ -131,14 +131,14 @@ def pictures(feature: Feature, theme: Theme) -> None:
 
 
 def _picture(
-    title: str, chart: Any, *, key: str, alt: str, caption: str, table: pd.DataFrame, about: str
+    title: str, chart: Any, *, name: str, alt: str, caption: str, table: pd.DataFrame, about: str
 ) -> None:
     """Draw a chart under its title, above a sentence and the tools of a figure."""
     _title(title)
-    st.vega_lite_chart(chart.data, chart.spec, key=f"features.{key}", alt=alt)
+    st.vega_lite_chart(chart.data, chart.spec, key=f"features.{name}", alt=alt)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(caption)
-        figure_tools(table, name=key, about=about)
+        figure_tools(table, name=name, about=about)
 
 
 def _title(text: str, *, size: str = "1rem") -> None:
