@@ -83,21 +83,14 @@ def test_on_a_gpu_ranks_equal_the_dense_step(share: float | None) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("precision", "least", "most"),
-    [("ieee", 0.0, 1e-5), ("tf32x3", 0.0, 1e-5), ("tf32", 1e-5, 2e-3), ("bf16", 1e-4, 2e-2)],
-)
-def test_on_a_gpu_gates_are_as_exact_as_their_precision(
-    precision: str, least: float, most: float
-) -> None:
-    # Factors keep 24, about 22, 11 and 8 bits; errors of 512 products average out in their sum.
+def test_on_a_gpu_gates_are_as_exact_as_float32() -> None:
     sae, x = gpu_example(512, 4096)
     exact = (x - sae.b_dec).double() @ sae.W_gate.double() + sae.b_gate
-    active = Kernels(capacity=2**20, precision=precision).active(sae, x - sae.b_dec)
+    active = Kernels(capacity=2**20).active(sae, x - sae.b_dec)
     codes, n_open = active.codes, int(active.n_entries)
     row = torch.arange(len(x), device=x.device).repeat_interleave(codes.row_offsets.diff())
     error = codes.gate[:n_open] - exact[row, codes.latent[:n_open].long()]
-    assert least <= error.abs().max() / exact.abs().max() <= most
+    assert error.abs().max() / exact.abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu", "topk"])

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2010,
-    "sae": 3780,
+    "sae": 3650,
     "lm": 3870,
     "training": 1090,
     "checkpoints": 3100,

@@ -25,7 +25,6 @@ def encode_tiles(
     d_in,
     d_sae,
     capacity,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     LATENTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -57,7 +56,7 @@ def encode_tiles(
         left = k < d_in - done
         a = tl.load(x_at, mask=(t < n_rows)[:, None] & left[None, :], other=0.0)
         b = tl.load(W_at, mask=left[:, None] & (i < d_sae)[None, :], other=0.0)
-        h = tl.dot(a, b, h, input_precision=PRECISION)
+        h = tl.dot(a, b, h, input_precision="ieee")
         x_at += DEPTH
         W_at += DEPTH * d_sae
 
@@ -144,14 +143,14 @@ def place_entries(
     row_by_latent,
     n_row_tiles,
     n_latent_tiles,
-    GATED: tl.constexpr,
-    GAIN: tl.constexpr,
-    JUMPS: tl.constexpr,
     ROWS: tl.constexpr,
     LATENTS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Move a tile's entries to where they belong: by row and latent, and by latent and row."""
+    """Move a tile's entries to where they belong: by row and latent, and by latent and row.
+
+    `theta` is a JumpReLU SAE's; `b_mag` and maybe a `gain` are a Gated SAE's; else None.
+    """
     tile = tl.program_id(0)
     row_tile = tile // n_latent_tiles
     latent_tile = tile % n_latent_tiles
@@ -181,11 +180,11 @@ def place_entries(
         tl.store(latent + place, i, mask=live)
         g = h + tl.load(bias + i, mask=live, other=0.0)
         tl.store(gate + place, g, mask=live)
-        if JUMPS:
+        if theta is not None:
             fires = g > tl.load(theta + i, mask=live, other=0.0)
             tl.store(magnitude + place, tl.where(fires, g, 0.0), mask=live)
-        if GATED:
-            if GAIN:
+        if b_mag is not None:
+            if gain is not None:
                 h *= tl.load(gain + i, mask=live, other=0.0)
             m = tl.maximum(h + tl.load(b_mag + i, mask=live, other=0.0), 0.0)
             tl.store(magnitude + place, m, mask=live)
@@ -217,15 +216,14 @@ def decode_rows(
     row_sums,
     d_in,
     scale,
-    AUX: tl.constexpr,
-    UNFROZEN: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Decode a row through magnitudes and gates at once, then take <error, W_dec_i> of both.
 
     Both reconstructions and both errors of a row stay in registers, and the second walk over its
-    directions finds them in cache. `row_sums` (rows, 7) is that of `loops.decode_rows`.
+    directions finds them in cache. `row_sums` (rows, 7) is that of `loops.decode_rows`. Without an
+    auxiliary term `slope_aux` is None, and `error_aux` also where the dictionary does not learn it.
     """
     t = tl.program_id(0).to(tl.int64)
     begin = tl.load(row_offsets + t)
@@ -244,7 +242,7 @@ def decode_rows(
         w = tl.load(W_dec + inner, mask=read, other=0.0)
         m = tl.load(magnitude + at, mask=live, other=0.0)
         decoded += tl.sum(m[:, None] * w, 0)
-        if AUX:
+        if slope_aux is not None:
             g = tl.load(gate + at, mask=live, other=0.0)
             decoded_aux += tl.sum(g[:, None] * w, 0)
 
@@ -261,14 +259,14 @@ def decode_rows(
     tl.store(sums + 3, tl.sum(e * e, 0).to(tl.float64))
     e *= scale
     tl.store(error + here, e, mask=inside)
-    if AUX:
+    if slope_aux is not None:
         decoded_aux += bias
         e_aux = decoded_aux - truth
         tl.store(sums + 4, tl.sum(decoded_aux * decoded_aux, 0).to(tl.float64))
         tl.store(sums + 5, tl.sum(truth * decoded_aux, 0).to(tl.float64))
         tl.store(sums + 6, tl.sum(e_aux * e_aux, 0).to(tl.float64))
         e_aux *= scale
-        if UNFROZEN:
+        if error_aux is not None:
             tl.store(error_aux + here, e_aux, mask=inside)
 
     for start in range(begin, end, ENTRIES):
@@ -278,7 +276,7 @@ def decode_rows(
         inner = i.to(tl.int64)[:, None] * d_in + d[None, :]
         w = tl.load(W_dec + inner, mask=live[:, None] & inside[None, :], other=0.0)
         tl.store(slope + at, tl.sum(w * e[None, :], 1), mask=live)
-        if AUX:
+        if slope_aux is not None:
             tl.store(slope_aux + at, tl.sum(w * e_aux[None, :], 1), mask=live)
 
 
@@ -299,18 +297,10 @@ def sum_latents(
     l1_weight,
     W_dec_sum,
     W_gate_sum_T,
-    dm_sum,
-    dm_m_sum,
-    dg_sum,
-    gate_sum,
-    fired,
-    gate_open,
+    sums,
+    counts,
     d_in,
     l1_slope,
-    AUX: tl.constexpr,
-    UNFROZEN: tl.constexpr,
-    GAIN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -324,7 +314,7 @@ def sum_latents(
     end = tl.load(latent_offsets + i + 1)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = d < d_in
-    if WEIGHTED:
+    if l1_weight is not None:
         l1_slope *= tl.load(l1_weight + i)
     dec = tl.zeros([WIDTH], dtype=tl.float32)
     enc = tl.zeros([WIDTH], dtype=tl.float32)
@@ -342,17 +332,17 @@ def sum_latents(
         m = tl.load(magnitude + place, mask=live, other=0.0)
         dm = tl.where(m > 0, tl.load(slope + place, mask=live, other=0.0), 0.0)
         dg = tl.where(live, l1_slope, 0.0)
-        if AUX:
+        if slope_aux is not None:
             dg += tl.load(slope_aux + place, mask=live, other=0.0)
         inner = t[:, None] * d_in + d[None, :]
         read = live[:, None] & inside[None, :]
         e = tl.load(error + inner, mask=read, other=0.0)
         dec += tl.sum(m[:, None] * e, 0)
-        if UNFROZEN:
+        if error_aux is not None:
             e_aux = tl.load(error_aux + inner, mask=read, other=0.0)
             dec += tl.sum(g[:, None] * e_aux, 0)
         centred = tl.load(xc + inner, mask=read, other=0.0)
-        dh = dg + (dm * tl.load(gain + i) if GAIN else dm)
+        dh = dg + (dm if gain is None else dm * tl.load(gain + i))
         enc += tl.sum(dh[:, None] * centred, 0)
         dm_part += dm
         dm_m_part += dm * m
@@ -364,12 +354,13 @@ def sum_latents(
     tl.store(W_dec_sum + here, dec, mask=inside)
     tl.store(W_gate_sum_T + here, enc, mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(dm_sum + i, tl.sum(dm_part, 0))
-        tl.store(dm_m_sum + i, tl.sum(dm_m_part, 0))
-        tl.store(dg_sum + i, tl.sum(dg_part, 0))
-        tl.store(gate_sum + i, tl.sum(gate_part, 0))
-        tl.store(fired + i, tl.sum(fired_part, 0).to(tl.int64))
-        tl.store(gate_open + i, (end - begin).to(tl.int64))
+        d_sae = tl.num_programs(0)
+        tl.store(sums + i, tl.sum(dm_part, 0))
+        tl.store(sums + d_sae + i, tl.sum(dm_m_part, 0))
+        tl.store(sums + 2 * d_sae + i, tl.sum(dg_part, 0))
+        tl.store(sums + 3 * d_sae + i, tl.sum(gate_part, 0))
+        tl.store(counts + i, tl.sum(fired_part, 0).to(tl.int64))
+        tl.store(counts + d_sae + i, (end - begin).to(tl.int64))
 
 
 @triton.jit

@@ -15,14 +15,6 @@ from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
 from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, undecoded
 
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
-"""How the encoder's product is rounded; sums are float32 in all four, and all else is float32.
-
-`ieee` is float32 on ordinary cores. `tf32x3` gets about as close with three products on matrix
-units. `tf32` keeps 11 bits of each factor and `bf16` 8: gates near zero may open or shut.
-Triton's interpreter rounds the first three alike and cannot multiply bf16.
-"""
-
 # Pre-activations that exist at once while a TopK SAE looks for each row's largest: 64 MiB.
 PRODUCTS_AT_ONCE = 2**24
 
@@ -36,18 +28,12 @@ class LaunchError(Exception):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel.
-
-    Args:
-        kernel: one of `kernels.py`.
-        grid: programs along each axis.
-        args: of the kernel.
-        options: its switches, and Triton's.
+    """Launch one of `kernels.py`, on so many programs along each axis.
 
     Raises:
         LaunchError: if the kernel cannot be compiled here, needs more than this GPU has, or would
-            read other numbers than those of its tensors. Anything else that goes wrong, memory
-            that ran out above all, is raised as it is.
+            read other numbers than those of its tensors. Any other error, such as running out of
+            memory, is raised as it is.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -90,15 +76,11 @@ class Kernels(Loops):
     per row and per latent; prefix sums over those counts say where each entry belongs. That makes
     the order exact for any order in which tiles finish, and costs no sort. A batch with more
     entries than the capacity leaves empty sums and a flag.
-
-    Args:
-        capacity: room for entries; those in the window below a JumpReLU threshold count.
-        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
     """
 
-    def __init__(self, *, capacity: int, precision: str = "ieee") -> None:
+    def __init__(self, *, capacity: int) -> None:
         super().__init__()
-        self._capacity, self._precision = capacity, precision
+        self._capacity = capacity
 
     def active(
         self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
@@ -108,9 +90,7 @@ class Kernels(Loops):
         jumps = isinstance(sae, JumpReluSAE)
         gated = isinstance(sae, GatedSAE)
         W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
-        W, bias = rows_in_order(W), rows_in_order(-above)
-        bf16, capacity = self._precision == "bf16", self._capacity
-        n_rows, d_sae = len(xc), sae.d_sae
+        n_rows, d_sae, capacity = len(xc), sae.d_sae, self._capacity
         row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
         n_tiles = row_tiles * latent_tiles
         n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
@@ -120,9 +100,9 @@ class Kernels(Loops):
         launch(
             encode_tiles,
             (n_tiles,),
-            xc.bfloat16() if bf16 else xc,
-            W.bfloat16() if bf16 else W,
-            bias,
+            xc,
+            rows_in_order(W),
+            rows_in_order(-above),
             n_open,
             *tiles,
             by_row[1:],
@@ -133,16 +113,17 @@ class Kernels(Loops):
             sae.d_in,
             d_sae,
             capacity,
-            PRECISION="ieee" if bf16 else self._precision,  # says nothing about bf16 factors
             ROWS=ROWS,
             LATENTS=LATENTS,
-            DEPTH=64 if bf16 else 32,
+            DEPTH=32,
             GROUP=8,
             num_warps=8,
             num_stages=3,
         )
         fits = (n_open <= capacity).int()
-        row_cells, latent_cells = _prefix_sums(by_row), _prefix_sums(by_latent)
+        row_cells, latent_cells = (
+            torch.cumsum(counts, 0, dtype=torch.int32) for counts in (by_row, by_latent)
+        )
         gate = xc.new_empty(capacity)
         # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
         codes = SparseCodes(
@@ -171,9 +152,6 @@ class Kernels(Loops):
             *entries[1:],
             row_tiles,
             latent_tiles,
-            GATED=gated,
-            GAIN=slope is not None,
-            JUMPS=jumps,
             ROWS=ROWS,
             LATENTS=LATENTS,
             ENTRIES=64,
@@ -233,8 +211,6 @@ class Kernels(Loops):
             *decoded,
             sae.d_in,
             weight * 2 / len(x),
-            AUX=decoded.aux_slope is not None,
-            UNFROZEN=decoded.aux_error is not None,
             WIDTH=width,
             ENTRIES=_entries_at_once(width),
             num_warps=_warps(width),
@@ -255,8 +231,8 @@ class Kernels(Loops):
         slope, weights = gain(sae), l1_weights(sae)
         # Not `empty_like`, which lays them out as the dictionary is.
         W_dec, W_enc_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
-        dm, dm_m, dg, gate = xc.new_empty(4, sae.d_sae)
-        fired, gate_open = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
+        sums = xc.new_empty(4, sae.d_sae)
+        counts = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
         # Wide rows are shared out over programs, which also shortens the longest of them.
         width = min(power_of_two(max(sae.d_in, 16)), 512)
         launch(
@@ -276,22 +252,15 @@ class Kernels(Loops):
             None if weights is None else rows_in_order(weights),
             W_dec,
             W_enc_T,
-            dm,
-            dm_m,
-            dg,
-            gate,
-            fired,
-            gate_open,
+            sums,
+            counts,
             sae.d_in,
             l1_slope or 0.0,
-            AUX=decoded.aux_slope is not None,
-            UNFROZEN=decoded.aux_error is not None,
-            GAIN=slope is not None,
-            WEIGHTED=weights is not None,
             WIDTH=width,
             ENTRIES=_entries_at_once(width),
             num_warps=_warps(width),
         )
+        (dm, dm_m, dg, gate), (fired, gate_open) = sums, counts
         return StepSums(
             W_dec=W_dec,
             # A program that wrote its column of W_enc would touch a cache line for each number.
@@ -336,14 +305,10 @@ def _ints(n: int, like: Tensor) -> Int32[Tensor, " n"]:
 
 
 def _cells(n: int, like: Tensor) -> Int32[Tensor, " n_and_zero"]:
-    """Return room for n counts behind a zero, whose prefix sums are where each begins, and all."""
+    """Return room for n counts behind a zero, whose prefix sums say where each begins."""
     counts = _ints(n + 1, like)
     counts[:1].zero_()
     return counts
-
-
-def _prefix_sums(counts: Int32[Tensor, " n"]) -> Int32[Tensor, " n"]:
-    return torch.cumsum(counts, 0, dtype=torch.int32)
 
 
 def power_of_two(n: int) -> int:
@@ -352,7 +317,7 @@ def power_of_two(n: int) -> int:
 
 
 def _entries_at_once(width: int) -> int:
-    """Return how many rows of `width` numbers to have under way: enough to hide their latency."""
+    """Return how many rows of `width` numbers to load at once: enough to hide their latency."""
     return min(16, max(1, (4096 if width <= 512 else 8192) // width))
 
 

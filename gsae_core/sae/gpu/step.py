@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, has_fast_step
-from gsae_core.sae.gpu.launch import PRECISIONS, Kernels, power_of_two
+from gsae_core.sae.gpu.launch import Kernels, power_of_two
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.sparse.step import take_step
 
@@ -28,26 +28,15 @@ MIN_CAPABILITY = (8, 0)  # TF32, bf16 and asynchronous copies came with Ampere.
 
 
 def available(device: torch.device, sae: nn.Module | None = None) -> str | None:
-    """Return why the kernels cannot run, in a sentence fit for a log; None if they can.
-
-    Args:
-        device: of the activations.
-        sae: its architecture and precision are checked too, if given.
-    """
+    """Return why the kernels cannot run on a device or for an SAE, as a sentence, else None."""
     return _device_refusal(device) or (None if sae is None else _sae_refusal(sae))
-
-
-def check_kernels(device: torch.device, sae: nn.Module | None = None) -> None:
-    """Raise InputError with the sentence of `available` unless the kernels can run."""
-    if (reason := available(device, sae)) is not None:
-        raise InputError(reason)
 
 
 def capacity_for(n_open: float) -> int:
     """Return the room to give a step of which about `n_open` open gates are expected.
 
-    A quarter more than expected, rounded up to a power of two: sizes that come back let the
-    allocator hand out the same buffers again.
+    A quarter more than expected, rounded up to a power of two: with few sizes the allocator hands
+    out the same buffers again.
     """
     return max(4096, power_of_two(int(1.25 * n_open) + 1))
 
@@ -60,7 +49,6 @@ def kernel_step(
     sparsity_coeff: float,
     capacity: int,
     dead: Bool[Tensor, " d_sae"] | None = None,
-    precision: str = "ieee",
 ) -> StepResult:
     """Return what `sparse_step` returns, unless entries overflow; never wait for the device.
 
@@ -68,34 +56,22 @@ def kernel_step(
     two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products.
 
     Args:
-        sae: learns later, when an optimiser reads `.grad`; its parameters stay as they are.
+        sae: on the device of `x`.
         x: activations, in the units the SAE trains in.
         sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
         capacity: how many gates may be open in the batch, and of a JumpReLU SAE how many latents
             may be above or just below their thresholds; see `capacity_for`. A TopK SAE has as many
             entries as it asks for.
         dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
-        precision: of the encoder's product, one of `PRECISIONS`; a TopK SAE's is PyTorch's.
 
     Raises:
         InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
         LaunchError: if a kernel does not compile or fit here; `.grad` means nothing then.
     """
-    _check_arguments(sae, x, capacity, precision)
-    engine = Kernels(capacity=capacity, precision=precision)
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device_of(x):
-        return take_step(
-            sae, x.contiguous(), sparsity_coeff=sparsity_coeff, dead=dead, engine=engine
-        )
-
-
-def _check_arguments(
-    sae: BuiltinSAE, x: Float[Tensor, "batch d_in"], capacity: int, precision: str
-) -> None:
     sae.check_width(x)
     sae.check_trains()
-    check_kernels(x.device, sae)
+    if (reason := available(x.device, sae)) is not None:
+        raise InputError(reason)
     if (others := {p.device for p in sae.parameters()} - {x.device}) != set():
         raise InputError(
             f"expected an SAE on {x.device}, where the activations are, got parameters on "
@@ -103,13 +79,16 @@ def _check_arguments(
         )
     if x.dtype != torch.float32:
         raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")
-    if precision not in PRECISIONS:
-        choices = ", ".join(PRECISIONS)
-        raise InputError(f"expected precision to be one of {choices}, got {precision!r}")
     if not 1 <= capacity <= MAX_CAPACITY:
         raise InputError(
             f"expected a capacity of 1 to {MAX_CAPACITY} open gates, got {capacity}; "
             "take the dense step when so many gates are open"
+        )
+    engine = Kernels(capacity=capacity)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(x):
+        return take_step(
+            sae, x.contiguous(), sparsity_coeff=sparsity_coeff, dead=dead, engine=engine
         )
 
 
@@ -122,7 +101,7 @@ def _device_refusal(device: torch.device) -> str | None:
             "PyTorch's CUDA builds for Linux, and without it the dense step is taken"
         )
     if knobs.runtime.interpret:
-        return None  # Triton plays the GPU itself, on any device.
+        return None  # Triton interprets its kernels, on any device.
     if device.type != "cuda":
         return (
             f"expected a CUDA device for the sparse step's kernels, got '{device.type}'; "

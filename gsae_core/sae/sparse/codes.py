@@ -24,14 +24,13 @@ CHUNK_ROWS = 256
 class SparseCodes(NamedTuple):
     """Entries of a batch where pi_gate > 0, rows in order, latents ascending within a row (CSR).
 
-    Everything else about a batch follows: f is zero elsewhere, and so are both gradients. Indices
-    are int64 on a CPU; the GPU's kernels have int32, and room to spare behind the last entry.
+    f is zero elsewhere, and so are both gradients. Indices are int64 on a CPU; the GPU's kernels
+    have int32, and room to spare behind the last entry.
     """
 
     row_offsets: Int[Tensor, " rows_and_end"]
-    """Row t owns entries row_offsets[t] to row_offsets[t + 1]; one more number than rows."""
+    """Row t owns entries row_offsets[t] to row_offsets[t + 1]."""
     latent: Int[Tensor, " nnz"]
-    """Which latent each entry is, 0 to d_sae - 1."""
     gate: Float[Tensor, " nnz"]
     """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
     magnitude: Float[Tensor, " nnz"]
@@ -50,9 +49,8 @@ class ByLatent(NamedTuple):
     offsets: Int[Tensor, " d_sae_and_end"]
     """Latent i owns entries offsets[i] to offsets[i + 1]."""
     order: Int[Tensor, " nnz"]
-    """Place of each entry in the SparseCodes it was made from."""
+    """Place of each entry in the SparseCodes."""
     row: Int[Tensor, " nnz"]
-    """Which row each entry is in."""
 
 
 class Products(NamedTuple):
@@ -80,13 +78,9 @@ def products_above(
 ) -> Products:
     """Return the entries of xc @ W above `above`, a threshold for each latent.
 
-    Args:
-        xc: centred activations.
-        W: the encoder.
-        above: the thresholds.
-        screened: look by a bfloat16 product first, on a CPU, and compute again in float32 what may
-            be above: the same entries, up to the order of float32 sums. Of no effect in float64,
-            for which the rounding would be too coarse a screen.
+    `screened` looks by a bfloat16 product first, on a CPU, and computes again in float32 what may
+    be above: the same entries, up to the order of float32 sums. Of no effect in float64, for which
+    the rounding would be too coarse a screen.
     """
     W, above = W.detach(), above.detach()
 
@@ -98,15 +92,12 @@ def products_above(
 
     if screened and xc.dtype == torch.float32:
         rounded = _rounded(W.contiguous())
-        (found,) = _in_chunks(
-            xc,
-            W,
-            lambda part, scratch: [_screen(part, rounded, above.numpy(), scratch)],
-            product=torch.bfloat16,
-        )
-        return found
-    (found,) = _in_chunks(xc, W, pick)
-    return found
+
+        def screen(part: Tensor, scratch: _Scratch) -> list[Products]:
+            return [_screen(part, rounded, above.numpy(), scratch)]
+
+        return _in_chunks(xc, W, screen, product=torch.bfloat16)[0]
+    return _in_chunks(xc, W, pick)[0]
 
 
 @torch.no_grad()
@@ -117,8 +108,8 @@ def largest_products(
 ) -> list[Products]:
     """Return, for each (bias, k), the k largest of h + bias in each row, as far as positive.
 
-    `h` of the products is h + bias; a bias of -inf leaves a latent out. Compiled, equal values go
-    to the lower latent; by torch, to any.
+    The products' `h` is that sum; a bias of -inf leaves a latent out. Of equal values the lower
+    latent is taken when compiled, any by torch.
     """
     kinds = [(bias.detach(), k) for bias, k in wanted]
 
@@ -139,12 +130,9 @@ class _Scratch:
     What is never written to costs no memory: the system gives out pages as they are reached.
     """
 
-    latent: np.ndarray | None
-    """None where numba cannot go: on a GPU, in half precision."""
-
     def __init__(self, rows: int, W: Float[Tensor, "d_in d_sae"], product: torch.dtype) -> None:
         self.h = W.new_empty(rows, W.shape[1], dtype=product)
-        self.latent = None
+        self.latent: np.ndarray | None = None  # stays so where numba cannot go: GPU, half precision
         if W.is_cpu and W.dtype in (torch.float32, torch.float64):
             self.latent = np.empty(self.h.numel(), np.int64)
             self.value = np.empty(self.h.numel(), W.detach().numpy().dtype)
@@ -195,7 +183,6 @@ def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Pr
 
 def _picked(loop: Callable[..., int], arguments: tuple[Any, ...], scratch: _Scratch) -> Products:
     """Return what a loop writes, whose first argument is the products."""
-    assert scratch.latent is not None
     offsets = np.zeros(len(arguments[0]) + 1, np.int64)
     n = loop(*arguments, scratch.latent, scratch.value, offsets[1:])
     return _first(n, offsets, scratch)
@@ -219,7 +206,7 @@ def numpy(tensor: Tensor) -> np.ndarray:
 def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
 
-    Never more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core, but for the
+    No more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core, but for the
     magnitudes of untied paths.
 
     Raises:
@@ -270,7 +257,6 @@ def thresholds(
 def codes_of(
     sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
 ) -> SparseCodes:
-    """Return the codes whose products with the encoder are `found`."""
     offsets, latent, h, _ = found
     if isinstance(sae, ReluSAE):
         gate = h + sae.b_enc.take(latent)
@@ -284,7 +270,7 @@ def codes_of(
 
 
 def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
-    """Return the transpose of `codes`: what weight gradients and the feature index walk along."""
+    """Return the transpose of `codes`, for weight gradients and the feature index."""
     latent = codes.latent
     if latent.device.type != "cpu":
         ordered, order = torch.sort(latent, stable=True)
@@ -304,11 +290,7 @@ def weighted_sums(
     weight: Float[Tensor, " nnz"],
     offsets: Int64[Tensor, " bags_and_end"],
 ) -> Float[Tensor, "bags width"]:
-    """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries.
-
-    `embedding_bag` is this product on every device, and its derivative to `weight` is the sampled
-    product <grad, dense[index]>.
-    """
+    """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries."""
     return F.embedding_bag(
         index, dense, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
     )

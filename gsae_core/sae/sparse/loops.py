@@ -1,7 +1,16 @@
 """The loops over active entries that torch has no operator for, compiled for the CPU by numba.
 
-Each releases the interpreter lock, so threads may share a batch, and takes NumPy arrays in C order.
-The first call in a new installation compiles (a second or two a loop); the result is kept on disk.
+Each releases the interpreter lock, so threads may share a batch (rows, latents or entries `first`
+to `last` - 1), and takes NumPy arrays in C order. The first call in a new installation compiles (a
+second or two a loop); the result is kept on disk. Shapes, where a docstring does not say otherwise:
+
+    h                       (rows, d_sae)   products with the encoder
+    x, dense                (rows, d_in)
+    W, W_dec                (d_sae, d_in)
+    above, b                (d_sae,)
+    latent, m, g, weight    (nnz,)          of the entries
+    offsets                 where each row's (or latent's) entries begin; one more at the end
+    ends                    (rows,)         written: where each row's entries end
 """
 
 import inspect
@@ -36,11 +45,7 @@ BLOCK = 32
 
 
 def compiled(function: Callable[..., Any], **changes: Any) -> Any:
-    """Return `function` compiled, from the disk where it was compiled before.
-
-    Args:
-        changes: other values for some of `OPTIONS`.
-    """
+    """Return `function` compiled with `changes` to `OPTIONS`, from the disk where it was before."""
     options = OPTIONS | changes
     # Tests wrap every function in a type check, which numba can neither read nor needs.
     plain = inspect.unwrap(function)
@@ -55,11 +60,7 @@ def compiled(function: Callable[..., Any], **changes: Any) -> Any:
 def pick_above(h, above, latent, value, ends):
     """Write where h > above, row by row, and what h is there; return how many entries there are.
 
-    Args:
-        h: (rows, d_sae).
-        above: (d_sae,), the threshold of each latent.
-        latent, value: room for rows * d_sae entries; a few slots past the last one are written too.
-        ends: (rows,), becomes the end of each row's entries.
+    `latent` and `value` have room for rows * d_sae; a few slots past the last one are written too.
     """
     n, whole = 0, h.shape[1] // BLOCK * BLOCK
     for t in range(h.shape[0]):
@@ -85,8 +86,8 @@ def pick_above(h, above, latent, value, ends):
 def add_rows(first, last, latent, weight, W, total):
     """Add to `total`, (width,), weight[e] * W[latent[e]] of entries first to last - 1.
 
-    Four rows at a time: a sum is then read and written once for four products, and four rows are on
-    their way from memory together. Half the time of one by one.
+    Four rows at a time: a sum is then read and written once for four products, and four rows are
+    fetched from memory together. Half the time of one by one.
     """
     e = first
     while e + 4 <= last:
@@ -162,15 +163,7 @@ def dot_entries_with_both(first, last, latent, W, row, other, out, aux):
 
 @compiled
 def dot_rows(first, last, offsets, latent, x, W, out):
-    """Write <x_t, W_i> for every entry (t, i) of rows first to last - 1: the sampled product.
-
-    Args:
-        first, last: rows.
-        offsets: (rows + 1,) of the whole batch.
-        latent, out: (nnz,).
-        x: (rows, width).
-        W: (d_sae, width).
-    """
+    """Write <x_t, W_i> for every entry (t, i) of rows first to last - 1: the sampled product."""
     for t in range(first, last):
         dot_entries(offsets[t], offsets[t + 1], latent, W, x[t], out)
 
@@ -184,13 +177,7 @@ def decode_rows(
     A row's directions are read twice while they are in cache; no x_hat is stored.
 
     Args:
-        first, last: rows.
-        offsets: (rows + 1,) of the whole batch.
-        latent, m: (nnz,).
-        g: (nnz,); not read unless `two`.
-        W: (d_sae, d_in).
-        b: (d_in,).
-        x: (rows, d_in).
+        g: not read unless `two`.
         scale: 2 / B.
         two: whether there is a second reconstruction.
         error: (rows, d_in), becomes scale (m @ W + b - x).
@@ -242,7 +229,7 @@ def decode_rows(
 
 @compiled
 def sum_columns(x, out):
-    """Add every row of `x`, (rows, width), to `out`, (width,), in the precision of `out`."""
+    """Add every row of `x` to `out`, in the precision of `out`."""
     for t in range(x.shape[0]):
         for j in range(x.shape[1]):
             out[j] += x[t, j]
@@ -256,10 +243,7 @@ TILE = 16
 def sort_by_latent(row_offsets, latent, offsets, order, row):
     """Write the transpose of the codes: a counting sort, rows ascending within a latent.
 
-    Args:
-        row_offsets: (rows + 1,).
-        latent, order, row: (nnz,).
-        offsets: (d_sae + 1,), all zero before.
+    `offsets`, of latents, is zero before; `order` is each entry's place in the codes.
     """
     for e in range(latent.shape[0]):
         offsets[latent[e] + 1] += 1
@@ -279,13 +263,7 @@ def sort_by_latent(row_offsets, latent, offsets, order, row):
 def sum_rows(first, last, offsets, row, weight, dense, out, add):
     """Write to out[i], for latents first to last - 1, its entries' sum of weight * dense[row].
 
-    Args:
-        first, last: latents.
-        offsets, row: the transposed codes.
-        weight: (nnz,) in the same order, latent by latent.
-        dense: (rows, d_in).
-        out: (d_sae, d_in).
-        add: whether to add to what `out` holds.
+    Entries are in the transposed order. With `add`, the sum is added to what `out` holds.
     """
     for i in range(first, last):
         total = out[i]
@@ -312,13 +290,7 @@ def sum_rows_into_columns(first, last, offsets, row, weight, dense, out):
 
 @compiled
 def sum_entries(offsets, order, value, out):
-    """Write to out[i] the sum of `value` over the entries of latent i.
-
-    Args:
-        offsets, order: the transposed codes.
-        value: (nnz,) in the order of the codes themselves.
-        out: (d_sae,), in the precision of the sum.
-    """
+    """Write to out[i] the sum of `value`, in the order of the codes, over latent i's entries."""
     for i in range(out.shape[0]):
         total = out.dtype.type(0)
         for place in range(offsets[i], offsets[i + 1]):
@@ -350,14 +322,8 @@ def _cut(latent, value, n, k):
 def pick_largest(h, b, k, latent, value, ends):
     """Write each row's k largest h + b, the positive ones alone; return how many entries there are.
 
-    Latents ascend within a row, and of equal values those of lower latents are taken.
-
-    Args:
-        h: (rows, d_sae).
-        b: (d_sae,), added to each row; -inf leaves a latent out.
-        k: entries that a row may have, 1 or more.
-        latent, value: room for rows * k entries.
-        ends: (rows,), becomes the end of each row's entries.
+    Latents ascend within a row, and of equal values those of lower latents are taken. A `b` of -inf
+    leaves a latent out. `latent` and `value` have room for rows * k entries.
     """
     n, whole, zero = 0, h.shape[1] // BLOCK * BLOCK, h.dtype.type(0)
     # All that exceeds the k-th largest so far; cut back to k whenever there are twice as many.
@@ -415,11 +381,9 @@ def _bits_of_bfloat16(bits):
 
 @compiled
 def round_columns(first, last, W, rows, row_bits, half, off, length):
-    """Write columns first to last - 1 of W as rows, in float32 and rounded to bfloat16.
+    """Write columns first to last - 1 of W, (d_in, d_sae), as rows, also rounded to bfloat16.
 
     Args:
-        first, last: columns, i.e. latents.
-        W: (d_in, d_sae).
         rows, row_bits: (d_sae, d_in), the columns; `row_bits` is the memory of `rows` as uint32.
         half: (d_sae, d_in), the bits of their bfloat16 as uint16.
         off: (d_sae,), becomes the norm of what rounding changed.
@@ -453,15 +417,8 @@ def _may_exceed(bits, bound, above):
 def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, ends):
     """Write where a bfloat16 h may stand for a number above `above`; return how many entries.
 
-    h is off by at most row_slack[t] * slack[i] + row_slack_2[t] * slack_2[i] + |h| / 256.
-
-    Args:
-        h: (rows, d_sae), the bits of bfloat16 numbers as uint16.
-        above: (d_sae,).
-        row_slack, row_slack_2: (rows,).
-        slack, slack_2: (d_sae,).
-        latent: room for rows * d_sae entries; a few slots past the last one are written too.
-        ends: (rows,), becomes the end of each row's entries.
+    `h` holds the bits of bfloat16 numbers as uint16, each off by at most row_slack[t] * slack[i] +
+    row_slack_2[t] * slack_2[i] + |h| / 256. `latent` has room as in `pick_above`.
     """
     n, whole = 0, h.shape[1] // BLOCK * BLOCK
     for t in range(h.shape[0]):
@@ -484,10 +441,7 @@ def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, en
 
 @compiled
 def keep_above(ends, latent, value, above):
-    """Drop, in place, the entries whose value is not above their latent's threshold.
-
-    Returns how many are left. Args as for `pick_above`.
-    """
+    """Drop, in place, entries not above their latent's threshold; return how many are left."""
     n = start = 0
     for t in range(ends.shape[0]):
         end = ends[t]
