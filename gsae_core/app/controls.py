@@ -1,4 +1,4 @@
-"""What can be done about a run: cancel, resume, change and train again, delete; each once.
+"""What can be done about a run: cancel, resume, change and train again, delete.
 
 Dialogs are opened outside of what refreshes itself: a refresh takes them away.
 """

@@ -27,22 +27,17 @@ from gsae_core.runs.work.transfer import ask, free_name, new_run_folder, plan_pu
 KEPT_SECONDS = 300  # a listing is of one commit; a new one is seen after so long
 
 
-def offline() -> bool:
-    """Say that this server was told to stay offline, if it was; return whether."""
+def offline() -> None:
+    """Say that this server was told to stay offline, if it was."""
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE:
-        return False
-    notice(
-        f"{OFFLINE} HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue can be "
-        "searched.",
-        kind="info",
-        title="Offline",
-    )
-    return True
-
-
-# A repository
+    if constants.HF_HUB_OFFLINE:
+        notice(
+            f"{OFFLINE} HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue "
+            "can be searched.",
+            kind="info",
+            title="Offline",
+        )
 
 
 @st.cache_data(ttl=KEPT_SECONDS, max_entries=16, show_spinner=False)
@@ -73,7 +68,7 @@ def repository(root: Path) -> None:
     if not repo.strip():
         st.caption("Choose a release above, or paste the name of any repository with SAEs.")
         return
-    address = f"{repo.strip()}@{revision.strip()}" if revision.strip() else repo.strip()
+    address = "@".join(filter(None, (repo.strip(), revision.strip())))
     try:
         with st.spinner("Asking the Hub", show_time=True):
             found = _looked(address)
@@ -97,34 +92,28 @@ def _show(found: Repository, address: str, root: Path) -> None:
         *(["private"] if found.private else []),
     ]
     plain(f"{found.repo}: {' · '.join(words)}", size=".9rem")
-    if not found.saes:
+    by_path = {sae.path or ".": sae for sae in found.saes}
+    if not by_path:
         notice(
             "None of its files has the layout of a known SAE library. If you know which file is an "
             "SAE, add its path after a colon: OWNER/NAME:PATH.",
             kind="warning",
             title="No SAE found",
         )
-        _files(found)
-        return
-    by_path = {sae.path or ".": sae for sae in found.saes}
-    if st.session_state.get("sae") not in by_path:
-        st.session_state["sae"] = next(iter(by_path)) if len(by_path) == 1 else None
-    chosen = st.selectbox(
-        "SAE",
-        list(by_path),
-        index=None,
-        key="sae",
-        bind="query-params",
-        placeholder=f"choose one of {len(by_path):,}; type to search",
-    )
-    if chosen is not None:
-        _sae(found, by_path[chosen], address, root)
-    _files(found)
-
-
-def _files(found: Repository) -> None:
-    opened = st.expander("Files and sizes", icon=":material/folder_open:")
-    with opened:
+    else:
+        if st.session_state.get("sae") not in by_path:
+            st.session_state["sae"] = next(iter(by_path)) if len(by_path) == 1 else None
+        chosen = st.selectbox(
+            "SAE",
+            list(by_path),
+            index=None,
+            key="sae",
+            bind="query-params",
+            placeholder=f"choose one of {len(by_path):,}; type to search",
+        )
+        if chosen is not None:
+            _sae(found, by_path[chosen], address, root)
+    with st.expander("Files and sizes", icon=":material/folder_open:"):
         rows = [{"file": file.path, "size": readable(file.n_bytes)} for file in found.files[:2000]]
         st.dataframe(pd.DataFrame(rows), hide_index=True, height=260, alt="Files and their sizes")
         if len(found.files) > len(rows):
@@ -149,81 +138,61 @@ def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
 
 def compatibility(sae: HubSAE, told: Facts) -> dict[str, str]:
     """Return what is known of an SAE before it is here, and whether it can be opened."""
-    if sae.format is None:
-        opens = "not known until downloaded"
-    else:
-        opens = f"yes, {FORMATS[sae.format]} files can be read"
-    shape = [f"{n:,}" if n is not None else "?" for n in (told.d_in, told.d_sae)]
+    later = "not known until downloaded"
+    d_in, d_sae = (f"{n:,}" if n is not None else "?" for n in (told.d_in, told.d_sae))
+    widths = f"{d_in} wide activations, {d_sae} features"
+    names = ", ".join(file.path.rpartition("/")[2] for file in sae.files)
+    files = f"{len(sae.files)} file{'s' * (len(sae.files) > 1)}"
     return {
-        "opens here": opens,
-        "architecture": told.architecture or "not known until downloaded",
-        "width": "not known until downloaded"
-        if told.d_in is None and told.d_sae is None
-        else f"{shape[0]} wide activations, {shape[1]} features",
+        "opens here": f"yes, {FORMATS[sae.format]} files can be read" if sae.format else later,
+        "architecture": told.architecture or later,
+        "width": later if told.d_in is None and told.d_sae is None else widths,
         "model": told.model or "not stated",
         "hook point": told.hook_name or "not stated",
-        "download": f"{readable(sae.n_bytes)} in {len(sae.files)} "
-        f"file{'s' * (len(sae.files) > 1)}: {', '.join(_names(sae))}",
+        "download": f"{readable(sae.n_bytes)} in {files}: {names}",
     }
 
 
-def _names(sae: HubSAE) -> list[str]:
-    return [file.path.rpartition("/")[2] for file in sae.files]
-
-
 def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
-    default = free_name(root, run_name(found.repo, sae.path))
     # Keyed by the SAE: another one has a name and a place of its own.
-    name = st.text_input(
-        "Name of the run",
-        default,
-        key=key_for("hub.name", found.repo, found.commit, sae.path),
-        max_chars=64,
-    )
-    place = _place(found, sae, told)
-    free = free_bytes(root)
-    enough = sae.n_bytes * 2 < free  # what comes, and the run that is made of it
-    if not enough:
-        notice(
-            f"Opening it takes about {readable(2 * sae.n_bytes)} of disk; {readable(free)} are "
-            "free.",
-            kind="warning",
+    about = (found.repo, found.commit, sae.path)
+    default = free_name(root, run_name(found.repo, sae.path))
+    name = st.text_input("Name of the run", default, key=key_for("hub.name", *about), max_chars=64)
+    with st.expander("Model and hook point", expanded=False):
+        st.caption("Fill in only what its files do not state, or state wrongly.")
+        model = st.text_input(
+            "Language model",
+            key=key_for("hub.place_model", *about),
+            placeholder=told.model or "as stated",
         )
+        stated: Any = {"placeholder": "as stated"}
+        layer = st.number_input(
+            "Layer", 0, 200, None, key=key_for("hub.place_layer", *about), **stated
+        )
+        site = st.selectbox(
+            "Site", SITES, index=None, key=key_for("hub.place_site", *about), **stated
+        )
+    free, need = free_bytes(root), 2 * sae.n_bytes  # what comes, and the run that is made of it
+    if need >= free:
+        text = f"Opening it takes about {readable(need)} of disk; {readable(free)} are free."
+        notice(text, kind="warning")
     pressed = st.button(
         f"Download {readable(sae.n_bytes)}",
         type="primary",
         icon=":material/download:",
         key="hub.download",
         width="stretch",
-        disabled=not enough,
+        disabled=need >= free,
     )
     if pressed:
+        place = {"model": model.strip() or None, "layer": layer, "site": site}
         try:
             new_run_folder(root, name)
-            transfer = ask(root, plan_pull(found, sae, to=name, **place))
-            process.start(transfer)
+            process.start(ask(root, plan_pull(found, sae, to=name, **place)))
         except InputError as error:
             notice(str(error), title="Nothing was started")
         else:
             st.rerun()
-
-
-def _place(found: Repository, sae: HubSAE, told: Facts) -> dict[str, Any]:
-    """Draw the fields for what the files may not state; an empty one keeps what they state."""
-
-    def key(part: str) -> str:
-        return key_for(f"hub.place_{part}", found.repo, found.commit, sae.path)
-
-    with st.expander("Model and hook point", expanded=False):
-        st.caption("Fill in only what its files do not state, or state wrongly.")
-        model = st.text_input(
-            "Language model",
-            key=key("model"),
-            placeholder=told.model or "as stated",
-        )
-        layer = st.number_input("Layer", 0, 200, None, key=key("layer"), placeholder="as stated")
-        site = st.selectbox("Site", SITES, index=None, key=key("site"), placeholder="as stated")
-    return {"model": model.strip() or None, "layer": layer, "site": site}
 
 
 def catalogue() -> None:
@@ -254,12 +223,17 @@ def catalogue() -> None:
         return
     shown = f"{len(found)} of {len(releases())} releases"
     st.caption(f"{shown}. Tick a row to see what is in its repository.")
+
+    def ticked() -> None:
+        for row in st.session_state["hub.catalogue"]["selection"]["rows"]:
+            choose_release(found[row])
+
     st.dataframe(
         catalogue_table(found),
         hide_index=True,
         height=min(320, 36 * len(found) + 38),
         key="hub.catalogue",
-        on_select=lambda: _choose(found),
+        on_select=ticked,
         selection_mode="single-row",
         column_config={
             "release": st.column_config.TextColumn(width=150),
@@ -282,7 +256,7 @@ def catalogue_table(found: Sequence[Release]) -> pd.DataFrame:
             "layers": ranged(release.layers),
             "architecture": release.architecture or "–",
             "widths": ", ".join(short(width) for width in release.widths) or "–",
-            "L0": _l0(release),
+            "L0": "–".join(f"{n:g}" for n in dict.fromkeys(release.l0 or ())) or "–",
             "SAEs": release.count,
             "where": release.repo or release.where or "–",
         }
@@ -296,19 +270,6 @@ def short(width: int) -> str:
     if width % 2**20 == 0:
         return f"{width // 2**20}M"
     return f"{width // 1000}k" if width >= 1000 else str(width)
-
-
-def _l0(release: Release) -> str:
-    if release.l0 is None:
-        return "–"
-    low, high = release.l0
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
-
-
-def _choose(found: Sequence[Release]) -> None:
-    chosen = st.session_state["hub.catalogue"]["selection"]["rows"]
-    if chosen:
-        choose_release(found[chosen[0]])
 
 
 def choose_release(release: Release) -> None:

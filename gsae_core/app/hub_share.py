@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core.app import shell
+from gsae_core.app.cache import kept
 from gsae_core.app.controls import confirm_delete
 from gsae_core.app.parts import (
     attempt,
@@ -42,7 +43,18 @@ def library(frame: shell.Frame) -> None:
     if not frame.runs:
         st.caption("No runs yet. Downloaded and trained runs appear here.")
         return
-    rows = [_row(run, frame) for run in frame.runs]
+    rows = [
+        {
+            "run": run.id,
+            "from": run.config.imported or "trained here",
+            "model": run.config.model.name,
+            "hook point": run.config.model.hook_name,
+            "SAEs": len(run.config.saes),
+            "state": frame.statuses[run.id].state if run.id in frame.statuses else "unreadable",
+            "size": readable(_size(run)),
+        }
+        for run in frame.runs
+    ]
     st.dataframe(
         pd.DataFrame(rows),
         hide_index=True,
@@ -54,52 +66,26 @@ def library(frame: shell.Frame) -> None:
         alt="Runs of this machine: name, where from, model, hook point, SAEs, state, size",
     )
     left, right = st.columns([4, 1], vertical_alignment="bottom")
+    by_id = {run.id: run for run in frame.runs}
     chosen = left.selectbox(
-        "Delete a run",
-        [run.id for run in frame.runs],
-        index=None,
-        key="hub.doomed",
-        placeholder="choose one",
+        "Delete a run", list(by_id), index=None, key="hub.doomed", placeholder="choose one"
     )
-    if (
-        right.button(
-            "Delete",
-            icon=":material/delete:",
-            key="hub.delete",
-            width="stretch",
-            disabled=chosen is None,
-        )
-        and chosen is not None
-    ):
-        confirm_delete(next(run for run in frame.runs if run.id == chosen))
-
-
-def _row(run: Run, frame: shell.Frame) -> dict[str, object]:
-    status = frame.statuses.get(run.id)
-    config = run.config
-    return {
-        "run": run.id,
-        "from": config.imported or "trained here",
-        "model": config.model.name,
-        "hook point": config.model.hook_name,
-        "SAEs": len(config.saes),
-        "state": "unreadable" if status is None else status.state,
-        "size": readable(_size(str(run.folder), _stamp(run))),
-    }
-
-
-def _stamp(run: Run) -> int:
-    try:
-        return max(path.stat().st_mtime_ns for path in (run.folder, run.folder / "status.json"))
-    except OSError:
-        return 0
+    pressed = right.button(
+        "Delete",
+        icon=":material/delete:",
+        key="hub.delete",
+        width="stretch",
+        disabled=chosen is None,
+    )
+    if pressed and chosen is not None:
+        confirm_delete(by_id[chosen])
 
 
 # Walking a run's folder takes milliseconds; two hundred of them at every click do not.
-@st.cache_data(max_entries=512, show_spinner=False)
-def _size(folder: str, stamp: int) -> int:
+@kept(".", "status.json")
+def _size(run: Run) -> int:
     total = 0
-    for path in Path(folder).rglob("*"):
+    for path in run.folder.rglob("*"):
         try:
             total += path.lstat().st_size if path.is_file() else 0
         except OSError:
@@ -123,15 +109,15 @@ def share(frame: shell.Frame) -> None:
         return
     plain(f"SAEs of {run.id}", size=".9rem")
     left, right = st.columns(2, gap="medium")
-    with left.container(border=True):
-        _export(run)
-    with right.container(border=True):
-        _push(run)
-
-
-def _export(run: Run) -> None:
-    st.subheader("Export", anchor=False)
     names = [spec.name for spec in run.config.saes]
+    with left.container(border=True):
+        _export(run, names)
+    with right.container(border=True):
+        _push(run, names)
+
+
+def _export(run: Run, names: list[str]) -> None:
+    st.subheader("Export", anchor=False)
     name = st.selectbox("SAE to export", names, key=key_for("hub.export_sae", run.id))
     label = st.selectbox("For", list(FORMATS), key="hub.export_format")
     if name is None or label is None:
@@ -141,10 +127,8 @@ def _export(run: Run) -> None:
     if st.button("Export and check", icon=":material/output:", key="hub.export", width="stretch"):
         with st.spinner("Writing, reading back and comparing", show_time=True):
             done, said = export(run, name, FORMATS[label], folder)
-        if done:
-            notice(said, kind="info", title="Exported")
-        else:
-            notice(said, title="Nothing was exported")
+        title = "Exported" if done else "Nothing was exported"
+        notice(said, kind="info" if done else "error", title=title)
     if folder.is_dir():
         st.download_button(
             "Download as .zip",
@@ -195,9 +179,8 @@ def zipped(folder: Path) -> bytes:
     return held.getvalue()
 
 
-def _push(run: Run) -> None:
+def _push(run: Run, names: list[str]) -> None:
     st.subheader("Send to the Hub", anchor=False)
-    names = [spec.name for spec in run.config.saes]
     chosen = st.multiselect(
         "SAEs to send", names, default=names[:1], key=key_for("hub.push_saes", run.id)
     )
@@ -213,22 +196,23 @@ def _push(run: Run) -> None:
         "With a card: what was measured, the trade-off's figure, and how to load it in three "
         "libraries. Your token is the one of `hf auth login`, or HF_TOKEN of this server."
     )
-    ready = bool(chosen and repo.strip())
-    label = "Send publicly" if public else "Send"
-    pressed = st.button(
-        label, icon=":material/upload:", key="hub.push", width="stretch", disabled=not ready
-    )
-    if not pressed:
-        return
-    try:
-        check_repo(repo.strip())
-        check_token()
-        request = PushRequest(run.id, tuple(chosen), repo.strip(), public)
-        process.start(ask(run.folder.parent, request))
-    except InputError as error:
-        notice(str(error), title="Nothing was sent")
-    else:
-        st.rerun()
+    repo = repo.strip()
+    if st.button(
+        "Send publicly" if public else "Send",
+        icon=":material/upload:",
+        key="hub.push",
+        width="stretch",
+        disabled=not (chosen and repo),
+    ):
+        try:
+            check_repo(repo)
+            check_token()
+            request = PushRequest(run.id, tuple(chosen), repo, public)
+            process.start(ask(run.folder.parent, request))
+        except InputError as error:
+            notice(str(error), title="Nothing was sent")
+        else:
+            st.rerun()
 
 
 MOST_SHOWN = 8
@@ -286,7 +270,12 @@ def _buttons(transfer: Transfer, status: Status) -> None:
     if status.state == "finished" and transfer.kind == "pull" and transfer.result:
         icon = ":material/monitoring:"
         if st.button("Open the run", icon=icon, type="primary", key=f"hub.open_{key}"):
-            _open(transfer)
+            try:
+                run = find_run(transfer.root, transfer.result)
+            except InputError as error:
+                notice(str(error), title="The run is gone")
+            else:
+                shell.go("pages/2_Live.py", run)
     elif status.state == "finished":
         plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
     else:
@@ -306,12 +295,3 @@ def _buttons(transfer: Transfer, status: Status) -> None:
         args=(lambda: process.delete(transfer), "Nothing was dismissed"),
         help="Files that were downloaded but not imported are deleted.",
     )
-
-
-def _open(transfer: Transfer) -> None:
-    try:
-        run = find_run(transfer.root, str(transfer.result))
-    except InputError as error:
-        notice(str(error), title="The run is gone")
-    else:
-        shell.go("pages/2_Live.py", run)

@@ -32,13 +32,9 @@ def own(name: str) -> str:
 
 
 def key_for(name: str, *about: object) -> str:
-    """Return the key of a widget whose choices depend on data: another one for other data.
+    """Return the key of a widget whose choices depend on `about`: another key for another `repr`.
 
     A browser keeps showing what was chosen under a key, even if the next list under it lacks it.
-
-    Args:
-        name: the page's and the widget's.
-        about: what the choices depend on; equal where their `repr` is.
     """
     return f"{name}.{zlib.crc32(repr(about).encode()):08x}"
 
@@ -129,14 +125,14 @@ STAGES = {
     "importing": "importing",
     "uploading": "uploading",
 }
+COUNTED = ("indexing", "downloading", "uploading")
 CANCELLABLE = ("queued", "starting", "running")
 
 
 def attempt(act: Callable[[], object], refused: str) -> None:
-    """Do what a press asks for; where it fails, the next page says so. For callbacks.
+    """Do what a press asks for; where it fails, the next page says `refused` and why.
 
-    Args:
-        refused: what did not happen, e.g. "Nothing was started".
+    For callbacks.
     """
     try:
         act()
@@ -176,21 +172,19 @@ def job_panel(
     key: str,
     name: str = "",
     amount: Callable[[int], str] = "{:,}".format,
-    counted: Collection[str] = ("indexing", "downloading", "uploading"),
 ) -> None:
-    """Draw how far a job with a process is, and the button that cancels it.
+    """Draw how far a job with a process is, behind a name, and the button that cancels it.
 
     Args:
         key: of the button.
-        name: in front of the stage.
-        amount: writes what is done and what there is to do, in stages that are `counted`.
+        amount: writes what is done and what there is to do, in stages of `COUNTED`.
     """
     if status.state == "cancelling":
         escalate(job)
     stage = STAGES.get(status.stage or "", status.stage or "starting")
     if status.state == "queued" and status.stage:
         stage = STAGES["waiting"]
-    elif status.stage in counted and status.total:
+    elif status.stage in COUNTED and status.total:
         stage += f": {amount(status.done)} of {amount(status.total)}"
     left, right = st.columns([4, 1], vertical_alignment="bottom")
     left.progress(job_share(status), text=f"{name}: {stage}" if name else stage)
@@ -204,20 +198,19 @@ def job_panel(
 def job_trouble(
     job: Job, status: Status, *, name: str, again: str, cancelled: str = "", n_lines: int = 12
 ) -> None:
-    """Say why a job ended early, if it did, with the end of its log.
+    """Say why a job ended early, if it did, with the last lines of its log.
 
     Args:
         name: what it is, to begin a sentence.
         again: the sentence on what starting it again does.
-        cancelled: what is said of a cancelled one.
-        n_lines: of the log, at most.
+        cancelled: the sentence on a cancelled one.
     """
     if status.state == "failed":
         notice(status.reason, title=f"{name} failed")
     elif status.state == "lost":
-        text = "The process ended unexpectedly: the machine restarted, or it was "
-        text += "killed, often because memory ran out."
-        notice(f"{text} {again}", kind="warning", title=f"{name} was lost")
+        text = "The process ended unexpectedly: the machine restarted, or it was killed, often "
+        text += f"because memory ran out. {again}"
+        notice(text, kind="warning", title=f"{name} was lost")
     elif status.state == "cancelled":
         notice(f"{cancelled} {again}".strip(), kind="info", title=f"{name} was cancelled")
     else:
@@ -293,25 +286,19 @@ def marked(architecture: Architecture, text: str) -> None:
 
 
 def figure_tools(
-    frame: "pd.DataFrame | Callable[[], pd.DataFrame]",
-    *,
-    name: str,
-    label: str = "Data",
-    about: str = "",
+    frame: "pd.DataFrame | Callable[[], pd.DataFrame]", *, name: str, about: str = ""
 ) -> None:
     """Draw the button under a figure that explains it, tables it, saves it, and copies its link.
 
     What the popover holds is made when it is opened: nine figures a second cost nine buttons.
 
     Args:
-        frame: what the figure draws, a column for each axis, in the figure's own units; or what
-            returns it.
+        frame: what the figure draws, a column for each axis, in its own units; or what returns it.
         name: of the figure, once a page: the key of its widgets and the name of the file.
-        label: of the button.
         about: what the figure's numbers mean, from the glossary.
     """
     tools = st.popover(
-        label,
+        "Data",
         icon=":material/table_view:",
         type="tertiary",
         key=own(f"tools_{name}"),
@@ -341,25 +328,19 @@ def figure_tools(
         copy_link()
 
 
-def copy_link() -> None:
-    """Show the address of this page as it stands, with a button that copies it."""
-    st.caption("Copy link")
-    st.code(page_address(), language=None, wrap_lines=True)
-
-
-def page_address() -> str:
-    """Return the address of this page with all that shapes it: run, axes and choices."""
-    # A list is a parameter several times over, of which to_dict() keeps the last alone.
-    # `page` is for history.js alone, which keeps it out of the address.
-    names = [name for name in st.query_params if name != "page"]
-    parameters = {name: st.query_params.get_all(name) for name in names}
-    query = urlencode(parameters, doseq=True)
-    # The server's idea of the address never has a query.
-    return f"{st.context.url or ''}{'?' if query else ''}{query}"
-
-
 PAGE = "page"
 """Parameter that names the page an address is of, on the way to the browser: see history.js."""
+
+
+def copy_link() -> None:
+    """Show the address of this page with all that shapes it, and a button that copies it."""
+    st.caption("Copy link")
+    # A list is a parameter several times over, of which to_dict() keeps the last alone.
+    names = [name for name in st.query_params if name != PAGE]
+    query = urlencode({name: st.query_params.get_all(name) for name in names}, doseq=True)
+    # The server's idea of the address never has a query.
+    address = f"{st.context.url or ''}{'?' if query else ''}{query}"
+    st.code(address, language=None, wrap_lines=True)
 
 
 def arrive() -> None:
@@ -381,9 +362,7 @@ def settle(
     """Give a widget that is not bound the choice the address asks for, or a first one.
 
     Call it before the widget is drawn, which needs `persist_state="session"` to be as it was left.
-
-    Args:
-        what: what a choice would be, to complete "... is no ...".
+    `what` completes "... is no ...".
     """
     wanted = asked(param)
     if wanted in choices:
@@ -410,10 +389,6 @@ def correct(key: str, choices: Collection[str], *, what: str, shown: str) -> Non
     """Say which of an address' values under `key` are none of the choices.
 
     Call it before the widget bound to `key` is drawn: binding clears them and says nothing.
-
-    Args:
-        what: what a value would be, to complete "... is no ...".
-        shown: what is shown in its place.
     """
     strangers = [value for value in st.query_params.get_all(key) if value not in choices]
     for value in strangers[:3]:

@@ -4,14 +4,24 @@ import gc
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import psutil
 import streamlit as st
 from streamlit.components.v2 import component
 
-from gsae_core.app import parts
-from gsae_core.app.parts import asset, escalate, escape_markdown, job_share, notice, own, plain
+from gsae_core.app.parts import (
+    PAGE,
+    arrive,
+    asset,
+    escalate,
+    escape_markdown,
+    job_share,
+    notice,
+    own,
+    plain,
+    write,
+)
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
@@ -37,11 +47,7 @@ def status_of(job: Job, said: Status | None = None) -> Status | None:
 
 
 def job_badge(jobs: Standings) -> None:
-    """Draw the job badge, which refreshes itself while a job moves, on every page.
-
-    Args:
-        jobs: newest first.
-    """
+    """Draw the job badge, which refreshes itself while a job moves, on every page; newest first."""
     moving = [job for job, status in jobs if status.expects_process]
 
     def badge() -> None:
@@ -63,22 +69,22 @@ def _badge(moving: Standings) -> None:
         plain("no job running", size=".875rem")
         return
     sent = [(job, status) for job, status in moving if isinstance(job, Transfer)]
-    runs = [status for job, status in moving if not isinstance(job, Transfer)]
-    active = [status for status in runs if status.state in ACTIVE]
+    active = [s for job, s in moving if not isinstance(job, Transfer) and s.state in ACTIVE]
+    n_queued = len(moving) - len(sent) - len(active)
     words = []
     if active:
         newest = active[0]
         done = percent(newest.step / newest.n_steps if newest.n_steps else 0.0, 0)
         words.append(f"● {len(active)} running · {done}")
-    if len(active) < len(runs):
-        words.append(f"{len(runs) - len(active)} queued")
+    if n_queued:
+        words.append(f"{n_queued} queued")
     for job, status in sent:
         done = percent(job_share(status), 0) if status.total else "starting"
         words.append(f"{job.arrow} {done}")
     st.badge(" · ".join(words), color="blue" if active or sent else "gray")
 
 
-ENDINGS = {"finished": "✅", "failed": "❌", "lost": "⚠️"}
+ENDINGS = {"finished": ("✅", "finished"), "failed": ("❌", "failed"), "lost": ("⚠️", "is lost")}
 
 
 def tell_endings(jobs: Standings) -> None:
@@ -90,9 +96,8 @@ def tell_endings(jobs: Standings) -> None:
         elif job.id in watched:
             watched.discard(job.id)
             if status.state in ENDINGS:
-                end = "is lost" if status.state == "lost" else status.state
-                said = f"{escape_markdown(_title(job))} {end}"
-                st.toast(said, icon=ENDINGS[status.state], duration="long")
+                icon, ended = ENDINGS[status.state]
+                st.toast(f"{escape_markdown(_title(job))} {ended}", icon=icon, duration="long")
 
 
 def _title(job: Job) -> str:
@@ -100,10 +105,6 @@ def _title(job: Job) -> str:
         return f"{job.arrow} {job.request.repo}" if isinstance(job, Transfer) else job.id
     except InputError:
         return job.id  # put away between two looks
-
-
-def _at_work(statuses: dict[str, Status]) -> list[str]:
-    return [name for name, status in statuses.items() if status.state in ACTIVE]
 
 
 def server_started() -> float:
@@ -116,9 +117,9 @@ def say_connected(title: str, run: Run | None, statuses: dict[str, Status]) -> N
 
     It is said on the page a visit begins with, until that run ends or another page is opened.
     """
-    begun = (title, set(_at_work(statuses)))
-    page, found = st.session_state.setdefault("shell.began_on", begun)
-    still = [name for name in _at_work(statuses) if name in found]
+    at_work = [name for name, status in statuses.items() if status.state in ACTIVE]
+    page, found = st.session_state.setdefault("shell.began_on", (title, set(at_work)))
+    still = [name for name in at_work if name in found]
     if title != page or not still:
         st.session_state["shell.began_on"] = None, set()
         return
@@ -166,34 +167,19 @@ STYLE = (
     "[data-testid=stMainBlockContainer]{padding:3.5rem clamp(1rem,3vw,4rem) 3rem}</style>"
 )
 
-NAVIGATION = (
-    (None, (("app.py", "Home", ":material/home:"),)),
-    (
-        "Build",
-        (
-            ("pages/1_Train.py", "Train", ":material/tune:"),
-            ("pages/2_Live.py", "Live", ":material/monitoring:"),
-            ("pages/8_Hub.py", "Hub", ":material/cloud_download:"),
-        ),
-    ),
-    (
-        "Compare",
-        (
-            ("pages/3_Pareto.py", "Pareto", ":material/balance:"),
-            ("pages/4_Shrinkage.py", "Shrinkage", ":material/straighten:"),
-        ),
-    ),
-    (
-        "Inspect",
-        (
-            ("pages/5_Features.py", "Features", ":material/search:"),
-            ("pages/6_Prompt.py", "Prompt", ":material/chat:"),
-            ("pages/7_Steer.py", "Steer", ":material/alt_route:"),
-        ),
-    ),
-    ("About", (("pages/9_Help.py", "Help", ":material/help:"),)),
-)
-TITLES = {target: label for _, links in NAVIGATION for target, label, _ in links}
+PAGES = {
+    "app.py": ("", "Home", ":material/home:"),
+    "pages/1_Train.py": ("Build", "Train", ":material/tune:"),
+    "pages/2_Live.py": ("Build", "Live", ":material/monitoring:"),
+    "pages/8_Hub.py": ("Build", "Hub", ":material/cloud_download:"),
+    "pages/3_Pareto.py": ("Compare", "Pareto", ":material/balance:"),
+    "pages/4_Shrinkage.py": ("Compare", "Shrinkage", ":material/straighten:"),
+    "pages/5_Features.py": ("Inspect", "Features", ":material/search:"),
+    "pages/6_Prompt.py": ("Inspect", "Prompt", ":material/chat:"),
+    "pages/7_Steer.py": ("Inspect", "Steer", ":material/alt_route:"),
+    "pages/9_Help.py": ("About", "Help", ":material/help:"),
+}
+"""Group, title and icon of each page."""
 
 _history = component("gsae_history", js=asset("history.js"))
 
@@ -241,14 +227,14 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     arrived = st.session_state.get("shell.page") != title
     st.session_state["shell.page"] = title
     if arrived:
-        parts.arrive()
+        arrive()
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=arrived)
         _say_unreadable(unreadable)
         job_badge(jobs)
         _navigation(run)
-        _history(key="shell.history", data={"pages": list(TITLES.values())})
+        _history(key="shell.history", data={"pages": [title for _, title, _ in PAGES.values()]})
     st.html(STYLE)
     st.title(title, anchor=False)
     st.caption(purpose)
@@ -267,21 +253,18 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
 def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
     """Return every run with what its process said last, newest first, and those unreadable.
 
-    The one that ships with the package is among them once it was asked for.
+    The run that ships with the package is the last of them, once it was asked for.
     """
     listed, unreadable = survey(runs_root())
     runs: list[tuple[Run, Status | None]] = [*listed]
-    asked = (
-        st.query_params.get("run"),
-        *(st.session_state.get(key) for key in ("run", "shell.run")),
-    )
-    if EXAMPLE_ID in asked:
-        st.session_state["shell.with_example"] = True
-    shipped = example_run() if st.session_state.get("shell.with_example") else None
-    # A run of one's own with its name comes first.
-    if shipped is None or any(run.id == EXAMPLE_ID for run, _ in runs):
-        return runs, unreadable
-    return [*runs, (shipped, None)], unreadable
+    state = st.session_state
+    if EXAMPLE_ID in (st.query_params.get("run"), state.get("run"), state.get("shell.run")):
+        state["shell.with_example"] = True
+    shipped = example_run() if state.get("shell.with_example") else None
+    # Not beside a run of one's own with its name.
+    if shipped is not None and all(run.id != EXAMPLE_ID for run, _ in runs):
+        runs.append((shipped, None))
+    return runs, unreadable
 
 
 def _say_unreadable(unreadable: list[UnreadableRun]) -> None:
@@ -294,12 +277,11 @@ def _say_unreadable(unreadable: list[UnreadableRun]) -> None:
 
 def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) -> None:
     """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
-    reason = dict(unreadable).get(run_id)
-    if reason is not None:
-        notice(reason, kind="warning", title=f"{run_id} cannot be opened")
-        return
     others = "choose another in the sidebar" if runs else "there are no runs here yet"
-    notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")
+    if (reason := dict(unreadable).get(run_id)) is not None:
+        notice(reason, kind="warning", title=f"{run_id} cannot be opened")
+    else:
+        notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")
 
 
 def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
@@ -336,23 +318,24 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     shown = chosen or state.get("shell.missing_run")
     state["shell.run"], state["shell.run_said"] = chosen, (said, shown)
     if shown is not None:
-        parts.write({"run": shown})
+        write({"run": shown})
     return None if chosen is None else by_id[chosen]
 
 
 def _navigation(run: Run | None) -> None:
-    for group, links in NAVIGATION:
-        if group:
+    above = ""
+    for target, (group, label, icon) in PAGES.items():
+        if group != above:
             st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
-        for target, label, icon in links:
-            link(target, run, label=label, icon=icon)
+            above = group
+        link(target, run, label=label, icon=icon)
 
 
 def _query(target: str, run: Run | None, parameters: dict[str, str]) -> dict[str, str]:
     """Return the parameters of another page's address; `page` is for history.js alone."""
     shown = st.session_state.get("shell.missing_run") if run is None else run.id
     named = {} if shown is None else {"run": shown}
-    return {**named, **parameters, parts.PAGE: TITLES[target]}
+    return {**named, **parameters, PAGE: PAGES[target][1]}
 
 
 def link(target: str, run: Run | None, *, label: str, icon: str) -> None:
@@ -382,60 +365,41 @@ def need_run(frame: Frame, what: str) -> Run:
     """
     if frame.run is not None:
         return frame.run
+    for run in frame.runs[:10]:
+        icon = ":material/monitoring:"
+        if st.button(escape_markdown(run.id), icon=icon, key=own(f"open_{run.id}")):
+            go("pages/2_Live.py", run)
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
         home = "Home: train on the bundled model in one press"
         link("app.py", None, label=home, icon=":material/home:")
         own_choices = "Train with your own choices"
         link("pages/1_Train.py", None, label=own_choices, icon=":material/tune:")
-    else:
-        run_links(frame.runs)
     return st.stop()
 
 
-def run_links(runs: list[Run], limit: int = 10) -> None:
-    """List runs by name; each opens its Live page."""
-    for run in runs[:limit]:
-        if st.button(
-            escape_markdown(run.id), icon=":material/monitoring:", key=own(f"open_{run.id}")
-        ):
-            go("pages/2_Live.py", run)
-
-
-def need_evals(run: Run) -> list[dict[str, Any]]:
-    """Return a run's held-out evaluation, or say why there is none yet and end the page."""
+def need_evals(run: Run) -> None:
+    """Say why a run has no held-out evaluation yet and end the page, if it has none."""
     try:
         evals, status = run.evals(), run.status
     except InputError as error:
         notice(str(error), title="This run cannot be read")
         return st.stop()
     if evals:
-        return evals
-    if (
-        status.state == "finished"
-        and run.config.imported
-        and not (run.folder / "evals.json").exists()
-    ):
-        notice(
-            f"{run.id} was imported and has not been measured here. Measure it: "
-            f"python -m gsae_core evaluate {run.folder}",
-            kind="info",
-        )
-    elif status.state == "finished":
-        notice(
-            "The run is finished but none of its SAEs could be evaluated; see its log.",
-            kind="warning",
-        )
+        return None
+    state, kind = status.state, "warning"
+    if state == "finished" and run.config.imported and not (run.folder / "evals.json").exists():
+        kind = "info"
+        text = f"{run.id} was imported and has not been measured here. Measure it: "
+        text += f"python -m gsae_core evaluate {run.folder}"
+    elif state == "finished":
+        text = "The run is finished but none of its SAEs could be evaluated; see its log."
     elif status.state in (*ACTIVE, "queued"):
-        notice(
-            f"{run.id} is {status.state}, step {status.step:,} of {status.n_steps:,}; "
-            "its SAEs are evaluated when training ends.",
-            kind="info",
-        )
+        kind = "info"
+        text = f"{run.id} is {state}, step {status.step:,} of {status.n_steps:,}; "
+        text += "its SAEs are evaluated when training ends."
     else:
-        notice(
-            f"{run.id} is {status.state} and was not evaluated; resume it to get results.",
-            kind="warning",
-        )
+        text = f"{run.id} is {state} and was not evaluated; resume it to get results."
+    notice(text, kind=kind)
     link("pages/2_Live.py", run, label="Open the run", icon=":material/monitoring:")
     return st.stop()
