@@ -19,7 +19,7 @@ frame = shell.page(
 )
 
 
-@said
+@said()
 def choose() -> tuple[Run, Opened, str | None]:
     """Draw the pickers; return the SAE that is shown, and the name of the one beside it."""
     run, names = need_saes(frame, "its features")

@@ -38,7 +38,7 @@ frame = shell.page(
 )
 
 
-@said
+@said()
 def choose() -> tuple[Chosen, str]:
     """Draw the pickers and the text."""
     run, names = need_saes(frame, "the features of any text")
@@ -47,7 +47,7 @@ def choose() -> tuple[Chosen, str]:
     return Chosen(run, name, other), text
 
 
-@said
+@said()
 def first_answer(chosen: Chosen, text: str) -> Seen:
     """Read the text, and say what was read."""
     with st.spinner("Reading the text", show_time=True):
@@ -79,7 +79,7 @@ def which_token(seen: Seen) -> int:
     )
 
 
-@said
+@said()
 def whole_text(chosen: Chosen, seen: Seen) -> None:
     """Draw the strip, and what of a token is looked at."""
     strip = st.container()

@@ -15,11 +15,9 @@ from gsae_core.app.pickers import (
     pick_pair,
     said,
     stacking,
-    stop_with,
     text_field,
 )
 from gsae_core.app.steer_view import MATCHED, STEERED, UNSTEERED, Generation, Push, Settings
-from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS
 from gsae_core.text import quoted
 
@@ -37,15 +35,15 @@ frame = shell.page(
 )
 
 
-@said
+@said()
 def choose_saes() -> tuple[str, str | None, str]:
     """Draw the pickers of SAEs and the prompt."""
-    name, other = pick_pair(run, names, page="steer", other="Compare with")
+    name, other = pick_pair(run, names, page="steer")
     text = text_field("Prompt", page="steer", model=run.config.model.name)
     return name, other, text
 
 
-@said
+@said()
 def choose_features(name: str, text: str) -> tuple[Push, ...]:
     """Draw a row for each feature that is steered, and one more."""
     d_sae = cache.sae(run, name).d_sae
@@ -263,18 +261,16 @@ def draw(generation: Generation, bodies: dict[str, Any]) -> None:
 
 run, names = need_saes(frame, "steered continuations")
 name, other, text = choose_saes()
-try:
-    pushes = choose_features(name, text)
-    length, temperature, seed, keep = choose_sampling()
-    if not pushes:
-        st.stop()
+pushes = choose_features(name, text)
+length, temperature, seed, keep = choose_sampling()
+if not pushes:
+    st.stop()
+with said():
     weights = cache.identity(run, [name, *([other] if other else [])])
     generation = generation_of(
         Settings(weights, name, other, text, pushes, keep, length, temperature, seed)
     )
     results(generation)
-except InputError as error:
-    stop_with(error)
 with st.container(horizontal=True):
     if st.button("Open in Features", icon=":material/search:", key="steer.to_features"):
         shell.go("pages/5_Features.py", run, sae=name, feature=str(pushes[0].latent))

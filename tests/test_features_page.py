@@ -187,10 +187,9 @@ def test_a_click_on_a_bar_is_a_range_of_densities() -> None:
 
 
 def test_only_a_link_that_was_offered_is_followed() -> None:
-    links = [components.Link(7, "w", "0.5", 0.5, "", "")]
-    assert components.read_feature_pick(7, links) == 7
+    assert components.read_number(7, [7]) == 7
     for sent in (8, True, "7", None, 7.5, float("nan")):
-        assert components.read_feature_pick(sent, links) is None
+        assert components.read_number(sent, [7]) is None
 
 
 # Addresses

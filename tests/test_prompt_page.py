@@ -12,7 +12,7 @@ from synthetic import write_run
 
 from gsae_core.app import cache, prompt_view
 from gsae_core.app.cache import ModelLock
-from gsae_core.app.components import read_token_pick
+from gsae_core.app.components import read_number
 from gsae_core.app.pickers import ticked_row
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
@@ -290,7 +290,7 @@ def test_a_model_too_large_for_the_memory_is_refused(
     ],
 )
 def test_a_click_names_a_token_there_is(sent: object, index: int | None) -> None:
-    assert read_token_pick(sent, 4) == index
+    assert read_number(sent, range(4)) == index
 
 
 def test_a_ticked_row_that_is_gone_is_none() -> None:

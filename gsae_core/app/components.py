@@ -3,7 +3,7 @@
 Each stands beside a widget that keeps the choice; a click only tells the page what to choose.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import streamlit as st
@@ -25,18 +25,13 @@ ABOUT: dict[Site, str] = {
 
 
 def _clickable(name: str, html: str) -> Callable[..., None]:
-    """Return what draws a component of this package, of the script and style of that name.
+    """Return what draws a component of the script and style of that name.
 
-    The function takes the component's `key` and `data`, `read`, which returns what a browser says
-    was clicked or None where that is nothing there is, and `pick`, which is called with it before
-    the page runs again.
+    `read` returns what a browser says was clicked, or None where that is nothing there is; `pick`
+    is called with it before the page runs again.
     """
-    mount = component(
-        f"gsae_{name.replace('-', '_')}",
-        html=html,
-        css=asset(f"{name}.css"),
-        js=asset(f"{name}.js"),
-    )
+    tag = f"gsae_{name.replace('-', '_')}"
+    mount = component(tag, html=html, css=asset(f"{name}.css"), js=asset(f"{name}.js"))
 
     def draw(
         *, key: str, data: Any, read: Callable[[object], Any], pick: Callable[[Any], None]
@@ -95,12 +90,12 @@ def read_choice(sent: object, n_layers: int | None) -> tuple[str, str | int] | N
     return None
 
 
-def read_number(sent: object) -> int | None:
-    """Return the whole number that a browser sent; None if it is none."""
-    # True is an int to Python; NaN and the infinities are equal to no whole number.
+def read_number(sent: object, choices: Collection[int]) -> int | None:
+    """Return which of the numbers there are a browser says was clicked; None if it is none."""
+    # True is an int to Python; a number of JavaScript may come as 3.0.
     if isinstance(sent, bool) or not isinstance(sent, int | float):
         return None
-    return int(sent) if sent % 1 == 0 else None
+    return int(sent) if sent in choices else None
 
 
 class Cell(NamedTuple):
@@ -120,36 +115,24 @@ class Cell(NamedTuple):
 def token_picker(
     cells: Sequence[Cell], *, picked: int, two: bool, pick: Callable[[int], None]
 ) -> None:
-    """Draw a text's tokens.
+    """Draw a text's tokens; the one at `picked` is marked, and `pick` is called with another's.
 
     Args:
-        picked: index of the token that is marked.
         two: whether the lines under the tokens are drawn.
-        pick: called with the index of a token.
     """
     tokens = [
-        {
-            # A line ends where the text's does, and the sign for it stays in sight.
-            "text": visible(cell.text).replace("↵", "↵\n"),
-            "about": cell.about,
-            "shade": round(cell.shade, 3),
-            "below": round(cell.below, 3),
-            "special": cell.special,
-        }
+        cell._asdict()
+        | {"shade": round(cell.shade, 3), "below": round(cell.below, 3)}
+        # A line ends where the text's does, and the sign for it stays in sight.
+        | {"text": visible(cell.text).replace("↵", "↵\n")}
         for cell in cells
     ]
     _picker(
         key=own("tokens"),
         data={"picked": picked, "two": two, "tokens": tokens},
-        read=lambda sent: read_token_pick(sent, len(cells)),
+        read=lambda sent: read_number(sent, range(len(cells))),
         pick=pick,
     )
-
-
-def read_token_pick(sent: object, n_tokens: int) -> int | None:
-    """Return which token a browser says was picked; None if that is no token there is."""
-    index = read_number(sent)
-    return index if index is not None and 0 <= index < n_tokens else None
 
 
 class Link(NamedTuple):
@@ -176,20 +159,10 @@ def feature_links(
     Args:
         label: what the list is, for those who do not see it.
     """
-    rows = [
-        link._asdict()
-        | {"number": str(link.feature), "share": round(min(max(link.share, 0), 1), 3)}
-        for link in links
-    ]
+    rows = [link._asdict() | {"share": round(min(max(link.share, 0), 1), 3)} for link in links]
     _links(
         key=key,
         data={"label": label, "rows": rows},
-        read=lambda sent: read_feature_pick(sent, links),
+        read=lambda sent: read_number(sent, [link.feature for link in links]),
         pick=go,
     )
-
-
-def read_feature_pick(sent: object, links: Sequence[Link]) -> int | None:
-    """Return which of the features a browser says was picked; None if it is none of them."""
-    number = read_number(sent)
-    return number if number in [link.feature for link in links] else None

@@ -1,10 +1,10 @@
 """What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -31,8 +31,6 @@ ADDRESS_TEXT = 500
 CODE = 'import json\n\ndef read_config(path):\n    with open(path, encoding="utf-8") as file:'
 PROSE = "When Mary and John went to the shop, John gave a bottle of milk to"
 
-P = ParamSpec("P")
-R = TypeVar("R")
 C = TypeVar("C", bound=str)
 
 
@@ -54,15 +52,6 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
         title="This run has no SAE weights",
     )
     return st.stop()
-
-
-def first_choice(run: Run, names: Sequence[str]) -> str:
-    """Return the SAE to look through to begin with.
-
-    The Gated one with a baseline nearest to it in L0, where the run was evaluated.
-    """
-    pair = cache.nearest(run, names)
-    return pair.get("gated") or pair.get("base") or names[0]
 
 
 def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
@@ -97,68 +86,45 @@ def architecture(run: Run, name: str) -> Architecture:
     return next(spec.architecture for spec in run.config.saes if spec.name == name)
 
 
-def _pick(
-    label: str,
-    names: Sequence[str],
-    *,
-    run: Run,
-    page: str,
-    param: str,
-    default: str | None,
-    none: str | None = None,
-) -> str | None:
-    """Draw a picker of SAEs; return the choice, which may be `none`.
+def _pick(label: str, offered: Sequence[str], *, key: str, param: str, default: str) -> str:
+    """Draw a picker of SAEs; return the choice.
 
     It is not bound to the address as other widgets are: Streamlit would then refuse to leave for a
     page that is given the same parameter.
-
-    Args:
-        run: whose SAEs they are.
-        page: the page's name, so that each has a picker of its own.
-        default: shown where the address names none; None with `none`.
-        none: what to offer for no SAE at all.
     """
-    key = key_for(f"{page}.{param}", run.id)
-    offered = [*names, *([none] if none else [])]
     wanted = asked(param)
     if wanted in offered:
         st.session_state[key] = wanted
     elif st.session_state.get(key) not in offered:  # just arrived, at the page or the run
         wanted = wanted or st.query_params.get(param)
         if wanted is not None and wanted not in offered:
-            say_stranger(wanted, what="SAE of this run", shown=default or none or "none")
-        st.session_state[key] = wanted if wanted in offered else (default or none)
+            say_stranger(wanted, what="SAE of this run", shown=default)
+        st.session_state[key] = wanted if wanted in offered else default
     return st.selectbox(label, offered, key=key, persist_state="session")
 
 
-def pick_pair(
-    run: Run, names: Sequence[str], *, page: str, other: str = "Compare with"
-) -> tuple[str, str | None]:
+def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | None]:
     """Draw pickers of an SAE and of one to see beside it; return both, which the address follows.
 
+    The first is to begin with the Gated one with a baseline nearest to it in L0.
+
     Args:
-        other: label of the second.
+        page: its name, so that each page has pickers of its own.
     """
     left, right = st.columns(2)
+    pair = cache.nearest(run, names)
+    first = pair.get("gated") or pair.get("base") or names[0]
     with left:
-        name = _pick(
-            "SAE", names, run=run, page=page, param="sae", default=first_choice(run, names)
-        )
-    assert name is not None
+        name = _pick("SAE", names, key=key_for(f"{page}.sae", run.id), param="sae", default=first)
+    offered = [*(each for each in names if each != name), "none"]
+    second = beside(run, name, names) or "none"
     with right:
-        base = _pick(
-            other,
-            [each for each in names if each != name],
-            run=run,
-            page=page,
-            param="base",
-            default=beside(run, name, names),
-            none="none",
-        )
+        key = key_for(f"{page}.base", run.id)
+        base = _pick("Compare with", offered, key=key, param="base", default=second)
     write({"sae": name, "base": base})
     evals = cache.evaluations(run)
     fvus = dict(zip(evals["name"], evals["fvu"], strict=True)) if len(evals) else {}
-    say_worse({one: fvus[one] for one in (name, base) if one is not None and one in fvus})
+    say_worse({one: fvus[one] for one in (name, base) if one in fvus})
     return name, None if base == "none" else base
 
 
@@ -167,17 +133,14 @@ def text_field(
 ) -> str:
     """Draw the field for a text, which the address and the other page share; return the text.
 
-    Args:
-        changed: called when another text was typed, before the page is drawn with it.
+    `changed` is called when another text was typed, before the page is drawn with it.
     """
     key = f"{page}.text"
     wanted = asked("text")
     if wanted or key not in st.session_state:
         if wanted is not None and len(wanted) > ADDRESS_TEXT:
-            plain(
-                f"An address holds at most {ADDRESS_TEXT} characters of text; the rest was cut.",
-                size=".9rem",
-            )
+            cut = f"An address holds at most {ADDRESS_TEXT} characters of text; the rest was cut."
+            plain(cut, size=".9rem")
             wanted = wanted[:ADDRESS_TEXT]
         example = CODE if model == "bundled" else PROSE
         st.session_state[key] = wanted or st.session_state.get("shell.text") or example
@@ -237,21 +200,12 @@ def correct_number(
     return True
 
 
-def said(draw: Callable[P, R]) -> Callable[P, R]:
-    """Make a part of a page show an InputError as a sentence, and end the page there."""
-
-    @functools.wraps(draw)
-    def safely(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return draw(*args, **kwargs)
-        except InputError as error:
-            return stop_with(error)
-
-    return safely
-
-
-def stop_with(error: InputError) -> NoReturn:
-    """Show what went wrong, and end the page."""
-    sentence = str(error)
-    notice(f"{sentence[:1].upper()}{sentence[1:]}.")
-    return st.stop()
+@contextmanager
+def said() -> Iterator[None]:
+    """Show an InputError within as a sentence, and end the page there; a decorator too."""
+    try:
+        yield
+    except InputError as error:
+        sentence = str(error)
+        notice(f"{sentence[:1].upper()}{sentence[1:]}.")
+        st.stop()

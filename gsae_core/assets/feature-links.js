@@ -8,7 +8,7 @@ function row(each, send) {
   link.title = each.about
   const number = document.createElement("span")
   number.className = "number"
-  number.textContent = each.number
+  number.textContent = String(each.feature)
   const tokens = document.createElement("span")
   tokens.className = "tokens"
   tokens.setAttribute("dir", "ltr")
