@@ -20,6 +20,7 @@ from gsae_core.app.parts import (
     notice,
     own,
     plain,
+    say_refused,
     write,
 )
 from gsae_core.errors import InputError
@@ -241,7 +242,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     st.session_state.pop("shell.deleted", None)
     if deleted is not None:
         notice(f"{deleted} was deleted.", kind="info")
-    parts.say_refused()
+    say_refused()
     missing = st.session_state.get("shell.missing_run")
     if missing:
         _say_missing(missing, runs, unreadable)
