@@ -1,14 +1,10 @@
-"""One feature of an index: its numbers, its examples, and how it compares with others.
-
-Every query reads only the slices it needs of arrays that are mapped into memory, without torch.
-A token of the index is named by its position: sequence * n_ctx + position in the sequence.
-"""
+"""One feature of an index: its numbers, its examples, and how it compares with others."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, Integer
@@ -21,14 +17,19 @@ if TYPE_CHECKING:
     from gsae_core.analysis.features.index import FeatureIndex
 
 BEFORE, AFTER = 20, 8
-"""Tokens of context on either side; None in their place means all there are."""
-LINE_POINTS = 2000
 # Candidates looked at before a list of examples is left short: some 10 ms of them.
 MOST_LOOKED_AT = 2**13
 # Firings looked at to find who else fires there, and firings found there; of more, an even sample.
 MOST_FIRINGS, MOST_FOUND = 2**13, 2**19
 
 By = Literal["decoder", "firing"]
+
+
+class Context(TypedDict, total=False):
+    """Tokens on either side of an example's; None: to the end of the sequence."""
+
+    before: int | None
+    after: int | None
 
 
 class Histogram(NamedTuple):
@@ -40,7 +41,7 @@ class Histogram(NamedTuple):
 
 
 class Logit(NamedTuple):
-    """What one unit of a feature does to one next token, to first order."""
+    """The change of a next token's logit per unit of a feature, to first order."""
 
     token: int
     text: str
@@ -73,11 +74,7 @@ class Example:
     """`held_out` or `train`."""
 
     def html(self, *, top: float | None = None) -> str:
-        """Return the tokens as a strip of HTML, all text escaped.
-
-        Args:
-            top: value of the strongest shade; None takes the largest here. Lists share one.
-        """
+        """Return the tokens as HTML; the strongest shade is of `top`, or of the largest value."""
         from gsae_core.analysis.features.export import example_row, strips
 
         strongest = max(self.values, default=0.0) if top is None else top
@@ -87,13 +84,11 @@ class Example:
         return self.html()
 
 
-@dataclass(frozen=True)
-class Group:
-    """A slice of a feature's firings, ranked by strength, and examples drawn from it."""
+class Group(NamedTuple):
+    """A slice of a feature's firings, from one value to another, and examples drawn from it."""
 
     low: float
     high: float
-    """The weakest and the strongest value in it."""
     n_fired: int
     examples: tuple[Example, ...]
 
@@ -115,11 +110,9 @@ class Pair(NamedTuple):
 
 
 class Feature:
-    """One feature of an index; made by `FeatureIndex.feature`, reads only what it is asked for.
+    """One feature of an index, made by `FeatureIndex.feature`; it reads only the slices it needs.
 
-    Attributes:
-        index: the index it is in.
-        number: which latent it is, from 0.
+    Lists of examples take the `Context` around each token.
     """
 
     def __init__(self, index: "FeatureIndex", number: int) -> None:
@@ -166,17 +159,19 @@ class Feature:
     @property
     def top_tokens(self) -> list[tuple[str, float]]:
         """The vocabulary's tokens it fires on most, each with its share of the summed value."""
-        tokens = self.index.texts([int(token) for token in self.stats["top_tokens"]])
+        tokens = [self.index.vocabulary[int(token)] for token in self.stats["top_tokens"]]
         return list(zip(tokens, map(float, self.stats["top_token_shares"]), strict=True))
 
     @cached_property
     def logits(self) -> Logits:
-        """The next tokens that it raises and lowers most, by the logit change of one unit."""
+        """The next tokens that it raises and lowers most."""
 
         def of(end: str) -> tuple[Logit, ...]:
-            tokens = [int(token) for token in self.stats[f"{end}_logit_tokens"]]
-            effects = [float(effect) for effect in self.stats[f"{end}_logits"]]
-            return tuple(map(Logit, tokens, self.index.texts(tokens), effects))
+            tokens, effects = self.stats[f"{end}_logit_tokens"], self.stats[f"{end}_logits"]
+            return tuple(
+                Logit(int(token), self.index.vocabulary[int(token)], float(effect))
+                for token, effect in zip(tokens, effects, strict=True)
+            )
 
         return Logits(of("top"), of("bottom"))
 
@@ -209,40 +204,29 @@ class Feature:
         numbers, both = numbers[both > 0], both[both > 0]
         stride = self.index.manifest.companion_stride
 
-        def fired_of(number: int) -> int:
-            first, end = self.index.array("offsets")[number : number + 2]
-            return int((self.index.array("token")[first:end] % stride == 0).sum())
+        def counted(feature: Feature) -> int:
+            return int((feature.positions % stride == 0).sum())
 
         # Of these few alone: a pass over the text for all of them took 35 ms and more.
-        fired = fired_of(self.number)
-        theirs = np.array([fired_of(i) for i in numbers.tolist()], np.int64)
+        fired = counted(self)
+        theirs = np.array([counted(self.index.feature(i)) for i in numbers.tolist()], np.int64)
         either = fired + theirs - both
         lift = both * (self.index.n_tokens / stride) / np.maximum(fired * theirs, 1)
-        columns = {"feature": numbers, "both": both, "jaccard": both / either, "lift": lift}
-        return pd.DataFrame(columns)
+        return pd.DataFrame(
+            {"feature": numbers, "both": both, "jaccard": both / either, "lift": lift}
+        )
 
     # Examples
 
-    def top(
-        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
-    ) -> list[Example]:
-        """Return the tokens it fires on most, each context once (see `distinct`).
+    def top(self, k: int = 20, **context: Unpack[Context]) -> list[Example]:
+        """Return the tokens it fires on most, each context once (see `distinct`)."""
+        return self._distinct(self.positions, k, **context)
 
-        Args:
-            k: how many at most.
-            before, after: tokens of context on either side; None: the whole sequence.
-        """
-        return self._distinct(self.positions, k, before, after)
-
-    def near_threshold(
-        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
-    ) -> list[Example]:
+    def near_threshold(self, k: int = 20, **context: Unpack[Context]) -> list[Example]:
         """Return the tokens it fires on least, weakest first, each context once."""
-        return self._distinct(self.positions[::-1], k, before, after)
+        return self._distinct(self.positions[::-1], k, **context)
 
-    def just_missed(
-        self, k: int = 20, *, before: int | None = BEFORE, after: int | None = AFTER
-    ) -> list[Example]:
+    def just_missed(self, k: int = 20, **context: Unpack[Context]) -> list[Example]:
         """Return tokens just under its gate, nearest first, each context once.
 
         An example's `value` is its margin: by how much the pre-activation that decides misses the
@@ -250,79 +234,82 @@ class Feature:
         lacks over exp(r_mag)); a TopK SAE's is what z lacks to the token's k-th largest.
         """
         positions, margins = self.near_misses
-        margin_at = dict(zip(positions.tolist(), margins.tolist(), strict=True))
-        return self._distinct(positions, k, before, after, margin_at)
+        margin = dict(zip(positions.tolist(), margins.tolist(), strict=True))
+        n_ctx = self.index.manifest.n_ctx
+        return [
+            replace(each, value=margin[each.sequence * n_ctx + each.position])
+            for each in self._distinct(positions, k, **context)
+        ]
 
-    def random(
-        self, k: int = 20, *, seed: int = 0, before: int | None = BEFORE, after: int | None = AFTER
-    ) -> list[Example]:
-        """Return tokens drawn evenly from all it fires on: the honest sample. One draw a seed."""
-        chosen = self._draw(len(self.values), k, seed)
-        return self._examples(self.positions[chosen].tolist(), before, after)
+    def random(self, k: int = 20, *, seed: int = 0, **context: Unpack[Context]) -> list[Example]:
+        """Return tokens drawn evenly from all it fires on: the honest sample."""
+        return self._examples(self.positions[self._draw(len(self.values), k, seed)], **context)
 
     def quantiles(
-        self,
-        n: int = 10,
-        *,
-        k: int = 5,
-        seed: int = 0,
-        before: int | None = BEFORE,
-        after: int | None = AFTER,
+        self, n: int = 10, *, k: int = 5, seed: int = 0, **context: Unpack[Context]
     ) -> list[Group]:
         """Return its firings in `n` slices of equal size, strongest first, `k` drawn from each."""
         count = len(self.values)
-        edges = [count * i // n for i in range(n + 1)]
         groups = []
-        for i, (start, stop) in enumerate(pairwise(edges)):
+        for i, (start, stop) in enumerate(pairwise(count * i // n for i in range(n + 1))):
             if start == stop:
                 continue
-            drawn = start + self._draw(stop - start, k, [seed, i])
-            examples = self._examples(self.positions[drawn].tolist(), before, after)
+            drawn = start + self._draw(stop - start, k, seed, i)
+            examples = self._examples(self.positions[drawn], **context)
             low, high = float(self.values[stop - 1]), float(self.values[start])
             groups.append(Group(low, high, stop - start, tuple(examples)))
         return groups
 
     def non_activating(
-        self, k: int = 20, *, seed: int = 0, before: int | None = BEFORE, after: int | None = AFTER
+        self, k: int = 20, *, seed: int = 0, **context: Unpack[Context]
     ) -> list[Example]:
         """Return counted tokens drawn evenly from all it does not fire on."""
         is_silent = np.array(self.index.array("mask")).reshape(-1)
         is_silent[self.positions] = False
         silent = np.flatnonzero(is_silent)
-        positions = silent[self._draw(len(silent), k, seed)].tolist()
-        return self._examples(positions, before, after)
+        return self._examples(silent[self._draw(len(silent), k, seed)], **context)
 
-    def gate_line(self, n: int = LINE_POINTS, *, seed: int = 0) -> "pd.DataFrame":
-        """Return tokens along the line that ties magnitude to gate, as `pi_gate`, `pi_mag`, `f`.
+    def _distinct(self, positions: np.ndarray, k: int, **context: Unpack[Context]) -> list[Example]:
+        chosen = distinct(positions, self.index.array("ids"), k, **context)
+        return self._examples(np.array(chosen, np.int64), **context)
 
-        pi_mag = exp(r_mag) (pi_gate - b_gate) + b_mag, so each token is one number: known of those
-        it fires on and of its near misses. At most `n` of each, drawn evenly; empty where the SAE
-        has no gate tied to its magnitude.
-        """
-        import pandas as pd
+    def _examples(self, positions: np.ndarray, **context: Unpack[Context]) -> list[Example]:
+        ids = self.index.array("ids")
+        n_ctx, examples = ids.shape[1], []
+        for number in positions.tolist():
+            sequence, first, last = window(number, n_ctx, **context)
+            start = sequence * n_ctx
+            values = self.on(np.arange(start + first, start + last)).tolist()
+            at = number - start - first
+            examples.append(
+                Example(
+                    tokens=tuple(self.index.tokens_of(sequence, first, last)),
+                    ids=tuple(ids[sequence, first:last].tolist()),
+                    values=tuple(values),
+                    at=at,
+                    value=values[at],
+                    sequence=sequence,
+                    position=first + at,
+                    split=self.index.split_of(sequence),
+                )
+            )
+        return examples
 
-        gain, b_gate, b_mag = (float(self.stats[name]) for name in ("gain", "b_gate", "b_mag"))
-        if not np.isfinite([gain, b_gate, b_mag]).all():
-            return pd.DataFrame({"pi_gate": [], "pi_mag": [], "f": []}, dtype=float)
-        f = self.values[self._draw(len(self.values), n, seed)].astype(float)
-        margins = self.near_misses[1]
-        margin = margins[self._draw(len(margins), n, seed)].astype(float)
-        # The threshold of <x - b_dec, w_gate>: where the gate opens, or where the magnitude does.
-        missed = margin + max(-b_gate, -b_mag / gain)
-        h = np.concatenate([(f - b_mag) / gain, missed])
-        f = np.concatenate([f, np.zeros(len(missed))])
-        return pd.DataFrame({"pi_gate": h + b_gate, "pi_mag": gain * h + b_mag, "f": f})
+    def _draw(self, n: int, k: int, *seeds: int) -> Int64[np.ndarray, " drawn"]:
+        """Return up to `k` numbers below `n`, none twice, ascending."""
+        if n <= k:
+            return np.arange(n)
+        rng = np.random.default_rng([self.number, *seeds])
+        return np.sort(rng.choice(n, k, replace=False, shuffle=False))
 
     def on(self, positions: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
         """Return its value on any positions; 0 where it does not fire."""
-        everywhere = self._everywhere
-        return everywhere[positions]
+        return self._everywhere[positions]
 
     def on_example(self, example: Example) -> Float32[np.ndarray, " tokens"]:
         """Return its value on every token of an example of another feature."""
-        n_ctx = self.index.manifest.n_ctx
-        first = example.sequence * n_ctx + example.position - example.at
-        return self.on(np.arange(first, first + len(example.tokens), dtype=np.int64))
+        first = example.sequence * self.index.manifest.n_ctx + example.position - example.at
+        return self.on(np.arange(first, first + len(example.tokens)))
 
     @cached_property
     def _everywhere(self) -> Float32[np.ndarray, " positions"]:
@@ -331,51 +318,25 @@ class Feature:
         values[self.positions] = self.values
         return values
 
-    def _distinct(
-        self,
-        positions: np.ndarray,
-        k: int,
-        before: int | None,
-        after: int | None,
-        said: Mapping[int, float] | None = None,
-    ) -> list[Example]:
-        chosen = distinct(positions, self.index.array("ids"), k, before=before, after=after)
-        return self._examples(chosen, before, after, said)
+    def gate_line(self, n: int = 2000) -> "pd.DataFrame":
+        """Return tokens on the line that ties magnitude to gate: columns `pi_gate`, `pi_mag`, `f`.
 
-    def _examples(
-        self,
-        positions: Sequence[int],
-        before: int | None,
-        after: int | None,
-        said: Mapping[int, float] | None = None,
-    ) -> list[Example]:
-        """Return positions in context; `said` holds what to say of them instead of its value."""
-        ids = self.index.array("ids")
-        n_ctx, examples = ids.shape[1], []
-        for number in positions:
-            sequence, first, last = window(number, n_ctx, before=before, after=after)
-            values = self.on(np.arange(sequence * n_ctx + first, sequence * n_ctx + last)).tolist()
-            at = number - sequence * n_ctx - first
-            examples.append(
-                Example(
-                    tokens=tuple(self.index.tokens_of(sequence, first, last)),
-                    ids=tuple(ids[sequence, first:last].tolist()),
-                    values=tuple(values),
-                    at=at,
-                    value=values[at] if said is None else said[number],
-                    sequence=sequence,
-                    position=first + at,
-                    split=self.index.split_of(sequence),
-                )
-            )
-        return examples
+        pi_mag = exp(r_mag) (pi_gate - b_gate) + b_mag: known of the tokens it fires on and of its
+        near misses, of which `n` each are drawn. Empty where no gate is tied to the magnitude.
+        """
+        import pandas as pd
 
-    def _draw(self, n: int, k: int, seed: int | list[int]) -> Int64[np.ndarray, " drawn"]:
-        """Return up to `k` numbers below `n`, none twice, ascending."""
-        if n <= k:
-            return np.arange(n)
-        seeds = [self.number, *([seed] if isinstance(seed, int) else seed)]
-        return np.sort(np.random.default_rng(seeds).choice(n, k, replace=False, shuffle=False))
+        gain, b_gate, b_mag = (float(self.stats[name]) for name in ("gain", "b_gate", "b_mag"))
+        if not np.isfinite([gain, b_gate, b_mag]).all():
+            return pd.DataFrame({"pi_gate": [], "pi_mag": [], "f": []}, dtype=float)
+        f = self.values[self._draw(len(self.values), n, 0)].astype(float)
+        margins = self.near_misses[1]
+        margin = margins[self._draw(len(margins), n, 0)].astype(float)
+        # The threshold of <x - b_dec, w_gate>: where the gate opens, or where the magnitude does.
+        missed = margin + max(-b_gate, -b_mag / gain)
+        h = np.concatenate([(f - b_mag) / gain, missed])
+        f = np.concatenate([f, np.zeros(len(missed))])
+        return pd.DataFrame({"pi_gate": h + b_gate, "pi_mag": gain * h + b_mag, "f": f})
 
     # Other features, also of other SAEs
 
@@ -386,8 +347,8 @@ class Feature:
         `f1`, the harmonic mean of the shares of either's firings that those are; `mutual`, whether
         this feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
 
-        Of more than 2^13 firings, or of tokens on which more than 2^19 features fire together, an
-        even sample is looked at, and `both` is scaled to all.
+        Of more than 2^13 firings, or of tokens with more than 2^19 firings, an even sample is
+        looked at, and `both` is scaled to all.
 
         Raises:
             InputError: if the two are of different widths or not over the same tokens.
@@ -415,7 +376,7 @@ class Feature:
         return _cosines(self.index, [self.number], other)[:, 0]
 
     def fired_with(self, other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
-        """Return on how many of its tokens each feature of an index over the same tokens fires."""
+        """Return on how many of its tokens each feature of another index fires; see `matched`."""
         positions, row_offsets = self.positions, other.array("row_offsets")
         n_fired = int((row_offsets[positions.astype(np.int64) + 1] - row_offsets[positions]).sum())
         step = max(-(-len(positions) // MOST_FIRINGS), -(-n_fired // MOST_FOUND), 1)
@@ -424,7 +385,7 @@ class Feature:
         return counts * (len(positions) / max(len(looked_at), 1))
 
     def pair(self, other: "Feature") -> Pair:
-        """Return how it compares with a feature of an index over the same tokens."""
+        """Return how it compares with a feature, of an index over the same tokens."""
         _, *at = np.intersect1d(
             self.positions, other.positions, assume_unique=True, return_indices=True
         )
@@ -447,36 +408,31 @@ class Feature:
 
 
 def distinct(
-    positions: np.ndarray, ids: np.ndarray, k: int, *, before: int | None, after: int | None
+    positions: np.ndarray, ids: np.ndarray, k: int, **context: Unpack[Context]
 ) -> list[int]:
-    """Return the first `k` positions whose contexts differ, in the order given.
+    """Return the first `k` of `positions` (n,) whose contexts differ; `ids` (sequences, n_ctx).
 
     Two contexts are the same if they hold the same tokens, or if they lie in the same sequence and
     overlap: of a repeated licence, or of a phrase that the feature fires on throughout, one stays.
-
-    Args:
-        positions: (n,), best first.
-        ids: (sequences, n_ctx).
-        before, after: tokens of context on either side; None: to the end of the sequence.
     """
     chosen: list[int] = []
-    contexts: set[bytes] = set()
+    seen: set[bytes] = set()
     spans: dict[int, list[tuple[int, int]]] = {}
     for number in positions[:MOST_LOOKED_AT].tolist():
         if len(chosen) == k:
             break
-        sequence, first, last = window(number, ids.shape[1], before=before, after=after)
-        context, taken = ids[sequence, first:last].tobytes(), spans.setdefault(sequence, [])
-        if context in contexts or any(first < stop and start < last for start, stop in taken):
+        sequence, first, last = window(number, ids.shape[1], **context)
+        read, taken = ids[sequence, first:last].tobytes(), spans.setdefault(sequence, [])
+        if read in seen or any(first < stop and start < last for start, stop in taken):
             continue
-        contexts.add(context)
+        seen.add(read)
         taken.append((first, last))
         chosen.append(number)
     return chosen
 
 
 def window(
-    number: int, n_ctx: int, *, before: int | None, after: int | None
+    number: int, n_ctx: int, *, before: int | None = BEFORE, after: int | None = AFTER
 ) -> tuple[int, int, int]:
     """Return the sequence of a token, and where its context begins and ends there."""
     sequence, position = divmod(number, n_ctx)
@@ -488,17 +444,13 @@ def window(
 def _cosines(
     one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
 ) -> Float[np.ndarray, "d_sae numbers"]:
-    """Return the cosines of several directions with every one of another index, in one product."""
+    """Return the cosines of some directions with every one of another index."""
     directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
     return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
 
 
 def _check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
-    """Check that two indices are of one place in one model, over the same tokens.
-
-    Raises:
-        InputError: if not.
-    """
+    """Raise InputError unless two indices are of SAEs of one width, over the same tokens."""
     a, b = one.manifest, other.manifest
     if a.d_in != b.d_in:
         raise InputError(

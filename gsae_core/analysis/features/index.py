@@ -4,12 +4,12 @@
     index.table                                            # a row per feature
     index.feature(7).top(20)                               # where it fires
 
-Every query reads only the slices it needs of arrays that are mapped into memory. A token of the
-index is named by its position: sequence * n_ctx + position in the sequence.
+Arrays are mapped into memory; a query reads the slices it needs. A token of the index is named by
+its position: sequence * n_ctx + position in the sequence.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +32,7 @@ MOST_TOKENS = 2**13
 
 
 class FeatureIndex:
-    """An index in a folder, as it was when it was opened.
-
-    Attributes:
-        folder: where it is.
-        manifest: what it is of.
-        labels: what people and models said of its features; grows.
-        n_features, n_tokens: latents; counted tokens.
-    """
+    """An index in a folder, as it was when it was opened; its `labels` alone grow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
@@ -65,7 +58,7 @@ class FeatureIndex:
         return self.array("ids").size
 
     def feature(self, number: int) -> Feature:
-        """Return one feature; a dead one is a feature too (`is_dead`).
+        """Return one feature, dead or alive.
 
         Raises:
             InputError: if there is no such number.
@@ -93,11 +86,7 @@ class FeatureIndex:
         return np.diff(self.array("offsets")) > 0
 
     def random_alive(self, *, seed: int) -> int:
-        """Return the number of a feature that fired, drawn evenly.
-
-        Raises:
-            InputError: if none did.
-        """
+        """Return the number of a feature that fired; InputError if none did."""
         alive = np.flatnonzero(self.alive())
         if not len(alive):
             raise InputError(
@@ -107,10 +96,9 @@ class FeatureIndex:
         return int(np.random.default_rng(seed).choice(alive))
 
     def select(self, **ranges: Range) -> "pd.DataFrame":
-        """Return the rows whose numbers lie in ranges, ends included; None leaves an end open.
+        """Return the rows whose numbers lie in ranges, ends included; NaN lies in none.
 
-        E.g. `index.select(density=(1e-4, 1e-2), theta=(0.1, None))`. A number that a feature has
-        not (NaN) lies in no range.
+        E.g. `index.select(density=(1e-4, 1e-2), theta=(0.1, None))`.
 
         Raises:
             InputError: if there is no such column of numbers.
@@ -125,53 +113,46 @@ class FeatureIndex:
         return table.loc[kept]
 
     def by_token(self, token: int) -> "pd.DataFrame":
-        """Return the features that fire on a token of the vocabulary; columns as in `by_positions`.
-
-        Raises:
-            InputError: if the vocabulary has no such token.
-        """
+        """Return the features that fire on a token of the vocabulary, as `by_positions` does."""
         if not 0 <= token < len(self.vocabulary):
             raise InputError(
                 f"expected a token id from 0 to {len(self.vocabulary) - 1}, got {token}"
             )
-        return self.by_positions(np.flatnonzero(self._flat_ids == token))
+        return self.by_positions(np.flatnonzero(self.array("ids").reshape(-1) == token))
 
     def by_text(self, text: str) -> "pd.DataFrame":
-        """Return the features that fire on tokens with `text`; columns as in `by_positions`.
+        """Return the features that fire on tokens with `text`, as `by_positions` does.
 
         Spaces count: ` the` finds words, `the` parts of words too.
-
-        Raises:
-            InputError: if there is no text.
         """
         if not text:
             raise InputError("expected some text to look for, got none")
         holds = np.array([text in token for token in self.vocabulary])
-        return self.by_positions(np.flatnonzero(holds[self._flat_ids]))
+        return self.by_positions(np.flatnonzero(holds[self.array("ids").reshape(-1)]))
 
     def by_positions(self, positions: np.ndarray) -> "pd.DataFrame":
-        """Return the features that fire on any of these tokens, the most specific first.
+        """Return the features that fire on any of these tokens, largest `f1` first.
 
         Columns: `feature`; `on`, those tokens it fires on; `recall`, their share of the tokens;
-        `precision`, their share of the feature's firings; `f1`, the harmonic mean of both, by which
-        rows are ordered. Of more than 2^13 tokens an even sample is looked at, and `on` and
-        `precision` are scaled to all; `attrs["tokens"]` and `attrs["looked_at"]` say so.
+        `precision`, their share of the feature's firings; `f1`, the harmonic mean of both. Of more
+        than 2^13 tokens an even sample is looked at, and `on` and `precision` are scaled to all;
+        `attrs["tokens"]` and `attrs["looked_at"]` hold the two numbers.
         """
         import pandas as pd
 
         counted = positions[self.array("mask").reshape(-1)[positions]]
         step = -(-len(counted) // MOST_TOKENS) or 1
         looked_at = counted[::step]
-        on = np.bincount(self.latents_at(looked_at), minlength=self.n_features)
-        numbers = np.flatnonzero(on)
+        counts = np.bincount(self.latents_at(looked_at), minlength=self.n_features)
+        numbers = np.flatnonzero(counts)
+        on, fired = counts[numbers], np.diff(self.array("offsets"))[numbers]
         scale = len(counted) / max(len(looked_at), 1)
-        fired = np.diff(self.array("offsets"))[numbers]
-        recall = on[numbers] / max(len(looked_at), 1)
-        precision = np.minimum(on[numbers] * scale / fired, 1.0)
+        recall = on / max(len(looked_at), 1)
+        precision = np.minimum(on * scale / fired, 1.0)
         frame = pd.DataFrame(
             {
                 "feature": numbers,
-                "on": np.rint(on[numbers] * scale).astype(np.int64),
+                "on": np.rint(on * scale).astype(np.int64),
                 "recall": recall,
                 "precision": precision,
                 "f1": 2 * recall * precision / (recall + precision),
@@ -190,12 +171,8 @@ class FeatureIndex:
         shift = np.repeat(start - np.cumsum(counts) + counts, counts)
         return self.array("latent")[shift + np.arange(len(shift))]
 
-    def texts(self, tokens: Sequence[int]) -> list[str]:
-        """Return what tokens of the vocabulary stand for, each by itself."""
-        return [self.vocabulary[token] for token in tokens]
-
     def tokens_of(self, sequence: int, first: int, last: int) -> list[str]:
-        """Return the texts of a sequence's tokens from `first` up to `last`, as read in a row."""
+        """Return the texts of a sequence's tokens from `first` up to `last`, read in a row."""
         start = max(0, first - SPLIT)
         ids = self.array("ids")[sequence, start : last + SPLIT].tolist()
         return in_sequence([self._raw_texts[i] for i in ids])[first - start : last - start]
@@ -225,14 +202,9 @@ class FeatureIndex:
         norms = np.sqrt(np.einsum("ij,ij->i", W_dec, W_dec))
         return np.where(norms > 0, norms, 1)
 
-    @property
-    def _flat_ids(self) -> np.ndarray:
-        return self.array("ids").reshape(-1)
-
     def __repr__(self) -> str:
-        return (
-            f"FeatureIndex({self.manifest.sae}, {self.n_features} features, {self.n_tokens} tokens)"
-        )
+        made = self.manifest
+        return f"FeatureIndex({made.sae}, {self.n_features} features, {self.n_tokens} tokens)"
 
 
 def open_index(folder: Path | str) -> FeatureIndex:
