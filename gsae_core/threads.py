@@ -12,14 +12,17 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-def spread(task: Callable[[int], Result], n: int) -> list[Result]:
-    """Return task(0), ..., task(n - 1), computed side by side on as many threads as torch may use.
+def spread(
+    task: Callable[[int], Result], n: int, *, on: torch.device | None = None
+) -> list[Result]:
+    """Return task(0), ..., task(n - 1), side by side on as many threads as torch may use.
 
-    Each thread runs torch on itself alone, so that tasks which are spread already spread no
-    further. Who splits work into tasks decides the rounding; the number of threads does not.
+    Each thread runs torch on itself alone, and spreads no further. How work is split into tasks
+    decides the rounding; the number of threads does not. `on` another device than a CPU, tasks run
+    one after the other.
     """
     threads = torch.get_num_threads()
-    if threads < 2 or n < 2:
+    if threads < 2 or n < 2 or (on is not None and on.type != "cpu"):
         return [task(i) for i in range(n)]
     grad = torch.is_grad_enabled()  # which each thread keeps for itself
 
@@ -51,8 +54,8 @@ class _OneThreadEach(ThreadPoolExecutor):
         self, fn: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Future[Result]:
         def alone() -> Result:
-            # Products would otherwise each wake a team of threads of their own. Said before every
-            # task: what torch is told elsewhere later reaches threads that there are already.
+            # Products would otherwise each wake threads of their own. Before every task: what
+            # torch is told elsewhere later reaches threads that there are already.
             torch.set_num_threads(1)
             return fn(*args, **kwargs)
 

@@ -48,10 +48,10 @@ def test_a_product_fires_is_near_or_neither() -> None:
     h, counts, gate_open = np.array([3.0, 1.5, 1.3, 2.5]), np.zeros(3, np.int64), np.zeros(1, int)
     near_row, near_latent, margin = np.zeros(4, int), np.zeros(4, int), np.zeros(4)
     room = (counts, near_row, near_latent, margin, gate_open)
-    assert index_loops.split(ends, latent, h, 10, rules, *room) == (2, 1)
+    assert index_loops.split(ends, latent, h, rules, *room) == (2, 1)
     assert h[:2].tolist() == [2.0, 1.0]
     assert counts.tolist() == [1, 0, 1]
-    assert (near_row[0], margin[0], gate_open[0]) == (10, -0.5, 4)
+    assert (near_row[0], margin[0], gate_open[0]) == (0, -0.5, 4)
 
 
 def test_what_fires_is_what_encode_says_and_no_near_miss_fires() -> None:

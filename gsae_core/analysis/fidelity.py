@@ -27,9 +27,9 @@ from gsae_core.lm.corpus import SequenceSet, TokenBatch
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Normalised
 from gsae_core.sae.metrics import BatchStats, Metrics, NormDeciles, stats_from_counts, sum_dtype
-from gsae_core.sae.sparse.codes import encode_sparse, weighted_sums
+from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse, weighted_sums
 from gsae_core.threads import on_one_core, spread
 
 Losses = tuple[Tensor, Tensor]
@@ -248,8 +248,7 @@ def evaluating(
             return reference.compare(splice.run(read))
 
         # A thread an SAE costs a fifth less than products and sums that each wake every thread.
-        passes = range(len(saes) + 1)
-        found = spread(evaluated, len(passes)) if on_cpu else map(evaluated, passes)
+        found = spread(evaluated, len(saes) + 1, on=model.device)
         for sums, losses in zip([*spliced, zero], found, strict=True):
             sums.add(*losses)
         n_done += int(mask.sum())
@@ -267,23 +266,20 @@ def evaluating(
 
 @torch.no_grad()
 def reconstruct(
-    sae: SAE, x: Float[Tensor, "batch d_in"]
+    sae: SAE, x: Float[Tensor, "batch d_in"], codes: SparseCodes | None = None
 ) -> tuple[Float[Tensor, "batch d_in"], BatchStats]:
     """Return x_hat and the sums behind every metric, those of each latent included.
 
     Of an SAE that normalises its inputs all compare raw activations, save those of each latent:
-    they weigh tokens alike, as the SAE sees them.
+    they weigh tokens alike, as the SAE sees them. Besides the encoder's product all costs
+    O(active * d_in).
 
-    Through the active entries alone: besides the encoder's product all costs O(active * d_in).
+    Args:
+        codes: of `x`, where they are there already.
     """
-    seen, codes = sae.normalised(x), encode_sparse(sae, x)
-    gated = isinstance(sae, GatedSAE)
-    with torch.enable_grad():
-        value = codes.magnitude.detach().requires_grad_()
-        decoded = weighted_sums(sae.W_dec.detach(), codes.latent, value, codes.row_offsets)
-    u_hat = decoded.detach() + sae.b_dec
-    # The product's own derivative is the sampled product <u - u_hat, W_dec_i> on active entries.
-    (toward_error,) = torch.autograd.grad(decoded, value, seen.u - u_hat)
+    seen, gated = sae.normalised(x), isinstance(sae, GatedSAE)
+    codes = encode_sparse(sae, x) if codes is None else codes
+    u_hat, toward_error = decoded(sae, seen, codes)
     x_hat = seen.undo(u_hat)
     x_hat_gate = None
     if gated:
@@ -307,6 +303,19 @@ def reconstruct(
         latent_aligned=power + per_latent(f * toward_error[fires]),
     )
     return x_hat, stats
+
+
+@torch.no_grad()
+def decoded(
+    sae: SAE, seen: Normalised, codes: SparseCodes
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " nnz"]]:
+    """Return u_hat, and <u - u_hat, W_dec_i> of each active entry."""
+    with torch.enable_grad():
+        f = codes.magnitude.detach().requires_grad_()
+        product = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
+    u_hat = product.detach() + sae.b_dec
+    # The product's derivative to its weights is the sampled product <., W_dec_i>.
+    return u_hat, torch.autograd.grad(product, f, seen.u - u_hat)[0]
 
 
 def _batches(model: LanguageModel, sequences: SequenceSet, n_tokens: int) -> Iterator[TokenBatch]:

@@ -15,7 +15,8 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.collect import CALIBRATION_TOKENS, Collector, NearBand, collector
+from gsae_core.analysis.features.collect import Collector, NearBand, collector
 from gsae_core.analysis.features.files import (
     MANIFEST,
     NEAR_KEPT,
@@ -35,6 +36,8 @@ from gsae_core.analysis.features.files import (
     Manifest,
     Split,
     allocate,
+    evenly,
+    unsigned,
 )
 from gsae_core.analysis.features.table import describe
 from gsae_core.config import Site
@@ -45,22 +48,20 @@ from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
-from gsae_core.threads import spread
+from gsae_core.threads import over_rows
 
 log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 2**16
-SORTED_AT_ONCE = 64
-"""Latents sorted in one task."""
+CALIBRATION_TOKENS = 2**12  # from which the bands of near misses are measured
 
 
 class Part(NamedTuple):
-    """The first sequences of a split of the text."""
+    """The first `n` sequences of a split of the text."""
 
     split: str
     sequences: SequenceSet
     n: int
-    """How many of them are read."""
 
     @property
     def n_tokens(self) -> int:
@@ -96,12 +97,9 @@ def build_index(
     An index that is there stays, and stays open for its readers, until the new one is whole.
 
     Args:
-        model: the language model, read at `layer` and `site`.
         sae: takes raw activations, on the model's device; of any architecture.
         parts: what to read, in this order.
-        folder: `runs/<id>/features/<name>`, or any other.
-        name: of the SAE.
-        text: name of the corpus.
+        name, text: of the SAE and of the corpus.
         weights_sha256: of the SAE's file; None: of its tensors.
         n_tokens_asked: how many tokens somebody wanted; None: as many as `parts` have.
         shortage: why they are fewer, where they are.
@@ -120,45 +118,50 @@ def build_index(
         "weights_sha256": weights_sha256 or tensors_sha256(sae),
         "tokens_sha256": _tokens_sha256(parts),
     }
-    plan = _plan(hashes, (layer, site), model, shards)
+    plan = {
+        "schema_version": SCHEMA_VERSION,
+        **hashes,
+        "hook": [layer, site],
+        "device": model.device.type,
+        "shards": [list(shard) for shard in shards],
+    }
     _resume_or_clear(building, plan)
     paths = [building / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
     yield from _read_shards(model, sae, parts, list(zip(paths, shards, strict=True)), layer, site)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
-    totals = _sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
+    facts = _sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
     yield Progress("describing", 0, sae.d_sae, "feature")
-    gate_open, toward = totals.pop("gate_open"), totals.pop("toward")
-    facts: dict[str, Any] = describe(
-        data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward
-    )
+    gate_open, toward = facts.pop("gate_open"), facts.pop("toward")
+    facts |= describe(data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward)
+    asked = n_tokens_asked or n_tokens
     manifest = Manifest(
         sae=name,
         architecture=sae.architecture,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
-        weights_sha256=hashes["weights_sha256"],
+        **hashes,
         model=model.name,
         revision=revision,
         numerics=model.numerics,
         layer=layer,
         site=site,
         text=text,
-        tokens_sha256=hashes["tokens_sha256"],
-        **_counts(parts, n_tokens_asked or n_tokens, shortage),
-        l0=totals["n_entries"] / n_tokens,
-        **(totals | facts),
+        n_ctx=parts[0].sequences.n_ctx,
+        splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
+        n_tokens=n_tokens,
+        n_tokens_asked=asked,
+        shortage=shortage if n_tokens < asked else None,
+        l0=facts["n_entries"] / n_tokens,
+        **facts,
         made=time.time(),
         seconds=time.time() - began,
-        versions=_versions(),
+        versions={each: version(each) for each in ("gsae-core", "torch", "transformers", "numpy")},
         data=f"data-{time.time_ns():x}",
         files={path.name: path.stat().st_size for path in sorted(data.iterdir())},
     )
     _publish(folder, manifest)
     yield Progress("describing", sae.d_sae, sae.d_sae, "feature")
-
-
-# The plan
 
 
 def cut_into_shards(parts: Sequence[Part]) -> list[Shard]:
@@ -173,41 +176,6 @@ def cut_into_shards(parts: Sequence[Part]) -> list[Shard]:
             shards.append(Shard(number, first, last))
             first = last
     return shards
-
-
-def _counts(parts: Sequence[Part], asked: int, shortage: str | None) -> dict[str, Any]:
-    """Return what a manifest says of the tokens that are read."""
-    n_tokens = sum(part.n_tokens for part in parts)
-    return {
-        "n_ctx": parts[0].sequences.n_ctx,
-        "splits": tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
-        "n_tokens": n_tokens,
-        "n_tokens_asked": asked,
-        "shortage": shortage if n_tokens < asked else None,
-    }
-
-
-def _plan(
-    hashes: dict[str, str], hook: tuple[int, Site], model: LanguageModel, shards: Sequence[Shard]
-) -> dict[str, Any]:
-    """Return what two builds share if one can go on with the shards of the other."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        **hashes,
-        "hook": list(hook),
-        "device": model.device.type,
-        "shards": [list(shard) for shard in shards],
-    }
-
-
-def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
-    """Go on with a build of the same plan, or begin anew."""
-    path = building / "plan.json"
-    with writing(building, 2**20):
-        if not (path.is_file() and read_json(path) == plan):
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-            write_json(path, plan)
 
 
 def tensors_sha256(sae: SAE) -> str:
@@ -230,10 +198,14 @@ def _tokens_sha256(parts: Sequence[Part]) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("gsae-core", "torch", "transformers", "numpy")}
+def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
+    """Go on with a build of the same plan, or begin anew."""
+    path = building / "plan.json"
+    with writing(building, 2**20):
+        if not (path.is_file() and read_json(path) == plan):
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            write_json(path, plan)
 
 
 # The shards
@@ -250,8 +222,7 @@ def _read_shards(
     """Write the shards that are not there yet."""
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
-    band = _band(shards[0][0].parent, sae, parts, harvests, n_tokens=n_tokens)
-    collect = collector(sae, band)
+    collect = collector(sae, _band(shards[0][0].parent, sae, parts, harvests, n_tokens=n_tokens))
     yield Progress("indexing", 0, n_tokens, "token")
     for path, shard in shards:
         if not _is_whole(path):
@@ -268,17 +239,14 @@ def _band(
     if path.is_file():
         return torch.from_numpy(np.load(path)).to(device)
     share = min(1.0, CALIBRATION_TOKENS / n_tokens)
-    batches, n_sample = [], 0
-    for part, harvest in zip(parts, harvests, strict=True):
-        # Evenly spread, and from every part as many as it has a share in the whole.
-        n = min(part.n, max(1, round(share * part.n)))
-        which = np.unique(np.linspace(0, part.n - 1, n).round().astype(np.int64))
-        batches.append((harvest, which))
-        n_sample += int(part.sequences.counts[which].sum())
+    # From every part as many as it has a share in the whole.
+    sample = [evenly(min(part.n, max(1, round(share * part.n))), part.n) for part in parts]
+    counted = zip(parts, sample, strict=True)
+    n_sample = sum(int(part.sequences.counts[which].sum()) for part, which in counted)
     n_sequences = sum(part.n for part in parts)
     log.info("band of near misses from %d tokens of %d sequences", n_sample, n_sequences)
     band = NearBand(sae, n_sample=max(n_sample, 1), n_tokens=n_tokens)
-    for harvest, which in batches:
+    for harvest, which in zip(harvests, sample, strict=True):
         for _ in harvest.through(band.add, which):
             pass
     array = band.width.float().cpu().numpy()
@@ -364,7 +332,7 @@ def _write_tokens(parts: Sequence[Part], data: Path) -> np.ndarray:
     """Write ids and masks; return the mask (sequences, n_ctx)."""
     n, n_ctx = sum(part.n for part in parts), parts[0].sequences.n_ctx
     widest = max(int(part.sequences[: part.n].ids.max()) for part in parts)
-    ids = allocate(data, "ids", (n, n_ctx), np.uint16 if widest < 2**16 else np.uint32)
+    ids = allocate(data, "ids", (n, n_ctx), unsigned(widest + 1))
     mask = allocate(data, "mask", (n, n_ctx), np.bool_)
     at = 0
     for part in parts:
@@ -384,9 +352,6 @@ def _positions(
         yield (np.flatnonzero(mask[first:last]) + first * mask.shape[1]).astype(np.uint32)
 
 
-_LARGEST = np.uint32(2**32 - 1)
-
-
 def _write_codes(
     shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray, *, n_places: int
 ) -> None:
@@ -394,58 +359,74 @@ def _write_codes(
     offsets = _offsets(data, "offsets", counts)
     token = allocate(data, "token", (n,), np.uint32)
     value = allocate(data, "value", (n,), np.float32)
-    latent = allocate(data, "latent", (n,), np.uint16 if d_sae <= 2**16 else np.uint32)
     per_token = np.zeros(n_places, np.int64)
-    cursor, at = offsets[:-1].copy(), 0
-    for path, positions in shards:
-        shard = load_file(path)
-        latent[at : at + len(shard["latent"])] = shard["latent"]
-        at += len(shard["latent"])
-        per_token[positions] = shard["counts"]
-        rows = np.repeat(positions, shard["counts"])
-        index_loops.scatter(shard["latent"], rows, shard["value"], cursor, token, value)
+
+    def entries() -> Iterator[tuple[np.ndarray, ...]]:
+        # Here, to be gone before they are sorted: mapped, it counts as this process's memory.
+        latent, at = allocate(data, "latent", (n,), unsigned(d_sae)), 0
+        for path, positions in shards:
+            shard = load_file(path)
+            latent[at : at + len(shard["latent"])] = shard["latent"]
+            at += len(shard["latent"])
+            per_token[positions] = shard["counts"]
+            yield shard["latent"], np.repeat(positions, shard["counts"]), shard["value"]
+
+    _by_latent(entries(), offsets, token, value, flip=2**31 - 1)
     _offsets(data, "row_offsets", per_token)
-    del latent  # mapped, it counts as this process's memory
-
-    def sort(i: int) -> None:
-        own = slice(offsets[i], offsets[i + 1])
-        # The bits of a positive float32 order as it does: one sort of integers orders both.
-        key = (_LARGEST - value[own].view(np.uint32)).astype(np.uint64) << 32
-        key |= token[own]
-        key.sort()
-        token[own] = key.astype(np.uint32)
-        value[own] = (_LARGEST - (key >> 32).astype(np.uint32)).view(np.float32)
-
-    _each_latent(d_sae, sort)
 
 
 def _write_near(shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray) -> int:
     """Write each latent's nearest misses, nearest first; return how many there are."""
-    n, d_sae = int(counts.sum()), len(counts)
+    n = int(counts.sum())
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    token, short = np.empty(n, np.uint32), np.empty(n, np.float32)
-    cursor = offsets[:-1].copy()
-    for path, positions in shards:
-        shard = load_file(path)
-        rows = positions[shard["near_row"]]
-        # How much is missing; + 0 makes -0 a 0, whose bits are the smallest.
-        lacks = 0 - shard["near_margin"] + np.float32(0)
-        index_loops.scatter(shard["near_latent"], rows, lacks, cursor, token, short)
+    token, margin = np.empty(n, np.uint32), np.empty(n, np.float32)
+
+    def entries() -> Iterator[tuple[np.ndarray, ...]]:
+        for path, positions in shards:
+            shard = load_file(path)
+            # A margin of 0 becomes -0: so all have a sign.
+            yield shard["near_latent"], positions[shard["near_row"]], -(0 - shard["near_margin"])
+
+    _by_latent(entries(), offsets, token, margin, flip=0)
     kept = np.minimum(counts, NEAR_KEPT)
     near_offsets, n_near = _offsets(data, "near_offsets", kept), int(kept.sum())
     near_token = allocate(data, "near_token", (n_near,), np.uint32)
     near_margin = allocate(data, "near_margin", (n_near,), np.float32)
-
-    def sort(i: int) -> None:
-        own, out = slice(offsets[i], offsets[i + 1]), slice(near_offsets[i], near_offsets[i + 1])
-        key = (short[own].view(np.uint32).astype(np.uint64) << 32) | token[own]
-        key.sort()
-        key = key[: kept[i]]
-        near_token[out] = key.astype(np.uint32)
-        near_margin[out] = -(key >> 32).astype(np.uint32).view(np.float32)
-
-    _each_latent(d_sae, sort)
+    for first, start, stop in zip(offsets, near_offsets, near_offsets[1:], strict=False):
+        own = slice(first, first + stop - start)
+        near_token[start:stop], near_margin[start:stop] = token[own], margin[own]
     return n_near
+
+
+def _by_latent(
+    entries: Iterable[tuple[np.ndarray, ...]],
+    offsets: np.ndarray,
+    token: np.ndarray,
+    value: np.ndarray,
+    *,
+    flip: int,
+) -> None:
+    """Write (latent, position, value) to each latent's slice, largest value first, then by token.
+
+    Args:
+        flip: what turns a value's bits around so that they rise as values fall: 0 where all are
+            negative, 2^31 - 1 where all are positive.
+    """
+    cursor = offsets[:-1].copy()
+    for latent, position, number in entries:
+        index_loops.scatter(latent, position, number, cursor, token, value)
+
+    def sort(first: int, last: int) -> None:
+        for i in range(first, last):
+            own = slice(offsets[i], offsets[i + 1])
+            # One sort of integers orders both.
+            key = (value[own].view(np.uint32) ^ np.uint32(flip)).astype(np.uint64) << 32
+            key |= token[own]
+            key.sort()
+            token[own] = key.astype(np.uint32)
+            value[own] = ((key >> 32).astype(np.uint32) ^ np.uint32(flip)).view(np.float32)
+
+    over_rows(len(offsets) - 1, sort)
 
 
 def _offsets(data: Path, name: str, counts: Int64[np.ndarray, " n"]) -> np.ndarray:
@@ -453,14 +434,6 @@ def _offsets(data: Path, name: str, counts: Int64[np.ndarray, " n"]) -> np.ndarr
     offsets[0] = 0
     np.cumsum(counts, out=offsets[1:])
     return np.array(offsets)
-
-
-def _each_latent(d_sae: int, sort: Any) -> None:
-    def some(k: int) -> None:
-        for i in range(k * SORTED_AT_ONCE, min(d_sae, (k + 1) * SORTED_AT_ONCE)):
-            sort(i)
-
-    spread(some, -(-d_sae // SORTED_AT_ONCE))
 
 
 def _publish(folder: Path, manifest: Manifest) -> None:

@@ -1,13 +1,12 @@
-"""What fires in a batch, and what nearly did, for every kind of SAE, from one encoder product.
+"""What fires in a batch, and what nearly does, for every kind of SAE, from one encoder product.
 
-A margin says how far a latent is from firing, in the units of the pre-activation that decides: it
-fires where its margin is above 0. Of the margins at or below 0 a band is kept, as wide for each
-latent as it takes to hold some tokens at any scale (`NearBand`).
+A latent fires where its margin, in the units of the pre-activation that decides, is above 0. Of the
+margins at or below 0 a band is kept (`NearBand`).
 """
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.files import NEAR_KEPT
+from gsae_core.analysis.features.files import NEAR_KEPT, unsigned
+from gsae_core.analysis.fidelity import decoded
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.metrics import ERROR_POWER, N_ROW_SUMS, sum_dtype
@@ -24,25 +24,21 @@ from gsae_core.sae.sparse import loops
 from gsae_core.sae.sparse.codes import (
     Products,
     SparseCodes,
-    chunk_rows,
     codes_of,
     gates,
     numpy,
     products_above,
-    weighted_sums,
+    thresholds,
 )
 from gsae_core.threads import over_rows
 
-CALIBRATION_TOKENS = 2**12
-"""Tokens that set the width of the band."""
-BAND_TOKENS = 2 * NEAR_KEPT
-"""Tokens that the band holds on average; the nearest `NEAR_KEPT` are kept."""
+BAND_TOKENS = 2 * NEAR_KEPT  # that each latent's band holds on average
+# Most rows, and numbers, of pre-activations that exist at once where all are looked at.
 DENSE_ROWS, DENSE_ELEMENTS = 2**8, 2**22
-"""Most rows, and numbers, of pre-activations that exist at once where all are looked at."""
 
 
 class Collected(NamedTuple):
-    """A batch: what fires, row by row, and its near misses, as arrays of the CPU."""
+    """What fires in a batch, row by row, and its near misses, as arrays of the CPU."""
 
     counts: Int64[np.ndarray, " rows"]
     """Latents that fire on each row."""
@@ -54,20 +50,19 @@ class Collected(NamedTuple):
     gate_open: Int64[np.ndarray, " d_sae"]
     """Rows on which each latent's pi_gate > 0; without a gate, those on which it fires."""
     toward: Float64[np.ndarray, " d_sae"]
-    """Sum over rows of f_i d_i . (x - x_hat), as the SAE sees x: see `SAE.normalised`."""
+    """Sum over rows of f_i d_i . (u - u_hat); mostly u is x (`SAE.normalised`)."""
     x_sum: Float64[np.ndarray, " d_in"]
     sums: Float64[np.ndarray, " sums"]
     """Over rows: 1, |x|^2, |x_hat|^2, x . x_hat, |x - x_hat|^2."""
 
 
 class _Chosen(NamedTuple):
-    """A batch's active codes, its near misses, and how often gates were open (None: no gate)."""
-
     active: SparseCodes
     near_row: Int64[Tensor, " near"]
     near_latent: Int64[Tensor, " near"]
     near_margin: Float[Tensor, " near"]
     gate_open: Int64[Tensor, " d_sae"] | None
+    """None: there is no gate."""
 
 
 class Rules(NamedTuple):
@@ -87,10 +82,10 @@ class Rules(NamedTuple):
 
 @torch.no_grad()
 def rules_of(sae: SAE) -> Rules:
-    """Return the rules of an SAE whose latents decide one by one: of any but a TopK SAE.
+    """Return the rules of any SAE but a TopK one, whose latents do not decide one by one.
 
     A Gated latent needs an open gate, h > -b_gate, and a magnitude above 0, exp(r_mag) h > -b_mag;
-    where the magnitude reads a direction of its own, the gate alone is asked for the edge.
+    where the magnitude reads a direction of its own, the gate alone sets the edge.
     """
     match sae:
         case JumpReluSAE():
@@ -114,13 +109,10 @@ Collector = Callable[[Float[Tensor, "rows d_in"]], Collected]
 
 @torch.no_grad()
 def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
-    """Return the function from activations to what fires on each row, and what nearly does.
-
-    Threads may call it side by side.
+    """Return the function from raw activations to what fires; threads may share it.
 
     Args:
-        sae: takes raw activations.
-        band: of `NearBand`: the margin above which a silent latent counts as a near miss.
+        band: the margin above which a silent latent counts as a near miss: `NearBand.width`.
     """
     choose = _topk_chooser(sae, band) if isinstance(sae, TopKSAE) else _chooser(sae, band)
 
@@ -134,10 +126,10 @@ def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
         fired, opened = np.bincount(latent, minlength=sae.d_sae), chosen.gate_open
         return Collected(
             counts=codes.row_offsets.diff().cpu().numpy(),
-            latent=latent.astype(latent_dtype(sae.d_sae)),
+            latent=latent.astype(unsigned(sae.d_sae)),
             value=value,
             near_row=chosen.near_row.cpu().numpy(),
-            near_latent=chosen.near_latent.cpu().numpy().astype(latent_dtype(sae.d_sae)),
+            near_latent=chosen.near_latent.cpu().numpy().astype(unsigned(sae.d_sae)),
             near_margin=chosen.near_margin.float().cpu().numpy(),
             gate_open=fired if opened is None else opened.cpu().numpy(),
             # Of no firings at all, NumPy's sums are integers.
@@ -149,69 +141,41 @@ def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
     return collect
 
 
-def latent_dtype(d_sae: int) -> Any:
-    """Return the dtype in which files hold a latent's number."""
-    return np.uint16 if d_sae <= 2**16 else np.uint32
-
-
 def _chooser(sae: SAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
     """Return the function that chooses by a rule which each latent has of its own."""
     rules = rules_of(sae)
-    if isinstance(sae, JumpReluSAE):
-        # Here a sum is compared with a number that is not 0, and each side rounds.
-        slack = 8 * torch.finfo(band.dtype).eps * (sae.threshold + sae.b_enc.abs())
-        bound = rules.edge + band - slack
-    else:
-        # Every open gate counts, also one that opens onto no magnitude.
-        bound = torch.minimum(rules.edge + band, rules.opens)
     gated = not isinstance(sae, JumpReluSAE)
+    # Every open gate counts, also one that opens onto no magnitude.
+    bound = (
+        torch.minimum(rules.edge + band, rules.opens) if gated else thresholds(sae, below=-band)[1]
+    )
     untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
-    if band.is_cpu and band.dtype in (torch.float32, torch.float64) and untied is None:
-        by_rule = _compiled(rules, band, bound, gated)
-        return lambda x: by_rule(sae.normalised(x).u - sae.b_dec)
+    compiled = band.is_cpu and band.dtype in (torch.float32, torch.float64) and untied is None
 
     def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
         xc = sae.normalised(x).u - sae.b_dec
-        return _by_torch(rules, band, products_above(xc, rules.W, bound), gated, untied, xc)
+        found = products_above(xc, rules.W, bound)
+        if compiled:
+            return _compiled(rules, band, found, gated)
+        return _by_torch(rules, band, found, gated, untied, xc)
 
     return choose
 
 
-def _compiled(
-    rules: Rules, band: Tensor, bound: Tensor, gated: bool
-) -> Callable[[Float[Tensor, "rows d_in"]], _Chosen]:
-    W, above = rules.W.detach().contiguous(), numpy(bound)
-    d_sae, arrays = W.shape[1], tuple(numpy(rule) for rule in (*rules[1:], band))
-    n_rows, kind = chunk_rows(d_sae), above.dtype
-    spare: list[tuple[Any, ...]] = []
-
-    def room() -> tuple[Any, ...]:
-        # For a chunk's products and all that it could hold; what is never written to costs nothing.
-        kinds = (np.int64, kind, np.int64, np.int64, kind)
-        return W.new_empty(n_rows, d_sae), *(np.empty(n_rows * d_sae, each) for each in kinds)
-
-    def choose(xc: Float[Tensor, "rows d_in"]) -> _Chosen:
-        counts, gate_open = np.empty(len(xc), np.int64), np.zeros(d_sae, np.int64)
-        scratch = spare.pop() if spare else room()
-        products, latent, value, *near = scratch
-        parts = []
-        for first in range(0, len(xc), n_rows):
-            rows = xc[first : first + n_rows]
-            h, ends = torch.mm(rows, W, out=products[: len(rows)]), np.empty(len(rows), np.int64)
-            loops.pick_above(h.numpy(), above, latent, value, ends)
-            own = counts[first : first + n_rows]
-            n, n_near = index_loops.split(ends, latent, value, first, arrays, own, *near, gate_open)
-            ours = (latent[:n].copy(), value[:n].copy(), *(each[:n_near].copy() for each in near))
-            parts.append(ours)
-        spare.append(scratch)
-        latent, f, *near = (
-            torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)
-        )
-        offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
-        opened = torch.from_numpy(gate_open) if gated else None
-        return _Chosen(SparseCodes(offsets, latent, f, f), near[0], near[1], near[2], opened)
-
-    return choose
+def _compiled(rules: Rules, band: Float[Tensor, " d_sae"], found: Products, gated: bool) -> _Chosen:
+    ends, latent, h = numpy(found.row_offsets[1:]), numpy(found.latent), numpy(found.h)
+    counts, gate_open = np.empty(len(ends), np.int64), np.zeros(len(band), np.int64)
+    near = np.empty_like(latent), np.empty_like(latent), np.empty_like(h)
+    arrays = tuple(numpy(rule) for rule in (*rules[1:], band))
+    n, n_near = index_loops.split(ends, latent, h, arrays, counts, *near, gate_open)
+    # Copied: a shard keeps what is returned, and most of the products are neither.
+    latent, f, *near = (
+        torch.from_numpy(each.copy()) for each in (latent[:n], h[:n], *(e[:n_near] for e in near))
+    )
+    offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
+    return _Chosen(
+        SparseCodes(offsets, latent, f, f), *near, torch.from_numpy(gate_open) if gated else None
+    )
 
 
 def _by_torch(
@@ -222,7 +186,6 @@ def _by_torch(
     untied: GatedSAE | None,
     xc: Float[Tensor, "rows d_in"],
 ) -> _Chosen:
-    """Choose among products on any device; `untied` has magnitudes of directions of their own."""
     h, latent = found.h, found.latent
     opens, gain, bias, least, edge, near_above = (each.take(latent) for each in (*rules[1:], band))
     is_open = h > opens
@@ -255,8 +218,6 @@ def _topk(
 
 
 def _topk_chooser(sae: TopKSAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
-    """Return the function that chooses where a latent's fate hangs on the others of its row."""
-
     def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
         counts, parts = [], []
         for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
@@ -275,10 +236,7 @@ def _topk_chooser(sae: TopKSAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tens
 def _errors(
     sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
 ) -> tuple[Float[np.ndarray, " nnz"], Float64[np.ndarray, " d_in"], Float64[np.ndarray, " sums"]]:
-    """Return <u - u_hat, W_dec_i> of each active entry, and the sums of x and of powers.
-
-    Mostly u is x: see `SAE.normalised`. The powers are those of `Collected.sums` but the first.
-    """
+    """Return <u - u_hat, W_dec_i> of each active entry, `x_sum`, and `sums` but for the first."""
     if not x.is_cpu or sae.input_norm is not None:
         return _errors_by_torch(sae, x, codes)
     offsets, latent, f, W, b, rows = map(
@@ -300,14 +258,9 @@ def _errors(
 def _errors_by_torch(
     sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    seen = sae.normalised(x)
-    with torch.enable_grad():
-        f = codes.magnitude.detach().requires_grad_()
-        decoded = weighted_sums(sae.W_dec.detach(), codes.latent, f, codes.row_offsets)
-    u_hat = decoded.detach() + sae.b_dec
-    # The product's derivative to its weights is the sampled product <., W_dec_i>.
-    (toward,) = torch.autograd.grad(decoded, f, seen.u - u_hat)
-    x_hat, dtype = seen.undo(u_hat), sum_dtype(x.device)
+    seen, dtype = sae.normalised(x), sum_dtype(x.device)
+    u_hat, toward = decoded(sae, seen, codes)
+    x_hat = seen.undo(u_hat)
     pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
     sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
     x_sum = x.to(dtype).sum(0)
@@ -315,14 +268,11 @@ def _errors_by_torch(
 
 
 class NearBand:
-    """For each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
+    """`width`: for each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
 
-    It is the r-th largest margin of a silent token in the sample, with r / n_sample equal to
-    BAND_TOKENS / n_tokens (and r at least 2): tokens are as likely to lie above it as below,
-    at any scale of the latent. -inf where the sample has fewer: the band then holds all.
-
-    Args:
-        n_sample: tokens that will be added.
+    It is the r-th largest margin of a silent token among the `n_sample` that are added, with
+    r / n_sample equal to BAND_TOKENS / n_tokens (and r at least 2), at any scale of the latent.
+    -inf where fewer are silent: the band then holds all.
     """
 
     def __init__(self, sae: SAE, *, n_sample: int, n_tokens: int) -> None:
@@ -333,7 +283,7 @@ class NearBand:
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """Look at activations; threads may add theirs side by side, in any order."""
+        """Add activations, in any order; threads may do so side by side."""
         x = x.to(self.width.device)
         for rows in x.split(max(1, min(DENSE_ROWS, DENSE_ELEMENTS // self._sae.d_sae))):
             margin, fires = margins(self._sae, rows)
@@ -352,7 +302,7 @@ class NearBand:
 def margins(
     sae: SAE, x: Float[Tensor, "rows d_in"]
 ) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
-    """Return every margin of a batch, and where latents fire; dense: for few rows."""
+    """Return every margin of a batch, and where latents fire: dense, for few rows."""
     if isinstance(sae, TopKSAE):
         return _topk(sae, x)[1:]
     rules = rules_of(sae)

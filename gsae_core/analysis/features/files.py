@@ -209,6 +209,16 @@ def allocate(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.
     return array
 
 
+def unsigned(n: int) -> Any:
+    """Return the dtype in which files hold numbers below `n`."""
+    return np.uint16 if n <= 2**16 else np.uint32
+
+
+def evenly(n: int, of: int) -> np.ndarray:
+    """Return about `n` numbers spread evenly over 0 to `of` - 1, ascending."""
+    return np.unique(np.linspace(0, of - 1, n).round().astype(np.int64))
+
+
 def load_array(folder: Path, name: str) -> np.ndarray:
     """Return one of the arrays, mapped into memory read-only."""
     return np.load(folder / f"{name}.npy", mmap_mode="r")

@@ -96,9 +96,8 @@ def logit_map(
             found = [torch.autograd.grad(one, nudge, retain_graph=True)[0] for one in stream]
         return torch.stack(found)
 
-    parts = range(-(-n // TOKENS_AT_ONCE))
-    found = spread(jacobian, len(parts)) if last.is_cpu else map(jacobian, parts)
-    to_stream = sum(found, last.new_zeros(model.d_model, d_in))
+    parts = spread(jacobian, -(-n // TOKENS_AT_ONCE), on=last.device)
+    to_stream = sum(parts, last.new_zeros(model.d_model, d_in))
     return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
 
 
@@ -114,7 +113,7 @@ def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) 
         bottom, bottom_effect = largest_in_rows(logits, k, smallest=True)
         return Extremes(top, top_effect, bottom, bottom_effect)
 
-    found = spread(of, len(blocks)) if directions.is_cpu else map(of, range(len(blocks)))
+    found = spread(of, len(blocks), on=directions.device)
     return Extremes(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
@@ -170,8 +169,7 @@ def _activations(
     def of(i: int) -> Tensor:
         return model.harvest(passes[i], layer=layer, site=site).flatten(0, 1)
 
-    found = spread(of, len(passes)) if ids.device.type == "cpu" else map(of, range(len(passes)))
-    return torch.cat(list(found)).float()
+    return torch.cat(spread(of, len(passes), on=ids.device)).float()
 
 
 def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:

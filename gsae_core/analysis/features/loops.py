@@ -13,7 +13,7 @@ from gsae_core.sae.sparse.loops import BLOCK, compiled
 
 # Every rounding where it is written, as torch rounds.
 @partial(compiled, fastmath=False)
-def split(ends, latent, h, near, rules, counts, near_row, near_latent, near_margin, gate_open):
+def split(ends, latent, h, rules, counts, near_row, near_latent, near_margin, gate_open):
     """Split found products into what fires and what nearly does; return how many of each.
 
     Args:
@@ -23,7 +23,6 @@ def split(ends, latent, h, near, rules, counts, near_row, near_latent, near_marg
             h > opens; then f = gain h + bias, which counts above least. What does not fire is near
             where min(h - edge, 0) > band.
         counts: (rows,), becomes how many fire.
-        near: number that the first row bears in near_row.
         near_row, near_latent, near_margin: room for as many as there are products.
         gate_open: (d_sae,), added to.
     """
@@ -42,7 +41,7 @@ def split(ends, latent, h, near, rules, counts, near_row, near_latent, near_marg
                     continue
             margin = min(product - edge[i], zero)
             if margin > band[i]:
-                near_row[n_near], near_latent[n_near] = near + t, i
+                near_row[n_near], near_latent[n_near] = t, i
                 near_margin[n_near] = margin
                 n_near += 1
         counts[t] = n - before

@@ -19,6 +19,7 @@ from gsae_core.analysis.features.files import (
     TABLE,
     VOCABULARY,
     allocate,
+    evenly,
     load_array,
 )
 from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows, logit_map
@@ -54,8 +55,10 @@ def describe(
     Returns `companion_stride` and `logit_tokens` of the manifest.
 
     Args:
-        gate_open, toward: as in `collect.Collected`, over all tokens.
+        gate_open, toward: as in `collect.Collected`, of all tokens.
     """
+    import pandas as pd
+
     texts = raw_texts(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
     vocabulary = json.dumps(texts).encode()
     replace_durably(
@@ -64,18 +67,22 @@ def describe(
     codes = {name: load_array(data, name) for name in ("offsets", "token", "value", "ids", "mask")}
     columns = _numbers(data, sae, codes, gate_open=gate_open, toward=toward)
     columns |= _top_tokens(codes, n_vocabulary=len(texts))
-    ids = _sample(codes["ids"])
-    del codes  # mapped, they count as this process's memory
+    ids = codes["ids"]
+    sample = ids[evenly(min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1])), len(ids))]
+    del codes, ids  # mapped, they count as this process's memory
     n_averaged, effects = 0, [[np.empty(0)] * sae.d_sae] * 4
     if model._bridge is None:
-        found = logit_map(model, ids.to(model.device), layer=layer, site=site)
+        tokens = torch.from_numpy(sample.astype(np.int64)).to(model.device)
+        found = logit_map(model, tokens, layer=layer, site=site)
         n_averaged = found.n_tokens
         effects = [
             list(each.cpu().numpy()) for each in extremes(found, sae.W_dec.detach(), k=N_LOGITS)
         ]
     names = ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")
     columns |= dict(zip(names, effects, strict=True))
-    _write_table(data / TABLE, columns)
+    frame = pd.DataFrame({name: columns[name] for name in COLUMNS})
+    n_bytes = int(frame.memory_usage(index=False).sum())
+    replace_durably(data / TABLE, lambda to: frame.to_parquet(to, index=False), n_bytes=n_bytes)
     _write_neighbours(data, sae.W_dec.detach())
     stride = _write_companions(data, sae.d_sae)
     return {"companion_stride": stride, "logit_tokens": n_averaged}
@@ -95,29 +102,25 @@ def _numbers(
     histogram = allocate(data, "histogram", (d_sae, N_BINS), np.uint32)
     arrays = (offsets, value, sums, squares, histogram)
     over_rows(d_sae, lambda first, last: index_loops.describe(first, last, *arrays))
-    alive = fired > 0
-    top = np.zeros(d_sae, np.float32)
-    top[alive] = value[offsets[:-1][alive]]
+    top = np.zeros(d_sae)
+    top[fired > 0] = value[offsets[:-1][fired > 0]]
     weights = weight_columns(sae)
     power = squares * weights["decoder_norm"] ** 2
     aligned = power + toward
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = sums / fired
         gamma = np.where(aligned == 0, np.nan, power / aligned)
-    near = np.diff(load_array(data, "near_offsets"))
-    return {
+    return weights | {
         "fired": fired,
         "n_tokens": np.full(d_sae, n_tokens),
         "density": fired / n_tokens,
         "gate_open": gate_open,
         "gate_density": gate_open / n_tokens,
-        "max": top.astype(float),
+        "max": top,
         "mean": mean,
         **{name: quantile(offsets, value, q) for name, q in QUANTILES.items()},
-        **{name: weights[name] for name in ("theta", "gain", "b_gate", "b_mag")},
         "gamma": gamma,
-        **{name: weights[name] for name in ("decoder_norm", "encoder_cosine")},
-        "near_misses": near,
+        "near_misses": np.diff(load_array(data, "near_offsets")),
     }
 
 
@@ -139,10 +142,7 @@ def quantile(
 
 @torch.no_grad()
 def weight_columns(sae: SAE) -> dict[str, Float64[np.ndarray, " d_sae"]]:
-    """Return what the weights alone say of each feature, by column; NaN where there is no number.
-
-    The columns: theta, gain, b_gate, b_mag, decoder_norm, encoder_cosine.
-    """
+    """Return the columns of `files.COLUMNS` that the weights alone tell; NaN: no such number."""
     none = torch.full((sae.d_sae,), torch.nan)
     found = {"theta": none, "gain": none, "b_gate": none, "b_mag": none}
     match sae:
@@ -211,23 +211,7 @@ def _write_neighbours(data: Path, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
         who[rows, :k], cosines[rows, :k] = (each.cpu().numpy() for each in found)
 
     if k:
-        n_blocks = -(-d_sae // BLOCK)
-        spread(fill, n_blocks) if unit.is_cpu else [fill(i) for i in range(n_blocks)]
+        spread(fill, -(-d_sae // BLOCK), on=unit.device)
     allocate(data, "neighbours", who.shape, np.uint32)[:] = who
     allocate(data, "neighbour_cosines", cosines.shape, np.float32)[:] = cosines
     allocate(data, "decoder", tuple(W_dec.shape), np.float32)[:] = W_dec.float().cpu().numpy()
-
-
-def _sample(ids: np.ndarray) -> Int64[Tensor, "rows pos"]:
-    """Return sequences spread evenly, of about `LOGIT_TOKENS` tokens."""
-    n = min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1]))
-    which = np.unique(np.linspace(0, len(ids) - 1, n).round().astype(np.int64))
-    return torch.from_numpy(ids[which].astype(np.int64))
-
-
-def _write_table(path: Path, columns: dict[str, Any]) -> None:
-    import pandas as pd
-
-    frame = pd.DataFrame({name: columns[name] for name in COLUMNS})
-    n_bytes = int(frame.memory_usage(index=False).sum())
-    replace_durably(path, lambda to: frame.to_parquet(to, index=False), n_bytes=n_bytes)

@@ -241,7 +241,7 @@ def gates(
 
 @torch.no_grad()
 def thresholds(
-    sae: JumpReluSAE, *, below: float
+    sae: JumpReluSAE, *, below: float | Float[Tensor, " d_sae"]
 ) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
     """Return the encoder, and above what product z may reach theta - below.
 
