@@ -17,9 +17,8 @@ def spread(
 ) -> list[Result]:
     """Return task(0), ..., task(n - 1), side by side on as many threads as torch may use.
 
-    Each thread runs torch on itself alone, and spreads no further. How work is split into tasks
-    decides the rounding; the number of threads does not. `on` another device than a CPU, tasks run
-    one after the other.
+    Each runs torch on one thread: how work is split decides the rounding, the number of threads
+    does not. `on` another device than a CPU, tasks run one after the other.
     """
     threads = torch.get_num_threads()
     if threads < 2 or n < 2 or (on is not None and on.type != "cpu"):

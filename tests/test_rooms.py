@@ -12,7 +12,7 @@ LINES = {
     "lm": 3870,
     "training": 1090,
     "checkpoints": 3100,
-    "analysis": 5300,
+    "analysis": 5150,
     "plots": 1310,
     "runs": 4210,
     "cli": 1560,
