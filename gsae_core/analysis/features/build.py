@@ -118,13 +118,8 @@ def build_index(
         "weights_sha256": weights_sha256 or tensors_sha256(sae),
         "tokens_sha256": _tokens_sha256(parts),
     }
-    plan = {
-        "schema_version": SCHEMA_VERSION,
-        **hashes,
-        "hook": [layer, site],
-        "device": model.device.type,
-        "shards": [list(shard) for shard in shards],
-    }
+    plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
+    plan |= {"device": model.device.type, "shards": [list(shard) for shard in shards]}
     _resume_or_clear(building, plan)
     paths = [building / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
     yield from _read_shards(model, sae, parts, list(zip(paths, shards, strict=True)), layer, site)
