@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2010,
     "sae": 3650,
-    "lm": 3870,
+    "lm": 3810,
     "training": 1090,
     "checkpoints": 3100,
     "analysis": 5150,

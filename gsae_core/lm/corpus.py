@@ -54,7 +54,7 @@ class SequenceSet:
         rows: token ids (n, n_ctx) of any integer dtype, possibly mapped from a file.
         special: ids that are not counted.
         index: which rows belong to the set, and in which order; None: all.
-        counts: counted tokens of each sequence, int64 (len(index),), where they are known.
+        counts: counted tokens of each sequence, int64, where they are known.
     """
 
     def __init__(
@@ -132,10 +132,7 @@ class Corpus:
 
     @property
     def starts(self) -> list[str]:
-        """Hashes of the training split's first 1, 4, 16, ... 4096 sequences, as far as it goes.
-
-        Readings of one text for fewer and for more tokens agree in those that both have.
-        """
+        """Hashes of the first 1, 4, 16, ... 4096 training sequences: a longer reading has them."""
         sizes = [4**i for i in range(7) if 4**i <= len(self.train)]
         ids = self.train[: max(sizes, default=0)].ids.numpy()
         return [sha256(ids[:size].tobytes()).hexdigest()[:16] for size in sizes]
@@ -163,10 +160,9 @@ def load_corpus(
         n_tokens: counted training tokens after which reading stops, rounded up to a sequence, plus
             the held-out sequences up to there (of `stdlib`: as many in proportion, or 2^18 tokens).
             None reads all there is.
-        model_n_ctx: the longest sequence the model takes.
         n_held_out: counted held-out tokens wanted. Where there are fewer up to there, reading goes
-            on, and takes of what follows the sequences that the split holds out, which a run for
-            more tokens would not train on either. Fewer come where the text has no more.
+            on, and takes of what follows only sequences that the split holds out. Fewer come where
+            the text has no more.
 
     Raises:
         InputError: if the source cannot be read, has no text, or does not fill two sequences; or if
@@ -229,11 +225,7 @@ class _Tokens(NamedTuple):
 
 
 class _Reader:
-    """Reads the rows of a source, from the token cache where it has them.
-
-    Attributes:
-        shortage: why there are not more held-out tokens.
-    """
+    """Reads the rows of a source, from the token cache where it has them."""
 
     def __init__(self, cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> None:
         self._cfg, self._tokenizer, self._model_n_ctx = cfg, tokenizer, model_n_ctx
@@ -249,8 +241,7 @@ class _Reader:
     ) -> tuple[SequenceSet, SequenceSet, _Tokens]:
         """Return the training and the held-out sequences as far as wanted, and what they are of.
 
-        Args:
-            held_out: read the documents that the source itself holds out.
+        `held_out`: of the documents that the source itself holds out.
         """
         tokens = self._tokens(wanted, held_out)
         counts = _count(tokens.rows, self._special)
@@ -266,7 +257,7 @@ class _Reader:
         key = sha256(repr((*self._settings, wanted.share, held_out)).encode()).hexdigest()[:32]
         known = _find(key, wanted.n_tokens, self._packing.dtype)
         if not known:
-            return self._read(wanted, held_out, key, before=None)
+            return self._read(wanted, held_out, key, before=np.empty((0, 0)))
         first = known[0]
         for each in known:
             # A data set on the Hub is known by its name, and may have changed between the two.
@@ -288,10 +279,7 @@ class _Reader:
         held_out = np.flatnonzero(_held_out(0, len(tokens.rows), wanted.share))
         return int(_count(tokens.rows[held_out], self._special).sum()) >= wanted.n_held_out
 
-    def _read(
-        self, wanted: _Wanted, held_out: bool, key: str, before: np.ndarray | None
-    ) -> _Tokens:
-        """Return what is read anew; it begins with the rows `before`, if there are any."""
+    def _read(self, wanted: _Wanted, held_out: bool, key: str, before: np.ndarray) -> _Tokens:
         open_documents = self.source.held_out if held_out else self.source.train
         assert open_documents is not None
         parts = open_documents()
@@ -299,9 +287,7 @@ class _Reader:
         if not head:
             raise InputError(f"expected some text in {self.source.name}, got none")
         packing = self._settled(head)
-        blocks = self._blocks(chain(head, parts), packing, wanted)
-        if before is not None:
-            blocks = self._going_on(blocks, before)
+        blocks = self._blocks(chain(head, parts), packing, wanted, before)
         return _keep(blocks, key, bos=packing.starts_with_bos, always=self.source.remote)
 
     def _settled(self, head: list[Part]) -> "_Packing":
@@ -325,13 +311,16 @@ class _Reader:
         return self._packing._replace(n_ctx=length, **kept)
 
     def _blocks(
-        self, parts: Iterator[Part], packing: "_Packing", wanted: _Wanted
+        self, parts: Iterator[Part], packing: "_Packing", wanted: _Wanted, before: np.ndarray
     ) -> Iterator["_Block"]:
         """Yield blocks of rows until there are as many counted tokens among them as wanted.
 
-        Raises:
-            InputError: while iterating, if an id is outside the tokenizer's vocabulary.
+        The first rows have to be `before`, what an earlier reading came to: of other text, what is
+        held out may be what was trained on.
         """
+        other = InputError(
+            f"expected the text that was read of {self.source.name} before, got other text"
+        )
         carry = np.empty(0, packing.dtype)
         width = packing.n_ctx - (packing.bos is not None)
         n_rows = n_tokens = n_held_out = 0
@@ -343,6 +332,8 @@ class _Reader:
             rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
             if packing.bos is not None:
                 rows = np.insert(rows, 0, packing.bos, axis=1)
+            if not _begins_with(rows, before[n_rows : n_rows + n]):
+                raise other
             counts = _count(rows, self._special)
             held_out = _held_out(n_rows, n_rows + n, wanted.share)
             n_rows += n
@@ -351,7 +342,9 @@ class _Reader:
             missing = wanted.missing(n_tokens, n_held_out)
             yield _Block(rows, n_tokens if missing <= 0 else None)
             if missing <= 0:
-                return
+                break
+        if n_rows < len(before):
+            raise other
 
     def _ids(self, block: list[Part], packing: "_Packing") -> Iterator[np.ndarray]:
         """Yield the ids of each part and, after a document's end, the separator."""
@@ -368,29 +361,9 @@ class _Reader:
             if part.ends and packing.separator is not None:
                 yield np.array([packing.separator], packing.dtype)
 
-    def _going_on(self, blocks: Iterator["_Block"], before: np.ndarray) -> Iterator["_Block"]:
-        """Yield blocks that begin with the rows that an earlier reading came to.
-
-        Of other text, what is held out may be what was trained on.
-
-        Raises:
-            InputError: while iterating, if they do not.
-        """
-        n_rows = 0
-        for block in blocks:
-            if not _begins_with(block.rows, before[n_rows : n_rows + len(block.rows)]):
-                break
-            yield block
-            n_rows += len(block.rows)
-        else:
-            if n_rows >= len(before):
-                return
-        name = self.source.name
-        raise InputError(f"expected the text that was read of {name} before, got other text")
-
 
 def _begins_with(rows: np.ndarray, known: np.ndarray) -> bool:
-    return rows is known or np.array_equal(rows[: len(known)], known)
+    return rows is known or not len(known) or np.array_equal(rows[: len(known)], known)
 
 
 def _held_out(start: int, stop: int, share: float) -> np.ndarray:
@@ -452,12 +425,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
-    """Return how text is packed.
-
-    Raises:
-        InputError: if the context is longer than the model's or has room for nothing but BOS, or
-            BOS is asked of a tokenizer that has none.
-    """
+    """Return how text is packed; refuse n_ctx or BOS that do not suit the model."""
     n_ctx = cfg.n_ctx or min(model_n_ctx, 256)
     if n_ctx > model_n_ctx:
         raise InputError(
@@ -530,11 +498,7 @@ def _tokenizer_key(tokenizer: Any) -> str:
 
 
 def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
-    """Return the rows kept under `key` that reach `n_tokens` or the source's end, shortest first.
-
-    Args:
-        n_tokens: how far the source must have been read; None: to its end.
-    """
+    """Return rows kept under `key` that reach `n_tokens` or the source's end, shortest first."""
     found: list[tuple[float, _Tokens]] = []
     for path in sorted(cache_folder("tokens").glob(f"{key}.*.rows")):
         _, said, n_ctx, bos, _ = path.name.split(".")
@@ -548,13 +512,7 @@ def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
 def _keep(blocks: Iterator[_Block], key: str, *, bos: bool, always: bool) -> _Tokens:
     """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
 
-    Args:
-        blocks: at least one.
-        bos: whether they start with BOS.
-        always: keep few rows too, because the source is slow.
-
-    Raises:
-        InputError: if the disk fills up.
+    `always`: keep few rows too, because the source is slow.
     """
     head = [next(blocks)]
     while not always and sum(block.rows.size for block in head) < SMALL_TOKENS:

@@ -108,23 +108,25 @@ class _Origin(NamedTuple):
     """For every `from_pretrained`."""
 
     def load(self, auto: Any, **options: Any) -> Any:
-        """Return what one of transformers' Auto classes loads."""
         return auto.from_pretrained(str(self.folder or self.name), **self.options, **options)
 
     def hub_mistake(self, error: Exception) -> InputError:
         revision = self.options.get("revision")
         return InputError(hub_sentence(error, self.name, what="model", revision=revision))
 
-    def refuse_pointer(self) -> None:
-        """Refuse a clone that holds Git LFS's notes in place of its files."""
+    def mistake(self, error: Exception, sentence: str) -> InputError:
+        """Return why files could not be read: the Hub, Git LFS's notes in their place, or else."""
+        if is_hub_trouble(error):
+            return self.hub_mistake(error)
         for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
             if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
                 with path.open("rb") as file:
                     if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                        raise InputError(
+                        sentence = (
                             f"expected the file itself in {path}, got Git LFS's pointer to it; "
                             "fetch it with `git lfs pull`"
                         )
+        return InputError(sentence)
 
 
 def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
@@ -176,11 +178,11 @@ def _config(origin: _Origin) -> Any:
             raise InputError(_unsupported(origin.name, _stranger(origin))) from error
         # A value of the wrong kind leads to errors of many kinds: huggingface_hub's own, which are
         # no ValueErrors, KeyError, ZeroDivisionError.
-        origin.refuse_pointer()
-        raise InputError(
+        sentence = (
             f"expected a config.json that describes a model in {origin.name!r}, got one that "
             f"cannot be used ({_reason(error)}); download or save the model again"
-        ) from error
+        )
+        raise origin.mistake(error, sentence) from error
 
 
 def _stranger(origin: _Origin) -> str:
@@ -239,21 +241,19 @@ def _tokenizer(origin: _Origin) -> Any:
     try:
         tokenizer = origin.load(AutoTokenizer)
     except (OSError, ValueError, ImportError) as error:
-        if is_hub_trouble(error):
-            raise origin.hub_mistake(error) from error
-        origin.refuse_pointer()
+        sentence = missing
         if "custom code" in str(error):
-            raise InputError(
+            sentence = (
                 f"expected a tokenizer that transformers has the code of, got one in {name} whose "
                 "code is Python that comes with it (auto_map) and is never run; save its "
                 "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
-            ) from error
-        if origin.folder and any((origin.folder / file).is_file() for file in _TOKENIZERS):
-            raise InputError(
+            )
+        elif origin.folder and any((origin.folder / file).is_file() for file in _TOKENIZERS):
+            sentence = (
                 f"expected a tokenizer that can be read beside the model, got one in {name} that "
                 f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
-            ) from error
-        raise InputError(missing) from error
+            )
+        raise origin.mistake(error, sentence) from error
     # Where the files are missing, most tokenizer classes start out empty and say nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(missing)
@@ -282,13 +282,11 @@ def _model(origin: _Origin, dtype: Any) -> Any:
             "that does without, not quantised"
         ) from error
     except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
-        if is_hub_trouble(error):
-            raise origin.hub_mistake(error) from error
-        origin.refuse_pointer()
-        raise InputError(
+        sentence = (
             f"expected model weights (model.safetensors) beside the config of {origin.name!r}, "
             f"found none that could be read ({_reason(error)}); download or save the model again"
-        ) from error
+        )
+        raise origin.mistake(error, sentence) from error
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         # An activation function that there is none of, no heads, a list where tensors were.
         raise InputError(
@@ -312,8 +310,7 @@ def _reason(error: Exception) -> str:
 def _quiet(*, bar: bool) -> Iterator[None]:
     """Within, transformers reports no keys that do not fit: our sentence does. `bar`: it may draw.
 
-    A bar over weights of a local folder would only end up in logs; the same switch controls the
-    Hub's bars for downloads.
+    Bars over a local folder's weights would only end up in logs; those of downloads stay on.
     """
     from transformers.utils import logging as library
 

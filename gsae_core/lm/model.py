@@ -102,8 +102,8 @@ class LanguageModel:
     ) -> Float[Tensor, "rows pos d_in"]:
         """Return the activations of a site as float32, on the model's device.
 
-        The forward pass stops there: no later block runs, and no logits are computed. Threads that
-        read the same site run side by side (in a TransformerBridge, one after the other).
+        The forward pass stops there. Threads that read the same site run side by side (in a
+        TransformerBridge, one after the other).
 
         Args:
             ids: token ids; attention is causal and nothing is padding.
@@ -308,9 +308,8 @@ def logit_slope(
 ) -> Float[Tensor, "pos d_in"]:
     """Return d logit(token after `position`) / d x(q), for every position q; float32.
 
-    It goes through all that lies between the site and the logits: later blocks, attention included,
-    the final norm and the unembedding. Positions after `position` have slope 0: attention is
-    causal.
+    It goes through all that lies between the site and the logits. Positions after `position` have
+    slope 0: attention is causal.
 
     Raises:
         InputError: if there is no such layer, site, position or token.

@@ -5,17 +5,13 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.lm.catalog import model_folder
+from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES, Part, Source, open_source
 from gsae_core.lm.texts import token_texts
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from gsae_core.lm.readers import Part, Source
 
 LINES = 10
 LINE_TOKENS = 40
@@ -27,14 +23,10 @@ class Preview(NamedTuple):
     """The beginnings of a corpus's first documents."""
 
     lines: list[list[str]]
-    """The text of each token (`lm.texts.token_texts`); empty: the rest of the last character."""
-
+    """The text of each token, as `token_texts` returns it."""
     sampled_tokens: int
-    """Tokens that the sample came to."""
-
     sampled_bytes: int
     """UTF-8 bytes of the sample; 0 for token arrays."""
-
     n_tokens: int | None
     """About how many tokens the whole corpus has; None where that takes reading it."""
 
@@ -45,8 +37,6 @@ def preview(data: DataConfig, model: str, revision: str | None = None) -> Previe
     Raises:
         InputError: if the tokenizer or the corpus cannot be read.
     """
-    from gsae_core.lm.readers import open_source
-
     tokenizer = load_tokenizer(model, revision)
     source = open_source(data, tokenizer.get_vocab_size())
     parts = list(islice(source.train(), LINES))
@@ -62,7 +52,7 @@ def preview(data: DataConfig, model: str, revision: str | None = None) -> Previe
     return Preview(lines[:LINES], n_tokens, n_bytes, whole)
 
 
-def _sample(part: "Part", tokenizer: "Tokenizer") -> tuple[list[str], int]:
+def _sample(part: Part, tokenizer: Any) -> tuple[list[str], int]:
     """Return the beginning of a document, token by token, and its UTF-8 bytes."""
     if not isinstance(part.content, str):
         ids = [int(id_) for id_ in part.content[: LINES * LINE_TOKENS]]
@@ -72,15 +62,13 @@ def _sample(part: "Part", tokenizer: "Tokenizer") -> tuple[list[str], int]:
     return token_texts(tokenizer, ids, text=text), len(text.encode())
 
 
-def _estimate(source: "Source", parts: "list[Part]", tokens_per_byte: float | None) -> int | None:
+def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) -> int | None:
     """Return about how many tokens a corpus on this disk has, from the sizes of its files."""
     files = [stamp.rsplit(" ", 2) for stamp in source.stamp if stamp.count(" ") >= 2]
     sizes = {Path(name): int(size) for name, size, _ in files if size.isdecimal()}
     if source.remote or not sizes:
         return None
     if tokens_per_byte is not None:
-        from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES
-
         # Tables and packed files hold more, or less, than the text in them.
         if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in sizes):
             return None
@@ -89,8 +77,8 @@ def _estimate(source: "Source", parts: "list[Part]", tokens_per_byte: float | No
     return sum(sizes.values()) // content.dtype.itemsize
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
-    """Return a model's fast tokenizer: of the bundled model, a folder, or from the Hub.
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """Return a model's fast tokenizer.
 
     Raises:
         InputError: if there is none, or it cannot be had.
