@@ -16,7 +16,6 @@ from app_pages import opened, text
 from gsae_core.analysis.labels import Labels
 from gsae_core.analysis.results import evaluation_frame
 from gsae_core.checkpoints.checkpoint import load_sae
-from gsae_core.cli.arguments import List
 from gsae_core.cli.report import list_lines
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import escalate_cancel
@@ -93,8 +92,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def readers(folder: Path) -> Iterator[Callable[[], Any]]:
     """Yield everything that reads a run's files without its language model."""
-    yield lambda: list_lines(List(folder.parent))
-    yield lambda: list_lines(List(folder))
+    yield lambda: list_lines(folder.parent)
+    yield lambda: list_lines(folder)
     try:
         run = Run.open(folder)
     except InputError:
@@ -196,7 +195,7 @@ def test_the_list_says_what_is_wrong_with_each(runs: Path) -> None:
     (finished / "evals.json").write_text('{"saes": [{"name": "gated"}]}')
     with (finished / "events.jsonl").open("ab") as file:
         file.write(b"\0\0\0\n\0\0\n")
-    head, row, *said = list_lines(List(runs))
+    head, row, *said = list_lines(runs)
     assert head.split()[:2] == ["run", "state"]
     assert row.split()[:2] == ["finished", "finished"]
     assert said == [

@@ -1,13 +1,12 @@
 """`python -m gsae_core ...`: what each command does, and the only module that prints."""
 
 import contextlib
-import functools
 import secrets
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -33,7 +32,7 @@ from gsae_core.cli.arguments import (
     parse,
     run_config,
 )
-from gsae_core.config import EvalConfig, validated
+from gsae_core.config import EvalConfig, ModelConfig, validated
 from gsae_core.errors import InputError
 from gsae_core.files import left_out, readable
 from gsae_core.machine import slot_of
@@ -52,7 +51,7 @@ from gsae_core.runs.work.transfer import (
     run_name,
 )
 from gsae_core.schedule import shortfalls_of_run
-from gsae_core.text import Progress, aligned
+from gsae_core.text import Progress, fixed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -65,12 +64,21 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
+# Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
+OWN = {
+    *("recipe", "tie", "aux", "detach_b_dec", "k_aux"),
+    *("init_threshold", "bandwidth", "threshold_unit"),
+}
+
 BARS = ("training", "evaluating", "indexing", "downloading", "labelling")
 """Stages that are drawn as bars."""
 WHOLE = ("training", "labelling")
 """Those of few enough units to be counted in full."""
 
-show = functools.partial(print, flush=True)
+
+def show(*lines: str) -> None:
+    """Print lines of the answer."""
+    print(*lines, sep="\n", flush=True)
 
 
 def say(sentence: str) -> None:
@@ -87,11 +95,7 @@ class Ended(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, or 2 for a mistake, said in one sentence.
-
-    Args:
-        argv: the words after the program; None takes the process's own.
-    """
+    """Run a command and return the exit code; `argv` are the words after the program."""
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         return _bench(words[1:]) if words[:1] == ["bench"] else _run(parse(words))
@@ -125,19 +129,14 @@ def _run(command: object) -> int:
         case Push():
             _push(command)
         case Import():
-            _show(report.import_lines(command))
+            _import(command)
         case ExportSAE():
-            _show(report.export_lines(command))
+            _export(command)
         case List():
-            _show(report.list_lines(command))
+            show(*report.list_lines(command.path))
         case Doctor():
             return _doctor(command)
     return 0
-
-
-def _show(lines: Iterable[str]) -> None:
-    for line in lines:
-        show(line)
 
 
 @contextlib.contextmanager
@@ -176,7 +175,7 @@ def _train(flags: Train) -> None:
 
 
 def _work(run: Run) -> None:
-    """Train a run to its end, or to where it is interrupted, once its device is free."""
+    """Train a run once its device is free, to its end or to where it is interrupted."""
     stage = "cancelled"
     with _unexpected(run), contextlib.suppress(KeyboardInterrupt), Worker(run) as worker:
         slot = slot_of(run.config.device)
@@ -194,7 +193,7 @@ def _work(run: Run) -> None:
         step, n_steps = run.status.step, run.status.n_steps
         resume = f"{PROGRAM} resume {run.folder}"
         raise Ended(INTERRUPTED, f"stopped after step {step} of {n_steps}; go on with: {resume}")
-    _show(report.run_report(run))
+    show(*report.run_report(run))
 
 
 def _evaluate(command: Evaluate) -> None:
@@ -205,7 +204,7 @@ def _evaluate(command: Evaluate) -> None:
         validated(EvalConfig, {"n_tokens": command.tokens}, {"n_tokens": "--tokens"})
     with _unexpected(run, log=True):
         _follow(evaluate_run(run, n_tokens=command.tokens, replace=command.replace))
-    _show(report.run_report(run))
+    show(*report.run_report(run))
 
 
 def _index(command: Index) -> None:
@@ -222,6 +221,49 @@ def _index(command: Index) -> None:
         manifest = read_manifest(folder)
         size = readable(manifest.n_bytes)
         show(f"{name}: {manifest.amount()}, L0 {manifest.l0:.1f}, {size} in {folder}")
+
+
+def _import(command: Import) -> None:
+    """Import SAEs, and show what they are and every assumption."""
+    from gsae_core.runs.work.imports import import_saes
+
+    if command.layer is not None:
+        validated(ModelConfig, {"layer": command.layer}, {"layer": "--layer"})
+    run, sources = import_saes(
+        command.path,
+        command.to,
+        model=command.model,
+        layer=command.layer,
+        site=command.site,
+        saes=command.sae,
+        data=command.data,
+    )
+    show(f"run {run.folder}")
+    for name, source in sources.items():
+        show(f"{name}: {source.architecture} of {source.library}")
+        for sentence in source.assumed:
+            show(f"  {sentence}")
+    show(f"for {run.config.model.name}, {run.config.model.hook_name}")
+    show(f"measure it with: {PROGRAM} evaluate {run.folder}")
+
+
+def _export(command: ExportSAE) -> None:
+    """Write an SAE, and show its files and how close they are."""
+    from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+    from gsae_core.checkpoints.formats.write import write_sae
+
+    run = Run.open(command.run)
+    name = command.sae or report.only_sae(run)
+    folder = run.sae_folder(name)
+    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
+    if metadata.get("stopped"):
+        show(f"{name} stopped learning: {metadata['stopped']}")
+    sae = load_sae(folder)
+    if command.format == "jumprelu":
+        metadata["converted_from"] = sae.architecture
+    written = write_sae(sae, command.to, format=command.format, metadata=metadata)
+    show(*map(str, written.files))
+    show(f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}")
 
 
 def _doctor(command: Doctor) -> int:
@@ -246,16 +288,10 @@ def _bench(words: Sequence[str]) -> int:
     return import_module("benchmarks.__main__").main(words, program=f"{PROGRAM} bench")
 
 
-def _follow(
-    progress: Iterator[Progress],
-    *,
-    before_training: Sequence[str] = (),
-) -> str:
+def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()) -> str:
     """Draw a bar for each stage until the work ends; return the last stage.
 
-    Args:
-        progress: closed at the end.
-        before_training: sentences to say before the bar of that stage.
+    `before_training` are sentences to say before the bar of that stage.
     """
     stage, bar = "", None
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
@@ -312,7 +348,8 @@ def _pull(command: Pull) -> None:
     if repository.renamed:
         say(repository.renamed)
     if command.list:
-        return _show(report.listing(repository))
+        show(*report.listing(repository))
+        return
     sae = one_sae(repository)
     root = runs_root()
     folder = command.to or root / free_name(root, run_name(repository.repo, sae.path))
@@ -324,7 +361,7 @@ def _pull(command: Pull) -> None:
         f"{sae.path or repository.repo}: {sae.library}, {count}, {readable(sae.n_bytes)}, "
         f"commit {repository.commit[:12]}"
     )
-    return _transfer(ask(folder.absolute().parent, request))
+    _transfer(ask(folder.absolute().parent, request))
 
 
 def _push(command: Push) -> None:
@@ -378,7 +415,11 @@ def _label(command: Label) -> int:
             "machine, or with --remote the name of one at the address in OPENAI_BASE_URL"
         )
     run = Run.open(command.run)
-    index = _feature_index(run, command)
+    name = command.sae or report.only_sae(run)
+    index = run.features(name)
+    if is_example(run):
+        # Where the Features page keeps them: the example itself is only read.
+        index.labels = Labels(labels_folder(runs_root().absolute(), name))
     numbers = _chosen(command, index)
     if index.labels.damaged:
         say(left_out(index.labels.damaged, "labels.jsonl"))
@@ -396,10 +437,18 @@ def _label(command: Label) -> int:
     try:
         _follow(_labelling(command, index, writer, asked, done, failed))
     except KeyboardInterrupt:
-        say(f"stopped after {len(done)} of {len(asked)}; {_rest(command, asked, done)}")
+        again = "the same command goes on from there"
+        if command.again:
+            labelled = {said.feature for said in done}
+            rest = " ".join(str(number) for number in asked if number not in labelled)
+            again = f"for the others give --again --features {rest}"
+        say(f"stopped after {len(done)} of {len(asked)}; {again}")
         return INTERRUPTED
     finally:
-        _show(_table(done))
+        if done:
+            show("feature  score  label")
+        for said in done:
+            show(f"{said.feature:<7}  {fixed(said.score, 2):>5}  {said.text}")
         for number, sentence in failed.items():
             say(f"feature {number}: {sentence}")
     if len(done) + len(failed) < len(asked):
@@ -410,21 +459,8 @@ def _label(command: Label) -> int:
     return FAILURE if failed else 0
 
 
-def _feature_index(run: Run, command: Label) -> "FeatureIndex":
-    """Return the index, with the labels that the Features page shows."""
-    name = command.sae or report.only_sae(run)
-    index = run.features(name)
-    if is_example(run):
-        index.labels = Labels(labels_folder(runs_root().absolute(), name))
-    return index
-
-
 def _chosen(command: Label, index: "FeatureIndex") -> list[int]:
-    """Return the features to label, each once and none of them dead.
-
-    Raises:
-        InputError: if none or an unknown or dead one is asked for.
-    """
+    """Return the features to label, each once and none of them dead."""
     import numpy as np
 
     from gsae_core.analysis.autointerp import check_fires
@@ -444,11 +480,7 @@ def _chosen(command: Label, index: "FeatureIndex") -> list[int]:
 
 
 def _local(name: str, device: str) -> "LocalWriter":
-    """Return a model on this machine; nothing is fetched.
-
-    Raises:
-        InputError: if it is not here, or not one that can be read.
-    """
+    """Return a model on this machine; nothing is fetched."""
     from gsae_core.analysis.autointerp import LocalWriter
     from gsae_core.lm.catalog import cached_models, model_folder
     from gsae_core.runs.plan.cost import resolve_device
@@ -507,25 +539,3 @@ def _labelling(
         if misunderstood == MOST_MISUNDERSTOOD:
             return
     yield Progress("labelling", len(asked), len(asked), "feature")
-
-
-def _rest(command: Label, asked: Sequence[int], done: Sequence[Annotation]) -> str:
-    if not command.again:
-        return "the same command goes on from there"
-    labelled = {said.feature for said in done}
-    rest = " ".join(str(number) for number in asked if number not in labelled)
-    return f"for the others give --again --features {rest}"
-
-
-def _table(done: Sequence[Annotation]) -> list[str]:
-    """Return a line for each label: feature, score, label, as far as there are any."""
-    if not done:
-        return []
-    rows = [
-        [str(said.feature), "–" if said.score is None else f"{said.score:.2f}"] for said in done
-    ]
-    lines = aligned([["feature", "score"], *rows])
-    return [
-        f"{line}  {text}"
-        for line, text in zip(lines, ["label", *(s.text for s in done)], strict=True)
-    ]

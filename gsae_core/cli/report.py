@@ -1,15 +1,14 @@
-"""Answers as lines of text: tables of runs, SAEs and measurements, what was imported or written."""
+"""Answers as lines of text: tables of runs, SAEs and measurements."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.checkpoints.formats.detect import find_saes
 from gsae_core.checkpoints.formats.libraries import HookPoint
 from gsae_core.checkpoints.hub import Repository
-from gsae_core.cli.arguments import PROGRAM, ExportSAE, Import, List
-from gsae_core.config import ModelConfig, validated
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
@@ -24,55 +23,6 @@ from gsae_core.text import (
     worse_than_mean,
 )
 
-# Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
-OWN = {
-    *("recipe", "tie", "aux", "detach_b_dec", "k_aux"),
-    *("init_threshold", "bandwidth", "threshold_unit"),
-}
-
-
-def import_lines(command: Import) -> Iterator[str]:
-    """Yield what was imported, and every assumption, having imported it."""
-    from gsae_core.runs.work.imports import import_saes
-
-    if command.layer is not None:
-        validated(ModelConfig, {"layer": command.layer}, {"layer": "--layer"})
-    run, sources = import_saes(
-        command.path,
-        command.to,
-        model=command.model,
-        layer=command.layer,
-        site=command.site,
-        saes=command.sae,
-        data=command.data,
-    )
-    yield f"run {run.folder}"
-    for name, source in sources.items():
-        yield f"{name}: {source.architecture} of {source.library}"
-        yield from (f"  {sentence}" for sentence in source.assumed)
-    yield f"for {run.config.model.name}, {run.config.model.hook_name}"
-    yield f"measure it with: {PROGRAM} evaluate {run.folder}"
-
-
-def export_lines(command: ExportSAE) -> Iterator[str]:
-    """Yield what was written and how close it is, having written it."""
-    from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
-    from gsae_core.checkpoints.formats.write import write_sae
-
-    run = Run.open(command.run)
-    name = command.sae or only_sae(run)
-    folder = run.sae_folder(name)
-    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
-    if metadata.get("stopped"):
-        yield f"{name} stopped learning: {metadata['stopped']}"
-    sae = load_sae(folder)
-    if command.format == "jumprelu":
-        metadata["converted_from"] = sae.architecture
-    written = write_sae(sae, command.to, format=command.format, metadata=metadata)
-    for path in written.files:
-        yield str(path)
-    yield f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}"
-
 
 def only_sae(run: Run) -> str:
     """Return the name of a run's one SAE.
@@ -86,23 +36,23 @@ def only_sae(run: Run) -> str:
     return names[0]
 
 
-def list_lines(command: List) -> list[str]:
-    """Return a table of the runs or SAEs at a path.
+def list_lines(path: Path | None) -> list[str]:
+    """Return a table of the runs or SAEs at a path; None is the folder of runs.
 
     Raises:
         InputError: if there is neither.
     """
-    path = runs_root() if command.path is None else command.path
-    if (path / "config.json").is_file() and (path / "status.json").is_file():
-        return _saes_of(Run.open(path))
-    if path.is_dir():
-        listed, unreadable = survey(path)
+    folder = path or runs_root()
+    if (folder / "config.json").is_file() and (folder / "status.json").is_file():
+        return _saes_of(Run.open(folder))
+    if folder.is_dir():
+        listed, unreadable = survey(folder)
         # A run that can be opened may still have lost a part of what it measured.
         damaged = [f"{run.id}: {reason}" for run, _ in listed for reason in run.damages()]
         damaged += [f"{run.id}: {run.reason}" for run in unreadable]
         if listed:
-            head = ["run", "state", "model", "site", "architectures", "SAEs", "from"]
-            rows = [
+            rows = [["run", "state", "model", "site", "architectures", "SAEs", "from"]]
+            rows += [
                 [
                     run.id,
                     run.judged(said).state,
@@ -114,16 +64,15 @@ def list_lines(command: List) -> list[str]:
                 ]
                 for run, said in listed
             ]
-            worse = [
-                f"{run.id}: {sentence}" for run, _ in listed if (sentence := _worse(_measured(run)))
-            ]
-            return [*aligned([head, *rows]), *worse, *damaged]
-        if any((path / run.id / "status.json").exists() for run in unreadable):
+            worse = {run.id: _worse(_measured(run)) for run, _ in listed}
+            notes = [f"{name}: {sentence}" for name, sentence in worse.items() if sentence]
+            return [*aligned(rows), *notes, *damaged]
+        if any((folder / run.id / "status.json").exists() for run in unreadable):
             return damaged
-    elif command.path is None:
-        raise InputError(f"expected runs in {path}, found no such folder; train or import first")
-    head = ["SAE", "architecture", "d_in", "latents", "place", "format", "file"]
-    rows = [
+    elif path is None:
+        raise InputError(f"expected runs in {folder}, found no such folder; train or import first")
+    rows = [["SAE", "architecture", "d_in", "latents", "place", "format", "file"]]
+    rows += [
         [
             sae.name,
             sae.architecture,
@@ -133,9 +82,9 @@ def list_lines(command: List) -> list[str]:
             sae.library,
             str(sae.weights),
         ]
-        for sae in find_saes(path)
+        for sae in find_saes(folder)
     ]
-    return aligned([head, *rows])
+    return aligned(rows)
 
 
 def _measured(run: Run) -> dict[str, dict[str, Any]]:
@@ -153,8 +102,8 @@ def _worse(measured: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _saes_of(run: Run) -> list[str]:
     measured = _measured(run)
-    head = ["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]
-    rows, notes = [], []
+    rows = [["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]]
+    notes = [worse] if (worse := _worse(measured)) else []
     for spec in run.config.saes:
         try:
             cfg = run.sae_cfg(spec.name)
@@ -176,14 +125,8 @@ def _saes_of(run: Run) -> list[str]:
             ]
         )
         notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
-    notes = [worse, *notes] if (worse := _worse(measured)) else notes
     place = f"{run.config.model.name}, {run.config.model.hook_name}"
-    return [
-        f"{run.id}, {run.status.state}: {place}",
-        *aligned([head, *rows]),
-        *notes,
-        *run.damages(),
-    ]
+    return [f"{run.id}, {run.status.state}: {place}", *aligned(rows), *notes, *run.damages()]
 
 
 def _place(place: HookPoint) -> str:
@@ -202,12 +145,9 @@ def listing(repository: Repository) -> list[str]:
 
 
 def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return evals.json as a table; loss recovered and alive latents in percent, KL in nats.
-
-    SAEs worse than predicting the mean are named below it.
-    """
-    head = ["SAE", "latents", "L0", "loss recovered", "KL", "FVU", "gamma", "gate gamma", "alive"]
-    rows = [
+    """Return evals.json as a table, and below it which SAEs are worse than predicting the mean."""
+    rows = [["SAE", "latents", "L0", "loss recovered", "KL", "FVU", "gamma", "gate gamma", "alive"]]
+    rows += [
         [
             row["name"],
             str(row["d_sae"]),
@@ -222,8 +162,8 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in evals
     ]
-    worse = worse_than_mean({row["name"]: row["fvu"] for row in evals})
-    return [*aligned([head, *rows]), *([worse] if worse else [])]
+    worse = _worse({row["name"]: row for row in evals})
+    return [*aligned(rows), *([worse] if worse else [])]
 
 
 def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
