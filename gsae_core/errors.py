@@ -19,17 +19,7 @@ OFFLINE = "No connection to the Hugging Face Hub. Local runs, imports and export
 def hub_answers(
     repo: str, *, what: What, revision: str | None = None, file: str | None = None
 ) -> Iterator[None]:
-    """Turn what goes wrong between here and the Hub into a sentence.
-
-    Args:
-        repo: the repository asked.
-        what: is looked for there.
-        revision: branch, tag or commit asked for; None for the default branch.
-        file: asked for in it, if only one was.
-
-    Raises:
-        InputError: with the sentence.
-    """
+    """Turn what goes wrong between here and the Hub into an InputError with `hub_sentence`."""
     import httpx2
     from huggingface_hub import errors
 
@@ -58,6 +48,10 @@ def hub_sentence(
     """Return what went wrong, told by the exceptions that led to `error`.
 
     An error that names no reason of the Hub's means that the Hub was not reached.
+
+    Args:
+        what: is looked for in the repository.
+        file: asked for in it, if only one was.
     """
     from huggingface_hub import errors
 
@@ -96,8 +90,10 @@ def hub_sentence(
     for kind, sentence in told.items():
         if _met(chain, kind):
             return sentence
-    if (status := _status(chain)) is not None:
-        return _refused(repo, status)
+    responses = (getattr(one, "response", None) for one in chain)
+    for status in (getattr(response, "status_code", None) for response in responses):
+        if isinstance(status, int):
+            return _refused(repo, status)
     if _met(chain, errors.FileMetadataError):
         return (
             f"expected a Hub to answer for {repo!r}, got something else; correct HF_ENDPOINT, the "
@@ -125,10 +121,9 @@ def is_hub_trouble(error: BaseException) -> bool:
 
 
 def data_sentence(error: BaseException, name: str) -> str:
-    """Return why a data set of the Hub cannot be streamed, from what `datasets` raised.
+    """Return why a data set, `owner/name` or `owner/name:config`, cannot be streamed.
 
-    Args:
-        name: `owner/name`, or `owner/name:config`.
+    `error` is what `datasets` raised.
     """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
@@ -169,16 +164,15 @@ def _refused(repo: str, status: int) -> str:
             "on the Hub's settings page and run `hf auth login`"
         ),
         429: f"expected an answer about {repo!r}, but the Hub counts too many; wait some minutes",
-    }
-    if status >= 500:
-        return (
+        500: (
             f"expected an answer about {repo!r}, but the Hub itself is in trouble ({status}); try "
             "again later"
-        )
+        ),
+    }
     otherwise = (
         f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
     )
-    return told.get(status, otherwise)
+    return told.get(min(status, 500), otherwise)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -189,11 +183,3 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     return chain
-
-
-def _status(chain: list[BaseException]) -> int | None:
-    for error in chain:
-        response = getattr(error, "response", None)
-        if isinstance(status := getattr(response, "status_code", None), int):
-            return status
-    return None

@@ -28,15 +28,9 @@ EXAMPLE = Path(__file__).resolve().parent / "assets" / "example"
 
 @contextmanager
 def writing(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn failures a person can mend into a sentence: a full disk, a read-only place, a folder.
+    """Turn what a person can mend into an InputError: a full disk, a read-only place, a folder.
 
-    Args:
-        path: what is being written.
-        n_bytes: how much room it takes.
-
-    Raises:
-        InputError: how much is needed and how much is free, that the place is not writable, or
-            that something else than a file is there.
+    `n_bytes` is how much room `path` takes.
     """
     if path.absolute().is_relative_to(EXAMPLE):
         raise InputError(
@@ -47,21 +41,20 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            free = free_bytes(path)
-            raise InputError(
-                f"expected {readable(n_bytes)} free for {path}, found {readable(free)}; "
-                "make room on the disk and resume the run"
-            ) from error
-        if error.errno in REFUSED:
-            raise InputError(
+            sentence = (
+                f"expected {readable(n_bytes)} free for {path}, found {readable(free_bytes(path))}"
+                "; make room on the disk and resume the run"
+            )
+        elif error.errno in REFUSED:
+            sentence = (
                 f"expected to be allowed to write {path}, got {os.strerror(error.errno)!r}; "
                 "choose a folder you own"
-            ) from error
-        if error.errno in MISPLACED:
-            raise InputError(
-                f"expected a file at {path}, got: {os.strerror(error.errno)}; move it away"
-            ) from error
-        raise
+            )
+        elif error.errno in MISPLACED:
+            sentence = f"expected a file at {path}, got: {os.strerror(error.errno)}; move it away"
+        else:
+            raise
+        raise InputError(sentence) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -82,12 +75,11 @@ def replace_durably(path: Path, write: Callable[[Path], object], *, n_bytes: int
     """Put a file at `path` that is whole whenever it is seen, even after a power cut.
 
     Args:
-        path: where the file ends up; an older one stays until the new one is on the disk.
         write: writes the whole content to the path it is given, a sibling of `path`.
         n_bytes: about how large the file gets, for the sentence when the disk is full.
 
     Raises:
-        InputError: if the disk is full or the folder cannot be written.
+        InputError: as `writing`; an older file is then still there.
     """
     # One name a process: two writers of one file never share a half-written sibling.
     sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -135,11 +127,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_bytes(path: Path, *, missing: str | None = None) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        InputError: if there is no such file (says `missing`, if given), or it cannot be read.
-    """
+    """Return a file's content; an InputError says `missing` where there is no such file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -160,16 +148,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-MOST = 2**63
-"""What no number in our files reaches; arrays, charts and process ids could not take it."""
-
-
 def parse_json(text: str | bytes) -> Any:
     """Return what JSON says, UTF-8 if it comes as bytes.
 
     Raises:
-        ValueError: for anything that no file of ours holds: other encodings, numbers beyond 2^63,
-            half a surrogate pair, nesting deeper than Python follows.
+        ValueError: for anything that no file of ours holds: other encodings, numbers beyond 2^63
+            (arrays, charts and process ids could not take them), half a surrogate pair, nesting
+            deeper than Python follows.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")  # some editors begin a file with a mark
@@ -183,7 +168,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > 20 or abs(int(digits)) >= MOST:
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
@@ -196,10 +181,7 @@ def _real(digits: str) -> float:
 
 
 def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
-    """Return the object in one of a run's JSON files.
-
-    Args:
-        missing: the sentence where there is no such file, if another than `read_bytes` has.
+    """Return the object in a JSON file; an InputError says `missing` where there is no such file.
 
     Raises:
         InputError: if the file is missing, cannot be read or holds no JSON object.
@@ -220,25 +202,17 @@ def first_of(error: ValidationError, *, may_lack: Collection[str] = ()) -> str |
     Args:
         may_lack: keys that need not be there; None comes back where nothing else is wrong.
     """
-    wrong = (
-        each
-        for each in error.errors()
-        if each["type"] != "missing" or each["loc"][-1] not in may_lack
-    )
-    first = next(wrong, None)
-    if first is None:
-        return None
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"no {where}"
-    came = first["input"]
-    shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
-    return f"{shown} as {where}"
+    for wrong in error.errors():
+        where, came = ".".join(map(str, wrong["loc"])), wrong["input"]
+        if wrong["type"] != "missing":
+            shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
+            return f"{shown} as {where}"
+        if wrong["loc"][-1] not in may_lack:
+            return f"no {where}"
+    return None
 
 
 class _Source(BaseModel):
-    """Where an imported SAE came from."""
-
     library: str = ""
     assumed: list[str] = []
 
@@ -262,22 +236,15 @@ class _SAECfg(BaseModel):
 
 
 def read_sae_cfg(path: Path) -> dict[str, Any]:
-    """Return the cfg.json of an SAE.
-
-    Raises:
-        InputError: if it is missing or damaged.
-    """
+    """Return the cfg.json of an SAE; an InputError says that it is missing or damaged."""
     return read_checked(path, _SAECfg, what="the config of an SAE")
 
 
 def read_checked(path: Path, schema: type[BaseModel], *, what: str) -> dict[str, Any]:
     """Return a file's JSON object, as it stands, if it fits a schema.
 
-    Args:
-        what: the file holds, for the sentence.
-
     Raises:
-        InputError: if it is missing or damaged; names the first field that does not fit.
+        InputError: if it is missing or no `what`; names the first field that does not fit.
     """
     fields = read_json(path)
     try:
@@ -301,7 +268,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """Append a row, whole and on the disk before this returns; others may append meanwhile.
 
     Raises:
-        InputError: if the disk is full or the folder cannot be written or is gone.
+        InputError: as `writing`, or if the folder is gone.
     """
     data = encoded([row])
     with (
@@ -317,10 +284,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def append_to(file: BinaryIO, data: bytes) -> None:
-    """Append whole lines to a file opened by `ab+` without a buffer, or nothing.
-
-    The caller sees to it that nothing else appends meanwhile.
-    """
+    """Append whole lines, or nothing, to a file opened by `ab+` without a buffer and locked."""
     end = file.seek(0, os.SEEK_END)
     if end:
         file.seek(-1, os.SEEK_END)
@@ -340,21 +304,16 @@ def encoded(rows: list[dict[str, Any]]) -> bytes:
 
 
 def read(path: Path) -> Lines:
-    """Return what a file holds; nothing where there is none.
-
-    Raises:
-        InputError: if there is something else than a file, or it may not be read.
-    """
+    """Return what a file holds; nothing where there is none."""
     return parsed(read_bytes(path)) if os.path.lexists(path) else Lines([], 0, False)
 
 
 def parsed(data: bytes) -> Lines:
     """Return the objects of lines. A last line without its end counts if it is a whole object."""
-    *lines, last = data.split(b"\n")
-    found = [_object(line) for line in lines]
-    end = _object(last)
+    lines = data.split(b"\n")
+    *found, end = map(_object, lines)
     rows = [row for row in (*found, end) if row is not None]
-    return Lines(rows, damaged=found.count(None), torn=end is None and last != b"")
+    return Lines(rows, damaged=found.count(None), torn=end is None and lines[-1] != b"")
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -375,9 +334,6 @@ def lock(folder: Path, name: str) -> "BaseFileLock":
     """Return the lock `name` of a run: `start` for a moment, `worker` for a process's life.
 
     The system frees it when its holder dies, however it dies.
-
-    Raises:
-        InputError: if the folder is gone.
     """
     if not folder.is_dir():
         # Taking the lock would make the folder again, without the run in it.
