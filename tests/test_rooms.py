@@ -12,7 +12,7 @@ LINES = {
     "lm": 3810,
     "training": 1090,
     "checkpoints": 3100,
-    "analysis": 5150,
+    "analysis": 5140,
     "plots": 1310,
     "runs": 4210,
     "cli": 1510,
