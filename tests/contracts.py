@@ -46,7 +46,8 @@ from gsae_core import (
     open_run,
 )
 from gsae_core.checkpoints.checkpoint import save_sae
-from gsae_core.checkpoints.formats import EXPORTS, write_sae
+from gsae_core.checkpoints.formats.libraries import EXPORTS
+from gsae_core.checkpoints.formats.write import write_sae
 from gsae_core.cli.main import main as command
 from gsae_core.config import RunConfig
 from gsae_core.sae.base import SAE

@@ -13,7 +13,9 @@ from foreign_files import gated, relu, scaled, topk, transposed, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsae_core.checkpoints.formats import FORMATS, detect, find_saes, read_sae
+from gsae_core.checkpoints.formats.detect import detect, find_saes
+from gsae_core.checkpoints.formats.libraries import FORMATS
+from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
 
 X = 2 * torch.randn(40, files.D_IN, generator=torch.Generator().manual_seed(9))

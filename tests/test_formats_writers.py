@@ -10,8 +10,11 @@ from examples import perturb_, set_, worked_example
 from safetensors.torch import load_file
 
 from gsae_core.checkpoints.checkpoint import save_sae
-from gsae_core.checkpoints.formats import EXPORTS, detect, read_sae, to_jumprelu, write, write_sae
-from gsae_core.checkpoints.formats.write import Parity, check_parity, parity
+from gsae_core.checkpoints.formats import write
+from gsae_core.checkpoints.formats.detect import detect
+from gsae_core.checkpoints.formats.libraries import EXPORTS
+from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.checkpoints.formats.write import Parity, check_parity, parity, to_jumprelu, write_sae
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE

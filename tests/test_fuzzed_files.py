@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gsae_core.checkpoints.formats import Provenance, detect, find_saes, read_sae
 from gsae_core.checkpoints.formats.containers import BELOW_SUSPICION
+from gsae_core.checkpoints.formats.detect import detect, find_saes
+from gsae_core.checkpoints.formats.libraries import Provenance
+from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 

@@ -17,8 +17,8 @@ from gsae_core.analysis.fidelity import evaluating, fidelity, reconstruct
 from gsae_core.analysis.prompt import analyse, effects, read_prompt
 from gsae_core.analysis.steering import Intervention, Steering, scales_of
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
-from gsae_core.checkpoints.formats import read_sae, write_sae
-from gsae_core.checkpoints.formats.write import parity
+from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.checkpoints.formats.write import parity, write_sae
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet

@@ -99,7 +99,7 @@ def test_the_card_s_jumprelu_code_runs_and_computes_what_the_gated_sae_does(
 def test_the_card_s_dictionary_learning_names_are_those_of_the_export(
     finished: Run, tmp_path: Path
 ) -> None:
-    from gsae_core.checkpoints.formats import write_sae
+    from gsae_core.checkpoints.formats.write import write_sae
 
     sae = load_sae(finished.sae_folder(NAME))
     written = write_sae(sae, tmp_path / "dl", format="dictionary_learning", metadata={})

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gsae_core.checkpoints.formats import read_sae, write_sae
+from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.checkpoints.formats.write import write_sae
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.text import aligned

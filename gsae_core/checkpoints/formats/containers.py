@@ -23,6 +23,7 @@ Kind = Literal["safetensors", "npz", "pickle"]
 
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 LARGEST_PICKLE = 64 * 2**20  # of data.pkl, which holds names and not numbers
+LARGEST_JSON = 16 * 2**20
 MOST_ENTRIES = 4096
 
 # Weights hardly compress. Zeros do, a thousandfold, so that small files are left alone.
@@ -46,15 +47,14 @@ class Contents(NamedTuple):
 def contents_of(path: Path) -> Contents | None:
     """Return what a file holds; None if it is no container of tensors.
 
-    Raises:
-        InputError: if it is one that is damaged, or made to do harm.
+    InputError names the damage in one, or what in it was made to do harm.
     """
     with path.open("rb") as file:
         start = file.read(9)
     if start[:4] == b"PK\x03\x04":
         return _look_into_zip(path)
     if start[8:9] == b"{":
-        return Contents("safetensors", dict(safetensors_shapes(path)))
+        return Contents("safetensors", dict(_safetensors_shapes(path)))
     return None
 
 
@@ -64,7 +64,7 @@ def is_bare_pickle(path: Path) -> bool:
         return file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def safetensors_shapes(path: Path) -> dict[str, Shape]:
+def _safetensors_shapes(path: Path) -> dict[str, Shape]:
     """Return names and shapes from a safetensors header, whose sizes agree with the file's."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -114,10 +114,10 @@ def _look_into_zip(path: Path) -> Contents | None:
     except InputError:
         raise
     except Exception as error:
-        # zipfile raises half a dozen kinds over bytes that are no zip, and lists none of them.
+        # zipfile and pickletools raise many kinds over damaged bytes, and list none of them.
         raise InputError(
-            f"expected a whole zip archive in {path}, found a damaged one ({error}); copy the "
-            "file again"
+            f"expected a whole archive of tensors in {path}, found a damaged one "
+            f"({str(error)[:120]}); copy the file again"
         ) from None
     return None
 
@@ -131,7 +131,8 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if twice is not None:
         raise InputError(f"expected each name once in {path}, found {twice!r} twice")
     for name in names:
-        if _leads_out(name):
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        if posix.is_absolute() or windows.anchor or ".." in {*posix.parts, *windows.parts}:
             raise InputError(
                 f"expected plain names in {path}, found {name!r}, which leads out of the archive; "
                 "do not trust this file"
@@ -144,11 +145,6 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
             f"expected an archive whose content has about its size, found {readable(size)} that "
             f"claim to hold {readable(unpacked)} in {path}; do not trust this file"
         )
-
-
-def _leads_out(name: str) -> bool:
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    return posix.is_absolute() or bool(windows.anchor) or ".." in {*posix.parts, *windows.parts}
 
 
 def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Shape:
@@ -180,20 +176,6 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> 
     return shape
 
 
-def _pickled_names(path: Path, archive: zipfile.ZipFile, pickle: zipfile.ZipInfo) -> list[str]:
-    for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise InputError(
-                f"expected tensors stored as they are, as torch.save does, found "
-                f"{entry.filename!r} compressed in {path}; do not trust this file"
-            )
-    if pickle.file_size > LARGEST_PICKLE:
-        raise InputError(
-            f"expected names alone in the pickle of {path}, found {readable(pickle.file_size)}"
-        )
-    return names_in(archive.read(pickle), path)
-
-
 # What rebuilds a tensor, a dictionary that keeps its order, and a type in a saved config.
 HARMLESS = re.compile(
     r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
@@ -204,48 +186,38 @@ STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8"}
 UNREADABLE_CALLS = {"INST", "OBJ", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}
 
 
-def names_in(data: bytes, path: Path) -> list[str]:
-    """Return every string in a pickle, each once, in order.
-
-    Raises:
-        InputError: if it is no pickle, or would call anything that makes no tensor.
-    """
-    names: dict[str, None] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in STRINGS:
-                names[str(argument)] = None
-            elif opcode.name == "GLOBAL" and HARMLESS.fullmatch(str(argument)) is None:
-                _refuse(str(argument).replace(" ", "."), path)
-            elif opcode.name in UNREADABLE_CALLS:
-                _refuse(opcode.name, path)
-    except InputError:
-        raise
-    except Exception as error:
-        # pickletools reads untrusted bytes with int(), decode() and struct: it raises what they do.
+def _pickled_names(path: Path, archive: zipfile.ZipFile, pickle: zipfile.ZipInfo) -> list[str]:
+    """Return every string in a pickle, each once, in order; nothing in it may call what harms."""
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InputError(
+                f"expected tensors stored as they are, as torch.save does, found "
+                f"{entry.filename!r} compressed in {path}; do not trust this file"
+            )
+    if pickle.file_size > LARGEST_PICKLE:
         raise InputError(
-            f"expected a pickle of tensors in {path}, found a damaged one ({str(error)[:120]}); "
-            "copy the file again"
-        ) from None
+            f"expected names alone in the pickle of {path}, found {readable(pickle.file_size)}"
+        )
+    names: dict[str, None] = {}
+    for opcode, argument, _ in pickletools.genops(archive.read(pickle)):
+        called = ""
+        if opcode.name in STRINGS:
+            names[str(argument)] = None
+        elif opcode.name in UNREADABLE_CALLS:
+            called = opcode.name
+        elif opcode.name == "GLOBAL" and HARMLESS.fullmatch(str(argument)) is None:
+            called = str(argument).replace(" ", ".")
+        if called:
+            raise InputError(
+                f"expected a pickle of tensors and plain values in {path}, found one that calls "
+                f"{called[:80]!r}; it was not run: do not trust this file, or save it again as "
+                "safetensors"
+            )
     return list(names)
 
 
-def _refuse(what: str, path: Path) -> None:
-    raise InputError(
-        f"expected a pickle of tensors and plain values in {path}, found one that calls "
-        f"{what[:80]!r}; it was not run: do not trust this file, or save it again as safetensors"
-    )
-
-
-LARGEST_JSON = 16 * 2**20
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        InputError: if it is no JSON object, too large, or has a name twice.
-    """
+    """Return the object in a JSON file that is not too large and has no name twice."""
     size = path.stat().st_size
     if size > LARGEST_JSON:
         raise InputError(
@@ -278,18 +250,10 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-UNREADABLE: dict[Kind, str] = {
-    "safetensors": "whole safetensors in {}, found damage ({}); copy the file again",
-    "npz": "whole arrays in {}, found damage ({}); copy the file again",
-    "pickle": "tensors in {}, found what torch cannot read ({}); copy it again",
-}
-
-
 def load_values(path: Path, names: Iterable[str]) -> dict[str, Any]:
     """Return the named entries of a file that are there: tensors, in a pickle plain values too.
 
-    Raises:
-        InputError: if the file is damaged, or would execute code or take memory beyond its size.
+    InputError if the file is damaged, or would execute code or take memory beyond its size.
     """
     held = contents_of(path)
     assert held is not None  # callers have recognised it
@@ -301,7 +265,9 @@ def load_values(path: Path, names: Iterable[str]) -> dict[str, Any]:
     except Exception as error:
         # What a damaged file makes the libraries' readers raise is not listed anywhere.
         why = str(error).partition("\n")[0][:120]
-        raise InputError("expected " + UNREADABLE[held.kind].format(path, why)) from None
+        raise InputError(
+            f"expected whole tensors in {path}, found damage ({why}); copy the file again"
+        ) from None
 
 
 def _load_safetensors(path: Path, wanted: set[str]) -> dict[str, Any]:
@@ -314,14 +280,13 @@ def _load_safetensors(path: Path, wanted: set[str]) -> dict[str, Any]:
 def _load_npz(path: Path, wanted: set[str]) -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {}
     # Never more than the archive's directory says, with which each header was found to agree.
     with np.load(path, allow_pickle=False) as archive:
-        for name in sorted(wanted & set(archive.files)):
-            array = archive[name]
-            array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-            found[name] = torch.from_numpy(array)
-    return found
+        arrays = {name: archive[name] for name in sorted(wanted & set(archive.files))}
+    return {
+        name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=False))
+        for name, array in arrays.items()
+    }
 
 
 def _load_pickle(path: Path, wanted: set[str]) -> dict[str, Any]:
@@ -333,21 +298,20 @@ def _load_pickle(path: Path, wanted: set[str]) -> dict[str, Any]:
     outer = value if isinstance(value, dict) else {}
     # dictionary_learning nests the weights within the state of an unfinished training.
     for entries in (outer, *(inner for inner in outer.values() if isinstance(inner, dict))):
-        found = {name: entries[name] for name in wanted & entries.keys()}
-        for name, entry in found.items():
-            if isinstance(entry, torch.Tensor):
-                _refuse_if_expanded(path, name, entry)
-                found[name] = entry.detach()
-        if found:
-            return found
+        if found := {name: entries[name] for name in wanted & entries.keys()}:
+            return {
+                name: _detached(path, name, entry) if isinstance(entry, torch.Tensor) else entry
+                for name, entry in found.items()
+            }
     return {}
 
 
-def _refuse_if_expanded(path: Path, name: str, tensor: Any) -> None:
-    """Refuse a tensor that is larger than what the file stores of it."""
+def _detached(path: Path, name: str, tensor: Any) -> Any:
+    """Return a tensor if the file stores every number of it."""
     plain = str(tensor.layout) == "torch.strided" and tensor.device.type == "cpu"
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(
             f"expected as many numbers as its shape {list(tensor.shape)} says for {name!r} in "
             f"{path}, found fewer; do not trust this file"
         )
+    return tensor.detach()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,17 +41,6 @@ def detect(path: Path | str) -> FoundSAE:
         InputError: if there is none (with the names found and the nearest known format), there are
             several, or a file is damaged or made to do harm.
     """
-    path = Path(path)
-    if path.is_file():
-        held = contents_of(path)
-        if held is None and is_bare_pickle(path):
-            raise _bare(path)
-        if held is None:
-            raise InputError(
-                f"expected a safetensors, npz or torch file, found something else in {path}; if it "
-                "is a config, give the folder that holds it and its weights"
-            )
-        return _recognised(path, held, path.parent)
     found = find_saes(path)
     if len(found) > 1:
         names = ", ".join(sae.name for sae in found[:8])
@@ -71,19 +61,23 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
     """
     path = Path(path)
     if path.is_file():
-        return [detect(path)]
+        held = contents_of(path)
+        if held is None and not is_bare_pickle(path):
+            raise InputError(
+                f"expected a safetensors, npz or torch file, found something else in {path}; if it "
+                "is a config, give the folder that holds it and its weights"
+            )
+        return [_recognised(path, held, path.parent)]
     if not path.is_dir():
         raise InputError(f"expected a folder or file with an SAE, found nothing at {path}")
     found, others = [], []
     for file in _files(path):
         held = contents_of(file)
-        if held is None:
-            if file.suffix in (".pt", ".pth", ".bin", ".ckpt") and is_bare_pickle(file):
-                others.append((file, None))
-            continue
-        if matches(held, _configs(file).values()):
+        if held is not None and matches(held, _configs(file).values()):
             found.append(_recognised(file, held, path))
-        else:
+        elif held is not None or (
+            file.suffix in (".pt", ".pth", ".bin", ".ckpt") and is_bare_pickle(file)
+        ):
             others.append((file, held))
     if found:
         return _named_apart(found)
@@ -92,8 +86,7 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
             f"expected safetensors, npz or torch files in {path}, found none; give the folder that "
             "holds an SAE"
         )
-    file, held = others[0]
-    raise _unknown(file, held) if held is not None else _bare(file)
+    raise _unknown(*others[0])
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -114,24 +107,22 @@ def _files(root: Path) -> Iterator[Path]:
                 yield file
 
 
-def _bare(path: Path) -> InputError:
-    return InputError(
-        f"expected a torch file as torch 1.6 or newer writes, found a bare pickle in {path}, which "
-        "could hold any program; save it again with torch.save, or as safetensors"
-    )
-
-
-def _unknown(path: Path, held: Contents) -> InputError:
+def _unknown(path: Path, held: Contents | None) -> InputError:
     """Return the sentence that names what is there, and what the nearest format would need."""
+    if held is None:
+        return InputError(
+            "expected a torch file as torch 1.6 or newer writes, found a bare pickle in "
+            f"{path}, which could hold any program; save it again with torch.save, or as "
+            "safetensors"
+        )
+    names = [name[:60] for name in held.shapes]
 
     def likeness(signature: Signature) -> float:
-        return len(signature.required & names) / len(signature.required | names)
+        return len(signature.required & {*names}) / len(signature.required | {*names})
 
-    names = frozenset(name[:60] for name in held.shapes)
     near = max(SIGNATURES, key=likeness)
-    shown = list(held.shapes)[:12]
-    listed = ", ".join(name[:60] for name in shown) + ", ..." * (len(names) > 12)
-    missing = ", ".join(sorted(near.required - names))
+    listed = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
+    missing = ", ".join(sorted(near.required - {*names}))
     return InputError(
         f"expected an SAE of a known format, found tensors {listed or 'none'} in {path}; nearest "
         f"is {FORMATS[near.format]} {near.architecture}, which would need "
@@ -156,10 +147,10 @@ def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE:
+def _recognised(path: Path, held: Contents | None, root: Path) -> FoundSAE:
     configs = _configs(path)
-    found = matches(held, configs.values())
-    if not found:
+    found = matches(held, configs.values()) if held is not None else []
+    if held is None or not found:
         raise _unknown(path, held)
     signature = found[0]
     marked = (each for each in configs.items() if signature.marked_by(each[1]))
@@ -181,41 +172,37 @@ def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE:
 
 def _refined(signature: Signature, config: dict[str, Any]) -> tuple[Format, str]:
     """Return format and architecture as the config states them, where it does."""
-    metadata = mapping(config, "metadata")
-    match signature.format:
+    format_, architecture = signature.format, signature.architecture
+    match format_:
         case "sae_lens":
+            metadata = mapping(config, "metadata")
             version = metadata.get("sae_lens_version") or config.get("sae_lens_version")
-            architecture = str(config.get("architecture", signature.architecture))
             if {"recipe", "weights_sha256"} <= metadata.keys():
-                return "gsae_core", architecture
-            legacy = re.match(r"([6-9]|\d\d)\.", str(version)) is None
-            return "sae_lens_legacy" if legacy else "sae_lens", architecture
+                format_ = "gsae_core"
+            elif re.match(r"([6-9]|\d\d)\.", str(version)) is None:
+                format_ = "sae_lens_legacy"
+            architecture = config.get("architecture", architecture)
         case "dictionary_learning":
-            dict_class = mapping(config, "trainer").get("dict_class")
-            return "dictionary_learning", str(dict_class or signature.architecture)
+            architecture = mapping(config, "trainer").get("dict_class") or architecture
         case "batch_topk":
-            return "batch_topk", str(config.get("sae_type", signature.architecture))
-    return signature.format, signature.architecture
+            architecture = config.get("sae_type", architecture)
+    return format_, str(architecture)
 
 
 def _name(path: Path, root: Path) -> str:
-    """Return a plain name out of the path below `root`: `trainer_0/ae.pt` -> `trainer_0`."""
+    """Return a name that a folder can have: `trainer_0/ae.pt` below `root` -> `trainer_0`."""
     parts = [*path.parent.relative_to(root).parts, path.stem]
     telling = [part for part in parts if part not in GENERIC] or [path.absolute().parent.name]
-    return plain_name("-".join(telling[-3:]))
-
-
-def plain_name(text: str) -> str:
-    """Return text as a name that a folder and a run's SAE can have."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(telling[-3:])).strip("-._")
     return plain[-64:].lstrip("-._") or "sae"
 
 
 def _named_apart(found: list[FoundSAE]) -> list[FoundSAE]:
-    taken: dict[str, int] = {}
+    taken = Counter[str]()
     apart = []
     for sae in found:
-        n = taken[sae.name] = taken.get(sae.name, 0) + 1
+        taken[sae.name] += 1
+        n = taken[sae.name]
         apart.append(sae if n == 1 else replace(sae, name=f"{sae.name[:60]}-{n}"))
     return apart
 
@@ -251,11 +238,12 @@ def matches(held: Contents, configs: Iterable[Mapping[str, Any]]) -> list[Signat
 
     def fits(signature: Signature) -> bool:
         library = LIBRARIES[signature.format]
-        if held.kind not in library.kinds.split() or not signature.required <= names:
-            return False
-        if signature.architecture == library.only_marked and not marked(signature):
-            return False
-        return held.kind == "pickle" or names <= signature.known
+        return (
+            held.kind in library.kinds.split()
+            and signature.required <= names
+            and (held.kind == "pickle" or names <= signature.known)
+            and (signature.architecture != library.only_marked or marked(signature))
+        )
 
     found = [signature for signature in SIGNATURES if fits(signature)]
     return sorted(found, key=lambda s: (marked(s), len(s.required)), reverse=True)

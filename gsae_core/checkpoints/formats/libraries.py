@@ -4,8 +4,8 @@ Nothing here imports torch.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,10 +51,10 @@ class Library:
     """What only the config says, where an SAE cannot be read without."""
 
     weights: str = ""
-    """Name of the weights in a repository of the Hub; empty where that tells nothing."""
+    """Name of the weights on the Hub; empty where that tells nothing."""
 
     config: str = ""
-    """Name of the config that stands beside them there, if they are nothing without."""
+    """Name of the config beside them there, where an SAE is none without."""
 
     beside: tuple[str, ...] = ()
     """Files that are fetched too where they are, beside every JSON file."""
@@ -185,18 +185,17 @@ class Signature(NamedTuple):
         return bool(marker) and config.keys() >= set(marker)
 
 
-def _signature(format_: Format, line: str) -> Signature:
-    architecture, _, tensors = line.strip().partition(": ")
-    names = tensors.split()
-    required = frozenset(name for name in names if not name.endswith("?"))
-    return Signature(format_, architecture, required, frozenset(n.rstrip("?") for n in names))
+def _signatures() -> Iterator[Signature]:
+    for format_, library in LIBRARIES.items():
+        for line in library.tensors.strip().splitlines():
+            architecture, _, tensors = line.strip().partition(": ")
+            names = tensors.split()
+            required = frozenset(name for name in names if not name.endswith("?"))
+            known = frozenset(name.rstrip("?") for name in names)
+            yield Signature(format_, architecture, required, known)
 
 
-SIGNATURES = tuple(
-    _signature(format_, line)
-    for format_, library in LIBRARIES.items()
-    for line in library.tensors.strip().splitlines()
-)
+SIGNATURES = tuple(_signatures())
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class FoundSAE:
     """An SAE in a folder or file, recognised by its tensors' names and its config; not read yet."""
 
     name: str
-    """A name for it that can be a folder's, made from where it lies."""
+    """Made from where it lies; it can be a folder's."""
 
     format: Format
     architecture: str
@@ -225,14 +224,14 @@ class FoundSAE:
 
     weights: Path
     config: Path | None
-    """The JSON file that describes it; None where the format has none, or it is missing."""
+    """The JSON file that describes it; None where there is none."""
 
     d_in: int | None
     d_sae: int | None
     """None where neither shapes nor the config say."""
 
     n_bytes: int
-    """Of the weights, on disk."""
+    """Of the weights."""
 
     place: HookPoint
 
@@ -269,10 +268,6 @@ class Provenance:
     l0: float | None = None
     """Latents per token that its files claim; None: not said."""
 
-    def as_metadata(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 # TransformerLens' name of each site, after the block's number.
 _HOOKS: dict[str, Site] = {hook_name(0, site).removeprefix("blocks.0."): site for site in SITES}
@@ -295,6 +290,7 @@ _GEMMA_2: dict[str, Site] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn
 
 def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPoint:
     """Return the hook that an SAE's config and path tell of."""
+    path = weights.absolute().as_posix()
     match format_:
         case "gsae_core" | "sae_lens" | "sae_lens_legacy":
             return _transformer_lens(config | mapping(config, "metadata"))
@@ -303,16 +299,15 @@ def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPo
         case "sparsify":
             return _module(weights.parent.name, model=None)
         case "gemma_scope":
-            return _gemma_scope(weights)
+            return _gemma_scope(path)
         case "gemma_scope_2":
-            return _gemma_scope_2(config, weights)
+            return _gemma_scope_2(config, path)
         case "batch_topk":
             return _transformer_lens(config | {"hook_name": config.get("hook_point")})
         case "llama_scope":
-            model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(weights) else None
-            return _transformer_lens(
-                {"model_name": model, "hook_name": config.get("hook_point_in")}
-            )
+            model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in path else None
+            hook = config.get("hook_point_in")
+            return _transformer_lens({"model_name": model, "hook_name": hook})
         case _:
             return HookPoint()
 
@@ -320,9 +315,7 @@ def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPo
 def layer_and_site(hook: str) -> tuple[int | None, Site | None]:
     """Return layer and site of a TransformerLens hook name, where ours has them."""
     found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", hook)
-    if found is None:
-        return None, None
-    return int(found[1]), _HOOKS.get(found[2])
+    return (int(found[1]), _HOOKS.get(found[2])) if found else (None, None)
 
 
 def mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -346,13 +339,14 @@ def widths(
     return (d_in if isinstance(d_in, int) else None, d_sae if isinstance(d_sae, int) else None)
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: object) -> str | None:
+    """Return text of a file, cut to 200 characters; None for anything else and for none."""
     return value[:200] if isinstance(value, str) and value else None
 
 
 def _transformer_lens(fields: dict[str, Any]) -> HookPoint:
-    hook = _text(fields.get("hook_name")) or _text(fields.get("hook_point"))
-    model = _text(fields.get("model_name"))
+    hook = text_of(fields.get("hook_name")) or text_of(fields.get("hook_point"))
+    model = text_of(fields.get("model_name"))
     if hook is None:
         return HookPoint(model=model)
     layer, site = layer_and_site(hook.replace("{layer}", str(fields.get("hook_point_layer"))))
@@ -362,22 +356,21 @@ def _transformer_lens(fields: dict[str, Any]) -> HookPoint:
 
 
 def _dictionary_learning(trainer: dict[str, Any]) -> HookPoint:
-    name, layer = _text(trainer.get("submodule_name")), trainer.get("layer")
-    if name is not None and layer is not None:
-        # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
-        name = re.sub(rf"(_layer)?_?{re.escape(str(layer))}$", "", name)
+    hook, layer = text_of(trainer.get("submodule_name")), trainer.get("layer")
+    # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
+    ending = "" if layer is None else rf"(_layer)?_?{re.escape(str(layer))}$"
     return HookPoint(
-        model=_text(trainer.get("lm_name")),
+        model=text_of(trainer.get("lm_name")),
         layer=layer if isinstance(layer, int) and layer >= 0 else None,
-        site=_SUBMODULES.get(name or ""),
-        hook_name=_text(trainer.get("submodule_name")),
+        site=_SUBMODULES.get(re.sub(ending, "", hook or "")),
+        hook_name=hook,
     )
 
 
 def _module(name: str, *, model: str | None) -> HookPoint:
     found = re.search(r"(?:^|\.)(?:layers|h)[._](\d{1,4})(.*)$", name)
     if found is None:
-        return HookPoint(model=model, hook_name=_text(name))
+        return HookPoint(model=model, hook_name=text_of(name))
     return HookPoint(model, int(found[1]), _MODULES.get(found[2]), name)
 
 
@@ -386,9 +379,8 @@ def _layer_in(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _gemma_scope(weights: Path) -> HookPoint:
+def _gemma_scope(path: str) -> HookPoint:
     """Read `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`."""
-    path = weights.absolute().as_posix()
     # A Hub cache writes the repository's / as --.
     release = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path)
     if release is None:
@@ -397,16 +389,15 @@ def _gemma_scope(weights: Path) -> HookPoint:
     return HookPoint(f"google/gemma-2-{release[1]}{tuned}", _layer_in(path), _GEMMA_2[release[3]])
 
 
-def _gemma_scope_2(config: dict[str, Any], weights: Path) -> HookPoint:
-    model = _text(config.get("model_name"))
+def _gemma_scope_2(config: dict[str, Any], path: str) -> HookPoint:
+    model = text_of(config.get("model_name"))
     if model is not None and "/" not in model:
         model = f"google/{model}"
-    hook = _text(config.get("hf_hook_point_in"))
+    hook = text_of(config.get("hf_hook_point_in"))
     if hook is not None:
         return _module(hook.removeprefix("model."), model=model)
-    path = weights.absolute().as_posix()
-    sites: list[Site] = [site for part, site in _GEMMA_3.items() if part in path]
-    return HookPoint(model, _layer_in(path), sites[0] if sites else None)
+    sites: list[Site | None] = [site for part, site in _GEMMA_3.items() if part in path]
+    return HookPoint(model, _layer_in(path), [*sites, None][0])
 
 
 # TransformerLens and older configs leave the owner out.

@@ -7,8 +7,7 @@ A function a library says what its file means; `build` turns that into our numbe
     input whitened or not       f((x - m) M) with M @ W, and x_hat M^-1 + m likewise
     latents scaled on the way   (c f) @ W_dec = f @ (c W_dec)
 
-Each is the same function in other numbers, so an SAE reads as well here as where it comes from. A
-file whose library normalises token by token stays so: no other numbers would do the same.
+A file whose library normalises token by token stays so: no other numbers would do the same.
 """
 
 import math
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.checkpoints.checkpoint import (
@@ -46,6 +44,9 @@ from gsae_core.sae.architectures import GatedSAE, TopKSAE
 from gsae_core.sae.base import SAE, InputNorm
 from gsae_core.sae.jumprelu import JumpReluSAE
 
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+
 
 class Foreign(NamedTuple):
     """An SAE that takes raw activations, and where it came from."""
@@ -66,25 +67,23 @@ def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
     """
     if name is None:
         return read_found(detect(path))
-    found = find_saes(path)
-    for sae in found:
-        if sae.name == name:
-            return read_found(sae)
-    names = ", ".join(sae.name for sae in found[:8])
-    raise InputError(f"expected one of the SAEs in {path} ({names}), got {name!r}")
+    found = {sae.name: sae for sae in find_saes(path)}
+    if name not in found:
+        names = ", ".join(list(found)[:8])
+        raise InputError(f"expected one of the SAEs in {path} ({names}), got {name!r}")
+    return read_found(found[name])
 
 
 def read_found(found: FoundSAE) -> Foreign:
     """Return the SAE that was found.
 
-    Raises:
-        InputError: if its files are damaged or contradict each other, or it computes what no SAE
-            here does.
+    InputError if its files are damaged or contradict each other, or it computes what no SAE here
+    does.
     """
     config = config_of(found)
     if found.format == "gsae_core":
-        sae, weights = load_sae(found.weights.parent), None
-        sparsity, l0, assumed = number(mapping(config, "metadata"), "sparsity"), None, []
+        sae, assumed = load_sae(found.weights.parent), []
+        sparsity, l0 = number(mapping(config, "metadata"), "sparsity"), None
     else:
         tensors, values = _tensors_and_values(found)
         dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -92,7 +91,7 @@ def read_found(found: FoundSAE) -> Foreign:
             tensors = _in_our_names(as_float32(tensors, found.weights))
             weights = READERS[found.format](found, tensors, config | values)
             sae = build(weights, found.weights)
-        sparsity, l0 = weights.sparsity, weights.l0
+        sparsity, l0 = weights.sparsity if weights.k is None else float(weights.k), weights.l0
         assumed = [*weights.assumed, *_about_numbers(dtypes, sae)]
     source = Provenance(
         format=found.format,
@@ -107,7 +106,7 @@ def read_found(found: FoundSAE) -> Foreign:
     return Foreign(sae, source)
 
 
-def _tensors_and_values(found: FoundSAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors_and_values(found: FoundSAE) -> tuple[Tensors, Config]:
     """Return a file's weights, and what else it holds of an SAE: counts and plain values."""
     format_ = "sae_lens" if found.format == "sae_lens_legacy" else found.format
     signatures = [signature for signature in SIGNATURES if signature.format == format_]
@@ -141,7 +140,7 @@ OUR_NAMES = {
 }
 
 
-def _in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_our_names(tensors: Tensors) -> Tensors:
     return {
         OUR_NAMES.get(name, name): tensor.T
         if name.endswith(".weight") and tensor.ndim == 2
@@ -176,21 +175,12 @@ BIASES: dict[Architecture, tuple[str, ...]] = {
 }
 
 
-class Whitening(NamedTuple):
-    """What a file's encoder reads in place of x, (x - mean) @ matrix, and what leads back."""
-
-    mean: Float[Tensor, " d_in"]
-    matrix: Float[Tensor, "d_in d_in"]
-    inverse: Float[Tensor, "d_in d_in"]
-    """Back by z @ inverse + mean."""
-
-
 @dataclass
 class Weights:
     """What a file holds, and how it means it."""
 
     architecture: Architecture
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     """`W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
     `threshold` may be one number for all latents."""
 
@@ -198,14 +188,16 @@ class Weights:
     """Whether the file's encoder reads x - b_dec."""
 
     k: int | None = None
+    """Latents a token may have, or had in training; it is the sparsity then."""
+
     scale: float = 1.0
     """What activations are multiplied by before they reach the file's encoder."""
 
     input_norm: InputNorm | None = None
     """How the library normalises each token, before all else."""
 
-    whitening: Whitening | None = None
-    """An affine map that activations go through before they reach the file's encoder."""
+    whitening: Tensors | None = None
+    """The encoder reads (x - `mean`) @ `matrix` for x; z @ `inverse_matrix` + `mean` is back."""
 
     latents_by_norm: bool = False
     """Whether TopK ranks and reports latents times the norms of their directions."""
@@ -214,17 +206,12 @@ class Weights:
     sparsity: float | None = None
     l0: float | None = None
 
-    def count_(self, k: int | None) -> None:
-        """Note how many latents a token may have, which is also its sparsity."""
-        self.k, self.sparsity = k, None if k is None else float(k)
-
 
 @torch.no_grad()
 def build(weights: Weights, path: Path) -> SAE:
     """Return the SAE that computes what the file's own library computes, on raw activations.
 
-    Raises:
-        InputError: if shapes do not agree with each other.
+    InputError if shapes do not agree with each other.
     """
     tensors, d_in, d_sae = _checked(weights, path)
     if weights.scale != 1.0:
@@ -234,7 +221,7 @@ def build(weights: Weights, path: Path) -> SAE:
         tensors["b_dec"] = tensors["b_dec"] / weights.scale
     W_dec = tensors["W_dec"].double()
     if weights.whitening is not None:
-        W_dec = W_dec @ weights.whitening.inverse.double()
+        W_dec = W_dec @ weights.whitening["inverse_matrix"].double()
     sae = empty_sae(weights.architecture, d_in, d_sae, recipe=recipe_of(W_dec), k=weights.k)
     fill_(sae, tensors)
     sae.input_norm = weights.input_norm
@@ -253,18 +240,17 @@ def build(weights: Weights, path: Path) -> SAE:
         take_norms_into_encoder_(sae)
         weights.assumed.append("Latents compete by size times the norm of their direction; folded.")
     if weights.whitening is not None:
-        fold_whitening_(sae, weights.whitening)
+        _fold_whitening_(sae, **weights.whitening)
     return sae
 
 
-@torch.no_grad()
-def fold_whitening_(sae: SAE, whitening: Whitening) -> None:
+def _fold_whitening_(sae: SAE, mean: Tensor, matrix: Tensor, inverse_matrix: Tensor) -> None:
     """Turn an SAE of whitened activations into the same one for raw `x`, in place.
 
-    In double precision, and right also where `inverse` is the inverse but nearly: biases take what
+    In double precision, and right also where the inverse is only nearly one: biases take what
     b_dec loses on its way out and in again.
     """
-    mean, matrix, inverse = (each.double() for each in whitening)
+    mean, matrix, inverse = mean.double(), matrix.double(), inverse_matrix.double()
     b_dec = sae.b_dec.double() @ inverse
     shift_input_(sae, (b_dec @ matrix - sae.b_dec).to(sae.b_dec))
     for name, W in sae.named_parameters():
@@ -274,7 +260,7 @@ def fold_whitening_(sae: SAE, whitening: Whitening) -> None:
     sae.b_dec.copy_(b_dec + mean)
 
 
-def _checked(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int, int]:
+def _checked(weights: Weights, path: Path) -> tuple[Tensors, int, int]:
     """Return the tensors with agreeing shapes, and the widths they agree on."""
     tensors, W_dec = dict(weights.tensors), weights.tensors["W_dec"]
     if W_dec.ndim != 2 or 0 in W_dec.shape:
@@ -310,11 +296,9 @@ def _checked(weights: Weights, path: Path) -> tuple[dict[str, Tensor], int, int]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def as_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return floating-point tensors in float32.
-
-    Raises:
-        InputError: if one holds no floating-point numbers, or a NaN or infinity.
+def as_float32(tensors: Tensors, path: Path) -> Tensors:
+    """Return floating-point tensors in float32; InputError if one holds anything else, or a NaN or
+    infinity.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -331,11 +315,7 @@ def as_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def one_of(config: Mapping[str, Any], key: str, choices: Mapping[Any, Any], path: Path) -> Any:
-    """Return what `choices` has for a config's value; a missing key is None.
-
-    Raises:
-        InputError: if the value is none of the choices.
-    """
+    """Return what `choices` has for a config's value; a missing key is None."""
     value = config.get(key)
     try:
         return choices[value]
@@ -357,15 +337,12 @@ def number(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """Return a number or a tensor of one entry as an int; None for anything else."""
-    try:
-        # A tensor of one whole number, or the number.
-        found = value.item() if hasattr(value, "item") else value
-    except RuntimeError:
+    """Return a whole number, or a tensor of one, as an int; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        return None
-    return int(found) if math.isfinite(found) and found == math.floor(found) else None
+    return int(value) if math.isfinite(value) and value == math.floor(value) else None
 
 
 # SAELens, 6 and older: some files are not folded, and some are folded wrongly.
@@ -374,6 +351,7 @@ SCALER = "activation_scaler.json"
 MEAN_NORM = "expected_average_only_in"
 WHITENER = "activation_whitening.safetensors"
 WHITENING = "covariance_whitening"
+MID_TRAINING = "A checkpoint from the middle of training: "
 SAE_LENS_ARCHITECTURES: dict[Any, Architecture] = {
     None: "relu",
     "standard": "relu",
@@ -383,7 +361,7 @@ SAE_LENS_ARCHITECTURES: dict[Any, Architecture] = {
 }
 
 
-def _read_sae_lens(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+def _read_sae_lens(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     path = found.config or found.weights
     architecture: Architecture = one_of(config, "architecture", SAE_LENS_ARCHITECTURES, path)
     key = "activation_fn_str" if "activation_fn_str" in config else "activation_fn"
@@ -403,23 +381,21 @@ def _read_sae_lens(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str
     _normalise_(weights, found, config)
     if weights.centred and "apply_b_dec_to_input" not in config:
         weights.assumed.append("The config does not say so: the encoder reads x - b_dec.")
-    k = config.get("k", mapping(config, "activation_fn_kwargs").get("k"))
     if architecture == "topk":
-        weights.count_(whole(k))
+        weights.k = whole(config.get("k", mapping(config, "activation_fn_kwargs").get("k")))
     if weights.scale != 1.0:
         weights.assumed.append(
-            f"A checkpoint from the middle of training: its scale of {weights.scale:.6g} lay "
-            f"beside it in {SCALER} and is folded into the weights."
+            f"{MID_TRAINING}its scale of {weights.scale:.6g} lay beside it in {SCALER} and is "
+            "folded into the weights."
         )
-    used = bool(config.get("finetuning_scaling_factor"))
-    _take_scaling_factor_(weights, tensors.get("scaling_factor"), used, found)
+    _take_scaling_factor_(weights, tensors.get("scaling_factor"), found, config)
     if found.format == "sae_lens_legacy" and architecture == "gated":
-        _refuse_if_folded_wrongly(tensors, config, found)
+        _refuse_if_folded_wrongly(tensors, found, config)
     return weights
 
 
-def _normalise_(weights: Weights, found: FoundSAE, config: dict[str, Any]) -> None:
-    """Say what activations go through first: nothing, where it is folded into the weights."""
+def _normalise_(weights: Weights, found: FoundSAE, config: Config) -> None:
+    """Note what activations go through first: nothing, where it is folded into the weights."""
     norm = config.get("normalize_activations")
     # 5 and older wrote a bool: true is scaling by the mean norm.
     norm = MEAN_NORM if norm is True else norm or "none"
@@ -449,12 +425,11 @@ def _normalise_(weights: Weights, found: FoundSAE, config: dict[str, Any]) -> No
     if norm == WHITENING:
         weights.whitening = _whitening(found, d_in=weights.tensors["b_dec"].numel())
         weights.assumed.append(
-            f"A checkpoint from the middle of training: the whitening in {WHITENER} is folded into "
-            "the weights."
+            f"{MID_TRAINING}the whitening in {WHITENER} is folded into the weights."
         )
 
 
-def _whitening(found: FoundSAE, *, d_in: int) -> Whitening:
+def _whitening(found: FoundSAE, *, d_in: int) -> Tensors:
     path = found.weights.with_name(WHITENER)
     shapes = {"mean": [d_in], "matrix": [d_in, d_in], "inverse_matrix": [d_in, d_in]}
     held = contents_of(path) if path.is_file() else None
@@ -467,16 +442,16 @@ def _whitening(found: FoundSAE, *, d_in: int) -> Whitening:
             f"{there or 'none'}; copy the whole checkpoint again"
         )
     as_float32(tensors, path)  # refuses what is not a finite number
-    return Whitening(tensors["mean"], tensors["matrix"], tensors["inverse_matrix"])
+    return tensors
 
 
 def _take_scaling_factor_(
-    weights: Weights, factors: Tensor | None, used: bool, found: FoundSAE
+    weights: Weights, factors: Tensor | None, found: FoundSAE, config: Config
 ) -> None:
     """Fold a factor for each latent, learnt after training, into its direction."""
     if factors is None or bool((factors == 1).all()):
         return
-    if not used:
+    if not config.get("finetuning_scaling_factor"):
         raise InputError(
             f"expected finetuning_scaling_factor to be true for the scaling_factor in "
             f"{found.weights}, found it false or missing; whether it applies is not known"
@@ -493,9 +468,7 @@ def _take_scaling_factor_(
     )
 
 
-def _refuse_if_folded_wrongly(
-    tensors: dict[str, Tensor], config: dict[str, Any], found: FoundSAE
-) -> None:
+def _refuse_if_folded_wrongly(tensors: Tensors, found: FoundSAE, config: Config) -> None:
     """Refuse a Gated SAE of 5 or older whose decoder norms were folded before it was saved.
 
     Folding there multiplied r_mag, a logarithm, by the norms, which are one afterwards and lost.
@@ -519,17 +492,16 @@ BY_BATCH = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE", "batch_topk", "matryoshka_
 UNCENTRED = {"JumpReluAutoEncoder", "AutoEncoderNew"}
 
 
-def _read_dictionary_learning(
-    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
-) -> Weights:
+def _read_dictionary_learning(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     trainer = mapping(config, "trainer")
-    k = whole(config.get("k", trainer.get("k")))
     centred = found.architecture not in UNCENTRED
     weights = Weights("relu", tensors, centred=centred, sparsity=number(trainer, "l1_penalty"))
+    k = whole(config.get("k", trainer.get("k")))
     if "b_gate" in tensors:
         weights.architecture = "gated"
     elif k is not None:
-        _read_topk_(weights, found, k)
+        weights.k = k
+        _tell_topk_(weights, found)
     elif "threshold" in tensors:
         weights.architecture = "jumprelu"
         weights.sparsity = number(trainer, "sparsity_penalty")
@@ -542,12 +514,11 @@ def _read_dictionary_learning(
     return weights
 
 
-def _read_topk_(weights: Weights, found: FoundSAE, k: int) -> None:
+def _tell_topk_(weights: Weights, found: FoundSAE) -> None:
     """Tell TopK, which counts within a token, from BatchTopK, which has a threshold by then.
 
     Both store k and a threshold, and their names are the same.
     """
-    weights.count_(k)
     if found.architecture in BY_TOKEN or "threshold" not in weights.tensors:
         weights.architecture = "topk"
         weights.assumed.append(SAME_K)
@@ -567,9 +538,7 @@ def _read_topk_(weights: Weights, found: FoundSAE, k: int) -> None:
         )
 
 
-def _read_gemma_scope(
-    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
-) -> Weights:
+def _read_gemma_scope(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     """Read either release."""
     if "affine_skip_connection" in tensors or config.get("hf_hook_point_out"):
         raise InputError(
@@ -600,9 +569,7 @@ def _read_gemma_scope(
     return weights
 
 
-def _read_llama_scope(
-    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
-) -> Weights:
+def _read_llama_scope(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     """Read one threshold, in units in which E|x| = sqrt(d_in)."""
     threshold = config.get("jump_relu_threshold")
     mean_norm = number(mapping(config, "dataset_average_activation_norm"), "in")
@@ -612,46 +579,36 @@ def _read_llama_scope(
             f"{found.config or found.weights}, found {', '.join(config)}"
         )
     W_dec = tensors["W_dec"]
-    weights = Weights(
-        "jumprelu",
-        tensors | {"threshold": W_dec.new_tensor(float(threshold))},
-        centred=False,
-        scale=math.sqrt(W_dec.shape[-1]) / mean_norm,
-    )
-    weights.assumed.append(
-        f"Trained on activations scaled by {weights.scale:.6g} to a mean norm of sqrt(d_in); "
+    tensors = tensors | {"threshold": W_dec.new_tensor(float(threshold))}
+    scale = math.sqrt(W_dec.shape[-1]) / mean_norm
+    said = (
+        f"Trained on activations scaled by {scale:.6g} to a mean norm of sqrt(d_in); "
         "folded into the weights, so that latents keep the release's units."
     )
-    return weights
+    return Weights("jumprelu", tensors, centred=False, scale=scale, assumed=[said])
 
 
-def _read_openai(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+def _read_openai(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     activation = str(config.get("activation", "ReLU"))
     if activation not in ("ReLU", "TopK"):
         raise InputError(
             f"expected the activation ReLU or TopK in {found.weights}, found {activation[:40]!r}"
         )
-    weights = Weights("relu", tensors, centred=True)
     if activation == "ReLU":
-        weights.assumed.append(
+        said = [
             "Takes raw activations: nothing in the file says so, but the library normalises for "
             "TopK alone."
-        )
+        ]
         if "activation" not in config:
-            weights.assumed.append(
-                "The file names no activation function: ReLU, the library's default."
-            )
-        return weights
+            said.append("The file names no activation function: ReLU, the library's default.")
+        return Weights("relu", tensors, centred=True, assumed=said)
     settings = mapping(config, "activation_state_dict")
     one_of(settings, "postact_fn", {None: "relu", "ReLU": "relu"}, found.weights)
-    weights.architecture, weights.input_norm = "topk", "layer_norm"
-    weights.count_(whole(settings.get("k")))
-    weights.assumed.append(
-        "The library normalises for TopK, and for TopK alone; nothing in the file says so."
-    )
+    said = ["The library normalises for TopK, and for TopK alone; nothing in the file says so."]
     if "postact_fn" not in settings:
-        weights.assumed.append("The file does not say what follows the choice of k: ReLU.")
-    return weights
+        said.append("The file does not say what follows the choice of k: ReLU.")
+    k = whole(settings.get("k"))
+    return Weights("topk", tensors, centred=True, k=k, input_norm="layer_norm", assumed=said)
 
 
 BATCH_TOPK_KINDS = {
@@ -662,9 +619,7 @@ BATCH_TOPK_KINDS = {
 }
 
 
-def _read_batch_topk(
-    found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]
-) -> Weights:
+def _read_batch_topk(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     kind = one_of(config, "sae_type", BATCH_TOPK_KINDS, found.config or found.weights)
     if kind == "batchtopk":
         raise InputError(
@@ -685,7 +640,7 @@ def _read_batch_topk(
             )
         weights.tensors["threshold"] = tensors["jumprelu.log_threshold"].exp()
     if kind == "topk":
-        weights.count_(whole(config.get("top_k")))
+        weights.k = whole(config.get("top_k"))
         # In the file, and unused by the code that trained it.
         weights.tensors["b_enc"] = tensors["b_enc"] * 0
         weights.assumed.append(
@@ -694,7 +649,7 @@ def _read_batch_topk(
     return weights
 
 
-def _read_sparsify(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str, Any]) -> Weights:
+def _read_sparsify(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     """Read `W_dec` as it is; `num_latents` is 0 where the width is a multiple of d_in."""
     path = found.config or found.weights
     if config.get("transcode") or config.get("skip_connection") or "W_skip" in tensors:
@@ -705,13 +660,11 @@ def _read_sparsify(found: FoundSAE, tensors: dict[str, Tensor], config: dict[str
     if config.get("signed"):
         raise InputError(f"expected latents of at least zero in {path}, found signed ones")
     one_of(config, "activation", {None: "topk", "topk": "topk"}, path)
-    weights = Weights("topk", tensors, centred=True)
-    weights.count_(whole(config.get("k")))
-    weights.assumed += ["Takes raw activations, less b_dec.", SAME_K]
-    return weights
+    said = ["Takes raw activations, less b_dec.", SAME_K]
+    return Weights("topk", tensors, centred=True, k=whole(config.get("k")), assumed=said)
 
 
-READERS: dict[Format, Callable[[FoundSAE, dict[str, Tensor], dict[str, Any]], Weights]] = {
+READERS: dict[Format, Callable[[FoundSAE, Tensors, Config], Weights]] = {
     "sae_lens": _read_sae_lens,
     "sae_lens_legacy": _read_sae_lens,
     "dictionary_learning": _read_dictionary_learning,

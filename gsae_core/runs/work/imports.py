@@ -7,6 +7,7 @@ saes/<name>/  our layout; `metadata.source` in cfg.json keeps where it came from
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def import_saes(
         run = Run.create(folder, _config(read, place, data))
         os.replace(staged, run.folder / "saes")
         for spec, source in read:
-            run.add_event("imported", sae=spec.name, **source.as_metadata())
+            run.add_event("imported", sae=spec.name, **asdict(source))
         write_status(run.folder, run.status._replace(state="finished", n_steps=0))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -136,7 +137,7 @@ def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, P
         "name": found.name,
         "sparsity": source.sparsity,
         "stopped": None,
-        "source": source.as_metadata(),
+        "source": asdict(source),
     }
     save_sae(sae, folder, metadata=metadata)
     return spec, source
