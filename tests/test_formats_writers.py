@@ -47,7 +47,7 @@ def test_what_is_written_computes_the_same_to_a_millionth(
         pytest.skip("refused, see below")
     sae = make(kind)
     written = write_sae(sae, tmp_path / "out" / "sae", format=format, metadata=METADATA)
-    assert written.largest_difference < 1e-6
+    assert written.parity.largest < 1e-6
     assert written.parity.n_active > written.parity.n_tokens  # not a comparison of silence
     assert written.parity.n_at_threshold == 0
     assert list(written.files) == sorted((tmp_path / "out" / "sae").iterdir())
@@ -100,9 +100,7 @@ def test_untied_paths_leave_in_our_own_format_alone(tmp_path: Path, format: Any)
     with pytest.raises(InputError, match=r"which no other library has; export it as gsae_core"):
         write_sae(make("untied"), tmp_path / "sae", format=format, metadata={})
     assert (
-        write_sae(
-            make("untied"), tmp_path / "sae", format="gsae_core", metadata={}
-        ).largest_difference
+        write_sae(make("untied"), tmp_path / "sae", format="gsae_core", metadata={}).parity.largest
         == 0
     )
 

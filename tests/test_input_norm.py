@@ -347,7 +347,7 @@ def test_export_keeps_it_or_is_refused(kind: str, norm: InputNorm, tmp_path: Pat
     formats = ["gsae_core", "saelens"] + ["jumprelu"] * (kind != "topk")
     for format_ in formats:
         written = write_sae(sae, tmp_path / format_, format=format_, metadata={})
-        assert written.largest_difference < 1e-6
+        assert written.parity.largest < 1e-6
         assert written.parity.n_active > written.parity.n_tokens
         assert read_sae(tmp_path / format_).sae.input_norm == norm
     sentence = rf"got one that does so \({norm}\), which dictionary_learning cannot say"

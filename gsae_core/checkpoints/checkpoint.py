@@ -1,17 +1,10 @@
 """SAEs on disk, in SAELens 6's layout: `load_sae(folder)` and `save_sae(sae, folder)`.
 
     folder/cfg.json                   architecture, widths, and `metadata`: where it came from
-    folder/sae_weights.safetensors    its tensors
+    folder/sae_weights.safetensors    its tensors, `W_gate` of a Gated SAE under the name `W_enc`
 
 It takes raw activations, and says under `normalize_activations` if it normalises each token
-itself. Names of tensors:
-
-| ours     | `gated`  | others   |
-|----------|----------|----------|
-| `W_gate` | `W_enc`  |          |
-| others   | the same | the same |
-
-A `topk` config holds `k` as well. `threshold` of a `jumprelu` SAE is float32 in any file.
+itself. A `topk` config holds `k` as well. `threshold` of a `jumprelu` SAE is float32 in any file.
 """
 
 from collections.abc import Mapping
@@ -28,8 +21,7 @@ from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.files import read_sae_cfg, replace_durably, sha256, write_json
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE, InputNorm
-from gsae_core.sae.jumprelu import BANDWIDTH, INIT_THRESHOLD
+from gsae_core.sae.base import SAE, InputNorm, SinglePathSAE
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -52,8 +44,7 @@ FORBIDDEN_SIBLING = "activation_scaler.json"
 def load_sae(folder: Path | str) -> SAE:
     """Return the SAE in a folder, ours or SAELens 6's, on the CPU in float32.
 
-    Raises:
-        InputError: if a file is missing, damaged, or describes an SAE that this package has not.
+    InputError if a file is missing, damaged, or describes an SAE that this package has not.
     """
     folder = Path(folder)
     cfg = read_cfg(folder)
@@ -62,8 +53,9 @@ def load_sae(folder: Path | str) -> SAE:
     metadata = cfg.get("metadata") or {}
     if cfg["architecture"] == UNTIED:
         metadata |= {"tie": "untied"}
-    if metadata.get("tie") == "none":
-        tensors.pop("r_mag", None)
+    unscaled = metadata.get("tie") == "none"
+    if unscaled:
+        tensors.pop("r_mag", None)  # zeros: a scale of one, which SAELens needs
     sae = empty_sae(
         ARCHITECTURES[cfg["architecture"]],
         cfg["d_in"],
@@ -72,7 +64,13 @@ def load_sae(folder: Path | str) -> SAE:
         k=cfg.get("k"),
         settings=metadata,
     )
-    _check_tensors(folder, sae, tensors)
+    # In the file's own names, which the sentence speaks of.
+    named = {n: value for n, value in _tensors(sae).items() if not (unscaled and n == "r_mag")}
+    if _shapes(named) != _shapes(tensors):
+        raise InputError(
+            f"expected tensors {_shapes(named)} in {folder / WEIGHTS}, as its cfg.json says, "
+            f"found {_shapes(tensors)}"
+        )
     fill_(sae, tensors)
     normalisation = cfg.get("normalize_activations", "none")
     sae.input_norm = None if normalisation == "none" else normalisation
@@ -89,10 +87,9 @@ def save_sae(
     """Write an SAE that takes raw activations; SAELens 6 opens the folder unchanged.
 
     Args:
-        sae: any activation scale is folded into it already.
         folder: `cfg.json` and `sae_weights.safetensors` in it are replaced, each whole.
-        metadata: goes to `cfg.json` under `metadata`; SAELens reads `model_name`, `hook_name`,
-            `dataset_path`, `context_size` and `prepend_bos` there.
+        metadata: SAELens reads `model_name`, `hook_name`, `dataset_path`, `context_size` and
+            `prepend_bos` there.
         dtype: of the tensors in the file; None takes the SAE's.
 
     Raises:
@@ -166,31 +163,24 @@ def empty_sae(
 ) -> SAE:
     """Return an SAE to be filled, with the settings that training would go on with."""
     settings = settings or {}
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: settings[name] for name in names if name in settings}
+
     match architecture:
         case "relu":
             return ReluSAE(d_in, d_sae, recipe=recipe)
         case "jumprelu":
             # Earlier versions wrote both in the units of x, and had no unit.
-            unit = settings.get("threshold_unit", 1.0 if "bandwidth" in settings else None)
-            return JumpReluSAE(
-                d_in,
-                d_sae,
-                init_threshold=settings.get("init_threshold", INIT_THRESHOLD),
-                bandwidth=settings.get("bandwidth", BANDWIDTH),
-                threshold_unit=unit,
-            )
+            older: dict[str, Any] = {"threshold_unit": 1.0} if "bandwidth" in settings else {}
+            newer = given("init_threshold", "bandwidth", "threshold_unit")
+            return JumpReluSAE(d_in, d_sae, **(older | newer))
         case "topk":
             assert k is not None  # callers have checked it
-            return TopKSAE(d_in, d_sae, k=k, k_aux=settings.get("k_aux"))
+            return TopKSAE(d_in, d_sae, k=k, **given("k_aux"))
         case "gated":
-            return GatedSAE(
-                d_in,
-                d_sae,
-                recipe=recipe,
-                tie=settings.get("tie", "r_mag"),
-                aux=settings.get("aux"),
-                detach_b_dec=settings.get("detach_b_dec", False),
-            )
+            options = given("tie", "aux", "detach_b_dec")
+            return GatedSAE(d_in, d_sae, recipe=recipe, **options)
 
 
 def recipe_of(W_dec: Tensor) -> Recipe:
@@ -210,11 +200,7 @@ def fill_(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_cfg(folder: Path) -> dict[str, Any]:
-    """Return an SAE folder's `cfg.json`.
-
-    Raises:
-        InputError: if it is missing or no JSON object.
-    """
+    """Return an SAE folder's `cfg.json`; InputError if it is missing or damaged."""
     if not (folder / "cfg.json").is_file():
         raise InputError(
             f"expected an SAE folder with cfg.json and {WEIGHTS}, found no cfg.json in {folder}"
@@ -270,19 +256,6 @@ def _read_weights(folder: Path, cfg: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _check_tensors(folder: Path, sae: SAE, tensors: dict[str, Tensor]) -> None:
-    # In the file's own names, which the sentence speaks of. A scale of ones for r_mag was dropped.
-    named = _tensors(sae)
-    if isinstance(sae, GatedSAE) and sae.tie == "none":
-        del named["r_mag"]
-    expected, found = _shapes(named), _shapes(tensors)
-    if expected != found:
-        raise InputError(
-            f"expected tensors {expected} in {folder / WEIGHTS}, as its cfg.json says, "
-            f"found {found}"
-        )
-
-
 def _shapes(tensors: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {list(tensors[name].shape)}" for name in sorted(tensors))
 
@@ -294,10 +267,10 @@ def shift_input_(sae: SAE, by: Float[Tensor, " d_in"]) -> None:
     By b_dec, an SAE that was written for uncentred input is right for `x - b_dec`, as
     x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
     """
-    if isinstance(sae, ReluSAE | JumpReluSAE | TopKSAE):
+    if isinstance(sae, SinglePathSAE):
         sae.b_enc.add_(by @ sae.W_enc)
         return
-    assert isinstance(sae, GatedSAE)  # there is no fifth kind
+    assert isinstance(sae, GatedSAE)
     shift = by @ sae.W_gate
     sae.b_gate.add_(shift)
     if sae.W_mag is not None:

@@ -263,7 +263,7 @@ def _export(command: ExportSAE) -> None:
         metadata["converted_from"] = sae.architecture
     written = write_sae(sae, command.to, format=command.format, metadata=metadata)
     show(*map(str, written.files))
-    show(f"largest difference {written.largest_difference:.1e}: {written.parity.sentence}")
+    show(f"largest difference {written.parity.largest:.1e}: {written.parity.sentence}")
 
 
 def _doctor(command: Doctor) -> int:

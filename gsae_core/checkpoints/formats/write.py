@@ -21,7 +21,7 @@ from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
 from gsae_core.files import sync, write_json, writing
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, SinglePathSAE
 
 TOKENS = 512
 
@@ -100,39 +100,31 @@ def telling_activations(sae: SAE, n_tokens: int, seed: int) -> Float[Tensor, "n_
     Around b_dec, in four sizes about the one at which products are as large as the biases.
     """
     generator = torch.Generator().manual_seed(seed)
-    W, biases = _encoder(sae)
+    if isinstance(sae, GatedSAE):
+        W, biases = sae.W_gate, sae.b_gate.abs() + sae.b_mag.abs()
+    else:
+        assert isinstance(sae, SinglePathSAE)
+        W, biases = sae.W_enc, sae.b_enc.abs()
+        biases = biases + sae.threshold if isinstance(sae, JumpReluSAE) else biases
     size = float(biases.abs().mean() / W.norm(dim=0).mean().clamp(min=1e-12)) or 1.0
     noise = torch.randn(n_tokens, sae.d_in, generator=generator, dtype=sae.W_dec.dtype)
     sizes = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=noise.dtype)
     return sae.b_dec + size * sizes[torch.arange(n_tokens) % 4, None] * noise
 
 
-def _encoder(sae: SAE) -> tuple[Tensor, Tensor]:
-    match sae:
-        case GatedSAE():
-            return sae.W_gate, sae.b_gate.abs() + sae.b_mag.abs()
-        case JumpReluSAE():
-            return sae.W_enc, sae.b_enc.abs() + sae.threshold
-        case ReluSAE() | TopKSAE():
-            return sae.W_enc, sae.b_enc
-    raise AssertionError(type(sae))
-
-
 def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
     """Return where a pre-activation lies within rounding of what decides whether it fires."""
-    match sae:
-        case GatedSAE():
-            pi_gate, pi_mag = sae.pre_activations(x)
-            margin, z = torch.minimum(pi_gate.abs(), pi_mag.abs()), pi_mag
-        case JumpReluSAE():
-            z = sae.pre_activations(x)
+    if isinstance(sae, GatedSAE):
+        pi_gate, z = sae.pre_activations(x)
+        margin = torch.minimum(pi_gate.abs(), z.abs())
+    else:
+        assert isinstance(sae, SinglePathSAE)
+        z = sae.pre_activations(x)
+        margin = z.abs()
+        if isinstance(sae, JumpReluSAE):
             margin = (z - sae.threshold).abs()
-        case TopKSAE():
-            z = sae.pre_activations(x)
-            margin = torch.minimum(z.abs(), (z - z.topk(sae.k).values[:, -1:]).abs())
-        case _:
-            z = (sae.normalised(x).u - sae.b_dec) @ sae.W_enc + sae.b_enc  # pyright: ignore
-            margin = z.abs()
+        if isinstance(sae, TopKSAE):
+            margin = torch.minimum(margin, (z - z.topk(sae.k).values[:, -1:]).abs())
     return margin <= AT_THRESHOLD * z.abs().amax()
 
 
@@ -153,19 +145,13 @@ class Exported(NamedTuple):
     files: tuple[Path, ...]
     parity: Parity
 
-    @property
-    def largest_difference(self) -> float:
-        """The larger of the two relative differences, of latents and of reconstructions."""
-        return self.parity.largest
-
 
 def write_sae(
     sae: SAE, folder: Path | str, *, format: Export | str, metadata: dict[str, Any]
 ) -> Exported:
-    """Write an SAE in a format, once it was read back and found to compute the same.
+    """Write an SAE of raw activations, once it was read back and found to compute the same.
 
     Args:
-        sae: takes raw activations.
         folder: new or empty; the SAE is there whole or not at all.
         format: one of `EXPORTS`.
         metadata: of the SAE's cfg.json: model, site, data and how it was trained.
@@ -187,7 +173,12 @@ def write_sae(
     with writing(folder, sum(p.nbytes for p in sae.parameters())):
         try:
             unfinished.mkdir(parents=True)
-            _write(sae, unfinished, format, metadata)
+            if format == "dictionary_learning":
+                _write_dictionary_learning(sae, unfinished, metadata)
+            elif format == "jumprelu":
+                save_sae(to_jumprelu(sae), unfinished, metadata=metadata, dtype=torch.float32)
+            else:
+                save_sae(sae, unfinished, metadata=metadata)
             found = parity(sae, read_sae(unfinished).sae)
             check_parity(found)
             if folder.exists():
@@ -226,16 +217,6 @@ def _refuse_if_unknown_there(sae: SAE, format: str) -> None:
         )
 
 
-def _write(sae: SAE, folder: Path, format: str, metadata: dict[str, Any]) -> None:
-    match format:
-        case "gsae_core" | "saelens":
-            save_sae(sae, folder, metadata=metadata)
-        case "jumprelu":
-            save_sae(to_jumprelu(sae), folder, metadata=metadata, dtype=torch.float32)
-        case "dictionary_learning":
-            _write_dictionary_learning(sae, folder, metadata)
-
-
 @torch.no_grad()
 def to_jumprelu(sae: SAE) -> JumpReluSAE:
     """Return the JumpReLU SAE that computes the same, in double precision.
@@ -243,29 +224,20 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
         W_enc = W_gate exp(r_mag),  b_enc = b_mag,  theta = max(0, b_mag - exp(r_mag) b_gate)
 
     arXiv:2404.16014v2, section 3.2: pi_mag > theta is pi_gate > 0, times a positive number. A ReLU
-    SAE is one with theta = 0.
-
-    Raises:
-        InputError: for TopK and for untied paths, which have no such threshold.
+    SAE is one with theta = 0. TopK and untied paths have no such threshold: InputError.
     """
     _refuse_if_unknown_there(sae, "jumprelu")
     state = {name: p.detach().double() for name, p in sae.named_parameters()}
-    match sae:
-        case GatedSAE():
-            gain = torch.ones_like(state["b_mag"]) if sae.r_mag is None else state["r_mag"].exp()
-            threshold = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
-            W_enc, b_enc = state["W_gate"] * gain, state["b_mag"]
-        case JumpReluSAE():
-            threshold = state["threshold"]
-            W_enc, b_enc = state["W_enc"], state["b_enc"]
-        case _:
-            threshold = torch.zeros_like(state["b_enc"])
-            W_enc, b_enc = state["W_enc"], state["b_enc"]
-    new = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+    if isinstance(sae, GatedSAE):
+        gain = torch.ones_like(state["b_mag"]) if sae.r_mag is None else state["r_mag"].exp()
+        state["threshold"] = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
+        state["W_enc"], state["b_enc"] = state["W_gate"] * gain, state["b_mag"]
+    elif isinstance(sae, ReluSAE):
+        state["threshold"] = torch.zeros_like(state["b_enc"])
     settings = sae.settings if isinstance(sae, JumpReluSAE) else {}
     jump = JumpReluSAE(sae.d_in, sae.d_sae, **settings).double()
     jump.input_norm = sae.input_norm
-    jump.load_state_dict(new | {"W_dec": state["W_dec"], "b_dec": state["b_dec"]})
+    jump.load_state_dict({name: state[name] for name, _ in jump.named_parameters()})
     return jump
 
 
