@@ -11,7 +11,7 @@ LINES = {
     "sae": 3650,
     "lm": 3810,
     "training": 1090,
-    "checkpoints": 3100,
+    "checkpoints": 2880,
     "analysis": 5140,
     "plots": 1310,
     "runs": 4210,
