@@ -1,7 +1,8 @@
 """A page opened without a browser, and all that it says; the fixtures are in conftest.py."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def opened(page: str, **parameters: str | list[str]) -> AppTest:
     for name, value in parameters.items():
         at.query_params[name] = value
     return at.run()
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[Any]:
+    """Within, a JSON file's fields may be changed; then they are written back."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    yield fields
+    path.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def circuit(places: list[str]) -> list[str]:

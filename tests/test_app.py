@@ -13,14 +13,15 @@ from synthetic import config, metric_lines, write_metrics, write_run
 
 from gsae_core.config import sweep
 
-RESULT_PAGES = ["pages/3_Pareto.py", "pages/4_Shrinkage.py"]
+SAE_PAGES = ["pages/5_Features.py", "pages/6_Prompt.py", "pages/7_Steer.py"]
+RESULT_PAGES = ["pages/3_Pareto.py", "pages/4_Shrinkage.py", *SAE_PAGES]
 
 
 def source(page: str) -> str:
     return (APP.parent / page).read_text(encoding="utf-8")
 
 
-NEED_A_RUN = [page for page in PAGES if "need_run(" in source(page)]
+NEED_A_RUN = [page for page in PAGES if "need_run(" in source(page)] + SAE_PAGES
 # What any page is bound to, and a few names that none is.
 PARAMETERS = shlex.split(
     "model layer site preset from arch width sparsity tokens data peek x part smooth log saes "
@@ -70,6 +71,11 @@ def test_a_page_is_there_in_every_state(root: Path, worker: int, page: str, stat
         assert "No runs yet" in said
     if state == "running" and page in RESULT_PAGES:
         assert "moving is running, step 128 of 512" in said  # a quarter of 2^20 / 2048
+    if state == "cancelled" and page in RESULT_PAGES:
+        assert "cancelled is cancelled and was not evaluated" in said
+    if state == "finished" and page in SAE_PAGES:  # without the weights
+        assert "This run has no SAE weights" in said
+        assert "found none; copy them back, or train the run again" in said
     if state == "finished":
         assert at.selectbox(key="run").value == "done"
 
@@ -149,19 +155,20 @@ def test_a_link_of_another_run_is_followed_and_a_choice_is_kept(root: Path) -> N
     assert at.run().selectbox(key="run").value == "older"
 
 
-def test_home_loads_neither_torch_nor_figures() -> None:
-    code = "import sys; import {}; sys.exit(bool(set(sys.modules) & {}))"
-    rooms = [
-        "app.shell",
-        "app.parts",
-        "app.controls",
-        "app.live_view",
-        "runs.run",
-        "runs.plan.progress",
-        "machine",
-        "presets",
-    ]
-    modules = ", ".join(f"gsae_core.{room}" for room in rooms)
-    heavy = {"torch", "gsae_core.plots.pareto", "altair", "transformers", "tyro"}
-    done = subprocess.run([sys.executable, "-c", code.format(modules, heavy)], check=False)
-    assert done.returncode == 0
+@pytest.mark.parametrize(
+    ("rooms", "heavy"),
+    [
+        (
+            "app.shell app.parts app.controls app.live_view runs.run runs.plan.progress machine "
+            "presets",
+            {"torch", "gsae_core.plots.pareto", "altair", "transformers", "tyro"},
+        ),
+        ("app.feature_list app.feature_view app.feature_index runs.run", {"torch"}),
+        ("app.hub_find app.hub_share", {"torch"}),
+    ],
+    ids=["home", "features", "hub"],
+)
+def test_a_page_of_no_model_loads_nothing_heavy(rooms: str, heavy: set[str]) -> None:
+    modules = ", ".join(f"gsae_core.{room}" for room in rooms.split())
+    code = f"import sys; import {modules}; sys.exit(bool(set(sys.modules) & {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,11 +1,9 @@
 """The Features page without a browser: every state, bad addresses, hostile words."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from app_pages import HOSTILE, NASTY, labelled, opened, text
 from streamlit.testing.v1 import AppTest
@@ -40,20 +38,6 @@ def indexed(root: Path) -> Run:
 
 
 # What there is to show
-
-
-def test_without_runs_it_says_where_to_begin(root: Path) -> None:
-    assert "No runs yet" in text(opened(PAGE))
-
-
-def test_a_run_without_finished_saes_says_how_far_it_is(root: Path) -> None:
-    write_run(root, "young", "cancelled", share=0.4)
-    assert "young is cancelled and was not evaluated" in text(opened(PAGE, run="young"))
-
-
-def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
-    make_run(root)
-    assert "This run has no SAE weights" in text(opened(PAGE, run="done"))
 
 
 def test_a_feature_shows_its_numbers_words_and_examples(indexed: Run) -> None:
@@ -392,13 +376,6 @@ def test_an_index_cut_short_while_it_is_open_is_not_read_any_more(indexed: Run) 
     assert "the index is cut short" in text(at)
 
 
-def test_a_run_deleted_while_it_is_open_is_missed_in_words(indexed: Run) -> None:
-    at = opened(PAGE, run="done", feature="7")
-    shutil.rmtree(indexed.folder)
-    at.run()
-    assert "Run done is not on this machine" in text(at)
-
-
 # Words from elsewhere
 
 
@@ -429,20 +406,3 @@ def test_a_hostile_label_is_shown_as_text(indexed: Run) -> None:
     said = text(opened(PAGE, run="done", feature="7"))
     assert "<img" not in said
     assert "&lt;img" in said
-
-
-def test_the_page_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
-    modules = "app.feature_list app.feature_view app.feature_index runs.run"
-    code = f"import sys, importlib\nfor m in '{modules}'.split(): "
-    code += "importlib.import_module(f'gsae_core.{m}')\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_numbers_of_a_synthetic_index_are_its_own(indexed: Run) -> None:
-    feature = indexed.features("gated-0.3").feature(7)
-    assert len(feature.values) == 8
-    assert np.all(np.diff(feature.values) <= 0)
-    assert feature.values.min() > THETA

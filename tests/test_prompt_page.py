@@ -1,14 +1,12 @@
 """The Prompt page without a browser: what it says of a text, and of what is no text."""
 
 import html
-import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
-from synthetic import write_run
+from app_pages import HOSTILE, NASTY, edited, labelled, opened, text
 
 from gsae_core.app import cache, prompt_view
 from gsae_core.app.cache import ModelLock
@@ -18,7 +16,7 @@ from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.text import quoted
 
-PROMPT = "pages/6_Prompt.py"
+PROMPT, STEER = "pages/6_Prompt.py", "pages/7_Steer.py"
 TEXT = "w1 w2 w3 w2 w9"
 
 
@@ -109,7 +107,7 @@ def test_what_both_saes_see_stands_under_their_names(run: Run) -> None:
 def test_a_text_is_kept_for_the_next_page(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT)
     field(at).set_value("w7 w8").run()
-    at.switch_page("pages/7_Steer.py").run()
+    at.switch_page(STEER).run()
     assert at.text_area(key="steer.text").value == "w7 w8"
 
 
@@ -134,9 +132,10 @@ def test_a_rerun_reads_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("w1 " * 700_000, "Expected a text of at most 20,000 characters, got 2,100,000; paste the"),
     ],
 )
-def test_what_is_no_text_is_one_sentence(run: Run, words: str, sentence: str) -> None:
-    at = opened(PROMPT, run=run.id)
-    field(at).set_value(words).run()
+@pytest.mark.parametrize("page", [PROMPT, STEER])
+def test_what_is_no_text_is_one_sentence(run: Run, page: str, words: str, sentence: str) -> None:
+    at = opened(page, run=run.id, f="2")
+    labelled(at.text_area, "Text" if page == PROMPT else "Prompt").set_value(words).run()
     assert sentence in text(at)
     assert "text" not in at.query_params
 
@@ -160,9 +159,10 @@ def test_an_address_carries_500_characters(run: Run) -> None:
 
 
 @pytest.mark.parametrize("words", [HOSTILE, *NASTY, "\u202e\u200bw1\x00"])
-def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
-    at = opened(PROMPT, run=run.id)
-    field(at).set_value(words).run()
+@pytest.mark.parametrize("page", [PROMPT, STEER])
+def test_hostile_text_changes_nothing(run: Run, page: str, words: str) -> None:
+    at = opened(page, run=run.id, f="2", len="10")
+    labelled(at.text_area, "Text" if page == PROMPT else "Prompt").set_value(words).run()
     said = text(at)
     for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):
         assert piece not in said.replace(words, "")
@@ -192,36 +192,11 @@ def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, s
 # Runs that cannot be looked through
 
 
-def test_no_runs_at_all(root: Path) -> None:
-    at = opened(PROMPT)
-    assert "No runs yet" in text(at)
-
-
-def test_a_run_that_still_trains_says_when_its_saes_come(root: Path, worker: int) -> None:
-    write_run(root, "moving", "running", share=0.25, pid=worker)
-    at = opened(PROMPT)
-    assert "moving is running, step 128 of 512" in text(at)
-
-
-def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
-    write_run(root, "done")
-    at = opened(PROMPT)
-    assert "weights of done" in text(at)
-    assert "found none; copy them back, or train the run again" in text(at)
-
-
-def test_a_hostile_run_is_only_text(root: Path) -> None:
-    hostile_run(root)
-    at = opened(PROMPT)
-    assert "<script" not in text(at)
-
-
-def test_a_model_folder_that_is_gone_is_named(run: Run) -> None:
-    path = run.folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["model"]["name"] = "/gone/tiny<b>"
-    path.write_text(json.dumps(fields), encoding="utf-8")
-    at = opened(PROMPT, run=run.id, text=TEXT)
+@pytest.mark.parametrize("page", [PROMPT, STEER])
+def test_a_model_folder_that_is_gone_is_named(run: Run, page: str) -> None:
+    with edited(run.folder / "config.json") as fields:
+        fields["model"]["name"] = "/gone/tiny<b>"
+    at = opened(page, run=run.id, text=TEXT, f="2")
     assert "Expected a Hugging Face model folder with a config.json" in text(at)
     assert "/gone/tiny&lt;b&gt;" in text(at)
 
@@ -234,10 +209,8 @@ def test_damaged_weights_are_named(run: Run) -> None:
 
 
 def test_an_sae_of_another_place_is_named(run: Run) -> None:
-    path = run.folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["model"]["site"] = "resid_pre"  # 12 wide, where its SAEs read 20
-    path.write_text(json.dumps(fields), encoding="utf-8")
+    with edited(run.folder / "config.json") as fields:
+        fields["model"]["site"] = "resid_pre"  # 12 wide, where its SAEs read 20
     at = opened(PROMPT, run=run.id, text=TEXT)
     assert "to take activations of width 12" in text(at)
 

@@ -1,13 +1,11 @@
 """The Steer page without a browser: continuations, what steers them, and what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pages import HOSTILE, NASTY, hostile_run, labelled, opened, text
+from app_pages import HOSTILE, NASTY, edited, labelled, opened, text
 from safetensors.torch import load_file, save_file
-from synthetic import write_run
 
 from gsae_core.analysis import generation
 from gsae_core.analysis.generation import Loop
@@ -37,9 +35,8 @@ def kill_feature(run: Run, name: str, latent: int) -> None:
     tensors = load_file(path)
     tensors["b_gate"][latent] = -1e9
     save_file(tensors, path)
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    cfg["metadata"]["weights_sha256"] = sha256(path)
-    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+    with edited(folder / "cfg.json") as cfg:
+        cfg["metadata"]["weights_sha256"] = sha256(path)
 
 
 def test_unsteered_steered_and_the_match_stand_side_by_side(run: Run) -> None:
@@ -161,10 +158,8 @@ def test_a_dead_feature_says_what_its_unit_is(run: Run) -> None:
 
 
 def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -> None:
-    path = run.folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["data"]["source"] = "/gone/text.txt"
-    path.write_text(json.dumps(fields), encoding="utf-8")
+    with edited(run.folder / "config.json") as fields:
+        fields["data"]["source"] = "/gone/text.txt"
     at = opened(STEER, run=run.id, f="2", **PAIR)
     assert "Scales are of this prompt alone" in text(at)
     assert "tokens of this prompt" in text(at)
@@ -195,65 +190,10 @@ def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, s
     assert "<img" not in text(at)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("", "Expected some text, got none"),
-        ("w1 " * 700_000, "Expected a text of at most 20,000 characters, got 2,100,000"),
-    ],
-)
-def test_what_is_no_prompt_is_one_sentence(run: Run, words: str, sentence: str) -> None:
-    at = opened(STEER, run=run.id, f="2")
-    at.text_area(key="steer.text").set_value(words).run()
-    assert sentence in text(at)
-
-
-@pytest.mark.parametrize("words", [HOSTILE, *NASTY])
-def test_hostile_text_changes_nothing(run: Run, words: str) -> None:
-    at = opened(STEER, run=run.id, f="2", len="10")
-    at.text_area(key="steer.text").set_value(words).run()
-    said = text(at)
-    for piece in ("<script", "<img", "<form", "<style>*", "position:fixed", "\u202e", "\u200b"):
-        assert piece not in said
-
-
 def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(run: Run) -> None:
     at = opened(STEER, run=run.id, f="2", **PAIR | {"text": "w1 " * 16})
-    assert {kind: len(tokens) for kind, tokens in job(at).tokens.items()} == {
-        UNSTEERED: 1,
-        STEERED: 1,
-        MATCHED: 1,
-    }
+    assert [len(tokens) for tokens in job(at).tokens.values()] == [1, 1, 1]
     assert "where the model's context was full" in text(at)
-
-
-# Runs that cannot be steered
-
-
-def test_no_runs_at_all(root: Path) -> None:
-    at = opened(STEER)
-    assert "No runs yet" in text(at)
-
-
-def test_a_run_whose_weights_are_gone_says_so(root: Path) -> None:
-    write_run(root, "done")
-    at = opened(STEER, f="2")
-    assert "copy them back, or train the run again" in text(at)
-
-
-def test_a_hostile_run_is_only_text(root: Path) -> None:
-    hostile_run(root)
-    at = opened(STEER)
-    assert "<script" not in text(at)
-
-
-def test_a_model_folder_that_is_gone_is_named(run: Run) -> None:
-    path = run.folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["model"]["name"] = "/gone/tiny"
-    path.write_text(json.dumps(fields), encoding="utf-8")
-    at = opened(STEER, run=run.id, f="2", text=TEXT)
-    assert "Expected a Hugging Face model folder with a config.json" in text(at)
 
 
 # What is drawn

@@ -40,13 +40,8 @@ def bad(root: Path) -> Run:
 
 
 def test_the_mark_stands_from_above_one_on() -> None:
-    assert [is_worse_than_mean(fvu) for fvu in (0.5, 1.0, 1.0001, math.nan, None)] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
+    worse = [is_worse_than_mean(fvu) for fvu in (0.5, 1.0, 1.0001, math.nan, None)]
+    assert worse == [False, False, True, False, False]
     assert marked_fvu(2.64321) == "⚠ 2.643"
     assert marked_fvu(1.0, 4) == "1.0000"
     assert marked_fvu(None) == "–"
