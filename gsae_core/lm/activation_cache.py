@@ -3,13 +3,11 @@
     activations/<model and place>/about.json                    what they are, for those who tidy up
                                   <tokens>.safetensors          a shard: x (n, d_in), SHA-256 of x
 
-A shard holds the counted vectors of consecutive sequences of the text, in the text's order, and is
-named by a hash of their tokens: runs with another seed, another length of the same text or another
-config find it. It is written whole or not at all, so an interruption loses one shard at most.
-
-The vectors are those of a harvest, bit for bit, wherever a sequence's activations do not depend on
-which others share its forward pass. A test holds this for the bundled model on a CPU; on a GPU the
-two may differ by rounding. A run reads one or the other from beginning to end.
+A shard holds the counted vectors of consecutive sequences and is named by a hash of their tokens:
+runs with another seed, another length of the same text or another config find it. It is written
+whole or not at all. The vectors are those of a harvest, bit for bit, wherever a sequence's
+activations do not depend on which others share its forward pass: a test holds this for the bundled
+model on a CPU; on a GPU the two may differ by rounding.
 """
 
 import logging
@@ -17,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +125,7 @@ class CachedActivations(Harvest):
         per_row = sequences.n_ctx * self.d_in * self._dtype.itemsize
         # Whole passes, so that the passes of a shard do not depend on where the text ends.
         self._shard_rows = max(1, shard_bytes // (per_row * self.rows)) * self.rows
+        self._edges = [*range(0, len(sequences), self._shard_rows), len(sequences)]
         self._first = np.concatenate([[0], np.cumsum(sequences.counts)])
         self._open: dict[int, Tensor] = {}
 
@@ -173,7 +173,7 @@ class CachedActivations(Harvest):
             x = self._shard(int(k))
             with self._disk_watch.running():
                 mine = which[which // self._shard_rows == k]
-                starts = self._first[mine] - self._first[k * self._shard_rows]
+                starts = self._first[mine] - self._first[self._edges[k]]
                 counts = self.sequences.counts[mine]
                 runs = [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]
                 found = x[torch.from_numpy(np.concatenate(runs))].float().to(self.device)
@@ -182,23 +182,19 @@ class CachedActivations(Harvest):
 
     @cached_property
     def _paths(self) -> list[Path]:
-        """A shard's path says the hash of its tokens."""
+        """A shard is named by a hash of its tokens."""
         paths = []
-        for start in range(0, len(self.sequences), self._shard_rows):
-            ids, mask = self.sequences[start : start + self._shard_rows]
+        for start, stop in pairwise(self._edges):
+            ids, mask = self.sequences[start:stop]
             digest = sha256(repr(tuple(ids.shape)).encode())
             digest.update(ids.numpy().tobytes())
             digest.update(mask.numpy().tobytes())
             paths.append(self.folder / f"{digest.hexdigest()[:32]}.safetensors")
         return paths
 
-    def _sequences_of(self, k: int) -> range:
-        start = k * self._shard_rows
-        return range(start, min(start + self._shard_rows, len(self.sequences)))
-
     def _n_vectors(self, k: int) -> int:
-        mine = self._sequences_of(k)
-        return int(self._first[mine.stop] - self._first[mine.start])
+        start, stop = self._edges[k : k + 2]
+        return int(self._first[stop] - self._first[start])
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
         """Return a shard, mapped into memory; checked, or harvested, when it is first asked for."""
@@ -211,7 +207,7 @@ class CachedActivations(Harvest):
                 # Another run may have harvested it meanwhile.
                 x = self._checked(path, k)
                 if x is None:
-                    self._write(path, self._harvested(k))
+                    self._write(path, k)
                     x = self._checked(path, k)
         if x is None:
             raise InputError(
@@ -262,23 +258,20 @@ class CachedActivations(Harvest):
         finally:
             held.release()
 
-    def _harvested(self, k: int) -> Float[Tensor, "vectors d_in"]:
+    def _write(self, path: Path, k: int) -> None:
         x = torch.empty(self._n_vectors(k), self.d_in)
         done = 0
-        for part in super().vectors(np.array(self._sequences_of(k))):
+        for part in super().vectors(np.arange(*self._edges[k : k + 2])):
             x[done : done + len(part)] = part.cpu()
             done += len(part)
         assert done == len(x)
-        narrow = x.to(self._dtype)
-        return narrow if torch.equal(narrow.float(), x) else x
-
-    def _write(self, path: Path, x: Float[Tensor, "vectors d_in"]) -> None:
         with self._disk_watch.running():
+            narrow = x.to(self._dtype)
+            x = narrow if torch.equal(narrow.float(), x) else x
             for left in self.folder.glob(f".{path.name}.*.tmp"):
                 left.unlink()  # of a killed process: who writes holds the lock
-            metadata, n_bytes = {"sha256": _sha256(x)}, x.numel() * x.element_size()
-            save = partial(save_file, {"x": x}, metadata=metadata)
-            replace_durably(path, save, n_bytes=n_bytes)
+            save = partial(save_file, {"x": x}, metadata={"sha256": _sha256(x)})
+            replace_durably(path, save, n_bytes=x.numel() * x.element_size())
 
 
 def _sha256(x: Tensor) -> str:

@@ -85,21 +85,15 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
 def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
 
-    def on_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        new = see(args[0])
-        return None if new is None else (new, *args[1:])
-
-    def on_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        new = see(first)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+    def shown(value: Any) -> Any:
+        several = isinstance(value, tuple)
+        new = see(value[0] if several else value)
+        return (new, *value[1:]) if several and new is not None else new
 
     if tap.end == "input":
-        handle = tap.module.register_forward_pre_hook(on_input)
+        handle = tap.module.register_forward_pre_hook(lambda _, args: shown(args))
     else:
-        handle = tap.module.register_forward_hook(on_output)
+        handle = tap.module.register_forward_hook(lambda _, _args, output: shown(output))
     try:
         yield
     finally:

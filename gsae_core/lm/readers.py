@@ -68,17 +68,13 @@ class Source:
     """Where a corpus comes from, not yet read."""
 
     name: str
-
     stamp: tuple[str, ...]
     """What the token cache knows it by: names, sizes and times of files. A Hub data set's is its
     name, so that a resumed run reads the tokens it began with, online or not."""
-
     train: Callable[[], Iterator[Part]]
     """Opens the documents: all of them, or those for training where `held_out` is given."""
-
     held_out: Callable[[], Iterator[Part]] | None = None
     """Opens the held-out documents; None where the split is cut by sequence."""
-
     remote: bool = False
 
 
@@ -168,9 +164,9 @@ def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> S
             else:
                 yield from text_parts(path)
 
-    sidecars = [_sidecar(path) for path in paths if kind == "tokens"]
-    stamped = paths + [path for path in sidecars if path.exists()]
-    stamp = (*_stamp(stamped), str(cfg.text_column), *([READ_ANEW] if kind == "table" else []))
+    sidecars = [each for path in paths if kind == "tokens" and (each := _sidecar(path)).exists()]
+    read_anew = [READ_ANEW] if kind == "table" else []
+    stamp = (*_stamp(paths + sidecars), str(cfg.text_column), *read_anew)
     return Source(cfg.source, stamp, documents)
 
 
@@ -231,9 +227,9 @@ def is_held_out(name: str, percent: int = 5) -> bool:
 
 
 def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
-    """Return the standard library's Python files by their path below its root, in name order.
+    """Return the standard library's Python files, without third parties', by path below its root.
 
-    Third-party code is left out, so that two machines with the same Python read the same text.
+    In name order: two machines with the same Python read the same text.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = {}
@@ -273,10 +269,13 @@ def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: b
     """
     if split == "all":
         return list(names)
-    splits = _told_by_card(folder, names) or _grouped(names, _split_of_shard)
+    splits = _told_by_card(folder, names)
+    if not splits:
+        shards = [(SHARD.fullmatch(name), name) for name in names]
+        splits = _grouped((shard and shard[1], name) for shard, name in shards)
     if not splits:
         may_tell = [n for n in names if not is_text or unpacked(Path(n)).suffix.lower() == ".txt"]
-        splits = _grouped(may_tell, _split_of_words)
+        splits = _grouped((_split_of_words(name), name) for name in may_tell)
         is_set = len(splits) > 1 and 2 * sum(map(len, splits.values())) > len(names)
         if split == "train" and (not splits or (is_text and not (is_set and split in splits))):
             return list(names)
@@ -285,17 +284,12 @@ def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: b
     return splits[split]
 
 
-def _grouped(names: Sequence[str], split_of: Callable[[str], str | None]) -> dict[str, list[str]]:
+def _grouped(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
-    for name in names:
-        if split := split_of(name):
+    for split, name in pairs:
+        if split:
             splits.setdefault(split, []).append(name)
     return splits
-
-
-def _split_of_shard(name: str) -> str | None:
-    shard = SHARD.fullmatch(name)
-    return shard and shard[1]
 
 
 def _split_of_words(name: str) -> str | None:
@@ -309,33 +303,31 @@ def _split_of_words(name: str) -> str | None:
 def _told_by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     readme = folder / "README.md"
     text = readme.read_text("utf-8-sig", "replace") if readme.is_file() else ""
-    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE):
+    if not re.search(r"^configs:", text, re.MULTILINE):
         return {}
     import yaml
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
+    from huggingface_hub import DatasetCard
 
     try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**yaml.safe_load(head[1])))
+        head: Any = DatasetCard(text).data
+        configs = MetadataConfigs.from_dataset_card_data(head)
         default = configs.get_default_config_name()
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(
             f"expected `configs` as the Hub reads them at the head of {readme}, got something "
             f"else: {' '.join(str(error).split())}; mend or remove them"
         ) from None
+    if not configs:
+        return {}
     if default is None:
         raise InputError(
             f"expected one config in {readme}, found {', '.join(configs)}: mark one of them with "
             "`default: true`"
         )
-    splits = sanitize_patterns(configs[default].get("data_files", {}))
-    found = {
-        split: [name for name in names if _fits(name, patterns)]
-        for split, patterns in splits.items()
-    }
-    return {split: files for split, files in found.items() if files}
+    splits = sanitize_patterns(configs[default].get("data_files", {})).items()
+    return _grouped((split, n) for split, patterns in splits for n in names if _fits(n, patterns))
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
@@ -350,7 +342,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _no_split(split: str, where: Path | str, splits: list[str]) -> str:
-    """Return the sentence for a split that is not there; it names those that are."""
     there = ", ".join(splits) or "no splits there"
     do = (
         "name one of these with --split, or `all`"
@@ -551,7 +542,6 @@ def _sidecar(path: Path) -> Path:
 
 
 def _told_dtype(path: Path) -> str | None:
-    """Return the dtype that `<file>.json` says a flat file's ids have; None without one."""
     sidecar = _sidecar(path)
     if not sidecar.exists():
         return None
@@ -580,13 +570,10 @@ DELIMITERS = (",", ";", "\t", "|")
 
 
 def _table(path: Path) -> Table:
-    """Return a table file.
+    """Return a table file, read by hand.
 
-    These are read by hand: JSON and CSV by `datasets` have one schema for every row of a file, and
-    no line number in what is said of a broken one.
-
-    Raises:
-        InputError: while iterating, if the file is not what its name says.
+    JSON and CSV by `datasets` have one schema for every row of a file, and no line number in what
+    is said of a broken one.
     """
     kind = unpacked(path).suffix.lower()
     if kind in (".csv", ".tsv"):
@@ -744,7 +731,6 @@ def hub_table(name: str, split: str) -> Iterator[Table]:
 
 @contextmanager
 def _hub_sentences(name: str, split: str) -> Iterator[None]:
-    """Turn what goes wrong between here and a data set on the Hub into a sentence."""
     import httpx2
     from datasets.exceptions import DatasetNotFoundError
 
@@ -806,9 +792,6 @@ def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Pa
     Args:
         text_column: of text or of token ids. None: chosen by a table's first rows (`pick_column`),
             and kept for the tables after it that have it too.
-
-    Raises:
-        InputError: if no column can be chosen, or holds neither text nor ids.
     """
     column = text_column
     for name, rows in tables:
@@ -910,7 +893,6 @@ def _no_column(wanted: str, name: str, columns: dict[str, list[Any]]) -> InputEr
 
 
 def _advice(columns: dict[str, list[Any]]) -> str:
-    """Return what to do about columns none of which can be taken by itself."""
     held = [values for values in columns.values() if values]
     strings = [values for values in held if isinstance(values[0], str)]
     if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):

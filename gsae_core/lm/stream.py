@@ -81,7 +81,6 @@ class ActivationStream:
 
     Args:
         harvest: of the training split; at least one batch of counted tokens.
-        batch_size: vectors in a batch.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time; None: `default_chunk_vectors`.
@@ -163,9 +162,6 @@ class ActivationStream:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.
 
         Cheap in order; out of order, each batch may harvest a chunk.
-
-        Raises:
-            IndexError: if `i` is not from 0 to `n_batches - 1`.
         """
         if not 0 <= i < self.n_batches:
             raise IndexError(f"expected a batch from 0 to {self.n_batches - 1}, got {i}")

@@ -7,12 +7,12 @@ writes them in the middle of a text (`raw_texts`), and characters are put togeth
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+# Ids among which a token that decodes to plain characters is looked for.
 LOOKED_AT = 1000
-"""Ids among which a token that decodes to plain characters is looked for."""
 SPLIT = 3
 """Most tokens on either side that can hold the rest of a character: it has four bytes at most."""
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -145,19 +145,14 @@ def _from_byte_level(name: str) -> str:
     return bytes(_BYTES[c] for c in name).decode("utf-8", "surrogateescape")
 
 
-def _byte_characters() -> Iterator[tuple[str, int]]:
-    """Yield the character that GPT-2's byte-level tokenizer writes for each byte."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    yield from ((chr(byte), byte) for byte in sorted(shown))
-    hidden = (byte for byte in range(0x100) if byte not in shown)
-    yield from ((chr(0x100 + n), byte) for n, byte in enumerate(hidden))
-
-
-_BYTES = dict(_byte_characters())
+# The character that GPT-2's byte-level tokenizer writes for each byte: itself where it shows, and
+# for the others, in order, those from U+0100 on.
+_SHOWN = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_BYTES = {chr(byte): byte for byte in _SHOWN}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(0x100)} - _SHOWN))}
 
 
 def _backend(tokenizer: Any) -> Any:
-    """Return a `tokenizers.Tokenizer`, or what answers like one."""
     if hasattr(tokenizer, "id_to_token"):
         return tokenizer
     return tokenizer.backend_tokenizer if tokenizer.is_fast else _Slow(tokenizer)
