@@ -210,8 +210,8 @@ busy = any(status.expects_process for status in frame.statuses.values())
 st.fragment(jobs, run_every=2 if busy else None)()
 recent()
 this_machine()
-for broken in frame.unreadable:
-    notice(broken.reason, kind="warning", title=f"{broken.id} cannot be read")
+for broken, reason in frame.unreadable.items():
+    notice(reason, kind="warning", title=f"{broken} cannot be read")
 for run in frame.runs[:MOST_SHOWN]:
     for damage in cache.damages(run):
         notice(damage, kind="warning", title=f"Not all of {run.id} can be read")

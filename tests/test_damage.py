@@ -21,7 +21,7 @@ from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import escalate_cancel
 from gsae_core.runs.plan.progress import speed, timeline
 from gsae_core.runs.resume import load_state
-from gsae_core.runs.run import Run, list_runs, unreadable_runs
+from gsae_core.runs.run import Run, list_runs, survey
 from gsae_core.runs.work.index import index_job, request
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
@@ -131,7 +131,7 @@ def check(folder: Path) -> None:
     others = {name for name in RUNS if name != folder.name}
     listed = {run.id for run in list_runs(folder.parent)}
     assert others <= listed
-    assert listed | set(dict(unreadable_runs(folder.parent))) == set(RUNS)
+    assert listed | set(survey(folder.parent)[1]) == set(RUNS)
 
 
 FILES = [
@@ -222,9 +222,7 @@ def test_a_status_of_wrong_types_says_which(
 ) -> None:
     path = runs / "finished" / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert dict(unreadable_runs(runs)) == {
-        "finished": f"expected {wanted} in {path}, got {value!r}"
-    }
+    assert survey(runs)[1] == {"finished": f"expected {wanted} in {path}, got {value!r}"}
 
 
 def test_an_evaluation_of_an_sae_that_the_run_has_not_says_so(runs: Path) -> None:
@@ -246,7 +244,7 @@ def test_a_run_that_lost_its_config_is_told_and_a_folder_of_something_else_is_no
     (runs / "logs").mkdir()
     (runs / "logs" / "log.txt").write_text("something else")
     (runs / "notes.txt").write_text("no folder")
-    assert dict(unreadable_runs(runs)) == {
+    assert survey(runs)[1] == {
         "finished": f"expected {config}, found no such file; was the run deleted?"
     }
 
@@ -262,7 +260,7 @@ def test_what_may_not_be_read_is_told(runs: Path, monkeypatch: pytest.MonkeyPatc
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert dict(unreadable_runs(runs)) == {
+    assert survey(runs)[1] == {
         "finished": f"expected a file to read at {config}, got: Permission denied"
     }
 

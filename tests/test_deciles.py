@@ -11,7 +11,7 @@ from examples import numbers
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.runs.evals import write_norm_deciles
+from gsae_core.files import write_json
 from gsae_core.runs.run import Run
 from gsae_core.sae.metrics import Decile, NormDeciles
 
@@ -103,7 +103,7 @@ def test_no_tokens_have_no_deciles_and_a_silent_sae_no_gamma() -> None:
 def test_deciles_are_read_as_they_were_written(finished: Run) -> None:
     rows = [{"norm": float(i), "ratio": 0.5, "gamma": math.nan} for i in range(10)]
     name = finished.config.saes[0].name
-    write_norm_deciles(finished.sae_folder(name), rows)
+    write_json(finished.sae_folder(name) / "norm_deciles.json", {"deciles": rows})
     frame = finished.norm_deciles(name)
     assert frame["decile"].to_list() == list(range(1, 11))
     assert frame["norm"].to_list() == [float(i) for i in range(10)]

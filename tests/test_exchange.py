@@ -45,7 +45,7 @@ def foreign(tmp_path: Path) -> Path:
 def imported(foreign: Path, tiny_lm_folder: Path, small_text: Path, root: Path) -> Run:
     """A run of the foreign SAE, and the folder of runs that pages read."""
     model, data = str(tiny_lm_folder), str(small_text)
-    return import_saes(foreign, root / "imported", model=model, data=data).run
+    return import_saes(foreign, root / "imported", model=model, data=data)[0]
 
 
 def test_an_imported_run_is_a_finished_run(imported: Run, root: Path) -> None:
@@ -138,7 +138,7 @@ def test_saes_of_two_places_are_two_runs(tmp_path: Path) -> None:
     write_foreign(tmp_path / "both" / "b", metadata=there)
     with pytest.raises(InputError, match=r"found a at layer 1, resid_pre; b at layer 2, resid_pre"):
         import_saes(tmp_path / "both", tmp_path / "run", model="m")
-    run = import_saes(tmp_path / "both", tmp_path / "run", model="m", saes=["b"]).run
+    run = import_saes(tmp_path / "both", tmp_path / "run", model="m", saes=["b"])[0]
     assert [spec.name for spec in run.config.saes] == ["b"]
     assert run.config.model.layer == 2
 

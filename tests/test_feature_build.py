@@ -335,4 +335,4 @@ def test_mixed_takes_half_from_the_held_out_split_as_far_as_it_reaches() -> None
     assert [(p.split, p.n) for p in parts] == [("held_out", 10), ("train", 20)]
     assert [(p.split, p.n) for p in choose_parts(corpus, 30, "held_out")] == [("held_out", 2)]
     assert [(p.split, p.n) for p in choose_parts(corpus, 10**6, "train")] == [("train", 30)]
-    assert index_jobs.Request() == (1_000_000, "mixed")
+    assert index_jobs.Request() == index_jobs.Request(n_tokens=1_000_000, split="mixed")

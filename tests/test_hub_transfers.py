@@ -352,7 +352,7 @@ def test_no_token_is_written_into_a_run_a_transfer_or_a_log(
 
 
 def test_the_folders_that_files_name_are_told(writer: Hub, finished: Run) -> None:
-    parcel = publish.pack(finished, [NAME], "ada/mine", texts={})
+    parcel = publish.pack(finished, [NAME], "ada/mine")
     assert [note.partition(":")[0] for note in parcel.notes] == [
         "config.json and cfg.json name the model's folder on this machine",
         "config.json and cfg.json name the text's folder on this machine",

@@ -14,7 +14,7 @@ from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.plan import cost
-from gsae_core.runs.plan.cost import check_memory, n_parameters, resolve_device, training_bytes
+from gsae_core.runs.plan.cost import check_memory, memory_parts, n_parameters, resolve_device
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.train import evaluate_run, log_every, train_run
 from gsae_core.sae.architectures import build_sae, fold_scale_
@@ -110,7 +110,7 @@ def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
     # A GPU's largest step: 8.2 matrices of the gated, 10 x 5. On cores: 3.5 of 512 rows, at least,
     # of the widest or of both.
     for n_cores, step in ((None, 410), (1, 3.5 * 512 * 5), (2, 3.5 * 512 * 7), (9, 3.5 * 512 * 7)):
-        need = training_bytes(config(5), 3, chunk_vectors=100, n_cores=n_cores)
+        need = sum(memory_parts(config(5), 3, chunk_vectors=100, n_cores=n_cores))
         assert need == 4 * (learnt + step + harvest)
 
 

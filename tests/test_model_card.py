@@ -15,8 +15,9 @@ from hub_server import TOKEN, Hub
 
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.cli import main
+from gsae_core.plots.pareto import pareto_svg
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.publish import make_card, pareto_svg, public_name
+from gsae_core.runs.work.publish import make_card, public_name
 from gsae_core.text import fixed, percent
 
 NAME = "gated-0.05"

@@ -14,7 +14,7 @@ from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.checkpoints.formats.detect import find_saes
 from gsae_core.checkpoints.formats.read import read_found
 from gsae_core.errors import InputError
-from gsae_core.runs.run import Run, list_runs, unreadable_runs
+from gsae_core.runs.run import Run, list_runs, survey
 from gsae_core.runs.work.train import evaluate_run, train_run
 from gsae_core.runs.work.transfer import PullRequest, transfers
 
@@ -37,7 +37,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_every_run_is_listed_with_its_state(older: Path) -> None:
-    assert unreadable_runs(older) == []
+    assert survey(older)[1] == {}
     assert {run.id: (run.status.state, run.status.step) for run in list_runs(older)} == {
         "finished": ("finished", 12),
         "interrupted": ("cancelled", 7),

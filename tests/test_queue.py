@@ -22,7 +22,7 @@ from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs import worker as queue
 from gsae_core.runs.jobs.job import delete, of_process, read_status, start, write_status
 from gsae_core.runs.jobs.worker import QueuePlace, Waiting, Worker, waiting_runs
-from gsae_core.runs.run import Run, list_runs, unreadable_runs
+from gsae_core.runs.run import Run, survey
 
 
 def ticket(root: Path, run: str, pid: int, *, when: int = 1) -> Path:
@@ -291,7 +291,7 @@ def test_an_interrupted_deletion_leaves_nothing_that_is_listed(
         patch.setattr(jobs.shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
             delete(run)
-    assert list_runs(root) == unreadable_runs(root) == []
+    assert survey(root) == ([], {})
     other = Run.create(root / "other", config())
     delete(other)
     assert not list(root.glob(".deleted-*"))

@@ -13,8 +13,8 @@ LINES = {
     "training": 1090,
     "checkpoints": 2880,
     "analysis": 5140,
-    "plots": 1310,
-    "runs": 4210,
+    "plots": 1370,
+    "runs": 3720,
     "cli": 1510,
     "app": 5290,
 }

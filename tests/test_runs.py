@@ -18,7 +18,7 @@ from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import replace_durably, to_json, write_json
 from gsae_core.runs import run as runs
-from gsae_core.runs.evals import EvalRow, averaged, measured_on, write_evals, write_feature_stats
+from gsae_core.runs.evals import EvalRow, averaged, measured_on, write_arrays, write_evals
 from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs.job import (
     State,
@@ -30,8 +30,8 @@ from gsae_core.runs.jobs.job import (
     write_status,
 )
 from gsae_core.runs.jobs.worker import Worker
-from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog, cut_back
-from gsae_core.runs.run import Run, find_run, list_runs, unreadable_runs
+from gsae_core.runs.metrics_log import MetricsCursor, MetricsLog
+from gsae_core.runs.run import Run, find_run, list_runs, survey
 
 CONFIG = RunConfig(
     saes=(SAESpec(name="gated-0.1", architecture="gated", d_sae=3, sparsity=0.1),),
@@ -197,7 +197,7 @@ def test_runs_are_listed_newest_first_and_damaged_ones_apart(tmp_path: Path, run
     (bare.folder / "status.json").unlink()
     (tmp_path / "not-a-run").mkdir()
     assert list_runs(tmp_path) == [second, run]
-    reasons = dict(unreadable_runs(tmp_path))
+    reasons = survey(tmp_path)[1]
     assert set(reasons) == {"damaged", "bare"}
     assert reasons["damaged"].startswith(f"expected JSON in {damaged.folder / 'config.json'}")
     assert reasons["bare"] == (
@@ -254,7 +254,7 @@ def test_a_reader_sees_that_a_resumed_run_took_lines_back(run: Run) -> None:
 def test_metrics_shorter_than_the_state_says_are_told(run: Run) -> None:
     (run.folder / "metrics.jsonl").write_text('{"a": 1}\n')  # 9 bytes
     with pytest.raises(InputError) as caught:
-        cut_back(run.folder / "metrics.jsonl", 100)
+        MetricsLog(run.folder / "metrics.jsonl", n_bytes=100)
     assert str(caught.value) == (
         f"expected at least 100 bytes in {run.folder / 'metrics.jsonl'}, as its resumable state "
         f"says, found 9; delete the folder {run.folder / 'resume'} to train from step 0"
@@ -335,13 +335,13 @@ def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:
         "when the run is evaluated"
     )
     folder.mkdir(parents=True)
-    write_feature_stats(
-        folder,
-        fired=np.array([5, 0, 1]),
-        gate_open=np.array([6, 0, 1]),
-        density=np.array([0.5, 0.0, 0.1]),
-        gamma=np.array([0.9, np.nan, 1.0]),
-    )
+    columns = {
+        "gate_open": np.array([6, 0, 1]),
+        "fired": np.array([5, 0, 1]),
+        "density": np.array([0.5, 0.0, 0.1]),
+        "gamma": np.array([0.9, np.nan, 1.0]),
+    }
+    write_arrays(folder / "feature_stats.safetensors", columns)
     table = run.feature_stats("gated-0.1")
     assert list(table.columns) == ["fired", "gate_open", "density", "gamma"]
     assert table["fired"].tolist() == [5, 0, 1]

@@ -163,14 +163,14 @@ def replaced(part: str, **fields: Any) -> RunConfig:
 
 def test_memory_is_weights_step_chunk_and_model() -> None:
     memory, disk = flight(config(), ROOMY).bars
-    sizes = {part.label: part.size for part in memory.parts}
+    sizes = memory.parts
     # d_in 256; four Gated SAEs of 512 (2 matrices, 3 vectors), four ReLU of 768 (2 and 1).
     learnt = 4 * (512 * 515 + 256) + 4 * (768 * 513 + 256)
     assert sizes["weights, gradients, moments"] == 4 * 4 * learnt
     assert sizes["one step"] == 4 * 3.5 * 2048 * (768 + 768)  # on each of two cores
     assert sizes["chunk of activations"] == 4 * 2 * (2**20 // 8) * 256
     assert sizes["language model"] == 4 * (model_facts("bundled", {}).parameters or 0)
-    assert {part.label: part.size for part in disk.parts} == {
+    assert disk.parts == {
         "resumable state": 2 * 4 * 3 * learnt,
         "SAEs": 4 * learnt,
         "tokens": 2 * 2**20,

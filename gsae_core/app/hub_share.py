@@ -267,7 +267,7 @@ def _card(transfer: Transfer, status: Status) -> None:
 def _buttons(transfer: Transfer, status: Status) -> None:
     """Draw what can be done with a transfer that has ended."""
     key = transfer.id
-    if status.state == "finished" and transfer.kind == "pull" and transfer.result:
+    if status.state == "finished" and transfer.is_pull and transfer.result:
         icon = ":material/monitoring:"
         if st.button("Open the run", icon=icon, type="primary", key=f"hub.open_{key}"):
             try:

@@ -27,7 +27,7 @@ from gsae_core.errors import InputError
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
 from gsae_core.runs.jobs.job import ACTIVE, Job, Status
-from gsae_core.runs.run import EXAMPLE_ID, Run, UnreadableRun, example_run, survey
+from gsae_core.runs.run import EXAMPLE_ID, Run, example_run, survey
 from gsae_core.runs.work.transfer import Transfer, transfers
 from gsae_core.text import percent
 
@@ -195,8 +195,8 @@ class Frame(NamedTuple):
     theme: Theme
     statuses: dict[str, Status]
     """Where each run stood when the page was drawn; those that cannot be read are left out."""
-    unreadable: list[UnreadableRun]
-    """Folders here that look like runs and cannot be opened."""
+    unreadable: dict[str, str]
+    """Folders here that look like runs and cannot be opened, and why."""
 
 
 def runs_root() -> Path:
@@ -251,7 +251,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     return Frame(run, runs, theme, statuses, unreadable)
 
 
-def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
+def _runs() -> tuple[list[tuple[Run, Status | None]], dict[str, str]]:
     """Return every run with what its process said last, newest first, and those unreadable.
 
     The run that ships with the package is the last of them, once it was asked for.
@@ -268,18 +268,18 @@ def _runs() -> tuple[list[tuple[Run, Status | None]], list[UnreadableRun]]:
     return runs, unreadable
 
 
-def _say_unreadable(unreadable: list[UnreadableRun]) -> None:
+def _say_unreadable(unreadable: dict[str, str]) -> None:
     """Say under the run picker that runs are missing from it, and why each is."""
     if unreadable:
         runs = "1 run" if len(unreadable) == 1 else f"{len(unreadable):,} runs"
-        why = "\n\n".join(escape_markdown(f"{run.id}: {run.reason}") for run in unreadable)
+        why = "\n\n".join(escape_markdown(f"{run}: {reason}") for run, reason in unreadable.items())
         st.caption(f"{runs} here cannot be read.", help=why)
 
 
-def _say_missing(run_id: str, runs: list[Run], unreadable: list[UnreadableRun]) -> None:
+def _say_missing(run_id: str, runs: list[Run], unreadable: dict[str, str]) -> None:
     """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
     others = "choose another in the sidebar" if runs else "there are no runs here yet"
-    if (reason := dict(unreadable).get(run_id)) is not None:
+    if (reason := unreadable.get(run_id)) is not None:
         notice(reason, kind="warning", title=f"{run_id} cannot be opened")
     else:
         notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")

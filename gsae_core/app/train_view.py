@@ -281,9 +281,9 @@ def bar(shown: Bar) -> None:
     """Draw how much is needed of how much there is; a part's name is under it."""
     said = f"about {readable(shown.needed)} of {readable(shown.available)} free"
     parts = [
-        (shade, part.size, f"{part.label} {readable(part.size)}")
-        for part, shade in zip(shown.parts, SHADES, strict=False)
-        if part.size
+        (shade, size, f"{label} {readable(size)}")
+        for (label, size), shade in zip(shown.parts.items(), SHADES, strict=False)
+        if size
     ]
     st.html(macros(TEMPLATE).bar(shown, said, parts))
 

@@ -365,12 +365,11 @@ def _pull(command: Pull) -> None:
 
 
 def _push(command: Push) -> None:
-    from gsae_core.runs.work.publish import check_token
-    from gsae_core.runs.work.transfer import parcel_of
+    from gsae_core.runs.work.publish import check_token, pack
 
     run = Run.open(command.run)
     request = PushRequest(run.id, command.sae, command.to, command.public)
-    parcel = parcel_of(run, request)
+    parcel = pack(run, request.saes, request.repo, public=request.public)
     check_token()
     n_files = len(parcel.files) + len(parcel.texts)
     say(f"{n_files} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
@@ -394,8 +393,8 @@ def _transfer(transfer: Transfer) -> None:
             "stopped; what came is kept: give the same command again, or "
             f"{PROGRAM} resume {transfer.folder}",
         )
-    is_pull = transfer.kind == "pull"
-    show(f"run {transfer.root / str(transfer.result)}" if is_pull else str(transfer.result))
+    result = str(transfer.result)
+    show(f"run {transfer.root / result}" if transfer.is_pull else result)
 
 
 MOST_MISUNDERSTOOD = 3

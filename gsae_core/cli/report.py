@@ -49,7 +49,7 @@ def list_lines(path: Path | None) -> list[str]:
         listed, unreadable = survey(folder)
         # A run that can be opened may still have lost a part of what it measured.
         damaged = [f"{run.id}: {reason}" for run, _ in listed for reason in run.damages()]
-        damaged += [f"{run.id}: {run.reason}" for run in unreadable]
+        damaged += [f"{run}: {reason}" for run, reason in unreadable.items()]
         if listed:
             rows = [["run", "state", "model", "site", "architectures", "SAEs", "from"]]
             rows += [
@@ -67,7 +67,7 @@ def list_lines(path: Path | None) -> list[str]:
             worse = {run.id: _worse(_measured(run)) for run, _ in listed}
             notes = [f"{name}: {sentence}" for name, sentence in worse.items() if sentence]
             return [*aligned(rows), *notes, *damaged]
-        if any((folder / run.id / "status.json").exists() for run in unreadable):
+        if any((folder / name / "status.json").exists() for name in unreadable):
             return damaged
     elif path is None:
         raise InputError(f"expected runs in {folder}, found no such folder; train or import first")

@@ -1,7 +1,8 @@
 """The trade-off between sparsity and fidelity, in Plotly, and what all Plotly figures share."""
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -290,3 +291,59 @@ def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
         hovertemplate=hover("%{text}"),
         **common,
     )
+
+
+def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str) -> str:
+    """Return L0 against loss recovered of a run's SAEs, with a frontier for each architecture.
+
+    Args:
+        rows: of evals.json; those without both numbers are left out.
+        chosen: names of the SAEs that get a ring.
+
+    Raises:
+        ValueError: if no row has both numbers, L0 above 0.
+    """
+    # The pages' figures are Plotly's; this one is a picture in a file.
+    import altair as alt
+
+    numbers = {"l0": float, "loss_recovered": float}  # JSON has null for NaN
+    frame = pd.DataFrame(list(rows), columns=["name", "architecture", *numbers]).astype(numbers)
+    frame = placed(frame, "l0", "loss_recovered")
+    if frame.empty:
+        raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
+    points = zip(frame["name"], frame["l0"], frame["loss_recovered"], strict=True)
+    frame = frame.assign(
+        kind=[LOOKS[architecture].label for architecture in frame["architecture"]],
+        told=[f"{name}: L0 {l0:.3g}, {100 * share:.2f} % recovered" for name, l0, share in points],
+        ring=[f"ring: {name}" for name in frame["name"]],
+    )
+    edges = pd.concat([best(of_architecture(frame, kind), "loss_recovered") for kind in LOOKS])
+    looks = [look for kind, look in LOOKS.items() if kind in set(frame["architecture"])]
+    labels = [look.label for look in looks]
+    ticks = round_values(frame["l0"])
+    x = alt.X("l0:Q", title=f"{AXES['l0']}, logarithmic")
+    x = x.scale(type="log", nice=False, padding=24).axis(values=ticks, format="~g", grid=False)
+    y = alt.Y("loss_recovered:Q", title=AXES["loss_recovered"])
+    y = y.scale(zero=False, nice=False, padding=24).axis(format="~%")
+    hue = alt.Color("kind:N").scale(domain=labels, range=[look.colour for look in looks])
+    hue = hue.legend(orient="top", title=None)
+    shape = alt.Shape("kind:N").scale(domain=labels, range=[look.vega_shape for look in looks])
+    dash = alt.StrokeDash("kind:N", legend=None)
+    dash = dash.scale(domain=labels, range=[look.dash for look in looks])
+    ringed = pd.DataFrame(frame[frame["name"].isin(list(chosen))])
+    chart = alt.layer(
+        alt.Chart(edges).mark_line().encode(x, y, hue, dash),
+        alt.Chart(frame)
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(x, y, hue, shape, description="told:N"),
+        alt.Chart(ringed)
+        .mark_point(size=240, color="black", strokeWidth=1.5)
+        .encode(x, y, description="ring:N"),
+        title=title,
+        background="white",
+        width=560,
+        height=320,
+    )
+    svg = io.StringIO()
+    chart.save(svg, format="svg")
+    return svg.getvalue()

@@ -38,11 +38,7 @@ class MetricsSlice(NamedTuple):
 
 
 def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
-    """Return the rows after `cursor`; a last line still being written is left for the next call.
-
-    Raises:
-        InputError: if the file cannot be read.
-    """
+    """Return the rows after `cursor`; a last line still being written is left for the next call."""
     if not os.path.lexists(path):
         return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
     with _opened(path) as file:
@@ -57,11 +53,7 @@ def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
 
 
 def read_tail(path: Path) -> list[dict[str, Any]]:
-    """Return the newest rows, from the last 64 kB of the file; oldest first.
-
-    Raises:
-        InputError: if the file cannot be read.
-    """
+    """Return the newest rows, from the last 64 kB of the file; oldest first."""
     if not os.path.lexists(path):
         return []
     with _opened(path) as file:
@@ -99,27 +91,6 @@ def _is_row(row: dict[str, Any]) -> bool:
     )
 
 
-def cut_back(path: Path, n_bytes: int) -> None:
-    """Drop what was written after the first `n_bytes`: steps that will be taken again.
-
-    The file is replaced, so that readers see by its identity that it changed.
-
-    Raises:
-        InputError: if the file is shorter than that.
-    """
-    data = read_bytes(path) if os.path.lexists(path) else b""
-    if len(data) < n_bytes:
-        raise InputError(
-            f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
-            f"{len(data)}; delete the folder {path.parent / 'resume'} to train from step 0"
-        )
-    replace_durably(path, lambda sibling: _write(sibling, data[:n_bytes]), n_bytes=n_bytes)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 class MetricsLog:
     """metrics.jsonl opened for appending, after what belongs to later steps is cut off.
 
@@ -129,15 +100,20 @@ class MetricsLog:
     again, and their lines, torn or whole, are cut off. On an SSD it took 3.4 ms a step, 45 at most.
 
     Args:
-        path: the file; made when it is not there.
-        n_bytes: how much of it stands; 0 for a run that begins.
-
-    Raises:
-        InputError: if the file is shorter than `n_bytes`, or the disk is full or read-only.
+        n_bytes: how much of the file stands; 0 for a run that begins. Steps logged beyond it will
+            be taken again.
     """
 
     def __init__(self, path: Path, *, n_bytes: int) -> None:
-        cut_back(path, n_bytes)
+        data = read_bytes(path) if os.path.lexists(path) else b""
+        if len(data) < n_bytes:
+            raise InputError(
+                f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
+                f"{len(data)}; delete the folder {path.parent / 'resume'} to train from step 0"
+            )
+        # The file is replaced, so that readers see by its identity that it changed.
+        kept = data[:n_bytes]
+        replace_durably(path, lambda sibling: sibling.write_bytes(kept), n_bytes=n_bytes)
         self._path = path
         self._file = path.open("ab+", buffering=0)
 

@@ -16,9 +16,6 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     Args:
         folder: the run's `resume` folder.
         state: tensors, numbers, strings, None, and dicts, lists and tuples of these.
-
-    Raises:
-        InputError: if the disk is full or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     older = sorted(folder.glob("state-*.pt"))
@@ -39,32 +36,27 @@ def has_state(folder: Path) -> bool:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return what `save_state` wrote, its tensors on the CPU. Nothing in the file is executed.
-
-    Raises:
-        InputError: if the files are missing or damaged.
-    """
+    """Return what `save_state` wrote, its tensors on the CPU. Nothing in the file is executed."""
+    afresh = f"delete the folder {folder} to train from step 0"
     pointer = read_json(folder / "state.json")
     if set(pointer) != {"file", "bytes", "sha256"}:
         found = ", ".join(pointer) or "none"
         raise InputError(
             f"expected the keys file, bytes, sha256 in {folder / 'state.json'}, found {found}; "
-            f"{_afresh(folder)}"
+            f"{afresh}"
         )
     path = folder / Path(str(pointer["file"])).name
     if not path.is_file():
+        raise InputError(f"expected the resumable state {path}, found no such file; {afresh}")
+    n_bytes = path.stat().st_size
+    if n_bytes != pointer["bytes"]:
         raise InputError(
-            f"expected the resumable state {path}, found no such file; {_afresh(folder)}"
-        )
-    if path.stat().st_size != pointer["bytes"]:
-        raise InputError(
-            f"expected {pointer['bytes']} bytes in the resumable state {path}, found "
-            f"{path.stat().st_size}; {_afresh(folder)}"
+            f"expected {pointer['bytes']} bytes in the resumable state {path}, found {n_bytes}; "
+            f"{afresh}"
         )
     if sha256(path) != pointer["sha256"]:
         raise InputError(
-            f"expected the resumable state {path} as it was written, found other content; "
-            f"{_afresh(folder)}"
+            f"expected the resumable state {path} as it was written, found other content; {afresh}"
         )
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -78,7 +70,3 @@ def state_bytes(state: Any) -> int:
     if isinstance(state, list | tuple):
         return sum(state_bytes(value) for value in state)
     return 0
-
-
-def _afresh(folder: Path) -> str:
-    return f"delete the folder {folder} to train from step 0"

@@ -13,7 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -27,18 +27,20 @@ from gsae_core.files import (
     read_checked,
     read_sae_cfg,
     readable,
-    unreadable,
     write_json,
     writing,
 )
-from gsae_core.runs.evals import DECILES, read_evals, read_norm_deciles
+from gsae_core.runs.evals import read_evals, read_norm_deciles
 from gsae_core.runs.jobs.job import (
     ACTIVE,
     FOLDER_BYTES,
     Job,
     Status,
+    new_status,
+    read_once,
     read_status,
     start,
+    stat_of,
     write_status,
 )
 from gsae_core.runs.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
@@ -56,7 +58,6 @@ def runs_root() -> Path:
 
 SCHEMA_VERSION = 1
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-FEATURE_STATS = ("fired", "gate_open", "density", "gamma")
 
 
 class _Example(BaseModel):
@@ -103,18 +104,28 @@ class Run(Job):
         folder = Path(folder).absolute()
         check_run_id(folder.name)
         with writing(folder, FOLDER_BYTES):
-            _make_folder(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                sentence = f"expected a folder for the run, found a file at {folder}"
+                raise InputError(sentence) from None
             if free_bytes(folder) < FOLDER_BYTES:
                 raise InputError(
                     f"expected {readable(FOLDER_BYTES)} free for {folder}, found "
                     f"{readable(free_bytes(folder))}; make room on the disk and start again"
                 )
             with lock(folder, "start"):
+                if (folder / "config.json").exists():
+                    raise InputError(
+                        f"expected a new folder for the run, found a run in {folder}; choose "
+                        f"another, or go on with it: python -m gsae_core resume {folder}"
+                    )
                 # Dot files are ours (the lock) or the system's; anything else is somebody's work.
                 if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                    raise InputError(_occupied(folder))
-                steps = config.train.n_steps
-                write_status(folder, Status("queued", 0, steps, None, None, time.time(), None))
+                    raise InputError(
+                        f"expected a new or empty folder for the run, found other files in {folder}"
+                    )
+                write_status(folder, new_status(config.train.n_steps))
                 Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
                 # Last: a folder with a config is a run.
                 write_json(folder / "config.json", config.model_dump(mode="json"))
@@ -128,13 +139,13 @@ class Run(Job):
             InputError: if there is no run, its files are damaged, or a newer version made it.
         """
         folder = Path(folder).absolute()
-        if not os.path.lexists(folder / "config.json"):
+        path = folder / "config.json"
+        if not os.path.lexists(path):
             raise InputError(
                 f"expected a run folder with a config.json, found none in {folder}; "
                 "give the folder that the training command printed"
             )
         check_layout(folder)
-        path = folder / "config.json"
         try:
             return cls(folder, load_config(path))
         except InputError as error:
@@ -158,45 +169,34 @@ class Run(Job):
         return read_since(self.folder / "metrics.jsonl", cursor)
 
     def evals(self) -> list[dict[str, Any]]:
-        """Return the held-out evaluation of each SAE; empty until there is one.
+        """Return the held-out evaluation of each SAE (`evals.EvalRow`); empty until there is one.
 
         Of an earlier version's, `zeroed` and `replaced` say what that version did, and
         `n_tokens_asked`, `shortage` and `n_predictions` are None: it did not say.
-
-        Raises:
-            InputError: if evals.json is damaged.
         """
         return read_evals(self.folder, [spec.name for spec in self.config.saes])
 
     def samples(self) -> dict[str, Any] | None:
-        """Return samples.json: a few latents of each SAE with their top tokens; None before it.
-
-        Raises:
-            InputError: if it is damaged.
-        """
+        """Return samples.json: a few latents of each SAE with their top tokens; None before it."""
         path = self.folder / "samples.json"
         if not os.path.lexists(path):
             return None
         return read_checked(path, _Samples, what="a sample of latents")
 
     def sae_cfg(self, name: str) -> dict[str, Any]:
-        """Return an SAE's cfg.json; empty before it was saved first.
-
-        Raises:
-            InputError: if it is damaged, or the run has no SAE of this name.
-        """
+        """Return an SAE's cfg.json; empty before it was saved first."""
         path = self.sae_folder(name) / "cfg.json"
         return read_sae_cfg(path) if os.path.lexists(path) else {}
 
     def damages(self) -> list[str]:
         """Return a sentence for each file that is damaged, though the run can be opened without."""
-        found: list[str] = []
 
-        def count_events() -> None:
+        def check_events() -> None:
             if lost := self.n_lost_events(self.status):
-                found.append(files.left_out(lost, "events.jsonl"))
+                raise InputError(files.left_out(lost, "events.jsonl"))
 
-        readers = [self.evals, self.samples, self.recent_metrics, count_events]
+        found: list[str] = []
+        readers = [self.evals, self.samples, self.recent_metrics, check_events]
         readers += [functools.partial(self.sae_cfg, spec.name) for spec in self.config.saes]
         for read in readers:
             try:
@@ -206,11 +206,7 @@ class Run(Job):
         return found
 
     def sae_folder(self, name: str) -> Path:
-        """Return the folder of one SAE.
-
-        Raises:
-            InputError: if the run has no SAE of this name.
-        """
+        """Return the folder of one of the run's SAEs."""
         names = [spec.name for spec in self.config.saes]
         if name not in names:
             raise InputError(f"expected one of this run's SAEs ({', '.join(names)}), got {name!r}")
@@ -235,12 +231,13 @@ class Run(Job):
                 "they are written when the run is evaluated"
             )
         columns = load_file(path)
-        return pd.DataFrame({key: columns[key] for key in FEATURE_STATS}).rename_axis("latent")
+        names = ("fired", "gate_open", "density", "gamma")
+        return pd.DataFrame({key: columns[key] for key in names}).rename_axis("latent")
 
     def norm_deciles(self, name: str) -> "pd.DataFrame":
         """Return one row per tenth of the held-out tokens by |x|, shortest first.
 
-        Columns: `decile` (1 to 10), and `evals.DECILES`.
+        Columns: `decile` (1 to 10), and those of `sae.metrics.Decile`.
 
         Raises:
             InputError: if the SAE is unknown, or was evaluated before these numbers were gathered.
@@ -250,7 +247,7 @@ class Run(Job):
         again = f"python -m gsae_core evaluate {self.folder}"
         rows = read_norm_deciles(self.sae_folder(name), again=again)
         # JSON has null for NaN, which would make a column of objects.
-        frame = pd.DataFrame(rows, columns=list(DECILES)).astype(float)
+        frame = pd.DataFrame(rows, columns=["norm", "ratio", "gamma"]).astype(float)
         frame.insert(0, "decile", range(1, len(frame) + 1))
         return frame
 
@@ -269,12 +266,11 @@ class Run(Job):
         return index
 
 
-def check_run_id(run_id: str) -> str:
-    """Return `run_id` if it can name a run.
+open_run = Run.open
 
-    Raises:
-        InputError: if it could be a path, or is no plain name.
-    """
+
+def check_run_id(run_id: str) -> str:
+    """Return `run_id` if it can name a run: no path, and no flag."""
     if RUN_ID.fullmatch(run_id) is None:
         raise InputError(
             "expected a run name of 1 to 64 letters, digits, dots, dashes and underscores that "
@@ -283,31 +279,8 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-open_run = Run.open
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"expected a folder for the run, found a file at {folder}") from None
-
-
-def _occupied(folder: Path) -> str:
-    if (folder / "config.json").exists():
-        return (
-            f"expected a new folder for the run, found a run in {folder}; choose another, or go on "
-            f"with it: python -m gsae_core resume {folder}"
-        )
-    return f"expected a new or empty folder for the run, found other files in {folder}"
-
-
 def check_layout(folder: Path) -> None:
-    """Check that this version reads a run of the layout that its events name.
-
-    Raises:
-        InputError: if a newer version made it, or its events cannot be read.
-    """
+    """Refuse a run that a newer version made, by its events."""
     rows = files.read(folder / "events.jsonl").rows
     versions = [row["schema_version"] for row in rows if "schema_version" in row]
     # A run whose first line is damaged is taken for one of this version: the rest of it will tell.
@@ -319,26 +292,8 @@ def check_layout(folder: Path) -> None:
         )
 
 
-class UnreadableRun(NamedTuple):
-    """A folder that looks like a run and cannot be opened."""
-
-    id: str
-    reason: str
-
-
-class Listed(NamedTuple):
-    """A run, and what its process said last."""
-
-    run: Run
-    said: Status
-
-
 def find_run(root: Path | str, run_id: str) -> Run:
-    """Return a run by its name; the name cannot lead out of `root`.
-
-    Raises:
-        InputError: if the name is no run id or there is no such run under `root`.
-    """
+    """Return a run by its name, which cannot lead out of `root`."""
     folder = Path(root).absolute() / check_run_id(run_id)
     if not folder.resolve().is_relative_to(Path(root).resolve()):
         raise InputError(f"expected a run inside {root}, got {run_id!r}, which leads out of it")
@@ -347,75 +302,44 @@ def find_run(root: Path | str, run_id: str) -> Run:
 
 def list_runs(root: Path | str) -> list[Run]:
     """Return the runs under `root`, newest first; those that cannot be read are left out."""
-    return [found.run for found in survey(root)[0]]
-
-
-def unreadable_runs(root: Path | str) -> list[UnreadableRun]:
-    """Return the folders under `root` that `list_runs` leaves out, each with its reason."""
-    return survey(root)[1]
-
-
-def survey(root: Path | str) -> tuple[list[Listed], list[UnreadableRun]]:
-    """Return the runs under `root`, newest first, and the folders of runs that cannot be read."""
-    listed: list[tuple[float, Listed]] = []
-    unreadable: list[UnreadableRun] = []
-    for folder in sorted(Path(root).glob("*")):
-        if folder.name.startswith("."):
-            continue  # The queue, transfers, or deleted but for the removal of its files.
-        try:
-            if (looked := _look(Path(root), folder)) is not None:
-                listed.append(looked)
-        except InputError as error:
-            if folder.is_dir():  # not deleted between the listing and the look
-                unreadable.append(UnreadableRun(folder.name, str(error)))
-    newest_first = sorted(listed, key=lambda pair: pair[0], reverse=True)
-    return [each for _, each in newest_first], unreadable
+    return [run for run, _ in survey(root)[0]]
 
 
 # What a run has once it began; with one of these and a status, but no config, it has lost that.
 BEGUN = ("metrics.jsonl", "log.txt", "saes", "resume", "evals.json")
 
 
-def _look(root: Path, folder: Path) -> tuple[float, Listed] | None:
-    """Return a run and when it was made; None for a folder that is no run.
-
-    Raises:
-        InputError: if a file that says what the run is, or where it stands, cannot be read.
-    """
-    config, events = folder / "config.json", folder / "events.jsonl"
-    if not (os.path.lexists(config) or _has_lost_its_config(folder)):
-        return None
-    made = _stat(config)
-    run = _opened(root, folder.name, made.st_mtime_ns, made.st_size)
-    if os.path.lexists(events):
-        seen = _stat(events)
-        _checked(folder, seen.st_ino, seen.st_mtime_ns, seen.st_size)
-    return made.st_mtime, Listed(run, read_status(run.folder))
-
-
-def _has_lost_its_config(folder: Path) -> bool:
-    names = ("status.json", *BEGUN)
-    has_status, *begun = (os.path.lexists(folder / name) for name in names)
-    return has_status and any(begun)
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise InputError(unreadable(path, error)) from None
+def survey(root: Path | str) -> tuple[list[tuple[Run, Status]], dict[str, str]]:
+    """Return runs with what their processes said last, newest first; why others cannot be read."""
+    listed: list[tuple[float, Run, Status]] = []
+    unreadable: dict[str, str] = {}
+    for folder in sorted(Path(root).glob("*")):
+        if folder.name.startswith("."):
+            continue  # The queue, transfers, or deleted but for the removal of its files.
+        config, events = folder / "config.json", folder / "events.jsonl"
+        if not os.path.lexists(config):
+            begun = (os.path.lexists(folder / name) for name in BEGUN)
+            if not os.path.lexists(folder / "status.json") or not any(begun):
+                continue  # It is no run.
+        try:
+            # A config is judged in milliseconds: two hundred of them are a slow page.
+            run = read_once(_run_of, config)
+            if os.path.lexists(events):
+                read_once(_check_layout_of, events)
+            listed.append((stat_of(config).st_mtime, run, read_status(run.folder)))
+        except InputError as error:
+            if folder.is_dir():  # not deleted between the listing and the look
+                unreadable[folder.name] = str(error)
+    listed.sort(key=lambda each: each[0], reverse=True)
+    return [(run, status) for _, run, status in listed], unreadable
 
 
-# A config is written once and judged in milliseconds: two hundred of them are a slow page.
-@functools.lru_cache(maxsize=2048)
-def _opened(root: Path, run_id: str, mtime_ns: int, size: int) -> Run:
-    """Return a run; the last two arguments tell a changed config from the one judged before."""
-    return find_run(root, run_id)
+def _run_of(config: Path) -> Run:
+    return find_run(config.parent.parent, config.parent.name)
 
 
-@functools.lru_cache(maxsize=4096)
-def _checked(folder: Path, inode: int, mtime_ns: int, size: int) -> None:
-    check_layout(folder)
+def _check_layout_of(events: Path) -> None:
+    check_layout(events.parent)
 
 
 def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
@@ -426,25 +350,21 @@ def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
 
     Args:
         nonce: one for each intention to start: a double press has the same and starts one run.
-
-    Raises:
-        InputError: if the folder cannot be made or written.
     """
     with writing(root, 0):
         root.mkdir(parents=True, exist_ok=True)
         # Two visitors who press at once are served one after the other.
         with lock(root, "launch"):
             made = sorted(root.glob(f"*-{nonce}/config.json"))
-            run = Run.open(made[0].parent) if made else _same_job(root, config)
-            run = run or Run.create(root / run_id(config, nonce), config)
+            if made:
+                run = Run.open(made[0].parent)
+            else:
+                alike = (run for run in list_runs(root) if run.config == config)
+                moving = (run for run in alike if run.status.state in ("queued", *ACTIVE))
+                run = next(moving, None) or Run.create(root / run_id(config, nonce), config)
             if run.status.state == "queued":
                 start(run)
     return run
-
-
-def _same_job(root: Path, config: RunConfig) -> Run | None:
-    alike = (run for run in list_runs(root) if run.config == config)
-    return next((run for run in alike if run.status.state in ("queued", *ACTIVE)), None)
 
 
 def run_id(config: RunConfig, nonce: str) -> str:
@@ -455,13 +375,12 @@ def run_id(config: RunConfig, nonce: str) -> str:
 
 
 EXAMPLE_ID = EXAMPLE.name
-
 SHOWN_SAE, SHOWN_FEATURE = "gated-0.35", 293
 """What opens first: a feature that fires on `def`, and raises names of functions."""
 
 
 def example_run() -> Run | None:
-    """Return the run; None in a package that was built without it."""
+    """Return the run that ships with the package; None in a package built without it."""
     return Run.open(EXAMPLE) if (EXAMPLE / "config.json").is_file() else None
 
 
@@ -471,9 +390,5 @@ def is_example(run: Run) -> bool:
 
 
 def labels_folder(root: Path, name: str) -> Path:
-    """Return where what is said of one of its SAEs is kept; it need not be there yet.
-
-    Args:
-        root: folder of runs; what is in it under a name with a dot is not listed.
-    """
+    """Return where, among the runs under `root`, what is said of an example's SAE is kept."""
     return root / ".example" / name

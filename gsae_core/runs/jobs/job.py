@@ -14,10 +14,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import psutil
 
@@ -25,6 +25,7 @@ from gsae_core import files
 from gsae_core.errors import InputError
 from gsae_core.files import Lines, lock, read_json, unreadable, write_json, writing
 
+T = TypeVar("T")
 State = Literal[
     "queued", "starting", "running", "cancelling", "cancelled", "finished", "failed", "lost"
 ]
@@ -91,6 +92,11 @@ def live_process(pid: int, started: float) -> psutil.Process | None:
     return process if same and alive else None
 
 
+def new_status(n_steps: int = 0) -> Status:
+    """Return the status of a job that was not started yet."""
+    return Status("queued", 0, n_steps, None, None, time.time(), None)
+
+
 def of_process(status: Status, state: State, pid: int) -> Status:
     """Return `status` in another state, written now, in the name of process `pid`."""
     return status._replace(
@@ -102,25 +108,39 @@ def of_process(status: Status, state: State, pid: int) -> Status:
     )
 
 
+def stat_of(path: Path) -> os.stat_result:
+    """Return what the system says of a file; an `InputError` if it is not there."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+def read_once(read: Callable[[Path], T], path: Path) -> T:
+    """Return what a module's function makes of a file; it is called anew when the file changed.
+
+    Every page asks for each run of a folder, and most have ended.
+    """
+    seen = stat_of(path)
+    return _read(read, path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+# Files are replaced as a whole at each write, so that a new file is a new number.
+@functools.lru_cache(maxsize=8192)
+def _read(read: Callable[[Path], Any], path: Path, inode: int, mtime_ns: int, size: int) -> Any:
+    return read(path)
+
+
 def read_status(folder: Path) -> Status:
     """Return status.json as the process left it.
 
     Raises:
         InputError: if the file is missing or damaged.
     """
-    path = folder / "status.json"
-    try:
-        seen = path.stat()
-    except OSError as error:
-        raise InputError(unreadable(path, error)) from None
-    return _parsed(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+    return read_once(_parsed, folder / "status.json")
 
 
-# Replaced as a whole at each write, so that a new file is a new number. Every page asks each of a
-# folder's runs, and most have ended.
-@functools.lru_cache(maxsize=4096)
-def _parsed(path: Path, inode: int, mtime_ns: int, size: int) -> Status:
-    """Return a status file's content; the last three arguments tell a new file from the old."""
+def _parsed(path: Path) -> Status:
     fields = read_json(path)
     known, needed = set(Status._fields), set(Status._fields) - set(Status._field_defaults)
     if not needed <= set(fields) <= known or fields["state"] not in get_args(State):
@@ -182,18 +202,11 @@ class Job:
 
         status.json is what the process said last; a process that is gone cannot correct it. So an
         active run without its process reads `cancelled` if that was asked for, else `lost`.
-
-        Raises:
-            InputError: if the run's files are gone or damaged.
         """
         return self.judged(read_status(self.folder))
 
     def judged(self, status: Status) -> Status:
-        """Return where the run stands, given what its status.json said a moment ago.
-
-        Raises:
-            InputError: as `status`.
-        """
+        """Return where the run stands, given what its status.json said a moment ago."""
         if not status.expects_process:
             return status._replace(state="cancelling") if self.is_ending(status) else status
         cancel = (self.folder / "control.json").exists()
@@ -228,21 +241,17 @@ class Job:
         return self.event_lines().rows
 
     def event_lines(self) -> Lines:
-        """Return what `events` does, and how many lines it leaves out.
-
-        Raises:
-            InputError: as there.
-        """
+        """Return what `events` does, and how many lines it leaves out."""
         lines = files.read(self.folder / "events.jsonl")
-        events = [row for row in lines.rows if _is_event(row)]
+        events = [
+            row
+            for row in lines.rows
+            if isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)
+        ]
         return lines._replace(rows=events, damaged=lines.damaged + len(lines.rows) - len(events))
 
     def n_lost_events(self, status: Status) -> int:
-        """Return how many lines of events.jsonl are damaged; half a line, while it is written, not.
-
-        Raises:
-            InputError: as `events`.
-        """
+        """Return how many lines of events.jsonl are damaged, one that is being written aside."""
         lines = self.event_lines()
         return lines.damaged + (lines.torn and not status.expects_process)
 
@@ -268,13 +277,7 @@ class Job:
     def request_cancel(self, *, by: str = "") -> None:
         """Ask the process to finish its step, save and stop; a second request changes nothing.
 
-        A run that was never started is cancelled at once.
-
-        Args:
-            by: who asks, for the run's events.
-
-        Raises:
-            InputError: if the folder is gone or cannot be written.
+        A run that was never started is cancelled at once. `by`: who asks, for the run's events.
         """
         with writing(self.folder, FOLDER_BYTES), lock(self.folder, "start"):
             status = self.status
@@ -287,8 +290,20 @@ class Job:
             self.add_event("cancel requested", by=by)
 
 
-def _is_event(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)
+@contextlib.contextmanager
+def holding(folder: Path, busy: str) -> Iterator[None]:
+    """Hold a job as the process that works on it; `busy`: the sentence where another one does."""
+    from filelock import Timeout
+
+    held = lock(folder, "worker")
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise InputError(busy) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 CancelStage = Literal["none", "requested", "terminating", "killing", "gone"]
@@ -310,9 +325,6 @@ def start(run: Job, command: Sequence[str] | None = None) -> int:
 
     Args:
         command: words after `python -m gsae_core` that work on the folder; None: `resume FOLDER`.
-
-    Raises:
-        InputError: if the run is finished, or its folder cannot be written.
     """
     _children[:] = [child for child in _children if child.poll() is None]
     with writing(run.folder, FOLDER_BYTES), lock(run.folder, "start"):
@@ -349,9 +361,6 @@ def escalate_cancel(run: Job) -> CancelStage:
     Call it about once a second after `run.request_cancel()`. The process is asked by control.json
     first; after 10 s it and its children get SIGTERM, after 10 s more SIGKILL. `gone` is said only
     when the process is, and then status.json says `cancelled`.
-
-    Raises:
-        InputError: if the folder is gone or cannot be written.
     """
     _children[:] = [child for child in _children if child.poll() is None]
     control = run.folder / "control.json"
@@ -368,7 +377,10 @@ def escalate_cancel(run: Job) -> CancelStage:
             write_status(run.folder, status._replace(state="cancelled"))
             control.unlink()
             return "gone"
-        request, now = _request(control), time.time()
+        try:
+            request, now = read_json(control), time.time()
+        except InputError:
+            request, now = {}, time.time()
         terminated = request.get("terminated")
         if not isinstance(terminated, int | float):
             asked = request.get("time")
@@ -393,41 +405,19 @@ def delete(run: Job) -> None:
 
     The folder is renamed out of sight before anything in it goes, so that no half of a run is
     listed after an interruption; what an interruption left behind goes with the next deletion.
-
-    Raises:
-        InputError: if a process works on the run, or the folder cannot be written.
     """
-    from filelock import Timeout
-
     root = run.folder.parent
-    if run.folder.is_dir():
-        with writing(run.folder, 0), lock(run.folder, "start"):
-            held = lock(run.folder, "worker")
-            try:
-                held.acquire(blocking=False)
-            except Timeout:
-                raise InputError(_busy(run)) from None
-            with held:
-                if run.status.state in ("queued", *ACTIVE) and run.status.pid is not None:
-                    raise InputError(_busy(run))
-                run.folder.rename(root / f"{TRASH}{run.id}.{secrets.token_hex(3)}")
-    for trash in root.glob(f"{TRASH}*"):
-        shutil.rmtree(trash, ignore_errors=True)
-
-
-def _request(control: Path) -> dict[str, Any]:
-    """Return what a control.json asks for; nothing where it is damaged, which is written anew."""
-    try:
-        return read_json(control)
-    except InputError:
-        return {}
-
-
-def _busy(run: Job) -> str:
-    return (
+    busy = (
         f"expected a run that no process works on, got {run.id}, which one does; "
         "cancel it first, or wait until it has ended"
     )
+    if run.folder.is_dir():
+        with writing(run.folder, 0), lock(run.folder, "start"), holding(run.folder, busy):
+            if run.status.state in ("queued", *ACTIVE) and run.status.pid is not None:
+                raise InputError(busy)
+            run.folder.rename(root / f"{TRASH}{run.id}.{secrets.token_hex(3)}")
+    for trash in root.glob(f"{TRASH}*"):
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _see_off(status: Status, process: psutil.Process) -> CancelStage:

@@ -22,7 +22,15 @@ import psutil
 
 from gsae_core.errors import InputError
 from gsae_core.files import lock, read_json, write_json, writing
-from gsae_core.runs.jobs.job import Job, State, live_process, of_process, read_status, write_status
+from gsae_core.runs.jobs.job import (
+    Job,
+    State,
+    holding,
+    live_process,
+    of_process,
+    read_status,
+    write_status,
+)
 from gsae_core.text import Progress
 
 logger = logging.getLogger(__name__)
@@ -52,9 +60,6 @@ class QueuePlace:
     Args:
         folder: the run's; the line is that of the runs beside it.
         slot: name of the device, from `machine.slot_of`.
-
-    Raises:
-        InputError: if the folder of the runs cannot be written.
     """
 
     def __init__(self, folder: Path, slot: str) -> None:
@@ -145,13 +150,9 @@ class Worker:
         self.step = 0
         self.done = 0
         self.outcome: State = "finished"
-        self._held = lock(run.folder, "worker")
         self._stop = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._handlers: dict[int, object] = {}
-        self._log: logging.Handler | None = None
-        self._place: QueuePlace | None = None
         # The heartbeat and the one who trains both write the status.
         self._writing = threading.Lock()
 
@@ -161,37 +162,30 @@ class Worker:
         return self._stop.is_set()
 
     def __enter__(self) -> "Worker":
-        from filelock import Timeout
-
-        status = read_status(self.run.folder)
+        folder, status = self.run.folder, read_status(self.run.folder)
         if status.state == "finished":
             raise InputError(
                 f"expected a run with steps left, got {self.run.id}, which is finished"
             )
-        try:
-            self._held.acquire(blocking=False)
-        except Timeout:
-            raise InputError(
-                f"expected a run that no process is training, got {self.run.id}, which process "
-                f"{status.pid} is training; cancel that one first"
-            ) from None
-        try:
-            self._open_log()
-            with lock(self.run.folder, "start"):
-                status = read_status(self.run.folder)
+        busy = (
+            f"expected a run that no process is training, got {self.run.id}, which process "
+            f"{status.pid} is training; cancel that one first"
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(holding(folder, busy))
+            stack.enter_context(_logging_to(folder / "log.txt"))
+            with lock(folder, "start"):
+                status = read_status(folder)
                 if status.state != "starting":
                     # Started by hand: a request in the folder was meant for an earlier process.
-                    (self.run.folder / "control.json").unlink(missing_ok=True)
+                    (folder / "control.json").unlink(missing_ok=True)
                 self._status = of_process(status, "starting", os.getpid())
                 self._status = self._status._replace(stage=None, done=0, total=0)
                 self.step = status.step
-                write_status(self.run.folder, self._status)
-            self._catch_signals()
+                write_status(folder, self._status)
+            stack.enter_context(_signals_to(self._on_signal))
             self._thread.start()
-        except BaseException:
-            self._close_log()
-            self._held.release()
-            raise
+            self._held = stack.pop_all()
         return self
 
     def wait_for_device(self, slot: str, *, of: Path | None = None) -> Iterator[int]:
@@ -203,8 +197,9 @@ class Worker:
             slot: name of the device, from `machine.slot_of`.
             of: the run in whose place in the line the work stands; None: the run itself.
         """
-        self._place = QueuePlace(of or self.run.folder, slot)
-        ahead = self._place.ahead()
+        place = QueuePlace(of or self.run.folder, slot)
+        self._held.callback(place.leave)
+        ahead = place.ahead()
         if ahead:
             self._status = self._status._replace(state="queued")
             self.enter("waiting", total=0)
@@ -215,7 +210,7 @@ class Worker:
                 self._write("queued")
             yield ahead
             self._stop.wait(TURN_SECONDS)
-            ahead = self._place.ahead()
+            ahead = place.ahead()
         if not ahead:
             self._status = self._status._replace(state="starting")
 
@@ -260,11 +255,7 @@ class Worker:
                     self.run.add_event(self.outcome, step=self.step, error=sentence)
                     (self.run.folder / "control.json").unlink(missing_ok=True)
         finally:
-            self._restore_signals()
-            self._close_log()
-            if self._place is not None:
-                self._place.leave()
-            self._held.release()
+            self._held.close()
 
     def _beat(self) -> None:
         control = self.run.folder / "control.json"
@@ -295,41 +286,42 @@ class Worker:
             )
             write_status(self.run.folder, self._status)
 
-    def _catch_signals(self) -> None:
-        # Python delivers signals to the main thread only; elsewhere control.json is the way.
-        if threading.current_thread() is not threading.main_thread():
-            return
-        numbers = [signal.SIGTERM]
-        # A shell starts background commands of a script with SIGINT ignored: Ctrl-C is for the
-        # command in front, so it stays ignored here.
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            numbers.append(signal.SIGINT)
-        for number in numbers:
-            self._handlers[number] = signal.signal(number, self._on_signal)
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.stop_requested:
             raise KeyboardInterrupt  # The second Ctrl-C does not wait for the step.
         self._stop.set()
 
-    def _restore_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    def _open_log(self) -> None:
-        self._log = logging.FileHandler(self.run.folder / "log.txt", encoding="utf-8")
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        package = logging.getLogger("gsae_core")
-        self._level = package.level
-        package.setLevel(logging.INFO)
-        package.addHandler(self._log)
+@contextlib.contextmanager
+def _signals_to(heard: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    # Python delivers signals to the main thread only; elsewhere control.json is the way.
+    numbers = [signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    # A shell starts background commands of a script with SIGINT ignored: Ctrl-C is for the
+    # command in front, so it stays ignored here.
+    if numbers and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, heard) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def _close_log(self) -> None:
-        if self._log is not None:
-            package = logging.getLogger("gsae_core")
-            package.removeHandler(self._log)
-            package.setLevel(self._level)
-            self._log.close()
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("gsae_core")
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(file)
+    try:
+        yield
+    finally:
+        package.removeHandler(file)
+        package.setLevel(level)
+        file.close()
 
 
 def perform(
@@ -343,16 +335,14 @@ def perform(
     """Yield the progress of work on a job, held by this process; the last says how it ended.
 
     A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) closes the work at
-    its next progress, unless that ends a stage, and the job ends in state `cancelled`.
+    its next progress, unless that ends a stage, and the job ends in state `cancelled`. An
+    `InputError` is said in status.json too.
 
     Args:
         work: yields its progress; what it must save when it is closed, it saves.
         slot: device to wait for, from `machine.slot_of`; None: the work needs none.
         of: as for `Worker.wait_for_device`.
         worker: holds the job and its device already; it is the caller's to end.
-
-    Raises:
-        InputError: while iterating, for what a person can mend; status.json then says it too.
     """
     with contextlib.nullcontext(worker) if worker else Worker(job) as held:
         if slot is not None and worker is None:

@@ -67,14 +67,7 @@ class Memory(NamedTuple):
 
 
 def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> Memory:
-    """Return about how much memory each part of training takes.
-
-    Args:
-        cfg: the run.
-        d_in: width of the activations.
-        chunk_vectors: activations that are shuffled at a time.
-        n_cores: cores that take steps at once; None on a GPU.
-    """
+    """Return about how much memory each part of training takes; `n_cores`: None on a GPU."""
     learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
     rows, matrices = cfg.train.batch_size, DENSE_MATRICES
     if n_cores is not None:
@@ -84,21 +77,13 @@ def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int 
     return Memory(FLOAT32 * learnt, FLOAT32 * step, FLOAT32 * 2 * chunk_vectors * d_in)
 
 
-def training_bytes(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> int:
-    """Return about how much memory training takes, the language model left out."""
-    return sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores))
-
-
 def state_bytes(cfg: RunConfig, d_in: int) -> int:
     """Return about how large a resumable state is."""
     return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
 
 
 def cache_bytes(cfg: RunConfig, d_in: int) -> int:
-    """Return about how large the run's activation cache gets; 0 without one.
-
-    An upper bound where the text is shorter than the run and is read more than once.
-    """
+    """Return how large the run's activation cache gets at most; text read twice is kept once."""
     if not cfg.cache_activations:
         return 0
     return DTYPE_BYTES[cfg.model.dtype] * cfg.train.n_steps * cfg.train.batch_size * d_in
@@ -121,14 +106,12 @@ class Pace(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A run that says how fast this machine is."""
+    """A run, and how long a share of its steps took to train."""
 
     id: str
     config: RunConfig
     share: float
-    """Steps done over steps planned."""
     seconds: float | int
-    """Training time of those steps."""
 
 
 def pace(
@@ -138,11 +121,7 @@ def pace(
     has_gpu: bool,
     shapes: Callable[[str], ModelShape | None] = model_shape,
 ) -> Pace:
-    """Return the speed of the first run that can tell, or a guess from the hardware.
-
-    Args:
-        shapes: returns the shape of a model by its name.
-    """
+    """Return the speed of the first run that can tell, or a guess from the hardware."""
     for run in measured:
         shape = shapes(run.config.model.name)
         if shape is not None and run.seconds > 0 and run.share > 0:
@@ -151,30 +130,17 @@ def pace(
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device a config means; `auto` is CUDA, then Apple's, then the CPU.
-
-    Raises:
-        InputError: if this machine has no such device.
-    """
+    """Return the device a config means; `auto` is CUDA, then Apple's, then the CPU."""
     has_mps = torch.backends.mps.is_available()
     n_cuda = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if n_cuda else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
     available = ["cpu", *(f"cuda:{i}" for i in range(n_cuda)), *(["mps"] if has_mps else [])]
-    fits = device is not None and (
-        device.type == "cpu"
-        or (device.type == "cuda" and (device.index or 0) < n_cuda)
-        or (device.type == "mps" and has_mps)
-    )
-    if device is None or not fits:
+    if name.removesuffix(":0") not in (*available, *(["cuda"] if n_cuda else [])):
         raise InputError(
             f"expected a device of this machine (auto, {', '.join(available)}), got {name!r}"
         )
-    return device
+    return torch.device(name)
 
 
 def free_memory(device: torch.device) -> int:
@@ -186,13 +152,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_memory(cfg: RunConfig, d_in: int, device: torch.device, *, chunk_vectors: int) -> None:
-    """Check that training fits in memory.
-
-    Raises:
-        InputError: says how much is needed and how much is free.
-    """
+    """Refuse training that does not fit in memory."""
     n_cores = torch.get_num_threads() if device.type == "cpu" else None
-    need = training_bytes(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores)
+    need = sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores))
     free = free_memory(device)
     if need > free:
         widest = max(spec.d_sae for spec in cfg.saes)
@@ -203,23 +165,16 @@ def check_memory(cfg: RunConfig, d_in: int, device: torch.device, *, chunk_vecto
         )
 
 
-class Part(NamedTuple):
-    """A share of a bar."""
-
-    label: str
-    size: int
-
-
 class Bar(NamedTuple):
     """Something needed, of something there is; in bytes."""
 
     label: str
-    parts: tuple[Part, ...]
+    parts: dict[str, int]
     available: int
 
     @property
     def needed(self) -> int:
-        return sum(part.size for part in self.parts)
+        return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
@@ -234,7 +189,7 @@ class Fix(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a run cannot start."""
+    """Why a run cannot start, and the changes each of which would let it."""
 
     sentence: str
     fixes: tuple[Fix, ...]
@@ -254,16 +209,22 @@ class Preflight(NamedTuple):
 def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -> Preflight:
     """Return what a run takes of this machine, and why it cannot start, if it cannot."""
     refusals = [*_wrong_choices(config, facts, here)]
+    download = _model_download(facts)
+    if streamed(config.data.source):
+        download += TEXT_BYTES * config.train.n_tokens
     if facts.shape is None:
-        return Preflight((), _download(config, facts), None, tuple(refusals))
+        return Preflight((), download, None, tuple(refusals))
     bars = []
     for measure in (_memory, _disk):
         bar = functools.partial(measure, facts=facts, here=here)
-        bars.append(bar(config))
-        if not bars[-1].fits:
-            refusals.append(_too_much(config, bar))
+        bars.append(found := bar(config))
+        if not found.fits:
+            what = found.label[0].lower() + found.label[1:]
+            need, free = readable(found.needed), readable(found.available)
+            sentence = f"expected {what} for about {need}, found {free} free"
+            refusals.append(Refusal(sentence, tuple(_remedies(config, bar))))
     seconds = operations(config, facts.shape) / pace.operations_per_second
-    return Preflight(tuple(bars), _download(config, facts), seconds, tuple(refusals))
+    return Preflight(tuple(bars), download, seconds, tuple(refusals))
 
 
 def gpu_memory(here: Machine, device: str) -> tuple[str, int] | None:
@@ -291,40 +252,33 @@ def _memory(config: RunConfig, facts: ModelFacts, here: Machine) -> Bar:
     gpu = gpu_memory(here, config.device)
     n_cores = here.n_cores if gpu is None else None
     parts = memory_parts(config, d_in, chunk_vectors=chunk, n_cores=n_cores)
-    return Bar(
-        "Memory" if gpu is None else f"Memory of {gpu[0]}",
-        (
-            Part("weights, gradients, moments", parts.learnt),
-            Part("one step", parts.step),
-            Part("chunk of activations", parts.chunk),
-            Part("language model", model),
-        ),
-        here.memory_free if gpu is None else gpu[1],
-    )
+    needed = {
+        "weights, gradients, moments": parts.learnt,
+        "one step": parts.step,
+        "chunk of activations": parts.chunk,
+        "language model": model,
+    }
+    if gpu is None:
+        return Bar("Memory", needed, here.memory_free)
+    return Bar(f"Memory of {gpu[0]}", needed, gpu[1])
 
 
 def _disk(config: RunConfig, facts: ModelFacts, here: Machine) -> Bar:
     assert facts.shape is not None
     d_in = facts.shape.width(config.model.site)
     state = state_bytes(config, d_in)
-    parts = (
-        # A new state is written beside the old one.
-        Part("resumable state", 2 * state),
-        Part("SAEs", state // 3),
-        Part("tokens", 2 * config.train.n_tokens),
-        Part("model", _model_download(facts)),
-        Part("activations", cache_bytes(config, d_in)),
-    )
-    return Bar("Disk", parts, here.disk_free)
+    needed = {
+        "resumable state": 2 * state,  # a new one is written beside the old one
+        "SAEs": state // 3,
+        "tokens": 2 * config.train.n_tokens,
+        "model": _model_download(facts),
+        "activations": cache_bytes(config, d_in),
+    }
+    return Bar("Disk", needed, here.disk_free)
 
 
 def _model_download(facts: ModelFacts) -> int:
     return LEAST_HUB_BYTES * (facts.parameters or 0) if facts.where == "hub" else 0
-
-
-def _download(config: RunConfig, facts: ModelFacts) -> int:
-    text = TEXT_BYTES * config.train.n_tokens if streamed(config.data.source) else 0
-    return _model_download(facts) + text
 
 
 def streamed(source: str) -> bool:
@@ -364,49 +318,36 @@ def _wrong_choices(config: RunConfig, facts: ModelFacts, here: Machine) -> Itera
         )
 
 
-def _too_much(config: RunConfig, bar: Callable[[RunConfig], Bar]) -> Refusal:
-    here = bar(config)
-    what = here.label[0].lower() + here.label[1:]
-    return Refusal(
-        f"expected {what} for about {readable(here.needed)}, found {readable(here.available)} free",
-        tuple(_remedies(config, lambda changed: bar(changed).fits)),
-    )
+def _remedies(config: RunConfig, bar: Callable[[RunConfig], Bar]) -> Iterator[Fix]:
+    """Yield the smallest change of each field after which the run fits."""
+    mended: set[str] = set()
+    for fix, change in _changes(config):
+        if fix.flag not in mended and bar(config.model_copy(update=change)).fits:
+            mended.add(fix.flag)
+            yield fix
 
 
-def _remedies(config: RunConfig, fits: Callable[[RunConfig], bool]) -> Iterator[Fix]:
-    """Yield single changes after which the run fits, the gentlest first."""
-    if config.cache_activations and fits(config.model_copy(update={"cache_activations": False})):
-        yield Fix("cache_activations", "off")
+def _changes(config: RunConfig) -> Iterator[tuple[Fix, dict[str, Any]]]:
+    """Yield changes of one field each, as the form and as the config has them, gentlest first."""
+    if config.cache_activations:
+        yield Fix("cache_activations", "off"), {"cache_activations": False}
     lambdas = list(dict.fromkeys(spec.sparsity for spec in config.saes))
     for n in range(len(lambdas) - 1, 0, -1):
-        kept = _spread(lambdas, n)
+        kept = [lambdas[i * len(lambdas) // n] for i in range(n)]  # evenly spread
         saes = tuple(spec for spec in config.saes if spec.sparsity in kept)
-        if fits(config.model_copy(update={"saes": saes})):
-            yield Fix("sparsity", " ".join(f"{coeff:g}" for coeff in kept))
-            break
+        yield Fix("sparsity", " ".join(f"{coeff:g}" for coeff in kept)), {"saes": saes}
     narrowest = min(spec.d_sae for spec in config.saes)
     for halvings in range(1, narrowest.bit_length() - 5):
         share = 2**halvings
         saes = tuple(s.model_copy(update={"d_sae": s.d_sae // share}) for s in config.saes)
-        if fits(config.model_copy(update={"saes": saes})):
-            yield Fix("width", str(gated_width(config) // share))
-            break
+        yield Fix("width", str(gated_width(config) // share)), {"saes": saes}
     for batch_size in (2048, 1024, 512, 256):
-        train = config.train.model_copy(update={"batch_size": batch_size})
-        smaller = batch_size < config.train.batch_size
-        if smaller and fits(config.model_copy(update={"train": train})):
-            yield Fix("batch_size", str(batch_size))
-            break
-    model = config.model.model_copy(update={"dtype": "bfloat16"})
-    if DTYPE_BYTES[config.model.dtype] == FLOAT32 and fits(
-        config.model_copy(update={"model": model})
-    ):
-        yield Fix("dtype", "bfloat16")
-
-
-def _spread(values: list[float], n: int) -> list[float]:
-    """Return `n` of the values, evenly spread."""
-    return [values[i * len(values) // n] for i in range(n)]
+        if batch_size < config.train.batch_size:
+            train = config.train.model_copy(update={"batch_size": batch_size})
+            yield Fix("batch_size", str(batch_size)), {"train": train}
+    if DTYPE_BYTES[config.model.dtype] == FLOAT32:
+        model = config.model.model_copy(update={"dtype": "bfloat16"})
+        yield Fix("dtype", "bfloat16"), {"model": model}
 
 
 def gated_width(config: RunConfig) -> int:
@@ -416,12 +357,11 @@ def gated_width(config: RunConfig) -> int:
 
 
 class Expected(NamedTuple):
-    """The L0 that earlier runs at the same place had around one lambda."""
+    """The L0 that earlier runs at the same place had around one lambda, and their ids."""
 
     low: float
     high: float
     runs: tuple[str, ...]
-    """Ids of the runs it was interpolated in."""
 
 
 class Finished(NamedTuple):
@@ -433,12 +373,9 @@ class Finished(NamedTuple):
 
 
 def alike(config: RunConfig, other: RunConfig) -> bool:
-    """Whether lambda means the same in both runs: one model, place and scale of activations.
-
-    Of an imported run it does not: other libraries average and scale in ways of their own.
-    """
+    """Whether lambda means the same in both runs: one model, place and scale of activations."""
     return (
-        other.imported is None
+        other.imported is None  # other libraries average and scale in ways of their own
         and config.model.name == other.model.name
         and config.model.layer == other.model.layer
         and config.model.site == other.model.site
@@ -447,20 +384,17 @@ def alike(config: RunConfig, other: RunConfig) -> bool:
 
 
 def expected_l0(spec: SAESpec, config: RunConfig, finished: Iterable[Finished]) -> Expected | None:
-    """Return the range of L0 to expect of an SAE; None where no earlier run reaches its lambda.
+    """Return the range of L0 over alike runs; None where none of them reaches the SAE's lambda.
 
-    In each alike run log L0 is taken as linear in log lambda between neighbouring SAEs of the same
-    architecture, loss norm and recipe, and never beyond the ends. The range is over the runs.
+    In each run log L0 is taken as linear in log lambda between neighbouring SAEs of the same
+    architecture, loss norm and recipe, and never beyond the ends.
     """
-    found = {}
-    for run in finished:
-        if alike(config, run.config):
-            l0 = _interpolated(spec.sparsity, _curve(spec, run))
-            if l0 is not None:
-                found[run.id] = l0
-    if not found:
+    alikes = [run for run in finished if alike(config, run.config)]
+    found = {run.id: _interpolated(spec.sparsity, _curve(spec, run)) for run in alikes}
+    l0s = [l0 for l0 in found.values() if l0 is not None]
+    if not l0s:
         return None
-    return Expected(min(found.values()), max(found.values()), tuple(found))
+    return Expected(min(l0s), max(l0s), tuple(run for run, l0 in found.items() if l0 is not None))
 
 
 def _curve(spec: SAESpec, run: Finished) -> list[tuple[float, float]]:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.checkpoints.formats.detect import find_saes
@@ -24,13 +23,6 @@ HELD_OUT = 0.5
 """Of the text: nothing is trained on it, and as many tokens are read as are evaluated on."""
 
 
-class Imported(NamedTuple):
-    """A run made of foreign SAEs, and each one's origin by its name in the run."""
-
-    run: Run
-    sources: dict[str, Provenance]
-
-
 def import_saes(
     path: Path | str,
     folder: Path | str,
@@ -40,15 +32,13 @@ def import_saes(
     site: Site | None = None,
     saes: Sequence[str] = (),
     data: str | None = None,
-) -> Imported:
-    """Make a finished run of the SAEs in a file or folder.
+) -> tuple[Run, dict[str, Provenance]]:
+    """Make a finished run of the SAEs in a file or folder; return it and each one's origin by name.
 
     Args:
         path: what some library wrote, or what was fetched from the Hub.
         folder: of the new run.
-        model: language model, in place of the files' word.
-        layer: block number, in place of the files' word.
-        site: in place of the files' word.
+        model, layer, site: in place of the files' word.
         saes: names (`FoundSAE.name`) of those to take; all that are there, if empty.
         data: text to evaluate on later; None takes the standard library's.
 
@@ -56,9 +46,14 @@ def import_saes(
         InputError: if nothing can be read, SAEs belong to several places, the place is not known,
             or the run's folder is taken.
     """
-    found = _chosen(find_saes(path), saes, path)
-    given = HookPoint(model, layer, site)
-    place = _one_place(found, given, path)
+    found = find_saes(path)
+    by_name = {sae.name: sae for sae in found}
+    for name in saes:
+        if name not in by_name:
+            known = ", ".join(list(by_name)[:8])
+            raise InputError(f"expected one of the SAEs in {path} ({known}), got {name!r}")
+    found = [by_name[name] for name in saes] or found
+    place = _one_place(found, HookPoint(model, layer, site), path)
     folder = Path(folder).absolute()
     check_run_id(folder.name)
     if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -76,16 +71,7 @@ def import_saes(
         write_status(run.folder, run.status._replace(state="finished", n_steps=0))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Imported(run, {spec.name: source for spec, source in read})
-
-
-def _chosen(found: list[FoundSAE], names: Sequence[str], path: Path | str) -> list[FoundSAE]:
-    by_name = {sae.name: sae for sae in found}
-    for name in names:
-        if name not in by_name:
-            known = ", ".join(list(by_name)[:8])
-            raise InputError(f"expected one of the SAEs in {path} ({known}), got {name!r}")
-    return [by_name[name] for name in names] or found
+    return run, {spec.name: source for spec, source in read}
 
 
 def _one_place(found: list[FoundSAE], given: HookPoint, path: Path | str) -> HookPoint:

@@ -2,16 +2,24 @@
 
 import functools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, PositiveInt
 
 from gsae_core.analysis.features.files import weights_sha256
 from gsae_core.errors import InputError
-from gsae_core.files import lock, read_json, write_json, writing
+from gsae_core.files import lock, read_checked, write_json, writing
 from gsae_core.machine import slot_of
-from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, start, write_status
+from gsae_core.runs.jobs.job import (
+    FOLDER_BYTES,
+    Job,
+    new_status,
+    read_status,
+    start,
+    write_status,
+)
 from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.run import Run
 from gsae_core.text import Progress
@@ -24,31 +32,23 @@ IndexSplit = Literal["mixed", "train", "held_out"]
 N_TOKENS = 1_000_000
 
 
-class Request(NamedTuple):
+class Request(BaseModel, frozen=True, extra="forbid"):
     """What an index is to be made of."""
 
-    n_tokens: int = N_TOKENS
+    n_tokens: PositiveInt = N_TOKENS
     """Counted tokens to read; fewer where the text has fewer."""
     split: IndexSplit = "mixed"
     """`mixed`: half of them held out, as far as they reach, the rest from the training split."""
 
 
 def index_folder(run: Run, name: str) -> Path:
-    """Return where the index of one of a run's SAEs is or will be.
-
-    Raises:
-        InputError: if the run has no SAE of this name.
-    """
-    run.sae_folder(name)
+    """Return where the index of one of a run's SAEs is or will be."""
+    run.sae_folder(name)  # refuses other names
     return run.folder / "features" / name
 
 
 def index_job(run: Run, name: str) -> Job | None:
-    """Return the job that builds an SAE's index, or built it last; None if there was none.
-
-    Raises:
-        InputError: if the run has no SAE of this name.
-    """
+    """Return the job that builds an SAE's index, or built it last; None if there was none."""
     folder = index_folder(run, name)
     return Job(folder) if (folder / "status.json").is_file() else None
 
@@ -59,9 +59,6 @@ def start_index(
     """Build an index, or go on with it, in a process that outlives this one; return its id.
 
     Pressing twice starts one process. Without numbers it goes on with what was asked for last.
-
-    Raises:
-        InputError: if the SAE is unknown or has no weights yet, or the folder cannot be written.
     """
     if not (run.sae_folder(name) / "cfg.json").is_file():
         raise InputError(
@@ -69,7 +66,7 @@ def start_index(
             "are there once the run has saved them"
         )
     job = index_job(run, name)
-    if job is None or not is_building(job):
+    if job is None or not job.is_alive():
         job = prepare(run, name, n_tokens=n_tokens, split=split)
     asked = request(job)
     flags = ("--sae", name, "--tokens", str(asked.n_tokens), "--split", asked.split)
@@ -84,62 +81,39 @@ def prepare(
     Raises:
         InputError: if the request cannot be, the folder cannot be written, or a process builds it.
     """
+    if n_tokens is not None and n_tokens < 1:
+        raise InputError(f"--tokens: expected a number of at least 1, got {n_tokens}")
     folder = index_folder(run, name)
     with writing(folder, FOLDER_BYTES):
         folder.mkdir(parents=True, exist_ok=True)
-        job = Job(folder)
         # The starting process holds this lock; a worker that is starting has its status already.
         with lock(folder, "start"):
-            builder = read_status(folder).pid if is_building(job) else None
+            job = index_job(run, name)
+            builder = read_status(folder).pid if job is not None and job.is_alive() else None
             if builder not in (None, os.getpid()):
                 raise InputError(
                     f"expected no process to be building the index of {name!r}, got process "
                     f"{builder}, which is; wait for it, or cancel it first"
                 )
-            before = request(job)
-            asked = Request(
-                before.n_tokens if n_tokens is None else n_tokens, split or before.split
-            )
-            _check(asked)
-            write_json(folder / "request.json", asked._asdict())
+            job = Job(folder)
+            given = {"n_tokens": n_tokens, "split": split}
+            changed = {key: value for key, value in given.items() if value is not None}
+            write_json(folder / "request.json", request(job).model_dump() | changed)
             # A process that was started for it is in the status already.
             if builder is None:
-                write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
+                write_status(folder, new_status())
     return job
 
 
-def is_building(job: Job) -> bool:
-    """Return whether a process builds the index now."""
-    return (job.folder / "status.json").is_file() and job.is_alive()
-
-
 def request(job: Job) -> Request:
-    """Return what was asked for last, or the defaults.
-
-    Raises:
-        InputError: if request.json is damaged.
-    """
+    """Return what was asked for last, or the defaults."""
     path = job.folder / "request.json"
     if not os.path.lexists(path):
         return Request()
-    fields = Request()._asdict() | read_json(path)
-    n_tokens, split = fields["n_tokens"], fields["split"]
-    if fields.keys() != set(Request._fields) or not isinstance(n_tokens, int):
-        raise InputError(
-            f"expected n_tokens and split in {path}, got {', '.join(fields)}; delete the file to "
-            "ask for the defaults"
-        )
-    _check(Request(n_tokens, split))
-    return Request(n_tokens, split)
-
-
-def _check(asked: Request) -> None:
-    if asked.n_tokens < 1:
-        raise InputError(f"--tokens: expected a number of at least 1, got {asked.n_tokens}")
-    if asked.split not in get_args(IndexSplit):
-        raise InputError(
-            f"--split: expected one of {', '.join(get_args(IndexSplit))}, got {asked.split!r}"
-        )
+    try:
+        return Request(**read_checked(path, Request, what="n_tokens and split"))
+    except InputError as error:
+        raise InputError(f"{error}; delete the file to ask for the defaults") from None
 
 
 def index_run(
@@ -148,15 +122,13 @@ def index_run(
     """Build the feature index of one SAE of a run, from where it stands, and yield progress.
 
     Waits for the device like a run. A request to stop ends it after the shard, in state
-    `cancelled`; started again with the same numbers it goes on.
+    `cancelled`; started again with the same numbers it goes on. An `InputError` while iterating is
+    said in status.json too.
 
     Args:
         name: of the SAE, whose weights are saved.
         n_tokens: counted tokens to read; None: as asked for last, or a million.
         split: of the text; None: as asked for last, or half held out, half trained on.
-
-    Raises:
-        InputError: for what a person can mend, while iterating too; then status.json says it.
     """
     job = prepare(run, name, n_tokens=n_tokens, split=split)
     work = functools.partial(_build, run, name, job)
@@ -203,11 +175,7 @@ def _n_held_out(n_tokens: int, split: IndexSplit) -> int:
 
 
 def choose_parts(corpus: "Corpus", n_tokens: int, split: IndexSplit) -> "Sequence[Part]":
-    """Return the sequences to read: whole ones, from the start of each split.
-
-    `mixed` takes half the tokens from the held-out split, or as many as it has, and the rest from
-    the training split.
-    """
+    """Return the sequences to read for a `Request`: whole ones, from the start of each split."""
     parts = []
     left = n_tokens
     if split != "train":

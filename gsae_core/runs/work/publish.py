@@ -1,20 +1,19 @@
 """Chosen SAEs of a finished run -> one commit on the Hub, with their card; all of it or nothing."""
 
 import contextlib
-import io
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from gsae_core.analysis.pareto import Point, frontier, matched_ratio
+from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.config import RunConfig, SAESpec
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.files import sha256
-from gsae_core.plots.palette import AXES, LOOKS, Look, knob, round_values
+from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run
 from gsae_core.text import count, fixed, marked_fvu, percent, worse_than_mean
@@ -49,30 +48,14 @@ class Parcel(NamedTuple):
         return texts + sum(path.stat().st_size for path in self.files.values())
 
 
-class Pushed(NamedTuple):
-    """Where it went."""
-
-    repo: str
-    commit: str
-    url: str
-    created: bool
-    """Whether the repository was made for it."""
-
-
-def pack(
-    run: Run, names: Sequence[str], repo: str, *, texts: Mapping[str, str], public: bool = False
-) -> Parcel:
-    """Return what a push would send.
-
-    Args:
-        names: of the SAEs.
-        repo: OWNER/NAME.
-        texts: the card and its figure, from `model_card.make_card`.
+def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> Parcel:
+    """Return what a push of some of a run's SAEs to OWNER/NAME would send, a card included.
 
     Raises:
         InputError: if the run or an SAE is not finished, its files are not whole, or `repo` is no
             repository.
     """
+    folders = {name: run.sae_folder(name) for name in names}
     check_repo(repo)
     state = run.status.state
     if state != "finished":
@@ -83,19 +66,20 @@ def pack(
     if not names:
         raise InputError("expected the name of an SAE to push, got none; name one with --sae")
     files = {name: run.folder / name for name in OF_RUN if (run.folder / name).is_file()}
-    for name in names:
-        folder = run.sae_folder(name)
+    for name, folder in folders.items():
         _check_whole(folder, name)
         files |= {f"{name}/{file}": folder / file for file in SENT if (folder / file).is_file()}
-    return Parcel(repo, public, files, dict(texts), _notes(run))
+    named = {"model": run.config.model.name, "text": run.config.data.source}
+    notes = tuple(
+        f"config.json and cfg.json name the {what}'s folder on this machine: {name}"
+        for what, name in named.items()
+        if os.path.isabs(name)
+    )
+    return Parcel(repo, public, files, make_card(run, names, repo), notes)
 
 
 def check_repo(repo: str) -> str:
-    """Return a repository's name if one can be made under it.
-
-    Raises:
-        InputError: if not.
-    """
+    """Return a repository's name if one can be made under it."""
     if not _REPO.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo:
         raise InputError(
             f"expected a repository to push to as OWNER/NAME, got {repo[:200]!r}; the owner is "
@@ -123,22 +107,8 @@ def _check_whole(folder: Path, name: str) -> None:
         )
 
 
-def _notes(run: Run) -> tuple[str, ...]:
-    """Return a sentence for each folder of this machine that the files name."""
-    named = {"model": run.config.model.name, "text": run.config.data.source}
-    return tuple(
-        f"config.json and cfg.json name the {what}'s folder on this machine: {name}"
-        for what, name in named.items()
-        if os.path.isabs(name)
-    )
-
-
 def check_token() -> None:
-    """Check that there is a token to push with; whether the Hub takes it, the Hub says.
-
-    Raises:
-        InputError: if there is none.
-    """
+    """Check that there is a token to push with; whether the Hub takes it, the Hub says."""
     from huggingface_hub import get_token
 
     if get_token() is None:
@@ -148,14 +118,11 @@ def check_token() -> None:
         )
 
 
-def send(parcel: Parcel) -> Pushed:
-    """Send a parcel as one commit; a repository that is not there is made, private unless told.
+def send(parcel: Parcel) -> str:
+    """Send a parcel as one commit, and return its address.
 
-    An interruption leaves the repository as it was: large files wait unseen in the storage until a
-    commit names them.
-
-    Raises:
-        InputError: why the Hub refused, or cannot be reached.
+    A repository that is not there is made, private unless told. An interruption leaves one as it
+    was: large files wait unseen in the storage until a commit names them.
     """
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -167,14 +134,11 @@ def send(parcel: Parcel) -> Pushed:
     additions = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
     names = sorted({path.partition("/")[0] for path in parcel.files if "/" in path})
     with hub_answers(parcel.repo, what="SAE"):
-        created = not api.repo_exists(parcel.repo)
-        if created:
+        if not api.repo_exists(parcel.repo):
             api.create_repo(parcel.repo, private=not parcel.public, exist_ok=True)
         try:
             commit = api.create_commit(
-                parcel.repo,
-                additions,
-                commit_message=f"Add {', '.join(names)}",
+                parcel.repo, additions, commit_message=f"Add {', '.join(names)}"
             )
         except (RuntimeError, httpx2.TransportError) as error:
             # The library wraps what goes wrong with a large file.
@@ -185,7 +149,7 @@ def send(parcel: Parcel) -> Pushed:
                 f"expected to send {len(additions)} files to {parcel.repo!r}, the connection "
                 "broke; nothing was changed there: push again"
             ) from error
-    return Pushed(parcel.repo, commit.oid, commit.commit_url, created)
+    return commit.commit_url
 
 
 FIGURE = "pareto.svg"
@@ -194,11 +158,11 @@ FIGURE = "pareto.svg"
 def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     """Return the text files that go to the Hub beside SAEs, by name: the card, and its figure.
 
-    Args:
-        run: finished; its evaluation, where there is one, becomes a table and the figure.
-        names: the SAEs that are sent.
-        repo: where they go.
+    The run's evaluation, where there is one, becomes a table and the figure.
     """
+    # A page that asks whether something can be sent draws nothing.
+    from gsae_core.plots.pareto import pareto_svg
+
     config, evals = run.config, run.evals()
     saes = [spec for spec in config.saes if spec.name in names]
     measured = [row for row in evals if row["name"] in names]
@@ -288,75 +252,3 @@ def _text(text: str) -> str:
 
 def _code(text: str) -> str:
     return " ".join(str(text).replace("`", "'").replace("|", "/").split())
-
-
-def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str) -> str:
-    """Return L0 against loss recovered of a run's SAEs, with a frontier for each architecture.
-
-    Args:
-        rows: of evals.json; those without both numbers are left out.
-        chosen: names of the SAEs that get a ring.
-
-    Raises:
-        ValueError: if no row has both numbers, L0 above 0.
-    """
-    # Imported here: a page that asks whether something can be sent draws nothing.
-    import altair as alt
-
-    placed = [row for row in rows if _is_placed(row)]
-    if not placed:
-        raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
-    points, edges = [], []
-    looks = []
-    for architecture, look in LOOKS.items():
-        own = [
-            Point(float(row["l0"]), float(row["loss_recovered"]), row["name"])
-            for row in placed
-            if row["architecture"] == architecture
-        ]
-        points += [_drawn(point, look) for point in own]
-        edges += [_drawn(point, look) for point in frontier(own)]
-        looks += [look] if own else []
-    labels = [look.label for look in looks]
-    ticks = round_values(point["l0"] for point in points)
-    x = alt.X("l0:Q", title=f"{AXES['l0']}, logarithmic")
-    x = x.scale(type="log", nice=False, padding=24).axis(values=ticks, format="~g", grid=False)
-    y = alt.Y("loss_recovered:Q", title=AXES["loss_recovered"])
-    y = y.scale(zero=False, nice=False, padding=24).axis(format="~%")
-    hue = alt.Color("kind:N").scale(domain=labels, range=[look.colour for look in looks])
-    hue = hue.legend(orient="top", title=None)
-    shape = alt.Shape("kind:N").scale(domain=labels, range=[look.vega_shape for look in looks])
-    dash = alt.StrokeDash("kind:N", legend=None)
-    dash = dash.scale(domain=labels, range=[look.dash for look in looks])
-    ringed = [point for point in points if point["name"] in chosen]
-    chart = alt.layer(
-        alt.Chart(alt.Data(values=edges)).mark_line().encode(x, y, hue, dash),
-        alt.Chart(alt.Data(values=points))
-        .mark_point(filled=True, size=70, opacity=1)
-        .encode(x, y, hue, shape, description="told:N"),
-        alt.Chart(alt.Data(values=ringed))
-        .mark_point(size=240, color="black", strokeWidth=1.5)
-        .encode(x, y, description="ring:N"),
-        title=title,
-        background="white",
-        width=560,
-        height=320,
-    )
-    svg = io.StringIO()
-    chart.save(svg, format="svg")
-    return svg.getvalue()
-
-
-def _is_placed(row: Mapping[str, Any]) -> bool:
-    numbers = (row["l0"], row["loss_recovered"])
-    return all(n is not None and math.isfinite(n) for n in numbers) and row["l0"] > 0
-
-
-def _drawn(point: Point, look: Look) -> dict[str, Any]:
-    told = f"{point.name}: L0 {point.l0:.3g}, {100 * point.loss_recovered:.2f} % recovered"
-    return {
-        **point._asdict(),
-        "kind": look.label,
-        "told": told,
-        "ring": f"ring: {point.name}",
-    }

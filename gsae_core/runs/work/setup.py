@@ -110,15 +110,12 @@ def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = 
 
 
 def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
-    """Refuse to measure on other text than a run was trained on.
+    """Refuse to measure on other text, or text read in another way, than a run was trained on.
 
     Imported runs were trained elsewhere and say nothing of their text.
 
     Args:
         part: `corpus` was not read as far as training read it; what both hold is compared.
-
-    Raises:
-        InputError: if the text, or the way it is read, has changed.
     """
     # Files of the standard library are held out by name, whichever Python they are of.
     if run.config.data.source != "stdlib":

@@ -12,23 +12,19 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
 from gsae_core.config import EvalConfig, Positions, RunConfig, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.files import lock
+from gsae_core.files import write_json
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import slot_of
-from gsae_core.runs.evals import (
-    EvalRow,
-    write_evals,
-    write_feature_stats,
-    write_norm_deciles,
-    write_tokens,
-)
+from gsae_core.runs.evals import EvalRow, write_arrays, write_evals
+from gsae_core.runs.jobs.job import holding
 from gsae_core.runs.jobs.worker import Worker, perform
 from gsae_core.runs.metrics_log import MetricsLog
 from gsae_core.runs.resume import has_state, load_state, save_state
@@ -55,14 +51,12 @@ def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
     """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
 
     A run whose device trains another one waits for its turn. A request to stop, or closing this
-    iterator, ends it after the step, saved, in state `cancelled`.
+    iterator, ends it after the step, saved, in state `cancelled`. An `InputError` while iterating
+    is said in status.json too.
 
     Args:
         run: not finished.
         worker: holds the run and its device already; it is the caller's to end.
-
-    Raises:
-        InputError: while iterating, for what a person can mend; status.json then says it too.
     """
     work = functools.partial(_train_and_evaluate, run)
     return perform(run, work, slot=slot_of(run.config.device), worker=worker)
@@ -92,11 +86,7 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
 
 
 def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
-    """Take the steps that are left, log them, and save whenever it is time, at the end and closed.
-
-    Raises:
-        InputError: while iterating: other data than before, or a full or read-only disk.
-    """
+    """Take the steps that are left, and log them; save in time, at the end and when closed."""
     trainer = setup.trainer
     clock = _Clock(setup)
     n_bytes = _take_up(run, setup, clock)
@@ -236,16 +226,8 @@ def evaluate_run(
         InputError: while iterating: no or damaged SAEs, another process holds the run, or its text
             is no longer the one it was trained on.
     """
-    from filelock import Timeout
-
-    held = lock(run.folder, "worker")
-    try:
-        held.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"expected a run that no process is training, got {run.id}; wait until it has finished"
-        ) from None
-    with held, _sentences_about_memory():
+    busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
+    with holding(run.folder, busy), _sentences_about_memory():
         asked = {"n_tokens": n_tokens, "replace": replace}
         wanted = run.config.evaluation.model_copy(
             update={name: value for name, value in asked.items() if value is not None}
@@ -290,9 +272,12 @@ def _evaluate(
         rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
         _write_latents(run.sae_folder(spec.name), evaluation.metrics)
         deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
-        write_norm_deciles(run.sae_folder(spec.name), deciles)
-    ids, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
-    write_tokens(run.folder, ids.numpy(), counted.numpy())
+        write_json(run.sae_folder(spec.name) / "norm_deciles.json", {"deciles": deciles})
+    read, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
+    ids = read.numpy()
+    ids = ids.astype(np.uint16 if ids.max(initial=0) < 2**16 else np.int32)
+    columns = {"ids": ids, "counted": counted.numpy()}
+    write_arrays(run.folder / "evaluated_tokens.safetensors", columns)
     write_evals(run.folder, rows)
 
 
@@ -341,13 +326,13 @@ def _write_latents(folder: Path, metrics: Metrics) -> None:
     fired = metrics.firings.numpy()
     sums = metrics.sums
     opened = None if sums is None else sums.gate_open
-    write_feature_stats(
-        folder,
-        fired=fired,
-        gate_open=fired if opened is None else opened.cpu().numpy(),
-        density=metrics.density.numpy(),
-        gamma=metrics.gamma_per_feature.numpy(),
-    )
+    columns = {
+        "fired": fired,
+        "gate_open": fired if opened is None else opened.cpu().numpy(),
+        "density": metrics.density.numpy(),
+        "gamma": metrics.gamma_per_feature.numpy(),
+    }
+    write_arrays(folder / "feature_stats.safetensors", columns)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,10 @@ The id follows from what is asked for, so that asking again goes on with what wa
 """
 
 import contextlib
-import functools
 import hashlib
 import logging
 import re
 import shutil
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,15 +23,13 @@ from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository, fetching
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.files import first_of, lock, read_json, readable, write_json, writing
-from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, Status, read_status, write_status
+from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, new_status, read_status, write_status
 from gsae_core.runs.jobs.worker import Worker, perform
-from gsae_core.runs.run import Run, check_run_id, find_run
-from gsae_core.runs.work.publish import Parcel, check_repo, check_token, make_card, pack, send
+from gsae_core.runs.run import check_run_id, find_run
+from gsae_core.runs.work.publish import check_token, pack, send
 from gsae_core.text import Progress
 
 FOLDER = ".hub"
-
-
 _REQUEST = ConfigDict(extra="forbid")
 
 
@@ -76,11 +72,7 @@ class Transfer(Job):
 
     @property
     def request(self) -> Request:
-        """What was asked for.
-
-        Raises:
-            InputError: if the file is gone or damaged.
-        """
+        """What was asked for."""
         path = self.folder / "request.json"
         try:
             return TypeAdapter(Request).validate_python(read_json(path))
@@ -91,14 +83,14 @@ class Transfer(Job):
             ) from None
 
     @property
-    def kind(self) -> Literal["pull", "push"]:
-        """Which way it goes."""
-        return self.request.kind
+    def is_pull(self) -> bool:
+        """Whether it fetches and does not send; the id begins with the kind."""
+        return self.id.startswith("pull")
 
     @property
     def arrow(self) -> str:
-        """Sign of the way it goes: down from the Hub, or up to it; the id begins with the kind."""
-        return "↓" if self.id.startswith("pull") else "↑"
+        """Sign of the way it goes: down from the Hub, or up to it."""
+        return "↓" if self.is_pull else "↑"
 
     @property
     def root(self) -> Path:
@@ -112,17 +104,13 @@ class Transfer(Job):
 
     @property
     def result(self) -> str | None:
-        """Return what a finished one led to: the run's name, or the address of the commit."""
+        """What a finished one led to: the run's name, or the address of the commit."""
         ends = [event.get("result") for event in self.events() if event["event"] == "arrived"]
         return ends[-1] if ends else None
 
 
 def ask(root: Path, request: Request) -> Transfer:
-    """Return the transfer of a request, made if there is none; one that ended begins anew.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
+    """Return the transfer of a request, made if there is none; one that ended begins anew."""
     folder = root / FOLDER / _id(request)
     transfer = Transfer(folder)
     with writing(folder, FOLDER_BYTES):
@@ -134,7 +122,7 @@ def ask(root: Path, request: Request) -> Transfer:
             # A new try may go to a run of another name.
             write_json(folder / "request.json", asdict(request))
             if not known or read_status(folder).state == "finished":
-                write_status(folder, Status("queued", 0, 0, None, None, time.time(), None))
+                write_status(folder, new_status())
                 transfer.add_event("created")
     return transfer
 
@@ -175,9 +163,6 @@ def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> 
     Args:
         to: name of the run that is made of it.
         place: `model`, `layer` and `site`, where the files do not say them.
-
-    Raises:
-        InputError: if `to` can be no run's name.
     """
     return PullRequest(
         repo=repository.repo,
@@ -197,11 +182,7 @@ def run_name(repo: str, path: str) -> str:
 
 
 def new_run_folder(root: Path, name: str) -> Path:
-    """Return the folder that a run of this name will have.
-
-    Raises:
-        InputError: if there is one already.
-    """
+    """Return the folder that a new run of this name will have."""
     folder = root / check_run_id(name)
     if folder.exists():
         raise InputError(
@@ -219,24 +200,21 @@ def free_name(root: Path, name: str) -> str:
 log = logging.getLogger(__name__)
 
 
-def work(transfer: Transfer, *, worker: Worker | None = None) -> Iterator[Progress]:
+def work(transfer: Transfer) -> Iterator[Progress]:
     """Do what was asked for, or go on with it, and yield progress; files tell the rest.
 
     A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) ends it in state
-    `cancelled`; what came is kept.
-
-    Raises:
-        InputError: while iterating, for what a person can mend; status.json then says it too.
+    `cancelled`; what came is kept. An `InputError` is said in status.json too.
     """
-    return perform(transfer, functools.partial(_carry_out, transfer), worker=worker)
 
+    def carry_out(worker: Worker) -> Iterator[Progress]:
+        request = transfer.request
+        if isinstance(request, PullRequest):
+            yield from _pull(transfer, request, worker)
+        else:
+            yield from _push(transfer, request, worker)
 
-def _carry_out(transfer: Transfer, worker: Worker) -> Iterator[Progress]:
-    request = transfer.request
-    if isinstance(request, PullRequest):
-        yield from _pull(transfer, request, worker)
-    else:
-        yield from _push(transfer, request, worker)
+    return perform(transfer, carry_out)
 
 
 def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[Progress]:
@@ -265,25 +243,13 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
 
 def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:
     check_token()
-    parcel = parcel_of(find_run(transfer.root, request.run), request)
+    run = find_run(transfer.root, request.run)
+    parcel = pack(run, request.saes, request.repo, public=request.public)
     for note in parcel.notes:
         log.warning("%s", note)
     total = parcel.n_bytes
     yield Progress("uploading", 0, total, "byte")
     # One call: the library tells no one but a terminal how far it is.
-    pushed = send(parcel)
+    address = send(parcel)
     worker.done = total
-    transfer.add_event("arrived", result=pushed.url)
-
-
-def parcel_of(run: Run, request: PushRequest) -> Parcel:
-    """Return what a push would send, its card included.
-
-    Raises:
-        InputError: if it may not be sent.
-    """
-    for name in request.saes:
-        run.sae_folder(name)
-    check_repo(request.repo)
-    texts = make_card(run, request.saes, request.repo) if request.saes else {}
-    return pack(run, request.saes, request.repo, texts=texts, public=request.public)
+    transfer.add_event("arrived", result=address)
