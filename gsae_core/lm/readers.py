@@ -260,12 +260,8 @@ def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: b
     By the rules of the `datasets` library: README.md tells, else names of shards, else words.
 
     Args:
-        names: of the folder's files, below it.
         is_text: the files are documents, which may be called anything. Only names in `.txt` count;
             and unless most of them tell a split, `train` and another, `train` is all of them.
-
-    Raises:
-        InputError: if there is no such split; the sentence names those there are.
     """
     if split == "all":
         return list(names)
@@ -430,8 +426,7 @@ def _is_damage(error: Exception) -> bool:
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a UTF-8 file, unpacked if it is called so, its line ends as they are, without its BOM.
 
-    Raises:
-        InputError: here or within, when the file turns out to be no UTF-8 text, or damaged.
+    Within, what is no UTF-8 text, or damaged, is an InputError.
     """
     opened = PACKED.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
     try:
@@ -677,11 +672,7 @@ def csv_delimiter(path: Path, usual: str) -> str:
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[Row]:
-    """Yield the rows of a folder of `datasets.save_to_disk` in a fixed permutation.
-
-    Raises:
-        InputError: if the folder has no such split.
-    """
+    """Yield the rows of a folder of `datasets.save_to_disk` in a fixed permutation."""
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
@@ -702,11 +693,7 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
 
 
 def hub_table(name: str, split: str) -> Iterator[Table]:
-    """Yield the table of a data set on the Hub, its rows as they arrive.
-
-    Raises:
-        InputError: if the Hub cannot be reached or has no such data set, config or split.
-    """
+    """Yield the table of a data set on the Hub, its rows as they arrive."""
     import datasets
 
     repository, _, config = name.partition(":")
@@ -769,7 +756,7 @@ TEXT_COLUMNS = ("text", "content")
 # Rows by which a column is chosen, and characters of each value that are looked at.
 LOOKED_AT, LOOK = 32, 2000
 
-# Text has so many words a row, on average; identifiers, names, dates and labels have fewer.
+# Text has so many words a row, on average, by its first characters (LOOK).
 WORDS = 5
 
 # A word is up to 40 characters between spaces, a letter in it and no `://`; or one letter of a
@@ -824,7 +811,7 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
     """Return the column that holds the documents, judged by the first rows.
 
     Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
-    or else the only column of strings, if it reads like text: five words each, on average.
+    or else the only column of strings, if it reads like text.
 
     Raises:
         InputError: if there is no such column, or more than one; the sentence lists what there is.
@@ -861,10 +848,7 @@ def _by_column(head: list[Row]) -> dict[str, list[Any]]:
 
 
 def reads_like_text(values: list[str]) -> bool:
-    """Whether strings are sentences or code rather than identifiers, URLs, dates, labels or JSON.
-
-    That is: at least five words each, on average, by their first 2000 characters.
-    """
+    """Whether strings are sentences or code, not identifiers, URLs, dates, labels or JSON."""
     n_words = sum(0 if _is_json(value) else len(WORD.findall(value[:LOOK])) for value in values)
     return n_words >= WORDS * len(values)
 
