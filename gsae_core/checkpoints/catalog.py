@@ -48,8 +48,6 @@ class Release(Config):
     """Where in the repository; {braces} for what varies."""
 
     count: int | None = None
-    """How many SAEs."""
-
     sae_lens: tuple[str, ...] = ()
     """Names of the same SAEs in SAELens' registry."""
 
@@ -84,14 +82,8 @@ def search(
 ) -> list[Release]:
     """Return the releases that fit, in the catalogue's order; None and "" fit everything.
 
-    A release that does not state what is asked for is left out: it may or may not have it.
-
-    Args:
-        words: in titles, models, repositories, sites and architectures: all of them.
-        layer: block number.
-        architecture: as the catalogue names it.
-        width: latents.
-        l0: latents per token that the release reaches.
+    All words are in titles, models, repositories, sites or architectures. A release that does not
+    state what is looked for is left out: it may or may not have it.
     """
     asked = re.split(r"[\s,]+", words.lower().strip())
 

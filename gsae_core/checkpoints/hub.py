@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from gsae_core.checkpoints.formats.libraries import (
     FORMATS,
     LIBRARIES,
     Format,
-    Library,
     hook_point,
     mapping,
+    text_of,
     widths,
 )
 from gsae_core.errors import InputError, hub_answers
@@ -74,11 +74,7 @@ class HubSAE(NamedTuple):
 
 
 def check_path(path: str) -> str:
-    """Return a path of a repository if it is safe as one below a folder of this machine.
-
-    Raises:
-        InputError: if it could lead elsewhere, or no file system would take it.
-    """
+    """Return a path of a repository if it is safe as one below a folder of this machine."""
     parts = path.split("/")
     bad = any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts)
     if bad or re.search(r'[\\\x00-\x1f:*?"<>|]', path) or len(path) > 1000:
@@ -89,57 +85,48 @@ def check_path(path: str) -> str:
     return path
 
 
+Folder = dict[str, HubFile]
+"""Files of one folder, by name."""
+
+
 def find_on_hub(files: Iterable[HubFile]) -> list[HubSAE]:
     """Return the SAEs whose files are named as a library names them, by path."""
     folders = _by_folder(files)
-    found = [
-        _fits(format_, library, folder, folders)
-        for folder in sorted(folders)
-        for format_, library in LIBRARIES.items()
-        if library.weights in folders[folder]
-    ]
-    return [sae for sae in found if sae is not None]
+    found = []
+    for folder, names in sorted(folders.items()):
+        for format_, library in LIBRARIES.items():
+            if library.weights not in names:
+                continue
+            where = folder.rpartition("/")[0] if library.config_above else folder
+            beside = folders.get(where, {})
+            if not library.config or library.config in beside:
+                more = (names[name] for name in library.beside if name in names)
+                fetched = (names[library.weights], *_configs(beside), *more)
+                found.append(HubSAE(where, format_, fetched))
+    return found
 
 
-def _by_folder(files: Iterable[HubFile]) -> dict[str, dict[str, HubFile]]:
-    folders: dict[str, dict[str, HubFile]] = {}
+def _by_folder(files: Iterable[HubFile]) -> dict[str, Folder]:
+    folders: dict[str, Folder] = {}
     for file in files:
         folder, _, name = file.path.rpartition("/")
         folders.setdefault(folder, {})[name] = file
     return folders
 
 
-def _fits(
-    format_: Format, library: Library, folder: str, folders: Mapping[str, Mapping[str, HubFile]]
-) -> HubSAE | None:
-    names = folders[folder]
-    where = folder.rpartition("/")[0] if library.config_above else folder
-    beside = folders.get(where, {})
-    if library.config and library.config not in beside:
-        return None
-    more = (names[name] for name in library.beside if name in names)
-    return HubSAE(where, format_, (names[library.weights], *_configs(beside), *more))
-
-
-def _configs(names: Mapping[str, HubFile]) -> list[HubFile]:
-    small = (name for name in sorted(names) if names[name].n_bytes <= LARGEST_CONFIG)
-    return [names[name] for name in small if name.endswith(".json")]
+def _configs(folder: Folder) -> list[HubFile]:
+    files = (file for name, file in sorted(folder.items()) if name.endswith(".json"))
+    return [file for file in files if file.n_bytes <= LARGEST_CONFIG]
 
 
 def choose(files: Sequence[HubFile], path: str) -> list[HubSAE]:
-    """Return the SAEs at or below a path of the repository: a folder, or the weights themselves.
-
-    Args:
-        path: "" for the whole repository.
-    """
+    """Return the SAEs at or below a path of the repository: a folder, or the weights themselves."""
     path = path.strip("/")
     saes = find_on_hub(files)
     if not path:
         return saes
     exact = [sae for sae in saes if sae.path == path or sae.files[0].path == path]
-    if exact:
-        return exact
-    below = [sae for sae in saes if sae.path.startswith(f"{path}/")]
+    below = exact or [sae for sae in saes if sae.path.startswith(f"{path}/")]
     named = next((file for file in files if file.path == path), None)
     if below or named is None or PurePosixPath(path).suffix not in WEIGHTS:
         return below
@@ -205,11 +192,7 @@ class Facts(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-    """Return what `REPO[:PATH][@REV]`, or the address of a page of the Hub, points at.
-
-    Raises:
-        InputError: if it is neither.
-    """
+    """Return what `REPO[:PATH][@REV]`, or the address of a page of the Hub, points at."""
     text = text.strip()
     if web := _WEB.fullmatch(text):
         return Address(web["repo"], (web["path"] or "").strip("/"), web["rev"])
@@ -227,8 +210,7 @@ def parse_address(text: str) -> Address:
 def look(address: Address) -> Repository:
     """Return a repository's commit, its files with sizes, and the SAEs in it.
 
-    Raises:
-        InputError: why the Hub cannot be asked, or what it refuses.
+    InputError says why the Hub cannot be asked, or what it refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -256,20 +238,12 @@ def look(address: Address) -> Repository:
         files=tuple(files),
         saes=tuple(choose(files, address.path)),
         private=bool(info.private),
-        license=None if card is None else _text(card.get("license")),
+        license=None if card is None else text_of(card.get("license")),
     )
 
 
-def _text(value: object) -> str | None:
-    return value[:200] if isinstance(value, str) else None
-
-
 def one_sae(repository: Repository) -> HubSAE:
-    """Return the SAE that the address points at.
-
-    Raises:
-        InputError: if there is none or there are several; names some.
-    """
+    """Return the SAE that the address points at; InputError names some, if there are several."""
     saes, asked = repository.saes, repository.asked
     if len(saes) == 1:
         return saes[0]
@@ -287,11 +261,7 @@ def one_sae(repository: Repository) -> HubSAE:
 
 
 def describe(repository: Repository, sae: HubSAE) -> Facts:
-    """Return what an SAE says of itself, from some kilobytes of it.
-
-    Raises:
-        InputError: why the Hub cannot be asked.
-    """
+    """Return what an SAE says of itself, from some kilobytes of it."""
     config: dict[str, Any] = {}
     for file in sae.files[1:]:
         if file.path.endswith(".json") and file.n_bytes <= LARGEST_CONFIG:
@@ -301,10 +271,10 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
     if path.endswith(".safetensors") and (d_in is None or d_sae is None):
         d_in, d_sae = widths(_shapes(repository, path), config)
     fields = config | mapping(config, "trainer")
-    architecture = (fields.get(key) for key in ("architecture", "dict_class", "sae_type"))
+    said = [text_of(fields.get(key)) for key in ("architecture", "dict_class", "sae_type")]
     place = hook_point(sae.format or "sae_lens", config, Path("/", repository.repo, path))
     return Facts(
-        architecture=next((text for each in architecture if (text := _text(each))), None),
+        architecture=said[0] or said[1] or said[2],
         d_in=d_in,
         d_sae=d_sae,
         model=place.model,
@@ -345,27 +315,19 @@ def _shapes(repository: Repository, path: str) -> dict[str, tuple[int, ...]]:
 # one keeps what came (`.NAME.part`), asks for the rest by range, and believes no file before its
 # hash.
 
-# How often a connection that brings nothing new is taken up again, and after which pause.
-TRIES = 5
+TRIES = 5  # of a connection that brings nothing new, with a pause before each
 PAUSE_SECONDS = 1.0
 
 
 def fetching(repo: str, commit: str, files: Sequence[HubFile], folder: Path) -> Iterator[int]:
     """Fetch what is missing; yield how many bytes are here after each piece that came.
 
-    Closed early, it leaves what came, and the next call goes on from there.
-
-    Args:
-        repo: on the Hub.
-        commit: all files are of it.
-        files: each ends at its own path below `folder`.
-
-    Raises:
-        InputError: one sentence; what came stays.
+    Each ends at its own path below `folder`. Closed early, or after an InputError, it leaves what
+    came, and the next call goes on from there.
     """
     for file in files:
         check_path(file.path)
-    needed = sum(file.n_bytes - _here(folder / file.path, file) for file in files)
+    needed = sum(_missing(folder / file.path, file) for file in files)
     if needed > (free := free_bytes(folder)):
         raise InputError(
             f"expected {readable(needed)} free for the download in {folder}, found "
@@ -469,12 +431,12 @@ def _check(part: Path, file: HubFile, repo: str) -> None:
     )
 
 
-def _here(target: Path, file: HubFile) -> int:
-    """Return how much of a file is here, whole or in part."""
+def _missing(target: Path, file: HubFile) -> int:
+    """Return how many bytes of a file are still to come."""
     if _is_whole(target, file):
-        return file.n_bytes
+        return 0
     part = _part(target)
-    return min(part.stat().st_size, file.n_bytes) if part.exists() else 0
+    return max(file.n_bytes - (part.stat().st_size if part.exists() else 0), 0)
 
 
 def _is_whole(target: Path, file: HubFile) -> bool:
