@@ -23,34 +23,18 @@ class Release(Config):
     """SAEs that lie together; None and empty: not known."""
 
     title: str
-    repo: str | None = None
-    """On the Hub; None where it is not there."""
-
-    where: str | None = None
-    """Address of files that are not on the Hub."""
-
-    layout: str
-    """One of the formats that can be read."""
-
-    model: str
-    """Name on the Hub of the language model."""
-
+    repo: str | None = None  # on the Hub; None where it is not there
+    where: str | None = None  # address of files that are not on the Hub
+    layout: str  # one of the formats that can be read
+    model: str  # name on the Hub of the language model
     site: str | None = None
     layers: Annotated[tuple[int, ...], BeforeValidator(_layers)] = ()
     architecture: str | None = None
-    widths: tuple[int, ...] = ()
-    """Latents of the SAEs there are."""
-
-    l0: tuple[float, float] | None = None
-    """Least and most latents per token that the release states."""
-
-    paths: tuple[str, ...] = ()
-    """Where in the repository; {braces} for what varies."""
-
+    widths: tuple[int, ...] = ()  # latents of the SAEs there are
+    l0: tuple[float, float] | None = None  # least and most latents per token, as it states
+    paths: tuple[str, ...] = ()  # where in the repository; {braces} for what varies
     count: int | None = None
-    sae_lens: tuple[str, ...] = ()
-    """Names of the same SAEs in SAELens' registry."""
-
+    sae_lens: tuple[str, ...] = ()  # names of the same SAEs in SAELens' registry
     note: str | None = None
 
     @property

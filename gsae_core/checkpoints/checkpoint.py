@@ -38,6 +38,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     UNTIED: "gated",
 }
 
+SETTINGS: dict[Architecture, tuple[str, ...]] = {
+    "gated": ("tie", "aux", "detach_b_dec"),
+    "relu": (),
+    "jumprelu": ("init_threshold", "bandwidth", "threshold_unit"),
+    "topk": ("k_aux",),
+}
+"""What SAELens has no key for, and training would go on with."""
+
 FORBIDDEN_SIBLING = "activation_scaler.json"
 
 
@@ -118,8 +126,8 @@ def save_sae(
             "normalize_activations": sae.input_norm or "none",
             "reshape_activations": "none",
             **({"k": sae.k} if isinstance(sae, TopKSAE) else {}),
-            "metadata": {"sae_lens_version": SAE_LENS_VERSION}
-            | _settings(sae)
+            "metadata": {"sae_lens_version": SAE_LENS_VERSION, "recipe": sae.recipe}
+            | {setting: getattr(sae, setting) for setting in SETTINGS[sae.architecture]}
             | metadata
             # Weights and config are two files; this says that they belong together, and whole.
             | {"weights_sha256": sha256(folder / WEIGHTS)},
@@ -127,7 +135,6 @@ def save_sae(
     )
 
 
-@torch.no_grad()
 def _tensors(sae: SAE) -> dict[str, Tensor]:
     tensors = {
         ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
@@ -139,48 +146,30 @@ def _tensors(sae: SAE) -> dict[str, Tensor]:
     return tensors
 
 
-def _settings(sae: SAE) -> dict[str, Any]:
-    """Return what SAELens has no key for, and training would go on with."""
-    settings: dict[str, Any] = {"recipe": sae.recipe}
-    match sae:
-        case GatedSAE():
-            settings |= {"tie": sae.tie, "aux": sae.aux, "detach_b_dec": sae.detach_b_dec}
-        case JumpReluSAE():
-            settings |= sae.settings
-        case TopKSAE():
-            settings["k_aux"] = sae.k_aux
-    return settings
-
-
 def empty_sae(
     architecture: Architecture,
     d_in: int,
     d_sae: int,
     *,
     recipe: Recipe,
-    k: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    k: int | None,
+    settings: Mapping[str, Any],
 ) -> SAE:
-    """Return an SAE to be filled, with the settings that training would go on with."""
-    settings = settings or {}
-
-    def given(*names: str) -> dict[str, Any]:
-        return {name: settings[name] for name in names if name in settings}
-
+    """Return an SAE to be filled, with the `SETTINGS` that it was trained with."""
+    own = {name: settings[name] for name in SETTINGS[architecture] if name in settings}
     match architecture:
         case "relu":
             return ReluSAE(d_in, d_sae, recipe=recipe)
         case "jumprelu":
-            # Earlier versions wrote both in the units of x, and had no unit.
-            older: dict[str, Any] = {"threshold_unit": 1.0} if "bandwidth" in settings else {}
-            newer = given("init_threshold", "bandwidth", "threshold_unit")
-            return JumpReluSAE(d_in, d_sae, **(older | newer))
+            if "bandwidth" in own:
+                # Earlier versions wrote both in the units of x, and had no unit.
+                own.setdefault("threshold_unit", 1.0)
+            return JumpReluSAE(d_in, d_sae, **own)
         case "topk":
             assert k is not None  # callers have checked it
-            return TopKSAE(d_in, d_sae, k=k, **given("k_aux"))
+            return TopKSAE(d_in, d_sae, k=k, **own)
         case "gated":
-            options = given("tie", "aux", "detach_b_dec")
-            return GatedSAE(d_in, d_sae, recipe=recipe, **options)
+            return GatedSAE(d_in, d_sae, recipe=recipe, **own)
 
 
 def recipe_of(W_dec: Tensor) -> Recipe:
@@ -189,7 +178,7 @@ def recipe_of(W_dec: Tensor) -> Recipe:
 
 
 def fill_(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors, under its names, into an SAE of their shapes."""
+    """Copy a file's tensors, under its names, into an SAE."""
     state = dict(tensors)
     if isinstance(sae, GatedSAE):
         state["W_gate"] = state.pop("W_enc")

@@ -39,11 +39,8 @@ class HubFile:
 
     path: str
     n_bytes: int
-    sha256: str | None
-    """Of large files; None for those that git holds itself."""
-
-    blob_id: str
-    """SHA-1 of git's blob: of the content, or of the pointer to a large file."""
+    sha256: str | None  # of large files; None for those that git holds itself
+    blob_id: str  # SHA-1 of git's blob: of the content, or of the pointer to a large file
 
 
 # A single file of these kinds may hold an SAE under a name that tells nothing.
@@ -53,14 +50,9 @@ WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 class HubSAE(NamedTuple):
     """An SAE of a repository, as its names tell it."""
 
-    path: str
-    """Its folder in the repository, "" for the root; or the file, where that was asked for."""
-
-    format: Format | None
-    """None: no layout that is known; its content will tell."""
-
-    files: tuple[HubFile, ...]
-    """What has to be fetched, the weights first."""
+    path: str  # its folder, "" for the root; or the file itself, where that was asked for
+    format: Format | None  # None: no layout that is known; its content will tell
+    files: tuple[HubFile, ...]  # what has to be fetched, the weights first
 
     @property
     def n_bytes(self) -> int:
@@ -146,11 +138,8 @@ class Address(NamedTuple):
     """What a person points at."""
 
     repo: str
-    path: str = ""
-    """Folder or file in it; "" for all of it."""
-
-    revision: str | None = None
-    """Branch, tag or commit; None for the default branch."""
+    path: str = ""  # folder or file in it; "" for all of it
+    revision: str | None = None  # branch, tag or commit; None for the default branch
 
     def __str__(self) -> str:
         path = f":{self.path}" if self.path else ""
@@ -161,17 +150,12 @@ class Repository(NamedTuple):
     """A repository at one commit."""
 
     asked: Address
-    repo: str
-    """Its name now: another than asked for if it was renamed."""
-
+    repo: str  # its name now: another than asked for if it was renamed
     commit: str
     files: tuple[HubFile, ...]
-    saes: tuple[HubSAE, ...]
-    """Those at or below the path asked for."""
-
+    saes: tuple[HubSAE, ...]  # those at or below the path asked for
     private: bool
-    license: str | None
-    """As its card names it; None where it does not."""
+    license: str | None  # as its card names it; None where it does not
 
     @property
     def renamed(self) -> str | None:

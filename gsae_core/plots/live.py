@@ -65,8 +65,7 @@ class Line(NamedTuple):
     label: str
     colour: str
     dash: tuple[int, ...]
-    shape: str
-    """Vega's name of its marker."""
+    shape: str  # Vega's name of its marker
 
 
 class LiveChart(NamedTuple):

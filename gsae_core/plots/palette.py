@@ -17,8 +17,7 @@ class Look(NamedTuple):
     plotly_symbol: str
     vega_shape: str
     dash: tuple[int, ...]
-    tint: float = 0.25
-    """How far towards white its palest shade may go on a light page; pale hues less."""
+    tint: float = 0.25  # towards white, of its palest shade on a light page; pale hues less
 
 
 LOOKS: dict[Architecture, Look] = {

@@ -32,11 +32,9 @@ BARE_LINE: dict[str, Any] = {"mode": "lines", "showlegend": False} | NO_HOVER
 class RunLook(NamedTuple):
     """How a run's points differ from another run's of the same architecture."""
 
-    suffix: str
-    """Of Plotly's symbol: filled, hollow, ..."""
+    suffix: str  # of Plotly's symbol: filled, hollow, ...
     size: int
-    dash: str | None
-    """Of its frontiers; None keeps the architecture's own."""
+    dash: str | None  # of its frontiers; None keeps the architecture's own
 
 
 RUN_LOOKS = (

@@ -33,10 +33,8 @@ class FeatureGamma(NamedTuple):
     """Per-feature gamma of one SAE; those that fired too seldom to tell are hidden."""
 
     spec: SAESpec
-    stats: pd.DataFrame
-    """Of the features shown."""
-    fired: np.ndarray
-    """Firings of every feature, hidden or not."""
+    stats: pd.DataFrame  # of the features shown
+    fired: np.ndarray  # firings of every feature, hidden or not
 
     @property
     def median(self) -> float:

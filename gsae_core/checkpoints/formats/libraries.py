@@ -32,35 +32,16 @@ Shape = tuple[int, ...]
 class Library:
     """What one library writes, and under which names."""
 
-    title: str
-    """What a page calls it."""
-
-    tensors: str = ""
-    """A line for each architecture, `NAME: TENSORS`; `?` ends a tensor that may be missing."""
-
-    kinds: str = "safetensors pickle"
-    """Containers it writes."""
-
-    marker: str = ""
-    """Keys of the config that tell it from another library with the same tensors."""
-
-    only_marked: str = ""
-    """The architecture that is recognised only with that config."""
-
-    needed: str = ""
-    """What only the config says, where an SAE cannot be read without."""
-
-    weights: str = ""
-    """Name of the weights on the Hub; empty where that tells nothing."""
-
-    config: str = ""
-    """Name of the config beside them there, where an SAE is none without."""
-
-    beside: tuple[str, ...] = ()
-    """Files that are fetched too where they are, beside every JSON file."""
-
-    config_above: bool = False
-    """Whether the config stands a folder higher."""
+    title: str  # what a page calls it
+    tensors: str = ""  # a line an architecture, `NAME: TENSORS`; `?` ends one that may be missing
+    kinds: str = "safetensors pickle"  # containers it writes
+    marker: str = ""  # keys of the config that tell it from another library with the same tensors
+    only_marked: str = ""  # the architecture that is recognised only with that config
+    needed: str = ""  # what only the config says, where an SAE cannot be read without
+    weights: str = ""  # name of the weights on the Hub; empty where that tells nothing
+    config: str = ""  # name of the config beside them there, where an SAE is none without
+    beside: tuple[str, ...] = ()  # fetched too where they are, as every JSON file is
+    config_above: bool = False  # whether the config stands a folder higher
 
 
 _SAE_LENS_NEEDED = "its architecture and its input normalisation"
@@ -176,8 +157,7 @@ class Signature(NamedTuple):
     format: Format
     architecture: str
     required: frozenset[str]
-    known: frozenset[str]
-    """The required ones, and those that may be there too."""
+    known: frozenset[str]  # the required ones, and those that may be there too
 
     def marked_by(self, config: Mapping[str, Any]) -> bool:
         """Return whether a config says that it is this library's."""
@@ -202,37 +182,24 @@ SIGNATURES = tuple(_signatures())
 class HookPoint:
     """Which activations of which language model an SAE is for, as far as its files say."""
 
-    model: str | None = None
-    """Name on the Hub, or as the files spell it."""
-
+    model: str | None = None  # name on the Hub, or as the files spell it
     layer: int | None = None
     site: Site | None = None
-    hook_name: str | None = None
-    """The site as the files spell it."""
+    hook_name: str | None = None  # the site as the files spell it
 
 
 @dataclass(frozen=True)
 class FoundSAE:
     """An SAE in a folder or file, recognised by its tensors' names and its config; not read yet."""
 
-    name: str
-    """Made from where it lies; it can be a folder's."""
-
+    name: str  # made from where it lies; it can be a folder's
     format: Format
-    architecture: str
-    """In the words of its own library, such as `BatchTopKSAE` or `standard`."""
-
+    architecture: str  # in the words of its own library, such as `BatchTopKSAE` or `standard`
     weights: Path
-    config: Path | None
-    """The JSON file that describes it; None where there is none."""
-
+    config: Path | None  # the JSON file that describes it; None where there is none
     d_in: int | None
-    d_sae: int | None
-    """None where neither shapes nor the config say."""
-
-    n_bytes: int
-    """Of the weights."""
-
+    d_sae: int | None  # None where neither shapes nor the config say
+    n_bytes: int  # of the weights
     place: HookPoint
 
     @property
@@ -252,21 +219,12 @@ class Provenance:
 
     format: Format
     library: str
-    architecture: str
-    """As its own library calls it."""
-
+    architecture: str  # as its own library calls it
     place: HookPoint
-    files: tuple[tuple[str, str], ...]
-    """Name and SHA-256 of each file it was read from."""
-
-    assumed: tuple[str, ...]
-    """Sentences: what the files do not say, and every conversion that was made."""
-
-    sparsity: float | None = None
-    """lambda it was trained with, in its own library's units (k of a TopK SAE); None: not said."""
-
-    l0: float | None = None
-    """Latents per token that its files claim; None: not said."""
+    files: tuple[tuple[str, str], ...]  # name and SHA-256 of each file it was read from
+    assumed: tuple[str, ...]  # sentences: what the files do not say, and every conversion
+    sparsity: float | None = None  # lambda in its library's units, k of TopK; None: not said
+    l0: float | None = None  # latents per token that its files claim; None: not said
 
 
 # TransformerLens' name of each site, after the block's number.

@@ -184,24 +184,12 @@ class Weights:
     """`W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
     `threshold` may be one number for all latents."""
 
-    centred: bool
-    """Whether the file's encoder reads x - b_dec."""
-
-    k: int | None = None
-    """Latents a token may have, or had in training; it is the sparsity then."""
-
-    scale: float = 1.0
-    """What activations are multiplied by before they reach the file's encoder."""
-
-    input_norm: InputNorm | None = None
-    """How the library normalises each token, before all else."""
-
-    whitening: Tensors | None = None
-    """The encoder reads (x - `mean`) @ `matrix` for x; z @ `inverse_matrix` + `mean` is back."""
-
-    latents_by_norm: bool = False
-    """Whether TopK ranks and reports latents times the norms of their directions."""
-
+    centred: bool  # whether the file's encoder reads x - b_dec
+    k: int | None = None  # latents a token may have, or had in training; it is the sparsity then
+    scale: float = 1.0  # what activations are multiplied by before they reach the file's encoder
+    input_norm: InputNorm | None = None  # how the library normalises each token, before all else
+    whitening: Tensors | None = None  # x -> (x - mean) @ matrix comes first, as SAELens names them
+    latents_by_norm: bool = False  # whether TopK ranks and reports |f_i d_i| in place of f_i
     assumed: list[str] = field(default_factory=list)
     sparsity: float | None = None
     l0: float | None = None
@@ -222,7 +210,8 @@ def build(weights: Weights, path: Path) -> SAE:
     W_dec = tensors["W_dec"].double()
     if weights.whitening is not None:
         W_dec = W_dec @ weights.whitening["inverse_matrix"].double()
-    sae = empty_sae(weights.architecture, d_in, d_sae, recipe=recipe_of(W_dec), k=weights.k)
+    recipe = recipe_of(W_dec)
+    sae = empty_sae(weights.architecture, d_in, d_sae, recipe=recipe, k=weights.k, settings={})
     fill_(sae, tensors)
     sae.input_norm = weights.input_norm
     if weights.input_norm is not None:

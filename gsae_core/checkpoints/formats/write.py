@@ -36,11 +36,8 @@ class Parity(NamedTuple):
     latents: float
     reconstructions: float
     n_tokens: int
-    n_active: int
-    """Latents that fire, over all tokens; where none does, there is nothing to compare."""
-
-    n_at_threshold: int
-    """Latents that fire in one alone and lie on the threshold to 1e-6: left out."""
+    n_active: int  # latents that fire, over all tokens; where none does, nothing is compared
+    n_at_threshold: int  # latents that fire in one alone and lie on the threshold to 1e-6: left out
 
     @property
     def largest(self) -> float:
