@@ -1,20 +1,17 @@
 """Home: start something, see what runs, open what is done."""
 
-import secrets
-
 import streamlit as st
 
 from gsae_core.app import cache, shell
-from gsae_core.app.controls import confirm_cancel
+from gsae_core.app.controls import begin, confirm_cancel
 from gsae_core.app.live_view import draw_progress
-from gsae_core.app.parts import facts_in_line, notice, plain, seconds_since, state_badge
-from gsae_core.errors import InputError
+from gsae_core.app.parts import facts_in_line, notice, plain, since, state_badge
 from gsae_core.files import readable
 from gsae_core.machine import machine
 from gsae_core.presets import preset
 from gsae_core.runs.plan.progress import speed
-from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, is_example, launch
-from gsae_core.text import WORSE, ago, count, is_worse_than_mean
+from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, is_example
+from gsae_core.text import WORSE, count, is_worse_than_mean
 
 MOST_SHOWN = 20  # of the runs, the newest
 
@@ -45,7 +42,7 @@ def actions() -> None:
                 key="home.start_quick",
                 width="stretch",
             ):
-                begin_quick()
+                begin(quick.config())
             icon = ":material/tune:"
             if st.button("Choose settings", icon=icon, key="home.choose", width="stretch"):
                 shell.go("pages/1_Train.py", frame.run)
@@ -91,18 +88,6 @@ def heading(title: str, text: str) -> None:
     with st.container(gap="small"):
         st.subheader(title, anchor=False)
         plain(text, size=".875rem")
-
-
-def begin_quick() -> None:
-    """Start the quick set-up and show it."""
-    nonce = st.session_state.setdefault("home.nonce", secrets.token_hex(3))
-    try:
-        run = launch(shell.runs_root(), preset("quick").config(), nonce=nonce)
-    except InputError as error:
-        notice(str(error), title="Nothing was started")
-        return
-    del st.session_state["home.nonce"]
-    shell.go("pages/2_Live.py", run)
 
 
 def jobs() -> None:
@@ -179,7 +164,7 @@ def describe(run: Run) -> dict[str, object]:
         "SAEs": len(config.saes),
         "note": worse(run),
         "tokens": count(config.train.n_tokens) if config.imported is None else "imported",
-        "last change": "–" if status is None else ago(seconds_since(status.heartbeat)),
+        "last change": "–" if status is None else since(status.heartbeat),
     }
 
 

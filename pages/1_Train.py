@@ -6,6 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from gsae_core.app import cache, shell
+from gsae_core.app.controls import begin
 from gsae_core.app.parts import copy_link, facts, notice, plain
 from gsae_core.app.train_form import (
     LABELS,
@@ -51,7 +52,7 @@ from gsae_core.runs.plan.cost import (
     pace,
     preflight,
 )
-from gsae_core.runs.run import launch, run_id
+from gsae_core.runs.run import run_id
 from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count, duration
 
@@ -249,18 +250,6 @@ def apply(fix: Fix) -> None:
     state[fix.flag] = kinds.get(fix.flag, str)(fix.value)
 
 
-def begin(config: RunConfig) -> None:
-    """Start the run and show it."""
-    nonce = state.setdefault("train.nonce", secrets.token_hex(3))
-    try:
-        run = launch(shell.runs_root(), config, nonce=nonce)
-    except InputError as error:
-        notice(str(error), title="Nothing was started")
-        return
-    del state["train.nonce"]
-    shell.go("pages/2_Live.py", run)
-
-
 def copies(flags: Train, config: RunConfig) -> None:
     """Offer the same run for a terminal and for a notebook."""
     with st.popover("Copy as command line", icon=":material/terminal:", width="stretch"):
@@ -270,20 +259,6 @@ def copies(flags: Train, config: RunConfig) -> None:
         st.code(notebook_cell(config, name=name), language="python", wrap_lines=True)
     with st.popover("Copy link", icon=":material/link:", width="stretch"):
         copy_link()
-
-
-def start(config: RunConfig, refused: bool) -> None:
-    """Draw the button."""
-    label = f"Start {count(config.train.n_tokens)} tokens"
-    if st.button(
-        label,
-        type="primary",
-        icon=":material/play_arrow:",
-        width="stretch",
-        key="train.start",
-        disabled=refused,
-    ):
-        begin(config)
 
 
 with side_by_side():
@@ -323,7 +298,15 @@ with right, st.container(border=True):
     for sentence in shortfalls_of_run(config):
         notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
     refuse(refusals)
-    start(config, bool(refusals))
+    if st.button(
+        f"Start {count(config.train.n_tokens)} tokens",
+        type="primary",
+        icon=":material/play_arrow:",
+        width="stretch",
+        key="train.start",
+        disabled=bool(refusals),
+    ):
+        begin(config)
     copies(flags, config)
 # Last, because it may wait for the network; the rest of the page is there already.
 with lines:

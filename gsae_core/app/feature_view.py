@@ -29,16 +29,15 @@ from gsae_core.app.components import Link, feature_links
 from gsae_core.app.feature_index import Opened
 from gsae_core.app.feature_list import go_to
 from gsae_core.app.parts import (
+    OVERLAP,
+    PAGE_TEMPLATE,
     attempt,
     copy_link,
     escaped,
     facts,
     figure_tools,
     key_for,
-    legend_row,
     plain,
-    segments,
-    swatch,
 )
 from gsae_core.app.pickers import architecture, choice, correct_number
 from gsae_core.errors import InputError
@@ -475,11 +474,10 @@ def relations(
     pair = feature.pair(found.feature)
     st.html(f"<div>{escaped(f'{base} · {found.feature.number}')}: {_compared(pair, found)}</div>")
     counts = (pair.only_first, pair.both, pair.only_second)
-    colours = ("#0072B2", "#009E73", "#D55E00")
-    bar = segments(counts, colours, whole=max(sum(counts), 1))
-    st.html(f'<div style="display:flex;height:.6rem;border-radius:4px;overflow:hidden">{bar}</div>')
-    words = zip(counts, colours, ("only here", "both", f"only {base}"), strict=True)
-    legend_row([swatch(colour, f"{n:,} {name}") for n, colour, name in words])
+    named = zip(OVERLAP, counts, ("only here", "both", f"only {base}"), strict=True)
+    shares = [(colour, n, f"{n:,} {name}") for colour, n, name in named]
+    st.html(macros(PAGE_TEMPLATE).shares(shares))
+    st.html(macros(PAGE_TEMPLATE).swatches(shares))
     st.caption("Mutual match." if found.mutual else "Not a mutual match.")
 
 

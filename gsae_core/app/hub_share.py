@@ -19,7 +19,7 @@ from gsae_core.app.parts import (
     key_for,
     notice,
     plain,
-    seconds_since,
+    since,
     state_badge,
 )
 from gsae_core.checkpoints.formats.libraries import EXPORTS, Export
@@ -30,7 +30,6 @@ from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, find_run
 from gsae_core.runs.work.publish import check_repo, check_token
 from gsae_core.runs.work.transfer import PullRequest, PushRequest, Transfer, ask, transfers
-from gsae_core.text import ago
 
 EXPORT_SECONDS = 600
 
@@ -277,7 +276,7 @@ def _buttons(transfer: Transfer, status: Status) -> None:
             else:
                 shell.go("pages/2_Live.py", run)
     elif status.state == "finished":
-        plain(f"sent {ago(seconds_since(status.heartbeat))}", size=".875rem")
+        plain(f"sent {since(status.heartbeat)}", size=".875rem")
     else:
         st.button(
             "Resume",

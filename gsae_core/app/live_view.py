@@ -9,13 +9,13 @@ import streamlit as st
 from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app.glossary import definition, title
 from gsae_core.app.parts import (
-    TEMPLATE,
+    PAGE_TEMPLATE,
     figure_tools,
     job_share,
     job_trouble,
     notice,
     plain,
-    seconds_since,
+    since,
 )
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
@@ -23,7 +23,6 @@ from gsae_core.runs.jobs.worker import waiting_runs
 from gsae_core.runs.plan.progress import RECENT, Speed, timeline
 from gsae_core.runs.run import Run
 from gsae_core.text import (
-    ago,
     count,
     duration,
     explained_variance,
@@ -54,7 +53,7 @@ def draw_timeline(run: Run, status: Status) -> None:
         )
         for phase in timeline(run.events(), status, now=time.time())
     ]
-    st.html(macros(TEMPLATE).phases(rows))
+    st.html(macros(PAGE_TEMPLATE).phases(rows))
 
 
 def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) -> None:
@@ -100,7 +99,7 @@ def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> No
         help="Share of training time spent in the language model. The SAEs' steps took "
         f"{percent(now.sae_share, 0)}; files, logs and samples of features took the rest.",
     )
-    last = ago(seconds_since(status.heartbeat))
+    last = since(status.heartbeat)
     if not moving:
         cells[3].metric("Ended", last, help="When the training process last wrote its status.")
         return
@@ -164,7 +163,7 @@ def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
     how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
     often = f"{latent['fired']:,} of {n_tokens:,} tokens"
     about = f"{how} · {often} ({percent(latent['fired'] / n_tokens, 2)})"
-    return macros(TEMPLATE).sample(int(latent["latent"]), about, strips(rows, top=top))
+    return macros(PAGE_TEMPLATE).sample(int(latent["latent"]), about, strips(rows, top=top))
 
 
 def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:

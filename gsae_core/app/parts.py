@@ -18,7 +18,7 @@ from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.runs.jobs.job import CancelStage, Job, State, Status, escalate_cancel
-from gsae_core.text import macros, unhidden, worse_than_mean
+from gsae_core.text import ago, macros, unhidden, worse_than_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,8 @@ def key_for(name: str, *about: object) -> str:
 SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
 SHAPES = {LOOKS[architecture].vega_shape: sign for architecture, sign in SIGNS.items()}
 SOLID = (1, 0)  # as a dash
-TEMPLATE = "page.html.j2"
+PAGE_TEMPLATE = "page.html.j2"
+OVERLAP = ("#0072B2", "#009E73", "#D55E00")  # the first of two SAEs alone, both, the second
 Colour = Literal["gray", "blue", "green", "orange", "red"]
 
 STATE_LOOKS: dict[State, tuple[str, Colour]] = {
@@ -237,32 +238,13 @@ def line_legend(lines: Sequence["Line"]) -> None:
         items = [(run, colour, SOLID, "") for run, colour in runs.items()]
         kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
         items += [(kind, NEUTRAL, dash, SHAPES[s]) for s, (kind, dash) in kinds.items()]
-    item = macros(TEMPLATE).legend_item
-    legend_row([item(label, colour, dash == SOLID, sign) for label, colour, dash, sign in items])
+    rows = [(label, colour, dash == SOLID, sign) for label, colour, dash, sign in items]
+    st.html(macros(PAGE_TEMPLATE).line_legend(rows))
 
 
-def legend_row(items: Sequence[str]) -> None:
-    """Show pieces of HTML one after the other, in as many lines as they need."""
-    st.html(
-        '<div style="display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.875rem">'
-        f"{''.join(items)}</div>"
-    )
-
-
-def swatch(colour: str, label: str) -> str:
-    """Return a label behind a square of its colour, as HTML."""
-    return macros(TEMPLATE).swatch(colour, label)
-
-
-def segments(sizes: Sequence[float | int], colours: Sequence[str], *, whole: float | int) -> str:
-    """Return the segments of a bar as HTML, for a flex row whose width stands for `whole`."""
-    segment = macros(TEMPLATE).segment
-    return "".join(segment(c, n / whole) for n, c in zip(sizes, colours, strict=False))
-
-
-def seconds_since(moment: float | int) -> float:
-    """Return the seconds since a time given in seconds since 1970."""
-    return max(time.time() - moment, 0.0)
+def since(moment: float | int) -> str:
+    """Return how long ago something was, from its time in seconds since 1970."""
+    return ago(max(time.time() - moment, 0.0))
 
 
 def facts(rows: Mapping[str, str]) -> None:

@@ -1,6 +1,5 @@
 """Parts of the Prompt page: numbers of a text, its tokens, the features of one of them."""
 
-import html
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +10,7 @@ import streamlit as st
 from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app import cache
 from gsae_core.app.components import Cell
-from gsae_core.app.parts import SIGNS, legend_row, marked, segments, swatch
+from gsae_core.app.parts import OVERLAP, PAGE_TEMPLATE, SIGNS, marked
 from gsae_core.app.pickers import architecture, stacking, ticked_row
 from gsae_core.runs.run import Run
 from gsae_core.text import (
@@ -19,6 +18,7 @@ from gsae_core.text import (
     WORSE,
     explained_variance,
     fixed,
+    macros,
     marked_fvu,
     percent,
     quoted,
@@ -210,17 +210,9 @@ def numbers(chosen: Chosen, seen: Seen) -> None:
 
 def legend(chosen: Chosen, measure: str) -> None:
     """Say which SAE the strip's shading and which its underline is."""
-    styles = (
-        ("shading", "background:rgba(0,114,178,.5);border-radius:3px;padding:0 .5em"),
-        ("underline", "border-bottom:4px solid #D55E00"),
-    )
-    signs = [SIGNS[architecture(chosen.run, name)] for name in chosen.names]
-    items = [
-        f'<span><span style="{style}">{what}</span>: {sign} {html.escape(name)}</span>'
-        for (what, style), sign, name in zip(styles, signs, chosen.names, strict=False)
-    ]
+    saes = [(SIGNS[architecture(chosen.run, name)], name) for name in chosen.names]
     about = f"{MEASURES[measure][1]}{'; same scale for both' if chosen.other else ''}"
-    legend_row([*items, f'<span style="opacity:.75">{html.escape(about)}</span>'])
+    st.html(macros(PAGE_TEMPLATE).strip_legend(saes, about))
 
 
 def label_of(candidate: "Candidate") -> str:
@@ -280,9 +272,6 @@ def on_every_token(seen: Seen, latent: int, *, at: int) -> None:
     st.caption(f"fires on {int((values > 0).sum())} of {len(values)} tokens, at most {top:.3g}")
 
 
-BAR = ("#0072B2", "#009E73", "#D55E00")
-
-
 def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     """Draw what both SAEs see of a token, and what only one does."""
     aligned = seen.alignment
@@ -294,13 +283,10 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
         "only baseline": f"only {chosen.other}",
     }
     counts = [int((here["where"] == where).sum()) for where in names]
-    legend_row(
-        [swatch(c, f"{n} {name}") for c, n, name in zip(BAR, counts, names.values(), strict=True)]
-    )
-    st.html(
-        '<div style="display:flex;height:.7rem;border-radius:4px;overflow:hidden;margin:.4rem 0">'
-        f"{segments(counts, BAR, whole=max(sum(counts), 1))}</div>"
-    )
+    named = zip(OVERLAP, counts, names.values(), strict=True)
+    shares = [(colour, n, f"{n} {name}") for colour, n, name in named]
+    st.html(macros(PAGE_TEMPLATE).swatches(shares))
+    st.html(macros(PAGE_TEMPLATE).shares(shares))
     number = st.column_config.NumberColumn
     # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
     columns = {

@@ -8,7 +8,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.app.components import ABOUT, block_diagram
-from gsae_core.app.parts import SIGNS, TEMPLATE, notice, plain
+from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, notice, plain
 from gsae_core.app.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
 from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
@@ -285,12 +285,12 @@ def bar(shown: Bar) -> None:
         for (label, size), shade in zip(shown.parts.items(), SHADES, strict=False)
         if size
     ]
-    st.html(macros(TEMPLATE).bar(shown, said, parts))
+    st.html(macros(PAGE_TEMPLATE).bar(shown, said, parts))
 
 
 def token_lines(lines: Sequence[Sequence[str]]) -> None:
     """Show tokens side by side, each in its own frame, with white space made visible."""
-    st.html(macros(TEMPLATE).token_lines([[token[:200] for token in line] for line in lines]))
+    st.html(macros(PAGE_TEMPLATE).token_lines([[token[:200] for token in line] for line in lines]))
 
 
 def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
@@ -322,7 +322,7 @@ def plan(config: RunConfig, expected: dict[str, Expected]) -> None:
         cell = knob(spec.architecture, spec.sparsity), _l0(spec, expected)
         groups.setdefault((spec.architecture, spec.d_sae), []).append(cell)
     rows = [(LOOKS[kind], SIGNS[kind], width, cells) for (kind, width), cells in groups.items()]
-    st.html(macros(TEMPLATE).plan(rows))
+    st.html(macros(PAGE_TEMPLATE).plan(rows))
 
 
 def _l0(spec: SAESpec, expected: dict[str, Expected]) -> str:
