@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1870,
     "sae": 3650,
-    "lm": 3760,
+    "lm": 3750,
     "training": 1090,
     "checkpoints": 2740,
     "analysis": 5140,

@@ -71,11 +71,10 @@ def open_cache(
     }
     name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
     folder = cache_folder("activations") / name
-    with writing(folder, 0):
-        folder.mkdir(parents=True, exist_ok=True)
+    cache = CachedActivations(model, sequences, folder, layer=layer, site=site, rows=rows)
     if not (folder / "about.json").exists():
         write_json(folder / "about.json", {"model": model.name} | about)
-    return CachedActivations(model, sequences, folder, layer=layer, site=site, rows=rows)
+    return cache
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -100,12 +99,9 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 class CachedActivations(Harvest):
-    """A harvest whose vectors come from shards on disk; missing or damaged ones are made first.
+    """A harvest whose vectors come from shards in `folder`; missing or damaged ones are made first.
 
     They are kept in the model's precision where that loses nothing.
-
-    Args:
-        folder: of shards of this model and place: see `open_cache`.
     """
 
     def __init__(
@@ -128,6 +124,8 @@ class CachedActivations(Harvest):
         self._edges = [*range(0, len(sequences), self._shard_rows), len(sequences)]
         self._first = np.concatenate([[0], np.cumsum(sequences.counts)])
         self._open: dict[int, Tensor] = {}
+        with writing(folder, 0):
+            folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def seconds(self) -> float:
@@ -146,8 +144,6 @@ class CachedActivations(Harvest):
             InputError: if the disk lacks the room, before anything is harvested, or on the way; if
                 a vector is not finite, and then its shard is not written.
         """
-        with writing(self.folder, self.n_bytes):
-            self.folder.mkdir(parents=True, exist_ok=True)
         missing = [k for k, path in enumerate(self._paths) if not path.exists()]
         need = sum(self._n_vectors(k) for k in missing) * self.d_in * self._dtype.itemsize
         log.info(

@@ -83,12 +83,12 @@ class ActivationStream:
         harvest: of the training split; at least one batch of counted tokens.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
-        chunk_vectors: most vectors to shuffle at a time; None: `default_chunk_vectors`.
+        chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:
+            `default_chunk_vectors`.
         ahead: fill the next chunk while this one is used; None: on CUDA only.
 
     Attributes:
         scale: what raw activations are multiplied by.
-        chunk_vectors: as given or derived; part of what decides the batches.
         tokens_per_epoch: counted tokens of all sequences.
 
     Raises:
