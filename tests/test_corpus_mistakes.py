@@ -23,6 +23,7 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     turns = {"turns": [{"from": "human", "value": words(0, 9)}], "source": "web"}
     sharegpt = file(folder / "sharegpt.jsonl", json.dumps(turns))
     nested = file(folder / "nested.jsonl", json.dumps({"n": 1, "doc": {"body": words(0, 9)}}))
+    mixed = file(folder / "mixed.jsonl", '{"a": "x", "n": 1}\n{"a": 5, "n": 2}')
     unsure = file(folder / "unsure.jsonl", json.dumps({"review": "w1 w2", "gone": None}))
     utf16 = folder / "utf16"
     utf16.mkdir()
@@ -105,6 +106,12 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
             f"expected a column of text in {unsure}, found review (strings such as 'w1 w2'), gone "
             "(empty in the first rows): none of these reads like text; if one is, name it with "
             "--text-column",
+        ),
+        "strings and numbers in one column": (
+            mixed,
+            {},
+            f"expected a column of text in {mixed}, found a (strings), n (numbers): none of these "
+            "is a column of text; write the text out as one",
         ),
         "labels beside text": (
             label,

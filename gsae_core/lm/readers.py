@@ -771,6 +771,9 @@ SHOWN = 30
 
 # What the turns of a chat hold, as most data sets have them and as ShareGPT has.
 TURNS = ({"role", "content"}, {"from", "value"})
+BY_TEMPLATE = ", each chat by the model's chat template"
+
+STRINGS = ("text", "JSON", "strings")
 
 
 def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Part]:
@@ -800,10 +803,11 @@ def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Pa
                     ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
                 yield Part(ids, ends=True)
             elif _by_column([row])[column]:
+                template = BY_TEMPLATE if _kind_of([value]) == "chats" else ""
                 raise InputError(
                     f"expected text or token ids in column {column!r} of {name}, got "
-                    f"{_kind_of_values([value])}: name another column with --text-column, or write "
-                    f"the text out as one{_template([value])}"
+                    f"{_described([value])}: name another column with --text-column, or write the "
+                    f"text out as one{template}"
                 )
 
 
@@ -821,18 +825,15 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
         if text_column not in columns:
             raise _no_column(f"a column {text_column!r}", name, columns)
         return text_column
+    kinds = {column: _kind_of(values) for column, values in columns.items()}
     for column in TOKEN_COLUMNS:
-        if columns.get(column) and _is_ids(columns[column][0]):
+        if kinds.get(column) == "ids":
             return column
-    strings = [
-        column
-        for column, values in columns.items()
-        if values and all(isinstance(value, str) for value in values)
-    ]
+    strings = [column for column, kind in kinds.items() if kind in STRINGS]
     named = [column for column in TEXT_COLUMNS if column in columns]
     if named:
         return next((column for column in named if column in strings), named[0])
-    if len(strings) == 1 and reads_like_text(columns[strings[0]]):
+    if len(strings) == 1 and kinds[strings[0]] == "text":
         return strings[0]
     raise _no_column("a column of text", name, columns)
 
@@ -845,6 +846,20 @@ def _by_column(head: list[Row]) -> dict[str, list[Any]]:
 
     names = dict.fromkeys(chain(*head))
     return {name: [row[name] for row in head if held(row.get(name))] for name in names}
+
+
+def _kind_of(values: list[Any]) -> str:
+    """Return what a column's values are: empty, one of STRINGS, ids, chats or other."""
+    if not values:
+        return "empty"
+    if all(isinstance(value, str) for value in values):
+        text = reads_like_text(values)
+        return "text" if text else "JSON" if _is_json(values[0]) else "strings"
+    if _is_ids(values[0]):
+        return "ids"
+    turn = values[0][0] if isinstance(values[0], list) else values[0]
+    is_chat = isinstance(turn, dict) and any(keys <= turn.keys() for keys in TURNS)
+    return "chats" if is_chat else "other"
 
 
 def reads_like_text(values: list[str]) -> bool:
@@ -870,46 +885,32 @@ def _is_ids(value: Any) -> bool:
 
 def _no_column(wanted: str, name: str, columns: dict[str, list[Any]]) -> InputError:
     """Return the sentence for a table without the wanted column; of those it has the first 12."""
-    found = [f"{_start(str(c))} ({_kind_of_values(values)})" for c, values in columns.items()]
+    found = [f"{_start(str(c))} ({_described(values)})" for c, values in columns.items()]
     more = [f"{len(found) - 12} more"] if len(found) > 12 else []
-    described = ", ".join(found[:12] + more) or "no columns"
-    return InputError(f"expected {wanted} in {name}, found {described}: {_advice(columns)}")
+    told = ", ".join(found[:12] + more) or "no columns"
+    kinds = {_kind_of(values) for values in columns.values()}
+    if kinds & {"text", "ids"}:
+        advice = "name one of these with --text-column"
+    elif "chats" in kinds:
+        advice = f"none of these is a column of text; write the text out as one{BY_TEMPLATE}"
+    elif kinds & {"empty", "strings"}:
+        advice = "none of these reads like text; if one is, name it with --text-column"
+    else:
+        advice = "none of these is a column of text; write the text out as one"
+    return InputError(f"expected {wanted} in {name}, found {told}: {advice}")
 
 
-def _advice(columns: dict[str, list[Any]]) -> str:
-    held = [values for values in columns.values() if values]
-    strings = [values for values in held if isinstance(values[0], str)]
-    if any(map(reads_like_text, strings)) or any(_is_ids(values[0]) for values in held):
-        return "name one of these with --text-column"
-    template = next(filter(None, map(_template, held)), "")
-    # Short strings, and what is empty so far, may be text; beside chats they are taken for ids.
-    if not template and (len(held) < len(columns) or not all(_is_json(v[0]) for v in strings)):
-        return "none of these reads like text; if one is, name it with --text-column"
-    return f"none of these is a column of text; write the text out as one{template}"
-
-
-def _template(values: list[Any]) -> str:
-    """Return by what chats become strings, after a comma; nothing if these are no chats."""
-    turns = values[0] if values else None
-    if isinstance(turns, list) and turns:
-        turns = turns[0]
-    chats = isinstance(turns, dict) and any(keys <= turns.keys() for keys in TURNS)
-    return ", each chat by the model's chat template" if chats else ""
-
-
-def _kind_of_values(values: list[Any]) -> str:
-    if not values:
+def _described(values: list[Any]) -> str:
+    kind = _kind_of(values)
+    if kind == "empty":
         return "empty in the first rows"
-    value = values[0]
-    if isinstance(value, str):
-        kind = "JSON" if _is_json(value) else "text" if reads_like_text(values) else "strings"
-        return f"{kind} such as {_start(value)!r}"
-    if _is_ids(value):
+    if kind in STRINGS:
+        return f"{kind} such as {_start(values[0])!r}"
+    if kind == "ids":
         return "lists of whole numbers"
-    if isinstance(value, list | np.ndarray):
-        lists = f"lists of {_plural(value[0])}"
-        return f"chats: {lists}" if _template(values) else lists
-    return _plural(value)
+    if isinstance(values[0], list | np.ndarray):
+        return f"{'chats: ' if kind == 'chats' else ''}lists of {_plural(values[0][0])}"
+    return _plural(values[0])
 
 
 def _start(text: str) -> str:
