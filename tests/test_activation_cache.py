@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from safetensors import safe_open
 from tiny_runs import finish, outcome, tiny_config, write_text
 from torch import Tensor
@@ -197,9 +198,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_harvested(
 ) -> None:
     monkeypatch.setattr("gsae_core.lm.activation_cache.free_bytes", lambda path: 479)
     model, cache = cached(tmp_path)
-    with pytest.raises(InputError) as error:
-        cache.fill()
-    assert str(error.value) == (
+    assert refusal(cache.fill) == (
         f"expected 480 bytes free on the disk of {tmp_path} for the activation cache, found 479 "
         "bytes; make room, set XDG_CACHE_HOME to a folder on another disk, or train without "
         "--cache-activations"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refusal
 from safetensors.torch import save_file
 from tiny_runs import tiny_config, write_text
 
@@ -21,7 +22,6 @@ from benchmarks.table import Table, machine_facts, machine_line, processor, rows
 from gsae_core.cli import main
 from gsae_core.cli.arguments import parse
 from gsae_core.config import EvalConfig
-from gsae_core.errors import InputError
 
 # Speaks the protocol with times it was given; says in a file when it is its turn.
 FAKE = """
@@ -107,9 +107,7 @@ def test_a_way_of_ours_that_runs_out_of_memory_is_a_sentence(tmp_path: Path) -> 
     entry = Entry(
         "our step", (sys.executable, str(tmp_path / "full.py")), {"threads": 1}, ours=True
     )
-    with pytest.raises(InputError) as error:
-        held([entry])
-    assert str(error.value) == (
+    assert refusal(held, [entry]) == (
         "expected more memory than there is for our step (MemoryError: cannot allocate memory); "
         "lower the batch or the width"
     )
@@ -377,9 +375,7 @@ def test_a_missing_peer_is_a_line_on_how_to_make_it(
 
 
 def test_a_folder_that_was_named_and_holds_no_peer_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as error:
-        found(tmp_path, ("saelens",))
-    assert str(error.value) == (
+    assert refusal(found, tmp_path, ("saelens",)) == (
         "--peers: expected a folder made by benchmarks/peers.sh, found none of saelens in "
         f"{tmp_path}; make it with benchmarks/peers.sh {tmp_path}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from examples import perturb_
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
@@ -245,9 +246,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def sentence(folder: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        load_sae(folder)
-    return str(caught.value)
+    return refusal(load_sae, folder)
 
 
 def edit_cfg(folder: Path, **fields: Any) -> None:
@@ -354,9 +353,7 @@ def test_input_normalisation_that_is_not_folded_is_refused(folder: Path) -> None
 def test_an_sae_of_another_width_is_told_with_both() -> None:
     sae = gated()
     check_width(sae, 2, name="mine", hook_name="blocks.2.hook_resid_post")
-    with pytest.raises(InputError) as caught:
-        check_width(sae, 256, name="mine", hook_name="blocks.2.hook_resid_post")
-    assert str(caught.value) == (
+    assert refusal(check_width, sae, 256, name="mine", hook_name="blocks.2.hook_resid_post") == (
         "expected SAE 'mine' to take activations of width 256, as blocks.2.hook_resid_post has, "
         "got d_in=2; was it trained on another model or site?"
     )
@@ -426,9 +423,7 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -
 
 
 def state_sentence(folder: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        load_state(folder)
-    return str(caught.value)
+    return refusal(load_state, folder)
 
 
 def test_a_truncated_state_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
 from gsae_core.cli.arguments import (
     COMMANDS,
@@ -17,7 +18,6 @@ from gsae_core.cli.arguments import (
     run_config,
 )
 from gsae_core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe
-from gsae_core.errors import InputError
 from gsae_core.presets import preset
 
 
@@ -29,9 +29,7 @@ def config(words: str) -> RunConfig:
 
 
 def refused(words: str) -> str:
-    with pytest.raises(InputError) as error:
-        run_config(parse(shlex.split(words)))  # pyright: ignore[reportArgumentType]
-    return str(error.value)
+    return refusal(lambda: run_config(parse(shlex.split(words))))
 
 
 def shapes(run: RunConfig) -> list[tuple[str, int]]:

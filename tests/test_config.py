@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from refusals import refusal
 
 from gsae_core.config import (
     DataConfig,
@@ -25,9 +26,7 @@ RUN = {"saes": [SAE], "train": {"n_tokens": 64, "batch_size": 16}}
 
 
 def sentence(kind: type, fields: dict[str, Any]) -> str:
-    with pytest.raises(InputError) as error:
-        validated(kind, fields)
-    return str(error.value)
+    return refusal(validated, kind, fields)
 
 
 def test_a_run_survives_json(tmp_path: Path) -> None:
@@ -201,9 +200,7 @@ def test_thresholds_of_a_file_without_a_unit_are_in_training_units(tmp_path: Pat
 def test_a_config_file_that_is_none_says_why(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(InputError) as error:
-        load_config(path)
-    assert str(error.value).startswith(expected.format(path=path))
+    assert refusal(load_config, path).startswith(expected.format(path=path))
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from examples import numbers
+from refusals import refusal
 from torch import Tensor
 
-from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.runs.run import Run
 from gsae_core.sae.metrics import Decile, NormDeciles
@@ -121,9 +121,7 @@ def test_a_run_evaluated_before_there_were_deciles_is_told_the_command(finished:
     name = finished.config.saes[0].name
     folder: Path = finished.sae_folder(name)
     (folder / "norm_deciles.json").unlink()
-    with pytest.raises(InputError) as error:
-        finished.norm_deciles(name)
-    assert str(error.value) == (
+    assert refusal(finished.norm_deciles, name) == (
         f"expected lengths of reconstructions of '{name}', found none in {folder}; "
         f"measure them: python -m gsae_core evaluate {finished.folder}"
     )

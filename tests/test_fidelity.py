@@ -8,6 +8,7 @@ import pytest
 import torch
 from examples import batch_stats
 from families import tiny
+from refusals import refusal
 from torch import Tensor
 
 from gsae_core.analysis.fidelity import (
@@ -333,9 +334,10 @@ def test_sequences_are_taken_whole_until_enough_tokens_are_counted(
 
 def test_nothing_to_predict_is_an_error(tiny_lm: LanguageModel) -> None:
     alternating = SequenceSet(np.array([[0, 5, 0, 7]]), (0,))
-    with pytest.raises(InputError) as error:
-        fidelity(tiny_lm, [identity(12)], alternating, layer=0, site="resid_post", n_tokens=10)
-    assert str(error.value) == (
+    said = refusal(
+        fidelity, tiny_lm, [identity(12)], alternating, layer=0, site="resid_post", n_tokens=10
+    )
+    assert said == (
         "expected sequences with two counted tokens in a row, got none to predict; "
         "give more text or a longer context"
     )

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, tiny
+from refusals import refusal
 from torch import Tensor
 
 from gsae_core.config import SITES
-from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest, Stopwatch, default_rows
 from gsae_core.lm.model import LanguageModel, load_model
@@ -162,9 +162,7 @@ def test_an_edit_that_runs_the_model_is_refused_rather_than_waited_for(
     def edit(x: Tensor) -> Tensor:
         return tiny_lm.harvest(ids, layer=0, site="resid_pre")
 
-    with pytest.raises(InputError) as error:
-        tiny_lm.logits(ids, layer=0, site="resid_pre", edit=edit)
-    assert str(error.value) == (
+    assert refusal(tiny_lm.logits, ids, layer=0, site="resid_pre", edit=edit) == (
         "expected an edit that leaves the language model alone, got one that runs it; "
         "harvest first and edit with what was found"
     )

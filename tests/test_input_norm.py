@@ -9,6 +9,7 @@ import pytest
 import torch
 from examples import batch_stats, numbers, perturb_, set_
 from index_cases import D_IN, D_SAE, KINDS, built, some_sae
+from refusals import refusal
 from torch import Tensor
 
 from gsae_core.analysis.features import collect
@@ -381,9 +382,7 @@ def test_training_such_an_sae_is_refused() -> None:
 def test_rescaling_such_a_baseline_is_refused_in_the_same_sentence() -> None:
     baseline = ReluSAE(4, 7)
     baseline.input_norm = "layer_norm"
-    with pytest.raises(InputError) as caught:
-        rescale_and_shift(baseline)
-    assert str(caught.value) == (
+    assert refusal(rescale_and_shift, baseline) == (
         "expected an SAE that learns from activations as they are, got one that normalises every "
         "token (layer_norm); it can be evaluated, explored and steered, not trained or converted"
     )

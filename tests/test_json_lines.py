@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
 from gsae_core import files
 from gsae_core.analysis.labels import Labels
@@ -130,12 +131,9 @@ def test_no_file_has_no_lines_and_a_folder_is_told(tmp_path: Path) -> None:
     assert read(tmp_path / "events.jsonl") == Lines([], 0, False)
     folder = tmp_path / "labels.jsonl"
     folder.mkdir()
-    with pytest.raises(InputError) as caught:
-        read(folder)
-    assert str(caught.value) == f"expected a file to read at {folder}, got: Is a directory"
-    with pytest.raises(InputError) as caught:
-        append(folder, {"a": 1})
-    assert str(caught.value) == f"expected a file at {folder}, got: Is a directory; move it away"
+    assert refusal(read, folder) == f"expected a file to read at {folder}, got: Is a directory"
+    said = refusal(append, folder, {"a": 1})
+    assert said == f"expected a file at {folder}, got: Is a directory; move it away"
 
 
 def test_what_an_event_lacks_makes_it_a_damaged_line(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from examples import batch_stats, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from torch import Tensor
 
-from gsae_core.errors import InputError
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
 
 SCALARS = ["l0", "fvu", "gamma", "gamma_gate", "cosine", "alive_fraction"]
@@ -281,9 +281,10 @@ def test_a_relu_sae_has_no_gate_to_measure() -> None:
 
 def test_batches_with_other_sums_are_refused() -> None:
     metrics = Metrics(worked_example())
-    with pytest.raises(InputError) as caught:
-        metrics.add(batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=PI_GATE))
-    assert str(caught.value) == (
+    said = refusal(
+        metrics.add, batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=PI_GATE)
+    )
+    assert said == (
         "expected every batch to carry the same sums, got gate_power in some only; "
         "use one Metrics for each SAE and gather the same sums for every batch"
     )

@@ -1,9 +1,9 @@
 """The presets against the paper's numbers, typed from its tables and appendix D.1."""
 
 import pytest
+from refusals import refusal
 
 from gsae_core.config import RunConfig, Site
-from gsae_core.errors import InputError
 from gsae_core.paper import paper_runs
 from gsae_core.presets import preset, presets
 
@@ -153,18 +153,14 @@ def test_our_own_presets_are_in_the_units_their_lambdas_come_in() -> None:
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(InputError) as error:
-        preset("slow")
-    assert str(error.value) == (
+    assert refusal(preset, "slow") == (
         "expected a preset among quick, gelu-1l, pythia-2.8b, gemma-7b, gpt2-small, gemma-2-2b, "
         "got 'slow'"
     )
 
 
 def test_a_place_without_published_runs_is_refused() -> None:
-    with pytest.raises(InputError) as error:
-        preset("gemma-7b").config(layer=5)
-    assert str(error.value) == (
+    assert refusal(preset("gemma-7b").config, layer=5) == (
         "expected layer 6, 13, 20 or 27 and site attn_z, mlp_out or resid_post for preset "
         "'gemma-7b', got layer 5 and site 'resid_post'; for another place give --model, --width, "
         "--sparsity and --tokens instead of a preset"

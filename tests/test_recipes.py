@@ -1,9 +1,9 @@
 """The recipes: what each stands for, and the mixtures that are refused."""
 
 import pytest
+from refusals import refusal
 
 from gsae_core.config import Recipe
-from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import Aux
 
@@ -31,9 +31,7 @@ def test_a_recipe_names_three_explicit_choices(
 
 
 def test_norm_weighting_that_moves_norms_is_refused_beside_a_frozen_decoder() -> None:
-    with pytest.raises(InputError) as caught:
-        GatedSAE(4, 7, recipe="A", aux="frozen")
-    assert str(caught.value) == (
+    assert refusal(GatedSAE, 4, 7, recipe="A", aux="frozen") == (
         "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would shrink "
         "decoder norms that the frozen auxiliary term cannot hold up, and latents die; use recipe "
         "'B', which freezes the norm in both terms"
@@ -41,9 +39,7 @@ def test_norm_weighting_that_moves_norms_is_refused_beside_a_frozen_decoder() ->
 
 
 def test_norm_weighting_that_ignores_norms_is_refused_beside_a_live_decoder() -> None:
-    with pytest.raises(InputError) as caught:
-        GatedSAE(4, 7, recipe="B", aux="unfrozen")
-    assert str(caught.value) == (
+    assert refusal(GatedSAE, 4, 7, recipe="B", aux="unfrozen") == (
         "expected recipe 'B' with aux 'frozen' or 'off', got 'unfrozen': the auxiliary term would "
         "grow decoder norms whose cost the L1 term, with the norm detached, cannot feel; use "
         "recipe 'A', which lets both terms move the norm"
@@ -54,9 +50,7 @@ def test_a_relu_sae_has_no_recipe_b() -> None:
     assert ReluSAE(4, 7, recipe="P").objective.unit_norm
     assert not ReluSAE(4, 7, recipe="A").objective.unit_norm
     assert ReluSAE(4, 7).objective.aux == "off"
-    with pytest.raises(InputError) as caught:
-        ReluSAE(4, 7, recipe="B")
-    assert str(caught.value) == (
+    assert refusal(ReluSAE, 4, 7, recipe="B") == (
         "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the L1 "
         "term, latents shrink and decoder norms grow without limit"
     )

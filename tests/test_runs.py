@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from refusals import refusal
 
 from gsae_core import files
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
@@ -90,9 +91,7 @@ def test_a_run_opens_with_the_config_it_was_made_with(run: Run) -> None:
 
 def test_an_existing_run_is_refused_and_unharmed(run: Run) -> None:
     before = (run.folder / "config.json").read_bytes()
-    with pytest.raises(InputError) as caught:
-        Run.create(run.folder, CONFIG)
-    assert str(caught.value) == (
+    assert refusal(Run.create, run.folder, CONFIG) == (
         f"expected a new folder for the run, found a run in {run.folder}; choose another, or go on "
         f"with it: python -m gsae_core resume {run.folder}"
     )
@@ -102,9 +101,7 @@ def test_an_existing_run_is_refused_and_unharmed(run: Run) -> None:
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(InputError) as caught:
-        Run.create(tmp_path / "thesis", CONFIG)
-    assert str(caught.value) == (
+    assert refusal(Run.create, tmp_path / "thesis", CONFIG) == (
         f"expected a new or empty folder for the run, found other files in {tmp_path / 'thesis'}"
     )
 
@@ -126,9 +123,7 @@ def test_a_full_disk_is_told_with_need_and_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "free_bytes", lambda path: 7_300)
-    with pytest.raises(InputError) as caught:
-        Run.create(tmp_path / "run", CONFIG)
-    assert str(caught.value) == (
+    assert refusal(Run.create, tmp_path / "run", CONFIG) == (
         f"expected 1.0 MB free for {tmp_path / 'run'}, found 7.3 kB; make room on the disk and "
         "start again"
     )
@@ -141,9 +136,7 @@ def test_an_unwritable_folder_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError) as caught:
-        Run.create(tmp_path / "run", CONFIG)
-    assert str(caught.value) == (
+    assert refusal(Run.create, tmp_path / "run", CONFIG) == (
         f"expected to be allowed to write {tmp_path / 'run'}, got 'Permission denied'; choose a "
         "folder you own"
     )
@@ -151,9 +144,7 @@ def test_an_unwritable_folder_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a b", "", "x" * 65, "run\n", "-rf", "é"])
 def test_a_name_that_could_be_more_than_a_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError) as caught:
-        find_run(tmp_path, name)
-    assert str(caught.value) == (
+    assert refusal(find_run, tmp_path, name) == (
         "expected a run name of 1 to 64 letters, digits, dots, dashes and underscores that starts "
         f"with a letter or digit, got {name!r}"
     )
@@ -169,9 +160,7 @@ def test_a_name_cannot_lead_out_of_the_runs_folder(tmp_path: Path, run: Run) -> 
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        Run.open(tmp_path)
-    assert str(caught.value) == (
+    assert refusal(Run.open, tmp_path) == (
         f"expected a run folder with a config.json, found none in {tmp_path}; give the folder that "
         "the training command printed"
     )
@@ -180,9 +169,7 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
 def test_a_run_of_a_newer_layout_is_refused_before_its_config_is_judged(run: Run) -> None:
     (run.folder / "events.jsonl").write_text('{"event": "created", "schema_version": 2}\n')
     (run.folder / "config.json").write_text('{"telepathy": true}')
-    with pytest.raises(InputError) as caught:
-        Run.open(run.folder)
-    assert str(caught.value) == (
+    assert refusal(Run.open, run.folder) == (
         f"expected a run of layout 1 or older, got 2 in {run.folder}; a newer version of gsae-core "
         "made it: update to open it"
     )
@@ -253,9 +240,7 @@ def test_a_reader_sees_that_a_resumed_run_took_lines_back(run: Run) -> None:
 
 def test_metrics_shorter_than_the_state_says_are_told(run: Run) -> None:
     (run.folder / "metrics.jsonl").write_text('{"a": 1}\n')  # 9 bytes
-    with pytest.raises(InputError) as caught:
-        MetricsLog(run.folder / "metrics.jsonl", n_bytes=100)
-    assert str(caught.value) == (
+    assert refusal(MetricsLog, run.folder / "metrics.jsonl", n_bytes=100) == (
         f"expected at least 100 bytes in {run.folder / 'metrics.jsonl'}, as its resumable state "
         f"says, found 9; delete the folder {run.folder / 'resume'} to train from step 0"
     )
@@ -328,9 +313,7 @@ def test_what_was_measured_is_said_beside_what_was_asked_for(run: Run) -> None:
 
 def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:
     folder = run.sae_folder("gated-0.1")
-    with pytest.raises(InputError) as caught:
-        run.feature_stats("gated-0.1")
-    assert str(caught.value) == (
+    assert refusal(run.feature_stats, "gated-0.1") == (
         f"expected feature statistics of 'gated-0.1', found none yet in {folder}; they are written "
         "when the run is evaluated"
     )
@@ -350,9 +333,8 @@ def test_feature_statistics_are_a_table_with_a_row_per_latent(run: Run) -> None:
 
 
 def test_an_unknown_sae_is_told_which_there_are(run: Run) -> None:
-    with pytest.raises(InputError) as caught:
-        run.sae_folder("../..")
-    assert str(caught.value) == "expected one of this run's SAEs (gated-0.1), got '../..'"
+    said = refusal(run.sae_folder, "../..")
+    assert said == "expected one of this run's SAEs (gated-0.1), got '../..'"
 
 
 def test_the_tail_of_a_long_log_is_read_from_its_end(run: Run) -> None:
@@ -452,9 +434,7 @@ def test_a_job_is_started_without_a_shell_in_a_session_of_its_own(
 
 def test_a_finished_run_is_not_started_again(run: Run) -> None:
     pretend(run, "finished", pid=1, started=0.0)
-    with pytest.raises(InputError) as caught:
-        start(run)
-    assert str(caught.value) == "expected a run with steps left, got first, which is finished"
+    assert refusal(start, run) == "expected a run with steps left, got first, which is finished"
 
 
 def test_a_run_that_was_never_started_is_cancelled_at_once(run: Run) -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from torch import Tensor
 
-from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
@@ -182,9 +182,7 @@ def test_chunks_are_an_eighth_of_a_short_run_and_two_gib_at_most() -> None:
 
 
 def test_less_than_one_batch_is_an_error_that_counts() -> None:
-    with pytest.raises(InputError) as error:
-        stream(batch_size=40)
-    assert str(error.value) == (
+    assert refusal(stream, batch_size=40) == (
         "expected at least one batch of 40 training tokens, got 39: give more text or a smaller "
         "batch_size"
     )
@@ -192,9 +190,7 @@ def test_less_than_one_batch_is_an_error_that_counts() -> None:
 
 def test_activations_that_are_all_zero_cannot_be_scaled() -> None:
     set_ = SequenceSet(np.zeros((2, 3), np.uint16))
-    with pytest.raises(InputError) as error:
-        stream(set_=set_, scale="unit")
-    assert str(error.value) == (
+    assert refusal(stream, set_=set_, scale="unit") == (
         "expected activations with a finite length above 0 at resid_post of layer 1, got E|x|^2 = "
         "0.0: choose another site, or float32 for the model"
     )

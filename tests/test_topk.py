@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from examples import numbers, perturb_, set_
+from refusals import refusal
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import TopKSAE, fold_scale_
@@ -163,9 +164,7 @@ def test_a_folded_scale_keeps_the_order_of_latents() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 8])
 def test_k_is_one_to_all_latents(k: int) -> None:
-    with pytest.raises(InputError) as caught:
-        TopKSAE(4, 7, k=k)
-    assert str(caught.value) == (
+    assert refusal(TopKSAE, 4, 7, k=k) == (
         f"expected k from 1 to d_sae=7, got {k}; k is how many latents a token may use"
     )
 
@@ -176,9 +175,7 @@ def test_the_auxiliary_loss_needs_a_latent_to_listen_to() -> None:
 
 
 def test_recipes_that_weigh_an_l1_term_are_refused() -> None:
-    with pytest.raises(InputError) as caught:
-        TopKSAE(4, 7, k=2, recipe="A")
-    assert str(caught.value) == (
+    assert refusal(TopKSAE, 4, 7, k=2, recipe="A") == (
         "expected recipe 'P' for a TopK SAE, got 'A': recipes A and B weigh an L1 term, and this "
         "architecture has none"
     )

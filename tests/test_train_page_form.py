@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refusal
 
 from gsae_core.app.train_form import (
     KNOBS,
@@ -233,9 +234,7 @@ def test_a_baseline_can_be_given_the_others_width_and_its_own_again() -> None:
 )
 def test_a_field_that_cannot_be_read_is_named(change: dict[str, Any], sentence: str) -> None:
     base = started_from("quick")
-    with pytest.raises(InputError) as error:
-        to_flags(shown(base.config) | change, base)
-    assert str(error.value) == sentence
+    assert refusal(to_flags, shown(base.config) | change, base) == sentence
 
 
 def test_log_spaced_values_have_equal_ratios() -> None:
@@ -258,9 +257,7 @@ def test_log_spaced_values_have_equal_ratios() -> None:
     ],
 )
 def test_impossible_spacings_are_refused(low: float, high: float, n: int, sentence: str) -> None:
-    with pytest.raises(InputError) as error:
-        log_spaced(low, high, n)
-    assert str(error.value) == sentence
+    assert refusal(log_spaced, low, high, n) == sentence
 
 
 def test_values_of_the_address_that_were_not_taken_are_named() -> None:
