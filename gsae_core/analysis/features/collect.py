@@ -68,8 +68,8 @@ class _Chosen(NamedTuple):
 class Rules(NamedTuple):
     """How each latent's product h with the encoder W decides.
 
-    A gate is open where h > opens; then f = gain h + bias, which counts above `least`. A latent
-    fires where h > edge; of what does not fire, that is near whose margin min(h - edge, 0) > band.
+    A gate is open where h > opens; then f = gain h + bias, and the latent fires where f > least. A
+    latent that does not fire is near where its margin min(h - edge, 0) > band.
     """
 
     W: Float[Tensor, "d_in d_sae"]

@@ -1,4 +1,4 @@
-"""Features for others to read: as HTML, for pages, notebooks and files; as Neuronpedia's JSON.
+"""Features as HTML, for pages, notebooks and files, and as Neuronpedia's JSON.
 
 All text in the HTML is escaped, and every character of a token is visible.
 """
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from gsae_core.analysis.features.feature import Example, Feature
 
 TEMPLATE = "features.html.j2"
-LONGEST = 160
-"""Characters of a token that are shown; some are 10 kB of spaces."""
-TAB_STOP = 0.5
-"""Share of the strongest value from which a token is a stop of the Tab key."""
+LONGEST = 160  # characters of a token that are shown; some are 10 kB of spaces
+TAB_STOP = 0.5  # share of the strongest value from which the Tab key stops at a token
 
 
 class Row(NamedTuple):
@@ -29,9 +27,9 @@ class Row(NamedTuple):
     values: Sequence[float]
     at: int
     label: str
-    """What stands in front of it, such as the value it is about."""
+    """Shown in front, such as the value it is about."""
     about: str = ""
-    """Where it is from, said on hovering what stands in front."""
+    """Shown on hovering the label: where it is from."""
     below: Sequence[float] | None = None
     """The other SAE's feature on the same tokens."""
 
@@ -41,14 +39,14 @@ def strips(rows: Sequence[Row], *, top: float, below_top: float = 0.0, breaks: b
 
     Args:
         top, below_top: values of the strongest shade and of the strongest line.
-        breaks: begin a new line after a token that ends one.
+        breaks: whether a token that ends a line ends it here.
     """
     drawn = [(row, list(_tokens(row, top, below_top, breaks))) for row in rows]
     return macros(TEMPLATE).strip_list(drawn) if drawn else ""
 
 
 def _tokens(row: Row, top: float, below_top: float, breaks: bool) -> Iterator[tuple[Any, ...]]:
-    """Yield a token's text, classes, words on hovering, style, if Tab stops, and if a line ends."""
+    """Yield a token's text, classes, title, style, if Tab stops, and if a line ends."""
     below = row.below if row.below is not None else [0.0] * len(row.tokens)
     for i, (text, value, under) in enumerate(zip(row.tokens, row.values, below, strict=True)):
         at, ends, style = i == row.at, breaks and "\n" in text, []
@@ -75,10 +73,7 @@ def _share(value: float, top: float) -> float:
 
 
 def readable_token(text: str) -> str:
-    """Return a token as it is read in running text: a sign for all that cannot be seen.
-
-    Spaces beside other characters stay spaces; a token of nothing but white space is signs.
-    """
+    """Return a token with signs for what cannot be seen, but for spaces beside other characters."""
     shown = visible(text)
     if not text.strip():
         return shown
@@ -90,12 +85,7 @@ def readable_token(text: str) -> str:
 def example_row(
     example: "Example", *, margin: bool = False, below: Sequence[float] | None = None
 ) -> Row:
-    """Return an example as a row of a list.
-
-    Args:
-        margin: its value is the margin of a near miss.
-        below: another SAE's feature on the same tokens.
-    """
+    """Return an example as a row of a list; `margin`: its value is that of a near miss."""
     where = f"{example.split.replace('_', ' ')} text, sequence {example.sequence}"
     label = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
     about = f"{where}, token {example.position}"
@@ -103,7 +93,7 @@ def example_row(
 
 
 def card(feature: "Feature", *, k: int = 10) -> str:
-    """Return a feature at a glance: numbers, how strongly it fires, its logit effects, examples."""
+    """Return a feature's numbers, histogram, logit effects and top examples as HTML."""
     label = feature.index.labels.of(feature.number).get("label")
     top = [] if feature.is_dead else [("Top", feature.top(k))]
     shown = _html(facts(_numbers(feature)))
@@ -123,23 +113,21 @@ def page(features: Sequence["Feature"], *, k: int = 20) -> str:
                 "tokens": made.amount(f" of {made.text}"),
             }
         )
-    body = [(_html(card(feature, k=k)), _drawn(feature, _more(feature, k))) for feature in features]
+    body = []
+    for feature in features:
+        lists: list[tuple[str, Sequence[Example]]] = []
+        if not feature.is_dead:
+            lists = [
+                (f"{group.low:.3g} to {group.high:.3g}, {group.n_fired:,} tokens", group.examples)
+                for group in feature.quantiles(5, k=max(1, k // 4))
+            ]
+            lists += [
+                ("Random", feature.random(k)),
+                ("Near threshold", feature.near_threshold(k)),
+                ("Just missed", feature.just_missed(k)),
+            ]
+        body.append((_html(card(feature, k=k)), _drawn(feature, lists)))
     return str(macros(TEMPLATE).page(title, _html(provenance), body))
-
-
-def _more(feature: "Feature", k: int) -> list[tuple[str, Sequence["Example"]]]:
-    """Return lists of examples of a feature beyond its top ones, by title."""
-    if feature.is_dead:
-        return []
-    return [
-        *(
-            (f"{group.low:.3g} to {group.high:.3g}, {group.n_fired:,} tokens", group.examples)
-            for group in feature.quantiles(5, k=max(1, k // 4))
-        ),
-        ("Random", feature.random(k)),
-        ("Near threshold", feature.near_threshold(k)),
-        ("Just missed", feature.just_missed(k)),
-    ]
 
 
 def _drawn(
@@ -181,9 +169,9 @@ def _numbers(feature: "Feature") -> dict[str, str]:
     return numbers
 
 
-# Neuronpedia: a batch as SAEDashboard writes it. What this package does not compute is left empty,
-# which the format allows.
+# Neuronpedia: a batch as SAEDashboard writes it.
 
+# Allowed to be empty, and not computed here.
 EMPTY = (
     "neuron_alignment_indices",
     "neuron_alignment_values",
@@ -202,14 +190,10 @@ N_TOP, N_GROUPS, N_IN_GROUP = 20, 10, 5
 def neuronpedia_batch(
     features: Sequence["Feature"], *, model_id: str, sae_set: str
 ) -> dict[str, Any]:
-    """Return features of one index as one batch: JSON for the importer's `batch-0.json` and so on.
+    """Return features of one index as JSON for the importer's `batch-0.json` and so on.
 
     Activations come in groups: the strongest (`bin_min` and `bin_contains` are -1), then slices of
-    the firings with their range and share.
-
-    Args:
-        model_id: Neuronpedia's name of the model.
-        sae_set: Neuronpedia's name of the set of SAEs.
+    the firings with their range and share. `model_id` and `sae_set` are names Neuronpedia knows.
     """
     return {
         "model_id": model_id,

@@ -8,7 +8,7 @@
 
 A token is named by its position: sequence * n_ctx + position in it. manifest.json names the data
 folder and the size of every file in it and is replaced last, so that a reader sees one build,
-whole. Arrays are plain .npy, mapped into memory. Nothing here needs torch.
+whole. Nothing here needs torch.
 """
 
 import math
@@ -25,30 +25,16 @@ from gsae_core.files import read_json, read_sae_cfg, readable, sha256, writing
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
-N_BINS = 40
-"""Bins of a feature's histogram, of equal width from 0 to its maximum."""
-N_NEIGHBOURS = 20
-"""Neighbours and companions kept of each feature."""
-NEAR_KEPT = 256
-"""Near misses kept of each feature, nearest first."""
+# Of each feature: bins of its histogram, neighbours and companions, and near misses.
+N_BINS, N_NEIGHBOURS, NEAR_KEPT = 40, 20, 256
 
 ARRAYS = (
-    "offsets",
-    "token",
-    "value",
-    "near_offsets",
-    "near_token",
-    "near_margin",
-    "row_offsets",
-    "latent",
-    "ids",
-    "mask",
-    "histogram",
-    "neighbours",
-    "neighbour_cosines",
-    "companions",
-    "companion_counts",
-    "decoder",
+    *("offsets", "token", "value"),
+    *("near_offsets", "near_token", "near_margin"),
+    *("row_offsets", "latent"),
+    *("ids", "mask", "histogram", "decoder"),
+    *("neighbours", "neighbour_cosines"),
+    *("companions", "companion_counts"),
 )
 TABLE, VOCABULARY = "features.parquet", "vocabulary.json"
 COLUMNS = {
@@ -144,11 +130,7 @@ class Manifest(Config):
         return sum(self.files.values())
 
     def amount(self, text: str = "") -> str:
-        """Return how many tokens of which split were read, and of how many asked for if fewer.
-
-        Args:
-            text: what stands behind the tokens, such as ` of stdlib`.
-        """
+        """Return how many tokens of each split were read; `text`: such as ` of stdlib`."""
         splits = " and ".join(
             f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in self.splits
         )
@@ -160,7 +142,7 @@ class Manifest(Config):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the index in a folder, its files checked to be there and whole.
+    """Return the manifest of the index in a folder.
 
     Raises:
         InputError: if there is no index, a newer version made it, or a file is not there whole.
@@ -191,11 +173,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def allocate(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return a new array in `name`.npy, mapped, its room on the disk taken already.
+    """Return a new array in `name`.npy, mapped; InputError if the disk is full.
 
-    Raises:
-        InputError: if the disk is full. Written to later, a mapped file without room would end the
-            process.
+    Its room is taken at once: to write to a mapped file without room would end the process.
     """
     path, n_bytes = folder / f"{name}.npy", math.prod(shape) * np.dtype(dtype).itemsize
     if n_bytes == 0:
@@ -225,11 +205,7 @@ def load_array(folder: Path, name: str) -> np.ndarray:
 
 
 def check_weights(manifest: Manifest, sae_folder: Path) -> None:
-    """Check that an index is of the weights in an SAE's folder.
-
-    Raises:
-        InputError: if it is of others, which have been trained on or replaced since.
-    """
+    """Raise InputError unless an index is of the weights that are in an SAE's folder now."""
     found = weights_sha256(sae_folder)
     if found != manifest.weights_sha256:
         raise InputError(
@@ -240,11 +216,7 @@ def check_weights(manifest: Manifest, sae_folder: Path) -> None:
 
 
 def weights_sha256(sae_folder: Path) -> str:
-    """Return the SHA-256 of an SAE's weights: as its cfg.json says, which loading holds it to.
-
-    Raises:
-        InputError: if there is no SAE.
-    """
+    """Return the SHA-256 of an SAE's weights: as its cfg.json says, which loading verifies."""
     cfg = read_sae_cfg(sae_folder / "cfg.json")
     said = (cfg.get("metadata") or {}).get("weights_sha256")
     return said or sha256(sae_folder / "sae_weights.safetensors")

@@ -1,4 +1,4 @@
-"""Which features of an SAE a reader wants to see, and in what order: the list, filtered.
+"""The list of an SAE's features, filtered and ordered.
 
 wanted = Wanted(density=parse_range("1e-4..1e-2", "density"), label="loop")
 chosen = choose(listing(index), wanted, said=index.labels.frame())
@@ -24,7 +24,7 @@ Life = Literal["all", "alive", "dead"]
 ANY: Range = (None, None)
 
 RANGES = {"density": "feature density", "theta": "θ", "gamma": "γ", "fired": "firings"}
-"""Columns a range can be asked of, and what people call them."""
+"""Columns that a range can be set for, and their names."""
 
 ORDERS: dict[str, tuple[str, bool]] = {
     "number": ("feature", True),
@@ -36,7 +36,7 @@ ORDERS: dict[str, tuple[str, bool]] = {
     "most shrunk": ("gamma", True),
     "gate open, no output": ("no_output", False),
 }
-"""Orders by name: the column, and whether it rises."""
+"""The column of each order, and whether it rises."""
 
 N_TOKENS_SHOWN = 3
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -44,7 +44,7 @@ _RANGE = re.compile(rf"\s*({_NUMBER})?\s*(?:\.\.|…|–|to)\s*({_NUMBER})?\s*")
 
 
 class Wanted(NamedTuple):
-    """What is asked of the features of a list; the defaults ask nothing."""
+    """Which features of a list are wanted; by default all."""
 
     density: Range = ANY
     theta: Range = ANY
@@ -68,11 +68,7 @@ class Chosen(NamedTuple):
 
 
 def parse_range(text: str, what: str) -> Range:
-    """Return the range that a text like `0.8..0.95`, `..0.1` or `1e-4..` stands for.
-
-    Raises:
-        InputError: if it is no range, or its ends are the wrong way round.
-    """
+    """Return the range in a text like `0.8..0.95`, `..0.1` or `1e-4..`; InputError: not one."""
     if not text.strip():
         return ANY
     ends = _RANGE.fullmatch(text)
@@ -101,11 +97,10 @@ WEIGHTS = ("theta", "gain")
 
 
 def listing(index: "FeatureIndex") -> "pd.DataFrame":
-    """Return a row per feature with what a list shows and can be asked of it.
+    """Return a row per feature: `feature`, `tokens`, `COUNTED`, `WEIGHTS` and `no_output`.
 
-    Columns: `feature`, `tokens` (those it fires on most, as they are shown), and of the index's
-    table `density`, `max`, `theta`, `gamma`, `gain`, `gate_density` and `fired`; `no_output`, the
-    share of tokens on which the gate is open and the feature silent.
+    `tokens` are those it fires on most, as they are shown; `no_output` is the share of tokens on
+    which the gate is open and the feature silent.
     """
     shown = [quoted(token) for token in index.vocabulary]
     tops = index.table["top_tokens"].to_numpy()
@@ -114,11 +109,11 @@ def listing(index: "FeatureIndex") -> "pd.DataFrame":
 
 
 def weight_listing(weights: "pd.DataFrame", stats: "pd.DataFrame | None") -> "pd.DataFrame":
-    """Return the same list from the weights alone, with what an evaluation counted if there is one.
+    """Return the same list from the weights, and what an evaluation counted (None: nothing).
 
     Args:
         weights: with the columns `theta` and `gain`.
-        stats: `Run.feature_stats`; None: not evaluated.
+        stats: `Run.feature_stats`.
     """
     n = len(weights)
     columns = dict.fromkeys(COUNTED, np.full(n, np.nan))
@@ -153,11 +148,17 @@ def choose(
 
     Args:
         said: `Labels.frame()`.
-        matches: how well each feature that fires on tokens with `wanted.text` fits it; None: not
-            known, and only labels are searched.
+        matches: scores of features that fire on tokens with `wanted.text`; None: only labels are
+            searched.
         order: a key of `ORDERS`; rows without the number come last.
     """
-    by = dict(zip(said.index, _writers(said), strict=True))
+    by = {
+        # A person, or a model with its score.
+        number: (model or author) + (f", {score:.2f}" if score == score else "")
+        for number, author, model, score in zip(
+            said.index, said["author"], said["model"], said["score"], strict=True
+        )
+    }
     rows = rows.assign(
         label=said["label"].reindex(rows["feature"]).fillna("").to_numpy(dtype=object),
         by=np.array([by.get(i, "") for i in rows["feature"].tolist()], dtype=object),
@@ -175,14 +176,6 @@ def choose(
     excluded = {name: int((~mask).sum()) for name, mask in masks.items()}
     ranked = dict(sorted(excluded.items(), key=lambda pair: -pair[1]))
     return Chosen(kept.reset_index(drop=True), len(rows), ranked)
-
-
-def _writers(said: "pd.DataFrame") -> list[str]:
-    """Return who wrote each label: a person, or a model with its score."""
-    return [
-        (model or author) + (f", {score:.2f}" if score == score else "")
-        for author, model, score in zip(said["author"], said["model"], said["score"], strict=True)
-    ]
 
 
 def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "dict[str, Bool[np.ndarray, ' rows']]":
@@ -212,7 +205,7 @@ def _holds(labels: np.ndarray, part: str) -> Bool[np.ndarray, " rows"]:
 def beside(rows: "pd.DataFrame", number: int, step: int) -> int | None:
     """Return the feature before (-1) or after (1) one in a list, round its ends; None: empty.
 
-    A feature that is not in the list is taken to stand where its number would.
+    Of a feature that is not in the list, those with the next smaller or larger number.
     """
     features = rows["feature"].to_numpy()
     if not len(features):

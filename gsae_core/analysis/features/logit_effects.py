@@ -7,15 +7,13 @@ A direction d at a site reaches the last residual stream along its direct path a
                                                 through the norm that follows it where there is one
     logits = cap tanh(W_U norm(r) / cap)        (without a cap: W_U norm(r))
 
-The effect is the derivative of the logits to e at e = 0, averaged over tokens: the final norm is no
-linear map, so what a direction does depends on the activation it is added to. It comes from the
-model's own norm module by automatic differentiation, so that LayerNorm, RMSNorm and Gemma's
-(1 + w) need no formula here.
+The effect is the derivative of the logits to e at e = 0, averaged over tokens, for the final norm
+is no linear map. It is automatic, through the model's own norm module: LayerNorm, RMSNorm and
+Gemma's (1 + w) need no formula here. With a cap, its slope is averaged apart from the norm's.
 
 At the last layer's resid_post (and its mlp_out and mlp_hidden; in a parallel block attn_out and
-attn_z too) the direct path is the only one, and the effect equals the change of the logits over a
-small coefficient. Elsewhere later blocks, and the same block's MLP, read the direction too: this is
-what they do not change. With a cap, its slope is averaged apart from the norm's.
+attn_z too) the direct path is the only one. Elsewhere later blocks, and the same block's MLP, read
+the direction too, which is left out.
 """
 
 import copy
@@ -35,20 +33,18 @@ from gsae_core.threads import spread
 
 FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
 """Names of the final norm in the headless models of `FAMILIES`."""
-TOKENS_AT_ONCE = 256
-DIRECTIONS_AT_ONCE = 256
+AT_ONCE = 256  # tokens, or directions
 
 
 class LogitMap(NamedTuple):
-    """The linear map from a site's directions to changes of the logits."""
+    """The linear map from a site's directions to changes of the logits, averaged over tokens."""
 
     to_stream: Float[Tensor, "d_model d_in"]
-    """Derivative of the normed last residual stream to the site, averaged over tokens."""
+    """Derivative of the normed last residual stream to the site."""
     W_U: Float[Tensor, "d_vocab d_model"]
     cap_slope: Float[Tensor, " d_vocab"] | None
-    """Average derivative of the cap on the logits; None where the model has none."""
+    """Derivative of the cap on the logits; None where the model has none."""
     n_tokens: int
-    """Tokens averaged over."""
 
     def effect(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_vocab"]:
         """Return the change of each logit per unit of each direction."""
@@ -88,7 +84,7 @@ def logit_map(
     d_in, n = model.width(site), len(last)
 
     def jacobian(k: int) -> Float[Tensor, "d_model d_in"]:
-        rows = slice(k * TOKENS_AT_ONCE, (k + 1) * TOKENS_AT_ONCE)
+        rows = slice(k * AT_ONCE, (k + 1) * AT_ONCE)
         with torch.enable_grad():
             nudge = last.new_zeros(d_in, requires_grad=True)
             stream = norm(last[rows] + added(nudge, rows)).sum(0)
@@ -96,7 +92,7 @@ def logit_map(
             found = [torch.autograd.grad(one, nudge, retain_graph=True)[0] for one in stream]
         return torch.stack(found)
 
-    parts = spread(jacobian, -(-n // TOKENS_AT_ONCE), on=last.device)
+    parts = spread(jacobian, -(-n // AT_ONCE), on=last.device)
     to_stream = sum(parts, last.new_zeros(model.d_model, d_in))
     return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
 
@@ -105,7 +101,7 @@ def logit_map(
 def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> Extremes:
     """Return the tokens that each direction raises most and lowers most."""
     k = min(k, len(effects.W_U))
-    blocks = directions.split(DIRECTIONS_AT_ONCE)
+    blocks = directions.split(AT_ONCE)
 
     def of(i: int) -> Extremes:
         logits = effects.effect(blocks[i])
@@ -120,11 +116,10 @@ def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) 
 def largest_in_rows(
     h: Float[Tensor, "rows columns"], k: int, *, own: int = -1, smallest: bool = False
 ) -> tuple[Int64[Tensor, "rows k"], Float[Tensor, "rows k"]]:
-    """Return each row's k largest values, best first, and in which columns they are.
+    """Return the columns and values of each row's k largest, or k smallest, the best first.
 
     Args:
         own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
-        smallest: return the smallest instead, the lowest first.
     """
     if not (h.is_cpu and h.dtype in (torch.float32, torch.float64)):
         if own >= 0:
@@ -140,11 +135,7 @@ def largest_in_rows(
 
 
 def final_norm(hf: Any) -> nn.Module:
-    """Return the norm before the unembedding of a model of a family in `lm.hooks.FAMILIES`.
-
-    Raises:
-        InputError: if the model has none under a name we know.
-    """
+    """Return the norm before the unembedding; InputError if it has none of the known names."""
     for name in FINAL_NORMS:
         module = getattr(hf.base_model, name, None)
         if isinstance(module, nn.Module):
@@ -156,7 +147,7 @@ def final_norm(hf: Any) -> nn.Module:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """Return a copy in float32 that asks for no gradients: the model's own stays as it is."""
+    """Return a copy in float32 without gradients."""
     return copy.deepcopy(module).float().requires_grad_(False)
 
 
@@ -197,6 +188,6 @@ def _cap_slope(
     if cap is None:
         return None
     slope = W_U.new_zeros(len(W_U))
-    for rows in last.split(TOKENS_AT_ONCE):
+    for rows in last.split(AT_ONCE):
         slope += (1 - torch.tanh(norm(rows) @ W_U.T / cap) ** 2).sum(0)
     return slope / len(last)

@@ -1,7 +1,8 @@
-"""The loops of the feature index, compiled: scatter by feature, statistics, companions.
+"""The compiled loops of the feature index.
 
-Arrays are NumPy's, in C order; each loop releases the interpreter lock and works on a range of
-features, so that threads may share the work.
+Arrays are NumPy's, in C order. A loop over features works on those from `first` to `last` - 1, so
+that threads may share the work; (d_sae + 1,) `offsets` say where each feature's firings begin in
+`token` and `value` (nnz,), the strongest first.
 """
 
 from functools import partial
@@ -19,9 +20,7 @@ def split(ends, latent, h, rules, counts, near_row, near_latent, near_margin, ga
     Args:
         ends: (rows,), the end of each row's products.
         latent, h: the products; what fires is written over them, f in place of h.
-        rules: (opens, gain, bias, least, edge, band), each (d_sae,): a gate is open where
-            h > opens; then f = gain h + bias, which counts above least. What does not fire is near
-            where min(h - edge, 0) > band.
+        rules: the vectors of `collect.Rules`, and the band.
         counts: (rows,), becomes how many fire.
         near_row, near_latent, near_margin: room for as many as there are products.
         gate_open: (d_sae,), added to.
@@ -51,12 +50,9 @@ def split(ends, latent, h, rules, counts, near_row, near_latent, near_margin, ga
 
 @compiled
 def keep_largest(margin, heaps, floor):
-    """Keep each column's largest values in its heap, whose smallest is first and in `floor`.
+    """Keep the largest of each column of `margin` (rows, d_sae) in its heap (d_sae, rank).
 
-    Args:
-        margin: (rows, d_sae).
-        heaps: (d_sae, rank), -inf before the first call.
-        floor: (d_sae,), the same.
+    The smallest of a heap is its first, and in `floor`; both are -inf before the first call.
     """
     d_sae, rank = heaps.shape
     for t in range(margin.shape[0]):
@@ -95,11 +91,8 @@ def largest_in_rows(h, sign, own, who, best):
     """Write each row's largest of sign h, best first; of equals the lower column is first.
 
     Args:
-        h: (rows, columns).
-        sign: 1, or -1 for the smallest.
-        own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
-        who: (rows, k), at most as many as there are columns to choose from.
-        best: (rows, k), sign h there; -inf before.
+        own: as in `logit_effects.largest_in_rows`.
+        who, best: (rows, k), become the columns and sign h there; best is -inf before.
     """
     k, columns = who.shape[1], h.shape[1]
     for t in range(h.shape[0]):
@@ -124,12 +117,9 @@ def largest_in_rows(h, sign, own, who, best):
 
 @compiled
 def scatter(latent, position, value, cursor, token, out):
-    """Write firings to where their feature's next one goes: the second half of a counting sort.
+    """Write some firings to `token` and `out` of all: the second half of a counting sort.
 
-    Args:
-        latent, position, value: (n,), firings in any order.
-        cursor: (d_sae,), where each feature's next entry goes; moved on.
-        token, out: of all firings.
+    `cursor` (d_sae,) says where each feature's next one goes, and is moved on.
     """
     for e in range(latent.shape[0]):
         at = cursor[latent[e]]
@@ -139,13 +129,9 @@ def scatter(latent, position, value, cursor, token, out):
 
 @compiled
 def describe(first, last, offsets, value, sums, squares, histogram):
-    """Write sums and histograms of features first to last - 1, whose values are sorted.
+    """Write the sums of features' values and of their squares, and their histograms.
 
-    Args:
-        offsets: (d_sae + 1,).
-        value: (nnz,), strongest first within a feature.
-        sums, squares: (d_sae,) in float64: of the values, of their squares.
-        histogram: (d_sae, bins), all zero before; edges are NumPy's linspace(0, max, bins + 1).
+    The histogram (d_sae, bins) is zero before; edges are NumPy's linspace(0, max, bins + 1).
     """
     bins = histogram.shape[1]
     for i in range(first, last):
@@ -171,12 +157,9 @@ def describe(first, last, offsets, value, sums, squares, histogram):
 
 @compiled
 def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, shares):
-    """Write the vocabulary's tokens on which features fire most, by summed activation.
+    """Write the vocabulary's tokens with most of each feature's summed value, and their shares.
 
-    Args:
-        ids: (positions,).
-        tokens: (d_sae, k), all -1 before.
-        shares: (d_sae, k), their share of the feature's summed activation.
+    `ids` (positions,); `tokens` (d_sae, k) is -1 before.
     """
     k = tokens.shape[1]
     sums, touched = np.zeros(n_vocabulary), np.empty(n_vocabulary, np.int64)
@@ -198,14 +181,13 @@ def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, sh
 
 @compiled
 def companions(first, last, offsets, token, row_offsets, latent, fired, stride, who, both):
-    """Write who fires on the same tokens as features first to last - 1, by Jaccard index.
+    """Write who fires on the same tokens as each feature, by Jaccard index.
 
     Args:
-        token: (nnz,), of the feature-major codes.
-        row_offsets, latent: the token-major codes.
+        row_offsets, latent: which features fire, token by token.
         fired: (d_sae,) in float64, firings on every `stride`-th token.
-        who: (d_sae, k), all -1 before.
-        both: (d_sae, k), tokens on which both fire.
+        who, both: (d_sae, k), become the features and on how many tokens both fire; who is -1
+            before.
     """
     k, d_sae = who.shape[1], fired.shape[0]
     counts, scores = np.zeros(d_sae, np.int32), np.zeros(d_sae)
