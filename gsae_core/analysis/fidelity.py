@@ -3,19 +3,19 @@
 Per batch of sequences: one clean pass, one with zeros at the site, one for each SAE. All share what
 ran before the site, and the SAEs are measured on the very activations that they replace.
 
-The zero pass sets every position of the site to zero, BOS, separators and padding included: what
-its name says, and what the paper's numbers show: zeroing Gemma-7B's last residual stream costs
-12.4534 nats there, and a uniform guess ln 256000 = 12.4529.
+The zero pass sets every position of the site to zero, BOS, separators and padding included, as the
+paper's numbers show: zeroing Gemma-7B's last residual stream costs 12.4534 nats there, and a
+uniform guess ln 256000 = 12.4529.
 
 Special positions (`mask` False) keep their clean activations in an SAE's pass: SAEs never train on
 them, and a reconstruction of BOS's huge activation would drown what is measured. The paper does not
 say what it did. With `replace="all"` they read reconstructions too, and an SAE that always answers
-zero recovers exactly nothing. Either way no loss is averaged there, and metrics leave them out.
+zero recovers exactly nothing. Either way neither losses nor metrics count them.
 """
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -32,38 +32,28 @@ from gsae_core.sae.metrics import BatchStats, Metrics, NormDeciles, stats_from_c
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse, weighted_sums
 from gsae_core.threads import on_one_core, spread
 
-Losses = tuple[Tensor, Tensor]
-"""Loss and divergence of every counted prediction of a batch, each (n,)."""
 
-
-class RunningLosses:
-    """Running float64 sums of losses and divergences; read once, at the end."""
+class _Mean:
+    """The average of numbers that come in batches, in float64."""
 
     def __init__(self) -> None:
         # Floats, not tensors: tensors that outlive a batch pin the heap between its large blocks,
         # and an evaluation on 65 k tokens that needs 0.7 GB grew to 4.2 GB (glibc).
-        self.n = 0
-        self._ce: list[float] = []
-        self._kl: list[float] = []
+        self.n, self._sums = 0, list[float]()
 
-    def add(self, ce: Float[Tensor, " n"], kl: Float[Tensor, " n"] | None) -> None:
-        self.n += len(ce)
-        dtype = sum_dtype(ce.device)
-        self._ce.append(ce.sum(dtype=dtype).item())
-        if kl is not None:
-            self._kl.append(kl.sum(dtype=dtype).item())
+    def add(self, numbers: Float[Tensor, " n"]) -> None:
+        self.n += len(numbers)
+        self._sums.append(numbers.sum(dtype=sum_dtype(numbers.device)).item())
 
-    @property
-    def ce(self) -> float:
-        return math.fsum(self._ce) / self.n
-
-    @property
-    def kl(self) -> float:
-        return math.fsum(self._kl) / self.n
+    def __float__(self) -> float:
+        return math.fsum(self._sums) / self.n
 
 
 class Reference:
-    """The clean predictions of a batch, with which spliced ones are compared."""
+    """The clean predictions of a batch, with which spliced ones are compared.
+
+    `losses` (n,) are those of every counted prediction, in nats.
+    """
 
     @torch.inference_mode()
     def __init__(
@@ -97,11 +87,11 @@ class Reference:
 
 
 def _excess(p: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, "rows predictions"]:
-    """Return ln of what probabilities add up to, which is 0 up to the rounding of their making.
+    """Return ln of what probabilities add up to: 0, but for the rounding of log_softmax.
 
-    On a CPU log_softmax adds up terms that are small beside its largest one by one: where a model
-    is sure of its guess it loses 6e-7 nats at 4,096 tokens and 3e-5 at 256,000, always with the
-    same sign, so that no average removes it. `sum` adds in a tree. Taken off, 8e-8 are left.
+    On a CPU it adds small terms to its largest one by one: where a model is sure of its guess it
+    loses 6e-7 nats at 4,096 tokens and 3e-5 at 256,000, always with the same sign, so that no
+    average removes it. `sum` adds in a tree. Taken off, 8e-8 are left.
     """
     return p.sum(-1).to(sum_dtype(p.device)).log()
 
@@ -120,29 +110,14 @@ class Fidelity(NamedTuple):
     """
 
     ce_clean: float
-    """Loss of the untouched model."""
-
     ce_sae: float
-    """Loss when the model reads reconstructions: of every counted token, or (`replace`: `all`) of
-    BOS, separators and padding too."""
-
+    """Loss when the model reads reconstructions."""
     ce_zero: float
-    """Loss when the model reads zeros at every position, BOS, separators and padding included."""
-
     loss_recovered: float
-    """Share of what zero ablation costs that the SAE gives back; 1 is perfect, never clipped.
-
-    (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5. Zero ablation sets every
-    position to zero; reconstructions leave BOS, separators and padding as they are, unless a run
-    was told to replace all (`replace`). It may exceed 1 or be negative. NaN where zero ablation
-    costs less than a millionth of a nat: nothing to recover."""
-
     kl: float
     """KL(clean || spliced): nats that the model's predictions drifted, over all next tokens."""
-
     n_tokens: int
-    """Predictions averaged; a little below the activations measured, as a sequence's last token
-    has nothing left to predict."""
+    """Predictions averaged: fewer than activations, as a sequence's last token predicts none."""
 
 
 class Evaluation(NamedTuple):
@@ -151,32 +126,21 @@ class Evaluation(NamedTuple):
     fidelity: Fidelity
     metrics: Metrics
     norms: NormDeciles
-    """Lengths of reconstructions, by the length of what they reconstruct."""
 
 
 def loss_recovered(*, ce_clean: float, ce_sae: float, ce_zero: float) -> float:
-    """Return (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5; never clipped.
+    """Return the share of what zero ablation costs that the SAE gives back; never clipped.
 
-    NaN where |ce_zero - ce_clean| is below `TINY_GAP`: a ratio of rounding errors.
+    (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5. NaN where zero ablation
+    costs less than `TINY_GAP` nats: a ratio of rounding errors.
     """
     gap = ce_zero - ce_clean
     return math.nan if abs(gap) < TINY_GAP else (ce_zero - ce_sae) / gap
 
 
-def fidelity(
-    model: LanguageModel,
-    saes: Sequence[SAE],
-    sequences: SequenceSet,
-    *,
-    layer: int,
-    site: Site,
-    n_tokens: int,
-    replace: Positions = "counted",
-) -> list[Evaluation]:
-    """Return the evaluation of each SAE, in order. See `evaluating`, which also shows progress."""
-    steps = evaluating(
-        model, saes, sequences, layer=layer, site=site, n_tokens=n_tokens, replace=replace
-    )
+def fidelity(*args: Any, **named: Any) -> list[Evaluation]:
+    """Return what `evaluating`, which takes the same, returns in the end."""
+    steps = evaluating(*args, **named)
     while True:
         try:
             next(steps)
@@ -194,16 +158,13 @@ def evaluating(
     n_tokens: int,
     replace: Positions = "counted",
 ) -> Generator[int, None, list[Evaluation]]:
-    """Evaluate `saes`, yielding the counted tokens done so far; return what `fidelity` returns.
+    """Yield the counted tokens done so far; return the evaluation of each SAE, in order.
 
     Losses are float32 within a token and float64 across, with one division at the end.
 
     Args:
-        model: the language model, read at `layer` and `site`.
         saes: take raw activations (any training scale folded in).
         sequences: held out; taken from the start, whole.
-        layer: block number, from 0.
-        site: where in the block.
         n_tokens: counted tokens to stop after; all of `sequences` if it has fewer.
         replace: positions at which the model reads reconstructions.
 
@@ -212,13 +173,13 @@ def evaluating(
             finite, or nothing can be predicted.
     """
     model.check(layer, site)
-    clean, *spliced, zero = (RunningLosses() for _ in range(len(saes) + 2))
+    clean, passes = _Mean(), [(_Mean(), _Mean()) for _ in range(len(saes) + 1)]
     metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
     n_done = 0
     on_cpu = model.device.type == "cpu"
 
     def measured(i: int, x: Tensor, mask: Tensor) -> Tensor:
-        """Measure SAE i where tokens count; return what the model reads in place of x."""
+        """Measure SAE i where tokens count; return what the model reads instead of x."""
         counted = x[mask].to(saes[i].W_dec)
         x_hat, stats = reconstruct(saes[i], counted)
         metrics[i].add(stats)
@@ -240,17 +201,18 @@ def evaluating(
         x = splice.x.flatten(0, 1) if replace == "all" else splice.x[mask]
         check_finite(x, layer=layer, site=site, dtype=model.dtype)
         reference = Reference(splice.logits, ids, mask)
-        clean.add(reference.losses, None)
+        clean.add(reference.losses)
 
-        def evaluated(i: int, splice=splice, mask=mask, reference=reference) -> Losses:
+        def evaluated(i: int, splice=splice, mask=mask, reference=reference) -> Sequence[Tensor]:
             zeros = i == len(saes)
             read = torch.zeros_like(splice.x) if zeros else measured(i, splice.x, mask)
             return reference.compare(splice.run(read))
 
         # A thread an SAE costs a fifth less than products and sums that each wake every thread.
         found = spread(evaluated, len(saes) + 1, on=model.device)
-        for sums, losses in zip([*spliced, zero], found, strict=True):
-            sums.add(*losses)
+        for (ce, kl), (losses, divergences) in zip(passes, found, strict=True):
+            ce.add(losses)
+            kl.add(divergences)
         n_done += int(mask.sum())
         yield n_done
     if clean.n == 0:
@@ -258,10 +220,13 @@ def evaluating(
             "expected sequences with two counted tokens in a row, got none to predict; "
             "give more text or a longer context"
         )
-    return [
-        Evaluation(_fidelity(clean, losses, zero), numbers, lengths)
-        for losses, numbers, lengths in zip(spliced, metrics, norms, strict=True)
-    ]
+    evaluations = []
+    ce_clean, ce_zero = float(clean), float(passes.pop()[0])
+    for (ce, kl), numbers, lengths in zip(passes, metrics, norms, strict=True):
+        share = loss_recovered(ce_clean=ce_clean, ce_sae=float(ce), ce_zero=ce_zero)
+        losses = Fidelity(ce_clean, float(ce), ce_zero, share, float(kl), clean.n)
+        evaluations.append(Evaluation(losses, numbers, lengths))
+    return evaluations
 
 
 @torch.no_grad()
@@ -331,14 +296,3 @@ def n_sequences(sequences: SequenceSet, n_tokens: int) -> int:
     """Return how many sequences are measured: up to the one in which token `n_tokens` is."""
     before = sequences.counts.cumsum() - sequences.counts
     return int((before < n_tokens).sum())
-
-
-def _fidelity(clean: RunningLosses, sae: RunningLosses, zero: RunningLosses) -> Fidelity:
-    return Fidelity(
-        ce_clean=clean.ce,
-        ce_sae=sae.ce,
-        ce_zero=zero.ce,
-        loss_recovered=loss_recovered(ce_clean=clean.ce, ce_sae=sae.ce, ce_zero=zero.ce),
-        kl=sae.kl,
-        n_tokens=clean.n,
-    )
