@@ -173,6 +173,7 @@ def evaluating(
             finite, or nothing can be predicted.
     """
     model.check(layer, site)
+    # Losses and divergences of each SAE, then of zeros.
     clean, passes = _Mean(), [(_Mean(), _Mean()) for _ in range(len(saes) + 1)]
     metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
     n_done = 0
