@@ -96,7 +96,6 @@ def test_a_lone_byte_of_a_character_stays_what_it_is(bundled: LanguageModel) -> 
 def test_a_long_text_is_cut_to_the_context_and_says_so(tiny_lm: LanguageModel) -> None:
     prompt = read_prompt(tiny_lm, "w1 " * 40)
     assert (len(prompt.tokens), prompt.n_left_out) == (16, 41 - 16)
-    assert read_prompt(tiny_lm, "w1 " * 40, max_tokens=5).n_left_out == 41 - 5
 
 
 @pytest.mark.parametrize("nasty", [*NASTY, "\x00", "\ud800 half of a pair", "\u200b"])
@@ -209,7 +208,7 @@ def test_a_text_on_which_nothing_fires_has_no_features(tiny_lm: LanguageModel) -
     assert seen.numbers.l0 == 0
     slope = torch.zeros(7, 12)
     assert list(effects(seen, sae, slope).columns)[-1] == "effect"
-    assert len(align(seen, seen, sae, sae).table) == 0
+    assert len(align(seen, seen, sae, sae)) == 0
 
 
 def test_an_sae_of_another_width_is_refused(tiny_lm: LanguageModel, prompt: Prompt) -> None:
@@ -309,8 +308,7 @@ def test_best_matches_by_hand() -> None:
     assert found.partner.tolist() == [1, 1]
     assert found.cosine.tolist() == pytest.approx([0.8, 1.0])
     assert found.mutual.tolist() == [False, True]
-    assert found.matched(0.7).tolist() == [False, True]
-    assert best_matches(torch.tensor([], dtype=torch.int64), one, other).matched().tolist() == []
+    assert best_matches(torch.tensor([], dtype=torch.int64), one, other).mutual.tolist() == []
 
 
 def firing(d_in: int, biases: list[float], directions: list[int]) -> ReluSAE:
@@ -327,8 +325,7 @@ def test_a_token_s_features_are_told_apart(tiny_lm: LanguageModel) -> None:
     one = firing(12, [5.0, 4.0, 3.0], [0, 1, 2])
     two = firing(12, [-1.0, 2.0, 1.0], [1, 0, 3])
     looks = analyse(tiny_lm, [one, two], read_prompt(tiny_lm, "w1 w2"), **PLACE)
-    aligned = align(looks[0], looks[1], one, two)
-    table: Any = aligned.table
+    table: Any = align(looks[0], looks[1], one, two)
     first = table[table["position"] == 1].drop(columns="position")
     expected = pd.DataFrame(
         {
@@ -341,13 +338,13 @@ def test_a_token_s_features_are_told_apart(tiny_lm: LanguageModel) -> None:
         }
     )
     pd.testing.assert_frame_equal(first.reset_index(drop=True), expected)
-    assert len(aligned.table) == 8  # the same on both tokens
+    assert len(table) == 8  # the same on both tokens
 
 
 def test_an_sae_beside_itself_shares_everything(
     tiny_lm: LanguageModel, gated: SAE, looks: list[PromptAnalysis]
 ) -> None:
-    table: Any = align(looks[0], looks[0], gated, gated).table
+    table: Any = align(looks[0], looks[0], gated, gated)
     assert set(table["where"]) == {"both"}
     assert (table["gated"] == table["baseline"]).all()
     assert len(table) == len(looks[0].features)
@@ -356,7 +353,7 @@ def test_an_sae_beside_itself_shares_everything(
 def test_every_firing_is_in_the_alignment_once(
     looks: list[PromptAnalysis], gated: SAE, relu: SAE
 ) -> None:
-    table: Any = align(looks[0], looks[1], gated, relu, threshold=0.3).table
+    table: Any = align(looks[0], looks[1], gated, relu, threshold=0.3)
     assert (table["gated_activation"] > 0).sum() == len(looks[0].features)
     assert (table["baseline_activation"] > 0).sum() == len(looks[1].features)
     assert (table["where"] == "both").any()

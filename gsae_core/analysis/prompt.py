@@ -1,8 +1,4 @@
-"""One text through a language model and an SAE: which features fire on each token, and what for.
-
-A feature's activation f on a token writes f W_dec_i into the reconstruction. Two shares of that are
-told: of the reconstruction itself, by inner product, and of a logit, to first order.
-"""
+"""One text through a language model and SAEs: what fires on each token, and what it does."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,12 +23,9 @@ from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
 MAX_CHARACTERS = 20_000
-MAX_TOKENS = 512
-"""A page's strip of tokens; the model's context, where that is shorter."""
-
+MAX_TOKENS = 512  # of a page's strip; the model's context, where that is shorter
 MATCHED = 0.7
 """Cosine from which two mutual best matches count as one feature; ours, and shown on the pages."""
-
 ROWS = 512  # latents whose cosines with a whole dictionary are held at once
 
 
@@ -43,17 +36,15 @@ class Prompt(NamedTuple):
     counted: Bool[Tensor, " pos"]
     """False for special tokens (BOS, EOS, padding), on which SAEs are not trained."""
     tokens: tuple[str, ...]
-    """What each token stands for; behind BOS, end to end, the text (`lm.texts.token_texts`)."""
+    """What each stands for (`lm.texts.token_texts`): joined, behind BOS, the text."""
     n_unknown: int
     """Tokens that stand for text the tokenizer has no token for."""
     n_left_out: int
     """Tokens at the end that had no room."""
 
 
-def read_prompt(
-    model: LanguageModel, text: str, *, bos: bool = True, max_tokens: int = MAX_TOKENS
-) -> Prompt:
-    """Return a text as tokens, cut to the model's context and to `max_tokens`.
+def read_prompt(model: LanguageModel, text: str, *, bos: bool = True) -> Prompt:
+    """Return a text as tokens, cut to the model's context and to `MAX_TOKENS`.
 
     Args:
         bos: whether to put BOS in front, if the tokenizer has one: as the SAE was trained.
@@ -77,7 +68,7 @@ def read_prompt(
             "expected text that the tokenizer makes tokens of, got none it knows; add some words"
         )
     front = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
-    kept = found[: max(min(model.n_ctx, max_tokens) - len(front), 0)]
+    kept = found[: max(min(model.n_ctx, MAX_TOKENS) - len(front), 0)]
     ids = front + kept
     unknown = tokenizer.unk_token_id
     special = special_ids(tokenizer)
@@ -91,18 +82,13 @@ def read_prompt(
     )
 
 
-BOTH, ONLY_GATED, ONLY_BASELINE = "both", "only gated", "only baseline"
-
-
 class TextNumbers(NamedTuple):
-    """What an SAE makes of one text. Of special tokens nothing is counted."""
+    """Numbers of an SAE on the counted tokens of one text."""
 
     n_tokens: int
-    """Tokens counted."""
     l0: float
-    """Features that fire on a token, on average."""
     fvu: float
-    """Residual over total sum of squares about this text's own mean; NaN of one token."""
+    """About this text's own mean; NaN of one token."""
     ce_clean: float
     """Next-token loss of the model as it is, nats per token; NaN where nothing is predicted."""
     ce_sae: float
@@ -110,7 +96,7 @@ class TextNumbers(NamedTuple):
 
     @property
     def delta_ce(self) -> float:
-        """Loss that reading reconstructions adds, nats per token of this text."""
+        """Loss that reading reconstructions adds, nats per token."""
         return self.ce_sae - self.ce_clean
 
 
@@ -128,8 +114,7 @@ class PromptAnalysis(NamedTuple):
     `loss` and `loss_sae` of predicting this token, in nats (NaN where it is not predicted)."""
     numbers: TextNumbers
     scale: Float[Tensor, " pos"] | None = None
-    """How far one unit of a reconstruction's u moves x on each token, of an SAE that normalises its
-    inputs; None: one. NaN on special tokens."""
+    """`Normalised.scale` of each token, NaN on special ones; None: one."""
 
 
 @torch.no_grad()
@@ -156,29 +141,29 @@ def analyse(
     clean = _losses(splice.logits, prompt)
     found = []
     for sae in saes:
-        x_hat, stats = reconstruct(sae, x.to(sae.W_dec))
+        inputs = x.to(sae.W_dec)
+        codes = encode_sparse(sae, inputs)
+        x_hat, stats = reconstruct(sae, inputs, codes)
         read = splice.x.clone()
         read[0, counted] = x_hat.to(x)
         spliced = _losses(splice.run(read), prompt)
-        features = _features(sae, x.to(sae.W_dec), prompt)
+        features = _features(sae, codes, prompt)
         tokens = _tokens(prompt, features, clean, spliced)
         metrics = Metrics(stats)
         # A single token lies on its own mean: there is nothing to explain.
         fvu = metrics.fvu if len(x) > 1 else float("nan")
-        numbers = TextNumbers(
-            len(x), metrics.l0, fvu, float(clean.nanmean()), float(spliced.nanmean())
-        )
-        found.append(
-            PromptAnalysis(prompt, features, tokens, numbers, _scale(sae, x.to(sae.W_dec), prompt))
-        )
+        losses = float(clean.nanmean()), float(spliced.nanmean())
+        numbers = TextNumbers(len(x), metrics.l0, fvu, *losses)
+        scale = sae.normalised(inputs).scale
+        if scale is not None:
+            whole = torch.full(prompt.counted.shape, torch.nan, dtype=scale.dtype)
+            scale = whole.masked_scatter(prompt.counted, scale[:, 0].cpu())
+        found.append(PromptAnalysis(prompt, features, tokens, numbers, scale))
     return found
 
 
 def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> Float[Tensor, " pos"]:
-    """Return the loss of predicting each token; NaN at the first, and beside special tokens.
-
-    A prediction counts when the token it is made at and the token it predicts count.
-    """
+    """Return the loss of predicting each token; NaN unless it and the one before are counted."""
     losses = torch.full(prompt.counted.shape, torch.nan, dtype=torch.float64)
     losses[1:] = F.cross_entropy(logits[0, :-1].cpu(), prompt.ids[0, 1:], reduction="none").double()
     predicted = prompt.counted.clone()
@@ -186,8 +171,7 @@ def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> Float[Ten
     return losses.where(predicted, torch.nan)
 
 
-def _features(sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt) -> pd.DataFrame:
-    codes = encode_sparse(sae, x)
+def _features(sae: SAE, codes: SparseCodes, prompt: Prompt) -> pd.DataFrame:
     fires = codes.magnitude > 0
     row, latent, f = codes.rows()[fires], codes.latent[fires], codes.magnitude[fires]
     gate = codes.gate[fires] if isinstance(sae, GatedSAE) else torch.full_like(f, torch.nan)
@@ -204,16 +188,6 @@ def _features(sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt) -> pd.
     ).astype({"position": "int64", "latent": "int64"})
     order = ["position", "activation"]
     return table.sort_values(order, ascending=[True, False], ignore_index=True, kind="stable")
-
-
-def _scale(
-    sae: SAE, x: Float[Tensor, "counted d_in"], prompt: Prompt
-) -> Float[Tensor, " pos"] | None:
-    scale = sae.normalised(x).scale
-    if scale is None:
-        return None
-    whole = torch.full(prompt.counted.shape, torch.nan, dtype=scale.dtype)
-    return whole.masked_scatter(prompt.counted, scale[:, 0].cpu())
 
 
 def _shares(sae: SAE, codes: SparseCodes) -> Float[Tensor, " nnz"]:
@@ -259,11 +233,7 @@ class Candidate(NamedTuple):
 def candidates(
     model: LanguageModel, prompt: Prompt, *, position: int, n: int = 10
 ) -> list[Candidate]:
-    """Return what may follow a token: what does follow in the text first, then the likeliest.
-
-    Raises:
-        InputError: if there is no such token.
-    """
+    """Return what may follow a token: what does follow in the text first, then the likeliest."""
     if not 0 <= position < prompt.ids.shape[1]:
         raise InputError(
             f"expected a token from 0 to {prompt.ids.shape[1] - 1} of this text, got {position}"
@@ -284,11 +254,9 @@ def effects(analysis: PromptAnalysis, sae: SAE, slope: Float[Tensor, "pos d_in"]
 
         effect(q, i) = f_i(q) <W_dec_i, d logit / d x(q)>
 
-    The derivative is taken at the model's own activations and runs through everything after the
-    site: later blocks, the final norm and the unembedding. It is exact for a small change of f at
-    any site; for taking a feature away altogether it is the tangent's answer, which the final norm
-    and later blocks bend. Of an SAE that normalises its inputs, f_i writes scale(q) f_i W_dec_i,
-    and the effect has that factor too.
+    times scale(q) of an SAE that normalises its inputs. The derivative, at the model's own
+    activations, runs through later blocks, the final norm and the unembedding. It is exact for a
+    small change of f at any site; for taking a feature away it is the tangent's answer.
 
     Args:
         slope: d logit / d x, as `lm.model.logit_slope` returns it.
@@ -314,10 +282,6 @@ class Matches(NamedTuple):
     mutual: Bool[Tensor, " n"]
     """Whether `latent` is also its partner's best match."""
 
-    def matched(self, threshold: float = MATCHED) -> Bool[Tensor, " n"]:
-        """Return which are the same feature: mutual best matches of at least this cosine."""
-        return self.mutual & (self.cosine >= threshold)
-
 
 @torch.no_grad()
 def best_matches(
@@ -325,7 +289,7 @@ def best_matches(
     W_dec: Float[Tensor, "d_sae d_in"],
     W_dec_other: Float[Tensor, "d_other d_in"],
 ) -> Matches:
-    """Return the best match of `latents` of one dictionary in the other, and whether it is mutual.
+    """Return the best match of each of some latents of one dictionary in the other.
 
     Costs n (d_sae + d_other) d_in products: for the features of one text, not for every pair.
     """
@@ -339,18 +303,6 @@ def best_matches(
     return Matches(*map(torch.cat, zip(*parts, strict=True)))
 
 
-class Alignment(NamedTuple):
-    """Two SAEs on the same tokens."""
-
-    table: pd.DataFrame
-    """A row for each feature, or pair of matched features, that fires on a token: `position`,
-    `where` (both, only gated, only baseline), `gated`, `baseline` (latents; NA where the feature
-    has no match), `cosine`, `gated_activation`, `baseline_activation` (0 where it does not
-    fire)."""
-    threshold: float
-    """Cosine from which two mutual best matches count as one feature."""
-
-
 def align(
     gated: PromptAnalysis,
     baseline: PromptAnalysis,
@@ -358,54 +310,51 @@ def align(
     base: SAE,
     *,
     threshold: float = MATCHED,
-) -> Alignment:
+) -> pd.DataFrame:
     """Return which features of a token both SAEs see, and which only one does.
 
     Two features are the same where each is the other's best match by decoder cosine and the cosine
-    is at least `threshold`. Everything else is seen by one alone, however alike it looks.
+    is at least `threshold`. There is a row for each feature, or pair of the same, that fires on a
+    token: `position`, `where` (both, only gated, only baseline), `gated`, `baseline` (latents; NA
+    where the feature has no match), `cosine`, `gated_activation`, `baseline_activation` (0 where it
+    does not fire).
     """
     pairs = _pairs(gated, baseline, sae, base, threshold=threshold)
-    columns = ["position", "latent", "activation"]
-    left: Any = gated.features[columns]
-    left = left.rename(columns={"latent": "gated", "activation": "gated_activation"})
-    right: Any = baseline.features[columns]
-    right = right.rename(columns={"latent": "baseline", "activation": "baseline_activation"})
-    left = left.merge(pairs, on="gated", how="left").astype({"baseline": "Int64"})
-    right = right.merge(pairs, on="baseline", how="left").astype({"gated": "Int64"})
-    left["gated"] = left["gated"].astype("Int64")
-    right["baseline"] = right["baseline"].astype("Int64")
+    sides: list[Any] = []
+    for name, look in (("gated", gated), ("baseline", baseline)):
+        rows: Any = look.features[["position", "latent", "activation"]]
+        rows = rows.set_axis(["position", name, f"{name}_activation"], axis=1)
+        rows = rows.merge(pairs, on=name, how="left")
+        sides.append(rows.astype({"gated": "Int64", "baseline": "Int64"}))
     # Keys without a match must not meet each other: pandas joins missing values to missing values.
-    found = left[left["baseline"].notna()].merge(
-        right[right["gated"].notna()], on=["position", "gated", "baseline", "cosine"], how="outer"
-    )
-    alone = [left[left["baseline"].isna()], right[right["gated"].isna()]]
-    table: Any = pd.concat([found, *alone], ignore_index=True)
+    left, right = (rows[rows["cosine"].notna()] for rows in sides)
+    both = left.merge(right, on=["position", "gated", "baseline", "cosine"], how="outer")
+    alone = [rows[rows["cosine"].isna()] for rows in sides]
+    table: Any = pd.concat([both, *alone], ignore_index=True)
     activations = ["gated_activation", "baseline_activation"]
     table[activations] = table[activations].fillna(0.0)
     one, two = (table[name] > 0 for name in activations)
-    table["where"] = ONLY_BASELINE
-    table.loc[one, "where"] = ONLY_GATED
-    table.loc[one & two, "where"] = BOTH
+    table["where"] = np.select([one & two, one], ["both", "only gated"], "only baseline")
     table["strongest"] = table[activations].max(axis=1)
     table = table.sort_values(["position", "strongest"], ascending=[True, False])
     names = ["position", "where", "gated", "baseline", "cosine", *activations]
-    return Alignment(table[names].reset_index(drop=True), threshold)
+    return table[names].reset_index(drop=True)
 
 
 def _pairs(
     gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, *, threshold: float
 ) -> pd.DataFrame:
     """Return the matched pairs of which at least one feature fires somewhere in the text."""
-    sides = ((gated, sae, base, False), (baseline, base, sae, True))
     tables = []
-    for analysis, own, other, swapped in sides:
+    for analysis, own, other, names in (
+        (gated, sae, base, ["gated", "baseline"]),
+        (baseline, base, sae, ["baseline", "gated"]),
+    ):
         active = torch.tensor(sorted(set(analysis.features["latent"])), dtype=torch.int64)
-        found = best_matches(active, own.W_dec, other.W_dec)
-        keep = found.matched(threshold)
-        latent, partner = found.latent[keep].tolist(), found.partner[keep].tolist()
-        one, two = (partner, latent) if swapped else (latent, partner)
-        cosine = found.cosine[keep].tolist()
-        tables.append(pd.DataFrame({"gated": one, "baseline": two, "cosine": cosine}))
+        *columns, mutual = best_matches(active, own.W_dec, other.W_dec)
+        keep = mutual & (columns[-1] >= threshold)
+        found = [column[keep].tolist() for column in columns]
+        tables.append(pd.DataFrame(dict(zip([*names, "cosine"], found, strict=True))))
     # Found from both sides, a pair's cosine differs in its last digits.
     pairs = pd.concat(tables, ignore_index=True).drop_duplicates(["gated", "baseline"])
     return pairs.astype({"gated": "int64", "baseline": "int64", "cosine": "float64"})

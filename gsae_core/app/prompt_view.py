@@ -25,7 +25,7 @@ from gsae_core.text import (
 )
 
 if TYPE_CHECKING:
-    from gsae_core.analysis.prompt import Alignment, Candidate, PromptAnalysis
+    from gsae_core.analysis.prompt import Candidate, PromptAnalysis
 
 MEASURES = {
     "active features": ("n_active", "features that fire on the token"),
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
     """A text through the SAEs of the page."""
 
     looks: "list[PromptAnalysis]"
-    alignment: "Alignment | None"
+    alignment: pd.DataFrame | None
     seconds: float
     """What reading it took, when it was read."""
     key: tuple[Any, ...]
@@ -274,9 +274,11 @@ def on_every_token(seen: Seen, latent: int, *, at: int) -> None:
 
 def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     """Draw what both SAEs see of a token, and what only one does."""
+    from gsae_core.analysis.prompt import MATCHED
+
     aligned = seen.alignment
     assert aligned is not None
-    here: Any = aligned.table[aligned.table["position"] == position]
+    here: Any = aligned[aligned["position"] == position]
     names = {
         "only gated": f"only {chosen.name}",
         "both": "both",
@@ -318,5 +320,5 @@ def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
     )
     st.caption(
         "Two features match where each is the other's best match by decoder cosine and the cosine "
-        f"is at least {aligned.threshold:g}. Activation 0: it does not fire here."
+        f"is at least {MATCHED:g}. Activation 0: it does not fire here."
     )
