@@ -4,17 +4,14 @@
     x'  = x + (f' - f) @ W_dec                       the SAE's error stays: x - x_hat is untouched
     x'  = f' @ W_dec + b_dec                         or goes: the model reads the reconstruction
 
-An SAE that normalises its inputs reads and writes u, whose unit is as long in x as scale(token)
-(`sae.input_norm`). The same f then moves x by scale(token) times as much:
+An SAE that normalises its inputs (`sae.input_norm`) reads and writes u, with scale and mean of x:
 
     x'  = x + scale(token) (f' - f) @ W_dec
     x'  = scale(token) (f' @ W_dec + b_dec) + mean(token)
 
-with the scale and mean of x itself; those of x' are others.
-
-Strengths count in units of each feature's own scale (`analysis.scales`). Every counted token is
-edited, those of the prompt and those that follow; special tokens (BOS, EOS, padding) keep their
-activations, for no SAE is trained on them.
+Strengths count in units of each feature's own scale. Every counted token is edited, those of the
+prompt and those that follow; special tokens (BOS, EOS, padding) keep their activations, for no SAE
+is trained on them.
 """
 
 import math
@@ -26,10 +23,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from gsae_core.analysis.features.table import quantile
+from gsae_core.analysis.fidelity import n_sequences
 from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import check_finite
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import Edit, LanguageModel
 from gsae_core.sae.base import SAE
 from gsae_core.sae.sparse.codes import encode_sparse
@@ -37,18 +36,15 @@ from gsae_core.sae.sparse.codes import encode_sparse
 if TYPE_CHECKING:
     from gsae_core.analysis.features.index import FeatureIndex
 
-QUANTILE = 0.99
 N_TOKENS = 2**14
 """Held-out tokens that scales are measured on where there is no feature index."""
-
-READ_TOKENS = 2**12  # harvested and encoded at a time
 
 
 class Unit(NamedTuple):
     """What strength 1 means for one feature."""
 
     value: float
-    """In the latent's own units: adding one unit adds this much to f."""
+    """What it adds to f."""
     own: bool
     """Whether it is the feature's own scale; a feature that never fired has none."""
     sentence: str
@@ -77,11 +73,7 @@ class Scales(NamedTuple):
     def unit(self, latent: int) -> Unit:
         """Return the unit of a feature: its 99th percentile.
 
-        A feature that never fired has no scale; its unit writes a vector as long as a typical
-        feature does, `typical / |W_dec_i|`.
-
-        Raises:
-            InputError: if there is no such feature.
+        That of a feature which never fired writes a vector of length `typical`.
         """
         check_latent(latent, len(self.p99))
         fired, norm = int(self.fired[latent]), float(self.decoder_norm[latent])
@@ -120,11 +112,7 @@ def measure_scales(
     site: Site,
     n_tokens: int = N_TOKENS,
 ) -> Scales:
-    """Return the scales of an SAE on the first counted tokens of `sequences`.
-
-    Raises:
-        InputError: if the site does not exist or the SAE has another width.
-    """
+    """Return the scales of an SAE on the first counted tokens of `sequences`."""
     x = counted_vectors(model, sequences, layer=layer, site=site, n_tokens=n_tokens)
     return scales_of(sae, x, source="held-out tokens")
 
@@ -138,34 +126,22 @@ def counted_vectors(
         InputError: if the site does not exist, an activation is not finite, or there is no token
             to count.
     """
-    vectors, left = [], n_tokens
-    rows = max(1, READ_TOKENS // sequences.n_ctx)
-    for start in range(0, len(sequences), rows):
-        if left <= 0:
-            break
-        ids, mask = sequences[start : start + rows]
-        x = model.harvest(ids, layer=layer, site=site)[mask.to(model.device)][:left]
-        check_finite(x, layer=layer, site=site, dtype=model.dtype)
-        vectors.append(x)
-        left -= len(x)
+    harvest = Harvest(model, sequences, layer=layer, site=site)
+    vectors = list(harvest.vectors(np.arange(n_sequences(sequences, n_tokens))))
     if not vectors:
         raise InputError("expected held-out text to measure features on, got none")
-    return torch.cat(vectors)
+    return torch.cat(vectors)[:n_tokens]
 
 
 @torch.no_grad()
 def scales_of(sae: SAE, x: Float[Tensor, "tokens d_in"], *, source: str) -> Scales:
-    """Return the scales of an SAE on given activations.
-
-    The percentile lies between two activations as `torch.quantile` has it: linearly.
-    """
+    """Return the scales of an SAE on given activations."""
     codes = encode_sparse(sae, x)
     fires = codes.magnitude > 0  # a gate may open onto nothing
     latent, f = (column[fires].cpu().numpy() for column in (codes.latent, codes.magnitude))
     order = np.lexsort((-f, latent))
-    ends = np.cumsum(np.bincount(latent, minlength=sae.d_sae))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=sae.d_sae))])
     length = float(sae.normalised(x).u.square().sum(-1).mean().sqrt())
-    offsets = np.concatenate([[0], ends])
     return _of_sorted(sae, offsets, f[order], n_tokens=len(x), source=source, if_none=length)
 
 
@@ -194,29 +170,21 @@ def _of_sorted(
     source: str,
     if_none: float,
 ) -> Scales:
-    """Return scales from every firing, latent by latent, the strongest first.
+    """Return scales from values that are sorted as those of a feature index.
 
     Args:
-        offsets: latent i owns values offsets[i] to offsets[i + 1].
         if_none: the typical length where nothing fires.
     """
-    fired = np.diff(offsets)
-    alive = np.flatnonzero(fired)
-    # The percentile lies a hundredth of the way down, between two entries.
-    place = (1 - QUANTILE) * (fired[alive] - 1)
-    above, below = np.floor(place).astype(np.int64), np.ceil(place).astype(np.int64)
-    high, low = (np.asarray(value[offsets[alive] + at], np.float64) for at in (above, below))
-    p99, largest = np.full(sae.d_sae, np.nan), np.zeros(sae.d_sae)
-    p99[alive] = high + (place - above) * (low - high)
-    largest[alive] = value[offsets[alive]]
+    fired = torch.from_numpy(np.diff(offsets))
+    p99, largest = (torch.from_numpy(quantile(offsets, value, q)).float() for q in (0.99, 1.0))
     norm = sae.W_dec.detach().norm(dim=1).float().cpu()
-    written = torch.from_numpy(p99[alive]).float() * norm[torch.from_numpy(alive)]
+    alive = fired > 0
     return Scales(
-        p99=torch.from_numpy(p99).float(),
-        largest=torch.from_numpy(largest).float(),
-        fired=torch.from_numpy(fired),
+        p99=p99,
+        largest=largest.where(alive, 0.0),
+        fired=fired,
         decoder_norm=norm,
-        typical=float(written.median()) if len(alive) else if_none,
+        typical=float((p99 * norm)[alive].median()) if alive.any() else if_none,
         n_tokens=n_tokens,
         source=source,
         normalised=sae.input_norm is not None,
@@ -227,7 +195,6 @@ Mode = Literal["add", "clamp", "ablate"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_FEATURES = 3
 MAX_STRENGTH = 20.0
-"""Units in either direction; twenty times what a feature says at its loudest."""
 
 
 class Intervention(NamedTuple):
@@ -237,37 +204,29 @@ class Intervention(NamedTuple):
     mode: Mode
     """`add`: f + strength units; `clamp`: strength units, f ignored; `ablate`: 0."""
     strength: float | int
-    """In units; ablation takes no notice of it."""
+    """In units; of no effect on ablation."""
     unit: float
-    """One unit in the latent's own terms, > 0."""
+    """What one unit adds to f, > 0."""
 
     @property
     def amount(self) -> float:
-        """Strength in the latent's own terms."""
+        """Strength in units of f."""
         return 0.0 if self.mode == "ablate" else self.strength * self.unit
 
 
 def intervention(scales: Scales, latent: int, mode: Mode, strength: float | int) -> Intervention:
-    """Return an intervention in the feature's own unit.
-
-    Raises:
-        InputError: if there is no such feature.
-    """
+    """Return an intervention in the feature's own unit."""
     return Intervention(latent, mode, strength, scales.unit(latent).value)
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Interventions in one SAE's features.
+    """Interventions in one SAE's features; InputError for what cannot be done.
 
     Args:
-        sae: takes raw activations; it is read, never changed.
+        sae: takes raw activations.
         interventions: of up to three features, no feature twice.
         keep_error: whether x keeps what the SAE fails to reconstruct.
-
-    Raises:
-        InputError: if a feature does not exist or comes twice, there are more than three, a
-            strength is not finite or beyond `MAX_STRENGTH`, or a unit is not positive.
     """
 
     sae: SAE
@@ -310,11 +269,7 @@ class Steering:
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return x'.
-
-        Raises:
-            InputError: if the last axis of `x` is not the SAE's.
-        """
+        """Return x'; InputError if the last axis of `x` is not the SAE's."""
         self.sae.check_width(x)
         if self.is_identity:
             return x
@@ -337,11 +292,7 @@ class Steering:
         return x + normalised.in_raw_units(change).to(x)
 
     def edit(self, counted: Bool[Tensor, " pos"]) -> Edit | None:
-        """Return the edit of a row of tokens, or None if it would change nothing.
-
-        Args:
-            counted: which of the tokens are no special ones.
-        """
+        """Return the edit of a row of tokens, or None if it would change nothing."""
         if self.is_identity:
             return None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -125,7 +125,7 @@ def _numbers(
 
 
 def quantile(
-    offsets: Int64[np.ndarray, " ends"], value: Float32[np.ndarray, " nnz"], q: float
+    offsets: Int64[np.ndarray, " ends"], value: Float[np.ndarray, " nnz"], q: float
 ) -> Float64[np.ndarray, " d_sae"]:
     """Return each feature's quantile over its firings, linear between two, as NumPy's; else NaN."""
     fired = np.diff(offsets)
