@@ -12,7 +12,7 @@ LINES = {
     "lm": 3750,
     "training": 1090,
     "checkpoints": 2740,
-    "analysis": 5140,
+    "analysis": 4920,
     "plots": 1360,
     "runs": 3720,
     "cli": 1510,
