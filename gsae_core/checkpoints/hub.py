@@ -398,14 +398,12 @@ def _pieces(repo: str, commit: str, file: HubFile, part: Path) -> Iterator[int]:
 def _check(part: Path, file: HubFile, repo: str) -> None:
     """Compare a file's hash with the Hub's; throw a damaged one away."""
     with part.open("rb") as opened:
-        if file.sha256 is not None:
-            kind, wanted, digest = "SHA-256", file.sha256, hashlib.file_digest(opened, "sha256")
-        else:
+        kind, wanted, start = "SHA-256", file.sha256, hashlib.sha256()
+        if wanted is None:
             # Git names a file by the SHA-1 of its size and content.
             start = hashlib.sha1(f"blob {file.n_bytes}\0".encode(), usedforsecurity=False)
             kind, wanted = "git's SHA-1", file.blob_id
-            digest = hashlib.file_digest(opened, lambda: start)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(opened, lambda: start).hexdigest()
     if found == wanted:
         return
     part.unlink()

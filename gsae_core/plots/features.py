@@ -148,9 +148,7 @@ def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
 
     All tokens of one feature lie on one line, pi_mag = exp(r_mag) (pi_gate - b_gate) + b_mag; it
     crosses the gate's opening at theta. The feature's value is pi_mag where both are above 0.
-
-    Returns:
-        None where no gate is tied to a magnitude, as in a baseline.
+    None where no gate is tied to a magnitude, as in a baseline.
     """
     line = feature.gate_line(DOTS)
     if line.empty:

@@ -146,8 +146,6 @@ def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
 
     `weight` is the share of the past in each value, from 0 (raw) to below 1.
     """
-    if weight == 0:
-        return values
     return np.asarray(pd.Series(values).ewm(alpha=1 - weight, adjust=True).mean())
 
 

@@ -292,14 +292,9 @@ def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
 
 
 def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str) -> str:
-    """Return L0 against loss recovered of a run's SAEs, with a frontier for each architecture.
+    """Return L0 against loss recovered, a frontier for each architecture, rings on those chosen.
 
-    Args:
-        rows: of evals.json; those without both numbers are left out.
-        chosen: names of the SAEs that get a ring.
-
-    Raises:
-        ValueError: if no row has both numbers, L0 above 0.
+    Rows of evals.json without both numbers, L0 above 0, are left out; ValueError if all are.
     """
     # The pages' figures are Plotly's; this one is a picture in a file.
     import altair as alt

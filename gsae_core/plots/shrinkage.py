@@ -226,9 +226,7 @@ LENGTH_AXES: dict[Length, str] = {
 def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) -> go.Figure:
     """Return gamma against L0 of each architecture and of the gate path; 1 means no shrinkage.
 
-    Args:
-        evals: `results.evaluation_frame`'s rows.
-        paper: `results.published`'s rows, drawn faint behind.
+    `evals` are `results.evaluation_frame`'s rows; `results.published`'s are drawn faint behind.
     """
     figure = go.Figure()
     if paper is not None:
@@ -256,11 +254,9 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
 def lengths_by_decile(
     deciles: Sequence[tuple[SAESpec, pd.DataFrame]], column: Length = "ratio"
 ) -> go.Figure:
-    """Return how long reconstructions are, from the shortest tenth of activations to the longest.
+    """Return the ratio of lengths, or gamma, from the shortest tenth of activations to the longest.
 
-    Args:
-        deciles: each SAE and its `Run.norm_deciles`.
-        column: the ratio of lengths, or gamma of the tokens in each tenth.
+    `deciles` is each SAE and its `Run.norm_deciles`.
     """
     figure = go.Figure()
     for spec, frame in deciles:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,7 @@ GENERIC = {"ae", "sae", "params", "sae_weights", "model", "final", "autoencoder"
 
 
 def detect(path: Path | str) -> FoundSAE:
-    """Return the one SAE in a file or folder.
-
-    Raises:
-        InputError: if there is none (with the names found and the nearest known format), there are
-            several, or a file is damaged or made to do harm.
-    """
+    """Return the one SAE in a file or folder; InputError if there is none, or several."""
     found = find_saes(path)
     if len(found) > 1:
         names = ", ".join(sae.name for sae in found[:8])
@@ -54,10 +49,9 @@ def detect(path: Path | str) -> FoundSAE:
 def find_saes(path: Path | str) -> list[FoundSAE]:
     """Return every SAE in a folder and the folders below, by path; a file gives its own.
 
-    Files beside them that hold other tensors (statistics, optimisers) are passed over.
-
-    Raises:
-        InputError: if there is no SAE (with what was found instead) or a file is damaged.
+    Files beside them that hold other tensors (statistics, optimisers) are passed over. InputError
+    if there is no SAE, with the names found and the nearest format, or if a file is damaged or made
+    to do harm.
     """
     path = Path(path)
     if path.is_file():
@@ -67,14 +61,18 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
                 f"expected a safetensors, npz or torch file, found something else in {path}; if it "
                 "is a config, give the folder that holds it and its weights"
             )
-        return [_recognised(path, held, path.parent)]
+        sae = None if held is None else _recognised(path, held, path.parent)
+        if sae is None:
+            raise _unknown(path, held)
+        return [sae]
     if not path.is_dir():
         raise InputError(f"expected a folder or file with an SAE, found nothing at {path}")
     found, others = [], []
     for file in _files(path):
         held = contents_of(file)
-        if held is not None and matches(held, _configs(file).values()):
-            found.append(_recognised(file, held, path))
+        sae = None if held is None else _recognised(file, held, path)
+        if sae is not None:
+            found.append(sae)
         elif held is not None or (
             file.suffix in (".pt", ".pth", ".bin", ".ckpt") and is_bare_pickle(file)
         ):
@@ -147,12 +145,11 @@ def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def _recognised(path: Path, held: Contents | None, root: Path) -> FoundSAE:
+def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE | None:
     configs = _configs(path)
-    found = matches(held, configs.values()) if held is not None else []
-    if held is None or not found:
-        raise _unknown(path, held)
-    signature = found[0]
+    signature = _likeliest(held, list(configs.values()))
+    if signature is None:
+        return None
     marked = (each for each in configs.items() if signature.marked_by(each[1]))
     config_path, config = next(marked, (None, {}))
     format_, architecture = _refined(signature, config)
@@ -168,6 +165,30 @@ def _recognised(path: Path, held: Contents | None, root: Path) -> FoundSAE:
         n_bytes=path.stat().st_size,
         place=hook_point(format_, config, path),
     )
+
+
+def _likeliest(held: Contents, configs: Sequence[Mapping[str, Any]]) -> Signature | None:
+    """Return the signature that a file's names fit, the likeliest of several.
+
+    A pickle also holds the words of its configs, so any names may come beside the required ones;
+    elsewhere a name that the format does not know makes it another format.
+    """
+    names = frozenset(held.shapes)
+
+    def marked(signature: Signature) -> bool:
+        return any(signature.marked_by(config) for config in configs)
+
+    def fits(signature: Signature) -> bool:
+        library = LIBRARIES[signature.format]
+        return (
+            held.kind in library.kinds.split()
+            and signature.required <= names
+            and (held.kind == "pickle" or names <= signature.known)
+            and (signature.architecture != library.only_marked or marked(signature))
+        )
+
+    found = (signature for signature in SIGNATURES if fits(signature))
+    return max(found, key=lambda s: (marked(s), len(s.required)), default=None)
 
 
 def _refined(signature: Signature, config: dict[str, Any]) -> tuple[Format, str]:
@@ -210,8 +231,7 @@ def _named_apart(found: list[FoundSAE]) -> list[FoundSAE]:
 def config_of(found: FoundSAE) -> dict[str, Any]:
     """Return the config that describes an SAE; empty where it has none and needs none.
 
-    Raises:
-        InputError: if it is needed and missing, with the reason if a file beside it is broken.
+    InputError if it is needed and missing, with the reason if a file beside it is broken.
     """
     if found.config is not None:
         return read_object(found.config)
@@ -223,27 +243,3 @@ def config_of(found: FoundSAE) -> dict[str, Any]:
             f"says {needed}; copy it too"
         )
     return {}
-
-
-def matches(held: Contents, configs: Iterable[Mapping[str, Any]]) -> list[Signature]:
-    """Return the signatures that a file's names fit, the likeliest first.
-
-    A pickle also holds the words of its configs, so any names may come beside the required ones;
-    elsewhere a name that the format does not know makes it another format.
-    """
-    names, configs = frozenset(held.shapes), list(configs)
-
-    def marked(signature: Signature) -> bool:
-        return any(signature.marked_by(config) for config in configs)
-
-    def fits(signature: Signature) -> bool:
-        library = LIBRARIES[signature.format]
-        return (
-            held.kind in library.kinds.split()
-            and signature.required <= names
-            and (held.kind == "pickle" or names <= signature.known)
-            and (signature.architecture != library.only_marked or marked(signature))
-        )
-
-    found = [signature for signature in SIGNATURES if fits(signature)]
-    return sorted(found, key=lambda s: (marked(s), len(s.required)), reverse=True)

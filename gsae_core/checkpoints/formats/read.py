@@ -58,12 +58,7 @@ class Foreign(NamedTuple):
 def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
     """Return the SAE in a file or folder, written by any of the libraries known here.
 
-    Args:
-        path: of the weights, or the folder around them.
-        name: which one, where the folder holds several: a `FoundSAE.name`.
-
-    Raises:
-        InputError: one sentence, if there is none, several, or none that can be read exactly.
+    `name` is a `FoundSAE.name`, where there are several. InputError if none can be read exactly.
     """
     if name is None:
         return read_found(detect(path))
@@ -77,8 +72,7 @@ def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
 def read_found(found: FoundSAE) -> Foreign:
     """Return the SAE that was found.
 
-    InputError if its files are damaged or contradict each other, or it computes what no SAE here
-    does.
+    InputError if its files contradict each other, or it computes what no SAE here does.
     """
     config = config_of(found)
     if found.format == "gsae_core":
@@ -197,10 +191,7 @@ class Weights:
 
 @torch.no_grad()
 def build(weights: Weights, path: Path) -> SAE:
-    """Return the SAE that computes what the file's own library computes, on raw activations.
-
-    InputError if shapes do not agree with each other.
-    """
+    """Return the SAE that computes what the file's own library computes, on raw activations."""
     tensors, d_in, d_sae = _checked(weights, path)
     if weights.scale != 1.0:
         # As SAELens folds it: latents keep the numbers they have in the file's own units.
@@ -286,9 +277,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def as_float32(tensors: Tensors, path: Path) -> Tensors:
-    """Return floating-point tensors in float32; InputError if one holds anything else, or a NaN or
-    infinity.
-    """
+    """Return tensors in float32; InputError if one holds no finite floating-point numbers."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise InputError(
@@ -600,12 +589,7 @@ def _read_openai(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     return Weights("topk", tensors, centred=True, k=k, input_norm="layer_norm", assumed=said)
 
 
-BATCH_TOPK_KINDS = {
-    "vanilla": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "batchtopk": "batchtopk",
-}
+BATCH_TOPK_KINDS = {"vanilla": "relu"} | {kind: kind for kind in ("topk", "jumprelu", "batchtopk")}
 
 
 def _read_batch_topk(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
