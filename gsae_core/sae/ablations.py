@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Dictionary, Scalar
 from gsae_core.sae.losses import loss
 
 
@@ -28,11 +28,7 @@ def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor
 
 @torch.no_grad()
 def gradient_pursuit(
-    x: Float[Tensor, "batch width"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
-    *,
-    k: int,
+    x: Float[Tensor, "batch width"], W_dec: Dictionary, b_dec: Float[Tensor, " d_in"], *, k: int
 ) -> Float[Tensor, "batch d_sae"]:
     """Return alpha >= 0 with few entries and a small |x - alpha @ W_dec - b_dec|^2.
 
@@ -122,7 +118,7 @@ def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
     return sae
 
 
-def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
+def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Scalar:
     """Leave the gradients of |x - x_hat|^2 in `.grad`, fresh, and return that loss without a graph.
 
         adam = torch.optim.Adam(p for p in sae.parameters() if p.requires_grad)

@@ -4,12 +4,21 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from gsae_core.config import Recipe, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, Aux, SinglePathSAE, check_choice, objective, transposed
+from gsae_core.sae.base import (
+    SAE,
+    Aux,
+    Inputs,
+    Latents,
+    PerLatent,
+    SinglePathSAE,
+    check_choice,
+    objective,
+    transposed,
+)
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
 
@@ -19,8 +28,8 @@ Tie = Literal["r_mag", "none", "untied"]
 class PreActivations(NamedTuple):
     """Both paths of the gated encoder before their nonlinearities."""
 
-    pi_gate: Float[Tensor, "*batch d_sae"]
-    pi_mag: Float[Tensor, "*batch d_sae"]
+    pi_gate: Latents
+    pi_mag: Latents
 
 
 class GatedSAE(SAE):
@@ -74,12 +83,12 @@ class GatedSAE(SAE):
         self.W_mag = nn.Parameter(self.W_gate.detach().clone()) if tie == "untied" else None
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0` (Eq. 6)."""
         pi_gate, pi_mag = self.pre_activations(x)
         return (pi_gate > 0) * torch.relu(pi_mag)
 
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> PreActivations:
+    def pre_activations(self, x: Inputs) -> PreActivations:
         """Return pi_gate and pi_mag of `x`."""
         self.check_width(x)
         xc = self.normalised(x).u - self.b_dec
@@ -91,7 +100,7 @@ class GatedSAE(SAE):
         return PreActivations(pi_gate=h + self.b_gate, pi_mag=scaled + self.b_mag)
 
     @torch.no_grad()
-    def jumprelu_threshold(self) -> Float[Tensor, " d_sae"]:
+    def jumprelu_threshold(self) -> PerLatent:
         """Return theta of the JumpReLU SAE that computes the same: f = pi_mag where pi_mag > theta.
 
         theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, which leaves
@@ -127,7 +136,7 @@ class ReluSAE(SinglePathSAE):
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0` (Eq. 3)."""
         return torch.relu(self.pre_activations(x))
 

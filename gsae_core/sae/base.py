@@ -5,12 +5,25 @@ from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.text import facts
+
+# Shapes by name. "*batch" is any leading axes; rows are tokens.
+Inputs = Float[Tensor, "*batch d_in"]
+Latents = Float[Tensor, "*batch d_sae"]
+Rows = Float[Tensor, "batch d_in"]
+Encoder = Float[Tensor, "d_in d_sae"]
+Dictionary = Float[Tensor, "d_sae d_in"]
+PerLatent = Float[Tensor, " d_sae"]
+PerEntry = Float[Tensor, " nnz"]
+Counts = Int64[Tensor, " d_sae"]
+Mask = Bool[Tensor, " d_sae"]
+Scalar = Float[Tensor, ""]
+Count = Int64[Tensor, ""]
 
 L1Weight = Literal["none", "norm", "detached_norm"]
 Aux = Literal["frozen", "unfrozen", "off"]
@@ -89,11 +102,11 @@ EPS = 1e-5
 class Normalised(NamedTuple):
     """A batch as an SAE sees it: x = u * scale + mean, where None stands for 1 and for 0."""
 
-    u: Float[Tensor, "*batch d_in"]
+    u: Inputs
     scale: Float[Tensor, "*batch 1"] | None = None
     mean: Float[Tensor, "*batch 1"] | None = None
 
-    def undo(self, u_hat: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def undo(self, u_hat: Inputs) -> Inputs:
         """Return reconstructions of u as reconstructions of x."""
         x_hat = self.in_raw_units(u_hat)
         return x_hat if self.mean is None else x_hat + self.mean
@@ -103,7 +116,7 @@ class Normalised(NamedTuple):
         return step if self.scale is None else step * self.scale
 
 
-def normalised(x: Float[Tensor, "*batch d_in"], kind: InputNorm | None) -> Normalised:
+def normalised(x: Inputs, kind: InputNorm | None) -> Normalised:
     """Return `x` as an SAE with such inputs sees it; a vector of zeros stays one."""
     match kind:
         case None:
@@ -146,10 +159,10 @@ class SAE(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0`, or raise InputError if the last axis is not `d_in`."""
 
-    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+    def decode(self, f: Latents) -> Inputs:
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
 
         Of an SAE with `input_norm` this reconstructs u; `normalised(x).undo` turns it into x_hat.
@@ -164,11 +177,11 @@ class SAE(nn.Module, ABC):
             )
         return f @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: Inputs) -> Inputs:
         """Return the reconstruction of `x`, in units of x."""
         return self.normalised(x).undo(self.decode(self.encode(x)))
 
-    def normalised(self, x: Float[Tensor, "*batch d_in"]) -> Normalised:
+    def normalised(self, x: Inputs) -> Normalised:
         return normalised(x, self.input_norm)
 
     def extra_repr(self) -> str:
@@ -213,13 +226,13 @@ class SinglePathSAE(SAE):
         self.W_enc = nn.Parameter(transposed(self.W_dec))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def pre_activations(self, x: Inputs) -> Latents:
         """Return z."""
         self.check_width(x)
         return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
 
-def transposed(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_in d_sae"]:
+def transposed(W_dec: Dictionary) -> Encoder:
     """Return what an encoder starts from: its decoder transposed, in memory of its own."""
     # A clone, always: where an axis is 1, .T.contiguous() would share memory with the dictionary.
     return W_dec.detach().T.clone(memory_format=torch.contiguous_format)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SinglePathSAE
+from gsae_core.sae.base import Inputs, Latents, PerLatent, SinglePathSAE
 from gsae_core.sae.metrics import sum_dtype
 
 # Multiples of the activations' length, sqrt(E|x|^2).
@@ -87,7 +87,7 @@ class JumpReluSAE(SinglePathSAE):
         return self.bandwidth * (self.threshold_unit or 1.0)
 
     @torch.no_grad()
-    def measure_unit_(self, x: Float[Tensor, "*batch d_in"]) -> None:
+    def measure_unit_(self, x: Inputs) -> None:
         """Take sqrt(E|x|^2) for `threshold_unit`, unless it is known, 0 or not finite.
 
         Thresholds follow, but for those no longer where they started.
@@ -102,7 +102,7 @@ class JumpReluSAE(SinglePathSAE):
         if untouched:
             self.threshold.fill_(self.start)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0`; exactly at its threshold a latent does not fire."""
         return jump(self.pre_activations(x), self.threshold, self.eps)
 
@@ -118,9 +118,7 @@ class JumpReluSAE(SinglePathSAE):
         return self
 
 
-def jump(
-    z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, " d_sae"], bandwidth: float
-) -> Float[Tensor, "*batch d_sae"]:
+def jump(z: Latents, theta: PerLatent, bandwidth: float) -> Latents:
     """Return JumpReLU_theta(z) = z H(z - theta), with the paper's pseudo-derivative to theta.
 
         d/dz     = H(z - theta)
@@ -133,9 +131,7 @@ def jump(
     return _AtThreshold.apply(z, theta, bandwidth, True)  # pyright: ignore[reportReturnType]
 
 
-def step(
-    z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, " d_sae"], bandwidth: float
-) -> Float[Tensor, "*batch d_sae"]:
+def step(z: Latents, theta: PerLatent, bandwidth: float) -> Latents:
     """Return H(z - theta), whose sum over latents is L0, with the paper's pseudo-derivative.
 
     d/dz     = 0                                the penalty moves thresholds alone
@@ -144,9 +140,7 @@ def step(
     return _AtThreshold.apply(z, theta, bandwidth, False)  # pyright: ignore[reportReturnType]
 
 
-def in_window(
-    z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, " d_sae"], bandwidth: float
-) -> Bool[Tensor, "*batch d_sae"]:
+def in_window(z: Latents, theta: PerLatent, bandwidth: float) -> Bool[Tensor, "*batch d_sae"]:
     """Return where K((z - theta) / eps) = 1."""
     return (z - theta).abs() < bandwidth / 2
 

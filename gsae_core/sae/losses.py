@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Count, Inputs, Latents, Mask, Rows, Scalar
 from gsae_core.sae.jumprelu import JumpReluSAE, in_window, jump, step
 from gsae_core.sae.metrics import BatchStats, stats_from_counts
 from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, largest
@@ -16,18 +16,18 @@ from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE, largest
 class LossParts(NamedTuple):
     """The terms of a loss: each summed over coordinates, then averaged over the batch."""
 
-    reconstruction: Float[Tensor, ""]
+    reconstruction: Scalar
     """|x - x_hat|^2, summed over d_in."""
 
-    sparsity: Float[Tensor, ""]
+    sparsity: Scalar
     """The L1 term, or the L0 term of a JumpReLU SAE, lambda included; 0 for a TopK SAE."""
 
-    auxiliary: Float[Tensor, ""]
+    auxiliary: Scalar
     """|x - x_hat_aux|^2 of a Gated SAE, x_hat_aux being decoded from relu(pi_gate); of a TopK SAE
     1/32 of what its dead latents leave of the error; else 0."""
 
     @property
-    def total(self) -> Float[Tensor, ""]:
+    def total(self) -> Scalar:
         return self.reconstruction + self.sparsity + self.auxiliary
 
 
@@ -36,7 +36,7 @@ class StepResult(NamedTuple):
 
     loss: LossParts
     stats: BatchStats
-    n_entries: Int64[Tensor, ""]
+    n_entries: Count
     """(Input, latent) pairs that cost work: open gates, a JumpReLU SAE's latents above or within
     the window below their thresholds, a TopK SAE's largest and its largest dead ones."""
     n_candidates: int | None = None
@@ -52,15 +52,15 @@ class Forward(NamedTuple):
     """One forward pass: the terms of the loss, and what the statistics are gathered from."""
 
     loss: LossParts
-    f: Float[Tensor, "*batch d_sae"]
-    x_hat: Float[Tensor, "*batch d_in"]
-    pi_gate: Float[Tensor, "*batch d_sae"] | None = None
-    x_hat_aux: Float[Tensor, "*batch d_in"] | None = None
-    n_spare: Int64[Tensor, ""] | int = 0
+    f: Latents
+    x_hat: Inputs
+    pi_gate: Latents | None = None
+    x_hat_aux: Inputs | None = None
+    n_spare: Count | int = 0
     """Entries that cost work and are not in `f`: near a threshold, or of dead latents."""
 
 
-def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float) -> Forward:
+def gated_loss(sae: GatedSAE, x: Inputs, sparsity_coeff: float) -> Forward:
     """Return the terms of arXiv:2404.16014v2, Eq. 8.
 
         reconstruction = |x - x_hat|^2
@@ -88,7 +88,7 @@ def gated_loss(sae: GatedSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: f
     return Forward(parts, f, x_hat, pi_gate, x_hat_aux)
 
 
-def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float) -> Forward:
+def relu_loss(sae: ReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
     """Return the terms of arXiv:2404.16014v2, Eq. 4: |x - x_hat|^2 + lambda |f|_1; no auxiliary.
 
     Under recipe A each latent's share of the L1 term is weighted by the norm of its direction.
@@ -99,9 +99,7 @@ def relu_loss(sae: ReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: flo
     return Forward(parts, f, x_hat)
 
 
-def jumprelu_loss(
-    sae: JumpReluSAE, x: Float[Tensor, "*batch d_in"], sparsity_coeff: float
-) -> Forward:
+def jumprelu_loss(sae: JumpReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
     """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
 
     The second term moves thresholds alone, and both move them by pseudo-derivatives
@@ -116,9 +114,7 @@ def jumprelu_loss(
     return Forward(parts, f, x_hat, n_spare=near.sum())
 
 
-def topk_loss(
-    sae: TopKSAE, x: Float[Tensor, "*batch d_in"], dead: Bool[Tensor, " d_sae"] | None
-) -> Forward:
+def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
     """Return the terms of arXiv:2406.04093: |x - x_hat|^2 + (1 / 32) |e - e_hat|^2.
 
         e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
@@ -142,13 +138,7 @@ def topk_loss(
     return Forward(parts, f, x_hat, n_spare=n_spare)
 
 
-def loss(
-    sae: SAE,
-    x: Float[Tensor, "*batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None = None,
-) -> LossParts:
+def loss(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> LossParts:
     """Return the terms of the loss of this SAE's architecture and recipe.
 
     Args:
@@ -163,13 +153,7 @@ def loss(
     return _forward(sae, x, sparsity_coeff, dead).loss
 
 
-def dense_step(
-    sae: SAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None = None,
-) -> StepResult:
+def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None) -> StepResult:
     """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
 
     Returned tensors carry no graph, and the parameters stay as they are. Arguments and errors are
@@ -189,12 +173,7 @@ def dense_step(
     return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)
 
 
-def _forward(
-    sae: SAE,
-    x: Float[Tensor, "*batch d_in"],
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None,
-) -> Forward:
+def _forward(sae: SAE, x: Inputs, sparsity_coeff: float, dead: Mask | None) -> Forward:
     sae.check_trains()
     match sae:
         case GatedSAE():
@@ -208,14 +187,12 @@ def _forward(
     raise TypeError(f"no loss is known for {type(sae).__name__}")
 
 
-def squared_error(
-    x: Float[Tensor, "*batch d_in"], x_hat: Float[Tensor, "*batch d_in"]
-) -> Float[Tensor, ""]:
+def squared_error(x: Inputs, x_hat: Inputs) -> Scalar:
     """Return |x - x_hat|^2, summed over d_in and averaged over tokens."""
     return (x - x_hat).square().sum(-1).mean()
 
 
-def l1(sae: GatedSAE | ReluSAE, activity: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, ""]:
+def l1(sae: GatedSAE | ReluSAE, activity: Latents) -> Scalar:
     """Return each token's sum of `activity`, weighted as the recipe says, averaged over tokens."""
     if sae.objective.l1_weight == "none":
         return activity.sum(-1).mean()

@@ -5,12 +5,10 @@ an auxiliary loss lets them explain what the others leave over (its appendix on 
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gsae_core.config import Recipe
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SinglePathSAE
+from gsae_core.sae.base import Inputs, Latents, SinglePathSAE
 
 AUX_WEIGHT = 1 / 32
 
@@ -49,7 +47,7 @@ class TopKSAE(SinglePathSAE):
         if self.k_aux < 1:
             raise InputError(f"expected k_aux of at least 1, got {k_aux}")
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0`, at most `k` of them positive on a token."""
         return largest(self.pre_activations(x), k=self.k)
 
@@ -57,7 +55,7 @@ class TopKSAE(SinglePathSAE):
         return f"{super().extra_repr()}, k={self.k}"
 
 
-def largest(z: Float[Tensor, "*batch d_sae"], *, k: int) -> Float[Tensor, "*batch d_sae"]:
+def largest(z: Latents, *, k: int) -> Latents:
     """Return relu(z) on the k largest entries of each row, 0 elsewhere; gradients pass there alone.
 
     Which of two equal entries is kept is torch.topk's choice; `largest_products`, which training

@@ -9,11 +9,11 @@ JumpReLU latent starts at the threshold it began with.
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Count, Mask
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.training.optimizer import DictionaryAdam
@@ -127,10 +127,10 @@ def draw(losses: Float[Tensor, " pool"], *, n: int, seed: int) -> Int64[Tensor, 
 class DeadCounts(NamedTuple):
     """Latents that did not fire within the window, by what kept them from it."""
 
-    gate: Int64[Tensor, ""]
+    gate: Count
     """The gate never opened (a ReLU SAE's encoder counts as its gate)."""
 
-    magnitude: Int64[Tensor, ""]
+    magnitude: Count
     """The gate opened, onto a magnitude of zero every time."""
 
 
@@ -161,7 +161,7 @@ class DeadLatentCounter:
         return self.since_fired.max()
 
     @property
-    def mask(self) -> Bool[Tensor, " d_sae"]:
+    def mask(self) -> Mask:
         """Which latents are dead: did not fire within the window."""
         return self.since_fired >= self._window
 

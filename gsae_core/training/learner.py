@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Rows
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.losses import LossParts, StepResult, dense_step
 from gsae_core.sae.metrics import BatchStats, Metrics, sum_dtype
@@ -149,7 +149,7 @@ class Learner:
         self._max_steps_since_fired: int | None = None
         self.stopped: str | None = None
 
-    def launch(self, x: Float[Tensor, "batch d_in"], number: int) -> Launched | None:
+    def launch(self, x: Rows, number: int) -> Launched | None:
         """Give the device step `number`, from 1, without waiting; None once the SAE has stopped."""
         if self.stopped is not None:
             return None
@@ -169,7 +169,7 @@ class Learner:
     def finish(
         self,
         launched: Launched | None,
-        x: Float[Tensor, "batch d_in"],
+        x: Rows,
         number: int,
         *,
         pool: Float[Tensor, "pool d_in"] | None,
@@ -213,9 +213,7 @@ class Learner:
         arrived.record(torch.cuda.current_stream(total.device))
         return Launched(result, numbers, arrived)
 
-    def _result(
-        self, launched: Launched, x: Float[Tensor, "batch d_in"], number: int
-    ) -> StepResult | None:
+    def _result(self, launched: Launched, x: Rows, number: int) -> StepResult | None:
         """Return what a step came to; None if its gradients must not reach the weights."""
         result, check = launched.result, launched.check()
         if check.overflowed:
@@ -301,7 +299,7 @@ class Learner:
         self.stopped = state["stopped"]
 
 
-def nonfinite_cause(sae: SAE, x: Float[Tensor, "batch d_in"], result: StepResult) -> str:
+def nonfinite_cause(sae: SAE, x: Rows, result: StepResult) -> str:
     """Return what is not finite about a step whose gradients are in `.grad`."""
     if not bool(x.isfinite().all()):
         return "the activations are not finite"

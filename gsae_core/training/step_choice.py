@@ -5,11 +5,9 @@ import logging
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, TopKSAE, has_fast_step
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Mask, Rows
 from gsae_core.sae.gpu import step as kernels
 from gsae_core.sae.gpu.launch import LaunchError
 from gsae_core.sae.losses import StepResult, dense_step
@@ -42,12 +40,7 @@ class Stepper:
             self._kernels = False
 
     def attempt(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        *,
-        sparsity_coeff: float,
-        density: float | None,
-        dead: Bool[Tensor, " d_sae"] | None,
+        self, x: Rows, *, sparsity_coeff: float, density: float | None, dead: Mask | None
     ) -> StepResult:
         """Leave gradients in `.grad`, on a GPU without waiting for them.
 
@@ -65,11 +58,7 @@ class Stepper:
         return step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
 
     def _by_kernels(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        density: float,
-        sparsity_coeff: float,
-        dead: Bool[Tensor, " d_sae"] | None,
+        self, x: Rows, density: float, sparsity_coeff: float, dead: Mask | None
     ) -> StepResult | None:
         """Take the step on the GPU; return None, and log why, where that cannot be."""
         assert isinstance(self._sae, BuiltinSAE)  # the kernels refuse others

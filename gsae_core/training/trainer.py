@@ -7,12 +7,11 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.config import TrainConfig
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Rows
 from gsae_core.schedule import shortfalls
 from gsae_core.threads import spread
 from gsae_core.training.dead_latents import is_resampling, joins_pool
@@ -85,7 +84,7 @@ class Trainer:
         """Why and when each SAE stopped."""
         return tuple(learner.stopped for learner in self._learners)
 
-    def step(self, x: Float[Tensor, "batch d_in"]) -> StepReport:
+    def step(self, x: Rows) -> StepReport:
         """Let every SAE learn from one batch, then resample dead latents where that is due.
 
         An SAE whose loss or gradients are not finite stops with its weights as the step before left
@@ -165,7 +164,7 @@ class Trainer:
 
 def train(
     saes: Sequence[SAE],
-    batches: Iterable[Float[Tensor, "batch d_in"]],
+    batches: Iterable[Rows],
     cfg: TrainConfig,
     *,
     trainer: Trainer | None = None,

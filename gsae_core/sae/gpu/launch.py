@@ -7,10 +7,11 @@ other tensor through. What the caller owns is read through `rows_in_order`.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int32
+from jaxtyping import Float, Float64, Int32
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import Mask, PerEntry, PerLatent, Rows
 from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
 from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, undecoded
@@ -82,9 +83,7 @@ class Kernels(Loops):
         super().__init__()
         self._capacity = capacity
 
-    def active(
-        self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
-    ) -> Active:
+    def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
         from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
 
         jumps = isinstance(sae, JumpReluSAE)
@@ -160,10 +159,7 @@ class Kernels(Loops):
         return Active(codes, entries, n_open, overflowed=n_open > capacity)
 
     def largest(
-        self,
-        sae: TopKSAE,
-        xc: Float[Tensor, "batch d_in"],
-        dead: Bool[Tensor, " d_sae"] | None,
+        self, sae: TopKSAE, xc: Rows, dead: Mask | None
     ) -> tuple[SparseCodes, SparseCodes | None]:
         # As many entries as asked for, so that none can overflow: one whose product is not positive
         # has magnitude 0. So have those beyond the dead; asking how many are would wait.
@@ -192,7 +188,7 @@ class Kernels(Loops):
         self,
         sae: BuiltinSAE,
         codes: SparseCodes,
-        x: Float[Tensor, "batch d_in"],
+        x: Rows,
         *,
         b_dec: Float[Tensor, " d_in"] | None = None,
         weight: float = 1.0,
@@ -222,7 +218,7 @@ class Kernels(Loops):
         sae: BuiltinSAE,
         active: Active,
         decoded: Decoded,
-        xc: Float[Tensor, "batch d_in"],
+        xc: Rows,
         l1_slope: float | None = None,
     ) -> StepSums:
         from gsae_core.sae.gpu.kernels import sum_latents
@@ -274,12 +270,12 @@ class Kernels(Loops):
             gate_open=gate_open,
         )
 
-    def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
+    def column_sums(self, x: Rows) -> Float64[Tensor, " d_in"]:
         return x.sum(0, dtype=torch.float64)
 
     def windows(
-        self, sae: JumpReluSAE, active: Active, slope: Float[Tensor, " nnz"]
-    ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+        self, sae: JumpReluSAE, active: Active, slope: PerEntry
+    ) -> tuple[PerLatent, PerLatent]:
         from gsae_core.sae.gpu.kernels import sum_windows
 
         slope_sum, n_near = slope.new_empty(2, sae.d_sae)

@@ -13,11 +13,11 @@ import functools
 import subprocess
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, has_fast_step
+from gsae_core.sae.base import Mask, Rows
 from gsae_core.sae.gpu.launch import Kernels, power_of_two
 from gsae_core.sae.losses import StepResult
 from gsae_core.sae.sparse.step import take_step
@@ -43,12 +43,7 @@ def capacity_for(n_open: float) -> int:
 
 @torch.no_grad()
 def kernel_step(
-    sae: BuiltinSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    capacity: int,
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, capacity: int, dead: Mask | None = None
 ) -> StepResult:
     """Return what `sparse_step` returns, unless entries overflow; never wait for the device.
 

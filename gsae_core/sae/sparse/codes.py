@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Dictionary, Encoder, PerEntry, PerLatent, Rows
 from gsae_core.sae.sparse import loops
 from gsae_core.sae.topk import largest
 from gsae_core.threads import over_rows, spread
@@ -31,9 +31,9 @@ class SparseCodes(NamedTuple):
     row_offsets: Int[Tensor, " rows_and_end"]
     """Row t owns entries row_offsets[t] to row_offsets[t + 1]."""
     latent: Int[Tensor, " nnz"]
-    gate: Float[Tensor, " nnz"]
+    gate: PerEntry
     """pi_gate > 0; for an SAE without a gate its latent f, as if the gate were the magnitude."""
-    magnitude: Float[Tensor, " nnz"]
+    magnitude: PerEntry
     """f = relu(pi_mag): 0 where a gate opens onto nothing."""
 
     def rows(self) -> Int[Tensor, " nnz"]:
@@ -58,7 +58,7 @@ class Products(NamedTuple):
 
     row_offsets: Int64[Tensor, " rows_and_end"]
     latent: Int64[Tensor, " nnz"]
-    h: Float[Tensor, " nnz"]
+    h: PerEntry
     n_candidates: int | None = None
     """How many candidates a bfloat16 screen picked them from; None without a screen."""
 
@@ -69,13 +69,7 @@ def chunk_rows(d_sae: int) -> int:
 
 
 @torch.no_grad()
-def products_above(
-    xc: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "d_in d_sae"],
-    above: Float[Tensor, " d_sae"],
-    *,
-    screened: bool = False,
-) -> Products:
+def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = False) -> Products:
     """Return the entries of xc @ W above `above`, a threshold for each latent.
 
     `screened` looks by a bfloat16 product first, on a CPU, and computes again in float32 what may
@@ -102,9 +96,7 @@ def products_above(
 
 @torch.no_grad()
 def largest_products(
-    xc: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "d_in d_sae"],
-    wanted: Sequence[tuple[Float[Tensor, " d_sae"], int]],
+    xc: Rows, W: Encoder, wanted: Sequence[tuple[PerLatent, int]]
 ) -> list[Products]:
     """Return, for each (bias, k), the k largest of h + bias in each row, as far as positive.
 
@@ -130,7 +122,7 @@ class _Scratch:
     What is never written to costs no memory: the system gives out pages as they are reached.
     """
 
-    def __init__(self, rows: int, W: Float[Tensor, "d_in d_sae"], product: torch.dtype) -> None:
+    def __init__(self, rows: int, W: Encoder, product: torch.dtype) -> None:
         self.h = W.new_empty(rows, W.shape[1], dtype=product)
         self.latent: np.ndarray | None = None  # stays so where numba cannot go: GPU, half precision
         if W.is_cpu and W.dtype in (torch.float32, torch.float64):
@@ -139,8 +131,8 @@ class _Scratch:
 
 
 def _in_chunks(
-    xc: Float[Tensor, "batch d_in"],
-    W: Float[Tensor, "d_in d_sae"],
+    xc: Rows,
+    W: Encoder,
     pick: Callable[[Tensor, _Scratch], list[Products]],
     *,
     n_kinds: int = 1,
@@ -160,7 +152,7 @@ def _in_chunks(
     return [_joined([part[i] for part in parts], xc) for i in range(n_kinds)]
 
 
-def _joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Products:
+def _joined(parts: list[Products], like: Rows) -> Products:
     """Return the entries of consecutive chunks as those of one batch."""
     start = torch.zeros(1, dtype=torch.int64, device=like.device)
     if not parts:
@@ -175,7 +167,7 @@ def _joined(parts: list[Products], like: Float[Tensor, "batch d_in"]) -> Product
     )
 
 
-def _above(h: Float[Tensor, "rows d_sae"], above: Float[Tensor, " d_sae"]) -> Products:
+def _above(h: Float[Tensor, "rows d_sae"], above: PerLatent) -> Products:
     mask = h > above
     counts = mask.sum(1)
     return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
@@ -203,7 +195,7 @@ def numpy(tensor: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+def encode_sparse(sae: SAE, x: Rows) -> SparseCodes:
     """Return the active entries of `x`, exactly those that `sae.encode` would compute.
 
     No more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core, but for the
@@ -230,9 +222,7 @@ def encode_sparse(sae: SAE, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
 
 
 @torch.no_grad()
-def gates(
-    sae: GatedSAE | ReluSAE,
-) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+def gates(sae: GatedSAE | ReluSAE) -> tuple[Encoder, PerLatent]:
     """Return the encoder, and above what product each latent's gate is open."""
     W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
     # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
@@ -240,9 +230,7 @@ def gates(
 
 
 @torch.no_grad()
-def thresholds(
-    sae: JumpReluSAE, *, below: float | Float[Tensor, " d_sae"]
-) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+def thresholds(sae: JumpReluSAE, *, below: float) -> tuple[Encoder, PerLatent]:
     """Return the encoder, and above what product z may reach theta - below.
 
     No product above it is left out by rounding; a few just short of theta - below are let in.
@@ -254,9 +242,7 @@ def thresholds(
 
 
 @torch.no_grad()
-def codes_of(
-    sae: GatedSAE | ReluSAE, xc: Float[Tensor, "batch d_in"], found: Products
-) -> SparseCodes:
+def codes_of(sae: GatedSAE | ReluSAE, xc: Rows, found: Products) -> SparseCodes:
     offsets, latent, h, _ = found
     if isinstance(sae, ReluSAE):
         gate = h + sae.b_enc.take(latent)
@@ -287,7 +273,7 @@ def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
 def weighted_sums(
     dense: Float[Tensor, "pool width"],
     index: Int64[Tensor, " nnz"],
-    weight: Float[Tensor, " nnz"],
+    weight: PerEntry,
     offsets: Int64[Tensor, " bags_and_end"],
 ) -> Float[Tensor, "bags width"]:
     """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries."""
@@ -299,13 +285,13 @@ def weighted_sums(
 class _Rounded(NamedTuple):
     """The encoder, latent by latent: exact, rounded, and how far apart the two are."""
 
-    rows: Float[Tensor, "d_sae d_in"]
-    half: Float[Tensor, "d_sae d_in"]
-    off: Float[Tensor, " d_sae"]
-    length: Float[Tensor, " d_sae"]
+    rows: Dictionary
+    half: Dictionary
+    off: PerLatent
+    length: PerLatent
 
 
-def _rounded(W: Float[Tensor, "d_in d_sae"]) -> _Rounded:
+def _rounded(W: Encoder) -> _Rounded:
     d_in, d_sae = W.shape
     out = _Rounded(
         rows=W.new_empty(d_sae, d_in),

@@ -8,12 +8,12 @@ blocks that stay in cache: neither latents nor their gradients ever exist for a 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, has_fast_step
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Counts, Dictionary, Encoder, Mask, PerLatent, Rows, Scalar
 from gsae_core.sae.losses import LossParts, StepResult, squared_error
 from gsae_core.sae.metrics import stats_from_counts
 from gsae_core.sae.sparse.codes import chunk_rows
@@ -32,24 +32,24 @@ class StepSums:
     A JumpReLU or TopK SAE has no term of a gate: its gradient at z is dm.
     """
 
-    W_dec: Float[Tensor, "d_sae d_in"]
+    W_dec: Dictionary
     """Of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
-    W_enc: Float[Tensor, "d_in d_sae"]
+    W_enc: Encoder
     """Of xc dh, dh = gain dm + dg: the gradient of W_gate, if there is one."""
-    dm: Float[Tensor, " d_sae"]
-    dm_m: Float[Tensor, " d_sae"] | None
+    dm: PerLatent
+    dm_m: PerLatent | None
     """Of dm times m, where there is an r_mag to learn from it."""
-    dg: Float[Tensor, " d_sae"] | None
-    gate: Float[Tensor, " d_sae"] | None
+    dg: PerLatent | None
+    gate: PerLatent | None
     """Of relu(pi_gate)."""
     error: Float[Tensor, " d_in"]
     """Of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
-    fired: Int64[Tensor, " d_sae"]
-    gate_open: Int64[Tensor, " d_sae"]
+    fired: Counts
+    gate_open: Counts
     """Inputs on which pi_gate > 0; entries of a latent, where there is no gate."""
 
 
-def check_by_hand(sae: SAE, x: Float[Tensor, "batch d_in"]) -> None:
+def check_by_hand(sae: SAE, x: Rows) -> None:
     """Raise InputError unless this SAE's gradients are written out by hand, and fit `x`."""
     sae.check_width(x)
     sae.check_trains()
@@ -61,21 +61,19 @@ def check_by_hand(sae: SAE, x: Float[Tensor, "batch d_in"]) -> None:
 
 
 @torch.no_grad()
-def l1_weights(sae: BuiltinSAE) -> Float[Tensor, " d_sae"] | None:
+def l1_weights(sae: BuiltinSAE) -> PerLatent | None:
     """Return what multiplies each latent in the L1 term; None for ones."""
     return None if sae.objective.l1_weight == "none" else sae.W_dec.norm(dim=1)
 
 
 @torch.no_grad()
-def gain(sae: BuiltinSAE) -> Float[Tensor, " d_sae"] | None:
+def gain(sae: BuiltinSAE) -> PerLatent | None:
     """Return the slope of pi_mag in h = xc @ W_gate; None for ones."""
     return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
 
 
 @torch.no_grad()
-def l1_term(
-    sae: GatedSAE | ReluSAE, gate: Float[Tensor, " d_sae"], l1_slope: float
-) -> Float[Tensor, ""]:
+def l1_term(sae: GatedSAE | ReluSAE, gate: PerLatent, l1_slope: float) -> Scalar:
     """Return the L1 term from each latent's sum of relu(pi_gate); `l1_slope` is lambda / B."""
     weights = l1_weights(sae)
     return (gate.sum() if weights is None else torch.dot(gate, weights)) * l1_slope
@@ -112,11 +110,7 @@ def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> N
 
 @torch.no_grad()
 def manual_dense_step(
-    sae: GatedSAE | ReluSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    sae: GatedSAE | ReluSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None
 ) -> StepResult:
     """Equal `dense_step` up to rounding; arguments and errors are those of `sparse_step`."""
     check_by_hand(sae, x)

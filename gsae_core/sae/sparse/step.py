@@ -9,11 +9,21 @@ Each architecture's step is written once, on top of the `Loops` of a CPU or `gpu
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import (
+    SAE,
+    Count,
+    Counts,
+    Dictionary,
+    Mask,
+    PerEntry,
+    PerLatent,
+    Rows,
+    Scalar,
+)
 from gsae_core.sae.jumprelu import JumpReluSAE, in_window
 from gsae_core.sae.losses import LossParts, StepResult
 from gsae_core.sae.metrics import AUX_ERROR_POWER, ERROR_POWER, N_ROW_SUMS, stats_from_rows
@@ -46,7 +56,7 @@ class Active(NamedTuple):
 
     codes: SparseCodes
     entries: ByLatent
-    n_entries: Int64[Tensor, ""]
+    n_entries: Count
     n_candidates: int | None = None
     overflowed: Bool[Tensor, ""] | None = None
     """Whether a GPU's buffers had no room for them: there are none then, and n_entries is right."""
@@ -55,18 +65,18 @@ class Active(NamedTuple):
 class Decoded(NamedTuple):
     """The errors of both reconstructions, and the gradients at the entries."""
 
-    error: Float[Tensor, "batch d_in"]
+    error: Rows
     """scale (x_hat - x)."""
-    aux_error: Float[Tensor, "batch d_in"] | None
+    aux_error: Rows | None
     """scale (x_hat_aux - x), if the dictionary learns from it."""
-    mag_slope: Float[Tensor, " nnz"]
+    mag_slope: PerEntry
     """<error, W_dec_i> on the entries."""
-    aux_slope: Float[Tensor, " nnz"] | None
+    aux_slope: PerEntry | None
     """The same of the auxiliary error; None without such a term."""
     row_sums: Float64[Tensor, "batch sums"]
     """What each row adds to the loss and the statistics: the columns of `stats_from_rows`."""
 
-    def mean(self, column: int) -> Float[Tensor, ""]:
+    def mean(self, column: int) -> Scalar:
         """Return the batch's mean of one of the row sums, in the precision of the error."""
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
@@ -76,7 +86,7 @@ class Decoded(NamedTuple):
         return total if self.aux_error is None else total + self.aux_error.sum(0)
 
 
-def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Float[Tensor, "batch d_in"]) -> Decoded:
+def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Rows) -> Decoded:
     """Return room for what `Loops.decode` returns, zeros where nothing will be written."""
     aux = sae.objective.aux
     return Decoded(
@@ -94,9 +104,7 @@ class Loops:
     def __init__(self, *, screened: bool = False) -> None:
         self._screened = screened
 
-    def active(
-        self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Float[Tensor, "batch d_in"]
-    ) -> Active:
+    def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
         """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2.
 
         There `gate` is z, and the magnitude of what does not fire is 0.
@@ -114,10 +122,7 @@ class Loops:
         return Active(codes, by_latent(codes, sae.d_sae), n_entries, found.n_candidates)
 
     def largest(
-        self,
-        sae: TopKSAE,
-        xc: Float[Tensor, "batch d_in"],
-        dead: Bool[Tensor, " d_sae"] | None,
+        self, sae: TopKSAE, xc: Rows, dead: Mask | None
     ) -> tuple[SparseCodes, SparseCodes | None]:
         """Return each row's k largest latents, and its k_aux largest dead ones; None if none is."""
         wanted: list[tuple[Tensor, int]] = [(sae.b_enc, sae.k)]
@@ -133,7 +138,7 @@ class Loops:
         self,
         sae: BuiltinSAE,
         codes: SparseCodes,
-        x: Float[Tensor, "batch d_in"],
+        x: Rows,
         *,
         b_dec: Float[Tensor, " d_in"] | None = None,
         weight: float = 1.0,
@@ -164,7 +169,7 @@ class Loops:
         sae: BuiltinSAE,
         active: Active,
         decoded: Decoded,
-        xc: Float[Tensor, "batch d_in"],
+        xc: Rows,
         l1_slope: float | None = None,
     ) -> StepSums:
         """Return the sums; `l1_slope` is lambda / B, None without an L1 term.
@@ -198,23 +203,21 @@ class Loops:
         )
 
     def windows(
-        self, sae: JumpReluSAE, active: Active, slope: Float[Tensor, " nnz"]
-    ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+        self, sae: JumpReluSAE, active: Active, slope: PerEntry
+    ) -> tuple[PerLatent, PerLatent]:
         """Return each latent's sum of `slope` over the inputs in its window, and their number."""
         codes, entries = active[:2]
         near = in_window(codes.gate, sae.threshold.take(codes.latent), sae.eps)
         return per_latent(entries, slope * near), per_latent(entries, near).to(slope.dtype)
 
-    def column_sums(self, x: Float[Tensor, "batch d_in"]) -> Float64[Tensor, " d_in"]:
+    def column_sums(self, x: Rows) -> Float64[Tensor, " d_in"]:
         """Return the sum over the batch; in float64 torch needs five hundred times as long."""
         out = torch.zeros(x.shape[1], dtype=torch.float64)
         loops.sum_columns(numpy(x), out.numpy())
         return out
 
 
-def per_latent(
-    entries: ByLatent, value: Float[Tensor, " nnz"] | Bool[Tensor, " nnz"]
-) -> Float[Tensor, " d_sae"] | Int64[Tensor, " d_sae"]:
+def per_latent(entries: ByLatent, value: PerEntry | Bool[Tensor, " nnz"]) -> PerLatent | Counts:
     """Return each latent's sum of `value`; a count of truth values."""
     kind = torch.int64 if value.dtype == torch.bool else value.dtype
     out = torch.empty(entries.offsets.numel() - 1, dtype=kind)
@@ -224,12 +227,7 @@ def per_latent(
 
 @torch.no_grad()
 def take_step(
-    sae: BuiltinSAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None,
-    engine: Loops,
+    sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None, engine: Loops
 ) -> StepResult:
     """Return `sparse_step`'s result by this engine, for a contiguous x; nothing is checked."""
     match sae:
@@ -241,9 +239,7 @@ def take_step(
             return _topk_step(sae, x, dead, engine)
 
 
-def _gated_step(
-    sae: GatedSAE | ReluSAE, x: Float[Tensor, "batch d_in"], l1_slope: float, engine: Loops
-) -> StepResult:
+def _gated_step(sae: GatedSAE | ReluSAE, x: Rows, l1_slope: float, engine: Loops) -> StepResult:
     """Take the step of `losses.gated_loss` or `losses.relu_loss`."""
     xc = x - sae.b_dec
     active = engine.active(sae, xc)
@@ -266,9 +262,7 @@ def _gated_step(
     return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
 
-def _jumprelu_step(
-    sae: JumpReluSAE, x: Float[Tensor, "batch d_in"], l0_slope: float, engine: Loops
-) -> StepResult:
+def _jumprelu_step(sae: JumpReluSAE, x: Rows, l0_slope: float, engine: Loops) -> StepResult:
     """Take the step of `losses.jumprelu_loss`.
 
     With e = x_hat - x and df_i = <2e/B, W_dec_i>, sums over the batch:
@@ -294,12 +288,7 @@ def _jumprelu_step(
     return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
 
-def _topk_step(
-    sae: TopKSAE,
-    x: Float[Tensor, "batch d_in"],
-    dead: Bool[Tensor, " d_sae"] | None,
-    engine: Loops,
-) -> StepResult:
+def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepResult:
     """Take the step of `losses.topk_loss`.
 
     The dead latents' entries follow the batch's own like those of B more rows, with the same xc,
@@ -329,9 +318,7 @@ def _topk_step(
     sums.error = decoded.error.sum(0)
     leave_gradients(sae, sums)
     parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER),
-        sparsity=x.new_zeros(()),
-        auxiliary=auxiliary,
+        reconstruction=decoded.mean(ERROR_POWER), sparsity=x.new_zeros(()), auxiliary=auxiliary
     )
     # Those of the batch's own rows.
     fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
@@ -341,10 +328,10 @@ def _topk_step(
 
 def weight_sums(
     entries: ByLatent,
-    weight: Float[Tensor, " nnz"],
+    weight: PerEntry,
     dense: Float[Tensor, "rows d_in"],
     *,
-    add_to: Float[Tensor, "d_sae d_in"] | None = None,
+    add_to: Dictionary | None = None,
     columns: bool = False,
 ) -> Float[Tensor, "a b"]:
     """Return each latent's sum over its entries of weight * dense[row], (d_sae, d_in).
@@ -365,12 +352,7 @@ def weight_sums(
 
 @torch.no_grad()
 def sparse_step(
-    sae: SAE,
-    x: Float[Tensor, "batch d_in"],
-    *,
-    sparsity_coeff: float,
-    dead: Bool[Tensor, " d_sae"] | None = None,
-    screened: bool = False,
+    sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None, screened: bool = False
 ) -> StepResult:
     """Do as `dense_step`, up to rounding, for every architecture and objective of tied paths.
 
