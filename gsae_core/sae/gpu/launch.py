@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import Mask, PerEntry, PerLatent, Rows
-from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates, thresholds
+from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates
 from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, undecoded
 
@@ -88,7 +88,7 @@ class Kernels(Loops):
 
         jumps = isinstance(sae, JumpReluSAE)
         gated = isinstance(sae, GatedSAE)
-        W, above = thresholds(sae, below=sae.eps / 2) if jumps else gates(sae)
+        W, above = gates(sae, below=sae.eps / 2 if jumps else 0.0)
         n_rows, d_sae, capacity = len(xc), sae.d_sae, self._capacity
         row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
         n_tiles = row_tiles * latent_tiles

@@ -1,7 +1,7 @@
 """SparseCodes: the active entries of a batch, row by row, instead of a matrix of mostly zeros."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE, Dictionary, Encoder, PerEntry, PerLatent, Rows
+from gsae_core.sae.base import SAE, Encoder, PerEntry, PerLatent, Rows
 from gsae_core.sae.sparse import loops
 from gsae_core.sae.topk import largest
 from gsae_core.threads import over_rows, spread
@@ -77,20 +77,15 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
     the rounding would be too coarse a screen.
     """
     W, above = W.detach(), above.detach()
+    if screened and xc.dtype == torch.float32:
+        return _screened(xc, W.contiguous(), above.numpy())
 
     def pick(part: Tensor, scratch: _Scratch) -> list[Products]:
         h = torch.mm(part, W, out=scratch.h[: len(part)])
-        if scratch.latent is None:
-            return [_above(h, above)]
-        return [_picked(loops.pick_above, (h.numpy(), above.numpy()), scratch)]
+        return [
+            _above(h, above) if scratch.latent is None else scratch.pick(loops.pick_above, h, above)
+        ]
 
-    if screened and xc.dtype == torch.float32:
-        rounded = _rounded(W.contiguous())
-
-        def screen(part: Tensor, scratch: _Scratch) -> list[Products]:
-            return [_screen(part, rounded, above.numpy(), scratch)]
-
-        return _in_chunks(xc, W, screen, product=torch.bfloat16)[0]
     return _in_chunks(xc, W, pick)[0]
 
 
@@ -109,11 +104,34 @@ def largest_products(
         h = torch.mm(part, W, out=scratch.h[: len(part)])
         if scratch.latent is None:
             return [_above(largest(h + bias, k=k), torch.zeros_like(bias)) for bias, k in kinds]
-        return [
-            _picked(loops.pick_largest, (h.numpy(), bias.numpy(), k), scratch) for bias, k in kinds
-        ]
+        return [scratch.pick(loops.pick_largest, h, bias, k) for bias, k in kinds]
 
-    return _in_chunks(xc, W, pick, n_kinds=len(kinds))
+    return _in_chunks(xc, W, pick)
+
+
+def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
+    """Return the products in float32 that lie above, of those that may by a bfloat16 product."""
+    d_in, d_sae = W.shape
+    exact, off_length = W.new_empty(d_sae, d_in), W.new_empty(2, d_sae).numpy()
+    rounded, rows = torch.empty(d_sae, d_in, dtype=torch.bfloat16), exact.numpy()
+    bits = rounded.view(torch.uint16).numpy()
+    arrays = (W.numpy(), rows, rows.view(np.uint32), bits, *off_length)
+    over_rows(d_sae, lambda first, last: loops.round_columns(first, last, *arrays))
+
+    def pick(part: Tensor, scratch: _Scratch) -> list[Products]:
+        half, lengths = part.bfloat16(), torch.linalg.vector_norm(part, dim=1)
+        # Each of d_in additions in float32 rounds by at most 2^-24 of |x| |w|; twice that is ample.
+        rounding = d_in * 2**-23 * lengths
+        off = torch.linalg.vector_norm(part - half.float(), dim=1) + rounding
+        h = torch.mm(half, rounded.T, out=scratch.h[: len(part)]).view(torch.uint16)
+        offsets = np.zeros(len(part) + 1, np.int64)
+        found = scratch.latent, scratch.value
+        slack = (lengths.numpy(), off.numpy(), *off_length)
+        n_candidates = loops.pick_candidates(h.numpy(), above, *slack, found[0], offsets[1:])
+        n = loops.keep_above(part.numpy(), rows, above, *found, offsets[1:])
+        return [scratch.first(n, offsets, n_candidates)]
+
+    return _in_chunks(xc, W, pick, product=torch.bfloat16)[0]
 
 
 class _Scratch:
@@ -129,13 +147,24 @@ class _Scratch:
             self.latent = np.empty(self.h.numel(), np.int64)
             self.value = np.empty(self.h.numel(), W.detach().numpy().dtype)
 
+    def pick(self, loop: Callable[..., int], h: Tensor, bounds: PerLatent, *rest: int) -> Products:
+        """Return what a loop picks of the products `h`."""
+        offsets = np.zeros(len(h) + 1, np.int64)
+        n = loop(h.numpy(), bounds.numpy(), *rest, self.latent, self.value, offsets[1:])
+        return self.first(n, offsets)
+
+    def first(self, n: int, offsets: np.ndarray, n_candidates: int | None = None) -> Products:
+        """Return the first n entries, in memory of their own."""
+        assert self.latent is not None
+        found = (offsets, self.latent[:n].copy(), self.value[:n].copy())
+        return Products(*map(torch.from_numpy, found), n_candidates=n_candidates)
+
 
 def _in_chunks(
     xc: Rows,
     W: Encoder,
     pick: Callable[[Tensor, _Scratch], list[Products]],
     *,
-    n_kinds: int = 1,
     product: torch.dtype | None = None,
 ) -> list[Products]:
     """Return what `pick` returns for all of xc, a few rows of it at a time on each core."""
@@ -148,19 +177,16 @@ def _in_chunks(
         spare.append(scratch)
         return found
 
-    parts = spread(chunk, -(-len(xc) // rows))
-    return [_joined([part[i] for part in parts], xc) for i in range(n_kinds)]
+    parts = spread(chunk, max(1, -(-len(xc) // rows)))
+    return [_joined(kind) for kind in zip(*parts, strict=True)]
 
 
-def _joined(parts: list[Products], like: Rows) -> Products:
+def _joined(parts: Sequence[Products]) -> Products:
     """Return the entries of consecutive chunks as those of one batch."""
-    start = torch.zeros(1, dtype=torch.int64, device=like.device)
-    if not parts:
-        return Products(start, start[:0], like.new_empty(0))
     counts = torch.cat([part.row_offsets.diff() for part in parts])
     candidates = [part.n_candidates for part in parts if part.n_candidates is not None]
     return Products(
-        row_offsets=torch.cat([start, counts.cumsum(0)]),
+        row_offsets=F.pad(counts.cumsum(0), (1, 0)),
         latent=torch.cat([part.latent for part in parts]),
         h=torch.cat([part.h for part in parts]),
         n_candidates=sum(candidates) if candidates else None,
@@ -169,24 +195,7 @@ def _joined(parts: list[Products], like: Rows) -> Products:
 
 def _above(h: Float[Tensor, "rows d_sae"], above: PerLatent) -> Products:
     mask = h > above
-    counts = mask.sum(1)
-    return Products(F.pad(counts.cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
-
-
-def _picked(loop: Callable[..., int], arguments: tuple[Any, ...], scratch: _Scratch) -> Products:
-    """Return what a loop writes, whose first argument is the products."""
-    offsets = np.zeros(len(arguments[0]) + 1, np.int64)
-    n = loop(*arguments, scratch.latent, scratch.value, offsets[1:])
-    return _first(n, offsets, scratch)
-
-
-def _first(
-    n: int, offsets: np.ndarray, scratch: _Scratch, n_candidates: int | None = None
-) -> Products:
-    """Return the first n entries of the scratch, in memory of their own."""
-    assert scratch.latent is not None
-    found = (offsets, scratch.latent[:n].copy(), scratch.value[:n].copy())
-    return Products(*map(torch.from_numpy, found), n_candidates=n_candidates)
+    return Products(F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.nonzero()[:, 1], h[mask])
 
 
 def numpy(tensor: Tensor) -> np.ndarray:
@@ -206,47 +215,50 @@ def encode_sparse(sae: SAE, x: Rows) -> SparseCodes:
     """
     sae.check_width(x)
     xc = sae.normalised(x).u - sae.b_dec
-    match sae:
-        case GatedSAE() | ReluSAE():
-            return codes_of(sae, xc, products_above(xc, *gates(sae)))
-        case JumpReluSAE():
-            offsets, latent, h, _ = products_above(xc, *thresholds(sae, below=0.0))
-            z = h + sae.b_enc.take(latent)
-            fires = z > sae.threshold.take(latent)
-            before = F.pad(fires.cumsum(0), (1, 0))
-            return SparseCodes(before.take(offsets), latent[fires], z[fires], z[fires])
-        case TopKSAE():
-            (kept,) = largest_products(xc, sae.W_enc, [(sae.b_enc, sae.k)])
-            return SparseCodes(kept.row_offsets, kept.latent, kept.h, kept.h)
-    raise TypeError(f"no codes are known for {type(sae).__name__}")
+    if isinstance(sae, TopKSAE):
+        (kept,) = largest_products(xc, sae.W_enc, [(sae.b_enc, sae.k)])
+        return SparseCodes(kept.row_offsets, kept.latent, kept.h, kept.h)
+    if not isinstance(sae, GatedSAE | ReluSAE | JumpReluSAE):
+        raise TypeError(f"no codes are known for {type(sae).__name__}")
+    codes = codes_of(sae, xc, products_above(xc, *gates(sae)))
+    if not isinstance(sae, JumpReluSAE):
+        return codes
+    offsets, latent, z, _ = codes
+    fires = z > sae.threshold.take(latent)
+    before = F.pad(fires.cumsum(0), (1, 0))
+    return SparseCodes(before.take(offsets), latent[fires], z[fires], z[fires])
 
 
 @torch.no_grad()
-def gates(sae: GatedSAE | ReluSAE) -> tuple[Encoder, PerLatent]:
-    """Return the encoder, and above what product each latent's gate is open."""
+def gates(
+    sae: GatedSAE | ReluSAE | JumpReluSAE, *, below: float = 0.0
+) -> tuple[Encoder, PerLatent]:
+    """Return the encoder, and above what product each latent's gate is open.
+
+    Of a JumpReLU SAE: above what product z may reach theta - below. None is left out by rounding;
+    a few just short of it are let in.
+    """
+    if isinstance(sae, JumpReluSAE):
+        theta, b = sae.threshold, sae.b_enc
+        # Here the sum h + b is compared with a number that is not 0, so that each side rounds.
+        rounding = 8 * torch.finfo(b.dtype).eps * (theta + below + b.abs())
+        return sae.W_enc, theta - below - b - rounding
     W, bias = (sae.W_gate, sae.b_gate) if isinstance(sae, GatedSAE) else (sae.W_enc, sae.b_enc)
     # h > -b exactly where the rounded sum h + b > 0, so products are read once, not written.
     return W, -bias
 
 
 @torch.no_grad()
-def thresholds(sae: JumpReluSAE, *, below: float) -> tuple[Encoder, PerLatent]:
-    """Return the encoder, and above what product z may reach theta - below.
+def codes_of(sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows, found: Products) -> SparseCodes:
+    """Return the codes of these products; of a JumpReLU SAE also those of z at most theta.
 
-    No product above it is left out by rounding; a few just short of theta - below are let in.
+    Their `gate` is z and their `magnitude` 0.
     """
-    theta, b = sae.threshold, sae.b_enc
-    # Here the sum h + b is compared with a number that is not 0, so that each side rounds.
-    rounding = 8 * torch.finfo(b.dtype).eps * (theta + below + b.abs())
-    return sae.W_enc, theta - below - b - rounding
-
-
-@torch.no_grad()
-def codes_of(sae: GatedSAE | ReluSAE, xc: Rows, found: Products) -> SparseCodes:
     offsets, latent, h, _ = found
-    if isinstance(sae, ReluSAE):
-        gate = h + sae.b_enc.take(latent)
-        return SparseCodes(offsets, latent, gate, gate)
+    if not isinstance(sae, GatedSAE):
+        z = h + sae.b_enc.take(latent)
+        f = z * (z > sae.threshold.take(latent)) if isinstance(sae, JumpReluSAE) else z
+        return SparseCodes(offsets, latent, gate=z, magnitude=f)
     gate = h + sae.b_gate.take(latent)
     if sae.W_mag is not None:
         h = (xc @ sae.W_mag)[SparseCodes(offsets, latent, h, h).rows(), latent]
@@ -280,51 +292,3 @@ def weighted_sums(
     return F.embedding_bag(
         index, dense, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
-
-
-class _Rounded(NamedTuple):
-    """The encoder, latent by latent: exact, rounded, and how far apart the two are."""
-
-    rows: Dictionary
-    half: Dictionary
-    off: PerLatent
-    length: PerLatent
-
-
-def _rounded(W: Encoder) -> _Rounded:
-    d_in, d_sae = W.shape
-    out = _Rounded(
-        rows=W.new_empty(d_sae, d_in),
-        half=torch.empty(d_sae, d_in, dtype=torch.bfloat16),
-        off=W.new_empty(d_sae),
-        length=W.new_empty(d_sae),
-    )
-    rows = out.rows.numpy()
-    half = out.half.view(torch.uint16).numpy()
-    arrays = (W.numpy(), rows, rows.view(np.uint32), half, out.off.numpy(), out.length.numpy())
-    over_rows(d_sae, lambda first, last: loops.round_columns(first, last, *arrays))
-    return out
-
-
-def _screen(
-    part: Float[Tensor, "rows d_in"], rounded: _Rounded, above: np.ndarray, scratch: _Scratch
-) -> Products:
-    half = part.bfloat16()
-    lengths = torch.linalg.vector_norm(part, dim=1)
-    # Each of d_in additions in float32 rounds by at most 2^-24 of |x| |w|; twice that is ample.
-    rounding = part.shape[1] * 2**-23 * lengths
-    off = torch.linalg.vector_norm(part - half.float(), dim=1) + rounding
-    h = torch.mm(half, rounded.half.T, out=scratch.h[: len(part)])
-    latent, value = scratch.latent, scratch.value
-    offsets = np.zeros(len(part) + 1, np.int64)
-    n_candidates = loops.pick_candidates(
-        h.view(torch.uint16).numpy(),
-        above,
-        *(each.numpy() for each in (lengths, off, rounded.off, rounded.length)),
-        latent,
-        offsets[1:],
-    )
-    x, W = part.numpy(), rounded.rows.numpy()
-    loops.dot_rows(0, len(part), offsets, latent, x, W, value)
-    n = loops.keep_above(offsets[1:], latent, value, above)
-    return _first(n, offsets, scratch, n_candidates)

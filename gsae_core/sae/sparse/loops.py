@@ -162,13 +162,6 @@ def dot_entries_with_both(first, last, latent, W, row, other, out, aux):
 
 
 @compiled
-def dot_rows(first, last, offsets, latent, x, W, out):
-    """Write <x_t, W_i> for every entry (t, i) of rows first to last - 1: the sampled product."""
-    for t in range(first, last):
-        dot_entries(offsets[t], offsets[t + 1], latent, W, x[t], out)
-
-
-@compiled
 def decode_rows(
     first, last, offsets, latent, m, g, W, b, x, scale, two, error, aux_error, dm, dg, sums
 ):
@@ -440,11 +433,12 @@ def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, en
 
 
 @compiled
-def keep_above(ends, latent, value, above):
-    """Drop, in place, entries not above their latent's threshold; return how many are left."""
+def keep_above(x, W, above, latent, value, ends):
+    """Write the products of entries, drop those not above their latent's; return how many stay."""
     n = start = 0
     for t in range(ends.shape[0]):
         end = ends[t]
+        dot_entries(start, end, latent, W, x[t], value)
         for e in range(start, end):
             i, v = latent[e], value[e]
             if v > above[i]:

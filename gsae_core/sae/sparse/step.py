@@ -37,7 +37,6 @@ from gsae_core.sae.sparse.codes import (
     largest_products,
     numpy,
     products_above,
-    thresholds,
 )
 from gsae_core.sae.sparse.dense import (
     StepSums,
@@ -109,15 +108,9 @@ class Loops:
 
         There `gate` is z, and the magnitude of what does not fire is 0.
         """
-        if isinstance(sae, JumpReluSAE):
-            bounds = thresholds(sae, below=sae.eps / 2)
-            found = products_above(xc, *bounds, screened=self._screened)
-            z = found.h + sae.b_enc.take(found.latent)
-            fires = z > sae.threshold.take(found.latent)
-            codes = SparseCodes(found.row_offsets, found.latent, gate=z, magnitude=z * fires)
-        else:
-            found = products_above(xc, *gates(sae), screened=self._screened)
-            codes = codes_of(sae, xc, found)
+        below = sae.eps / 2 if isinstance(sae, JumpReluSAE) else 0.0
+        found = products_above(xc, *gates(sae, below=below), screened=self._screened)
+        codes = codes_of(sae, xc, found)
         n_entries = torch.tensor(codes.latent.numel())
         return Active(codes, by_latent(codes, sae.d_sae), n_entries, found.n_candidates)
 
@@ -229,61 +222,33 @@ def per_latent(entries: ByLatent, value: PerEntry | Bool[Tensor, " nnz"]) -> Per
 def take_step(
     sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None, engine: Loops
 ) -> StepResult:
-    """Return `sparse_step`'s result by this engine, for a contiguous x; nothing is checked."""
-    match sae:
-        case GatedSAE() | ReluSAE():
-            return _gated_step(sae, x, sparsity_coeff / len(x), engine)
-        case JumpReluSAE():
-            return _jumprelu_step(sae, x, sparsity_coeff / len(x), engine)
-        case TopKSAE():
-            return _topk_step(sae, x, dead, engine)
+    """Return `sparse_step`'s result by this engine, for a contiguous x; nothing is checked.
 
-
-def _gated_step(sae: GatedSAE | ReluSAE, x: Rows, l1_slope: float, engine: Loops) -> StepResult:
-    """Take the step of `losses.gated_loss` or `losses.relu_loss`."""
-    xc = x - sae.b_dec
+    With df_i = <2e/B, W_dec_i> and e = x_hat - x, a threshold's gradient is, summed over the batch,
+    -(theta df + lambda / B) / eps where |z - theta| < eps / 2. For all else see `StepSums`.
+    """
+    if isinstance(sae, TopKSAE):
+        return _topk_step(sae, x, dead, engine)
+    xc, slope = x - sae.b_dec, sparsity_coeff / len(x)
     active = engine.active(sae, xc)
     decoded = engine.decode(sae, active.codes, x)
-    sums = engine.sums(sae, active, decoded, xc, l1_slope)
-    leave_gradients(sae, sums, l1_slope)
-    assert sums.gate is not None
-    parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER),
-        sparsity=l1_term(sae, sums.gate, l1_slope),
-        auxiliary=decoded.mean(AUX_ERROR_POWER),
-    )
+    if isinstance(sae, JumpReluSAE):
+        df, n_near = engine.windows(sae, active, decoded.mag_slope)
+        sae.threshold.grad = (sae.threshold * df + slope * n_near) / -sae.eps
+        sums = engine.sums(sae, active, decoded, xc)
+        sparsity = slope * sums.fired.sum().to(x.dtype)
+    else:
+        sums = engine.sums(sae, active, decoded, xc, slope)
+        assert sums.gate is not None
+        sparsity = l1_term(sae, sums.gate, slope)
+    leave_gradients(sae, sums, slope)
+    parts = LossParts(decoded.mean(ERROR_POWER), sparsity, decoded.mean(AUX_ERROR_POWER))
     stats = stats_from_rows(
         x_sum=engine.column_sums(x),
         row_sums=decoded.row_sums,
         aux=decoded.aux_slope is not None,
         fired=sums.fired,
         gate_open=sums.gate_open if isinstance(sae, GatedSAE) else None,
-    )
-    return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
-
-
-def _jumprelu_step(sae: JumpReluSAE, x: Rows, l0_slope: float, engine: Loops) -> StepResult:
-    """Take the step of `losses.jumprelu_loss`.
-
-    With e = x_hat - x and df_i = <2e/B, W_dec_i>, sums over the batch:
-
-        dz     = df where z > theta                         to W_enc and b_enc
-        dtheta = -(theta df + lambda / B) / eps where |z - theta| < eps / 2
-    """
-    xc = x - sae.b_dec
-    active = engine.active(sae, xc)
-    decoded = engine.decode(sae, active.codes, x)
-    slope, n_near = engine.windows(sae, active, decoded.mag_slope)
-    sae.threshold.grad = (sae.threshold * slope + l0_slope * n_near) / -sae.eps
-    sums = engine.sums(sae, active, decoded, xc)
-    leave_gradients(sae, sums)
-    parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER),
-        sparsity=l0_slope * sums.fired.sum().to(x.dtype),
-        auxiliary=x.new_zeros(()),
-    )
-    stats = stats_from_rows(
-        x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=sums.fired
     )
     return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
@@ -317,9 +282,7 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
     # What the dead latents are to explain is a constant: it moves b_dec through xc alone.
     sums.error = decoded.error.sum(0)
     leave_gradients(sae, sums)
-    parts = LossParts(
-        reconstruction=decoded.mean(ERROR_POWER), sparsity=x.new_zeros(()), auxiliary=auxiliary
-    )
+    parts = LossParts(decoded.mean(ERROR_POWER), x.new_zeros(()), auxiliary)
     # Those of the batch's own rows.
     fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
     stats = stats_from_rows(x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=fired)
