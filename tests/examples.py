@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
+from gsae_core.sae.losses import LossParts, forward
 from gsae_core.sae.metrics import BatchStats, stats_from_counts
 
 
@@ -92,6 +93,11 @@ def batch_stats(
         power = f.square().sum(0, dtype=torch.float64) * W_dec.square().sum(1)
         cross = (f * ((x - x_hat) @ W_dec.T)).sum(0, dtype=torch.float64)
     return stats._replace(latent_power=power, latent_aligned=power + cross)
+
+
+def loss(sae: SAE, x: Tensor, **settings: Any) -> LossParts:
+    """Return the terms of the loss by autograd, with their graph."""
+    return forward(sae, x, **settings).loss
 
 
 class Largest(TorchDispatchMode):

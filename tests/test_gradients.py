@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from examples import numbers, random_gated, random_relu
+from examples import loss, numbers, random_gated, random_relu
 from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import Aux
-from gsae_core.sae.losses import loss
 
 TERMS = ["reconstruction", "sparsity", "auxiliary"]
 

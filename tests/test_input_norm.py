@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from examples import batch_stats, numbers, perturb_, set_
+from examples import batch_stats, loss, numbers, perturb_, set_
 from index_cases import D_IN, D_SAE, KINDS, built, some_sae
 from refusals import refusal
 from torch import Tensor
@@ -27,7 +27,7 @@ from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.ablations import pursue, rescale_and_shift
 from gsae_core.sae.architectures import GatedSAE, ReluSAE, TopKSAE, fold_scale_
 from gsae_core.sae.base import EPS, SAE, InputNorm, normalised
-from gsae_core.sae.losses import dense_step, loss
+from gsae_core.sae.losses import dense_step
 from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import encode_sparse
 from gsae_core.sae.sparse.dense import manual_dense_step

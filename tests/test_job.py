@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import loss
 from refusals import refusal
 from tiny_runs import N_STEPS, finish, tiny_config, write_text
 
@@ -19,7 +20,6 @@ from gsae_core.runs.plan.cost import check_memory, memory_parts, n_parameters, r
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.train import evaluate_run, log_every, train_run
 from gsae_core.sae.architectures import build_sae, fold_scale_
-from gsae_core.sae.losses import loss
 from gsae_core.text import Progress
 from gsae_core.training.optimizer import sparsity_in_training_units
 

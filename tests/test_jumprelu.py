@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples import numbers, perturb_, set_
+from examples import loss, numbers, perturb_, set_
 from refusals import refusal
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from gsae_core.presets import preset
 from gsae_core.runs.work.setup import load_lm, load_text
 from gsae_core.sae.architectures import JumpReluSAE, fold_scale_
 from gsae_core.sae.jumprelu import jump, step
-from gsae_core.sae.losses import dense_step, loss
+from gsae_core.sae.losses import dense_step
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training import TrainConfig, Trainer, train
 from gsae_core.training.optimizer import DictionaryAdam

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from examples import batch_stats, numbers, random_gated, random_relu, set_, worked_example
+from examples import batch_stats, loss, numbers, random_gated, random_relu, set_, worked_example
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.losses import LossParts, dense_step, loss
+from gsae_core.sae.losses import LossParts, dense_step
 
 
 def values(parts: LossParts) -> list[float]:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from examples import numbers, perturb_, set_
+from examples import loss, numbers, perturb_, set_
 from refusals import refusal
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import TopKSAE, fold_scale_
-from gsae_core.sae.losses import dense_step, loss
+from gsae_core.sae.losses import dense_step
 
 X = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
 

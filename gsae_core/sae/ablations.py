@@ -11,26 +11,13 @@ from torch.nn import functional as F
 
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.base import SAE, Dictionary, Scalar
-from gsae_core.sae.losses import loss
-
-
-def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
-    """Return at most `k` non-negative latents a token for the SAE's dictionary, to be decoded.
-
-    Of an SAE with `input_norm` they are chosen for u and decode to u_hat.
-
-    Raises:
-        InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
-    """
-    return gradient_pursuit(sae.normalised(x).u, sae.W_dec, sae.b_dec, k=k)
+from gsae_core.sae.base import SAE, Scalar
+from gsae_core.sae.losses import forward
 
 
 @torch.no_grad()
-def gradient_pursuit(
-    x: Float[Tensor, "batch width"], W_dec: Dictionary, b_dec: Float[Tensor, " d_in"], *, k: int
-) -> Float[Tensor, "batch d_sae"]:
-    """Return alpha >= 0 with few entries and a small |x - alpha @ W_dec - b_dec|^2.
+def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
+    """Return alpha >= 0 with few entries and a small |x - sae.decode(alpha)|^2.
 
     Gradient pursuit (Blumensath & Davies 2008) kept non-negative, as arXiv:2404.16014v2,
     Appendix A. Each of `k` rounds takes one direction more and then one step, of the length that
@@ -42,35 +29,26 @@ def gradient_pursuit(
         c     = g @ W_dec
         alpha = relu(alpha + (c . r) / (c . c) * g)
 
-    A round may take a direction again, or take one and leave it at 0, so that alpha has at most
-    `k` entries and sometimes fewer. The problem itself is NP-hard; this is a greedy answer. Rounds
-    cost three matrix products each, and a few matrices of shape (batch, d_sae) exist at once.
-
-    Args:
-        x: activations, in the units of the dictionary.
-        W_dec: directions. They compete by their unit vectors, so that alpha @ W_dec does not
-            depend on their norms; a row of zeros is never used.
-        b_dec: taken from `x` first.
-        k: rounds, and the largest number of entries a token can have.
+    A round may take a direction again, or leave one at 0, so that alpha has at most `k` entries a
+    token. Rounds cost three matrix products each, and a few matrices of shape (batch, d_sae) exist
+    at once. Directions compete by their unit vectors: what is decoded does not depend on their
+    norms, and a row of zeros is never used. Of an SAE with `input_norm`, alpha decodes to u_hat.
 
     Raises:
         InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
     """
-    d_sae, d_in = W_dec.shape
-    if not 1 <= k <= d_sae:
+    sae.check_width(x)
+    if not 1 <= k <= sae.d_sae:
         raise InputError(
-            f"expected k from 1 to d_sae={d_sae}, got {k}; k is how many latents a token may use"
+            f"expected k from 1 to d_sae={sae.d_sae}, got {k}; k is how many latents a token may "
+            "use"
         )
-    if x.shape[-1] != d_in:
-        raise InputError(
-            f"expected activations of width d_in={d_in}, got shape {tuple(x.shape)}; "
-            "was this dictionary trained on another model or site?"
-        )
+    W_dec = sae.W_dec
     tiny = torch.finfo(W_dec.dtype).tiny  # A row of zeros stays one instead of becoming NaN.
     norms = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(tiny)
     units = F.normalize(W_dec, dim=1, eps=tiny)
-    xc = x - b_dec
-    alpha = xc.new_zeros(len(xc), d_sae)
+    xc = sae.normalised(x).u - sae.b_dec
+    alpha = xc.new_zeros(len(xc), sae.d_sae)
     taken = torch.zeros_like(alpha, dtype=torch.bool)
     for _ in range(k):
         r = xc - alpha @ units
@@ -140,6 +118,6 @@ def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Scalar:
             f"{', '.join(learning) or 'nothing'} does; make it with rescale_and_shift(baseline)"
         )
     sae.zero_grad(set_to_none=True)
-    reconstruction = loss(sae, x, sparsity_coeff=0.0).reconstruction
+    reconstruction = forward(sae, x, sparsity_coeff=0.0).loss.reconstruction
     reconstruction.backward()
     return reconstruction.detach()

@@ -138,8 +138,8 @@ def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
     return Forward(parts, f, x_hat, n_spare=n_spare)
 
 
-def loss(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> LossParts:
-    """Return the terms of the loss of this SAE's architecture and recipe.
+def forward(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> Forward:
+    """Return the loss of this SAE's architecture and recipe.
 
     Args:
         sae: of any architecture.
@@ -150,30 +150,6 @@ def loss(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None
     Raises:
         InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
     """
-    return _forward(sae, x, sparsity_coeff, dead).loss
-
-
-def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None) -> StepResult:
-    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
-
-    Returned tensors carry no graph, and the parameters stay as they are. Arguments and errors are
-    those of `loss`.
-    """
-    sae.zero_grad(set_to_none=True)
-    out = _forward(sae, x, sparsity_coeff, dead)
-    out.loss.total.backward()
-    stats = stats_from_counts(
-        x=x,
-        x_hat=out.x_hat,
-        x_hat_gate=out.x_hat_aux,
-        fired=(out.f > 0).sum(0),
-        gate_open=None if out.pi_gate is None else (out.pi_gate > 0).sum(0),
-    )
-    terms = LossParts(*(term.detach() for term in out.loss))
-    return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)
-
-
-def _forward(sae: SAE, x: Inputs, sparsity_coeff: float, dead: Mask | None) -> Forward:
     sae.check_trains()
     match sae:
         case GatedSAE():
@@ -185,6 +161,25 @@ def _forward(sae: SAE, x: Inputs, sparsity_coeff: float, dead: Mask | None) -> F
         case TopKSAE():
             return topk_loss(sae, x, dead)
     raise TypeError(f"no loss is known for {type(sae).__name__}")
+
+
+def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None) -> StepResult:
+    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
+
+    Returned tensors carry no graph. Arguments and errors are those of `forward`.
+    """
+    sae.zero_grad(set_to_none=True)
+    out = forward(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
+    out.loss.total.backward()
+    stats = stats_from_counts(
+        x=x,
+        x_hat=out.x_hat,
+        x_hat_gate=out.x_hat_aux,
+        fired=(out.f > 0).sum(0),
+        gate_open=None if out.pi_gate is None else (out.pi_gate > 0).sum(0),
+    )
+    terms = LossParts(*(term.detach() for term in out.loss))
+    return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)
 
 
 def squared_error(x: Inputs, x_hat: Inputs) -> Scalar:
