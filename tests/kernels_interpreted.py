@@ -18,8 +18,14 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.gpu import step as kernels
-from gsae_core.sae.gpu.launch import Kernels, LaunchError, launch
-from gsae_core.sae.gpu.step import available, capacity_for, kernel_step
+from gsae_core.sae.gpu.step import (
+    Kernels,
+    LaunchError,
+    available,
+    capacity_for,
+    kernel_step,
+    launch,
+)
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.training import TrainConfig, Trainer, step_choice
@@ -111,7 +117,7 @@ def test_ranks_and_dead_latents_equal_the_dense_step(k: int, dead: Any) -> None:
 def test_ranks_of_several_blocks_of_rows_equal_the_dense_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gsae_core.sae.gpu.launch.PRODUCTS_AT_ONCE", 27)
+    monkeypatch.setattr("gsae_core.sae.gpu.step.PRODUCTS_AT_ONCE", 27)
     assert_equals_dense(random_sae("topk", 5, 9, k=2).float(), numbers(7, 5))
 
 

@@ -9,8 +9,7 @@ from test_sparse import OBJECTIVES, random_sae, taken
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE
-from gsae_core.sae.gpu.launch import Kernels
-from gsae_core.sae.gpu.step import capacity_for, kernel_step
+from gsae_core.sae.gpu.step import Kernels, capacity_for, kernel_step
 from gsae_core.sae.losses import StepResult, dense_step
 
 pytestmark = pytest.mark.gpu

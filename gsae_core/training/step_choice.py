@@ -9,7 +9,7 @@ import torch
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, TopKSAE, has_fast_step
 from gsae_core.sae.base import SAE, Mask, Rows
 from gsae_core.sae.gpu import step as kernels
-from gsae_core.sae.gpu.launch import LaunchError
+from gsae_core.sae.gpu.step import LaunchError
 from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step

@@ -85,10 +85,8 @@ def encode_tiles(
 
     begin += tl.cumsum(per_row, 0) - per_row
     none = tl.zeros_like(per_row)
-    _append(product, local, low, open_low, begin, none, column, capacity, ROWS, LATENTS)
-    _append(
-        product, local, high, open_high, begin, per_row_low, column + HALF, capacity, ROWS, LATENTS
-    )
+    _append(product, local, low, open_low, begin, none, column, capacity)
+    _append(product, local, high, open_high, begin, per_row_low, column + HALF, capacity)
 
 
 @triton.jit
@@ -101,18 +99,9 @@ def _opened(h, bias, t, i, n_rows, d_sae):
 
 @triton.jit
 @no_type_check
-def _append(
-    product,
-    local,
-    h,
-    opened,
-    begin,
-    before,
-    column,
-    capacity,
-    ROWS: tl.constexpr,
-    LATENTS: tl.constexpr,
-):
+def _append(product, local, h, opened, begin, before, column, capacity):
+    ROWS: tl.constexpr = h.shape[0]
+    LATENTS: tl.constexpr = 2 * h.shape[1]
     rank = before[:, None] + tl.cumsum(opened, 1) - opened
     slot = begin[:, None] + rank
     # Rank within the tile's row, row and latent within the tile: at most 8 bits each, in one word.
@@ -286,13 +275,13 @@ def sum_latents(
     xc,
     error,
     error_aux,
-    latent_offsets,
-    row_by_latent,
-    place_by_latent,
-    gate,
-    magnitude,
     slope,
     slope_aux,
+    latent_offsets,
+    place_by_latent,
+    row_by_latent,
+    gate,
+    magnitude,
     gain,
     l1_weight,
     W_dec_sum,
@@ -366,15 +355,7 @@ def sum_latents(
 @triton.jit
 @no_type_check
 def sum_windows(
-    latent_offsets,
-    place_by_latent,
-    gate,
-    slope,
-    theta,
-    slope_sum,
-    n_near,
-    half,
-    ENTRIES: tl.constexpr,
+    latent_offsets, place_by_latent, gate, slope, theta, sums, half, ENTRIES: tl.constexpr
 ):
     """Sum over one latent's entries within `half` of its threshold: the slope, and how many."""
     i = tl.program_id(0).to(tl.int64)
@@ -391,5 +372,5 @@ def sum_windows(
         near = live & (tl.abs(z - threshold) < half)
         slope_part += tl.load(slope + place, mask=near, other=0.0)
         near_part += near.to(tl.float32)
-    tl.store(slope_sum + i, tl.sum(slope_part, 0))
-    tl.store(n_near + i, tl.sum(near_part, 0))
+    tl.store(sums + i, tl.sum(slope_part, 0))
+    tl.store(sums + tl.num_programs(0) + i, tl.sum(near_part, 0))

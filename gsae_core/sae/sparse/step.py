@@ -3,7 +3,7 @@
 f, relu(pi_gate) and the gradients at both pre-activations are zero wherever pi_gate <= 0, so after
 one dense product for the encoder all else costs O(active entries * d_in), and no matrix of
 batch x d_sae ever exists. A JumpReLU SAE's thresholds and a TopK SAE's ranks decide as gates do.
-Each architecture's step is written once, on top of the `Loops` of a CPU or `gpu.launch.Kernels`.
+Each architecture's step is written once, on top of the `Loops` of a CPU or `gpu.step.Kernels`.
 """
 
 from typing import NamedTuple
