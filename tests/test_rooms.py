@@ -18,7 +18,7 @@ LINES = {
     "cli": 1510,
     "app": 5040,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 125, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 124, 20, 80
 
 
 def modules(room: str) -> list[Path]:

@@ -28,7 +28,6 @@ from gsae_core.sae.sparse.codes import (
     gates,
     numpy,
     products_above,
-    thresholds,
 )
 from gsae_core.threads import over_rows
 
@@ -146,9 +145,7 @@ def _chooser(sae: SAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Cho
     rules = rules_of(sae)
     gated = not isinstance(sae, JumpReluSAE)
     # Every open gate counts, also one that opens onto no magnitude.
-    bound = (
-        torch.minimum(rules.edge + band, rules.opens) if gated else thresholds(sae, below=-band)[1]
-    )
+    bound = torch.minimum(rules.edge + band, rules.opens) if gated else gates(sae, below=-band)[1]
     untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
     compiled = band.is_cpu and band.dtype in (torch.float32, torch.float64) and untied is None
 

@@ -231,7 +231,7 @@ def encode_sparse(sae: SAE, x: Rows) -> SparseCodes:
 
 @torch.no_grad()
 def gates(
-    sae: GatedSAE | ReluSAE | JumpReluSAE, *, below: float = 0.0
+    sae: GatedSAE | ReluSAE | JumpReluSAE, *, below: float | PerLatent = 0.0
 ) -> tuple[Encoder, PerLatent]:
     """Return the encoder, and above what product each latent's gate is open.
 
