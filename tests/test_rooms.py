@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1870,
-    "sae": 3650,
+    "sae": 3440,
     "lm": 3750,
-    "training": 1090,
+    "training": 1070,
     "checkpoints": 2720,
     "analysis": 4920,
     "plots": 1350,
