@@ -21,10 +21,11 @@ from gsae_core.app.train_form import (
 from gsae_core.app.train_view import (
     advanced,
     bar,
-    budget,
     computing,
+    field,
     in_cache,
     plan,
+    row,
     schedule_rows,
     side_by_side,
     token_lines,
@@ -275,7 +276,8 @@ with left:
         what(given, about)
     with st.container(border=True):
         st.markdown("**3 · Data and budget**")
-        budget(given)
+        field("data", given, placeholder="stdlib, a path, or a data set on the Hub")
+        row(("tokens", "batch_size", "lr"), given)
         lines = st.container()
     with st.container(border=True):
         st.markdown("**4 · Machine**")

@@ -6,7 +6,7 @@ import streamlit as st
 from gsae_core.app import parts as address
 from gsae_core.app import shell
 from gsae_core.app.controls import controls
-from gsae_core.app.glossary import definition
+from gsae_core.app.glossary import definition, title
 from gsae_core.app.live_view import (
     CANCEL_STAGES,
     draw_numbers,
@@ -14,7 +14,6 @@ from gsae_core.app.live_view import (
     draw_samples,
     draw_timeline,
     draw_trouble,
-    explain_numbers,
     latest_values,
 )
 from gsae_core.app.parts import (
@@ -290,6 +289,7 @@ moving = any(frame.statuses[one.id].state in MOVING for one in shown if one.id i
 paused = st.session_state.get("live.pause")
 curves = st.container()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
-    explain_numbers()
+    for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
+        plain(f"{title(term)}: {definition(term)}")
 with curves:
     st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)

@@ -1,6 +1,7 @@
 """What pages read from run folders, kept until the file behind it changes.
 
 A page runs from its first line at every click; 200 runs must not mean 200 folders read each time.
+What cannot be read raises InputError, as where it is read.
 """
 
 import logging
@@ -180,7 +181,7 @@ def language_model(run: Run) -> Loaded:
     """Return the language model a run's SAEs are for; at most two are kept.
 
     Raises:
-        InputError: if it is gone, cannot be loaded or does not fit in memory.
+        InputError: if it does not fit in memory.
     """
     # Two threads that import packages with cycles, as torch and transformers are, may each find
     # the other's modules half made: so this one waits.
@@ -207,11 +208,7 @@ def language_model(run: Run) -> Loaded:
 
 
 def prompt(run: Run, text: str) -> "Prompt":
-    """Return a text as the tokens of a run's model, with BOS where the run had one.
-
-    Raises:
-        InputError: if there is no text, or too much of it, or the model cannot be loaded.
-    """
+    """Return a text as the tokens of a run's model, with BOS where the run had one."""
     model = language_model(run).model
     from gsae_core.analysis.prompt import read_prompt
 
@@ -220,11 +217,7 @@ def prompt(run: Run, text: str) -> "Prompt":
 
 @st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=until_changed(WEIGHTS))
 def sae(run: Run, name: str) -> "SAE":
-    """Return a finished SAE of a run, on its model's device.
-
-    Raises:
-        InputError: if its files are missing or damaged, or it is for another hook point.
-    """
+    """Return a finished SAE of a run, on its model's device."""
     model, hook = language_model(run).model, run.config.model
     from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.sae.base import check_width
@@ -237,11 +230,7 @@ def sae(run: Run, name: str) -> "SAE":
 
 @st.cache_resource(max_entries=32, show_spinner=False, hash_funcs=until_changed(WEIGHTS, INDEX))
 def scales(run: Run, name: str) -> "Scales":
-    """Return the scale of each feature of an SAE: from its index, or from held-out tokens.
-
-    Raises:
-        InputError: if the model, the SAE or the text cannot be read.
-    """
+    """Return the scale of each feature of an SAE: from its index, or from held-out tokens."""
     found = sae(run, name)
     from gsae_core.analysis.steering import scales_of, scales_of_index
 

@@ -7,14 +7,12 @@ from typing import Any
 import streamlit as st
 
 from gsae_core.analysis.features.export import Row, strips
-from gsae_core.app.glossary import definition, title
 from gsae_core.app.parts import (
     PAGE_TEMPLATE,
     figure_tools,
     job_share,
     job_trouble,
     notice,
-    plain,
     since,
 )
 from gsae_core.errors import InputError
@@ -83,37 +81,38 @@ def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) ->
 
 def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> None:
     """Show how far and how fast."""
-    cells = st.columns(5 if moving else 4)
-    cells[0].metric(
-        "Tokens seen", count(tokens), help="Activation vectors trained on, BOS left out."
-    )
-    cells[1].metric(
-        "Recent speed",
-        "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s",
-        help=f"Tokens a second over the last {RECENT} logged steps, BOS left out. The line that "
-        "the terminal prints at the end has the average over the whole run.",
-    )
-    cells[2].metric(
-        "Time in language model",
-        "–" if now.lm_share is None else percent(now.lm_share, 0),
-        help="Share of training time spent in the language model. The SAEs' steps took "
-        f"{percent(now.sae_share, 0)}; files, logs and samples of features took the rest.",
-    )
-    last = since(status.heartbeat)
-    if not moving:
-        cells[3].metric("Ended", last, help="When the training process last wrote its status.")
-        return
+    speed = "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s"
     left = now.seconds_left if status.stage != "evaluating" else None
-    cells[3].metric(
-        "Time left",
-        "–" if left is None else duration(left),
-        help="Training steps left at this speed; evaluation comes after.",
-    )
-    cells[4].metric(
-        "Last update",
-        last.removesuffix(" ago"),  # in a narrow window there is no room for it
-        help="How long ago the training process last wrote its status.",
-    )
+    last = since(status.heartbeat)
+    numbers = [
+        ("Tokens seen", count(tokens), "Activation vectors trained on, BOS left out."),
+        (
+            "Recent speed",
+            speed,
+            f"Tokens a second over the last {RECENT} logged steps, BOS left out. The line that "
+            "the terminal prints at the end has the average over the whole run.",
+        ),
+        (
+            "Time in language model",
+            percent(now.lm_share, 0),
+            "Share of training time spent in the language model. The SAEs' steps took "
+            f"{percent(now.sae_share, 0)}; files, logs and samples of features took the rest.",
+        ),
+        (
+            "Time left",
+            "–" if left is None else duration(left),
+            "Training steps left at this speed; evaluation comes after.",
+        ),
+        (
+            "Last update",
+            last.removesuffix(" ago"),  # in a narrow window there is no room for it
+            "How long ago the training process last wrote its status.",
+        ),
+    ]
+    if not moving:
+        numbers[3:] = [("Ended", last, "When the training process last wrote its status.")]
+    for cell, (label, value, about) in zip(st.columns(len(numbers)), numbers, strict=True):
+        cell.metric(label, value, help=about)
 
 
 def draw_trouble(run: Run, status: Status) -> None:
@@ -183,12 +182,6 @@ def _sample_table(latents: Sequence[Mapping[str, Any]]) -> Any:
             for example in latent["examples"]
         ]
     )
-
-
-def explain_numbers() -> None:
-    """Show what each number of the page means."""
-    for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
-        plain(f"{title(term)}: {definition(term)}")
 
 
 def latest_values(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 A field is a flag of `train`. It shows the preset's value until it is changed, and only what was
 changed becomes a flag. So the page, the command line that it shows and the run are always the same.
+What cannot be read raises InputError, which calls the field by its label.
 """
 
 import functools
@@ -188,9 +189,6 @@ def to_flags(values: Values, base: Base) -> Train:
 
     Where a field of the base was emptied, or the base has no runs at this place, every setting is
     spelt out and the base's name is dropped: no flag could take its setting back.
-
-    Raises:
-        InputError: if a field cannot be read; it is named by its label.
     """
     wanted = _parsed(values)
     covered = covers(base, wanted["layer"], wanted["site"])
@@ -258,11 +256,7 @@ def _read(field: Field, value: Any) -> Any:
 
 
 def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
-    """Return `n` values from `low` to `high` in equal ratios, to three significant digits.
-
-    Raises:
-        InputError: if there are no such values, or rounding makes two of them one.
-    """
+    """Return `n` values from `low` to `high` in equal ratios, to three significant digits."""
     if not 0 < low < high or not math.isfinite(high):
         raise InputError(
             f"expected two numbers above 0, the smaller first, got {low:g} and {high:g}"
@@ -312,11 +306,7 @@ run.evals()'''
 
 
 def numbers(text: str, field: str) -> tuple[float, ...]:
-    """Return the numbers in a text field, separated by spaces, commas or semicolons.
-
-    Raises:
-        InputError: if a word is no number, or there is none.
-    """
+    """Return the numbers in a text field, separated by spaces, commas or semicolons."""
     words = re.split(r"[\s,;]+", text.strip())
     try:
         return tuple(float(word) for word in words)
@@ -326,11 +316,7 @@ def numbers(text: str, field: str) -> tuple[float, ...]:
 
 
 def whole(text: str, field: str) -> int:
-    """Return the whole number in a text field; 2e6, 2 M, 2_000_000 and 2,000,000 are all read.
-
-    Raises:
-        InputError: if it is no whole number.
-    """
+    """Return the whole number in a text field; 2e6, 2 M, 2_000_000 and 2,000,000 are all read."""
     try:
         digits = re.sub(r"[\s,_]", "", text)
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(digits[-1:].lower())

@@ -92,8 +92,8 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
         st.caption(f"Layer {state['layer']} was set to {last}: the model has {last + 1} blocks.")
         state["layer"] = last
     default = given["layer"] if last is None else min(given["layer"], last)
-    layer_help = "Block number, from 0."
-    one.number_input("Layer", 0, last, default, 1, key="layer", bind=BIND, help=layer_help)
+    about_layer = FIELDS["layer"].help
+    one.number_input("Layer", 0, last, default, 1, key="layer", bind=BIND, help=about_layer)
     site = SITES.index(given["site"])
     two.selectbox("Site", SITES, site, key="site", bind=BIND, help=FIELDS["site"].help)
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
@@ -201,23 +201,16 @@ def spacing(knob: str) -> None:
             notice(error)
 
 
-def budget(given: Values) -> None:
-    """Draw the text, how much of it, and how fast to learn from it."""
-    field("data", given, placeholder="stdlib, a path, or a data set on the Hub")
-    one, two, three = st.columns(3)
-    with one:
-        field("tokens", given)
-    with two:
-        field("batch_size", given)
-    with three:
-        field("lr", given)
+def row(flags: Sequence[str], given: Values, *, n_columns: int = 3) -> None:
+    """Draw fields beside each other."""
+    for column, flag in zip(st.columns(n_columns), flags, strict=False):
+        with column:
+            field(flag, given)
 
 
 def computing(given: Values) -> None:
     """Draw what it is computed with, and what an hour of that costs."""
-    for column, flag in zip(st.columns(3), ("dtype", "device", "seed"), strict=True):
-        with column:
-            field(flag, given)
+    row(("dtype", "device", "seed"), given)
     st.number_input(
         "Price per hour",
         0.0,
@@ -250,11 +243,9 @@ def advanced(given: Values, asked: Container[str]) -> None:
             return
         switches = [flag for flag in rest if FIELDS[flag].kind is bool]
         fields = [flag for flag in rest if flag not in switches]
-        rows = [fields[start : start + 3] for start in range(0, len(fields), 3)]
-        for row, n_columns in [*((row, 3) for row in rows), (switches, 2)]:  # their names are long
-            for column, flag in zip(st.columns(n_columns), row, strict=False):
-                with column:
-                    field(flag, given)
+        for start in range(0, len(fields), 3):
+            row(fields[start : start + 3], given)
+        row(switches, given, n_columns=2)  # their names are long
 
 
 # Shares of a bar, told apart by lightness as well as hue; Okabe-Ito.
