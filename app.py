@@ -25,8 +25,8 @@ frame = shell.page(
 def actions() -> None:
     """Draw the three ways to begin: train, fetch, look."""
     quick = preset("quick")
-    finished = [r for r in frame.runs if r.id in frame.statuses]
-    finished = [r for r in finished if frame.statuses[r.id].state == "finished"]
+    states = {name: status.state for name, status in frame.statuses.items()}
+    finished = [run for run in frame.runs if states.get(run.id) == "finished"]
     cells = [
         # As high as the highest, with the buttons on one line.
         cell.container(border=True, height="stretch", vertical_alignment="distribute")

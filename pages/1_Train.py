@@ -1,7 +1,6 @@
 """Train: choose a model, a hook point and a sweep; see what it takes; start it."""
 
 import secrets
-from pathlib import Path
 
 import streamlit as st
 
@@ -53,7 +52,7 @@ from gsae_core.runs.plan.cost import (
     pace,
     preflight,
 )
-from gsae_core.runs.run import run_id
+from gsae_core.runs.run import Run, run_id
 from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count, duration
 
@@ -136,10 +135,9 @@ def preview(config: RunConfig) -> None:
     st.caption(" · ".join(said))
 
 
-@st.cache_data(max_entries=256, show_spinner=False)
-def results(folder: Path, mtime_ns: int) -> Finished:
-    """Return a run with its evaluation; `mtime_ns` is the evaluation's."""
-    run = next(run for run in frame.runs if run.folder == folder)
+@cache.kept("evals.json", most=256)
+def results(run: Run) -> Finished:
+    """Return a run with its evaluation."""
     return Finished(run.id, run.config, run.evals())
 
 
@@ -147,20 +145,19 @@ def expected(config: RunConfig) -> dict[str, Expected]:
     """Return the L0 to expect of each SAE, from finished runs at the same place."""
     found = []
     for run in frame.runs:
-        evals = run.folder / "evals.json"
-        if len(found) < MAX_EARLIER and alike(config, run.config) and evals.exists():
+        evaluated = (run.folder / "evals.json").exists()
+        if len(found) < MAX_EARLIER and alike(config, run.config) and evaluated:
             try:
-                found.append(results(run.folder, evals.stat().st_mtime_ns))
-            except (InputError, FileNotFoundError, KeyError):
-                continue  # damaged or deleted meanwhile: Home says so
+                found.append(results(run))
+            except (InputError, KeyError):
+                continue  # damaged: Home says so
     ranges = {spec.name: expected_l0(spec, config, found) for spec in config.saes}
     return {name: l0 for name, l0 in ranges.items() if l0 is not None}
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def last_seconds(metrics: Path, mtime_ns: int) -> tuple[int, float] | None:
+@cache.kept("metrics.jsonl", most=64)
+def last_seconds(run: Run) -> tuple[int, float] | None:
     """Return the last logged step of a run and its seconds of training."""
-    run = next(run for run in frame.runs if run.folder == metrics.parent)
     rows = cache.recent_metrics(run)
     return (rows[-1]["step"], rows[-1]["seconds"]) if rows else None
 
@@ -169,11 +166,9 @@ def speed(here_has_gpu: bool, n_cores: int) -> Pace:
     """Return how fast this machine trains, by its newest runs."""
     found = []
     for run in frame.runs[:5]:
-        metrics, status = run.folder / "metrics.jsonl", shell.status_of(run)
-        if status is not None and status.n_steps and metrics.exists():
-            last = last_seconds(metrics, metrics.stat().st_mtime_ns)
-            if last is not None:
-                found.append(Measured(run.id, run.config, last[0] / status.n_steps, last[1]))
+        status, last = frame.statuses.get(run.id), last_seconds(run)
+        if status is not None and status.n_steps and last is not None:
+            found.append(Measured(run.id, run.config, last[0] / status.n_steps, last[1]))
     return pace(
         found,
         n_cores=n_cores,

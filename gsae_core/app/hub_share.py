@@ -33,9 +33,6 @@ from gsae_core.runs.work.transfer import PullRequest, PushRequest, Transfer, ask
 
 EXPORT_SECONDS = 600
 
-# The address holds what a bound widget shows, so labels lead to formats.
-FORMATS: dict[str, Export] = {label: name for name, label in EXPORTS.items()}
-
 
 def library(frame: shell.Frame) -> None:
     """Draw the runs of this machine with their origin and size; one can be deleted."""
@@ -118,14 +115,14 @@ def share(frame: shell.Frame) -> None:
 def _export(run: Run, names: list[str]) -> None:
     st.subheader("Export", anchor=False)
     name = st.selectbox("SAE to export", names, key=key_for("hub.export_sae", run.id))
-    label = st.selectbox("For", list(FORMATS), key="hub.export_format")
-    if name is None or label is None:
-        return
-    folder = run.folder.parent / "exports" / f"{run.id}-{name}-{FORMATS[label]}"
+    format_ = st.selectbox(
+        "For", list(EXPORTS), format_func=EXPORTS.__getitem__, key="hub.export_format"
+    )
+    folder = run.folder.parent / "exports" / f"{run.id}-{name}-{format_}"
     plain(f"To {folder}", size=".85rem")
     if st.button("Export and check", icon=":material/output:", key="hub.export", width="stretch"):
         with st.spinner("Writing, reading back and comparing", show_time=True):
-            done, said = export(run, name, FORMATS[label], folder)
+            done, said = export(run, name, format_, folder)
         title = "Exported" if done else "Nothing was exported"
         notice(said, kind="info" if done else "error", title=title)
     if folder.is_dir():
