@@ -290,22 +290,6 @@ def test_an_evaluation_that_breaks_leaves_its_traceback_in_the_log(
     assert "ZeroDivisionError: again" in (finished.folder / "log.txt").read_text()
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one sentence of a command that ends with exit code 2."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    return shown.splitlines()[-1].removeprefix("gsae_core: ")
-
-
-def test_a_mistake_before_the_first_step_leaves_no_folder(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mistake([*small, "--layer", "7"], capsys)
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_program_itself_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gsae_core", "train", "--preset", "slow"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

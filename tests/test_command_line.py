@@ -197,16 +197,6 @@ def test_the_other_commands_take_a_run() -> None:
     assert parse(["doctor"]) == Doctor(Path("runs"))
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["evaluate"], ["doctor"]])
-def test_help_is_printed_and_is_no_mistake(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse([*command, "--help"])
-    assert stop.value.code == 0
-    assert "usage: python -m gsae_core" in capsys.readouterr().out
-
-
 def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["train", "--help"])
@@ -359,11 +349,3 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(words: str, sentence: str) -> None:
     assert refused(words) == sentence
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_offers_none_as_no_choice(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse([command, "--help"])
-    assert ended.value.code == 0
-    assert "{None" not in capsys.readouterr().out

@@ -3,15 +3,11 @@
 Run with `python -m pytest tests/browser/test_compare.py -m browser`.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from driver import Watch, at_rest, filtered, opened, sees
 from playwright.sync_api import Locator, Page, expect
-from synthetic import write_run
 
 
 def click(page: Page, mark: Locator) -> None:
@@ -48,39 +44,6 @@ def test_one_click_opens_a_card_and_two_the_difference(page: Page, address: str)
     page.reload()
     at_rest(page)
     expect(page.get_by_text("-40.0 (-25.0 %)")).to_be_visible()
-
-
-def test_losses_of_an_earlier_version_are_marked(page: Page, runs: Path, address: str) -> None:
-    run = write_run(runs, "earlier")
-    rows = [
-        {key: value for key, value in row.items() if key not in ("zeroed", "replaced")}
-        for row in run.evals()
-    ]
-    (run.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
-    opened(page, f"{address}/Pareto?run=done&runs=earlier&pick=earlier/gated-0.1")
-    expect(page.get_by_text("earlier was measured under an earlier definition")).to_be_visible()
-    # Above the figure, and on the card.
-    again = page.get_by_text(f"Measure again: python -m gsae_core evaluate {run.folder}")
-    expect(again).to_have_count(2)
-    opened(page, f"{address}/Pareto?run=done")
-    expect(page.get_by_text("zeros at every position; reconstructions")).to_be_visible()
-    expect(page.get_by_text("earlier definition")).to_have_count(0)
-    shutil.rmtree(run.folder)
-
-
-def test_what_was_measured_is_said_beside_what_was_asked_for(
-    page: Page, runs: Path, address: str
-) -> None:
-    run = write_run(runs, "short")
-    rows = [
-        row | {"n_tokens": 4335, "n_tokens_asked": 50_000, "shortage": "the text has no more"}
-        for row in run.evals()
-    ]
-    (run.folder / "evals.json").write_text(json.dumps({"saes": rows}), encoding="utf-8")
-    opened(page, f"{address}/Pareto?run=short")
-    said = "short: 4,335 held-out tokens of 50,000 asked for: the text has no more."
-    expect(page.get_by_text(said)).to_be_visible()
-    shutil.rmtree(run.folder)  # no other test's lists shall have it
 
 
 def test_a_link_shows_another_visitor_every_choice_it_names(
