@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1870,
     "sae": 3440,
-    "lm": 3750,
+    "lm": 3740,
     "training": 1070,
     "checkpoints": 2720,
     "analysis": 4920,

@@ -14,6 +14,7 @@ So nothing but `i` needs to be saved to resume, and two runs with one config see
 
 import logging
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
@@ -55,24 +56,14 @@ def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
     return min(MAX_CHUNK_VECTORS, fitting, share)
 
 
-class _Epoch(NamedTuple):
-    """Where everything is in one pass over the sequences; `order` is that of their harvest."""
-
-    order: np.ndarray
-    sequences: np.ndarray
-    """Chunk k is `order[sequences[k] : sequences[k + 1]]`."""
-    vectors: np.ndarray
-    """Chunk k is the epoch's vectors `vectors[k]` to `vectors[k + 1] - 1`."""
-
-
 class _Plan(NamedTuple):
-    """All that a chunk's bits depend on besides the harvest."""
+    """A chunk: all that its bits depend on besides the harvest."""
 
-    key: tuple[int, int]
-    """Epoch, and number in it."""
+    start: int
+    """Its first vector, counted from the beginning of the run."""
+    n_vectors: int
     sequences: np.ndarray
     """Sorted, so that a mapped file is read in one direction."""
-    n_vectors: int
     seed: tuple[int, ...]
 
 
@@ -114,10 +105,10 @@ class ActivationStream:
                 f"expected at least one batch of {batch_size} training tokens, got "
                 f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
             )
-        n_vectors = n_batches * batch_size
-        self.chunk_vectors = chunk_vectors or default_chunk_vectors(harvest.d_in, n_vectors)
-        self._epoch: tuple[int, _Epoch] | None = None
-        self._chunk: tuple[tuple[int, int], Tensor] | None = None
+        self._n_vectors = n_batches * batch_size
+        self.chunk_vectors = chunk_vectors or default_chunk_vectors(harvest.d_in, self._n_vectors)
+        self._epoch: tuple[int, list[_Plan]] | None = None
+        self._chunk: tuple[int, Tensor] | None = None
         self._next: _Filling | None = None
         on_cuda = harvest.device.type == "cuda"
         self._ahead = on_cuda if ahead is None else ahead
@@ -136,7 +127,7 @@ class ActivationStream:
             "%d batches of %d: %.2f epochs of %d tokens, shuffled %d at a time, scaled by %g",
             n_batches,
             batch_size,
-            n_vectors / self.tokens_per_epoch,
+            self._n_vectors / self.tokens_per_epoch,
             self.tokens_per_epoch,
             self.chunk_vectors,
             self.scale,
@@ -168,11 +159,9 @@ class ActivationStream:
         start, stop = i * self._batch_size, (i + 1) * self._batch_size
         parts = []
         while start < stop:
-            epoch, offset = divmod(start, self.tokens_per_epoch)
-            edges = self._edges(epoch).vectors
-            k = int(np.searchsorted(edges, offset, side="right")) - 1
-            first, end = offset - int(edges[k]), int(edges[k + 1] - edges[k])
-            part = self._filled(epoch, k)[first : min(end, first + stop - start)]
+            plan = self._plan(start)
+            first = start - plan.start
+            part = self._filled(plan)[first : first + stop - start]
             parts.append(part.to(self._harvest.device, non_blocking=True) * self.scale)
             start += len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -188,11 +177,12 @@ class ActivationStream:
         rng = np.random.default_rng([self._seed, epoch, 0, SEQUENCES])
         return rng.permutation(len(self._counts))
 
-    def _edges(self, epoch: int) -> _Epoch:
+    def _plans(self, epoch: int) -> list[_Plan]:
+        """Return the chunks of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = self._order(epoch)
+            order, start = self._order(epoch), epoch * self.tokens_per_epoch
             ends = np.cumsum(self._counts[order])
-            left = self.n_batches * self._batch_size - epoch * self.tokens_per_epoch
+            left = self._n_vectors - start
             if left < self.tokens_per_epoch:
                 n = int(np.searchsorted(ends, left)) + 1
                 order, ends = order[:n], ends[:n]
@@ -200,37 +190,34 @@ class ActivationStream:
             targets = ends[-1] * np.arange(1, n_chunks + 1) // n_chunks
             # Two targets may fall into one sequence, which is then a chunk by itself.
             stops = np.unique(np.searchsorted(ends, targets) + 1)
-            edges = np.concatenate([[0], stops])
-            self._epoch = epoch, _Epoch(order, edges, np.concatenate([[0], ends[stops - 1]]))
+            edges, plans = [start, *(start + ends[stops - 1]).tolist()], []
+            for k, which in enumerate(np.split(order, stops)[: len(stops)]):
+                seed = (self._seed, epoch, k, VECTORS)
+                n_vectors = edges[k + 1] - edges[k]
+                plans.append(_Plan(edges[k], n_vectors, np.sort(which), seed))
+            self._epoch = epoch, plans
         return self._epoch[1]
 
-    def _plan(self, epoch: int, k: int) -> _Plan:
-        order, sequences, vectors = self._edges(epoch)
-        which = np.sort(order[sequences[k] : sequences[k + 1]])
-        n = int(vectors[k + 1] - vectors[k])
-        return _Plan((epoch, k), which, n, (self._seed, epoch, k, VECTORS))
-
-    def _after(self, epoch: int, k: int) -> tuple[int, int] | None:
-        """Return the chunk after this one; None if no batch reaches it."""
-        if k < len(self._edges(epoch).vectors) - 2:
-            return epoch, k + 1
-        ends = (epoch + 1) * self.tokens_per_epoch >= self.n_batches * self._batch_size
-        return None if ends else (epoch + 1, 0)
+    def _plan(self, i: int) -> _Plan:
+        """Return the chunk with the run's vector `i`."""
+        plans = self._plans(i // self.tokens_per_epoch)
+        return plans[bisect_right(plans, i, key=lambda plan: plan.start) - 1]
 
     # The chunk that was asked for last, and the one after it
 
-    def _filled(self, epoch: int, k: int) -> Float[Tensor, "vectors d_in"]:
+    def _filled(self, plan: _Plan) -> Float[Tensor, "vectors d_in"]:
         """Return the raw vectors of a chunk in their final order."""
-        if self._chunk is None or self._chunk[0] != (epoch, k):
+        if self._chunk is None or self._chunk[0] != plan.start:
             self._chunk = None  # frees its memory before the next one is filled
-            self._chunk = (epoch, k), self._fetch(self._plan(epoch, k))
-            if self._ahead and (following := self._after(epoch, k)) is not None:
-                self._next = _Filling(self._harvest, self._plan(*following), self._cuda_stream)
+            self._chunk = plan.start, self._fetch(plan)
+            after = plan.start + plan.n_vectors
+            if self._ahead and after < self._n_vectors:
+                self._next = _Filling(self._harvest, self._plan(after), self._cuda_stream)
         return self._chunk[1]
 
     def _fetch(self, plan: _Plan) -> Tensor:
         filling, self._next = self._next, None
-        if filling is not None and filling.key != plan.key:
+        if filling is not None and filling.start != plan.start:
             filling.stop()
             filling = None
         if filling is None and self._cuda_stream is not None:
@@ -254,7 +241,7 @@ class _Filling:
     """
 
     def __init__(self, harvest: Harvest, plan: _Plan, stream: torch.cuda.Stream | None) -> None:
-        self.key = plan.key
+        self.start = plan.start
         self.future: Future[tuple[Tensor, Any]] = Future()
         self._unwanted = threading.Event()
         arguments = (self.future, harvest, plan, stream, self._unwanted)
