@@ -4,13 +4,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
 from typing import IO, Any
 
 from gsae_core.cli.main import main
 
-READER_LEFT = 128 + 13
-"""What shells report of a program that SIGPIPE ended."""
+READER_LEFT = 128 + 13  # what shells report of a program that SIGPIPE ended
 
 
 class Lasting(io.FileIO):
@@ -25,7 +23,6 @@ class Lasting(io.FileIO):
         self._answers = answers
 
     def write(self, data: Any) -> int | None:
-        """Write what can be written; to a reader that has left, nothing."""
         try:
             return super().write(data)
         except OSError as error:
@@ -39,11 +36,6 @@ class Lasting(io.FileIO):
         if self._answers:
             raise SystemExit(READER_LEFT)
         return len(data)
-
-
-def is_answer(words: Sequence[str]) -> bool:
-    """Return whether printing is all that a command does, so that it may end with its reader."""
-    return not {"-h", "--help"}.isdisjoint(words) or words[:1] in (["list"], ["doctor"])
 
 
 def lasting(fd: int, stream: IO[str] | None, *, answers: bool) -> io.TextIOWrapper:
@@ -71,7 +63,8 @@ def open_closed() -> None:
 
 if __name__ == "__main__":
     open_closed()
-    answers = is_answer(sys.argv[1:])
+    # Printing is all that these do, so that they may end with their reader.
+    answers = sys.argv[1:2] in (["list"], ["doctor"]) or not {"-h", "--help"}.isdisjoint(sys.argv)
     sys.stdout = lasting(1, sys.stdout, answers=answers)
     sys.stderr = lasting(2, sys.stderr, answers=answers)
     try:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -40,13 +40,9 @@ ConfigKind = TypeVar("ConfigKind", bound=Config)
 def validated(
     kind: type[ConfigKind], fields: dict[str, Any], called: Mapping[str, str] | None = None
 ) -> ConfigKind:
-    """Return `kind(**fields)`.
+    """Return `kind(**fields)`; an InputError names the first wrong field as it is `called`.
 
-    Args:
-        called: what the caller calls a field, where that is not its name: a flag, a widget's label.
-
-    Raises:
-        InputError: one sentence that names the first wrong field, what it takes and what came.
+    `called` says what the caller calls a field, where that is not its name: a flag, a label.
     """
     try:
         return kind.model_validate(fields)
@@ -54,10 +50,11 @@ def validated(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or kind.__name__
         where = (called or {}).get(where, where)
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         if first["type"] == "extra_forbidden":
-            message = f"no such setting; {kind.__name__} has {', '.join(kind.model_fields)}"
-            raise InputError(f"{where}: {message}") from None
+            known = ", ".join(kind.model_fields)
+            message = f"{where}: no such setting; {kind.__name__} has {known}"
+            raise InputError(message) from None
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         message = re.sub("^expected (greater|less)", r"expected a number \1", message)
         came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
         raise InputError(f"{where}: {message[0].lower()}{message[1:]}{came}") from None
@@ -340,9 +337,8 @@ class RunConfig(Config):
             if spec.name in names:
                 raise ValueError(f"expected a different name for each SAE, got {spec.name!r} twice")
             names.add(spec.name)
-        unsaid = next((spec.name for spec in self.saes if math.isnan(spec.sparsity)), None)
-        if self.imported is None and unsaid is not None:
-            raise ValueError(f"expected a sparsity to train {unsaid!r} with, got none")
+            if self.imported is None and math.isnan(spec.sparsity):
+                raise ValueError(f"expected a sparsity to train {spec.name!r} with, got none")
         return self
 
     @field_validator("train")
@@ -363,15 +359,13 @@ def load_config(path: Path) -> RunConfig:
         InputError: if the file is missing, is not JSON, or describes no valid run.
     """
     fields = read_json(path, missing=f"expected a config file, found nothing at {path}")
-    return validated(RunConfig, fields | {"saes": _with_unit(fields.get("saes"))})
+    saes = fields.get("saes")
+    saes = list(map(_with_unit, saes)) if isinstance(saes, list) else saes
+    return validated(RunConfig, fields | {"saes": saes})
 
 
-def _with_unit(saes: Any) -> Any:
-    """Return a file's SAEs with the unit that thresholds had before a config said which."""
-    return list(map(_one_with_unit, saes)) if isinstance(saes, list) else saes
-
-
-def _one_with_unit(spec: Any) -> Any:
+def _with_unit(spec: Any) -> Any:
+    """Return a file's SAE with the unit that thresholds had before a config said which."""
     said = ("init_threshold", "bandwidth")
     if not isinstance(spec, dict) or "threshold_unit" in spec or not {*said} & {*spec}:
         return spec
@@ -411,11 +405,10 @@ def resweep(
 
     Args:
         base: may be empty; then every knob has values and there is a width.
-        knobs: of each architecture of the sweep, in its order.
-        width: of all but ReLU SAEs, which are 1.5x as wide; None keeps the base's widths.
-        equal_width: leaves the extra width of ReLU SAEs out.
+        width: of all but ReLU SAEs, which are 1.5x as wide unless `equal_width`; None keeps the
+            base's widths.
         changes: settings of all SAEs.
-        called: what the caller calls a setting.
+        called: as `validated`.
 
     Raises:
         InputError: if a setting is wrong, or the base's sparsities mean another thing for an
@@ -462,17 +455,14 @@ def sweep(
     sparsity: list[float],
     width: int,
     *,
-    k: list[int] | None = None,
-    equal_width: bool = False,
+    k: Sequence[int] = (),
     **common: Any,
 ) -> tuple[SAESpec, ...]:
     """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
 
-    `equal_width` leaves the extra width out. TopK SAEs have a `k` each in place of a lambda.
+    TopK SAEs have a `k` each in place of a lambda.
     """
-    knobs: dict[Architecture, Knob] = {}
-    for architecture in architectures:
-        if values := (k or []) if architecture == "topk" else sparsity:
-            knobs[architecture] = Knob("sparsity", tuple(values))
-    specs = resweep((), knobs, width=width, equal_width=equal_width, changes=common, called={})
+    values = {each: tuple(k if each == "topk" else sparsity) for each in architectures}
+    knobs = {each: Knob("sparsity", given) for each, given in values.items()}
+    specs = resweep((), knobs, width=width, equal_width=False, changes=common, called={})
     return tuple(specs)

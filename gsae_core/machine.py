@@ -15,17 +15,16 @@ from gsae_core.files import free_bytes
 
 
 class Machine(NamedTuple):
-    """Processors, memory and disk; sizes in bytes."""
+    """Processor cores this process may use, memory, disk and NVIDIA GPUs; sizes in bytes."""
 
     n_cores: int
-    """Processor cores this process may use."""
     memory_total: int
     memory_free: int
-    """Memory that can be had without swapping."""
+    """What can be had without swapping."""
     disk_free: int
-    """Free space where runs are kept."""
+    """Where runs are kept."""
     gpus: tuple[str, ...]
-    """Name and memory of each NVIDIA GPU, as its driver gives them."""
+    """As `gpus` returns them."""
 
 
 def machine(folder: Path) -> Machine:
@@ -44,7 +43,7 @@ def machine(folder: Path) -> Machine:
 
 @functools.cache
 def gpus() -> tuple[str, ...]:
-    """Return the NVIDIA GPUs the driver lists; none where there is no driver.
+    """Return name and memory of each NVIDIA GPU that the driver lists; none without a driver.
 
     Raises:
         subprocess.TimeoutExpired: if the driver does not answer in 5 s.

@@ -50,9 +50,8 @@ def duration(seconds: float | int) -> str:
 
 def ago(seconds: float | int) -> str:
     """Return how long ago something was, e.g. `5 min ago`."""
-    if seconds < 2:
-        return "just now"
-    return f"{duration(seconds).split(' ')[0]} {duration(seconds).split(' ')[1]} ago"
+    number, unit, *_ = duration(seconds).split(" ")
+    return "just now" if seconds < 2 else f"{number} {unit} ago"
 
 
 def fixed(number: float | int | None, digits: int = 3) -> str:
@@ -110,11 +109,7 @@ def signed_percent(before: float | int, after: float | int) -> str:
 
 
 def unhidden(text: str, *, keep: str = "\n\t") -> str:
-    """Return text in which what cannot be seen is written out, e.g. `⟨202E⟩`.
-
-    Args:
-        keep: characters that stay as they are.
-    """
+    """Return text in which what cannot be seen, but for `keep`, is written out, e.g. `⟨202E⟩`."""
     if text.isprintable():
         return text
     return "".join(
@@ -142,8 +137,7 @@ STRONGEST = 0.6  # opacity of the strongest highlight: body text keeps a contras
 def visible(text: str) -> str:
     """Return a token's text with a sign for all that cannot be seen, e.g. `·the` or `⟨200F⟩`.
 
-    A token without text of its own, such as one that holds the rest of the character before it, is
-    `∅`.
+    `∅`: one without text, such as one that holds the rest of the character before it.
     """
     return "".join(SIGNS.get(c) or unhidden(c) for c in text) or NOTHING
 
@@ -156,10 +150,7 @@ def quoted(token: str, *, most: int = 24) -> str:
 
 @functools.cache
 def macros(template: str) -> Any:
-    """Return the macros of a template in `assets`: all text they are given is escaped.
-
-    What cannot be seen is written out, except line ends and tabs.
-    """
+    """Return the macros of a template in `assets`; text they are given is escaped and unhidden."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -175,8 +166,7 @@ def macros(template: str) -> Any:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return each row as a line: the first column to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
-    return lines
+    return [
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+        for name, *cells in rows
+    ]

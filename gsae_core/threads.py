@@ -47,8 +47,6 @@ def over_rows(n: int, loop: Callable[[int, int], None], *, least: int = 64) -> N
 
 
 class _OneThreadEach(ThreadPoolExecutor):
-    """A pool in which torch computes each task on the task's own thread."""
-
     def submit(
         self, fn: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Future[Result]:

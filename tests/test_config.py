@@ -89,10 +89,6 @@ def test_a_sweeps_topk_saes_have_a_k_each_and_the_gated_width() -> None:
     ]
 
 
-def test_a_sweep_of_equal_width_leaves_the_extra_out() -> None:
-    assert {s.d_sae for s in sweep(["gated", "relu"], [0.1], 10, equal_width=True)} == {10}
-
-
 def test_a_sweep_passes_common_settings_on() -> None:
     assert sweep(["gated"], [0.1], 10, recipe="B", seed=7)[0].recipe == "B"
 
