@@ -462,7 +462,8 @@ def sweep(
 
     TopK SAEs have a `k` each in place of a lambda.
     """
-    values = {each: tuple(k if each == "topk" else sparsity) for each in architectures}
-    knobs = {each: Knob("sparsity", given) for each, given in values.items()}
+    knobs: dict[Architecture, Knob] = {
+        each: Knob("sparsity", tuple(k if each == "topk" else sparsity)) for each in architectures
+    }
     specs = resweep((), knobs, width=width, equal_width=False, changes=common, called={})
     return tuple(specs)
