@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,15 +41,11 @@ class RemoteWriter:
     """A model behind an address that speaks OpenAI's chat completions.
 
     Args:
-        name: of the model there.
         base_url: such as `http://localhost:8000/v1`; None takes OPENAI_BASE_URL.
 
     Attributes:
         where: the address.
         has_token: whether OPENAI_API_KEY goes there too.
-
-    Raises:
-        InputError: if there is no address, it is none, or it or the token cannot be sent.
     """
 
     def __init__(self, name: str, *, base_url: str | None = None) -> None:
@@ -73,19 +69,11 @@ class RemoteWriter:
                 f"expected a token of plain characters in {TOKEN}, got one with others; copy it "
                 "again"
             )
-        self.name, self.where = name, url.rstrip("/")
-        self._url, self._token = self.where + "/chat/completions", token
-
-    @property
-    def has_token(self) -> bool:
-        return bool(self._token)
+        self.name, self.where, self.has_token = name, url.rstrip("/"), bool(token)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else None
 
     def answer(self, question: str, *, max_tokens: int) -> str:
-        """Return the model's answer, at temperature 0.
-
-        Raises:
-            InputError: if the address does not answer, or not as OpenAI's would.
-        """
+        """Return the model's answer, at temperature 0."""
         # Not huggingface_hub's InferenceClient: it follows redirects, and without a token of ours
         # it sends the one for the Hub to whatever address was named.
         import httpx2
@@ -96,39 +84,33 @@ class RemoteWriter:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
+        url = f"{self.where}/chat/completions"
         try:
-            response = httpx2.post(self._url, json=body, headers=headers, timeout=TIMEOUT_SECONDS)
+            response = httpx2.post(url, json=body, headers=self._headers, timeout=TIMEOUT_SECONDS)
             response.raise_for_status()
             found = response.json()
         except httpx2.HTTPStatusError as error:
             code = error.response.status_code
             refused = f"does {TOKEN} hold a token for it?" if code in (401, 403) else None
             raise InputError(
-                f"expected an answer from {self._url}, got {code} {error.response.reason_phrase}; "
+                f"expected an answer from {url}, got {code} {error.response.reason_phrase}; "
                 f"{refused or f'is {self.name!r} served there?'}"
             ) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise InputError(
-                f"expected an answer from {self._url}, got none ({error}); is the server running?"
+                f"expected an answer from {url}, got none ({error}); is the server running?"
             ) from None
         try:
             return str(found["choices"][0]["message"]["content"])
         except (KeyError, IndexError, TypeError):
             raise InputError(
-                f"expected a chat completion from {self._url}, got something else: "
+                f"expected a chat completion from {url}, got something else: "
                 f"{json.dumps(found)[:200]}"
             ) from None
 
 
 class LocalWriter:
-    """A Hugging Face causal LM on this machine; greedy.
-
-    Args:
-        source: what `load_model` takes: a folder, a name on the Hub, or `bundled`.
-        device: where it computes.
-        name: what labels call it; None: as `load_model` does.
-    """
+    """A Hugging Face causal LM on this machine, greedy; `source` is what `load_model` takes."""
 
     def __init__(self, source: Any, *, device: str = "cpu", name: str | None = None) -> None:
         from gsae_core.lm.model import load_model
@@ -137,14 +119,10 @@ class LocalWriter:
         self.name = name or self._model.name
 
     def answer(self, question: str, *, max_tokens: int) -> str:
-        """Return how the model goes on.
-
-        Raises:
-            InputError: if question and answer do not fit into its context.
-        """
+        """Return how the model goes on."""
         import torch
 
-        hf, tokenizer = self._model.hf, self._model.tokenizer
+        tokenizer = self._model.tokenizer
         chats = bool(getattr(tokenizer, "chat_template", None))
         if chats:
             messages = [{"role": "user", "content": question}]
@@ -164,7 +142,7 @@ class LocalWriter:
             )
         ids = ids.to(self._model.device)
         with torch.inference_mode():
-            out = hf.generate(
+            out = self._model.hf.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_tokens,
@@ -215,21 +193,11 @@ class NotUnderstood(NotLabelled):
     """The writer answered, but not what it was asked."""
 
 
-class LabelScore(NamedTuple):
-    """How well a label tells where its feature fires."""
-
-    score: float
-    """Share of right answers; 0.5 is guessing."""
-    answers: tuple[int, ...]
-    truth: tuple[int, ...]
-
-
 def write_label(feature: "Feature", writer: Writer) -> str:
     """Return a label in a line, from the feature's strongest examples.
 
     Raises:
-        InputError: if the feature is dead, the writer does not answer, or (NotUnderstood) answers
-            nothing.
+        InputError: if the feature is dead; NotUnderstood: if the answer is empty.
     """
     check_fires(feature)
     texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
@@ -244,11 +212,7 @@ def write_label(feature: "Feature", writer: Writer) -> str:
 
 
 def check_fires(feature: "Feature") -> None:
-    """Check that there is something to label.
-
-    Raises:
-        InputError: if the feature is dead.
-    """
+    """Raise InputError if the feature is dead."""
     if feature.is_dead:
         raise InputError(
             f"expected a feature that fires, got {feature.number}, which is dead on these "
@@ -256,56 +220,46 @@ def check_fires(feature: "Feature") -> None:
         )
 
 
-def score_label(
-    feature: "Feature", label: str, writer: Writer, *, by: By = "detection", seed: int = 0
-) -> LabelScore:
-    """Return how well a label tells where the feature fires, on texts drawn by `seed`.
+def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "detection") -> float:
+    """Return the share of right answers where the feature fires; 0.5 is guessing.
 
     Raises:
-        InputError: if the writer does not answer; NotUnderstood: not with as many digits as there
-            are texts; NotLabelled: the feature fires in every text that was looked at.
+        NotUnderstood: if the answer has not as many digits as there are texts.
+        NotLabelled: if the feature fires in every text that was looked at.
     """
-    rng = np.random.default_rng([feature.number, seed])
-    fires = feature.random(N_SCORED, seed=seed, before=BEFORE, after=AFTER)
+    rng = np.random.default_rng([feature.number, 0])
+    fires = feature.random(N_SCORED, seed=0, before=BEFORE, after=AFTER)
     if by == "detection":
-        silent = _silent(feature, len(fires), seed=seed)
+        silent = _silent(feature, len(fires))
         # As many of either kind, or a writer that always says yes would score above guessing.
         fires = fires[: len(silent)]
-        texts = [plain(example) for example in [*fires, *silent]]
+        texts = ["".join(example.tokens) for example in [*fires, *silent]]
     else:
         texts = [marked(e) for e in fires] + [marked(e, _elsewhere(e, rng)) for e in fires]
     truth = np.array([1] * len(fires) + [0] * len(fires))
     order = rng.permutation(len(truth))
-    shown = numbered([texts[i] for i in order])
-    question = (DETECT if by == "detection" else FUZZ).format(
-        label=label, n=len(order), texts=shown
-    )
-    answers = _digits(writer.answer(question, max_tokens=4 * len(order)), len(order), writer.name)
-    right = np.array(answers) == truth[order]
-    return LabelScore(float(right.mean()), tuple(answers), tuple(int(t) for t in truth[order]))
+    shown, n = numbered([texts[i] for i in order]), len(order)
+    question = (DETECT if by == "detection" else FUZZ).format(label=label, n=n, texts=shown)
+    answer = writer.answer(question, max_tokens=4 * n)
+    digits = [int(digit) for digit in re.findall(r"(?<!\d)[01](?!\d)", answer)]
+    if len(digits) != n:
+        raise NotUnderstood(
+            f"expected {n} digits, 0 or 1, from {writer.name}, got {answer.strip()[:80]!r}; the "
+            "model is too small for scoring, or needs another prompt"
+        )
+    return float((np.array(digits) == truth[order]).mean())
 
 
-def label_feature(
-    feature: "Feature", writer: Writer, *, by: By | None = "detection", seed: int = 0
-) -> Annotation:
-    """Write a label, score it, and append both to the index's labels as automatic.
-
-    Args:
-        by: how it is scored; None: not at all.
-
-    Raises:
-        InputError: as `write_label` and `score_label` do.
-    """
+def label_feature(feature: "Feature", writer: Writer, *, by: By | None = "detection") -> Annotation:
+    """Write a label, score it (`by` None: not), and append both to the index's labels."""
     label = write_label(feature, writer)
-    score = score_label(feature, label, writer, by=by, seed=seed).score if by else None
-    labels = feature.index.labels
-    return labels.add(
+    return feature.index.labels.add(
         feature.number,
         "label",
         label,
         author="automatic",
         model=writer.name,
-        score=score,
+        score=score_label(feature, label, writer, by=by) if by else None,
         scored_by=by,
     )
 
@@ -320,30 +274,21 @@ def marked(example: Example, which: set[int] | None = None) -> str:
     )
 
 
-def plain(example: Example) -> str:
-    """Return a text as it stands."""
-    return "".join(example.tokens)
-
-
 def numbered(texts: Sequence[str]) -> str:
-    """Return texts as a numbered list, each on a line of its own."""
+    """Return texts as a numbered list, a line each."""
     return "\n".join(f"{i}. {' '.join(text.split())}" for i, text in enumerate(texts, start=1))
 
 
-def _silent(feature: "Feature", n: int, *, seed: int) -> list[Example]:
-    """Return up to `n` texts in which the feature is silent throughout.
-
-    Raises:
-        InputError: if none of those drawn is.
-    """
-    drawn = feature.non_activating(LOOKED_AT, seed=seed, before=BEFORE, after=AFTER)
+def _silent(feature: "Feature", n: int) -> list[Example]:
+    """Return up to `n` texts in which the feature is silent throughout."""
+    drawn = feature.non_activating(LOOKED_AT, seed=0, before=BEFORE, after=AFTER)
     silent = [example for example in drawn if not any(example.values)]
     if not silent:
         raise NotLabelled(
             f"expected texts in which feature {feature.number} is silent, found none among "
             f"{len(drawn)}: it fires in nearly every text; score its label by fuzzing"
         )
-    order = np.random.default_rng(seed).permutation(len(silent))
+    order = np.random.default_rng(0).permutation(len(silent))
     return [silent[i] for i in order[:n]]
 
 
@@ -362,13 +307,3 @@ def _elsewhere(example: Example, rng: np.random.Generator) -> set[int]:
     silent = sorted(set(holder) - fires)
     n = min(len(silent), len(fires))
     return {int(i) for i in rng.choice(silent, n, replace=False)} if n else set()
-
-
-def _digits(answer: str, n: int, name: str) -> list[int]:
-    digits = [int(digit) for digit in re.findall(r"(?<!\d)[01](?!\d)", answer)]
-    if len(digits) != n:
-        raise NotUnderstood(
-            f"expected {n} digits, 0 or 1, from {name}, got {answer.strip()[:80]!r}; the model is "
-            "too small for scoring, or needs another prompt"
-        )
-    return digits
