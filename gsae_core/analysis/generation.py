@@ -64,8 +64,7 @@ def continuation(
     Between two of them nothing is held: others may use the model, and the caller may stop.
 
     Raises:
-        InputError: if `sampling` is out of range, the site does not exist, the SAE has another
-            width, or steering drives the logits to infinity.
+        InputError: if `sampling` or the place is wrong, or steering drives the logits to infinity.
     """
     sampling.check()
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -114,11 +113,7 @@ def side_by_side(
     site: Site,
     sampling: Sampling,
 ) -> Iterator[tuple[str, int]]:
-    """Yield (name, new token) of several continuations in step, each ending in its own time.
-
-    Raises:
-        InputError: as `continuation`.
-    """
+    """Yield (name, new token) of several continuations in step, each ending in its own time."""
     going = {
         name: continuation(model, prompt, steering, layer=layer, site=site, sampling=sampling)
         for name, steering in steerings.items()
@@ -149,12 +144,9 @@ def next_token_shift(
     model: LanguageModel,
     n: int = 10,
 ) -> Shift:
-    """Return how a next-token prediction moves.
+    """Return how a next-token prediction moves, from the logits before and after.
 
     The table holds the `n` tokens that were likeliest before and the `n` likeliest after.
-
-    Args:
-        before, after: logits; `delta_logit` is their plain difference.
     """
     p, q = before.softmax(-1), after.softmax(-1)
     n = min(n, len(p))
@@ -184,11 +176,7 @@ def divergence(
 def steered_logits(
     model: LanguageModel, prompt: Prompt, steering: Steering | None, *, layer: int, site: Site
 ) -> Float[Tensor, "pos d_vocab"]:
-    """Return the next-token logits after every token of a text, steered; on the CPU.
-
-    Raises:
-        InputError: if the site does not exist or the SAE has another width.
-    """
+    """Return the next-token logits after every token of a text, steered; on the CPU."""
     edit = None if steering is None else steering.edit(prompt.counted)
     where = {} if edit is None else {"layer": layer, "site": site, "edit": edit}
     return model.logits(prompt.ids, **where)[0].cpu()

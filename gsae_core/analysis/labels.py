@@ -5,9 +5,12 @@ One object a line: `feature`, `kind` (label, note or star), `text`, `author`, `m
 takes a label or a note back, and a star is on where its text is `on`.
 """
 
+import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from gsae_core import files
 from gsae_core.errors import InputError
@@ -47,12 +50,11 @@ class Annotation(NamedTuple):
         return f"score {self.score:.2f}{by}, where 0.5 is guessing"
 
 
-class Labels:
-    """The annotations of an index's features; reads its file again whenever it has grown.
+_ANNOTATION = TypeAdapter(Annotation)
 
-    Args:
-        folder: of the index.
-    """
+
+class Labels:
+    """The annotations in an index's folder; reads its file again whenever it has grown."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / FILE
@@ -84,11 +86,7 @@ class Labels:
         return added
 
     def all(self) -> list[Annotation]:
-        """Return every annotation, oldest first; lines that hold none are left out.
-
-        Raises:
-            InputError: if labels.jsonl cannot be read.
-        """
+        """Return every annotation, oldest first; lines that hold none are left out."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
@@ -103,11 +101,7 @@ class Labels:
 
     @property
     def damaged(self) -> int:
-        """How many lines cannot be read and are left out.
-
-        Raises:
-            InputError: as `all`.
-        """
+        """How many lines cannot be read and are left out."""
         self.all()
         return self._damaged
 
@@ -129,20 +123,19 @@ class Labels:
 
         label, note, star = (self.latest(kind) for kind in get_args(Kind))
         features = sorted({*label, *note, *star})
-        rows = [
-            {
-                "label": label[i].text if i in label else "",
-                "note": note[i].text if i in note else "",
-                "star": i in star,
-                "author": label[i].author if i in label else "",
-                "model": (label[i].model or "") if i in label else "",
-                "score": label[i].score if i in label else None,
-            }
-            for i in features
-        ]
-        columns = ["label", "note", "star", "author", "model", "score"]
-        frame = pd.DataFrame(rows, columns=columns, index=pd.Index(features, name="feature"))
-        return frame.astype({"star": bool, "score": float})
+        none = Annotation(-1, "label", "", author="", model=None, score=None, time=0)
+        labels = [label.get(i, none) for i in features]
+        columns = {
+            "label": [said.text for said in labels],
+            "note": [note.get(i, none).text for i in features],
+            "star": [i in star for i in features],
+            "author": [said.author for said in labels],
+            "model": [said.model or "" for said in labels],
+            "score": [said.score for said in labels],
+        }
+        frame = pd.DataFrame(columns, index=pd.Index(features, name="feature"))
+        kinds = dict.fromkeys(columns, str) | {"star": bool, "score": float}
+        return frame.astype(kinds)  # the columns of no features are of no kind
 
 
 def _check(kind: Kind, text: str) -> None:
@@ -159,29 +152,10 @@ def _check(kind: Kind, text: str) -> None:
 
 def _read(lines: Lines) -> tuple[list[Annotation], int]:
     """Return the annotations of lines, and how many hold none: damaged, or of no feature."""
-    needed, known = (
-        set(Annotation._fields) - set(Annotation._field_defaults),
-        set(Annotation._fields),
-    )
     found = []
     for row in lines.rows:
         # A newer version may add fields; a line with fewer is somebody's own.
-        if needed <= set(row) and all(_may_be(name, row[name]) for name in known & set(row)):
-            found.append(Annotation(**{name: row[name] for name in known & set(row)}))
+        fields = {name: row[name] for name in Annotation._fields if name in row}
+        with contextlib.suppress(ValidationError):
+            found.append(_ANNOTATION.validate_python(fields, strict=True))
     return found, lines.damaged + lines.torn + len(lines.rows) - len(found)
-
-
-def _may_be(name: str, value: Any) -> bool:
-    match name:
-        case "feature":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "time":
-            return isinstance(value, int | float)
-        case "score":
-            return value is None or isinstance(value, int | float)
-        case "kind":
-            return value in get_args(Kind)
-        case "text" | "author":
-            return isinstance(value, str)
-        case _:
-            return value is None or isinstance(value, str)

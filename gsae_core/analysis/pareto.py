@@ -106,17 +106,15 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
 
 
 def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
-    """Return `matched_l0_ratio` of the ReLU and the Gated SAEs of one evaluation.
+    """Return `matched_l0_ratio` of the ReLU and the Gated SAEs in rows of evals.json.
 
-    Args:
-        evals: rows of evals.json; those with no L0 or loss recovered (null or NaN) are left out.
+    Those with no L0 or loss recovered (null or NaN) are left out.
     """
     points: dict[str, list[Point]] = {"relu": [], "gated": []}
     for row in evals:
         l0, recovered = row["l0"], row["loss_recovered"]
-        measured = all(value is not None and math.isfinite(value) for value in (l0, recovered))
-        if row["architecture"] in points and measured:
-            points[row["architecture"]].append(Point(float(l0), float(recovered), row["name"]))
+        if row["architecture"] in points and l0 is not None and recovered is not None:
+            points[row["architecture"]].append(Point(l0, recovered))
     return matched_l0_ratio(points["relu"], points["gated"])
 
 

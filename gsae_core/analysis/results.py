@@ -112,14 +112,10 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
 
 
 def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return the SAEs of several runs in one table, runs in the order given.
+    """Return the rows of several runs' `evaluation_frame` in one table, runs in the order given.
 
-    Args:
-        evals: `evaluation_frame` of each run, by its id.
-
-    Returns:
-        Their rows with two columns more: `run`, and `id`, which is `run/name`: neither may hold a
-        slash, so it names one SAE in an address too.
+    Two columns are added: `run`, and `id`, which is `run/name`: neither may hold a slash, so it
+    names one SAE in an address too.
     """
     frames = [
         frame.assign(run=run, id=[f"{run}/{name}" for name in frame["name"]])
@@ -130,18 +126,16 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
-    """Return how each SAE's numbers differ from those of its counterpart in a baseline run.
+    """Return how each SAE's numbers differ from those of its counterpart in the run `base`.
 
     The counterpart has the same architecture and lambda; of several the first counts. Losses that
     were measured at other positions do not compare.
 
     Args:
         frame: `several_runs`' rows, those of the baseline run among them.
-        base: id of the baseline run.
 
     Returns:
-        Columns `change_<number>` for each of `NUMBERS`, rows as in `frame`; NaN for the baseline's
-        own SAEs and where there is no counterpart.
+        Columns `change_<number>`, rows as in `frame`; NaN where there is no counterpart.
     """
     keys = ["architecture", "sparsity"]
     # pandas takes NaN, an imported SAE's unknown lambda, to equal NaN.
@@ -158,11 +152,11 @@ def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Return each of `NUMBERS` of two rows; NaN before where the two do not compare."""
-    return [
-        Change(name, float(before[name]) if same else math.nan, float(after[name]))
-        for name in NUMBERS
-        for same in [all(before[key] == after[key] for key in DEPENDS.get(name, ()))]
-    ]
+    found = []
+    for name in NUMBERS:
+        same = all(before[key] == after[key] for key in DEPENDS.get(name, ()))
+        found.append(Change(name, float(before[name]) if same else math.nan, float(after[name])))
+    return found
 
 
 def paper_sites() -> list[PaperSite]:
