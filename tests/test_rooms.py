@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1870,
+    "ground": 1840,
     "sae": 3440,
     "lm": 3740,
     "training": 1070,
     "checkpoints": 2720,
     "analysis": 4920,
-    "plots": 1350,
+    "plots": 1310,
     "runs": 3720,
     "cli": 1510,
     "app": 5000,
