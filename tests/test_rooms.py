@@ -13,7 +13,7 @@ LINES = {
     "training": 1070,
     "checkpoints": 2720,
     "analysis": 4800,
-    "plots": 1310,
+    "plots": 1350,
     "runs": 3720,
     "cli": 1500,
     "app": 5000,
