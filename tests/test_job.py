@@ -111,8 +111,8 @@ def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
     # A GPU's largest step: 8.2 matrices of the gated, 10 x 5. On cores: 3.5 of 512 rows, at least,
     # of the widest or of both.
     for n_cores, step in ((None, 410), (1, 3.5 * 512 * 5), (2, 3.5 * 512 * 7), (9, 3.5 * 512 * 7)):
-        need = sum(memory_parts(config(5), 3, chunk_vectors=100, n_cores=n_cores))
-        assert need == 4 * (learnt + step + harvest)
+        parts = memory_parts(config(5), 3, chunk_vectors=100, n_cores=n_cores)
+        assert sum(parts.values()) == 4 * (learnt + step + harvest)
 
 
 def test_a_dictionary_too_wide_for_memory_is_told_with_need_and_free(

@@ -70,7 +70,6 @@ class QueuePlace:
         self._path = slots / f"{slot}.lock"
         self._tickets = slots / slot
         self._ticket = self._tickets / f"{time.time_ns():020d}-{folder.name}.json"
-        self._mine = False
         process = psutil.Process()
         ticket = {"run": folder.name, "pid": process.pid, "started": process.create_time()}
         with writing(slots, 0):
@@ -78,10 +77,10 @@ class QueuePlace:
             write_json(self._ticket, ticket)
 
     def ahead(self) -> int:
-        """Return how many runs go first; 0 means that the device is ours from now on."""
+        """Return how many runs go first; 0: the device is ours from now on."""
         from filelock import Timeout
 
-        if self._mine or self._path in _held:
+        if self._path in _held:
             self._ticket.unlink(missing_ok=True)
             return 0
         before = [t for t, _ in _living(self._tickets) if t.name < self._ticket.name]
@@ -91,7 +90,6 @@ class QueuePlace:
             self._lock.acquire(blocking=False)
         except Timeout:
             return 1
-        self._mine = True
         _held.add(self._path)
         self._ticket.unlink(missing_ok=True)
         return 0
@@ -99,8 +97,7 @@ class QueuePlace:
     def leave(self) -> None:
         """Step out of the line, or free the device."""
         self._ticket.unlink(missing_ok=True)
-        if self._mine:
-            self._mine = False
+        if self._lock.is_locked:
             _held.discard(self._path)
             self._lock.release()
 
@@ -119,13 +116,11 @@ def _living(tickets: Path) -> list[tuple[Path, dict[str, Any]]]:
             ticket = read_json(path)
         except InputError:
             continue  # Its turn came between the listing and the look, or it is damaged.
-        pid, started = ticket.get("pid"), ticket.get("started")
-        if not isinstance(pid, int) or not isinstance(started, float) or "run" not in ticket:
-            path.unlink(missing_ok=True)  # damaged: it names no process to wait for
-        elif live_process(pid, started) is None:
-            path.unlink(missing_ok=True)
-        else:
-            found.append((path, ticket))
+        match ticket:
+            case {"pid": int(pid), "started": float(start), "run": _} if live_process(pid, start):
+                found.append((path, ticket))
+            case _:
+                path.unlink(missing_ok=True)  # Its process is gone, or it names none.
     return found
 
 
@@ -278,11 +273,7 @@ class Worker:
     def _write(self, state: State, *, error: str | None = None) -> None:
         with self._writing:
             self._status = self._status._replace(
-                state=state,
-                step=self.step,
-                heartbeat=time.time(),
-                error=error,
-                done=self.done,
+                state=state, step=self.step, heartbeat=time.time(), error=error, done=self.done
             )
             write_status(self.run.folder, self._status)
 

@@ -55,26 +55,25 @@ def n_parameters(spec: SAESpec, d_in: int) -> int:
     return matrices * d_in * spec.d_sae + vectors[spec.architecture] * spec.d_sae + d_in
 
 
-class Memory(NamedTuple):
-    """What training keeps in memory, in bytes; the language model left out."""
+def memory_parts(
+    cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None
+) -> dict[str, int]:
+    """Return about how many bytes each part of training takes, the language model left out.
 
-    learnt: int
-    """Weights, gradients and both of Adam's moments, of every SAE."""
-    step: int
-    """What the steps taken at once hold: one on a GPU, one a core on a CPU."""
-    chunk: int
-    """A chunk of activations and its shuffled copy."""
-
-
-def memory_parts(cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None) -> Memory:
-    """Return about how much memory each part of training takes; `n_cores`: None on a GPU."""
+    Args:
+        n_cores: as many steps are taken at once; None on a GPU, which takes one.
+    """
     learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
     rows, matrices = cfg.train.batch_size, DENSE_MATRICES
     if n_cores is not None:
         rows, matrices = max(rows, LEAST_ROWS), SPARSE_MATRICES
     widths = sorted((matrices[spec.architecture] * spec.d_sae for spec in cfg.saes), reverse=True)
     step = round(rows * sum(widths[: n_cores or 1]))
-    return Memory(FLOAT32 * learnt, FLOAT32 * step, FLOAT32 * 2 * chunk_vectors * d_in)
+    return {
+        "weights, gradients, moments": FLOAT32 * learnt,
+        "one step": FLOAT32 * step,
+        "chunk of activations": FLOAT32 * 2 * chunk_vectors * d_in,  # with its shuffled copy
+    }
 
 
 def state_bytes(cfg: RunConfig, d_in: int) -> int:
@@ -154,7 +153,8 @@ def free_memory(device: torch.device) -> int:
 def check_memory(cfg: RunConfig, d_in: int, device: torch.device, *, chunk_vectors: int) -> None:
     """Refuse training that does not fit in memory."""
     n_cores = torch.get_num_threads() if device.type == "cpu" else None
-    need = sum(memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores))
+    parts = memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores)
+    need = sum(parts.values())
     free = free_memory(device)
     if need > free:
         widest = max(spec.d_sae for spec in cfg.saes)
@@ -215,8 +215,9 @@ def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -
     if facts.shape is None:
         return Preflight((), download, None, tuple(refusals))
     bars = []
+    d_in = facts.shape.width(config.model.site)
     for measure in (_memory, _disk):
-        bar = functools.partial(measure, facts=facts, here=here)
+        bar = functools.partial(measure, d_in=d_in, facts=facts, here=here)
         bars.append(found := bar(config))
         if not found.fits:
             what = found.label[0].lower() + found.label[1:]
@@ -244,28 +245,18 @@ def _index(device: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _memory(config: RunConfig, facts: ModelFacts, here: Machine) -> Bar:
-    assert facts.shape is not None
-    d_in = facts.shape.width(config.model.site)
+def _memory(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
     chunk = default_chunk_vectors(d_in, config.train.n_tokens)
-    model = (facts.parameters or 0) * DTYPE_BYTES[config.model.dtype]
     gpu = gpu_memory(here, config.device)
     n_cores = here.n_cores if gpu is None else None
-    parts = memory_parts(config, d_in, chunk_vectors=chunk, n_cores=n_cores)
-    needed = {
-        "weights, gradients, moments": parts.learnt,
-        "one step": parts.step,
-        "chunk of activations": parts.chunk,
-        "language model": model,
-    }
+    needed = memory_parts(config, d_in, chunk_vectors=chunk, n_cores=n_cores)
+    needed["language model"] = (facts.parameters or 0) * DTYPE_BYTES[config.model.dtype]
     if gpu is None:
         return Bar("Memory", needed, here.memory_free)
     return Bar(f"Memory of {gpu[0]}", needed, gpu[1])
 
 
-def _disk(config: RunConfig, facts: ModelFacts, here: Machine) -> Bar:
-    assert facts.shape is not None
-    d_in = facts.shape.width(config.model.site)
+def _disk(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
     state = state_bytes(config, d_in)
     needed = {
         "resumable state": 2 * state,  # a new one is written beside the old one
@@ -295,27 +286,19 @@ def _wrong_choices(config: RunConfig, facts: ModelFacts, here: Machine) -> Itera
         check_family(facts)
     except InputError as error:
         yield Refusal(str(error), (Fix("model", "bundled"),))
-    if facts.shape is not None and config.model.layer >= facts.shape.n_layers:
-        last = facts.shape.n_layers - 1
-        yield Refusal(
-            f"--layer: expected 0 to {last}, got {config.model.layer}; the model has "
-            f"{facts.shape.n_layers} blocks",
-            (Fix("layer", str(last)),),
-        )
-    wanted = config.device
-    index = _index(wanted)
-    apple = platform.system() == "Darwin"
+    layer, shape = config.model.layer, facts.shape
+    if shape is not None and layer >= (n := shape.n_layers):
+        sentence = f"--layer: expected 0 to {n - 1}, got {layer}; the model has {n} blocks"
+        yield Refusal(sentence, (Fix("layer", f"{n - 1}"),))
+    wanted, auto = config.device, (Fix("device", "auto"),)
+    lacks_gpu = wanted.startswith("cuda") and _index(wanted) >= len(here.gpus)
     if DEVICE.fullmatch(wanted) is None:
-        yield Refusal(
-            f"--device: expected auto, cpu, cuda, cuda:1 or mps, got {wanted!r}",
-            (Fix("device", "auto"),),
-        )
-    elif (wanted.startswith("cuda") and index >= len(here.gpus)) or (wanted == "mps" and not apple):
+        sentence = f"--device: expected auto, cpu, cuda, cuda:1 or mps, got {wanted!r}"
+        yield Refusal(sentence, auto)
+    elif lacks_gpu or (wanted == "mps" and platform.system() != "Darwin"):
         found = f"{len(here.gpus)} NVIDIA GPUs" if here.gpus else "no GPU"
-        yield Refusal(
-            f"--device: expected a device of this machine, got {wanted!r}; it has {found}",
-            (Fix("device", "auto"),),
-        )
+        sentence = f"--device: expected a device of this machine, got {wanted!r}; it has {found}"
+        yield Refusal(sentence, auto)
 
 
 def _remedies(config: RunConfig, bar: Callable[[RunConfig], Bar]) -> Iterator[Fix]:

@@ -28,11 +28,7 @@ class Speed(NamedTuple):
 
 
 def speed(status: Status, rows: Sequence[Mapping[str, Any]]) -> Speed:
-    """Return how far a run is, and how fast.
-
-    Args:
-        rows: what `Run.metrics` returns, oldest first.
-    """
+    """Return how far a run is, and how fast, from what `Run.metrics` returns."""
     share = min(status.step / status.n_steps, 1.0) if status.n_steps else 0.0
     steps = {row["step"]: row for row in rows}
     recent = list(steps.values())[-RECENT:]
@@ -53,13 +49,16 @@ def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return row["seconds_lm"] / row["seconds"], row["seconds_sae"] / row["seconds"]
 
 
+Mark = Literal["done", "now", "ahead", "stopped"]
+
+
 class Phase(NamedTuple):
     """A stretch of a run's life."""
 
     name: str
     seconds: float | None
     """Its length so far, over all resumes; None if it has not begun."""
-    mark: Literal["done", "now", "ahead", "stopped"]
+    mark: Mark
 
 
 PHASES = ("queued", "starting", "training", "evaluating")
@@ -84,11 +83,8 @@ def timeline(
         events: what `Run.events` returns.
         now: seconds since 1970.
     """
-    if (
-        status.state == "finished"
-        and status.step
-        and "training" not in {event["event"] for event in events}
-    ):
+    trained = any(event["event"] == "training" for event in events)
+    if status.state == "finished" and status.step and not trained:
         # Of the bundled example the first and the last event are shipped: what lay between took
         # time that is not known, and was not spent in the line.
         return tuple(Phase(name, None, "done") for name in (*PHASES, "finished"))
@@ -108,20 +104,11 @@ def timeline(
     if current is not None:
         until = status.heartbeat if over else now
         spent[current] += max(until - since, 0.0)
-    stopped = over and status.state != "finished"
-    last = [name for name in PHASES if name in spent][-1:]
-    phases = [
-        Phase(name, spent.get(name), _mark(name, spent, last, over, stopped)) for name in PHASES
-    ]
     end = status.state if over else "finished"
-    return (*phases, Phase(end, None, "stopped" if stopped else "done" if over else "ahead"))
-
-
-def _mark(
-    name: str, spent: Mapping[str, float], last: list[str], over: bool, stopped: bool
-) -> Literal["done", "now", "ahead", "stopped"]:
-    if name not in spent:
-        return "ahead"
-    if [name] != last:
-        return "done"
-    return "stopped" if stopped else "done" if over else "now"
+    latest: Mark = "now" if not over else "done" if end == "finished" else "stopped"
+    begun = [name for name in PHASES if name in spent]
+    phases = []
+    for name in PHASES:
+        mark = "ahead" if name not in begun else latest if name == begun[-1] else "done"
+        phases.append(Phase(name, spent.get(name), mark))
+    return (*phases, Phase(end, None, latest if over else "ahead"))
