@@ -328,11 +328,15 @@ def test_a_failed_build_leaves_its_sentence_in_the_status(
 def test_mixed_takes_half_from_the_held_out_split_as_far_as_it_reaches() -> None:
     (held_out, train) = some_parts()
     corpus = Corpus(train.sequences, held_out.sequences, "words", 16, True)
-    parts = choose_parts(corpus, 90, "mixed")
+
+    def chosen(n_tokens: int, split: Any) -> Any:
+        return choose_parts(corpus, index_jobs.Request(n_tokens=n_tokens, split=split))
+
+    parts = chosen(90, "mixed")
     assert [(p.split, p.n) for p in parts] == [("held_out", 3), ("train", 3)]
     # The held-out split has 150 tokens in all.
-    parts = choose_parts(corpus, 450, "mixed")
+    parts = chosen(450, "mixed")
     assert [(p.split, p.n) for p in parts] == [("held_out", 10), ("train", 20)]
-    assert [(p.split, p.n) for p in choose_parts(corpus, 30, "held_out")] == [("held_out", 2)]
-    assert [(p.split, p.n) for p in choose_parts(corpus, 10**6, "train")] == [("train", 30)]
+    assert [(p.split, p.n) for p in chosen(30, "held_out")] == [("held_out", 2)]
+    assert [(p.split, p.n) for p in chosen(10**6, "train")] == [("train", 30)]
     assert index_jobs.Request() == index_jobs.Request(n_tokens=1_000_000, split="mixed")

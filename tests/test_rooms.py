@@ -14,7 +14,7 @@ LINES = {
     "checkpoints": 2720,
     "analysis": 4800,
     "plots": 1350,
-    "runs": 3720,
+    "runs": 3510,
     "cli": 1500,
     "app": 5000,
 }

@@ -12,17 +12,14 @@ from safetensors.numpy import save_file
 
 from gsae_core.config import Architecture, Positions
 from gsae_core.errors import InputError
-from gsae_core.files import first_of, read_checked, read_json, replace_durably, write_json
+from gsae_core.files import first_of, read_json, replace_durably, write_json
 
 # NaN is written as null.
 Number = Annotated[float, BeforeValidator(lambda read: math.nan if read is None else read)]
 
 
 class EvalRow(BaseModel, frozen=True):
-    """One SAE on held-out tokens; the keys of evals.json.
-
-    Defaults are what evaluations did that earlier versions wrote: they do not say.
-    """
+    """One SAE on held-out tokens; the keys of evals.json. Defaults: what earlier versions did."""
 
     name: str
     architecture: Architecture
@@ -57,11 +54,7 @@ class EvalRow(BaseModel, frozen=True):
 def read_evals(folder: Path, names: Collection[str]) -> list[dict[str, Any]]:
     """Return the rows of a run's evals.json, defaults filled in; empty where there is none.
 
-    Args:
-        names: of the run's SAEs.
-
-    Raises:
-        InputError: names the first key that is missing or of another type.
+    An `InputError` names the first key that is missing or of another type, or an unknown SAE.
     """
     path = folder / "evals.json"
     again = f"measure again: python -m gsae_core evaluate {folder}"
@@ -149,33 +142,12 @@ def measure_again(run: str) -> str:
 
 
 class _Decile(BaseModel):
-    """A tenth of the tokens by |x|, as `sae.metrics.Decile` defines it."""
-
     norm: float | None
     ratio: float | None
     gamma: float | None
 
 
-class _Deciles(BaseModel):
+class NormDeciles(BaseModel):
+    """norm_deciles.json: tenths of the tokens by |x|, shortest first; see `sae.metrics.Decile`."""
+
     deciles: list[_Decile]
-
-
-def read_norm_deciles(folder: Path, *, again: str) -> list[dict[str, float | None]]:
-    """Return an SAE's norm_deciles.json: the tenths of its tokens, shortest activations first.
-
-    Args:
-        again: command that measures them.
-
-    Raises:
-        InputError: if they are damaged, or were not measured.
-    """
-    path = folder / "norm_deciles.json"
-    if not os.path.lexists(path):
-        raise InputError(
-            f"expected lengths of reconstructions of {folder.name!r}, found none in {folder}; "
-            f"measure them: {again}"
-        )
-    try:
-        return read_checked(path, _Deciles, what="lengths of reconstructions")["deciles"]
-    except InputError as error:
-        raise InputError(f"{error}; measure them again: {again}") from None

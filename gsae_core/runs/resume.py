@@ -13,9 +13,7 @@ from gsae_core.files import read_json, replace_durably, sha256, write_json
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the state a run resumes from; the older one stays until the new one is on the disk.
 
-    Args:
-        folder: the run's `resume` folder.
-        state: tensors, numbers, strings, None, and dicts, lists and tuples of these.
+    It holds tensors, numbers, strings, None, and dicts, lists and tuples of these.
     """
     folder.mkdir(parents=True, exist_ok=True)
     older = sorted(folder.glob("state-*.pt"))

@@ -30,7 +30,7 @@ from gsae_core.files import (
     write_json,
     writing,
 )
-from gsae_core.runs.evals import read_evals, read_norm_deciles
+from gsae_core.runs.evals import NormDeciles, read_evals
 from gsae_core.runs.jobs.job import (
     ACTIVE,
     FOLDER_BYTES,
@@ -95,12 +95,7 @@ class Run(Job):
 
     @classmethod
     def create(cls, folder: Path | str, config: RunConfig) -> "Run":
-        """Make a run folder, in state `queued`.
-
-        Raises:
-            InputError: if the name is no run id, the folder holds a run or other files, cannot be
-                written, or the disk is full.
-        """
+        """Make a run in a new or empty folder, in state `queued`."""
         folder = Path(folder).absolute()
         check_run_id(folder.name)
         with writing(folder, FOLDER_BYTES):
@@ -133,11 +128,7 @@ class Run(Job):
 
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
-        """Return the run in a folder.
-
-        Raises:
-            InputError: if there is no run, its files are damaged, or a newer version made it.
-        """
+        """Return the run in a folder; refuse one that is damaged, or of a newer version."""
         folder = Path(folder).absolute()
         path = folder / "config.json"
         if not os.path.lexists(path):
@@ -145,7 +136,7 @@ class Run(Job):
                 f"expected a run folder with a config.json, found none in {folder}; "
                 "give the folder that the training command printed"
             )
-        check_layout(folder)
+        check_layout(folder / "events.jsonl")
         try:
             return cls(folder, load_config(path))
         except InputError as error:
@@ -162,10 +153,7 @@ class Run(Job):
         return read_tail(self.folder / "metrics.jsonl")
 
     def metrics_since(self, cursor: MetricsCursor) -> MetricsSlice:
-        """Return the rows written after `cursor`, and the cursor to ask with next time.
-
-        A last line still being written is left for the next call.
-        """
+        """Return the rows written after `cursor`, and the cursor to ask with next time."""
         return read_since(self.folder / "metrics.jsonl", cursor)
 
     def evals(self) -> list[dict[str, Any]]:
@@ -217,9 +205,6 @@ class Run(Job):
 
         Columns: `fired` and `gate_open` (tokens), `density` (share of tokens it fired on) and
         `gamma` (the latent's own shrinkage; NaN where it never fired).
-
-        Raises:
-            InputError: if the SAE is unknown or not evaluated yet.
         """
         import pandas as pd
         from safetensors.numpy import load_file
@@ -238,25 +223,26 @@ class Run(Job):
         """Return one row per tenth of the held-out tokens by |x|, shortest first.
 
         Columns: `decile` (1 to 10), and those of `sae.metrics.Decile`.
-
-        Raises:
-            InputError: if the SAE is unknown, or was evaluated before these numbers were gathered.
         """
         import pandas as pd
 
-        again = f"python -m gsae_core evaluate {self.folder}"
-        rows = read_norm_deciles(self.sae_folder(name), again=again)
+        folder, again = self.sae_folder(name), f"python -m gsae_core evaluate {self.folder}"
+        path, what = folder / "norm_deciles.json", "lengths of reconstructions"
+        if not os.path.lexists(path):
+            raise InputError(
+                f"expected {what} of {name!r}, found none in {folder}; measure them: {again}"
+            )
+        try:
+            rows = read_checked(path, NormDeciles, what=what)["deciles"]
+        except InputError as error:
+            raise InputError(f"{error}; measure them again: {again}") from None
         # JSON has null for NaN, which would make a column of objects.
         frame = pd.DataFrame(rows, columns=["norm", "ratio", "gamma"]).astype(float)
         frame.insert(0, "decile", range(1, len(frame) + 1))
         return frame
 
     def features(self, name: str) -> "FeatureIndex":
-        """Return the feature index of one SAE.
-
-        Raises:
-            InputError: if the SAE is unknown, has no index, or has changed since it was built.
-        """
+        """Return the feature index of one SAE; refuse one of other weights than the SAE has now."""
         from gsae_core.analysis.features.files import check_weights
         from gsae_core.analysis.features.index import open_index
 
@@ -279,16 +265,16 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def check_layout(folder: Path) -> None:
+def check_layout(events: Path) -> None:
     """Refuse a run that a newer version made, by its events."""
-    rows = files.read(folder / "events.jsonl").rows
+    rows = files.read(events).rows
     versions = [row["schema_version"] for row in rows if "schema_version" in row]
     # A run whose first line is damaged is taken for one of this version: the rest of it will tell.
     version = versions[0] if versions else SCHEMA_VERSION
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise InputError(
-            f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in {folder}; "
-            "a newer version of gsae-core made it: update to open it"
+            f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in "
+            f"{events.parent}; a newer version of gsae-core made it: update to open it"
         )
 
 
@@ -325,7 +311,7 @@ def survey(root: Path | str) -> tuple[list[tuple[Run, Status]], dict[str, str]]:
             # A config is judged in milliseconds: two hundred of them are a slow page.
             run = read_once(_run_of, config)
             if os.path.lexists(events):
-                read_once(_check_layout_of, events)
+                read_once(check_layout, events)
             listed.append((stat_of(config).st_mtime, run, read_status(run.folder)))
         except InputError as error:
             if folder.is_dir():  # not deleted between the listing and the look
@@ -338,18 +324,12 @@ def _run_of(config: Path) -> Run:
     return find_run(config.parent.parent, config.parent.name)
 
 
-def _check_layout_of(events: Path) -> None:
-    check_layout(events.parent)
-
-
 def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
     """Make a run under `root` and start it; return the one there is if it was made before.
 
-    A run with the same config that waits or trains now is that one too, started from here or not:
-    its seed is the same, so a second one would find the same numbers.
-
-    Args:
-        nonce: one for each intention to start: a double press has the same and starts one run.
+    There is one `nonce` for each intention to start: a double press starts one run. A run with the
+    same config that waits or trains now is that one too, started from here or not: its seed is the
+    same, so a second one would find the same numbers.
     """
     with writing(root, 0):
         root.mkdir(parents=True, exist_ok=True)

@@ -80,8 +80,7 @@ class Status(NamedTuple):
 def live_process(pid: int, started: float) -> psutil.Process | None:
     """Return the live process with this id *and* this start time, or None.
 
-    A process id alone proves nothing: ids are reused, and a dead child whose parent has not
-    collected it (a zombie) still answers signal 0.
+    Ids are reused, and a dead child whose parent has not collected it (a zombie) keeps its own.
     """
     try:
         process = psutil.Process(pid)
@@ -117,10 +116,7 @@ def stat_of(path: Path) -> os.stat_result:
 
 
 def read_once(read: Callable[[Path], T], path: Path) -> T:
-    """Return what a module's function makes of a file; it is called anew when the file changed.
-
-    Every page asks for each run of a folder, and most have ended.
-    """
+    """Return what a module's function makes of a file, called anew when the file has changed."""
     seen = stat_of(path)
     return _read(read, path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
 
@@ -132,11 +128,7 @@ def _read(read: Callable[[Path], Any], path: Path, inode: int, mtime_ns: int, si
 
 
 def read_status(folder: Path) -> Status:
-    """Return status.json as the process left it.
-
-    Raises:
-        InputError: if the file is missing or damaged.
-    """
+    """Return status.json as the process left it."""
     return read_once(_parsed, folder / "status.json")
 
 
@@ -149,31 +141,26 @@ def _parsed(path: Path) -> Status:
             f"found {', '.join(fields) or 'none'}"
         )
     for name, value in fields.items():
-        if not _may_be(name, value):
-            raise InputError(f"expected {_WANTED[name]} as {name} in {path}, got {value!r}")
+        wanted, fits = _WANTED[name]
+        if not fits(value):
+            raise InputError(f"expected {wanted} as {name} in {path}, got {value!r}")
     return Status(**fields)
 
 
-_WANTED = {
-    "state": "a state",
-    **dict.fromkeys(("step", "n_steps", "done", "total"), "a whole number from 0"),
-    "pid": "a process id or null",
-    "process_started": "seconds since 1970 or null",
-    "heartbeat": "seconds since 1970",
-    **dict.fromkeys(("error", "stage"), "a text or null"),
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < MOST_SECONDS
+
+
+_COUNT = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
+_TEXT = ("a text or null", lambda value: value is None or isinstance(value, str))
+_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "state": ("a state", lambda value: value in get_args(State)),
+    "pid": ("a process id or null", lambda n: n is None or (type(n) is int and 0 < n < 2**31)),
+    "process_started": ("seconds since 1970 or null", lambda time: time is None or _is_time(time)),
+    "heartbeat": ("seconds since 1970", _is_time),
+    **dict.fromkeys(("step", "n_steps", "done", "total"), _COUNT),
+    **dict.fromkeys(("error", "stage"), _TEXT),
 }
-
-
-def _may_be(name: str, value: Any) -> bool:
-    if value is None:
-        return name in ("pid", "process_started", "error", "stage")
-    if name in ("state", "error", "stage"):
-        return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        return False
-    if name in ("process_started", "heartbeat"):
-        return value < MOST_SECONDS
-    return isinstance(value, int) and (name != "pid" or 0 < value < 2**31)
 
 
 def write_status(folder: Path, status: Status) -> None:
@@ -233,11 +220,7 @@ class Job:
         return status.expects_process and status.process is not None
 
     def events(self) -> list[dict[str, Any]]:
-        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`.
-
-        Raises:
-            InputError: if events.jsonl cannot be read; damaged lines are left out.
-        """
+        """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`."""
         return self.event_lines().rows
 
     def event_lines(self) -> Lines:
@@ -321,10 +304,8 @@ _children: list[subprocess.Popen[bytes]] = []
 def start(run: Job, command: Sequence[str] | None = None) -> int:
     """Train a run, or go on with it, in a process that outlives this one; return its id.
 
-    Pressing twice starts one process: the second call returns the first one's id.
-
-    Args:
-        command: words after `python -m gsae_core` that work on the folder; None: `resume FOLDER`.
+    Pressing twice starts one process: the second call returns the first one's id. `command`: words
+    after `python -m gsae_core` that work on the folder; None: `resume FOLDER`.
     """
     _children[:] = [child for child in _children if child.poll() is None]
     with writing(run.folder, FOLDER_BYTES), lock(run.folder, "start"):

@@ -57,9 +57,7 @@ class Waiting(NamedTuple):
 class QueuePlace:
     """A run's place in the line for a device; leave it in the end, whether its turn came or not.
 
-    Args:
-        folder: the run's; the line is that of the runs beside it.
-        slot: name of the device, from `machine.slot_of`.
+    The line is that of the runs beside its folder; `slot` names the device, see `machine.slot_of`.
     """
 
     def __init__(self, folder: Path, slot: str) -> None:
@@ -135,9 +133,6 @@ class Worker:
         step: steps done.
         done: how much of the present stage is done.
         outcome: the last state, unless an exception ends the block.
-
-    Raises:
-        InputError: on entry, if the run is finished or another process holds it.
     """
 
     def __init__(self, run: Job) -> None:
@@ -187,10 +182,7 @@ class Worker:
         """Wait until the device is free; yield how many runs go first, about twice a second.
 
         Ends at once when somebody asks the run to stop. The device is held until the worker ends.
-
-        Args:
-            slot: name of the device, from `machine.slot_of`.
-            of: the run in whose place in the line the work stands; None: the run itself.
+        `of`: folder of the run in whose place in the line the work stands; None: the run itself.
         """
         place = QueuePlace(of or self.run.folder, slot)
         self._held.callback(place.leave)
@@ -331,8 +323,7 @@ def perform(
 
     Args:
         work: yields its progress; what it must save when it is closed, it saves.
-        slot: device to wait for, from `machine.slot_of`; None: the work needs none.
-        of: as for `Worker.wait_for_device`.
+        slot: device to wait for, in the place of the run `of`; None: the work needs none.
         worker: holds the job and its device already; it is the caller's to end.
     """
     with contextlib.nullcontext(worker) if worker else Worker(job) as held:

@@ -58,11 +58,7 @@ def n_parameters(spec: SAESpec, d_in: int) -> int:
 def memory_parts(
     cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None
 ) -> dict[str, int]:
-    """Return about how many bytes each part of training takes, the language model left out.
-
-    Args:
-        n_cores: as many steps are taken at once; None on a GPU, which takes one.
-    """
+    """Return about how many bytes training takes, the model left out; `n_cores`: None on a GPU."""
     learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
     rows, matrices = cfg.train.batch_size, DENSE_MATRICES
     if n_cores is not None:

@@ -13,16 +13,12 @@ class Speed(NamedTuple):
 
     share: float
     """Steps done over steps planned."""
-
     tokens_per_second: float | None
     """Activation vectors a second lately; None until two steps were logged."""
-
     seconds_left: float | None
     """Training time left at that speed."""
-
     lm_share: float | None = None
     """Share of all training seconds spent in the language model; None for older runs."""
-
     sae_share: float | None = None
     """Share of all training seconds spent in the SAEs' steps."""
 
@@ -32,21 +28,19 @@ def speed(status: Status, rows: Sequence[Mapping[str, Any]]) -> Speed:
     share = min(status.step / status.n_steps, 1.0) if status.n_steps else 0.0
     steps = {row["step"]: row for row in rows}
     recent = list(steps.values())[-RECENT:]
-    shares = _shares(recent[-1]) if recent else (None, None)
-    if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
-        return Speed(share, None, None, *shares)
+    if not recent:
+        return Speed(share, None, None)
     first, last = recent[0], recent[-1]
+    shares = (None, None)
+    if "seconds_lm" in last and last["seconds"]:
+        # Of all seconds and not of the last steps: activations are harvested in bursts.
+        shares = (last[part] / last["seconds"] for part in ("seconds_lm", "seconds_sae"))
     seconds = last["seconds"] - first["seconds"]
+    if seconds <= 0:
+        return Speed(share, None, None, *shares)
     step_seconds = seconds / (last["step"] - first["step"])
     left = max(status.n_steps - status.step, 0) * step_seconds
     return Speed(share, (last["tokens"] - first["tokens"]) / seconds, left, *shares)
-
-
-def _shares(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    # Of all seconds and not of the last steps: activations are harvested in bursts.
-    if "seconds_lm" not in row or not row["seconds"]:
-        return None, None
-    return row["seconds_lm"] / row["seconds"], row["seconds_sae"] / row["seconds"]
 
 
 Mark = Literal["done", "now", "ahead", "stopped"]
@@ -77,12 +71,7 @@ _ENDS = ("finished", "cancelled", "failed")
 def timeline(
     events: Sequence[Mapping[str, Any]], status: Status, *, now: float
 ) -> tuple[Phase, ...]:
-    """Return the stretches of a run's life in order, the last one named by how it ended.
-
-    Args:
-        events: what `Run.events` returns.
-        now: seconds since 1970.
-    """
+    """Return the stretches of a run's life in order, the last one named by how it ended."""
     trained = any(event["event"] == "training" for event in events)
     if status.state == "finished" and status.step and not trained:
         # Of the bundled example the first and the last event are shipped: what lay between took

@@ -41,10 +41,6 @@ def import_saes(
         model, layer, site: in place of the files' word.
         saes: names (`FoundSAE.name`) of those to take; all that are there, if empty.
         data: text to evaluate on later; None takes the standard library's.
-
-    Raises:
-        InputError: if nothing can be read, SAEs belong to several places, the place is not known,
-            or the run's folder is taken.
     """
     found = find_saes(path)
     by_name = {sae.name: sae for sae in found}
@@ -64,7 +60,15 @@ def import_saes(
     try:
         # One at a time: a release's SAEs together may not fit into memory.
         read = [_staged(staged / each.name, each, place) for each in found]
-        run = Run.create(folder, _config(read, place, data))
+        fields = {
+            "model": {"name": place.model, "layer": place.layer, "site": place.site},
+            "data": {"held_out": HELD_OUT} | ({} if data is None else {"source": data}),
+            "saes": tuple(spec for spec, _ in read),
+            "train": TrainRecipe(n_tokens=EvalConfig().n_tokens),
+            "activation_scale": "none",
+            "imported": ", ".join(dict.fromkeys(source.library for _, source in read)),
+        }
+        run = Run.create(folder, validated(RunConfig, fields))
         os.replace(staged, run.folder / "saes")
         for spec, source in read:
             run.add_event("imported", sae=spec.name, **asdict(source))
@@ -103,16 +107,14 @@ def _over(said: HookPoint, given: HookPoint) -> HookPoint:
 def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, Provenance]:
     """Read an SAE and write it as ours; return its line in the config, and its origin."""
     sae, source = read_found(found)
-    spec = validated(
-        SAESpec,
-        {
-            "name": found.name,
-            "architecture": sae.architecture,
-            "d_sae": sae.d_sae,
-            "sparsity": source.sparsity,
-            "recipe": sae.recipe,
-        },
-    )
+    fields = {
+        "name": found.name,
+        "architecture": sae.architecture,
+        "d_sae": sae.d_sae,
+        "sparsity": source.sparsity,
+        "recipe": sae.recipe,
+    }
+    spec = validated(SAESpec, fields)
     layer, site = place.layer, place.site
     assert layer is not None  # _one_place has seen to it
     assert site is not None
@@ -127,20 +129,3 @@ def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, P
     }
     save_sae(sae, folder, metadata=metadata)
     return spec, source
-
-
-def _config(
-    read: list[tuple[SAESpec, Provenance]], place: HookPoint, data: str | None
-) -> RunConfig:
-    n_tokens = EvalConfig().n_tokens
-    return validated(
-        RunConfig,
-        {
-            "model": {"name": place.model, "layer": place.layer, "site": place.site},
-            "data": {"held_out": HELD_OUT} | ({} if data is None else {"source": data}),
-            "saes": tuple(spec for spec, _ in read),
-            "train": TrainRecipe(n_tokens=n_tokens),
-            "activation_scale": "none",
-            "imported": ", ".join(dict.fromkeys(source.library for _, source in read)),
-        },
-    )

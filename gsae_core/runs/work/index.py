@@ -40,6 +40,10 @@ class Request(BaseModel, frozen=True, extra="forbid"):
     split: IndexSplit = "mixed"
     """`mixed`: half of them held out, as far as they reach, the rest from the training split."""
 
+    @property
+    def n_held_out(self) -> int:
+        return {"held_out": self.n_tokens, "mixed": -(-self.n_tokens // 2), "train": 0}[self.split]
+
 
 def index_folder(run: Run, name: str) -> Path:
     """Return where the index of one of a run's SAEs is or will be."""
@@ -76,11 +80,7 @@ def start_index(
 def prepare(
     run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
 ) -> Job:
-    """Return the job of an index, ready for a worker: queued, with what is asked for written down.
-
-    Raises:
-        InputError: if the request cannot be, the folder cannot be written, or a process builds it.
-    """
+    """Return the job of an index, ready for a worker: queued, its request written down."""
     if n_tokens is not None and n_tokens < 1:
         raise InputError(f"--tokens: expected a number of at least 1, got {n_tokens}")
     folder = index_folder(run, name)
@@ -122,13 +122,8 @@ def index_run(
     """Build the feature index of one SAE of a run, from where it stands, and yield progress.
 
     Waits for the device like a run. A request to stop ends it after the shard, in state
-    `cancelled`; started again with the same numbers it goes on. An `InputError` while iterating is
-    said in status.json too.
-
-    Args:
-        name: of the SAE, whose weights are saved.
-        n_tokens: counted tokens to read; None: as asked for last, or a million.
-        split: of the text; None: as asked for last, or half held out, half trained on.
+    `cancelled`; started again it goes on with what was asked for last, where nothing else is. An
+    `InputError` while iterating is said in status.json too.
     """
     job = prepare(run, name, n_tokens=n_tokens, split=split)
     work = functools.partial(_build, run, name, job)
@@ -150,13 +145,13 @@ def _build(run: Run, name: str, job: Job, worker: Worker) -> Iterator[Progress]:
         model.tokenizer,
         n_tokens=asked.n_tokens,
         model_n_ctx=model.n_ctx,
-        n_held_out=_n_held_out(asked.n_tokens, asked.split),
+        n_held_out=asked.n_held_out,
     )
     check_held_out(run, corpus, part=True)
     yield from build_index(
         model,
         sae.to(model.device),
-        choose_parts(corpus, asked.n_tokens, asked.split),
+        choose_parts(corpus, asked),
         run.folder / "features" / name,
         layer=cfg.model.layer,
         site=cfg.model.site,
@@ -169,19 +164,14 @@ def _build(run: Run, name: str, job: Job, worker: Worker) -> Iterator[Progress]:
     )
 
 
-def _n_held_out(n_tokens: int, split: IndexSplit) -> int:
-    """Return how many held-out tokens an index is asked to read."""
-    return {"held_out": n_tokens, "mixed": -(-n_tokens // 2), "train": 0}[split]
-
-
-def choose_parts(corpus: "Corpus", n_tokens: int, split: IndexSplit) -> "Sequence[Part]":
-    """Return the sequences to read for a `Request`: whole ones, from the start of each split."""
+def choose_parts(corpus: "Corpus", asked: Request) -> "Sequence[Part]":
+    """Return the sequences to read: whole ones, from the start of each split."""
     parts = []
-    left = n_tokens
-    if split != "train":
-        parts.append(_first(corpus.held_out, "held_out", _n_held_out(n_tokens, split)))
+    left = asked.n_tokens
+    if asked.split != "train":
+        parts.append(_first(corpus.held_out, "held_out", asked.n_held_out))
         left -= int(corpus.held_out.counts[: parts[0].n].sum())
-    if split != "held_out" and left > 0:
+    if asked.split != "held_out" and left > 0:
         parts.append(_first(corpus.train, "train", left))
     return parts
 

@@ -49,12 +49,7 @@ class Parcel(NamedTuple):
 
 
 def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> Parcel:
-    """Return what a push of some of a run's SAEs to OWNER/NAME would send, a card included.
-
-    Raises:
-        InputError: if the run or an SAE is not finished, its files are not whole, or `repo` is no
-            repository.
-    """
+    """Return what a push of SAEs of a finished run to OWNER/NAME would send, a card included."""
     folders = {name: run.sae_folder(name) for name in names}
     check_repo(repo)
     state = run.status.state

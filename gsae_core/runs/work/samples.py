@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, token_texts
@@ -45,12 +44,7 @@ class HeldOut(NamedTuple):
 
 
 class Sampler:
-    """Writes samples.json of a run now and then.
-
-    Args:
-        run: where to.
-        setup: its model, held-out text and SAEs.
-    """
+    """Writes samples.json of a run now and then."""
 
     def __init__(self, run: Run, setup: RunSetup) -> None:
         self._run, self._setup = run, setup
@@ -65,7 +59,7 @@ class Sampler:
         if self._held_out is None:
             self._held_out = _harvest(self._run, self._setup)
         saes = {
-            spec.name: self._look(spec, sae)
+            spec.name: self._look(sae, self._held_out)
             for spec, sae in zip(self._run.config.saes, self._setup.trainer.saes, strict=True)
             if spec.name not in self._setup.stopped
         }
@@ -78,9 +72,7 @@ class Sampler:
             logger.warning("no sample of latents: %s", error)
 
     @torch.no_grad()
-    def _look(self, spec: SAESpec, sae: SAE) -> dict[str, Any]:
-        assert self._held_out is not None
-        held_out = self._held_out
+    def _look(self, sae: SAE, held_out: HeldOut) -> dict[str, Any]:
         fired = firings(sae, held_out.x)
         latents = choose(fired, seed=self._run.config.seed)
         # Raw activations in, raw latents out, as the saved SAE has it.
@@ -92,16 +84,14 @@ class Sampler:
                     "latent": latent,
                     "chosen": how,
                     "fired": int(fired[latent]),
-                    "examples": self._examples(f[:, column]),
+                    "examples": self._examples(f[:, column], held_out),
                 }
                 for column, (latent, how) in enumerate(latents)
             ],
         }
 
-    def _examples(self, f: Float[Tensor, " tokens"]) -> list[dict[str, Any]]:
+    def _examples(self, f: Float[Tensor, " tokens"], held_out: HeldOut) -> list[dict[str, Any]]:
         """Return the tokens a latent fires on most, each in its context, no context twice."""
-        assert self._held_out is not None
-        held_out = self._held_out
         rows, n_ctx = held_out.ids.shape
         everywhere = torch.zeros(rows * n_ctx, dtype=f.dtype)
         everywhere[held_out.place] = f.cpu()
@@ -112,16 +102,13 @@ class Sampler:
             row, column = divmod(place, n_ctx)
             first, last = max(0, column - BEFORE), min(n_ctx, column + AFTER + 1)
             whole = held_out.ids[row].tolist()
-            ids = whole[first:last]
             values = everywhere[row * n_ctx + first : row * n_ctx + last].tolist()
-            examples.setdefault(
-                tuple(ids),
-                {
-                    "tokens": texts_in(self._setup.model.tokenizer, whole, first, last),
-                    "values": [round(value, 4) for value in values],
-                    "at": column - first,
-                },
-            )
+            example = {
+                "tokens": texts_in(self._setup.model.tokenizer, whole, first, last),
+                "values": [round(value, 4) for value in values],
+                "at": column - first,
+            }
+            examples.setdefault(tuple(whole[first:last]), example)
         return list(examples.values())
 
 

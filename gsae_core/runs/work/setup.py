@@ -33,11 +33,7 @@ class RunSetup(NamedTuple):
 
 
 def set_up(run: Run) -> RunSetup:
-    """Return the parts of a run, none of which has begun.
-
-    Raises:
-        InputError: if memory or disk are too small, or model or text are not what they were.
-    """
+    """Return the parts of a run, none of which has begun; refuse too little memory or disk."""
     cfg = run.config
     model = load_lm(cfg)
     d_in = model.width(cfg.model.site)
@@ -112,10 +108,8 @@ def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = 
 def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
     """Refuse to measure on other text, or text read in another way, than a run was trained on.
 
-    Imported runs were trained elsewhere and say nothing of their text.
-
-    Args:
-        part: `corpus` was not read as far as training read it; what both hold is compared.
+    Imported runs were trained elsewhere and say nothing of their text. `part`: `corpus` was not
+    read as far as training read it; what both hold is compared.
     """
     # Files of the standard library are held out by name, whichever Python they are of.
     if run.config.data.source != "stdlib":

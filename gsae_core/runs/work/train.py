@@ -52,11 +52,7 @@ def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
 
     A run whose device trains another one waits for its turn. A request to stop, or closing this
     iterator, ends it after the step, saved, in state `cancelled`. An `InputError` while iterating
-    is said in status.json too.
-
-    Args:
-        run: not finished.
-        worker: holds the run and its device already; it is the caller's to end.
+    is said in status.json too. `worker`: holds the run and its device already.
     """
     work = functools.partial(_train_and_evaluate, run)
     return perform(run, work, slot=slot_of(run.config.device), worker=worker)
@@ -120,8 +116,7 @@ def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
             for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
                 worker.step = report.step
                 if report.step % every == 0 or report.step in (1, report.n_steps):
-                    times = {"seconds": clock.seconds, "seconds_lm": clock.seconds_lm}
-                    log.add(_rows(run.config, report, **times))
+                    log.add(_rows(run.config, report, clock))
                 sampler.see(report.step)
                 note_stopped()
                 if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
@@ -179,10 +174,9 @@ def log_every(n_steps: int) -> int:
     return max(1, round(n_steps / LOGGED_POINTS))
 
 
-def _rows(
-    cfg: RunConfig, report: StepReport, *, seconds: float, seconds_lm: float
-) -> list[dict[str, Any]]:
+def _rows(cfg: RunConfig, report: StepReport, clock: _Clock) -> list[dict[str, Any]]:
     rows = []
+    seconds, seconds_lm = round(clock.seconds, 3), round(clock.seconds_lm, 3)
     for spec, sae in zip(cfg.saes, report.saes, strict=True):
         if sae.loss is None:
             continue
@@ -190,8 +184,8 @@ def _rows(
             {
                 "step": report.step,
                 "tokens": report.tokens,
-                "seconds": round(seconds, 3),
-                "seconds_lm": round(seconds_lm, 3),
+                "seconds": seconds,
+                "seconds_lm": seconds_lm,
                 "seconds_sae": round(report.seconds, 3),
                 "sae": spec.name,
                 "loss": float(sae.loss.total),
@@ -218,13 +212,8 @@ def evaluate_run(
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
     Args:
-        run: has saved SAEs; need not be finished.
         n_tokens: held-out tokens; None takes the run's number.
         replace: where the model reads reconstructions; None takes the run's choice.
-
-    Raises:
-        InputError: while iterating: no or damaged SAEs, another process holds the run, or its text
-            is no longer the one it was trained on.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
     with holding(run.folder, busy), _sentences_about_memory():
@@ -324,8 +313,7 @@ def _eval_row(
 
 def _write_latents(folder: Path, metrics: Metrics) -> None:
     fired = metrics.firings.numpy()
-    sums = metrics.sums
-    opened = None if sums is None else sums.gate_open
+    opened = None if metrics.sums is None else metrics.sums.gate_open
     columns = {
         "fired": fired,
         "gate_open": fired if opened is None else opened.cpu().numpy(),

@@ -98,11 +98,6 @@ class Transfer(Job):
         return self.folder.parent.parent
 
     @property
-    def files(self) -> Path:
-        """Folder that what comes is kept in; it ends with the repository's name."""
-        return self.folder / "files" / self.request.repo
-
-    @property
     def result(self) -> str | None:
         """What a finished one led to: the run's name, or the address of the commit."""
         ends = [event.get("result") for event in self.events() if event["event"] == "arrived"]
@@ -145,9 +140,8 @@ def is_transfer(folder: Path) -> bool:
 def transfers(root: Path) -> list[Transfer]:
     """Return the transfers of a folder of runs, newest first; damaged ones are left out."""
     found = []
-    for path in (root / FOLDER).glob("*/request.json"):
-        if path.parent.name.startswith("."):
-            continue  # Deleted, but for the removal of its files.
+    # A name with a dot is of one that is deleted, but for the removal of its files.
+    for path in (root / FOLDER).glob("[!.]*/request.json"):
         transfer = Transfer(path.parent)
         try:
             _ = transfer.request, transfer.status
@@ -160,9 +154,7 @@ def transfers(root: Path) -> list[Transfer]:
 def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> PullRequest:
     """Return the request for an SAE of a repository at the commit that was looked at.
 
-    Args:
-        to: name of the run that is made of it.
-        place: `model`, `layer` and `site`, where the files do not say them.
+    `to` names the run that is made of it; `place`: model, layer and site, where files lack them.
     """
     return PullRequest(
         repo=repository.repo,
@@ -222,7 +214,9 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
     where = new_run_folder(transfer.root, request.to)
     log.info("%s of %s at %s", readable(total), request.repo, request.commit)
     worker.enter("downloading", total=total)
-    pieces = fetching(request.repo, request.commit, request.files, transfer.files)
+    came = transfer.folder / "files"  # until it is a run
+    kept = came / request.repo  # runs and SAEs are named by the folder they come from
+    pieces = fetching(request.repo, request.commit, request.files, kept)
     with contextlib.closing(cast("Generator[int]", pieces)):
         for done in pieces:
             yield Progress("downloading", done, total, "byte")
@@ -231,14 +225,14 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
     from gsae_core.runs.work.imports import import_saes
 
     place = {"model": request.model, "layer": request.layer, "site": request.site}
-    run, sources = import_saes(transfer.files, where, **place)
+    run, sources = import_saes(kept, where, **place)
     run.add_event("pulled", repo=request.repo, commit=request.commit, path=request.path)
     for source in sources.values():
         for sentence in source.assumed:
             log.info("%s", sentence)
     transfer.add_event("arrived", result=run.id)
     # It is a run now, and nowhere twice.
-    shutil.rmtree(transfer.folder / "files", ignore_errors=True)
+    shutil.rmtree(came, ignore_errors=True)
 
 
 def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:
