@@ -11,7 +11,7 @@ LINES = {
     "sae": 3440,
     "lm": 3740,
     "training": 1070,
-    "checkpoints": 2720,
+    "checkpoints": 2700,
     "analysis": 4800,
     "plots": 1350,
     "runs": 3510,
