@@ -94,16 +94,16 @@ def choose_base() -> Base:
             disabled=chosen is not None,
         )
     if chosen is None:
-        base = Base(presets()[name].config(), preset=name)
+        base = Base(presets()[name].config(), Train(preset=name))
         plain(f"{presets()[name].description}.", size=".875rem")
     else:
-        base = Base(runs[chosen].config, run=runs[chosen].folder / "config.json")
+        base = Base(runs[chosen].config, Train(config=runs[chosen].folder / "config.json"))
         plain(f"The settings of {chosen}. Unchanged settings reproduce the same results.")
     if unknown := [run for run in asked.get("from", []) if run not in runs]:
         notice(f"Run {unknown[0][:80]} is not on this machine; showing {name}.", kind="warning")
-    if state.get("train.filled") != base.id or "from" in asked:
+    if state.get("train.filled") != base.flags or "from" in asked:
         state.update(shown(base.config))
-        state["train.filled"] = base.id
+        state["train.filled"] = base.flags
     return base
 
 

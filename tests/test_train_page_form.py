@@ -32,7 +32,7 @@ HOSTILE = "a'b\"\n\\{x}\0 </script> $(rm) EvalConfig("
 
 
 def started_from(name: str) -> Base:
-    return Base(preset(name).config(), preset=name)
+    return Base(preset(name).config(), Train(preset=name))
 
 
 def from_terminal(flags: Train) -> RunConfig:
@@ -147,14 +147,14 @@ def test_a_repeated_run_is_that_run(tmp_path: Path) -> None:
     )
     config = RunConfig(saes=saes, train=TrainRecipe(n_tokens=10_000, batch_size=100))
     write_json(tmp_path / "config.json", config.model_dump(mode="json"))
-    base = Base(config, run=tmp_path / "config.json")
+    base = Base(config, Train(config=tmp_path / "config.json"))
     flags = to_flags(shown(config), base)
     assert from_terminal(flags) == config
     assert from_notebook(config) == config
     seeded = run_config(to_flags(shown(config) | {"seed": "5"}, base))
     assert [spec.d_sae for spec in seeded.saes] == [6, 9]
     assert seeded.seed == 5
-    assert to_flags(shown(seeded) | {"seed": "0"}, Base(seeded, run=Path("x"))).seed == 0
+    assert to_flags(shown(seeded) | {"seed": "0"}, Base(seeded, Train(config=Path("x")))).seed == 0
 
 
 def test_hostile_names_stay_text_in_the_notebook_cell() -> None:
@@ -201,7 +201,7 @@ def test_an_emptied_field_goes_back_to_its_default() -> None:
 
 def test_a_switch_of_an_earlier_run_can_be_turned_off() -> None:
     config = preset("quick").config().model_copy(update={"cache_activations": True})
-    base = Base(config, run=Path("unused"))
+    base = Base(config, Train(config=Path("unused")))
     flags = to_flags(shown(config) | {"cache_activations": False}, base)
     assert run_config(flags).cache_activations is False
     assert run_config(flags).train == config.train
@@ -211,7 +211,7 @@ def test_a_baseline_can_be_given_the_others_width_and_its_own_again() -> None:
     base = started_from("quick")
     wide = to_flags(shown(base.config) | {"equal_width": True}, base)
     assert {spec.d_sae for spec in run_config(wide).saes} == {1024}
-    equal = Base(run_config(wide), run=Path("unused"))
+    equal = Base(run_config(wide), Train(config=Path("unused")))
     narrow = to_flags(shown(equal.config) | {"equal_width": False}, equal)
     assert (narrow.width, narrow.equal_width) == (1024, False)
 

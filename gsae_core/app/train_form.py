@@ -10,8 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from gsae_core.cli.arguments import SETS, Train
@@ -106,23 +105,12 @@ def form_fields() -> dict[str, Field]:
     return found
 
 
-@dataclass(frozen=True)
-class Base:
-    """What a form starts from."""
+class Base(NamedTuple):
+    """What a form starts from: a preset, or an earlier run."""
 
     config: RunConfig
-    preset: str | None = None
-    run: Path | None = None
-    """config.json of an earlier run."""
-
-    @property
-    def id(self) -> str:
-        """Says when the form has to be filled in anew."""
-        return f"preset {self.preset}" if self.run is None else f"run {self.run}"
-
-    def flags(self) -> Train:
-        """Return the flags that make the base itself."""
-        return Train(preset=self.preset) if self.run is None else Train(config=self.run)
+    flags: Train
+    """The one flag that stands for all of it."""
 
 
 def at_place(base: Base, layer: int, site: Site) -> Base:
@@ -130,14 +118,15 @@ def at_place(base: Base, layer: int, site: Site) -> Base:
 
     At a place that it does not cover, and for any other base, return `base`.
     """
-    if base.preset is None or (layer, site) not in preset(base.preset).choices:
+    name = base.flags.preset
+    if name is None or (layer, site) not in preset(name).choices:
         return base
-    return replace(base, config=preset(base.preset).config(layer=layer, site=site))
+    return base._replace(config=preset(name).config(layer=layer, site=site))
 
 
 def covers(base: Base, layer: int, site: str) -> bool:
     """Whether a base's set-up has runs at this place."""
-    chosen = None if base.preset is None else preset(base.preset).choices
+    chosen = preset(base.flags.preset).choices if base.flags.preset else ()
     return not chosen or (layer, site) in chosen
 
 
@@ -199,7 +188,7 @@ def to_flags(values: Values, base: Base) -> Train:
     emptied = any(
         _unsayable(wanted[flag]) and not _unsayable(given[flag]) for flag in form_fields()
     )
-    start = base.flags()
+    start = base.flags
     if emptied or not covered:
         given = {flag: field.default for flag, field in form_fields().items()}
         start, given["equal_width"] = Train(), False

@@ -99,9 +99,8 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
     st.caption(f"{ABOUT[state['site']].capitalize()}{width}.")
     if not covers(base, state["layer"], state["site"]):
-        st.caption(
-            f"{base.preset} has no runs at this hook point; its settings are kept as your own."
-        )
+        kept = "its settings are kept as your own"
+        st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
     with picture:
         block_diagram(
             site=state["site"],
