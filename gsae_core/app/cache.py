@@ -52,8 +52,7 @@ def version(path: Path) -> Version:
 def until_changed(*files: str) -> Any:
     """Return `hash_funcs` that give a cached function of a run a new key when a file changes.
 
-    Args:
-        files: in the run's folder; `{sae}` stands for the name of each SAE.
+    Files are of the run's folder; `{sae}` stands for the name of each SAE.
     """
 
     def key(run: Run) -> tuple[Any, ...]:
@@ -114,11 +113,7 @@ class ModelLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within, no other thread has the model.
-
-        Raises:
-            InputError: if it does not come free in `PATIENCE` seconds.
-        """
+        """Within, no other thread has the model; InputError if that takes `PATIENCE` seconds."""
         me = object()
         self._waiting.append(me)
         ahead = self._waiting.index(me) + 1  # who waits already, and the one that has it
@@ -178,11 +173,7 @@ def import_ahead() -> None:
 
 @st.cache_resource(max_entries=2, show_spinner=False, hash_funcs={Run: _model_key})
 def language_model(run: Run) -> Loaded:
-    """Return the language model a run's SAEs are for; at most two are kept.
-
-    Raises:
-        InputError: if it does not fit in memory.
-    """
+    """Return the language model a run's SAEs are for, if memory has room; at most two are kept."""
     # Two threads that import packages with cycles, as torch and transformers are, may each find
     # the other's modules half made: so this one waits.
     import_ahead()

@@ -115,10 +115,9 @@ class Cell(NamedTuple):
 def token_picker(
     cells: Sequence[Cell], *, picked: int, two: bool, pick: Callable[[int], None]
 ) -> None:
-    """Draw a text's tokens; the one at `picked` is marked, and `pick` is called with another's.
+    """Draw a text's tokens; `pick` is called with the index of the one that is clicked.
 
-    Args:
-        two: whether the lines under the tokens are drawn.
+    The one at `picked` is marked; `two` draws lines under them.
     """
     tokens = [
         cell._asdict()
@@ -154,11 +153,7 @@ class Link(NamedTuple):
 def feature_links(
     links: Sequence[Link], *, label: str, key: str, go: Callable[[int], None]
 ) -> None:
-    """Draw the list; `go` is called with the number of the one that is clicked.
-
-    Args:
-        label: what the list is, for those who do not see it.
-    """
+    """Draw the list; `go` is called with the number of the one that is clicked."""
     rows = [link._asdict() | {"share": round(min(max(link.share, 0), 1), 3)} for link in links]
     _links(
         key=key,

@@ -222,8 +222,7 @@ def moving(root: Path) -> bool:
 def on_the_way(root: Path, drawn: bool) -> None:
     """Draw the transfers that are at work, stopped, or done and not put away.
 
-    Args:
-        drawn: whether the page was drawn with one at work.
+    `drawn` says whether the page was drawn with one at work.
     """
     found = transfers(root)
     if not found:

@@ -55,11 +55,7 @@ def draw_timeline(run: Run, status: Status) -> None:
 
 
 def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) -> None:
-    """Show the bar of the present stage, in numbers too.
-
-    Args:
-        eta: say how long training still takes.
-    """
+    """Show the bar of the present stage, in numbers too; with `eta`, how long training takes."""
     if status.state == "queued":
         waiting = [w.run for w in waiting_runs(run.folder.parent)]
         place = f"; position {waiting.index(run.id) + 1} in the queue" if run.id in waiting else ""

@@ -176,9 +176,7 @@ def job_panel(
 ) -> None:
     """Draw how far a job with a process is, behind a name, and the button that cancels it.
 
-    Args:
-        key: of the button.
-        amount: writes what is done and what there is to do, in stages of `COUNTED`.
+    In stages of `COUNTED`, `amount` writes what is done and what there is to do.
     """
     if status.state == "cancelling":
         escalate(job)

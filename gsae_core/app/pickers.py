@@ -35,11 +35,7 @@ C = TypeVar("C", bound=str)
 
 
 def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
-    """Return the chosen run and its SAEs that can be looked through, or end the page.
-
-    Args:
-        what: what the page would show, to complete "... appear here".
-    """
+    """Return the chosen run and its SAEs that can be looked through; without any, end the page."""
     run = shell.need_run(frame, what)
     names = [spec.name for spec in run.config.saes]
     names = [n for n in names if (run.folder / cache.WEIGHTS.format(sae=n)).is_file()]
@@ -104,12 +100,9 @@ def _pick(label: str, offered: Sequence[str], *, key: str, param: str, default: 
 
 
 def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | None]:
-    """Draw pickers of an SAE and of one to see beside it; return both, which the address follows.
+    """Draw a page's pickers of an SAE and of one beside it; return both, which the address follows.
 
     The first is to begin with the Gated one with a baseline nearest to it in L0.
-
-    Args:
-        page: its name, so that each page has pickers of its own.
     """
     left, right = st.columns(2)
     pair = cache.nearest(run, names)

@@ -38,8 +38,7 @@ Standings = Sequence[tuple[Job, Status]]
 def status_of(job: Job, said: Status | None = None) -> Status | None:
     """Return where a job stands, or None if its folder was deleted or damaged meanwhile.
 
-    Args:
-        said: what its status.json holds, where that was just read.
+    `said` is what its status.json holds, where that was just read.
     """
     try:
         return job.status if said is None else job.judged(said)
@@ -207,12 +206,8 @@ def runs_root() -> Path:
 def page(title: str, *, icon: str, purpose: str) -> Frame:
     """Draw the frame of a page, and return what it shows.
 
-    Call it first: Streamlit wants the page's settings before anything else is drawn.
-
-    Args:
-        title: page heading and browser tab.
-        icon: an emoji, for the browser tab; any other kind is asked for at a font host.
-        purpose: one sentence under the heading.
+    Call it first: Streamlit wants the page's settings before anything else is drawn. The browser
+    tab's icon is an emoji: any other kind is asked for at a font host.
     """
     spare_modules()
     deleted = st.session_state.get("shell.deleted")
@@ -359,11 +354,7 @@ def forget(run: Run) -> None:
 
 
 def need_run(frame: Frame, what: str) -> Run:
-    """Return the chosen run, or say that there is nothing to show and end the page.
-
-    Args:
-        what: what the page would show, to complete "... appear here".
-    """
+    """Return the chosen run; without one, say that `what` will appear here, and end the page."""
     if frame.run is not None:
         return frame.run
     for run in frame.runs[:10]:

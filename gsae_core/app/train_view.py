@@ -225,9 +225,7 @@ def advanced(given: Values, asked: Container[str]) -> None:
     """Draw every other flag of `train`, once one of them is looked for or is not as given.
 
     Drawn closed, they were half of the page's elements and of the time until it could be used.
-
-    Args:
-        asked: the flags that the address sets.
+    `asked` are the flags that the address sets.
     """
     rest = [flag for flag in FIELDS if flag not in DRAWN]
     # An empty choice is "" as given and None once its widget was drawn.
