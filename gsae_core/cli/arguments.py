@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,6 @@ from gsae_core.config import (
 )
 from gsae_core.errors import InputError
 from gsae_core.presets import preset, presets
-
-if TYPE_CHECKING:
-    from tyro._arguments import ArgumentDefinition
 
 PROGRAM = "python -m gsae_core"
 
@@ -543,11 +541,9 @@ def parse(
     kind: str = "command",
     description: str | None = None,
 ) -> Any:
-    """Return the command that `argv` (without the program) describes.
+    """Return the command that `argv`, the words after `program`, describes.
 
     Args:
-        commands: the dataclass of each command's flags, by its name.
-        program: the words before the command's name.
         kind: what a command is called in errors.
         description: what the help of `program` opens with.
 
@@ -571,52 +567,40 @@ def parse(
         )
 
 
-def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str], command: type | None) -> str:
+def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str], kind: type | None) -> str:
+    command = " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
     match event:
-        case tyro_errors.UnrecognizedArgs(tokens=[token, *_]):
-            return _unknown(token, argv, command)
-        case tyro_errors.MissingArgs(unrecognized_tokens=[token, *_]):
-            return _unknown(token, argv, command)
+        case (
+            tyro_errors.UnrecognizedArgs(tokens=[token, *_])
+            | tyro_errors.MissingArgs(unrecognized_tokens=[token, *_])
+        ):
+            return f"expected a flag of {command}, got {token!r}{_advice(token, command, kind)}"
         case tyro_errors.MissingArgs(missing_arguments=[first, *_]):
-            return f"expected {first.arg.lowered.metavar} after {_command_of(argv)}, got none"
-        case tyro_errors.InvalidChoice(argument=argument, value=value):
-            choices = str(argument.lowered.metavar).partition("}")[0].strip("{").replace(",", ", ")
-            return f"{_name(argument)}: expected one of {choices}, got {value!r}"
-        case tyro_errors.BadValue(argument=argument) if argument.is_positional():
-            return f"expected {argument.lowered.metavar} after {argv[0]}, got {argv[1]!r}"
-        case tyro_errors.BadValue(argument=argument):
-            return f"{_name(argument)}: expected {argument.lowered.metavar} after it, got none"
-        case tyro_errors.InstantiationFailure(argument=argument) if argument is not None:
-            kind = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
-            metavar = str(argument.lowered.metavar)
-            wanted = kind.get(metavar, "numbers" if "..." in metavar else metavar)
-            return f"{_name(argument)}: expected {wanted}, got {_value(_name(argument), argv)!r}"
-    return f"expected a command line that {event.prog} --help describes, got {' '.join(argv)!r}"
-
-
-def _name(argument: "ArgumentDefinition") -> str:
-    return str(argument.lowered.name_or_flags[-1])
-
-
-def _value(flag: str, argv: Sequence[str]) -> str:
-    """Return what follows a flag, up to the next one."""
+            return f"expected {first.arg.lowered.metavar} after {command}, got none"
+    argument = getattr(event, "argument", None)
+    if argument is None:
+        came = " ".join(argv)
+        return f"expected a command line that {event.prog} --help describes, got {came!r}"
+    flag, metavar = str(argument.lowered.name_or_flags[-1]), str(argument.lowered.metavar)
+    match event:
+        case tyro_errors.InvalidChoice(value=value):
+            choices = metavar.partition("}")[0].strip("{").replace(",", ", ")
+            return f"{flag}: expected one of {choices}, got {value!r}"
+        case tyro_errors.BadValue() if argument.is_positional():
+            return f"expected {metavar} after {argv[0]}, got {argv[1]!r}"
+        case tyro_errors.BadValue():
+            return f"{flag}: expected {metavar} after it, got none"
+    kinds = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
+    wanted = kinds.get(metavar, "numbers" if "..." in metavar else metavar)
     words = [word for given in argv for word in given.split("=", 1)]
-    after = words[words.index(flag) + 1 :]
-    end = next((i for i, word in enumerate(after) if word.startswith("--")), len(after))
-    return " ".join(after[:end])
+    after = itertools.takewhile(lambda w: not w.startswith("--"), words[words.index(flag) + 1 :])
+    return f"{flag}: expected {wanted}, got {' '.join(after)!r}"
 
 
-def _command_of(argv: Sequence[str]) -> str:
-    """Return the command's name, both words of a benchmark's."""
-    return " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
-
-
-def _unknown(token: str, argv: Sequence[str], kind: type | None) -> str:
-    command = _command_of(argv)
+def _advice(token: str, command: str, kind: type | None) -> str:
     if not token.startswith("-"):
-        return f"expected a flag of {command}, got {token!r}"
+        return ""
     fields = dataclasses.fields(kind) if kind else ()
     flags = [field.name.strip("_").replace("_", "-") for field in fields]
     near = difflib.get_close_matches(token.strip("-").replace("_", "-"), flags, n=1)
-    advice = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command} --help"
-    return f"expected a flag of {command}, got {token!r}; {advice}"
+    return f"; did you mean --{near[0]}?" if near else f"; see {PROGRAM} {command} --help"

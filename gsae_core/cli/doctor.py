@@ -43,20 +43,15 @@ def examine(runs: Path) -> Iterator[Check]:
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Check("python", "ok", system)
     for package in PACKAGES:
-        yield version(package)
+        try:
+            yield Check(package, "ok", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(package, "bad", "not installed; pip install -r requirements.txt")
     yield device()
-    yield memory()
+    yield room("memory", psutil.virtual_memory().available, MEMORY, "close other programs")
     yield from folder(runs)
     yield bundled_model()
     yield hub()
-
-
-def version(package: str) -> Check:
-    """Return whether a package is there."""
-    try:
-        return Check(package, "ok", importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return Check(package, "bad", "not installed; pip install -r requirements.txt")
 
 
 def device() -> Check:
@@ -76,13 +71,12 @@ def device() -> Check:
     )
 
 
-def memory() -> Check:
-    """Return whether the quick preset fits in memory."""
-    free = psutil.virtual_memory().available
-    if free < MEMORY:
-        advice = f"close other programs: the quick preset wants {readable(MEMORY)}"
-        return Check("memory", "bad", f"{readable(free)} free; {advice}")
-    return Check("memory", "ok", f"{readable(free)} free")
+def room(name: str, free: int, needed: int, advice: str) -> Check:
+    """Return whether there is as much free as the quick preset takes."""
+    if free >= needed:
+        return Check(name, "ok", f"{readable(free)} free")
+    wants = f"the quick preset wants {readable(needed)}"
+    return Check(name, "bad", f"{readable(free)} free; {advice}: {wants}")
 
 
 def folder(runs: Path) -> Iterator[Check]:
@@ -90,10 +84,7 @@ def folder(runs: Path) -> Iterator[Check]:
     place = runs.absolute()
     while not place.exists():
         place = place.parent
-    free = psutil.disk_usage(str(place)).free
-    short = free < DISK
-    advice = f"; make room: the quick preset wants {readable(DISK)}" if short else ""
-    yield Check("disk", "bad" if short else "ok", f"{readable(free)} free{advice}")
+    yield room("disk", psutil.disk_usage(str(place)).free, DISK, "make room")
     try:
         # In earnest, since permission bits do not tell of read-only mounts.
         with tempfile.TemporaryFile(dir=place):
