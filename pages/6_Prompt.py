@@ -19,7 +19,6 @@ from gsae_core.app.pickers import (
 from gsae_core.app.prompt_view import (
     MEASURES,
     SORTS,
-    Chosen,
     Seen,
     attributed,
     cells,
@@ -27,6 +26,7 @@ from gsae_core.app.prompt_view import (
     next_tokens,
     read,
 )
+from gsae_core.runs.run import Run
 from gsae_core.text import quoted
 
 cache.import_ahead()
@@ -39,21 +39,21 @@ frame = shell.page(
 
 
 @said()
-def choose() -> tuple[Chosen, str]:
-    """Draw the pickers and the text."""
+def choose() -> tuple[Run, tuple[str, ...], str]:
+    """Draw the pickers and the text; return the run, its SAEs and the text."""
     run, names = need_saes(frame, "the features of any text")
     name, other = pick_pair(run, names, page="prompt")
     text = text_field("Text", page="prompt", model=run.config.model.name, changed=new_text)
-    return Chosen(run, name, other), text
+    return run, (name,) if other is None else (name, other), text
 
 
 @said()
-def first_answer(chosen: Chosen, text: str) -> Seen:
+def first_answer(run: Run, names: tuple[str, ...], text: str) -> Seen:
     """Read the text, and say what was read."""
     with st.spinner("Reading the text", show_time=True):
-        seen = read(chosen, text)
+        seen = read(run, names, text)
     prompt_view.say_reading(seen)
-    prompt_view.numbers(chosen, seen)
+    prompt_view.numbers(seen)
     return seen
 
 
@@ -80,14 +80,14 @@ def which_token(seen: Seen) -> int:
 
 
 @said()
-def whole_text(chosen: Chosen, seen: Seen) -> None:
+def whole_text(seen: Seen) -> None:
     """Draw the strip, and what of a token is looked at."""
     strip = st.container()
     with stacking("prompt.controls", least=9):
         one, two, three = st.columns([1, 1.7, 2.6], vertical_alignment="bottom")
     with one:
         position = which_token(seen)
-    offered = next_tokens(chosen, seen, position)
+    offered = next_tokens(seen, position)
     with two:
         target = st.selectbox(
             "Next token",
@@ -98,24 +98,24 @@ def whole_text(chosen: Chosen, seen: Seen) -> None:
         )
     with three:
         measure = choice("Shade tokens by", MEASURES, key="by", what="measure of the strip")
-    tables = attributed(chosen, seen, position=position, token=offered[target].id)
+    tables = attributed(seen, position=position, token=offered[target].id)
     with strip:
         token_picker(
-            cells(chosen, seen, tables, measure),
+            cells(seen, tables, measure),
             picked=position,
-            two=chosen.other is not None,
+            two=len(seen.names) > 1,
             pick=pick_token,
         )
-        prompt_view.legend(chosen, measure)
+        prompt_view.legend(seen, measure)
         figure_tools(
             seen.looks[0].tokens.drop(columns="counted"),
             name="tokens_of_text",
             about=MEASURES[measure][1],
         )
-    one_token(chosen, seen, tables[0], position, prompt_view.label_of(offered[target]))
+    one_token(seen, tables[0], position, prompt_view.label_of(offered[target]))
 
 
-def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, target: str) -> None:
+def one_token(seen: Seen, table: pd.DataFrame, position: int, target: str) -> None:
     """Draw the features of the token, and the same of both SAEs."""
     token = quoted(seen.looks[0].prompt.tokens[position])
     with stacking("prompt.token"):
@@ -133,25 +133,23 @@ def one_token(chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, ta
             persist_state="session",
         )
         write({"sort": sort if sort != "activation" else None})
-        features(chosen, seen, table, position, sort, target)
+        features(seen, table, position, sort, target)
     with right:
         st.subheader("Compare with", anchor=False)
-        if chosen.other is None:
+        if seen.alignment is None:
             st.caption("Choose a second SAE above to see which features both share.")
         else:
             plain(f"token {position}, ‘{token}’", size=".9rem")
-            prompt_view.alignment_view(seen, chosen, position=position)
+            prompt_view.alignment_view(seen, position=position)
 
 
-def features(
-    chosen: Chosen, seen: Seen, table: pd.DataFrame, position: int, sort: str, target: str
-) -> None:
+def features(seen: Seen, table: pd.DataFrame, position: int, sort: str, target: str) -> None:
     """Draw the table of features, and where to go with one of them."""
     rows = feature_rows(table, position=position, sort=sort)
     if rows.empty:
         st.caption("No feature fires on this token; special tokens are not read by the SAE.")
         return
-    gated = architecture(chosen.run, chosen.name) == "gated"
+    gated = architecture(seen.run, seen.names[0]) == "gated"
     ticked = prompt_view.features_table(
         rows, gated=gated, target=target, key=key_for("prompt.features", seen.key, position, sort)
     )
@@ -161,11 +159,10 @@ def features(
     prompt_view.on_every_token(seen, latent, at=position)
     with st.container(horizontal=True):
         if st.button("Open in Features", icon=":material/search:", key="prompt.to_features"):
-            shell.go("pages/5_Features.py", chosen.run, sae=chosen.name, feature=str(latent))
+            shell.go("pages/5_Features.py", seen.run, sae=seen.names[0], feature=str(latent))
         if st.button("Steer this feature", icon=":material/alt_route:", key="prompt.to_steer"):
-            shell.go("pages/7_Steer.py", chosen.run, sae=chosen.name, f=str(latent))
+            shell.go("pages/7_Steer.py", seen.run, sae=seen.names[0], f=str(latent))
 
 
-chosen, text = choose()
-seen = first_answer(chosen, text)
-whole_text(chosen, seen)
+seen = first_answer(*choose())
+whole_text(seen)

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from gsae_core.analysis import generation
 from gsae_core.analysis.generation import Loop
 from gsae_core.app import steer_view
+from gsae_core.app.parts import PAGE_TEMPLATE
 from gsae_core.app.steer_view import MATCHED, STEERED, UNSTEERED, Generation
 from gsae_core.files import sha256
 from gsae_core.runs.run import Run
+from gsae_core.text import macros
 
 STEER = "pages/7_Steer.py"
 TEXT = "w1 w2 w3 w2 w9"
@@ -241,10 +243,7 @@ def test_a_text_that_repeats_itself_is_warned_of(
     assert bool(shown) == bool(said)
 
 
-def test_marks_lie_where_the_slider_has_their_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    monkeypatch.setattr(steer_view.st, "html", drawn.append)
-    marks = {1.0: "p99", 99.0: "max"}
-    steer_view.ruler(marks, 10.0)
-    assert "left:55.00%" in drawn[0]  # 11 of 20
-    assert "max" not in drawn[0]
+def test_marks_lie_where_the_slider_has_their_value() -> None:
+    drawn = macros(PAGE_TEMPLATE).ruler({1.0: "p99", 99.0: "max"}, 10.0)
+    assert "left:55.00%" in drawn  # 11 of 20
+    assert "max" not in drawn

@@ -39,8 +39,10 @@ SORTS = {"activation": "activation", "share": "share", "attribution": "effect"}
 
 
 class Seen(NamedTuple):
-    """A text through the SAEs of the page."""
+    """A text through one or two SAEs of a run."""
 
+    run: Run
+    names: tuple[str, ...]
     looks: "list[PromptAnalysis]"
     alignment: pd.DataFrame | None
     seconds: float
@@ -49,42 +51,30 @@ class Seen(NamedTuple):
     """Says which text, model and weights."""
 
 
-class Chosen(NamedTuple):
-    """The SAEs of the page."""
-
-    run: Run
-    name: str
-    other: str | None
-
-    @property
-    def names(self) -> list[str]:
-        return [self.name, *([self.other] if self.other else [])]
-
-
-def read(chosen: Chosen, text: str) -> Seen:
-    """Return a text through the chosen SAEs, from memory where it was read before.
+def read(run: Run, names: tuple[str, ...], text: str) -> Seen:
+    """Return a text through SAEs of a run, from memory where it was read before.
 
     Raises:
         InputError: if the text, the model or an SAE cannot be read, or the model is busy.
     """
-    hook, bos = chosen.run.config.model, chosen.run.config.data.bos
-    key = (cache.identity(chosen.run, chosen.names), bos, text, hook.layer, hook.site)
-    return _read(key, text, _chosen=chosen)
+    hook, bos = run.config.model, run.config.data.bos
+    key = (cache.identity(run, names), bos, text, hook.layer, hook.site)
+    return _read(key, names, text, _run=run)
 
 
 # The key says which model and weights; arguments with an underscore are no part of it.
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _read(key: tuple[Any, ...], text: str, _chosen: Chosen) -> Seen:
+def _read(key: tuple[Any, ...], names: tuple[str, ...], text: str, _run: Run) -> Seen:
     began = time.perf_counter()
-    (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
-    saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
-    prompt = cache.prompt(_chosen.run, text)
+    (model, lock), hook = cache.language_model(_run), _run.config.model
+    saes = [cache.sae(_run, name) for name in names]
+    prompt = cache.prompt(_run, text)
     from gsae_core.analysis.prompt import align, analyse
 
     with lock.held():
         looks = analyse(model, saes, prompt, layer=hook.layer, site=hook.site)
     aligned = align(looks[0], looks[1], saes[0], saes[1]) if len(looks) == 2 else None
-    return Seen(looks, aligned, time.perf_counter() - began, key)
+    return Seen(_run, names, looks, aligned, time.perf_counter() - began, key)
 
 
 # The likeliest of every token of a vocabulary, or a pass back through the model: a page that is
@@ -93,32 +83,30 @@ BY_TEXT: Any = {Seen: lambda seen: seen.key}
 
 
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
-def next_tokens(_chosen: Chosen, seen: Seen, position: int) -> "list[Candidate]":
+def next_tokens(seen: Seen, position: int) -> "list[Candidate]":
     """Return what may follow a token: what does follow first, then the likeliest."""
     from gsae_core.analysis.prompt import candidates
 
-    model, lock = cache.language_model(_chosen.run)
+    model, lock = cache.language_model(seen.run)
     with lock.held():
         return candidates(model, seen.looks[0].prompt, position=position)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
-def attributed(_chosen: Chosen, seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
+def attributed(seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     """Return the features of each SAE with their effect on a next token, in logits."""
     from gsae_core.analysis.prompt import effects
     from gsae_core.lm.model import logit_slope
 
-    (model, lock), hook = cache.language_model(_chosen.run), _chosen.run.config.model
-    where: dict[str, Any] = {"layer": hook.layer, "site": hook.site}
+    (model, lock), hook = cache.language_model(seen.run), seen.run.config.model
+    where: dict[str, Any] = {"layer": hook.layer, "site": hook.site, "position": position}
     with lock.held():
-        slope = logit_slope(
-            model, seen.looks[0].prompt.ids, position=position, token=token, **where
-        )
-    saes = [cache.sae(_chosen.run, name) for name in _chosen.names]
+        slope = logit_slope(model, seen.looks[0].prompt.ids, token=token, **where)
+    saes = [cache.sae(seen.run, name) for name in seen.names]
     return [effects(look, sae, slope) for look, sae in zip(seen.looks, saes, strict=True)]
 
 
-def cells(chosen: Chosen, seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
+def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
     """Return the strip: the first SAE's measure as shading, the second's as an underline.
 
     Both are on one scale, so that equal shades are equal numbers.
@@ -132,7 +120,7 @@ def cells(chosen: Chosen, seen: Seen, tables: Sequence[pd.DataFrame], measure: s
     digits = 0 if measure == "active features" else 3
     for token, counted, *here in zip(prompt.tokens, prompt.counted.tolist(), *values, strict=True):
         shares = [min(abs(value) / top, 1.0) if value == value else 0.0 for value in here]
-        named = zip(chosen.names, here, strict=True)
+        named = zip(seen.names, here, strict=True)
         lines = [measure, *(f"{name}: {fixed(value, digits)}" for name, value in named)]
         about = "\n".join(lines) if counted else "special token: not read by the SAE"
         if not token:
@@ -180,13 +168,13 @@ def say_reading(seen: Seen) -> None:
     st.caption(" · ".join(parts))
 
 
-def numbers(chosen: Chosen, seen: Seen) -> None:
+def numbers(seen: Seen) -> None:
     """Draw L0, ΔCE and FVU of this text for each SAE."""
     with stacking("prompt.numbers", least=20):
         spots = st.columns(max(len(seen.looks), 2), border=True)
-    for spot, name, look in zip(spots, chosen.names, seen.looks, strict=False):
+    for spot, name, look in zip(spots, seen.names, seen.looks, strict=False):
         with spot:
-            marked(architecture(chosen.run, name), name)
+            marked(architecture(seen.run, name), name)
             cells, found = st.columns(3), look.numbers
             cells[0].metric(
                 "L0",
@@ -208,10 +196,10 @@ def numbers(chosen: Chosen, seen: Seen) -> None:
             )
 
 
-def legend(chosen: Chosen, measure: str) -> None:
+def legend(seen: Seen, measure: str) -> None:
     """Say which SAE the strip's shading and which its underline is."""
-    saes = [(SIGNS[architecture(chosen.run, name)], name) for name in chosen.names]
-    about = f"{MEASURES[measure][1]}{'; same scale for both' if chosen.other else ''}"
+    saes = [(SIGNS[architecture(seen.run, name)], name) for name in seen.names]
+    about = f"{MEASURES[measure][1]}{'; same scale for both' if len(saes) > 1 else ''}"
     st.html(macros(PAGE_TEMPLATE).strip_legend(saes, about))
 
 
@@ -272,31 +260,27 @@ def on_every_token(seen: Seen, latent: int, *, at: int) -> None:
     st.caption(f"fires on {int((values > 0).sum())} of {len(values)} tokens, at most {top:.3g}")
 
 
-def alignment_view(seen: Seen, chosen: Chosen, *, position: int) -> None:
+def alignment_view(seen: Seen, *, position: int) -> None:
     """Draw what both SAEs see of a token, and what only one does."""
     from gsae_core.analysis.prompt import MATCHED
 
-    aligned = seen.alignment
+    aligned, (name, other) = seen.alignment, seen.names
     assert aligned is not None
     here: Any = aligned[aligned["position"] == position]
-    names = {
-        "only gated": f"only {chosen.name}",
-        "both": "both",
-        "only baseline": f"only {chosen.other}",
-    }
+    names = {"only gated": f"only {name}", "both": "both", "only baseline": f"only {other}"}
     counts = [int((here["where"] == where).sum()) for where in names]
     named = zip(OVERLAP, counts, names.values(), strict=True)
-    shares = [(colour, n, f"{n} {name}") for colour, n, name in named]
+    shares = [(colour, n, f"{n} {where}") for colour, n, where in named]
     st.html(macros(PAGE_TEMPLATE).swatches(shares))
     st.html(macros(PAGE_TEMPLATE).shares(shares))
     number = st.column_config.NumberColumn
     # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
     columns = {
         "where": ("", "fires in"),
-        "gated": (chosen.name, "feature"),
-        "gated_activation": (chosen.name, "f"),
-        "baseline": (chosen.other, "feature"),
-        "baseline_activation": (chosen.other, "f"),
+        "gated": (name, "feature"),
+        "gated_activation": (name, "f"),
+        "baseline": (other, "feature"),
+        "baseline_activation": (other, "f"),
         "cosine": ("", "cosine"),
     }
     shown = here.loc[:, list(columns)].replace({"where": names})

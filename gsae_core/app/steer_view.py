@@ -1,7 +1,7 @@
 """Parts of the Steer page: the scale under a slider, continuations, shifts of the next token."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +11,8 @@ from streamlit.delta_generator import DeltaGenerator
 
 from gsae_core.analysis.features.export import TEMPLATE
 from gsae_core.app import cache
-from gsae_core.app.parts import escaped, figure_tools, notice, plain
-from gsae_core.app.prompt_view import Chosen, read
+from gsae_core.app.parts import PAGE_TEMPLATE, figure_tools, notice, plain
+from gsae_core.app.prompt_view import read
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.text import fixed, macros, quoted, visible
@@ -105,7 +105,7 @@ def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, st
     Of each: its number, its largest activation in its own units, and the token.
     """
     scales, _ = scales_or_prompt(run, name, text)
-    features = read(Chosen(run, name, None), text).looks[0].features
+    features = read(run, (name,), text).looks[0].features
     units = scales.p99.numpy()[features["latent"].to_numpy()]
     found = features.assign(units=features["activation"].to_numpy() / units)
     best = found.sort_values("units", ascending=False).drop_duplicates("latent").head(12)
@@ -239,24 +239,8 @@ def scale_under(scales: "Scales", latent: int, *, limit: float) -> None:
         top = float(scales.largest[latent]) / unit.value
         if top >= 2:  # nearer, its name would lie over the other's
             marks[top] = "max"
-    ruler(marks, limit)
+    st.html(macros(PAGE_TEMPLATE).ruler(marks, limit))
     plain(f"{'' if unit.own else '⚠ '}Feature {latent}: {unit.sentence}.", size=".85rem")
-
-
-def ruler(marks: Mapping[float, str], limit: float) -> None:
-    """Draw names of values under a slider that spans `-limit` to `limit`."""
-    ticks = "".join(
-        f'<span style="position:absolute;left:{50 * (1 + at / limit):.2f}%;'
-        f'transform:translateX(-50%);white-space:nowrap;text-align:center">'
-        f'<span style="display:block;margin:0 auto;width:2px;height:.45rem;'
-        f'background:currentColor"></span>{escaped(text)}</span>'
-        for at, text in marks.items()
-        if abs(at) <= limit
-    )
-    st.html(
-        '<div style="position:relative;height:1.7rem;margin:-.6rem .5rem 0;font-size:.78rem;'
-        f'opacity:.85">{ticks}</div>'
-    )
 
 
 def shift_columns(
@@ -307,10 +291,7 @@ def _shift_table(table: pd.DataFrame, kind: str) -> None:
 
 def heading(kind: str, title: str) -> None:
     """Draw the name of a continuation beside its colour."""
-    st.html(
-        f'<div style="font-weight:600;border-left:4px solid {COLOURS[kind]};padding-left:.5rem;'
-        f'overflow-wrap:anywhere">{escaped(title)}</div>'
-    )
+    st.html(macros(PAGE_TEMPLATE).heading(COLOURS[kind], title))
 
 
 def continuation(run: Run, generation: Generation, kind: str) -> str:
@@ -377,11 +358,8 @@ def say_loop(found: "Loop | None", unsteered: "Loop | None") -> None:
     if found is None:
         return
     what = "the same token" if found.period == 1 else f"the same {found.period} tokens"
-    repeat = f"The last {found.n_tokens} steered tokens repeat {what}"
-    notice(
-        f"{repeat}, and the unsteered text repeats itself too: raise the temperature."
-        if unsteered
-        else f"{repeat}: the steering is too strong; lower the strength.",
-        kind="warning",
-        title="Repeats itself",
-    )
+    so = ": the steering is too strong; lower the strength"
+    if unsteered:
+        so = ", and the unsteered text repeats itself too: raise the temperature"
+    text = f"The last {found.n_tokens} steered tokens repeat {what}{so}."
+    notice(text, kind="warning", title="Repeats itself")
