@@ -171,13 +171,13 @@ def load_corpus(
     reader = _Reader(cfg, tokenizer, model_n_ctx)
     name, share = reader.source.name, cfg.held_out
     if reader.source.held_out is None:
-        train, held_out, tokens = reader.splits(_Wanted(n_tokens, n_held_out, share))
+        train, held_out, tokens = reader.splits(n_tokens, n_held_out)
     else:
-        train, _, tokens = reader.splits(_Wanted(n_tokens, 0, 0.0))
+        train, _, tokens = reader.splits(n_tokens)
         limit = None
         if n_tokens is not None:
             limit = max(HELD_OUT_TOKENS, math.ceil(n_tokens * share / (1 - share)), n_held_out)
-        held_out, _, _ = reader.splits(_Wanted(limit, 0, 0.0), held_out=True)
+        held_out, _, _ = reader.splits(limit, held_out=True)
     n_ctx = tokens.rows.shape[1]
     if not len(train) or not len(held_out):
         raise InputError(
@@ -197,24 +197,6 @@ def load_corpus(
     return corpus
 
 
-class _Wanted(NamedTuple):
-    """How far a source is read."""
-
-    n_tokens: int | None
-    """Counted tokens of the sequences that are not held out; None: to its end."""
-    n_held_out: int
-    """Counted tokens of those that are."""
-    share: float
-    """Of the sequences that are held out; 0: none is."""
-
-    def missing(self, n_tokens: int, n_held_out: int) -> float:
-        """Return about how many more tokens to read; none if there are enough of both kinds."""
-        missing = math.inf if self.n_tokens is None else float(self.n_tokens - n_tokens)
-        if self.n_held_out > n_held_out:
-            missing = max(missing, (self.n_held_out - n_held_out) / self.share)
-        return missing
-
-
 class _Tokens(NamedTuple):
     """Rows (n, n_ctx) of a source."""
 
@@ -232,63 +214,69 @@ class _Reader:
         self._packing = _choose_packing(cfg, tokenizer, model_n_ctx)
         self._special = tuple(sorted(special_ids(tokenizer)))
         self.source = open_source(cfg, len(tokenizer))
+        # Of the sequences that are held out; of documents that the source itself splits, none.
+        self._share = cfg.held_out if self.source.held_out is None else 0.0
         settings = (cfg.n_ctx, cfg.bos, model_n_ctx, _tokenizer_key(tokenizer))
-        self._settings = (FORMAT, *settings, self.source.stamp)
+        self._settings = (FORMAT, *settings, self.source.stamp, self._share)
         self.shortage = Corpus.shortage
 
     def splits(
-        self, wanted: _Wanted, *, held_out: bool = False
+        self, n_tokens: int | None, n_held_out: int = 0, *, held_out: bool = False
     ) -> tuple[SequenceSet, SequenceSet, _Tokens]:
         """Return the training and the held-out sequences as far as wanted, and what they are of.
 
-        `held_out`: of the documents that the source itself holds out.
+        Args:
+            n_tokens: counted tokens of the sequences that are not held out; None: to the end.
+            n_held_out: counted tokens of those that are.
+            held_out: read the documents that the source itself holds out.
         """
-        tokens = self._tokens(wanted, held_out)
+        tokens = self._tokens(n_tokens, n_held_out, held_out)
         counts = _count(tokens.rows, self._special)
-        is_held_out = _held_out(0, len(counts), wanted.share)
-        last = _reaching(np.where(is_held_out, 0, counts), wanted.n_tokens)
+        is_held_out = _held_out(0, len(counts), self._share)
+        last = _reaching(np.where(is_held_out, 0, counts), n_tokens)
         # Of what follows, sequences that the split holds out, and no training one.
-        beyond = max(last, _reaching(np.where(is_held_out, counts, 0), wanted.n_held_out))
+        beyond = max(last, _reaching(np.where(is_held_out, counts, 0), n_held_out))
         index = np.flatnonzero(~is_held_out[:last]), np.flatnonzero(is_held_out[:beyond])
         train, rest = (SequenceSet(tokens.rows, self._special, i, counts[i]) for i in index)
         return train, rest, tokens
 
-    def _tokens(self, wanted: _Wanted, held_out: bool) -> _Tokens:
-        key = sha256(repr((*self._settings, wanted.share, held_out)).encode()).hexdigest()[:32]
-        known = _find(key, wanted.n_tokens, self._packing.dtype)
+    def _tokens(self, n_tokens: int | None, n_held_out: int, held_out: bool) -> _Tokens:
+        key = sha256(repr((*self._settings, held_out)).encode()).hexdigest()[:32]
+        open_documents = self.source.held_out if held_out else self.source.train
+        assert open_documents is not None
+
+        def read(before: np.ndarray) -> _Tokens:
+            parts = open_documents()
+            head = list(islice(parts, HEAD))
+            if not head:
+                raise InputError(f"expected some text in {self.source.name}, got none")
+            packing = self._settled(head)
+            blocks = self._blocks(chain(head, parts), packing, n_tokens, n_held_out, before)
+            return _keep(blocks, key, bos=packing.starts_with_bos, always=self.source.remote)
+
+        known = _find(key, n_tokens, self._packing.dtype)
         if not known:
-            return self._read(wanted, held_out, key, before=np.empty((0, 0)))
+            return read(np.empty((0, 0)))
         first = known[0]
         for each in known:
             # A data set on the Hub is known by its name, and may have changed between the two.
-            if self._has_enough(each, wanted) and _begins_with(each.rows, first.rows):
+            if self._has_enough(each, n_held_out) and _begins_with(each.rows, first.rows):
                 log.info("tokens of an earlier reading of %s", self.source.name)
                 return each
         try:
-            return self._read(wanted, held_out, key, before=first.rows)
+            return read(first.rows)
         except InputError as error:
             # Training does not need it, so a run from a source that is out of reach goes on.
             self.shortage = f"no more than what was read before could be read ({error})"
             log.warning("held-out text: %s", self.shortage)
             return first
 
-    def _has_enough(self, tokens: _Tokens, wanted: _Wanted) -> bool:
+    def _has_enough(self, tokens: _Tokens, n_held_out: int) -> bool:
         """Whether rows hold as many held-out tokens as wanted, or there are no more."""
-        if tokens.whole or not wanted.n_held_out:
+        if tokens.whole or not n_held_out:
             return True
-        held_out = np.flatnonzero(_held_out(0, len(tokens.rows), wanted.share))
-        return int(_count(tokens.rows[held_out], self._special).sum()) >= wanted.n_held_out
-
-    def _read(self, wanted: _Wanted, held_out: bool, key: str, before: np.ndarray) -> _Tokens:
-        open_documents = self.source.held_out if held_out else self.source.train
-        assert open_documents is not None
-        parts = open_documents()
-        head = list(islice(parts, HEAD))
-        if not head:
-            raise InputError(f"expected some text in {self.source.name}, got none")
-        packing = self._settled(head)
-        blocks = self._blocks(chain(head, parts), packing, wanted, before)
-        return _keep(blocks, key, bos=packing.starts_with_bos, always=self.source.remote)
+        held_out = np.flatnonzero(_held_out(0, len(tokens.rows), self._share))
+        return int(_count(tokens.rows[held_out], self._special).sum()) >= n_held_out
 
     def _settled(self, head: list[Part]) -> "_Packing":
         """Return the packing after a look at the first documents.
@@ -311,7 +299,12 @@ class _Reader:
         return self._packing._replace(n_ctx=length, **kept)
 
     def _blocks(
-        self, parts: Iterator[Part], packing: "_Packing", wanted: _Wanted, before: np.ndarray
+        self,
+        parts: Iterator[Part],
+        packing: "_Packing",
+        n_tokens: int | None,
+        n_held_out: int,
+        before: np.ndarray,
     ) -> Iterator["_Block"]:
         """Yield blocks of rows until there are as many counted tokens among them as wanted.
 
@@ -323,10 +316,15 @@ class _Reader:
         )
         carry = np.empty(0, packing.dtype)
         width = packing.n_ctx - (packing.bos is not None)
-        n_rows = n_tokens = n_held_out = 0
-        missing = wanted.missing(0, 0)
+        n_rows = n_train = n_rest = 0
+
+        def missing() -> float:
+            """Return about how many more tokens to read; none if there are enough of both kinds."""
+            train = math.inf if n_tokens is None else float(n_tokens - n_train)
+            return max(train, (n_held_out - n_rest) / self._share) if n_held_out > n_rest else train
+
         # Asked before each block, so that the last blocks are small and little too much is read.
-        while block := _next_parts(parts, missing):
+        while block := _next_parts(parts, missing()):
             ids = np.concatenate([carry, *self._ids(block, packing)])
             n = len(ids) // width
             rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
@@ -335,13 +333,13 @@ class _Reader:
             if not _begins_with(rows, before[n_rows : n_rows + n]):
                 raise other
             counts = _count(rows, self._special)
-            held_out = _held_out(n_rows, n_rows + n, wanted.share)
+            held_out = _held_out(n_rows, n_rows + n, self._share)
             n_rows += n
-            n_tokens += int(counts[~held_out].sum())
-            n_held_out += int(counts[held_out].sum())
-            missing = wanted.missing(n_tokens, n_held_out)
-            yield _Block(rows, n_tokens if missing <= 0 else None)
-            if missing <= 0:
+            n_train += int(counts[~held_out].sum())
+            n_rest += int(counts[held_out].sum())
+            enough = missing() <= 0
+            yield _Block(rows, n_train if enough else None)
+            if enough:
                 break
         if n_rows < len(before):
             raise other
