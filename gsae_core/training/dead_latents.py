@@ -1,9 +1,8 @@
 """Dead latents: count them, start them again from badly reconstructed inputs, reset their moments.
 
-The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. What
-happens to `b_gate`, `b_mag` and `r_mag` the paper leaves open; here all three become 0, so that
-theta = 0 and a resampled latent starts as the plain ReLU latent it would have been at the start. A
-JumpReLU latent starts at the threshold it began with.
+The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. The
+paper leaves open `b_gate`, `b_mag` and `r_mag`; here all three become 0, so that theta = 0 and a
+latent starts again as the plain ReLU latent it first was.
 """
 
 from typing import Any, NamedTuple
@@ -33,11 +32,10 @@ def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
 
 
 def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
-    """Return whether the batch of the last of `steps_done` steps joins the pool of inputs.
+    """Return whether the batch of the last step joins the pool of inputs.
 
     The pool is the last whole batches up to a resampling, as many as make 2^14 inputs or one for
-    each of the `widest` SAE's latents: no two latents need the same input, and no memory is held
-    in between.
+    each of the `widest` SAE's latents; no memory is held in between.
     """
     every = cfg.schedule.revive_every
     if every == 0:
@@ -94,7 +92,7 @@ def resample_(
         for key, moment in adam.moments(name).items():
             # The step count is the whole tensor's and stays, so bias correction does not see that
             # these moments are new: first updates are 1 / sqrt(1 - beta2), some 30 times, too
-            # large. That is what starting again from a tenth of the learning rate is for.
+            # large. A new warm-up from a tenth of the learning rate makes up for that.
             if key != "step":
                 moment.index_fill_(axis, latents, 0.0)
     return latents
@@ -104,7 +102,7 @@ def resample_(
 def input_losses(sae: SAE, pool: Float[Tensor, "pool d_in"]) -> Float[Tensor, " pool"]:
     """Return |x - x_hat|^2 of each input; 0 for an input equal to `b_dec`, which has no direction.
 
-    Reconstruction error alone: the L1 term is largest where many latents already fire.
+    Without the L1 term, which is largest where many latents already fire.
     """
     rows = max(1, CHUNK_ENTRIES // sae.d_sae)
     losses = torch.cat([(x - sae(x)).square().sum(1) for x in pool.split(rows)])
@@ -129,7 +127,6 @@ class DeadCounts(NamedTuple):
 
     gate: Count
     """The gate never opened (a ReLU SAE's encoder counts as its gate)."""
-
     magnitude: Count
     """The gate opened, onto a magnitude of zero every time."""
 
@@ -157,7 +154,6 @@ class DeadLatentCounter:
 
     @property
     def max_steps_since_fired(self) -> Int32[Tensor, ""]:
-        """Steps since that latent fired which has not for longest."""
         return self.since_fired.max()
 
     @property

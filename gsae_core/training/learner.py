@@ -34,28 +34,19 @@ class SAEReport:
     """One SAE at one step. Reading a number waits for the device; an unread report does not."""
 
     lr: float
-    """Learning rate of this step."""
-
     sparsity_coeff: float
     """lambda of this step, against squared error summed over d_in."""
-
     d_sae: int
-
     dead: DeadCounts
     """Latents that did not fire within the window, before a resampling gave some a new one."""
-
     loss: LossParts | None = None
     """Batch means before the step; None for an SAE that has stopped."""
-
     stats: BatchStats | None = None
     """Sums of this batch, counts already summed over latents; None for a stopped SAE."""
-
     n_candidates: int | None = None
     """Products a screened encode computed again in float32; None for a step without one."""
-
     n_resampled: int = 0
     """Dead latents started again after this step."""
-
     stopped: str | None = None
     """Why and when this SAE stopped learning; None while it learns."""
 
@@ -108,9 +99,9 @@ class StepCheck(NamedTuple):
 
     loss: float
     grad_norm: float
-    n_open: int
-    overflowed: bool
-    max_steps_since_fired: int
+    n_open: float
+    overflowed: float
+    max_steps_since_fired: float
     """Of any latent, when the step began."""
 
 
@@ -121,14 +112,12 @@ class Launched(NamedTuple):
     numbers: Float[Tensor, "5"]
     """The fields of `StepCheck`, on the CPU once they have arrived."""
     arrived: torch.cuda.Event | None
-    """None where nothing has to be waited for."""
 
     def check(self) -> StepCheck:
         """Return the numbers, waiting for these gradients and no others."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm, n_open, overflowed, since = self.numbers.tolist()
-        return StepCheck(loss, norm, int(n_open), bool(overflowed), int(since))
+        return StepCheck(*self.numbers.tolist())
 
 
 class Learner:
@@ -176,9 +165,7 @@ class Learner:
     ) -> SAEReport:
         """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
-        Args:
-            launched: what `launch` returned for this `x` and `number`.
-            pool: recent inputs at a step that ends with a resampling, else None.
+        `launched` is what `launch` returned for this `x` and `number`; `pool` holds recent inputs.
         """
         lr_share = lr_factor(number - 1, self._cfg, warmup_start=self._warmup_start)
         lr, coeff = self._lr * lr_share, self._sparsity_coeff(number)
@@ -220,8 +207,7 @@ class Learner:
             logger.info(
                 "expected at most %d open gates, got %d: this step was taken again by the dense "
                 "way, with the same gradients",
-                result.capacity,
-                check.n_open,
+                *(result.capacity, check.n_open),
             )
             coeff = self._sparsity_coeff(number)
             result = dense_step(self.sae, x, sparsity_coeff=coeff, dead=self._dead.mask)
@@ -233,16 +219,16 @@ class Learner:
             logger.warning("an SAE has stopped learning at %s", self.stopped)
             return None
         self._last_density = check.n_open / (len(x) * self.sae.d_sae)
-        self._max_steps_since_fired = check.max_steps_since_fired
+        self._max_steps_since_fired = int(check.max_steps_since_fired)
         return result
 
     def _resample(self, pool: Float[Tensor, "pool d_in"], number: int) -> int:
         dead = self._dead.mask.nonzero().squeeze(1)
         if len(dead) == 0:
-            return 0  # and no new warm-up: no moment was reset
+            return 0
         resampled = resample_(self.sae, self._optimizer, dead=dead, pool=pool, seed=number)
-        self._dead.restart(resampled)
-        if len(resampled):
+        if len(resampled):  # else no moment was reset, and there is no new warm-up
+            self._dead.restart(resampled)
             self._warmup_start = number
         return len(resampled)
 

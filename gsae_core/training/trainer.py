@@ -25,16 +25,12 @@ class StepReport(NamedTuple):
 
     step: int
     """Steps done, this one included."""
-
     n_steps: int
     """Steps in the whole run."""
-
     tokens: int
     """Activation vectors seen, this step's included."""
-
     seconds: float
     """Wall-clock seconds spent inside steps so far, over resumes; making batches is not counted."""
-
     saes: tuple[SAEReport, ...]
     """In the order in which the SAEs were given."""
 
@@ -52,7 +48,19 @@ class Trainer:
     """
 
     def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
-        _check_saes(saes)
+        if not saes:
+            raise InputError("expected at least one SAE, got none; pass a list of SAEs")
+        if len({id(sae) for sae in saes}) < len(saes):
+            raise InputError(
+                "expected different SAEs, got the same one twice; copy.deepcopy() makes another"
+            )
+        for sae in saes:
+            sae.check_trains()
+        if len(widths := sorted({sae.d_in for sae in saes})) > 1:
+            raise InputError(
+                f"expected SAEs of one d_in, got {' and '.join(map(str, widths))}; "
+                "SAEs that read different activations are trained apart"
+            )
         if cfg.n_steps == 0:
             raise InputError(
                 f"expected n_tokens of at least one batch ({cfg.batch_size}), got {cfg.n_tokens}; "
@@ -65,10 +73,8 @@ class Trainer:
         self.cfg = cfg
         self.steps_done = 0
         self.seconds = 0.0  # spent inside steps, over resumes
-        self._learners = [
-            Learner(sae, cfg, lr=lr, sparsity=coeff)
-            for sae, lr, coeff in zip(saes, lrs, sparsity, strict=True)
-        ]
+        settings = zip(saes, lrs, sparsity, strict=True)
+        self._learners = [Learner(sae, cfg, lr=lr, sparsity=coeff) for sae, lr, coeff in settings]
         self._pool: list[Tensor] = []
 
     @property
@@ -81,7 +87,7 @@ class Trainer:
 
     @property
     def stopped(self) -> tuple[str | None, ...]:
-        """Why and when each SAE stopped."""
+        """Why and when each SAE stopped; None for those that learn."""
         return tuple(learner.stopped for learner in self._learners)
 
     def step(self, x: Rows) -> StepReport:
@@ -175,12 +181,9 @@ def train(
             if report.step % 100 == 0:
                 print(report.step, report.saes[0].l0)
 
-    Args:
-        saes: learn only while the iterator is read.
-        batches: activations of shape (batch_size, d_in); no more are taken than there are steps.
-        cfg: the recipe.
-        trainer: one made from `saes` and `cfg` whose state was loaded; `batches` then begin with
-            the one after its last step.
+    They learn only while the iterator is read. No more batches, of shape (batch_size, d_in), are
+    taken than there are steps. A `trainer` is made from the same `saes` and `cfg`, its state
+    loaded; `batches` then begin with the one after its last step.
 
     Raises:
         InputError: as `Trainer` does; if `trainer` is of other SAEs or another recipe; and, while
@@ -207,23 +210,6 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
         yield trainer.step(x)
-
-
-def _check_saes(saes: Sequence[SAE]) -> None:
-    if not saes:
-        raise InputError("expected at least one SAE, got none; pass a list of SAEs")
-    if len({id(sae) for sae in saes}) < len(saes):
-        raise InputError(
-            "expected different SAEs, got the same one twice; copy.deepcopy() makes another"
-        )
-    for sae in saes:
-        sae.check_trains()
-    widths = sorted({sae.d_in for sae in saes})
-    if len(widths) > 1:
-        raise InputError(
-            f"expected SAEs of one d_in, got {' and '.join(map(str, widths))}; "
-            "SAEs that read different activations are trained apart"
-        )
 
 
 def _one_each(name: str, values: tuple[float, ...], *, n_saes: int) -> tuple[float, ...]:
