@@ -14,7 +14,7 @@ from torch import Tensor
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
 
 SCALARS = ["l0", "fvu", "gamma", "gamma_gate", "cosine", "alive_fraction"]
-PER_LATENT = ["density", "gate_density", "gamma_per_feature"]
+PER_LATENT = ["density", "gamma_per_feature"]
 
 
 def tensor(*rows: list[float]) -> Tensor:
@@ -56,7 +56,6 @@ def test_every_metric_by_hand() -> None:
     assert m.cosine == pytest.approx((0.6 + 7 / math.sqrt(50)) / 2)
     assert m.density.tolist() == [1, 0.5, 0]
     assert m.firings.tolist() == [2, 1, 0]
-    assert m.gate_density.tolist() == [1, 0.5, 0.5]
     assert m.alive_fraction == pytest.approx(2 / 3)
 
 
@@ -72,8 +71,8 @@ def test_gamma_per_feature_by_hand() -> None:
 
 def test_one_open_gate_upon_a_zero_magnitude_counts_for_the_gate_alone() -> None:
     # Latent 2 on the first token: pi_gate = 1 and f = 0.
-    m = Metrics(worked_example())
-    assert (m.gate_density - m.density).tolist() == [0, 0, 0.5]
+    stats = worked_example()
+    assert (stats.opened - stats.fired).tolist() == [0, 0, 1]
 
 
 def test_gamma_equals_its_other_form() -> None:
@@ -164,23 +163,6 @@ def test_ratios_are_of_sums_and_no_averages_of_ratios() -> None:
         streamed.add(batch_stats(x=X[row], x_hat=X_HAT[row], f=F[row], **no_gate))
     # The average of 9 / 9 and 5 / 7 would be 6 / 7.
     assert streamed.gamma == pytest.approx(14 / 16)
-
-
-def test_sums_from_counts_equal_those_from_dense_latents() -> None:
-    dense = worked_example()
-    counted = stats_from_counts(
-        x=X,
-        x_hat=X_HAT,
-        x_hat_gate=X_HAT_GATE,
-        fired=torch.tensor([2, 1, 0]),
-        gate_open=torch.tensor([2, 1, 1]),
-        latent_power=tensor([10, 4, 0])[0],
-        latent_aligned=tensor([10, 6, 0])[0],
-    )
-    for name, ours, theirs in zip(BatchStats._fields, dense, counted, strict=True):
-        assert ours is not None
-        assert theirs is not None
-        assert torch.equal(ours, theirs), name
 
 
 def test_float32_batches_are_summed_in_float64() -> None:
@@ -274,7 +256,6 @@ def test_activations_that_never_vary_have_no_fvu(value: float) -> None:
 def test_a_relu_sae_has_no_gate_to_measure() -> None:
     m = Metrics(batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=None))
     assert math.isnan(m.gamma_gate)
-    assert m.gate_density.isnan().tolist() == [True] * 3
     assert m.gamma_per_feature.isnan().tolist() == [True] * 3  # W_dec was not given
     assert m.l0 == 1.5
 

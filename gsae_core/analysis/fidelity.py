@@ -265,10 +265,9 @@ def reconstruct(
         x_hat_gate=x_hat_gate,
         fired=torch.bincount(latent, minlength=sae.d_sae),
         gate_open=torch.bincount(codes.latent, minlength=sae.d_sae) if gated else None,
-        latent_power=power,
-        latent_aligned=power + per_latent(f * toward_error[fires]),
     )
-    return x_hat, stats
+    aligned = power + per_latent(f * toward_error[fires])
+    return x_hat, stats._replace(latent_power=power, latent_aligned=aligned)
 
 
 @torch.no_grad()

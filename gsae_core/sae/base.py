@@ -38,11 +38,9 @@ class Objective(NamedTuple):
 
     unit_norm: bool
     """Whether the optimiser holds rows of `W_dec` at norm one."""
-
     l1_weight: L1Weight
     """What multiplies each latent in the L1 term: 1, the norm of its direction, or that norm as a
     constant."""
-
     aux: Aux
     """Decoder of the gate's auxiliary term: a frozen copy (Eq. 8), the live one, or no term."""
 

@@ -17,11 +17,9 @@ class LossParts(NamedTuple):
     """The terms of a loss: each summed over coordinates, then averaged over the batch."""
 
     reconstruction: Scalar
-    """|x - x_hat|^2, summed over d_in."""
-
+    """|x - x_hat|^2."""
     sparsity: Scalar
     """The L1 term, or the L0 term of a JumpReLU SAE, lambda included; 0 for a TopK SAE."""
-
     auxiliary: Scalar
     """|x - x_hat_aux|^2 of a Gated SAE, x_hat_aux being decoded from relu(pi_gate); of a TopK SAE
     1/32 of what its dead latents leave of the error; else 0."""
@@ -67,7 +65,7 @@ def gated_loss(sae: GatedSAE, x: Inputs, sparsity_coeff: float) -> Forward:
         sparsity       = lambda * |relu(pi_gate)|_1
         auxiliary      = |x - (relu(pi_gate) @ W_dec_copy + b_dec_copy)|^2
 
-    The copies are frozen: the auxiliary term trains the gate and never the dictionary. As in the
+    The frozen copies let the auxiliary term train the gate and never the dictionary. As in the
     paper's pseudo-code, `b_dec` still learns from the last two terms through the centred input,
     unless the SAE has `detach_b_dec`. Recipes A and B change the L1 weight and the copies.
     """
@@ -102,8 +100,7 @@ def relu_loss(sae: ReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
 def jumprelu_loss(sae: JumpReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
     """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
 
-    The second term moves thresholds alone, and both move them by pseudo-derivatives
-    (`jumprelu.jump`, `jumprelu.step`).
+    The second moves thresholds alone; both move them by the pseudo-derivatives of `jump`, `step`.
     """
     z, theta, eps = sae.pre_activations(x), sae.threshold, sae.eps
     f = jump(z, theta, eps)
@@ -120,7 +117,6 @@ def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
         e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
         e_hat = relu(z) on the k_aux largest dead latents of a token, @ W_dec
 
-    Both squared errors are in the same units, so the ratio of the two weights is the paper's.
     `W_dec` is live in both terms. Without dead latents there is no auxiliary term.
     """
     z = sae.pre_activations(x)

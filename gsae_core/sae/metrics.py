@@ -48,12 +48,9 @@ class BatchStats(NamedTuple):
 
     def without_latents(self) -> "BatchStats":
         """Return the sums without their per-latent detail, which would fill memory if kept."""
-        return self._replace(
-            fired=self.fired.sum()[None],
-            gate_open=None if self.gate_open is None else self.gate_open.sum()[None],
-            latent_power=None,
-            latent_aligned=None,
-        )
+        opened = None if self.gate_open is None else self.gate_open.sum()[None]
+        fired = self.fired.sum()[None]
+        return self._replace(fired=fired, gate_open=opened, latent_power=None, latent_aligned=None)
 
 
 @torch.no_grad()
@@ -64,8 +61,6 @@ def stats_from_counts(
     x_hat_gate: Rows | None,
     fired: Counts,
     gate_open: Counts | None,
-    latent_power: PerLatent | None = None,
-    latent_aligned: PerLatent | None = None,
 ) -> BatchStats:
     """Return the sums of a batch; `x_hat_gate` are the reconstructions from relu(pi_gate)."""
     exact = x.to(sum_dtype(x.device))  # FVU subtracts |sum x|^2 / n from sum |x|^2.
@@ -74,14 +69,13 @@ def stats_from_counts(
     rows.append(_row_dot(error, error))
     if x_hat_gate is not None:
         rows += [_row_dot(x_hat_gate, x_hat_gate), _row_dot(x, x_hat_gate)]
-    stats = stats_from_rows(
+    return stats_from_rows(
         x_sum=exact.sum(0),
         row_sums=torch.stack(rows, 1),
         aux=x_hat_gate is not None,
         fired=fired,
         gate_open=gate_open,
     )
-    return stats._replace(latent_power=latent_power, latent_aligned=latent_aligned)
 
 
 # Columns of the sums over d_in of each token, of which those from AUX_POWER on are about x_hat_aux.
@@ -214,11 +208,6 @@ class Metrics:
         return self._per_latent("fired", self.n_tokens)
 
     @property
-    def gate_density(self) -> Float64[Tensor, " d_sae"]:
-        """Share of tokens on which each latent's gate is open."""
-        return self._per_latent("gate_open", self.n_tokens)
-
-    @property
     def alive_fraction(self) -> float:
         """Share of latents that fired at least once; it grows with the number of tokens."""
         if self.sums is None:
@@ -272,13 +261,11 @@ class Decile(NamedTuple):
 
     norm: float
     """|x|, averaged over tokens."""
-
     ratio: float
     """|x_hat| / |x|, averaged over tokens.
 
     A reconstruction that leaves something out is shorter than its activation even where nothing
     shrinks it, so below 1 is no fault by itself; gamma of the same tokens tells shrinkage."""
-
     gamma: float
     """Relative reconstruction bias: sum |x_hat|^2 / sum x . x_hat, Eq. 10."""
 

@@ -56,14 +56,9 @@ def kernel_step(
     Temporary memory: 36 bytes for each of `capacity`, two or three matrices of the shape of `x` and
     two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products.
 
-    Args:
-        sae: on the device of `x`.
-        x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        capacity: how many gates may be open in the batch, and of a JumpReLU SAE how many latents
-            may be above or just below their thresholds; see `capacity_for`. A TopK SAE has as many
-            entries as it asks for.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss.
+    `capacity` is how many gates may be open in the batch, and of a JumpReLU SAE how many latents
+    may be above or just below their thresholds; see `capacity_for`. A TopK SAE has as many entries
+    as it asks for. Other arguments are those of `dense_step`.
 
     Raises:
         InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
@@ -198,20 +193,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         raise LaunchError(f"expected tensors of one device, rows in order, got {laid}")
     try:
         kernel[grid](*args, **options)
-    except (OutOfResources, PTXASError, CompilationError) as error:
-        raise LaunchError(_why(error)) from error
-    except RuntimeError as error:
-        # What a compiler pass fails with; an error of the device's has another text.
-        if "PassManager::run failed" not in str(error):
+    except (OutOfResources, PTXASError, CompilationError, RuntimeError) as error:
+        # A compiler pass fails with this RuntimeError; one of the device's has another text.
+        if isinstance(error, RuntimeError) and "PassManager::run failed" not in str(error):
             raise
-        raise LaunchError(_why(error)) from error
-
-
-def _why(error: Exception) -> str:
-    # The text of a CompilationError begins with the source, its message says what is wrong with it.
-    said = str(getattr(error, "error_message", None) or error).strip()
-    said = said.partition("\n")[0].rstrip(".")[:300]
-    return f"expected Triton to launch a kernel, got {type(error).__name__}: {said}"
+        # A CompilationError's text begins with the source; its message says what is wrong with it.
+        said = str(getattr(error, "error_message", None) or error).strip()
+        said = said.partition("\n")[0].rstrip(".")[:300]
+        raise LaunchError(
+            f"expected Triton to launch a kernel, got {type(error).__name__}: {said}"
+        ) from error
 
 
 def rows_in_order(tensor: Tensor) -> Tensor:
