@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1840,
-    "sae": 3440,
+    "sae": 3410,
     "lm": 3740,
-    "training": 1070,
+    "training": 1040,
     "checkpoints": 2700,
     "analysis": 4800,
     "plots": 1350,
