@@ -8,23 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from test_stream import N_COUNTED, TokenModel, sequences
+from test_stream import N_COUNTED, TokenModel, stream
 from torch import Tensor
 
-from gsae_core.lm.harvest import Harvest
-from gsae_core.lm.stream import GPU_SHARE, ActivationStream
-
-
-def stream(model: TokenModel, *, ahead: bool | None, n_batches: int = 26) -> ActivationStream:
-    return ActivationStream(
-        Harvest(model, sequences(), layer=1, site="resid_post"),
-        batch_size=3,
-        seed=0,
-        n_batches=n_batches,
-        scale="none",
-        chunk_vectors=10,
-        ahead=ahead,
-    )
+from gsae_core.lm.stream import GPU_SHARE
 
 
 class GatedModel(TokenModel):
@@ -53,10 +40,10 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def test_batches_have_the_same_bits_filled_ahead_or_not() -> None:
-    wanted = list(stream(TokenModel(), ahead=False).batches())
-    found = list(stream(TokenModel(), ahead=True).batches())
+    wanted = list(stream(n_batches=26, ahead=False).batches())
+    found = list(stream(n_batches=26, ahead=True).batches())
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    jumping = stream(TokenModel(), ahead=True)
+    jumping = stream(n_batches=26, ahead=True)
     for i in np.random.default_rng(0).permutation(26):
         assert torch.equal(jumping.batch(int(i)), wanted[i])
 
@@ -73,7 +60,7 @@ def test_the_next_chunk_is_harvested_while_this_one_is_used() -> None:
 
 def test_nothing_is_harvested_ahead_on_a_cpu_unless_asked() -> None:
     model = TokenModel()
-    run = stream(model, ahead=None, n_batches=13)
+    run = stream(model)
     run.batch(0)
     assert fillers() == []
     assert model.n_tokens < 12 * 5
@@ -81,7 +68,7 @@ def test_nothing_is_harvested_ahead_on_a_cpu_unless_asked() -> None:
 
 def test_every_sequence_is_harvested_once_an_epoch_and_no_chunk_beyond_the_last() -> None:
     model = TokenModel()
-    list(stream(model, ahead=True, n_batches=13).batches())
+    list(stream(model, ahead=True).batches())
     assert N_COUNTED == 13 * 3
     assert model.n_tokens == 12 * 5
 
@@ -154,10 +141,10 @@ def test_on_cuda_batches_have_the_same_bits_filled_ahead_on_another_stream(
         def harvest(self, ids: Tensor, *, layer: int, site: str) -> Tensor:
             return super().harvest(ids, layer=layer, site=site).cuda()
 
-    wanted = list(stream(TokenModel(), ahead=False).batches())
+    wanted = list(stream(n_batches=26, ahead=False).batches())
     for share in (GPU_SHARE, 0.0):  # chunks on the GPU, and in pinned host memory
         monkeypatch.setattr("gsae_core.lm.stream.GPU_SHARE", share)
-        run = stream(OnCuda(), ahead=True)
+        run = stream(OnCuda(), n_batches=26, ahead=True)
         found = list(run.batches())
         assert all(x.is_cuda for x in found)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1840,
     "sae": 3410,
-    "lm": 3740,
+    "lm": 3720,
     "training": 1040,
     "checkpoints": 2700,
     "analysis": 4800,

@@ -1,5 +1,7 @@
 """Batches of activations: the same whatever order they are asked in, every token once an epoch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -44,23 +46,12 @@ N_COUNTED = 39
 
 
 def stream(
-    model: TokenModel | None = None,
-    set_: SequenceSet | None = None,
-    *,
-    batch_size: int = 3,
-    n_batches: int = 13,
-    seed: int = 0,
-    scale: str = "none",
-    chunk_vectors: int | None = 10,
+    model: TokenModel | None = None, set_: SequenceSet | None = None, **settings: Any
 ) -> ActivationStream:
-    return ActivationStream(
-        Harvest(model or TokenModel(), set_ or sequences(), layer=1, site="resid_post"),
-        batch_size=batch_size,
-        seed=seed,
-        n_batches=n_batches,
-        scale=scale,  # type: ignore[arg-type]
-        chunk_vectors=chunk_vectors,
-    )
+    """13 batches of 3, raw, in chunks of 10 at most, unless `settings` say otherwise."""
+    usual = {"batch_size": 3, "n_batches": 13, "seed": 0, "scale": "none", "chunk_vectors": 10}
+    harvest = Harvest(model or TokenModel(), set_ or sequences(), layer=1, site="resid_post")
+    return ActivationStream(harvest, **usual | settings)
 
 
 def tokens(batches: list[Tensor]) -> list[int]:

@@ -35,6 +35,9 @@ Numerics = Literal["raw", "compatibility"]
 class LanguageModel:
     """A causal language model whose activations can be read and replaced.
 
+    A layer (from 0), site or token that it does not have, or more tokens than its context, is an
+    InputError wherever they are given.
+
     Attributes:
         name: what it was loaded from.
         family: the Hugging Face `model_type`, e.g. `gpt2`.
@@ -102,16 +105,9 @@ class LanguageModel:
     ) -> Float[Tensor, "rows pos d_in"]:
         """Return the activations of a site as float32, on the model's device.
 
-        The forward pass stops there. Threads that read the same site run side by side (in a
+        The forward pass stops there; attention is causal and nothing is padding. Of `attn_z` the
+        heads come side by side. Threads that read the same site run side by side (in a
         TransformerBridge, one after the other).
-
-        Args:
-            ids: token ids; attention is causal and nothing is padding.
-            layer: block number, from 0.
-            site: where in the block; `attn_z` comes with its heads side by side.
-
-        Raises:
-            InputError: if there is no such layer or site, or the rows exceed the model's context.
         """
         tap = self._tap(layer, site)
         # What a bridge keeps of a pass besides its hooks is not ours to know.
@@ -134,10 +130,7 @@ class LanguageModel:
     ) -> Float[Tensor, "rows pos d_vocab"]:
         """Return next-token logits, float32; with `edit`, those that follow from an edited site.
 
-        The rest of the model reads a site's float32 x (rows, pos, d_in) as `edit(x)`.
-
-        Raises:
-            InputError: if the site does not exist or is half given, or `edit` changes the shape.
+        The rest of the model reads the site's x, float32 (rows, pos, d_in), as `edit(x)`.
         """
         if edit is None and layer is None and site is None:
             with self._lock.alone():
@@ -264,9 +257,6 @@ class Decoding:
         """Read more tokens; return the next-token logits after each of them, float32.
 
         `edit` takes and returns float32 (1, new, d_in), the new tokens' activations at the site.
-
-        Raises:
-            InputError: if the sequence outgrows the model's context.
         """
         model, n_new = self._model, ids.shape[1]
         if self.n_tokens + n_new > model.n_ctx:
@@ -310,9 +300,6 @@ def logit_slope(
 
     It goes through all that lies between the site and the logits. Positions after `position` have
     slope 0: attention is causal.
-
-    Raises:
-        InputError: if there is no such layer, site, position or token.
     """
     tap = model._tap(layer, site)
     for name, index, n in (("position", position, ids.shape[1]), ("token", token, model.d_vocab)):
