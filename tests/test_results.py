@@ -67,12 +67,12 @@ def test_two_counterparts_do_not_double_the_rows() -> None:
     )  # of several the first
 
 
-def test_changes_are_after_less_before() -> None:
+def test_changes_are_the_numbers_before_and_after() -> None:
     rows = {row["name"]: row for row in EVALS.to_dict("records")}
-    found = {c.number: c for c in changes(rows["gated-0.1"], rows["relu-0.1"])}
+    found = changes(rows["gated-0.1"], rows["relu-0.1"])
     assert list(found) == list(NUMBERS)
-    assert found["l0"].difference == pytest.approx(40)  # 16 / 0.1 - 12 / 0.1
-    assert math.isnan(found["gamma_gate"].difference)  # a baseline has no gate
+    assert found["l0"] == pytest.approx((120, 160))  # 12 / 0.1, 16 / 0.1
+    assert math.isnan(found["gamma_gate"][1])  # a baseline has no gate
 
 
 def test_losses_measured_at_other_positions_are_not_compared() -> None:
@@ -84,8 +84,8 @@ def test_losses_measured_at_other_positions_are_not_compared() -> None:
     assert found["change_kl"].to_list() == found["change_delta_ce"].to_list() == [0] * 4
     assert found["change_l0"].to_list() == pytest.approx([1] * 4)
     row = EVALS.iloc[0].to_dict()
-    other = {c.number: c.difference for c in changes(row | {"replaced": "all"}, row)}
-    assert [number for number, value in other.items() if math.isnan(value)] == [
+    other = changes(row | {"replaced": "all"}, row)
+    assert [number for number, (before, _) in other.items() if math.isnan(before)] == [
         "loss_recovered",
         "delta_ce",
         "kl",

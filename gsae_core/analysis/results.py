@@ -34,19 +34,6 @@ DEPENDS = {
 """
 
 
-class Change(NamedTuple):
-    """One number of two SAEs."""
-
-    number: str
-    before: float
-    after: float
-
-    @property
-    def difference(self) -> float:
-        """`after - before`, in the number's own unit; NaN where one was not measured."""
-        return self.after - self.before
-
-
 class PaperSite(NamedTuple):
     """A site the paper trained SAEs at."""
 
@@ -150,12 +137,12 @@ def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     return pd.DataFrame(differences.mask(frame["run"] == base)).add_prefix("change_")
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Return each of `NUMBERS` of two rows; NaN before where the two do not compare."""
-    found = []
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return each of `NUMBERS` before and after; NaN before where the two rows do not compare."""
+    found = {}
     for name in NUMBERS:
         same = all(before[key] == after[key] for key in DEPENDS.get(name, ()))
-        found.append(Change(name, float(before[name]) if same else math.nan, float(after[name])))
+        found[name] = float(before[name]) if same else math.nan, float(after[name])
     return found
 
 

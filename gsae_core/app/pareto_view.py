@@ -151,13 +151,12 @@ def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None
     """Draw what changes from one SAE to another, absolute and in percent."""
     with st.container(border=True, key="pareto.difference"):
         plain(f"Change from 1, {before['id']}, to 2, {after['id']}")
-        found = {change.number: change for change in changes(before, after)}
+        found = changes(before, after)
         for name, cell in _cells():
-            change = found[name]
             cell.metric(
                 TITLES[name],
-                say(name, change.after),
-                delta=say_change(name, change.before, change.after),
+                say(name, found[name][1]),
+                delta=say_change(name, *found[name]),
                 delta_color="off",
                 delta_arrow="off",  # the sign says it, and a change of 0 has no direction
                 help=definition(name),
