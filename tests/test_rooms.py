@@ -12,7 +12,7 @@ LINES = {
     "lm": 3720,
     "training": 1040,
     "checkpoints": 2700,
-    "analysis": 4800,
+    "analysis": 4790,
     "plots": 1350,
     "runs": 3510,
     "cli": 1480,
