@@ -263,6 +263,11 @@ class Lines(NamedTuple):
     torn: bool
     """The end is half a line: it is being written, or its writer died."""
 
+    def where(self, fits: Callable[[dict[str, Any]], bool]) -> "Lines":
+        """Return the rows that fit; the others count as damaged."""
+        rows = [row for row in self.rows if fits(row)]
+        return self._replace(rows=rows, damaged=self.damaged + len(self.rows) - len(rows))
+
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append a row, whole and on the disk before this returns; others may append meanwhile.

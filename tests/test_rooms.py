@@ -14,7 +14,7 @@ LINES = {
     "checkpoints": 2700,
     "analysis": 4790,
     "plots": 1350,
-    "runs": 3510,
+    "runs": 3470,
     "cli": 1480,
     "app": 4910,
 }

@@ -371,8 +371,7 @@ def _push(command: Push) -> None:
     request = PushRequest(run.id, command.sae, command.to, command.public)
     parcel = pack(run, request.saes, request.repo, public=request.public)
     check_token()
-    n_files = len(parcel.files) + len(parcel.texts)
-    say(f"{n_files} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
+    say(f"{len(parcel.files)} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
     for note in parcel.notes:
         say(note)
     _transfer(ask(run.folder.parent, request))

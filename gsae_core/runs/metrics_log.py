@@ -1,14 +1,13 @@
 """metrics.jsonl: written line by line, read while it grows, cut back when a run resumes."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from gsae_core import files
 from gsae_core.errors import InputError
 from gsae_core.files import read_bytes, replace_durably, unreadable, writing
+from gsae_core.runs.jobs.job import stat_of
 
 # What a look at the newest rows reads: ten logged steps of 16 SAEs.
 TAIL_BYTES = 2**16
@@ -41,43 +40,25 @@ def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
     """Return the rows after `cursor`; a last line still being written is left for the next call."""
     if not os.path.lexists(path):
         return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
-    with _opened(path) as file:
-        identity = os.fstat(file.fileno()).st_ino
-        restarted = cursor.file not in (0, identity)
-        offset = 0 if restarted else cursor.offset
-        file.seek(offset)
-        data = file.read()
+    try:
+        with path.open("rb") as file:
+            identity = os.fstat(file.fileno()).st_ino
+            restarted = cursor.file not in (0, identity)
+            offset = 0 if restarted else cursor.offset
+            file.seek(offset)
+            data = file.read()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
     end = offset + data.rfind(b"\n") + 1
-    rows, damaged = _rows(data[: end - offset])
-    return MetricsSlice(rows, MetricsCursor(identity, end), restarted, damaged)
+    lines = files.parsed(data[: end - offset]).where(_is_row)
+    return MetricsSlice(lines.rows, MetricsCursor(identity, end), restarted, lines.damaged)
 
 
 def read_tail(path: Path) -> list[dict[str, Any]]:
     """Return the newest rows, from the last 64 kB of the file; oldest first."""
-    if not os.path.lexists(path):
-        return []
-    with _opened(path) as file:
-        start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
-        file.seek(start)
-        data = file.read()
-    whole = data if start == 0 else data[data.find(b"\n") + 1 :]
-    return _rows(whole[: whole.rfind(b"\n") + 1])[0]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise InputError(unreadable(path, error)) from None
-
-
-def _rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows in whole lines, and how many lines hold none."""
-    lines = files.parsed(data)
-    rows = [row for row in lines.rows if _is_row(row)]
-    return rows, lines.damaged + len(lines.rows) - len(rows)
+    size = stat_of(path).st_size if os.path.lexists(path) else 0
+    # The half line that this may begin with is no row.
+    return read_since(path, MetricsCursor(offset=max(0, size - TAIL_BYTES))).rows
 
 
 def _is_row(row: dict[str, Any]) -> bool:

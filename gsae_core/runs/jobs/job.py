@@ -225,13 +225,11 @@ class Job:
 
     def event_lines(self) -> Lines:
         """Return what `events` does, and how many lines it leaves out."""
-        lines = files.read(self.folder / "events.jsonl")
-        events = [
-            row
-            for row in lines.rows
-            if isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)
-        ]
-        return lines._replace(rows=events, damaged=lines.damaged + len(lines.rows) - len(events))
+
+        def is_event(row: dict[str, Any]) -> bool:
+            return isinstance(row.get("event"), str) and isinstance(row.get("time"), int | float)
+
+        return files.read(self.folder / "events.jsonl").where(is_event)
 
     def n_lost_events(self, status: Status) -> int:
         """Return how many lines of events.jsonl are damaged, one that is being written aside."""
@@ -349,7 +347,11 @@ def escalate_cancel(run: Job) -> CancelStage:
         status = read_status(run.folder)
         process = status.process
         if run.is_ending(status) and process is not None:
-            return _see_off(status, process)
+            # It has saved and said so, but does not end.
+            overdue = time.time() - status.heartbeat - CANCEL_SECONDS
+            if overdue < 0:
+                return "requested"
+            return _end(process, "terminating" if overdue < CANCEL_SECONDS else "killing")
         if status.state == "cancelled":
             return "gone"
         if not control.exists() or not status.expects_process:
@@ -372,13 +374,11 @@ def escalate_cancel(run: Job) -> CancelStage:
                 return "requested"
             write_json(control, request | {"terminated": now})
             run.add_event("terminated")
-            _signal(process, "terminate")
-            return "terminating"
+            return _end(process, "terminating")
         if now - terminated < CANCEL_SECONDS:
             return "terminating"
         run.add_event("killed")
-        _signal(process, "kill")
-        return "killing"
+        return _end(process, "killing")
 
 
 def delete(run: Job) -> None:
@@ -401,22 +401,11 @@ def delete(run: Job) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def _see_off(status: Status, process: psutil.Process) -> CancelStage:
-    """Take a process that has saved and said so, but does not end, to its end."""
-    overdue = time.time() - status.heartbeat - CANCEL_SECONDS
-    if overdue < 0:
-        return "requested"
-    _signal(process, "terminate" if overdue < CANCEL_SECONDS else "kill")
-    return "terminating" if overdue < CANCEL_SECONDS else "killing"
-
-
-def _signal(process: psutil.Process, how: Literal["terminate", "kill"]) -> None:
+def _end(process: psutil.Process, stage: Literal["terminating", "killing"]) -> CancelStage:
     # The tree and not the process group: a run started by hand shares its group with what
     # started it (a Makefile, a test session), which must survive.
-    try:
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended first, which is what was wanted
-            member.terminate() if how == "terminate" else member.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for member in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended first, as is wanted
+                member.terminate() if stage == "terminating" else member.kill()
+    return stage

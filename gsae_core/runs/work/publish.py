@@ -34,18 +34,16 @@ class Parcel(NamedTuple):
 
     repo: str
     public: bool
-    files: Mapping[str, Path]
-    """By path in the repository."""
-    texts: Mapping[str, str]
-    """Files that are made for the purpose: the card, its figure."""
+    files: Mapping[str, Path | bytes]
+    """By path in the repository; the card and its figure are made for the purpose."""
     notes: tuple[str, ...]
     """What somebody may want to know before it is sent."""
 
     @property
     def n_bytes(self) -> int:
         """Size of all files."""
-        texts = sum(len(text.encode()) for text in self.texts.values())
-        return texts + sum(path.stat().st_size for path in self.files.values())
+        files = self.files.values()
+        return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files)
 
 
 def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> Parcel:
@@ -60,17 +58,19 @@ def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> 
         )
     if not names:
         raise InputError("expected the name of an SAE to push, got none; name one with --sae")
-    files = {name: run.folder / name for name in OF_RUN if (run.folder / name).is_file()}
+    paths = {name: run.folder / name for name in OF_RUN}
     for name, folder in folders.items():
         _check_whole(folder, name)
-        files |= {f"{name}/{file}": folder / file for file in SENT if (folder / file).is_file()}
+        paths |= {f"{name}/{file}": folder / file for file in SENT}
+    files: dict[str, Path | bytes] = {name: path for name, path in paths.items() if path.is_file()}
+    files |= {name: text.encode() for name, text in make_card(run, names, repo).items()}
     named = {"model": run.config.model.name, "text": run.config.data.source}
     notes = tuple(
         f"config.json and cfg.json name the {what}'s folder on this machine: {name}"
         for what, name in named.items()
         if os.path.isabs(name)
     )
-    return Parcel(repo, public, files, make_card(run, names, repo), notes)
+    return Parcel(repo, public, files, notes)
 
 
 def check_repo(repo: str) -> str:
@@ -124,9 +124,8 @@ def send(parcel: Parcel) -> str:
 
     check_token()
     api = HfApi(library_name="gsae_core")
-    contents: dict[str, Path | bytes] = dict(parcel.files)
-    contents |= {path: text.encode() for path, text in parcel.texts.items()}
-    additions = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+    files = sorted(parcel.files.items())
+    additions = [CommitOperationAdd(path, content) for path, content in files]
     names = sorted({path.partition("/")[0] for path in parcel.files if "/" in path})
     with hub_answers(parcel.repo, what="SAE"):
         if not api.repo_exists(parcel.repo):

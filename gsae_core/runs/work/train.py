@@ -285,24 +285,13 @@ def _eval_row(
     spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig, shortage: str
 ) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
+    of_losses = ("loss_recovered", "ce_clean", "ce_sae", "ce_zero", "kl")
+    of_metrics = ("l0", "gamma", "gamma_gate", "fvu", "cosine", "alive_fraction", "n_tokens")
     return EvalRow(
-        name=spec.name,
-        architecture=spec.architecture,
-        sparsity=spec.sparsity,
+        **spec.model_dump(include={"name", "architecture", "sparsity", "d_sae"}),
+        **{name: getattr(losses, name) for name in of_losses},
+        **{name: getattr(metrics, name) for name in of_metrics},
         d_in=d_in,
-        d_sae=spec.d_sae,
-        l0=metrics.l0,
-        loss_recovered=losses.loss_recovered,
-        ce_clean=losses.ce_clean,
-        ce_sae=losses.ce_sae,
-        ce_zero=losses.ce_zero,
-        kl=losses.kl,
-        gamma=metrics.gamma,
-        gamma_gate=metrics.gamma_gate,
-        fvu=metrics.fvu,
-        cosine=metrics.cosine,
-        alive_fraction=metrics.alive_fraction,
-        n_tokens=metrics.n_tokens,
         n_tokens_asked=wanted.n_tokens,
         shortage=shortage if metrics.n_tokens < wanted.n_tokens else None,
         n_predictions=losses.n_tokens,
