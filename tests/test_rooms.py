@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1840,
+    "ground": 1850,
     "sae": 3410,
     "lm": 3720,
     "training": 1040,
