@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1850,
     "sae": 3410,
-    "lm": 3720,
+    "lm": 3730,
     "training": 1040,
     "checkpoints": 2700,
     "analysis": 4790,

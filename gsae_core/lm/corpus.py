@@ -252,7 +252,7 @@ class _Reader:
                 raise InputError(f"expected some text in {self.source.name}, got none")
             packing = self._settled(head)
             blocks = self._blocks(chain(head, parts), packing, n_tokens, n_held_out, before)
-            return _keep(blocks, key, bos=packing.starts_with_bos, always=self.source.remote)
+            return _keep(blocks, key, bos=packing.starts_with_bos, always=not self.source.files)
 
         known = _find(key, n_tokens, self._packing.dtype)
         if not known:

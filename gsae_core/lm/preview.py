@@ -64,17 +64,16 @@ def _sample(part: Part, tokenizer: Any) -> tuple[list[str], int]:
 
 def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) -> int | None:
     """Return about how many tokens a corpus on this disk has, from the sizes of its files."""
-    files = [stamp.rsplit(" ", 2) for stamp in source.stamp if stamp.count(" ") >= 2]
-    sizes = {Path(name): int(size) for name, size, _ in files if size.isdecimal()}
-    if source.remote or not sizes:
+    if not source.files:
         return None
-    if tokens_per_byte is not None:
-        # Tables and packed files hold more, or less, than the text in them.
-        if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in sizes):
-            return None
-        return round(sum(sizes.values()) * tokens_per_byte)
-    content: Any = parts[0].content
-    return sum(sizes.values()) // content.dtype.itemsize
+    n_bytes = sum(path.stat().st_size for path in source.files)
+    if tokens_per_byte is None:
+        content: Any = parts[0].content
+        return n_bytes // content.dtype.itemsize
+    # Tables and packed files hold more, or less, than the text in them.
+    if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in source.files):
+        return None
+    return round(n_bytes * tokens_per_byte)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:

@@ -75,7 +75,8 @@ class Source:
     """Opens the documents: all of them, or those for training where `held_out` is given."""
     held_out: Callable[[], Iterator[Part]] | None = None
     """Opens the held-out documents; None where the split is cut by sequence."""
-    remote: bool = False
+    files: tuple[Path, ...] = ()
+    """What they are read from; none on the Hub."""
 
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
@@ -123,7 +124,7 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
     def documents() -> Iterator[Part]:
         return table_parts(hub_table(cfg.source, cfg.split), cfg.text_column)
 
-    return Source(cfg.source, stamp, documents, remote=True)
+    return Source(cfg.source, stamp, documents)
 
 
 def _stdlib(cfg: DataConfig) -> Source:
@@ -136,8 +137,9 @@ def _stdlib(cfg: DataConfig) -> Source:
             if is_held_out(name, percent) == held_out and (text := read_utf8(paths[name])):
                 yield Part(text, ends=True)
 
-    stamp = ("stdlib", str(percent), *_stamp(list(paths.values())))
-    return Source("stdlib", stamp, partial(documents, False), partial(documents, True))
+    files = tuple(paths.values())
+    stamp = ("stdlib", str(percent), *_stamp(files))
+    return Source("stdlib", stamp, partial(documents, False), partial(documents, True), files)
 
 
 def _saved(cfg: DataConfig, folder: Path) -> Source:
@@ -146,9 +148,9 @@ def _saved(cfg: DataConfig, folder: Path) -> Source:
 
     # Of several splits, one: its size is what the preview estimates tokens by.
     inner = folder / cfg.split
-    files = sorted((inner if inner.is_dir() else folder).rglob("*.*"))
+    files = tuple(sorted((inner if inner.is_dir() else folder).rglob("*.*")))
     stamp = (*_stamp(files), cfg.split, str(cfg.text_column), READ_ANEW)
-    return Source(str(folder), stamp, documents)
+    return Source(str(folder), stamp, documents, files=files)
 
 
 def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> Source:
@@ -167,7 +169,7 @@ def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> S
     sidecars = [each for path in paths if kind == "tokens" and (each := _sidecar(path)).exists()]
     read_anew = [READ_ANEW] if kind == "table" else []
     stamp = (*_stamp(paths + sidecars), str(cfg.text_column), *read_anew)
-    return Source(cfg.source, stamp, documents)
+    return Source(cfg.source, stamp, documents, files=tuple(paths))
 
 
 def _files_to_read(folder: Path, split: str) -> tuple[list[Path], Kind]:
@@ -212,7 +214,7 @@ def _hashed(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
-def _stamp(paths: list[Path]) -> tuple[str, ...]:
+def _stamp(paths: Sequence[Path]) -> tuple[str, ...]:
     """Return what changes when one of the files does, or their order."""
     facts = [(os.path.abspath(path), path.stat()) for path in paths]
     return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts)
