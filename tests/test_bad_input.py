@@ -82,8 +82,7 @@ def test_damaged_runs_are_listed_with_their_reason(root: Path) -> None:
     write_run(root, "done")
     (root / "bad").mkdir()
     (root / "bad" / "config.json").write_text("{", encoding="utf-8")
-    at = opened("app.py")
-    assert "bad cannot be read" in text(at)
+    assert "bad cannot be read" in text(opened("app.py"))
 
 
 # metrics.jsonl
@@ -190,8 +189,7 @@ def test_a_cancellation_that_a_read_only_folder_holds_up_is_watched(
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
     run.request_cancel()
     read_only()
-    at = opened(LIVE)
-    assert "asked to finish its step and save" in text(at)
+    assert "asked to finish its step and save" in text(opened(LIVE))
 
 
 # A disk that is full

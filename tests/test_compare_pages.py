@@ -51,8 +51,7 @@ def test_two_picks_show_what_changes(root: Path) -> None:
 
 def test_a_link_opens_both_cards_and_the_difference(root: Path) -> None:
     write_run(root, "done")
-    at = opened(PARETO, run="done", pick=["done/relu-0.4", "done/gated-0.4"])
-    said = text(at)
+    said = text(opened(PARETO, run="done", pick=["done/relu-0.4", "done/gated-0.4"]))
     assert "ReLU baseline, λ 0.4, 768 features" in said
     assert "Change from 1, done/relu-0.4, to 2, done/gated-0.4" in said
 
@@ -239,8 +238,7 @@ def test_losses_with_reconstructions_at_other_positions_are_not_mixed_in_silence
     write_run(root, "kept")
     rewrite(write_run(root, "whole"), replaced="all")
     assert "different positions" not in text(opened(PARETO, run="whole"))
-    at = opened(PARETO, run="kept", runs="whole")
-    said = text(at)
+    said = text(opened(PARETO, run="kept", runs="whole"))
     assert "These runs replaced different positions" in said
     assert "(kept: counted; whole: all)" in said
     assert "python -m gsae_core evaluate RUN --replace counted" in said
@@ -363,8 +361,7 @@ def test_a_run_without_feature_statistics_says_so(root: Path) -> None:
     run = write_run(root, "done", run_config=one_pair())
     for spec in run.config.saes:
         (run.sae_folder(spec.name) / "feature_stats.safetensors").unlink()
-    at = opened(SHRINKAGE)
-    assert "No per-feature numbers yet" in text(at)
+    assert "No per-feature numbers yet" in text(opened(SHRINKAGE))
 
 
 def test_what_the_address_of_shrinkage_gets_wrong_is_said(root: Path) -> None:

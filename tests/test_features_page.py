@@ -51,8 +51,7 @@ def test_a_feature_shows_its_numbers_words_and_examples(indexed: Run) -> None:
 
 
 def test_the_baseline_has_no_gate_and_no_band(indexed: Run) -> None:
-    at = opened(PAGE, run="done", sae=specs(indexed)[1].name, feature="7")
-    said = text(at)
+    said = text(opened(PAGE, run="done", sae=specs(indexed)[1].name, feature="7"))
     assert "no gate, no empty band" in said
     assert "How its gate decides" not in said
 

@@ -284,8 +284,7 @@ def test_the_newest_numbers_are_a_table_once_it_is_opened(root: Path) -> None:
 
 def test_a_run_to_lay_over_that_is_not_here_is_named(root: Path) -> None:
     write_run(root, "done")
-    at = opened(LIVE, run="done", overlay="elsewhere")
-    assert "elsewhere" in text(at)
+    assert "elsewhere" in text(opened(LIVE, run="done", overlay="elsewhere"))
 
 
 def test_an_overlaid_run_deleted_while_open_does_not_end_the_page(root: Path) -> None:
@@ -337,8 +336,7 @@ def test_a_hostile_log_and_error_are_text(root: Path) -> None:
 def test_a_damaged_sample_is_told(root: Path) -> None:
     run = write_run(root, "done")
     (run.folder / "samples.json").write_text("{")
-    at = opened(LIVE)
-    assert "The sample of features cannot be read" in text(at)
+    assert "The sample of features cannot be read" in text(opened(LIVE))
 
 
 def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:

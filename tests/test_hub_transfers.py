@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from app_pages import edited
 from hub_server import TOKEN, Hub
+from refusals import mistake
 
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
@@ -282,8 +285,7 @@ def test_an_interrupted_push_leaves_no_half_commit(
     before = dict(repo.refs)
     setattr(writer, fault, True)
     command = ["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]
-    assert main.main(command) == 2
-    assert "the connection broke; nothing was changed there: push again" in said(capsys)
+    assert "the connection broke; nothing was changed there: push again" in mistake(command, capsys)
     assert repo.refs == before
     setattr(writer, fault, False)
     assert main.main(command) == 0
@@ -306,39 +308,44 @@ def test_a_name_that_is_no_repository_is_refused(
     assert "expected a repository to push to as OWNER/NAME" in said(capsys)
 
 
-def test_an_unfinished_run_is_not_pushed(
-    writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
+def unfinished(run: Run) -> None:
+    write_status(run.folder, read_status(run.folder)._replace(state="cancelled"))
+
+
+def stopped(run: Run) -> None:
+    with edited(run.sae_folder(NAME) / "cfg.json") as fields:
+        fields["metadata"]["stopped"] = "step 7: the loss was nan"
+
+
+def changed(run: Run) -> None:
+    (run.sae_folder(NAME) / "sae_weights.safetensors").write_bytes(b"other")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sae", "sentence"),
+    [
+        (unfinished, NAME, "expected a finished run, got run, which is cancelled; let it train"),
+        (stopped, NAME, f"got {NAME}, which stopped at step 7: the loss was nan; push"),
+        (changed, NAME, f"expected the whole weights of {NAME}"),
+        (
+            lambda run: None,
+            "x",
+            "expected one of this run's SAEs (gated-0.05, gated-0.4,",
+        ),
+    ],
+)
+def test_what_is_not_whole_is_not_pushed(
+    writer: Hub,
+    finished: Run,
+    spoil: Callable[[Run], None],
+    sae: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_status(finished.folder, read_status(finished.folder)._replace(state="cancelled"))
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
-    assert "expected a finished run, got run, which is cancelled; let it train" in said(capsys)
+    spoil(finished)
+    command = ["push", str(finished.folder), "--sae", sae, "--to", "ada/mine"]
+    assert sentence in mistake(command, capsys)
     assert writer.repos == {}
-
-
-def test_an_sae_that_stopped_early_is_not_pushed(
-    writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = finished.sae_folder(NAME) / "cfg.json"
-    fields = json.loads(path.read_text())
-    fields["metadata"]["stopped"] = "step 7: the loss was nan"
-    path.write_text(json.dumps(fields))
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
-    assert f"got {NAME}, which stopped at step 7: the loss was nan; push" in said(capsys)
-
-
-def test_weights_that_are_not_those_of_the_config_are_not_pushed(
-    writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (finished.sae_folder(NAME) / "sae_weights.safetensors").write_bytes(b"other")
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
-    assert f"expected the whole weights of {NAME}" in said(capsys)
-
-
-def test_an_unknown_sae_is_named_with_those_there_are(
-    writer: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", "x", "--to", "ada/mine"]) == 2
-    assert "expected one of this run's SAEs (gated-0.05, gated-0.4, relu-0.05" in said(capsys)
 
 
 def test_no_token_is_written_into_a_run_a_transfer_or_a_log(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from app_pages import opened, text
 from chat_server import Chat, save_writer
+from refusals import mistake
 from synthetic import config, write_run
 from synthetic_index import DEAD, write_index, write_weights
 
@@ -245,8 +246,7 @@ def test_an_sae_without_an_index_says_how_to_build_one(
 
 def test_several_saes_need_a_name(indexed: Run, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["label", str(indexed.folder), "--features", "7", "--with", "small", "--remote"]
-    assert main.main(words) == main.MISTAKE
-    assert f"expected --sae with one of this run's SAEs ({SAE}, {OTHER})" in capsys.readouterr().err
+    assert f"expected --sae with one of this run's SAEs ({SAE}, {OTHER})" in mistake(words, capsys)
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,7 @@ def test_damaged_weights_are_named(run: Run) -> None:
 def test_an_sae_of_another_place_is_named(run: Run) -> None:
     with edited(run.folder / "config.json") as fields:
         fields["model"]["site"] = "resid_pre"  # 12 wide, where its SAEs read 20
-    at = opened(PROMPT, run=run.id, text=TEXT)
-    assert "to take activations of width 12" in text(at)
+    assert "to take activations of width 12" in text(opened(PROMPT, run=run.id, text=TEXT))
 
 
 def test_a_model_that_is_busy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,7 @@ def test_the_error_can_be_left_out(run: Run) -> None:
 
 def test_a_dead_feature_says_what_its_unit_is(run: Run) -> None:
     kill_feature(run, "gated-0.05", 3)
-    at = opened(STEER, run=run.id, f="3", **PAIR)
-    said = text(at)
+    said = text(opened(STEER, run=run.id, f="3", **PAIR))
     assert "did not fire on" in said
     assert "so it has no scale of its own: 1 unit =" in said
     assert "its decoder norm is 1" in said
