@@ -28,8 +28,8 @@ from gsae_core.sae.gpu.step import (
 )
 from gsae_core.sae.jumprelu import in_window
 from gsae_core.sae.losses import StepResult, dense_step
-from gsae_core.training import TrainConfig, Trainer, step_choice
-from gsae_core.training.step_choice import Stepper
+from gsae_core.training import TrainConfig, Trainer
+from gsae_core.training.learner import CROSSOVER, Stepper
 
 ROOM = 8192
 
@@ -356,7 +356,7 @@ FOUR = {"gated": {}, "relu": {}, "jumprelu": {}, "topk": {"k": 2}}
 @pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("kind", FOUR)
 def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(step_choice.CROSSOVER, "cuda", 1.1)
+    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     taken_by_kernels = []
     original = kernels.kernel_step
 
@@ -449,19 +449,19 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
 def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
     kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(step_choice.CROSSOVER, "cuda", 1.1)
+    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     x = numbers(6, 20, 5)
     error, said = triton_errors()[which]
     broken = Raises(error)
     # The last kernel of a step: what the others left in `.grad` means nothing.
     monkeypatch.setattr("gsae_core.sae.gpu.kernels.sum_latents", broken)
-    with caplog.at_level(logging.WARNING, logger="gsae_core.training.step_choice"):
+    with caplog.at_level(logging.WARNING, logger="gsae_core.training.learner"):
         got = learnt(kind, x)
     assert caplog.messages == [
         f"expected Triton to launch a kernel, got {said}; every further step is a dense one"
     ]
     assert broken.launched == 1
-    monkeypatch.setitem(step_choice.CROSSOVER, "cuda", 0.0)
+    monkeypatch.setitem(CROSSOVER, "cuda", 0.0)
     for (name, p), other in zip(got.named_parameters(), learnt(kind, x).parameters(), strict=True):
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -480,7 +480,7 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
 def test_other_errors_of_a_launch_are_not_swallowed(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(step_choice.CROSSOVER, "cuda", 1.1)
+    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     monkeypatch.setattr("gsae_core.sae.gpu.kernels.place_entries", Raises(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         learnt("gated", numbers(3, 20, 5))
@@ -492,11 +492,11 @@ def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
 ) -> None:
     monkeypatch.setattr(kernels, "MAX_CAPACITY", 8192)
     sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
-    monkeypatch.setitem(step_choice.CROSSOVER, "cuda", 1e9)
+    monkeypatch.setitem(CROSSOVER, "cuda", 1e9)
     stepper = Stepper(sae, screened=False)
     expected = taken(dense_step, sae, x, 0.1)
     for density in (200.0, 300.0, 0.5):  # of 63 pairs: 12600, 18900 and 31.5 gates
-        with caplog.at_level(logging.WARNING, logger="gsae_core.training.step_choice"):
+        with caplog.at_level(logging.WARNING, logger="gsae_core.training.learner"):
             attempt = stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=None)
         assert attempt.capacity == (4096 if density < 1 else 0)
         for name, p in sae.named_parameters():

@@ -22,9 +22,8 @@ from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import LossParts, StepResult, dense_step
 from gsae_core.sae.sparse.step import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train
-from gsae_core.training.learner import Launched, Learner
-from gsae_core.training.step_choice import Stepper
+from gsae_core.training import StepReport, TrainConfig, Trainer, train
+from gsae_core.training.learner import CROSSOVER, Launched, Learner, Stepper
 
 D_IN, BATCH, N_STEPS = 6, 16, 24
 
@@ -32,7 +31,7 @@ D_IN, BATCH, N_STEPS = 6, 16, 24
 @pytest.fixture(autouse=True, params=["a core each", "launched first"])
 def phases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     # So that both ways to compute a step are taken, by what the one before measured.
-    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 0.4)
+    monkeypatch.setitem(CROSSOVER, "cpu", 0.4)
     if request.param == "launched first":
         # No CPU's own steps then either.
         monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False))
@@ -191,7 +190,7 @@ def test_a_step_that_overflows_is_taken_again_and_leaves_the_bits_of_a_dense_one
 ) -> None:
     # 3 is where a latent turns dead, 5 the batch of a resampling. Steps of one kind round alike,
     # whatever density they go by, and unlike the dense one.
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: sparse_step)
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", lambda *_, **__: sparse_step)
     with monkeypatch.context() as patch:
         dense_at(patch, *which)
         expected, expected_numbers = run([gated(), ReluSAE(D_IN, 13)])
@@ -429,7 +428,7 @@ def test_launching_reads_no_tensor(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sae: SAE
 ) -> None:
     # A CPU's own steps read sizes by nature; autograd's is the one a GPU has too.
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", lambda *_, **__: dense_step)
     learner = Learner(copy.deepcopy(sae), config(), lr=0.01, sparsity=0.1)
     for number, x in enumerate(BATCHES[:3], 1):
         learner.finish(learner.launch(x, number), x, number, pool=None)
@@ -470,7 +469,7 @@ def test_a_topk_sae_is_spared_the_loss_of_its_dead_latents_while_none_can_be_dea
         return original(self, x, dead=dead, **settings)
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", lambda *_, **__: dense_step)
     sae = TopKSAE(D_IN, 3, k=2)
     with torch.no_grad():
         sae.b_enc.copy_(torch.tensor([-100.0, 100.0, 100.0]))

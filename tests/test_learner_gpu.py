@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
-from gsae_core.training import TrainConfig, Trainer, step_choice
-from gsae_core.training.learner import Learner
+from gsae_core.training import TrainConfig, Trainer
+from gsae_core.training.learner import CROSSOVER, Learner
 
 pytestmark = pytest.mark.gpu
 
@@ -89,9 +89,9 @@ def test_on_a_gpu_steps_that_overflow_leave_the_bits_of_dense_ones(
 ) -> None:
     crowded, dense = new_sae("gated"), new_sae("gated")
     # Room for one gate, where hundreds open: every step but the first is taken again.
-    monkeypatch.setattr(step_choice.kernels, "capacity_for", lambda n_open: 1)
+    monkeypatch.setattr("gsae_core.sae.gpu.step.capacity_for", lambda n_open: 1)
     for sae, crossover in ((crowded, 2.0), (dense, 0.0)):
-        monkeypatch.setitem(step_choice.CROSSOVER, "cuda", crossover)
+        monkeypatch.setitem(CROSSOVER, "cuda", crossover)
         trainer = Trainer([sae], CFG)
         for x in batches():
             trainer.step(x)

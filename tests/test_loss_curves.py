@@ -12,7 +12,6 @@ from gsae_core.sae.base import SAE
 from gsae_core.sae.losses import dense_step
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
-from gsae_core.training import step_choice
 from gsae_core.training.trainer import Trainer
 
 D_IN, D_SAE, BATCH = 6, 16, 64
@@ -42,7 +41,7 @@ def curve(
     step: Any, kind: str, n_steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> Tensor:
     """Return the losses of a training in which every step is taken by `step`."""
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: step)
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", lambda *_, **__: step)
     recipe = TrainConfig(
         n_tokens=n_steps * BATCH,
         batch_size=BATCH,

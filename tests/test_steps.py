@@ -14,8 +14,7 @@ from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.sae.topk import TopKSAE
-from gsae_core.training import step_choice
-from gsae_core.training.step_choice import Stepper, choose_step
+from gsae_core.training.learner import Stepper, choose_step
 
 GATED = GatedSAE(3, 5)
 
@@ -47,7 +46,7 @@ def test_what_the_fast_steps_do_not_know_takes_autograds(
     sae: SAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for way in ("sparse_step", "manual_dense_step"):
-        monkeypatch.setattr(step_choice, way, None)  # not to be taken
+        monkeypatch.setattr(f"gsae_core.training.learner.{way}", None)  # not to be taken
     sae = copy.deepcopy(sae)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
     dead = torch.zeros(5, dtype=torch.bool)
@@ -75,7 +74,7 @@ def test_every_architecture_takes_the_way_its_last_density_says(
         taken.append(way)
         return dense_step(*args, **settings)
 
-    monkeypatch.setattr(step_choice, way, record)
+    monkeypatch.setattr(f"gsae_core.training.learner.{way}", record)
     stepper = Stepper(copy.deepcopy(sae), screened=False)
     x, dead = torch.ones(4, 3), torch.zeros(5, dtype=torch.bool)
     stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=dead)
@@ -99,7 +98,7 @@ def first_way(sae: SAE) -> str:
                 taken.append(name)
                 return dense_step(*args, **settings)
 
-            patch.setattr(step_choice, way, record)
+            patch.setattr(f"gsae_core.training.learner.{way}", record)
         stepper = Stepper(sae, screened=False)
         dead = torch.zeros(sae.d_sae, dtype=torch.bool)
         stepper.attempt(torch.ones(4, 3), sparsity_coeff=0.1, density=None, dead=dead)

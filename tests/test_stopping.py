@@ -17,7 +17,7 @@ from gsae_core.runs.work import train
 from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import ReluSAE
 from gsae_core.sae.losses import StepResult
-from gsae_core.training.step_choice import Stepper
+from gsae_core.training.learner import Stepper
 
 
 @pytest.fixture(autouse=True)

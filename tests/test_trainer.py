@@ -19,7 +19,8 @@ from gsae_core.sae.losses import StepResult, dense_step
 from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
-from gsae_core.training import StepReport, TrainConfig, Trainer, step_choice, train
+from gsae_core.training import StepReport, TrainConfig, Trainer, train
+from gsae_core.training.learner import CROSSOVER, choose_step
 
 D_IN, BATCH = 6, 16
 N_STEPS = 24
@@ -128,7 +129,7 @@ def test_saes_trained_together_equal_each_trained_alone() -> None:
 
 def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that both ways to compute a step are taken, by what the last one measured.
-    monkeypatch.setitem(step_choice.CROSSOVER, "cpu", 0.4)
+    monkeypatch.setitem(CROSSOVER, "cpu", 0.4)
     batches = sparse_batches(N_STEPS)
     whole = all_kinds()
     expected = [numbers(report) for report in train(whole, batches, config())]
@@ -279,17 +280,15 @@ def test_both_steps_are_taken_and_training_does_not_tell_them_apart(
         taken.add(step)
         return step
 
-    original = step_choice.choose_step
-    monkeypatch.setattr(step_choice, "choose_step", choose)
-    monkeypatch.setitem(
-        step_choice.CROSSOVER, "cpu", 0.4
-    )  # half of all gates are open at the start
+    original = choose_step
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", choose)
+    monkeypatch.setitem(CROSSOVER, "cpu", 0.4)  # half of all gates are open at the start
     batches = sparse_batches(N_STEPS)
     cfg = config(lr=1e-3, revive_every=0)
     mixed, dense = GatedSAE(D_IN, 9), GatedSAE(D_IN, 9)
     list(train([mixed], batches, cfg))
     assert taken == {manual_dense_step, sparse_step}
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: dense_step)
+    monkeypatch.setattr("gsae_core.training.learner.choose_step", lambda *_, **__: dense_step)
     list(train([dense], batches, cfg))
     for name, parameter in mixed.named_parameters():
         # Adam divides by the gradient's size, so rounding shows where that is near zero.
@@ -350,7 +349,9 @@ def spoil(name: str, value: float) -> Callable[..., StepResult]:
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     monkeypatch: pytest.MonkeyPatch, value: float, cause: str
 ) -> None:
-    monkeypatch.setattr(step_choice, "choose_step", lambda *_, **__: spoil("W_gate", value))
+    monkeypatch.setattr(
+        "gsae_core.training.learner.choose_step", lambda *_, **__: spoil("W_gate", value)
+    )
     sae = GatedSAE(D_IN, 9)
     before = copy.deepcopy(sae)
     report = Trainer([sae], config()).step(sparse_batches(1)[0])

@@ -1,6 +1,7 @@
 """The dictionaries: a Gated SAE, the ReLU baseline, and how a config becomes any of the four."""
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -133,9 +134,6 @@ class ReluSAE(SinglePathSAE):
 
     architecture = "relu"
 
-    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
-        super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-
     def encode(self, x: Inputs) -> Latents:
         """Return the latents `f >= 0` (Eq. 3)."""
         return torch.relu(self.pre_activations(x))
@@ -147,28 +145,17 @@ def build_sae(spec: SAESpec, d_in: int) -> SAE:
     Raises:
         InputError: if the recipe is unsound for the architecture.
     """
-    size: dict[str, int] = {"d_in": d_in, "d_sae": spec.d_sae, "seed": spec.seed}
+    names = ["d_sae", "recipe", "seed"]
     match spec.architecture:
         case "gated":
-            return GatedSAE(
-                **size,
-                recipe=spec.recipe,
-                tie=spec.tie,
-                aux=spec.aux,
-                detach_b_dec=spec.detach_b_dec,
-            )
+            kind, own = GatedSAE, ["tie", "aux", "detach_b_dec"]
         case "relu":
-            return ReluSAE(**size, recipe=spec.recipe)
+            kind, own = ReluSAE, []
         case "jumprelu":
-            return JumpReluSAE(
-                **size,
-                recipe=spec.recipe,
-                init_threshold=spec.init_threshold,
-                bandwidth=spec.bandwidth,
-                threshold_unit=spec.threshold_unit,
-            )
+            kind, own = JumpReluSAE, ["init_threshold", "bandwidth", "threshold_unit"]
         case "topk":
-            return TopKSAE(**size, recipe=spec.recipe, k=int(spec.sparsity), k_aux=spec.k_aux)
+            kind, own = partial(TopKSAE, k=int(spec.sparsity)), ["k_aux"]
+    return kind(d_in, **{name: getattr(spec, name) for name in names + own})
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ class SAE(nn.Module, ABC):
 class SinglePathSAE(SAE):
     """The half shared by those whose encoder is one path: z = (x - b_dec) @ W_enc + b_enc."""
 
-    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
+    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
         self.objective = objective(self.architecture, recipe=recipe)
         self.W_enc = nn.Parameter(transposed(self.W_dec))
