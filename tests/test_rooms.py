@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1850,
-    "sae": 3410,
+    "sae": 3400,
     "lm": 3730,
-    "training": 1040,
+    "training": 1030,
     "checkpoints": 2700,
     "analysis": 4790,
     "plots": 1350,
@@ -18,7 +18,7 @@ LINES = {
     "cli": 1480,
     "app": 4910,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 124, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 123, 20, 80
 
 
 def modules(room: str) -> list[Path]:
