@@ -3,7 +3,6 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core.app import parts as address
 from gsae_core.app import shell
 from gsae_core.app.controls import controls
 from gsae_core.app.glossary import definition, title
@@ -17,6 +16,7 @@ from gsae_core.app.live_view import (
     latest_values,
 )
 from gsae_core.app.parts import (
+    correct,
     escalate,
     figure_tools,
     line_legend,
@@ -228,8 +228,8 @@ def view(was: Status) -> None:
 
 others = [other.id for other in frame.runs if other.id != run.id]
 names = names_of(run)
-address.correct("overlay", others, what="other run here", shown="the rest")
-address.correct("saes", names, what="SAE of this run", shown="the rest")
+correct("overlay", others, what="other run here", shown="the rest")
+correct("saes", names, what="SAE of this run", shown="the rest")
 config = run.config
 plain(
     f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "

@@ -1,11 +1,9 @@
 """Help: what words and numbers mean, how they are computed, what the app does and does not do."""
 
-from importlib import resources
-
 import streamlit as st
 
 from gsae_core.app import glossary, shell
-from gsae_core.app.parts import copy_link, paragraphs, plain
+from gsae_core.app.parts import asset, copy_link, paragraphs, plain
 from gsae_core.machine import versions
 
 frame = shell.page(
@@ -17,8 +15,7 @@ frame = shell.page(
 
 def written(name: str) -> None:
     """Show one of the texts that ship with the package."""
-    path = resources.files("gsae_core").joinpath(f"assets/help/{name}.md")
-    st.markdown(path.read_text(encoding="utf-8"))
+    st.markdown(asset(f"help/{name}.md"))
 
 
 def words() -> None:

@@ -323,13 +323,8 @@ def copy_link() -> None:
     st.code(address, language=None, wrap_lines=True)
 
 
-def arrive() -> None:
-    """Keep what the address of a page that was just opened asks for, until it is looked at."""
-    st.session_state["shell.asked"] = st.query_params.to_dict()
-
-
 def asked(param: str) -> str | None:
-    """Return what the address asks for, the first time this is asked on a page; None later.
+    """Return what the address asked for when the page was opened, the first time; None later.
 
     Later the page's widgets say what is shown, and the address may lag behind them.
     """

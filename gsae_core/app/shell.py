@@ -12,7 +12,6 @@ from streamlit.components.v2 import component
 
 from gsae_core.app.parts import (
     PAGE,
-    arrive,
     asset,
     escalate,
     escape_markdown,
@@ -223,7 +222,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     arrived = st.session_state.get("shell.page") != title
     st.session_state["shell.page"] = title
     if arrived:
-        arrive()
+        st.session_state["shell.asked"] = st.query_params.to_dict()
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=arrived)
