@@ -15,7 +15,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +70,9 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Some sequences of one part."""
+    """Some sequences of one part, and the file of what fires on them."""
 
+    path: Path
     part: int
     first: int
     last: int
@@ -111,7 +112,7 @@ def build_index(
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
     began, building = time.time(), folder / "building"
-    shards, n_tokens = cut_into_shards(parts), sum(part.n_tokens for part in parts)
+    shards, n_tokens = cut_into_shards(parts, building), sum(part.n_tokens for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
     hashes = {
@@ -119,13 +120,12 @@ def build_index(
         "tokens_sha256": _tokens_sha256(parts),
     }
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
-    plan |= {"device": model.device.type, "shards": [list(shard) for shard in shards]}
+    plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
     _resume_or_clear(building, plan)
-    paths = [building / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
-    yield from _read_shards(model, sae, parts, list(zip(paths, shards, strict=True)), layer, site)
+    yield from _read_shards(model, sae, parts, shards, layer, site)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
-    facts = _sort_shards(paths, shards, parts, data, d_sae=sae.d_sae)
+    facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
     yield Progress("describing", 0, sae.d_sae, "feature")
     gate_open, toward = facts.pop("gate_open"), facts.pop("toward")
     facts |= describe(data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward)
@@ -159,16 +159,17 @@ def build_index(
     yield Progress("describing", sae.d_sae, sae.d_sae, "feature")
 
 
-def cut_into_shards(parts: Sequence[Part]) -> list[Shard]:
+def cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
-    shards = []
+    shards: list[Shard] = []
     for number, part in enumerate(parts):
         ends = np.cumsum(part.sequences.counts[: part.n])
         first = 0
         while first < part.n:
             before = int(ends[first - 1]) if first else 0
             last = min(int(np.searchsorted(ends, before + SHARD_TOKENS)) + 1, part.n)
-            shards.append(Shard(number, first, last))
+            path = building / f"shard-{len(shards):05d}.safetensors"
+            shards.append(Shard(path, number, first, last))
             first = last
     return shards
 
@@ -210,18 +211,18 @@ def _read_shards(
     model: LanguageModel,
     sae: SAE,
     parts: Sequence[Part],
-    shards: Sequence[tuple[Path, Shard]],
+    shards: Sequence[Shard],
     layer: int,
     site: Site,
 ) -> Iterator[Progress]:
     """Write the shards that are not there yet."""
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
-    collect = collector(sae, _band(shards[0][0].parent, sae, parts, harvests, n_tokens=n_tokens))
+    collect = collector(sae, _band(shards[0].path.parent, sae, parts, harvests, n_tokens=n_tokens))
     yield Progress("indexing", 0, n_tokens, "token")
-    for path, shard in shards:
-        if not _is_whole(path):
-            _write_shard(path, harvests[shard.part], shard, collect)
+    for shard in shards:
+        if not _is_whole(shard.path):
+            _write_shard(shard, harvests[shard.part], collect)
         done += int(parts[shard.part].sequences.counts[shard.first : shard.last].sum())
         yield Progress("indexing", done, n_tokens, "token")
 
@@ -257,7 +258,7 @@ def _band(
 SUMMED = ("gate_open", "toward", "x_sum", "sums")
 
 
-def _write_shard(path: Path, harvest: Harvest, shard: Shard, collect: Collector) -> None:
+def _write_shard(shard: Shard, harvest: Harvest, collect: Collector) -> None:
     totals: dict[str, Any] = {}
     batches: list[dict[str, np.ndarray]] = []
     n_rows = 0
@@ -271,7 +272,7 @@ def _write_shard(path: Path, harvest: Harvest, shard: Shard, collect: Collector)
     joined = {name: np.concatenate([arrays[name] for arrays in batches]) for name in batches[0]}
     joined |= {name: joined[name].astype(np.uint32) for name in ("counts", "near_row")} | totals
     n_bytes = sum(array.nbytes for array in joined.values())
-    replace_durably(path, lambda to: save_file(joined, to), n_bytes=n_bytes)
+    replace_durably(shard.path, lambda to: save_file(joined, to), n_bytes=n_bytes)
 
 
 def _is_whole(path: Path) -> bool:
@@ -289,29 +290,36 @@ def _is_whole(path: Path) -> bool:
 # Sorted by latent
 
 
+Read = Callable[[], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
+
+
 def _sort_shards(
-    paths: Sequence[Path], shards: Sequence[Shard], parts: Sequence[Part], data: Path, *, d_sae: int
+    shards: Sequence[Shard], parts: Sequence[Part], data: Path, *, d_sae: int
 ) -> dict[str, Any]:
     """Write tokens, firings in both orders, and near misses to `data`, made anew.
 
     Returns `gate_open` and `toward` (as in `Collected`), and of the manifest n_entries, n_near,
     fvu and gamma.
-
-    Raises:
-        InputError: if the disk is full.
     """
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
     mask = _write_tokens(parts, data)
+    starts = np.cumsum([0, *(part.n for part in parts)])
+
+    def read() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Yield each shard, and its counted tokens' positions (sequence * n_ctx + position)."""
+        for shard in shards:
+            first, last = starts[shard.part] + shard.first, starts[shard.part] + shard.last
+            positions = np.flatnonzero(mask[first:last]) + first * mask.shape[1]
+            yield positions.astype(np.uint32), load_file(shard.path)
+
     counts, near_counts, totals = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64), {}
-    for path in paths:
-        shard = load_file(path)
+    for _, shard in read():
         counts += np.bincount(shard["latent"], minlength=d_sae)
         near_counts += np.bincount(shard["near_latent"], minlength=d_sae)
         totals = {name: totals.get(name, 0) + shard[name] for name in SUMMED}
-    shards_at = list(zip(paths, _positions(shards, parts, mask), strict=True))
-    _write_codes(shards_at, data, counts, n_places=mask.size)
-    n_near = _write_near(shards_at, data, near_counts)
+    _write_codes(read, data, counts, n_places=mask.size)
+    n_near = _write_near(read, data, near_counts)
     n, power, hat, along, off = totals.pop("sums").tolist()
     about_mean = power - float((totals.pop("x_sum") ** 2).sum()) / n
     return totals | {
@@ -337,19 +345,7 @@ def _write_tokens(parts: Sequence[Part], data: Path) -> np.ndarray:
     return np.array(mask)
 
 
-def _positions(
-    shards: Sequence[Shard], parts: Sequence[Part], mask: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Yield for each shard where its counted tokens stand (sequence * n_ctx + position), uint32."""
-    starts = np.cumsum([0, *(part.n for part in parts)])
-    for shard in shards:
-        first, last = starts[shard.part] + shard.first, starts[shard.part] + shard.last
-        yield (np.flatnonzero(mask[first:last]) + first * mask.shape[1]).astype(np.uint32)
-
-
-def _write_codes(
-    shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray, *, n_places: int
-) -> None:
+def _write_codes(read: Read, data: Path, counts: np.ndarray, *, n_places: int) -> None:
     n, d_sae = int(counts.sum()), len(counts)
     offsets = _offsets(data, "offsets", counts)
     token = allocate(data, "token", (n,), np.uint32)
@@ -359,8 +355,7 @@ def _write_codes(
     def entries() -> Iterator[tuple[np.ndarray, ...]]:
         # Here, to be gone before they are sorted: mapped, it counts as this process's memory.
         latent, at = allocate(data, "latent", (n,), unsigned(d_sae)), 0
-        for path, positions in shards:
-            shard = load_file(path)
+        for positions, shard in read():
             latent[at : at + len(shard["latent"])] = shard["latent"]
             at += len(shard["latent"])
             per_token[positions] = shard["counts"]
@@ -370,15 +365,14 @@ def _write_codes(
     _offsets(data, "row_offsets", per_token)
 
 
-def _write_near(shards: Sequence[tuple[Path, np.ndarray]], data: Path, counts: np.ndarray) -> int:
+def _write_near(read: Read, data: Path, counts: np.ndarray) -> int:
     """Write each latent's nearest misses, nearest first; return how many there are."""
     n = int(counts.sum())
     offsets = np.concatenate([[0], np.cumsum(counts)])
     token, margin = np.empty(n, np.uint32), np.empty(n, np.float32)
 
     def entries() -> Iterator[tuple[np.ndarray, ...]]:
-        for path, positions in shards:
-            shard = load_file(path)
+        for positions, shard in read():
             # A margin of 0 becomes -0: so all have a sign.
             yield shard["near_latent"], positions[shard["near_row"]], -(0 - shard["near_margin"])
 

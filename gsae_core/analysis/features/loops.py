@@ -176,7 +176,18 @@ def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, sh
             t = touched[c]
             share = sums[t] / total
             sums[t] = 0.0
-            _insert(tokens[i], shares[i], t, share, k)
+            # Best first; of equals the lower token.
+            at = k
+            while at > 0 and (
+                tokens[i, at - 1] < 0
+                or share > shares[i, at - 1]
+                or (share == shares[i, at - 1] and t < tokens[i, at - 1])
+            ):
+                at -= 1
+            for rank in range(k - 1, at, -1):
+                tokens[i, rank], shares[i, rank] = tokens[i, rank - 1], shares[i, rank - 1]
+            if at < k:
+                tokens[i, at], shares[i, at] = t, share
 
 
 @compiled
@@ -190,8 +201,7 @@ def companions(first, last, offsets, token, row_offsets, latent, fired, stride, 
             before.
     """
     k, d_sae = who.shape[1], fired.shape[0]
-    counts, scores = np.zeros(d_sae, np.int32), np.zeros(d_sae)
-    best = np.empty(k)
+    counts, scores = np.zeros(d_sae, np.int32), np.zeros((1, d_sae))
     for i in range(first, last):
         if offsets[i] == offsets[i + 1]:
             continue
@@ -204,34 +214,8 @@ def companions(first, last, offsets, token, row_offsets, latent, fired, stride, 
                 counts[latent[r]] += 1
         for j in range(d_sae):
             # At most 1 below: a feature that is silent on these tokens shares none of them.
-            scores[j] = counts[j] / max(fired[i] + fired[j] - counts[j], 1.0)
-        scores[i] = 0.0
-        best[:] = 0.0
-        for start in range(0, d_sae, BLOCK):
-            hits, stop = 0, min(start + BLOCK, d_sae)
-            for j in range(start, stop):
-                hits += scores[j] > best[k - 1]
-            if hits:
-                for j in range(start, stop):
-                    if scores[j] > best[k - 1]:
-                        _insert(who[i], best, j, scores[j], k)
+            scores[0, j] = counts[j] / max(fired[i] + fired[j] - counts[j], 1.0)
+        largest_in_rows(scores, 1.0, i, who[i : i + 1], np.zeros((1, k)))
         for rank in range(k):
             if who[i, rank] >= 0:
                 both[i, rank] = counts[who[i, rank]]
-
-
-@compiled
-def _insert(who, scores, candidate, score, k):
-    """Put a candidate into a list kept best first; of equals the lower number is first."""
-    at = k
-    while at > 0 and (
-        who[at - 1] < 0
-        or score > scores[at - 1]
-        or (score == scores[at - 1] and candidate < who[at - 1])
-    ):
-        at -= 1
-    if at == k:
-        return
-    for rank in range(k - 1, at, -1):
-        who[rank], scores[rank] = who[rank - 1], scores[rank - 1]
-    who[at], scores[at] = candidate, score
