@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.collect import NearBand, collector
+from gsae_core.analysis.features.collect import Collector, NearBand
 from gsae_core.analysis.features.logit_effects import largest_in_rows
 from gsae_core.sae.architectures import GatedSAE
 
@@ -64,7 +64,7 @@ def test_what_fires_is_what_encode_says_and_no_near_miss_fires() -> None:
         f = sae.encode(x)
     band = NearBand(sae, n_sample=600, n_tokens=600)
     band.add(x)
-    found = collector(sae, band.width)(x)
+    found = Collector(sae, band.width)(x)
     assert found.counts.tolist() == (f > 0).sum(1).tolist()
     np.testing.assert_allclose(found.value, f[f > 0].numpy(), rtol=1e-5, atol=1e-6)
     assert not (

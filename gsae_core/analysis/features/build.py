@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.collect import Collector, NearBand, collector
+from gsae_core.analysis.features.collect import Collector, NearBand
 from gsae_core.analysis.features.files import (
     MANIFEST,
     NEAR_KEPT,
@@ -218,7 +218,7 @@ def _read_shards(
     """Write the shards that are not there yet."""
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
-    collect = collector(sae, _band(shards[0].path.parent, sae, parts, harvests, n_tokens=n_tokens))
+    collect = Collector(sae, _band(shards[0].path.parent, sae, parts, harvests, n_tokens=n_tokens))
     yield Progress("indexing", 0, n_tokens, "token")
     for shard in shards:
         if not _is_whole(shard.path):

@@ -5,7 +5,6 @@ margins at or below 0 a band is kept (`NearBand`).
 """
 
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +60,6 @@ class _Chosen(NamedTuple):
     near_latent: Int64[Tensor, " near"]
     near_margin: Float[Tensor, " near"]
     gate_open: Int64[Tensor, " d_sae"] | None
-    """None: there is no gate."""
 
 
 class Rules(NamedTuple):
@@ -103,26 +101,42 @@ def rules_of(sae: SAE) -> Rules:
     raise TypeError(f"no thresholds are known for {type(sae).__name__}")
 
 
-Collector = Callable[[Float[Tensor, "rows d_in"]], Collected]
+class Collector:
+    """Returns what fires in a batch of raw activations, and what nearly does.
 
-
-@torch.no_grad()
-def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
-    """Return the function from raw activations to what fires; threads may share it.
+    Threads may share it.
 
     Args:
         band: the margin above which a silent latent counts as a near miss: `NearBand.width`.
     """
-    choose = _topk_chooser(sae, band) if isinstance(sae, TopKSAE) else _chooser(sae, band)
 
     @torch.no_grad()
-    def collect(x: Float[Tensor, "rows d_in"]) -> Collected:
-        x = x.to(band.device)
-        chosen = choose(x)
-        codes = chosen.active
+    def __init__(self, sae: SAE, band: Float[Tensor, " d_sae"]) -> None:
+        self._sae, self._band = sae, band
+        if isinstance(sae, TopKSAE):
+            return
+        self._rules = rules = rules_of(sae)
+        if isinstance(sae, JumpReluSAE):
+            _, self._bound = gates(sae, below=-band)
+        else:
+            # Every open gate counts, also one that opens onto no magnitude.
+            self._bound = torch.minimum(rules.edge + band, rules.opens)
+        self._untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
+        on_cpu = band.is_cpu and band.dtype in (torch.float32, torch.float64)
+        self._choose = self._compiled if on_cpu and self._untied is None else self._by_torch
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "rows d_in"]) -> Collected:
+        sae, x = self._sae, x.to(self._band.device)
+        if isinstance(sae, TopKSAE):
+            chosen = self._by_rank(sae, x)
+        else:
+            xc = sae.normalised(x).u - sae.b_dec
+            chosen = self._choose(xc, products_above(xc, self._rules.W, self._bound))
+        codes, gate_open = chosen.active, chosen.gate_open if isinstance(sae, GatedSAE) else None
         toward, x_sum, sums = _errors(sae, x, codes)
         latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
-        fired, opened = np.bincount(latent, minlength=sae.d_sae), chosen.gate_open
+        fired = np.bincount(latent, minlength=sae.d_sae)
         return Collected(
             counts=codes.row_offsets.diff().cpu().numpy(),
             latent=latent.astype(unsigned(sae.d_sae)),
@@ -130,73 +144,56 @@ def collector(sae: SAE, band: Float[Tensor, " d_sae"]) -> Collector:
             near_row=chosen.near_row.cpu().numpy(),
             near_latent=chosen.near_latent.cpu().numpy().astype(unsigned(sae.d_sae)),
             near_margin=chosen.near_margin.float().cpu().numpy(),
-            gate_open=fired if opened is None else opened.cpu().numpy(),
+            gate_open=fired if gate_open is None else gate_open.cpu().numpy(),
             # Of no firings at all, NumPy's sums are integers.
             toward=np.bincount(latent, weights=value * toward, minlength=sae.d_sae) + 0.0,
             x_sum=x_sum,
             sums=np.array([len(x), *sums]),
         )
 
-    return collect
+    def _compiled(self, xc: Float[Tensor, "rows d_in"], found: Products) -> _Chosen:
+        ends, latent, h = numpy(found.row_offsets[1:]), numpy(found.latent), numpy(found.h)
+        counts, gate_open = np.empty(len(xc), np.int64), np.zeros(self._sae.d_sae, np.int64)
+        near = np.empty_like(latent), np.empty_like(latent), np.empty_like(h)
+        rules = tuple(numpy(rule) for rule in (*self._rules[1:], self._band))
+        n, n_near = index_loops.split(ends, latent, h, rules, counts, *near, gate_open)
+        kept = latent[:n], h[:n], *(each[:n_near] for each in near)
+        # Copied: a shard keeps what is returned, and most of the products are neither.
+        latent, f, *near = (torch.from_numpy(each.copy()) for each in kept)
+        offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
+        active = SparseCodes(offsets, latent, f, f)
+        return _Chosen(active, *near, gate_open=torch.from_numpy(gate_open))
 
+    def _by_torch(self, xc: Float[Tensor, "rows d_in"], found: Products) -> _Chosen:
+        """Do the same on any device, also where the magnitudes have directions of their own."""
+        h, latent = found.h, found.latent
+        opens, gain, bias, least, edge, band = (
+            each.take(latent) for each in (*self._rules[1:], self._band)
+        )
+        is_open = h > opens
+        f = gain * h + bias
+        if self._untied is not None:
+            f.masked_scatter_(is_open, codes_of(self._untied, xc, _only(found, is_open)).magnitude)
+        fires = is_open & (f > least)
+        margin = (h - edge).clamp_(max=0)
+        near = ~(fires if self._untied is None else is_open) & (margin > band)
+        rows = SparseCodes(found.row_offsets, latent, h, h).rows()
+        kept = _only(found, fires)
+        active = SparseCodes(kept.row_offsets, kept.latent, f[fires], f[fires])
+        gate_open = torch.bincount(latent[is_open], minlength=self._sae.d_sae)
+        return _Chosen(active, rows[near], latent[near], margin[near], gate_open)
 
-def _chooser(sae: SAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
-    """Return the function that chooses by a rule which each latent has of its own."""
-    rules = rules_of(sae)
-    gated = not isinstance(sae, JumpReluSAE)
-    # Every open gate counts, also one that opens onto no magnitude.
-    bound = torch.minimum(rules.edge + band, rules.opens) if gated else gates(sae, below=-band)[1]
-    untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
-    compiled = band.is_cpu and band.dtype in (torch.float32, torch.float64) and untied is None
-
-    def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
-        xc = sae.normalised(x).u - sae.b_dec
-        found = products_above(xc, rules.W, bound)
-        if compiled:
-            return _compiled(rules, band, found, gated)
-        return _by_torch(rules, band, found, gated, untied, xc)
-
-    return choose
-
-
-def _compiled(rules: Rules, band: Float[Tensor, " d_sae"], found: Products, gated: bool) -> _Chosen:
-    ends, latent, h = numpy(found.row_offsets[1:]), numpy(found.latent), numpy(found.h)
-    counts, gate_open = np.empty(len(ends), np.int64), np.zeros(len(band), np.int64)
-    near = np.empty_like(latent), np.empty_like(latent), np.empty_like(h)
-    arrays = tuple(numpy(rule) for rule in (*rules[1:], band))
-    n, n_near = index_loops.split(ends, latent, h, arrays, counts, *near, gate_open)
-    # Copied: a shard keeps what is returned, and most of the products are neither.
-    latent, f, *near = (
-        torch.from_numpy(each.copy()) for each in (latent[:n], h[:n], *(e[:n_near] for e in near))
-    )
-    offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
-    return _Chosen(
-        SparseCodes(offsets, latent, f, f), *near, torch.from_numpy(gate_open) if gated else None
-    )
-
-
-def _by_torch(
-    rules: Rules,
-    band: Float[Tensor, " d_sae"],
-    found: Products,
-    gated: bool,
-    untied: GatedSAE | None,
-    xc: Float[Tensor, "rows d_in"],
-) -> _Chosen:
-    h, latent = found.h, found.latent
-    opens, gain, bias, least, edge, near_above = (each.take(latent) for each in (*rules[1:], band))
-    is_open = h > opens
-    f = gain * h + bias
-    if untied is not None:
-        f.masked_scatter_(is_open, codes_of(untied, xc, _only(found, is_open)).magnitude)
-    fires = is_open & (f > least)
-    margin = (h - edge).clamp_(max=0)
-    near = ~(is_open if untied is not None else fires) & (margin > near_above)
-    rows = SparseCodes(found.row_offsets, latent, h, h).rows()
-    kept = _only(found, fires)
-    opened = torch.bincount(latent[is_open], minlength=len(band)) if gated else None
-    active = SparseCodes(kept.row_offsets, kept.latent, f[fires], f[fires])
-    return _Chosen(active, rows[near], latent[near], margin[near], opened)
+    def _by_rank(self, sae: TopKSAE, x: Float[Tensor, "rows d_in"]) -> _Chosen:
+        counts, parts = [], []
+        for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
+            z, margin, fires = _topk(sae, part)
+            near = ~fires & (margin > self._band)
+            rows, latent = near.nonzero(as_tuple=True)
+            counts.append(fires.sum(1))
+            parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
+        latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
+        offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return _Chosen(SparseCodes(offsets, latent, value, value), *near, gate_open=None)
 
 
 def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
@@ -214,28 +211,18 @@ def _topk(
     return z, (z - kept.values[:, -1:]).masked_fill_(z <= 0, -torch.inf), fires
 
 
-def _topk_chooser(sae: TopKSAE, band: Float[Tensor, " d_sae"]) -> Callable[[Tensor], _Chosen]:
-    def choose(x: Float[Tensor, "rows d_in"]) -> _Chosen:
-        counts, parts = [], []
-        for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
-            z, margin, fires = _topk(sae, part)
-            near = ~fires & (margin > band)
-            rows, latent = near.nonzero(as_tuple=True)
-            counts.append(fires.sum(1))
-            parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
-        latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
-        offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
-        return _Chosen(SparseCodes(offsets, latent, value, value), near[0], near[1], near[2], None)
-
-    return choose
-
-
 def _errors(
     sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
 ) -> tuple[Float[np.ndarray, " nnz"], Float64[np.ndarray, " d_in"], Float64[np.ndarray, " sums"]]:
     """Return <u - u_hat, W_dec_i> of each active entry, `x_sum`, and `sums` but for the first."""
     if not x.is_cpu or sae.input_norm is not None:
-        return _errors_by_torch(sae, x, codes)
+        seen, dtype = sae.normalised(x), sum_dtype(x.device)
+        u_hat, toward = decoded(sae, seen, codes)
+        x_hat = seen.undo(u_hat)
+        pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
+        sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
+        x_sum = x.to(dtype).sum(0)
+        return toward.cpu().numpy(), x_sum.double().cpu().numpy(), sums.double().cpu().numpy()
     offsets, latent, f, W, b, rows = map(
         numpy, (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
     )
@@ -250,18 +237,6 @@ def _errors(
     over_rows(len(rows), decode)
     loops.sum_columns(rows, x_sum)
     return toward, x_sum, sums[:, : ERROR_POWER + 1].sum(0)
-
-
-def _errors_by_torch(
-    sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    seen, dtype = sae.normalised(x), sum_dtype(x.device)
-    u_hat, toward = decoded(sae, seen, codes)
-    x_hat = seen.undo(u_hat)
-    pairs = [(x, x), (x_hat, x_hat), (x, x_hat), (x - x_hat, x - x_hat)]
-    sums = torch.stack([(a * b).sum(1).to(dtype).sum() for a, b in pairs])
-    x_sum = x.to(dtype).sum(0)
-    return toward.cpu().numpy(), x_sum.double().cpu().numpy(), sums.double().cpu().numpy()
 
 
 class NearBand:
