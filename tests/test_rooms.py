@@ -12,7 +12,7 @@ LINES = {
     "lm": 3730,
     "training": 1030,
     "checkpoints": 2700,
-    "analysis": 4790,
+    "analysis": 4740,
     "plots": 1350,
     "runs": 3470,
     "cli": 1480,

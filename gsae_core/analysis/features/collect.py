@@ -17,7 +17,7 @@ from gsae_core.analysis.features import loops as index_loops
 from gsae_core.analysis.features.files import NEAR_KEPT, unsigned
 from gsae_core.analysis.fidelity import decoded
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Encoder, PerLatent, Rows
 from gsae_core.sae.metrics import ERROR_POWER, N_ROW_SUMS, sum_dtype
 from gsae_core.sae.sparse import loops
 from gsae_core.sae.sparse.codes import (
@@ -69,12 +69,12 @@ class Rules(NamedTuple):
     latent that does not fire is near where its margin min(h - edge, 0) > band.
     """
 
-    W: Float[Tensor, "d_in d_sae"]
-    opens: Float[Tensor, " d_sae"]
-    gain: Float[Tensor, " d_sae"]
-    bias: Float[Tensor, " d_sae"]
-    least: Float[Tensor, " d_sae"]
-    edge: Float[Tensor, " d_sae"]
+    W: Encoder
+    opens: PerLatent
+    gain: PerLatent
+    bias: PerLatent
+    least: PerLatent
+    edge: PerLatent
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ class Collector:
     """
 
     @torch.no_grad()
-    def __init__(self, sae: SAE, band: Float[Tensor, " d_sae"]) -> None:
+    def __init__(self, sae: SAE, band: PerLatent) -> None:
         self._sae, self._band = sae, band
         if isinstance(sae, TopKSAE):
             return
@@ -126,7 +126,7 @@ class Collector:
         self._choose = self._compiled if on_cpu and self._untied is None else self._by_torch
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "rows d_in"]) -> Collected:
+    def __call__(self, x: Rows) -> Collected:
         sae, x = self._sae, x.to(self._band.device)
         if isinstance(sae, TopKSAE):
             chosen = self._by_rank(sae, x)
@@ -151,7 +151,7 @@ class Collector:
             sums=np.array([len(x), *sums]),
         )
 
-    def _compiled(self, xc: Float[Tensor, "rows d_in"], found: Products) -> _Chosen:
+    def _compiled(self, xc: Rows, found: Products) -> _Chosen:
         ends, latent, h = numpy(found.row_offsets[1:]), numpy(found.latent), numpy(found.h)
         counts, gate_open = np.empty(len(xc), np.int64), np.zeros(self._sae.d_sae, np.int64)
         near = np.empty_like(latent), np.empty_like(latent), np.empty_like(h)
@@ -164,7 +164,7 @@ class Collector:
         active = SparseCodes(offsets, latent, f, f)
         return _Chosen(active, *near, gate_open=torch.from_numpy(gate_open))
 
-    def _by_torch(self, xc: Float[Tensor, "rows d_in"], found: Products) -> _Chosen:
+    def _by_torch(self, xc: Rows, found: Products) -> _Chosen:
         """Do the same on any device, also where the magnitudes have directions of their own."""
         h, latent = found.h, found.latent
         opens, gain, bias, least, edge, band = (
@@ -183,7 +183,7 @@ class Collector:
         gate_open = torch.bincount(latent[is_open], minlength=self._sae.d_sae)
         return _Chosen(active, rows[near], latent[near], margin[near], gate_open)
 
-    def _by_rank(self, sae: TopKSAE, x: Float[Tensor, "rows d_in"]) -> _Chosen:
+    def _by_rank(self, sae: TopKSAE, x: Rows) -> _Chosen:
         counts, parts = [], []
         for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
             z, margin, fires = _topk(sae, part)
@@ -202,7 +202,7 @@ def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
 
 
 def _topk(
-    sae: TopKSAE, x: Float[Tensor, "rows d_in"]
+    sae: TopKSAE, x: Rows
 ) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
     """Return z, margins (z less the row's k-th largest; -inf at z <= 0), and what fires."""
     z = sae.pre_activations(x)
@@ -212,7 +212,7 @@ def _topk(
 
 
 def _errors(
-    sae: SAE, x: Float[Tensor, "rows d_in"], codes: SparseCodes
+    sae: SAE, x: Rows, codes: SparseCodes
 ) -> tuple[Float[np.ndarray, " nnz"], Float64[np.ndarray, " d_in"], Float64[np.ndarray, " sums"]]:
     """Return <u - u_hat, W_dec_i> of each active entry, `x_sum`, and `sums` but for the first."""
     if not x.is_cpu or sae.input_norm is not None:
@@ -254,7 +254,7 @@ class NearBand:
         self.width = self._best[:, 0].clone()
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "rows d_in"]) -> None:
+    def add(self, x: Rows) -> None:
         """Add activations, in any order; threads may do so side by side."""
         x = x.to(self.width.device)
         for rows in x.split(max(1, min(DENSE_ROWS, DENSE_ELEMENTS // self._sae.d_sae))):
@@ -271,9 +271,7 @@ class NearBand:
 
 
 @torch.no_grad()
-def margins(
-    sae: SAE, x: Float[Tensor, "rows d_in"]
-) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
+def margins(sae: SAE, x: Rows) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor, "rows d_sae"]]:
     """Return every margin of a batch, and where latents fire: dense, for few rows."""
     if isinstance(sae, TopKSAE):
         return _topk(sae, x)[1:]
