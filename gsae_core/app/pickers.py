@@ -1,4 +1,4 @@
-"""What Prompt and Steer share: which SAEs there are to look through, and the text they read."""
+"""Widgets that several pages draw: pickers of SAEs, a text, choices and numbers of the address."""
 
 import math
 import re
