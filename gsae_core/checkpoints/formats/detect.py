@@ -67,18 +67,19 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
         return [sae]
     if not path.is_dir():
         raise InputError(f"expected a folder or file with an SAE, found nothing at {path}")
-    found, others = [], []
+    found, others, taken = [], [], Counter[str]()
     for file in _files(path):
         held = contents_of(file)
         sae = None if held is None else _recognised(file, held, path)
         if sae is not None:
-            found.append(sae)
+            n = taken[sae.name] = taken[sae.name] + 1
+            found.append(sae if n == 1 else replace(sae, name=f"{sae.name[:60]}-{n}"))
         elif held is not None or (
             file.suffix in (".pt", ".pth", ".bin", ".ckpt") and is_bare_pickle(file)
         ):
             others.append((file, held))
     if found:
-        return _named_apart(found)
+        return found
     if not others:
         raise InputError(
             f"expected safetensors, npz or torch files in {path}, found none; give the folder that "
@@ -216,16 +217,6 @@ def _name(path: Path, root: Path) -> str:
     telling = [part for part in parts if part not in GENERIC] or [path.absolute().parent.name]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(telling[-3:])).strip("-._")
     return plain[-64:].lstrip("-._") or "sae"
-
-
-def _named_apart(found: list[FoundSAE]) -> list[FoundSAE]:
-    taken = Counter[str]()
-    apart = []
-    for sae in found:
-        taken[sae.name] += 1
-        n = taken[sae.name]
-        apart.append(sae if n == 1 else replace(sae, name=f"{sae.name[:60]}-{n}"))
-    return apart
 
 
 def config_of(found: FoundSAE) -> dict[str, Any]:

@@ -138,7 +138,6 @@ DICTIONARY_LEARNING = {
 class Exported(NamedTuple):
     """Files that are there, and how closely they compute what the SAE does."""
 
-    folder: Path
     files: tuple[Path, ...]
     parity: Parity
 
@@ -184,7 +183,7 @@ def write_sae(
             sync(folder.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return Exported(folder, tuple(sorted(folder.iterdir())), found)
+    return Exported(tuple(sorted(folder.iterdir())), found)
 
 
 def check_parity(found: Parity) -> None:
