@@ -249,11 +249,6 @@ def sentence(folder: Path) -> str:
     return refusal(load_sae, folder)
 
 
-def edit_cfg(folder: Path, **fields: Any) -> None:
-    cfg = read_cfg(folder) | fields
-    (folder / "cfg.json").write_text(json.dumps({k: v for k, v in cfg.items() if v is not None}))
-
-
 def test_a_missing_config_is_told(folder: Path) -> None:
     (folder / "cfg.json").unlink()
     assert sentence(folder) == (
@@ -291,61 +286,60 @@ def test_one_changed_bit_is_told(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"architecture": None, "d_sae": None},
+            "expected architecture, d_sae in {cfg}, found only d_in, dtype, device, "
+            "apply_b_dec_to_input, normalize_activations, reshape_activations, metadata",
+        ),
+        (
+            {"architecture": "temporal"},
+            "expected architecture gated, standard, jumprelu, topk or gated_untied in {cfg}, got "
+            "'temporal'",
+        ),
+        *(
+            (
+                {"architecture": "topk", "k": k},
+                f"expected a k from 1 to d_sae=3 in {{cfg}}, as a topk SAE has, got {k!r}",
+            )
+            for k in (None, 0, 4, 1.5, "2")
+        ),
+        (
+            {"architecture": "jumprelu"},
+            "expected tensors W_dec [3, 2], W_enc [2, 3], b_dec [2], b_enc [3], threshold [3] in "
+            "{weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], b_dec [2], "
+            "b_gate [3], b_mag [3], r_mag [3]",
+        ),
+        (
+            {"d_sae": 4},
+            "expected tensors W_dec [4, 2], W_enc [2, 4], b_dec [2], b_gate [4], b_mag [4], "
+            "r_mag [4] in {weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], "
+            "b_dec [2], b_gate [3], b_mag [3], r_mag [3]",
+        ),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "expected an SAE that takes raw activations, got one in {folder} whose input "
+            "normalisation is not folded into its weights (normalize_activations "
+            "'expected_average_only_in'); save its final, folded form",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_told(folder: Path, fields: Any, said: str) -> None:
+    cfg = folder / "cfg.json"
+    changed = read_cfg(folder) | fields
+    cfg.write_text(json.dumps({name: v for name, v in changed.items() if v is not None}))
+    weights = folder / "sae_weights.safetensors"
+    assert sentence(folder) == said.format(cfg=cfg, weights=weights, folder=folder)
+
+
 def test_a_config_that_is_no_json_is_told(folder: Path) -> None:
     (folder / "cfg.json").write_text("{")
     assert sentence(folder).startswith(f"expected JSON in {folder / 'cfg.json'}, got something")
 
 
-def test_missing_keys_are_told(folder: Path) -> None:
-    (folder / "cfg.json").write_text('{"d_in": 2}')
-    assert sentence(folder) == (
-        f"expected architecture, d_sae in {folder / 'cfg.json'}, found only d_in"
-    )
-
-
-def test_an_architecture_we_have_not_is_told(folder: Path) -> None:
-    edit_cfg(folder, architecture="temporal")
-    assert sentence(folder) == (
-        "expected architecture gated, standard, jumprelu, topk or gated_untied in "
-        f"{folder / 'cfg.json'}, got 'temporal'"
-    )
-
-
-@pytest.mark.parametrize("k", [None, 0, 4, 1.5, "2"])
-def test_a_topk_folder_without_a_sound_k_is_told(folder: Path, k: Any) -> None:
-    edit_cfg(folder, architecture="topk", k=k)
-    assert sentence(folder) == (
-        f"expected a k from 1 to d_sae=3 in {folder / 'cfg.json'}, as a topk SAE has, got {k!r}"
-    )
-
-
-def test_other_tensors_than_the_architecture_has_are_told(folder: Path) -> None:
-    edit_cfg(folder, architecture="jumprelu")
-    assert sentence(folder) == (
-        "expected tensors W_dec [3, 2], W_enc [2, 3], b_dec [2], b_enc [3], threshold [3] in "
-        f"{folder / 'sae_weights.safetensors'}, as its cfg.json says, found W_dec [3, 2], "
-        "W_enc [2, 3], b_dec [2], b_gate [3], b_mag [3], r_mag [3]"
-    )
-
-
-def test_other_shapes_than_the_config_says_are_told(folder: Path) -> None:
-    edit_cfg(folder, d_sae=4)
-    weights = folder / "sae_weights.safetensors"
-    assert sentence(folder) == (
-        "expected tensors W_dec [4, 2], W_enc [2, 4], b_dec [2], b_gate [4], b_mag [4], r_mag [4] "
-        f"in {weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], b_dec [2], "
-        "b_gate [3], b_mag [3], r_mag [3]"
-    )
-
-
-def test_input_normalisation_that_is_not_folded_is_refused(folder: Path) -> None:
-    edit_cfg(folder, normalize_activations="expected_average_only_in")
-    assert sentence(folder) == (
-        f"expected an SAE that takes raw activations, got one in {folder} whose input "
-        "normalisation is not folded into its weights (normalize_activations "
-        "'expected_average_only_in'); save its final, folded form"
-    )
-    edit_cfg(folder, normalize_activations="none")
+def test_a_scale_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "activation_scaler.json").write_text('{"scaling_factor": 2.0}')
     assert sentence(folder).startswith("expected an SAE that takes raw activations")
 
