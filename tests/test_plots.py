@@ -56,7 +56,7 @@ def test_every_line_stands_out_from_the_page(theme: Theme, page: str) -> None:
 
 
 def test_architectures_differ_in_more_than_colour() -> None:
-    for trait in ("label", "colour", "plotly_symbol", "vega_shape", "dash"):
+    for trait in ("label", "colour", "shape", "dash"):
         assert len({getattr(look, trait) for look in LOOKS.values()}) == 4, trait
 
 

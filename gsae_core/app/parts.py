@@ -40,7 +40,7 @@ def key_for(name: str, *about: object) -> str:
 
 
 SIGNS: dict[Architecture, str] = {"gated": "●", "relu": "◆", "jumprelu": "▲", "topk": "■"}
-SHAPES = {LOOKS[architecture].vega_shape: sign for architecture, sign in SIGNS.items()}
+SHAPES = {LOOKS[architecture].shape: sign for architecture, sign in SIGNS.items()}
 SOLID = (1, 0)  # as a dash
 PAGE_TEMPLATE = "page.html.j2"
 OVERLAP = ("#0072B2", "#009E73", "#D55E00")  # the first of two SAEs alone, both, the second

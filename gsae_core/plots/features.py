@@ -29,8 +29,8 @@ DOTS = 120
 
 def hue(architecture: Architecture, theme: Theme) -> str:
     """Return the colour of an architecture's marks on a page: lighter on a dark one."""
-    dark = {"gated": "#56B4E9", "relu": "#f08a3c", "jumprelu": "#2bbf95"} if theme == "dark" else {}
-    return dark.get(architecture, LOOKS[architecture].colour)
+    look = LOOKS[architecture]
+    return look.dark if theme == "dark" else look.colour
 
 
 def _bars(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], **mark: Any) -> alt.Chart:

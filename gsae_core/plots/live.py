@@ -115,7 +115,7 @@ def lines_of(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line,
             look = LOOKS[spec.architecture]
             label = hover_name(spec) + (f" · {run}" if several else "")
             colour = hues[number % len(hues)] if several else own_hues[spec.name]
-            lines.append(Line(run, spec.name, label, colour, look.dash, look.vega_shape))
+            lines.append(Line(run, spec.name, label, colour, look.dash, look.shape))
     return tuple(lines)
 
 

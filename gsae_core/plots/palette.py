@@ -14,17 +14,17 @@ class Look(NamedTuple):
 
     label: str
     colour: str
-    plotly_symbol: str
-    vega_shape: str
+    dark: str  # the colour of its marks on a dark page, for Altair's figures
+    shape: str  # which Plotly and Vega call by the same name
     dash: tuple[int, ...]
     tint: float = 0.25  # towards white, of its palest shade on a light page; pale hues less
 
 
 LOOKS: dict[Architecture, Look] = {
-    "gated": Look("Gated", "#0072B2", "circle", "circle", (1, 0)),
-    "relu": Look("ReLU baseline", "#D55E00", "diamond", "diamond", (5, 3)),
-    "jumprelu": Look("JumpReLU", "#009E73", "triangle-up", "triangle-up", (2, 2), tint=0.15),
-    "topk": Look("TopK", "#CC79A7", "square", "square", (7, 2, 2, 2), tint=0.05),
+    "gated": Look("Gated", "#0072B2", "#56B4E9", "circle", (1, 0)),
+    "relu": Look("ReLU baseline", "#D55E00", "#f08a3c", "diamond", (5, 3)),
+    "jumprelu": Look("JumpReLU", "#009E73", "#2bbf95", "triangle-up", (2, 2), 0.15),
+    "topk": Look("TopK", "#CC79A7", "#CC79A7", "square", (7, 2, 2, 2), 0.05),
 }
 THIRD = "#3A9BD9"  # of the gate path: of the Gated hue, and lighter
 NEUTRAL = "#7d8894"  # 3.6:1 on white and 5.0:1 on the dark background

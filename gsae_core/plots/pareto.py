@@ -53,22 +53,19 @@ def dash_of(look: Look) -> str:
     return "solid" if look.dash == (1, 0) else ",".join(f"{length * 2}px" for length in look.dash)
 
 
-def style(
-    figure: go.Figure, *, x: str, y: str, log_x: bool = False, decades: bool = False
-) -> go.Figure:
-    """Return the figure with titled axes, the legend below the title, and room for labels.
+LOG: dict[str, Any] = {"type": "log", "exponentformat": "power", "dtick": 1}
+"""An axis over many powers of ten, which alone are labelled."""
 
-    `decades` labels powers of ten only, for a log axis over many of them.
-    """
+
+def style(figure: go.Figure, *, x: str, y: str, log_x: bool = False) -> go.Figure:
+    """Return the figure with titled axes, the legend below the title, and room for labels."""
     figure.update_xaxes(title=x, ticks="outside")
     figure.update_yaxes(title=y, ticks="outside")
     if log_x:
-        figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    if log_x and not decades:
         ticks = round_values(
             value for trace in traces(figure) for value in trace.x if value is not None
         )
-        figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        figure.update_xaxes(LOG, tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": None},
         margin={"l": 8, "r": 8, "t": 48, "b": 8},
@@ -186,7 +183,7 @@ def _draw_architecture(
         mode="markers",
         marker={
             "color": look.colour,
-            "symbol": look.plotly_symbol + run_look.suffix,
+            "symbol": look.shape + run_look.suffix,
             "size": run_look.size,
             "line": {"width": 2} if hollow else {"width": 1, "color": "white"},
         },
@@ -250,7 +247,7 @@ def draw_paper(figure: go.Figure, paper: pd.DataFrame, y: str) -> None:
         figure.add_scatter(
             **columns(rows, "l0", y),
             mode="markers",
-            marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 8},
+            marker={"color": look.colour, "symbol": look.shape, "size": 8},
             unselected={"marker": {"opacity": FAINT}},
             name=f"{look.label}, published",
             text=knobs(rows),
@@ -320,7 +317,7 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     y = y.scale(zero=False, nice=False, padding=24).axis(format="~%")
     hue = alt.Color("kind:N").scale(domain=labels, range=[look.colour for look in looks])
     hue = hue.legend(orient="top", title=None)
-    shape = alt.Shape("kind:N").scale(domain=labels, range=[look.vega_shape for look in looks])
+    shape = alt.Shape("kind:N").scale(domain=labels, range=[look.shape for look in looks])
     dash = alt.StrokeDash("kind:N", legend=None)
     dash = dash.scale(domain=labels, range=[look.dash for look in looks])
     ringed = pd.DataFrame(frame[frame["name"].isin(list(chosen))])

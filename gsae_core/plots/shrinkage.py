@@ -13,6 +13,7 @@ from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
 from gsae_core.plots.pareto import (
+    LOG,
     columns,
     dash_of,
     draw_paper,
@@ -196,7 +197,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             y=stats["gamma"].to_numpy(),
             mode="markers",
             name=hover_name(feature.spec),
-            marker={"color": look.colour, "symbol": look.plotly_symbol, "size": 5, "opacity": 0.6},
+            marker={"color": look.colour, "symbol": look.shape, "size": 5, "opacity": 0.6},
             customdata=stats.index.to_numpy(),
             hovertemplate=hover(
                 hover_name(feature.spec),
@@ -212,7 +213,8 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
     if notes:
         corner = {"x": 1, "y": 0, "yref": "paper", "yanchor": "bottom", "align": "right"}
         _note(figure, "<br>".join(notes), **corner)
-    return style(figure, x=AXES["density"], y="γ of the feature", log_x=True, decades=True)
+    figure.update_xaxes(LOG)
+    return style(figure, x=AXES["density"], y="γ of the feature")
 
 
 Length = Literal["ratio", "gamma"]
@@ -233,7 +235,7 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
         draw_paper(figure, placed(paper, "l0", "gamma"), "gamma")
     for architecture, look in LOOKS.items():
         name = f"{look.label}, output" if architecture == "gated" else look.label
-        series = [(name, "gamma", look.colour, look.plotly_symbol, dash_of(look))]
+        series = [(name, "gamma", look.colour, look.shape, dash_of(look))]
         if architecture == "gated":
             path = f"{look.label}, gate path"
             series.append((path, "gamma_gate", THIRD, "triangle-down", "dot"))
@@ -263,7 +265,7 @@ def lengths_by_decile(
         look, name = LOOKS[spec.architecture], hover_name(spec)
         figure.add_scatter(
             **columns(frame, "decile", column),
-            **_curve(name, look.colour, look.plotly_symbol, dash_of(look)),
+            **_curve(name, look.colour, look.shape, dash_of(look)),
             customdata=[[f"{norm:.4g}"] for norm in frame["norm"]],
             hovertemplate=hover(
                 name,
