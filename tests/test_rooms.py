@@ -11,7 +11,7 @@ LINES = {
     "sae": 3400,
     "lm": 3730,
     "training": 1030,
-    "checkpoints": 2700,
+    "checkpoints": 2690,
     "analysis": 4740,
     "plots": 1350,
     "runs": 3470,
