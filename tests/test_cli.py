@@ -129,7 +129,7 @@ def test_evaluate_takes_all_the_text_holds_out_and_says_what_was_asked_for(
     ) in capsys.readouterr().out
     # What training takes is as it was: 320 tokens, rounded up to the row.
     resumed = load_text(finished.config, load_lm(finished.config))
-    assert resumed.n_train_tokens == 330
+    assert resumed.train.n_tokens == 330
     words = ["index", str(finished.folder), "--sae", "relu-0.4", "--split", "held_out"]
     assert main([*words, "--tokens", "50_000"]) == 0
     said = "105 held-out tokens (50,000 asked for: the held-out text has no more)"

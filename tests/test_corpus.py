@@ -44,7 +44,7 @@ def test_documents_are_separated_by_eos_and_special_positions_are_not_counted(
     assert rows(corpus.train) == [[BOS, 3, EOS, 4], [BOS, 5, 6, 7]]
     assert corpus.train[:].mask.tolist() == [[False, True, False, True], [False, True, True, True]]
     assert corpus.train.counts.tolist() == [2, 3]
-    assert (corpus.n_train_tokens, corpus.n_held_out_tokens) == (5, 3)
+    assert (corpus.train.n_tokens, corpus.held_out.n_tokens) == (5, 3)
 
 
 def test_bos_never_fills_whole_rows_and_says_so(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_corpus_for_fewer_tokens_is_a_prefix_of_one_for_more(tmp_path: Path) -
     path = file(tmp_path / "a.txt", words(0, 900))
     short, long = load(path, n_tokens=100), load(path)
     # Rows of 3 counted tokens: 34 of them hold 100.
-    assert short.n_train_tokens == 102
+    assert short.train.n_tokens == 102
     assert rows(short.train) == rows(long.train)[:34]
     assert rows(short.held_out) == rows(long.held_out)[: len(short.held_out)]
     # Row 0 of every 4 is held out, and 34 training rows end in row 45: rows 0, 4 ... 44.
@@ -121,8 +121,8 @@ def test_held_out_tokens_are_read_for_beyond_the_last_training_sequence(tmp_path
     short, whole = load(path, n_tokens=100), load(path)
     longer = load(path, n_tokens=100, n_held_out=150)
     # 50 rows of 3 are 150 tokens: rows 0, 4 ... 196. 36 of the 100 lie among the training rows.
-    assert short.n_held_out_tokens == 36
-    assert longer.n_held_out_tokens == 150
+    assert short.held_out.n_tokens == 36
+    assert longer.held_out.n_tokens == 150
     assert rows(longer.held_out) == rows(whole.held_out)[:50]
     # What is trained on is the same to the bit, and none of it is held out.
     assert rows(longer.train) == rows(short.train)
@@ -137,14 +137,14 @@ def test_no_fewer_are_held_out_than_lie_among_the_training_sequences(
     tmp_path: Path, n_held_out: int
 ) -> None:
     path = file(tmp_path / "a.txt", words(0, 900))
-    assert load(path, n_tokens=100, n_held_out=n_held_out).n_held_out_tokens == 36
+    assert load(path, n_tokens=100, n_held_out=n_held_out).held_out.n_tokens == 36
 
 
 def test_where_the_text_has_no_more_all_of_it_is_held_out_and_it_is_said(tmp_path: Path) -> None:
     path = file(tmp_path / "a.txt", words(0, 900))
     corpus = load(path, n_tokens=100, n_held_out=10**6)
     # 901 ids are 300 rows; a quarter of them.
-    assert corpus.n_held_out_tokens == 225
+    assert corpus.held_out.n_tokens == 225
     assert rows(corpus.train) == rows(load(path, n_tokens=100).train)
     assert corpus.shortage == "the held-out text has no more"
 
@@ -159,8 +159,8 @@ def test_stdlib_holds_out_as_many_files_as_are_wanted(
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 20)
     few = load("stdlib", n_tokens=100, held_out=0.1)
     more = load("stdlib", n_tokens=100, held_out=0.1, n_held_out=120)
-    assert 20 <= few.n_held_out_tokens < 30
-    assert 120 <= more.n_held_out_tokens < 130
+    assert 20 <= few.held_out.n_tokens < 30
+    assert 120 <= more.held_out.n_tokens < 130
     assert rows(more.held_out)[: len(few.held_out)] == rows(few.held_out)
     assert rows(more.train) == rows(few.train)
 

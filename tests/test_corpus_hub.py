@@ -80,7 +80,7 @@ def test_each_preset_reads_a_data_set_shaped_like_its_own(
     assert streamed.n_ctx == data.n_ctx
     # Every hundredth word ends a document, and 0.05 of the sequences are held out.
     n_train = len(streamed.train)
-    assert 4096 <= streamed.n_train_tokens < 4096 + streamed.n_ctx
+    assert 4096 <= streamed.train.n_tokens < 4096 + streamed.n_ctx
     first = counted(streamed.train)[:200]
     # The first sequence is held out, so training starts n_ctx - 1 ids later; 101 ids a document.
     start = data.n_ctx - 1 if data.n_ctx else 0

@@ -110,7 +110,7 @@ def test_a_saved_data_set_is_read_whole_in_an_order_of_its_own(tmp_path: Path) -
         "these with --split, or `all`"
     )
     every = load(tmp_path / "saved", n_ctx=11, split="all")
-    assert every.n_train_tokens + every.n_held_out_tokens == 2 * len(seen)
+    assert every.train.n_tokens + every.held_out.n_tokens == 2 * len(seen)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
@@ -161,7 +161,7 @@ def test_a_stream_is_read_as_far_as_needed_and_kept(hub: HubStream) -> None:
         "streaming": True,
     }
     # Rows of 3 ids, one in six EOS; the last row may carry one token too many or two.
-    assert 3000 <= corpus.n_train_tokens <= 3002
+    assert 3000 <= corpus.train.n_tokens <= 3002
     # 3000 / 0.9 = 3334 tokens are 667 documents of 5; a last block of 4096 characters is 170 more.
     assert 667 <= hub.taken <= 667 + 171
     taken = hub.taken
@@ -174,9 +174,9 @@ def test_a_stream_is_read_as_far_as_needed_and_kept(hub: HubStream) -> None:
 
 def test_a_stream_is_read_on_for_held_out_tokens_and_that_is_kept(hub: HubStream) -> None:
     short = load("owner/name", n_tokens=500, held_out=0.1)
-    assert short.n_held_out_tokens < 80
+    assert short.held_out.n_tokens < 80
     longer = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
-    assert 400 <= longer.n_held_out_tokens <= 402
+    assert 400 <= longer.held_out.n_tokens <= 402
     assert rows(longer.held_out)[: len(short.held_out)] == rows(short.held_out)
     assert (rows(longer.train), longer.digest) == (rows(short.train), short.digest)
     taken = hub.taken
@@ -223,7 +223,7 @@ def test_a_longer_reading_of_other_text_is_not_taken_for_held_out(hub: HubStream
     corpus = load("owner/name", n_tokens=500, held_out=0.1, n_held_out=400)
     assert rows(corpus.train) == rows(short.train)
     assert rows(corpus.held_out)[: len(short.held_out)] == rows(short.held_out)
-    assert corpus.n_held_out_tokens < 400 < other.n_held_out_tokens
+    assert corpus.held_out.n_tokens < 400 < other.held_out.n_tokens
 
 
 # The cache
@@ -240,7 +240,7 @@ def test_tokens_are_kept_and_found_until_text_tokenizer_or_settings_change(
     second = WordTokenizer()
     assert rows(load(path, second).train) == before
     assert second.n_tokenised == 0
-    assert load(path, second, n_tokens=50).n_train_tokens == 51  # a prefix of what is kept
+    assert load(path, second, n_tokens=50).train.n_tokens == 51  # a prefix of what is kept
     assert second.n_tokenised == 0
     for changed in (WordTokenizer(eos=None), WordTokenizer(bos=7)):
         load(path, changed)
@@ -264,7 +264,7 @@ def test_a_short_reading_does_not_pass_for_a_long_one(
     tokenizer = WordTokenizer()
     load(path, tokenizer, n_tokens=600)
     assert tokenizer.n_tokenised == 900
-    assert load(path, tokenizer).n_train_tokens > 2600
+    assert load(path, tokenizer).train.n_tokens > 2600
     assert tokenizer.n_tokenised == 900 + 3600
 
 
@@ -279,7 +279,7 @@ def test_a_cache_that_cannot_be_written_costs_memory_only(
     monkeypatch.setattr("gsae_core.lm.corpus.SMALL_TOKENS", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(file(tmp_path / "not-a-folder", "")))
     with caplog.at_level(logging.WARNING):
-        assert load(file(tmp_path / "a.txt", words(0, 900))).n_train_tokens > 600
+        assert load(file(tmp_path / "a.txt", words(0, 900))).train.n_tokens > 600
     assert "no token cache, so tokens stay in memory" in caplog.text
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1850,
     "sae": 3400,
-    "lm": 3730,
+    "lm": 3710,
     "training": 1030,
     "checkpoints": 2690,
     "analysis": 4740,

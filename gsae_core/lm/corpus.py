@@ -114,20 +114,12 @@ class Corpus:
     """Why there are not more held-out tokens, to say where more were asked for."""
 
     @property
-    def n_train_tokens(self) -> int:
-        return self.train.n_tokens
-
-    @property
-    def n_held_out_tokens(self) -> int:
-        return self.held_out.n_tokens
-
-    @property
     def digest(self) -> str:
         """A hash of the training split's length and of its first and last 64 sequences."""
         n = len(self.train)
         ends = np.unique(np.r_[: min(n, 64), max(0, n - 64) : n])
         ids = self.train[ends].ids.numpy()
-        head = repr((n, self.n_train_tokens, ids.shape)).encode()
+        head = repr((n, self.train.n_tokens, ids.shape)).encode()
         return sha256(head + ids.tobytes()).hexdigest()
 
     @property
@@ -189,8 +181,8 @@ def load_corpus(
     log.info(
         "%s: %d training and %d held-out tokens in sequences of %d, %s BOS",
         name,
-        corpus.n_train_tokens,
-        corpus.n_held_out_tokens,
+        corpus.train.n_tokens,
+        corpus.held_out.n_tokens,
         n_ctx,
         "with" if corpus.bos else "without",
     )

@@ -416,14 +416,6 @@ def unpacked(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether an error is of a file's content, however it is packed, and not of the disk."""
-    if isinstance(error, OSError):
-        return error.errno is None  # gzip's and bz2's own
-    kinds = (UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError)
-    return isinstance(error, kinds) or type(error).__name__ == "ZstdError"
-
-
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a UTF-8 file, unpacked if it is called so, its line ends as they are, without its BOM.
@@ -435,9 +427,12 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file:
             yield file
     except Exception as error:
-        if not _is_damage(error):
-            raise
-        raise not_text(path, error) from None
+        kinds = (UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError)
+        is_damage = isinstance(error, kinds) or type(error).__name__ == "ZstdError"
+        # An error of the disk has a number; gzip's and bz2's own, of the content, have none.
+        if is_damage or (isinstance(error, OSError) and error.errno is None):
+            raise not_text(path, error) from None
+        raise
 
 
 def text_parts(path: Path, size: int = PART) -> Iterator[Part]:

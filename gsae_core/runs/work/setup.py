@@ -73,10 +73,10 @@ def set_up(run: Run) -> RunSetup:
         corpus=corpus.name,
         n_ctx=corpus.n_ctx,
         bos=corpus.bos,
-        n_train_tokens=corpus.n_train_tokens,
+        n_train_tokens=corpus.train.n_tokens,
         text_digest=corpus.digest,
         text_starts=corpus.starts,
-        n_held_out_tokens=corpus.n_held_out_tokens,
+        n_held_out_tokens=corpus.held_out.n_tokens,
         chunk_vectors=stream.chunk_vectors,
         activation_scale=stream.scale,
         mean_square_norm=stream.mean_square_norm,
@@ -124,11 +124,11 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
         return
     noted = before[-1]
     # Older versions noted the tokens alone.
-    now = {} if part else {"n_train_tokens": corpus.n_train_tokens, "text_digest": corpus.digest}
+    now = {} if part else {"n_train_tokens": corpus.train.n_tokens, "text_digest": corpus.digest}
     same = all(noted.get(name, value) == value for name, value in now.items())
     pairs = zip(noted.get("text_starts", []), corpus.starts, strict=False)
     if not (same and all(one == other for one, other in pairs)):
-        n_now = "" if part else f" ({corpus.n_train_tokens:,})"
+        n_now = "" if part else f" ({corpus.train.n_tokens:,})"
         raise InputError(
             f"expected the text this run began with ({noted['n_train_tokens']:,} training tokens), "
             f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "

@@ -76,7 +76,7 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
             )
         model, corpus = setup.model, setup.corpus
         del setup  # Optimiser states and a chunk of activations: room for the evaluation.
-        n_tokens = min(run.config.evaluation.n_tokens, corpus.n_held_out_tokens)
+        n_tokens = min(run.config.evaluation.n_tokens, corpus.held_out.n_tokens)
         worker.enter("evaluating", total=n_tokens)
         yield from _evaluate(run, model, corpus, run.config.evaluation)
 
@@ -245,7 +245,7 @@ def _evaluate(
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    total = min(wanted.n_tokens, corpus.n_held_out_tokens)
+    total = min(wanted.n_tokens, corpus.held_out.n_tokens)
     steps = evaluating(
         model,
         saes,
