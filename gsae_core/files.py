@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -196,20 +196,14 @@ def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
     return fields
 
 
-def first_of(error: ValidationError, *, may_lack: Collection[str] = ()) -> str | None:
-    """Return what came first in the wrong place, and where: `'three' as saes.gated.alive`.
-
-    Args:
-        may_lack: keys that need not be there; None comes back where nothing else is wrong.
-    """
-    for wrong in error.errors():
-        where, came = ".".join(map(str, wrong["loc"])), wrong["input"]
-        if wrong["type"] != "missing":
-            shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
-            return f"{shown} as {where}"
-        if wrong["loc"][-1] not in may_lack:
-            return f"no {where}"
-    return None
+def first_of(error: ValidationError) -> str:
+    """Return what came first in the wrong place, and where: `'three' as saes.gated.alive`."""
+    wrong = error.errors()[0]
+    where, came = ".".join(map(str, wrong["loc"])), wrong["input"]
+    if wrong["type"] == "missing":
+        return f"no {where}"
+    shown = type(came).__name__ if isinstance(came, dict | list) else repr(came)
+    return f"{shown} as {where}"
 
 
 class _Source(BaseModel):

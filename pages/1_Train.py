@@ -43,13 +43,13 @@ from gsae_core.runs.plan.cost import (
     Expected,
     Finished,
     Fix,
-    Measured,
     Pace,
     Refusal,
     alike,
     expected_l0,
     gpu_memory,
-    pace,
+    guessed_pace,
+    operations,
     preflight,
 )
 from gsae_core.runs.run import Run, run_id
@@ -164,17 +164,15 @@ def last_seconds(run: Run) -> tuple[int, float] | None:
 
 def speed(here_has_gpu: bool, n_cores: int) -> Pace:
     """Return how fast this machine trains, by its newest runs."""
-    found = []
     for run in frame.runs[:5]:
         status, last = frame.statuses.get(run.id), last_seconds(run)
-        if status is not None and status.n_steps and last is not None:
-            found.append(Measured(run.id, run.config, last[0] / status.n_steps, last[1]))
-    return pace(
-        found,
-        n_cores=n_cores,
-        has_gpu=here_has_gpu,
-        shapes=lambda name: model_facts(name, in_cache()).shape,
-    )
+        shape = model_facts(run.config.model.name, in_cache()).shape
+        if status is not None and status.n_steps and last is not None and shape is not None:
+            steps, seconds = last
+            if steps > 0 and seconds > 0:
+                done = operations(run.config, shape) * (steps / status.n_steps)
+                return Pace(done / seconds, run.id)
+    return guessed_pace(n_cores=n_cores, has_gpu=here_has_gpu)
 
 
 def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:

@@ -4,12 +4,10 @@ import json
 import math
 from pathlib import Path
 
-from synthetic import config
-
 from gsae_core.lm.catalog import ModelShape, model_shape
 from gsae_core.machine import machine
 from gsae_core.runs.jobs.job import Status
-from gsae_core.runs.plan.cost import Measured, operations, pace
+from gsae_core.runs.plan.cost import CORE_SPEED, GPU_SPEED, guessed_pace
 from gsae_core.runs.plan.progress import Phase, speed, timeline
 from gsae_core.text import ago, count, duration, fixed, percent, signed_percent, unhidden
 
@@ -142,15 +140,9 @@ def test_a_hub_name_has_no_shape_before_it_is_here() -> None:
     assert model_shape("bundled") == ModelShape(d_model=256, d_mlp=1024, d_attn=256, n_layers=4)
 
 
-def test_speed_comes_from_a_run_of_this_machine_where_there_is_one() -> None:
-    run = config()
-    shape = model_shape("bundled")
-    assert shape is not None
-    guess = pace([], n_cores=2, has_gpu=False)
-    assert guess.source is None
-    measured = pace([Measured("a", run, 0.5, 100)], n_cores=2, has_gpu=False)
-    # Half of the operations in 100 s.
-    assert measured == (operations(run, shape) / 200, "a")
+def test_speed_is_a_guess_where_no_run_was_trained() -> None:
+    assert guessed_pace(n_cores=2, has_gpu=False) == (2 * CORE_SPEED, None)
+    assert guessed_pace(n_cores=2, has_gpu=True) == (GPU_SPEED, None)
 
 
 def test_the_machine_says_what_is_free(tmp_path: Path) -> None:

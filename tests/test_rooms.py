@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1850,
+    "ground": 1840,
     "sae": 3400,
     "lm": 3710,
     "training": 1030,
     "checkpoints": 2690,
     "analysis": 4740,
     "plots": 1350,
-    "runs": 3470,
+    "runs": 3450,
     "cli": 1480,
     "app": 4900,
 }

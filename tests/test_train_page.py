@@ -250,13 +250,15 @@ def test_an_unknown_run_of_the_address_is_named(root: Path) -> None:
     assert "<img" not in text(at)
 
 
-def test_earlier_results_say_which_l0_to_expect(root: Path) -> None:
+def test_earlier_results_say_which_l0_to_expect_and_how_long_it_takes(root: Path) -> None:
     write_run(root, "first")
     at = opened(TRAIN, **{"from": "first"})
     # 12 / 0.1 and 16 / 0.8 of the made-up evaluation.
     for part in ("λ 0.1 ", "→ L0 120", "λ 0.8 ", "→ L0 20"):
         assert part in said(at)
     assert "L0 as in run first at this hook point, interpolated over λ." in said(at)
+    # The same 512 steps took it 0.4 s each.
+    assert "about 3 min 25 s, at the speed of first" in said(at)
 
 
 @pytest.mark.parametrize("state", ["running", "failed"])

@@ -62,24 +62,20 @@ def read_evals(folder: Path, names: Collection[str]) -> list[dict[str, Any]]:
         return []
     try:
         rows = read_json(path).get("saes")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"expected a list `saes` of objects in {path}, found none")
+        for row in rows:
+            EvalRow.model_validate(row, strict=True)
+            if row["name"] not in names:
+                raise InputError(
+                    f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got "
+                    f"some of {row['name']!r}"
+                )
+    except ValidationError as error:
+        wrong = first_of(error)
+        raise InputError(f"expected numbers of each SAE, got {wrong} in {path}; {again}") from None
     except InputError as error:
         raise InputError(f"{error}; {again}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"expected a list `saes` in {path}, found none; {again}")
-    for row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"expected an object for each SAE in {path}; {again}")
-        try:
-            EvalRow.model_validate(row, strict=True)
-        except ValidationError as error:
-            raise InputError(
-                f"expected numbers of each SAE, got {first_of(error)} in {path}; {again}"
-            ) from None
-        if row["name"] not in names:
-            raise InputError(
-                f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got some "
-                f"of {row['name']!r}; {again}"
-            )
     fields = EvalRow.model_fields.items()
     earlier = {name: field.default for name, field in fields if not field.is_required()}
     return [earlier | row for row in rows]

@@ -299,9 +299,8 @@ def survey(root: Path | str) -> tuple[list[tuple[Run, Status]], dict[str, str]]:
     """Return runs with what their processes said last, newest first; why others cannot be read."""
     listed: list[tuple[float, Run, Status]] = []
     unreadable: dict[str, str] = {}
-    for folder in sorted(Path(root).glob("*")):
-        if folder.name.startswith("."):
-            continue  # The queue, transfers, or deleted but for the removal of its files.
+    # With a dot: the queue, transfers, and what is deleted but for the removal of its files.
+    for folder in sorted(Path(root).glob("[!.]*")):
         config, events = folder / "config.json", folder / "events.jsonl"
         if not os.path.lexists(config):
             begun = (os.path.lexists(folder / name) for name in BEGUN)

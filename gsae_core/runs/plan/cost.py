@@ -18,7 +18,7 @@ import torch
 from gsae_core.config import RunConfig, SAESpec
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.lm.catalog import ModelFacts, ModelShape, check_family, model_shape
+from gsae_core.lm.catalog import ModelFacts, ModelShape, check_family
 from gsae_core.lm.stream import default_chunk_vectors
 from gsae_core.machine import Machine
 
@@ -100,27 +100,8 @@ class Pace(NamedTuple):
     """Id of the run it was measured on; None for a guess."""
 
 
-class Measured(NamedTuple):
-    """A run, and how long a share of its steps took to train."""
-
-    id: str
-    config: RunConfig
-    share: float
-    seconds: float | int
-
-
-def pace(
-    measured: Iterable[Measured],
-    *,
-    n_cores: int,
-    has_gpu: bool,
-    shapes: Callable[[str], ModelShape | None] = model_shape,
-) -> Pace:
-    """Return the speed of the first run that can tell, or a guess from the hardware."""
-    for run in measured:
-        shape = shapes(run.config.model.name)
-        if shape is not None and run.seconds > 0 and run.share > 0:
-            return Pace(operations(run.config, shape) * run.share / run.seconds, run.id)
+def guessed_pace(*, n_cores: int, has_gpu: bool) -> Pace:
+    """Return the speed to expect of the hardware."""
     return Pace(GPU_SPEED if has_gpu else CORE_SPEED * n_cores, None)
 
 
