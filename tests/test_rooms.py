@@ -12,7 +12,7 @@ LINES = {
     "lm": 3710,
     "training": 1030,
     "checkpoints": 2690,
-    "analysis": 4740,
+    "analysis": 4710,
     "plots": 1350,
     "runs": 3450,
     "cli": 1480,

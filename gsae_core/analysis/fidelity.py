@@ -27,7 +27,7 @@ from gsae_core.lm.corpus import SequenceSet, TokenBatch
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.base import SAE, Normalised
+from gsae_core.sae.base import SAE, Normalised, PerEntry, PerLatent, Rows
 from gsae_core.sae.metrics import BatchStats, Metrics, NormDeciles, stats_from_counts, sum_dtype
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse, weighted_sums
 from gsae_core.threads import on_one_core, spread
@@ -50,10 +50,7 @@ class _Mean:
 
 
 class Reference:
-    """The clean predictions of a batch, with which spliced ones are compared.
-
-    `losses` (n,) are those of every counted prediction, in nats.
-    """
+    """The clean predictions of a batch, and their `losses` (n,) in nats where they count."""
 
     @torch.inference_mode()
     def __init__(
@@ -98,9 +95,7 @@ def _excess(p: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, "rows
 
 # Logits computed at a time. On a CPU they should not leave the cache for long; a GPU wants work.
 LOGITS_CPU, LOGITS_GPU = 2**22, 2**27
-
-# Rounding of float32 losses: a smaller gap between two averages is noise, not ablation.
-TINY_GAP = 1e-6
+TINY_GAP = 1e-6  # nats between two averages of float32 losses: less is rounding, not ablation
 
 
 class Fidelity(NamedTuple):
@@ -121,7 +116,7 @@ class Fidelity(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One SAE on held-out sequences: the language model's losses, and the SAE's own metrics."""
+    """One SAE on held-out sequences."""
 
     fidelity: Fidelity
     metrics: Metrics
@@ -132,7 +127,7 @@ def loss_recovered(*, ce_clean: float, ce_sae: float, ce_zero: float) -> float:
     """Return the share of what zero ablation costs that the SAE gives back; never clipped.
 
     (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5. NaN where zero ablation
-    costs less than `TINY_GAP` nats: a ratio of rounding errors.
+    costs less than `TINY_GAP`.
     """
     gap = ce_zero - ce_clean
     return math.nan if abs(gap) < TINY_GAP else (ce_zero - ce_sae) / gap
@@ -231,17 +226,12 @@ def evaluating(
 
 
 @torch.no_grad()
-def reconstruct(
-    sae: SAE, x: Float[Tensor, "batch d_in"], codes: SparseCodes | None = None
-) -> tuple[Float[Tensor, "batch d_in"], BatchStats]:
+def reconstruct(sae: SAE, x: Rows, codes: SparseCodes | None = None) -> tuple[Rows, BatchStats]:
     """Return x_hat and the sums behind every metric, those of each latent included.
 
     Of an SAE that normalises its inputs all compare raw activations, save those of each latent:
     they weigh tokens alike, as the SAE sees them. Besides the encoder's product all costs
-    O(active * d_in).
-
-    Args:
-        codes: of `x`, where they are there already.
+    O(active * d_in). `codes` are those of `x`, where they are there already.
     """
     seen, gated = sae.normalised(x), isinstance(sae, GatedSAE)
     codes = encode_sparse(sae, x) if codes is None else codes
@@ -255,7 +245,7 @@ def reconstruct(
     fires = codes.magnitude > 0
     latent, f = codes.latent[fires], codes.magnitude[fires].to(sum_dtype(x.device))
 
-    def per_latent(entries: Float[Tensor, " n_fired"]) -> Float[Tensor, " d_sae"]:
+    def per_latent(entries: Float[Tensor, " n_fired"]) -> PerLatent:
         return entries.new_zeros(sae.d_sae).index_add_(0, latent, entries)
 
     power = per_latent(f * f) * sae.W_dec.square().sum(1)
@@ -271,9 +261,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def decoded(
-    sae: SAE, seen: Normalised, codes: SparseCodes
-) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " nnz"]]:
+def decoded(sae: SAE, seen: Normalised, codes: SparseCodes) -> tuple[Rows, PerEntry]:
     """Return u_hat, and <u - u_hat, W_dec_i> of each active entry."""
     with torch.enable_grad():
         f = codes.magnitude.detach().requires_grad_()

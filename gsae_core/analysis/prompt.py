@@ -18,7 +18,7 @@ from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Dictionary, PerEntry
 from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
@@ -27,6 +27,7 @@ MAX_TOKENS = 512  # of a page's strip; the model's context, where that is shorte
 MATCHED = 0.7
 """Cosine from which two mutual best matches count as one feature; ours, and shown on the pages."""
 ROWS = 512  # latents whose cosines with a whole dictionary are held at once
+PerToken = Float[Tensor, " pos"]
 
 
 class Prompt(NamedTuple):
@@ -113,7 +114,7 @@ class PromptAnalysis(NamedTuple):
     """A row for each token: `position`, `token`, `counted`, `n_active`, `strongest` (largest f),
     `loss` and `loss_sae` of predicting this token, in nats (NaN where it is not predicted)."""
     numbers: TextNumbers
-    scale: Float[Tensor, " pos"] | None = None
+    scale: PerToken | None = None
     """`Normalised.scale` of each token, NaN on special ones; None: one."""
 
 
@@ -162,7 +163,7 @@ def analyse(
     return found
 
 
-def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> Float[Tensor, " pos"]:
+def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> PerToken:
     """Return the loss of predicting each token; NaN unless it and the one before are counted."""
     losses = torch.full(prompt.counted.shape, torch.nan, dtype=torch.float64)
     losses[1:] = F.cross_entropy(logits[0, :-1].cpu(), prompt.ids[0, 1:], reduction="none").double()
@@ -190,7 +191,7 @@ def _features(sae: SAE, codes: SparseCodes, prompt: Prompt) -> pd.DataFrame:
     return table.sort_values(order, ascending=[True, False], ignore_index=True, kind="stable")
 
 
-def _shares(sae: SAE, codes: SparseCodes) -> Float[Tensor, " nnz"]:
+def _shares(sae: SAE, codes: SparseCodes) -> PerEntry:
     """Return each entry's share of its token's reconstruction."""
     row, n_rows = codes.rows(), codes.row_offsets.numel() - 1
     written = codes.magnitude[:, None] * sae.W_dec[codes.latent]
@@ -199,10 +200,7 @@ def _shares(sae: SAE, codes: SparseCodes) -> Float[Tensor, " nnz"]:
 
 
 def _tokens(
-    prompt: Prompt,
-    features: pd.DataFrame,
-    clean: Float[Tensor, " pos"],
-    spliced: Float[Tensor, " pos"],
+    prompt: Prompt, features: pd.DataFrame, clean: PerToken, spliced: PerToken
 ) -> pd.DataFrame:
     n, position = len(prompt.tokens), features["position"].to_numpy()
     strongest = np.zeros(n)
@@ -272,22 +270,18 @@ def effects(analysis: PromptAnalysis, sae: SAE, slope: Float[Tensor, "pos d_in"]
 
 
 class Matches(NamedTuple):
-    """For each of some latents, the latent of another dictionary that points most alike."""
+    """For each of some latents, the one of another dictionary with the largest decoder cosine."""
 
     latent: Int64[Tensor, " n"]
     partner: Int64[Tensor, " n"]
-    """The one in the other dictionary with the largest decoder cosine."""
     cosine: Float[Tensor, " n"]
-    """<d_i, d_j> / (|d_i| |d_j|) of the two."""
     mutual: Bool[Tensor, " n"]
     """Whether `latent` is also its partner's best match."""
 
 
 @torch.no_grad()
 def best_matches(
-    latents: Int64[Tensor, " n"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    W_dec_other: Float[Tensor, "d_other d_in"],
+    latents: Int64[Tensor, " n"], W_dec: Dictionary, W_dec_other: Float[Tensor, "d_other d_in"]
 ) -> Matches:
     """Return the best match of each of some latents of one dictionary in the other.
 
@@ -304,12 +298,7 @@ def best_matches(
 
 
 def align(
-    gated: PromptAnalysis,
-    baseline: PromptAnalysis,
-    sae: SAE,
-    base: SAE,
-    *,
-    threshold: float = MATCHED,
+    gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, threshold: float = MATCHED
 ) -> pd.DataFrame:
     """Return which features of a token both SAEs see, and which only one does.
 
@@ -319,7 +308,7 @@ def align(
     where the feature has no match), `cosine`, `gated_activation`, `baseline_activation` (0 where it
     does not fire).
     """
-    pairs = _pairs(gated, baseline, sae, base, threshold=threshold)
+    pairs = _pairs(gated, baseline, sae, base, threshold)
     sides: list[Any] = []
     for name, look in (("gated", gated), ("baseline", baseline)):
         rows: Any = look.features[["position", "latent", "activation"]]
@@ -342,7 +331,7 @@ def align(
 
 
 def _pairs(
-    gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, *, threshold: float
+    gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, threshold: float
 ) -> pd.DataFrame:
     """Return the matched pairs of which at least one feature fires somewhere in the text."""
     tables = []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gsae_core.analysis.features.table import quantile
@@ -30,7 +30,7 @@ from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import Edit, LanguageModel
-from gsae_core.sae.base import SAE
+from gsae_core.sae.base import SAE, Counts, PerLatent, Rows
 from gsae_core.sae.sparse.codes import encode_sparse
 
 if TYPE_CHECKING:
@@ -54,19 +54,19 @@ class Unit(NamedTuple):
 class Scales(NamedTuple):
     """The scale of every feature of one SAE on some tokens."""
 
-    p99: Float[Tensor, " d_sae"]
+    p99: PerLatent
     """99th percentile of f over the tokens it fired on; NaN where it never fired."""
-    largest: Float[Tensor, " d_sae"]
+    largest: PerLatent
     """The largest f; 0 where it never fired."""
-    fired: Int64[Tensor, " d_sae"]
+    fired: Counts
     """Tokens it fired on."""
-    decoder_norm: Float[Tensor, " d_sae"]
+    decoder_norm: PerLatent
     typical: float
     """Median over the features that fired of p99 times decoder norm: the length of what a feature
     writes. If none fired, the root mean square length of the activations, as the SAE sees them."""
     n_tokens: int
     source: str
-    """Which tokens: `held-out tokens`, `tokens of the feature index`, `tokens of this prompt`."""
+    """Which tokens, for a person."""
     normalised: bool = False
     """Whether the SAE normalises its inputs: lengths are then times each token's own scale."""
 
@@ -119,7 +119,7 @@ def measure_scales(
 
 def counted_vectors(
     model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site, n_tokens: int
-) -> Float[Tensor, "tokens d_in"]:
+) -> Rows:
     """Return the activations of the first counted tokens of `sequences`.
 
     Raises:
@@ -134,7 +134,7 @@ def counted_vectors(
 
 
 @torch.no_grad()
-def scales_of(sae: SAE, x: Float[Tensor, "tokens d_in"], *, source: str) -> Scales:
+def scales_of(sae: SAE, x: Rows, *, source: str) -> Scales:
     """Return the scales of an SAE on given activations."""
     codes = encode_sparse(sae, x)
     fires = codes.magnitude > 0  # a gate may open onto nothing

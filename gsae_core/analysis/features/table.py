@@ -32,11 +32,10 @@ from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows, spread
 
 N_TOP_TOKENS, N_LOGITS = 5, 10
-LOGIT_TOKENS = 2**10
-"""Tokens over which the final norm's derivative is averaged."""
+LOGIT_TOKENS = 2**10  # over which the final norm's derivative is averaged
+# Pairs of firings looked at to find companions, a second on one core; of more, a share is.
 COMPANION_STEPS = 2**29
-"""Pairs of firings looked at to find companions: a second on one core; above, a share is."""
-BLOCK = 256
+BLOCK = 256  # features whose cosines with all are held at once
 QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
@@ -151,13 +150,11 @@ def weight_columns(sae: SAE) -> dict[str, Float64[np.ndarray, " d_sae"]]:
             if sae.W_mag is None:
                 found["theta"] = sae.jumprelu_threshold()
                 found["gain"] = torch.ones_like(none) if sae.r_mag is None else sae.r_mag.exp()
-            W_enc = sae.W_gate
         case ReluSAE():
-            found["theta"], W_enc = torch.zeros_like(none), sae.W_enc
+            found["theta"] = torch.zeros_like(none)
         case JumpReluSAE():
-            found["theta"], W_enc = sae.threshold, sae.W_enc
-        case _:
-            W_enc = sae.get_parameter("W_enc")
+            found["theta"] = sae.threshold
+    W_enc = sae.get_parameter("W_gate" if isinstance(sae, GatedSAE) else "W_enc")
     found["decoder_norm"] = sae.W_dec.norm(dim=1)
     found["encoder_cosine"] = F.cosine_similarity(W_enc.T, sae.W_dec, dim=1)
     return {name: tensor.double().cpu().numpy() for name, tensor in found.items()}
