@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1840,
     "sae": 3400,
-    "lm": 3710,
+    "lm": 3700,
     "training": 1030,
     "checkpoints": 2690,
     "analysis": 4710,

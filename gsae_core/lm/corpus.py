@@ -190,12 +190,12 @@ def load_corpus(
 
 
 class _Tokens(NamedTuple):
-    """Rows (n, n_ctx) of a source."""
+    """Rows (n, n_ctx) of a source: all that are wanted, or a block of them."""
 
     rows: np.ndarray
     starts_with_bos: bool
-    whole: bool
-    """Whether they reach the source's end."""
+    reach: float
+    """Training tokens up to their end, if that was far enough; inf if the source ended first."""
 
 
 class _Reader:
@@ -244,7 +244,7 @@ class _Reader:
                 raise InputError(f"expected some text in {self.source.name}, got none")
             packing = self._settled(head)
             blocks = self._blocks(chain(head, parts), packing, n_tokens, n_held_out, before)
-            return _keep(blocks, key, bos=packing.starts_with_bos, always=not self.source.files)
+            return _keep(blocks, key, always=not self.source.files)
 
         known = _find(key, n_tokens, self._packing.dtype)
         if not known:
@@ -265,7 +265,7 @@ class _Reader:
 
     def _has_enough(self, tokens: _Tokens, n_held_out: int) -> bool:
         """Whether rows hold as many held-out tokens as wanted, or there are no more."""
-        if tokens.whole or not n_held_out:
+        if tokens.reach == math.inf or not n_held_out:
             return True
         held_out = np.flatnonzero(_held_out(0, len(tokens.rows), self._share))
         return int(_count(tokens.rows[held_out], self._special).sum()) >= n_held_out
@@ -297,7 +297,7 @@ class _Reader:
         n_tokens: int | None,
         n_held_out: int,
         before: np.ndarray,
-    ) -> Iterator["_Block"]:
+    ) -> Iterator[_Tokens]:
         """Yield blocks of rows until there are as many counted tokens among them as wanted.
 
         The first rows have to be `before`, what an earlier reading came to: of other text, what is
@@ -330,7 +330,7 @@ class _Reader:
             n_train += int(counts[~held_out].sum())
             n_rest += int(counts[held_out].sum())
             enough = missing() <= 0
-            yield _Block(rows, n_train if enough else None)
+            yield _Tokens(rows, packing.starts_with_bos, float(n_train) if enough else math.inf)
             if enough:
                 break
         if n_rows < len(before):
@@ -398,14 +398,6 @@ class _Packing(NamedTuple):
     @property
     def dtype(self) -> str:
         return narrowest(self.vocabulary)
-
-
-class _Block(NamedTuple):
-    """Rows (n, n_ctx) that are read in one go."""
-
-    rows: np.ndarray
-    reach: int | None
-    """Of the last block: training tokens there are with it; None if the source ended first."""
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -489,17 +481,16 @@ def _tokenizer_key(tokenizer: Any) -> str:
 
 def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
     """Return rows kept under `key` that reach `n_tokens` or the source's end, shortest first."""
-    found: list[tuple[float, _Tokens]] = []
+    found: list[_Tokens] = []
     for path in sorted(cache_folder("tokens").glob(f"{key}.*.rows")):
         _, said, n_ctx, bos, _ = path.name.split(".")
         reach = math.inf if said == "all" else float(said)
         if reach >= (math.inf if n_tokens is None else n_tokens):
-            rows = _mapped(path, dtype, int(n_ctx))
-            found.append((reach, _Tokens(rows, bos == "bos", said == "all")))
-    return [tokens for _, tokens in sorted(found, key=lambda each: each[0])]
+            found.append(_Tokens(_mapped(path, dtype, int(n_ctx)), bos == "bos", reach))
+    return sorted(found, key=lambda tokens: tokens.reach)
 
 
-def _keep(blocks: Iterator[_Block], key: str, *, bos: bool, always: bool) -> _Tokens:
+def _keep(blocks: Iterator[_Tokens], key: str, *, always: bool) -> _Tokens:
     """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
 
     `always`: keep few rows too, because the source is slow.
@@ -507,7 +498,7 @@ def _keep(blocks: Iterator[_Block], key: str, *, bos: bool, always: bool) -> _To
     head = [next(blocks)]
     while not always and sum(block.rows.size for block in head) < SMALL_TOKENS:
         if (block := next(blocks, None)) is None:
-            return _in_memory(head, bos)
+            return _in_memory(head)
         head.append(block)
     folder = cache_folder("tokens")
     try:
@@ -516,25 +507,25 @@ def _keep(blocks: Iterator[_Block], key: str, *, bos: bool, always: bool) -> _To
     except OSError as error:
         # A home that cannot be written costs the next run its time and this one its memory.
         log.warning("no token cache, so tokens stay in memory: %s", error)
-        return _in_memory([*head, *blocks], bos)
+        return _in_memory([*head, *blocks])
     block = head[0]
     try:
         # Unbuffered, so that a full disk is noticed here and not once more when it is closed.
         with os.fdopen(handle, "wb", buffering=0) as file:
             for block in chain(head, blocks):
                 _write(file, block.rows)
-        said, n_ctx = "all" if block.reach is None else block.reach, block.rows.shape[1]
-        path = folder / f"{key}.{said}.{n_ctx}.{'bos' if bos else 'plain'}.rows"
+        said = "all" if block.reach == math.inf else f"{block.reach:.0f}"
+        n_ctx, bos = block.rows.shape[1], "bos" if block.starts_with_bos else "plain"
+        path = folder / f"{key}.{said}.{n_ctx}.{bos}.rows"
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return _Tokens(_mapped(path, block.rows.dtype, n_ctx), bos, block.reach is None)
+    return block._replace(rows=_mapped(path, block.rows.dtype, n_ctx))
 
 
-def _in_memory(blocks: list[_Block], bos: bool) -> _Tokens:
-    rows = np.concatenate([block.rows for block in blocks])
-    return _Tokens(rows, bos, blocks[-1].reach is None)
+def _in_memory(blocks: list[_Tokens]) -> _Tokens:
+    return blocks[-1]._replace(rows=np.concatenate([block.rows for block in blocks]))
 
 
 def _write(file: FileIO, block: np.ndarray) -> None:
