@@ -60,6 +60,12 @@ def asked(root: Path, address: str = "ada/saes", to: str = "pulled", **place: An
     return ask(root, plan_pull(repository, one_sae(repository), to=to, **place))
 
 
+def push(run: Run, *names: str, to: str = "ada/mine", **flags: bool) -> int:
+    """Return the exit code of the command."""
+    more = [f"--{flag}" for flag in flags]
+    return main.main(["push", str(run.folder), "--sae", *(names or (NAME,)), "--to", to, *more])
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     streams = capsys.readouterr()
     return streams.out + streams.err
@@ -229,7 +235,7 @@ def test_a_download_outlives_its_starter_and_is_cancelled_and_taken_up(
 def test_a_pushed_sae_comes_back_identical(
     writer: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert push(finished) == 0
     text = said(capsys)
     repo = writer.repos["models", "ada/mine"]
     assert f"{writer.url}/ada/mine/commit/{repo.refs['main']}" in text
@@ -258,15 +264,13 @@ def test_a_pushed_sae_comes_back_identical(
 
 
 def test_a_public_repository_is_made_only_when_asked_for(writer: Hub, finished: Run) -> None:
-    command = ["push", str(finished.folder), "--sae", NAME, "--to", "ada/open", "--public"]
-    assert main.main(command) == 0
+    assert push(finished, to="ada/open", public=True) == 0
     assert not writer.repos["models", "ada/open"].private
 
 
 def test_a_push_adds_to_what_is_there(writer: Hub, finished: Run) -> None:
     repo = writer.add("ada/mine", {"notes.txt": b"mine"})
-    command = ["push", str(finished.folder), "--sae", NAME, "relu-0.4", "--to", "ada/mine"]
-    assert main.main(command) == 0
+    assert push(finished, NAME, "relu-0.4") == 0
     assert repo.head["notes.txt"] == b"mine"
     assert "relu-0.4/cfg.json" in repo.head
     assert not repo.private
@@ -288,14 +292,14 @@ def test_an_interrupted_push_leaves_no_half_commit(
     assert "the connection broke; nothing was changed there: push again" in mistake(command, capsys)
     assert repo.refs == before
     setattr(writer, fault, False)
-    assert main.main(command) == 0
+    assert push(finished) == 0
     assert f"{NAME}/sae_weights.safetensors" in repo.head
 
 
 def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
     hub: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 2
+    assert push(finished) == 2
     assert "expected a Hub token that may write, found none; run `hf auth login`" in said(capsys)
     assert hub.seen == []
 
@@ -304,7 +308,7 @@ def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
 def test_a_name_that_is_no_repository_is_refused(
     hub: Hub, finished: Run, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", to]) == 2
+    assert push(finished, to=to) == 2
     assert "expected a repository to push to as OWNER/NAME" in said(capsys)
 
 
@@ -351,7 +355,7 @@ def test_what_is_not_whole_is_not_pushed(
 def test_no_token_is_written_into_a_run_a_transfer_or_a_log(
     writer: Hub, finished: Run, tmp_path: Path
 ) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert push(finished) == 0
     assert main.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
@@ -369,7 +373,7 @@ def test_the_folders_that_files_name_are_told(writer: Hub, finished: Run) -> Non
 def test_resuming_a_transfer_that_is_done_is_a_sentence(
     writer: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]) == 0
+    assert push(finished) == 0
     (transfer,) = transfers(tmp_path)
     assert main.main(["resume", str(transfer.folder)]) == 2
     assert "expected a transfer that is not done, got one that led to http" in said(capsys)

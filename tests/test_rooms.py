@@ -14,7 +14,7 @@ LINES = {
     "checkpoints": 2690,
     "analysis": 4710,
     "plots": 1350,
-    "runs": 3450,
+    "runs": 3440,
     "cli": 1480,
     "app": 4900,
 }

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,13 @@ def pretend(run: Run, state: State, *, pid: int, started: float) -> None:
 
 def sleeper(code: str = "import time; time.sleep(60)") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -382,11 +390,8 @@ def test_a_zombie_is_not_alive(run: Run) -> None:
     pretend(run, "running", pid=process.pid, started=psutil.Process(process.pid).create_time())
     assert run.is_alive()
     process.kill()
-    deadline = time.monotonic() + 10
     # Nobody has collected it, so the id still answers; only its state tells.
-    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     os.kill(process.pid, 0)
     assert not run.is_alive()
     assert run.status.state == "lost"
@@ -522,10 +527,7 @@ def test_a_second_worker_is_refused(run: Run) -> None:
 def test_a_worker_hears_a_request_and_answers_it(run: Run) -> None:
     with Worker(run) as worker:
         run.request_cancel()
-        deadline = time.monotonic() + 10
-        while not worker.stop_requested:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: worker.stop_requested)
         worker.outcome = "cancelled"
     assert run.status.state == "cancelled"
     assert not (run.folder / "control.json").exists()
@@ -559,10 +561,7 @@ def test_a_request_made_while_the_process_starts_is_heard(run: Run) -> None:
     write_status(run.folder, of_process(run.status, "starting", os.getpid()))
     run.request_cancel()
     with Worker(run) as worker:
-        deadline = time.monotonic() + 60
-        while not worker.stop_requested:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: worker.stop_requested)
 
 
 def test_a_callers_mistake_is_the_runs_error_as_it_stands(run: Run) -> None:
@@ -589,10 +588,7 @@ def test_a_heartbeat_moves_while_the_worker_works(
     with Worker(run) as worker:
         first = read_status(run.folder).heartbeat
         worker.step = 3
-        deadline = time.monotonic() + 10
-        while read_status(run.folder).step != 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: read_status(run.folder).step == 3)
         assert read_status(run.folder).heartbeat > first
 
 

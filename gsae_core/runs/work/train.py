@@ -9,7 +9,6 @@ import functools
 import math
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,6 @@ from gsae_core.runs.work.setup import (
     set_up,
 )
 from gsae_core.sae.base import check_width
-from gsae_core.sae.metrics import Metrics
 from gsae_core.text import Progress
 from gsae_core.training.trainer import StepReport, train
 
@@ -259,9 +257,18 @@ def _evaluate(
     rows = []
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
         rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
-        _write_latents(run.sae_folder(spec.name), evaluation.metrics)
+        folder, metrics = run.sae_folder(spec.name), evaluation.metrics
+        fired = metrics.firings.numpy()
+        opened = None if metrics.sums is None else metrics.sums.gate_open
+        columns = {
+            "fired": fired,
+            "gate_open": fired if opened is None else opened.cpu().numpy(),
+            "density": metrics.density.numpy(),
+            "gamma": metrics.gamma_per_feature.numpy(),
+        }
+        write_arrays(folder / "feature_stats.safetensors", columns)
         deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
-        write_json(run.sae_folder(spec.name) / "norm_deciles.json", {"deciles": deciles})
+        write_json(folder / "norm_deciles.json", {"deciles": deciles})
     read, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
     ids = read.numpy()
     ids = ids.astype(np.uint16 if ids.max(initial=0) < 2**16 else np.int32)
@@ -298,18 +305,6 @@ def _eval_row(
         zeroed="all",
         replaced=wanted.replace,
     )
-
-
-def _write_latents(folder: Path, metrics: Metrics) -> None:
-    fired = metrics.firings.numpy()
-    opened = None if metrics.sums is None else metrics.sums.gate_open
-    columns = {
-        "fired": fired,
-        "gate_open": fired if opened is None else opened.cpu().numpy(),
-        "density": metrics.density.numpy(),
-        "gamma": metrics.gamma_per_feature.numpy(),
-    }
-    write_arrays(folder / "feature_stats.safetensors", columns)
 
 
 @contextlib.contextmanager
