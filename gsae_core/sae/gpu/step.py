@@ -17,7 +17,7 @@ import subprocess
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from gsae_core.errors import InputError
@@ -34,6 +34,7 @@ from gsae_core.sae.losses import StepResult
 from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates
 from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, take_step, undecoded
+from gsae_core.sae.topk import AUX_WEIGHT
 
 MAX_D_IN = 16384  # A row, both its reconstructions and a direction are held in registers.
 MAX_CAPACITY = 2**30  # Places are 32-bit numbers, and a tile may reach beyond the end.
@@ -330,13 +331,7 @@ class Kernels(Loops):
         return kept, spare[0] if spare else None
 
     def decode(
-        self,
-        sae: BuiltinSAE,
-        codes: SparseCodes,
-        x: Rows,
-        *,
-        b_dec: Float[Tensor, " d_in"] | None = None,
-        weight: float = 1.0,
+        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, spare: bool = False
     ) -> Decoded:
         from gsae_core.sae.gpu.kernels import decode_rows
 
@@ -347,22 +342,17 @@ class Kernels(Loops):
             (len(x),),
             x,
             rows_in_order(sae.W_dec),
-            rows_in_order(sae.b_dec if b_dec is None else b_dec),
+            rows_in_order(torch.zeros_like(sae.b_dec) if spare else sae.b_dec),
             *codes,
             *decoded,
             sae.d_in,
-            weight * 2 / len(x),
+            2 * (AUX_WEIGHT if spare else 1) / len(x),
             **_shape(width),
         )
         return decoded
 
     def sums(
-        self,
-        sae: BuiltinSAE,
-        active: Active,
-        decoded: Decoded,
-        xc: Rows,
-        l1_slope: float | None = None,
+        self, sae: BuiltinSAE, active: Active, decoded: Decoded, xc: Rows, l1_slope: float | None
     ) -> StepSums:
         from gsae_core.sae.gpu.kernels import sum_latents
 

@@ -86,7 +86,7 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
             _above(h, above) if scratch.latent is None else scratch.pick(loops.pick_above, h, above)
         ]
 
-    return _in_chunks(xc, W, pick)[0]
+    return _in_chunks(xc, W, pick, W.dtype)[0]
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def largest_products(
             return [_above(largest(h + bias, k=k), torch.zeros_like(bias)) for bias, k in kinds]
         return [scratch.pick(loops.pick_largest, h, bias, k) for bias, k in kinds]
 
-    return _in_chunks(xc, W, pick)
+    return _in_chunks(xc, W, pick, W.dtype)
 
 
 def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
@@ -131,7 +131,7 @@ def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
         n = loops.keep_above(part.numpy(), rows, above, *found, offsets[1:])
         return [scratch.first(n, offsets, n_candidates)]
 
-    return _in_chunks(xc, W, pick, product=torch.bfloat16)[0]
+    return _in_chunks(xc, W, pick, torch.bfloat16)[0]
 
 
 class _Scratch:
@@ -161,18 +161,14 @@ class _Scratch:
 
 
 def _in_chunks(
-    xc: Rows,
-    W: Encoder,
-    pick: Callable[[Tensor, _Scratch], list[Products]],
-    *,
-    product: torch.dtype | None = None,
+    xc: Rows, W: Encoder, pick: Callable[[Tensor, _Scratch], list[Products]], product: torch.dtype
 ) -> list[Products]:
     """Return what `pick` returns for all of xc, a few rows of it at a time on each core."""
     rows = min(chunk_rows(W.shape[1]), max(len(xc), 1))
     spare: list[_Scratch] = []
 
     def chunk(k: int) -> list[Products]:
-        scratch = spare.pop() if spare else _Scratch(rows, W, product or W.dtype)
+        scratch = spare.pop() if spare else _Scratch(rows, W, product)
         found = pick(xc[k * rows : (k + 1) * rows], scratch)
         spare.append(scratch)
         return found

@@ -128,21 +128,15 @@ class Loops:
         return kept, spare[0] if spare else None
 
     def decode(
-        self,
-        sae: BuiltinSAE,
-        codes: SparseCodes,
-        x: Rows,
-        *,
-        b_dec: Float[Tensor, " d_in"] | None = None,
-        weight: float = 1.0,
+        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, spare: bool = False
     ) -> Decoded:
         """Return the errors of the reconstructions, and what each entry would change about them.
 
-        `magnitude` makes x_hat, and `gate` x_hat_aux. `b_dec` takes the place of the SAE's own.
-        Errors are scaled by 2 weight / B, for the `weight` of the squared error in the loss.
+        `magnitude` makes x_hat, and `gate` x_hat_aux. With `spare` codes, of dead latents,
+        reconstructions start from 0 instead of `b_dec`, and errors weigh `AUX_WEIGHT`.
         """
         decoded = undecoded(sae, codes, x)
-        bias = sae.b_dec if b_dec is None else b_dec
+        bias = torch.zeros_like(sae.b_dec) if spare else sae.b_dec
         arrays = [codes.row_offsets, codes.latent, codes.magnitude, codes.gate, sae.W_dec, bias, x]
         results = [
             decoded.error,
@@ -152,18 +146,13 @@ class Loops:
             decoded.row_sums,
         ]
         inputs, outputs = map(numpy, arrays), [each.numpy() for each in results]
-        scale = outputs[0].dtype.type(2 * weight / len(x))
+        scale = outputs[0].dtype.type(2 * (AUX_WEIGHT if spare else 1) / len(x))
         arguments = (*inputs, scale, decoded.aux_slope is not None, *outputs)
         over_rows(len(x), lambda first, last: loops.decode_rows(first, last, *arguments))
         return decoded
 
     def sums(
-        self,
-        sae: BuiltinSAE,
-        active: Active,
-        decoded: Decoded,
-        xc: Rows,
-        l1_slope: float | None = None,
+        self, sae: BuiltinSAE, active: Active, decoded: Decoded, xc: Rows, l1_slope: float | None
     ) -> StepSums:
         """Return the sums; `l1_slope` is lambda / B, None without an L1 term.
 
@@ -235,7 +224,7 @@ def take_step(
     if isinstance(sae, JumpReluSAE):
         df, n_near = engine.windows(sae, active, decoded.mag_slope)
         sae.threshold.grad = (sae.threshold * df + slope * n_near) / -sae.eps
-        sums = engine.sums(sae, active, decoded, xc)
+        sums = engine.sums(sae, active, decoded, xc, None)
         sparsity = slope * sums.fired.sum().to(x.dtype)
     else:
         sums = engine.sums(sae, active, decoded, xc, slope)
@@ -265,8 +254,7 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
     codes, both, auxiliary = kept, decoded, x.new_zeros(())
     if dead is not None and spare is not None:
         left = decoded.error * (-n_rows / 2)
-        nothing = torch.zeros_like(sae.b_dec)
-        aux = engine.decode(sae, spare, left, b_dec=nothing, weight=AUX_WEIGHT)
+        aux = engine.decode(sae, spare, left, spare=True)
         # Without a dead latent there is no such term.
         auxiliary = torch.where(dead.any(), AUX_WEIGHT * aux.mean(ERROR_POWER), auxiliary)
         pairs = zip(kept[1:], spare[1:], strict=True)
@@ -278,7 +266,7 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
         )
     n_entries = x.new_full((), codes.latent.numel(), dtype=torch.int64)
     active = Active(codes, by_latent(codes, sae.d_sae), n_entries)
-    sums = engine.sums(sae, active, both, xc)
+    sums = engine.sums(sae, active, both, xc, None)
     # What the dead latents are to explain is a constant: it moves b_dec through xc alone.
     sums.error = decoded.error.sum(0)
     leave_gradients(sae, sums)
