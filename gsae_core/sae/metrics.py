@@ -55,12 +55,7 @@ class BatchStats(NamedTuple):
 
 @torch.no_grad()
 def stats_from_counts(
-    *,
-    x: Rows,
-    x_hat: Rows,
-    x_hat_gate: Rows | None,
-    fired: Counts,
-    gate_open: Counts | None,
+    *, x: Rows, x_hat: Rows, x_hat_gate: Rows | None, fired: Counts, gate_open: Counts | None
 ) -> BatchStats:
     """Return the sums of a batch; `x_hat_gate` are the reconstructions from relu(pi_gate)."""
     exact = x.to(sum_dtype(x.device))  # FVU subtracts |sum x|^2 / n from sum |x|^2.

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from gsae_core.config import TrainRecipe
-from gsae_core.sae.base import SAE, Count, Mask
+from gsae_core.sae.base import SAE, Count, Mask, Rows
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.training.optimizer import DictionaryAdam
@@ -47,12 +47,7 @@ def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
 
 @torch.no_grad()
 def resample_(
-    sae: SAE,
-    adam: DictionaryAdam,
-    *,
-    dead: Int64[Tensor, " dead"],
-    pool: Float[Tensor, "pool d_in"],
-    seed: int,
+    sae: SAE, adam: DictionaryAdam, *, dead: Int64[Tensor, " dead"], pool: Rows, seed: int
 ) -> Int64[Tensor, " resampled"]:
     """Start dead latents again, in place, and return the indices of those that were.
 
@@ -99,7 +94,7 @@ def resample_(
 
 
 @torch.no_grad()
-def input_losses(sae: SAE, pool: Float[Tensor, "pool d_in"]) -> Float[Tensor, " pool"]:
+def input_losses(sae: SAE, pool: Rows) -> Float[Tensor, " pool"]:
     """Return |x - x_hat|^2 of each input; 0 for an input equal to `b_dec`, which has no direction.
 
     Without the L1 term, which is largest where many latents already fire.
@@ -158,7 +153,7 @@ class DeadLatentCounter:
 
     @property
     def mask(self) -> Mask:
-        """Which latents are dead: did not fire within the window."""
+        """Which latents did not fire within the window."""
         return self.since_fired >= self._window
 
     @property

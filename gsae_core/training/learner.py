@@ -168,12 +168,7 @@ class Learner:
         return self._launched(result)
 
     def finish(
-        self,
-        launched: Launched | None,
-        x: Rows,
-        number: int,
-        *,
-        pool: Float[Tensor, "pool d_in"] | None,
+        self, launched: Launched | None, x: Rows, number: int, *, pool: Rows | None
     ) -> SAEReport:
         """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
@@ -219,7 +214,8 @@ class Learner:
             logger.info(
                 "expected at most %d open gates, got %d: this step was taken again by the dense "
                 "way, with the same gradients",
-                *(result.capacity, check.n_open),
+                result.capacity,
+                check.n_open,
             )
             coeff = self._sparsity_coeff(number)
             result = dense_step(self.sae, x, sparsity_coeff=coeff, dead=self._dead.mask)
@@ -234,7 +230,7 @@ class Learner:
         self._max_steps_since_fired = int(check.max_steps_since_fired)
         return result
 
-    def _resample(self, pool: Float[Tensor, "pool d_in"], number: int) -> int:
+    def _resample(self, pool: Rows, number: int) -> int:
         dead = self._dead.mask.nonzero().squeeze(1)
         if len(dead) == 0:
             return 0

@@ -85,7 +85,6 @@ class Sparsity(NamedTuple):
 
     coeff: float
     """Eq. 8's lambda for activations as the SAE trains on them; 0 for a TopK SAE: it has none."""
-
     raw: float
     """Eq. 8's lambda for raw activations: what gives the same SAE without any scaling."""
 
@@ -103,12 +102,8 @@ def sparsity_in_training_units(
     """
     if spec.architecture == "topk":
         return Sparsity(coeff=0.0, raw=0.0)
-    divisor = {
-        "sum": 1.0,
-        "mean": float(d_in),
-        "mean_power": d_in * scale**2 * mean_square_norm,
-    }[spec.loss_norm]
-    coeff = spec.sparsity * divisor
+    divisor = {"sum": 1.0, "mean": float(d_in), "mean_power": d_in * scale**2 * mean_square_norm}
+    coeff = spec.sparsity * divisor[spec.loss_norm]
     power = 2 if spec.architecture == "jumprelu" else 1
     return Sparsity(coeff=coeff, raw=coeff / scale**power)
 
