@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1840,
-    "sae": 3400,
+    "sae": 3370,
     "lm": 3700,
-    "training": 1030,
+    "training": 1010,
     "checkpoints": 2690,
     "analysis": 4710,
     "plots": 1350,
