@@ -108,12 +108,12 @@ def signed_percent(before: float | int, after: float | int) -> str:
     return f"{100 * (after - before) / abs(before):+.1f} %"
 
 
-def unhidden(text: str, *, keep: str = "\n\t") -> str:
-    """Return text in which what cannot be seen, but for `keep`, is written out, e.g. `⟨202E⟩`."""
+def unhidden(text: str) -> str:
+    """Return text in which what cannot be seen is written out, but for ends of lines and tabs."""
     if text.isprintable():
         return text
     return "".join(
-        f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN and c not in keep else c
+        f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN and c not in "\n\t" else c
         for c in text
     )
 

@@ -40,9 +40,9 @@ def on_one_core(task: Callable[[], Result]) -> Result:
     return one_thread_a_core(threads, os.getpid()).submit(task).result()
 
 
-def over_rows(n: int, loop: Callable[[int, int], None], *, least: int = 64) -> None:
+def over_rows(n: int, loop: Callable[[int, int], None]) -> None:
     """Call loop(first, last) for pieces of 0 to n, side by side."""
-    size = max(least, -(-n // (4 * torch.get_num_threads())))
+    size = max(64, -(-n // (4 * torch.get_num_threads())))
     spread(lambda k: loop(k * size, min(n, (k + 1) * size)), -(-n // size))
 
 

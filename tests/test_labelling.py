@@ -120,7 +120,7 @@ def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:
 
 
 def test_a_model_on_this_machine_writes(tiny_lm_folder: Path) -> None:
-    writer = LocalWriter(str(tiny_lm_folder))
+    writer = LocalWriter(str(tiny_lm_folder), device="cpu", name="tiny")
     assert isinstance(writer, Writer)
     answer = writer.answer(" ".join(["w1"] * 12), max_tokens=4)
     assert all(re.fullmatch(r"w\d+|<unk>", word) for word in answer.split())
@@ -180,6 +180,11 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
+def at(url: str, monkeypatch: pytest.MonkeyPatch, name: str = "any") -> RemoteWriter:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    return RemoteWriter(name)
+
+
 def test_a_server_is_asked_as_openais_would_be(
     address: str, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,33 +207,33 @@ def test_a_server_that_does_not_help_is_one_sentence(
     with pytest.raises(
         InputError, match=r"expected an answer from .*, got 404 .* 'missing' served"
     ):
-        RemoteWriter("missing", base_url=address).answer("?", max_tokens=1)
+        at(address, monkeypatch, "missing").answer("?", max_tokens=1)
     with pytest.raises(InputError, match=r"expected a chat completion from .*, got something else"):
-        RemoteWriter("odd", base_url=address).answer("?", max_tokens=1)
+        at(address, monkeypatch, "odd").answer("?", max_tokens=1)
     with pytest.raises(InputError, match=r"expected an answer from .*, got none .* is the server"):
-        RemoteWriter("any", base_url="http://127.0.0.1:1/v1").answer("?", max_tokens=1)
+        at("http://127.0.0.1:1/v1", monkeypatch).answer("?", max_tokens=1)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(InputError, match="expected an address in OPENAI_BASE_URL such as http"):
         RemoteWriter("any")
     with pytest.raises(InputError, match="expected an address in OPENAI_BASE_URL"):
-        RemoteWriter("any", base_url="file:///etc/hosts")
+        at("file:///etc/hosts", monkeypatch)
     with pytest.raises(InputError, match=r"got 401 .*; does OPENAI_API_KEY hold a token for it"):
-        RemoteWriter("locked", base_url=address).answer("?", max_tokens=1)
+        at(address, monkeypatch, "locked").answer("?", max_tokens=1)
 
 
-def test_nobody_is_led_to_another_address(address: str) -> None:
+def test_nobody_is_led_to_another_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"expected an answer from .*, got 302"):
-        RemoteWriter("elsewhere", base_url=address).answer("?", max_tokens=1)
+        at(address, monkeypatch, "elsewhere").answer("?", max_tokens=1)
 
 
 def test_no_secret_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("http://ada:hidden@host/v1", "https://host/v1?key=hidden"):
         with pytest.raises(InputError, match="without a user, a password or a query") as error:
-            RemoteWriter("any", base_url=url)
+            at(url, monkeypatch)
         assert "hidden" not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "hid\nden")
     with pytest.raises(InputError, match="expected a token of plain characters") as error:
-        RemoteWriter("any", base_url="http://host/v1")
+        at("http://host/v1", monkeypatch)
     assert "den" not in str(error.value).replace("OPENAI_API_KEY", "")
 
 

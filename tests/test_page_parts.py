@@ -31,7 +31,6 @@ def test_numbers_read_as_people_write_them() -> None:
 def test_what_cannot_be_seen_is_written_out() -> None:
     assert unhidden("naïve 名 λ\t\n") == "naïve 名 λ\t\n"
     assert unhidden("a\u202eb\u200b\x00") == "a⟨202E⟩b⟨200B⟩⟨0000⟩"
-    assert unhidden("a\nb", keep="") == "a⟨000A⟩b"
 
 
 def test_time_left_is_steps_left_at_the_recent_speed() -> None:

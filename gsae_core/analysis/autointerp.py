@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -38,18 +38,15 @@ class Writer(Protocol):
 
 
 class RemoteWriter:
-    """A model behind an address that speaks OpenAI's chat completions.
-
-    Args:
-        base_url: such as `http://localhost:8000/v1`; None takes OPENAI_BASE_URL.
+    """A model behind the address in OPENAI_BASE_URL, which speaks OpenAI's chat completions.
 
     Attributes:
         where: the address.
         has_token: whether OPENAI_API_KEY goes there too.
     """
 
-    def __init__(self, name: str, *, base_url: str | None = None) -> None:
-        url = base_url or os.environ.get("OPENAI_BASE_URL", "")
+    def __init__(self, name: str) -> None:
+        url = os.environ.get("OPENAI_BASE_URL", "")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
             raise InputError(
@@ -112,11 +109,10 @@ class RemoteWriter:
 class LocalWriter:
     """A Hugging Face causal LM on this machine, greedy; `source` is what `load_model` takes."""
 
-    def __init__(self, source: Any, *, device: str = "cpu", name: str | None = None) -> None:
+    def __init__(self, source: str, *, device: str, name: str) -> None:
         from gsae_core.lm.model import load_model
 
-        self._model = load_model(source, device=device)
-        self.name = name or self._model.name
+        self._model, self.name = load_model(source, device=device), name
 
     def answer(self, question: str, *, max_tokens: int) -> str:
         """Return how the model goes on."""

@@ -142,14 +142,13 @@ def next_token_shift(
     after: Float[Tensor, " d_vocab"],
     *,
     model: LanguageModel,
-    n: int = 10,
 ) -> Shift:
     """Return how a next-token prediction moves, from the logits before and after.
 
-    The table holds the `n` tokens that were likeliest before and the `n` likeliest after.
+    The table holds the 10 tokens that were likeliest before and the 10 likeliest after.
     """
     p, q = before.softmax(-1), after.softmax(-1)
-    n = min(n, len(p))
+    n = min(10, len(p))
     ids = torch.cat([p.topk(n).indices, q.topk(n).indices]).unique()
     ids = ids[(q - p)[ids].abs().argsort(descending=True, stable=True)].tolist()
     table = pd.DataFrame(
