@@ -26,6 +26,7 @@ from gsae_core.app.parts import (
     say_worse,
     state_badge,
 )
+from gsae_core.app.pickers import choice
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.live import (
@@ -245,17 +246,8 @@ with st.container(horizontal=True, vertical_alignment="center", gap="small"):
     controls(run, drawn)
     options = st.popover("View", icon=":material/settings:")
 with options:
-    st.segmented_control(
-        "Horizontal axis",
-        list(X_AXES),
-        default="tokens",
-        required=True,
-        key="x",
-        bind="query-params",
-    )
-    st.segmented_control(
-        "Loss", list(LOSS_PARTS), default="total", required=True, key="part", bind="query-params"
-    )
+    choice("Horizontal axis", X_AXES, key="x", what="axis")
+    choice("Loss", LOSS_PARTS, key="part", what="part of the loss")
     st.slider(
         "Smoothing",
         0.0,

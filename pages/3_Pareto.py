@@ -6,16 +6,17 @@ import streamlit as st
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.analysis.results import (
     NUMBERS,
+    PaperSite,
     against,
     model_site_text,
-    paper_sites,
     published,
     several_runs,
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
-from gsae_core.app.pareto_view import card, comparer, difference_card, table_columns
+from gsae_core.app.pareto_view import card, comparer, difference_card, paper_site, table_columns
 from gsae_core.app.parts import correct, escape_markdown, figure_tools, notice, plain, say_worse
+from gsae_core.app.pickers import choice
 from gsae_core.plots.palette import AXES
 from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
@@ -29,7 +30,6 @@ LABELS: dict[str, Measure] = {
     "KL": "kl",
     "L0": "l0",
 }
-PLACES = {place.label: place for place in paper_sites()}
 MAX_OTHERS = len(RUN_LOOKS) - 2  # beside the run of the sidebar and a baseline
 
 frame = shell.page(
@@ -46,18 +46,12 @@ others = [name for name in by_id if name != run.id]
 
 def choose_axes() -> tuple[Measure, Measure, bool]:
     """Draw the choice of axes; return x, y and whether x is logarithmic."""
-    correct("ym", list(LABELS), what="measure", shown="loss recovered")
     correct("xm", list(LABELS), what="measure", shown="L0")
     up, along, log = st.columns([6, 3, 2], vertical_alignment="bottom")
-    y = up.segmented_control(
-        "Fidelity",
-        [label for label in LABELS if label != "L0"],
-        default="loss recovered",
-        required=True,
-        key="ym",
-        bind="query-params",
-        help=definition("loss_recovered"),
-    )
+    fidelity = [label for label in LABELS if label != "L0"]
+    with up:
+        about = definition("loss_recovered")
+        y = choice("Fidelity", fidelity, key="ym", what="measure", help=about)
     x = along.selectbox(
         "Against",
         ["L0", "FVU", "CE increase", "KL", "loss recovered"],
@@ -69,11 +63,10 @@ def choose_axes() -> tuple[Measure, Measure, bool]:
     return LABELS[x or "L0"], LABELS[y], log_x
 
 
-def choose_company() -> tuple[list[str], str | None, str | None]:
+def choose_company() -> tuple[list[str], str | None, PaperSite | None]:
     """Draw the choice of further runs, of a baseline run and of the paper's; return all three."""
     correct("runs", others, what="other run with results on this machine", shown="the others")
     correct("base", list(by_id), what="run with results on this machine", shown="no baseline")
-    correct("paper", list(PLACES), what="site in the paper's tables", shown="none")
     first, second, third = st.columns(3)
     more = first.multiselect(
         "Also show runs",
@@ -95,16 +88,8 @@ def choose_company() -> tuple[list[str], str | None, str | None]:
         help="Adds columns of differences: each SAE minus the baseline run's SAE of the same "
         "architecture and λ.",
     )
-    paper = third.selectbox(
-        "Published results",
-        list(PLACES),
-        index=None,
-        key="paper",
-        bind="query-params",
-        placeholder="none",
-        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
-    )
-    return more, base, paper
+    with third:
+        return more, base, paper_site()
 
 
 def headline(evals: pd.DataFrame) -> None:
@@ -180,7 +165,6 @@ def remember_click() -> None:
 
 def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None:
     """Draw the plane, what is not in it, and the paper's runs behind it."""
-    place = PLACES.get(paper or "")
     figure = tradeoff(
         evals,
         y,
@@ -275,7 +259,7 @@ def cards(evals: pd.DataFrame, picked: list[str]) -> None:
 
 place_of_ratio = st.container()
 x, y, log_x = choose_axes()
-more, base, paper = choose_company()
+more, base, place = choose_company()
 shown_runs: list[str] = [run.id, *more]
 if base and base not in shown_runs:
     shown_runs.append(base)

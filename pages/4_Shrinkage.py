@@ -6,11 +6,11 @@ import streamlit as st
 from gsae_core.analysis.results import (
     baselines,
     nearest_pair,
-    paper_sites,
     published,
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
+from gsae_core.app.pareto_view import paper_site
 from gsae_core.app.parts import (
     correct,
     escape_markdown,
@@ -51,7 +51,6 @@ TWO_GAMMAS = (
 )
 # Labels first: the address holds what a bound widget shows.
 LENGTHS: dict[str, Length] = {"length ratio": "ratio", "γ": "gamma"}
-PLACES = {place.label: place for place in paper_sites()}
 
 frame = shell.page(
     "Shrinkage",
@@ -110,17 +109,7 @@ def headline() -> None:
 def over_the_sweep() -> None:
     """Draw gamma against L0, and the paper's behind it."""
     st.subheader("Over the sweep", anchor=False, help=definition("gamma"))
-    correct("paper", list(PLACES), what="site in the paper's tables", shown="none")
-    paper = st.selectbox(
-        "Published results",
-        list(PLACES),
-        index=None,
-        key="paper",
-        bind="query-params",
-        placeholder="none",
-        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
-    )
-    place = PLACES.get(paper or "")
+    place = paper_site()
     st.plotly_chart(
         gamma_over_sweep(evals, paper=None if place is None else published(place)),
         key="shrinkage.sweep",
