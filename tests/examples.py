@@ -1,6 +1,7 @@
 """Small SAEs whose numbers a person can redo."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,6 +99,20 @@ def batch_stats(
 def loss(sae: SAE, x: Tensor, **settings: Any) -> LossParts:
     """Return the terms of the loss by autograd, with their graph."""
     return forward(sae, x, **settings).loss
+
+
+def slopes(parameter: Tensor, value: Callable[[], float], n: int) -> list[float]:
+    """Return finite differences of a value in the first `n` entries of a parameter."""
+    found, entries = [], parameter.data.view(-1)
+    for place in range(min(n, entries.numel())):
+        was = entries[place].item()
+        ends = []
+        for moved in (was + 1e-6, was - 1e-6):
+            entries[place] = moved
+            ends.append(value())
+        entries[place] = was
+        found.append((ends[0] - ends[1]) / 2e-6)
+    return found
 
 
 class Largest(TorchDispatchMode):

@@ -25,6 +25,7 @@ def test_the_glossary_holds_every_number_of_the_pages(root: object) -> None:
     said = text(opened(HELP, topic="Glossary"))
     for term in glossary.TERMS:
         assert f"**{glossary.title(term)}**" in said
+    assert len({glossary.title(term) for term in glossary.TERMS}) == len(glossary.TERMS)
 
 
 def test_a_link_to_a_number_opens_its_definition_alone(root: object) -> None:
@@ -72,11 +73,6 @@ def test_equations_stand_with_their_numbers() -> None:
     assert glossary.definition("sparsity").startswith(
         "Sparsity coefficient: weight of the L1 penalty. Larger λ, fewer active features."
     )
-
-
-def test_titles_are_one_a_term() -> None:
-    titles = [glossary.title(term) for term in glossary.TERMS]
-    assert len(set(titles)) == len(titles)
 
 
 def test_versions_are_those_installed() -> None:

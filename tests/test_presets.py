@@ -77,39 +77,45 @@ def test_gelu_1l_says_how_its_model_is_loaded() -> None:
     assert "TransformerBridge.boot_tl_legacy" in preset("gelu-1l").description
 
 
-def settings(name: str, layer: int, site: Site, architecture: str) -> set[tuple[float, ...]]:
+def swept(d_sae: int, lr: float, *lambdas: float) -> set[tuple[float, int, float]]:
+    return {(sparsity, d_sae, lr) for sparsity in lambdas}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "site", "baseline", "gated"),
+    [
+        (
+            "gemma-7b",  # Tables 1 and 3
+            20,
+            "resid_post",
+            swept(196_608, 7.5e-4, 1.2e-4, 1e-4, 9e-5, 3e-5, 4e-5, 2e-5, 1.5e-5, 1e-5)
+            | swept(196_608, 1e-3, 3e-5, 7e-5, 5e-5),
+            swept(131_072, 3e-4, 1e-3, 9e-4, 8e-4, 7e-4, 5e-4, 3e-4, 2e-4, 1e-4),
+        ),
+        (
+            "pythia-2.8b",  # of two widths
+            16,
+            "resid_post",
+            swept(49_152, 1e-3, 2e-5, 1e-5, 1.5e-5) | swept(196_608, 1e-3, 3e-5, 5e-5, 8e-6),
+            swept(32_768, 3e-4, 3e-3, 6e-3, 2e-3) | swept(131_072, 3e-4, 2.5e-3, 4.5e-3, 1.5e-3),
+        ),
+        (
+            "pythia-2.8b",  # Tables 6 and 8
+            4,
+            "mlp_out",
+            swept(196_608, 1e-3, 3.5e-5, 1e-5, 2e-5),
+            swept(131_072, 3e-4, 6e-4, 4e-4, 8e-4),
+        ),
+    ],
+)
+def test_a_sweep_is_that_of_the_papers_tables(
+    name: str, layer: int, site: Site, baseline: set[tuple], gated: set[tuple]
+) -> None:
     saes = preset(name).config(layer=layer, site=site).saes
-    return {(s.sparsity, s.d_sae, s.lr or 0) for s in saes if s.architecture == architecture}
-
-
-def test_gemma_residual_layer_20_is_tables_1_and_3() -> None:
-    baseline = {
-        *((s, 196_608, 7.5e-4) for s in (1.2e-4, 1e-4, 9e-5, 3e-5, 4e-5, 2e-5, 1.5e-5, 1e-5)),
-        *((s, 196_608, 1e-3) for s in (3e-5, 7e-5, 5e-5)),
-    }
-    assert settings("gemma-7b", 20, "resid_post", "relu") == baseline
-    gated = {(s, 131_072, 3e-4) for s in (1e-3, 9e-4, 8e-4, 7e-4, 5e-4, 3e-4, 2e-4, 1e-4)}
-    assert settings("gemma-7b", 20, "resid_post", "gated") == gated
-
-
-def test_pythia_residual_layer_16_has_two_widths() -> None:
-    baseline = {
-        *((s, 49_152, 1e-3) for s in (2e-5, 1e-5, 1.5e-5)),
-        *((s, 196_608, 1e-3) for s in (3e-5, 5e-5, 8e-6)),
-    }
-    assert settings("pythia-2.8b", 16, "resid_post", "relu") == baseline
-    gated = {
-        *((s, 32_768, 3e-4) for s in (3e-3, 6e-3, 2e-3)),
-        *((s, 131_072, 3e-4) for s in (2.5e-3, 4.5e-3, 1.5e-3)),
-    }
-    assert settings("pythia-2.8b", 16, "resid_post", "gated") == gated
-
-
-def test_pythia_mlp_layer_4_is_tables_6_and_8() -> None:
-    baseline = {(3.5e-5, 196_608, 1e-3), (1e-5, 196_608, 1e-3), (2e-5, 196_608, 1e-3)}
-    assert settings("pythia-2.8b", 4, "mlp_out", "relu") == baseline
-    gated = {(6e-4, 131_072, 3e-4), (4e-4, 131_072, 3e-4), (8e-4, 131_072, 3e-4)}
-    assert settings("pythia-2.8b", 4, "mlp_out", "gated") == gated
+    found = {kind: set[tuple]() for kind in ("relu", "gated")}
+    for spec in saes:
+        found[spec.architecture].add((spec.sparsity, spec.d_sae, spec.lr or 0))
+    assert found == {"relu": baseline, "gated": gated}
 
 
 @pytest.mark.parametrize("name", ["pythia-2.8b", "gemma-7b"])

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples import loss, numbers, perturb_, set_
+from examples import loss, numbers, perturb_, set_, slopes
 from refusals import refusal
 
 from gsae_core.errors import InputError
@@ -131,14 +131,9 @@ def test_the_gradient_is_the_true_one_where_the_order_of_latents_is_kept() -> No
     dense_step(sae, x, sparsity_coeff=0.0, dead=mask)
     for name in ("W_enc", "b_enc", "W_dec"):
         parameter = sae.get_parameter(name)
+        found = slopes(parameter, lambda: loss(sae, x, sparsity_coeff=0.0).reconstruction.item(), 6)
         assert parameter.grad is not None
-        for place in range(min(parameter.numel(), 6)):
-            entry, losses = parameter.data.view(-1), []
-            for shift in (1e-6, -2e-6, 1e-6):
-                entry[place] += shift
-                losses.append(loss(sae, x, sparsity_coeff=0.0).reconstruction.item())
-            slope = (losses[0] - losses[1]) / 2e-6
-            assert parameter.grad.view(-1)[place].item() == pytest.approx(slope, abs=1e-5), name
+        assert parameter.grad.view(-1)[:6].tolist() == pytest.approx(found, abs=1e-5), name
 
 
 def test_a_step_has_no_use_for_lambda_and_leaves_statistics_without_a_gate() -> None:
