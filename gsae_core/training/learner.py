@@ -168,7 +168,12 @@ class Learner:
         return self._launched(result)
 
     def finish(
-        self, launched: Launched | None, x: Rows, number: int, *, pool: Rows | None
+        self,
+        launched: Launched | None,
+        x: Rows,
+        number: int,
+        *,
+        pool: Float[Tensor, "pool d_in"] | None,
     ) -> SAEReport:
         """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
