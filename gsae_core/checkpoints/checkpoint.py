@@ -61,9 +61,6 @@ def load_sae(folder: Path | str) -> SAE:
     metadata = cfg.get("metadata") or {}
     if cfg["architecture"] == UNTIED:
         metadata |= {"tie": "untied"}
-    unscaled = metadata.get("tie") == "none"
-    if unscaled:
-        tensors.pop("r_mag", None)  # zeros: a scale of one, which SAELens needs
     sae = empty_sae(
         ARCHITECTURES[cfg["architecture"]],
         cfg["d_in"],
@@ -72,12 +69,11 @@ def load_sae(folder: Path | str) -> SAE:
         k=cfg.get("k"),
         settings=metadata,
     )
-    # In the file's own names, which the sentence speaks of.
-    named = {n: value for n, value in _tensors(sae).items() if not (unscaled and n == "r_mag")}
-    if _shapes(named) != _shapes(tensors):
+    expected, found = _shapes(_tensors(sae)), _shapes(tensors)
+    if expected != found:
         raise InputError(
-            f"expected tensors {_shapes(named)} in {folder / WEIGHTS}, as its cfg.json says, "
-            f"found {_shapes(tensors)}"
+            f"expected tensors {expected} in {folder / WEIGHTS}, as its cfg.json says, "
+            f"found {found}"
         )
     fill_(sae, tensors)
     normalisation = cfg.get("normalize_activations", "none")
@@ -136,12 +132,13 @@ def save_sae(
 
 
 def _tensors(sae: SAE) -> dict[str, Tensor]:
+    """Return an SAE's tensors under the names that a file has."""
     tensors = {
         ("W_enc" if name == "W_gate" else name): value.detach().cpu().contiguous()
         for name, value in sae.named_parameters()
     }
     if isinstance(sae, GatedSAE) and sae.tie == "none":
-        # SAELens multiplies by exp(r_mag) always.
+        # SAELens multiplies by exp(r_mag) always: zeros are a scale of one.
         tensors["r_mag"] = torch.zeros_like(tensors["b_mag"])
     return tensors
 
@@ -182,6 +179,8 @@ def fill_(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
     state = dict(tensors)
     if isinstance(sae, GatedSAE):
         state["W_gate"] = state.pop("W_enc")
+        if sae.tie == "none":
+            del state["r_mag"]
     if isinstance(sae, JumpReluSAE):
         # SAELens takes relu(z) where z > threshold, so one below zero does what zero does.
         state["threshold"] = state["threshold"].clamp(min=0)
