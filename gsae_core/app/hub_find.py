@@ -10,11 +10,9 @@ import streamlit as st
 from gsae_core.app.parts import facts, key_for, notice, plain
 from gsae_core.checkpoints.catalog import (
     Release,
-    architectures,
     ranged,
     releases,
     search,
-    widths,
 )
 from gsae_core.checkpoints.formats.libraries import FORMATS
 from gsae_core.checkpoints.hub import Facts, HubSAE, Repository, describe, look, parse_address
@@ -198,15 +196,17 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
 def catalogue() -> None:
     """Draw the search over public releases; a chosen row fills the repository's field."""
     words, layer, kind, width, l0 = st.columns([4, 1.5, 2.5, 2, 1.5])
+    kinds = sorted({each.architecture for each in releases() if each.architecture is not None})
+    widths = sorted({n for each in releases() for n in each.widths})
     found = search(
         words.text_input("Model or words", key="hub.find", placeholder="gemma-2-2b resid_post"),
         layer=layer.number_input("Layer", 0, 200, None, key="hub.find_layer", placeholder="any"),
         architecture=kind.selectbox(
-            "Architecture", architectures(), index=None, key="hub.find_arch", placeholder="any"
+            "Architecture", kinds, index=None, key="hub.find_arch", placeholder="any"
         ),
         width=width.selectbox(
             "Width",
-            widths(),
+            widths,
             index=None,
             key="hub.find_width",
             placeholder="any",

@@ -87,16 +87,6 @@ def search(
     return [release for release in releases() if fits(release)]
 
 
-def architectures() -> list[str]:
-    """Return the architectures there are, by name."""
-    return sorted({r.architecture for r in releases() if r.architecture is not None})
-
-
-def widths() -> list[int]:
-    """Return the widths there are, narrowest first."""
-    return sorted({width for release in releases() for width in release.widths})
-
-
 def ranged(numbers: Sequence[int]) -> str:
     """Return numbers as a person writes them: `0-11`, or `8, 16, 24`; a dash for none."""
     if not numbers:
