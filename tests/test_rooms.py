@@ -10,7 +10,7 @@ LINES = {
     "ground": 1840,
     "sae": 3370,
     "lm": 3700,
-    "training": 1010,
+    "training": 1020,
     "checkpoints": 2680,
     "analysis": 4710,
     "plots": 1350,
