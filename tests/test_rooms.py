@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1840,
     "sae": 3370,
-    "lm": 3700,
+    "lm": 3680,
     "training": 1020,
     "checkpoints": 2680,
     "analysis": 4710,

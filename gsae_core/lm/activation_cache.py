@@ -53,11 +53,7 @@ def open_cache(
     site: Site,
     rows: int | None = None,
 ) -> "CachedActivations":
-    """Return the cache of a model's activations at a place, in the user's cache folder.
-
-    Raises:
-        InputError: if the folder cannot be written.
-    """
+    """Return the cache of a model's activations at a place, in the user's cache folder."""
     rows = rows or default_rows(sequences.n_ctx, model.device)
     about = {
         "format": FORMAT,

@@ -51,12 +51,7 @@ class Harvester(Protocol):
 def check_finite(
     x: Float[Tensor, "vectors d_in"], *, layer: int, site: Site, dtype: torch.dtype
 ) -> None:
-    """Raise InputError if a vector is not finite; it waits for the device.
-
-    Args:
-        x: read at `layer` and `site`.
-        dtype: what the language model computes in.
-    """
+    """Raise InputError if a vector is not finite; it waits for the device. `dtype`: the model's."""
     _refuse(int(_n_not_finite(x)), len(x), layer=layer, site=site, dtype=dtype)
 
 
@@ -140,11 +135,7 @@ class Harvest:
         return self._watch.seconds
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of sequences, float32, in order, a part at a time.
-
-        Raises:
-            InputError: as `through` does.
-        """
+        """Yield the counted vectors of sequences, float32, in order, a part at a time."""
         return self.through(lambda x: x, which)
 
     def through(

@@ -31,7 +31,7 @@ _BUFFERS = re.compile(
 SHOWN = 3
 
 
-def check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
+def _check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
     """Raise InputError with the keys of model and checkpoint that do not fit.
 
     Args:
@@ -272,7 +272,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
                 AutoModelForCausalLM,
                 dtype=dtype,
                 output_loading_info=True,
-                # Told like the other keys that do not fit, by check_keys.
+                # Told like the other keys that do not fit, by _check_keys.
                 ignore_mismatched_sizes=True,
             )
     except ImportError as error:
@@ -293,7 +293,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
             f"expected a config.json and weights that make a model in {origin.name!r}, got some "
             f"that do not ({_reason(error)}); download or save the model again"
         ) from error
-    check_keys(origin.name, hf, keys)
+    _check_keys(origin.name, hf, keys)
     return hf
 
 

@@ -77,11 +77,7 @@ def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) 
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
-    """Return a model's fast tokenizer.
-
-    Raises:
-        InputError: if there is none, or it cannot be had.
-    """
+    """Return a model's fast tokenizer."""
     from tokenizers import Tokenizer
 
     folder = model_folder(model)
@@ -117,9 +113,6 @@ def preview_within(
 
     A corpus can be a stalled network or a file that does not fit in memory: neither may take the
     page along.
-
-    Raises:
-        InputError: if the tokenizer or the corpus cannot be read, or not in time.
     """
     asked = {"data": data.model_dump(mode="json"), "model": model, "revision": revision}
     try:
