@@ -452,18 +452,13 @@ def _turned(spec: SAESpec, architecture: Architecture) -> dict[str, Any]:
 
 def sweep(
     architectures: list[Architecture],
-    sparsity: list[float],
+    sparsity: Sequence[float | int],
     width: int,
-    *,
-    k: Sequence[int] = (),
     **common: Any,
 ) -> tuple[SAESpec, ...]:
-    """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide.
-
-    TopK SAEs have a `k` each in place of a lambda.
-    """
-    knobs: dict[Architecture, Knob] = {
-        each: Knob("sparsity", tuple(k if each == "topk" else sparsity)) for each in architectures
-    }
+    """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide."""
+    knobs: dict[Architecture, Knob] = dict.fromkeys(
+        architectures, Knob("sparsity", tuple(sparsity))
+    )
     specs = resweep((), knobs, width=width, equal_width=False, changes=common, called={})
     return tuple(specs)

@@ -398,7 +398,7 @@ def test_wide_saes_and_rows_without_numbers_are_shown(root: Path, page: str) -> 
 
 @pytest.mark.parametrize("page", [PARETO, SHRINKAGE])
 def test_all_four_architectures_are_shown(root: Path, page: str) -> None:
-    saes = sweep(["gated", "relu", "jumprelu", "topk"], [0.2], 64, k=[16])
+    saes = sweep(["gated", "relu", "jumprelu"], [0.2], 64) + sweep(["topk"], [16], 64)
     write_run(root, "four", run_config=config().model_copy(update={"saes": saes}))
     at = opened(page, run="four", pick=["four/topk-16"])
     if page == PARETO:

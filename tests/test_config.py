@@ -80,7 +80,7 @@ def test_a_sweep_is_the_product_with_baselines_half_as_wide_again() -> None:
 
 
 def test_a_sweeps_topk_saes_have_a_k_each_and_the_gated_width() -> None:
-    specs = sweep(["jumprelu", "topk"], [0.1, 0.2], 10, k=[4, 8, 4])
+    specs = sweep(["jumprelu"], [0.1, 0.2], 10) + sweep(["topk"], [4, 8, 4], 10)
     assert [(s.name, s.d_sae, s.sparsity) for s in specs] == [
         ("jumprelu-0.1", 10, 0.1),
         ("jumprelu-0.2", 10, 0.2),

@@ -48,8 +48,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize(("theme", "page"), [("light", "#ffffff"), ("dark", "#10151b")])
 def test_every_line_stands_out_from_the_page(theme: Theme, page: str) -> None:
-    k = [1, 2, 3, 4, 5]
-    colours = shades(sweep(list(LOOKS), [0.1, 0.2, 0.3, 0.4, 0.5], 8, k=k), theme)
+    colours = shades(sweep(list(LOOKS), [1, 2, 3, 4, 5], 8), theme)
     assert len(colours) == 4 * 5
     for colour in [*colours.values(), NEUTRAL, THIRD]:
         assert contrast(colour, page) >= 2.7, colour  # WCAG asks 3 of what must be told apart
@@ -61,8 +60,8 @@ def test_architectures_differ_in_more_than_colour() -> None:
 
 
 def test_the_sparsest_sae_of_each_architecture_is_drawn_strongest() -> None:
-    colours = shades(sweep(["gated", "topk"], [0.1, 0.2], 8, k=[2, 4]), "light")
-    assert luminance(colours["gated-0.2"]) < luminance(colours["gated-0.1"])
+    colours = shades(sweep(["gated", "topk"], [2, 4], 8), "light")
+    assert luminance(colours["gated-4"]) < luminance(colours["gated-2"])
     assert luminance(colours["topk-2"]) < luminance(colours["topk-4"])  # a small k is sparse
 
 
