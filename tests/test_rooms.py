@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1840,
+    "ground": 1830,
     "sae": 3370,
     "lm": 3680,
     "training": 1020,
