@@ -8,12 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core.app.parts import facts, key_for, notice, plain
-from gsae_core.checkpoints.catalog import (
-    Release,
-    ranged,
-    releases,
-    search,
-)
+from gsae_core.checkpoints.catalog import Release, ranged, releases, search
 from gsae_core.checkpoints.formats.libraries import FORMATS
 from gsae_core.checkpoints.hub import Facts, HubSAE, Repository, describe, look, parse_address
 from gsae_core.config import SITES
