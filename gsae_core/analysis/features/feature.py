@@ -110,44 +110,43 @@ class Pair(NamedTuple):
 
 
 class Feature:
-    """One feature of an index, made by `FeatureIndex.feature`; it reads only the slices it needs.
+    """One feature of an index, made by `FeatureIndex.feature`.
 
     Lists of examples take the `Context` around each token.
     """
 
     def __init__(self, index: "FeatureIndex", number: int) -> None:
         self.index, self.number = index, number
-        first, last = (int(end) for end in index.array("offsets")[number : number + 2])
-        self._slice = slice(first, last)
+        self._own, self._near = (
+            slice(*index.array(name)[number : number + 2].tolist())
+            for name in ("offsets", "near_offsets")
+        )
 
     @property
     def is_dead(self) -> bool:
         """Whether it fired on none of the index's tokens."""
-        return self._slice.start == self._slice.stop
+        return self._own.start == self._own.stop
 
     @cached_property
     def stats(self) -> Mapping[str, Any]:
         """The feature's row of `FeatureIndex.table`, by column."""
-        return self.index.row(self.number)
+        return {str(name): column.iat[self.number] for name, column in self.index.table.items()}
 
     @property
     def values(self) -> Float32[np.ndarray, " fired"]:
-        """Its value on every token it fires on, strongest first."""
-        return self.index.array("value")[self._slice]
+        """Its values on the tokens it fires on, strongest first."""
+        return self.index.array("value")[self._own]
 
     @property
     def positions(self) -> Integer[np.ndarray, " fired"]:
         """The positions of those tokens; ties in the text's order."""
-        return self.index.array("token")[self._slice]
+        return self.index.array("token")[self._own]
 
     @property
     def near_misses(self) -> tuple[Integer[np.ndarray, " near"], Float32[np.ndarray, " near"]]:
         """Positions just under its gate and their margins, nearest first; a bounded band."""
-        first, last = self.index.array("near_offsets")[self.number : self.number + 2]
-        return (
-            self.index.array("near_token")[first:last],
-            self.index.array("near_margin")[first:last],
-        )
+        array = self.index.array
+        return array("near_token")[self._near], array("near_margin")[self._near]
 
     @cached_property
     def histogram(self) -> Histogram:

@@ -9,10 +9,9 @@ its position: sequence * n_ctx + position in the sequence.
 """
 
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool
@@ -58,11 +57,7 @@ class FeatureIndex:
         return self.array("ids").size
 
     def feature(self, number: int) -> Feature:
-        """Return one feature, dead or alive.
-
-        Raises:
-            InputError: if there is no such number.
-        """
+        """Return one feature, dead or alive; InputError if there is no such number."""
         if not 0 <= number < self.n_features:
             raise InputError(
                 f"expected a feature from 0 to {self.n_features - 1}, got {number} "
@@ -76,10 +71,6 @@ class FeatureIndex:
         import pandas as pd
 
         return pd.read_parquet(self._data / TABLE).rename_axis("feature")
-
-    def row(self, number: int) -> Mapping[str, Any]:
-        """Return a feature's row of the table, by column."""
-        return {str(name): column.iat[number] for name, column in self.table.items()}
 
     def alive(self) -> Bool[np.ndarray, " d_sae"]:
         """Return which features fired at least once."""
@@ -99,9 +90,6 @@ class FeatureIndex:
         """Return the rows whose numbers lie in ranges, ends included; NaN lies in none.
 
         E.g. `index.select(density=(1e-4, 1e-2), theta=(0.1, None))`.
-
-        Raises:
-            InputError: if there is no such column of numbers.
         """
         table = self.table
         numbers = [column for column, dtype in table.dtypes.items() if dtype.kind in "if"]
