@@ -16,7 +16,7 @@ is trained on them.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -103,22 +103,19 @@ def check_latent(latent: int, d_sae: int) -> None:
         )
 
 
-def measure_scales(
+def measure_scales(model: LanguageModel, sae: SAE, sequences: SequenceSet, **where: Any) -> Scales:
+    """Return the scales of an SAE on `counted_vectors`, which takes the same."""
+    x = counted_vectors(model, sequences, **where)
+    return scales_of(sae, x, source="held-out tokens")
+
+
+def counted_vectors(
     model: LanguageModel,
-    sae: SAE,
     sequences: SequenceSet,
     *,
     layer: int,
     site: Site,
     n_tokens: int = N_TOKENS,
-) -> Scales:
-    """Return the scales of an SAE on the first counted tokens of `sequences`."""
-    x = counted_vectors(model, sequences, layer=layer, site=site, n_tokens=n_tokens)
-    return scales_of(sae, x, source="held-out tokens")
-
-
-def counted_vectors(
-    model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site, n_tokens: int
 ) -> Rows:
     """Return the activations of the first counted tokens of `sequences`.
 
@@ -146,7 +143,7 @@ def scales_of(sae: SAE, x: Rows, *, source: str) -> Scales:
 
 
 def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
-    """Return the scales of an SAE from its feature index: three reads a feature, no model.
+    """Return the scales of an SAE from its feature index: a few reads a feature, no model.
 
     Raises:
         InputError: if the index is of an SAE of another width.
@@ -162,18 +159,11 @@ def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
 
 
 def _of_sorted(
-    sae: SAE,
-    offsets: np.ndarray,
-    value: np.ndarray,
-    *,
-    n_tokens: int,
-    source: str,
-    if_none: float,
+    sae: SAE, offsets: np.ndarray, value: np.ndarray, *, if_none: float, **about: Any
 ) -> Scales:
     """Return scales from values that are sorted as those of a feature index.
 
-    Args:
-        if_none: the typical length where nothing fires.
+    `if_none` is the typical length where nothing fires.
     """
     fired = torch.from_numpy(np.diff(offsets))
     p99, largest = (torch.from_numpy(quantile(offsets, value, q)).float() for q in (0.99, 1.0))
@@ -185,9 +175,8 @@ def _of_sorted(
         fired=fired,
         decoder_norm=norm,
         typical=float((p99 * norm)[alive].median()) if alive.any() else if_none,
-        n_tokens=n_tokens,
-        source=source,
         normalised=sae.input_norm is not None,
+        **about,
     )
 
 

@@ -43,7 +43,6 @@ class Histogram(NamedTuple):
 class Logit(NamedTuple):
     """The change of a next token's logit per unit of a feature, to first order."""
 
-    token: int
     text: str
     effect: float
 
@@ -167,10 +166,8 @@ class Feature:
 
         def of(end: str) -> tuple[Logit, ...]:
             tokens, effects = self.stats[f"{end}_logit_tokens"], self.stats[f"{end}_logits"]
-            return tuple(
-                Logit(int(token), self.index.vocabulary[int(token)], float(effect))
-                for token, effect in zip(tokens, effects, strict=True)
-            )
+            texts = [self.index.vocabulary[int(token)] for token in tokens]
+            return tuple(map(Logit, texts, map(float, effects)))
 
         return Logits(of("top"), of("bottom"))
 
