@@ -12,7 +12,7 @@ LINES = {
     "lm": 3680,
     "training": 1020,
     "checkpoints": 2680,
-    "analysis": 4710,
+    "analysis": 4680,
     "plots": 1350,
     "runs": 3440,
     "cli": 1480,
