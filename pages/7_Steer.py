@@ -205,7 +205,8 @@ def results(generation: Generation) -> None:
     """Draw the continuations as they grow, then how predictions shift."""
     named = titles(generation)
     st.subheader("Continuations", anchor=False)
-    steer_view.say_matches(generation)
+    for sentence in generation.matches:
+        plain(sentence, size=".85rem")
     buttons = st.empty()
     with stacking("steer.texts", least=18):
         spots = st.columns(len(generation.tokens))

@@ -50,15 +50,6 @@ class Settings(NamedTuple):
     seed: int
 
 
-class Match(NamedTuple):
-    """The other SAE's feature that points most alike: a row of `analysis.prompt.Matches`."""
-
-    latent: int
-    partner: int
-    cosine: float
-    mutual: bool
-
-
 @dataclass
 class Generation:
     """One set of settings, and what has come of it so far."""
@@ -66,9 +57,8 @@ class Generation:
     settings: Settings
     prompt: "Prompt"
     steerings: "dict[str, Steering | None]"
-    matches: list[Match]
-    notes: list[str]
-    """What of the other SAE could not be matched one to one."""
+    matches: list[str]
+    """What is said of the other SAE's features that match the steered ones."""
     shifts: "dict[str, Shift]"
     """Next-token shift of each steering."""
     tokens: dict[str, list[int]]
@@ -127,7 +117,7 @@ def start(run: Run, settings: Settings) -> Generation:
     sampling = Sampling(settings.n_tokens, settings.temperature, settings.seed)
     sampling.check()
     prompt = cache.prompt(run, settings.text)
-    steerings, matches, notes = _steerings(run, settings)
+    steerings, matches = _steerings(run, settings)
     with lock.held():
         before, logits = _logits(run, prompt, steerings)
     shifts = {
@@ -138,7 +128,7 @@ def start(run: Run, settings: Settings) -> Generation:
     )
     tokens: dict[str, list[int]] = {kind: [] for kind in steerings}
     seconds = time.perf_counter() - began
-    return Generation(settings, prompt, steerings, matches, notes, shifts, tokens, stream, seconds)
+    return Generation(settings, prompt, steerings, matches, shifts, tokens, stream, seconds)
 
 
 def _logits(
@@ -193,12 +183,11 @@ def _finish(run: Run, generation: Generation) -> None:
     generation.kl = {k: mean_divergence(text, before, after) for k, after in logits.items()}
 
 
-def _steerings(
-    run: Run, settings: Settings
-) -> "tuple[dict[str, Steering | None], list[Match], list[str]]":
+def _steerings(run: Run, settings: Settings) -> "tuple[dict[str, Steering | None], list[str]]":
+    """Return what each continuation is steered by, and what is said of the other SAE's matches."""
     import torch
 
-    from gsae_core.analysis.prompt import best_matches
+    from gsae_core.analysis import prompt
     from gsae_core.analysis.steering import Steering, intervention
 
     sae = cache.sae(run, settings.name)
@@ -207,27 +196,27 @@ def _steerings(
     found: dict[str, Steering | None] = {UNSTEERED: None}
     found[STEERED] = Steering(sae, pushes, keep_error=settings.keep_error)
     if settings.other is None or not pushes:
-        return found, [], []
+        return found, []
     other = cache.sae(run, settings.other)
     latents = torch.tensor([push.latent for push in settings.pushes])
-    columns = (column.tolist() for column in best_matches(latents, sae.W_dec, other.W_dec))
-    matches = [Match(*row) for row in zip(*columns, strict=True)]
+    best = prompt.best_matches(latents, sae.W_dec, other.W_dec)
     scales, _ = scales_or_prompt(run, settings.other, settings.text)
-    partners, notes = {}, []
-    for match, push in zip(matches, settings.pushes, strict=True):
-        if match.partner in partners:
-            notes.append(
-                f"feature {match.latent} has the same match as another, which is steered once"
-            )
-        partners.setdefault(
-            match.partner, intervention(scales, match.partner, push.mode, push.strength)
-        )
+    partners, said, doubles = {}, [], []
+    for push, *row in zip(settings.pushes, *(each.tolist() for each in best[1:]), strict=True):
+        partner, cosine, mutual = row
+        text = f"feature {push.latent} ↔ {partner} of {settings.other}, decoder cosine {cosine:.3f}"
+        text += ", mutual best" if mutual else ", not mutual"
+        is_good = mutual and cosine >= prompt.MATCHED
+        said.append(text if is_good else f"{text}: a weak match, the best there is")
+        if partner in partners:
+            same = "has the same match as another, which is steered once"
+            doubles.append(f"feature {push.latent} {same}")
+        partners.setdefault(partner, intervention(scales, partner, push.mode, push.strength))
     found[MATCHED] = Steering(other, tuple(partners.values()), keep_error=settings.keep_error)
-    return found, matches, notes
+    return found, said + doubles
 
 
 COLOURS = {UNSTEERED: "#7d8894", STEERED: "#0072B2", MATCHED: "#D55E00"}
-POOR = 0.7  # cosine below which a match is called weak; prompt.MATCHED, without torch
 
 
 def scale_under(scales: "Scales", latent: int, *, limit: float) -> None:
@@ -314,18 +303,6 @@ def continuation_html(tokens: Sequence[str], differs: Sequence[bool], *, going: 
         for token in tokens
     ]
     return macros(TEMPLATE).continuation(list(zip(texts, differs, strict=True)), going)
-
-
-def say_matches(generation: Generation) -> None:
-    """Say which of the other SAE's features match the steered ones, and how well."""
-    for match in generation.matches:
-        text = f"feature {match.latent} ↔ {match.partner} of {generation.settings.other}, decoder "
-        text += f"cosine {match.cosine:.3f}, {'mutual best' if match.mutual else 'not mutual'}"
-        if not match.mutual or match.cosine < POOR:
-            text += ": a weak match, the best there is"
-        plain(text, size=".85rem")
-    for note in generation.notes:
-        plain(note, size=".85rem")
 
 
 def say_end(generation: Generation) -> None:
