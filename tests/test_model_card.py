@@ -103,8 +103,8 @@ def test_the_card_s_dictionary_learning_names_are_those_of_the_export(
     from gsae_core.checkpoints.formats.write import write_sae
 
     sae = load_sae(finished.sae_folder(NAME))
-    written = write_sae(sae, tmp_path / "dl", format="dictionary_learning", metadata={})
-    theirs = torch.load(written.folder / "ae.pt", weights_only=True)
+    write_sae(sae, tmp_path / "dl", format="dictionary_learning", metadata={})
+    theirs = torch.load(tmp_path / "dl" / "ae.pt", weights_only=True)
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
     (code,) = [block for block in code_blocks(card) if "GatedAutoEncoder" in block]
     held: dict[str, Any] = {}

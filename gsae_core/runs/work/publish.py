@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.config import RunConfig, SAESpec
+from gsae_core.config import SAESpec
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.files import sha256
 from gsae_core.plots.palette import LOOKS, knob
@@ -154,6 +154,8 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
 
     The run's evaluation, where there is one, becomes a table and the figure.
     """
+    from huggingface_hub import ModelCardData
+
     # A page that asks whether something can be sent draws nothing.
     from gsae_core.plots.pareto import pareto_svg
 
@@ -171,11 +173,19 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     ratio = matched_ratio(evals).sentence
     # A card can be made before there are weights.
     norm = run.sae_cfg(saes[0].name).get("normalize_activations")
+    has_gated = any(spec.architecture == "gated" for spec in config.saes)
+    # A name on the Hub alone: a folder of this machine is private.
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name)
+    front_matter = ModelCardData(
+        library_name="saelens",
+        tags=["sparse-autoencoder", *(["gated-sae"] if has_gated else [])],
+        base_model=config.model.name if on_hub else None,
+    )
     card = _template().render(
         config=config,
         figure=FIGURE if files else None,
         first=saes[0],
-        front_matter=_front_matter(config),
+        front_matter=front_matter.to_yaml(),
         gated=any(spec.architecture == "gated" for spec in saes),
         kinds=dict.fromkeys(LOOKS[spec.architecture].label for spec in saes),
         measured=measured,
@@ -212,19 +222,6 @@ def _template() -> "Template":
     }
     path = resources.files("gsae_core").joinpath("assets/model-card.md.jinja")
     return jinja.from_string(path.read_text(encoding="utf-8"))
-
-
-def _front_matter(config: RunConfig) -> str:
-    from huggingface_hub import ModelCardData
-
-    gated = any(spec.architecture == "gated" for spec in config.saes)
-    # A name on the Hub alone: a folder of this machine is private.
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name)
-    return ModelCardData(
-        library_name="saelens",
-        tags=["sparse-autoencoder", *(["gated-sae"] if gated else [])],
-        base_model=config.model.name if on_hub else None,
-    ).to_yaml()
 
 
 def public_name(name: str) -> str:
