@@ -353,11 +353,7 @@ class RunConfig(Config):
 
 
 def load_config(path: Path) -> RunConfig:
-    """Return the run described by a JSON file.
-
-    Raises:
-        InputError: if the file is missing, is not JSON, or describes no valid run.
-    """
+    """Return the run described by a JSON file; an InputError says why it describes none."""
     fields = read_json(path, missing=f"expected a config file, found nothing at {path}")
     saes = fields.get("saes")
     saes = list(map(_with_unit, saes)) if isinstance(saes, list) else saes

@@ -86,11 +86,7 @@ def continuation(
 def draw(
     logits: Float[Tensor, " d_vocab"], *, temperature: float, generator: torch.Generator
 ) -> int:
-    """Return a token drawn from softmax(logits / temperature); see `Sampling`.
-
-    Raises:
-        InputError: if a logit is not finite.
-    """
+    """Return a token drawn from softmax(logits / temperature); see `Sampling`."""
     if not logits.isfinite().all():
         raise InputError(
             "expected finite logits, got infinite or undefined ones: steering this hard breaks the "

@@ -76,7 +76,7 @@ class Labels:
         """Append one, whole and on the disk before this returns; others may append meanwhile.
 
         Raises:
-            InputError: if a label has several lines or a text is too long, or the disk is full.
+            InputError: if a label has several lines or a text is too long; as `files.append`.
         """
         _check(kind, text)
         added = Annotation(feature, kind, text, author, model, score, time.time(), scored_by)

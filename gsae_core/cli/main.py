@@ -143,8 +143,7 @@ def _run(command: object) -> int:
 def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
     """Turn an unexpected error into a sentence that says where its traceback is.
 
-    Args:
-        log: put it there; a worker has done so itself.
+    `log`: put it there; a worker has done so itself.
     """
     try:
         yield
@@ -389,8 +388,8 @@ def _transfer(transfer: Transfer) -> None:
     if _follow(work(transfer)) != "finished":
         raise Ended(
             INTERRUPTED,
-            "stopped; what came is kept: give the same command again, or "
-            f"{PROGRAM} resume {transfer.folder}",
+            f"stopped; what came is kept: give the same command again, or {PROGRAM} resume "
+            f"{transfer.folder}",
         )
     result = str(transfer.result)
     show(f"run {transfer.root / result}" if transfer.is_pull else result)

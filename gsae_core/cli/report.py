@@ -25,11 +25,7 @@ from gsae_core.text import (
 
 
 def only_sae(run: Run) -> str:
-    """Return the name of a run's one SAE.
-
-    Raises:
-        InputError: if it has several.
-    """
+    """Return the name of a run's one SAE; an InputError names them where it has several."""
     names = [spec.name for spec in run.config.saes]
     if len(names) > 1:
         raise InputError(f"expected --sae with one of this run's SAEs ({', '.join(names)})")
@@ -37,11 +33,7 @@ def only_sae(run: Run) -> str:
 
 
 def list_lines(path: Path | None) -> list[str]:
-    """Return a table of the runs or SAEs at a path; None is the folder of runs.
-
-    Raises:
-        InputError: if there is neither.
-    """
+    """Return a table of the runs or SAEs at a path; None is the folder of runs."""
     folder = path or runs_root()
     if (folder / "config.json").is_file() and (folder / "status.json").is_file():
         return _saes_of(Run.open(folder))
