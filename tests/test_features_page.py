@@ -1,11 +1,10 @@
 """The Features page without a browser: every state, bad addresses, hostile words."""
 
-import json
 import time
 from pathlib import Path
 
 import pytest
-from app_pages import HOSTILE, NASTY, labelled, opened, text
+from app_pages import HOSTILE, NASTY, edited, labelled, opened, text
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 from synthetic_index import DEAD, THETA, write_index, write_weights
@@ -63,9 +62,8 @@ def test_the_matched_feature_is_under_the_same_tokens(indexed: Run) -> None:
 
 
 def test_indices_over_other_tokens_are_not_compared(indexed: Run) -> None:
-    manifest = index_folder(indexed, specs(indexed)[1].name) / "manifest.json"
-    fields = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(fields | {"tokens_sha256": "1" * 64}))
+    with edited(index_folder(indexed, specs(indexed)[1].name) / "manifest.json") as fields:
+        fields["tokens_sha256"] = "1" * 64
     assert "expected two indices over the same tokens" in text(opened(PAGE, run="done"))
 
 
@@ -336,18 +334,14 @@ def test_a_build_that_ended_early_says_why_and_can_go_on(bare: Run, state: str, 
 
 def spoil(run: Run, how: str) -> None:
     folder = index_folder(run, "gated-0.3")
-    manifest = folder / "manifest.json"
-    fields = json.loads(manifest.read_text())
-    if how == "other weights":
-        fields["weights_sha256"] = "0" * 64
-    elif how == "newer":
-        fields["schema_version"] = 99
-    elif how == "cut short":
+    if how == "cut short":
         (folder / "data-0" / "value.npy").write_bytes(b"short")
     elif how == "damaged":
-        manifest.write_text("{")
-        return
-    manifest.write_text(json.dumps(fields))
+        (folder / "manifest.json").write_text("{")
+    else:
+        changes = {"other weights": {"weights_sha256": "0" * 64}, "newer": {"schema_version": 99}}
+        with edited(folder / "manifest.json") as fields:
+            fields |= changes[how]
 
 
 @pytest.mark.parametrize(
@@ -386,14 +380,8 @@ def test_hostile_tokens_are_shown_as_text(root: Path) -> None:
         for feature in (0, 9):
             at = opened(PAGE, run="done", feature=str(feature), view=view, ctx="full")
             said = text(at)
-            for sign in (
-                "<script",
-                "<img",
-                "<form",
-                "<style>*",
-                "<div style='position:fixed",
-                "\u202e",
-            ):
+            fixed = "<div style='position:fixed"
+            for sign in ("<script", "<img", "<form", "<style>*", fixed, "\u202e"):
                 assert sign not in said
             assert "x" * 1000 not in said
             assert "x" * 1000 not in "".join(at.dataframe[0].value["tokens"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from app_pages import opened, text
+from app_pages import edited, opened, text
 from families import tiny
 from safetensors.torch import load_file, save_file
 from tiny_runs import small_run
@@ -47,8 +47,8 @@ def saved(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
 
 
 def configure(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with edited(folder / "config.json") as config:
+        config |= fields
 
 
 def same(weights: Weights) -> Weights:
@@ -400,9 +400,8 @@ def test_a_page_says_it_where_the_model_has_changed_since(
     saved: Callable[..., Path], finished: Run, root: Path, page: str
 ) -> None:
     folder = saved("gpt2", lambda w: {f"module.{key}": w[key] for key in w})
-    config = json.loads((finished.folder / "config.json").read_text())
-    config["model"]["name"] = str(folder)
-    (finished.folder / "config.json").write_text(json.dumps(config))
+    with edited(finished.folder / "config.json") as config:
+        config["model"]["name"] = str(folder)
     at = opened(page, run=finished.id, text="w1 w2", sae="gated-0.05", feature="1")
     assert "take 'module.' of DataParallel" in html.unescape(text(at))
 
@@ -419,8 +418,8 @@ def marker(tmp_path: Path) -> Path:
 def with_code(folder: Path, marker: Path, file: str = "config.json", **auto_map: Any) -> Path:
     """Give a model folder Python of its own, named by one of its JSON files."""
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    with edited(folder / file) as fields:
+        fields["auto_map"] = auto_map
     return folder
 
 
@@ -463,8 +462,8 @@ def test_nothing_is_asked_at_a_terminal(
     folder = with_code(
         saved("llama", same), marker, "tokenizer_config.json", AutoTokenizer=["own.Words", None]
     )
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Words"}))
+    with edited(folder / "tokenizer_config.json") as fields:
+        fields["tokenizer_class"] = "Words"
     words = small_run(folder, small_text, tmp_path / "run")
     # Answered before it is asked: whoever reads a line gets a yes.
     master, terminal = pty.openpty()
