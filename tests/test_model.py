@@ -16,7 +16,7 @@ from torch import Tensor
 from gsae_core.config import SITES, Site, hook_name
 from gsae_core.errors import InputError
 from gsae_core.lm.catalog import BUNDLED, FAMILIES
-from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.model import LanguageModel, Splice, load_model
 
 IDS = torch.tensor([[0, 5, 9, 2, 31, 7, 7], [0, 3, 3, 17, 8, 20, 39]])
 
@@ -87,7 +87,7 @@ def check_edits(model: LanguageModel) -> None:
             zeroed = model.logits(IDS, **place, edit=torch.zeros_like)
             assert (zeroed - clean).abs().max() > 1e-3
             # A continuation from the site computes the same, having skipped what came before.
-            splice = model.splice(IDS, **place)
+            splice = Splice(model, IDS, **place)
             assert torch.equal(splice.logits, clean)
             assert torch.equal(splice.x, model.harvest(IDS, **place))
             assert torch.equal(splice.run(splice.x), clean)
@@ -121,7 +121,7 @@ def test_a_bridge_without_some_sites_says_which_it_has(tiny_tokenizer: Any) -> N
     _, cache = bridge.run_with_cache(IDS)
     z = model.harvest(IDS, layer=1, site="attn_z")
     assert torch.equal(z, cache["blocks.1.attn.hook_z"].flatten(2))
-    splice = model.splice(IDS, layer=1, site="resid_post")
+    splice = Splice(model, IDS, layer=1, site="resid_post")
     assert torch.equal(splice.run(splice.x), model.logits(IDS))
 
 
@@ -145,7 +145,7 @@ def test_harvesting_stops_at_the_site(tiny_lm: LanguageModel) -> None:
 def test_threads_continue_one_pass_side_by_side_each_from_its_own_activations(
     tiny_lm: LanguageModel,
 ) -> None:
-    splice = tiny_lm.splice(IDS, layer=1, site="mlp_out")
+    splice = Splice(tiny_lm, IDS, layer=1, site="mlp_out")
     scaled = [splice.x, splice.x * 2]
     alone = [splice.run(x) for x in scaled]
     inside = threading.Barrier(2, timeout=60)  # broken if one had to wait for the other
@@ -164,7 +164,7 @@ def test_threads_continue_one_pass_side_by_side_each_from_its_own_activations(
 
 
 def test_a_continuation_skips_the_blocks_before_its_site(tiny_lm: LanguageModel) -> None:
-    splice = tiny_lm.splice(IDS, layer=1, site="mlp_out")
+    splice = Splice(tiny_lm, IDS, layer=1, site="mlp_out")
     ran: list[str] = []
     watch = [("c_attn", 0), ("c_attn", 1), ("c_fc", 0), ("c_fc", 1)]
     blocks = tiny_lm.hf.transformer.h

@@ -23,7 +23,7 @@ from gsae_core.analysis.prompt import (
     read_prompt,
 )
 from gsae_core.errors import InputError
-from gsae_core.lm.model import LanguageModel, load_model, logit_slope
+from gsae_core.lm.model import LanguageModel, Splice, load_model, logit_slope
 from gsae_core.lm.texts import token_texts
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
@@ -179,7 +179,7 @@ def test_numbers_of_the_text_are_those_of_its_parts(
     total = (inside - inside.mean(0)).square().sum()
     assert found.fvu == pytest.approx(float((inside - x_hat).square().sum() / total), rel=1e-4)
     # BOS predicts w1, but is not counted: five predictions.
-    spliced = tiny_lm.splice(prompt.ids, **PLACE).run(torch.cat([x[:, :1], x_hat[None]], 1))
+    spliced = Splice(tiny_lm, prompt.ids, **PLACE).run(torch.cat([x[:, :1], x_hat[None]], 1))
     clean = F.cross_entropy(tiny_lm.logits(prompt.ids)[0, 1:-1], prompt.ids[0, 2:])
     read = F.cross_entropy(spliced[0, 1:-1], prompt.ids[0, 2:])
     assert found.ce_clean == pytest.approx(float(clean), rel=1e-5)

@@ -33,7 +33,7 @@ from gsae_core.analysis.steering import (
     scales_of_index,
 )
 from gsae_core.errors import InputError
-from gsae_core.lm.model import Decoding, LanguageModel, load_model
+from gsae_core.lm.model import Decoding, LanguageModel, Splice, load_model
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 
 PLACE: dict[str, Any] = {"layer": 1, "site": "resid_pre"}
@@ -150,7 +150,7 @@ def test_ablating_then_not_leaves_the_logits_bit_identical(
 def test_the_steered_pass_is_the_models_pass_from_an_edited_site(
     tiny_lm: LanguageModel, sae: GatedSAE, prompt: Prompt
 ) -> None:
-    x = tiny_lm.splice(prompt.ids, **PLACE)
+    x = Splice(tiny_lm, prompt.ids, **PLACE)
     moved = x.x.clone()
     moved[0, 1:] += 6.0 * sae.W_dec[5]  # BOS stays
     expected = x.run(moved)[0]

@@ -189,7 +189,7 @@ def evaluating(
     for ids, mask in _batches(model, sequences, n_tokens):
 
         def before_the_site(ids=ids) -> Splice:
-            return model.splice(ids, layer=layer, site=site)
+            return Splice(model, ids, layer=layer, site=site)
 
         # Where the passes run that it is compared with: else the identity would differ in rounding.
         splice = on_one_core(before_the_site) if on_cpu else before_the_site()

@@ -15,7 +15,7 @@ from gsae_core.config import Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import special_ids
 from gsae_core.lm.harvest import check_finite
-from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE, Dictionary, PerEntry
@@ -135,7 +135,7 @@ def analyse(
         raise InputError(
             "expected a token that is no special one, got none; add some words to the text"
         )
-    splice = model.splice(prompt.ids, layer=layer, site=site)
+    splice = Splice(model, prompt.ids, layer=layer, site=site)
     counted = prompt.counted.to(model.device)
     x = splice.x[0, counted]
     check_finite(x, layer=layer, site=site, dtype=model.dtype)
