@@ -280,8 +280,8 @@ def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     set_ = sequences()
 
-    def folder(model: LanguageModel, layer: int = 0, rows: int = 2) -> Path:
-        return open_cache(model, set_, layer=layer, site="mlp_out", rows=rows).folder
+    def folder(model: LanguageModel, layer: int = 0) -> Path:
+        return open_cache(model, set_, layer=layer, site="mlp_out").folder
 
     model = load_model(str(tiny_lm_folder))
     copy = tmp_path / "copy"
@@ -290,7 +290,10 @@ def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
     again = load_model(str(copy))
     assert folder(model) == folder(again)
     assert folder(model) != folder(model, layer=1)
-    assert folder(model) != folder(model, rows=1)
+    before = folder(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("gsae_core.lm.activation_cache.default_rows", lambda *_: 1)
+        assert folder(model) != before
     with torch.no_grad():
         again.hf.transformer.h[0].ln_1.bias[3] += 1
     assert folder(model) != folder(again)

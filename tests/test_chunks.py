@@ -149,4 +149,4 @@ def test_on_cuda_batches_have_the_same_bits_filled_ahead_on_another_stream(
         assert all(x.is_cuda for x in found)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
         torch.cuda.synchronize()
-        assert run.seconds_harvesting > 0
+        assert run.harvest.seconds > 0

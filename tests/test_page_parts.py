@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from gsae_core.lm.catalog import ModelShape, model_shape
+from gsae_core.lm.catalog import ModelShape, model_facts
 from gsae_core.machine import machine
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.plan.cost import CORE_SPEED, GPU_SPEED, guessed_pace
@@ -125,18 +125,19 @@ def test_the_width_of_each_site_is_read_from_the_folder(tmp_path: Path) -> None:
         "intermediate_size": 7,
     }
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    shape = model_shape(str(tmp_path))
+    shape = model_facts(str(tmp_path), {}).shape
     assert shape is not None
     assert shape == ModelShape(d_model=6, d_mlp=7, d_attn=20, n_layers=2)
     assert [shape.width(site) for site in ("resid_pre", "mlp_hidden", "attn_z")] == [6, 7, 20]
     for wrong in ({"intermediate_size": "wide"}, {"head_dim": [5]}, {"hidden_size": {}}):
         (tmp_path / "config.json").write_text(json.dumps(fields | wrong), encoding="utf-8")
-        assert model_shape(str(tmp_path)) is None
+        assert model_facts(str(tmp_path), {}).shape is None
 
 
 def test_a_hub_name_has_no_shape_before_it_is_here() -> None:
-    assert model_shape("someone/some-model") is None
-    assert model_shape("bundled") == ModelShape(d_model=256, d_mlp=1024, d_attn=256, n_layers=4)
+    assert model_facts("someone/some-model", {}).shape is None
+    bundled = ModelShape(d_model=256, d_mlp=1024, d_attn=256, n_layers=4)
+    assert model_facts("bundled", {}).shape == bundled
 
 
 def test_speed_is_a_guess_where_no_run_was_trained() -> None:

@@ -157,11 +157,11 @@ def test_a_sequence_with_nothing_counted_does_no_harm() -> None:
 
 def test_time_in_the_language_model_adds_up() -> None:
     run = stream()
-    assert run.seconds_harvesting == 0
+    assert run.harvest.seconds == 0
     run.batch(0)
-    first = run.seconds_harvesting
+    first = run.harvest.seconds
     run.batch(12)
-    assert 0 < first < run.seconds_harvesting
+    assert 0 < first < run.harvest.seconds
 
 
 def test_chunks_are_an_eighth_of_a_short_run_and_two_gib_at_most() -> None:

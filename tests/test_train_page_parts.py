@@ -180,10 +180,9 @@ def test_memory_is_weights_step_chunk_and_model() -> None:
 
 
 def test_time_is_operations_over_speed() -> None:
-    from gsae_core.lm.catalog import model_shape
     from gsae_core.runs.plan.cost import operations
 
-    shape = model_shape("bundled")
+    shape = model_facts("bundled", {}).shape
     assert shape is not None
     assert flight(config(), ROOMY).seconds == operations(config(), shape) / 1e9
 

@@ -46,15 +46,10 @@ ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def open_cache(
-    model: LanguageModel,
-    sequences: SequenceSet,
-    *,
-    layer: int,
-    site: Site,
-    rows: int | None = None,
+    model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
 ) -> "CachedActivations":
     """Return the cache of a model's activations at a place, in the user's cache folder."""
-    rows = rows or default_rows(sequences.n_ctx, model.device)
+    rows = default_rows(sequences.n_ctx, model.device)
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
@@ -189,16 +184,14 @@ class CachedActivations(Harvest):
         return int(self._first[stop] - self._first[start])
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
-        """Return a shard, mapped into memory; checked, or harvested, when it is first asked for."""
+        """Return a shard, mapped into memory, checked or harvested first."""
         if k in self._open:
             return self._open[k]
         path = self._paths[k]
-        x = self._checked(path, k)
-        if x is None:
+        if (x := self._checked(path, k)) is None:
             with self._alone():
                 # Another run may have harvested it meanwhile.
-                x = self._checked(path, k)
-                if x is None:
+                if (x := self._checked(path, k)) is None:
                     self._write(path, k)
                     x = self._checked(path, k)
         if x is None:

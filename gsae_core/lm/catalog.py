@@ -88,12 +88,6 @@ def model_folder(name: str) -> Path | None:
         return None
 
 
-def model_shape(name: str) -> ModelShape | None:
-    """Return a local model's shape; None for a name on the Hub."""
-    folder = model_folder(name)
-    return None if folder is None else _shape(_config(folder))
-
-
 def _config(folder: Path) -> dict[str, Any]:
     """Return a config.json; an empty one where it is no JSON object."""
     try:

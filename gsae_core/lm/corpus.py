@@ -53,8 +53,8 @@ class SequenceSet:
     Args:
         rows: token ids (n, n_ctx) of any integer dtype, possibly mapped from a file.
         special: ids that are not counted.
-        index: which rows belong to the set, and in which order; None: all.
-        counts: counted tokens of each sequence, int64, where they are known.
+        index: which rows belong to the set, in order; None: all.
+        counts: counted tokens of each sequence, int64; None: to be counted.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ def _is_counted(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
 
 
 def _count(rows: np.ndarray, special: tuple[int, ...]) -> np.ndarray:
-    """Return the counted tokens of each row, int64 (n,)."""
     starts = range(0, len(rows), COUNT_ROWS)
     parts = [_is_counted(rows[start : start + COUNT_ROWS], special).sum(1) for start in starts]
     return np.concatenate([np.empty(0, np.int64), *parts])
@@ -190,7 +189,7 @@ def load_corpus(
 
 
 class _Tokens(NamedTuple):
-    """Rows (n, n_ctx) of a source: all that are wanted, or a block of them."""
+    """Rows (n, n_ctx) of a source, all that are wanted or a block of them."""
 
     rows: np.ndarray
     starts_with_bos: bool
@@ -199,8 +198,6 @@ class _Tokens(NamedTuple):
 
 
 class _Reader:
-    """Reads the rows of a source, from the token cache where it has them."""
-
     def __init__(self, cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> None:
         self._cfg, self._tokenizer, self._model_n_ctx = cfg, tokenizer, model_n_ctx
         self._packing = _choose_packing(cfg, tokenizer, model_n_ctx)
@@ -217,10 +214,7 @@ class _Reader:
     ) -> tuple[SequenceSet, SequenceSet, _Tokens]:
         """Return the training and the held-out sequences as far as wanted, and what they are of.
 
-        Args:
-            n_tokens: counted tokens of the sequences that are not held out; None: to the end.
-            n_held_out: counted tokens of those that are.
-            held_out: read the documents that the source itself holds out.
+        `held_out`: of the documents that the source itself holds out.
         """
         tokens = self._tokens(n_tokens, n_held_out, held_out)
         counts = _count(tokens.rows, self._special)
@@ -339,8 +333,7 @@ class _Reader:
     def _ids(self, block: list[Part], packing: "_Packing") -> Iterator[np.ndarray]:
         """Yield the ids of each part and, after a document's end, the separator."""
         texts = [part.content for part in block if isinstance(part.content, str)]
-        # Not verbose: the warning that a text exceeds the model's context is for those who do not
-        # cut.
+        # Not verbose: no warning that a text exceeds the context, for it is cut.
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         encoded = iter(self._tokenizer(texts, **options)["input_ids"] if texts else ())
         for part in block:
@@ -402,8 +395,11 @@ class _Packing(NamedTuple):
 
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids that are never counted: BOS, EOS and padding."""
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return {each for each in special if each is not None}
+    return {each for each in _special(tokenizer) if each is not None}
+
+
+def _special(tokenizer: Any) -> tuple[int | None, ...]:
+    return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
 def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
@@ -475,8 +471,7 @@ def _tokenizer_key(tokenizer: Any) -> str:
         text = tokenizer.backend_tokenizer.to_str()
     else:
         text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
-    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return sha256(f"{text} {special}".encode()).hexdigest()
+    return sha256(f"{text} {_special(tokenizer)}".encode()).hexdigest()
 
 
 def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:

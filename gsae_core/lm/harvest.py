@@ -153,7 +153,12 @@ class Harvest:
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 
         def task(group: np.ndarray) -> tuple[int, Int64[Tensor, ""], list[Result]]:
-            x = self._pass(group)
+            ids, mask = self.sequences[group]
+            counted = mask.flatten().nonzero().squeeze(1)
+            x = torch.empty(0, self.d_in, device=self.device)
+            if len(counted):
+                x = self._model.harvest(ids, layer=self.layer, site=self.site).flatten(0, 1)
+                x = x.index_select(0, counted.to(x.device)).float()
             bad = _n_not_finite(x)
             # On a GPU, to look at the number would be to wait for the pass.
             spoilt = on_cpu and bool(bad)
@@ -171,14 +176,6 @@ class Harvest:
             n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
         _refuse(int(n_bad), n, layer=self.layer, site=self.site, dtype=self._model.dtype)
-
-    def _pass(self, which: np.ndarray) -> Float[Tensor, "vectors d_in"]:
-        ids, mask = self.sequences[which]
-        counted = mask.flatten().nonzero().squeeze(1)
-        if not len(counted):
-            return torch.empty(0, self.d_in, device=self.device)
-        x = self._model.harvest(ids, layer=self.layer, site=self.site).flatten(0, 1)
-        return x.index_select(0, counted.to(x.device)).float()
 
 
 def default_rows(n_ctx: int, device: torch.device) -> int:

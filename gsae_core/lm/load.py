@@ -34,9 +34,7 @@ SHOWN = 3
 def _check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
     """Raise InputError with the keys of model and checkpoint that do not fit.
 
-    Args:
-        loaded: what `from_pretrained(..., output_loading_info=True)` says of it; weights that are
-            tied to others are not missing there.
+    Weights that are tied to others are not missing in `loaded`, which `from_pretrained` returns.
     """
     missing = sorted(loaded["missing_keys"])
     unexpected = sorted(key for key in loaded["unexpected_keys"] if not _BUFFERS.search(key))
@@ -99,8 +97,6 @@ _UNREADABLE = (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError)
 
 
 class _Origin(NamedTuple):
-    """What a model is read from."""
-
     name: str
     folder: Path | None
     """None: on the Hub."""
@@ -130,12 +126,7 @@ class _Origin(NamedTuple):
 
 
 def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """Return the Hugging Face causal LM and the tokenizer that `name` stands for.
-
-    Raises:
-        InputError: if there is no such model, its kind is unsupported, its files are damaged, its
-            weights are not those of its kind, or it lacks a tokenizer.
-    """
+    """Return the Hugging Face causal LM and the tokenizer that `name` stands for."""
     import torch
 
     folder = model_folder(name)
@@ -176,8 +167,7 @@ def _config(origin: _Origin) -> Any:
         # Its word for a model_type that it has never heard of.
         if isinstance(error, ValueError) and not isinstance(error, OSError):
             raise InputError(_unsupported(origin.name, _stranger(origin))) from error
-        # A value of the wrong kind leads to errors of many kinds: huggingface_hub's own, which are
-        # no ValueErrors, KeyError, ZeroDivisionError.
+        # A value of the wrong kind leads to errors of many kinds, huggingface_hub's own too.
         sentence = (
             f"expected a config.json that describes a model in {origin.name!r}, got one that "
             f"cannot be used ({_reason(error)}); download or save the model again"
@@ -202,9 +192,7 @@ def _stranger(origin: _Origin) -> str:
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
     """Raise InputError if a Hugging Face config is of no causal LM of a supported family.
 
-    Args:
-        headless: whether a model saved without its output layer will do; it is complete where that
-            layer is tied to the embedding.
+    `headless`: a model saved without its output layer will do; tied to the embedding, it is whole.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -50,11 +50,10 @@ log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """Part of a document: text, or token ids as a 1-D integer array."""
+    """Part of a document: text, or token ids as a 1-D integer array; does the document end here?"""
 
     content: str | np.ndarray
     ends: bool
-    """Whether the document ends here."""
 
 
 # About so many characters (or ids) a part: bounds what is read and tokenised in one go.
@@ -91,11 +90,7 @@ READ_ANEW = "2"
 
 
 def open_source(cfg: DataConfig, vocabulary: int) -> Source:
-    """Return the source that `cfg` names; `vocabulary` sets the width of a bare `.bin` file.
-
-    Raises:
-        InputError: if there is nothing to read under that name.
-    """
+    """Return the source that `cfg` names; `vocabulary` sets the width of a bare `.bin` file."""
     path = Path(cfg.source).expanduser()
     if cfg.source == "stdlib" or path.is_file():
         if cfg.split not in ("train", "all"):
@@ -110,16 +105,15 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
         if any(all((path / name).exists() for name in names) for names in saved):
             return _saved(cfg, path)
         return _files(cfg, *_files_to_read(path, cfg.split), vocabulary)
-    # A path that ends like a file is a typing mistake, not the name of a data set.
+    # A path that ends like a file is a mistake, not the name of a data set.
     suffixes = TABLE_SUFFIXES | TOKEN_SUFFIXES | {".txt", ".md", ".py", *PACKED}
     if not HUB_NAME.fullmatch(cfg.source) or path.suffix.lower() in suffixes:
         raise InputError(
             "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
             f"nothing at {cfg.source}: check the path"
         )
-    stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column))
-    if cfg.text_column is None:
-        stamp = (*stamp, READ_ANEW)
+    read_anew = [READ_ANEW] if cfg.text_column is None else []
+    stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column), *read_anew)
 
     def documents() -> Iterator[Part]:
         return table_parts(hub_table(cfg.source, cfg.split), cfg.text_column)
@@ -244,7 +238,7 @@ def stdlib_paths(root: Path | None = None) -> dict[str, Path]:
 
 
 def read_utf8(path: Path) -> str | None:
-    """Return a text; None in another encoding, as some of the standard library's own tests are."""
+    """Return a text; None in another encoding, as some of the library's own tests are."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -260,10 +254,8 @@ def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: b
     """Return the files of one split; all of them if `split` is `all`, or `train` and none is told.
 
     By the rules of the `datasets` library: README.md tells, else names of shards, else words.
-
-    Args:
-        is_text: the files are documents, which may be called anything. Only names in `.txt` count;
-            and unless most of them tell a split, `train` and another, `train` is all of them.
+    Documents (`is_text`) may be called anything: only names in `.txt` count, and unless most of
+    them tell a split, `train` and another, `train` is all of them.
     """
     if split == "all":
         return list(names)
@@ -359,14 +351,16 @@ NO_ZSTANDARD = (
 
 
 class _Unzstd(io.RawIOBase):
-    """The bytes of a `.zst` file, its frames one after the other.
+    """The bytes of a `.zst` file; cut off, an EOFError: zstandard's own reader ends quietly."""
 
-    zstandard's own reader ends quietly where a file was cut off; here that is an EOFError, as it is
-    for the other kinds.
-    """
-
-    def __init__(self, path: Path, unpacker: Any) -> None:
-        self._file, self._unpacker, self._frame = path.open("rb"), unpacker, None
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError(NO_ZSTANDARD.format(path)) from None
+        # `--long=31` needs the whole window.
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._file, self._frame = path.open("rb"), None
         self._packed = self._unpacked = b""
 
     def readable(self) -> bool:
@@ -379,7 +373,7 @@ class _Unzstd(io.RawIOBase):
                 return 0
             if not self._packed:
                 raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-            frame = self._frame or self._unpacker.decompressobj()
+            frame: Any = self._frame or self._unpacker.decompressobj()
             self._unpacked = memoryview(frame.decompress(self._packed))
             self._packed, self._frame = frame.unused_data, None if frame.eof else frame
         n = min(len(buffer), len(self._unpacked))
@@ -392,13 +386,7 @@ class _Unzstd(io.RawIOBase):
 
 
 def _open_zstandard(path: Path) -> io.BufferedIOBase:
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(NO_ZSTANDARD.format(path)) from None
-    # `--long=31` needs the whole window.
-    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-    return io.BufferedReader(_Unzstd(path, unpacker), 2**20)
+    return io.BufferedReader(_Unzstd(path), 2**20)
 
 
 PACKED: dict[str, Callable[[Path], Any]] = {
@@ -418,10 +406,7 @@ def unpacked(path: Path) -> Path:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a UTF-8 file, unpacked if it is called so, its line ends as they are, without its BOM.
-
-    Within, what is no UTF-8 text, or damaged, is an InputError.
-    """
+    """Open a UTF-8 file, unpacked, without its BOM; damaged or other content is an InputError."""
     opened = PACKED.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
     try:
         with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file:
@@ -461,7 +446,6 @@ def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") ->
 
 
 def is_utf16(path: Path) -> bool:
-    """Whether a file starts with UTF-16's byte-order mark."""
     with path.open("rb") as file:
         return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -488,8 +472,8 @@ LLM_C_HEADER_BYTES = 1024
 def token_parts(path: Path, vocabulary: int) -> Iterator[Part]:
     """Yield the ids of a `.npy` (flat, or a row a document) or flat `.bin` file.
 
-    The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"` of
-    uint16 or uint32, else it is the narrowest that holds `vocabulary` (as nanoGPT writes).
+    The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"`, else
+    it is the narrowest that holds `vocabulary` (as nanoGPT writes).
     """
     ids = _npy(path) if path.suffix == ".npy" else _bin(path, vocabulary)
     if ids.ndim == 2:
@@ -518,7 +502,7 @@ def _bin(path: Path, vocabulary: int) -> np.ndarray:
     whole = len(head) == LLM_C_HEADER_BYTES
     by_header = LLM_C_HEADERS.get(struct.unpack("<ii", head[:8])) if whole else None
     start = LLM_C_HEADER_BYTES if by_header else 0
-    dtype = by_header or _told_dtype(path) or narrowest(vocabulary)
+    dtype = by_header or _told_dtype(_sidecar(path)) or narrowest(vocabulary)
     size = path.stat().st_size
     if (size - start) % np.dtype(dtype).itemsize:
         raise InputError(
@@ -533,8 +517,7 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _told_dtype(path: Path) -> str | None:
-    sidecar = _sidecar(path)
+def _told_dtype(sidecar: Path) -> str | None:
     if not sidecar.exists():
         return None
     text = sidecar.read_text(encoding="utf-8-sig")
@@ -560,23 +543,18 @@ Table = tuple[str, Iterator[Row]]
 
 DELIMITERS = (",", ";", "\t", "|")
 
+# Behind a CSV's name in sentences: a file without a header has odd names of columns.
+WITH_HEADER = " (its first row is read as the header)"
+
 
 def _table(path: Path) -> Table:
-    """Return a table file, read by hand.
-
-    JSON and CSV by `datasets` have one schema for every row of a file, and no line number in what
-    is said of a broken one.
-    """
+    # By hand: JSON and CSV by `datasets` have one schema for all rows of a file, and no line number
+    # in what is said of a broken one.
     kind = unpacked(path).suffix.lower()
     if kind in (".csv", ".tsv"):
-        return _with_header(path), _csv(path, usual="\t" if kind == ".tsv" else ",")
+        return f"{path}{WITH_HEADER}", _csv(path, usual="\t" if kind == ".tsv" else ",")
     readers = {".json": _json, ".parquet": _parquet}
     return str(path), readers.get(kind, _json_lines)(path)
-
-
-def _with_header(name: Path | str) -> str:
-    """Return a CSV's name for sentences: a file without a header has odd names of columns."""
-    return f"{name} (its first row is read as the header)"
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -648,10 +626,7 @@ def _csv(path: Path, usual: str) -> Iterator[Row]:
 
 
 def csv_delimiter(path: Path, usual: str) -> str:
-    """Return the first delimiter, the `usual` one before others, that cuts all rows alike.
-
-    Into more than one field each, by the file's first 64 Ki characters; `usual` where none does.
-    """
+    """Return the first delimiter that cuts all rows alike and not whole, else the `usual` one."""
     with open_text(path) as file:
         head = file.read(2**16)
     for delimiter in (usual, *DELIMITERS):
@@ -710,7 +685,7 @@ def hub_table(name: str, split: str) -> Iterator[Table]:
                 # The library takes a mark off other kinds of files, but leaves it in text.
                 yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
 
-    yield _with_header(name) if kind == "csv" else name, arriving()
+    yield f"{name}{WITH_HEADER}" if kind == "csv" else name, arriving()
 
 
 @contextmanager
@@ -776,9 +751,7 @@ STRINGS = ("text", "JSON", "strings")
 def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Part]:
     """Yield the document in each row of some tables; rows without text or ids have none.
 
-    Args:
-        text_column: of text or of token ids. None: chosen by a table's first rows (`pick_column`),
-            and kept for the tables after it that have it too.
+    Without `text_column`, `pick_column` chooses one, kept for the tables after that have it too.
     """
     column = text_column
     for name, rows in tables:
@@ -813,9 +786,6 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
 
     Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
     or else the only column of strings, if it reads like text.
-
-    Raises:
-        InputError: if there is no such column, or more than one; the sentence lists what there is.
     """
     columns = _by_column(head)
     if text_column is not None:
@@ -846,12 +816,13 @@ def _by_column(head: list[Row]) -> dict[str, list[Any]]:
 
 
 def _kind_of(values: list[Any]) -> str:
-    """Return what a column's values are: empty, one of STRINGS, ids, chats or other."""
+    """Return `empty`, one of STRINGS, `ids`, `chats` or `other`."""
     if not values:
         return "empty"
     if all(isinstance(value, str) for value in values):
-        text = reads_like_text(values)
-        return "text" if text else "JSON" if _is_json(values[0]) else "strings"
+        if reads_like_text(values):
+            return "text"
+        return "JSON" if _is_json(values[0]) else "strings"
     if _is_ids(values[0]):
         return "ids"
     turn = values[0][0] if isinstance(values[0], list) else values[0]

@@ -71,7 +71,8 @@ class ActivationStream:
     """Shuffled, scaled batches of a language model's activations.
 
     Args:
-        harvest: of the training split; at least one batch of counted tokens.
+        harvest: of the training split; at least one batch of counted tokens. Its seconds, on CUDA
+            of a stream of its own, mostly run beside training.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:
@@ -81,9 +82,6 @@ class ActivationStream:
     Attributes:
         scale: what raw activations are multiplied by.
         tokens_per_epoch: counted tokens of all sequences.
-
-    Raises:
-        InputError: if the sequences hold less than one batch, or cannot be scaled to unit length.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class ActivationStream:
         chunk_vectors: int | None = None,
         ahead: bool | None = None,
     ) -> None:
-        self._harvest, self._counts = harvest, harvest.sequences.counts
+        self.harvest, self._counts = harvest, harvest.sequences.counts
         self._batch_size, self._seed, self.n_batches = batch_size, seed, n_batches
         self.tokens_per_epoch = harvest.sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
@@ -133,11 +131,6 @@ class ActivationStream:
             self.scale,
         )
 
-    @property
-    def seconds_harvesting(self) -> float:
-        """Seconds of the harvest so far: on CUDA of its own stream, most of it beside training."""
-        return self._harvest.seconds
-
     @cached_property
     def mean_square_norm(self) -> float:
         """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
@@ -145,7 +138,7 @@ class ActivationStream:
         enough = np.searchsorted(np.cumsum(self._counts[order]), SCALE_VECTORS) + 1
         # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on
         # it. On the CPU, because Apple's GPUs know no float64.
-        found = [x.cpu() for x in self._harvest.vectors(np.sort(order[:enough]))]
+        found = [x.cpu() for x in self.harvest.vectors(np.sort(order[:enough]))]
         parts = torch.cat(found).split(2**12)
         return sum(float(x.double().square().sum()) for x in parts) / sum(map(len, parts))
 
@@ -162,7 +155,7 @@ class ActivationStream:
             plan = self._plan(start)
             first = start - plan.start
             part = self._filled(plan)[first : first + stop - start]
-            parts.append(part.to(self._harvest.device, non_blocking=True) * self.scale)
+            parts.append(part.to(self.harvest.device, non_blocking=True) * self.scale)
             start += len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -212,7 +205,7 @@ class ActivationStream:
             self._chunk = plan.start, self._fetch(plan)
             after = plan.start + plan.n_vectors
             if self._ahead and after < self._n_vectors:
-                self._next = _Filling(self._harvest, self._plan(after), self._cuda_stream)
+                self._next = _Filling(self.harvest, self._plan(after), self._cuda_stream)
         return self._chunk[1]
 
     def _fetch(self, plan: _Plan) -> Tensor:
@@ -221,12 +214,12 @@ class ActivationStream:
             filling.stop()
             filling = None
         if filling is None and self._cuda_stream is not None:
-            filling = _Filling(self._harvest, plan, self._cuda_stream)
+            filling = _Filling(self.harvest, plan, self._cuda_stream)
         if filling is None:
-            return _fill(self._harvest, plan)
+            return _fill(self.harvest, plan)
         x, whole = filling.future.result()
         if whole is not None:
-            stream = torch.cuda.current_stream(self._harvest.device)
+            stream = torch.cuda.current_stream(self.harvest.device)
             stream.wait_event(whole)
             if x.is_cuda:
                 # Its memory belongs to the other stream, which must not have it back too early.

@@ -136,7 +136,7 @@ class _Clock:
         self.before, self.lm_before = 0.0, 0.0
         self._stream = setup.stream
         # Setting up measured the scale: not part of training, and done anew on every resume.
-        self._began, self._lm_began = time.monotonic(), setup.stream.seconds_harvesting
+        self._began, self._lm_began = time.monotonic(), setup.stream.harvest.seconds
 
     @property
     def seconds(self) -> float:
@@ -144,7 +144,7 @@ class _Clock:
 
     @property
     def seconds_lm(self) -> float:
-        return self.lm_before + self._stream.seconds_harvesting - self._lm_began
+        return self.lm_before + self._stream.harvest.seconds - self._lm_began
 
 
 def _take_up(run: Run, setup: RunSetup, clock: _Clock) -> int:
