@@ -1,6 +1,7 @@
 """The one exception for mistakes of a caller; the command line and the pages show its sentence."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -11,6 +12,9 @@ class InputError(ValueError):
 
 
 What = Literal["model", "data set", "SAE"]
+
+# `owner/name`, or the `name` alone of some old ones. A path of this machine may look like one too.
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 OFFLINE = "No connection to the Hugging Face Hub. Local runs, imports and exports still work."
 

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,25 @@ def gpus() -> tuple[str, ...]:
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     return tuple(answer.stdout.strip().splitlines()) if answer.returncode == 0 else ()
+
+
+def python(*arguments: str, seconds: float | int, given: str = "") -> tuple[bool, str]:
+    """Return whether `python -m ARGUMENTS` succeeded, and its last line (of errors if it did not).
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `seconds`, and was ended.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=seconds,
+        check=False,
+    )
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return done.returncode == 0 and bool(lines), (lines or ["it ended without a message"])[-1]
 
 
 def slot_of(device: str) -> str:

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1830,
+    "ground": 1860,
     "sae": 3370,
-    "lm": 3680,
+    "lm": 3570,
     "training": 1020,
     "checkpoints": 2680,
     "analysis": 4680,
@@ -18,7 +18,7 @@ LINES = {
     "cli": 1470,
     "app": 4910,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 123, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 122, 20, 80
 
 
 def modules(room: str) -> list[Path]:

@@ -1,10 +1,9 @@
 """Parts of the Hub page about what is here: the library, exports and transfers."""
 
 import io
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import pandas as pd
 import streamlit as st
@@ -25,6 +24,7 @@ from gsae_core.app.parts import (
 from gsae_core.checkpoints.formats.libraries import EXPORTS, Export
 from gsae_core.errors import InputError
 from gsae_core.files import left_out, readable
+from gsae_core.machine import python
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, find_run
@@ -144,24 +144,13 @@ def export(run: Run, name: str, format_: Export, folder: Path) -> tuple[bool, st
     """
     words = ["export", str(run.folder), "--sae", name, "--format", format_, "--to", str(folder)]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "gsae_core", *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=EXPORT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        done, said = python("gsae_core", *words, seconds=EXPORT_SECONDS)
+    except TimeoutExpired:
         return False, (
             f"It took more than {EXPORT_SECONDS} s; export it on the command line: python -m "
             f"gsae_core {' '.join(words)}"
         )
-    if done.returncode == 0:
-        return True, done.stdout.strip().splitlines()[-1]
-    last = (done.stderr.strip().splitlines() or ["it ended without an error message"])[-1]
-    return False, last.removeprefix("gsae_core: ")
+    return done, said.removeprefix("gsae_core: ")
 
 
 def zipped(folder: Path) -> bytes:

@@ -27,7 +27,7 @@ from gsae_core.checkpoints.formats.libraries import (
     text_of,
     widths,
 )
-from gsae_core.errors import InputError, hub_answers
+from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import free_bytes, readable, sync, writing
 
 LARGEST_CONFIG = 2**20
@@ -131,7 +131,6 @@ MOST_FILES = 50_000
 _WEB = re.compile(
     r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(/(tree|blob)/(?P<rev>[^/]+)(/(?P<path>.+))?)?"
 )
-_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Address(NamedTuple):
@@ -182,7 +181,7 @@ def parse_address(text: str) -> Address:
         return Address(web["repo"], (web["path"] or "").strip("/"), web["rev"])
     rest, _, revision = text.partition("@")
     repo, _, path = rest.partition(":")
-    if not _REPO.fullmatch(repo) or (not revision and "@" in text):
+    if not HUB_NAME.fullmatch(repo) or (not revision and "@" in text):
         raise InputError(
             "expected a repository on the Hub as OWNER/NAME, OWNER/NAME:FOLDER or "
             f"OWNER/NAME:FOLDER@REVISION, got {text[:200]!r}; copy it from its page"

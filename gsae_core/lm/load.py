@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from gsae_core.errors import InputError, hub_sentence, is_hub_trouble
+from gsae_core.errors import HUB_NAME, InputError, hub_sentence, is_hub_trouble
 from gsae_core.lm.catalog import FAMILIES, model_folder
 
 # Parts of keys that a wrapper around a model, or around part of it, leaves in them.
@@ -87,7 +87,6 @@ def _advice(
     return "save the model again with save_pretrained(), weights and config.json together"
 
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _LFS_POINTER = b"version https://git-lfs"
 # How transformers reports keys that do not fit.
@@ -130,8 +129,7 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
     import torch
 
     folder = model_folder(name)
-    is_hub_name = _HUB_NAME.fullmatch(name) and name[0] not in "./~"
-    if folder is None and (not is_hub_name or Path(name).exists()):
+    if folder is None and (not HUB_NAME.fullmatch(name) or Path(name).exists()):
         raise InputError(
             f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
             "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"

@@ -1,10 +1,10 @@
 """The first lines of a corpus as tokens, read without torch and within a time limit."""
 
 import json
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any, NamedTuple
 
 from gsae_core.config import DataConfig
@@ -12,6 +12,7 @@ from gsae_core.errors import InputError, hub_answers
 from gsae_core.lm.catalog import model_folder
 from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES, Part, Source, open_source
 from gsae_core.lm.texts import token_texts
+from gsae_core.machine import python
 
 LINES = 10
 LINE_TOKENS = 40
@@ -116,25 +117,15 @@ def preview_within(
     """
     asked = {"data": data.model_dump(mode="json"), "model": model, "revision": revision}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "gsae_core.lm.preview"],
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        done, answer = python("gsae_core.lm.preview", seconds=seconds, given=json.dumps(asked))
+    except TimeoutExpired:
         raise InputError(
             f"expected the first lines of {data.source} as tokens of {model} within {seconds:g} s, "
             "got none; what comes from the Hub needs the network. Training has no such limit"
         ) from None
-    answer = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-    if not answer:
-        last = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
-        raise InputError(f"expected the first lines of {data.source}, got a failure: {last}")
-    fields = json.loads(answer[0])
+    if not done:
+        raise InputError(f"expected the first lines of {data.source}, got a failure: {answer}")
+    fields = json.loads(answer)
     if "error" in fields:
         raise InputError(fields["error"])
     return Preview(**fields)

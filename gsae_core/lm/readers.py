@@ -44,7 +44,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gsae_core.config import DataConfig
-from gsae_core.errors import InputError, data_sentence
+from gsae_core.errors import HUB_NAME, InputError, data_sentence
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,6 @@ TOKEN_SUFFIXES = {".bin", ".npy"}
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
 Kind = Literal["table", "tokens", "text", "other"]
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-
 # In the stamp of tables, since a column is chosen by more than one row: tokens that were kept of
 # another choice are not these.
 READ_ANEW = "2"
@@ -107,7 +105,8 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
         return _files(cfg, *_files_to_read(path, cfg.split), vocabulary)
     # A path that ends like a file is a mistake, not the name of a data set.
     suffixes = TABLE_SUFFIXES | TOKEN_SUFFIXES | {".txt", ".md", ".py", *PACKED}
-    if not HUB_NAME.fullmatch(cfg.source) or path.suffix.lower() in suffixes:
+    is_hub_name = re.fullmatch(rf"{HUB_NAME.pattern}(:[\w.-]+)?", cfg.source)
+    if not is_hub_name or path.suffix.lower() in suffixes:
         raise InputError(
             "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
             f"nothing at {cfg.source}: check the path"

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.config import SAESpec
-from gsae_core.errors import InputError, hub_answers
+from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import sha256
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 WEIGHTS = "sae_weights.safetensors"
 SENT = ("cfg.json", WEIGHTS, "feature_stats.safetensors", "norm_deciles.json")
 OF_RUN = ("config.json", "evals.json")
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Parcel(NamedTuple):
@@ -75,7 +72,8 @@ def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> 
 
 def check_repo(repo: str) -> str:
     """Return a repository's name if one can be made under it."""
-    if not _REPO.fullmatch(repo) or len(repo) > 96 or "--" in repo or ".." in repo:
+    is_name = HUB_NAME.fullmatch(repo) and "/" in repo
+    if not is_name or len(repo) > 96 or "--" in repo or ".." in repo:
         raise InputError(
             f"expected a repository to push to as OWNER/NAME, got {repo[:200]!r}; the owner is "
             "your name on the Hub or an organisation of yours"
@@ -175,7 +173,7 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     norm = run.sae_cfg(saes[0].name).get("normalize_activations")
     has_gated = any(spec.architecture == "gated" for spec in config.saes)
     # A name on the Hub alone: a folder of this machine is private.
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.name)
+    on_hub = HUB_NAME.fullmatch(config.model.name) and "/" in config.model.name
     front_matter = ModelCardData(
         library_name="saelens",
         tags=["sparse-autoencoder", *(["gated-sae"] if has_gated else [])],
