@@ -18,7 +18,6 @@ from gsae_core.sae.sparse.codes import (
     chunk_rows,
     encode_sparse,
     largest_products,
-    weighted_sums,
 )
 
 
@@ -76,15 +75,6 @@ def test_transpose_of_a_wide_dictionary_keeps_latents_beyond_sixteen_bits() -> N
     entries = by_latent(codes, 50_000)
     assert entries.row.tolist() == [0, 1, 0]
     assert entries.offsets[2**15 : 2**15 + 2].tolist() == [1, 2]
-
-
-def test_weighted_sums_by_hand() -> None:
-    pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    # Bag 0: 2 * row 0 + 3 * row 2 = (5, 3); bag 1 is empty; bag 2: -1 * row 1 = (0, -1).
-    sums = weighted_sums(
-        pool, torch.tensor([0, 2, 1]), torch.tensor([2.0, 3.0, -1.0]), torch.tensor([0, 2, 2, 3])
-    )
-    assert sums.tolist() == [[5.0, 3.0], [0.0, 0.0], [0.0, -1.0]]
 
 
 KINDS: dict[str, Callable[[int, int], SAE]] = {

@@ -11,16 +11,16 @@ from examples import numbers
 from refusals import refusal
 from torch import Tensor
 
+from gsae_core.analysis.fidelity import Decile, NormDeciles
 from gsae_core.files import write_json
 from gsae_core.runs.run import Run
-from gsae_core.sae.metrics import Decile, NormDeciles
 
 
 def measured(x: Tensor, x_hat: Tensor, *cuts: int) -> list[Decile]:
     found, edges = NormDeciles(), [0, *cuts, len(x)]
     for start, end in pairwise(edges):
         found.add(x=x[start:end], x_hat=x_hat[start:end])
-    assert found.n_tokens == int((x.norm(dim=1) > 0).sum())
+    assert int(found.sums[0].sum()) == int((x.norm(dim=1) > 0).sum())
     return found.deciles()
 
 

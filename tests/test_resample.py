@@ -81,7 +81,6 @@ def test_a_latent_is_dead_when_the_whole_window_passed_without_it() -> None:
     counter = DeadLatentCounter(ReluSAE(2, 4), window=5)
     counter.since_fired.copy_(torch.tensor([0, 5, 4, 6]))
     assert counter.mask.tolist() == [False, True, False, True]
-    assert counter.max_steps_since_fired == 6
 
 
 def test_losses_are_squared_errors_of_each_input() -> None:

@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1860,
-    "sae": 3370,
+    "sae": 3170,
     "lm": 3570,
-    "training": 1020,
+    "training": 980,
     "checkpoints": 2680,
-    "analysis": 4680,
+    "analysis": 4760,
     "plots": 1350,
     "runs": 3440,
     "cli": 1470,

@@ -144,6 +144,6 @@ class _Decile(BaseModel):
 
 
 class NormDeciles(BaseModel):
-    """norm_deciles.json: tenths of the tokens by |x|, shortest first; see `sae.metrics.Decile`."""
+    """norm_deciles.json: tenths of the tokens by |x|, shortest first; see `fidelity.Decile`."""
 
     deciles: list[_Decile]

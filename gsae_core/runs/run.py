@@ -222,7 +222,7 @@ class Run(Job):
     def norm_deciles(self, name: str) -> "pd.DataFrame":
         """Return one row per tenth of the held-out tokens by |x|, shortest first.
 
-        Columns: `decile` (1 to 10), and those of `sae.metrics.Decile`.
+        Columns: `decile` (1 to 10), and those of `analysis.fidelity.Decile`.
         """
         import pandas as pd
 

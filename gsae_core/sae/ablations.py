@@ -17,11 +17,11 @@ from gsae_core.sae.losses import forward
 
 @torch.no_grad()
 def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor, "batch d_sae"]:
-    """Return alpha >= 0 with few entries and a small |x - sae.decode(alpha)|^2.
+    """Return alpha >= 0 with at most `k` entries a token and a small |x - sae.decode(alpha)|^2.
 
     Gradient pursuit (Blumensath & Davies 2008) kept non-negative, as arXiv:2404.16014v2,
-    Appendix A. Each of `k` rounds takes one direction more and then one step, of the length that
-    minimises the error, down the gradient over all directions taken so far:
+    Appendix A. Each of `k` rounds takes one direction more, perhaps one taken before, and then one
+    step, of the length that minimises the error, down the gradient over all taken so far:
 
         r     = x - b_dec - alpha @ W_dec
         S     = S + argmax_i d_i . r               the largest signed product
@@ -29,13 +29,8 @@ def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor
         c     = g @ W_dec
         alpha = relu(alpha + (c . r) / (c . c) * g)
 
-    A round may take a direction again, or leave one at 0, so that alpha has at most `k` entries a
-    token. Rounds cost three matrix products each, and a few matrices of shape (batch, d_sae) exist
-    at once. Directions compete by their unit vectors: what is decoded does not depend on their
-    norms, and a row of zeros is never used. Of an SAE with `input_norm`, alpha decodes to u_hat.
-
-    Raises:
-        InputError: if `k` is not 1 to d_sae, or the last axis of `x` is not `d_in`.
+    Directions compete by their unit vectors: what is decoded does not depend on their norms, and a
+    row of zeros is never used. Of an SAE with `input_norm`, alpha decodes to u_hat.
     """
     sae.check_width(x)
     if not 1 <= k <= sae.d_sae:
@@ -64,8 +59,7 @@ def pursue(sae: SAE, x: Float[Tensor, "batch width"], *, k: int) -> Float[Tensor
     return alpha / norms
 
 
-LEARNS = ("b_mag", "r_mag")
-"""The only parameters of a rescaled baseline that are not frozen."""
+LEARNS = ("b_mag", "r_mag")  # All others of a rescaled baseline are frozen.
 
 
 @torch.no_grad()
@@ -77,9 +71,6 @@ def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
 
     Latents and reconstructions start as the baseline's, bit for bit, and L0 can fall and never
     rise. The paper's comparison (section 5.2) takes a baseline as wide as the Gated SAE.
-
-    Raises:
-        InputError: if it normalises every token.
     """
     baseline.check_trains()
     # Nothing trains the gate, so an auxiliary term would be work without an effect.
@@ -99,17 +90,9 @@ def rescale_and_shift(baseline: ReluSAE) -> GatedSAE:
 def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Scalar:
     """Leave the gradients of |x - x_hat|^2 in `.grad`, fresh, and return that loss without a graph.
 
-        adam = torch.optim.Adam(p for p in sae.parameters() if p.requires_grad)
-        for x in batches:
-            rescale_step(sae, x)
-            adam.step()
-
-    `sae` comes from `rescale_and_shift`, and `x` is in the units the baseline was trained in. No
-    sparsity term is needed: the frozen gate decides what is active.
-
-    Raises:
-        InputError: if other parameters than `r_mag` and `b_mag` learn, or the last axis of `x` is
-            not `d_in`.
+    `sae` comes from `rescale_and_shift`, and `x` is in the units the baseline was trained in. Adam
+    over the parameters that require a gradient takes the step. No sparsity term is needed: the
+    frozen gate decides what is active.
     """
     learning = sorted(name for name, p in sae.named_parameters() if p.requires_grad)
     if learning != list(LEARNS):

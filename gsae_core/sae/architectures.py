@@ -34,15 +34,15 @@ class PreActivations(NamedTuple):
 
 
 class GatedSAE(SAE):
-    """Dictionary whose encoder decides *which* latents fire apart from *how much*.
+    """Dictionary whose encoder decides which latents fire apart from how much.
 
         pi_gate = (x - b_dec) @ W_gate + b_gate
         pi_mag  = (x - b_dec) @ (W_gate * exp(r_mag)) + b_mag
         f       = 1[pi_gate > 0] * relu(pi_mag)
         x_hat   = f @ W_dec + b_dec
 
-    Rajamanoharan et al. 2024 (arXiv:2404.16014v2), Eq. 6-7. Weights multiply from the right, as in
-    the paper's pseudo-code; its text writes them transposed.
+    Rajamanoharan et al. 2024 (arXiv:2404.16014v2), Eq. 6-7, with weights from the right, as in its
+    pseudo-code.
 
     Args:
         recipe: `P`, `A` or `B`, see `base.RECIPES`.
@@ -106,9 +106,6 @@ class GatedSAE(SAE):
 
         theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, which leaves
         out the maximum). At theta = 0 the gate never binds: a plain ReLU latent.
-
-        Raises:
-            InputError: if the paths are untied, for then no JumpReLU SAE computes the same.
         """
         if self.W_mag is not None:
             raise InputError(
@@ -140,11 +137,7 @@ class ReluSAE(SinglePathSAE):
 
 
 def build_sae(spec: SAESpec, d_in: int) -> SAE:
-    """Return a new SAE as a run's config describes it, by the settings its architecture has.
-
-    Raises:
-        InputError: if the recipe is unsound for the architecture.
-    """
+    """Return a new SAE as a run's config describes it, by the settings its architecture has."""
     names = ["d_sae", "recipe", "seed"]
     match spec.architecture:
         case "gated":
@@ -165,9 +158,6 @@ def fold_scale_(sae: SAE, scale: float) -> None:
     With y = s x, the encoder's products are (y - b_dec) @ W = s (x - b_dec / s) @ W. Dividing every
     bias and threshold by s therefore divides pre-activations, latents and x_hat by s and leaves
     each gate and the order of the latents as they are.
-
-    Raises:
-        InputError: if `scale` is not a positive number, or the SAE normalises every token.
     """
     sae.check_trains()
     if not (math.isfinite(scale) and scale > 0):
@@ -181,7 +171,6 @@ def fold_scale_(sae: SAE, scale: float) -> None:
 
 
 BuiltinSAE = GatedSAE | ReluSAE | JumpReluSAE | TopKSAE
-"""Those whose steps are written out for caches and kernels."""
 
 
 def has_fast_step(sae: nn.Module) -> bool:

@@ -55,10 +55,7 @@ RECIPES: dict[Recipe, Objective] = {
 def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
     """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
 
-    Only a Gated SAE has a gate and so an auxiliary reconstruction from it (Eq. 4).
-
-    Raises:
-        InputError: for combinations in which norms can run away.
+    Raises InputError for combinations in which norms can run away.
     """
     if architecture == "relu" and recipe == "B":
         raise InputError(
@@ -164,9 +161,6 @@ class SAE(nn.Module, ABC):
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
 
         Of an SAE with `input_norm` this reconstructs u; `normalised(x).undo` turns it into x_hat.
-
-        Raises:
-            InputError: if the last axis of `f` is not `d_sae`.
         """
         if f.shape[-1] != self.d_sae:
             raise InputError(
@@ -206,7 +200,7 @@ class SAE(nn.Module, ABC):
             )
 
     def check_trains(self) -> None:
-        """Raise InputError if this SAE can be used and not trained."""
+        """Raise InputError if this SAE normalises every token: it can be used, not trained."""
         if self.input_norm is not None:
             raise InputError(
                 f"expected an SAE that learns from activations as they are, got one that "
@@ -231,13 +225,12 @@ class SinglePathSAE(SAE):
 
 
 def transposed(W_dec: Dictionary) -> Encoder:
-    """Return what an encoder starts from: its decoder transposed, in memory of its own."""
-    # A clone, always: where an axis is 1, .T.contiguous() would share memory with the dictionary.
+    """Return a decoder transposed, in memory of its own: what its encoder starts from."""
+    # Where an axis is 1, .T.contiguous() would share memory with the dictionary.
     return W_dec.detach().T.clone(memory_format=torch.contiguous_format)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise InputError if `value` is none of the choices."""
     if value not in choices:
         raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
 

@@ -1,8 +1,8 @@
 """JumpReLU SAEs: a threshold learnt for each latent, and a penalty on how many latents fire.
 
 Rajamanoharan et al. 2024 (arXiv:2407.14435), section 3. Neither the threshold's effect on a latent
-nor the number of latents has a useful derivative, so both get a pseudo-derivative in the backward
-pass: kernel density estimates of the gradient of the *expected* loss, with a rectangle for kernel.
+nor the number of latents has a useful derivative; both get a pseudo-derivative, a kernel density
+estimate of the gradient of the expected loss, with a rectangle for kernel.
 """
 
 import math
@@ -36,14 +36,10 @@ class JumpReluSAE(SinglePathSAE):
     parameter: the optimiser sets it to 0 where a step took it below, and it is float32 where the
     SAE is made of shorter numbers.
 
-    Args:
-        init_threshold: theta of every latent at the start and after a revival, as a multiple of
-            `threshold_unit`.
-        bandwidth: width of the window around theta in which a pre-activation moves theta, likewise.
-        threshold_unit: the length those two are multiples of, and by which Adam's steps of theta
-            are multiplied; None lets training measure it, sqrt(E|x|^2) of the first batch, and
-            counts as 1 until then.
-        recipe: `P`, the only one: its penalty does not weigh latents by anything.
+    `init_threshold` (theta at the start and after a revival) and `bandwidth` (of the window around
+    theta in which z moves theta) are multiples of `threshold_unit`, by which Adam's steps of theta
+    are multiplied too. None lets training measure it, sqrt(E|x|^2) of the first batch, and counts
+    as 1 until then. `P` is the only recipe: the penalty weighs no latent by anything.
     """
 
     architecture = "jumprelu"
@@ -70,11 +66,8 @@ class JumpReluSAE(SinglePathSAE):
     @property
     def settings(self) -> dict[str, Any]:
         """What its thresholds learn with, as the constructor takes it."""
-        return {
-            "init_threshold": self.init_threshold,
-            "bandwidth": self.bandwidth,
-            "threshold_unit": self.threshold_unit,
-        }
+        names = ("init_threshold", "bandwidth", "threshold_unit")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def start(self) -> float:
@@ -146,7 +139,7 @@ def in_window(z: Latents, theta: PerLatent, bandwidth: float) -> Bool[Tensor, "*
 
 
 class _AtThreshold(torch.autograd.Function):
-    """H(z - theta), times z if `whole`, with the pseudo-derivatives of `step` and `jump`."""
+    """H(z - theta), times z if `whole`."""
 
     @staticmethod
     def forward(ctx, z, theta, bandwidth, whole):

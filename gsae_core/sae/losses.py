@@ -100,7 +100,7 @@ def relu_loss(sae: ReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
 def jumprelu_loss(sae: JumpReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
     """Return the terms of arXiv:2407.14435, section 3: |x - x_hat|^2 + lambda |f|_0.
 
-    The second moves thresholds alone; both move them by the pseudo-derivatives of `jump`, `step`.
+    The second moves thresholds alone.
     """
     z, theta, eps = sae.pre_activations(x), sae.threshold, sae.eps
     f = jump(z, theta, eps)
@@ -135,16 +135,10 @@ def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
 
 
 def forward(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> Forward:
-    """Return the loss of this SAE's architecture and recipe.
+    """Return the loss of this SAE's architecture and recipe; `x` is in the units it trains in.
 
-    Args:
-        sae: of any architecture.
-        x: activations, in the units the SAE trains in.
-        sparsity_coeff: lambda, against squared error summed over d_in; a TopK SAE has none.
-        dead: latents that have not fired for long, for a TopK SAE's auxiliary loss alone.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`, or the SAE normalises every token.
+    `sparsity_coeff` is lambda, against squared error summed over d_in; a TopK SAE has none. `dead`
+    are latents that have not fired for long, for a TopK SAE's auxiliary loss alone.
     """
     sae.check_trains()
     match sae:
@@ -160,10 +154,7 @@ def forward(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = N
 
 
 def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None) -> StepResult:
-    """Leave the gradients of the loss in `.grad`, fresh, and return its terms and statistics.
-
-    Returned tensors carry no graph. Arguments and errors are those of `forward`.
-    """
+    """Leave the gradients of `forward`'s loss in `.grad`, fresh; return results without a graph."""
     sae.zero_grad(set_to_none=True)
     out = forward(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     out.loss.total.backward()
@@ -179,7 +170,6 @@ def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = 
 
 
 def squared_error(x: Inputs, x_hat: Inputs) -> Scalar:
-    """Return |x - x_hat|^2, summed over d_in and averaged over tokens."""
     return (x - x_hat).square().sum(-1).mean()
 
 

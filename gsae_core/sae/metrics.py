@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -129,19 +128,15 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class Metrics:
     """Running sums over batches, and the numbers they give.
 
-    No number is an average of per-batch ratios, so none depends on how tokens fell into batches. A
-    ratio with nothing beneath it is NaN. Reading a number waits for the device; adding does not.
+    No number depends on how tokens fell into batches. A ratio with nothing beneath it is NaN.
+    Reading a number waits for the device; adding does not.
     """
 
     def __init__(self, sums: BatchStats | None = None) -> None:
         self.sums = sums
 
     def add(self, stats: BatchStats) -> None:
-        """Add a batch, or the sums of another part of the same set.
-
-        Raises:
-            InputError: if it lacks sums that the earlier ones have, or has others.
-        """
+        """Add a batch, or the sums of another part of the same set."""
         if self.sums is None:
             self.sums = stats
             return
@@ -228,7 +223,6 @@ class Metrics:
         return self._per_latent("latent_power", 0 if aligned is None else aligned.cpu().double())
 
     def _ratio(self, above: str, below: str) -> float:
-        """Return one sum over another; NaN where it was not gathered or nothing is below."""
         over, under = getattr(self.sums, above, None), getattr(self.sums, below, None)
         if over is None or under is None or float(under) == 0:
             return math.nan
@@ -237,85 +231,8 @@ class Metrics:
     def _per_latent(
         self, field: str, below: int | Float64[Tensor, " d_sae"]
     ) -> Float64[Tensor, " d_sae"]:
-        """Return each latent's sum over `below`; NaN where not gathered or nothing is below."""
         sums = getattr(self.sums, field, None)
         if sums is None:
             return torch.full_like(self.firings, math.nan, dtype=torch.float64)
         below = torch.as_tensor(below, dtype=torch.float64)
         return torch.where(below == 0, math.nan, sums.cpu().double() / below)
-
-
-# Bins of |x|, 0.27 % wide, from 2^-32 to 2^32; what lies beyond is counted in the last ones.
-BINS_PER_OCTAVE, OCTAVES = 256, 32
-N_BINS = 2 * OCTAVES * BINS_PER_OCTAVE
-N_DECILES = 10
-
-
-class Decile(NamedTuple):
-    """A tenth of the tokens, by |x|."""
-
-    norm: float
-    """|x|, averaged over tokens."""
-    ratio: float
-    """|x_hat| / |x|, averaged over tokens.
-
-    A reconstruction that leaves something out is shorter than its activation even where nothing
-    shrinks it, so below 1 is no fault by itself; gamma of the same tokens tells shrinkage."""
-    gamma: float
-    """Relative reconstruction bias: sum |x_hat|^2 / sum x . x_hat, Eq. 10."""
-
-
-class NormDeciles:
-    """Running sums in fine bins of |x|, and the ten tenths they are cut into in the end.
-
-    They take 0.7 MB an SAE for any number of tokens, and do not depend on how those fell into
-    batches. An edge between two tenths that falls inside a bin splits its sums in proportion, so
-    that every tenth has the same number of tokens; exact but for the order within 0.27 % of length.
-    """
-
-    def __init__(self) -> None:
-        self._sums = torch.zeros(5, N_BINS, dtype=torch.float64)
-
-    @torch.no_grad()
-    def add(self, *, x: Rows, x_hat: Rows) -> None:
-        """Add a batch; tokens with x = 0, which have no ratio, are left out."""
-        dtype = sum_dtype(x.device)
-        # One number a token leaves the device; the bins are summed on the CPU, in order.
-        norm, norm_hat, dot = (
-            numbers.cpu().double()
-            for numbers in (
-                torch.linalg.vector_norm(x, dim=1, dtype=dtype),
-                torch.linalg.vector_norm(x_hat, dim=1, dtype=dtype),
-                (x * x_hat).sum(1, dtype=dtype),
-            )
-        )
-        there = norm > 0
-        norm, norm_hat, dot = norm[there], norm_hat[there], dot[there]
-        bins = ((norm.log2() + OCTAVES) * BINS_PER_OCTAVE).long().clamp(0, N_BINS - 1)
-        columns = (torch.ones_like(norm), norm, norm_hat / norm, norm_hat.square(), dot)
-        for total, weights in zip(self._sums, columns, strict=True):
-            total += torch.bincount(bins, weights=weights, minlength=N_BINS)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens measured."""
-        return int(self._sums[0].sum())
-
-    def deciles(self) -> list[Decile]:
-        """Return the ten tenths, shortest activations first; none if no token was measured."""
-        sums = self._sums.numpy()
-        counts, *columns = sums[:, sums[0] > 0]
-        if not len(counts):
-            return []
-        seen = np.concatenate([[0.0], np.cumsum(counts)])
-        edges = np.linspace(0.0, seen[-1], N_DECILES + 1)
-
-        def tenths(column: Float64[np.ndarray, " bins"]) -> list[float]:
-            total = np.concatenate([[0.0], np.cumsum(column)])
-            return np.diff(np.interp(edges, seen, total)).tolist()
-
-        tokens = float(seen[-1]) / N_DECILES
-        return [
-            Decile(norm / tokens, ratio / tokens, power / dot if dot else math.nan)
-            for norm, ratio, power, dot in zip(*map(tenths, columns), strict=True)
-        ]

@@ -1,8 +1,7 @@
 """Dead latents: count them, start them again from badly reconstructed inputs, reset their moments.
 
-The recipe is Bricken et al. 2023 (neuron resampling), which arXiv:2404.16014v2, D.1.1 follows. The
-paper leaves open `b_gate`, `b_mag` and `r_mag`; here all three become 0, so that theta = 0 and a
-latent starts again as the plain ReLU latent it first was.
+Neuron resampling of Bricken et al. 2023, which arXiv:2404.16014v2, D.1.1 follows. The paper leaves
+open `b_gate`, `b_mag` and `r_mag`; all become 0, so that a latent is a plain ReLU latent again.
 """
 
 from typing import Any, NamedTuple
@@ -61,8 +60,7 @@ def resample_(
 
     Inputs, in the units the SAE trains in, are drawn without replacement (twins would have the same
     gradients for ever), so where dead latents outnumber inputs with any loss, the last ones wait
-    for the next time. Other latents and `b_dec` keep their bits. Equal arguments give an equal
-    result.
+    for the next time. Other latents and `b_dec` keep their bits.
     """
     inputs = draw(input_losses(sae, pool), n=len(dead), seed=seed).to(pool.device)
     latents = dead[: len(inputs)]
@@ -97,7 +95,7 @@ def resample_(
 def input_losses(sae: SAE, pool: Rows) -> Float[Tensor, " pool"]:
     """Return |x - x_hat|^2 of each input; 0 for an input equal to `b_dec`, which has no direction.
 
-    Without the L1 term, which is largest where many latents already fire.
+    An L1 term would be largest where many latents already fire.
     """
     rows = max(1, CHUNK_ENTRIES // sae.d_sae)
     losses = torch.cat([(x - sae(x)).square().sum(1) for x in pool.split(rows)])
@@ -121,7 +119,7 @@ class DeadCounts(NamedTuple):
     """Latents that did not fire within the window, by what kept them from it."""
 
     gate: Count
-    """The gate never opened (a ReLU SAE's encoder counts as its gate)."""
+    """It never opened (a ReLU SAE's encoder counts as its gate)."""
     magnitude: Count
     """The gate opened, onto a magnitude of zero every time."""
 
@@ -143,31 +141,22 @@ class DeadLatentCounter:
         self.since_open.add_(1).masked_fill_(stats.opened > 0, 0)
 
     def restart(self, latents: Int64[Tensor, " resampled"]) -> None:
-        """Give latents a whole window again."""
         self.since_fired[latents] = 0
         self.since_open[latents] = 0
 
     @property
-    def max_steps_since_fired(self) -> Int32[Tensor, ""]:
-        return self.since_fired.max()
-
-    @property
     def mask(self) -> Mask:
-        """Which latents did not fire within the window."""
         return self.since_fired >= self._window
 
     @property
     def counts(self) -> DeadCounts:
-        """How many latents are dead, by cause."""
         shut = self.since_open >= self._window
         return DeadCounts(gate=shut.sum(), magnitude=(self.mask & ~shut).sum())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies, on the CPU."""
         names = ("since_fired", "since_open")
         return {name: getattr(self, name).to("cpu", copy=True) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; other keys are left alone."""
         self.since_fired.copy_(state["since_fired"])
         self.since_open.copy_(state["since_open"])

@@ -1,9 +1,8 @@
 """One SAE in training: its step and the way to compute it, its optimizer, why it stopped.
 
 A step has two phases. `launch` gives the device all that the gradients take and waits for nothing.
-`finish` reads five numbers about them, and only then do the weights move. Launch the step of every
-SAE of a sweep before any is finished: a GPU then computes the others' gradients while one's numbers
-are read. Every step that was launched is finished before the next.
+`finish` reads five numbers about them, and only then do the weights move. Where every SAE of a
+sweep is launched first, a GPU computes the others' gradients while one's numbers are read.
 """
 
 import logging
@@ -135,8 +134,7 @@ class Launched(NamedTuple):
 class Learner:
     """One SAE and everything its next step depends on, the batch left out.
 
-    `lr` is its peak learning rate and `sparsity` its final lambda; `stopped` says why and when it
-    stopped, None while it learns.
+    `lr` is its peak learning rate and `sparsity` its final lambda.
     """
 
     def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
@@ -196,13 +194,13 @@ class Learner:
         )
 
     def _launched(self, result: StepResult) -> Launched:
-        """Start sending the numbers of a step, whose gradients are in `.grad`, to the CPU."""
+        """Start sending the numbers of a step to the CPU."""
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
         total, norm = result.loss.total, torch.nn.utils.get_total_norm(gradients)
         overflowed = result.overflowed
         if overflowed is None:
             overflowed = torch.zeros_like(result.n_entries)
-        values = (total, norm, result.n_entries, overflowed, self._dead.max_steps_since_fired)
+        values = (total, norm, result.n_entries, overflowed, self._dead.since_fired.max())
         # float32 counts exactly only up to 2^24.
         numbers = torch.stack([value.to(sum_dtype(total.device)) for value in values])
         if not numbers.is_cuda:
@@ -317,8 +315,7 @@ class Stepper:
     ) -> StepResult:
         """Leave gradients in `.grad`, on a GPU without waiting for them.
 
-        `density` is the share of open gates in the last step, None before there is one; `dead` says
-        which latents a TopK SAE is to bring back.
+        `density` is the share of open gates in the last step, None before there is one.
         """
         sae = self._sae
         if density is None and isinstance(sae, TopKSAE):

@@ -171,7 +171,7 @@ class DictionaryAdam:
             W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
     def _step_on_sphere(self, lr: float) -> None:
-        """Project the gradient of `W_dec`, take its Adam step and renormalise, row by row."""
+        """Take the step of `W_dec` by `adam_on_sphere`."""
         W_dec, beta1, beta2 = self._sae.W_dec, *self._adam.param_groups[0]["betas"]
         state = self._adam.state[W_dec]
         if not state:
@@ -198,11 +198,7 @@ class DictionaryAdam:
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over moments saved by `state_dict`; what was here before is gone.
-
-        Raises:
-            InputError: if names or shapes are not those of this SAE; nothing has changed then.
-        """
+        """Take over moments saved by `state_dict`; nothing has changed after an InputError."""
         for name, moments in state.items():
             if name not in self._named:
                 raise InputError(

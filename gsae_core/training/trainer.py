@@ -36,15 +36,11 @@ class StepReport(NamedTuple):
 
 
 class Trainer:
-    """SAEs of any architectures and widths, with their optimisers, on one stream.
+    """SAEs of any architectures and of one `d_in`, with their optimisers, on one stream.
 
     Each learns in place, as it would alone: nothing passes between them. In `cfg`, `sparsity` and
     `lrs` hold one number for all, or one for each. `measure` is without effect: an earlier version
     timed its ways of computing a step.
-
-    Raises:
-        InputError: if there is no SAE, one is given twice or normalises every token, their `d_in`
-            differ, `sparsity` or `lrs` fit neither way, or `n_tokens` is less than a batch.
     """
 
     def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
@@ -95,9 +91,6 @@ class Trainer:
 
         An SAE whose loss or gradients are not finite stops with its weights as the step before left
         them; the others go on.
-
-        Raises:
-            InputError: if `x` is of another shape than `(batch_size, d_in)`.
         """
         started = time.perf_counter()
         expected = (self.cfg.batch_size, self._learners[0].sae.d_in)
@@ -148,11 +141,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state saved by `state_dict`: the next steps have the same bits.
-
-        Raises:
-            InputError: if it is of other SAEs than these; nothing has changed then.
-        """
+        """Continue from a saved state to the same bits; nothing has changed after an InputError."""
         if len(state["saes"]) != len(self._learners):
             raise InputError(
                 f"expected a state of {len(self._learners)} SAEs, got one of {len(state['saes'])}; "
@@ -182,12 +171,8 @@ def train(
                 print(report.step, report.saes[0].l0)
 
     They learn only while the iterator is read. No more batches, of shape (batch_size, d_in), are
-    taken than there are steps. A `trainer` is made from the same `saes` and `cfg`, its state
-    loaded; `batches` then begin with the one after its last step.
-
-    Raises:
-        InputError: as `Trainer` does; if `trainer` is of other SAEs or another recipe; and, while
-            iterating, if a batch has the wrong shape or the batches run out.
+    taken than there are steps; InputError if they run out. A `trainer` is made from the same `saes`
+    and `cfg`, its state loaded; `batches` then begin with the one after its last step.
     """
     if trainer is None:
         trainer = Trainer(saes, cfg)

@@ -1,15 +1,8 @@
-"""The sparse step on a GPU: whether it can run, the launches of its kernels, and the step itself.
+"""The sparse step on a GPU: whether it can run, and the launches of its kernels.
 
-A step launches four kernels of its own (`kernels.py`), a JumpReLU SAE's one more for its
-thresholds; a TopK SAE's entries come from PyTorch's product and topk:
-
-    encode_tiles    pi_gate of a tile of rows x latents in registers; active entries are appended
-    place_entries   the same entries, by row and latent (CSR) and by latent and row (its transpose)
-    decode_rows     both reconstructions, errors, and <error, W_dec_i> at the entries
-    sum_latents     weight gradients and every per-latent sum, one program a latent
-
-Kernels find a tensor's numbers by its address, as if its rows followed each other: `launch` lets no
-other tensor through. What the caller owns is read through `rows_in_order`.
+A TopK SAE's entries come from PyTorch's product and topk. Kernels find a tensor's numbers by its
+address, as if its rows followed each other: `launch` lets no other tensor through. What the caller
+owns is read through `rows_in_order`.
 """
 
 import functools
@@ -54,16 +47,10 @@ def kernel_step(
 ) -> StepResult:
     """Return what `sparse_step` returns, unless entries overflow; never wait for the device.
 
-    Temporary memory: 36 bytes for each of `capacity`, two or three matrices of the shape of `x` and
-    two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of products.
-
-    `capacity` is how many gates may be open in the batch, and of a JumpReLU SAE how many latents
-    may be above or just below their thresholds; see `capacity_for`. A TopK SAE has as many entries
-    as it asks for. Other arguments are those of `dense_step`.
-
-    Raises:
-        InputError: if the kernels cannot run here or for this SAE, or an argument does not fit.
-        LaunchError: if a kernel does not compile or fit here; `.grad` means nothing then.
+    `capacity` is the room for entries; see `StepResult.n_entries`. A TopK SAE has as many as it
+    asks for. Temporary memory: 36 bytes for each of `capacity`, two or three matrices of the shape
+    of `x` and two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of
+    products. After a LaunchError `.grad` means nothing.
     """
     sae.check_width(x)
     sae.check_trains()
@@ -90,10 +77,9 @@ def kernel_step(
 
 
 def capacity_for(n_open: float) -> int:
-    """Return the room to give a step of which about `n_open` open gates are expected.
+    """Return the room for about `n_open` entries: a quarter more, up to a power of two.
 
-    A quarter more than expected, rounded up to a power of two: with few sizes the allocator hands
-    out the same buffers again.
+    With few sizes the allocator hands out the same buffers again.
     """
     return max(4096, power_of_two(int(1.25 * n_open) + 1))
 
@@ -134,7 +120,6 @@ def _device_refusal(device: torch.device) -> str | None:
 
 @functools.cache
 def _launch_refusal(device: torch.device) -> str | None:
-    """Return why not even a kernel of one line runs: no compiler, no headers, an old driver."""
     from gsae_core.sae.gpu.kernels import probe
 
     try:
@@ -173,16 +158,13 @@ def _sae_refusal(sae: nn.Module) -> str | None:
 
 
 class LaunchError(Exception):
-    """A kernel that cannot be compiled or does not fit into this GPU; the text is a sentence."""
+    """A kernel that cannot be compiled here, does not fit, or would misread its tensors."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch one of `kernels.py`, on so many programs along each axis.
 
-    Raises:
-        LaunchError: if the kernel cannot be compiled here, needs more than this GPU has, or would
-            read other numbers than those of its tensors. Any other error, such as running out of
-            memory, is raised as it is.
+    Errors other than a LaunchError, such as running out of memory, are raised as they are.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -215,11 +197,10 @@ class Kernels(Loops):
     """The Triton kernels; nothing here waits for the device.
 
     How many entries a batch has is known on the device alone, so buffers have the caller's
-    capacity. It is one number for the whole batch, because rows and tiles vary far more than their
-    sum does: a tile claims a stretch of the buffer with one atomic addition and leaves its counts
-    per row and per latent; prefix sums over those counts say where each entry belongs. That makes
-    the order exact for any order in which tiles finish, and costs no sort. A batch with more
-    entries than the capacity leaves empty sums and a flag.
+    capacity: one for the whole batch, because rows and tiles vary far more than their sum does. A
+    tile claims a stretch of the buffer with one atomic addition and leaves its counts per row and
+    latent; prefix sums over those say where each entry belongs, in whichever order tiles finish,
+    without a sort. A batch with more entries than the capacity leaves empty sums and a flag.
     """
 
     def __init__(self, *, capacity: int) -> None:

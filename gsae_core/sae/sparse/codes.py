@@ -64,7 +64,6 @@ class Products(NamedTuple):
 
 
 def chunk_rows(d_sae: int) -> int:
-    """Return how many rows to encode at a time."""
     return max(CHUNK_ROWS, CHUNK_ELEMENTS // d_sae)
 
 
@@ -73,8 +72,7 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
     """Return the entries of xc @ W above `above`, a threshold for each latent.
 
     `screened` looks by a bfloat16 product first, on a CPU, and computes again in float32 what may
-    be above: the same entries, up to the order of float32 sums. Of no effect in float64, for which
-    the rounding would be too coarse a screen.
+    be above: the same entries, up to the order of float32 sums. Of no effect in float64.
     """
     W, above = W.detach(), above.detach()
     if screened and xc.dtype == torch.float32:
@@ -148,7 +146,6 @@ class _Scratch:
             self.value = np.empty(self.h.numel(), W.detach().numpy().dtype)
 
     def pick(self, loop: Callable[..., int], h: Tensor, bounds: PerLatent, *rest: int) -> Products:
-        """Return what a loop picks of the products `h`."""
         offsets = np.zeros(len(h) + 1, np.int64)
         n = loop(h.numpy(), bounds.numpy(), *rest, self.latent, self.value, offsets[1:])
         return self.first(n, offsets)
@@ -178,7 +175,6 @@ def _in_chunks(
 
 
 def _joined(parts: Sequence[Products]) -> Products:
-    """Return the entries of consecutive chunks as those of one batch."""
     counts = torch.cat([part.row_offsets.diff() for part in parts])
     candidates = [part.n_candidates for part in parts if part.n_candidates is not None]
     return Products(
@@ -205,9 +201,6 @@ def encode_sparse(sae: SAE, x: Rows) -> SparseCodes:
 
     No more than `chunk_rows(d_sae)` rows of pre-activations exist at once on a core, but for the
     magnitudes of untied paths.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`.
     """
     sae.check_width(x)
     xc = sae.normalised(x).u - sae.b_dec
@@ -276,15 +269,3 @@ def by_latent(codes: SparseCodes, d_sae: int) -> ByLatent:
     entries = ByLatent(offsets, torch.empty_like(latent), torch.empty_like(latent))
     loops.sort_by_latent(*(each.numpy() for each in (codes.row_offsets, latent, *entries)))
     return entries
-
-
-def weighted_sums(
-    dense: Float[Tensor, "pool width"],
-    index: Int64[Tensor, " nnz"],
-    weight: PerEntry,
-    offsets: Int64[Tensor, " bags_and_end"],
-) -> Float[Tensor, "bags width"]:
-    """Return sparse @ dense: for each bag the sum of weight * dense[index] over its entries."""
-    return F.embedding_bag(
-        index, dense, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )

@@ -1,8 +1,7 @@
 """The gradients written out by hand, and the step of Gated and ReLU SAEs that many latents fire in.
 
-That step takes seven matrix products (one shared encoder, two decoders, two gradients at the
-latents, two at the weights; five without a gate) where autograd runs eight, and takes rows in
-blocks that stay in cache: neither latents nor their gradients ever exist for a whole batch.
+That step takes seven matrix products (five without a gate) where autograd runs eight, in blocks of
+rows that stay in cache: neither latents nor their gradients ever exist for a whole batch.
 """
 
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def gain(sae: BuiltinSAE) -> PerLatent | None:
 
 @torch.no_grad()
 def l1_term(sae: GatedSAE | ReluSAE, gate: PerLatent, l1_slope: float) -> Scalar:
-    """Return the L1 term from each latent's sum of relu(pi_gate); `l1_slope` is lambda / B."""
+    """Return the L1 term; `gate` sums relu(pi_gate), `l1_slope` is lambda / B."""
     weights = l1_weights(sae)
     return (gate.sum() if weights is None else torch.dot(gate, weights)) * l1_slope
 
@@ -112,7 +111,7 @@ def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> N
 def manual_dense_step(
     sae: GatedSAE | ReluSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None
 ) -> StepResult:
-    """Equal `dense_step` up to rounding; arguments and errors are those of `sparse_step`."""
+    """Do as `dense_step`, up to rounding."""
     check_by_hand(sae, x)
     gated = isinstance(sae, GatedSAE)
     l1_slope, slope = sparsity_coeff / len(x), gain(sae)
@@ -126,7 +125,7 @@ def manual_dense_step(
     error_sum = x.new_zeros(sae.d_in)
 
     def error_of(latents: Tensor, rows: slice, x_hat: Tensor) -> Tensor:
-        """Return 2 (x_hat - x) / B of these rows, and leave x_hat itself in `x_hat`."""
+        """Return 2 (x_hat - x) / B of these rows, with x_hat written to `x_hat`."""
         decoded = torch.addmm(sae.b_dec, latents, sae.W_dec)
         x_hat[rows] = decoded
         return decoded.sub_(x[rows]).mul_(2 / len(x))

@@ -18,9 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from gsae_core.sae.metrics import (
     AUX_ERROR_POWER,
@@ -86,8 +84,7 @@ def pick_above(h, above, latent, value, ends):
 def add_rows(first, last, latent, weight, W, total):
     """Add to `total`, (width,), weight[e] * W[latent[e]] of entries first to last - 1.
 
-    Four rows at a time: a sum is then read and written once for four products, and four rows are
-    fetched from memory together. Half the time of one by one.
+    Four rows at a time, so that a sum is read and written once for four products: half the time.
     """
     e = first
     while e + 4 <= last:
@@ -165,19 +162,13 @@ def dot_entries_with_both(first, last, latent, W, row, other, out, aux):
 def decode_rows(
     first, last, offsets, latent, m, g, W, b, x, scale, two, error, aux_error, dm, dg, sums
 ):
-    """Decode rows first to last - 1 from m and from g, and come back: both errors, both gradients.
+    """Decode rows first to last - 1 from m, and if `two` from g; write errors and gradients.
 
-    A row's directions are read twice while they are in cache; no x_hat is stored.
+        error = scale (m @ W + b - x)    aux_error the same of g, unless it has no rows
+        dm_i  = <error, W_i>             dg_i the same of aux_error
 
-    Args:
-        g: not read unless `two`.
-        scale: 2 / B.
-        two: whether there is a second reconstruction.
-        error: (rows, d_in), becomes scale (m @ W + b - x).
-        aux_error: the same of g, or (0, 0) where it is not to be kept.
-        dm: (nnz,), becomes <error, W_i>.
-        dg: (nnz,), becomes <aux error, W_i> if `two`.
-        sums: (rows, N_ROW_SUMS) in float64: the columns of `metrics.stats_from_rows`.
+    `sums`, float64, has the columns of `metrics.stats_from_rows`. A row's directions are read twice
+    while they are in cache; no x_hat is stored.
     """
     width, zero = x.shape[1], x.dtype.type(0)
     keep = aux_error.shape[0] > 0
@@ -350,19 +341,11 @@ def pick_largest(h, b, k, latent, value, ends):
     return n
 
 
-@intrinsic
-def _float32_of_bits(typing_context: Any, bits: Any) -> Any:
-    """Return the float32 with these bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
 @compiled
 def _bfloat16(bits):
-    return _float32_of_bits(np.uint32(bits) << np.uint32(16))  # pyright: ignore[reportCallIssue]
+    """Return the float32 that the bits of a bfloat16 stand for."""
+    # numba's shift of a uint32 is a uint64.
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @compiled
@@ -374,13 +357,10 @@ def _bits_of_bfloat16(bits):
 
 @compiled
 def round_columns(first, last, W, rows, row_bits, half, off, length):
-    """Write columns first to last - 1 of W, (d_in, d_sae), as rows, also rounded to bfloat16.
+    """Write columns first to last - 1 of W, (d_in, d_sae), as `rows`, and to `half` as bfloat16.
 
-    Args:
-        rows, row_bits: (d_sae, d_in), the columns; `row_bits` is the memory of `rows` as uint32.
-        half: (d_sae, d_in), the bits of their bfloat16 as uint16.
-        off: (d_sae,), becomes the norm of what rounding changed.
-        length: (d_sae,), becomes the norm of what it left.
+    `row_bits` is the memory of `rows` as uint32, `half` holds bits as uint16. Of each column `off`
+    becomes the norm of what rounding changed, and `length` that of what it left.
     """
     for start in range(first, last, TILE):
         stop = min(start + TILE, last)
@@ -408,10 +388,9 @@ def _may_exceed(bits, bound, above):
 
 @compiled
 def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, ends):
-    """Write where a bfloat16 h may stand for a number above `above`; return how many entries.
+    """Write where h, bits of bfloat16, may stand for a number above `above`; return how many.
 
-    `h` holds the bits of bfloat16 numbers as uint16, each off by at most row_slack[t] * slack[i] +
-    row_slack_2[t] * slack_2[i] + |h| / 256. `latent` has room as in `pick_above`.
+    Each h is off by at most row_slack[t] * slack[i] + row_slack_2[t] * slack_2[i] + |h| / 256.
     """
     n, whole = 0, h.shape[1] // BLOCK * BLOCK
     for t in range(h.shape[0]):

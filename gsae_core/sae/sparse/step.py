@@ -1,9 +1,8 @@
 """The losses and their exact gradients through SparseCodes: one matrix product where dense needs 8.
 
 f, relu(pi_gate) and the gradients at both pre-activations are zero wherever pi_gate <= 0, so after
-one dense product for the encoder all else costs O(active entries * d_in), and no matrix of
-batch x d_sae ever exists. A JumpReLU SAE's thresholds and a TopK SAE's ranks decide as gates do.
-Each architecture's step is written once, on top of the `Loops` of a CPU or `gpu.step.Kernels`.
+the encoder's product all else costs O(active entries * d_in), and no matrix of batch x d_sae ever
+exists. Each architecture's step is written once, on the `Loops` of a CPU or `gpu.step.Kernels`.
 """
 
 from typing import NamedTuple
@@ -76,11 +75,9 @@ class Decoded(NamedTuple):
     """What each row adds to the loss and the statistics: the columns of `stats_from_rows`."""
 
     def mean(self, column: int) -> Scalar:
-        """Return the batch's mean of one of the row sums, in the precision of the error."""
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
     def error_sum(self) -> Float[Tensor, " d_in"]:
-        """Return the batch's sum of the errors that the dictionary learns from."""
         total = self.error.sum(0)
         return total if self.aux_error is None else total + self.aux_error.sum(0)
 
@@ -193,7 +190,7 @@ class Loops:
         return per_latent(entries, slope * near), per_latent(entries, near).to(slope.dtype)
 
     def column_sums(self, x: Rows) -> Float64[Tensor, " d_in"]:
-        """Return the sum over the batch; in float64 torch needs five hundred times as long."""
+        # In float64 torch needs five hundred times as long.
         out = torch.zeros(x.shape[1], dtype=torch.float64)
         loops.sum_columns(numpy(x), out.numpy())
         return out
@@ -211,7 +208,7 @@ def per_latent(entries: ByLatent, value: PerEntry | Bool[Tensor, " nnz"]) -> Per
 def take_step(
     sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None, engine: Loops
 ) -> StepResult:
-    """Return `sparse_step`'s result by this engine, for a contiguous x; nothing is checked.
+    """Return `sparse_step`'s result by this engine, for a contiguous x.
 
     With df_i = <2e/B, W_dec_i> and e = x_hat - x, a threshold's gradient is, summed over the batch,
     -(theta df + lambda / B) / eps where |z - theta| < eps / 2. For all else see `StepSums`.
@@ -285,10 +282,9 @@ def weight_sums(
     add_to: Dictionary | None = None,
     columns: bool = False,
 ) -> Float[Tensor, "a b"]:
-    """Return each latent's sum over its entries of weight * dense[row], (d_sae, d_in).
+    """Return each latent's sum of weight * dense[row], (d_sae, d_in), or with `columns` transposed.
 
-    `weight` is in the order of the codes. The sum is added to `add_to` where that is given. With
-    `columns`, (d_in, d_sae) is returned: gradients lie as their parameters do.
+    `weight` is in the order of the codes. The sum is added to `add_to` where that is given.
     """
     d_sae, d_in = entries.offsets.numel() - 1, dense.shape[1]
     out = dense.new_empty((d_in, d_sae) if columns else (d_sae, d_in)) if add_to is None else add_to
@@ -307,13 +303,8 @@ def sparse_step(
 ) -> StepResult:
     """Do as `dense_step`, up to rounding, for every architecture and objective of tied paths.
 
-    The SAE is on the CPU, in float32 or float64. `screened` looks for entries by a bfloat16 product
-    first; of no effect in float64, and on a TopK SAE, whose latents have no threshold to be
-    screened against.
-
-    Raises:
-        InputError: if the last axis of `x` is not `d_in`, the SAE normalises every token, or its
-            paths are untied.
+    The SAE is on the CPU, in float32 or float64. For `screened` see `products_above`; of no effect
+    on a TopK SAE, whose latents have no threshold to be screened against.
     """
     check_by_hand(sae, x)
     assert isinstance(sae, BuiltinSAE)
