@@ -15,9 +15,8 @@ from tiny_runs import finish, outcome, tiny_config, write_text
 from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.lm.activation_cache import CachedActivations, fingerprint, open_cache
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest
+from gsae_core.lm.harvest import CachedActivations, Harvest, fingerprint, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.runs.plan.cost import cache_bytes
@@ -196,7 +195,7 @@ def test_its_size_is_told_before_it_is_filled(
 def test_a_disk_without_room_is_refused_before_anything_is_harvested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.activation_cache.free_bytes", lambda path: 479)
+    monkeypatch.setattr("gsae_core.lm.harvest.free_bytes", lambda path: 479)
     model, cache = cached(tmp_path)
     assert refusal(cache.fill) == (
         f"expected 480 bytes free on the disk of {tmp_path} for the activation cache, found 479 "
@@ -209,7 +208,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_harvested(
 def test_a_disk_that_gives_back_other_bytes_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gsae_core.lm.activation_cache._sha256", lambda x: str(id(x)))
+    monkeypatch.setattr("gsae_core.lm.harvest._sha256", lambda x: str(id(x)))
     with pytest.raises(InputError, match="expected to read back what was just written to"):
         cached(tmp_path).cache.fill()
 
@@ -292,7 +291,7 @@ def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
     assert folder(model) != folder(model, layer=1)
     before = folder(model)
     with monkeypatch.context() as patched:
-        patched.setattr("gsae_core.lm.activation_cache.default_rows", lambda *_: 1)
+        patched.setattr("gsae_core.lm.harvest.default_rows", lambda *_: 1)
         assert folder(model) != before
     with torch.no_grad():
         again.hf.transformer.h[0].ln_1.bias[3] += 1

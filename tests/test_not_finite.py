@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gsae_core.cli import main
 from gsae_core.config import DataConfig, ModelConfig, TrainRecipe
-from gsae_core.lm import activation_cache, stream
-from gsae_core.lm.activation_cache import CachedActivations
+from gsae_core.lm import harvest as harvesting
+from gsae_core.lm import stream
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, check_finite
+from gsae_core.lm.harvest import CachedActivations, Harvest, check_finite
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.runs.resume import load_state
 from gsae_core.runs.run import Run
@@ -117,15 +117,13 @@ def test_the_cache_writes_no_such_shard_and_reads_none(
     assert refusal(cached(text, Spoilt()).fill) == sentence(1, 8)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1  # the shard before it
     # As an earlier version left it.
-    monkeypatch.setattr(
-        activation_cache.CachedActivations, "_checked", lambda *_: torch.zeros(8, 2)
-    )
+    monkeypatch.setattr(CachedActivations, "_checked", lambda *_: torch.zeros(8, 2))
     good = sequences(2, (0, 11))
     cache = cached(good, Spoilt())
     (path,) = cache._paths
     x = torch.zeros(8, 2)
     x[3, 1] = math.nan
-    save_file({"x": x}, path, {"sha256": activation_cache._sha256(x)})
+    save_file({"x": x}, path, {"sha256": harvesting._sha256(x)})
     monkeypatch.undo()
     assert refusal(lambda: list(cached(good, Spoilt()).vectors(np.arange(2)))) == sentence(1, 8)
 

@@ -149,7 +149,7 @@ class PassLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._key: Hashable = None
-        self._setting: AbstractContextManager[None] = nullcontext()
+        self._setting = ExitStack()
         self._inside: set[int] = set()
 
     @contextmanager
@@ -166,9 +166,8 @@ class PassLock:
                 )
             self._changed.wait_for(lambda: self._key is None or self._key == key)
             if self._key is None:
-                entered = setting()
-                entered.__enter__()
-                self._key, self._setting = key, entered
+                self._setting.enter_context(setting())
+                self._key = key
             self._inside.add(me)
         try:
             yield
@@ -177,7 +176,7 @@ class PassLock:
                 self._inside.remove(me)
                 if not self._inside:
                     self._key = None
-                    self._setting.__exit__(None, None, None)
+                    self._setting.close()
                     self._changed.notify_all()
 
     @contextmanager
@@ -197,7 +196,6 @@ class LanguageModel:
     InputError wherever they are given.
 
     Attributes:
-        name: what it was loaded from.
         family: the Hugging Face `model_type`, e.g. `gpt2`.
         numerics: `raw`, the weights as published; or `compatibility`, a TransformerBridge whose
             weights TransformerLens has centred and folded, so that its residual stream is another.
@@ -489,8 +487,8 @@ def load_model(
         tokenizer: of a Hugging Face model given as an object.
 
     Raises:
-        InputError: if there is no such model, it is of no supported family, is not a causal LM, or
-            has no tokenizer.
+        InputError: if there is no such model, its family is not supported, its files are damaged,
+            its weights are another model's, or it has no tokenizer.
     """
     if isinstance(source, str):
         hf, tokenizer = open_model(source, revision=revision, device=device, dtype=dtype)

@@ -79,32 +79,30 @@ def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """Return a model's fast tokenizer."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
     from tokenizers import Tokenizer
 
-    folder = model_folder(model)
-    path = _from_hub(model, revision) if folder is None else folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(
-            f"expected a tokenizer.json beside the model to show its tokens, found none in {model}"
-        )
+    if (folder := model_folder(model)) is not None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                "expected a tokenizer.json beside the model to show its tokens, found none in "
+                f"{model}"
+            )
+    else:
+        with hub_answers(model, what="model", revision=revision):
+            try:
+                path = Path(hf_hub_download(model, "tokenizer.json", revision=revision))
+            except RemoteEntryNotFoundError:
+                raise InputError(
+                    f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
+                    "training may still work"
+                ) from None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"expected a tokenizer in {path}, got something else: {error}") from None
-
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    with hub_answers(model, what="model", revision=revision):
-        try:
-            return Path(hf_hub_download(model, "tokenizer.json", revision=revision))
-        except RemoteEntryNotFoundError:
-            raise InputError(
-                f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
-                "training may still work"
-            ) from None
 
 
 def preview_within(

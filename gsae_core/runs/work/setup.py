@@ -7,9 +7,8 @@ from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
-from gsae_core.lm.activation_cache import open_cache
 from gsae_core.lm.corpus import Corpus, load_corpus
-from gsae_core.lm.harvest import Harvest
+from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
