@@ -4,17 +4,15 @@ On a CPU the passes run one on each core: a pass whose products are spread over 
 every layer norm and softmax. Each pass has one thread to itself, however many there are, so the
 number of cores changes no bit.
 
-Activations on disk are harvested once and read by every later run of the same model, place and
-text:
+On disk, vectors are harvested once and read by every later run of the same model, place and text:
 
-    activations/<model and place>/about.json                    what they are, for those who tidy up
-                                  <tokens>.safetensors          a shard: x (n, d_in), SHA-256 of x
+    activations/<model and place>/about.json            what they are, for those who tidy up
+                                  <tokens>.safetensors  a shard: x (n, d_in), SHA-256 of x
 
 A shard holds the counted vectors of consecutive sequences and is named by a hash of their tokens:
-runs with another seed, another length of the same text or another config find it. It is written
-whole or not at all. The vectors are those of a harvest, bit for bit, wherever a sequence's
-activations do not depend on which others share its forward pass: a test holds this for the bundled
-model on a CPU; on a GPU the two may differ by rounding.
+runs with another seed, another length of the same text or another config find it. The vectors are
+those of a harvest, bit for bit, wherever a sequence's activations do not depend on which others
+share its forward pass: a test holds this on a CPU; on a GPU the two may differ by rounding.
 """
 
 import logging

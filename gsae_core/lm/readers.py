@@ -771,12 +771,12 @@ def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Pa
                 if "attention_mask" in row:
                     ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
                 yield Part(ids, ends=True)
-            elif _by_column([row])[column]:
-                template = BY_TEMPLATE if _kind_of([value]) == "chats" else ""
+            elif _held(value):
+                kind, words = _kind_of([value])
                 raise InputError(
-                    f"expected text or token ids in column {column!r} of {name}, got "
-                    f"{_described([value])}: name another column with --text-column, or write the "
-                    f"text out as one{template}"
+                    f"expected text or token ids in column {column!r} of {name}, got {words}: name "
+                    "another column with --text-column, or write the text out as one"
+                    f"{BY_TEMPLATE if kind == 'chats' else ''}"
                 )
 
 
@@ -791,7 +791,7 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
         if text_column not in columns:
             raise _no_column(f"a column {text_column!r}", name, columns)
         return text_column
-    kinds = {column: _kind_of(values) for column, values in columns.items()}
+    kinds = {column: _kind_of(values)[0] for column, values in columns.items()}
     for column in TOKEN_COLUMNS:
         if kinds.get(column) == "ids":
             return column
@@ -804,29 +804,33 @@ def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
     raise _no_column("a column of text", name, columns)
 
 
+def _held(value: Any) -> bool:
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+
+
 def _by_column(head: list[Row]) -> dict[str, list[Any]]:
     """Return what each column holds in the first rows, but for what is missing or empty."""
-
-    def held(value: Any) -> bool:
-        return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
-
     names = dict.fromkeys(chain(*head))
-    return {name: [row[name] for row in head if held(row.get(name))] for name in names}
+    return {name: [row[name] for row in head if _held(row.get(name))] for name in names}
 
 
-def _kind_of(values: list[Any]) -> str:
-    """Return `empty`, one of STRINGS, `ids`, `chats` or `other`."""
+def _kind_of(values: list[Any]) -> tuple[str, str]:
+    """Return `empty`, one of STRINGS, `ids`, `chats` or `other`, and the same in words."""
     if not values:
-        return "empty"
+        return "empty", "empty in the first rows"
+    first = values[0]
     if all(isinstance(value, str) for value in values):
-        if reads_like_text(values):
-            return "text"
-        return "JSON" if _is_json(values[0]) else "strings"
-    if _is_ids(values[0]):
-        return "ids"
-    turn = values[0][0] if isinstance(values[0], list) else values[0]
-    is_chat = isinstance(turn, dict) and any(keys <= turn.keys() for keys in TURNS)
-    return "chats" if is_chat else "other"
+        text = reads_like_text(values)
+        kind = "text" if text else "JSON" if _is_json(first) else "strings"
+        return kind, f"{kind} such as {_start(first)!r}"
+    if _is_ids(first):
+        return "ids", "lists of whole numbers"
+    is_list = isinstance(first, list | np.ndarray)
+    turn = first[0] if is_list else first
+    words = f"lists of {_plural(turn)}" if is_list else _plural(first)
+    if isinstance(turn, dict) and any(keys <= turn.keys() for keys in TURNS):
+        return "chats", f"chats: {words}" if is_list else words
+    return "other", words
 
 
 def reads_like_text(values: list[str]) -> bool:
@@ -852,32 +856,19 @@ def _is_ids(value: Any) -> bool:
 
 def _no_column(wanted: str, name: str, columns: dict[str, list[Any]]) -> InputError:
     """Return the sentence for a table without the wanted column; of those it has the first 12."""
-    found = [f"{_start(str(c))} ({_described(values)})" for c, values in columns.items()]
+    judged = {column: _kind_of(values) for column, values in columns.items()}
+    found = [f"{_start(str(column))} ({words})" for column, (_, words) in judged.items()]
     more = [f"{len(found) - 12} more"] if len(found) > 12 else []
     told = ", ".join(found[:12] + more) or "no columns"
-    kinds = {_kind_of(values) for values in columns.values()}
+    kinds = {kind for kind, _ in judged.values()}
+    advice = "none of these is a column of text; write the text out as one"
     if kinds & {"text", "ids"}:
         advice = "name one of these with --text-column"
     elif "chats" in kinds:
-        advice = f"none of these is a column of text; write the text out as one{BY_TEMPLATE}"
+        advice += BY_TEMPLATE
     elif kinds & {"empty", "strings"}:
         advice = "none of these reads like text; if one is, name it with --text-column"
-    else:
-        advice = "none of these is a column of text; write the text out as one"
     return InputError(f"expected {wanted} in {name}, found {told}: {advice}")
-
-
-def _described(values: list[Any]) -> str:
-    kind = _kind_of(values)
-    if kind == "empty":
-        return "empty in the first rows"
-    if kind in STRINGS:
-        return f"{kind} such as {_start(values[0])!r}"
-    if kind == "ids":
-        return "lists of whole numbers"
-    if isinstance(values[0], list | np.ndarray):
-        return f"{'chats: ' if kind == 'chats' else ''}lists of {_plural(values[0][0])}"
-    return _plural(values[0])
 
 
 def _start(text: str) -> str:
