@@ -1,13 +1,12 @@
 """Text or tokens from anywhere -> fixed-length token sequences, with a mask of what counts.
 
-What is counted: every position that holds neither BOS nor EOS nor padding (arXiv:2404.16014 says
-nothing of these; leaving them out of training and averages is Gemma Scope's way).
+Every position that holds neither BOS nor EOS nor padding is counted (arXiv:2404.16014 says nothing
+of these; leaving them out of training and averages is Gemma Scope's way).
 
 The split comes before anything else: by file for `stdlib`, else by sequence, evenly spread.
 
-Rows of token ids are kept in files that later runs find again and map into memory. A file is named
-by everything that decides its rows and by how far the source was read; it appears whole (written
-beside its place, then renamed), so runs that tokenise the same text at once do no harm.
+Rows are kept in files that later runs map into memory, named by everything that decides them and by
+how far the source was read. They appear whole, so runs may tokenise the same text at once.
 """
 
 import logging
@@ -152,12 +151,7 @@ def load_corpus(
             the held-out sequences up to there (of `stdlib`: as many in proportion, or 2^18 tokens).
             None reads all there is.
         n_held_out: counted held-out tokens wanted. Where there are fewer up to there, reading goes
-            on, and takes of what follows only sequences that the split holds out. Fewer come where
-            the text has no more.
-
-    Raises:
-        InputError: if the source cannot be read, has no text, or does not fill two sequences; or if
-            n_ctx or BOS do not suit the model.
+            on, and takes of what follows only held-out sequences, as far as the text goes.
     """
     reader = _Reader(cfg, tokenizer, model_n_ctx)
     name, share = reader.source.name, cfg.held_out
@@ -177,14 +171,8 @@ def load_corpus(
             "held_out"
         )
     corpus = Corpus(train, held_out, name, n_ctx, tokens.starts_with_bos, reader.shortage)
-    log.info(
-        "%s: %d training and %d held-out tokens in sequences of %d, %s BOS",
-        name,
-        corpus.train.n_tokens,
-        corpus.held_out.n_tokens,
-        n_ctx,
-        "with" if corpus.bos else "without",
-    )
+    sizes = (train.n_tokens, held_out.n_tokens, n_ctx, "with" if corpus.bos else "without")
+    log.info("%s: %d training and %d held-out tokens in sequences of %d, %s BOS", name, *sizes)
     return corpus
 
 
@@ -267,8 +255,8 @@ class _Reader:
     def _settled(self, head: list[Part]) -> "_Packing":
         """Return the packing after a look at the first documents.
 
-        Token arrays whose rows have one length keep it if `cfg.n_ctx` is None, and keep their rows
-        if that length is the context's and they start with BOS as `cfg.bos` asks.
+        Token arrays whose rows have one length, that of `cfg.n_ctx` or any if it is None, keep
+        their rows if they start with BOS as `cfg.bos` asks.
         """
         cfg = self._cfg
         rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
@@ -294,8 +282,8 @@ class _Reader:
     ) -> Iterator[_Tokens]:
         """Yield blocks of rows until there are as many counted tokens among them as wanted.
 
-        The first rows have to be `before`, what an earlier reading came to: of other text, what is
-        held out may be what was trained on.
+        The first rows have to be `before`, an earlier reading's: of other text, what is held out
+        may be what was trained on.
         """
         other = InputError(
             f"expected the text that was read of {self.source.name} before, got other text"
@@ -305,7 +293,6 @@ class _Reader:
         n_rows = n_train = n_rest = 0
 
         def missing() -> float:
-            """Return about how many more tokens to read; none if there are enough of both kinds."""
             train = math.inf if n_tokens is None else float(n_tokens - n_train)
             return max(train, (n_held_out - n_rest) / self._share) if n_held_out > n_rest else train
 
@@ -403,7 +390,7 @@ def _special(tokenizer: Any) -> tuple[int | None, ...]:
 
 
 def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
-    """Return how text is packed; refuse n_ctx or BOS that do not suit the model."""
+    """Return how text is packed; InputError if n_ctx or BOS do not suit the model."""
     n_ctx = cfg.n_ctx or min(model_n_ctx, 256)
     if n_ctx > model_n_ctx:
         raise InputError(
@@ -486,10 +473,7 @@ def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
 
 
 def _keep(blocks: Iterator[_Tokens], key: str, *, always: bool) -> _Tokens:
-    """Return the rows of all blocks: from a file under `key` if they are many, else from memory.
-
-    `always`: keep few rows too, because the source is slow.
-    """
+    """Return the rows of all blocks, in a file under `key` if many or `always`, else in memory."""
     head = [next(blocks)]
     while not always and sum(block.rows.size for block in head) < SMALL_TOKENS:
         if (block := next(blocks, None)) is None:
@@ -500,7 +484,6 @@ def _keep(blocks: Iterator[_Tokens], key: str, *, always: bool) -> _Tokens:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f"{key}.", suffix=".tmp", dir=folder)
     except OSError as error:
-        # A home that cannot be written costs the next run its time and this one its memory.
         log.warning("no token cache, so tokens stay in memory: %s", error)
         return _in_memory([*head, *blocks])
     block = head[0]

@@ -97,7 +97,7 @@ def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> N
 
 
 class Stopwatch:
-    """Seconds that blocks took: on the clock, or of a CUDA stream without waiting for it."""
+    """Seconds that blocks took: on the clock, or on a CUDA stream without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda, self._seconds = device.type == "cuda", 0.0
@@ -283,7 +283,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 class CachedActivations(Harvest):
-    """A harvest whose vectors come from shards in `folder`; missing or damaged ones are made first.
+    """A harvest from shards in `folder`; missing or damaged ones are made first.
 
     They are kept in the model's precision where that loses nothing.
     """
@@ -322,20 +322,17 @@ class CachedActivations(Harvest):
         return int(self._first[-1]) * self.d_in * self._dtype.itemsize
 
     def fill(self) -> None:
-        """Harvest every shard that is missing; say first how large the cache is.
+        """Harvest every shard that is missing; the log says first how large the cache is.
 
         Raises:
-            InputError: if the disk lacks the room, before anything is harvested, or on the way; if
-                a vector is not finite, and then its shard is not written.
+            InputError: if the disk lacks the room, or a vector is not finite (and its shard is not
+                written).
         """
         missing = [k for k, path in enumerate(self._paths) if not path.exists()]
         need = sum(self._n_vectors(k) for k in missing) * self.d_in * self._dtype.itemsize
         log.info(
-            "activation cache: %s for %d vectors, %s of them still to be harvested, in %s",
-            readable(self.n_bytes),
-            self._first[-1],
-            readable(need),
-            self.folder,
+            f"activation cache: {readable(self.n_bytes)} for {self._first[-1]} vectors, "
+            f"{readable(need)} of them still to be harvested, in {self.folder}"
         )
         if need > (free := free_bytes(self.folder)):
             raise InputError(
@@ -362,7 +359,6 @@ class CachedActivations(Harvest):
 
     @cached_property
     def _paths(self) -> list[Path]:
-        """A shard is named by a hash of its tokens."""
         paths = []
         for start, stop in pairwise(self._edges):
             ids, mask = self.sequences[start:stop]
@@ -412,10 +408,8 @@ class CachedActivations(Harvest):
                     return x
                 reason = "its checksum is another's"
         log.warning(
-            "expected the activations that were written to %s, got damaged ones (%s); "
-            "harvesting them again",
-            path,
-            reason,
+            f"expected the activations that were written to {path}, got damaged ones ({reason}); "
+            "harvesting them again"
         )
         path.unlink(missing_ok=True)
         return None

@@ -50,7 +50,7 @@ GPU_SHARE = 1 / 8
 
 
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
-    """Return how many vectors to shuffle at a time in a run of `n_vectors`, on any machine."""
+    """Return how many of a run's vectors to shuffle at a time, on any machine."""
     fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
     share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
     return min(MAX_CHUNK_VECTORS, fitting, share)
@@ -122,13 +122,9 @@ class ActivationStream:
             )
         self.scale = 1.0 if scale == "none" else self.mean_square_norm**-0.5
         log.info(
-            "%d batches of %d: %.2f epochs of %d tokens, shuffled %d at a time, scaled by %g",
-            n_batches,
-            batch_size,
-            self._n_vectors / self.tokens_per_epoch,
-            self.tokens_per_epoch,
-            self.chunk_vectors,
-            self.scale,
+            f"{n_batches} batches of {batch_size}: {self._n_vectors / self.tokens_per_epoch:.2f} "
+            f"epochs of {self.tokens_per_epoch} tokens, shuffled {self.chunk_vectors} at a time, "
+            f"scaled by {self.scale:g}"
         )
 
     @cached_property
@@ -230,7 +226,7 @@ class ActivationStream:
 class _Filling:
     """A chunk that a thread fills; on CUDA, also the event after which it is whole.
 
-    The thread holds nothing that holds this object, and ends early once it is dropped.
+    The thread does not hold this object, and ends early once it is dropped.
     """
 
     def __init__(self, harvest: Harvest, plan: _Plan, stream: torch.cuda.Stream | None) -> None:

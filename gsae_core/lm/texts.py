@@ -22,13 +22,13 @@ BROKEN = re.compile("[\udc80-\udcff]")
 def token_texts(tokenizer: Any, ids: Sequence[int], *, text: str | None = None) -> list[str]:
     """Return the text of each token of a sequence; set end to end they are the sequence's text.
 
-    A character that is split over tokens is the first one's, and the others' texts are empty (or
-    begin behind it). What is no whole character is U+FFFD, as in `bytes.decode(errors="replace")`.
+    A character that is split over tokens is the first one's. What is no whole character is U+FFFD,
+    as in `bytes.decode(errors="replace")`.
 
     Args:
         tokenizer: of `transformers` or of `tokenizers`.
-        text: what the ids were made of, where they are its first ones: the space that many
-            tokenizers put in front of a text is then left out. None: they go on from others.
+        text: what the ids are the beginning of: the space that many tokenizers put in front of a
+            text is then left out. None: they go on from others.
     """
     texts = in_sequence(raw_texts(tokenizer, ids))
     whole = "".join(texts)
