@@ -48,8 +48,10 @@ def bench(*words: str) -> Job:
 
 JOBS = {
     "step": bench("step", "--no-peers", "--brief", "--batch", "2048", "--d-sae", "8192"),
-    "harvest": bench("harvest"),
-    "train": bench("train", "--no-peers", "--tokens", "131072", "--width", "2048", "--saes", "4"),
+    # A quarter of the latents active: every architecture's step is dense.
+    "dense": bench("step", "--no-peers", "--batch", "1024", "--d-sae", "4096", "--l0", "1024"),
+    "harvest": bench("harvest", "--passes", "2"),
+    "train": bench("train", "--no-peers", "--tokens", "65536", "--width", "1024", "--saes", "4"),
     "index": bench("index", "--no-peers", "--tokens", "32768", "--width", "8192"),
     "pages": Job(("benchmarks/pages.py", "--rounds", "1", "--only", "switch"), budgets_of),
 }
