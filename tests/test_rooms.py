@@ -7,18 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1860,
+    "ground": 1850,
     "sae": 3170,
     "lm": 3520,
     "training": 980,
     "checkpoints": 2680,
-    "analysis": 4760,
+    "analysis": 4910,
     "plots": 1350,
     "runs": 3440,
     "cli": 1470,
-    "app": 4910,
+    "app": 4890,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 121, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 122, 20, 80
 
 
 def modules(room: str) -> list[Path]:
