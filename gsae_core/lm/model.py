@@ -142,8 +142,8 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
 class PassLock:
     """Hooks and replayed outputs belong to the modules, which threads share.
 
-    A setting (a hook, say) that serves many passes at once is made when the first of them comes and
-    undone when the last one has left: never while a pass runs, which would see its hooks change.
+    A setting (a hook, say) that serves many passes at once is made for the first of them and undone
+    after the last: never while a pass runs, which would see its hooks change.
     """
 
     def __init__(self) -> None:
@@ -179,11 +179,9 @@ class PassLock:
                     self._setting.close()
                     self._changed.notify_all()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Within, no other thread is there."""
-        with self.shared(object(), nullcontext):
-            yield
+        return self.shared(object(), nullcontext)
 
 
 # --- The model
@@ -288,13 +286,13 @@ class LanguageModel:
 
         The rest of the model reads the site's x, float32 (rows, pos, d_in), as `edit(x)`.
         """
-        if edit is None and layer is None and site is None:
-            with self._lock.alone():
-                return self._forward(ids)
-        if edit is None or layer is None or site is None:
+        if edit is not None and layer is not None and site is not None:
+            hook = hooked(self._tap(layer, site), _in_model_dtype(edit))
+        elif edit is layer is site is None:
+            hook = nullcontext()
+        else:
             raise InputError("expected layer, site and edit together, got only some of them")
-        tap = self._tap(layer, site)
-        with self._lock.alone(), hooked(tap, _in_model_dtype(edit)):
+        with self._lock.alone(), hook:
             return self._forward(ids)
 
     @torch.inference_mode()

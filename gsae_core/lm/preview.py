@@ -50,7 +50,7 @@ def preview(data: DataConfig, model: str, revision: str | None = None) -> Previe
     starts = range(0, max(map(len, texts)), LINE_TOKENS)
     lines = [text[i : i + LINE_TOKENS] for i in starts for text in texts if len(text) > i]
     whole = _estimate(source, parts, n_tokens / n_bytes if n_bytes else None)
-    return Preview(lines[:LINES], n_tokens, n_bytes, whole)
+    return Preview(lines[:LINES], n_tokens, n_bytes, whole if source.files else None)
 
 
 def _sample(part: Part, tokenizer: Any) -> tuple[list[str], int]:
@@ -65,8 +65,6 @@ def _sample(part: Part, tokenizer: Any) -> tuple[list[str], int]:
 
 def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) -> int | None:
     """Return about how many tokens a corpus on this disk has, from the sizes of its files."""
-    if not source.files:
-        return None
     n_bytes = sum(path.stat().st_size for path in source.files)
     if tokens_per_byte is None:
         content: Any = parts[0].content
@@ -110,8 +108,7 @@ def preview_within(
 ) -> Preview:
     """Return `preview(...)` from a process of its own, which is ended after `seconds`.
 
-    A corpus can be a stalled network or a file that does not fit in memory: neither may take the
-    page along.
+    A stalled network or a file that does not fit in memory may not take the page along.
     """
     asked = {"data": data.model_dump(mode="json"), "model": model, "revision": revision}
     try:
