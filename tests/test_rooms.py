@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1850,
     "sae": 3170,
-    "lm": 3520,
+    "lm": 3510,
     "training": 980,
     "checkpoints": 2680,
     "analysis": 4910,
