@@ -73,6 +73,7 @@ def index(job: Job) -> Work:
                 site=SITE,
                 name="bench",
                 text="stdlib",
+                weights_sha256="0" * 64,
             )
             for _ in steps:
                 pass

@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def steps(model: LanguageModel, folder: Path, kind: str = "gated") -> Any:
     place: dict[str, Any] = {"layer": 1, "site": "mlp_hidden", "name": "small", "text": "words"}
-    return build_index(model, some_sae(kind), some_parts(), folder, **place)
+    return build_index(model, some_sae(kind), some_parts(), folder, weights_sha256=kind, **place)
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_a_pair_counts_tokens_and_compares_lengths_where_both_fire(
         len(second - first),
     )
     assert found.both > 0
-    lengths = one.on(np.array(both)).mean() * one.stats["decoder_norm"]
+    lengths = one.everywhere[both].mean() * one.stats["decoder_norm"]
     assert found.first == pytest.approx(lengths, rel=1e-5)
     assert found.shorter == pytest.approx(1 - found.second / found.first)
 

@@ -85,7 +85,7 @@ def found(tiny_lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> F
         pass
     folder = tmp_path_factory.mktemp("planted")
     place: dict[str, Any] = {"layer": 0, "site": "mlp_hidden", "name": "planted", "text": "words"}
-    for _ in build_index(model, sae, some_parts(200), folder, **place):
+    for _ in build_index(model, sae, some_parts(200), folder, weights_sha256="0" * 64, **place):
         pass
     cosine = model.directions @ torch.nn.functional.normalize(sae.W_dec.detach(), dim=1).T
     best = cosine.max(1)
@@ -108,7 +108,8 @@ def test_the_index_of_a_recovered_feature_shows_its_planted_words(found: Found) 
         feature = found.index.feature(latent)
         words = found.model.words_of(planted)
         # Weak firings may be interference, which an SAE of 1.5 features a dimension cannot avoid.
-        assert all(example.ids[example.at] in words for example in feature.top(10)), planted
+        ids = found.index.array("ids")
+        assert all(ids[each.sequence, each.position] in words for each in feature.top(10)), planted
         assert feature.stats["top_tokens"][0] in words
 
 

@@ -62,7 +62,6 @@ def test_a_label_is_the_first_line_of_the_answer(index: FeatureIndex) -> None:
 def test_a_split_character_is_marked_once_whichever_of_its_tokens_fires() -> None:
     example = Example(
         tokens=("x", "漢", "", "", " y"),
-        ids=(1, 2, 3, 4, 5),
         values=(0.0, 0.0, 1.0, 0.5, 0.0),
         at=2,
         value=1.0,
@@ -99,7 +98,7 @@ def test_a_label_is_kept_with_author_model_and_score(index: FeatureIndex) -> Non
 
 
 def test_marks_stand_around_what_fires() -> None:
-    example = Example(("a", " b", "c"), (1, 2, 3), (0.0, 2.0, 0.0), 1, 2.0, 0, 1, "train")
+    example = Example(("a", " b", "c"), (0.0, 2.0, 0.0), 1, 2.0, 0, 1, "train")
     assert marked(example) == "a<< b>>c"
     assert marked(example, {0, 2}) == "<<a>> b<<c>>"
 

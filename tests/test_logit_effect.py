@@ -102,11 +102,11 @@ def test_extremes_are_the_ends_of_the_effect() -> None:
     found = logit_map(model, some_ids(), layer=1, site="resid_post")
     directions = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
     effect = found.effect(directions)
-    ends = extremes(found, directions, k=3)
+    top, top_effect, bottom, _ = extremes(found, directions, k=3)
     order = effect.argsort(1)
-    assert ends.bottom.tolist() == order[:, :3].tolist()
-    assert ends.top.tolist() == order.flip(1)[:, :3].tolist()
-    torch.testing.assert_close(ends.top_effect, effect.gather(1, ends.top))
+    assert bottom.tolist() == order[:, :3].tolist()
+    assert top.tolist() == order.flip(1)[:, :3].tolist()
+    torch.testing.assert_close(top_effect, effect.gather(1, top))
 
 
 def test_a_model_without_a_known_norm_is_one_sentence() -> None:

@@ -27,8 +27,8 @@ from gsae_core.analysis.steering import (
     MAX_STRENGTH,
     Intervention,
     Steering,
+    counted_vectors,
     intervention,
-    measure_scales,
     scales_of,
     scales_of_index,
 )
@@ -340,7 +340,7 @@ def test_scales_are_measured_on_the_first_counted_tokens(tiny_lm: LanguageModel)
     sequences = SequenceSet(ids, special=(0,))
     torch.manual_seed(1)
     sae = GatedSAE(12, 24)
-    scales = measure_scales(tiny_lm, sae, sequences, **PLACE, n_tokens=40)
+    scales = scales_of(sae, counted_vectors(tiny_lm, sequences, **PLACE, n_tokens=40))
     x = torch.cat(
         [tiny_lm.harvest(torch.from_numpy(ids[i : i + 1]), **PLACE)[0, 1:] for i in range(3)]
     )

@@ -2,8 +2,7 @@
 
 A label is written from the strongest examples and scored on others: by *detection* (which of these
 texts does the feature fire in?) or *fuzzing* (in which of these is what is marked what it fires
-on?), after Bills et al. 2023 and EleutherAI's automated interpretability. A score is the share of
-right answers over as many true as false texts: 0.5 is guessing. It is never shown as truth.
+on?), after Bills et al. 2023 and EleutherAI's automated interpretability.
 """
 
 import json
@@ -38,11 +37,9 @@ class Writer(Protocol):
 
 
 class RemoteWriter:
-    """A model behind the address in OPENAI_BASE_URL, which speaks OpenAI's chat completions.
+    """A model behind the address in OPENAI_BASE_URL, `where`; it speaks chat completions.
 
-    Attributes:
-        where: the address.
-        has_token: whether OPENAI_API_KEY goes there too.
+    `has_token`: whether OPENAI_API_KEY goes there too.
     """
 
     def __init__(self, name: str) -> None:
@@ -190,11 +187,7 @@ class NotUnderstood(NotLabelled):
 
 
 def write_label(feature: "Feature", writer: Writer) -> str:
-    """Return a label in a line, from the feature's strongest examples.
-
-    Raises:
-        InputError: if the feature is dead; NotUnderstood: if the answer is empty.
-    """
+    """Return a label in a line, from the feature's strongest examples."""
     check_fires(feature)
     texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
     answer = writer.answer(WRITE.format(texts=texts), max_tokens=40).strip()
@@ -217,12 +210,7 @@ def check_fires(feature: "Feature") -> None:
 
 
 def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "detection") -> float:
-    """Return the share of right answers where the feature fires; 0.5 is guessing.
-
-    Raises:
-        NotUnderstood: if the answer has not as many digits as there are texts.
-        NotLabelled: if the feature fires in every text that was looked at.
-    """
+    """Return the share of right answers on where the feature fires; 0.5 is guessing."""
     rng = np.random.default_rng([feature.number, 0])
     fires = feature.random(N_SCORED, seed=0, before=BEFORE, after=AFTER)
     if by == "detection":

@@ -14,7 +14,7 @@ zero recovers exactly nothing. Either way neither losses nor metrics count them.
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gsae_core.config import Positions, Site
 from gsae_core.errors import InputError
-from gsae_core.lm.corpus import SequenceSet, TokenBatch
+from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.sae.architectures import GatedSAE
@@ -114,7 +114,7 @@ class Fidelity(NamedTuple):
     kl: float
     """KL(clean || spliced): nats that the model's predictions drifted, over all next tokens."""
     n_tokens: int
-    """Predictions averaged: fewer than activations, as a sequence's last token predicts none."""
+    """Predictions averaged; a sequence's last token predicts none."""
 
 
 # Bins of |x|, 0.27 % wide, from 2^-32 to 2^32; what lies beyond is counted in the last ones.
@@ -138,9 +138,8 @@ class Decile(NamedTuple):
 class NormDeciles:
     """Running sums in fine bins of |x|, and the ten tenths they are cut into in the end.
 
-    They take 0.7 MB an SAE for any number of tokens, and do not depend on how those fell into
-    batches. An edge between two tenths that falls inside a bin splits its sums in proportion, so
-    that every tenth has the same number of tokens; exact but for the order within 0.27 % of length.
+    0.7 MB for any number of tokens, whatever their batches. An edge inside a bin splits its sums in
+    proportion, so that every tenth has as many tokens; exact but for the order within a bin.
     """
 
     def __init__(self) -> None:
@@ -168,7 +167,7 @@ class NormDeciles:
             total += torch.bincount(bins, weights=weights, minlength=N_BINS)
 
     def deciles(self) -> list[Decile]:
-        """Return the ten tenths, shortest activations first; none if no token was measured."""
+        """Return the tenths, shortest activations first; none if no token was measured."""
         sums = self.sums.numpy()
         counts, *columns = sums[:, sums[0] > 0]
         if not len(counts):
@@ -232,12 +231,8 @@ def evaluating(
     Args:
         saes: take raw activations (any training scale folded in).
         sequences: held out; taken from the start, whole.
-        n_tokens: counted tokens to stop after; all of `sequences` if it has fewer.
+        n_tokens: counted tokens to stop after.
         replace: positions at which the model reads reconstructions.
-
-    Raises:
-        InputError: if the site does not exist, an SAE has another width, an activation is not
-            finite, or nothing can be predicted.
     """
     model.check(layer, site)
     # Losses and divergences of each SAE, then of zeros.
@@ -258,7 +253,10 @@ def evaluating(
             read = read.masked_scatter(~mask[..., None], others.to(x))
         return read
 
-    for ids, mask in _batches(model, sequences, n_tokens):
+    rows = max(1, (LOGITS_CPU if on_cpu else LOGITS_GPU) // (sequences.n_ctx * model.d_vocab))
+    n = n_sequences(sequences, n_tokens)
+    for start in range(0, n, rows):
+        ids, mask = sequences[start : min(n, start + rows)]
 
         def before_the_site(ids=ids) -> Splice:
             return Splice(model, ids, layer=layer, site=site)
@@ -302,8 +300,7 @@ def reconstruct(sae: SAE, x: Rows, codes: SparseCodes | None = None) -> tuple[Ro
     """Return x_hat and the sums behind every metric, those of each latent included.
 
     Of an SAE that normalises its inputs all compare raw activations, save those of each latent:
-    they weigh tokens alike, as the SAE sees them. Besides the encoder's product all costs
-    O(active * d_in). `codes` are those of `x`, where they are there already.
+    they weigh tokens alike, as the SAE sees them. `codes`: those of `x`, if known.
     """
     seen, gated = sae.normalised(x), isinstance(sae, GatedSAE)
     codes = encode_sparse(sae, x) if codes is None else codes
@@ -353,15 +350,6 @@ def _weighted_sums(W_dec: Dictionary, codes: SparseCodes, weight: PerEntry) -> R
         per_sample_weights=weight,
         include_last_offset=True,
     )
-
-
-def _batches(model: LanguageModel, sequences: SequenceSet, n_tokens: int) -> Iterator[TokenBatch]:
-    """Yield the sequences up to and including the one in which token `n_tokens` is counted."""
-    budget = LOGITS_CPU if model.device.type == "cpu" else LOGITS_GPU
-    rows = max(1, budget // (sequences.n_ctx * model.d_vocab))
-    n = n_sequences(sequences, n_tokens)
-    for start in range(0, n, rows):
-        yield sequences[start : min(n, start + rows)]
 
 
 def n_sequences(sequences: SequenceSet, n_tokens: int) -> int:

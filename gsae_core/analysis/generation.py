@@ -59,12 +59,9 @@ def continuation(
     site: Site,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """Yield the ids of new tokens one by one; ends at end-of-text or where the context is full.
+    """Yield the ids of new tokens; ends at end-of-text or where the context is full.
 
     Between two of them nothing is held: others may use the model, and the caller may stop.
-
-    Raises:
-        InputError: if `sampling` or the place is wrong, or steering drives the logits to infinity.
     """
     sampling.check()
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -134,10 +131,7 @@ class Shift(NamedTuple):
 
 
 def next_token_shift(
-    before: Float[Tensor, " d_vocab"],
-    after: Float[Tensor, " d_vocab"],
-    *,
-    model: LanguageModel,
+    before: Float[Tensor, " d_vocab"], after: Float[Tensor, " d_vocab"], *, model: LanguageModel
 ) -> Shift:
     """Return how a next-token prediction moves, from the logits before and after.
 
@@ -196,25 +190,20 @@ def followed_by(prompt: Prompt, new: list[int], *, model: LanguageModel) -> Prom
 
 
 def new_texts(prompt: Prompt, new: list[int], *, model: LanguageModel) -> tuple[str, ...]:
-    """Return the texts of tokens that go on from a prompt: behind its own, they are the whole."""
+    """Return the texts of tokens that go on from a prompt."""
     before = prompt.ids[0].tolist()
     return tuple(token_texts(model.tokenizer, before + new)[len(before) :])
 
 
 class Loop(NamedTuple):
-    """Tokens that end a text by repeating themselves."""
+    """Tokens that end a text by repeating themselves, each `period` after the last."""
 
     period: int
-    """Tokens after which it begins again."""
     n_tokens: int
-    """How many tokens, at the end, go round."""
 
 
 def loop_at_end(ids: list[int]) -> Loop | None:
-    """Return the loop a text ends in: at least 12 tokens, three times round at least; or None.
-
-    The shortest period wins: `a a a a` has period 1, not 2.
-    """
+    """Return the shortest loop a text ends in: at least 12 tokens, three times round at least."""
     for period in range(1, LONGEST_CYCLE + 1):
         n = period
         while n < len(ids) and ids[-n - 1] == ids[-n - 1 + period]:

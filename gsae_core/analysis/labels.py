@@ -73,12 +73,16 @@ class Labels:
         score: float | None = None,
         scored_by: str | None = None,
     ) -> Annotation:
-        """Append one, whole and on the disk before this returns; others may append meanwhile.
-
-        Raises:
-            InputError: if a label has several lines or a text is too long; as `files.append`.
-        """
-        _check(kind, text)
+        """Append one, whole and on the disk before this returns; others may append meanwhile."""
+        if kind == "star" and text not in ("on", "off"):
+            raise InputError(f"expected a star that is on or off, got {text!r}")
+        if len(text) > LONGEST[kind]:
+            raise InputError(
+                f"expected a {kind} of at most {LONGEST[kind]} characters, got {len(text)}; "
+                "shorten it, or keep the rest elsewhere"
+            )
+        if kind == "label" and len(text.splitlines()) > 1:
+            raise InputError("expected a label of one line, got several; what is long fits a note")
         added = Annotation(feature, kind, text, author, model, score, time.time(), scored_by)
         with writing(self._path, 0):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +121,7 @@ class Labels:
         return {kind: each for kind, each in found if each is not None}
 
     def frame(self) -> "pd.DataFrame":
-        """Return a row per feature of which anything counts: `label`, `note`, `star`, `author`,
-        `model`, `score`; the last three are the label's."""
+        """Return a row per feature of which anything counts; the last columns are the label's."""
         import pandas as pd
 
         label, note, star = (self.latest(kind) for kind in get_args(Kind))
@@ -138,20 +141,8 @@ class Labels:
         return frame.astype(kinds)  # the columns of no features are of no kind
 
 
-def _check(kind: Kind, text: str) -> None:
-    if kind == "star" and text not in ("on", "off"):
-        raise InputError(f"expected a star that is on or off, got {text!r}")
-    if len(text) > LONGEST[kind]:
-        raise InputError(
-            f"expected a {kind} of at most {LONGEST[kind]} characters, got {len(text)}; "
-            "shorten it, or keep the rest elsewhere"
-        )
-    if kind == "label" and len(text.splitlines()) > 1:
-        raise InputError("expected a label of one line, got several; what is long fits a note")
-
-
 def _read(lines: Lines) -> tuple[list[Annotation], int]:
-    """Return the annotations of lines, and how many hold none: damaged, or of no feature."""
+    """Return the annotations of lines, and how many lines hold none."""
     found = []
     for row in lines.rows:
         # A newer version may add fields; a line with fewer is somebody's own.

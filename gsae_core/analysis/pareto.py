@@ -11,11 +11,8 @@ class Point(NamedTuple):
     """Where one SAE stands: fewer firing latents is better, and so is more loss recovered."""
 
     l0: float
-    """Firing latents per token."""
-
     loss_recovered: float
-    """Share (or percent) of the loss recovered, Eq. 5; any scale, as long as it is one scale."""
-
+    """Eq. 5, on any one scale."""
     name: str = ""
 
 
@@ -36,11 +33,9 @@ class MatchedRatio(NamedTuple):
     """L0(baseline) / L0(gated) at matched loss recovered; above 1 favours the Gated SAEs."""
 
     median: float
-    """Median of the pairs' ratios; NaN when the frontiers share no height."""
-
+    """Of the pairs' ratios; NaN when the frontiers share no height."""
     pairs: tuple[MatchedPair, ...]
-    """One pair for each frontier run whose height the other frontier reaches, lowest first."""
-
+    """One for each frontier run whose height the other frontier reaches, lowest first."""
     sentence: str
     """The result, or why there is none."""
 
@@ -48,9 +43,7 @@ class MatchedRatio(NamedTuple):
 def frontier(points: Iterable[Point]) -> list[Point]:
     """Return the Pareto-optimal points, sparsest first; L0 and loss recovered both rise along it.
 
-    A point is optimal when no other has both an L0 as low and a loss recovered as high, one of the
-    two better; of equal points the first stays. Points with a number that is not finite have
-    no place in the plane and are left out.
+    Of equal points the first stays. Points with a number that is not finite are left out.
     """
     optimal: list[Point] = []
     placed = (p for p in points if math.isfinite(p.l0) and math.isfinite(p.loss_recovered))
@@ -73,11 +66,10 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
         for points in (baseline, gated)
     )
     curves = [frontier(baseline), frontier(gated)]
+    none = "No ratio at equal loss recovered:"
     for curve, name in zip(curves, ("baseline", "Gated"), strict=True):
         if not curve:
-            return MatchedRatio(
-                math.nan, (), f"No ratio at equal loss recovered: there is no {name} run"
-            )
+            return MatchedRatio(math.nan, (), f"{none} there is no {name} run")
     low = max(curve[0].loss_recovered for curve in curves)
     high = min(curve[-1].loss_recovered for curve in curves)
     if low > high:
@@ -88,9 +80,8 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
         return MatchedRatio(
             math.nan,
             (),
-            f"No ratio at equal loss recovered: the baseline's loss recovered ({ranges[0]}) and "
-            f"the Gated SAEs' ({ranges[1]}) do not overlap; "
-            "train more values of lambda between them",
+            f"{none} the baseline's loss recovered ({ranges[0]}) and the Gated SAEs' "
+            f"({ranges[1]}) do not overlap; train more values of lambda between them",
         )
     heights = sorted(
         {p.loss_recovered for c in curves for p in c if low <= p.loss_recovered <= high}
@@ -106,10 +97,7 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
 
 
 def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
-    """Return `matched_l0_ratio` of the ReLU and the Gated SAEs in rows of evals.json.
-
-    Those with no L0 or loss recovered (null or NaN) are left out.
-    """
+    """Return `matched_l0_ratio` of the ReLU and Gated SAEs of evals.json that have both numbers."""
     points: dict[str, list[Point]] = {"relu": [], "gated": []}
     for row in evals:
         l0, recovered = row["l0"], row["loss_recovered"]

@@ -49,9 +49,6 @@ def read_prompt(model: LanguageModel, text: str, *, bos: bool = True) -> Prompt:
 
     Args:
         bos: whether to put BOS in front, if the tokenizer has one: as the SAE was trained.
-
-    Raises:
-        InputError: if there is no text, or far too much of it.
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(
@@ -122,15 +119,7 @@ class PromptAnalysis(NamedTuple):
 def analyse(
     model: LanguageModel, saes: Sequence[SAE], prompt: Prompt, *, layer: int, site: Site
 ) -> list[PromptAnalysis]:
-    """Return a text through each SAE; one clean pass of the model serves all.
-
-    Args:
-        saes: take raw activations of this site.
-
-    Raises:
-        InputError: if the site does not exist, an SAE has another width, an activation is not
-            finite, or no token is counted.
-    """
+    """Return a text through each SAE of a site; one clean pass of the model serves all."""
     if not prompt.counted.any():
         raise InputError(
             "expected a token that is no special one, got none; add some words to the text"
@@ -192,7 +181,6 @@ def _features(sae: SAE, codes: SparseCodes, prompt: Prompt) -> pd.DataFrame:
 
 
 def _shares(sae: SAE, codes: SparseCodes) -> PerEntry:
-    """Return each entry's share of its token's reconstruction."""
     row, n_rows = codes.rows(), codes.row_offsets.numel() - 1
     written = codes.magnitude[:, None] * sae.W_dec[codes.latent]
     whole = written.new_zeros(n_rows, sae.d_in).index_add_(0, row, written)
@@ -231,7 +219,7 @@ class Candidate(NamedTuple):
 def candidates(
     model: LanguageModel, prompt: Prompt, *, position: int, n: int = 10
 ) -> list[Candidate]:
-    """Return what may follow a token: what does follow in the text first, then the likeliest."""
+    """Return what does follow a token in the text, then the likeliest."""
     if not 0 <= position < prompt.ids.shape[1]:
         raise InputError(
             f"expected a token from 0 to {prompt.ids.shape[1] - 1} of this text, got {position}"
@@ -252,12 +240,9 @@ def effects(analysis: PromptAnalysis, sae: SAE, slope: Float[Tensor, "pos d_in"]
 
         effect(q, i) = f_i(q) <W_dec_i, d logit / d x(q)>
 
-    times scale(q) of an SAE that normalises its inputs. The derivative, at the model's own
-    activations, runs through later blocks, the final norm and the unembedding. It is exact for a
-    small change of f at any site; for taking a feature away it is the tangent's answer.
-
-    Args:
-        slope: d logit / d x, as `lm.model.logit_slope` returns it.
+    times scale(q) of an SAE that normalises its inputs; `slope` is d logit / d x, from
+    `lm.model.logit_slope`. It is exact for a small change of f at any site; for taking a feature
+    away it is the tangent's answer.
     """
     features = analysis.features
     latent = torch.tensor(features["latent"].to_numpy(), device=sae.W_dec.device)
@@ -285,7 +270,7 @@ def best_matches(
 ) -> Matches:
     """Return the best match of each of some latents of one dictionary in the other.
 
-    Costs n (d_sae + d_other) d_in products: for the features of one text, not for every pair.
+    Costs n (d_sae + d_other) d_in products.
     """
     latents = latents.to(W_dec.device)
     own, other = F.normalize(W_dec.detach(), dim=1), F.normalize(W_dec_other.detach(), dim=1)
@@ -300,13 +285,11 @@ def best_matches(
 def align(
     gated: PromptAnalysis, baseline: PromptAnalysis, sae: SAE, base: SAE, threshold: float = MATCHED
 ) -> pd.DataFrame:
-    """Return which features of a token both SAEs see, and which only one does.
+    """Return a row for each feature, or pair of the same, that fires on a token.
 
-    Two features are the same where each is the other's best match by decoder cosine and the cosine
-    is at least `threshold`. There is a row for each feature, or pair of the same, that fires on a
-    token: `position`, `where` (both, only gated, only baseline), `gated`, `baseline` (latents; NA
-    where the feature has no match), `cosine`, `gated_activation`, `baseline_activation` (0 where it
-    does not fire).
+    Two are the same where each is the other's best match by decoder cosine and that is at least
+    `threshold`. Columns: `position`, `where` (both, only gated, only baseline), `gated`, `baseline`
+    (latents; NA without a match), `cosine`, `gated_activation`, `baseline_activation`.
     """
     pairs = _pairs(gated, baseline, sae, base, threshold)
     sides: list[Any] = []

@@ -30,8 +30,7 @@ DEPENDS = {
     "delta_ce": ("replaced",),
     "kl": ("replaced",),
 }
-"""What two SAEs' numbers have to share to be compared: where zeros and reconstructions were read.
-"""
+"""What two SAEs have to share for a number to compare: where zeros, reconstructions were read."""
 
 
 class PaperSite(NamedTuple):
@@ -56,8 +55,7 @@ class PaperSite(NamedTuple):
 def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return `evals.json`'s SAEs as a table, sorted by architecture and L0.
 
-    `delta_ce`, ce_sae - ce_clean, is added: how much worse the language model predicts when it
-    reads reconstructions, in nats per token; 0 is perfect.
+    `delta_ce`, ce_sae - ce_clean in nats per token, is added.
     """
     frame = pd.DataFrame(list(evals))
     if frame.empty:
@@ -83,8 +81,7 @@ def baselines(evals: pd.DataFrame) -> pd.DataFrame:
 def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
     """Return the names of the gated SAE and the baseline whose L0 are closest: `gated`, `base`.
 
-    Where no ReLU SAE was evaluated, any other that is not gated serves as the baseline. A kind of
-    which there is none is missing.
+    Without a ReLU SAE any other is the baseline. A kind of which there is none is missing.
     """
     gated, base = of_architecture(evals, "gated"), baselines(evals)
     if "relu" in set(base["architecture"]):
@@ -101,8 +98,8 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
 def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of several runs' `evaluation_frame` in one table, runs in the order given.
 
-    Two columns are added: `run`, and `id`, which is `run/name`: neither may hold a slash, so it
-    names one SAE in an address too.
+    `run` and `id` are added, `run/name`: neither may hold a slash, so it names one SAE in an
+    address too.
     """
     frames = [
         frame.assign(run=run, id=[f"{run}/{name}" for name in frame["name"]])
@@ -115,14 +112,9 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     """Return how each SAE's numbers differ from those of its counterpart in the run `base`.
 
-    The counterpart has the same architecture and lambda; of several the first counts. Losses that
-    were measured at other positions do not compare.
-
-    Args:
-        frame: `several_runs`' rows, those of the baseline run among them.
-
-    Returns:
-        Columns `change_<number>`, rows as in `frame`; NaN where there is no counterpart.
+    The counterpart has the same architecture and lambda; of several the first counts. Columns are
+    `change_<number>`, rows as in `frame`, of `several_runs`; NaN where there is no counterpart, or
+    the two were measured at other positions.
     """
     keys = ["architecture", "sparsity"]
     # pandas takes NaN, an imported SAE's unknown lambda, to equal NaN.
@@ -167,12 +159,8 @@ MAX_COLUMNS = 10
 
 
 def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
-    """Return everything that makes an SAE what it is, as text by dotted name.
-
-    The run's settings, then the SAE's own under `sae.`, its name left out. What the recipe leaves
-    to the run's length is there in steps. `None` reads `default`, for that is what it asks for
-    everywhere else.
-    """
+    """Return everything that makes an SAE what it is, as text by dotted name: the run's settings,
+    what depends on its length in steps, then the SAE's own but for its name, under `sae.`."""
     fields = config.model_dump(mode="json", exclude={"saes"})
     if config.imported is None:
         fields["train"] |= config.train.schedule._asdict()
@@ -180,16 +168,14 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
 
 
 def model_site_text(config: RunConfig) -> str:
-    """Return what a run's losses are measured on: they compare only where all three are equal."""
+    """Return what a run's losses are measured on; they compare only where it is equal."""
     return f"{config.model.name}, {config.model.hook_name}, {config.data.source}"
 
 
 def settings_table(columns: Mapping[str, Mapping[str, str]], *, differences: bool) -> pd.DataFrame:
-    """Return one row per setting and one column per SAE, with a dash where it has no such setting.
+    """Return a row per setting and a column for each of up to `MAX_COLUMNS` SAEs' `settings`.
 
-    Args:
-        columns: `settings` by the name of the column; those beyond `MAX_COLUMNS` are left out.
-        differences: keep only the settings that are not the same in every column.
+    `differences`: only the settings that are not the same in every column.
     """
     shown = dict(list(columns.items())[:MAX_COLUMNS])
     names = list(dict.fromkeys(name for column in shown.values() for name in column))

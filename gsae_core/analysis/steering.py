@@ -48,7 +48,7 @@ class Unit(NamedTuple):
     own: bool
     """Whether it is the feature's own scale; a feature that never fired has none."""
     sentence: str
-    """Where it comes from, for a person."""
+    """Where it comes from."""
 
 
 class Scales(NamedTuple):
@@ -66,15 +66,12 @@ class Scales(NamedTuple):
     writes. If none fired, the root mean square length of the activations, as the SAE sees them."""
     n_tokens: int
     source: str
-    """Which tokens, for a person."""
+    """Which tokens."""
     normalised: bool = False
     """Whether the SAE normalises its inputs: lengths are then times each token's own scale."""
 
     def unit(self, latent: int) -> Unit:
-        """Return the unit of a feature: its 99th percentile.
-
-        That of a feature which never fired writes a vector of length `typical`.
-        """
+        """Return a feature's 99th percentile, or what writes a vector of length `typical`."""
         check_latent(latent, len(self.p99))
         fired, norm = int(self.fired[latent]), float(self.decoder_norm[latent])
         if fired:
@@ -103,12 +100,6 @@ def check_latent(latent: int, d_sae: int) -> None:
         )
 
 
-def measure_scales(model: LanguageModel, sae: SAE, sequences: SequenceSet, **where: Any) -> Scales:
-    """Return the scales of an SAE on `counted_vectors`, which takes the same."""
-    x = counted_vectors(model, sequences, **where)
-    return scales_of(sae, x, source="held-out tokens")
-
-
 def counted_vectors(
     model: LanguageModel,
     sequences: SequenceSet,
@@ -117,12 +108,7 @@ def counted_vectors(
     site: Site,
     n_tokens: int = N_TOKENS,
 ) -> Rows:
-    """Return the activations of the first counted tokens of `sequences`.
-
-    Raises:
-        InputError: if the site does not exist, an activation is not finite, or there is no token
-            to count.
-    """
+    """Return the activations of the first counted tokens of `sequences`."""
     harvest = Harvest(model, sequences, layer=layer, site=site)
     vectors = list(harvest.vectors(np.arange(n_sequences(sequences, n_tokens))))
     if not vectors:
@@ -131,7 +117,7 @@ def counted_vectors(
 
 
 @torch.no_grad()
-def scales_of(sae: SAE, x: Rows, *, source: str) -> Scales:
+def scales_of(sae: SAE, x: Rows, *, source: str = "held-out tokens") -> Scales:
     """Return the scales of an SAE on given activations."""
     codes = encode_sparse(sae, x)
     fires = codes.magnitude > 0  # a gate may open onto nothing
@@ -143,11 +129,7 @@ def scales_of(sae: SAE, x: Rows, *, source: str) -> Scales:
 
 
 def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
-    """Return the scales of an SAE from its feature index: a few reads a feature, no model.
-
-    Raises:
-        InputError: if the index is of an SAE of another width.
-    """
+    """Return the scales of an SAE from its feature index; InputError if its width is another."""
     offsets = np.asarray(index.array("offsets")).astype(np.int64)
     if len(offsets) != sae.d_sae + 1:
         raise InputError(
@@ -161,10 +143,7 @@ def scales_of_index(index: "FeatureIndex", sae: SAE) -> Scales:
 def _of_sorted(
     sae: SAE, offsets: np.ndarray, value: np.ndarray, *, if_none: float, **about: Any
 ) -> Scales:
-    """Return scales from values that are sorted as those of a feature index.
-
-    `if_none` is the typical length where nothing fires.
-    """
+    """Return scales from values in an index's order; `if_none`: `typical` where nothing fires."""
     fired = torch.from_numpy(np.diff(offsets))
     p99, largest = (torch.from_numpy(quantile(offsets, value, q)).float() for q in (0.99, 1.0))
     norm = sae.W_dec.detach().norm(dim=1).float().cpu()
@@ -210,12 +189,10 @@ def intervention(scales: Scales, latent: int, mode: Mode, strength: float | int)
 
 @dataclass(frozen=True)
 class Steering:
-    """Interventions in one SAE's features; InputError for what cannot be done.
+    """Interventions in up to three features of one SAE, which takes raw activations.
 
-    Args:
-        sae: takes raw activations.
-        interventions: of up to three features, no feature twice.
-        keep_error: whether x keeps what the SAE fails to reconstruct.
+    `keep_error`: whether x keeps what the SAE fails to reconstruct. InputError for what cannot be
+    done.
     """
 
     sae: SAE

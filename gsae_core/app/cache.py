@@ -231,7 +231,7 @@ def scales(run: Run, name: str) -> "Scales":
         except InputError as error:
             # Of an older SAE, or cut short: its page says so, and the unit says where it is from.
             logger.info("no scales from the index of %s: %s", name, error)
-    return scales_of(found, _held_out_vectors(run), source="held-out tokens")
+    return scales_of(found, _held_out_vectors(run))
 
 
 def _text_key(run: Run) -> tuple[Any, ...]:

@@ -2,13 +2,9 @@
 
     building/  plan.json  band.npy  shard-00000.safetensors ...
 
-A shard holds what fires on about 2^16 tokens. It is whole or not there, and what is in it depends
-on the plan alone, so an interrupted build loses one shard and ends with the same bytes. A building
-folder with another plan, of other weights or tokens, is thrown away.
-
-The shards are then sorted by counting: latents' firings are counted, each is written to where its
-latent's next one goes, and every latent's own are sorted. Memory holds one shard; the rest are
-mapped files.
+A shard holds what fires on about 2^16 tokens. It is whole or not there, and depends on the plan
+alone, so an interrupted build loses one shard and ends with the same bytes. Shards of another plan
+are thrown away. Those that are whole are then sorted by counting: memory holds one of them.
 """
 
 import hashlib
@@ -88,7 +84,7 @@ def build_index(
     site: Site,
     name: str,
     text: str,
-    weights_sha256: str | None = None,
+    weights_sha256: str,
     revision: str | None = None,
     n_tokens_asked: int | None = None,
     shortage: str | None = None,
@@ -98,11 +94,10 @@ def build_index(
     An index that is there stays, and stays open for its readers, until the new one is whole.
 
     Args:
-        sae: takes raw activations, on the model's device; of any architecture.
-        parts: what to read, in this order.
+        sae: takes raw activations, on the model's device.
         name, text: of the SAE and of the corpus.
-        weights_sha256: of the SAE's file; None: of its tensors.
-        n_tokens_asked: how many tokens somebody wanted; None: as many as `parts` have.
+        weights_sha256: of the SAE's file.
+        n_tokens_asked: None: as many as `parts` have.
         shortage: why they are fewer, where they are.
 
     Raises:
@@ -112,13 +107,10 @@ def build_index(
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
     began, building = time.time(), folder / "building"
-    shards, n_tokens = cut_into_shards(parts, building), sum(part.n_tokens for part in parts)
+    shards, n_tokens = _cut_into_shards(parts, building), sum(part.n_tokens for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
-    hashes = {
-        "weights_sha256": weights_sha256 or tensors_sha256(sae),
-        "tokens_sha256": _tokens_sha256(parts),
-    }
+    hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
     _resume_or_clear(building, plan)
@@ -159,7 +151,7 @@ def build_index(
     yield Progress("describing", sae.d_sae, sae.d_sae, "feature")
 
 
-def cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
+def _cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
     shards: list[Shard] = []
     for number, part in enumerate(parts):
@@ -174,17 +166,8 @@ def cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     return shards
 
 
-def tensors_sha256(sae: SAE) -> str:
-    """Return a hash of an SAE's tensors, and of how it normalises its inputs."""
-    digest = hashlib.sha256((sae.input_norm or "").encode())
-    for key, tensor in sorted(sae.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _tokens_sha256(parts: Sequence[Part]) -> str:
-    """Return a hash of the ids read; it does not depend on how they are stored."""
+    """Return a hash of the ids read, however they are stored."""
     digest = hashlib.sha256()
     for part in parts:
         for start in range(0, part.n, 2**12):
@@ -289,18 +272,14 @@ def _is_whole(path: Path) -> bool:
 
 # Sorted by latent
 
-
 Read = Callable[[], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
 
 
 def _sort_shards(
     shards: Sequence[Shard], parts: Sequence[Part], data: Path, *, d_sae: int
 ) -> dict[str, Any]:
-    """Write tokens, firings in both orders, and near misses to `data`, made anew.
-
-    Returns `gate_open` and `toward` (as in `Collected`), and of the manifest n_entries, n_near,
-    fvu and gamma.
-    """
+    """Write tokens, firings in both orders, and near misses to `data`, made anew; return
+    `gate_open` and `toward` (as in `Collected`), and n_entries, n_near, fvu and gamma."""
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
     mask = _write_tokens(parts, data)
@@ -397,9 +376,8 @@ def _by_latent(
 ) -> None:
     """Write (latent, position, value) to each latent's slice, largest value first, then by token.
 
-    Args:
-        flip: what turns a value's bits around so that they rise as values fall: 0 where all are
-            negative, 2^31 - 1 where all are positive.
+    `flip` makes a value's bits rise as values fall: 0 where all are negative, 2^31 - 1 where all
+    are positive.
     """
     cursor = offsets[:-1].copy()
     for latent, position, number in entries:

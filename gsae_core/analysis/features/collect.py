@@ -1,7 +1,6 @@
 """What fires in a batch, and what nearly does, for every kind of SAE, from one encoder product.
 
-A latent fires where its margin, in the units of the pre-activation that decides, is above 0. Of the
-margins at or below 0 a band is kept (`NearBand`).
+A latent fires where its margin is above 0; of those at or below 0 a band is kept (`NearBand`).
 """
 
 import threading
@@ -102,12 +101,9 @@ def rules_of(sae: SAE) -> Rules:
 
 
 class Collector:
-    """Returns what fires in a batch of raw activations, and what nearly does.
+    """Returns what fires in a batch of raw activations, and what nearly does; threads may share it.
 
-    Threads may share it.
-
-    Args:
-        band: the margin above which a silent latent counts as a near miss: `NearBand.width`.
+    `band` is `NearBand.width`.
     """
 
     @torch.no_grad()
@@ -242,9 +238,8 @@ def _errors(
 class NearBand:
     """`width`: for each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
 
-    It is the r-th largest margin of a silent token among the `n_sample` that are added, with
-    r / n_sample equal to BAND_TOKENS / n_tokens (and r at least 2), at any scale of the latent.
-    -inf where fewer are silent: the band then holds all.
+    It is the r-th largest margin of a silent token among the `n_sample` added, r / n_sample being
+    BAND_TOKENS / n_tokens (and r at least 2); -inf, which holds all, where fewer are silent.
     """
 
     def __init__(self, sae: SAE, *, n_sample: int, n_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""One feature of an index: its numbers, its examples, and how it compares with others."""
+"""One feature of an index."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +59,6 @@ class Example:
     """A token that a feature fires on, or nearly does, in its context."""
 
     tokens: tuple[str, ...]
-    ids: tuple[int, ...]
     values: tuple[float, ...]
     """The feature's value on each token; 0 where it does not fire or the token is not counted."""
     at: int
@@ -72,15 +71,13 @@ class Example:
     split: str
     """`held_out` or `train`."""
 
-    def html(self, *, top: float | None = None) -> str:
-        """Return the tokens as HTML; the strongest shade is of `top`, or of the largest value."""
+    def html(self) -> str:
+        """Return the tokens as HTML; the strongest shade is of the largest value."""
         from gsae_core.analysis.features.export import example_row, strips
 
-        strongest = max(self.values, default=0.0) if top is None else top
-        return strips([example_row(self)], top=strongest)
+        return strips([example_row(self)], top=max(self.values))
 
-    def _repr_html_(self) -> str:
-        return self.html()
+    _repr_html_ = html
 
 
 class Group(NamedTuple):
@@ -187,9 +184,9 @@ class Feature:
     def co_firing(self) -> "pd.DataFrame":
         """Features that fire on the same tokens, most alike first.
 
-        Columns: `feature`; `both`, tokens on which both fire; `jaccard`, those among the tokens on
-        which either fires; `lift`, how many times as often as if they were independent. Counted on
-        every `manifest.companion_stride`-th token.
+        Columns: `feature`; `both`, of every `companion_stride`-th token those on which both fire;
+        `jaccard`, their share of those on which either fires; `lift`, how many times as often as if
+        they were independent.
         """
         import pandas as pd
 
@@ -270,17 +267,15 @@ class Feature:
         return self._examples(np.array(chosen, np.int64), **context)
 
     def _examples(self, positions: np.ndarray, **context: Unpack[Context]) -> list[Example]:
-        ids = self.index.array("ids")
-        n_ctx, examples = ids.shape[1], []
+        n_ctx, examples = self.index.manifest.n_ctx, []
         for number in positions.tolist():
             sequence, first, last = window(number, n_ctx, **context)
             start = sequence * n_ctx
-            values = self.on(np.arange(start + first, start + last)).tolist()
+            values = self.everywhere[start + first : start + last].tolist()
             at = number - start - first
             examples.append(
                 Example(
                     tokens=tuple(self.index.tokens_of(sequence, first, last)),
-                    ids=tuple(ids[sequence, first:last].tolist()),
                     values=tuple(values),
                     at=at,
                     value=values[at],
@@ -298,17 +293,14 @@ class Feature:
         rng = np.random.default_rng([self.number, *seeds])
         return np.sort(rng.choice(n, k, replace=False, shuffle=False))
 
-    def on(self, positions: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-        """Return its value on any positions; 0 where it does not fire."""
-        return self._everywhere[positions]
-
     def on_example(self, example: Example) -> Float32[np.ndarray, " tokens"]:
         """Return its value on every token of an example of another feature."""
         first = example.sequence * self.index.manifest.n_ctx + example.position - example.at
-        return self.on(np.arange(first, first + len(example.tokens)))
+        return self.everywhere[first : first + len(example.tokens)]
 
     @cached_property
-    def _everywhere(self) -> Float32[np.ndarray, " positions"]:
+    def everywhere(self) -> Float32[np.ndarray, " positions"]:
+        """Its value at every position of the text; 0 where it does not fire."""
         # Zeros cost no memory until they are touched; one feature's firings touch little.
         values = np.zeros(self.index.n_places, np.float32)
         values[self.positions] = self.values
@@ -337,26 +329,21 @@ class Feature:
     # Other features, also of other SAEs
 
     def matched(self, other: "FeatureIndex", *, by: By = "decoder", k: int = 5) -> "pd.DataFrame":
-        """Return the features of another index that are most like this one, best first.
+        """Return the features of another index that are most like this one, by `cosine` or `f1`.
 
-        Columns: `feature`; `cosine` of the decoder directions; `both`, tokens on which both fire;
-        `f1`, the harmonic mean of the shares of either's firings that those are; `mutual`, whether
-        this feature is in turn the one whose direction is nearest. Ordered by `cosine` or `f1`.
-
-        Of more than 2^13 firings, or of tokens with more than 2^19 firings, an even sample is
-        looked at, and `both` is scaled to all.
-
-        Raises:
-            InputError: if the two are of different widths or not over the same tokens.
+        Columns: `feature`; `cosine` of the decoder directions; `both`, tokens on which both fire,
+        scaled from an even sample of many; `f1`, the harmonic mean of the shares of either's
+        firings that those are; `mutual`, whether this feature is in turn the one whose direction is
+        nearest. InputError if the two are of different widths or not over the same tokens.
         """
         import pandas as pd
 
         _check_comparable(self.index, other)
-        cosine, both = self.cosines(other), self.fired_with(other)
+        cosine, both = cosines(self.index, [self.number], other)[:, 0], self.fired_with(other)
         fired = np.diff(other.array("offsets"))
         f1 = 2 * both / np.maximum(fired + len(self.positions), 1)
         best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
-        back = _cosines(other, best.tolist(), self.index)
+        back = cosines(other, best.tolist(), self.index)
         return pd.DataFrame(
             {
                 "feature": best,
@@ -366,10 +353,6 @@ class Feature:
                 "mutual": back.argmax(0) == self.number,
             }
         )
-
-    def cosines(self, other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
-        """Return the cosine of its decoder direction with every one of an index."""
-        return _cosines(self.index, [self.number], other)[:, 0]
 
     def fired_with(self, other: "FeatureIndex") -> Float[np.ndarray, " d_sae"]:
         """Return on how many of its tokens each feature of another index fires; see `matched`."""
@@ -408,8 +391,8 @@ def distinct(
 ) -> list[int]:
     """Return the first `k` of `positions` (n,) whose contexts differ; `ids` (sequences, n_ctx).
 
-    Two contexts are the same if they hold the same tokens, or if they lie in the same sequence and
-    overlap: of a repeated licence, or of a phrase that the feature fires on throughout, one stays.
+    Contexts with the same tokens, and those that overlap, are the same: of a repeated licence, or
+    of a phrase that the feature fires on throughout, one stays.
     """
     chosen: list[int] = []
     seen: set[bytes] = set()
@@ -437,10 +420,10 @@ def window(
     return sequence, first, last
 
 
-def _cosines(
+def cosines(
     one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
 ) -> Float[np.ndarray, "d_sae numbers"]:
-    """Return the cosines of some directions with every one of another index."""
+    """Return the cosines of some decoder directions with every one of another index."""
     directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
     return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
 

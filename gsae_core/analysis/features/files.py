@@ -86,7 +86,7 @@ class Manifest(Config):
     d_in: int
     d_sae: int
     weights_sha256: str
-    """Of the weights file, or of the tensors of an SAE that came from none."""
+    """Of the weights file."""
     model: str
     revision: str | None = None
     numerics: str = "raw"
@@ -142,11 +142,7 @@ class Manifest(Config):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the index in a folder.
-
-    Raises:
-        InputError: if there is no index, a newer version made it, or a file is not there whole.
-    """
+    """Return the manifest of the index in a folder; InputError if it is not one, and whole."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(
@@ -173,16 +169,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def allocate(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return a new array in `name`.npy, mapped; InputError if the disk is full.
-
-    Its room is taken at once: to write to a mapped file without room would end the process.
-    """
+    """Return a new array in `name`.npy, mapped; InputError if the disk is full."""
     path, n_bytes = folder / f"{name}.npy", math.prod(shape) * np.dtype(dtype).itemsize
     if n_bytes == 0:
         np.save(path, np.empty(shape, dtype))
         return np.empty(shape, dtype)
     with writing(path, n_bytes):
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        # To write to a mapped file without room would end the process.
         if hasattr(os, "posix_fallocate"):
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -200,7 +194,7 @@ def evenly(n: int, of: int) -> np.ndarray:
 
 
 def load_array(folder: Path, name: str) -> np.ndarray:
-    """Return one of the arrays, mapped into memory read-only."""
+    """Return one of `ARRAYS`, mapped into memory read-only."""
     return np.load(folder / f"{name}.npy", mmap_mode="r")
 
 

@@ -1,8 +1,4 @@
-"""The list of an SAE's features, filtered and ordered.
-
-wanted = Wanted(density=parse_range("1e-4..1e-2", "density"), label="loop")
-chosen = choose(listing(index), wanted, said=index.labels.frame())
-"""
+"""The list of an SAE's features, filtered and ordered."""
 
 import re
 from collections.abc import Mapping
@@ -99,8 +95,8 @@ WEIGHTS = ("theta", "gain")
 def listing(index: "FeatureIndex") -> "pd.DataFrame":
     """Return a row per feature: `feature`, `tokens`, `COUNTED`, `WEIGHTS` and `no_output`.
 
-    `tokens` are those it fires on most, as they are shown; `no_output` is the share of tokens on
-    which the gate is open and the feature silent.
+    `tokens` are those it fires on most; `no_output` is the share of tokens on which the gate is
+    open and the feature silent.
     """
     shown = [quoted(token) for token in index.vocabulary]
     tops = index.table["top_tokens"].to_numpy()
@@ -109,12 +105,8 @@ def listing(index: "FeatureIndex") -> "pd.DataFrame":
 
 
 def weight_listing(weights: "pd.DataFrame", stats: "pd.DataFrame | None") -> "pd.DataFrame":
-    """Return the same list from the weights, and what an evaluation counted (None: nothing).
-
-    Args:
-        weights: with the columns `theta` and `gain`.
-        stats: `Run.feature_stats`.
-    """
+    """Return the same list from columns `theta` and `gain` of the weights, and an evaluation's
+    counts, `Run.feature_stats`."""
     n = len(weights)
     columns = dict.fromkeys(COUNTED, np.full(n, np.nan))
     columns |= {name: weights[name].to_numpy() for name in WEIGHTS}
@@ -148,8 +140,7 @@ def choose(
 
     Args:
         said: `Labels.frame()`.
-        matches: scores of features that fire on tokens with `wanted.text`; None: only labels are
-            searched.
+        matches: scores of features that fire on tokens with `wanted.text`.
         order: a key of `ORDERS`; rows without the number come last.
     """
     by = {

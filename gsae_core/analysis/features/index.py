@@ -1,11 +1,8 @@
-"""The feature index: built once (`build`), asked anything, from files, without torch.
+"""The feature index: built once (`build`), asked anything, from mapped files, without torch.
 
-    index = open_index("runs/my-run/features/gated-0.1")   # or open_run(...).features("gated-0.1")
-    index.table                                            # a row per feature
-    index.feature(7).top(20)                               # where it fires
-
-Arrays are mapped into memory; a query reads the slices it needs. A token of the index is named by
-its position: sequence * n_ctx + position in the sequence.
+index = open_index("runs/my-run/features/gated-0.1")   # or open_run(...).features("gated-0.1")
+index.table                                            # a row per feature
+index.feature(7).top(20)                               # where it fires
 """
 
 import json
@@ -26,8 +23,7 @@ from gsae_core.lm.texts import SPLIT, by_itself, in_sequence
 if TYPE_CHECKING:
     import pandas as pd
 
-# Tokens whose features are counted for a query by token or text; more are sampled evenly.
-MOST_TOKENS = 2**13
+MOST_TOKENS = 2**13  # that a query by token or text looks at
 
 
 class FeatureIndex:
@@ -40,9 +36,6 @@ class FeatureIndex:
         self._data = data = folder / self.manifest.data
         # All are opened at once: a build that replaces this one may delete them later.
         self._arrays = {name: load_array(data, name) for name in ARRAYS}
-
-    def __len__(self) -> int:
-        return self.n_features
 
     def __getitem__(self, number: int) -> Feature:
         return self.feature(number)
@@ -109,10 +102,7 @@ class FeatureIndex:
         return self.by_positions(np.flatnonzero(self.array("ids").reshape(-1) == token))
 
     def by_text(self, text: str) -> "pd.DataFrame":
-        """Return the features that fire on tokens with `text`, as `by_positions` does.
-
-        Spaces count: ` the` finds words, `the` parts of words too.
-        """
+        """Return the features that fire on tokens with `text`, spaces included."""
         if not text:
             raise InputError("expected some text to look for, got none")
         holds = np.array([text in token for token in self.vocabulary])
@@ -123,8 +113,8 @@ class FeatureIndex:
 
         Columns: `feature`; `on`, those tokens it fires on; `recall`, their share of the tokens;
         `precision`, their share of the feature's firings; `f1`, the harmonic mean of both. Of more
-        than 2^13 tokens an even sample is looked at, and `on` and `precision` are scaled to all;
-        `attrs["tokens"]` and `attrs["looked_at"]` hold the two numbers.
+        than `MOST_TOKENS` an even sample is looked at, and `on` and `precision` are scaled to all;
+        `attrs` holds the numbers of `tokens` and of those `looked_at`.
         """
         import pandas as pd
 

@@ -11,9 +11,8 @@ The effect is the derivative of the logits to e at e = 0, averaged over tokens, 
 is no linear map. It is automatic, through the model's own norm module: LayerNorm, RMSNorm and
 Gemma's (1 + w) need no formula here. With a cap, its slope is averaged apart from the norm's.
 
-At the last layer's resid_post (and its mlp_out and mlp_hidden; in a parallel block attn_out and
-attn_z too) the direct path is the only one. Elsewhere later blocks, and the same block's MLP, read
-the direction too, which is left out.
+At the last layer's resid_post, mlp_out and mlp_hidden (in a parallel block attn_out and attn_z too)
+the direct path is the only one. Elsewhere what later blocks, and this block's MLP, do is left out.
 """
 
 import copy
@@ -52,24 +51,11 @@ class LogitMap(NamedTuple):
         return logits if self.cap_slope is None else logits * self.cap_slope
 
 
-class Extremes(NamedTuple):
-    """The tokens that directions raise and lower most, the strongest first."""
-
-    top: Int64[Tensor, "n k"]
-    top_effect: Float[Tensor, "n k"]
-    bottom: Int64[Tensor, "n k"]
-    bottom_effect: Float[Tensor, "n k"]
-
-
 @torch.no_grad()
 def logit_map(
     model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
 ) -> LogitMap:
-    """Return the map of a site, its derivative averaged over all positions of `ids`.
-
-    Raises:
-        InputError: if there is no such site, or the model is a TransformerBridge.
-    """
+    """Return the map of a site, its derivative averaged over all positions of `ids`."""
     model.check(layer, site)
     if model._bridge is not None:
         raise InputError(
@@ -98,19 +84,17 @@ def logit_map(
 
 
 @torch.no_grad()
-def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> Extremes:
-    """Return the tokens that each direction raises most and lowers most."""
+def extremes(effects: LogitMap, directions: Float[Tensor, "n d_in"], *, k: int) -> list[Tensor]:
+    """Return (n, k): tokens each direction raises most, by how much; those it lowers most, too."""
     k = min(k, len(effects.W_U))
     blocks = directions.split(AT_ONCE)
 
-    def of(i: int) -> Extremes:
+    def of(i: int) -> tuple[Tensor, ...]:
         logits = effects.effect(blocks[i])
-        top, top_effect = largest_in_rows(logits, k)
-        bottom, bottom_effect = largest_in_rows(logits, k, smallest=True)
-        return Extremes(top, top_effect, bottom, bottom_effect)
+        return *largest_in_rows(logits, k), *largest_in_rows(logits, k, smallest=True)
 
     found = spread(of, len(blocks), on=directions.device)
-    return Extremes(*(torch.cat(column) for column in zip(*found, strict=True)))
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def largest_in_rows(
@@ -118,8 +102,7 @@ def largest_in_rows(
 ) -> tuple[Int64[Tensor, "rows k"], Float[Tensor, "rows k"]]:
     """Return the columns and values of each row's k largest, or k smallest, the best first.
 
-    Args:
-        own: column that row 0 leaves out, and row t the t-th after it; negative: none does.
+    Row t leaves out the column `own` + t; negative: none does.
     """
     if not (h.is_cpu and h.dtype in (torch.float32, torch.float64)):
         if own >= 0:
@@ -154,7 +137,7 @@ def _plain(module: nn.Module) -> nn.Module:
 def _activations(
     model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
 ) -> Float[Tensor, "n d"]:
-    """Return the activations at every position; on a CPU a pass on each core."""
+    """Return the activations at every position."""
     passes = ids.split(default_rows(ids.shape[1], ids.device))
 
     def of(i: int) -> Tensor:

@@ -51,10 +51,8 @@ def describe(
 ) -> dict[str, int]:
     """Write the table and all that stands beside it to a folder with sorted codes.
 
-    Returns `companion_stride` and `logit_tokens` of the manifest.
-
-    Args:
-        gate_open, toward: as in `collect.Collected`, of all tokens.
+    `gate_open` and `toward` are as in `collect.Collected`, of all tokens. Returns
+    `companion_stride` and `logit_tokens` of the manifest.
     """
     import pandas as pd
 
