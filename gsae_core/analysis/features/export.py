@@ -5,13 +5,15 @@ All text in the HTML is escaped, and every character of a token is visible.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from gsae_core.analysis.features.feature import Example, Feature, cosines
 from gsae_core.text import STRONGEST, facts, macros, short, visible
+
+if TYPE_CHECKING:
+    from gsae_core.analysis.features.feature import Example, Feature
 
 TEMPLATE = "features.html.j2"
 LONGEST = 160  # characters of a token that are shown; some are 10 kB of spaces
@@ -80,7 +82,7 @@ def readable_token(text: str) -> str:
 
 
 def example_row(
-    example: Example, *, margin: bool = False, below: Sequence[float] | None = None
+    example: "Example", *, margin: bool = False, below: Sequence[float] | None = None
 ) -> Row:
     """Return an example as a row of a list; `margin`: its value is that of a near miss."""
     where = f"{example.split.replace('_', ' ')} text, sequence {example.sequence}"
@@ -89,7 +91,7 @@ def example_row(
     return Row(example.tokens, example.values, example.at, label, about, below)
 
 
-def card(feature: Feature, *, k: int = 10) -> str:
+def card(feature: "Feature", *, k: int = 10) -> str:
     """Return a feature's numbers, histogram, logit effects and top examples as HTML."""
     label = feature.index.labels.of(feature.number).get("label")
     top = [] if feature.is_dead else [("Top", feature.top(k))]
@@ -97,7 +99,7 @@ def card(feature: Feature, *, k: int = 10) -> str:
     return str(macros(TEMPLATE).card(feature, label, shown, _drawn(feature, top)))
 
 
-def page(features: Sequence[Feature], *, k: int = 20) -> str:
+def page(features: Sequence["Feature"], *, k: int = 20) -> str:
     """Return features as one HTML document that needs nothing from elsewhere."""
     title, provenance = "No features", ""
     if features:
@@ -128,7 +130,7 @@ def page(features: Sequence[Feature], *, k: int = 20) -> str:
 
 
 def _drawn(
-    feature: Feature, lists: Sequence[tuple[str, Sequence[Example]]]
+    feature: "Feature", lists: Sequence[tuple[str, Sequence["Example"]]]
 ) -> list[tuple[str, str]]:
     """Return lists of examples as strips on one colour scale."""
     top = 0.0 if feature.is_dead else float(feature.values[0])
@@ -142,7 +144,7 @@ def _html(markup: str) -> Any:
     return Markup(markup)
 
 
-def _numbers(feature: Feature) -> dict[str, str]:
+def _numbers(feature: "Feature") -> dict[str, str]:
     """Return a feature's numbers as a person reads them."""
     row = feature.stats
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
@@ -185,7 +187,7 @@ N_TOP, N_GROUPS, N_IN_GROUP = 20, 10, 5
 
 
 def neuronpedia_batch(
-    features: Sequence[Feature], *, model_id: str, sae_set: str
+    features: Sequence["Feature"], *, model_id: str, sae_set: str
 ) -> dict[str, Any]:
     """Return features of one index as JSON for the importer's `batch-0.json` and so on.
 
@@ -199,11 +201,11 @@ def neuronpedia_batch(
     }
 
 
-def _neuronpedia(feature: Feature) -> dict[str, Any]:
+def _neuronpedia(feature: "Feature") -> dict[str, Any]:
     manifest, histogram, logits = feature.index.manifest, feature.histogram, feature.logits
     middles = (histogram.edges[:-1] + histogram.edges[1:]) / 2
     alike = feature.co_firing["feature"].to_numpy()
-    cosine = cosines(feature.index, [feature.number], feature.index)[alike, 0]
+    cosine = feature.index.cosines([feature.number], feature.index)[alike, 0]
     return {name: [] for name in EMPTY} | {
         "feature_index": feature.number,
         "correlated_features_indices": alike.tolist(),
@@ -224,7 +226,7 @@ def _neuronpedia(feature: Feature) -> dict[str, Any]:
     }
 
 
-def _correlations(feature: Feature) -> Float64[np.ndarray, " companions"]:
+def _correlations(feature: "Feature") -> Float64[np.ndarray, " companions"]:
     """Return Pearson's correlation of firing or not, with each of `feature.co_firing`."""
     together = feature.co_firing
     n = feature.index.n_tokens / feature.index.manifest.companion_stride
@@ -236,7 +238,7 @@ def _correlations(feature: Feature) -> Float64[np.ndarray, " companions"]:
     return (n * both - product) / np.sqrt(spread)
 
 
-def _activations(feature: Feature) -> Iterator[dict[str, Any]]:
+def _activations(feature: "Feature") -> Iterator[dict[str, Any]]:
     """Yield the strongest (`bin_min` and `bin_contains` are -1), then examples of slices."""
     if feature.is_dead:
         return

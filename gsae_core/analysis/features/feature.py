@@ -1,6 +1,6 @@
 """One feature of an index."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -339,11 +339,11 @@ class Feature:
         import pandas as pd
 
         _check_comparable(self.index, other)
-        cosine, both = cosines(self.index, [self.number], other)[:, 0], self.fired_with(other)
+        cosine, both = self.index.cosines([self.number], other)[:, 0], self.fired_with(other)
         fired = np.diff(other.array("offsets"))
         f1 = 2 * both / np.maximum(fired + len(self.positions), 1)
         best = np.argsort(-(cosine if by == "decoder" else f1), kind="stable")[:k]
-        back = cosines(other, best.tolist(), self.index)
+        back = other.cosines(best.tolist(), self.index)
         return pd.DataFrame(
             {
                 "feature": best,
@@ -418,14 +418,6 @@ def window(
     first = 0 if before is None else max(0, position - before)
     last = n_ctx if after is None else min(n_ctx, position + after + 1)
     return sequence, first, last
-
-
-def cosines(
-    one: "FeatureIndex", numbers: Sequence[int], other: "FeatureIndex"
-) -> Float[np.ndarray, "d_sae numbers"]:
-    """Return the cosines of some decoder directions with every one of another index."""
-    directions = one.array("decoder")[list(numbers)] / one.decoder_norms[list(numbers), None]
-    return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
 
 
 def _check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from gsae_core.analysis.features.feature import Feature
 from gsae_core.analysis.features.files import ARRAYS, TABLE, VOCABULARY, load_array, read_manifest
@@ -172,6 +172,13 @@ class FeatureIndex:
                 return split.name
             sequence -= split.n_sequences
         raise IndexError(f"expected a sequence of the index, got one {sequence} beyond its last")
+
+    def cosines(
+        self, numbers: list[int], other: "FeatureIndex"
+    ) -> Float[np.ndarray, "d_sae numbers"]:
+        """Return the cosines of some decoder directions with every one of another index."""
+        directions = self.array("decoder")[numbers] / self.decoder_norms[numbers, None]
+        return (other.array("decoder") @ directions.T) / other.decoder_norms[:, None]
 
     @cached_property
     def decoder_norms(self) -> np.ndarray:
