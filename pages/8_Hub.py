@@ -3,8 +3,15 @@
 import streamlit as st
 
 from gsae_core.app import shell
-from gsae_core.app.hub_find import catalogue, offline, repository
-from gsae_core.app.hub_share import library, moving, on_the_way, share
+from gsae_core.app.hub_view import (
+    catalogue,
+    library,
+    moving,
+    offline,
+    on_the_way,
+    repository,
+    share,
+)
 
 frame = shell.page(
     "Hub",

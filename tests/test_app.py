@@ -164,7 +164,7 @@ def test_a_link_of_another_run_is_followed_and_a_choice_is_kept(root: Path) -> N
             {"torch", "gsae_core.plots.pareto", "altair", "transformers", "tyro"},
         ),
         ("app.feature_list app.feature_view app.feature_index runs.run", {"torch"}),
-        ("app.hub_find app.hub_share", {"torch"}),
+        ("app.hub_view", {"torch"}),
     ],
     ids=["home", "features", "hub"],
 )

@@ -10,7 +10,7 @@ from hub_server import TOKEN, Hub
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
-from gsae_core.app import hub_find, hub_share
+from gsae_core.app import hub_view
 from gsae_core.checkpoints import catalog
 from gsae_core.checkpoints.catalog import Release, ranged, releases, search
 from gsae_core.checkpoints.hub import Facts, look, one_sae, parse_address
@@ -34,8 +34,8 @@ FILES = {"a/cfg.json": CFG, "a/sae_weights.safetensors": b"w" * 5000}
 
 @pytest.fixture(autouse=True)
 def fresh(hub: Hub) -> None:
-    hub_find._looked.clear()
-    hub_find._described.clear()
+    hub_view._looked.clear()
+    hub_view._described.clear()
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_what_does_not_fit_on_the_disk_cannot_be_started(
     root: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("ada/saes", FILES)
-    monkeypatch.setattr(hub_find, "free_bytes", lambda path: 6000)
+    monkeypatch.setattr(hub_view, "free_bytes", lambda path: 6000)
     at = opened(HUB, repo="ada/saes")
     assert at.button(key="hub.download").disabled
     assert "Opening it takes about 10.2 kB of disk; 6.0 kB are free" in text(at)
@@ -352,13 +352,13 @@ def test_an_export_says_how_close_it_is_and_a_second_one_why_not(
     finished: Run, tmp_path: Path
 ) -> None:
     folder = tmp_path / "exports" / "x"
-    done, said = hub_share.export(finished, "gated-0.05", "jumprelu", folder)
+    done, said = hub_view.export(finished, "gated-0.05", "jumprelu", folder)
     assert done
     assert said.startswith("largest difference ")
-    done, said = hub_share.export(finished, "gated-0.05", "jumprelu", folder)
+    done, said = hub_view.export(finished, "gated-0.05", "jumprelu", folder)
     assert not done
     assert said.startswith("expected")
-    assert hub_share.zipped(folder)[:2] == b"PK"
+    assert hub_view.zipped(folder)[:2] == b"PK"
 
 
 # The catalogue
@@ -370,7 +370,7 @@ def test_every_release_is_complete_enough_to_be_found() -> None:
     assert sum(release.count or 0 for release in found) == 9022
     for release in found:
         assert (release.repo is None) == (release.where is not None)
-        assert release.layout in hub_find.FORMATS
+        assert release.layout in hub_view.FORMATS
         assert release.l0 is None or release.l0[0] <= release.l0[1]
 
 
@@ -396,11 +396,11 @@ def test_what_is_not_on_the_hub_says_where_it_is() -> None:
 
 def test_a_picked_release_fills_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
     state: dict[str, object] = {}
-    monkeypatch.setattr(hub_find.st, "session_state", state)
+    monkeypatch.setattr(hub_view.st, "session_state", state)
     (gated,) = search("pythia-70m", architecture="gated")
-    hub_find.choose_release(gated)
+    hub_view.choose_release(gated)
     assert state["repo"] == "canrager/lm_sae:pythia70m_sweep_gated_ctx128_0730"
-    hub_find.choose_release(Release(title="t", layout="openai", model="m", where="az://x"))
+    hub_view.choose_release(Release(title="t", layout="openai", model="m", where="az://x"))
     assert state["repo"] == ""
 
 
@@ -408,7 +408,7 @@ def test_layers_are_written_as_a_person_would() -> None:
     assert ranged(()) == "–"
     assert ranged((0, 1, 2)) == "0–2"
     assert ranged((3, 4)) == "3, 4"
-    assert [hub_find.short(n) for n in (4096, 16384, 2**20)] == ["4k", "16k", "1M"]
+    assert [hub_view.short(n) for n in (4096, 16384, 2**20)] == ["4k", "16k", "1M"]
     assert catalog.Release.model_validate(
         {"title": "t", "layout": "openai", "model": "m", "layers": "2-4"}
     ).layers == (2, 3, 4)
@@ -418,6 +418,6 @@ def test_what_names_do_not_tell_is_said_to_come_later() -> None:
     from gsae_core.checkpoints.hub import HubFile, HubSAE
 
     sae = HubSAE("x.pt", None, (HubFile("x.pt", 10, None, "0" * 40),))
-    told = hub_find.compatibility(sae, Facts(None, None, None, None, None))
+    told = hub_view.compatibility(sae, Facts(None, None, None, None, None))
     assert told["opens here"] == "not known until downloaded"
     assert told["download"] == "10 bytes in 1 file: x.pt"

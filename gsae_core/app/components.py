@@ -134,30 +134,18 @@ def token_picker(
     )
 
 
-class Link(NamedTuple):
-    """A feature to go to."""
-
-    feature: int
-    text: str
-    """What it fires on, or its label; shown as it stands."""
-    said: str
-    """The number that tells how near it is."""
-    share: float
-    """That number as a share of a bar, 0 to 1."""
-    about: str
-    """What hovering says."""
-    href: str
-    """The page of its own."""
-
-
 def feature_links(
-    links: Sequence[Link], *, label: str, key: str, go: Callable[[int], None]
+    rows: Sequence[dict[str, Any]], *, label: str, key: str, go: Callable[[int], None]
 ) -> None:
-    """Draw the list; `go` is called with the number of the one that is clicked."""
-    rows = [link._asdict() | {"share": round(min(max(link.share, 0), 1), 3)} for link in links]
+    """Draw features to go to; `go` is called with the number of the one that is clicked.
+
+    Args:
+        rows: of each its `feature`, its `text` (what it fires on, or its label), how near it is as
+            `said` and as a `share` of a bar, what hovering says as `about`, and `href`.
+    """
     _links(
         key=key,
         data={"label": label, "rows": rows},
-        read=lambda sent: read_number(sent, [link.feature for link in links]),
+        read=lambda sent: read_number(sent, [row["feature"] for row in rows]),
         pick=go,
     )

@@ -25,7 +25,7 @@ from gsae_core.analysis.features.filter import beside as next_to
 from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.analysis.labels import Kind, Labels
 from gsae_core.app import shell
-from gsae_core.app.components import Link, feature_links
+from gsae_core.app.components import feature_links
 from gsae_core.app.feature_index import Opened
 from gsae_core.app.feature_list import go_to
 from gsae_core.app.parts import (
@@ -50,15 +50,14 @@ from gsae_core.text import macros, percent, short
 def summary(feature: Feature) -> None:
     """Say in two lines what the feature is: how often, on what, to what end."""
     fired, n_tokens = int(feature.stats["fired"]), int(feature.stats["n_tokens"])
-    often = f"1 token in {_round(n_tokens / fired)}" if fired else "no token"
+    often = "no token"
+    if fired:
+        one_in = n_tokens / fired
+        digits = max(0, len(str(int(one_in))) - 2)
+        often = f"1 token in {round(one_in, -digits):,.0f}".replace(",", " ")
     tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
     logits = feature.logits
     st.html(macros(TEMPLATE).summary(often, tokens, logits.top[:4], logits.bottom[:2]))
-
-
-def _round(number: float) -> str:
-    digits = max(0, len(str(int(number))) - 2)
-    return f"{int(round(number, -digits)):,}".replace(",", " ")
 
 
 def numbers(feature: Feature) -> None:
@@ -132,7 +131,6 @@ def pictures(feature: Feature, theme: Theme) -> None:
 def _picture(
     title: str, chart: Any, *, name: str, alt: str, caption: str, table: pd.DataFrame, about: str
 ) -> None:
-    """Draw a chart under its title, above a sentence and the tools of a figure."""
     _title(title)
     st.vega_lite_chart(chart.data, chart.spec, key=f"features.{name}", alt=alt)
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -179,17 +177,12 @@ def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
 
 
 def _define(terms: Mapping[str, str]) -> None:
-    """Draw what columns of the table mean, by what people call them."""
     for name, title in terms.items():
         plain(f"{title}: {COLUMNS[name]}", size=".9rem")
 
 
 def which(sae: Opened, landing: int) -> int:
-    """Settle which feature is shown, before its field is drawn: what the address says, or one.
-
-    Args:
-        landing: the one to begin with.
-    """
+    """Settle which feature is shown, before its field is drawn: what is asked for, or `landing`."""
     last = len(sae.rows) - 1
     held = st.session_state.get("feature")
     if held is None:
@@ -211,6 +204,12 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
         number = next_to(chosen.rows, st.session_state.get("feature") or 0, by)
         if number is not None:
             go_to(number)
+
+    def random() -> None:
+        assert sae.index is not None
+        # As many draws as presses: the next one is another.
+        drawn = st.session_state["features.draws"] = st.session_state.get("features.draws", 0) + 1
+        go_to(sae.index.random_alive(seed=drawn))
 
     with st.container(
         horizontal=True, vertical_alignment="bottom", gap="small", key="features.going_on"
@@ -251,8 +250,8 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
                 "Random",
                 icon=":material/shuffle:",
                 key="features.random",
-                on_click=_random,
-                args=(sae.index,),
+                on_click=attempt,
+                args=(random, "No feature fires"),
                 help="Any feature that fires",
             )
             terms = st.popover(
@@ -266,12 +265,6 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
                 with terms:
                     _define(TERMS)
     return int(number if number is not None else held or 0)
-
-
-def _random(index: FeatureIndex) -> None:
-    # As many draws as presses: the next one is another.
-    drawn = st.session_state["features.draws"] = st.session_state.get("features.draws", 0) + 1
-    attempt(lambda: go_to(index.random_alive(seed=drawn)), "No feature fires")
 
 
 def said(feature: Feature) -> None:
@@ -328,11 +321,10 @@ def heading(number: int) -> None:
 
 
 def _field(draw: Callable[..., Any], feature: Feature, kind: Kind, **looks: Any) -> None:
-    """Draw the field of a feature's label or notes, which is kept as it is left."""
     labels, number = feature.index.labels, feature.number
     key = key_for(f"features.{kind}", feature.index.folder, number)
-    known = labels.of(number).get(kind)
-    st.session_state.setdefault(key, known.text if known is not None else "")
+    known = labels.of(number)
+    st.session_state.setdefault(key, known[kind].text if kind in known else "")
 
     def keep() -> None:
         _say(labels, number, kind, st.session_state[key])
@@ -411,7 +403,7 @@ def just_missed(feature: Feature) -> None:
 def _lists(
     feature: Feature, view: str, n: int, *, before: int | None, after: int | None
 ) -> list[tuple[str, Sequence[Example]]]:
-    """Return what a view shows, each list under its title."""
+    """Return the lists of a view by title."""
     if view == "Quantiles":
         groups = feature.quantiles(5, k=max(2, n // 4), before=before, after=after)
         return [
@@ -428,12 +420,11 @@ def _lists(
 
 
 class Match(NamedTuple):
-    """The feature of another SAE that is most like one."""
+    """The feature of another SAE that is most like one; mutual if the one is most like it too."""
 
     feature: Feature
     cosine: float
     mutual: bool
-    """Whether the one is in turn most like it."""
 
 
 def match(feature: Feature, other: FeatureIndex | None) -> tuple[Match | None, str]:
@@ -517,15 +508,16 @@ def _linked(
     _title(title)
     labels = sae.index.labels.latest("label") if sae.index is not None else {}
     shown = rows.head(N_LINKS)
+    here = {"run": sae.run.id, "sae": sae.name}
     links = [
-        Link(
-            feature=number,
-            text=labels[number].text if number in labels else str(sae.rows["tokens"].iat[number]),
-            said=f"{value:.2f}",
-            share=value,
-            about=f"Feature {number}: {value:.3f} {about}",
-            href="Features?" + urlencode({"run": sae.run.id, "sae": sae.name, "feature": number}),
-        )
+        {
+            "feature": number,
+            "text": labels[number].text if number in labels else sae.rows["tokens"].iat[number],
+            "said": f"{value:.2f}",
+            "share": round(min(max(value, 0), 1), 3),
+            "about": f"Feature {number}: {value:.3f} {about}",
+            "href": f"Features?{urlencode(here | {'feature': number})}",
+        }
         for number, value in zip(shown["feature"].tolist(), shown[measure].tolist(), strict=True)
     ]
     if links:
