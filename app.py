@@ -5,13 +5,13 @@ import streamlit as st
 from gsae_core.app import cache, shell
 from gsae_core.app.controls import begin, confirm_cancel
 from gsae_core.app.live_view import draw_progress
-from gsae_core.app.parts import facts_in_line, notice, plain, since, state_badge
+from gsae_core.app.parts import PAGE_TEMPLATE, notice, plain, since, state_badge
 from gsae_core.files import readable
 from gsae_core.machine import machine
 from gsae_core.presets import preset
 from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, is_example
-from gsae_core.text import WORSE, count, is_worse_than_mean
+from gsae_core.text import WORSE, count, is_worse_than_mean, macros
 
 MOST_SHOWN = 20  # of the runs, the newest
 
@@ -180,14 +180,13 @@ def this_machine() -> None:
     here = machine(shell.runs_root())
     st.subheader("This machine", anchor=False)
     device = here.gpus[0] if here.gpus else "none found: training runs on the CPU"
-    facts_in_line(
-        {
-            "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
-            "Processor": f"{here.n_cores} cores",
-            "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
-            "Disk": f"{readable(here.disk_free)} free for runs",
-        }
-    )
+    rows = {
+        "GPU": device if len(here.gpus) < 2 else f"{device} and {len(here.gpus) - 1} more",
+        "Processor": f"{here.n_cores} cores",
+        "Memory": f"{readable(here.memory_free)} free of {readable(here.memory_total)}",
+        "Disk": f"{readable(here.disk_free)} free for runs",
+    }
+    st.html(macros(PAGE_TEMPLATE).facts_in_line(rows))
 
 
 actions()

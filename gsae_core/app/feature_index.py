@@ -31,7 +31,7 @@ class Opened:
     run: Run
     name: str
     index: FeatureIndex | None
-    """None where there is none, or none that can be read."""
+    """None where there is none that can be read."""
     problem: str
     """Why an index that is there cannot be read."""
     rows: pd.DataFrame
@@ -39,11 +39,7 @@ class Opened:
 
 
 def open_sae(run: Run, name: str) -> Opened:
-    """Return one of a run's SAEs with its index, if it has one that can be read.
-
-    Raises:
-        InputError: if not even its weights can be read.
-    """
+    """Return one of a run's SAEs with its index, if it has one that can be read."""
     problem, index = "", None
     try:
         index = open_index(run, name)
@@ -93,11 +89,7 @@ def _listing(folder: str, made: float, _index: FeatureIndex) -> pd.DataFrame:
 
 @st.cache_resource(max_entries=8, show_spinner=False, hash_funcs=cache.until_changed(cache.WEIGHTS))
 def weights_of(run: Run, name: str) -> pd.DataFrame:
-    """Return what the weights of an SAE say of each feature: `table.weight_columns`.
-
-    Raises:
-        InputError: if the SAE cannot be read.
-    """
+    """Return what the weights of an SAE say of each feature: `table.weight_columns`."""
     from gsae_core.analysis.features.table import weight_columns
     from gsae_core.checkpoints.checkpoint import load_sae
 
@@ -108,9 +100,7 @@ def weights_of(run: Run, name: str) -> pd.DataFrame:
 def panel(run: Run, names: list[str], *, problem: str) -> None:
     """Offer to build the indices of some SAEs, or show how far that is.
 
-    Args:
-        names: of the SAE that is shown, and of the one beside it if that has none either.
-        problem: why an index that is there cannot be used; empty: there is none.
+    `problem` says why an index that is there cannot be used; empty: there is none.
     """
     if problem:
         notice(problem, kind="warning", title="The feature index cannot be used")

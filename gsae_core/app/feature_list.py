@@ -27,9 +27,14 @@ from gsae_core.plots.features import density_histogram
 from gsae_core.plots.palette import Theme
 
 MOST_ROWS = 2000
-PARAMS = {"density": "dens", "theta": "theta", "gamma": "gamma", "fired": "fired"}
-"""Parameter of the address for each range."""
-TEXTS = ("q", "label", *PARAMS.values())
+PARAMS = {
+    "density": ("dens", "1e-4..1e-2"),
+    "theta": ("theta", "0.5.."),
+    "gamma": ("gamma", "0.8..1.2"),
+    "fired": ("fired", "30.."),
+}
+"""Parameter of the address for each range, and an example."""
+TEXTS = ("q", "label", *(param for param, _ in PARAMS.values()))
 NUMBERS = {
     "density": ("density", "%.3g %%", 78),
     "max": ("max", "%.3g", 60),
@@ -40,7 +45,6 @@ NUMBERS = {
 }
 """Columns of numbers: head, format, width in pixels."""
 LIVES: tuple[Life, ...] = ("all", "alive", "dead")
-EXAMPLES = {"density": "1e-4..1e-2", "theta": "0.5..", "gamma": "0.8..1.2", "fired": "30.."}
 
 
 def ask() -> tuple[Wanted, str]:
@@ -73,7 +77,10 @@ def ask() -> tuple[Wanted, str]:
 
 def _filters(text: str) -> Wanted:
     """Draw the filters behind a button that says how many are in use."""
-    used = _in_use()
+    texts = [st.session_state.get(key, st.query_params.get(key)) for key in TEXTS[1:]]
+    life = st.session_state.get("life", st.query_params.get("life", "all"))
+    star = st.session_state.get("star", st.query_params.get("star") == "true")
+    used = sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
     label = f"Filters ({used})" if used else "Filters"
     with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
         ranges = {name: _range(name, title) for name, title in RANGES.items()}
@@ -91,11 +98,12 @@ def _filters(text: str) -> Wanted:
 
 
 def _range(name: str, title: str) -> Range:
+    param, example = PARAMS[name]
     asked = st.text_input(
         title.capitalize() if title.isascii() else title,
-        key=PARAMS[name],
+        key=param,
         bind="query-params",
-        placeholder=f"from..to, e.g. {EXAMPLES[name]}",
+        placeholder=f"from..to, e.g. {example}",
         help=COLUMNS[name],
     )
     try:
@@ -105,22 +113,10 @@ def _range(name: str, title: str) -> Range:
         return ANY
 
 
-def _in_use() -> int:
-    """Return how many filters the popover holds values for."""
-    texts = [st.session_state.get(key, st.query_params.get(key)) for key in TEXTS[1:]]
-    life = st.session_state.get("life", st.query_params.get("life", "all"))
-    star = st.session_state.get("star", st.query_params.get("star") == "true")
-    return sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
-
-
 def _clear_button(label: str, *, key: str) -> None:
-    st.button(label, key=key, on_click=_clear, icon=":material/filter_list_off:")
-
-
-def _clear() -> None:
-    for key in TEXTS:
-        st.session_state[key] = ""
-    st.session_state["life"], st.session_state["star"] = "all", False
+    usual = dict.fromkeys(TEXTS, "") | {"life": "all", "star": False}
+    clear, icon = st.session_state.update, ":material/filter_list_off:"
+    st.button(label, key=key, on_click=clear, args=(usual,), icon=icon)
 
 
 def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
@@ -210,21 +206,16 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
         },
         alt="The features that the filters leave: number, what they fire on, and their numbers",
     )
-    _count(chosen, len(rows))
-    if "γ" in chosen.excluded and sae.index is not None:
-        st.caption("γ here is over the index's tokens; that of Shrinkage is over held-out ones.")
-
-
-def _count(chosen: Chosen, n_shown: int) -> None:
-    n, n_all = len(chosen.rows), chosen.n_all
-    text = f"All {n_all:,} features."
-    if n_shown < n_all:
-        fit = f" ({n:,} fit)" if n_shown < n < n_all else ""
-        text = f"{n_shown:,} of {n_all:,} features{fit}."
+    n_all, text = chosen.n_all, f"All {chosen.n_all:,} features."
+    if len(rows) < n_all:
+        fit = f" ({n:,} fit)" if len(rows) < n < n_all else ""
+        text = f"{len(rows):,} of {n_all:,} features{fit}."
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(text.replace(",", " "))
         if n > MOST_ROWS:
             st.toggle("All rows", key="features.everything")
+    if "γ" in chosen.excluded and sae.index is not None:
+        st.caption("γ here is over the index's tokens; that of Shrinkage is over held-out ones.")
 
 
 def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
@@ -246,10 +237,7 @@ def go_to(feature: int) -> None:
 
 
 def landing(sae: Opened, chosen: Chosen) -> int:
-    """Return the feature to begin with: the first that fires on few tokens, but some.
-
-    Of a list that is filtered it is the first.
-    """
+    """Return the feature to begin with: of a filtered list the first, else one that is rare."""
     if 0 < len(chosen.rows) < chosen.n_all:
         return int(chosen.rows["feature"].iloc[0])
     density = sae.rows["density"].to_numpy(dtype=float)

@@ -19,7 +19,6 @@ from gsae_core.analysis.results import (
 from gsae_core.app import shell
 from gsae_core.app.glossary import definition
 from gsae_core.app.parts import correct, facts, marked, plain, say_worse
-from gsae_core.config import RunConfig, SAESpec
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run
@@ -84,11 +83,8 @@ def say_change(number: str, before: float, after: float) -> str:
 def table_columns(*, topk: bool) -> dict[str, Any]:
     """Return heading, format and definition of each column of a table of SAEs.
 
-    Args:
-        topk: whether TopK SAEs are among them, whose sparsity is a number of features.
+    `topk` says whether TopK SAEs are among them, whose sparsity is a number of features.
     """
-    formats = {"loss_recovered": "%.2f %%", "alive_fraction": "%.1f %%", "l0": "%.1f"}
-    formats |= {"delta_ce": "%.4f", "kl": "%.4f"}
     configs = {"run": "run", "name": "SAE", "architecture": "architecture", "d_sae": "features"}
     number = st.column_config.NumberColumn
     mark = "FVU above 1: the SAE reconstructs worse than the mean activation."
@@ -97,7 +93,11 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
         | {"worse": st.column_config.TextColumn(WORSE, width=36, help=mark)}
         | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
         | {
-            name: number(title, format=formats.get(name, "%.3f"), help=definition(name))
+            name: number(
+                title,
+                format=f"%.{SHARES[name]}f %%" if name in SHARES else f"%.{DIGITS.get(name, 3)}f",
+                help=definition(name),
+            )
             for name, title in TITLES.items()
         }
         | {
@@ -124,11 +124,9 @@ def _cells() -> Iterator[tuple[str, DeltaGenerator]]:
 
 
 def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
-    """Draw one SAE's numbers, what it is made from, and the ways to its other pages.
+    """Draw a row of `several_runs`, its provenance, and the ways to the SAE's other pages.
 
-    Args:
-        row: of `results.several_runs`.
-        number: the card's, which its ring in the plot bears.
+    `number` is the card's, which its ring in the plot bears.
     """
     config = run.config
     with st.container(border=True, key=f"pareto.card_{number}"):
@@ -140,13 +138,18 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
         if measured_earlier(row):
             plain(f"{measure_again(str(run.folder))}.", size=".875rem")
         spec = next((spec for spec in config.saes if spec.name == row["name"]), None)
+        learnt = {"imported from": config.imported or ""}
+        if config.imported is None:
+            rate = (spec and spec.lr) or config.train.lr
+            learnt = {"trained on": f"{count(config.train.n_tokens)} tokens"}
+            learnt["learning rate"] = f"{rate:g}"
         with st.expander("Provenance"):
             facts(
                 {
                     "model": config.model.name,
                     "hook point": config.model.hook_name,
                     "text": config.data.source,
-                    **_training(config, spec),
+                    **learnt,
                     "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
                     "measured on": measured_on(row),
                     "losses with": positions(row),
@@ -159,16 +162,6 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
             if st.button("Shrinkage", icon=":material/straighten:", key=key):
                 st.session_state["shrinkage.open_sae"] = str(row["name"])
                 shell.go("pages/4_Shrinkage.py", run)
-
-
-def _training(config: RunConfig, spec: SAESpec | None) -> dict[str, str]:
-    """Return how an SAE learnt; of an imported one no more than who trained it."""
-    if config.imported is not None:
-        return {"imported from": config.imported}
-    return {
-        "trained on": f"{count(config.train.n_tokens)} tokens",
-        "learning rate": f"{(spec and spec.lr) or config.train.lr:g}",
-    }
 
 
 def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -188,12 +181,9 @@ def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None
 
 
 def comparer(table: pd.DataFrame, runs: Mapping[str, Run], picked: Sequence[str]) -> None:
-    """Draw the settings of up to ten SAEs side by side.
+    """Draw the settings of up to ten SAEs of `several_runs` side by side.
 
-    Args:
-        table: `results.several_runs`' rows, from which columns are chosen.
-        runs: by id.
-        picked: ids to begin with; all where there are fewer than two.
+    `picked` are the ids to begin with; all where there are fewer than two.
     """
     st.subheader("Settings side by side", anchor=False)
     options = list(table["id"])

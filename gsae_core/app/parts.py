@@ -250,15 +250,6 @@ def facts(rows: Mapping[str, str]) -> None:
     st.html(markup.facts(rows))
 
 
-def facts_in_line(rows: Mapping[str, str]) -> None:
-    """Show names and values one after the other, in as many lines as they need."""
-    body = "".join(
-        f'<span><span style="opacity:.75">{escaped(name)}</span> {escaped(value)}</span>'
-        for name, value in rows.items()
-    )
-    st.html(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem 2.5rem">{body}</div>')
-
-
 def marked(architecture: Architecture, text: str) -> None:
     """Show text behind the colour and marker of an architecture."""
     sign = f'<span style="color:{LOOKS[architecture].colour}">{SIGNS[architecture]}</span>'

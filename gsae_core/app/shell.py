@@ -226,9 +226,17 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     with st.sidebar:
         st.html(f'<div style="font-weight:700;font-size:1.15rem">{NAME}</div>')
         run = _pick_run(runs, arrived=arrived)
-        _say_unreadable(unreadable)
+        if unreadable:
+            n = "1 run" if len(unreadable) == 1 else f"{len(unreadable):,} runs"
+            why = [escape_markdown(f"{name}: {reason}") for name, reason in unreadable.items()]
+            st.caption(f"{n} here cannot be read.", help="\n\n".join(why))
         job_badge(jobs)
-        _navigation(run)
+        above = ""
+        for target, (group, label, icon) in PAGES.items():
+            if group != above:
+                st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
+                above = group
+            link(target, run, label=label, icon=icon)
         _history(key="shell.history", data={"pages": [title for _, title, _ in PAGES.values()]})
     st.html(STYLE)
     st.title(title, anchor=False)
@@ -260,14 +268,6 @@ def _runs() -> tuple[list[tuple[Run, Status | None]], dict[str, str]]:
     if shipped is not None and all(run.id != EXAMPLE_ID for run, _ in runs):
         runs.append((shipped, None))
     return runs, unreadable
-
-
-def _say_unreadable(unreadable: dict[str, str]) -> None:
-    """Say under the run picker that runs are missing from it, and why each is."""
-    if unreadable:
-        runs = "1 run" if len(unreadable) == 1 else f"{len(unreadable):,} runs"
-        why = "\n\n".join(escape_markdown(f"{run}: {reason}") for run, reason in unreadable.items())
-        st.caption(f"{runs} here cannot be read.", help=why)
 
 
 def _say_missing(run_id: str, runs: list[Run], unreadable: dict[str, str]) -> None:
@@ -317,15 +317,6 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
     return None if chosen is None else by_id[chosen]
 
 
-def _navigation(run: Run | None) -> None:
-    above = ""
-    for target, (group, label, icon) in PAGES.items():
-        if group != above:
-            st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
-            above = group
-        link(target, run, label=label, icon=icon)
-
-
 def _query(target: str, run: Run | None, parameters: dict[str, str]) -> dict[str, str]:
     """Return the parameters of another page's address; `page` is for history.js alone."""
     shown = st.session_state.get("shell.missing_run") if run is None else run.id
@@ -362,10 +353,12 @@ def need_run(frame: Frame, what: str) -> Run:
             go("pages/2_Live.py", run)
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
-        home = "Home: train on the bundled model in one press"
-        link("app.py", None, label=home, icon=":material/home:")
-        own_choices = "Train with your own choices"
-        link("pages/1_Train.py", None, label=own_choices, icon=":material/tune:")
+        quick, choose = (
+            "Home: train on the bundled model in one press",
+            "Train with your own choices",
+        )
+        link("app.py", None, label=quick, icon=":material/home:")
+        link("pages/1_Train.py", None, label=choose, icon=":material/tune:")
     return st.stop()
 
 

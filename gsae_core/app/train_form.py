@@ -106,11 +106,10 @@ def form_fields() -> dict[str, Field]:
 
 
 class Base(NamedTuple):
-    """What a form starts from: a preset, or an earlier run."""
+    """What a form starts from, a preset or an earlier run, and the one flag that stands for it."""
 
     config: RunConfig
     flags: Train
-    """The one flag that stands for all of it."""
 
 
 def at_place(base: Base, layer: int, site: Site) -> Base:
@@ -131,15 +130,21 @@ def covers(base: Base, layer: int, site: str) -> bool:
 
 
 def shown(config: RunConfig) -> Values:
-    """Return what the form shows of a run."""
+    """Return what the form shows of a run; of a knob, the first architecture's values."""
+    baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
+    others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
     values: Values = {name: _shown(field, config) for name, field in form_fields().items()}
     values |= {
         "layer": config.model.layer,
         "arch": list(dict.fromkeys(spec.architecture for spec in config.saes)),
         "width": gated_width(config),
-        "equal_width": _equal_width(config),
+        "equal_width": len(others) == 1 and baselines == others,
     }
-    return values | {knob: _sparsity(config, knob) for knob in KNOBS}
+    for knob, architectures in KNOBS.items():
+        own = [spec for spec in config.saes if spec.architecture in architectures]
+        first = [spec.sparsity for spec in own if spec.architecture == own[0].architecture]
+        values[knob] = " ".join(repr(number).removesuffix(".0") for number in first)
+    return values
 
 
 def _shown(field: Field, config: RunConfig) -> str | bool:
@@ -160,19 +165,6 @@ def _shown(field: Field, config: RunConfig) -> str | bool:
     return f"{value!r}" if isinstance(value, float) else str(value)
 
 
-def _sparsity(config: RunConfig, knob: str) -> str:
-    """Return the lambdas (or k) of the first architecture that a knob sets."""
-    own = [spec for spec in config.saes if spec.architecture in KNOBS[knob]]
-    first = [spec.sparsity for spec in own if spec.architecture == own[0].architecture]
-    return " ".join(repr(number).removesuffix(".0") for number in first)
-
-
-def _equal_width(config: RunConfig) -> bool:
-    baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
-    others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
-    return len(others) == 1 and baselines == others
-
-
 def to_flags(values: Values, base: Base) -> Train:
     """Return the flags of the run that a form describes: what `base` says already is left out.
 
@@ -185,9 +177,8 @@ def to_flags(values: Values, base: Base) -> Train:
     base = at_place(base, wanted["layer"], wanted["site"])
     given = _parsed(shown(base.config)) | own_place
     # Neither an empty field nor a switch that is off can be said over a base that has it.
-    emptied = any(
-        _unsayable(wanted[flag]) and not _unsayable(given[flag]) for flag in form_fields()
-    )
+    empty = {flag for flag in form_fields() if wanted[flag] is None or wanted[flag] is False}
+    emptied = any(given[flag] is not None and given[flag] is not False for flag in empty)
     start = base.flags
     if emptied or not covered:
         given = {flag: field.default for flag, field in form_fields().items()}
@@ -196,10 +187,6 @@ def to_flags(values: Values, base: Base) -> Train:
     if {"width", "equal_width"} & set(changed):
         changed |= {"width": wanted["width"], "equal_width": wanted["equal_width"]}
     return replace(start, **changed)
-
-
-def _unsayable(value: Any) -> bool:
-    return value is None or value is False
 
 
 def _parsed(values: Values) -> dict[str, Any]:
@@ -232,16 +219,14 @@ def _read(field: Field, value: Any) -> Any:
     if field.kind is bool:
         return bool(value)
     text = "" if value is None else str(value).strip()
-    if not text:
-        return None
-    if field.kind is int:
+    if text and field.kind is int:
         return whole(text, field.label)
-    if field.kind is float:
+    if text and field.kind is float:
         found = numbers(text, field.label)
         if len(found) != 1:
             raise InputError(f"{field.label}: expected one number, got {text!r}")
         return found[0]
-    return text
+    return text or None
 
 
 def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
@@ -265,8 +250,7 @@ def corrected(asked: Mapping[str, list[str]], values: Values) -> list[str]:
     """Return a sentence for each value that the address asked for and the form does not show."""
     sentences = []
     for flag in [flag for flag in values if flag in asked]:
-        value = values[flag]
-        names = ", ".join(asked[flag])
+        value, names = values[flag], ", ".join(asked[flag])
         mine = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         if names.lower() != mine.lower():
             sentences.append(

@@ -10,7 +10,7 @@ from streamlit.delta_generator import DeltaGenerator
 from gsae_core.app.components import ABOUT, block_diagram
 from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, notice, plain
 from gsae_core.app.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
-from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, SAESpec, TrainRecipe
+from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
@@ -68,8 +68,9 @@ def where(base: Base, given: Values) -> ModelFacts:
     )
     about = model_facts(str(state["model"] or "").strip(), cached)
     said = {"bundled": "ships with the package", "folder": "local folder", "cached": "in the cache"}
-    unknown = "size not known until downloaded"
-    parts = [unknown if about.parameters is None else f"{count(about.parameters)} parameters"]
+    parts = ["size not known until downloaded"]
+    if about.parameters is not None:
+        parts = [f"{count(about.parameters)} parameters"]
     if about.shape is not None:
         parts += [f"{about.shape.n_layers} layers", f"d_model {about.shape.d_model:,}"]
     parts.append(said.get(about.where, "from the Hub"))
@@ -93,7 +94,7 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
         state["layer"] = last
     default = given["layer"] if last is None else min(given["layer"], last)
     about_layer = FIELDS["layer"].help
-    one.number_input("Layer", 0, last, default, 1, key="layer", bind=BIND, help=about_layer)
+    one.number_input("Layer", 0, last, default, key="layer", bind=BIND, help=about_layer)
     site = SITES.index(given["site"])
     two.selectbox("Site", SITES, site, key="site", bind=BIND, help=FIELDS["site"].help)
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
@@ -145,14 +146,7 @@ def model_table(cached: dict[str, Path]) -> None:
 def what(given: Values, about: ModelFacts) -> None:
     """Draw the SAEs of the sweep."""
     one, two = st.columns(2)
-    one.multiselect(
-        "Architectures",
-        ARCHITECTURES,
-        default=given["arch"],
-        key="arch",
-        bind=BIND,
-        wrap=True,
-    )
+    one.multiselect("Architectures", ARCHITECTURES, given["arch"], key="arch", bind=BIND, wrap=True)
     with two:
         st.number_input("Width", 1, None, given["width"], 256, key="width", bind=BIND, help=WIDTH)
         if about.shape is not None and state["width"]:
@@ -160,13 +154,12 @@ def what(given: Values, about: ModelFacts) -> None:
             factor = state["width"] / d_in
             times = f"{factor:,.0f}" if factor >= 1000 else f"{factor:.3g}"
             st.caption(f"{times} × the {d_in:,} activations")
-    many = {"relu"} < set(state["arch"])
     st.toggle(
         "Equal width for ReLU baselines",
         given["equal_width"],
         key="equal_width",
         bind=BIND,
-        disabled=not many,
+        disabled=not {"relu"} < set(state["arch"]),
         help="Off: ReLU SAEs get 1.5x the width, for equal compute (paper, section 4.1).",
     )
     turned = [flag for flag, archs in KNOBS.items() if set(archs) & set(state["arch"])]
@@ -183,13 +176,10 @@ def spacing(knob: str) -> None:
 
     def fill_in() -> None:
         try:
-            values = log_spaced(
-                state["train.log_low"], state["train.log_high"], state["train.log_n"]
-            )
+            values = log_spaced(*(state[f"train.log_{end}"] for end in ("low", "high", "n")))
+            state[knob] = " ".join(f"{value:g}" for value in values)
         except InputError as error:
             state["train.log_error"] = str(error)
-        else:
-            state[knob] = " ".join(f"{value:g}" for value in values)
 
     with st.popover("Log-spaced", width="stretch"):
         st.number_input("From", 0.0, None, 0.1, format="%g", key="train.log_low")
@@ -225,16 +215,15 @@ def advanced(given: Values, asked: Container[str]) -> None:
     """Draw every other flag of `train`, once one of them is looked for or is not as given.
 
     Drawn closed, they were half of the page's elements and of the time until it could be used.
-    `asked` are the flags that the address sets.
+    `asked` holds the flags that the address sets.
     """
     rest = [flag for flag in FIELDS if flag not in DRAWN]
     # An empty choice is "" as given and None once its widget was drawn.
     now = {flag: state.get(flag, given[flag]) or "" for flag in rest}
     changed = any(flag in asked or now[flag] != (given[flag] or "") for flag in rest)
-    with st.expander(
-        "Advanced: recipe, corpus, evaluation", key="train.advanced", on_change="rerun"
-    ) as e:
-        if not (e.open or changed):
+    title = "Advanced: recipe, corpus, evaluation"
+    with st.expander(title, key="train.advanced", on_change="rerun") as shown:
+        if not (shown.open or changed):
             for flag in rest:
                 state.setdefault(flag, given[flag])
             return
@@ -283,10 +272,10 @@ def token_lines(lines: Sequence[Sequence[str]]) -> None:
 
 def schedule_rows(recipe: TrainRecipe) -> dict[str, str]:
     """Return the rows about the steps over which rates change and features are resampled."""
-    steps, n = recipe.schedule, recipe.n_steps
+    steps = recipe.schedule
     rate = [_rise(steps.lr_warmup_steps, whole="at its peak")]
     if recipe.lr_decay_fraction:
-        rate.append(f"falls over the last {recipe.lr_decay_fraction * n:,.0f}")
+        rate.append(f"falls over the last {recipe.lr_decay_fraction * recipe.n_steps:,.0f}")
     revived = f"resampled every {_steps(steps.revive_every)}, if dead for {steps.revive_window:,}"
     return {
         "Learning rate": ", ".join(rate),
@@ -307,15 +296,11 @@ def plan(config: RunConfig, expected: dict[str, Expected]) -> None:
     """Show every SAE of the sweep: width, lambda and the L0 that earlier runs let one expect."""
     groups: dict[tuple[Architecture, int], list[tuple[str, str]]] = {}
     for spec in config.saes:
-        cell = knob(spec.architecture, spec.sparsity), _l0(spec, expected)
+        found, l0 = expected.get(spec.name), ""
+        if found is not None and spec.architecture != "topk":
+            ends = [f"{float(f'{end:.2g}'):,g}" for end in (found.low, found.high)]
+            l0 = f"→ L0 {'–'.join(dict.fromkeys(ends))}"
+        cell = knob(spec.architecture, spec.sparsity), l0
         groups.setdefault((spec.architecture, spec.d_sae), []).append(cell)
     rows = [(LOOKS[kind], SIGNS[kind], width, cells) for (kind, width), cells in groups.items()]
     st.html(macros(PAGE_TEMPLATE).plan(rows))
-
-
-def _l0(spec: SAESpec, expected: dict[str, Expected]) -> str:
-    found = expected.get(spec.name)
-    if found is None or spec.architecture == "topk":
-        return ""
-    ends = [f"{float(f'{end:.2g}'):,g}" for end in (found.low, found.high)]
-    return f"→ L0 {'–'.join(dict.fromkeys(ends))}"
