@@ -6,7 +6,7 @@ import streamlit as st
 
 from gsae_core.app import cache, shell
 from gsae_core.app.controls import begin
-from gsae_core.app.parts import copy_link, facts, notice, plain
+from gsae_core.app.parts import copy_link, facts, notice, noticed, plain
 from gsae_core.app.train_form import (
     LABELS,
     Base,
@@ -114,15 +114,12 @@ def preview_of(data: str, model: str, revision: str | None) -> Preview:
     return preview_within(PREVIEW_SECONDS, config, model, revision)
 
 
+@noticed("No preview")
 def preview(config: RunConfig) -> None:
     """Draw ten lines of the corpus as tokens, and how much of it there is."""
     if not st.toggle("Show ten lines as tokens", key="peek", bind="query-params"):
         return
-    try:
-        found = preview_of(config.data.model_dump_json(), config.model.name, config.model.revision)
-    except InputError as error:
-        notice(str(error), title="No preview")
-        return
+    found = preview_of(config.data.model_dump_json(), config.model.name, config.model.revision)
     token_lines(found.lines)
     said = [f"{found.sampled_tokens:,} tokens read"]
     if found.sampled_bytes:

@@ -181,7 +181,8 @@ def feature_by_feature() -> None:
     st.caption(TWO_GAMMAS)
     if not any(len(feature.stats) for feature in features):
         notice("The limit hides every feature; lower it.", kind="info")
-        st.button("Show all that fired", key="shrinkage.show_all", on_click=show_all)
+        lowest, change = {"minfire": LIMITS[0]}, st.session_state.update
+        st.button("Show all that fired", key="shrinkage.show_all", on_click=change, args=(lowest,))
         return
     bins = common_bins(features)
     correct("bin", bins.labels, what="bin of γ here", shown="no list of features")
@@ -198,11 +199,6 @@ def feature_by_feature() -> None:
         figures(features, bins, label)
     if label is not None:
         listing(features, bins, label)
-
-
-def show_all() -> None:
-    """Lower the limit to one firing."""
-    st.session_state["minfire"] = LIMITS[0]
 
 
 def remember_bin() -> None:

@@ -43,7 +43,12 @@ def choose() -> tuple[Run, tuple[str, ...], str]:
     """Draw the pickers and the text; return the run, its SAEs and the text."""
     run, names = need_saes(frame, "the features of any text")
     name, other = pick_pair(run, names, page="prompt")
-    text = text_field("Text", page="prompt", model=run.config.model.name, changed=new_text)
+
+    def changed() -> None:
+        # It is looked at from its last token on: the number in `tok` was of the text before.
+        st.session_state["prompt.new_text"] = True
+
+    text = text_field("Text", page="prompt", model=run.config.model.name, changed=changed)
     return run, (name,) if other is None else (name, other), text
 
 
@@ -55,16 +60,6 @@ def first_answer(run: Run, names: tuple[str, ...], text: str) -> Seen:
     prompt_view.say_reading(seen)
     prompt_view.numbers(seen)
     return seen
-
-
-def new_text() -> None:
-    """Have another text looked at from its last token on: the number was of the text before."""
-    st.session_state["prompt.new_text"] = True
-
-
-def pick_token(index: int) -> None:
-    """Look at the token that was clicked."""
-    st.session_state["tok"] = index
 
 
 def which_token(seen: Seen) -> int:
@@ -104,7 +99,7 @@ def whole_text(seen: Seen) -> None:
             cells(seen, tables, measure),
             picked=position,
             two=len(seen.names) > 1,
-            pick=pick_token,
+            pick=lambda index: st.session_state.update(tok=index),
         )
         prompt_view.legend(seen, measure)
         figure_tools(

@@ -122,20 +122,19 @@ def suggestions(name: str, text: str) -> None:
         for latent, units, token in found
     }
     key = key_for("steer.suggested", run.id, name, text)
+
+    def take() -> None:
+        if (chosen := st.session_state[key]) in labels:
+            st.session_state["f"] = labels[chosen]
+
     st.selectbox(
         "Features that fire on the prompt",
         list(labels),
         index=None,
         key=key,
         placeholder="strongest relative to its scale first",
-        on_change=lambda: take(labels, st.session_state[key]),
+        on_change=take,
     )
-
-
-def take(labels: dict[str, int], chosen: str | None) -> None:
-    """Steer with the feature that was chosen from the list."""
-    if chosen in labels:
-        st.session_state["f"] = labels[chosen]
 
 
 def choose_sampling() -> tuple[int, float, int, bool]:
@@ -186,11 +185,6 @@ def generation_of(settings: Settings) -> Generation:
     return generation
 
 
-def stop(generation: Generation, *, stopped: bool) -> None:
-    """Stop a continuation, or let it go on."""
-    generation.stopped = stopped
-
-
 def titles(generation: Generation) -> dict[str, str]:
     """Return the heading of each column."""
     kind = LOOKS[architecture(run, generation.settings.name)].label
@@ -222,9 +216,8 @@ def results(generation: Generation) -> None:
             "Stop generating",
             icon=":material/stop_circle:",
             key="steer.stop",
-            on_click=stop,
-            args=(generation,),
-            kwargs={"stopped": True},
+            on_click=setattr,
+            args=(generation, "stopped", True),
         )
         grow(generation, bodies)
     if generation.stopped and generation.stream is not None:
@@ -232,9 +225,8 @@ def results(generation: Generation) -> None:
             "Continue",
             icon=":material/play_arrow:",
             key="steer.go_on",
-            on_click=stop,
-            args=(generation,),
-            kwargs={"stopped": False},
+            on_click=setattr,
+            args=(generation, "stopped", False),
         )
     else:
         buttons.empty()

@@ -155,9 +155,7 @@ def _imports() -> None:
     # The Auto classes alone leave half of the imports for when a model is loaded.
     from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_layers  # noqa: F401
 
-    from gsae_core.analysis import (
-        generation,  # noqa: F401
-    )
+    import gsae_core.analysis.generation  # noqa: F401
 
 
 _importing = threading.Thread(target=_imports, name="imports", daemon=True)

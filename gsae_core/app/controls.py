@@ -9,9 +9,8 @@ from collections.abc import Callable
 import streamlit as st
 
 from gsae_core.app import shell
-from gsae_core.app.parts import CANCELLABLE, attempt, cancel, notice, own, plain
+from gsae_core.app.parts import CANCELLABLE, attempt, cancel, noticed, own, plain
 from gsae_core.config import RunConfig
-from gsae_core.errors import InputError
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, is_example, launch
@@ -22,13 +21,10 @@ RESUMABLE = ("cancelled", "failed", "lost")
 def begin(config: RunConfig) -> None:
     """Start a run and show it; two presses at once start one."""
     nonce = st.session_state.setdefault(own("nonce"), secrets.token_hex(3))
-    try:
+    with noticed("Nothing was started"):
         run = launch(shell.runs_root(), config, nonce=nonce)
-    except InputError as error:
-        notice(str(error), title="Nothing was started")
-        return
-    del st.session_state[own("nonce")]
-    shell.go("pages/2_Live.py", run)
+        del st.session_state[own("nonce")]
+        shell.go("pages/2_Live.py", run)
 
 
 def controls(run: Run, status: Status) -> None:

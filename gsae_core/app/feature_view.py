@@ -3,7 +3,6 @@
 import getpass
 import json
 import math
-import mimetypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -539,29 +538,23 @@ def take_along(sae: Opened, feature: Feature) -> None:
         return
     with share:
         copy_link()
-        _download(
+        looks: Any = {"icon": ":material/download:", "on_click": "ignore"}
+        st.download_button(
             "One HTML file",
             lambda: page([feature]),
-            f"{sae.name}-{number}.html",
-            "Numbers, pictures and examples; needs nothing from elsewhere.",
+            file_name=f"{sae.name}-{number}.html",
+            mime="text/html",
+            key="features.as_html",
+            help="Numbers, pictures and examples; needs nothing from elsewhere.",
+            **looks,
         )
         place = {"model_id": feature.index.manifest.model, "sae_set": sae.name}
-        _download(
+        st.download_button(
             "Neuronpedia JSON",
             lambda: json.dumps(neuronpedia_batch([feature], **place)),
-            "batch-0.json",
-            "A batch of one feature, as Neuronpedia's importer reads it.",
+            file_name="batch-0.json",
+            mime="application/json",
+            key="features.as_json",
+            help="A batch of one feature, as Neuronpedia's importer reads it.",
+            **looks,
         )
-
-
-def _download(label: str, make: Callable[[], str], file_name: str, about: str) -> None:
-    st.download_button(
-        label,
-        make,
-        file_name=file_name,
-        mime=mimetypes.guess_type(file_name)[0],
-        icon=":material/download:",
-        key=f"features.as_{file_name.rpartition('.')[2]}",
-        on_click="ignore",
-        help=about,
-    )

@@ -19,6 +19,7 @@ from gsae_core.app.parts import (
     job_trouble,
     key_for,
     notice,
+    noticed,
     plain,
     since,
     state_badge,
@@ -146,13 +147,9 @@ def _show(found: Repository, address: str, root: Path) -> None:
 
 def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
     """Draw what one SAE is, and the button that fetches it."""
-    with st.container(border=True):
-        try:
-            with st.spinner("Reading its config"):
-                told = _described(address, found, sae, sae.path)
-        except InputError as error:
-            notice(str(error), title="It cannot be read")
-            return
+    with st.container(border=True), noticed("It cannot be read"):
+        with st.spinner("Reading its config"):
+            told = _described(address, found, sae, sae.path)
         left, right = st.columns([3, 2], gap="large")
         with left:
             facts(compatibility(sae, told))
@@ -194,22 +191,18 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     if need >= free:
         text = f"Opening it takes about {readable(need)} of disk; {readable(free)} are free."
         notice(text, kind="warning")
-    pressed = st.button(
+    if st.button(
         f"Download {readable(sae.n_bytes)}",
         type="primary",
         icon=":material/download:",
         key="hub.download",
         width="stretch",
         disabled=need >= free,
-    )
-    if pressed:
+    ):
         place = {"model": model.strip() or None, "layer": layer, "site": site}
-        try:
+        with noticed("Nothing was started"):
             new_run_folder(root, name)
             process.start(ask(root, plan_pull(found, sae, to=name, **place)))
-        except InputError as error:
-            notice(str(error), title="Nothing was started")
-        else:
             st.rerun()
 
 
@@ -333,13 +326,8 @@ def library(frame: shell.Frame) -> None:
     chosen = left.selectbox(
         "Delete a run", list(by_id), index=None, key="hub.doomed", placeholder="choose one"
     )
-    pressed = right.button(
-        "Delete",
-        icon=":material/delete:",
-        key="hub.delete",
-        width="stretch",
-        disabled=chosen is None,
-    )
+    icon, off = ":material/delete:", chosen is None
+    pressed = right.button("Delete", icon=icon, key="hub.delete", width="stretch", disabled=off)
     if pressed and chosen is not None:
         confirm_delete(by_id[chosen])
 
@@ -456,14 +444,11 @@ def _push(run: Run, names: list[str]) -> None:
         width="stretch",
         disabled=not (chosen and repo),
     ):
-        try:
+        with noticed("Nothing was sent"):
             check_repo(repo)
             check_token()
             request = PushRequest(run.id, tuple(chosen), repo, public)
             process.start(ask(run.folder.parent, request))
-        except InputError as error:
-            notice(str(error), title="Nothing was sent")
-        else:
             st.rerun()
 
 
@@ -486,10 +471,8 @@ def on_the_way(root: Path, drawn: bool) -> None:
         st.rerun()
     st.subheader("Transfers", anchor=False)
     for transfer in found[:MOST_SHOWN]:
-        try:
+        with noticed(f"{transfer.id} can no longer be read"):
             _card(transfer, transfer.status)
-        except InputError as error:
-            notice(str(error), title=f"{transfer.id} can no longer be read")
 
 
 def _card(transfer: Transfer, status: Status) -> None:
@@ -518,12 +501,8 @@ def _buttons(transfer: Transfer, status: Status) -> None:
     if status.state == "finished" and transfer.is_pull and transfer.result:
         icon = ":material/monitoring:"
         if st.button("Open the run", icon=icon, type="primary", key=f"hub.open_{key}"):
-            try:
-                run = find_run(transfer.root, transfer.result)
-            except InputError as error:
-                notice(str(error), title="The run is gone")
-            else:
-                shell.go("pages/2_Live.py", run)
+            with noticed("The run is gone"):
+                shell.go("pages/2_Live.py", find_run(transfer.root, transfer.result))
     elif status.state == "finished":
         plain(f"sent {since(status.heartbeat)}", size=".875rem")
     else:

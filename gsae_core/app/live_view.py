@@ -12,10 +12,9 @@ from gsae_core.app.parts import (
     figure_tools,
     job_share,
     job_trouble,
-    notice,
+    noticed,
     since,
 )
-from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import waiting_runs
 from gsae_core.runs.plan.progress import RECENT, Speed, timeline
@@ -121,19 +120,15 @@ def draw_trouble(run: Run, status: Status) -> None:
     job_trouble(run, status, name="The run", again=again, cancelled=stopped, n_lines=30)
 
 
+@noticed("The sample of features cannot be read")
 def draw_samples(run: Run, names: Sequence[str]) -> None:
     """Show a few features of one SAE and where they fire."""
-    try:
-        samples = run.samples()
-    except InputError as error:
-        notice(str(error), title="The sample of features cannot be read")
-        return
+    samples = run.samples()
     known = [name for name in names if samples and name in samples["saes"]]
     if samples is None or not known:
         st.caption("The first sample of features is taken a few steps into training.")
         return
-    kept = st.session_state.get("feat")
-    if kept not in known:
+    if st.session_state.get("feat") not in known:
         st.session_state["feat"] = known[0]
     name = st.selectbox("SAE", known, key="feat", bind="query-params")
     st.caption(

@@ -111,12 +111,6 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
     )
 
 
-def _title(row: Mapping[str, Any]) -> str:
-    architecture = row["architecture"]
-    label = LOOKS[architecture].label if architecture in LOOKS else architecture
-    return f"{label}, {knob(architecture, row['sparsity'])}, {row['d_sae']:,} features"
-
-
 def _cells() -> Iterator[tuple[str, DeltaGenerator]]:
     """Yield each number with its place, three to a row."""
     for start in range(0, len(NUMBERS), 3):
@@ -128,9 +122,10 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
 
     `number` is the card's, which its ring in the plot bears.
     """
-    config = run.config
+    config, kind = run.config, row["architecture"]
+    made = f"{LOOKS[kind].label}, {knob(kind, row['sparsity'])}, {row['d_sae']:,} features"
     with st.container(border=True, key=f"pareto.card_{number}"):
-        marked(row["architecture"], f"{number} · {_title(row)}")
+        marked(kind, f"{number} · {made}")
         plain(f"{run.id} / {row['name']}", size=".85rem")
         for name, cell in _cells():
             cell.metric(SHORT[name], say(name, row[name]), help=definition(name))

@@ -5,7 +5,7 @@ import html
 import re
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlencode
@@ -76,6 +76,15 @@ def notice(
     )
 
 
+@contextlib.contextmanager
+def noticed(title: str) -> Iterator[None]:
+    """Show an InputError within as a notice of that title, and go on behind; a decorator too."""
+    try:
+        yield
+    except InputError as error:
+        notice(str(error), title=title)
+
+
 def asset(name: str) -> str:
     """Return a script or a style sheet that ships with the package."""
     return resources.files("gsae_core").joinpath(f"assets/{name}").read_text(encoding="utf-8")
@@ -131,10 +140,7 @@ CANCELLABLE = ("queued", "starting", "running")
 
 
 def attempt(act: Callable[[], object], refused: str) -> None:
-    """Do what a press asks for; where it fails, the next page says `refused` and why.
-
-    For callbacks.
-    """
+    """Do what a press asks for, in a callback; the next page says `refused` and why it fails."""
     try:
         act()
     except InputError as error:
@@ -199,10 +205,7 @@ def job_trouble(
 ) -> None:
     """Say why a job ended early, if it did, with the last lines of its log.
 
-    Args:
-        name: what it is, to begin a sentence.
-        again: the sentence on what starting it again does.
-        cancelled: the sentence on a cancelled one.
+    `again` and `cancelled` are sentences: what starting it again does, and that it was cancelled.
     """
     if status.state == "failed":
         notice(status.reason, title=f"{name} failed")

@@ -154,9 +154,7 @@ def choice(
 ) -> C:
     """Draw a choice that the address holds; return it. The first is the usual one.
 
-    Args:
-        what: what a choice is, to complete "... is no ...".
-        shown: what is said to be shown where the address asks for another; None: the first.
+    Where the address asks for another, it is said to be no `what`, and `shown` to be shown.
     """
     listed = list(options)
     correct(key, listed, what=what, shown=shown or listed[0])

@@ -52,11 +52,7 @@ class Seen(NamedTuple):
 
 
 def read(run: Run, names: tuple[str, ...], text: str) -> Seen:
-    """Return a text through SAEs of a run, from memory where it was read before.
-
-    Raises:
-        InputError: if the text, the model or an SAE cannot be read, or the model is busy.
-    """
+    """Return a text through SAEs of a run, from memory where it was read before."""
     hook, bos = run.config.model, run.config.data.bos
     key = (cache.identity(run, names), bos, text, hook.layer, hook.site)
     return _read(key, names, text, _run=run)
@@ -285,14 +281,11 @@ def alignment_view(seen: Seen, *, position: int) -> None:
     }
     shown = here.loc[:, list(columns)].replace({"where": names})
     shown.columns = pd.MultiIndex.from_tuples(list(columns.values()))
-    formats = {
-        "feature": number(format="%d"),
-        "f": number(format="%.3g", help="Activation, in the activations' own units."),
-        "cosine": number(format="%.3f", help="Of the two decoder directions."),
-    }
+    feature = number(format="%d")
+    f = number(format="%.3g", help="Activation, in the activations' own units.")
+    cosine = number(format="%.3f", help="Of the two decoder directions.")
     # Under two heads a column is known by its place; the index is 0. The type is of names alone.
-    heads = enumerate((head for _, head in columns.values()), start=1)
-    places: Any = {place: formats[head] for place, head in heads if head in formats}
+    places: Any = {2: feature, 3: f, 4: feature, 5: f, 6: cosine}
     st.dataframe(
         shown,
         hide_index=True,

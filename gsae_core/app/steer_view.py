@@ -1,11 +1,13 @@
-"""Parts of the Steer page: the scale under a slider, continuations, shifts of the next token."""
+"""Parts of the Steer page: the scale under a slider, continuations, shifts of the next token.
+
+What cannot be read, computed or steered raises InputError; so does a model that is busy.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
@@ -71,11 +73,7 @@ class Generation:
 
 
 def scales_or_prompt(run: Run, name: str, text: str) -> "tuple[Scales, str | None]":
-    """Return the scales of an SAE, and why they are this prompt's alone where they are.
-
-    Raises:
-        InputError: if the model, the SAE or the prompt cannot be read.
-    """
+    """Return the scales of an SAE, and why they are this prompt's alone where they are."""
     try:
         return cache.scales(run, name), None
     except InputError as error:
@@ -104,12 +102,7 @@ def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, st
 
 
 def start(run: Run, settings: Settings) -> Generation:
-    """Return a generation with its next-token shifts computed, ready to go on.
-
-    Raises:
-        InputError: if the text, the model, an SAE or a setting is not as it should be, or the model
-            is busy.
-    """
+    """Return a generation with its next-token shifts computed, ready to go on."""
     began = time.perf_counter()
     (model, lock), hook = cache.language_model(run), run.config.model
     from gsae_core.analysis.generation import Sampling, next_token_shift, side_by_side
@@ -146,11 +139,7 @@ def _logits(
 
 
 def advance(run: Run, generation: Generation) -> bool:
-    """Add one token; return whether there is more to come.
-
-    Raises:
-        InputError: if the model is busy (ask again), or steering breaks it.
-    """
+    """Add one token; return whether there is more to come. Where the model is busy, ask again."""
     if generation.stream is None:
         return False
     began = time.perf_counter()
@@ -236,6 +225,7 @@ def shift_columns(
     spots: Sequence[DeltaGenerator], generation: Generation, titles: dict[str, str]
 ) -> None:
     """Draw how the prediction of the next token moves, one column for each steering."""
+    number = st.column_config.NumberColumn
     for spot, (kind, shift) in zip(spots, generation.shifts.items(), strict=False):
         with spot:
             heading(kind, titles[kind])
@@ -251,31 +241,27 @@ def shift_columns(
                 help="KL(unsteered || steered) averaged over the prompt and the unsteered "
                 "continuation, both models reading that same text.",
             )
-            _shift_table(shift.table, kind)
-
-
-def _shift_table(table: pd.DataFrame, kind: str) -> None:
-    number = st.column_config.NumberColumn
-    shown = table.assign(
-        token=[quoted(token) for token in table["token"]],
-        **{name: 100 * table[name] for name in ("before", "after", "change")},
-    )
-    st.dataframe(
-        shown,
-        hide_index=True,
-        height=285,
-        key=f"steer.shift_{kind}",
-        column_order=["token", "before", "after", "change", "delta_logit"],
-        column_config={
-            "token": st.column_config.TextColumn("next token"),
-            "before": number("unsteered", format="%.2f %%"),
-            "after": number("steered", format="%.2f %%"),
-            "change": number("change", format="%+.2f", help="In percentage points."),
-            "delta_logit": number("Δ logit", format="%+.2f", help="Plain difference of logits."),
-        },
-        alt="Next tokens: probability unsteered and steered, its change, and the logit's",
-    )
-    figure_tools(table, name=f"next_token_{kind}")
+            st.dataframe(
+                shift.table.assign(
+                    token=[quoted(token) for token in shift.table["token"]],
+                    **{name: 100 * shift.table[name] for name in ("before", "after", "change")},
+                ),
+                hide_index=True,
+                height=285,
+                key=f"steer.shift_{kind}",
+                column_order=["token", "before", "after", "change", "delta_logit"],
+                column_config={
+                    "token": st.column_config.TextColumn("next token"),
+                    "before": number("unsteered", format="%.2f %%"),
+                    "after": number("steered", format="%.2f %%"),
+                    "change": number(format="%+.2f", help="In percentage points."),
+                    "delta_logit": number(
+                        "Δ logit", format="%+.2f", help="Plain difference of logits."
+                    ),
+                },
+                alt="Next tokens: probability unsteered and steered, its change, and the logit's",
+            )
+            figure_tools(shift.table, name=f"next_token_{kind}")
 
 
 def heading(kind: str, title: str) -> None:
