@@ -10,9 +10,10 @@ import re
 from typing import Any
 
 import pytest
+import test_sparse
 import torch
 from hypothesis import given, settings
-from test_sparse import OBJECTIVES, descriptions, instance, largest, random_sae, taken
+from test_sparse import EVERY_OBJECTIVE, descriptions, instance, largest, random_sae, taken
 from torch import Tensor
 
 from gsae_core.errors import InputError
@@ -69,22 +70,9 @@ def test_the_kernels_are_available_to_an_interpreter_on_a_cpu() -> None:
     assert available(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
-@pytest.mark.parametrize("tie", ["r_mag", "none"])
-def test_every_gated_objective_equals_the_dense_step(recipe: str, aux: str, tie: str) -> None:
-    sae = random_sae("gated", 5, 9, recipe=recipe, aux=aux, tie=tie).float()
-    assert_equals_dense(sae, numbers(7, 5))
-
-
-@pytest.mark.parametrize("tie", ["r_mag", "none"])
-def test_a_gate_that_b_dec_does_not_hear_equals_the_dense_step(tie: str) -> None:
-    sae = random_sae("gated", 5, 9, tie=tie, detach_b_dec=True).float()
-    assert_equals_dense(sae, numbers(7, 5))
-
-
-@pytest.mark.parametrize("recipe", ["P", "A"])
-def test_both_relu_objectives_equal_the_dense_step(recipe: str) -> None:
-    assert_equals_dense(random_sae("relu", 5, 9, recipe=recipe).float(), numbers(7, 5))
+@pytest.mark.parametrize("switches", EVERY_OBJECTIVE)
+def test_every_objective_equals_the_dense_step(switches: dict[str, Any]) -> None:
+    assert_equals_dense(random_sae(**switches, d_in=5, d_sae=9).float(), numbers(7, 5))
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -231,39 +219,11 @@ def test_a_tensor_that_a_kernel_would_misread_is_not_launched() -> None:
 
 
 def test_latents_whose_gate_never_binds_equal_the_dense_step() -> None:
-    # theta = b_mag - exp(r_mag) b_gate <= 0 for every latent.
-    sae = random_sae("gated", 3, 6).float()
-    assert isinstance(sae, GatedSAE)
-    assert sae.r_mag is not None
-    with torch.no_grad():
-        sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate - torch.arange(6) / 4)
-    x = numbers(50, 3)
-    stats = on_device(sae, x, sparsity_coeff=0.2).stats
-    assert stats.gate_open is not None
-    assert (stats.fired < stats.gate_open).any()
-    assert_equals_dense(sae, x)
+    assert_equals_dense(*test_sparse.gate_never_binding(on_device))
 
 
 def test_a_step_by_hand() -> None:
-    # One latent of two ever opens. d_in = 1, W_dec = W_gate = (1, -1), all biases 0, lambda = 0.5.
-    #   x = 2: pi_gate = (2, -2), f = (2, 0), x_hat = x_hat_aux = 2, errors 0
-    #   loss: reconstruction 0, sparsity 0.5 * 2 = 1, auxiliary 0
-    #   dm = 0, dg = (0.5, 0) -> W_gate.grad = x dg = (1, 0), b_dec.grad = -1 * 0.5
-    sae = GatedSAE(1, 2)
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.tensor([[1.0], [-1.0]]))
-        sae.W_gate.copy_(torch.tensor([[1.0, -1.0]]))
-    result = on_device(sae, torch.tensor([[2.0]]), sparsity_coeff=0.5)
-    assert [float(term) for term in result.loss] == [0.0, 1.0, 0.0]
-    assert {name: p.grad.tolist() for name, p in sae.named_parameters() if p.grad is not None} == {
-        "W_dec": [[0.0], [0.0]],
-        "b_dec": [-0.5],
-        "W_gate": [[1.0, 0.0]],
-        "b_gate": [0.5, 0.0],
-        "r_mag": [0.0, 0.0],
-        "b_mag": [0.0, 0.0],
-    }
-    assert result.stats.fired.tolist() == [1, 0]
+    test_sparse.test_a_step_by_hand(on_device)
 
 
 @torch.no_grad()
@@ -305,15 +265,7 @@ def test_a_latent_with_more_entries_in_a_tile_than_are_compared_at_once_keeps_it
 
 
 def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do() -> None:
-    sae = random_sae("gated", 4, 7).float()
-    on_device(sae, numbers(5, 4), sparsity_coeff=0.1)
-    first = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
-    on_device(sae, numbers(5, 4), sparsity_coeff=0.1)
-    for name, p in sae.named_parameters():
-        assert p.grad is not None
-        assert torch.equal(p.grad, first[name]), name
-        assert p.grad.stride() == p.stride(), name
-        assert not p.grad.requires_grad, name
+    test_sparse.test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do(on_device)
 
 
 def test_no_matrix_of_batch_by_dictionary_is_ever_made() -> None:
@@ -338,9 +290,10 @@ def test_activations_that_are_no_numbers_show_in_the_loss() -> None:
 # As the trainer takes them
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every stepper take its sparse steps by the kernels, as on a GPU."""
+    """Let every stepper take its steps by the kernels, as on a GPU, whatever the density."""
+    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     original = Stepper.__init__
 
     def made(self: Stepper, *args: Any, **settings: Any) -> None:
@@ -353,10 +306,8 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 FOUR = {"gated": {}, "relu": {}, "jumprelu": {}, "topk": {"k": 2}}
 
 
-@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("kind", FOUR)
 def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     taken_by_kernels = []
     original = kernels.kernel_step
 
@@ -442,14 +393,12 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
     return sae
 
 
-@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize(
     ("kind", "which"), [*(("gated", which) for which in range(4)), ("relu", 0), ("topk", 0)]
 )
 def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
     kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     x = numbers(6, 20, 5)
     error, said = triton_errors()[which]
     broken = Raises(error)
@@ -466,7 +415,6 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize(
     "error",
     [
@@ -480,13 +428,11 @@ def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
 def test_other_errors_of_a_launch_are_not_swallowed(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CROSSOVER, "cuda", 1.1)
     monkeypatch.setattr("gsae_core.sae.gpu.kernels.place_entries", Raises(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         learnt("gated", numbers(3, 20, 5))
 
 
-@pytest.mark.usefixtures("by_kernels")
 def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

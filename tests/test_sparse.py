@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples import Largest
+from examples import Largest, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -149,46 +149,45 @@ def test_gradients_terms_and_statistics_equal_autograd_in_float32(what: dict[str
     assert_equal_steps(sae.float(), x.float(), coeff, 1e-5, dead)
 
 
-@pytest.mark.parametrize(("recipe", "aux"), OBJECTIVES)
-@pytest.mark.parametrize("tie", ["r_mag", "none"])
-@pytest.mark.parametrize("detach_b_dec", [False, True])
-def test_every_gated_objective_equals_autograd(
-    recipe: str, aux: str, tie: str, detach_b_dec: bool
-) -> None:
-    switches = {"recipe": recipe, "aux": aux, "tie": tie, "detach_b_dec": detach_b_dec}
-    sae = random_sae("gated", 5, 9, **switches)
-    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert_equal_steps(sae, x, 0.3, bound=1e-10)
+EVERY_OBJECTIVE: list[dict[str, Any]] = [
+    {"kind": "gated", "recipe": recipe, "aux": aux, "tie": tie, "detach_b_dec": detach}
+    for recipe, aux in OBJECTIVES
+    for tie in ("r_mag", "none")
+    for detach in (False, True)
+]
+EVERY_OBJECTIVE += [{"kind": "relu", "recipe": recipe} for recipe in "PA"]
 
 
-@pytest.mark.parametrize("recipe", ["P", "A"])
-def test_both_relu_objectives_equal_autograd(recipe: str) -> None:
-    sae = random_sae("relu", 5, 9, recipe=recipe)
-    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert_equal_steps(sae, x, 0.3, bound=1e-10)
+@pytest.mark.parametrize("switches", EVERY_OBJECTIVE)
+def test_every_objective_equals_autograd(switches: dict[str, Any]) -> None:
+    sae = random_sae(**switches, d_in=5, d_sae=9)
+    assert_equal_steps(sae, numbers(7, 5, seed=1), 0.3, bound=1e-10)
+
+
+def gate_never_binding(step: Step) -> tuple[GatedSAE, Tensor]:
+    """Return an SAE with theta = b_mag - exp(r_mag) b_gate <= 0 everywhere, and inputs for it.
+
+    Gates above magnitudes and magnitudes of 0 behind open gates both occur.
+    """
+    sae, x = random_sae("gated", 3, 6).float(), numbers(50, 3, seed=2).float()
+    sae.b_mag.data.copy_(sae.r_mag.exp() * sae.b_gate - torch.arange(6) / 4)
+    assert (sae.jumprelu_threshold() == 0).all()
+    stats = step(sae, x, sparsity_coeff=0.2).stats
+    assert stats.gate_open is not None
+    assert (stats.fired < stats.gate_open).any()
+    return sae, x
 
 
 def test_latents_whose_gate_never_binds_equal_autograd() -> None:
-    # theta = b_mag - exp(r_mag) b_gate <= 0 for every latent: gates above magnitudes and
-    # magnitudes of 0 behind open gates both occur.
-    sae = random_sae("gated", 3, 6)
-    assert isinstance(sae, GatedSAE)
-    assert sae.r_mag is not None
-    with torch.no_grad():
-        sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate - torch.arange(6) / 4)
-    assert (sae.jumprelu_threshold() == 0).all()
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    stats = sparse_step(sae, x, sparsity_coeff=0.2).stats
-    assert stats.gate_open is not None
-    assert (stats.fired < stats.gate_open).any()
-    assert_equal_steps(sae, x, 0.2, bound=1e-10)
+    sae, x = gate_never_binding(sparse_step)
+    assert_equal_steps(sae.double(), x.double(), 0.2, bound=1e-10)
 
 
 def test_a_direction_of_length_zero_has_no_slope_under_recipe_a() -> None:
     sae = random_sae("gated", 3, 5, recipe="A")
     with torch.no_grad():
         sae.W_dec[2] = 0
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = numbers(8, 3, seed=3)
     assert_equal_steps(sae, x, 0.4, bound=1e-10)
 
 
@@ -198,7 +197,7 @@ def test_a_direction_of_length_zero_has_no_slope_under_recipe_a() -> None:
 )
 def test_rows_beyond_one_chunk_equal_autograd(kind: str, settings: dict[str, Any]) -> None:
     sae = random_sae(kind, 3, 2100, shift=-2.0, **settings)  # 256 rows a chunk
-    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = numbers(300, 3, seed=4)
     assert_equal_steps(sae, x, 0.1, 1e-10, dead=torch.arange(2100) % 5 == 0)
 
 
@@ -207,7 +206,7 @@ def test_thresholds_of_zero_equal_autograd() -> None:
     sae = random_sae("jumprelu", 3, 6, bandwidth=0.5)
     with torch.no_grad():
         sae.get_parameter("threshold")[:3] = 0
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = numbers(50, 3, seed=2)
     assert_equal_steps(sae, x, 0.2, bound=1e-10)
 
 
@@ -237,8 +236,7 @@ def test_a_step_by_hand(step: Step) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do(step: Step) -> None:
-    sae = random_sae("gated", 4, 7)
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    sae, x = random_sae("gated", 4, 7).float(), numbers(5, 4, seed=5).float()
     step(sae, x, sparsity_coeff=0.1)
     first = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     step(sae, x, sparsity_coeff=0.1)
@@ -261,7 +259,7 @@ def largest(step: Step, sae: SAE, x: Tensor) -> int:
 )
 def test_no_matrix_of_batch_by_dictionary_is_ever_made(kind: str, settings: dict[str, Any]) -> None:
     sae = random_sae(kind, 2, 2100, shift=-3.0, **settings)
-    x = torch.randn(1024, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x = numbers(1024, 2, seed=6)
     # A quarter of the rows at a time: 256 of 1024.
     assert all(largest(step, sae, x) <= 256 * 2100 for step in steps_of(sae))
     assert largest(dense_step, sae, x) >= 1024 * 2100
