@@ -75,9 +75,9 @@ def batch_stats(
     *,
     x: Tensor,
     x_hat: Tensor,
-    x_hat_gate: Tensor | None,
     f: Tensor,
-    pi_gate: Tensor | None,
+    x_hat_gate: Tensor | None = None,
+    pi_gate: Tensor | None = None,
     W_dec: Tensor | None = None,
 ) -> BatchStats:
     """Return the sums of a batch whose latents are dense; with `W_dec`, of single latents too."""

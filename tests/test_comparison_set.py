@@ -56,7 +56,7 @@ def measured(sae: SAE, batches: list[Tensor]) -> Metrics:
     x = torch.cat(batches)
     with torch.no_grad():
         f, x_hat = sae.encode(x), sae(x)
-    return Metrics(batch_stats(x=x, x_hat=x_hat, x_hat_gate=None, f=f, pi_gate=None))
+    return Metrics(batch_stats(x=x, x_hat=x_hat, f=f))
 
 
 def test_a_threshold_rises_until_its_latents_are_few_and_shrinks_nothing() -> None:
@@ -155,7 +155,7 @@ def test_metrics_of_an_evaluation_are_those_of_the_dense_definition(kind: str) -
     perturb_(sae)
     with torch.no_grad():
         f, dense_x_hat = sae.encode(x), sae(x)
-    stats = batch_stats(x=x, x_hat=dense_x_hat, x_hat_gate=None, f=f, pi_gate=None, W_dec=sae.W_dec)
+    stats = batch_stats(x=x, x_hat=dense_x_hat, f=f, W_dec=sae.W_dec)
     x_hat, sums = reconstruct(sae, x)
     ours, wanted = Metrics(sums), Metrics(stats)
     torch.testing.assert_close(x_hat, dense_x_hat)

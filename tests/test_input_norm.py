@@ -140,11 +140,7 @@ def test_metrics_compare_raw_activations(kind: str, norm: InputNorm) -> None:
     assert measured.gamma == pytest.approx(float(gamma))
     # Latent by latent as the SAE sees it: the dense sums of the plain SAE on u.
     u, plain = sae.normalised(x).u, normed(kind, None).double()
-    by_hand = Metrics(
-        batch_stats(
-            x=u, x_hat=plain(u), x_hat_gate=None, f=plain.encode(u), pi_gate=None, W_dec=sae.W_dec
-        )
-    )
+    by_hand = Metrics(batch_stats(x=u, x_hat=plain(u), f=plain.encode(u), W_dec=sae.W_dec))
     torch.testing.assert_close(
         measured.gamma_per_feature, by_hand.gamma_per_feature, equal_nan=True
     )

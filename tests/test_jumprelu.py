@@ -1,7 +1,7 @@
 """JumpReLU SAEs: what fires, what the penalty counts, and both pseudo-derivatives by hand."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -87,26 +87,21 @@ Z = [2.0, 0.875, 1.125, 0.625, 1.25]
 UPSTREAM = [3.0, 5.0, 7.0, 11.0, 13.0]
 
 
-def gradients(function: str) -> tuple[list[float] | None, list[float]]:
+def gradients(function: Callable[..., Tensor]) -> tuple[list[float] | None, list[float]]:
     """Return the derivatives of sum(upstream * function(z, theta)), one theta for each z."""
     z = torch.tensor(Z, dtype=torch.float64, requires_grad=True)
     theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
-    out = {"jump": jump, "step": step}[function](z, theta, 0.5)
-    (out * torch.tensor(UPSTREAM, dtype=torch.float64)).sum().backward()
+    (function(z, theta, 0.5) * torch.tensor(UPSTREAM, dtype=torch.float64)).sum().backward()
     assert theta.grad is not None
     return None if z.grad is None else z.grad.tolist(), theta.grad.tolist()
 
 
-def test_the_jumps_derivatives_are_the_mask_and_the_window() -> None:
-    to_z, to_theta = gradients("jump")
-    assert to_z == [3, 0, 7, 0, 13]  # the upstream gradient, where z > theta
-    assert to_theta == [0, -10, -14, 0, 0]  # -(theta / eps) upstream = -2 upstream, in the window
-
-
-def test_the_steps_derivatives_are_nothing_and_the_window() -> None:
-    to_z, to_theta = gradients("step")
-    assert to_z is None  # the penalty moves thresholds, never the encoder
-    assert to_theta == [0, -10, -14, 0, 0]  # -(1 / eps) upstream
+def test_the_derivatives_are_the_mask_of_the_jump_and_the_window() -> None:
+    # To theta: -(theta / eps) upstream and -(1 / eps) upstream = -2 upstream, in the window.
+    window = [0, -10, -14, 0, 0]
+    # To z: the upstream gradient, where z > theta; the penalty never moves the encoder.
+    assert gradients(jump) == ([3, 0, 7, 0, 13], window)
+    assert gradients(step) == (None, window)
 
 
 def test_the_jump_weighs_the_window_by_the_threshold_and_the_step_does_not() -> None:
@@ -236,12 +231,6 @@ def test_the_first_batch_says_what_one_is() -> None:
     assert sae.threshold_unit == pytest.approx(12.5**0.5)
 
 
-def test_a_unit_that_is_given_is_not_measured() -> None:
-    sae = JumpReluSAE(2, 3, threshold_unit=2.0)
-    sae.measure_unit_(torch.tensor([[3.0, 4.0]]))
-    assert sae.threshold.tolist() == pytest.approx([0.2] * 3)
-
-
 def test_thresholds_that_were_learnt_before_stay_where_they_are() -> None:
     sae = JumpReluSAE(2, 3)
     set_(sae, threshold=[0.1, 0.7, 0.1])
@@ -250,12 +239,16 @@ def test_thresholds_that_were_learnt_before_stay_where_they_are() -> None:
     assert sae.eps == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_a_batch_without_a_length_tells_nothing(value: float) -> None:
-    sae = JumpReluSAE(2, 3)
+@pytest.mark.parametrize(
+    ("value", "unit"), [(0.0, None), (math.nan, None), (math.inf, None), (5.0, 2.0)]
+)
+def test_a_batch_without_a_length_or_a_given_unit_changes_nothing(
+    value: float, unit: float | None
+) -> None:
+    sae = JumpReluSAE(2, 3, threshold_unit=unit)
     sae.measure_unit_(torch.full((4, 2), value))
-    assert sae.threshold_unit is None
-    assert sae.threshold.tolist() == pytest.approx([0.1] * 3)
+    assert sae.threshold_unit == unit
+    assert sae.threshold.tolist() == pytest.approx([0.1 * (unit or 1)] * 3)
 
 
 def sums_of_atoms(n_steps: int, *, length: float, seed: int) -> Tensor:

@@ -121,8 +121,7 @@ def test_gamma_per_feature_is_the_best_factor_with_the_others_held() -> None:
 
 def test_nothing_is_clipped() -> None:
     x = numbers(20, 4)
-    batch = {"x_hat_gate": None, "f": numbers(20, 6), "pi_gate": None}
-    opposite = Metrics(batch_stats(x=x, x_hat=-x, **batch))
+    opposite = Metrics(batch_stats(x=x, x_hat=-x, f=numbers(20, 6)))
     assert opposite.gamma == pytest.approx(-1)
     assert opposite.fvu > 3  # |2 x|^2 = 4 |x|^2
     assert opposite.cosine == pytest.approx(-1)
@@ -130,10 +129,9 @@ def test_nothing_is_clipped() -> None:
 
 def test_the_mean_activation_explains_no_variance_and_the_activation_all_of_it() -> None:
     x = numbers(20, 4) + 100
-    batch = {"x_hat_gate": None, "f": numbers(20, 6), "pi_gate": None}
-    mean = x.mean(0).expand_as(x)
-    assert Metrics(batch_stats(x=x, x_hat=mean, **batch)).fvu == pytest.approx(1)
-    assert Metrics(batch_stats(x=x, x_hat=x, **batch)).fvu == 0
+    f, mean = numbers(20, 6), x.mean(0).expand_as(x)
+    assert Metrics(batch_stats(x=x, x_hat=mean, f=f)).fvu == pytest.approx(1)
+    assert Metrics(batch_stats(x=x, x_hat=x, f=f)).fvu == 0
 
 
 # Batches
@@ -158,19 +156,18 @@ def test_results_do_not_depend_on_how_tokens_fall_into_batches(cuts: set[int], s
 
 
 def test_ratios_are_of_sums_and_no_averages_of_ratios() -> None:
-    streamed, no_gate = Metrics(), {"x_hat_gate": None, "pi_gate": None}
+    streamed = Metrics()
     for row in (slice(0, 1), slice(1, 2)):
-        streamed.add(batch_stats(x=X[row], x_hat=X_HAT[row], f=F[row], **no_gate))
+        streamed.add(batch_stats(x=X[row], x_hat=X_HAT[row], f=F[row]))
     # The average of 9 / 9 and 5 / 7 would be 6 / 7.
     assert streamed.gamma == pytest.approx(14 / 16)
 
 
 def test_float32_batches_are_summed_in_float64() -> None:
     # Past 2^24, float32 can no longer count by ones.
-    latents = {"f": torch.ones(1, 3), "pi_gate": None, "x_hat_gate": None}
     metrics = Metrics()
     for x in [torch.tensor([[4096.0, 0.0]]), *[torch.tensor([[1.0, 0.0]])] * 500]:
-        metrics.add(batch_stats(x=x, x_hat=x, **latents))
+        metrics.add(batch_stats(x=x, x_hat=x, f=torch.ones(1, 3)))
     assert metrics.sums is not None
     assert metrics.sums.x_power.item() == 2**24 + 500
     assert metrics.sums.x_hat_power.item() == 2**24 + 500
@@ -184,8 +181,7 @@ def test_a_large_mean_costs_no_digits_of_fvu() -> None:
     x = (numbers(200, 4) + 1000).float()
     x_hat = x + 0.5
     about_mean = (x.double() - x.double().mean(0)).square().sum().item()
-    latents = {"f": torch.ones(200, 3), "pi_gate": None, "x_hat_gate": None}
-    fvu = Metrics(batch_stats(x=x, x_hat=x_hat, **latents)).fvu
+    fvu = Metrics(batch_stats(x=x, x_hat=x_hat, f=torch.ones(200, 3))).fvu
     assert fvu == pytest.approx(200 * 4 * 0.25 / about_mean, rel=1e-6)
 
 
@@ -213,9 +209,7 @@ def test_sums_are_float64_except_where_the_device_has_none() -> None:
 def test_half_precision_activations_are_multiplied_in_single() -> None:
     # 300^2 = 90000 is beyond float16.
     x = torch.full((2, 3), 300.0, dtype=torch.float16)
-    stats = batch_stats(
-        x=x, x_hat=x, x_hat_gate=None, f=torch.ones(2, 4, dtype=torch.float16), pi_gate=None
-    )
+    stats = batch_stats(x=x, x_hat=x, f=torch.ones(2, 4, dtype=torch.float16))
     assert stats.x_hat_power.item() == 2 * 3 * 90000
 
 
@@ -249,12 +243,11 @@ def test_reconstructions_of_zero_have_no_gamma() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e3])
 def test_activations_that_never_vary_have_no_fvu(value: float) -> None:
     x = torch.full((7, 4), value)
-    latents = {"f": torch.ones(7, 3), "pi_gate": None, "x_hat_gate": None}
-    assert math.isnan(Metrics(batch_stats(x=x, x_hat=x + 1, **latents)).fvu)
+    assert math.isnan(Metrics(batch_stats(x=x, x_hat=x + 1, f=torch.ones(7, 3))).fvu)
 
 
 def test_a_relu_sae_has_no_gate_to_measure() -> None:
-    m = Metrics(batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=None))
+    m = Metrics(batch_stats(x=X, x_hat=X_HAT, f=F))
     assert math.isnan(m.gamma_gate)
     assert m.gamma_per_feature.isnan().tolist() == [True] * 3  # W_dec was not given
     assert m.l0 == 1.5
@@ -262,9 +255,7 @@ def test_a_relu_sae_has_no_gate_to_measure() -> None:
 
 def test_batches_with_other_sums_are_refused() -> None:
     metrics = Metrics(worked_example())
-    said = refusal(
-        metrics.add, batch_stats(x=X, x_hat=X_HAT, x_hat_gate=None, f=F, pi_gate=PI_GATE)
-    )
+    said = refusal(metrics.add, batch_stats(x=X, x_hat=X_HAT, f=F, pi_gate=PI_GATE))
     assert said == (
         "expected every batch to carry the same sums, got gate_power in some only; "
         "use one Metrics for each SAE and gather the same sums for every batch"

@@ -29,7 +29,7 @@ X = torch.tensor([[1, 0], [2, 0], [0, 1], [0, 2], [-1, 0], [-2, 0]], dtype=torch
 
 def gamma(sae: GatedSAE | ReluSAE, x: Tensor) -> float:
     metrics, f = Metrics(), sae.encode(x)
-    metrics.add(batch_stats(x=x, x_hat=sae.decode(f), x_hat_gate=None, f=f, pi_gate=None))
+    metrics.add(batch_stats(x=x, x_hat=sae.decode(f), f=f))
     return metrics.gamma
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 1850,
-    "sae": 3170,
+    "sae": 3150,
     "lm": 3510,
     "training": 980,
     "checkpoints": 2680,

@@ -197,9 +197,7 @@ def test_a_report_counts_steps_and_tokens_and_measures_before_the_step() -> None
     assert (report.step, report.n_steps, report.tokens) == (1, N_STEPS, BATCH)
     assert 0 < report.seconds < 100
     f = before.encode(x).detach()
-    metrics = Metrics(
-        batch_stats(x=x, x_hat=before(x).detach(), x_hat_gate=None, f=f, pi_gate=None)
-    )
+    metrics = Metrics(batch_stats(x=x, x_hat=before(x).detach(), f=f))
     assert report.saes[0].l0 == pytest.approx(metrics.l0)
     assert report.saes[0].fvu == pytest.approx(metrics.fvu, rel=1e-5)
     assert report.saes[0].gamma == pytest.approx(metrics.gamma, rel=1e-5)
@@ -397,7 +395,7 @@ def test_a_gated_sae_is_unbiased_where_the_baseline_shrinks(superposition: list[
         with torch.no_grad():
             x = torch.cat(superposition[-40:])
             x_hat, f = sae(x), sae.encode(x)
-        metrics = Metrics(batch_stats(x=x, x_hat=x_hat, x_hat_gate=None, f=f, pi_gate=None))
+        metrics = Metrics(batch_stats(x=x, x_hat=x_hat, f=f))
         gammas.append(metrics.gamma)
         fvus.append(metrics.fvu)
     assert gammas[0] == pytest.approx(1.0, abs=0.015)

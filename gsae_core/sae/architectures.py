@@ -27,8 +27,6 @@ Tie = Literal["r_mag", "none", "untied"]
 
 
 class PreActivations(NamedTuple):
-    """Both paths of the gated encoder before their nonlinearities."""
-
     pi_gate: Latents
     pi_mag: Latents
 
@@ -125,8 +123,7 @@ class ReluSAE(SinglePathSAE):
         f     = relu((x - b_dec) @ W_enc + b_enc)
         x_hat = f @ W_dec + b_dec
 
-    Bricken et al. 2023, as arXiv:2404.16014v2 writes it (Eq. 1-3). Recipe `P` is the paper's
-    baseline (unit norm, plain L1); `A` weighs L1 by free norms.
+    Bricken et al. 2023, as arXiv:2404.16014v2 writes it (Eq. 1-3).
     """
 
     architecture = "relu"

@@ -83,7 +83,7 @@ class JumpReluSAE(SinglePathSAE):
     def measure_unit_(self, x: Inputs) -> None:
         """Take sqrt(E|x|^2) for `threshold_unit`, unless it is known, 0 or not finite.
 
-        Thresholds follow, but for those no longer where they started.
+        Thresholds follow if all are where they started.
         """
         if self.threshold_unit is not None:
             return

@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """One forward pass: the terms of the loss, and what the statistics are gathered from."""
+    """The terms of the loss, and what the statistics are gathered from."""
 
     loss: LossParts
     f: Latents
@@ -87,7 +87,7 @@ def gated_loss(sae: GatedSAE, x: Inputs, sparsity_coeff: float) -> Forward:
 
 
 def relu_loss(sae: ReluSAE, x: Inputs, sparsity_coeff: float) -> Forward:
-    """Return the terms of arXiv:2404.16014v2, Eq. 4: |x - x_hat|^2 + lambda |f|_1; no auxiliary.
+    """Return the terms of arXiv:2404.16014v2, Eq. 4: |x - x_hat|^2 + lambda |f|_1.
 
     Under recipe A each latent's share of the L1 term is weighted by the norm of its direction.
     """

@@ -77,7 +77,6 @@ X_POWER, X_HAT_POWER, X_DOT_X_HAT, ERROR_POWER, AUX_POWER, X_DOT_AUX, AUX_ERROR_
 N_ROW_SUMS = 7
 
 
-@torch.no_grad()
 def stats_from_rows(
     *,
     x_sum: Float[Tensor, " d_in"],
@@ -113,8 +112,8 @@ def stats_from_rows(
 def _row_dot(a: Rows, b: Rows) -> Float[Tensor, " batch"]:
     """Return each token's inner product, summed in its own precision and returned in float64.
 
-    4096 tokens of width 512 take a core 25 ms this way and 121 ms with all in float64, to the same
-    six digits. Products are written out: a GPU may round a matrix product to TF32.
+    All in float64 takes a core five times as long, to the same six digits. Products are written
+    out: a GPU may round a matrix product to TF32.
     """
     dtype = torch.promote_types(a.dtype, torch.float32)
     return (a.to(dtype) * b.to(dtype)).sum(1).to(sum_dtype(a.device))
@@ -215,9 +214,8 @@ class Metrics:
 
         Dividing latent i's activations by gamma_i, all others as they are, brings reconstructions
         as close to x as its one factor can: sum f_i^2 / sum f_i (f_i + d_i . (x - x_hat)), for unit
-        directions. NaN where a latent never fired. This project's own measure; with few firings it
-        is mostly noise. Of an SAE that normalises its inputs, x is what it sees: no latent can help
-        a token's scale.
+        directions. This project's own measure; with few firings it is mostly noise. Of an SAE that
+        normalises its inputs, x is what it sees: no latent can help a token's scale.
         """
         aligned = None if self.sums is None else self.sums.latent_aligned
         return self._per_latent("latent_power", 0 if aligned is None else aligned.cpu().double())

@@ -20,9 +20,8 @@ class TopKSAE(SinglePathSAE):
         f     = relu(z) on the k largest z of a token, 0 elsewhere
         x_hat = f @ W_dec + b_dec
 
-    A token whose k-th largest z is negative has fewer than k latents. `k_aux` dead latents take
-    part in the auxiliary loss of each token, d_in / 2 by default. `P` is the only recipe: latents
-    compete by size, so their directions have one length.
+    `k_aux` dead latents take part in the auxiliary loss of each token, d_in / 2 by default. `P` is
+    the only recipe: latents compete by size, so their directions have one length.
     """
 
     architecture = "topk"
@@ -48,7 +47,7 @@ class TopKSAE(SinglePathSAE):
             raise InputError(f"expected k_aux of at least 1, got {k_aux}")
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`, at most `k` of them positive on a token."""
+        """Return the latents `f >= 0`; fewer than `k` where the k-th largest z is negative."""
         return largest(self.pre_activations(x), k=self.k)
 
     def extra_repr(self) -> str:

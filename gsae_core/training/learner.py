@@ -81,10 +81,7 @@ class SAEReport:
 
     @property
     def screen_ratio(self) -> float:
-        """Products computed again in float32 for each gate that opened; NaN without a screen.
-
-        What it exceeds 1 by is how often the bound on bfloat16's rounding was needed.
-        """
+        """Products computed again in float32 for each gate that opened; NaN without a screen."""
         if self.n_candidates is None or self.stats is None:
             return math.nan
         return self.n_candidates / max(int(self.stats.opened.sum()), 1)
@@ -297,10 +294,7 @@ class Learner:
 
 
 class Stepper:
-    """Takes each step of one SAE, which stays on its device, by the fastest way.
-
-    A kernel that does not compile or fit makes every further step a dense one; the log says so.
-    """
+    """Takes each step of one SAE, which stays on its device, by the fastest way."""
 
     def __init__(self, sae: SAE, *, screened: bool) -> None:
         device = sae.W_dec.device

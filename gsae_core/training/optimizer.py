@@ -51,8 +51,7 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
 
     A cosine rises from 0.1 to 1 over `lr_warmup_steps` (arXiv:2404.16014v2, D.1.1), and a line
     falls to 0 over the last `lr_decay_fraction` of the steps; where they overlap they multiply.
-    `step` counts those done before; the warm-up last began after `warmup_start`, 0 or that of the
-    last resampling.
+    `step` counts those done before, as does `warmup_start` of the last warm-up.
     """
     since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
     factor = 1.0
@@ -97,8 +96,8 @@ def sparsity_in_training_units(
     Dividing the squared error by d_in, or by d_in E|x|^2 (arXiv:2404.16014v2, D.1.1), multiplies
     lambda by the same. With y = s x, latents of a unit-norm dictionary scale by s too, and
     |y - y_hat|^2 + lambda |f_y|_1 = s^2 (|x - x_hat|^2 + (lambda / s) |f_x|_1). Where lambda weighs
-    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2. Here
-    `scale` is s and `mean_square_norm` is E|x|^2 of raw activations.
+    the number of latents (JumpReLU), which no scale changes, the raw one is lambda / s^2.
+    `mean_square_norm` is E|x|^2 of raw activations.
     """
     if spec.architecture == "topk":
         return Sparsity(coeff=0.0, raw=0.0)

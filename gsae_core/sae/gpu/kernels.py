@@ -210,9 +210,9 @@ def decode_rows(
 ):
     """Decode a row through magnitudes and gates at once, then take <error, W_dec_i> of both.
 
-    Both reconstructions and both errors of a row stay in registers, and the second walk over its
-    directions finds them in cache. `row_sums` (rows, 7) is that of `loops.decode_rows`. Without an
-    auxiliary term `slope_aux` is None, and `error_aux` also where the dictionary does not learn it.
+    All of a row stays in registers, and the second walk over its directions finds them in cache.
+    `row_sums` (rows, 7) is that of `loops.decode_rows`. Without an auxiliary term `slope_aux` is
+    None, and `error_aux` also where the dictionary does not learn it.
     """
     t = tl.program_id(0).to(tl.int64)
     begin = tl.load(row_offsets + t)
@@ -295,8 +295,8 @@ def sum_latents(
 ):
     """Sum over one latent's entries, rows ascending: its rows of the weight gradients, its numbers.
 
-    A program owns what it writes, so nothing is added atomically. A latent that fires on half the
-    batch keeps its program busy for long; programs of other latents fill the device meanwhile.
+    A program owns what it writes, so nothing is added atomically. While one works long on a latent
+    that fires on half the batch, others fill the device.
     """
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(latent_offsets + i)

@@ -7,6 +7,7 @@ owns is read through `rows_in_order`.
 
 import functools
 import subprocess
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -189,10 +190,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def rows_in_order(tensor: Tensor) -> Tensor:
-    """Return the tensor's numbers as kernels read them; a copy where they lie in another order."""
+    """Return the tensor as kernels read it; a copy where its rows do not follow each other."""
     return tensor.detach().contiguous()
 
 
+@dataclass(kw_only=True)
 class Kernels(Loops):
     """The Triton kernels; nothing here waits for the device.
 
@@ -203,9 +205,7 @@ class Kernels(Loops):
     without a sort. A batch with more entries than the capacity leaves empty sums and a flag.
     """
 
-    def __init__(self, *, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
+    capacity: int
 
     def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
         from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
@@ -213,7 +213,7 @@ class Kernels(Loops):
         jumps = isinstance(sae, JumpReluSAE)
         gated = isinstance(sae, GatedSAE)
         W, above = gates(sae, below=sae.eps / 2 if jumps else 0.0)
-        n_rows, d_sae, capacity = len(xc), sae.d_sae, self._capacity
+        n_rows, d_sae, capacity = len(xc), sae.d_sae, self.capacity
         row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
         n_tiles = row_tiles * latent_tiles
         n_open = torch.zeros((), dtype=torch.int64, device=xc.device)

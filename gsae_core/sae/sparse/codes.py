@@ -24,8 +24,7 @@ CHUNK_ROWS = 256
 class SparseCodes(NamedTuple):
     """Entries of a batch where pi_gate > 0, rows in order, latents ascending within a row (CSR).
 
-    f is zero elsewhere, and so are both gradients. Indices are int64 on a CPU; the GPU's kernels
-    have int32, and room to spare behind the last entry.
+    Indices are int64 on a CPU; the GPU's kernels have int32, and room behind the last entry.
     """
 
     row_offsets: Int[Tensor, " rows_and_end"]
@@ -133,10 +132,7 @@ def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
 
 
 class _Scratch:
-    """Room for one chunk's products and for every entry it could have; used again and again.
-
-    What is never written to costs no memory: the system gives out pages as they are reached.
-    """
+    """Room for one chunk's products and every entry it could have; pages never reached are free."""
 
     def __init__(self, rows: int, W: Encoder, product: torch.dtype) -> None:
         self.h = W.new_empty(rows, W.shape[1], dtype=product)

@@ -71,14 +71,12 @@ def gain(sae: BuiltinSAE) -> PerLatent | None:
     return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
 
 
-@torch.no_grad()
 def l1_term(sae: GatedSAE | ReluSAE, gate: PerLatent, l1_slope: float) -> Scalar:
     """Return the L1 term; `gate` sums relu(pi_gate), `l1_slope` is lambda / B."""
     weights = l1_weights(sae)
     return (gate.sum() if weights is None else torch.dot(gate, weights)) * l1_slope
 
 
-@torch.no_grad()
 def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> None:
     """Leave the gradient of every parameter but a threshold in `.grad`; uses up the sums."""
     if sae.objective.l1_weight == "norm":

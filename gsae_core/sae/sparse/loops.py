@@ -58,7 +58,7 @@ def compiled(function: Callable[..., Any], **changes: Any) -> Any:
 def pick_above(h, above, latent, value, ends):
     """Write where h > above, row by row, and what h is there; return how many entries there are.
 
-    `latent` and `value` have room for rows * d_sae; a few slots past the last one are written too.
+    `latent` and `value` have room for rows * d_sae; slots past the last entry are written too.
     """
     n, whole = 0, h.shape[1] // BLOCK * BLOCK
     for t in range(h.shape[0]):
@@ -225,10 +225,7 @@ TILE = 16
 
 @compiled
 def sort_by_latent(row_offsets, latent, offsets, order, row):
-    """Write the transpose of the codes: a counting sort, rows ascending within a latent.
-
-    `offsets`, of latents, is zero before; `order` is each entry's place in the codes.
-    """
+    """Write the fields of `ByLatent`, `offsets` being zero before: a counting sort."""
     for e in range(latent.shape[0]):
         offsets[latent[e] + 1] += 1
     for i in range(1, offsets.shape[0]):
@@ -245,10 +242,7 @@ def sort_by_latent(row_offsets, latent, offsets, order, row):
 
 @compiled
 def sum_rows(first, last, offsets, row, weight, dense, out, add):
-    """Write to out[i], for latents first to last - 1, its entries' sum of weight * dense[row].
-
-    Entries are in the transposed order. With `add`, the sum is added to what `out` holds.
-    """
+    """Write, or `add`, to out[i] latent i's sum of weight * dense[row]; entries by latent."""
     for i in range(first, last):
         total = out[i]
         if not add:

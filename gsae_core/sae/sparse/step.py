@@ -5,6 +5,7 @@ the encoder's product all else costs O(active entries * d_in), and no matrix of 
 exists. Each architecture's step is written once, on the `Loops` of a CPU or `gpu.step.Kernels`.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -94,11 +95,11 @@ def undecoded(sae: BuiltinSAE, codes: SparseCodes, x: Rows) -> Decoded:
     )
 
 
+@dataclass(kw_only=True)
 class Loops:
     """What a device does of a step: here the loops compiled for a CPU."""
 
-    def __init__(self, *, screened: bool = False) -> None:
-        self._screened = screened
+    screened: bool = False
 
     def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
         """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2.
@@ -106,7 +107,7 @@ class Loops:
         There `gate` is z, and the magnitude of what does not fire is 0.
         """
         below = sae.eps / 2 if isinstance(sae, JumpReluSAE) else 0.0
-        found = products_above(xc, *gates(sae, below=below), screened=self._screened)
+        found = products_above(xc, *gates(sae, below=below), screened=self.screened)
         codes = codes_of(sae, xc, found)
         n_entries = torch.tensor(codes.latent.numel())
         return Active(codes, by_latent(codes, sae.d_sae), n_entries, found.n_candidates)
@@ -242,8 +243,8 @@ def take_step(
 def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepResult:
     """Take the step of `losses.topk_loss`.
 
-    The dead latents' entries follow the batch's own like those of B more rows, with the same xc,
-    and the error that the others leave for target.
+    The dead latents' entries follow like those of B more rows, with the same xc and the error that
+    the others leave for target.
     """
     n_rows, xc = len(x), x - sae.b_dec
     kept, spare = engine.largest(sae, xc, dead)
