@@ -12,7 +12,7 @@ LINES = {
     "lm": 3510,
     "training": 980,
     "checkpoints": 2680,
-    "analysis": 4710,
+    "analysis": 4650,
     "plots": 1350,
     "runs": 3440,
     "cli": 1470,

@@ -37,10 +37,7 @@ class Writer(Protocol):
 
 
 class RemoteWriter:
-    """A model behind the address in OPENAI_BASE_URL, `where`; it speaks chat completions.
-
-    `has_token`: whether OPENAI_API_KEY goes there too.
-    """
+    """A model that speaks chat completions at OPENAI_BASE_URL; OPENAI_API_KEY goes there too."""
 
     def __init__(self, name: str) -> None:
         url = os.environ.get("OPENAI_BASE_URL", "")
@@ -253,9 +250,8 @@ def marked(example: Example, which: set[int] | None = None) -> str:
     fires = {i for i, value in enumerate(example.values) if value > 0} if which is None else which
     holder = _holders(example)
     shown = {holder[i] for i in fires}
-    return "".join(
-        f"<<{token}>>" if i in shown else token for i, token in enumerate(example.tokens)
-    )
+    tokens = enumerate(example.tokens)
+    return "".join(f"<<{token}>>" if i in shown else token for i, token in tokens)
 
 
 def numbered(texts: Sequence[str]) -> str:

@@ -129,8 +129,7 @@ class Decile(NamedTuple):
     norm: float
     """|x|, averaged over tokens."""
     ratio: float
-    """|x_hat| / |x|, averaged over tokens: below 1 also where x_hat only leaves something out;
-    gamma of the same tokens tells shrinkage."""
+    """|x_hat| / |x|, averaged over tokens: below 1 also where x_hat only leaves something out."""
     gamma: float
     """Relative reconstruction bias: sum |x_hat|^2 / sum x . x_hat, Eq. 10."""
 

@@ -133,10 +133,7 @@ class Shift(NamedTuple):
 def next_token_shift(
     before: Float[Tensor, " d_vocab"], after: Float[Tensor, " d_vocab"], *, model: LanguageModel
 ) -> Shift:
-    """Return how a next-token prediction moves, from the logits before and after.
-
-    The table holds the 10 tokens that were likeliest before and the 10 likeliest after.
-    """
+    """Return how a prediction moves, in the 10 likeliest tokens before and the 10 after."""
     p, q = before.softmax(-1), after.softmax(-1)
     n = min(10, len(p))
     ids = torch.cat([p.topk(n).indices, q.topk(n).indices]).unique()

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gsae_core import files
 from gsae_core.errors import InputError
-from gsae_core.files import Lines, unreadable, writing
+from gsae_core.files import unreadable, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,15 +92,21 @@ class Labels:
     def all(self) -> list[Annotation]:
         """Return every annotation, oldest first; lines that hold none are left out."""
         try:
-            found = self._path.stat()
+            stat = self._path.stat()
         except FileNotFoundError:
             return []
         except OSError as error:
             raise InputError(unreadable(self._path, error)) from None
-        version = found.st_mtime_ns, found.st_size
+        version = stat.st_mtime_ns, stat.st_size
         if version != self._seen:
-            self._all, self._damaged = _read(files.read(self._path))
-            self._seen = version
+            lines, found = files.read(self._path), []
+            for row in lines.rows:
+                # A newer version may add fields; a line with fewer is somebody's own.
+                fields = {name: row[name] for name in Annotation._fields if name in row}
+                with contextlib.suppress(ValidationError):
+                    found.append(_ANNOTATION.validate_python(fields, strict=True))
+            self._seen, self._all = version, found
+            self._damaged = lines.damaged + lines.torn + len(lines.rows) - len(found)
         return self._all
 
     @property
@@ -139,14 +145,3 @@ class Labels:
         frame = pd.DataFrame(columns, index=pd.Index(features, name="feature"))
         kinds = dict.fromkeys(columns, str) | {"star": bool, "score": float}
         return frame.astype(kinds)  # the columns of no features are of no kind
-
-
-def _read(lines: Lines) -> tuple[list[Annotation], int]:
-    """Return the annotations of lines, and how many lines hold none."""
-    found = []
-    for row in lines.rows:
-        # A newer version may add fields; a line with fewer is somebody's own.
-        fields = {name: row[name] for name in Annotation._fields if name in row}
-        with contextlib.suppress(ValidationError):
-            found.append(_ANNOTATION.validate_python(fields, strict=True))
-    return found, lines.damaged + lines.torn + len(lines.rows) - len(found)

@@ -18,7 +18,7 @@ from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.lm.texts import by_itself, raw_texts, token_texts
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.base import SAE, Dictionary, PerEntry
+from gsae_core.sae.base import SAE, Dictionary
 from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
@@ -47,8 +47,7 @@ class Prompt(NamedTuple):
 def read_prompt(model: LanguageModel, text: str, *, bos: bool = True) -> Prompt:
     """Return a text as tokens, cut to the model's context and to `MAX_TOKENS`.
 
-    Args:
-        bos: whether to put BOS in front, if the tokenizer has one: as the SAE was trained.
+    `bos`: whether to put BOS in front, if the tokenizer has one: as the SAE was trained.
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(
@@ -162,10 +161,14 @@ def _losses(logits: Float[Tensor, "1 pos d_vocab"], prompt: Prompt) -> PerToken:
 
 
 def _features(sae: SAE, codes: SparseCodes, prompt: Prompt) -> pd.DataFrame:
-    fires = codes.magnitude > 0
-    row, latent, f = codes.rows()[fires], codes.latent[fires], codes.magnitude[fires]
+    fires, row = codes.magnitude > 0, codes.rows()
+    written = codes.magnitude[:, None] * sae.W_dec[codes.latent]
+    n_rows = codes.row_offsets.numel() - 1
+    whole = written.new_zeros(n_rows, sae.d_in).index_add_(0, row, written)
+    share = (written * whole[row]).sum(1) / whole.square().sum(1)[row]
+    latent, f = codes.latent[fires], codes.magnitude[fires]
     gate = codes.gate[fires] if isinstance(sae, GatedSAE) else torch.full_like(f, torch.nan)
-    position = prompt.counted.nonzero()[:, 0].to(row.device)[row].tolist()
+    position = prompt.counted.nonzero()[:, 0].to(row.device)[row[fires]].tolist()
     table = pd.DataFrame(
         {
             "position": position,
@@ -173,18 +176,11 @@ def _features(sae: SAE, codes: SparseCodes, prompt: Prompt) -> pd.DataFrame:
             "latent": latent.tolist(),
             "activation": f.tolist(),
             "gate": gate.tolist(),
-            "share": _shares(sae, codes)[fires].tolist(),
+            "share": share[fires].tolist(),
         }
     ).astype({"position": "int64", "latent": "int64"})
     order = ["position", "activation"]
     return table.sort_values(order, ascending=[True, False], ignore_index=True, kind="stable")
-
-
-def _shares(sae: SAE, codes: SparseCodes) -> PerEntry:
-    row, n_rows = codes.rows(), codes.row_offsets.numel() - 1
-    written = codes.magnitude[:, None] * sae.W_dec[codes.latent]
-    whole = written.new_zeros(n_rows, sae.d_in).index_add_(0, row, written)
-    return (written * whole[row]).sum(1) / whole.square().sum(1)[row]
 
 
 def _tokens(
@@ -268,10 +264,7 @@ class Matches(NamedTuple):
 def best_matches(
     latents: Int64[Tensor, " n"], W_dec: Dictionary, W_dec_other: Float[Tensor, "d_other d_in"]
 ) -> Matches:
-    """Return the best match of each of some latents of one dictionary in the other.
-
-    Costs n (d_sae + d_other) d_in products.
-    """
+    """Return the best match of each of some latents; costs n (d_sae + d_other) d_in products."""
     latents = latents.to(W_dec.device)
     own, other = F.normalize(W_dec.detach(), dim=1), F.normalize(W_dec_other.detach(), dim=1)
     parts = []

@@ -53,10 +53,7 @@ class PaperSite(NamedTuple):
 
 
 def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return `evals.json`'s SAEs as a table, sorted by architecture and L0.
-
-    `delta_ce`, ce_sae - ce_clean in nats per token, is added.
-    """
+    """Return `evals.json`'s SAEs by architecture and L0, with `delta_ce`, ce_sae - ce_clean."""
     frame = pd.DataFrame(list(evals))
     if frame.empty:
         return frame

@@ -189,10 +189,9 @@ def intervention(scales: Scales, latent: int, mode: Mode, strength: float | int)
 
 @dataclass(frozen=True)
 class Steering:
-    """Interventions in up to three features of one SAE, which takes raw activations.
+    """Interventions in up to three features of one SAE; InputError for what cannot be done.
 
-    `keep_error`: whether x keeps what the SAE fails to reconstruct. InputError for what cannot be
-    done.
+    `keep_error`: whether x keeps what the SAE fails to reconstruct.
     """
 
     sae: SAE

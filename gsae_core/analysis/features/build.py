@@ -187,9 +187,6 @@ def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
             write_json(path, plan)
 
 
-# The shards
-
-
 def _read_shards(
     model: LanguageModel,
     sae: SAE,
@@ -259,7 +256,6 @@ def _write_shard(shard: Shard, harvest: Harvest, collect: Collector) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a shard is there and can be read; one that cannot is made again."""
     if not path.is_file():
         return False
     try:
@@ -269,8 +265,6 @@ def _is_whole(path: Path) -> bool:
         return False
     return True
 
-
-# Sorted by latent
 
 Read = Callable[[], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
 

@@ -101,10 +101,7 @@ def rules_of(sae: SAE) -> Rules:
 
 
 class Collector:
-    """Returns what fires in a batch of raw activations, and what nearly does; threads may share it.
-
-    `band` is `NearBand.width`.
-    """
+    """Returns what fires in raw activations, and what nearly does; threads may share it."""
 
     @torch.no_grad()
     def __init__(self, sae: SAE, band: PerLatent) -> None:

@@ -1,7 +1,4 @@
-"""Features as HTML, for pages, notebooks and files, and as Neuronpedia's JSON.
-
-All text in the HTML is escaped, and every character of a token is visible.
-"""
+"""Features as HTML, escaped and with every character visible, and as Neuronpedia's JSON."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -145,7 +142,6 @@ def _html(markup: str) -> Any:
 
 
 def _numbers(feature: "Feature") -> dict[str, str]:
-    """Return a feature's numbers as a person reads them."""
     row = feature.stats
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     numbers = {
@@ -168,9 +164,7 @@ def _numbers(feature: "Feature") -> dict[str, str]:
     return numbers
 
 
-# Neuronpedia: a batch as SAEDashboard writes it.
-
-# Allowed to be empty, and not computed here.
+# Neuronpedia's batch as SAEDashboard writes it; these may be empty, and are not computed here.
 EMPTY = (
     "neuron_alignment_indices",
     "neuron_alignment_values",
@@ -189,10 +183,7 @@ N_TOP, N_GROUPS, N_IN_GROUP = 20, 10, 5
 def neuronpedia_batch(
     features: Sequence["Feature"], *, model_id: str, sae_set: str
 ) -> dict[str, Any]:
-    """Return features of one index as JSON for the importer's `batch-0.json` and so on.
-
-    `model_id` and `sae_set` are names Neuronpedia knows.
-    """
+    """Return features of one index as the importer's `batch-0.json`; names as Neuronpedia's."""
     return {
         "model_id": model_id,
         "layer": features[0].index.manifest.layer if features else 0,

@@ -106,10 +106,7 @@ class Pair(NamedTuple):
 
 
 class Feature:
-    """One feature of an index, made by `FeatureIndex.feature`.
-
-    Lists of examples take the `Context` around each token.
-    """
+    """One feature of an index; lists of examples take the `Context` around each token."""
 
     def __init__(self, index: "FeatureIndex", number: int) -> None:
         self.index, self.number = index, number
@@ -208,8 +205,6 @@ class Feature:
         return pd.DataFrame(
             {"feature": numbers, "both": both, "jaccard": both / either, "lift": lift}
         )
-
-    # Examples
 
     def top(self, k: int = 20, **context: Unpack[Context]) -> list[Example]:
         """Return the tokens it fires on most, each context once (see `distinct`)."""
@@ -325,8 +320,6 @@ class Feature:
         h = np.concatenate([(f - b_mag) / gain, missed])
         f = np.concatenate([f, np.zeros(len(missed))])
         return pd.DataFrame({"pi_gate": h + b_gate, "pi_mag": gain * h + b_mag, "f": f})
-
-    # Other features, also of other SAEs
 
     def matched(self, other: "FeatureIndex", *, by: By = "decoder", k: int = 5) -> "pd.DataFrame":
         """Return the features of another index that are most like this one, by `cosine` or `f1`.

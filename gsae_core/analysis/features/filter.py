@@ -170,7 +170,6 @@ def choose(
 
 
 def _masks(rows: "pd.DataFrame", wanted: Wanted) -> "dict[str, Bool[np.ndarray, ' rows']]":
-    """Return which rows each filter in use keeps, by the filter's name."""
     masks = {
         title: within(rows[name].to_numpy(dtype=float), getattr(wanted, name))
         for name, title in RANGES.items()

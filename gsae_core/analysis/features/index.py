@@ -1,7 +1,6 @@
 """The feature index: built once (`build`), asked anything, from mapped files, without torch.
 
 index = open_index("runs/my-run/features/gated-0.1")   # or open_run(...).features("gated-0.1")
-index.table                                            # a row per feature
 index.feature(7).top(20)                               # where it fires
 """
 
@@ -80,10 +79,7 @@ class FeatureIndex:
         return int(np.random.default_rng(seed).choice(alive))
 
     def select(self, **ranges: Range) -> "pd.DataFrame":
-        """Return the rows whose numbers lie in ranges, ends included; NaN lies in none.
-
-        E.g. `index.select(density=(1e-4, 1e-2), theta=(0.1, None))`.
-        """
+        """Return the rows in ranges like density=(1e-4, 1e-2), theta=(0.1, None); NaN is in none."""
         table = self.table
         numbers = [column for column, dtype in table.dtypes.items() if dtype.kind in "if"]
         kept = np.ones(len(table), bool)
@@ -167,11 +163,8 @@ class FeatureIndex:
 
     def split_of(self, sequence: int) -> str:
         """Return the split a sequence is from."""
-        for split in self.manifest.splits:
-            if sequence < split.n_sequences:
-                return split.name
-            sequence -= split.n_sequences
-        raise IndexError(f"expected a sequence of the index, got one {sequence} beyond its last")
+        ends = np.cumsum([split.n_sequences for split in self.manifest.splits])
+        return self.manifest.splits[int((ends <= sequence).sum())].name
 
     def cosines(
         self, numbers: list[int], other: "FeatureIndex"

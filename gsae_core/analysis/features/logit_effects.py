@@ -80,7 +80,13 @@ def logit_map(
 
     parts = spread(jacobian, -(-n // AT_ONCE), on=last.device)
     to_stream = sum(parts, last.new_zeros(model.d_model, d_in))
-    return LogitMap(to_stream / n, W_U, _cap_slope(hf, norm, last, W_U), n)
+    slope, cap = None, getattr(hf.config, "final_logit_softcapping", None)
+    if cap is not None:
+        slope = W_U.new_zeros(len(W_U))
+        for rows in last.split(AT_ONCE):
+            slope += (1 - torch.tanh(norm(rows) @ W_U.T / cap) ** 2).sum(0)
+        slope /= n
+    return LogitMap(to_stream / n, W_U, slope, n)
 
 
 @torch.no_grad()
@@ -162,15 +168,3 @@ def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
     norm = _plain(block.get_submodule(after))
     z = _activations(model, ids, layer=layer, site=site)
     return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))
-
-
-def _cap_slope(
-    hf: Any, norm: nn.Module, last: Float[Tensor, "n d_model"], W_U: Float[Tensor, "v d_model"]
-) -> Float[Tensor, " v"] | None:
-    cap = getattr(hf.config, "final_logit_softcapping", None)
-    if cap is None:
-        return None
-    slope = W_U.new_zeros(len(W_U))
-    for rows in last.split(AT_ONCE):
-        slope += (1 - torch.tanh(norm(rows) @ W_U.T / cap) ** 2).sum(0)
-    return slope / len(last)

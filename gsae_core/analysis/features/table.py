@@ -49,10 +49,9 @@ def describe(
     gate_open: Int64[np.ndarray, " d_sae"],
     toward: Float64[np.ndarray, " d_sae"],
 ) -> dict[str, int]:
-    """Write the table and all that stands beside it to a folder with sorted codes.
+    """Write the table and what stands beside it; return `companion_stride` and `logit_tokens`.
 
-    `gate_open` and `toward` are as in `collect.Collected`, of all tokens. Returns
-    `companion_stride` and `logit_tokens` of the manifest.
+    `gate_open` and `toward` are as in `collect.Collected`, of all tokens.
     """
     import pandas as pd
 
