@@ -79,7 +79,7 @@ class FeatureIndex:
         return int(np.random.default_rng(seed).choice(alive))
 
     def select(self, **ranges: Range) -> "pd.DataFrame":
-        """Return the rows in ranges like density=(1e-4, 1e-2), theta=(0.1, None); NaN is in none."""
+        """Return the rows in ranges, like density=(1e-4, None); NaN lies in none."""
         table = self.table
         numbers = [column for column, dtype in table.dtypes.items() if dtype.kind in "if"]
         kept = np.ones(len(table), bool)
