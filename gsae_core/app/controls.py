@@ -15,8 +15,6 @@ from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, is_example, launch
 
-RESUMABLE = ("cancelled", "failed", "lost")
-
 
 def begin(config: RunConfig) -> None:
     """Start a run and show it; two presses at once start one."""
@@ -35,7 +33,7 @@ def controls(run: Run, status: Status) -> None:
         ):
             shell.go("pages/3_Pareto.py", run)
         idle = status.state == "queued" and status.pid is None
-        if idle or status.state in RESUMABLE:
+        if idle or status.state in ("cancelled", "failed", "lost"):
             st.button(
                 "Start" if idle else "Resume",
                 icon=":material/play_arrow:",

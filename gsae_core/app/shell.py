@@ -245,9 +245,13 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     if deleted is not None:
         notice(f"{deleted} was deleted.", kind="info")
     say_refused()
-    missing = st.session_state.get("shell.missing_run")
-    if missing:
-        _say_missing(missing, runs, unreadable)
+    if missing := st.session_state.get("shell.missing_run"):
+        if missing in unreadable:
+            why = unreadable[missing]
+            notice(why, kind="warning", title=f"{missing} cannot be opened")
+        else:
+            others = "choose another in the sidebar" if runs else "there are no runs here yet"
+            notice(f"Run {missing} is not on this machine; {others}.", kind="warning")
     say_connected(title, run, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
     return Frame(run, runs, theme, statuses, unreadable)
@@ -268,15 +272,6 @@ def _runs() -> tuple[list[tuple[Run, Status | None]], dict[str, str]]:
     if shipped is not None and all(run.id != EXAMPLE_ID for run, _ in runs):
         runs.append((shipped, None))
     return runs, unreadable
-
-
-def _say_missing(run_id: str, runs: list[Run], unreadable: dict[str, str]) -> None:
-    """Say why the run in the address is not shown: of a newer version, damaged, or not here."""
-    others = "choose another in the sidebar" if runs else "there are no runs here yet"
-    if (reason := unreadable.get(run_id)) is not None:
-        notice(reason, kind="warning", title=f"{run_id} cannot be opened")
-    else:
-        notice(f"Run {run_id} is not on this machine; {others}.", kind="warning")
 
 
 def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
