@@ -57,7 +57,7 @@ def test_the_baseline_has_no_gate_and_no_band(indexed: Run) -> None:
 
 def test_the_matched_feature_is_under_the_same_tokens(indexed: Run) -> None:
     said = text(opened(PAGE, run="done", feature="7"))
-    assert "line</span> relu-0.3 ·" in said
+    assert "underline</span>: relu-0.3 ·" in said
     assert "only relu-0.3" in said
 
 

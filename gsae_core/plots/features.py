@@ -166,9 +166,9 @@ def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:
     rows = [
         {"kind": "region", "x": x, "x2": x2, "y": y, "y2": y2, "region": name, "label": label}
         for name, x, x2, y, y2, label in (
-            ("vetoed", left, 0.0, 0.0, top, "gate closed"),
+            ("gate closed", left, 0.0, 0.0, top, "gate closed"),
             ("fires", 0.0, right, 0.0, top, f"fires: {fired:,}"),
-            ("silent", left, 0.0, bottom, 0.0, "both closed"),
+            ("both closed", left, 0.0, bottom, 0.0, "both closed"),
             ("open", 0.0, right, bottom, 0.0, f"gate open, no output: {opened - fired:,}"),
         )
     ]
@@ -199,7 +199,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
 
     def words(region: str) -> alt.Chart:
         """Return the words of one region, in its outer corner: top left, or bottom right."""
-        top = region == "vetoed"
+        top = region == "gate closed"
         chart = rows("region", "x" if top else "x2", "y2" if top else "y")
         chart = chart.transform_filter(f"datum.region == '{region}'").mark_text(
             align="left" if top else "right",
@@ -217,7 +217,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         chart = rows(kind).mark_point(size=28, **mark)
         return chart.encode(tooltip=tooltips(".3~g", x="π_gate", y="π_mag", f="value"))
 
-    regions = ["silent", "vetoed", "open", "fires"]
+    regions = ["both closed", "gate closed", "open", "fires"]
     fills = alt.Scale(domain=regions, range=["transparent", red, NEUTRAL, colour])
     region = rows("region").mark_rect(opacity=0.1)
     axis_rule = alt.Chart().mark_rule(color=NEUTRAL, strokeWidth=1)
@@ -226,7 +226,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         region.encode(alt.X2("x2"), alt.Y2("y2"), alt.Color("region:N", scale=fills, legend=None)),
         axis_rule.encode(alt.XDatum(0, type="quantitative")),
         axis_rule.encode(alt.YDatum(0, type="quantitative")),
-        *(words(name) for name in ("vetoed", "fires", "silent", "open")),
+        *(words(name) for name in ("gate closed", "fires", "both closed", "open")),
         rows("line").mark_line(color=NEUTRAL, strokeDash=[4, 3]),
         rows("value").mark_line(color=colour, strokeWidth=2.5),
         dots("miss", color=NEUTRAL, filled=False, opacity=0.7),

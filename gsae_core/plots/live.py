@@ -32,7 +32,7 @@ TITLES = {
     "gamma": "γ of the output",
     "gamma_gate": "γ of the gate path",
     "dead_gate": "dead: gate never opens",
-    "dead_magnitude": "dead: gate opens, silent",
+    "dead_magnitude": "dead: gate open, no output",
     "lr": "learning rate",
 }
 """Short enough for a third of a narrow window; tooltips have the long ones."""

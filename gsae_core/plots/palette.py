@@ -42,7 +42,7 @@ AXES = {
     "gamma": "relative reconstruction bias γ",
     "gamma_gate": "γ of the gate path",
     "dead_gate": "share of features, gate never open",
-    "dead_magnitude": "share of features, gate open but silent",
+    "dead_magnitude": "share of features, gate open, no output",
     "lr": "learning rate",
     "loss_recovered": "loss recovered",
     "delta_ce": "CE increase (nats per token)",
