@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gsae_core.analysis.fidelity import (
     Evaluation,
+    Fidelity,
     evaluating,
     fidelity,
-    loss_recovered,
     reconstruct,
 )
 from gsae_core.config import SITES, Positions, Site
@@ -98,16 +98,16 @@ def test_the_identity_recovers_one_and_zero_at_every_position_nothing(
 
 def test_the_published_losses_give_the_published_percentages() -> None:
     # One row of arXiv:2404.16014v2's table for Gemma-7B's residual stream at layer 6 (Appendix B).
-    share = loss_recovered(ce_clean=2.5426, ce_sae=3.1847, ce_zero=16.1549)
+    share = Fidelity(2.5426, 3.1847, 16.1549, 0.0, 1).loss_recovered
     assert round(100 * share, 2) == 95.28
     # (1 - 3) / (1 - 2) = 2 and (3 - 4) / (3 - 2) = -1: never clipped.
-    assert loss_recovered(ce_clean=2.0, ce_sae=3.0, ce_zero=1.0) == 2
-    assert loss_recovered(ce_clean=2.0, ce_sae=4.0, ce_zero=3.0) == -1
+    assert Fidelity(2.0, 3.0, 1.0, 0.0, 1).loss_recovered == 2
+    assert Fidelity(2.0, 4.0, 3.0, 0.0, 1).loss_recovered == -1
 
 
 def test_nothing_to_recover_is_not_a_number() -> None:
-    assert math.isnan(loss_recovered(ce_clean=2.0, ce_sae=3.0, ce_zero=2.0))
-    assert math.isnan(loss_recovered(ce_clean=2.0, ce_sae=3.0, ce_zero=2 + 1e-7))
+    assert math.isnan(Fidelity(2.0, 3.0, 2.0, 0.0, 1).loss_recovered)
+    assert math.isnan(Fidelity(2.0, 3.0, 2 + 1e-7, 0.0, 1).loss_recovered)
 
 
 def by_hand(

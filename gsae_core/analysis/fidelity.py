@@ -110,11 +110,20 @@ class Fidelity(NamedTuple):
     ce_sae: float
     """Loss when the model reads reconstructions."""
     ce_zero: float
-    loss_recovered: float
     kl: float
     """KL(clean || spliced): nats that the model's predictions drifted, over all next tokens."""
     n_tokens: int
     """Predictions averaged; a sequence's last token predicts none."""
+
+    @property
+    def loss_recovered(self) -> float:
+        """The share of what zero ablation costs that the SAE gives back; never clipped.
+
+        (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5. NaN where zero
+        ablation costs less than `TINY_GAP`.
+        """
+        gap = self.ce_zero - self.ce_clean
+        return math.nan if abs(gap) < TINY_GAP else (self.ce_zero - self.ce_sae) / gap
 
 
 # Bins of |x|, 0.27 % wide, from 2^-32 to 2^32; what lies beyond is counted in the last ones.
@@ -191,16 +200,6 @@ class Evaluation(NamedTuple):
     fidelity: Fidelity
     metrics: Metrics
     norms: NormDeciles
-
-
-def loss_recovered(*, ce_clean: float, ce_sae: float, ce_zero: float) -> float:
-    """Return the share of what zero ablation costs that the SAE gives back; never clipped.
-
-    (ce_zero - ce_sae) / (ce_zero - ce_clean), arXiv:2404.16014v2, Eq. 5. NaN where zero ablation
-    costs less than `TINY_GAP`.
-    """
-    gap = ce_zero - ce_clean
-    return math.nan if abs(gap) < TINY_GAP else (ce_zero - ce_sae) / gap
 
 
 def fidelity(*args: Any, **named: Any) -> list[Evaluation]:
@@ -288,8 +287,7 @@ def evaluating(
     evaluations = []
     ce_clean, ce_zero = float(clean), float(passes.pop()[0])
     for (ce, kl), numbers, lengths in zip(passes, metrics, norms, strict=True):
-        share = loss_recovered(ce_clean=ce_clean, ce_sae=float(ce), ce_zero=ce_zero)
-        losses = Fidelity(ce_clean, float(ce), ce_zero, share, float(kl), clean.n)
+        losses = Fidelity(ce_clean, float(ce), ce_zero, float(kl), clean.n)
         evaluations.append(Evaluation(losses, numbers, lengths))
     return evaluations
 
