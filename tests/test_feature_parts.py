@@ -70,7 +70,8 @@ def test_every_token_lies_on_the_line_that_crosses_the_gate_at_theta(
     dots = rows[rows["kind"].isin(["dot", "miss"])]
     expected = row["gain"] * (dots["x"] - row["b_gate"]) + row["b_mag"]
     np.testing.assert_allclose(dots["y"], expected, atol=1e-5)
-    assert set(rows[rows["kind"] == "region"]["region"]) == {"silent", "vetoed", "open", "fires"}
+    regions = set(rows[rows["kind"] == "region"]["region"])
+    assert regions == {"both closed", "gate closed", "open", "fires"}
     if row["theta"] > 0:
         (crossing,) = rows[rows["kind"] == "theta"]["y"]
         assert crossing == pytest.approx(row["theta"], abs=1e-6)
