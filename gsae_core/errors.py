@@ -14,7 +14,8 @@ class InputError(ValueError):
 What = Literal["model", "data set", "SAE"]
 
 # `owner/name`, or the `name` alone of some old ones. A path of this machine may look like one too.
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# ASCII: a mistyped path such as `été` is said at once, not asked of the Hub.
+HUB_NAME = re.compile(r"(?a:\w[\w.-]*(/\w[\w.-]*)?)")
 
 OFFLINE = "No connection to the Hugging Face Hub. Local runs, imports and exports still work."
 

@@ -283,7 +283,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def append_to(file: BinaryIO, data: bytes) -> None:
-    """Append whole lines, or nothing, to a file opened by `ab+` without a buffer and locked."""
+    """Append whole lines, or nothing, to a file opened by `ab+` without a buffer.
+
+    The caller sees to it that nothing else appends meanwhile.
+    """
     end = file.seek(0, os.SEEK_END)
     if end:
         file.seek(-1, os.SEEK_END)

@@ -57,7 +57,7 @@ def gpus() -> tuple[str, ...]:
     return tuple(answer.stdout.strip().splitlines()) if answer.returncode == 0 else ()
 
 
-def python(*arguments: str, seconds: float | int, given: str = "") -> tuple[bool, str]:
+def run_python(*arguments: str, seconds: float | int, given: str = "") -> tuple[bool, str]:
     """Return whether `python -m ARGUMENTS` succeeded, and its last line (of errors if it did not).
 
     Raises:

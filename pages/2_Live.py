@@ -231,6 +231,9 @@ others = [other.id for other in frame.runs if other.id != run.id]
 names = names_of(run)
 correct("overlay", others, what="other run here", shown="the rest")
 correct("saes", names, what="SAE of this run", shown="the rest")
+# Here, not in the closed popover that holds both choices.
+correct("x", list(X_AXES), what="axis", shown=next(iter(X_AXES)))
+correct("part", list(LOSS_PARTS), what="part of the loss", shown=next(iter(LOSS_PARTS)))
 config = run.config
 plain(
     f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "

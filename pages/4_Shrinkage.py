@@ -139,7 +139,7 @@ def by_length() -> None:
     try:
         found = [(specs[name], cache.deciles(run, name)) for name in chosen if name]
     except InputError as error:
-        notice(str(error), kind="info", title="Evaluated before lengths were measured")
+        notice(str(error), kind="info", title="Lengths cannot be shown")
         st.code(f"python -m gsae_core evaluate {run.folder}", language=None, wrap_lines=True)
         return
     st.plotly_chart(
@@ -181,8 +181,12 @@ def feature_by_feature() -> None:
     st.caption(TWO_GAMMAS)
     if not any(len(feature.stats) for feature in features):
         notice("The limit hides every feature; lower it.", kind="info")
-        lowest, change = {"minfire": LIMITS[0]}, st.session_state.update
-        st.button("Show all that fired", key="shrinkage.show_all", on_click=change, args=(lowest,))
+        st.button(
+            "Show all that fired",
+            key="shrinkage.show_all",
+            on_click=st.session_state.update,
+            args=({"minfire": LIMITS[0]},),
+        )
         return
     bins = common_bins(features)
     correct("bin", bins.labels, what="bin of γ here", shown="no list of features")

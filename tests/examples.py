@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
-from gsae_core.sae.losses import LossParts, forward
+from gsae_core.sae.losses import LossParts, loss_of
 from gsae_core.sae.metrics import BatchStats, stats_from_counts
 
 
@@ -98,7 +98,7 @@ def batch_stats(
 
 def loss(sae: SAE, x: Tensor, **settings: Any) -> LossParts:
     """Return the terms of the loss by autograd, with their graph."""
-    return forward(sae, x, **settings).loss
+    return loss_of(sae, x, **settings).loss
 
 
 def slopes(parameter: Tensor, value: Callable[[], float], n: int) -> list[float]:

@@ -230,6 +230,7 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
         ("train --preset", "--preset: expected NAME after it, got none"),
         ("train --layer two", "--layer: expected a whole number, got 'two'"),
         ("train --lr=fast", "--lr: expected a number, got 'fast'"),
+        ("train --n_ctx x --layer 1", "--n-ctx: expected a whole number, got 'x'"),
         ("train --sparsity 0.1 lots", "--sparsity: expected numbers, got '0.1 lots'"),
         (
             "train --arch gated tanh",

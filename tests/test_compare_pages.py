@@ -352,7 +352,7 @@ def test_a_run_measured_before_lengths_were_is_told_the_command(root: Path) -> N
     for spec in run.config.saes:
         (run.sae_folder(spec.name) / "norm_deciles.json").unlink()
     at = opened(SHRINKAGE, run="old")
-    assert "Evaluated before lengths were measured" in text(at)
+    assert "Lengths cannot be shown" in text(at)
     assert at.code[0].value == f"python -m gsae_core evaluate {run.folder}"
     assert "Feature by feature" in text(at)  # the rest of the page is there
 

@@ -304,7 +304,7 @@ def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
     assert hub.seen == []
 
 
-@pytest.mark.parametrize("to", ["mine", "a/b/c", "ada/--x", "ada/mine y", "<b>/x"])
+@pytest.mark.parametrize("to", ["mine", "é/b", "a/b/c", "ada/--x", "ada/mine y", "<b>/x"])
 def test_a_name_that_is_no_repository_is_refused(
     hub: Hub, finished: Run, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +334,7 @@ def changed(run: Run) -> None:
         (
             lambda run: None,
             "x",
-            "expected one of this run's SAEs (gated-0.05, gated-0.4,",
+            "expected one of this run's SAEs (gated-0.05, gated-0.4, relu-0.05",
         ),
     ],
 )

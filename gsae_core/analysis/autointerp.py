@@ -2,7 +2,8 @@
 
 A label is written from the strongest examples and scored on others: by *detection* (which of these
 texts does the feature fire in?) or *fuzzing* (in which of these is what is marked what it fires
-on?), after Bills et al. 2023 and EleutherAI's automated interpretability.
+on?), after Bills et al. 2023 and EleutherAI's automated interpretability. A label is a guess, and
+is shown as one, with its score.
 """
 
 import json

@@ -15,7 +15,7 @@ zero recovers exactly nothing. Either way neither losses nor metrics count them.
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -202,9 +202,20 @@ class Evaluation(NamedTuple):
     norms: NormDeciles
 
 
-def fidelity(*args: Any, **named: Any) -> list[Evaluation]:
+def fidelity(
+    model: LanguageModel,
+    saes: Sequence[SAE],
+    sequences: SequenceSet,
+    *,
+    layer: int,
+    site: Site,
+    n_tokens: int,
+    replace: Positions = "counted",
+) -> list[Evaluation]:
     """Return what `evaluating`, which takes the same, returns in the end."""
-    steps = evaluating(*args, **named)
+    steps = evaluating(
+        model, saes, sequences, layer=layer, site=site, n_tokens=n_tokens, replace=replace
+    )
     while True:
         try:
             next(steps)

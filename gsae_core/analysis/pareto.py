@@ -12,7 +12,7 @@ class Point(NamedTuple):
 
     l0: float
     loss_recovered: float
-    """Eq. 5, on any one scale."""
+    """Eq. 5, as a share or in percent: the same for all points."""
     name: str = ""
 
 

@@ -111,7 +111,7 @@ class PromptAnalysis(NamedTuple):
     `loss` and `loss_sae` of predicting this token, in nats (NaN where it is not predicted)."""
     numbers: TextNumbers
     scale: PerToken | None = None
-    """`Normalised.scale` of each token, NaN on special ones; None: one."""
+    """`Normalised.scale` of each token, NaN on special ones; None: 1 on every token."""
 
 
 @torch.no_grad()
@@ -237,8 +237,9 @@ def effects(analysis: PromptAnalysis, sae: SAE, slope: Float[Tensor, "pos d_in"]
         effect(q, i) = f_i(q) <W_dec_i, d logit / d x(q)>
 
     times scale(q) of an SAE that normalises its inputs; `slope` is d logit / d x, from
-    `lm.model.logit_slope`. It is exact for a small change of f at any site; for taking a feature
-    away it is the tangent's answer.
+    `lm.model.logit_slope`: at the model's own activations, through later blocks, the final norm and
+    the unembedding. It is exact for a small change of f; for taking a feature away it is the
+    tangent's answer, which those blocks and the norm bend.
     """
     features = analysis.features
     latent = torch.tensor(features["latent"].to_numpy(), device=sae.W_dec.device)

@@ -194,7 +194,7 @@ def _flat(fields: Mapping[str, Any], prefix: str) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
+    if value is None:  # it asks for the default
         return "default"
     if isinstance(value, bool):
         return "yes" if value else "no"

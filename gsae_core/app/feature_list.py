@@ -115,8 +115,8 @@ def _range(name: str, title: str) -> Range:
 
 def _clear_button(label: str, *, key: str) -> None:
     usual = dict.fromkeys(TEXTS, "") | {"life": "all", "star": False}
-    clear, icon = st.session_state.update, ":material/filter_list_off:"
-    st.button(label, key=key, on_click=clear, args=(usual,), icon=icon)
+    icon = ":material/filter_list_off:"
+    st.button(label, key=key, on_click=st.session_state.update, args=(usual,), icon=icon)
 
 
 def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
@@ -134,7 +134,7 @@ def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
 
 
 def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
-    """Draw how often features fire; a click on a bar lists its features, beside the bars all."""
+    """Draw how often features fire; a click on a bar lists its features, a click beside all."""
     density = sae.rows["density"].to_numpy(dtype=float)
     kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
     kind = architecture(sae.run, sae.name)

@@ -18,9 +18,11 @@ class Term(NamedTuple):
 
 
 def _read(name: str) -> dict[str, Term]:
-    """Return the sections of a text by the word before their title."""
-    sections = re.findall(r"^## (\w+): (.+)\n\n((?:(?!## ).*\n)+)", asset(f"help/{name}.md"), re.M)
-    return {key: Term(title, text.strip()) for key, title, text in sections}
+    """Return the sections `## KEY: TITLE`, a blank line, paragraphs of a text, by their key."""
+    text = asset(f"help/{name}.md")
+    sections = re.findall(r"^## (\w+): (.+)\n\n((?:(?!## ).*\n)+)", text, re.M)
+    assert len(sections) == len(re.findall("^##", text, re.M)), f"a section of {name}.md is not so"
+    return {key: Term(title, body.strip()) for key, title, body in sections}
 
 
 FORMULAS = _read("formulas")

@@ -30,7 +30,7 @@ from gsae_core.checkpoints.hub import Facts, HubSAE, Repository, describe, look,
 from gsae_core.config import SITES
 from gsae_core.errors import OFFLINE, InputError
 from gsae_core.files import free_bytes, left_out, readable
-from gsae_core.machine import python
+from gsae_core.machine import run_python
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.run import Run, find_run
@@ -326,8 +326,13 @@ def library(frame: shell.Frame) -> None:
     chosen = left.selectbox(
         "Delete a run", list(by_id), index=None, key="hub.doomed", placeholder="choose one"
     )
-    icon, off = ":material/delete:", chosen is None
-    pressed = right.button("Delete", icon=icon, key="hub.delete", width="stretch", disabled=off)
+    pressed = right.button(
+        "Delete",
+        icon=":material/delete:",
+        key="hub.delete",
+        width="stretch",
+        disabled=chosen is None,
+    )
     if pressed and chosen is not None:
         confirm_delete(by_id[chosen])
 
@@ -399,7 +404,7 @@ def export(run: Run, name: str, format_: Export, folder: Path) -> tuple[bool, st
     """
     words = ["export", str(run.folder), "--sae", name, "--format", format_, "--to", str(folder)]
     try:
-        done, said = python("gsae_core", *words, seconds=EXPORT_SECONDS)
+        done, said = run_python("gsae_core", *words, seconds=EXPORT_SECONDS)
     except TimeoutExpired:
         return False, (
             f"It took more than {EXPORT_SECONDS} s; export it on the command line: python -m "

@@ -78,7 +78,7 @@ def notice(
 
 @contextlib.contextmanager
 def noticed(title: str) -> Iterator[None]:
-    """Show an InputError within as a notice of that title, and go on behind; a decorator too."""
+    """Show an InputError within as a notice of that title, and go on after it; a decorator too."""
     try:
         yield
     except InputError as error:

@@ -102,7 +102,7 @@ def _pick(label: str, offered: Sequence[str], *, key: str, param: str, default: 
 def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | None]:
     """Draw a page's pickers of an SAE and of one beside it; return both, which the address follows.
 
-    The first is to begin with the Gated one with a baseline nearest to it in L0.
+    At first the Gated SAE whose L0 a baseline comes nearest to is chosen.
     """
     left, right = st.columns(2)
     pair = cache.nearest(run, names)
@@ -154,7 +154,8 @@ def choice(
 ) -> C:
     """Draw a choice that the address holds; return it. The first is the usual one.
 
-    Where the address asks for another, it is said to be no `what`, and `shown` to be shown.
+    If the address asks for something else, a sentence says that it is no `what` and that `shown` is
+    shown.
     """
     listed = list(options)
     correct(key, listed, what=what, shown=shown or listed[0])

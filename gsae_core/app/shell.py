@@ -232,11 +232,11 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
             st.caption(f"{n} here cannot be read.", help="\n\n".join(why))
         job_badge(jobs)
         above = ""
-        for target, (group, label, icon) in PAGES.items():
+        for target, (group, label, sign) in PAGES.items():
             if group != above:
                 st.html(f'<div style="font-size:.8rem;opacity:.75;margin-top:.5rem">{group}</div>')
                 above = group
-            link(target, run, label=label, icon=icon)
+            link(target, run, label=label, icon=sign)
         _history(key="shell.history", data={"pages": [title for _, title, _ in PAGES.values()]})
     st.html(STYLE)
     st.title(title, anchor=False)
@@ -268,7 +268,7 @@ def _runs() -> tuple[list[tuple[Run, Status | None]], dict[str, str]]:
     if EXAMPLE_ID in (st.query_params.get("run"), state.get("run"), state.get("shell.run")):
         state["shell.with_example"] = True
     shipped = example_run() if state.get("shell.with_example") else None
-    # Not beside a run of one's own with its name.
+    # A user's own run with that name hides it.
     if shipped is not None and all(run.id != EXAMPLE_ID for run, _ in runs):
         runs.append((shipped, None))
     return runs, unreadable

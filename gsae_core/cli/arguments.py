@@ -43,6 +43,7 @@ from gsae_core.errors import InputError
 from gsae_core.presets import preset, presets
 
 PROGRAM = "python -m gsae_core"
+DEFAULT_SWEEP: tuple[Architecture, ...] = ("gated", "relu")
 
 SETS: dict[str, tuple[type[Config], str]] = {
     word.partition("=")[0]: (config, word.rpartition("=")[2])
@@ -404,7 +405,7 @@ def run_config(flags: Train) -> RunConfig:
         InputError: one sentence in the words of the command line.
     """
     base = _base(flags)
-    knobs = [_knob(flags, architecture) for architecture in flags.arch or ("gated", "relu")]
+    knobs = [_knob(flags, architecture) for architecture in flags.arch or DEFAULT_SWEEP]
     missing = [knob.flag for knob in knobs if not knob.values]
     missing += [_said(name) for name in ("width", "tokens") if getattr(flags, name) is None]
     if base is None and missing:
@@ -464,7 +465,7 @@ def _over(kind: type[ConfigKind], base: Config | None, flags: Train) -> ConfigKi
 
 def _specs(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
     in_base: tuple[Architecture, ...] = tuple(spec.architecture for spec in base)
-    architectures = dict.fromkeys(flags.arch or in_base or ("gated", "relu"))
+    architectures = dict.fromkeys(flags.arch or in_base or DEFAULT_SWEEP)
     knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
     _check_knobs(flags, knobs)
     changes = _fields(flags, SAESpec)
@@ -593,7 +594,9 @@ def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str], kind: typ
     kinds = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
     wanted = kinds.get(metavar, "numbers" if "..." in metavar else metavar)
     words = [word for given in argv for word in given.split("=", 1)]
-    after = itertools.takewhile(lambda w: not w.startswith("--"), words[words.index(flag) + 1 :])
+    # --n_ctx is read as --n-ctx.
+    place = [word.replace("_", "-") for word in words].index(flag)
+    after = itertools.takewhile(lambda w: not w.startswith("--"), words[place + 1 :])
     return f"{flag}: expected {wanted}, got {' '.join(after)!r}"
 
 

@@ -32,16 +32,38 @@ class Family(NamedTuple):
 
 
 _LLAMA = Family(
-    "layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj", "self_attn", "mlp"
+    blocks="layers",
+    attn="self_attn",
+    mlp="mlp",
+    attn_proj="self_attn.o_proj",
+    mlp_proj="mlp.down_proj",
+    attn_out="self_attn",
+    mlp_out="mlp",
+)
+_GPT2 = Family(
+    blocks="h",
+    attn="attn",
+    mlp="mlp",
+    attn_proj="attn.c_proj",
+    mlp_proj="mlp.c_proj",
+    attn_out="attn",
+    mlp_out="mlp",
+)
+_NEOX = Family(
+    blocks="layers",
+    attn="attention",
+    mlp="mlp",
+    attn_proj="attention.dense",
+    mlp_proj="mlp.dense_4h_to_h",
+    attn_out="attention",
+    mlp_out="mlp",
 )
 _POST_NORM = _LLAMA._replace(
     attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
 )
 FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family("h", "attn", "mlp", "attn.c_proj", "mlp.c_proj", "attn", "mlp"),
-    "gpt_neox": Family(
-        "layers", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h", "attention", "mlp"
-    ),
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "gemma": _LLAMA,

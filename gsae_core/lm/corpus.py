@@ -182,7 +182,8 @@ class _Tokens(NamedTuple):
     rows: np.ndarray
     starts_with_bos: bool
     reach: float
-    """Training tokens up to their end, if that was far enough; inf if the source ended first."""
+    """Training tokens up to their end, if that was far enough; inf if the source ended first, and
+    for every block but the last, which alone counts."""
 
 
 class _Reader:

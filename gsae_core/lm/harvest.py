@@ -81,7 +81,7 @@ def _n_not_finite(x: Float[Tensor, "vectors d_in"]) -> Int64[Tensor, ""]:
 
 
 def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> None:
-    """Raise InputError if `n`, of so many vectors those that are not finite, is not 0."""
+    """Raise InputError if `n` of `of` vectors are not finite, unless `n` is 0."""
     if not n:
         return
     why = f"the language model computes in {str(dtype).removeprefix('torch.')}"
@@ -285,7 +285,8 @@ def fingerprint(model: LanguageModel) -> str:
 class CachedActivations(Harvest):
     """A harvest from shards in `folder`; missing or damaged ones are made first.
 
-    They are kept in the model's precision where that loses nothing.
+    They are kept in the model's precision where that loses nothing. `vectors` reads them, in
+    ascending order alone; `through` runs the model.
     """
 
     def __init__(
@@ -345,7 +346,8 @@ class CachedActivations(Harvest):
             log.info("activation cache: %d of %d missing shards", done, len(missing))
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of sequences, ascending, float32; a shard's share at a time."""
+        """Yield the counted vectors of ascending sequences, float32; a shard's share at a time."""
+        assert (np.diff(which) >= 0).all(), "shards are read in ascending order"
         for k in np.unique(which // self._shard_rows):
             x = self._shard(int(k))
             with self._disk_watch.running():

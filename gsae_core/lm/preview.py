@@ -12,7 +12,7 @@ from gsae_core.errors import InputError, hub_answers
 from gsae_core.lm.catalog import model_folder
 from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES, Part, Source, open_source
 from gsae_core.lm.texts import token_texts
-from gsae_core.machine import python
+from gsae_core.machine import run_python
 
 LINES = 10
 LINE_TOKENS = 40
@@ -112,7 +112,7 @@ def preview_within(
     """
     asked = {"data": data.model_dump(mode="json"), "model": model, "revision": revision}
     try:
-        done, answer = python("gsae_core.lm.preview", seconds=seconds, given=json.dumps(asked))
+        done, answer = run_python("gsae_core.lm.preview", seconds=seconds, given=json.dumps(asked))
     except TimeoutExpired:
         raise InputError(
             f"expected the first lines of {data.source} as tokens of {model} within {seconds:g} s, "

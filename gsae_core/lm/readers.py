@@ -50,10 +50,12 @@ log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """Part of a document: text, or token ids as a 1-D integer array; does the document end here?"""
+    """Part of a document."""
 
     content: str | np.ndarray
+    """Text, or token ids as a 1-D integer array."""
     ends: bool
+    """Whether the document ends here."""
 
 
 # About so many characters (or ids) a part: bounds what is read and tokenised in one go.
@@ -292,7 +294,8 @@ def _split_of_words(name: str) -> str | None:
 def _told_by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     readme = folder / "README.md"
     text = readme.read_text("utf-8-sig", "replace") if readme.is_file() else ""
-    if not re.search(r"^configs:", text, re.MULTILINE):
+    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE):
         return {}
     import yaml
     from datasets.data_files import sanitize_patterns
@@ -300,8 +303,8 @@ def _told_by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     from huggingface_hub import DatasetCard
 
     try:
-        head: Any = DatasetCard(text).data
-        configs = MetadataConfigs.from_dataset_card_data(head)
+        card: Any = DatasetCard(text).data
+        configs = MetadataConfigs.from_dataset_card_data(card)
         default = configs.get_default_config_name()
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(
@@ -625,7 +628,10 @@ def _csv(path: Path, usual: str) -> Iterator[Row]:
 
 
 def csv_delimiter(path: Path, usual: str) -> str:
-    """Return the first delimiter that cuts all rows alike and not whole, else the `usual` one."""
+    """Return the first delimiter that cuts all rows into as many fields, two at least, or `usual`.
+
+    Judged by the first 64 Ki characters.
+    """
     with open_text(path) as file:
         head = file.read(2**16)
     for delimiter in (usual, *DELIMITERS):

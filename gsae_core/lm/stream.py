@@ -71,8 +71,8 @@ class ActivationStream:
     """Shuffled, scaled batches of a language model's activations.
 
     Args:
-        harvest: of the training split; at least one batch of counted tokens. Its seconds, on CUDA
-            of a stream of its own, mostly run beside training.
+        harvest: of the training split; at least one batch of counted tokens. On CUDA it runs in a
+            stream of its own, so that most of its seconds pass beside training.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:

@@ -207,6 +207,7 @@ class Run(Job):
         `gamma` (the latent's own shrinkage; NaN where it never fired).
         """
         import pandas as pd
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         path = self.sae_folder(name) / "feature_stats.safetensors"
@@ -215,9 +216,15 @@ class Run(Job):
                 f"expected feature statistics of {name!r}, found none yet in {path.parent}; "
                 "they are written when the run is evaluated"
             )
-        columns = load_file(path)
         names = ("fired", "gate_open", "density", "gamma")
-        return pd.DataFrame({key: columns[key] for key in names}).rename_axis("latent")
+        try:
+            columns = load_file(path)
+            return pd.DataFrame({key: columns[key] for key in names}).rename_axis("latent")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"expected the arrays {', '.join(names)} in {path}, got a file that cannot be read "
+                f"({error}); measure them again: python -m gsae_core evaluate {self.folder}"
+            ) from None
 
     def norm_deciles(self, name: str) -> "pd.DataFrame":
         """Return one row per tenth of the held-out tokens by |x|, shortest first.

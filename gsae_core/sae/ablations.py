@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE, Scalar
-from gsae_core.sae.losses import forward
+from gsae_core.sae.losses import loss_of
 
 
 @torch.no_grad()
@@ -101,6 +101,6 @@ def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Scalar:
             f"{', '.join(learning) or 'nothing'} does; make it with rescale_and_shift(baseline)"
         )
     sae.zero_grad(set_to_none=True)
-    reconstruction = forward(sae, x, sparsity_coeff=0.0).loss.reconstruction
+    reconstruction = loss_of(sae, x, sparsity_coeff=0.0).loss.reconstruction
     reconstruction.backward()
     return reconstruction.detach()

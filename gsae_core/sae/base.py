@@ -13,6 +13,7 @@ from gsae_core.errors import InputError
 from gsae_core.text import facts
 
 # Shapes by name. "*batch" is any leading axes; rows are tokens.
+# Anything of these widths: inputs and reconstructions; latents and their pre-activations.
 Inputs = Float[Tensor, "*batch d_in"]
 Latents = Float[Tensor, "*batch d_sae"]
 Rows = Float[Tensor, "batch d_in"]

@@ -117,7 +117,8 @@ def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
         e     = x - x_hat, a constant: the auxiliary term moves nothing that made the error
         e_hat = relu(z) on the k_aux largest dead latents of a token, @ W_dec
 
-    `W_dec` is live in both terms. Without dead latents there is no auxiliary term.
+    Both squared errors are in the same units, so the ratio of the weights is the paper's. `W_dec`
+    is live in both terms. Without dead latents there is no auxiliary term.
     """
     z = sae.pre_activations(x)
     f = largest(z, k=sae.k)
@@ -134,7 +135,7 @@ def topk_loss(sae: TopKSAE, x: Inputs, dead: Mask | None) -> Forward:
     return Forward(parts, f, x_hat, n_spare=n_spare)
 
 
-def forward(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> Forward:
+def loss_of(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = None) -> Forward:
     """Return the loss of this SAE's architecture and recipe; `x` is in the units it trains in.
 
     `sparsity_coeff` is lambda, against squared error summed over d_in; a TopK SAE has none. `dead`
@@ -154,9 +155,9 @@ def forward(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = N
 
 
 def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None) -> StepResult:
-    """Leave the gradients of `forward`'s loss in `.grad`, fresh; return results without a graph."""
+    """Leave the gradients of `loss_of` in `.grad`, fresh; return results without a graph."""
     sae.zero_grad(set_to_none=True)
-    out = forward(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
+    out = loss_of(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     out.loss.total.backward()
     stats = stats_from_counts(
         x=x,

@@ -33,8 +33,8 @@ def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
 def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
     """Return whether the batch of the last step joins the pool of inputs.
 
-    The pool is the last whole batches up to a resampling, as many as make 2^14 inputs or one for
-    each of the `widest` SAE's latents; no memory is held in between.
+    The pool is the last whole batches up to a resampling: as many as make 2^14 inputs, and one for
+    each of the `widest` SAE's latents, so that no two need the same. In between none is kept.
     """
     every = cfg.schedule.revive_every
     if every == 0:

@@ -81,7 +81,10 @@ class SAEReport:
 
     @property
     def screen_ratio(self) -> float:
-        """Products computed again in float32 for each gate that opened; NaN without a screen."""
+        """Products computed again in float32 for each gate that opened; NaN without a screen.
+
+        1 is a perfect screen; far above 1, computing again costs more than the screen saves.
+        """
         if self.n_candidates is None or self.stats is None:
             return math.nan
         return self.n_candidates / max(int(self.stats.opened.sum()), 1)

@@ -140,7 +140,8 @@ def choose(
 
     Args:
         said: `Labels.frame()`.
-        matches: scores of features that fire on tokens with `wanted.text`.
+        matches: scores of features that fire on tokens with `wanted.text`; None where no index
+            tells: then labels alone are searched.
         order: a key of `ORDERS`; rows without the number come last.
     """
     by = {
@@ -195,7 +196,7 @@ def _holds(labels: np.ndarray, part: str) -> Bool[np.ndarray, " rows"]:
 def beside(rows: "pd.DataFrame", number: int, step: int) -> int | None:
     """Return the feature before (-1) or after (1) one in a list, round its ends; None: empty.
 
-    Of a feature that is not in the list, those with the next smaller or larger number.
+    For a feature that is not in the list: the one with the next smaller or larger number.
     """
     features = rows["feature"].to_numpy()
     if not len(features):

@@ -98,7 +98,10 @@ class FeatureIndex:
         return self.by_positions(np.flatnonzero(self.array("ids").reshape(-1) == token))
 
     def by_text(self, text: str) -> "pd.DataFrame":
-        """Return the features that fire on tokens with `text`, spaces included."""
+        """Return the features that fire on tokens with `text`.
+
+        " the" finds words, "the" parts of words too.
+        """
         if not text:
             raise InputError("expected some text to look for, got none")
         holds = np.array([text in token for token in self.vocabulary])

@@ -92,7 +92,8 @@ def largest_in_rows(h, sign, own, who, best):
 
     Args:
         own: as in `logit_effects.largest_in_rows`.
-        who, best: (rows, k), become the columns and sign h there; best is -inf before.
+        who, best: (rows, k), become the columns and sign h there. Only what is above `best` is
+            taken: -inf takes all.
     """
     k, columns = who.shape[1], h.shape[1]
     for t in range(h.shape[0]):
@@ -215,6 +216,7 @@ def companions(first, last, offsets, token, row_offsets, latent, fired, stride, 
         for j in range(d_sae):
             # At most 1 below: a feature that is silent on these tokens shares none of them.
             scores[0, j] = counts[j] / max(fired[i] + fired[j] - counts[j], 1.0)
+        # From 0: a feature that shares no token is no companion.
         largest_in_rows(scores, 1.0, i, who[i : i + 1], np.zeros((1, k)))
         for rank in range(k):
             if who[i, rank] >= 0:

@@ -151,10 +151,16 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> 
     """Return an array's shape from its header, which agrees with the entry's size."""
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)  # pyright: ignore[reportArgumentType]
-        read = {
+        readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
+        }
+        if version not in readers:
+            raise InputError(
+                f"expected a numpy array of version 1.0 or 2.0 in {entry.filename!r} of {path}, "
+                f"found version {'.'.join(map(str, version))}; save it again with numpy.savez"
+            )
+        read = readers[version]
         shape, _, dtype = read(file)  # pyright: ignore[reportArgumentType]
         n_bytes = entry.file_size - file.tell()
     if dtype.hasobject or dtype.kind not in "fiub":

@@ -37,9 +37,9 @@ class Library:
     kinds: str = "safetensors pickle"  # containers it writes
     marker: str = ""  # keys of the config that tell it from another library with the same tensors
     only_marked: str = ""  # the architecture that is recognised only with that config
-    needed: str = ""  # what only the config says, where an SAE cannot be read without
+    needed: str = ""  # what only the config says, without which an SAE cannot be read
     weights: str = ""  # name of the weights on the Hub; empty where that tells nothing
-    config: str = ""  # name of the config beside them there, where an SAE is none without
+    config: str = ""  # name of the config that stands beside the weights of every SAE there
     beside: tuple[str, ...] = ()  # fetched too where they are, as every JSON file is
     config_above: bool = False  # whether the config stands a folder higher
 

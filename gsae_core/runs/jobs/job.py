@@ -363,7 +363,7 @@ def escalate_cancel(run: Job) -> CancelStage:
         try:
             request, now = read_json(control), time.time()
         except InputError:
-            request, now = {}, time.time()
+            request, now = {}, time.time()  # a damaged request is written anew
         terminated = request.get("terminated")
         if not isinstance(terminated, int | float):
             asked = request.get("time")

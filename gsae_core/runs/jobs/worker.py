@@ -65,6 +65,7 @@ class QueuePlace:
 
         slots = folder.parent / FOLDER
         self._lock = FileLock(slots / f"{slot}.lock")
+        self._mine = False  # the lock's own `is_locked` is another in each thread
         self._path = slots / f"{slot}.lock"
         self._tickets = slots / slot
         self._ticket = self._tickets / f"{time.time_ns():020d}-{folder.name}.json"
@@ -89,13 +90,15 @@ class QueuePlace:
         except Timeout:
             return 1
         _held.add(self._path)
+        self._mine = True
         self._ticket.unlink(missing_ok=True)
         return 0
 
     def leave(self) -> None:
         """Step out of the line, or free the device."""
         self._ticket.unlink(missing_ok=True)
-        if self._lock.is_locked:
+        if self._mine:
+            self._mine = False
             _held.discard(self._path)
             self._lock.release()
 

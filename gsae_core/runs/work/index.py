@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import BaseModel, PositiveInt
 
@@ -83,6 +83,9 @@ def prepare(
     """Return the job of an index, ready for a worker: queued, its request written down."""
     if n_tokens is not None and n_tokens < 1:
         raise InputError(f"--tokens: expected a number of at least 1, got {n_tokens}")
+    if split not in (None, *get_args(IndexSplit)):
+        names = ", ".join(get_args(IndexSplit))
+        raise InputError(f"--split: expected one of {names}, got {split!r}")
     folder = index_folder(run, name)
     with writing(folder, FOLDER_BYTES):
         folder.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
 
 
 def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
-    """Take the steps that are left, and log them; save in time, at the end and when closed."""
+    """Take and log the steps that are left; save from time to time, at the end and when closed."""
     trainer = setup.trainer
     clock = _Clock(setup)
     n_bytes = _take_up(run, setup, clock)

@@ -1,7 +1,7 @@
 """Downloads from the Hub and uploads to it as jobs: started, watched and ended like training.
 
     runs/.hub/<id>/  request.json  status.json  events.jsonl  log.txt  control.json
-                     files/<owner>/<name>/...   what came, until it is a run
+                     files/<owner>/<name>/...   what downloads, until it is a run
 
 The id follows from what is asked for, so that asking again goes on with what was begun.
 """
@@ -214,8 +214,8 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
     where = new_run_folder(transfer.root, request.to)
     log.info("%s of %s at %s", readable(total), request.repo, request.commit)
     worker.enter("downloading", total=total)
-    came = transfer.folder / "files"  # until it is a run
-    kept = came / request.repo  # runs and SAEs are named by the folder they come from
+    downloads = transfer.folder / "files"  # until it is a run
+    kept = downloads / request.repo  # runs and SAEs are named by the folder they come from
     pieces = fetching(request.repo, request.commit, request.files, kept)
     with contextlib.closing(cast("Generator[int]", pieces)):
         for done in pieces:
@@ -232,7 +232,7 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
             log.info("%s", sentence)
     transfer.add_event("arrived", result=run.id)
     # It is a run now, and nowhere twice.
-    shutil.rmtree(came, ignore_errors=True)
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:

@@ -71,7 +71,8 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
     """Return the entries of xc @ W above `above`, a threshold for each latent.
 
     `screened` looks by a bfloat16 product first, on a CPU, and computes again in float32 what may
-    be above: the same entries, up to the order of float32 sums. Of no effect in float64.
+    be above: the same entries, up to the order of float32 sums. Of no effect in float64, for
+    which the rounding would be too coarse a screen.
     """
     W, above = W.detach(), above.detach()
     if screened and xc.dtype == torch.float32:
@@ -132,7 +133,10 @@ def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
 
 
 class _Scratch:
-    """Room for one chunk's products and every entry it could have; pages never reached are free."""
+    """Room for one chunk's products and every entry it could have.
+
+    What is never written takes no memory: the system gives pages out as they are written.
+    """
 
     def __init__(self, rows: int, W: Encoder, product: torch.dtype) -> None:
         self.h = W.new_empty(rows, W.shape[1], dtype=product)

@@ -32,17 +32,17 @@ class StepSums:
     """
 
     W_dec: Dictionary
-    """Of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
+    """Sum of f (2e/B); with the auxiliary decoder unfrozen also of relu(pi_gate) (2e'/B)."""
     W_enc: Encoder
-    """Of xc dh, dh = gain dm + dg: the gradient of W_gate, if there is one."""
+    """Sum of xc dh, dh = gain dm + dg: the gradient of W_gate, if there is one."""
     dm: PerLatent
     dm_m: PerLatent | None
-    """Of dm times m, where there is an r_mag to learn from it."""
+    """Sum of dm times m, where there is an r_mag to learn from it."""
     dg: PerLatent | None
     gate: PerLatent | None
-    """Of relu(pi_gate)."""
+    """Sum of relu(pi_gate)."""
     error: Float[Tensor, " d_in"]
-    """Of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
+    """Sum of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
     fired: Counts
     gate_open: Counts
     """Inputs on which pi_gate > 0; entries of a latent, where there is no gate."""

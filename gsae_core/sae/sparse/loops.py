@@ -407,7 +407,10 @@ def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, en
 
 @compiled
 def keep_above(x, W, above, latent, value, ends):
-    """Write the products of entries, drop those not above their latent's; return how many stay."""
+    """Write the products of entries, drop those not above their latent's threshold.
+
+    Returns how many stay.
+    """
     n = start = 0
     for t in range(ends.shape[0]):
         end = ends[t]
