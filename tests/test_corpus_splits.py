@@ -111,6 +111,8 @@ def test_the_card_of_a_data_set_tells_its_splits(tmp_path: Path) -> None:
         f"expected one config in {source / 'README.md'}, found one, two: mark one of them with "
         "`default: true`"
     )
+    file(source / "README.md", "---\nbroken: {\n---\nconfigs: of the text below the head\n")
+    assert seen(source, split="test") == {2}
     file(source / "README.md", "---\nconfigs: {\n---\n")
     assert refusal(source).startswith(
         f"expected `configs` as the Hub reads them at the head of {source / 'README.md'}, got "

@@ -111,6 +111,7 @@ def readers(folder: Path) -> Iterator[Callable[[], Any]]:
     for name in [spec.name for spec in run.config.saes]:
         yield lambda name=name: load_sae(run.sae_folder(name))
         yield lambda name=name: run.norm_deciles(name)
+        yield lambda name=name: run.feature_stats(name)
         yield lambda name=name: run.features(name)
         yield lambda name=name: Labels(run.folder / "features" / name).frame()
         if (job := index_job(run, name)) is not None:
@@ -140,7 +141,7 @@ FILES = [
         f"finished/{name}"
         for name in (
             *("config.json", "status.json", "events.jsonl", "metrics.jsonl", "evals.json"),
-            *("samples.json", "saes/gated/cfg.json"),
+            *("samples.json", "saes/gated/cfg.json", "saes/gated/feature_stats.safetensors"),
         )
     ),
     "interrupted/events.jsonl",

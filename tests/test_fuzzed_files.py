@@ -169,6 +169,13 @@ def test_an_array_of_objects_in_an_npz_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_array_of_a_version_that_is_not_read_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("W_enc.npy", npy((2,), b"\0" * 8).replace(b"\x01\x00", b"\x03\x00", 1))
+    with pytest.raises(InputError, match=r"in 'W_enc\.npy' of .*, found version 3\.0; save it"):
+        read_sae(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../../out.npy", "/out.npy", "a\\..\\..\\out.npy", "C:\\out.npy"])
 def test_a_name_that_leads_out_of_an_archive_is_refused(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
