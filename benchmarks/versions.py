@@ -41,13 +41,14 @@ def budgets_of(printed: str) -> Times:
     return {row["name"]: row["measured"] for row in rows}
 
 
-def bench(*words: str) -> Job:
+def bench(*words: str, rounds: int = 1) -> Job:
     """Return a benchmark of `python -m gsae_core bench`, by its own ways alone."""
-    return Job(("-m", "gsae_core", "bench", *words, "--json", "--rounds", "1"), rows_of)
+    return Job(("-m", "gsae_core", "bench", *words, "--json", "--rounds", str(rounds)), rows_of)
 
 
 JOBS = {
-    "step": bench("step", "--no-peers", "--brief", "--batch", "2048", "--d-sae", "8192"),
+    # Seven steps a process: one alone, early in a process, says little.
+    "step": bench("step", "--no-peers", "--brief", "--batch", "2048", "--d-sae", "8192", rounds=7),
     # A quarter of the latents active: every architecture's step is dense.
     "dense": bench("step", "--no-peers", "--batch", "1024", "--d-sae", "4096", "--l0", "1024"),
     "harvest": bench("harvest", "--passes", "2"),
