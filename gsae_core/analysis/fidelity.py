@@ -146,9 +146,9 @@ class Decile(NamedTuple):
 class NormDeciles:
     """Running sums in fine bins of |x|, and the ten tenths they are cut into in the end.
 
-    They take 0.7 MB however many tokens there are. Where the edge of a tenth falls inside a bin, the
-    bin's sums are shared out in proportion to the tokens on each side, so that every tenth has as
-    many tokens; only the order of tokens within that bin is not known.
+    They take 0.7 MB however many tokens there are. Where the edge of a tenth falls inside a bin,
+    the bin's sums are shared out in proportion to the tokens on each side, so that every tenth has
+    as many tokens; only the order of tokens within that bin is not known.
     """
 
     def __init__(self) -> None:
