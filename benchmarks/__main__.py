@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from benchmarks.flags import BENCHES, Benchmark, Curves, Harvest, Index, Step, Train
 from benchmarks.harness import Say
-from gsae_core.cli.arguments import Bench, parse
+from gsae_core.cli.arguments import parse
+from gsae_core.cli.main import bench as command
 from gsae_core.errors import InputError
 
 MISTAKE = 2
@@ -18,7 +19,9 @@ def main(words: Sequence[str], *, program: str = "python -m benchmarks") -> int:
         program: what the help calls the program.
     """
     try:
-        flags = parse(words, BENCHES, program=program, kind="benchmark", description=Bench.__doc__)
+        flags = parse(
+            words, BENCHES, program=program, kind="benchmark", description=command.__doc__
+        )
         print(bench(flags, _say), flush=True)
     except InputError as error:
         _say(" ".join(str(error).split()))

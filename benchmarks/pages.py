@@ -7,6 +7,7 @@ first view is taken in a browser that has seen nothing.
 
     --only WORD     leave out what does not hold the word
     --rounds N
+    --against CLONE serve another clone too, and print how changes of page compare, in turns
 """
 
 import argparse
@@ -162,6 +163,41 @@ def switches(browser: Browser, address: str, rounds: int) -> Iterator[Budget]:
         yield Budget(f"page switch, until every figure is drawn: {name}", inf, median(found))
 
 
+def compare(browser: Browser, ours: str, theirs: str, rounds: int) -> None:
+    """Print how each change of page compares with that of another clone.
+
+    Time until it can be used: median and range of the rounds' ratios. The server's processor time,
+    which other work on the machine sways less: one ratio of all rounds.
+    """
+    pages = {address: (tab(browser), server_of(address)) for address in (ours, theirs)}
+    for run, names in TOURS:
+        for address, (page, _) in pages.items():
+            page.goto(f"{address}/Help?run={run}")
+            at_rest(page)
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        spent = {(name, address): 0.0 for name in names for address in pages}
+        for turn in range(rounds + 1):
+            for name in names:
+                took = {}
+                for address in (ours, theirs) if turn % 2 else (theirs, ours):
+                    page, server = pages[address]
+                    page.bring_to_front()
+                    before = sum(server.cpu_times()[:2])
+                    took[address] = timed(
+                        page, press_link(name), f"{HEADING} == '{name}' && {RESTS}"
+                    )
+                    at_rest(page)
+                    page.wait_for_timeout(600)
+                    if turn:  # the first fills caches
+                        spent[name, address] += sum(server.cpu_times()[:2]) - before
+                if turn:
+                    ratios[name].append(took[ours] / took[theirs])
+        for name, each in ratios.items():
+            spread = f"({min(each):.3f} to {max(each):.3f}, {len(each)} rounds)"
+            processor = spent[name, ours] / spent[name, theirs]
+            print(f"{name:10} {median(each):.3f} {spread}  processor {processor:.3f}", flush=True)
+
+
 WIDGETS = (
     ("Pareto: measure", "Pareto", "KL", "KL divergence", "loss recovered", "loss recovered"),
     ("Shrinkage: lengths", "Shrinkage", "γ", "γ of the tenth", "length ratio", "length ratio"),
@@ -301,9 +337,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="")
+    parser.add_argument("--against", type=Path)
     options = parser.parse_args()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
+        if options.against is not None:
+            other = options.against.resolve()
+            with folder() as root, serving(root) as ours, serving(root, clone=other) as theirs:
+                compare(browser, ours, theirs, options.rounds)
+            return
         found: list[Budget] = []
 
         def add(name: str, measure: Callable[[], Iterator[Budget]]) -> None:

@@ -2,7 +2,7 @@
 
 Each benchmark runs in this clone and in the other, turn about, a process each; the ratio of a round
 is this clone's time over the other's, and the median of the rounds is printed with their range.
-Pages are timed by `benchmarks/pages.py`, which needs Chromium.
+Pages are compared by `benchmarks/pages.py --against`, both served at once.
 
     --rounds N      rounds that count (7)
     --only WORD     leave out benchmarks whose name does not hold the word
@@ -13,21 +13,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parents[1]
 Times = dict[str, float]
-
-
-class Job(NamedTuple):
-    """A benchmark of both clones."""
-
-    words: tuple[str, ...]
-    read: Callable[[str], Times]
-    """What it printed -> the time of each row."""
 
 
 def rows_of(printed: str) -> Times:
@@ -35,15 +25,9 @@ def rows_of(printed: str) -> Times:
     return {row["name"]: row["ms"] for row in json.loads(printed)["rows"]}
 
 
-def budgets_of(printed: str) -> Times:
-    """Return what `benchmarks/pages.py` measured, in the units of each."""
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {row["name"]: row["measured"] for row in rows}
-
-
-def bench(*words: str, rounds: int = 1) -> Job:
-    """Return a benchmark of `python -m gsae_core bench`, by its own ways alone."""
-    return Job(("-m", "gsae_core", "bench", *words, "--json", "--rounds", str(rounds)), rows_of)
+def bench(*words: str, rounds: int = 1) -> tuple[str, ...]:
+    """Return the words of a benchmark by `python -m gsae_core bench`, by its own ways alone."""
+    return ("-m", "gsae_core", "bench", *words, "--json", "--rounds", str(rounds))
 
 
 JOBS = {
@@ -54,25 +38,24 @@ JOBS = {
     "harvest": bench("harvest", "--passes", "2"),
     "train": bench("train", "--no-peers", "--tokens", "65536", "--width", "1024", "--saes", "4"),
     "index": bench("index", "--no-peers", "--tokens", "32768", "--width", "8192"),
-    "pages": Job(("benchmarks/pages.py", "--rounds", "1", "--only", "switch"), budgets_of),
 }
 
 
-def measure(clone: Path, job: Job) -> Times:
+def measure(clone: Path, job: tuple[str, ...]) -> Times:
     """Return the times of one run in one clone."""
     environment = os.environ | {"PYTHONPATH": str(clone)}
     done = subprocess.run(
-        [sys.executable, *job.words],
+        [sys.executable, *job],
         cwd=clone,
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return job.read(done.stdout)
+    return rows_of(done.stdout)
 
 
-def compare(other: Path, job: Job, rounds: int) -> dict[str, list[float]]:
+def compare(other: Path, job: tuple[str, ...], rounds: int) -> dict[str, list[float]]:
     """Return the ratios of each row that both clones have, a round each; the first is left out."""
     ratios: dict[str, list[float]] = {}
     for turn in range(rounds + 1):

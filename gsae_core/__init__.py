@@ -8,32 +8,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gsae_core.analysis.attach import Attached, attach
     from gsae_core.analysis.features.index import open_index
     from gsae_core.checkpoints.checkpoint import load_sae
+    from gsae_core.checkpoints.formats.read import read_sae
     from gsae_core.lm.model import load_model
     from gsae_core.runs.run import open_run
+    from gsae_core.runs.work.publish import push_sae
     from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+    from gsae_core.sae.base import SAE
 
 __all__ = [
+    "SAE",
+    "Attached",
     "GatedSAE",
     "JumpReluSAE",
     "ReluSAE",
     "TopKSAE",
+    "attach",
     "load_model",
     "load_sae",
     "open_index",
     "open_run",
+    "push_sae",
+    "read_sae",
 ]
 
 _HOMES = {
+    "SAE": "gsae_core.sae.base",
+    "Attached": "gsae_core.analysis.attach",
     "GatedSAE": "gsae_core.sae.architectures",
     "JumpReluSAE": "gsae_core.sae.architectures",
     "ReluSAE": "gsae_core.sae.architectures",
     "TopKSAE": "gsae_core.sae.architectures",
+    "attach": "gsae_core.analysis.attach",
     "load_model": "gsae_core.lm.model",
     "load_sae": "gsae_core.checkpoints.checkpoint",
     "open_index": "gsae_core.analysis.features.index",
     "open_run": "gsae_core.runs.run",
+    "push_sae": "gsae_core.runs.work.publish",
+    "read_sae": "gsae_core.checkpoints.formats.read",
 }
 
 

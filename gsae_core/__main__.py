@@ -1,10 +1,10 @@
-"""`python -m gsae_core`, on standard streams whose reader may leave before the work is done."""
+"""`gsae` and `python -m gsae_core`, on standard streams whose reader may leave before the end."""
 
 import errno
 import io
 import os
 import sys
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from gsae_core.cli.main import main
 
@@ -23,12 +23,12 @@ class Lasting(io.FileIO):
         self._answers = answers
 
     def write(self, data: Any) -> int | None:
+        """Write bytes; where the reader has left, end or throw them away."""
         try:
             return super().write(data)
         except OSError as error:
             # EIO: of a terminal that is no more.
-            gone = isinstance(error, BrokenPipeError | ConnectionResetError)
-            if not (gone or error.errno == errno.EIO):
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO):
                 raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -40,15 +40,11 @@ class Lasting(io.FileIO):
 
 def lasting(fd: int, stream: IO[str] | None, *, answers: bool) -> io.TextIOWrapper:
     """Return a standard stream like `stream`, lasting; None: one that was closed by the shell."""
-    raw = Lasting(fd, answers=answers)
-    if not isinstance(stream, io.TextIOWrapper):
-        return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", line_buffering=True)
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),  # as `python -u` has it
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        io.BufferedWriter(Lasting(fd, answers=answers)),
+        encoding=getattr(stream, "encoding", "utf-8"),
+        errors=getattr(stream, "errors", None),
+        line_buffering=True,
     )
 
 
@@ -61,7 +57,8 @@ def open_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """Run the command that `sys.argv` holds, and exit with its code."""
     open_closed()
     # Printing is all that these do, so that they may end with their reader.
     answers = sys.argv[1:2] in (["list"], ["doctor"]) or not {"-h", "--help"}.isdisjoint(sys.argv)
@@ -73,3 +70,7 @@ if __name__ == "__main__":
         # Here and not when Python ends, where a reader that has left could no longer set the code.
         sys.stdout.flush()
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    program()

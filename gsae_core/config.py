@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -29,7 +29,7 @@ class Config(BaseModel):
     """Base of every config: unknown keys are errors, nothing is written back."""
 
     # Not as class arguments: type checkers would want `frozen` repeated by every config.
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
@@ -52,8 +52,7 @@ def validated(
         where = (called or {}).get(where, where)
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
-            message = f"{where}: no such setting; {kind.__name__} has {known}"
-            raise InputError(message) from None
+            raise InputError(f"{where}: no such setting; {kind.__name__} has {known}") from None
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         message = re.sub("^expected (greater|less)", r"expected a number \1", message)
         came = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
@@ -63,9 +62,12 @@ def validated(
 Architecture = Literal["gated", "relu", "jumprelu", "topk"]
 Site = Literal["resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out"]
 Recipe = Literal["P", "A", "B"]
+Tie = Literal["r_mag", "none", "untied"]
+Aux = Literal["frozen", "unfrozen", "off"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
+Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
@@ -156,10 +158,10 @@ class SAESpec(Config):
     """P: unit norm, plain L1, frozen auxiliary decoder (the paper). A: L1 weighted by decoder norm,
     unfrozen. B: L1 weighted by the detached norm, frozen."""
 
-    tie: Literal["r_mag", "none", "untied"] = "r_mag"
+    tie: Tie = "r_mag"
     """W_mag = exp(r_mag) W_gate (the paper), W_mag = W_gate, or a free W_mag."""
 
-    aux: Literal["frozen", "unfrozen", "off"] | None = None
+    aux: Aux | None = None
     """Decoder of the auxiliary term: a frozen copy, the live one, or no such term; None takes the
     recipe's. P with `unfrozen` is the paper's ablation (Fig. 8)."""
 
@@ -272,17 +274,64 @@ def _given(number: int | None, otherwise: int) -> int:
     return otherwise if number is None else number
 
 
+def shortfalls(recipe: TrainRecipe) -> list[str]:
+    """Return a sentence for each thing that a recipe asks for and its length does not allow."""
+    n = recipe.n_steps
+    warmup, lambda_warmup, every, window = recipe.schedule
+    decay = recipe.lr_decay_fraction * n
+    # The step after which dead latents are last revived; 0 if they never are.
+    last = int(recipe.revive_until * n) // every * every if every else 0
+    told = []
+    if warmup >= n:
+        told.append(
+            f"all {n:,} steps lie within the learning-rate warm-up of {warmup:,}, so the learning "
+            "rate never reaches its peak; shorten the warm-up or train on more tokens"
+        )
+    elif warmup > n - decay:
+        told.append(
+            f"the learning rate warms up over {warmup:,} steps and falls over the last {decay:,.0f}"
+            f" of {n:,}, so it never reaches its peak; shorten the warm-up or the decay"
+        )
+    elif last and (warmup >= every or warmup > n - decay - last):
+        falls = f" and a decay over the last {decay:,.0f}" if decay else ""
+        told.append(
+            f"each revival of dead features begins a warm-up of {warmup:,} steps; with one every "
+            f"{every:,} until step {last:,} of {n:,}{falls}, what is revived may never learn at "
+            "the peak learning rate; shorten the warm-up, revive less often or end revivals earlier"
+        )
+    if lambda_warmup >= n:
+        told.append(
+            f"lambda rises over {lambda_warmup:,} steps and there are {n:,}, so it never reaches "
+            "what was asked for; shorten its warm-up or train on more tokens"
+        )
+    if every and recipe.revive_until > 0 and (not last or window > last):
+        told.append(
+            f"no dead feature is revived: a feature is dead after {window:,} steps in which it did "
+            f"not fire, and revivals come every {every:,} steps, none after step "
+            f"{int(recipe.revive_until * n):,} of {n:,}; call features dead sooner, revive more "
+            "often or train on more tokens"
+        )
+    return told
+
+
+if TYPE_CHECKING:
+    # A list is taken too, and kept as a tuple; a type checker would refuse it.
+    _Lambdas = Sequence[float]
+    _Rates = Sequence[float]
+else:
+    _Lambdas, _Rates = tuple[NonNegativeFloat, ...], tuple[PositiveFloat, ...]
+
+
 class TrainConfig(TrainRecipe):
     """A recipe and one lambda (and, if need be, one learning rate) for each SAE."""
 
     sparsity: Annotated[
-        tuple[NonNegativeFloat, ...],
-        BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v),
+        _Lambdas, BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
     ]
     """lambda of each SAE, against squared error summed over d_in; one number serves all. A TopK SAE
     has none and takes no notice."""
 
-    lrs: tuple[PositiveFloat, ...] | None = None
+    lrs: _Rates | None = None
     """Peak learning rate of each SAE; None takes `lr` for all."""
 
 
@@ -322,6 +371,10 @@ class RunConfig(Config):
 
     cache_activations: bool = False
     """Write the activations to disk first, for later runs of the same model, place and text."""
+
+    track: Tracker | None = None
+    """Mirror metrics and evaluations into a tracker too: `trackio` (kept on this machine), `wandb`
+    (Weights & Biases) or `tensorboard` (in the run's folder)."""
 
     preset: str | None = None
     """Name of the preset this came from; a label only."""

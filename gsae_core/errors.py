@@ -1,14 +1,67 @@
-"""The one exception for mistakes of a caller; the command line and the pages show its sentence."""
+"""The one exception for mistakes of a caller, and the sentences several modules raise it with."""
 
 import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from numbers import Integral
+from typing import Literal, NamedTuple
 
 
 class InputError(ValueError):
     """What was expected, what came, and what to do: one sentence, fit to show as it stands."""
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, numpy's among them; True and 1.0 are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+class Extra(NamedTuple):
+    """An extra of the package: what needs it, and what it installs."""
+
+    purpose: str
+    packages: dict[str, str]
+    """Package that is imported -> its name for pip; dependencies of these are left out."""
+
+
+EXTRAS = {
+    "app": Extra(
+        "the app and figures",
+        {
+            "streamlit": "streamlit",
+            "plotly": "plotly",
+            "altair": "altair",
+            "vl_convert": "vl-convert-python",
+        },
+    ),
+    "gpu": Extra("the sparse step on a GPU", {"triton": "triton"}),
+    "lens": Extra("models of TransformerLens", {"transformer_lens": "transformer-lens"}),
+    "track": Extra("--track", {"trackio": "trackio"}),
+}
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn the import of a package that is not installed into an InputError that names its extra.
+
+    Around every import of a package of `EXTRAS`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = EXTRAS[name].packages.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        raise InputError(extra_sentence(name, package)) from error
+
+
+def extra_sentence(name: str, *packages: str) -> str:
+    """Return that packages of an extra are not installed, and what installs them."""
+    return (
+        f"expected {', '.join(packages)} to be installed for {EXTRAS[name].purpose}, found none; "
+        f'pip install "gsae-core[{name}]"'
+    )
 
 
 What = Literal["model", "data set", "SAE"]
@@ -32,12 +85,19 @@ def hub_answers(
         errors.FileMetadataError,
         errors.HFValidationError,
         errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
         httpx2.HTTPError,  # HfHubHTTPError is one
+        UnicodeEncodeError,
+        # Of transfers through Xet; the upload of a large file is a RuntimeError too.
+        ConnectionError,
+        TimeoutError,
+        PermissionError,
+        RuntimeError,
     )
     try:
         yield
     except told as error:
+        if isinstance(error, PermissionError) and error.errno is not None:
+            raise  # of a file on this machine
         sentence = hub_sentence(error, repo, what=what, revision=revision, file=file)
         raise InputError(sentence) from error
 
@@ -52,12 +112,13 @@ def hub_sentence(
 ) -> str:
     """Return what went wrong, told by the exceptions that led to `error`.
 
-    An error that names no reason of the Hub's means that the Hub was not reached.
+    A broken connection that names no reason means that the Hub was not reached.
 
     Args:
         what: is looked for in the repository.
         file: asked for in it, if only one was.
     """
+    import httpx2
     from huggingface_hub import errors
 
     chain = _chain(error)
@@ -86,6 +147,10 @@ def hub_sentence(
         errors.HFValidationError: (
             f"expected a Hub repository as OWNER/NAME, got {repo!r}; copy it from its page"
         ),
+        UnicodeEncodeError: (
+            "expected a Hub token of ASCII characters, got others; correct HF_TOKEN, or run "
+            "`hf auth login` again"
+        ),
     }
     if _disk_full(chain):
         return (
@@ -110,6 +175,10 @@ def hub_sentence(
             "cache; give a local model folder, or 'bundled' for the model that ships with the "
             "package"
         )
+    unreached = (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx2.HTTPError)
+    if not _met(chain, *unreached):
+        first = str(error).strip().partition("\n")[0]
+        return f"expected a transfer of files of {repo!r}, it failed ({first}); start it again"
     if _met(chain, errors.OfflineModeIsEnabled):
         return f"{OFFLINE} (HF_HUB_OFFLINE is set; unset it to reach {repo!r})"
     return f"{OFFLINE} ({repo!r} was not reached; go online and try again)"
@@ -121,7 +190,13 @@ def is_hub_trouble(error: BaseException) -> bool:
     from huggingface_hub import errors
 
     chain = _chain(error)
-    kinds = (httpx2.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    kinds = (
+        errors.HFValidationError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        httpx2.HTTPError,
+        UnicodeEncodeError,  # a token that no header can carry
+    )
     return _disk_full(chain) or _met(chain, *kinds)
 
 
@@ -159,25 +234,20 @@ def _met(chain: list[BaseException], *kinds: type[BaseException]) -> bool:
 
 
 def _refused(repo: str, status: int) -> str:
-    told = {
-        401: (
-            f"expected a token that the Hub knows for {repo!r}, it refused ours; run "
-            "`hf auth login` again, or correct HF_TOKEN"
-        ),
-        403: (
-            f"expected a token that may do this to {repo!r}, ours may not; make one that can write "
-            "on the Hub's settings page and run `hf auth login`"
-        ),
-        429: f"expected an answer about {repo!r}, but the Hub counts too many; wait some minutes",
-        500: (
-            f"expected an answer about {repo!r}, but the Hub itself is in trouble ({status}); try "
-            "again later"
-        ),
-    }
-    otherwise = (
-        f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
-    )
-    return told.get(min(status, 500), otherwise)
+    match status:
+        case 401 | 403:
+            return (
+                f"expected a token that may do this to {repo!r}, the Hub refused ours ({status}); "
+                "run `hf auth login` again, or correct HF_TOKEN (to publish, it must allow writing)"
+            )
+        case 429:
+            return f"expected an answer about {repo!r}, but the Hub got too many; wait some minutes"
+        case _ if status >= 500:
+            return (
+                f"expected an answer about {repo!r}, but the Hub itself is in trouble ({status}); "
+                "try again later"
+            )
+    return f"expected the Hub to do this for {repo!r}, it refused ({status}); check name and file"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

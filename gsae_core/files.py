@@ -18,6 +18,9 @@ from gsae_core.errors import InputError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+PathOrText = Path | str
+"""Where something lies: a `Path` on this machine; text may be an address on the Hub instead."""
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 MISPLACED = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
@@ -344,3 +347,9 @@ def lock(folder: Path, name: str) -> "BaseFileLock":
     from filelock import FileLock
 
     return FileLock(folder / f".{name}.lock")
+
+
+def public_name(name: str) -> str:
+    """Return a model's or data set's name; of a folder, its last part alone."""
+    path = Path(os.path.expanduser(name))
+    return path.name if path.is_absolute() or os.path.exists(path) else name

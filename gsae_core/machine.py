@@ -31,10 +31,9 @@ class Machine(NamedTuple):
 def machine(folder: Path) -> Machine:
     """Return what there is now; `folder` is where runs are kept."""
     memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Machine(
-        n_cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        n_cores=cores or 1,
         memory_total=memory.total,
         memory_free=memory.available,
         disk_free=free_bytes(folder),
@@ -109,23 +108,15 @@ def cache_folder(kind: str) -> Path:
 
 
 PACKAGES = (
-    "gsae-core",
-    "streamlit",
-    "torch",
-    "transformers",
-    "transformer-lens",
-    "huggingface-hub",
-    "safetensors",
-    "plotly",
-    "numpy",
-    "pandas",
+    "gsae-core streamlit torch transformers transformer-lens huggingface-hub safetensors plotly "
+    "numpy pandas"
 )
 
 
 def versions() -> dict[str, str]:
     """Return the version of this package, of Python and of what the results depend on."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    for package in PACKAGES:
+    for package in PACKAGES.split():
         try:
             found[package] = version(package)
         except PackageNotFoundError:

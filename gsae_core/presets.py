@@ -154,6 +154,15 @@ def _saebench(width: int) -> tuple[SAESpec, ...]:
     return gated + sweep(["relu"], [0.012, 0.015, 0.02, 0.03, 0.04, 0.06], width)
 
 
+_long_recipe = partial(
+    TrainRecipe,
+    lr=3e-4,
+    lr_warmup_steps=1000,
+    sparsity_warmup_steps=5000,
+    revive_every=25_000,
+    revive_window=12_500,
+)
+
 _PRESETS = (
     Preset(
         name="quick",
@@ -231,15 +240,7 @@ _PRESETS = (
         # whose budget is 1e9 tokens; 3e8 is ours (the public gpt2-small-res-jb SAEs had as many).
         data=DataConfig(source="Skylion007/openwebtext", text_column="text", n_ctx=128),
         saes=lambda *_: _saebench(24_576),
-        train=TrainRecipe(
-            n_tokens=300_000_000,
-            lr=3e-4,
-            lr_warmup_steps=1000,
-            lr_decay_fraction=0.0,
-            sparsity_warmup_steps=5000,
-            revive_every=25_000,
-            revive_window=12_500,
-        ),
+        train=_long_recipe(n_tokens=300_000_000, lr_decay_fraction=0.0),
         evaluation=EvalConfig(n_tokens=524_288),
     ),
     Preset(
@@ -250,16 +251,7 @@ _PRESETS = (
         # Every number is the SAEBench suite's (arXiv:2503.09532, appendix B) but for the
         # resampling, which it lacks, and the 1.5x width of the baselines, which is the paper's.
         saes=lambda *_: _saebench(16_384),
-        train=TrainRecipe(
-            n_tokens=500_000_000,
-            batch_size=2048,
-            lr=3e-4,
-            lr_warmup_steps=1000,
-            lr_decay_fraction=0.2,
-            sparsity_warmup_steps=5000,
-            revive_every=25_000,
-            revive_window=12_500,
-        ),
+        train=_long_recipe(n_tokens=500_000_000, batch_size=2048, lr_decay_fraction=0.2),
         evaluation=EvalConfig(n_tokens=524_288),
     ),
 )

@@ -7,6 +7,7 @@ import streamlit as st
 from gsae_core.app import cache, shell
 from gsae_core.app.controls import begin
 from gsae_core.app.parts import copy_link, facts, notice, noticed, plain
+from gsae_core.app.pickers import stacking
 from gsae_core.app.train_form import (
     LABELS,
     Base,
@@ -26,13 +27,12 @@ from gsae_core.app.train_view import (
     plan,
     row,
     schedule_rows,
-    side_by_side,
     token_lines,
     what,
     where,
 )
 from gsae_core.cli.arguments import Train, command_line, run_config
-from gsae_core.config import DataConfig, RunConfig
+from gsae_core.config import DataConfig, RunConfig, shortfalls
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, model_facts
@@ -53,7 +53,6 @@ from gsae_core.runs.plan.cost import (
     preflight,
 )
 from gsae_core.runs.run import Run, run_id
-from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count, duration
 
 PREVIEW_SECONDS = 20
@@ -148,7 +147,7 @@ def expected(config: RunConfig) -> dict[str, Expected]:
                 found.append(results(run))
             except (InputError, KeyError):
                 continue  # damaged: Home says so
-    ranges = {spec.name: expected_l0(spec, config, found) for spec in config.saes}
+    ranges = {spec.name: expected_l0(spec, found) for spec in config.saes}
     return {name: l0 for name, l0 in ranges.items() if l0 is not None}
 
 
@@ -252,7 +251,7 @@ def copies(flags: Train, config: RunConfig) -> None:
         copy_link()
 
 
-with side_by_side():
+with stacking("train.form", least=16, last_stays=True):
     left, right = st.columns([3, 2], gap="large")
 with left:
     base = choose_base()
@@ -287,7 +286,7 @@ with right, st.container(border=True):
         st.button("Start", type="primary", disabled=True, width="stretch", key="train.start")
         st.stop()
     refusals = before(config, about)
-    for sentence in shortfalls_of_run(config):
+    for sentence in shortfalls(config.train):
         notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
     refuse(refusals)
     if st.button(

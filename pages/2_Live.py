@@ -5,7 +5,7 @@ import streamlit as st
 
 from gsae_core.app import shell
 from gsae_core.app.controls import controls
-from gsae_core.app.glossary import definition, title
+from gsae_core.app.glossary import TERMS, definition
 from gsae_core.app.live_view import (
     CANCEL_STAGES,
     draw_numbers,
@@ -27,6 +27,7 @@ from gsae_core.app.parts import (
     state_badge,
 )
 from gsae_core.app.pickers import choice
+from gsae_core.config import shortfalls
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.live import (
@@ -43,7 +44,6 @@ from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.metrics_log import MetricsCursor
 from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import Run
-from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import count
 
 # Labels first: the address holds what a bound widget shows.
@@ -166,7 +166,8 @@ def view(was: Status) -> None:
         if status.state != was.state:
             st.rerun()  # the whole page: its buttons and its timer are of another state
         header(status, tables[run.id][0])
-        for sentence in shortfalls_of_run(run.config):
+        imported = run.config.imported is not None  # its recipe says nothing
+        for sentence in () if imported else shortfalls(run.config.train):
             notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
         draw_trouble(run, status)
         lost = run.n_lost_events(status)
@@ -285,6 +286,6 @@ paused = st.session_state.get("live.pause")
 curves = st.container()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
     for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
-        plain(f"{title(term)}: {definition(term)}")
+        plain(": ".join(TERMS[term]))
 with curves:
     st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)

@@ -14,9 +14,9 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
-from gsae_core.app.pareto_view import card, comparer, difference_card, paper_site, table_columns
+from gsae_core.app.pareto_view import card, comparer, difference_card, table_columns
 from gsae_core.app.parts import correct, escape_markdown, figure_tools, notice, plain, say_worse
-from gsae_core.app.pickers import choice
+from gsae_core.app.pickers import choice, paper_site
 from gsae_core.plots.palette import AXES
 from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions

@@ -10,7 +10,6 @@ from gsae_core.analysis.results import (
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
-from gsae_core.app.pareto_view import paper_site
 from gsae_core.app.parts import (
     correct,
     escape_markdown,
@@ -22,7 +21,7 @@ from gsae_core.app.parts import (
     settle,
     write,
 )
-from gsae_core.app.pickers import choice
+from gsae_core.app.pickers import choice, paper_site
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
@@ -36,6 +35,7 @@ from gsae_core.plots.shrinkage import (
     gamma_over_sweep,
     histogram_table,
     lengths_by_decile,
+    range_text,
     select_features,
 )
 from gsae_core.text import fixed
@@ -269,7 +269,7 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
         f"{min(len(found), MAX_ROWS):,} of {len(found):,} features, most firings first; tick one "
         "to see where it fires."
     )
-    between = bins.range_text(label)
+    between = range_text(label)
     if ticked := picked["selection"]["rows"]:
         row = found.iloc[ticked[0]]
         shell.go(FEATURES, run, sae=row["sae"], feature=str(row["latent"]), gamma=between)

@@ -7,8 +7,8 @@ from gsae_core.analysis.features.filter import Chosen
 from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.app import feature_list, feature_view, shell
 from gsae_core.app.feature_index import Opened, open_index, open_sae, panel, weights_of
-from gsae_core.app.parts import notice, plain, say_refused
-from gsae_core.app.pickers import need_saes, pick_pair, said, stacking
+from gsae_core.app.parts import notice, noticed, plain, say_refused
+from gsae_core.app.pickers import need_saes, pick_pair, stacking
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 
@@ -19,7 +19,7 @@ frame = shell.page(
 )
 
 
-@said()
+@noticed()
 def choose() -> tuple[Run, Opened, str | None]:
     """Draw the pickers; return the SAE that is shown, and the name of the one beside it."""
     run, names = need_saes(frame, "its features")
@@ -40,7 +40,7 @@ def ask(sae: Opened) -> tuple[Chosen, int]:
     wanted, order = feature_list.ask()
     chosen = feature_list.find(sae, wanted, order)
     if chosen.rows.empty:
-        feature_list.nothing_left(sae, chosen, wanted)
+        feature_list.nothing_left(sae, chosen)
     with right:
         return chosen, feature_view.which(sae, feature_list.landing(sae, chosen))
 
@@ -52,7 +52,7 @@ def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: s
     if st.session_state.pop("features.list_is_old", False):
         st.rerun()
     if sae.index is None:
-        feature_view.heading(number)
+        st.header(f"Feature {number}", anchor=False)
         feature_view.from_weights(sae, weights_of(sae.run, sae.name).iloc[number].to_dict())
         return
     feature = sae.index.feature(number)

@@ -3,16 +3,15 @@
 import pandas as pd
 import streamlit as st
 
-from gsae_core.app import cache, prompt_view, shell
+from gsae_core.app import prompt_view, shell
 from gsae_core.app.components import token_picker
-from gsae_core.app.parts import figure_tools, key_for, plain, settle, write
+from gsae_core.app.parts import figure_tools, key_for, noticed, plain, settle, write
 from gsae_core.app.pickers import (
     architecture,
     choice,
     correct_number,
     need_saes,
     pick_pair,
-    said,
     stacking,
     text_field,
 )
@@ -29,7 +28,6 @@ from gsae_core.app.prompt_view import (
 from gsae_core.runs.run import Run
 from gsae_core.text import quoted
 
-cache.import_ahead()
 frame = shell.page(
     "Prompt",
     icon="💬",
@@ -38,7 +36,7 @@ frame = shell.page(
 )
 
 
-@said()
+@noticed()
 def choose() -> tuple[Run, tuple[str, ...], str]:
     """Draw the pickers and the text; return the run, its SAEs and the text."""
     run, names = need_saes(frame, "the features of any text")
@@ -52,7 +50,7 @@ def choose() -> tuple[Run, tuple[str, ...], str]:
     return run, (name,) if other is None else (name, other), text
 
 
-@said()
+@noticed()
 def first_answer(run: Run, names: tuple[str, ...], text: str) -> Seen:
     """Read the text, and say what was read."""
     with st.spinner("Reading the text", show_time=True):
@@ -60,6 +58,11 @@ def first_answer(run: Run, names: tuple[str, ...], text: str) -> Seen:
     prompt_view.say_reading(seen)
     prompt_view.numbers(seen)
     return seen
+
+
+def of(seen: Seen) -> tuple[object, ...]:
+    """Return what the keys of widgets are about whose choices are of one text."""
+    return seen.run.id, seen.names, seen.text
 
 
 def which_token(seen: Seen) -> int:
@@ -74,7 +77,7 @@ def which_token(seen: Seen) -> int:
     )
 
 
-@said()
+@noticed()
 def whole_text(seen: Seen) -> None:
     """Draw the strip, and what of a token is looked at."""
     strip = st.container()
@@ -88,7 +91,7 @@ def whole_text(seen: Seen) -> None:
             "Next token",
             range(len(offered)),
             format_func=lambda i: prompt_view.label_of(offered[i]),
-            key=key_for("prompt.target", seen.key, position),
+            key=key_for("prompt.target", *of(seen), position),
             help="Attribution is to the logit of this token after the chosen position.",
         )
     with three:
@@ -146,7 +149,7 @@ def features(seen: Seen, table: pd.DataFrame, position: int, sort: str, target: 
         return
     gated = architecture(seen.run, seen.names[0]) == "gated"
     ticked = prompt_view.features_table(
-        rows, gated=gated, target=target, key=key_for("prompt.features", seen.key, position, sort)
+        rows, gated=gated, target=target, key=key_for("prompt.features", *of(seen), position, sort)
     )
     latent = int(rows["latent"].iloc[0]) if ticked is None else ticked
     how = "ticked" if ticked is not None else "the first; tick another"

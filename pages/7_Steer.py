@@ -6,14 +6,13 @@ from typing import Any
 import streamlit as st
 
 from gsae_core.app import cache, shell, steer_view
-from gsae_core.app.parts import asked, copy_link, key_for, plain, write
+from gsae_core.app.parts import asked, copy_link, key_for, noticed, plain, write
 from gsae_core.app.pickers import (
     architecture,
     choice,
     correct_number,
     need_saes,
     pick_pair,
-    said,
     stacking,
     text_field,
 )
@@ -27,7 +26,6 @@ MAX_SEED = 2**31 - 1
 ROWS = ("", "2", "3")  # f, s and mode of the first feature; f2, s2 and mode2 of the second
 EVERY = 0.08  # seconds between two drawings of a text that grows
 
-cache.import_ahead()
 frame = shell.page(
     "Steer",
     icon="🎚️",
@@ -35,7 +33,7 @@ frame = shell.page(
 )
 
 
-@said()
+@noticed()
 def choose_saes() -> tuple[str, str | None, str]:
     """Draw the pickers of SAEs and the prompt."""
     name, other = pick_pair(run, names, page="steer")
@@ -43,7 +41,7 @@ def choose_saes() -> tuple[str, str | None, str]:
     return name, other, text
 
 
-@said()
+@noticed()
 def choose_features(name: str, text: str) -> tuple[Push, ...]:
     """Draw a row for each feature that is steered, and one more."""
     d_sae = cache.sae(run, name).d_sae
@@ -258,10 +256,9 @@ pushes = choose_features(name, text)
 length, temperature, seed, keep = choose_sampling()
 if not pushes:
     st.stop()
-with said():
-    weights = cache.identity(run, [name, *([other] if other else [])])
+with noticed():
     generation = generation_of(
-        Settings(weights, name, other, text, pushes, keep, length, temperature, seed)
+        Settings(cache.identity(run), name, other, text, pushes, keep, length, temperature, seed)
     )
     results(generation)
 with st.container(horizontal=True):

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from gsae_core.app import glossary, shell
-from gsae_core.app.parts import asset, copy_link, paragraphs, plain
+from gsae_core.app.parts import asset, copy_link, plain
 from gsae_core.machine import versions
 
 frame = shell.page(
@@ -26,8 +26,8 @@ def words() -> None:
     found = glossary.search(sought or "")
     for term in found:
         with st.container(border=True):
-            st.markdown(f"**{glossary.title(term)}**")
-            paragraphs(glossary.definition(term))
+            st.markdown(f"**{glossary.TERMS[term].title}**")
+            plain(glossary.definition(term))
     if not found:
         plain(f"No definition holds {sought!r}.")
         st.button("Show all", on_click=st.session_state.update, args=({"find": ""},))
@@ -59,7 +59,7 @@ SECTIONS = {
 asked = st.query_params.get("topic")
 if asked in glossary.TERMS and asked not in SECTIONS:
     # A link to one number opens the glossary at it.
-    st.session_state.update(topic="Glossary", find=glossary.title(asked))
+    st.session_state.update(topic="Glossary", find=glossary.TERMS[asked].title)
 elif asked is not None and asked not in SECTIONS:
     short = asked if len(asked) <= 80 else f"{asked[:80]}…"
     plain(f"There is no topic {short!r}; showing Start.", size=".9rem")

@@ -79,7 +79,7 @@ def labelled(widgets: Iterable[Any], label: str) -> Any:
 
 def text(at: AppTest) -> str:
     """Return all that a page says."""
-    kinds = (at.html, at.caption, at.markdown, at.code, at.title, at.subheader)
+    kinds = (at.html, at.caption, at.markdown, at.code, at.title, at.header, at.subheader)
     return "\n".join(
         str(element.value if hasattr(element, "value") else element.body)
         for kind in kinds

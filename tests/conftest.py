@@ -5,18 +5,22 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+from chat_server import Chat
 from hub_server import Hub, serving_hub
-from tiny_runs import small_run
+from tiny_runs import small_run, tiny_config, write_text
 
-from gsae_core.app import shell
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.runs.run import Run
+from gsae_core.runs.work.train import train_run
+from gsae_core.text import Progress
 
 WORDS = 38
 """Words of the tiny tokenizer, `w0` to `w37`; with <|endoftext|> (id 0) and <unk>, 40 tokens."""
@@ -37,9 +41,15 @@ def whole_collections() -> Iterator[None]:
     Hypothesis asks the collector who holds its random numbers, and warns when nobody seems to.
     """
     yield
-    if shell._freeze in gc.callbacks:
-        gc.callbacks.remove(shell._freeze)
-        gc.unfreeze()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Switch the type checker off: users meet our sentences, not the checker's."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -136,6 +146,50 @@ def finished(trained: Path, tmp_path: Path) -> Run:
     return Run.open(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text of tiny runs."""
+    return write_text(tmp_path_factory.mktemp("words") / "words.txt")
+
+
+@pytest.fixture
+def new_run(
+    tmp_path: Path, tiny_lm_folder: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """Makes tiny runs in tmp_path, by name and fields of `tiny_config`; caches are there too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(name: str = "run", **fields: Any) -> Run:
+        return Run.create(tmp_path / name, tiny_config(tiny_lm_folder, words, **fields))
+
+    return make
+
+
+@pytest.fixture
+def run(new_run: Callable[..., Run]) -> Run:
+    """A tiny run in tmp_path / "run", not begun."""
+    return new_run()
+
+
+@pytest.fixture(scope="session")
+def tiny_trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, words: Path
+) -> tuple[Run, list[Progress]]:
+    """A tiny run that was trained, and its progress; leave its files alone."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    run = Run.create(folder, tiny_config(tiny_lm_folder, words, seed=1))
+    return run, list(train_run(run))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order; and a forked child has none of its parent's worker threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of runs that the app is pointed at."""
@@ -165,6 +219,20 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launch, "start", record)
     return ids
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
+    """An address on loopback that `label --remote` asks."""
+    server = Chat()
+    monkeypatch.setenv("OPENAI_BASE_URL", server.address)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

@@ -40,10 +40,13 @@ from gsae_core import (
     JumpReluSAE,
     ReluSAE,
     TopKSAE,
+    attach,
     load_model,
     load_sae,
     open_index,
     open_run,
+    push_sae,
+    read_sae,
 )
 from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.checkpoints.formats.libraries import EXPORTS
@@ -74,6 +77,7 @@ COMMANDS = (
     "list",
     "pull",
     "push",
+    "app",
     "doctor",
     "bench",
     "bench step",
@@ -279,6 +283,12 @@ def public_names() -> dict[str, Any]:
     }
     functions = {
         "load_sae": load_sae,
+        "push_sae": push_sae,
+        "read_sae": read_sae,
+        "SAE.from_pretrained": SAE.from_pretrained,
+        "SAE.push_to_hub": SAE.push_to_hub,
+        "SAE.attach": SAE.attach,
+        "attach": attach,
         "load_model": load_model,
         "open_run": open_run,
         "open_index": open_index,

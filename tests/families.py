@@ -1,5 +1,6 @@
 """A tiny random model of each supported family, far enough from its start to tell sites apart."""
 
+import copy
 from typing import Any
 
 import torch
@@ -49,3 +50,13 @@ def tiny(family: str) -> Any:
         for parameter in hf.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return hf.eval()
+
+
+def boot(hf: Any, tokenizer: Any) -> Any:
+    """Return a TransformerBridge of a model."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # Its own copy: TransformerLens switches a model to eager attention in place.
+    return TransformerBridge.boot_transformers(
+        tokenizer.name_or_path, hf_model=copy.deepcopy(hf), tokenizer=tokenizer
+    )

@@ -16,8 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from gsae_core.checkpoints.hub import look, one_sae, parse_address
+from gsae_core.runs.work.transfer import PullRequest, Transfer, ask
 
 LARGE = (".safetensors", ".npz", ".pt", ".bin", ".parquet")
 PAGE = 50  # entries of a tree in one answer
@@ -414,6 +418,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.stored[oid] = content
         self._send(200, b"", {})
 
+    def branch(self, kind: str, name: str, branch: str) -> None:
+        self._body()
+        self._need_token()
+        repo = self._repo(kind, name)
+        if branch in repo.refs:
+            raise Refused(409, message="Reference already exists")
+        repo.refs[branch] = repo.refs["main"]
+        self._json({})
+
     def commits(self, kind: str, name: str, revision: str) -> None:
         lines = [json.loads(line) for line in self._body().splitlines() if line.strip()]
         self._need_token()
@@ -477,6 +490,7 @@ ROUTES = (
     (rf"{_KIND}/paths-info/{_REVISION}", "paths_info"),
     (rf"{_KIND}/preupload/{_REVISION}", "preupload"),
     (rf"{_KIND}/commit/{_REVISION}", "commits"),
+    (rf"{_KIND}/branch/(?P<branch>[^/]+)", "branch"),
     (rf"{_KIND}(/revision/{_REVISION})?", "info"),
     (r"/api/repos/create", "create"),
     (r"/api/validate-yaml", "validate"),
@@ -484,7 +498,14 @@ ROUTES = (
     (r"/storage/(?P<oid>\w+)", "storage"),
     (r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
     (
-        rf"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/{_REVISION}/(?P<path>.+)",
+        rf"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+|[^/]+)/resolve/{_REVISION}/(?P<path>.+)",
         "resolve",
     ),
 )
+
+
+def asked(root: Path, address: str = "ada/saes", to: str = "pulled") -> Transfer:
+    """Return the transfer of the one SAE of a repository."""
+    found = look(parse_address(address))
+    sae = one_sae(found)
+    return ask(root, PullRequest(found.repo, found.commit, sae.path, sae.library, sae.files, to))

@@ -67,7 +67,7 @@ def assert_equals_dense(
 
 
 def test_the_kernels_are_available_to_an_interpreter_on_a_cpu() -> None:
-    assert available(torch.device("cpu")) is None
+    assert available(torch.device("cpu"), GatedSAE(2, 3)) is None
 
 
 @pytest.mark.parametrize("switches", EVERY_OBJECTIVE)
@@ -211,10 +211,8 @@ def test_parameters_of_other_strides_have_the_dense_steps_gradients(
 
 
 def test_a_tensor_that_a_kernel_would_misread_is_not_launched() -> None:
-    from gsae_core.sae.gpu.kernels import probe
-
     with pytest.raises(LaunchError) as caught:
-        launch(probe, (1,), torch.zeros(4, 6)[:, ::2])
+        launch("probe", (1,), torch.zeros(4, 6)[:, ::2])
     assert str(caught.value) == "expected tensors of one device, rows in order, got cpu (6, 2)"
 
 
@@ -274,9 +272,9 @@ def test_no_matrix_of_batch_by_dictionary_is_ever_made() -> None:
     def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
         return kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)
 
-    # 40 x 300 pre-activations; the interpreter also copies byte by byte, at most the 4800 bytes
-    # of both counts per latent.
-    assert largest(step, sae, numbers(40, 2)) <= 4800 < 40 * 300
+    # 40 x 300 pre-activations; the interpreter also copies byte by byte, at most the 7200 bytes
+    # of six sums per latent.
+    assert largest(step, sae, numbers(40, 2)) <= 7200 < 40 * 300
     assert largest(dense_step, sae, numbers(40, 2)) >= 40 * 300
 
 
@@ -433,8 +431,8 @@ def test_other_errors_of_a_launch_are_not_swallowed(
         learnt("gated", numbers(3, 20, 5))
 
 
-def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_room_is_asked_for_as_many_open_gates_as_there_are_places_for_at_most(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "MAX_CAPACITY", 8192)
     sae, x = random_sae("gated", 5, 9).float(), numbers(7, 5)
@@ -442,15 +440,10 @@ def test_more_open_gates_than_places_make_dense_steps_for_as_long_as_there_are(
     stepper = Stepper(sae, screened=False)
     expected = taken(dense_step, sae, x, 0.1)
     for density in (200.0, 300.0, 0.5):  # of 63 pairs: 12600, 18900 and 31.5 gates
-        with caplog.at_level(logging.WARNING, logger="gsae_core.training.learner"):
-            attempt = stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=None)
-        assert attempt.capacity == (4096 if density < 1 else 0)
+        attempt = stepper.attempt(x, sparsity_coeff=0.1, density=density, dead=None)
+        assert attempt.capacity == (4096 if density < 1 else 8192)
         for name, p in sae.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], msg=name)
-    assert caplog.messages == [
-        "expected room for at most 8192 open gates in a step, got a batch that needs 16384; dense "
-        "steps are taken for as long as so many are open"
-    ]
 
 
 def _dense_attempt(
@@ -483,14 +476,12 @@ def test_room_is_a_quarter_more_than_expected_and_a_power_of_two() -> None:
 @pytest.mark.parametrize(
     ("sae", "said"),
     [
-        (torch.nn.Linear(2, 3), "a Gated, ReLU, JumpReLU or TopK SAE .* got a Linear; take"),
-        (GatedSAE(2, 3, tie="untied"), "with tie 'r_mag' or 'none' .* got 'untied'; take"),
         (GatedSAE(2, 3).double(), "expected a float32 SAE .* got torch.float64; call"),
         (GatedSAE(16385, 1), "expected d_in of at most 16384 .* got 16385: they hold"),
     ],
-    ids=["architecture", "untied", "precision", "width"],
+    ids=["precision", "width"],
 )
-def test_saes_beyond_the_kernels_are_refused(sae: torch.nn.Module, said: str) -> None:
+def test_saes_beyond_the_kernels_are_refused(sae: GatedSAE, said: str) -> None:
     assert re.search(said, available(torch.device("cpu"), sae) or "")
 
 
@@ -500,25 +491,19 @@ def test_activations_of_another_precision_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["r_mag", "W_dec"])
-def test_one_parameter_of_another_precision_or_elsewhere_is_refused(name: str) -> None:
+def test_one_parameter_of_another_precision_is_refused(name: str) -> None:
     sae = GatedSAE(2, 3)
     parameter = sae.get_parameter(name)
     parameter.data = parameter.data.double()
     with pytest.raises(InputError, match=r"expected a float32 SAE .* got torch.float64; call"):
         kernel_step(sae, numbers(2, 2), sparsity_coeff=0.1, capacity=10)
-    setattr(sae, name, torch.nn.Parameter(parameter.data.float().to("meta")))
-    with pytest.raises(InputError) as caught:
-        kernel_step(sae, numbers(2, 2), sparsity_coeff=0.1, capacity=10)
-    assert str(caught.value) == (
-        "expected an SAE on cpu, where the activations are, got parameters on meta; "
-        "call sae.to('cpu')"
-    )
 
 
-@pytest.mark.parametrize("capacity", [0, 2**30 + 1])
-def test_a_capacity_beyond_32_bits_is_refused(capacity: int) -> None:
-    with pytest.raises(InputError, match=f"expected a capacity of 1 to .* got {capacity}; take"):
-        kernel_step(GatedSAE(2, 3), numbers(2, 2), sparsity_coeff=0.1, capacity=capacity)
+def test_untied_paths_are_refused_in_the_words_of_the_other_steps() -> None:
+    with pytest.raises(
+        InputError, match=r"with tie 'r_mag' or 'none', .*'untied'.*take dense_step"
+    ):
+        kernel_step(GatedSAE(2, 3, tie="untied"), numbers(4, 2), sparsity_coeff=0.1, capacity=9)
 
 
 def test_another_width_is_refused_in_the_words_of_encode() -> None:

@@ -1,10 +1,8 @@
 """The dictionaries: what they compute, how they start, what they refuse."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from examples import numbers, perturb_, set_, worked_example
@@ -12,19 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
-from gsae_core.config import SAESpec
-from gsae_core.sae.architectures import GatedSAE, ReluSAE, Tie, build_sae, fold_scale_
+from gsae_core.config import SAESpec, Tie
+from gsae_core.sae.architectures import GatedSAE, ReluSAE, build_sae, fold_scale_
 from gsae_core.sae.base import RECIPES
 
 TIES: list[Tie] = ["r_mag", "none", "untied"]
-
-
-@pytest.fixture
-def as_users_run_it() -> Iterator[None]:
-    """Switch the shape checker off: users meet our sentences, not the checker's."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_latent_fires_where_its_gate_is_open_and_its_magnitude_positive() -> None:

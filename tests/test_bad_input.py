@@ -58,6 +58,11 @@ def test_a_run_deleted_while_open_is_named(root: Path, page: str) -> None:
     assert "Run victim is not on this machine; choose another in the sidebar" in text(at)
 
 
+def test_where_there_is_no_run_none_is_said_to_be_in_the_sidebar(root: Path) -> None:
+    at = opened(LIVE, run="gone")
+    assert "Run gone is not on this machine; there are no runs here yet." in text(at)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_run_of_a_newer_version_says_to_update_and_damaged_ones_are_counted(
     root: Path, page: str
@@ -204,6 +209,9 @@ def test_a_disk_that_fills_during_training_says_how_much_it_takes_and_resume_goe
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 
     command = [sys.executable, "-m", "gsae_core"]
+    # Its tokens are in the cache by then: without them no run would begin.
+    elsewhere = [*small, "--out", str(root.parent / "elsewhere")]
+    subprocess.run([*command, *elsewhere], capture_output=True, check=True)
     done = subprocess.run([*command, *small], preexec_fn=full, capture_output=True, check=False)
     assert done.returncode != 0
     at = opened(LIVE)

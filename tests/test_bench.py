@@ -11,7 +11,7 @@ import pytest
 import torch
 from refusals import refusal
 from safetensors.torch import save_file
-from tiny_runs import tiny_config, write_text
+from tiny_runs import tiny_config
 
 from benchmarks import harvest, train
 from benchmarks.flags import BENCHES, Curves, Train
@@ -248,10 +248,8 @@ def test_every_way_of_reading_reads(tiny_lm_folder: Path, tmp_path: Path) -> Non
             assert work.run() is None
 
 
-def test_a_whole_run_tells_the_l0_it_ended_with(tiny_lm_folder: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        tiny_lm_folder, write_text(tmp_path / "text.txt"), evaluation=EvalConfig(n_tokens=1)
-    )
+def test_a_whole_run_tells_the_l0_it_ended_with(tiny_lm_folder: Path, words: Path) -> None:
+    config = tiny_config(tiny_lm_folder, words, evaluation=EvalConfig(n_tokens=1))
     found = WAYS["train"]({"config": config.model_dump_json()}).run()
     assert found is not None
     assert 0 <= found["l0"] <= 24

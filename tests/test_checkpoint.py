@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
 from gsae_core.errors import InputError
-from gsae_core.runs import resume
-from gsae_core.runs.resume import has_state, load_state, save_state, state_bytes
+from gsae_core.runs.work import train
+from gsae_core.runs.work.train import load_state
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, fold_scale_
 from gsae_core.sae.base import SAE, check_width
 
@@ -296,42 +296,50 @@ def test_one_changed_bit_is_told(folder: Path) -> None:
         ),
         (
             {"architecture": "temporal"},
-            "expected architecture gated, standard, jumprelu, topk or gated_untied in {cfg}, got "
-            "'temporal'",
-        ),
-        *(
-            (
-                {"architecture": "topk", "k": k},
-                f"expected a k from 1 to d_sae=3 in {{cfg}}, as a topk SAE has, got {k!r}",
-            )
-            for k in (None, 0, 4, 1.5, "2")
+            "expected architecture to be one of 'gated', 'standard', 'jumprelu', 'topk', "
+            "'gated_untied' in {cfg}, found 'temporal'; an SAE with another one computes what no "
+            "SAE here can",
         ),
         (
             {"architecture": "jumprelu"},
             "expected tensors W_dec [3, 2], W_enc [2, 3], b_dec [2], b_enc [3], threshold [3] in "
-            "{weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], b_dec [2], "
-            "b_gate [3], b_mag [3], r_mag [3]",
-        ),
-        (
-            {"d_sae": 4},
-            "expected tensors W_dec [4, 2], W_enc [2, 4], b_dec [2], b_gate [4], b_mag [4], "
-            "r_mag [4] in {weights}, as its cfg.json says, found W_dec [3, 2], W_enc [2, 3], "
+            "{weights} for a jumprelu SAE, as its decoder asks, found W_dec [3, 2], W_enc [2, 3], "
             "b_dec [2], b_gate [3], b_mag [3], r_mag [3]",
         ),
         (
-            {"normalize_activations": "expected_average_only_in"},
-            "expected an SAE that takes raw activations, got one in {folder} whose input "
-            "normalisation is not folded into its weights (normalize_activations "
-            "'expected_average_only_in'); save its final, folded form",
+            {"d_sae": 4},
+            "expected the weights that {cfg} was written with (SHA-256 {digest}...), found others "
+            "in {weights}; copy or train it again",
         ),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "expected normalize_activations of none, expected_average_only_in, "
+            "covariance_whitening, layer_norm, constant_norm_rescale for {weights}, and "
+            "activation_scaler.json beside it to agree, found 'expected_average_only_in' and no "
+            "activation_scaler.json; copy the whole checkpoint again, or export its folded form",
+        ),
+        ({"metadata": {"tie": "x"}}, "tie: expected 'r_mag', 'none' or 'untied', got 'x'"),
     ],
 )
 def test_a_config_that_does_not_fit_is_told(folder: Path, fields: Any, said: str) -> None:
     cfg = folder / "cfg.json"
     changed = read_cfg(folder) | fields
+    digest = read_cfg(folder)["metadata"]["weights_sha256"][:12]
     cfg.write_text(json.dumps({name: v for name, v in changed.items() if v is not None}))
     weights = folder / "sae_weights.safetensors"
-    assert sentence(folder) == said.format(cfg=cfg, weights=weights, folder=folder)
+    assert sentence(folder) == said.format(cfg=cfg, weights=weights, digest=digest)
+
+
+@pytest.mark.parametrize("k", [None, 0, 4, 1.5, "2"])
+def test_a_k_that_no_topk_sae_has_is_told(folder: Path, k: Any) -> None:
+    save_sae(topk(), folder, metadata={})
+    cfg = folder / "cfg.json"
+    cfg.write_text(json.dumps(read_cfg(folder) | {"k": k}))
+    found = k if isinstance(k, int) else None
+    assert sentence(folder) == (
+        f"expected a k from 1 to d_sae=3 for the TopK SAE in {folder / 'sae_weights.safetensors'}, "
+        f"found {found}"
+    )
 
 
 def test_a_config_that_is_no_json_is_told(folder: Path) -> None:
@@ -341,7 +349,7 @@ def test_a_config_that_is_no_json_is_told(folder: Path) -> None:
 
 def test_a_scale_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "activation_scaler.json").write_text('{"scaling_factor": 2.0}')
-    assert sentence(folder).startswith("expected an SAE that takes raw activations")
+    assert "found 'none' and activation_scaler.json with {" in sentence(folder)
 
 
 def test_an_sae_of_another_width_is_told_with_both() -> None:
@@ -365,20 +373,18 @@ STATE = {
 }
 
 
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    train.save_state(folder, state, n_bytes=40)
+
+
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    assert not has_state(tmp_path)
     save_state(tmp_path, STATE)
-    assert has_state(tmp_path)
     back = load_state(tmp_path)
     assert {k: back[k] for k in ("step", "seconds", "name", "none")} == {
         k: STATE[k] for k in ("step", "seconds", "name", "none")
     }
     assert torch.equal(back["saes"][0]["w"], STATE["saes"][0]["w"])
     assert torch.equal(back["saes"][0]["n"], STATE["saes"][0]["n"])
-
-
-def test_a_states_size_is_that_of_its_tensors() -> None:
-    assert state_bytes(STATE) == 6 * 4 + 2 * 8
 
 
 def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
@@ -398,7 +404,7 @@ def test_a_full_disk_leaves_the_older_state(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.torch if failing == "save" else resume, failing, full)
+        patch.setattr(train.torch if failing == "save" else train, failing, full)
         with pytest.raises((InputError, OSError)) as caught:
             save_state(tmp_path, STATE)
         if failing == "save":
@@ -416,43 +422,26 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-000001.pt", "state.json"]
 
 
-def state_sentence(folder: Path) -> str:
-    return refusal(load_state, folder)
-
-
-def test_a_truncated_state_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-7],
+        lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
+        lambda data: None,
+    ],
+)
+def test_a_state_that_is_not_as_it_was_written_is_told(tmp_path: Path, damage: Any) -> None:
     save_state(tmp_path, STATE)
     (path,) = tmp_path.glob("*.pt")
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-7])
-    assert state_sentence(tmp_path) == (
-        f"expected {size} bytes in the resumable state {path}, found {size - 7}; delete the folder "
-        f"{tmp_path} to train from step 0"
-    )
-
-
-def test_a_changed_state_is_told(tmp_path: Path) -> None:
-    save_state(tmp_path, STATE)
-    (path,) = tmp_path.glob("*.pt")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert state_sentence(tmp_path) == (
-        f"expected the resumable state {path} as it was written, found other content; delete the "
-        f"folder {tmp_path} to train from step 0"
-    )
-
-
-def test_a_vanished_state_is_told(tmp_path: Path) -> None:
-    save_state(tmp_path, STATE)
-    (path,) = tmp_path.glob("*.pt")
+    data = damage(path.read_bytes())
     path.unlink()
-    assert state_sentence(tmp_path) == (
-        f"expected the resumable state {path}, found no such file; delete the folder {tmp_path} to "
-        "train from step 0"
+    if data is not None:
+        path.write_bytes(data)
+    said = (
+        "expected the resumable state {} as it was written, found none or other content; "
+        f"delete the folder {tmp_path} to train from step 0"
     )
-    (tmp_path / "state.json").write_text("{}")
-    assert state_sentence(tmp_path) == (
-        f"expected the keys file, bytes, sha256 in {tmp_path / 'state.json'}, found none; delete "
-        f"the folder {tmp_path} to train from step 0"
-    )
+    assert refusal(load_state, tmp_path) == said.format(path)
+    for pointer in ("{}", '{"file": "..", "sha256": 3}', '{"file": "../x", "sha256": null}'):
+        (tmp_path / "state.json").write_text(pointer)
+        assert refusal(load_state, tmp_path).startswith(said.partition("{")[0])

@@ -11,8 +11,6 @@ import torch
 from test_stream import N_COUNTED, TokenModel, stream
 from torch import Tensor
 
-from gsae_core.lm.stream import GPU_SHARE
-
 
 class GatedModel(TokenModel):
     """Lets one pass through for each permit; the tests' passes are of all sequences of a chunk."""
@@ -40,7 +38,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def test_batches_have_the_same_bits_filled_ahead_or_not() -> None:
-    wanted = list(stream(n_batches=26, ahead=False).batches())
+    wanted = list(stream(n_batches=26).batches())
     found = list(stream(n_batches=26, ahead=True).batches())
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     jumping = stream(n_batches=26, ahead=True)
@@ -58,7 +56,7 @@ def test_the_next_chunk_is_harvested_while_this_one_is_used() -> None:
     model.permits.release(100)
 
 
-def test_nothing_is_harvested_ahead_on_a_cpu_unless_asked() -> None:
+def test_nothing_is_harvested_ahead_on_a_cpu() -> None:
     model = TokenModel()
     run = stream(model)
     run.batch(0)
@@ -117,7 +115,8 @@ class Model:
 n_ctx = 2**15  # one sequence a pass
 text = SequenceSet(np.ones((100, n_ctx), np.uint16))
 run = ActivationStream(Harvest(Model(), text, layer=0, site="mlp_out"), batch_size=n_ctx, seed=0,
-    n_batches=100, scale="none", chunk_vectors=n_ctx * 50, ahead=True)
+    n_batches=100, scale="none", chunk_vectors=n_ctx * 50)
+run.ahead = True
 run.batch(0)
 """
 
@@ -132,21 +131,16 @@ def test_a_process_that_ends_does_not_wait_for_the_chunk_it_was_filling() -> Non
 
 
 @pytest.mark.gpu
-def test_on_cuda_batches_have_the_same_bits_filled_ahead_on_another_stream(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_cuda_batches_have_the_same_bits_filled_ahead_on_another_stream() -> None:
     class OnCuda(TokenModel):
         device = torch.device("cuda")
 
         def harvest(self, ids: Tensor, *, layer: int, site: str) -> Tensor:
             return super().harvest(ids, layer=layer, site=site).cuda()
 
-    wanted = list(stream(n_batches=26, ahead=False).batches())
-    for share in (GPU_SHARE, 0.0):  # chunks on the GPU, and in pinned host memory
-        monkeypatch.setattr("gsae_core.lm.stream.GPU_SHARE", share)
-        run = stream(OnCuda(), n_batches=26, ahead=True)
-        found = list(run.batches())
-        assert all(x.is_cuda for x in found)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
-        torch.cuda.synchronize()
-        assert run.harvest.seconds > 0
+    wanted = list(stream(n_batches=26).batches())
+    run = stream(OnCuda(), n_batches=26)
+    found = list(run.batches())
+    assert all(x.is_cuda for x in found)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+    assert run.seconds > 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli import main as cli
 from gsae_core.cli.main import main
 from gsae_core.cli.report import run_report
-from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import setup, train
 from gsae_core.runs.work.setup import load_lm, load_text
@@ -186,16 +186,17 @@ def test_a_finished_run_of_an_earlier_version_says_what_its_losses_are(finished:
 @contextlib.contextmanager
 def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Press Ctrl-C after the third step of whatever is trained inside."""
-    real = train.train_run
+    real = train.train_and_evaluate
 
-    def interrupted(run: Run, *, worker: Worker) -> Iterator[Progress]:
-        for progress in real(run, worker=worker):
-            yield progress
-            if progress.stage == "training" and progress.done == 3:
-                signal.raise_signal(signal.SIGINT)
+    def interrupted(run: Run) -> Iterator[Progress]:
+        with contextlib.closing(real(run)) as steps:  # pyright: ignore
+            for progress in steps:
+                yield progress
+                if progress.stage == "training" and progress.done == 3:
+                    signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_run", interrupted)
+        patch.setattr(train, "train_and_evaluate", interrupted)
         yield
 
 
@@ -230,19 +231,18 @@ def test_a_run_behind_another_says_so_once_and_ctrl_c_leaves_the_line(
 ) -> None:
     looks = iter([2, 2, 2])
 
-    def ahead(_: object) -> int:
-        found = next(looks, None)
-        if found is None:
+    def living(_: object) -> list[tuple[Path, dict[str, Any]]]:
+        if next(looks, None) is None:
             signal.raise_signal(signal.SIGINT)
-        return found or 1
+        return [(Path("0"), {})]
 
-    monkeypatch.setattr("gsae_core.runs.jobs.worker.QueuePlace.ahead", ahead)
+    monkeypatch.setattr("gsae_core.runs.jobs.worker._living", living)
     monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
     assert main(small) == 130
     run = Run.open(tmp_path / "run")
     assert run.status.state == "cancelled"
     assert capsys.readouterr().err.splitlines() == [
-        "gsae_core: waiting for cpu: 2 runs go first; Ctrl-C leaves the line",
+        "gsae_core: waiting for the device: 2 runs go first; Ctrl-C leaves the line",
         "gsae_core: stopped after step 0 of 20; go on with: "
         f"python -m gsae_core resume {run.folder}",
     ]

@@ -28,6 +28,22 @@ def is_said(said: str, sentence: str) -> None:
             "a folder written by save_pretrained(), a name on the Hub, or 'bundled'",
         ),
         (
+            f"--model {'m' * 400}",
+            "expected a Hub repository as OWNER/NAME, got 'mmm…'; copy it from its page",
+        ),
+        (
+            f"--data {'d' * 400}.txt",
+            "expected `stdlib`, a file, a folder or …check the path",
+        ),
+        (
+            "--data ~nobody-here/a.txt",
+            "expected `stdlib`, a file, a folder or …check the path",
+        ),
+        (
+            f"--out {{tmp}}/{'o' * 400}/run",
+            "expected a shorter name or path, got one too long for this system: {tmp}/ooo…",
+        ),
+        (
             "--model nobody/has-this",
             "expected to download 'nobody/has-this' from the Hub, but we are offline and it is not "
             "in the cache; give a local model folder, or 'bundled' for the model that ships with "
@@ -35,9 +51,8 @@ def is_said(said: str, sentence: str) -> None:
         ),
         (
             "--data {tmp}/a.jsonl --text-column text",
-            "expected a column 'text' in {tmp}/a.jsonl, found body (strings such as 'w1 w2'), "
-            "title (strings such as 'w3'): none of these reads like text; if one is, name it with "
-            "--text-column",
+            "expected a column 'text' in {tmp}/a.jsonl, got rows such as {{'body': 'w1 w2', "
+            "'title': 'w3'}}: name a column of text with --text-column, or…",
         ),
         ("--data {tmp}/empty.txt", "expected some text in …empty.txt, got none"),
         (
@@ -177,14 +192,3 @@ def test_what_a_finished_run_does_not_allow_is_one_sentence(
     said = mistake(shlex.split(words.format(run=finished.folder)), capsys)
     is_said(said, sentence.format(run=finished.folder))
     assert finished.status.state == "finished"
-
-
-def test_a_truncated_resumable_state_is_not_trusted(
-    finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    replace("status.json", '"finished"', '"cancelled"')(finished.folder)
-    state = max((finished.folder / "resume").iterdir(), key=lambda path: path.stat().st_size)
-    state.write_bytes(state.read_bytes()[:-1])
-    said = mistake(["resume", str(finished.folder)], capsys)
-    assert f"bytes in the resumable state {state}, found" in said
-    assert finished.status.state == "failed"

@@ -17,7 +17,7 @@ from gsae_core.sae.sparse.codes import (
     by_latent,
     chunk_rows,
     encode_sparse,
-    largest_products,
+    largest_codes,
 )
 
 
@@ -185,11 +185,11 @@ def test_the_largest_of_many_ties_are_those_of_a_stable_sort(
     if ascending:  # each one exceeds all before it: the list of candidates overflows the most often
         z = z.sort().values
     k = max(1, round(share * d_sae))
-    (found,) = largest_products(torch.ones(1, 1), z, [(torch.zeros(d_sae), k)])
+    (found,) = largest_codes(torch.ones(1, 1), z, [(torch.zeros(d_sae), k)])
     order = z[0].sort(descending=True, stable=True).indices[:k]
     wanted = order[z[0][order] > 0].sort().values
     assert torch.equal(found.latent, wanted)
-    assert torch.equal(found.h, z[0][wanted])
+    assert torch.equal(found.magnitude, z[0][wanted])
 
 
 def test_codes_do_not_depend_on_where_chunks_of_rows_end() -> None:

@@ -7,29 +7,21 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from gsae_core.cli.arguments import (
-    COMMANDS,
-    Doctor,
-    Evaluate,
-    Resume,
-    Train,
-    command_line,
-    parse,
-    run_config,
-)
+from gsae_core.cli.arguments import Train, command_line, parse, run_config
+from gsae_core.cli.main import COMMANDS
 from gsae_core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe
 from gsae_core.presets import preset
 
 
 def config(words: str) -> RunConfig:
     """Return the run that `train` with these words describes."""
-    flags = parse(["train", *shlex.split(words)])
+    flags = parse(["train", *shlex.split(words)], COMMANDS)
     assert isinstance(flags, Train)
     return run_config(flags)
 
 
 def refused(words: str) -> str:
-    return refusal(lambda: run_config(parse(shlex.split(words))))
+    return refusal(lambda: run_config(parse(shlex.split(words), COMMANDS)))
 
 
 def shapes(run: RunConfig) -> list[tuple[str, int]]:
@@ -184,22 +176,22 @@ def test_the_command_line_a_page_shows_describes_the_same_run() -> None:
         "--preset quick --layer 1 --site attn_z --arch relu --sparsity 0.3 --width 64 "
         "--tokens 50000 --equal-width --device cpu --seed 2 --lr 0.002"
     )
-    flags = parse(["train", *shlex.split(words)])
+    flags = parse(["train", *shlex.split(words)], COMMANDS)
     assert isinstance(flags, Train)
     shown = shlex.split(command_line(flags))
     assert shown[:4] == ["python", "-m", "gsae_core", "train"]
-    assert parse(shown[3:]) == flags
+    assert parse(shown[3:], COMMANDS) == flags
 
 
-def test_the_other_commands_take_a_run() -> None:
-    assert parse(["resume", "runs/a"]) == Resume(Path("runs/a"))
-    assert parse(["evaluate", "runs/a", "--tokens", "1_000"]) == Evaluate(Path("runs/a"), 1000)
-    assert parse(["doctor"]) == Doctor(Path("runs"))
+def test_the_other_commands_are_functions_that_have_their_flags() -> None:
+    command = parse(["evaluate", "runs/a", "--tokens", "1_000"], COMMANDS)
+    assert command.func is COMMANDS["evaluate"]
+    assert command.keywords == {"run": Path("runs/a"), "tokens": 1000, "replace": None}
 
 
 def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["train", "--help"])
+        parse(["train", "--help"], COMMANDS)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert ModelConfig.model_fields["layer"].description == "Block number, from 0."
     assert "--layer INT Block number, from 0. (default: 2)" in shown
@@ -223,11 +215,17 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
             "train --xyz 1",
             "expected a flag of train, got '--xyz'; see python -m gsae_core train --help",
         ),
-        ("train quick", "expected a flag of train, got 'quick'"),
-        ("resume a b", "expected a flag of resume, got 'b'"),
+        (
+            "train quick",
+            "expected a flag of train, got 'quick'; see python -m gsae_core train --help",
+        ),
+        (
+            "resume a b",
+            "expected a flag of resume, got 'b'; see python -m gsae_core resume --help",
+        ),
         ("resume", "expected RUN after resume, got none"),
         ("resume --fast", "expected RUN after resume, got '--fast'"),
-        ("train --preset", "--preset: expected NAME after it, got none"),
+        ("train --preset", "--preset: expected NAME, got none"),
         ("train --layer two", "--layer: expected a whole number, got 'two'"),
         ("train --lr=fast", "--lr: expected a number, got 'fast'"),
         ("train --n_ctx x --layer 1", "--n-ctx: expected a whole number, got 'x'"),
@@ -350,3 +348,14 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(words: str, sentence: str) -> None:
     assert refused(words) == sentence
+
+
+def test_the_help_of_flags_is_the_same_where_python_itself_dedents_docstrings() -> None:
+    def command(flag: str) -> None: ...
+
+    parsed = []
+    for indent in ("    ", ""):  # Python 3.11 and 3.12; 3.13 and newer
+        command.__doc__ = f"Work.\n\n{indent}Args:\n{indent}    flag: One,\n{indent}        two."
+        parse(["work", "--flag", "x"], {"work": command})
+        parsed.append(command.__doc__)
+    assert parsed == ["Work.\n\nArgs:\n    flag: One, two."] * 2

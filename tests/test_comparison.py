@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gsae_core.analysis.study import PairedComparison, compare
+from benchmarks.paired_comparison import PairedComparison, compare
 from gsae_core.errors import InputError
 
 

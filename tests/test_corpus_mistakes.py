@@ -1,41 +1,36 @@
 """Each mistake with a corpus is one sentence: what was expected, what came, what to do."""
 
+import gzip
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import WordTokenizer, file, refusal, token_rows, words
+
+NAME_ONE = (
+    "name a column of text with --text-column, or write the text out as one, a chat by the model's "
+    "chat template"
+)
+SAVE_IT = "save it as UTF-8, unpack it or download it again"
 
 
 def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]:
     """Return, for each mistake, the source, the settings and the sentence."""
     text = file(folder / "a.txt", words(0, 100))
     table = file(folder / "t.jsonl", json.dumps({"question": words(0, 9), "answer": words(0, 9)}))
-    row = {"id": "q-000002", "messages": [{"role": "user", "content": words(0, 9)}]}
-    row |= {"tags": ["a b c d e f"], "score": 0.5, "gone": None}
-    chat = file(folder / "chat.jsonl", json.dumps(row))
-    label = file(folder / "label.csv", f"label;review\npos;{words(0, 6)}\nneg;{words(6, 12)}\n")
+    chat = {"id": "q-000002", "messages": [{"role": "user", "content": words(0, 9)}]}
+    chats = file(folder / "chat.jsonl", json.dumps(chat | {"gone": None}))
     # 32 characters, and a line break.
     bare = file(folder / "bare.csv", f'pos,"{words(0, 4)}\n{words(4, 11)}"\nneg,{words(0, 6)}\n')
-    turns = {"turns": [{"from": "human", "value": words(0, 9)}], "source": "web"}
-    sharegpt = file(folder / "sharegpt.jsonl", json.dumps(turns))
-    nested = file(folder / "nested.jsonl", json.dumps({"n": 1, "doc": {"body": words(0, 9)}}))
-    mixed = file(folder / "mixed.jsonl", '{"a": "x", "n": 1}\n{"a": 5, "n": 2}')
-    unsure = file(folder / "unsure.jsonl", json.dumps({"review": "w1 w2", "gone": None}))
-    utf16 = folder / "utf16"
-    utf16.mkdir()
-    (utf16 / "a.txt").write_bytes(words(0, 9).encode("utf-16"))
-    (utf16 / "a.csv").write_bytes(f"text,n\n{words(0, 9)},1\n".encode("utf-16"))
-    archive = folder / "a.zip"
-    with zipfile.ZipFile(archive, "w") as packed:
-        packed.writestr("a.txt", words(0, 9))
+    utf16 = folder / "utf16.csv"
+    utf16.write_bytes(f"text,n\n{words(0, 9)},1\n".encode("utf-16"))
     damaged = folder / "d.jsonl.bz2"
     damaged.write_bytes(b"BZh9 not so")
     numbers = file(folder / "n.jsonl", json.dumps({"text": 5}))
-    tables = file(folder / "l.jsonl", json.dumps({"text": [["w1", "w2"], ["w3"]]}))
     broken = file(folder / "b.jsonl", '{"text": "w1"}\n{"text"')
     empty = file(folder / "empty.txt", "")
     short = file(folder / "short.txt", words(0, 3))
@@ -47,103 +42,51 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
     binary = folder / "b.txt"
     binary.write_bytes(b"\xfe\xfe\x00")
     parquet = file(folder / "p.parquet", "no")
+    spoilt = folder / "spoilt.parquet"
+    pq.write_table(pa.table({"text": [words(0, 9)] * 99}), spoilt, compression="zstd")
+    spoilt.write_bytes(b"PAR1" + bytes(60) + spoilt.read_bytes()[64:])
     csv = file(folder / "c.csv", "a,text\n1,w1\n1,w1,3\n")
+    tarball = folder / "t.tar.gz"
+    tarball.write_bytes(gzip.compress(b"a.txt" + bytes(507) + words(0, 99).encode()))
     nothing = folder / "nothing"
     nothing.mkdir()
     return {
         "no such column": (
             table,
             {"text_column": "body"},
-            f"expected a column 'body' in {table}, found question (text such as 'w0 w1 w2 w3 w4 w5 "
-            "w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one of these "
-            "with --text-column",
+            f"expected a column 'body' in {table}, got rows such as {{'answer': 'w0 w1 w2 w3 "
+            f"w4 w5 w6 w7 w8', 'question': 'w0 w1 w2 w3 w4 w5 w6 w7 w8'}}: {NAME_ONE}",
         ),
         "which column": (
             table,
             {},
-            f"expected a column of text in {table}, found question (text such as 'w0 w1 w2 w3 w4 "
-            "w5 w6 w7 w8'), answer (text such as 'w0 w1 w2 w3 w4 w5 w6 w7 w8'): name one of "
-            "these with --text-column",
+            f"expected a column of text in {table}, got rows such as {{'answer': 'w0 w1 w2 w3 "
+            f"w4 w5 w6 w7 w8', 'question': 'w0 w1 w2 w3 w4 w5 w6 w7 w8'}}: {NAME_ONE}",
         ),
         "an id beside messages": (
-            chat,
+            chats,
             {},
-            f"expected a column of text in {chat}, found id (strings such as 'q-000002'), messages "
-            "(chats: lists of {role, content}), tags (lists of strings), score (numbers), gone "
-            "(empty in the first rows): none of these is a column of text; write the text out as "
-            "one, each chat by the model's chat template",
-        ),
-        "chats of another form": (
-            sharegpt,
-            {},
-            f"expected a column of text in {sharegpt}, found turns (chats: lists of {{from, "
-            "value}), source (strings such as 'web'): none of these is a column of text; write "
-            "the text out as one, each chat by the model's chat template",
-        ),
-        "a column of chats by its name": (
-            sharegpt,
-            {"text_column": "turns"},
-            f"expected text or token ids in column 'turns' of {sharegpt}, got chats: lists of "
-            "{from, value}: name another column with --text-column, or write the text out as one, "
-            "each chat by the model's chat template",
-        ),
-        "no chats by a wrong name": (
-            sharegpt,
-            {"text_column": "text"},
-            f"expected a column 'text' in {sharegpt}, found turns (chats: lists of {{from, "
-            "value}), source (strings such as 'web'): none of these is a column of text; write "
-            "the text out as one, each chat by the model's chat template",
-        ),
-        "no strings at all": (
-            nested,
-            {},
-            f"expected a column of text in {nested}, found n (numbers), doc ({{body}}): none of "
-            "these is a column of text; write the text out as one",
-        ),
-        "perhaps text": (
-            unsure,
-            {},
-            f"expected a column of text in {unsure}, found review (strings such as 'w1 w2'), gone "
-            "(empty in the first rows): none of these reads like text; if one is, name it with "
-            "--text-column",
-        ),
-        "strings and numbers in one column": (
-            mixed,
-            {},
-            f"expected a column of text in {mixed}, found a (strings), n (numbers): none of these "
-            "is a column of text; write the text out as one",
-        ),
-        "labels beside text": (
-            label,
-            {},
-            f"expected a column of text in {label} (its first row is read as the header), found "
-            "label (strings such as 'pos'), review (text such as 'w0 w1 w2 w3 w4 w5'): name one of "
-            "these with --text-column",
+            f"expected a column of text in {chats}, got rows such as {{'gone': None, 'id': "
+            "'q-000002', 'messages': [{'content': 'w0 w1 w2 w3 w4 w5 w6 w7 w8', 'role': 'user'}]}: "
+            + NAME_ONE,
         ),
         "no header": (
             bare,
             {},
-            f"expected a column of text in {bare} (its first row is read as the header), found pos "
-            "(strings such as 'neg'), w0 w1 w2 w3 w4 w5 w6 w7 w8 w9\u2026 (text such as 'w0 w1 w2 "
-            "w3 w4 w5'): name one of these with --text-column",
+            f"expected a column of text in {bare}, got rows such as {{'pos': 'neg', 'w0 w1 w2 "
+            f"w3\\... w7 w8 w9 w10': 'w0 w1 w2 w3 w4 w5'}}: {NAME_ONE}",
         ),
         "not a text column": (
             numbers,
             {},
-            f"expected text or token ids in column 'text' of {numbers}, got numbers: name another "
-            "column with --text-column, or write the text out as one",
-        ),
-        "lists of unequal lists": (
-            tables,
-            {},
-            f"expected text or token ids in column 'text' of {tables}, got lists of lists: name "
-            "another column with --text-column, or write the text out as one",
+            f"expected text or token ids in column 'text' in {numbers}, got rows such as "
+            f"{{'text': 5}}: {NAME_ONE}",
         ),
         "broken line": (
             broken,
             {},
-            f"expected a JSON object in line 2 of {broken}, got something else: Expecting ':' "
-            "delimiter: line 1 column 8 (char 7)",
+            f"expected JSON in row 2 of {broken}, got something else: Expecting ':' delimiter: "
+            "line 1 column 8 (char 7)",
         ),
         "empty": (empty, {}, f"expected some text in {empty}, got none"),
         "short": (
@@ -178,39 +121,33 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
         "binary": (
             binary,
             {},
-            f"expected UTF-8 text in {binary}, got something else (not UTF-8, or with a NUL); "
-            "convert or remove the file",
-        ),
-        "UTF-16": (
-            utf16 / "a.txt",
-            {},
-            f"expected UTF-8 text in {utf16 / 'a.txt'}, got UTF-16; save it as UTF-8 (Notepad: "
-            "Save as, Encoding: UTF-8)",
+            f"expected UTF-8 text in {binary}, got something else (not UTF-8, or with a NUL): "
+            + SAVE_IT,
         ),
         "UTF-16 CSV": (
-            utf16 / "a.csv",
+            utf16,
             {},
-            f"expected UTF-8 text in {utf16 / 'a.csv'}, got UTF-16; save it as UTF-8 (Notepad: "
-            "Save as, Encoding: UTF-8)",
-        ),
-        "archive": (
-            archive,
-            {},
-            f"expected UTF-8 text in {archive}, got a zip archive; unpack it",
+            f"expected UTF-8 text in {utf16}, got something else ('utf-8' codec can't decode byte "
+            f"0xff in position 0: invalid start byte): {SAVE_IT}",
         ),
         "damaged archive": (
             damaged,
             {},
-            f"expected UTF-8 text in {damaged}, got something else (Invalid data stream); convert "
-            "or remove the file",
+            f"expected UTF-8 text in {damaged}, got something else (Invalid data stream): "
+            + SAVE_IT,
         ),
         "split of a file": (
             text,
             {"split": "test"},
-            f"expected a split 'test' in {text}, found no splits there: leave --split out to read "
-            "all there is",
+            f"expected a split 'test' in {text}, found train: name one that is there with --split, "
+            "or `all`",
         ),
         "not Parquet": (parquet, {}, f"expected Parquet in {parquet}, got something else: "),
+        "damaged Parquet": (
+            spoilt,
+            {},
+            f"expected Parquet in {spoilt}, got something else: ",
+        ),
         "ragged CSV": (
             csv,
             {},
@@ -219,14 +156,25 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
         "empty folder": (
             nothing,
             {},
-            f"expected text, tables or token arrays in {nothing}, found 0 files, none of them "
-            "readable",
+            f"expected text (UTF-8), tables or token arrays in {nothing}, found 0 files, none of "
+            "them readable",
         ),
         "no file": (
             folder / "missing.txt",
             {},
             "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
             f"nothing at {folder / 'missing.txt'}: check the path",
+        ),
+        "no name": (
+            "",
+            {},
+            "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
+            "nothing at an empty name: check the path",
+        ),
+        "packed archive": (
+            tarball,
+            {},
+            f"expected UTF-8 text in {tarball}, got something else (with a NUL): {SAVE_IT}",
         ),
         "no file of that kind": (
             "missing.jsonl",
@@ -257,7 +205,7 @@ def sentences(folder: Path) -> dict[str, tuple[str | Path, dict[str, Any], str]]
 def test_every_mistake_is_one_sentence_that_says_what_to_do(tmp_path: Path) -> None:
     for source, settings, sentence in sentences(tmp_path).values():
         refused = refusal(source, **settings)
-        # Two sentences end in another library's words.
+        # Some sentences end in another library's words.
         assert refused.startswith(sentence) if sentence.endswith(": ") else refused == sentence
 
 
@@ -281,7 +229,8 @@ def test_every_mistake_is_one_sentence_that_says_what_to_do(tmp_path: Path) -> N
             "owner/name:small",
             ValueError("Config name is missing.\nPlease pick one of ['a', 'b']"),
             "expected a data set, config and split that can be streamed, got owner/name:small and "
-            "'train': Config name is missing. Please pick one of ['a', 'b']",
+            "'train': Config name is missing. Please pick one of ['a', 'b']; name others, or mend "
+            "the files in a folder",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from corpora import counted, file, load, refusal, words
 
-PILE = ["train/00.jsonl", "train/01.jsonl", "val.jsonl", "test.jsonl"]
+PILE = ["train/00.jsonl", "train/01.jsonl", "val/0.jsonl", "test/0.jsonl"]
 SHARDS = [f"data/{name}-00000-of-00001.jsonl" for name in ("train", "test", "extra")]
 
 
@@ -42,6 +42,7 @@ def seen(source: Path, **settings: Any) -> set[int]:
         (["train.jsonl.gz", "dev.jsonl.gz"], "validation", {1}),
         (["plain_text/train-00000-of-00002.jsonl", "plain_text/train-1.jsonl"], "train", {0, 1}),
         (["my_test_set/a.jsonl", "en/training-1.jsonl"], "test", {0}),
+        (["train/0.jsonl", "train/test.jsonl", "val.jsonl"], "train", {0, 1}),  # by folders alone
         (["a.jsonl", "trainer.jsonl", "latest.jsonl"], "train", {0, 1, 2}),  # words, not parts
         (["a.jsonl", "b.jsonl"], "all", {0, 1}),
     ],
@@ -66,7 +67,7 @@ def test_the_library_reads_the_same_files_as_training(tmp_path: Path, names: lis
 @pytest.mark.parametrize(
     ("names", "split", "there"),
     [
-        (PILE, "tset", "test, train, validation"),
+        (PILE, "tset", "train, validation, test"),
         (["a.jsonl", "test.jsonl"], "train", "test"),
     ],
 )
@@ -75,17 +76,22 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(
 ) -> None:
     source = folder(tmp_path / "set", names)
     assert refusal(source, split=split) == (
-        f"expected a split {split!r} in {source}, found {there}: name one of these with --split, "
-        "or `all`"
+        f"expected a split {split!r} in {source}, found {there}: name one that is "
+        "there with --split, or `all`"
     )
+
+
+def test_a_shard_whose_name_has_no_split_is_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path / "set", ["data/-00000-of-00001.jsonl"])
+    assert "(a name without its split): mend them" in refusal(source)
 
 
 def test_a_folder_without_splits_is_read_whole_and_has_no_other(tmp_path: Path) -> None:
     source = folder(tmp_path / "set", ["a.jsonl", "b.jsonl"])
     assert seen(source) == {0, 1}
     assert refusal(source, split="test") == (
-        f"expected a split 'test' in {source}, found no splits there: leave --split out to read "
-        "all there is"
+        f"expected a split 'test' in {source}, found train: name one that is there with --split, "
+        "or `all`"
     )
 
 
@@ -107,16 +113,15 @@ def test_the_card_of_a_data_set_tells_its_splits(tmp_path: Path) -> None:
     assert [seen(source, split=split) for split in ("train", "held")] == [{0}, {1}]
     two = CARD.replace("default", "one").replace("---\nA", "- config_name: two\n---\nA")
     file(source / "README.md", two)
-    assert refusal(source) == (
-        f"expected one config in {source / 'README.md'}, found one, two: mark one of them with "
-        "`default: true`"
-    )
-    file(source / "README.md", "---\nbroken: {\n---\nconfigs: of the text below the head\n")
-    assert seen(source, split="test") == {2}
+    reads = f"expected splits as the Hub reads them in {source}, by names or by `configs` in README"
+    assert refusal(source).startswith(reads)
+    assert "(none of one, two is the default): mend them" in refusal(source)
     file(source / "README.md", "---\nconfigs: {\n---\n")
-    assert refusal(source).startswith(
-        f"expected `configs` as the Hub reads them at the head of {source / 'README.md'}, got "
-    )
+    assert refusal(source).startswith(reads)
+    assert seen(source, split="all") == {0, 1, 2}
+    # No configs at its head: the names tell.
+    file(source / "README.md", "---\nbroken: {\n---\nA data set with configs: none")
+    assert seen(source, split="test") == {2}
 
 
 def test_files_of_ids_and_texts_have_splits_too(tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_documents_and_code_are_called_what_they_like(
     assert seen(two) == {0, 1}
     with caplog.at_level(logging.INFO):
         seen(folder(tmp_path / "set", PILE))
-    assert "split train, 2 files of others left out" in caplog.text
+    assert "2 files read as table, 2 others left out" in caplog.text
 
 
 def test_the_preview_shows_what_training_reads(tmp_path: Path) -> None:

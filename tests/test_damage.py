@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pages import opened, text
+from app_pages import edited, opened, text
 from refusals import refusal
 
 from gsae_core.analysis.labels import Labels
@@ -21,9 +22,9 @@ from gsae_core.cli.report import list_lines
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import escalate_cancel
 from gsae_core.runs.plan.progress import speed, timeline
-from gsae_core.runs.resume import load_state
 from gsae_core.runs.run import Run, list_runs, survey
 from gsae_core.runs.work.index import index_job, request
+from gsae_core.runs.work.train import load_state
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 RUNS = ("finished", "interrupted")
@@ -49,23 +50,17 @@ MORE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def deleted(path: Path) -> None:
-    path.unlink()
+def replaced(by: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.unlink()
+        by(path)
+
+    return change
 
 
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
+deleted, folder = replaced(lambda path: None), replaced(Path.mkdir)
+dangling = replaced(lambda path: path.symlink_to("nowhere"))
+loop = replaced(lambda path: path.symlink_to(path.name))
 
 
 @pytest.fixture
@@ -77,12 +72,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for run in RUNS:
         # One SAE and a few steps of it are enough to be damaged.
         folder = tmp_path / "runs" / run
-        config = json.loads((folder / "config.json").read_text())
-        config["saes"] = config["saes"][:1]
-        (folder / "config.json").write_text(json.dumps(config))
-        if (folder / "evals.json").exists():
-            evals = json.loads((folder / "evals.json").read_text())
-            (folder / "evals.json").write_text(json.dumps({"saes": evals["saes"][:1]}))
+        for path in (folder / "config.json", folder / "evals.json"):
+            if path.exists():
+                with edited(path) as fields:
+                    del fields["saes"][1:]
         lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         lines = [line for line in lines if b'"sae": "gated"' in line]
         (folder / "metrics.jsonl").write_bytes(b"".join(lines))
@@ -201,30 +194,37 @@ def test_the_list_says_what_is_wrong_with_each(runs: Path) -> None:
     assert head.split()[:2] == ["run", "state"]
     assert row.split()[:2] == ["finished", "finished"]
     assert said == [
-        "finished: expected numbers of each SAE, got no architecture in "
-        f"{finished / 'evals.json'}; measure again: python -m gsae_core evaluate {finished}",
+        f"finished: expected numbers of each SAE in {finished / 'evals.json'}, got no "
+        f"saes.0.architecture; measure again: python -m gsae_core evaluate {finished}",
         "finished: 2 lines of events.jsonl cannot be read and are left out",
-        f"interrupted: expected the keys state, step, n_steps, pid, process_started, heartbeat, "
-        f"error, stage, done, total in {runs / 'interrupted' / 'status.json'}, found state",
+        f"interrupted: expected a job's status in {runs / 'interrupted' / 'status.json'}, got 3 as "
+        "state",
     ]
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "wanted"),
+    ("fields", "wrong"),
     [
-        ("step", "7", "a whole number from 0 as step"),
-        ("n_steps", -1, "a whole number from 0 as n_steps"),
-        ("pid", 2**40, "a process id or null as pid"),
-        ("heartbeat", None, "seconds since 1970 as heartbeat"),
-        ("error", [], "a text or null as error"),
+        ({"state": "dreaming"}, "'dreaming' as state"),
+        ({"step": "7"}, "'7' as step"),
+        ({"step": True}, "True as step"),
+        ({"n_steps": -1}, "-1 as n_steps"),
+        ({"pid": 2**40}, f"{2**40} as pid"),
+        ({"heartbeat": None}, "None as heartbeat"),
+        ({"heartbeat": math.nan}, "nan as heartbeat"),
+        ({"process_started": 1e12}, f"{1e12} as process_started"),
+        ({"error": []}, "list as error"),
+        ({"mood": "good"}, "'good' as mood"),
+        (None, "no state"),
     ],
 )
-def test_a_status_of_wrong_types_says_which(
-    runs: Path, key: str, value: object, wanted: str
+def test_a_status_of_wrong_fields_says_which(
+    runs: Path, fields: dict[str, object] | None, wrong: str
 ) -> None:
     path = runs / "finished" / "status.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert survey(runs)[1] == {"finished": f"expected {wanted} in {path}, got {value!r}"}
+    whole = {} if fields is None else json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(whole))
+    assert survey(runs)[1] == {"finished": f"expected a job's status in {path}, got {wrong}"}
 
 
 def test_an_evaluation_of_an_sae_that_the_run_has_not_says_so(runs: Path) -> None:
@@ -329,5 +329,5 @@ def test_live_opens_a_run_with_torn_events_and_says_so(ward: Path) -> None:
 
 def test_pareto_says_how_to_mend_a_damaged_evaluation(ward: Path) -> None:
     said = text(opened("pages/3_Pareto.py", run="half-evals"))
-    assert "expected JSON in" in said
+    assert "Expected JSON in" in said
     assert f"; measure again: python -m gsae_core evaluate {ward / 'half-evals'}" in said

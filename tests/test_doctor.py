@@ -11,6 +11,7 @@ import torch
 
 from gsae_core.cli import doctor
 from gsae_core.cli.main import main
+from gsae_core.errors import EXTRAS
 
 
 def answer(*_: Any, **__: Any) -> socket.socket:
@@ -23,13 +24,13 @@ def silence(*_: Any, **__: Any) -> socket.socket:
 
 @pytest.fixture(autouse=True)
 def quiet_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor.socket, "create_connection", silence)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    plenty = SimpleNamespace(available=8 * 10**9, free=8 * 10**9)
+    plenty = SimpleNamespace(available=8 * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: plenty)
-    monkeypatch.setattr(psutil, "disk_usage", lambda _: plenty)
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: 8 * 10**9)
 
 
 def test_a_sound_machine_passes_line_by_line(
@@ -38,9 +39,9 @@ def test_a_sound_machine_passes_line_by_line(
     assert main(["doctor", "--runs", str(tmp_path / "runs")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == {"ok", "note"}
-    names = ["python", "torch", "transformers", "tokenizers", "safetensors", "transformer-lens"]
-    names += ["datasets", "huggingface-hub", "pyarrow", "zstandard", "streamlit", "plotly"]
-    names += ["altair", "vl-convert-python", "jinja2"]
+    names = ["python", "torch", "transformers", "tokenizers", "safetensors", "datasets"]
+    names += ["huggingface-hub", "pyarrow", "jinja2", "backports.zstd"]
+    names += [f"extra {name}" for name in EXTRAS]
     names += ["device", "memory", "disk", "runs folder", "bundled model", "Hub"]
     assert [line[6:23].strip() for line in lines] == names
     assert "bundled model      loads and runs: 4 layers of width 256, 4096 tokens" in "\n".join(
@@ -59,7 +60,7 @@ def test_no_network_is_no_failure_and_says_what_still_works() -> None:
 
 
 def test_the_hub_is_left_alone_when_offline_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert doctor.hub()[1:] == ("note", "offline by HF_HUB_OFFLINE; local folders and files work")
 
 
@@ -71,9 +72,9 @@ def test_a_hub_that_answers_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_wrong_comes_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    little = SimpleNamespace(available=10**8, free=10**8)
+    little = SimpleNamespace(available=10**8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
-    monkeypatch.setattr(psutil, "disk_usage", lambda _: little)
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: 10**8)
 
     def missing(package: str) -> str:
         raise doctor.importlib.metadata.PackageNotFoundError(package)
@@ -91,8 +92,12 @@ def test_what_is_wrong_comes_with_what_to_do(
     assert main(["doctor", "--runs", str(runs)]) == 1
     lines = capsys.readouterr().out.splitlines()
     bad = [line[6:] for line in lines if line.startswith("bad")]
-    assert "torch              not installed; pip install -r requirements.txt" in bad
-    assert "zstandard          not installed; pip install -r requirements.txt" in bad
+    assert "torch              not installed; install gsae-core again" in bad
+    assert "backports.zstd     not installed; install gsae-core again" in bad
+    assert (
+        "note  extra app          expected streamlit, plotly, altair, vl-convert-python to be "
+        'installed for the app and figures, found none; pip install "gsae-core[app]"'
+    ) in lines
     assert (
         "memory             100.0 MB free; close other programs: the quick preset wants 2.0 GB"
         in bad

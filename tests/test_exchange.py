@@ -143,6 +143,12 @@ def test_saes_of_two_places_are_two_runs(tmp_path: Path) -> None:
     assert run.config.model.layer == 2
 
 
+def test_a_file_in_the_place_of_the_run_is_refused(foreign: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="expected a folder for the run, found a file at"):
+        import_saes(foreign, tmp_path / "run", model="m")
+
+
 def test_a_broken_file_leaves_no_run(foreign: Path, tmp_path: Path) -> None:
     w = files.weights("b_gate", "b_mag", "r_mag") | {"W_dec": torch.full((5, 3), math.nan)}
     save_file(w, foreign / "sae_weights.safetensors")

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from app_pages import edited
 from index_cases import D_SAE, built, some_parts, some_sae
 from refusals import mistake
+from tiny_runs import ended
 
 from gsae_core.analysis.features import build, files
 from gsae_core.analysis.features.build import build_index
@@ -20,7 +22,14 @@ from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
-from gsae_core.runs.jobs.job import Job, escalate_cancel, read_status
+from gsae_core.runs.jobs.job import (
+    Job,
+    escalate_cancel,
+    new_status,
+    of_process,
+    read_status,
+    write_status,
+)
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import index as index_jobs
 from gsae_core.runs.work.index import choose_parts, index_folder, index_job, index_run, start_index
@@ -36,6 +45,13 @@ def steps(model: LanguageModel, folder: Path, kind: str = "gated") -> Any:
     return build_index(model, some_sae(kind), some_parts(), folder, weights_sha256=kind, **place)
 
 
+def whole(model: LanguageModel, folder: Path, kind: str = "gated") -> dict[str, bytes]:
+    """Build an index to its end; return its files."""
+    for _ in steps(model, folder, kind):
+        pass
+    return contents(folder)
+
+
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard ends with the sequence that holds its 100th token: 7 sequences of 15."""
@@ -47,8 +63,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interruption_loses_one_shard_and_the_resumed_index_is_the_same(
     kind: str, tiny_lm: LanguageModel, tmp_path: Path
 ) -> None:
-    for _ in steps(tiny_lm, tmp_path / "whole", kind):
-        pass
     cut = steps(tiny_lm, tmp_path / "cut", kind)
     for progress in cut:
         if progress.done >= 250:  # 105, then 150 as the held-out part ends, then 255
@@ -62,9 +76,7 @@ def test_an_interruption_loses_one_shard_and_the_resumed_index_is_the_same(
             break
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again.close()  # interrupted once more, while all shards are there
-    for _ in steps(tiny_lm, tmp_path / "cut", kind):
-        pass
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert whole(tiny_lm, tmp_path / "cut", kind) == whole(tiny_lm, tmp_path / "whole", kind)
     assert not (tmp_path / "cut" / "building").exists()
 
 
@@ -72,8 +84,6 @@ def test_an_interruption_loses_one_shard_and_the_resumed_index_is_the_same(
 def test_a_damaged_shard_of_an_interrupted_build_is_read_again(
     tiny_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for _ in steps(tiny_lm, tmp_path / "whole"):
-        pass
     cut = steps(tiny_lm, tmp_path / "cut")
     for _ in range(3):
         next(cut)
@@ -81,10 +91,9 @@ def test_a_damaged_shard_of_an_interrupted_build_is_read_again(
     shard = tmp_path / "cut" / "building" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     with caplog.at_level(logging.WARNING):
-        for _ in steps(tiny_lm, tmp_path / "cut"):
-            pass
+        found = whole(tiny_lm, tmp_path / "cut")
     assert "shard-00000.safetensors is damaged" in caplog.text
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert found == whole(tiny_lm, tmp_path / "whole")
 
 
 def test_other_weights_begin_anew(tiny_lm: LanguageModel, tmp_path: Path) -> None:
@@ -92,8 +101,7 @@ def test_other_weights_begin_anew(tiny_lm: LanguageModel, tmp_path: Path) -> Non
     for _ in range(2):
         next(cut)
     cut.close()
-    for _ in steps(tiny_lm, tmp_path, "relu"):
-        pass
+    whole(tiny_lm, tmp_path, "relu")
     assert open_index(tmp_path).manifest.architecture == "relu"
 
 
@@ -128,8 +136,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_read_is_lost(
 
     monkeypatch.setattr(files.os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"expected .* free for .*npy, found .*; make room on the"):
-        for _ in steps(tiny_lm, tmp_path):
-            pass
+        whole(tiny_lm, tmp_path)
     assert (tmp_path / "building" / "shard-00000.safetensors").exists()
     monkeypatch.undo()
     built(tiny_lm, some_sae("gated"), tmp_path)
@@ -229,10 +236,8 @@ def test_a_run_has_an_index_for_each_sae(finished: Run) -> None:
 
 def test_the_index_of_changed_weights_is_refused(finished: Run) -> None:
     finish(finished, "gated-0.05", n_tokens=60)
-    path = finished.sae_folder("gated-0.05") / "cfg.json"
-    cfg = json.loads(path.read_text())
-    cfg["metadata"]["weights_sha256"] = "0" * 64
-    write_json(path, cfg)
+    with edited(finished.sae_folder("gated-0.05") / "cfg.json") as cfg:
+        cfg["metadata"]["weights_sha256"] = "0" * 64
     with pytest.raises(
         InputError, match=r"expected the feature index of the weights in .* the SAE"
     ):
@@ -254,7 +259,9 @@ def test_the_command_line_indexes_and_says_what_came_of_it(
     out = capsys.readouterr().out
     assert out.startswith("relu-0.4: 60 train tokens, L0 ")
     assert [s.name for s in finished.features("relu-0.4").manifest.splits] == ["train"]
-    assert "--tokens: expected a number of at least 1, got 0" in mistake([*words[:-1], "0"], capsys)
+    assert "--tokens: expected a number greater than 0, got 0" in mistake(
+        [*words[:-1], "0"], capsys
+    )
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -278,12 +285,9 @@ def test_a_cancelled_build_stops_after_its_shard_and_goes_on_later(finished: Run
 def test_a_second_build_of_the_same_sae_is_refused_while_one_lives(
     finished: Run, worker: int
 ) -> None:
-    from gsae_core.runs.jobs.job import Status, of_process, write_status
-
     folder = index_folder(finished, "gated-0.05")
     folder.mkdir(parents=True)
-    blank = Status("running", 0, 0, None, None, 0.0, None)
-    write_status(folder, of_process(blank, "running", worker))
+    write_status(folder, of_process(new_status(), "running", worker))
     with pytest.raises(
         InputError, match=rf"expected no process to be building .* got process {worker}, which is"
     ):
@@ -291,24 +295,14 @@ def test_a_second_build_of_the_same_sae_is_refused_while_one_lives(
     assert start_index(finished, "gated-0.05") == worker
 
 
-def test_starting_needs_weights(finished: Run) -> None:
-    (finished.sae_folder("gated-0.05") / "cfg.json").unlink()
-    with pytest.raises(InputError, match=r"expected saved weights of .gated-0\.05. in"):
-        start_index(finished, "gated-0.05")
-
-
 @pytest.mark.slow
 def test_a_started_build_is_a_process_that_finishes_without_us(finished: Run) -> None:
-    import time
-
     pid = start_index(finished, "gated-0.05", n_tokens=60, split="held_out")
     assert pid != os.getpid()
     assert start_index(finished, "gated-0.05") == pid
     job = index_job(finished, "gated-0.05")
     assert job is not None
-    while job.status.state not in ("finished", "failed", "lost"):
-        time.sleep(0.2)
-    assert job.status.state == "finished", job.log_tail()
+    assert ended(job) == "finished", job.log_tail()
     assert escalate_cancel(job) == "none"
     assert [s.name for s in finished.features("gated-0.05").manifest.splits] == ["held_out"]
 

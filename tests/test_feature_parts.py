@@ -16,7 +16,7 @@ from gsae_core.files import EXAMPLE
 from gsae_core.lm.model import LanguageModel
 from gsae_core.plots.features import activation_histogram, density_histogram, gate_plane
 from gsae_core.runs.jobs import job as process
-from gsae_core.runs.run import example_run, labels_folder
+from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE, Run, example_run, labels_folder
 
 # Figures
 
@@ -166,9 +166,14 @@ def test_the_weights_alone_say_what_the_index_says_of_them(
 # The example
 
 
-def test_the_example_is_small_finished_and_whole() -> None:
-    run = example_run()
-    assert run is not None
+@pytest.fixture
+def run() -> Run:
+    found = example_run()
+    assert found is not None
+    return found
+
+
+def test_the_example_is_small_finished_and_whole(run: Run) -> None:
     assert run.status.state == "finished"
     n_bytes = sum(file.stat().st_size for file in EXAMPLE.rglob("*") if file.is_file())
     assert n_bytes <= 15_000_000
@@ -178,27 +183,19 @@ def test_the_example_is_small_finished_and_whole() -> None:
     assert all(not str(file).startswith("/") for m in kinds.values() for file in m.files)
 
 
-def test_the_example_shows_the_papers_claim() -> None:
-    run = example_run()
-    assert run is not None
+def test_the_example_shows_the_papers_claim(run: Run) -> None:
     gamma = {row["architecture"]: row["gamma"] for row in run.evals()}
     assert abs(gamma["gated"] - 1) < 0.02
     assert gamma["relu"] < 0.9
 
 
-def test_the_examples_feature_of_def_fires_on_def_and_raises_names() -> None:
-    run = example_run()
-    assert run is not None
-    from gsae_core.runs.run import SHOWN_FEATURE, SHOWN_SAE
-
+def test_the_examples_feature_of_def_fires_on_def_and_raises_names(run: Run) -> None:
     feature = run.features(SHOWN_SAE).feature(SHOWN_FEATURE)
     assert all("def" in example.tokens[example.at] for example in feature.top(10))
     assert " test" in [each.text for each in feature.logits.top]
 
 
-def test_nothing_is_written_to_the_example(tmp_path: Path) -> None:
-    run = example_run()
-    assert run is not None
+def test_nothing_is_written_to_the_example(run: Run, tmp_path: Path) -> None:
     before = sorted(EXAMPLE.rglob("*"))
     for act in (
         lambda: process.delete(run),

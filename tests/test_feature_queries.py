@@ -235,21 +235,6 @@ def test_the_json_is_a_batch_as_neuronpedias_importer_reads_it(
     np.testing.assert_allclose(alive["correlated_features_pearson"], expected, atol=6e-4)
 
 
-def test_an_sae_shows_itself_in_a_notebook() -> None:
-    from gsae_core.text import facts
-
-    shown = some_sae("topk")._repr_html_()
-    assert shown == facts(
-        {
-            "SAE": "topk",
-            "features": "30",
-            "width of activations": "20",
-            "recipe": "P",
-            "settings": "d_in=20, d_sae=30, recipe='P', k=4",
-        }
-    )
-
-
 # Without torch
 
 

@@ -312,13 +312,11 @@ def test_sequences_are_taken_whole_until_enough_tokens_are_counted(
     sae = GatedSAE(12, 30)
 
     def run(n_tokens: int) -> tuple[list[int], Evaluation]:
-        steps, done = (
-            evaluating(tiny_lm, [sae], SEQUENCES, layer=0, site="resid_post", n_tokens=n_tokens),
-            [],
-        )
+        place: Any = {"layer": 0, "site": "resid_post"}
+        steps, done = evaluating(tiny_lm, [sae], SEQUENCES, **place, n_tokens=n_tokens), []
         while True:
             try:
-                done.append(next(steps))
+                done.append(next(steps).done)
             except StopIteration as end:
                 return done, end.value[0]
 
@@ -330,7 +328,7 @@ def test_sequences_are_taken_whole_until_enough_tokens_are_counted(
     done, batched = run(10**6)
     assert done == [15, 31, N_TOKENS]
     assert batched.fidelity == pytest.approx(whole.fidelity, rel=1e-6)
-    assert run(16)[0] == [15, 23]
+    assert run(16)[0] == [15, 16]
 
 
 def test_nothing_to_predict_is_an_error(tiny_lm: LanguageModel) -> None:

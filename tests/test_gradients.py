@@ -7,8 +7,8 @@ import torch
 from examples import loss, numbers, random_gated, random_relu, slopes
 from torch import Tensor
 
+from gsae_core.config import Aux
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.base import Aux
 
 TERMS = ["reconstruction", "sparsity", "auxiliary"]
 

@@ -12,9 +12,9 @@ from families import CONFIGS, tiny
 from refusals import refusal
 from torch import Tensor
 
-from gsae_core.config import SITES
+from gsae_core.config import SITES, Site
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, Stopwatch, default_rows
+from gsae_core.lm.harvest import Harvest, default_rows
 from gsae_core.lm.model import LanguageModel, load_model
 
 CPU = torch.device("cpu")
@@ -34,7 +34,16 @@ def sequences(n: int = 12, n_ctx: int = 7, special: tuple[int, ...] = (0,)) -> S
     return SequenceSet(rows, special)
 
 
-class SlowModel:
+def reader(
+    model: LanguageModel, set_: SequenceSet, *, rows: int, layer: int = 0, site: Site = "mlp_out"
+) -> Harvest:
+    """Return a harvest of so many sequences a pass."""
+    harvest = Harvest(model, set_, layer=layer, site=site)
+    harvest.rows = rows
+    return harvest
+
+
+class SlowModel(LanguageModel):
     """Activation of token t: (t, t, t). Notes the threads torch has in each pass."""
 
     device = CPU
@@ -70,7 +79,7 @@ def test_threads_side_by_side_give_the_bits_of_one_pass_after_the_other(
         wanted = [model.harvest(each, layer=1, site=site)[:, 1:].flatten(0, 1) for each in ids]
         for n_threads in (1, 4):
             threads(n_threads)
-            harvest = Harvest(model, set_, layer=1, site=site, rows=2)
+            harvest = reader(model, set_, layer=1, site=site, rows=2)
             found = list(harvest.vectors(which))
             assert len(found) == 6
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -85,7 +94,7 @@ def test_passes_to_one_site_are_in_the_model_together(
     both = threading.Barrier(2, timeout=20)
     handle = tiny_lm.hf.transformer.wte.register_forward_hook(lambda *_: (both.wait(), None)[1])
     try:
-        harvest = Harvest(tiny_lm, sequences(4), layer=0, site="mlp_out", rows=2)
+        harvest = reader(tiny_lm, sequences(4), rows=2)
         assert sum(map(len, harvest.vectors(np.arange(4)))) == 4 * 6
     finally:
         handle.remove()
@@ -96,7 +105,7 @@ def test_every_pass_has_one_thread_and_the_caller_keeps_its_own(
 ) -> None:
     threads(3)
     model = SlowModel()
-    list(Harvest(model, sequences(), layer=0, site="mlp_out", rows=1).vectors(np.arange(12)))
+    list(reader(model, sequences(), rows=1).vectors(np.arange(12)))
     assert model.n_threads == {1}
     assert torch.get_num_threads() == 3
 
@@ -113,7 +122,7 @@ def test_vectors_come_in_order_however_long_each_pass_takes(
         else:
             second.set()
 
-    found = Harvest(SlowModel(wait), set_, layer=0, site="mlp_out", rows=3).vectors(np.arange(12))
+    found = reader(SlowModel(wait), set_, rows=3).vectors(np.arange(12))
     ids, mask = set_[:]
     assert torch.cat(list(found))[:, 0].tolist() == ids[mask].tolist()
 
@@ -123,7 +132,7 @@ def test_no_more_passes_run_ahead_than_two_for_each_thread(
 ) -> None:
     threads(2)
     model = SlowModel()
-    found = Harvest(model, sequences(), layer=0, site="mlp_out", rows=1).vectors(np.arange(12))
+    found = reader(model, sequences(), rows=1).vectors(np.arange(12))
     next(found)
     found.close()  # type: ignore[attr-defined]
     # Four were given out at once, and a fifth when the first was taken.
@@ -137,7 +146,7 @@ def test_a_pass_that_fails_says_so_to_whoever_reads(threads: Callable[[int], Non
         if n_passes == 3:
             raise ArithmeticError("broken pass")
 
-    found = Harvest(SlowModel(fail), sequences(), layer=0, site="mlp_out", rows=2)
+    found = reader(SlowModel(fail), sequences(), rows=2)
     with pytest.raises(ArithmeticError, match="broken pass"):
         list(found.vectors(np.arange(12)))
 
@@ -145,7 +154,7 @@ def test_a_pass_that_fails_says_so_to_whoever_reads(threads: Callable[[int], Non
 def test_sequences_with_nothing_counted_cost_no_pass() -> None:
     model = SlowModel()
     set_ = SequenceSet(np.zeros((4, 3), np.uint16), (0,))
-    assert list(Harvest(model, set_, layer=0, site="mlp_out", rows=1).vectors(np.arange(4))) == []
+    assert list(reader(model, set_, rows=1).vectors(np.arange(4))) == []
     assert model.n_passes == 0
 
 
@@ -184,37 +193,3 @@ def test_gpt2s_gelu_is_one_kernel_in_float32_and_as_published_in_half_precision(
     ids = torch.tensor([[0, 5, 9, 2, 31]])
     given = load_model(published, tokenizer=tiny_tokenizer)
     torch.testing.assert_close(fused.logits(ids), given.logits(ids), atol=1e-5, rtol=1e-5)
-
-
-class FakeEvent:
-    """A CUDA event: made in order, a second apart; done once `now` has come."""
-
-    now, made = 0, 0
-
-    def __init__(self, *, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        FakeEvent.made += 1
-        self.at = FakeEvent.made
-
-    def query(self) -> bool:
-        return self.at <= FakeEvent.now
-
-    def elapsed_time(self, later: "FakeEvent") -> float:
-        return 1000.0 * (later.at - self.at)
-
-
-def test_on_cuda_only_what_the_device_has_finished_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    watch = Stopwatch(torch.device("cuda"))
-    for _ in range(3):  # events 1 and 2, 3 and 4, 5 and 6
-        with watch.running():
-            pass
-    assert watch.seconds == 0.0
-    FakeEvent.now = 5
-    assert watch.seconds == 2.0
-    FakeEvent.now = 6
-    assert watch.seconds == 3.0

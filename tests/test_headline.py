@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tiny_runs import finish
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.presets import preset
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.train import train_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -17,8 +17,7 @@ def evals(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The evaluation of a whole quick run: 1 M activations, eight SAEs, minutes."""
     folder: Path = tmp_path_factory.mktemp("runs") / "quick"
     run = Run.create(folder, preset("quick").config())
-    for _ in train_run(run):
-        pass
+    finish(run)
     return run.evals()
 
 

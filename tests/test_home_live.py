@@ -12,7 +12,6 @@ from app_pages import HOSTILE, NASTY, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
-from gsae_core.app import shell
 from gsae_core.cli.report import time_spent
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import of_process, read_status, write_status
@@ -223,28 +222,23 @@ def test_the_end_of_a_watched_run_is_told_once_on_any_page(root: Path, worker: i
     assert toasts(at) == toasts(opened("app.py")) == []  # to the next visitor it is no news
 
 
-def test_a_visit_that_finds_a_run_at_work_says_so_until_it_ends(root: Path, worker: int) -> None:
+@pytest.mark.parametrize("page", ["app.py", LIVE])
+@pytest.mark.parametrize("end", ["the run ends", "another page is opened"])
+def test_a_visit_that_finds_a_run_at_work_says_so(
+    root: Path, worker: int, page: str, end: str
+) -> None:
     run = write_run(root, "moving", "running", share=0.5, pid=worker)
-    at = opened(LIVE)
-    assert "Reconnected to moving: training continues whether this page is open" in text(at)
-    write_status(run.folder, read_status(run.folder)._replace(state="finished"))
+    at = opened(page)
+    said = "Reconnected to moving: training continues whether the app is open or not."
+    assert said in text(at)
+    at.run()
+    assert said in text(at)
+    if end == "the run ends":
+        write_status(run.folder, read_status(run.folder)._replace(state="finished"))
+    else:
+        at.switch_page("pages/3_Pareto.py")
     at.run()
     assert "Reconnected" not in text(at)
-
-
-@pytest.mark.parametrize("page", ["app.py", LIVE])
-def test_a_server_that_was_started_again_says_so_on_the_first_page(
-    root: Path, worker: int, page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_run(root, "moving", "running", share=0.5, pid=worker)
-    monkeypatch.setattr(shell, "server_started", lambda: time.time() + 60)
-    at = opened(page)
-    said = "Reconnected to moving: training continued while the app restarted."
-    assert said in text(at)
-    at.run()
-    assert said in text(at)
-    at.switch_page("pages/3_Pareto.py").run()
-    assert said not in text(at)
 
 
 def test_a_run_begun_in_this_visit_was_never_away(root: Path, worker: int) -> None:
@@ -300,14 +294,19 @@ def test_reading_goes_on_where_it_stopped(root: Path, worker: int) -> None:
     at = opened(LIVE)
     (_, before, _) = at.session_state["live.metrics"]["moving"]
     path = run.folder / "metrics.jsonl"
-    row = run.metrics()[-1] | {"step": 300}
+    row, torn = (json.dumps(run.metrics()[-1] | {"step": step}) for step in (300, 301))
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n" + '{"step": 301, "tok')
+        file.write(row + "\n" + torn[:18])
     at.run()
     table, after, damaged = at.session_state["live.metrics"]["moving"]
     assert table["step"].iloc[-1] == 300
-    assert after.offset == before.offset + len(json.dumps(row)) + 1
+    assert after.offset == before.offset + len(row) + 1
     assert damaged == 0
+    with path.open("a") as file:
+        file.write(torn[18:] + "\n")
+    at.run()
+    table, _, damaged = at.session_state["live.metrics"]["moving"]
+    assert (table["step"].iloc[-1], damaged) == (301, 0)
 
 
 @pytest.mark.parametrize("token", NASTY)
@@ -339,6 +338,12 @@ def test_a_damaged_sample_is_told(root: Path) -> None:
     assert "The sample of features cannot be read" in text(opened(LIVE))
 
 
+def test_a_run_whose_status_is_damaged_is_told(root: Path) -> None:
+    run = write_run(root, "done")
+    (run.folder / "status.json").write_text("{")
+    assert "done cannot be opened" in text(opened(LIVE, run="done"))
+
+
 def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:
     for n in range(200):
         run = Run.create(root / f"run-{n:03d}", config())
@@ -358,3 +363,6 @@ def test_what_a_run_is_too_short_for_is_said_on_live(root: Path) -> None:
     assert f"All {short.n_steps:,} steps lie within the learning-rate warm-up of 1,000,000" in said
     assert "never reaches its peak; shorten the warm-up or train on more tokens." in said
     assert "never reaches its peak" not in text(opened(LIVE, run="whole"))
+    imported = run_config.model_copy(update={"imported": "SAELens 6"})  # how it learnt is not known
+    write_run(root, "imported", run_config=imported)
+    assert "never reaches its peak" not in text(opened(LIVE, run="imported"))

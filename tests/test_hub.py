@@ -51,6 +51,7 @@ def ranges(hub: Hub) -> list[str | None]:
         (" ada/saes:layer_0/w@v1 ", Address("ada/saes", "layer_0/w", "v1")),
         ("ada/saes@0123abc", Address("ada/saes", "", "0123abc")),
         ("https://huggingface.co/ada/saes", Address("ada/saes")),
+        ("https://huggingface.co/ada/saes/", Address("ada/saes")),
         ("https://huggingface.co/ada/saes/tree/main/a/b", Address("ada/saes", "a/b", "main")),
     ],
 )
@@ -58,7 +59,21 @@ def test_an_address_is_a_repository_a_path_and_a_revision(text: str, address: Ad
     assert parse_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "a b", "x/y/z", "ada/saes@", "<img src=x>", "../etc/passwd"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a b",
+        "x/y/z",
+        "ada/saes@",
+        "ada/saes@\ud800",
+        "<img src=x>",
+        "../etc/passwd",
+        "https://huggingface.co/ada",
+        "https://huggingface.co/ada/saes/discussions/1",
+        "https://huggingface.co/ada/a--b",
+    ],
+)
 def test_what_is_no_address_is_told_the_form(text: str) -> None:
     with pytest.raises(InputError, match="expected a repository on the Hub as OWNER/NAME"):
         parse_address(text)
@@ -170,33 +185,36 @@ def test_a_renamed_repository_is_followed_and_said(hub: Hub) -> None:
 # Refusals
 
 
-def test_a_missing_repository_is_a_sentence(hub: Hub) -> None:
-    assert refusal("ada/none") == (
-        "expected the name of a repository on the Hub, found no 'ada/none' there; check its "
-        "spelling, or log in with `hf auth login` if it is private"
-    )
-
-
-def test_a_licence_gate_is_a_sentence(hub: Hub) -> None:
-    hub.add("ada/gated", SAE, gated=True)
-    assert refusal("ada/gated") == (
-        "expected access to 'ada/gated', but its owner asks for an agreement first; accept it on "
-        "the repository's page and run `hf auth login`"
-    )
-
-
-def test_a_missing_revision_is_a_sentence(hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (
+            "ada/none",
+            "expected the name of a repository on the Hub, found no 'ada/none' there; check its "
+            "spelling, or log in with `hf auth login` if it is private",
+        ),
+        (
+            "ada/gated",
+            "expected access to 'ada/gated', but its owner asks for an agreement first; accept it "
+            "on the repository's page and run `hf auth login`",
+        ),
+        (
+            "ada/saes@v9",
+            "expected a branch, tag or commit of 'ada/saes', got 'v9'; look at the repository's "
+            "page for the revisions there are",
+        ),
+    ],
+)
+def test_what_is_missing_or_behind_a_gate_is_a_sentence(hub: Hub, address: str, said: str) -> None:
     hub.add("ada/saes", SAE)
-    assert refusal("ada/saes@v9") == (
-        "expected a branch, tag or commit of 'ada/saes', got 'v9'; look at the repository's page "
-        "for the revisions there are"
-    )
+    hub.add("ada/gated", SAE, gated=True)
+    assert refusal(address) == said
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (429, "the Hub counts too many; wait some minutes"),
+        (429, "the Hub got too many; wait some minutes"),
         (503, "the Hub itself is in trouble (503)"),
     ],
 )
@@ -211,7 +229,7 @@ def test_a_token_that_the_hub_does_not_know_is_a_sentence_without_it(
     hub.add("ada/saes", SAE)
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     said = refusal("ada/saes")
-    assert "it refused ours; run `hf auth login` again, or correct HF_TOKEN" in said
+    assert "the Hub refused ours (401); run `hf auth login` again, or correct HF_TOKEN" in said
     assert "secret" not in said
 
 
@@ -309,7 +327,7 @@ def test_a_damaged_file_is_a_sentence_and_thrown_away(hub: Hub, tmp_path: Path) 
     assert f"expected a/sae_weights.safetensors of 'ada/saes' with SHA-256 {wanted}..." in str(
         error.value
     )
-    assert "is thrown away: pull it again" in str(error.value)
+    assert "is thrown away: fetch it again" in str(error.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     hub.damaged.clear()
     fetched(hub, tmp_path)

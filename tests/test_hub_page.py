@@ -6,26 +6,19 @@ from pathlib import Path
 
 import pytest
 from app_pages import HOSTILE, NASTY, labelled, opened, text
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, asked
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
 from gsae_core.app import hub_view
 from gsae_core.checkpoints import catalog
 from gsae_core.checkpoints.catalog import Release, ranged, releases, search
-from gsae_core.checkpoints.hub import Facts, look, one_sae, parse_address
+from gsae_core.checkpoints.hub import Facts
 from gsae_core.config import sweep
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import of_process, read_status, write_status
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.transfer import (
-    PullRequest,
-    PushRequest,
-    Transfer,
-    ask,
-    plan_pull,
-    transfers,
-)
+from gsae_core.runs.work.transfer import PullRequest, PushRequest, Transfer, transfers
 
 HUB = "pages/8_Hub.py"
 CFG = b'{"architecture": "gated", "d_in": 12, "d_sae": 24, "metadata": {"model_name": "gpt2"}}'
@@ -51,15 +44,15 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ids
 
 
-def pull(root: Path, hub: Hub, name: str = "ada/saes") -> Transfer:
-    if ("models", name) not in hub.repos:
-        hub.add(name, FILES)
-    repository = look(parse_address(name))
-    return ask(root, plan_pull(repository, one_sae(repository), to="pulled"))
+@pytest.fixture
+def transfer(root: Path, hub: Hub) -> Transfer:
+    """A download that was asked for, not begun."""
+    hub.add("ada/saes", FILES)
+    return asked(root)
 
 
-def running(root: Path, hub: Hub, worker: int) -> Transfer:
-    transfer = pull(root, hub)
+@pytest.fixture
+def running(transfer: Transfer, worker: int) -> Transfer:
     write_status(transfer.folder, of_process(read_status(transfer.folder), "running", worker))
     return transfer
 
@@ -184,7 +177,7 @@ def test_a_name_that_is_taken_or_no_name_starts_nothing(
     hub.add("ada/saes", FILES)
     at = opened(HUB, repo="ada/saes")
     for name, said in (
-        ("done", "expected a new name for the run"),
+        ("done", "expected a new folder for the run, found a run in"),
         ("../x", "expected a run name"),
     ):
         labelled(at.text_input, "Name of the run").set_value(name).run()
@@ -225,48 +218,38 @@ def test_hostile_words_of_a_config_and_a_card_stay_words(root: Path, hub: Hub) -
 # Transfers
 
 
-def test_a_running_download_shows_its_bytes_and_can_be_cancelled(
-    root: Path, hub: Hub, worker: int
-) -> None:
-    transfer = running(root, hub, worker)
-    stands(transfer, "running", stage="downloading", done=2500, total=5086)
+def test_a_running_download_shows_its_bytes_and_can_be_cancelled(running: Transfer) -> None:
+    stands(running, "running", stage="downloading", done=2500, total=5086)
     at = opened(HUB)
     (bar,) = [element.proto.text for element in at.get("progress")]
     assert bar == "downloading: 2.5 kB of 5.1 kB"
-    at.button(key=f"hub.stop_{transfer.id}").click().run()
-    assert transfer.status.state == "cancelling"
+    at.button(key=f"hub.stop_{running.id}").click().run()
+    assert running.status.state == "cancelling"
 
 
-def test_every_page_says_how_far_a_download_is_and_once_that_it_ended(
-    root: Path, hub: Hub, worker: int
-) -> None:
-    transfer = running(root, hub, worker)
+def test_every_page_says_how_far_a_download_is_and_once_that_it_ended(running: Transfer) -> None:
     at = opened("pages/9_Help.py")
     assert "↓ starting" in text(at)
-    stands(transfer, "running", stage="downloading", done=2500, total=5000)
+    stands(running, "running", stage="downloading", done=2500, total=5000)
     assert "↓ 50 %" in text(at.run())
-    stands(transfer, "finished", pid=None)
+    stands(running, "finished", pid=None)
     at.run()
     assert [toast.value for toast in at.toast] == ["↓ ada/saes finished"]
     assert "no job running" in text(at)
     assert not at.run().toast
 
 
-def test_a_transfer_that_is_put_away_meanwhile_ends_no_page(
-    root: Path, hub: Hub, worker: int
-) -> None:
-    transfer = running(root, hub, worker)
+def test_a_transfer_that_is_put_away_meanwhile_ends_no_page(running: Transfer) -> None:
     at = opened("pages/9_Help.py")
-    shutil.rmtree(transfer.folder)
+    shutil.rmtree(running.folder)
     at.run()
     assert "no job running" in text(at)
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
 def test_what_stopped_can_go_on_or_be_put_away(
-    root: Path, hub: Hub, pressed: list[str], state: str
+    root: Path, transfer: Transfer, pressed: list[str], state: str
 ) -> None:
-    transfer = pull(root, hub)
     stands(transfer, state, error=f"expected 2 GB free, found 1 kB {HOSTILE}")
     at = opened(HUB)
     assert ("expected 2 GB free, found 1 kB" in text(at)) == (state == "failed")
@@ -277,14 +260,12 @@ def test_what_stopped_can_go_on_or_be_put_away(
     assert transfers(root) == []
 
 
-def test_a_process_that_is_gone_is_said_to_be(root: Path, hub: Hub) -> None:
-    transfer = pull(root, hub)
+def test_a_process_that_is_gone_is_said_to_be(transfer: Transfer) -> None:
     stands(transfer, "running", pid=2**22 - 1, process_started=time.time())
     assert "The process ended unexpectedly" in text(opened(HUB))
 
 
-def test_a_finished_download_opens_its_run(root: Path, hub: Hub) -> None:
-    transfer = pull(root, hub)
+def test_a_finished_download_opens_its_run(root: Path, transfer: Transfer) -> None:
     write_run(root, "pulled")
     transfer.add_event("arrived", result="pulled")
     stands(transfer, "finished")

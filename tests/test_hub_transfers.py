@@ -8,30 +8,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from app_pages import edited
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, Repo, asked
 from refusals import mistake
+from tiny_runs import ended
 
 from gsae_core.checkpoints.checkpoint import load_sae
-from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import main
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import read_status, write_status
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import publish
-from gsae_core.runs.work.transfer import (
-    PullRequest,
-    Transfer,
-    ask,
-    free_name,
-    plan_pull,
-    run_name,
-    transfers,
-)
+from gsae_core.runs.work.transfer import PullRequest, free_name, run_name, transfers
 
 # The library's own call, which its HTTP client would spell otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -46,24 +37,29 @@ def writer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def released(hub: Hub, run: Run, *names: str, repo: str = "ada/saes") -> None:
-    """Put a run's SAEs on the Hub, as somebody else would have."""
-    files = {}
-    for name in names:
-        for file in ("cfg.json", "sae_weights.safetensors"):
-            files[f"{name}/{file}"] = (run.sae_folder(name) / file).read_bytes()
-    hub.add(repo, files)
+def files_of(run: Run, name: str) -> dict[str, bytes]:
+    files = ("cfg.json", "sae_weights.safetensors")
+    return {f"{name}/{file}": (run.sae_folder(name) / file).read_bytes() for file in files}
 
 
-def asked(root: Path, address: str = "ada/saes", to: str = "pulled", **place: Any) -> Transfer:
-    repository = look(parse_address(address))
-    return ask(root, plan_pull(repository, one_sae(repository), to=to, **place))
+@pytest.fixture
+def released(hub: Hub, finished: Run) -> Repo:
+    """One of a run's SAEs on the Hub, as somebody else would have put it there."""
+    return hub.add("ada/saes", files_of(finished, NAME))
 
 
-def push(run: Run, *names: str, to: str = "ada/mine", **flags: bool) -> int:
+def pull(to: Path, address: str = "ada/saes") -> int:
     """Return the exit code of the command."""
-    more = [f"--{flag}" for flag in flags]
-    return main.main(["push", str(run.folder), "--sae", *(names or (NAME,)), "--to", to, *more])
+    return main.main(["pull", address, "--to", str(to)])
+
+
+def pushing(run: Run, *names: str, to: str = "ada/mine") -> list[str]:
+    return ["push", str(run.folder), "--sae", *(names or (NAME,)), "--to", to]
+
+
+def push(run: Run, *names: str, to: str = "ada/mine") -> int:
+    """Return the exit code of the command."""
+    return main.main(pushing(run, *names, to=to))
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -71,26 +67,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return streams.out + streams.err
 
 
-def ended(transfer: Transfer, *, seconds: float = 120) -> str:
-    deadline = time.monotonic() + seconds
-    while transfer.status.state in ("queued", "starting", "running", "cancelling"):
-        assert time.monotonic() < deadline, transfer.log_tail()
-        process.escalate_cancel(transfer)
-        time.sleep(0.05)
-    return transfer.status.state
-
-
 # Pull
 
 
 def test_an_sae_is_pulled_into_a_run_that_computes_the_same(
-    hub: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    released: Repo, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    released(hub, finished, NAME)
-    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
+    assert pull(tmp_path / "pulled") == 0
     text = said(capsys)
     assert f"{NAME}: SAELens 6, 2 files" in text
-    assert f"commit {hub.repos['models', 'ada/saes'].refs['main'][:12]}" in text
+    assert f"commit {released.refs['main'][:12]}" in text
     run = Run.open(tmp_path / "pulled")
     (spec,) = run.config.saes
     ours, theirs = load_sae(finished.sae_folder(NAME)), load_sae(run.sae_folder(spec.name))
@@ -99,7 +85,7 @@ def test_an_sae_is_pulled_into_a_run_that_computes_the_same(
     assert run.status.state == "finished"
     assert run.config.model.hook_name == finished.config.model.hook_name
     (event,) = [event for event in run.events() if event["event"] == "pulled"]
-    assert event["commit"] == hub.repos["models", "ada/saes"].refs["main"]
+    assert event["commit"] == released.refs["main"]
     # What came is in the run now, and nowhere twice.
     (transfer,) = transfers(tmp_path)
     assert (transfer.status.state, transfer.result) == ("finished", "pulled")
@@ -107,11 +93,9 @@ def test_an_sae_is_pulled_into_a_run_that_computes_the_same(
 
 
 @pytest.mark.slow
-def test_a_pulled_sae_is_evaluated_like_our_own(
-    hub: Hub, finished: Run, small_text: Path, tmp_path: Path
-) -> None:
-    released(hub, finished, NAME)
-    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 0
+@pytest.mark.usefixtures("released")
+def test_a_pulled_sae_is_evaluated_like_our_own(tmp_path: Path) -> None:
+    assert pull(tmp_path / "pulled") == 0
     assert main.main(["evaluate", str(tmp_path / "pulled"), "--tokens", "64"]) == 0
     (row,) = Run.open(tmp_path / "pulled").evals()
     assert row["d_sae"] == 6
@@ -121,51 +105,48 @@ def test_a_pulled_sae_is_evaluated_like_our_own(
 def test_several_saes_are_listed_and_one_has_to_be_named(
     hub: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    released(hub, finished, NAME, "relu-0.05")
-    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled")]) == 2
+    hub.add("ada/saes", files_of(finished, NAME) | files_of(finished, "relu-0.05"))
+    assert pull(tmp_path / "pulled") == 2
     assert "expected one SAE, found 2 in ada/saes; name one after a colon" in said(capsys)
     assert main.main(["pull", "ada/saes", "--list"]) == 0
     lines = said(capsys).splitlines()
     assert lines[0].endswith(": 2 of them")
     assert [line.split()[0] for line in lines[1:]] == ["SAE", NAME, "relu-0.05"]
     assert hub.requests("GET", "/storage/") == []
-    assert main.main(["pull", "ada/saes:relu-0.05", "--to", str(tmp_path / "pulled")]) == 0
+    assert pull(tmp_path / "pulled", "ada/saes:relu-0.05") == 0
 
 
+@pytest.mark.usefixtures("released")
 def test_a_name_that_is_taken_is_refused_before_anything_is_fetched(
     hub: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    released(hub, finished, NAME)
-    assert main.main(["pull", "ada/saes", "--to", str(finished.folder)]) == 2
-    assert "expected a new name for the run, got run, which there is" in said(capsys)
+    assert pull(finished.folder) == 2
+    assert f"expected a new folder for the run, found a run in {finished.folder}" in said(capsys)
     assert hub.requests("GET", "/storage/") == []
+    assert transfers(finished.folder.parent) == []
 
 
+@pytest.mark.usefixtures("released")
 def test_a_pull_that_breaks_says_so_and_goes_on_by_range(
-    hub: Hub, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    released(hub, finished, NAME)
-    path = f"{NAME}/sae_weights.safetensors"
-    hub.cut[path] = (200, 99)  # no connection comes further
-    command = ["pull", "ada/saes", "--to", str(tmp_path / "pulled")]
-    assert main.main(command) == 2
+    hub.cut[f"{NAME}/sae_weights.safetensors"] = (200, 99)  # no connection comes further
+    assert pull(tmp_path / "pulled") == 2
     assert "the connection broke after 200 bytes; start it again to go on" in said(capsys)
     (transfer,) = transfers(tmp_path)
     assert transfer.status.state == "failed"
     assert "the connection broke" in str(transfer.status.error)
     hub.cut = {}
     hub.seen.clear()
-    assert main.main(command) == 0
+    assert pull(tmp_path / "pulled") == 0
     assert [one.range for one in hub.requests("GET", "/storage/")] == ["bytes=200-"]
 
 
 def test_what_a_branch_moves_to_meanwhile_changes_nothing(
-    hub: Hub, finished: Run, root: Path
+    released: Repo, finished: Run, root: Path
 ) -> None:
-    released(hub, finished, NAME)
     transfer = asked(root / "other")
-    repo = hub.repos["models", "ada/saes"]
-    repo.commit({f"{NAME}/sae_weights.safetensors": b"other"})
+    released.commit({f"{NAME}/sae_weights.safetensors": b"other"})
     assert main.main(["resume", str(transfer.folder)]) == 0
     run = Run.open(root / "other" / "pulled")
     assert torch.equal(
@@ -178,15 +159,15 @@ def test_what_is_no_sae_after_all_fails_with_its_sentence(
     hub: Hub, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("ada/odd", {"params.npz": b"PK\x03\x04 not an archive, really"})
-    assert main.main(["pull", "ada/odd", "--to", str(root / "pulled")]) == 2
+    assert pull(root / "pulled", "ada/odd") == 2
     (transfer,) = transfers(root)
     assert transfer.status.state == "failed"
     assert "params.npz" in str(transfer.status.error)
     assert not (root / "pulled").exists()
 
 
-def test_asking_twice_is_one_transfer(hub: Hub, finished: Run, root: Path) -> None:
-    released(hub, finished, NAME)
+@pytest.mark.usefixtures("released")
+def test_asking_twice_is_one_transfer(root: Path) -> None:
     first, second = asked(root / "other"), asked(root / "other", to="elsewhere")
     assert first.folder == second.folder
     request = second.request
@@ -207,10 +188,8 @@ def test_names_of_runs_come_from_repository_and_folder(tmp_path: Path) -> None:
 def test_a_download_outlives_its_starter_and_is_cancelled_and_taken_up(
     hub: Hub, finished: Run, root: Path
 ) -> None:
-    released(hub, finished, NAME)
-    content = os.urandom(2**20)
-    files = hub.repos["models", "ada/saes"].head
-    hub.add("ada/big", {**files, f"{NAME}/activation_whitening.safetensors": content})
+    more = {f"{NAME}/activation_whitening.safetensors": os.urandom(2**20)}
+    hub.add("ada/big", files_of(finished, NAME) | more)
     hub.slow_seconds = 0.2  # 64 pieces: 13 s
     transfer = asked(root / "other", "ada/big")
     process.start(transfer)
@@ -253,7 +232,7 @@ def test_a_pushed_sae_comes_back_identical(
     ]
     # One commit that made the repository, and one that holds everything.
     assert len(repo.commits) == 2
-    assert main.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
+    assert pull(tmp_path / "back", "ada/mine") == 0
     back = Run.open(tmp_path / "back")
     (spec,) = back.config.saes
     assert filecmp.cmp(
@@ -264,7 +243,7 @@ def test_a_pushed_sae_comes_back_identical(
 
 
 def test_a_public_repository_is_made_only_when_asked_for(writer: Hub, finished: Run) -> None:
-    assert push(finished, to="ada/open", public=True) == 0
+    assert main.main([*pushing(finished, to="ada/open"), "--public"]) == 0
     assert not writer.repos["models", "ada/open"].private
 
 
@@ -288,8 +267,9 @@ def test_an_interrupted_push_leaves_no_half_commit(
     repo = writer.add("ada/mine", {"notes.txt": b"mine"})
     before = dict(repo.refs)
     setattr(writer, fault, True)
-    command = ["push", str(finished.folder), "--sae", NAME, "--to", "ada/mine"]
-    assert "the connection broke; nothing was changed there: push again" in mistake(command, capsys)
+    assert "'ada/mine' was not reached; go online and try again" in mistake(
+        pushing(finished), capsys
+    )
     assert repo.refs == before
     setattr(writer, fault, False)
     assert push(finished) == 0
@@ -302,6 +282,13 @@ def test_a_push_without_a_token_is_a_sentence_and_asks_nothing(
     assert push(finished) == 2
     assert "expected a Hub token that may write, found none; run `hf auth login`" in said(capsys)
     assert hub.seen == []
+
+
+def test_a_push_of_no_sae_is_a_sentence(
+    hub: Hub, finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["push", str(finished.folder), "--sae", "--to", "ada/x"]) == 2
+    assert "expected the name of an SAE to push, got none" in said(capsys)
 
 
 @pytest.mark.parametrize("to", ["mine", "é/b", "a/b/c", "ada/--x", "ada/mine y", "<b>/x"])
@@ -347,8 +334,7 @@ def test_what_is_not_whole_is_not_pushed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     spoil(finished)
-    command = ["push", str(finished.folder), "--sae", sae, "--to", "ada/mine"]
-    assert sentence in mistake(command, capsys)
+    assert sentence in mistake(pushing(finished, sae), capsys)
     assert writer.repos == {}
 
 
@@ -356,7 +342,7 @@ def test_no_token_is_written_into_a_run_a_transfer_or_a_log(
     writer: Hub, finished: Run, tmp_path: Path
 ) -> None:
     assert push(finished) == 0
-    assert main.main(["pull", "ada/mine", "--to", str(tmp_path / "back")]) == 0
+    assert pull(tmp_path / "back", "ada/mine") == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]

@@ -1,11 +1,12 @@
-"""The index's compiled loops beside what torch and NumPy say: picked, split and kept."""
+"""What an index picks and keeps, beside what torch and NumPy say and by hand."""
+
+import math
 
 import numpy as np
-import pytest
 import torch
+from examples import random_relu, set_
 
-from gsae_core.analysis.features import loops as index_loops
-from gsae_core.analysis.features.collect import Collector, NearBand
+from gsae_core.analysis.features.collect import Collector, NearBand, margins
 from gsae_core.analysis.features.logit_effects import largest_in_rows
 from gsae_core.sae.architectures import GatedSAE
 
@@ -28,30 +29,29 @@ def test_a_row_leaves_out_its_own_column() -> None:
     assert values.tolist() == [[3.0, 1.0, -2.0], [5.0, 0.0, -1.0]]
 
 
-@pytest.mark.parametrize("columns", [5, 32, 77])
-def test_heaps_keep_each_column_s_largest_whatever_the_order(columns: int) -> None:
-    margin = np.random.default_rng(0).standard_normal((50, columns)).astype(np.float32)
-    heaps, floor = np.full((columns, 7), -np.inf, np.float32), np.full(columns, -np.inf, np.float32)
-    index_loops.keep_largest(margin[30:], heaps, floor)
-    index_loops.keep_largest(margin[:30], heaps, floor)
-    wanted = np.sort(margin, axis=0)[-7:].T
-    np.testing.assert_array_equal(np.sort(heaps, axis=1), wanted)
-    np.testing.assert_array_equal(floor, wanted[:, 0])
+def test_a_band_is_the_same_whatever_the_order() -> None:
+    sae, x = random_relu(), torch.randn(500, 4, dtype=torch.float64)
+    # 512 tokens of 5120 in the band: of 500 in the sample the 50 with the largest margins.
+    one, two = (NearBand(sae, n_sample=500, n_tokens=5120) for _ in range(2))
+    one.add(x)
+    for part in (x[300:], x[:300]):
+        two.add(part)
+    margin, fires = margins(sae, x)
+    wanted = margin.masked_fill(fires, -torch.inf).sort(0, descending=True).values[49]
+    torch.testing.assert_close(one.width, wanted)
+    torch.testing.assert_close(two.width, wanted)
 
 
 def test_a_product_fires_is_near_or_neither() -> None:
     # One feature whose gate opens above 1, with f = 2 h - 4: it fires above 2, and a margin
     # h - 2 > -0.6 is near. h = 1.5 opens the gate onto nothing.
-    ones = np.ones(1)
-    rules = (ones, 2 * ones, -4 * ones, 0 * ones, 2 * ones, -0.6 * ones)
-    ends, latent = np.array([2, 2, 4]), np.zeros(4, np.int64)
-    h, counts, gate_open = np.array([3.0, 1.5, 1.3, 2.5]), np.zeros(3, np.int64), np.zeros(1, int)
-    near_row, near_latent, margin = np.zeros(4, int), np.zeros(4, int), np.zeros(4)
-    room = (counts, near_row, near_latent, margin, gate_open)
-    assert index_loops.split(ends, latent, h, rules, *room) == (2, 1)
-    assert h[:2].tolist() == [2.0, 1.0]
-    assert counts.tolist() == [1, 0, 1]
-    assert (near_row[0], margin[0], gate_open[0]) == (0, -0.5, 4)
+    sae = GatedSAE(1, 1)
+    set_(sae, W_gate=[1], b_gate=[-1], r_mag=[math.log(2)], b_mag=[-4], W_dec=[1], b_dec=[0])
+    found = Collector(sae, torch.tensor([-0.6]))(torch.tensor([[3.0], [1.5], [1.3], [2.5]]))
+    assert found.counts.tolist() == [1, 0, 0, 1]
+    assert found.value.tolist() == [2.0, 1.0]
+    assert (found.near_row.tolist(), found.near_margin.tolist()) == ([1], [-0.5])
+    assert found.gate_open.tolist() == [4]
 
 
 def test_what_fires_is_what_encode_says_and_no_near_miss_fires() -> None:

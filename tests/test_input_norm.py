@@ -25,7 +25,7 @@ from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel
 from gsae_core.sae.ablations import pursue, rescale_and_shift
 from gsae_core.sae.architectures import GatedSAE, ReluSAE, TopKSAE, fold_scale_
-from gsae_core.sae.base import EPS, SAE, InputNorm, normalised
+from gsae_core.sae.base import EPS, SAE, InputNorm, Normalised
 from gsae_core.sae.losses import dense_step
 from gsae_core.sae.metrics import Metrics
 from gsae_core.sae.sparse.codes import encode_sparse
@@ -54,6 +54,10 @@ def in_the_plane(norm: InputNorm | None) -> ReluSAE:
     set_(sae, W_enc=[[1, 0], [0, 1]], b_enc=[0, 0], W_dec=[[1, 0], [0, 2]], b_dec=[0, 1])
     sae.input_norm = norm
     return sae
+
+
+def normalised(x: Tensor, norm: InputNorm | None) -> Normalised:
+    return normed("relu", norm, x.shape[-1]).normalised(x)
 
 
 # By hand

@@ -1,13 +1,13 @@
 """A run from config to files: units of lambda, memory asked first, what is written and said."""
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from examples import loss
 from refusals import refusal
-from tiny_runs import N_STEPS, finish, tiny_config, write_text
+from tiny_runs import N_STEPS, finish
 
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
@@ -18,7 +18,7 @@ from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.plan import cost
 from gsae_core.runs.plan.cost import check_memory, memory_parts, n_parameters, resolve_device
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.train import evaluate_run, log_every, train_run
+from gsae_core.runs.work.train import evaluate_run, log_every
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.text import Progress
 from gsae_core.training.optimizer import sparsity_in_training_units
@@ -51,13 +51,10 @@ def test_lambda_is_brought_to_the_summed_error_of_equation_8(loss_norm: str, coe
 
 def test_in_unit_activations_the_papers_two_norms_agree() -> None:
     # E|x|^2 = 4, so s = 1/2 makes it 1, and dividing by it once more changes nothing.
-    by_mean = sparsity_in_training_units(
-        spec(loss_norm="mean"), d_in=3, scale=0.5, mean_square_norm=4.0
-    )
-    by_power = sparsity_in_training_units(
-        spec(loss_norm="mean_power"), d_in=3, scale=0.5, mean_square_norm=4.0
-    )
-    assert by_mean == by_power == (1.5, 3.0)
+    for norm in ("mean", "mean_power"):
+        one = spec(loss_norm=norm)
+        got = sparsity_in_training_units(one, d_in=3, scale=0.5, mean_square_norm=4.0)
+        assert got == (1.5, 3.0)
 
 
 @pytest.mark.parametrize("architecture", ["gated", "relu", "jumprelu"])
@@ -139,39 +136,24 @@ def test_a_device_this_machine_has_not_is_told() -> None:
 # A whole run
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+def trained(tiny_trained: tuple[Run, list[Progress]]) -> Run:
+    return tiny_trained[0]
 
 
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, text: Path
-) -> tuple[Run, list[Progress]]:
-    run = Run.create(
-        tmp_path_factory.mktemp("runs") / "run",
-        tiny_config(tiny_lm_folder, text, seed=1),
-    )
-    return run, list(train_run(run))
-
-
-def test_progress_tells_each_stage_in_turn(trained: tuple[Run, list[Progress]]) -> None:
-    stages = [progress.stage for progress in trained[1]]
-    assert list(dict.fromkeys(stages)) == ["loading", "training", "evaluating", "finished"]
-    training = [p for p in trained[1] if p.stage == "training"]
-    assert [p.done for p in training] == list(range(1, N_STEPS + 1))
+def test_progress_tells_each_stage_in_turn(tiny_trained: tuple[Run, list[Progress]]) -> None:
+    told = tiny_trained[1]
+    stages = list(dict.fromkeys(progress.stage for progress in told))
+    assert stages == ["loading", "training", "evaluating", "finished"]
+    training = [p for p in told if p.stage == "training"]
+    assert [p.done for p in training] == list(range(N_STEPS + 1))
     assert {p.total for p in training} == {N_STEPS}
-    (*_, last) = [p for p in trained[1] if p.stage == "evaluating"]
+    (*_, last) = [p for p in told if p.stage == "evaluating"]
     assert last.done == last.total == 100
 
 
-def test_a_finished_run_holds_all_that_was_promised(trained: tuple[Run, list[Progress]]) -> None:
-    run = trained[0]
+def test_a_finished_run_holds_all_that_was_promised(trained: Run) -> None:
+    run = trained
     assert (run.status.state, run.status.step, run.status.error) == ("finished", N_STEPS, None)
     rows = run.metrics()
     assert [row["sae"] for row in rows] == ["gated", "relu"] * N_STEPS
@@ -196,9 +178,9 @@ def test_a_finished_run_holds_all_that_was_promised(trained: tuple[Run, list[Pro
 
 
 def test_a_saved_sae_reads_raw_activations_and_says_how_it_came_about(
-    trained: tuple[Run, list[Progress]], tiny_lm: LanguageModel, text: Path
+    trained: Run, tiny_lm: LanguageModel
 ) -> None:
-    run = trained[0]
+    run = trained
     metadata = read_cfg(run.sae_folder("gated"))["metadata"]
     assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
     assert metadata["n_tokens"] == 16 * N_STEPS
@@ -215,30 +197,23 @@ def test_a_saved_sae_reads_raw_activations_and_says_how_it_came_about(
     assert math.isclose(fvu, run.evals()[0]["fvu"], rel_tol=0.3)
 
 
-def test_evaluating_again_finds_the_same_and_fewer_tokens_when_asked(
-    trained: tuple[Run, list[Progress]],
-) -> None:
-    run = trained[0]
-    before = run.evals()
-    assert [p.stage for p in evaluate_run(run)][-1] == "finished"
-    assert run.evals() == before
-    for _ in evaluate_run(run, n_tokens=30):
-        pass
-    assert run.evals()[0]["n_tokens"] < before[0]["n_tokens"]
+def test_evaluating_again_finds_the_same_and_fewer_tokens_when_asked(trained: Run) -> None:
+    before = trained.evals()
+    assert [p.stage for p in evaluate_run(trained)][-1] == "finished"
+    assert trained.evals() == before
+    list(evaluate_run(trained, n_tokens=30))
+    assert trained.evals()[0]["n_tokens"] < before[0]["n_tokens"]
+    list(evaluate_run(trained))
 
 
-def test_a_finished_run_is_not_trained_again(trained: tuple[Run, list[Progress]]) -> None:
-    with pytest.raises(InputError, match="expected a run with steps left, got run, which is fini"):
-        next(train_run(trained[0]))
+WILD = SAESpec(name="wild", architecture="relu", d_sae=20, sparsity=0.3, lr=1e30)
 
 
 def test_an_sae_that_diverges_is_kept_and_marked_and_the_others_are_evaluated(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path
+    new_run: Callable[..., Run],
 ) -> None:
-    wild = SAESpec(name="wild", architecture="relu", d_sae=20, sparsity=0.3, lr=1e30)
     tame = SAESpec(name="tame", architecture="gated", d_sae=24, sparsity=0.3)
-    cfg = tiny_config(tiny_lm_folder, text, saes=(wild, tame))
-    run = Run.create(tmp_path / "run", cfg)
+    run = new_run(saes=(WILD, tame))
     finish(run)
     assert run.status.state == "finished"
     assert [row["name"] for row in run.evals()] == ["tame"]
@@ -251,10 +226,9 @@ def test_an_sae_that_diverges_is_kept_and_marked_and_the_others_are_evaluated(
 
 
 def test_a_run_whose_every_sae_diverges_fails_with_the_first_cause(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path
+    new_run: Callable[..., Run],
 ) -> None:
-    wild = SAESpec(name="wild", architecture="relu", d_sae=20, sparsity=0.3, lr=1e30)
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text, saes=(wild,)))
+    run = new_run(saes=(WILD,))
     said = refusal(finish, run)
     assert said.startswith(
         "expected an SAE that learns to the end, got none: wild stopped at step "
@@ -264,9 +238,8 @@ def test_a_run_whose_every_sae_diverges_fails_with_the_first_cause(
 
 
 def test_a_disk_too_small_for_the_states_is_told_before_training(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
     monkeypatch.setattr("gsae_core.runs.work.setup.free_bytes", lambda path: 2_000)
     # gated: 2 x 12 x 24 + 3 x 24 + 12 = 660;  relu: 2 x 12 x 20 + 20 + 12 = 512
     # two states of weights and two moments in float32: 2 x 4 x 3 x 1172 = 28 kB
@@ -276,28 +249,16 @@ def test_a_disk_too_small_for_the_states_is_told_before_training(
     )
 
 
-def test_an_sae_of_another_width_than_the_site_is_told_on_evaluation(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path
-) -> None:
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+def test_a_run_without_saes_or_with_some_of_another_width_cannot_be_evaluated(run: Run) -> None:
+    with pytest.raises(InputError, match="expected a folder or file with an SAE, found nothing at"):
+        list(evaluate_run(run))
     for spec in run.config.saes:
         save_sae(build_sae(spec, 7), run.sae_folder(spec.name), metadata={"stopped": None})
     with pytest.raises(InputError, match="expected SAE 'gated' to take activations of width 12"):
         list(evaluate_run(run))
 
 
-def test_a_run_without_saes_cannot_be_evaluated(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path
-) -> None:
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    with pytest.raises(InputError, match=r"expected an SAE folder with cfg\.json and sae_weights"):
-        list(evaluate_run(run))
-
-
-def test_a_run_in_training_is_not_evaluated(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path
-) -> None:
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
+def test_a_run_in_training_is_not_evaluated(run: Run) -> None:
     with Worker(run), pytest.raises(InputError) as caught:
         list(evaluate_run(run))
     assert str(caught.value) == (
@@ -305,39 +266,31 @@ def test_a_run_in_training_is_not_evaluated(
     )
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+MEMORY = (
+    "expected more memory than the device has left; lower the batch size, the width or the number "
+    "of SAEs ({})"
 )
-def test_memory_that_runs_out_is_told_in_a_sentence(
-    tmp_path: Path,
-    tiny_lm_folder: Path,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: RuntimeError,
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+        (RuntimeError("can't allocate memory"), MEMORY),
+        (RuntimeError("a bolt came loose"), "RuntimeError: {}; see log.txt"),
+    ],
+)
+def test_memory_that_runs_out_and_what_is_unforeseen_fail_the_run_with_a_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, sentence: str
 ) -> None:
     def fail(run: Run) -> None:
         raise error
 
     monkeypatch.setattr("gsae_core.runs.work.train.set_up", fail)
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    assert refusal(finish, run) == (
-        "expected more memory than the device has left; lower the batch size, the width or the "
-        f"number of SAEs ({error})"
-    )
-
-
-def test_an_unforeseen_error_fails_the_run_and_keeps_its_traceback_in_the_log(
-    tmp_path: Path, tiny_lm_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(run: Run) -> None:
-        raise RuntimeError("a bolt came loose")
-
-    monkeypatch.setattr("gsae_core.runs.work.train.set_up", fail)
-    run = Run.create(tmp_path / "run", tiny_config(tiny_lm_folder, text))
-    with pytest.raises(RuntimeError, match="a bolt came loose"):
+    with pytest.raises((InputError, RuntimeError)):
         finish(run)
-    assert run.status.error == "RuntimeError: a bolt came loose; see log.txt"
-    assert "Traceback" in "\n".join(run.log_tail())
+    assert (run.status.state, run.status.error) == ("failed", sentence.format(error))
+    assert ("Traceback" in "\n".join(run.log_tail())) == (sentence != MEMORY)
 
 
 def test_long_runs_log_about_three_hundred_points() -> None:

@@ -324,20 +324,29 @@ def test_l0_falls_tenfold_over_two_decades_of_lambda(seed: int, length: float) -
     assert least > 10 * most
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_l0_falls_tenfold_over_two_decades_of_lambda_on_the_bundled_model() -> None:
-    # 512 steps of 2048 where the quick preset trains, at the defaults of everything else.
+@pytest.mark.parametrize(
+    ("n_steps", "batch", "width", "n_seeds"),
+    [
+        pytest.param(256, 256, 256, 1, marks=pytest.mark.slow),
+        # The quick preset's batch and width.
+        pytest.param(512, 2048, 1024, 3, marks=pytest.mark.long),
+    ],
+)
+def test_l0_falls_tenfold_over_two_decades_of_lambda_on_the_bundled_model(
+    n_steps: int, batch: int, width: int, n_seeds: int
+) -> None:
+    # Where the quick preset trains, at the defaults of everything else. Seen: 81 to 0.8, 71 to 1.3.
     quick = preset("quick").config()
     model = load_lm(quick)
     text, place = load_text(quick, model).train, quick.model
     harvest = Harvest(model, text, layer=place.layer, site=place.site)
-    stream = ActivationStream(harvest, batch_size=2048, seed=0, n_batches=512)
-    seeds = range(3)
-    saes = [JumpReluSAE(harvest.d_in, 1024, seed=seed) for seed in seeds for _ in LAMBDAS]
-    cfg = TrainConfig(n_tokens=512 * 2048, batch_size=2048, sparsity=LAMBDAS * len(seeds))
+    stream = ActivationStream(harvest, batch_size=batch, seed=0, n_batches=n_steps)
+    saes = [JumpReluSAE(harvest.d_in, width, seed=seed) for seed in range(n_seeds) for _ in LAMBDAS]
+    n_tokens = n_steps * batch
+    cfg = TrainConfig(n_tokens=n_tokens, batch_size=batch, sparsity=LAMBDAS * n_seeds)
     found = mean_l0(saes, stream.batches(), cfg)
-    for seed in seeds:
+    for seed in range(n_seeds):
         least, some, most = found[3 * seed : 3 * seed + 3]
         print(f"seed {seed}: L0 {least:.1f}, {some:.1f}, {most:.2f}")
         assert least > some > most > 0.1
@@ -345,14 +354,6 @@ def test_l0_falls_tenfold_over_two_decades_of_lambda_on_the_bundled_model() -> N
 
 
 # Mistakes
-
-
-@pytest.mark.parametrize("recipe", ["A", "B"])
-def test_recipes_that_weigh_an_l1_term_are_refused(recipe: str) -> None:
-    assert refusal(JumpReluSAE, 4, 7, recipe=recipe) == (
-        f"expected recipe 'P' for a JumpReLU SAE, got {recipe!r}: recipes A and B weigh an L1 "
-        "term, and this architecture has none"
-    )
 
 
 @pytest.mark.parametrize("name", ["init_threshold", "bandwidth", "threshold_unit"])

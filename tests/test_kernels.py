@@ -20,6 +20,11 @@ from gsae_core.sae.gpu.step import available, kernel_step
 FOLDER = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def asked_anew() -> None:
+    step._device_refusal.cache_clear()
+
+
 def need_triton() -> Any:
     return pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 
@@ -54,12 +59,13 @@ import sys
 sys.modules["triton"] = None  # what an import meets where it is not installed
 import torch
 from gsae_core.sae.gpu.step import available
-print(available(torch.device("cuda")))
+from gsae_core.sae.architectures import GatedSAE
+print(available(torch.device("cuda"), GatedSAE(2, 3)))
 """
     done = run_python("-c", program)
     assert done.stderr == ""
     assert done.stdout.startswith("expected Triton for the sparse step on a GPU, got")
-    assert done.stdout.endswith("and without it the dense step is taken\n")
+    assert done.stdout.endswith("; without it the dense step is taken\n")
 
 
 def test_importing_the_kernels_imports_no_triton() -> None:
@@ -67,34 +73,32 @@ def test_importing_the_kernels_imports_no_triton() -> None:
     assert run_python("-c", program).stdout == "False\n"
 
 
+SAE = GatedSAE(2, 3)
+
+
 def test_a_cpu_is_refused() -> None:
     need_triton()
     sentence = (
-        "expected a CUDA device for the sparse step's kernels, got 'cpu'; "
-        "sparse_step does the same on a CPU"
+        "expected an NVIDIA GPU of compute capability 8.0 or newer for the sparse step's kernels, "
+        "got cpu; the dense step is taken"
     )
-    assert available(torch.device("cpu")) == sentence
-    said = refusal(kernel_step, GatedSAE(2, 3), torch.zeros(1, 2), sparsity_coeff=0.1, capacity=1)
+    assert available(torch.device("cpu"), SAE) == sentence
+    said = refusal(kernel_step, SAE, torch.zeros(1, 2), sparsity_coeff=0.1, capacity=1)
     assert said == sentence
 
 
-def test_an_old_gpu_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cuda", ["13.0", None], ids=["old", "another make"])
+def test_a_gpu_that_is_old_or_of_another_make_is_refused_by_its_name(
+    cuda: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need_triton()
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert available(torch.device("cuda")) == (
-        "expected a GPU of compute capability 8.0 or newer, got 7.5 (Tesla T4); "
-        "the dense step is taken"
+    assert available(torch.device("cuda"), SAE) == (
+        "expected an NVIDIA GPU of compute capability 8.0 or newer for the sparse step's kernels, "
+        "got Tesla T4; the dense step is taken"
     )
-
-
-def test_another_make_of_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    need_triton()
-    monkeypatch.setattr(torch.version, "cuda", None)
-    reason = available(torch.device("cuda"))
-    assert reason is not None
-    assert reason.startswith("expected an NVIDIA GPU for the sparse step's kernels")
 
 
 def test_a_gpu_on_which_nothing_runs_is_refused_with_the_cause(
@@ -104,7 +108,7 @@ def test_a_gpu_on_which_nothing_runs_is_refused_with_the_cause(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     # No machine here has a GPU of this number, so that selecting it fails.
-    reason = available(torch.device("cuda", 99))
+    reason = available(torch.device("cuda", 99), SAE)
     assert reason is not None
     assert reason.startswith("expected Triton to run a kernel, got ")
     assert reason.endswith("gcc python3-dev), else the dense step is taken")
@@ -113,7 +117,7 @@ def test_a_gpu_on_which_nothing_runs_is_refused_with_the_cause(
 # Triton's compilers, which need no GPU
 
 
-KERNELS = ("encode_tiles", "place_entries", "decode_rows", "sum_latents", "sum_windows")
+KERNELS = ("encode_tiles", "place_entries", "decode_rows", "sum_latents")
 
 
 class Launches:
@@ -210,35 +214,30 @@ def test_the_other_kernels_compile_at_every_width(
 ) -> None:
     need_triton()
     seen = launches(random_sae("gated", d_in, 256, **switches).float(), monkeypatch)
-    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(KERNELS[:4])
+    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(KERNELS)
     for launch in seen[1:]:
         assert len(compiled(*launch, 90).asm["cubin"]) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_of_thresholds_compile(
-    capability: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "switches", "names"),
+    [("jumprelu", {}, KERNELS), ("topk", {"k": 8}, ("decode_rows", "decode_rows", "sum_latents"))],
+)
+def test_the_kernels_of_thresholds_ranks_and_dead_latents_compile(
+    kind: str,
+    switches: dict[str, Any],
+    names: tuple[str, ...],
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need_triton()
-    seen = launches(random_sae("jumprelu", 512, 256).float(), monkeypatch)
-    assert sorted(kernel.fn.__name__ for kernel, _, _ in seen) == sorted(KERNELS)
+    sae = random_sae(kind, 512, 256, **switches).float()
+    seen = launches(sae, monkeypatch, dead=torch.ones(256, dtype=torch.bool))
+    assert [kernel.fn.__name__ for kernel, _, _ in seen] == list(names)
     for launch in seen:
         assert len(compiled(*launch, capability).asm["cubin"]) > 0
-
-
-@pytest.mark.slow
-def test_the_kernels_of_ranks_and_dead_latents_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    need_triton()
-    sae = random_sae("topk", 512, 256, k=8).float()
-    seen = launches(sae, monkeypatch, dead=torch.ones(256, dtype=torch.bool))
-    assert [kernel.fn.__name__ for kernel, _, _ in seen] == [
-        "decode_rows",
-        "decode_rows",
-        "sum_latents",
-    ]
-    for launch in seen:
-        assert len(compiled(*launch, 90).asm["cubin"]) > 0
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from app_pages import APP, PAGES, circuit, opened
 from streamlit.testing.v1 import AppTest
 
-from gsae_core.app.train_form import form_fields
+from gsae_core.app.train_form import FIELDS
 from gsae_core.runs.run import EXAMPLE_ID
 
 SHARED = {"run": "selectbox", "paper": "selectbox"}
@@ -111,7 +111,7 @@ def keys_of(path: Path) -> Iterator[tuple[ast.expr, bool]]:
 def test_what_the_address_does_not_hold_is_kept_under_its_page_s_name() -> None:
     pairs = [(spelled(key), held) for path in SOURCES for key, held in keys_of(path)]
     found = [(key, held) for key, held in pairs if key is not None]
-    bound = {key for key, held in found if held} | form_fields().keys()
+    bound = {key for key, held in found if held} | FIELDS.keys()
     bound |= {"f", "dens"}  # their widgets are given a name from a list
     loose = {key for key, held in found if not held and not key.startswith(PREFIXES)}
     assert loose <= bound | {"run"}

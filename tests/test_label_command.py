@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,6 @@ from gsae_core.runs import run as example
 from gsae_core.runs.run import Run
 
 SAE, OTHER = "gated-0.3", "relu-0.3"
-
-
-@pytest.fixture
-def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
-    server = Chat()
-    monkeypatch.setenv("OPENAI_BASE_URL", server.address)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture

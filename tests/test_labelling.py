@@ -48,6 +48,17 @@ class Answers:
         return " ".join(str(int(self._knows(text))) for text in texts)  # type: ignore[operator]
 
 
+class Says(Answers):
+    """A writer that says one thing whatever it is asked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(bool)
+        self._text = text
+
+    def answer(self, question: str, *, max_tokens: int) -> str:
+        return self._text
+
+
 @pytest.fixture
 def index(tiny_lm: LanguageModel, tmp_path: Path) -> FeatureIndex:
     return built(tiny_lm, some_sae("topk"), tmp_path)
@@ -108,14 +119,10 @@ def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:
     with pytest.raises(InputError, match=f"expected a feature that fires, got {dead}, which is de"):
         write_label(index.feature(dead), Answers(bool))
 
-    class Mumbles(Answers):
-        def answer(self, question: str, *, max_tokens: int) -> str:
-            return ""
-
     with pytest.raises(InputError, match="expected a label from oracle, got an empty answer"):
-        write_label(index.feature(sparse(index)), Mumbles(bool))
+        write_label(index.feature(sparse(index)), Says(""))
     with pytest.raises(InputError, match="expected 10 digits, 0 or 1, from oracle, got ''"):
-        score_label(index.feature(sparse(index)), "x", Mumbles(bool))
+        score_label(index.feature(sparse(index)), "x", Says(""))
 
 
 def test_a_model_on_this_machine_writes(tiny_lm_folder: Path) -> None:
@@ -237,8 +244,5 @@ def test_no_secret_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_seen_is_no_part_of_a_label(index: FeatureIndex) -> None:
-    class Colours(Answers):
-        def answer(self, question: str, *, max_tokens: int) -> str:
-            return "\x1b\x07\nfull\u202e stops"
-
-    assert write_label(index.feature(sparse(index)), Colours(bool)) == "full stops"
+    writer = Says("\x1b\x07\nfull\u202e stops")
+    assert write_label(index.feature(sparse(index)), writer) == "full stops"

@@ -13,7 +13,6 @@ from gsae_core.plots.live import (
     line_chart,
     lines_of,
     plane,
-    smoothed,
     thin,
     tracks,
 )
@@ -50,9 +49,9 @@ def test_a_chart_of_many_long_lines_stays_small() -> None:
 
 def test_smoothing_is_causal_and_unbiased_at_the_start() -> None:
     # Weight 0.5: 2; (4 + 2/2) / (1 + 1/2) = 10/3; (8 + 4/2 + 2/4) / (1 + 1/2 + 1/4) = 6.
-    values = np.array([2.0, 4.0, 8.0])
-    assert smoothed(values, 0.5).tolist() == pytest.approx([2, 10 / 3, 6])
-    assert smoothed(values, 0.0).tolist() == [2, 4, 8]
+    part = {"step": np.arange(3.0), "l0": np.array([2.0, 4.0, 8.0])}
+    chart = line_chart(LINES[:1], [part], "l0", x="step", smoothing=0.5)
+    assert chart.data["value"].to_list() == pytest.approx([2, 10 / 3, 6])
 
 
 def test_a_smoothed_line_keeps_the_raw_one_beneath_it() -> None:

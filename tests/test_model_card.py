@@ -1,8 +1,6 @@
 """The card beside pushed SAEs: its numbers are the run's, its code runs, its words do nothing."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from app_pages import hostile_run
+from app_pages import edited, hostile_run
 from hub_server import TOKEN, Hub
 
 from gsae_core.checkpoints.checkpoint import load_sae
@@ -46,9 +44,9 @@ def test_a_card_says_where_zeros_and_reconstructions_were_read(finished: Run) ->
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
     assert "would do as well (zeros at every position; reconstructions at counted tokens" in card
     assert "earlier version" not in card
-    path = finished.folder / "evals.json"
-    rows = [{k: v for k, v in row.items() if k != "zeroed"} for row in finished.evals()]
-    path.write_text(json.dumps({"saes": rows}))
+    with edited(finished.folder / "evals.json") as evals:
+        for row in evals["saes"]:
+            del row["zeroed"]
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
     assert "(zeros and reconstructions at counted tokens alone, BOS, separators" in card
     assert "Measure again: python -m gsae_core evaluate RUN." in card
@@ -57,17 +55,18 @@ def test_a_card_says_where_zeros_and_reconstructions_were_read(finished: Run) ->
 
 
 def test_a_card_does_not_say_why_no_more_was_measured(finished: Run) -> None:
-    path = finished.folder / "evals.json"
     why = f"no more than what was read before could be read (nothing in {finished.folder})"
-    rows = [{**row, "n_tokens_asked": 10**6, "shortage": why} for row in finished.evals()]
-    path.write_text(json.dumps({"saes": rows}))
+    with edited(finished.folder / "evals.json") as evals:
+        for row in evals["saes"]:
+            row |= {"n_tokens_asked": 10**6, "shortage": why}
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
-    assert f"On {rows[0]['n_tokens']} held-out tokens. L0" in card
+    assert f"On {finished.evals()[0]['n_tokens']} held-out tokens. L0" in card
     assert str(finished.folder) not in card
 
 
 def test_the_front_matter_is_yaml_and_names_no_folder(finished: Run) -> None:
     card = make_card(finished, [NAME], "ada/mine")["README.md"]
+    assert card.startswith("---\n")
     matter = yaml.safe_load(card.split("---")[1])
     assert matter == {"library_name": "saelens", "tags": ["sparse-autoencoder", "gated-sae"]}
     # The run's model and text are folders of this machine.
@@ -129,16 +128,10 @@ def test_the_card_s_dictionary_learning_names_are_those_of_the_export(
         assert torch.equal(held["state"][name], tensor)
 
 
-def test_code_that_would_leave_out_a_token_s_normalising_is_not_shown(
-    finished: Run, tmp_path: Path
-) -> None:
-    shutil.copytree(finished.folder, tmp_path / "copy")
-    copy = Run.open(tmp_path / "copy")
-    path = copy.sae_folder(NAME) / "cfg.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"normalize_activations": "layer_norm"})
-    )
-    card = make_card(copy, [NAME], "ada/mine")["README.md"]
+def test_code_that_would_leave_out_a_token_s_normalising_is_not_shown(finished: Run) -> None:
+    with edited(finished.sae_folder(NAME) / "cfg.json") as cfg:
+        cfg["normalize_activations"] = "layer_norm"
+    card = make_card(finished, [NAME], "ada/mine")["README.md"]
     assert "Each token is normalised on its way in and out (`layer_norm`)." in card
     assert f'SAE.from_pretrained("ada/mine", "{NAME}")' in card
     assert "def encode" not in card
@@ -164,12 +157,11 @@ def test_hostile_names_do_nothing_in_a_card(root: Path) -> None:
 def test_the_figure_places_l0_by_its_logarithm_and_rings_what_is_sent() -> None:
     rows = [row("a", 10, 0.8), row("b", 100, 0.9), row("c", 1000, 0.95, "relu")]
     root = ElementTree.fromstring(pareto_svg(rows, chosen=["b"], title="run"))
-    marks = {mark.get("aria-label", "").split(": L0")[0]: mark for mark in root.iter(f"{SVG}path")}
-    (a, _), b, (c, _) = (place(marks[name]) for name in "abc")
-    assert b[0] - a == pytest.approx(c - b[0], abs=0.2)
-    assert place(marks["ring: b"]) == b
-    assert not {"ring: a", "ring: c"} & marks.keys()
-    assert marks["a"].get("fill") == marks["b"].get("fill") != marks["c"].get("fill")
+    named = [mark for mark in root.iter(f"{SVG}path") if "recovered:" in mark.get("aria-label", "")]
+    a, b, c, ring = (mark for mark in named if mark.get("transform"))
+    assert place(b)[0] - place(a)[0] == pytest.approx(place(c)[0] - place(b)[0], abs=0.2)
+    assert place(ring) == place(b)
+    assert a.get("fill") == b.get("fill") != c.get("fill")
 
 
 def place(mark: ElementTree.Element) -> tuple[float, float]:

@@ -22,11 +22,12 @@ from gsae_core.lm import harvest as harvesting
 from gsae_core.lm import stream
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import CachedActivations, Harvest, check_finite
+from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.runs.resume import load_state
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import index_run
-from gsae_core.runs.work.train import evaluate_run
+from gsae_core.runs.work.setup import load_lm, load_text
+from gsae_core.runs.work.train import evaluate_run, load_state
 
 RARE = "w37"  # the last word of the tiny tokenizer, id 39
 HALF = (
@@ -35,7 +36,7 @@ HALF = (
 )
 
 
-class Spoilt:
+class Spoilt(LanguageModel):
     """Activation of token t: (t, -t); token 7 is infinite there and token 9 NaN."""
 
     device = torch.device("cpu")
@@ -71,7 +72,8 @@ def sentence(n: int, of: int, why: str = HALF) -> str:
 
 def test_a_harvest_ends_with_how_many_of_how_many_and_works_on_none_of_their_passes() -> None:
     text = sequences(6, (2, 7), (5, 9))
-    harvest = Harvest(Spoilt(), text, layer=3, site="mlp_out", rows=2)
+    harvest = Harvest(Spoilt(), text, layer=3, site="mlp_out")
+    harvest.rows = 2
     seen: list[Tensor] = []
     # Six rows of four counted tokens; rows 2 and 3 share a pass, and so do 4 and 5.
     assert refusal(seen.extend, harvest.vectors(np.arange(6))) == sentence(2, 24)
@@ -109,22 +111,20 @@ def test_the_cache_writes_no_such_shard_and_reads_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cached(text: SequenceSet, model: Spoilt) -> CachedActivations:
-        # Two rows of 5 positions, 2 numbers of 2 bytes each, in a shard.
-        place: dict[str, Any] = {"layer": 3, "site": "mlp_out", "rows": 2}
-        return CachedActivations(model, text, tmp_path, **place, shard_bytes=40)
+        return CachedActivations(model, text, tmp_path, layer=3, site="mlp_out")
 
+    # Two rows of 5 positions, 2 numbers of 2 bytes each, in a pass and in a shard.
+    monkeypatch.setattr(harvesting, "CPU_PASS_TOKENS", 10)
+    monkeypatch.setattr(harvesting, "SHARD_BYTES", 40)
     text = sequences(4, (2, 7))
     assert refusal(cached(text, Spoilt()).fill) == sentence(1, 8)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1  # the shard before it
     # As an earlier version left it.
-    monkeypatch.setattr(CachedActivations, "_checked", lambda *_: torch.zeros(8, 2))
     good = sequences(2, (0, 11))
-    cache = cached(good, Spoilt())
-    (path,) = cache._paths
+    (path,) = cached(good, Spoilt())._paths
     x = torch.zeros(8, 2)
     x[3, 1] = math.nan
     save_file({"x": x}, path, {"sha256": harvesting._sha256(x)})
-    monkeypatch.undo()
     assert refusal(lambda: list(cached(good, Spoilt()).vectors(np.arange(2)))) == sentence(1, 8)
 
 
@@ -205,8 +205,6 @@ def test_a_run_that_meets_it_late_fails_with_the_sentence_and_its_saved_steps_st
 
 def harvest_order(run: Run) -> list[int]:
     """Return rows of the text in the order in which the run's training reads them."""
-    from gsae_core.runs.work.setup import load_lm, load_text
-
     corpus = load_text(run.config, load_lm(run.config))
     ids = [tuple(corpus.train[i : i + 1].ids[0].tolist()) for i in range(len(corpus.train))]
     words = Path(run.config.data.source).read_text().split(" ")
@@ -239,8 +237,6 @@ def test_evaluation_and_index_end_with_it_and_keep_what_there_was(
 
 
 def held_out_row(run: Run) -> int:
-    from gsae_core.runs.work.setup import load_lm, load_text
-
     (first,) = load_text(run.config, load_lm(run.config)).held_out[0:1].ids.tolist()
     words = Path(run.config.data.source).read_text().split(" ")
     ids = [int(word[1:]) + 2 for word in words]

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from app_pages import opened, text
+from refusals import refusal
 from safetensors.torch import load_file
+from tiny_runs import finish
 from torch import Tensor
 
 from gsae_core.analysis.labels import Labels
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.checkpoints.formats.detect import find_saes
 from gsae_core.checkpoints.formats.read import read_found
-from gsae_core.errors import InputError
 from gsae_core.runs.run import Run, list_runs, survey
-from gsae_core.runs.work.train import evaluate_run, train_run
+from gsae_core.runs.work.train import evaluate_run
 from gsae_core.runs.work.transfer import PullRequest, transfers
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
@@ -88,15 +89,13 @@ def test_what_was_said_of_features_still_counts(older: Path) -> None:
 def test_a_run_is_evaluated_again(older: Path) -> None:
     run = Run.open(older / "finished")
     (older / "finished" / "evals.json").unlink()
-    for _ in evaluate_run(run):
-        pass
+    list(evaluate_run(run))
     assert [row["name"] for row in run.evals()] == list(SAES)
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_did(older: Path) -> None:
     run = Run.open(older / "interrupted")
-    for _ in train_run(run):
-        pass
+    finish(run)
     assert run.status.state == "finished"
     assert [e["step"] for e in run.events() if e["event"] == "resumed"] == [7]
     for name in ("gated", "relu", "topk"):
@@ -109,10 +108,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_did(older: Path) -> 
 
 def test_an_interrupted_jumprelu_run_says_why_it_cannot_go_on(older: Path) -> None:
     run = Run.open(older / "interrupted-jumprelu")
-    with pytest.raises(InputError) as caught:
-        for _ in train_run(run):
-            pass
-    sentence = str(caught.value)
+    sentence = refusal(finish, run)
     assert "got one of an earlier version, which learnt their logarithms" in sentence
     assert "start a new run (train --config with the run's config.json" in sentence
     assert (run.status.state, run.status.error) == ("failed", sentence)

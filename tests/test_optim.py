@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from refusals import refusal
 
 from gsae_core.config import TrainRecipe
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
@@ -175,24 +174,3 @@ def test_a_saved_state_does_not_change_with_later_steps() -> None:
     set_gradients(sae, seed=1)
     adam.step(lr=0.1)
     assert torch.equal(before, copy)
-
-
-@pytest.mark.parametrize(
-    ("sae", "sentence"),
-    [
-        (
-            GatedSAE(3, 5),
-            "expected moments of W_dec, b_dec, W_gate, b_gate, r_mag, b_mag, got 'W_enc'; "
-            "load the state into the architecture that saved it",
-        ),
-        (
-            ReluSAE(3, 4),
-            "expected moments of shape (4, 3) for W_dec, got (5, 3); "
-            "load the state into an SAE of the widths that saved it",
-        ),
-    ],
-    ids=["architecture", "width"],
-)
-def test_moments_of_another_sae_are_refused(sae: GatedSAE | ReluSAE, sentence: str) -> None:
-    state = stepped(ReluSAE(3, 5)).state_dict()
-    assert refusal(adam_for(sae).load_state_dict, state) == sentence

@@ -3,12 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from gsae_core.lm.catalog import ModelShape, model_facts
 from gsae_core.machine import machine
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.plan.cost import CORE_SPEED, GPU_SPEED, guessed_pace
-from gsae_core.runs.plan.progress import Phase, speed, timeline
+from gsae_core.runs.plan.progress import speed, timeline
 from gsae_core.text import ago, count, duration, fixed, percent, signed_percent, unhidden
 
 
@@ -50,8 +51,15 @@ def happened(*events: tuple[str, float]) -> list[dict[str, object]]:
     return [{"event": name, "time": moment} for name, moment in events]
 
 
-def lengths(phases: tuple[Phase, ...]) -> list[tuple[str, float | None, str]]:
-    return [(phase[0], phase[1], phase[2]) for phase in phases]
+NAMES = ("queued", "starting", "training", "evaluating", "finished")
+
+
+def told(
+    events: list[dict[str, object]], state: Any, *, now: float, last: float = 0.0
+) -> list[tuple[str, float | None, str]]:
+    """Return the timeline of a run whose status was written `last` at."""
+    stands = status(8 if state == "finished" else 4, 8)._replace(state=state, heartbeat=last)
+    return [(p.name, p.seconds, p.mark) for p in timeline(events, stands, now=now)]
 
 
 def test_a_timeline_measures_each_stretch_to_the_next() -> None:
@@ -59,29 +67,21 @@ def test_a_timeline_measures_each_stretch_to_the_next() -> None:
         ("created", 0), ("started", 1), ("waiting", 3), ("loading", 10), ("set up", 12)
     )
     events += happened(("training", 14), ("evaluating", 54), ("finished", 60))
-    state = status(8, 8)._replace(state="finished", heartbeat=60.0)
     # Queued before the process began, and again until the device was free.
-    assert lengths(timeline(events, state, now=1000.0)) == [
-        ("queued", 1 + 7, "done"),
-        ("starting", 2 + 4, "done"),
-        ("training", 40, "done"),
-        ("evaluating", 6, "done"),
-        ("finished", None, "done"),
-    ]
+    seconds = (1 + 7, 2 + 4, 40, 6, None)
+    expected = [(name, long, "done") for name, long in zip(NAMES, seconds, strict=True)]
+    assert told(events, "finished", now=1000.0, last=60.0) == expected
 
 
 def test_a_finished_run_whose_stages_were_not_kept_has_no_lengths() -> None:
     events = happened(("created", 0), ("finished", 270))
-    state = status(8, 8)._replace(state="finished", heartbeat=270.0)
-    assert lengths(timeline(events, state, now=1000.0)) == [
-        (name, None, "done")
-        for name in ("queued", "starting", "training", "evaluating", "finished")
-    ]
+    expected = [(name, None, "done") for name in NAMES]
+    assert told(events, "finished", now=1000.0, last=270.0) == expected
 
 
 def test_a_timeline_goes_on_while_the_run_does() -> None:
     events = happened(("created", 0), ("started", 0), ("loading", 1), ("training", 5))
-    assert lengths(timeline(events, status(4, 8), now=25.0)) == [
+    assert told(events, "running", now=25.0) == [
         ("queued", 0, "done"),
         ("starting", 5, "done"),
         ("training", 20, "now"),
@@ -92,8 +92,7 @@ def test_a_timeline_goes_on_while_the_run_does() -> None:
 
 def test_a_run_that_was_lost_trained_until_its_last_heartbeat() -> None:
     events = happened(("created", 0), ("started", 0), ("training", 5))
-    lost = status(4, 8)._replace(state="lost", heartbeat=25.0)
-    assert lengths(timeline(events, lost, now=1000.0))[2:] == [
+    assert told(events, "lost", now=1000.0, last=25.0)[2:] == [
         ("training", 20, "stopped"),
         ("evaluating", None, "ahead"),
         ("lost", None, "stopped"),
@@ -103,7 +102,7 @@ def test_a_run_that_was_lost_trained_until_its_last_heartbeat() -> None:
 def test_what_a_killed_process_did_since_nobody_knows_when_is_left_out() -> None:
     events = happened(("created", 0), ("started", 0), ("training", 5), ("started", 900))
     events += happened(("loading", 901), ("training", 910))
-    assert lengths(timeline(events, status(4, 8), now=920.0))[2] == ("training", 10, "now")
+    assert told(events, "running", now=920.0)[2] == ("training", 10, "now")
 
 
 def test_nothing_logged_yet_has_no_speed() -> None:

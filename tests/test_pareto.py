@@ -34,27 +34,24 @@ GATED_L20 = [
 ]
 
 
-def test_a_point_beaten_on_both_axes_is_off_the_frontier() -> None:
-    points = [Point(20, 0.9, "c"), Point(10, 0.8, "a"), Point(15, 0.7, "beaten by a")]
-    assert [p.name for p in frontier(points)] == ["a", "c"]
-
-
-def test_a_tie_on_one_axis_goes_to_the_better_of_the_other() -> None:
-    points = [Point(10, 0.7, "low"), Point(10, 0.8, "high"), Point(12, 0.8, "dense")]
-    assert [p.name for p in frontier(points)] == ["high"]
-
-
-def test_of_equal_points_the_first_stays() -> None:
-    assert [p.name for p in frontier([Point(1, 1, "first"), Point(1, 1, "second")])] == ["first"]
+@pytest.mark.parametrize(
+    ("points", "names"),
+    [
+        ([Point(20, 0.9, "c"), Point(10, 0.8, "a"), Point(15, 0.7, "beaten by a")], ["a", "c"]),
+        ([Point(10, 0.7, "low"), Point(10, 0.8, "tie"), Point(12, 0.8, "dense")], ["tie"]),
+        ([Point(1, 1, "first"), Point(1, 1, "second")], ["first"]),
+        ([], []),
+    ],
+)
+def test_no_point_of_the_frontier_is_beaten_on_both_axes(
+    points: list[Point], names: list[str]
+) -> None:
+    assert [p.name for p in frontier(points)] == names
 
 
 @pytest.mark.parametrize("hole", [Point(math.nan, 1), Point(1, math.nan), Point(math.inf, 2)])
 def test_a_point_without_numbers_is_left_out(hole: Point) -> None:
     assert frontier([hole, Point(3, 0.5)]) == [Point(3, 0.5)]
-
-
-def test_no_points_have_an_empty_frontier() -> None:
-    assert frontier([]) == []
 
 
 def test_the_papers_baseline_frontier_at_layer_20_has_six_runs() -> None:

@@ -222,8 +222,11 @@ def test_rare_and_unmeasured_features_are_hidden_and_counted() -> None:
     table = stats([0, 5, 50, 60, 70], [np.nan, 0.2, 0.9, np.nan, 1.1])
     chosen = select_features(SAES[0], table, min_fired=10)
     assert chosen.stats.index.to_list() == [2, 4]
-    assert len(chosen.fired) == 5
-    assert chosen.median == pytest.approx(1.0)
+    assert chosen.n_features == 5
+    assert chosen.sentence(10) == (
+        "Gated, λ 0.1: 2 of 5 features fired on 10 tokens or more; the median of their own γ is "
+        "1.000."
+    )
 
 
 def features(gamma: list[float], *, spec: SAESpec = SAES[0]) -> FeatureGamma:
@@ -269,12 +272,9 @@ def test_a_feature_list_begins_with_what_fired_most() -> None:
     assert found["latent"].to_list() == [1, 2, 0]
 
 
-def test_a_limit_that_hides_everything_says_what_it_excludes() -> None:
+def test_a_limit_that_hides_everything_says_so() -> None:
     hidden = select_features(SAES[0], stats([0, 5, 9], [np.nan, 1.0, 1.0]), min_fired=10)
-    assert hidden.sentence(10) == (
-        "Gated, λ 0.1: none of 3 features fired on 10 tokens or more; 1 never fired, and the "
-        "busiest fired on 9."
-    )
+    assert hidden.sentence(10) == "Gated, λ 0.1: 0 of 3 features fired on 10 tokens or more."
 
 
 def test_histogram_bars_are_shares_of_what_is_shown() -> None:

@@ -117,7 +117,7 @@ def test_two_megabytes_are_refused(tiny_lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
 def test_no_text_is_refused(tiny_lm: LanguageModel, text: str) -> None:
-    with pytest.raises(InputError, match="expected some text, got none; type or paste a sentence"):
+    with pytest.raises(InputError, match="expected some text with words, got none; type"):
         read_prompt(tiny_lm, text)
 
 
@@ -289,8 +289,6 @@ def test_candidates_begin_with_what_follows(tiny_lm: LanguageModel, prompt: Prom
 def test_a_token_outside_of_the_text_is_refused(
     tiny_lm: LanguageModel, prompt: Prompt, position: int
 ) -> None:
-    with pytest.raises(InputError, match=f"a token from 0 to 6 of this text, got {position}"):
-        candidates(tiny_lm, prompt, position=position)
     with pytest.raises(InputError, match=f"a position from 0 to 6, got {position}"):
         logit_slope(tiny_lm, prompt.ids, position=position, token=1, **PLACE)
     with pytest.raises(InputError, match="a token from 0 to 39, got 40"):

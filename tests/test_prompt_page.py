@@ -1,7 +1,6 @@
 """The Prompt page without a browser: what it says of a text, and of what is no text."""
 
 import html
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from app_pages import HOSTILE, NASTY, edited, labelled, opened, text
 
 from gsae_core.app import cache, prompt_view
-from gsae_core.app.cache import ModelLock
 from gsae_core.app.components import read_number
 from gsae_core.app.pickers import ticked_row
 from gsae_core.errors import InputError
@@ -92,16 +90,14 @@ def test_one_sae_alone_is_looked_through(run: Run) -> None:
     assert "Choose a second SAE above" in text(at)
 
 
-def test_what_both_saes_see_stands_under_their_names(run: Run) -> None:
+def test_what_both_saes_see_is_what_each_sees(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text=TEXT, sae="gated-0.05", base="relu-0.05")
     table = at.dataframe[1].value
-    names = ("gated-0.05", "relu-0.05")
-    groups = [(name, column) for name in names for column in ("feature", "f")]
-    assert list(table.columns) == [("", "fires in"), *groups, ("", "cosine")]
+    assert set(table["where"]) <= {"only gated-0.05", "both", "only relu-0.05"}
     # What the other table says of the first SAE.
     own = features(at).set_index("latent")["activation"].to_dict()
-    seen = table[table[("gated-0.05", "f")] > 0]
-    assert dict(zip(seen[groups[0]], seen[groups[1]], strict=True)) == pytest.approx(own)
+    seen = table[table["gated_activation"] > 0]
+    assert dict(zip(seen["gated"], seen["gated_activation"], strict=True)) == pytest.approx(own)
 
 
 def test_a_text_is_kept_for_the_next_page(run: Run) -> None:
@@ -127,8 +123,8 @@ def test_a_rerun_reads_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("", "Expected some text, got none; type or paste a sentence."),
-        ("   \n", "Expected some text, got none; type or paste a sentence."),
+        ("", "Expected some text with words, got none; type or paste a sentence."),
+        ("   \n", "Expected some text with words, got none; type or paste a sentence."),
         ("w1 " * 700_000, "Expected a text of at most 20,000 characters, got 2,100,000; paste the"),
     ],
 )
@@ -152,10 +148,10 @@ def test_a_long_text_is_cut_and_says_so(run: Run) -> None:
     assert "the last 15 do not fit in the context and are left out" in text(at)
 
 
-def test_an_address_carries_500_characters(run: Run) -> None:
+def test_a_text_too_long_for_an_address_stays_in_the_session(run: Run) -> None:
     at = opened(PROMPT, run=run.id, text="w1 " * 400)
-    assert "An address holds at most 500 characters" in text(at)
-    assert len(field(at).value) == 500
+    assert len(field(at).value) == 1200
+    assert "text" not in at.query_params
 
 
 @pytest.mark.parametrize("words", [HOSTILE, *NASTY, "\u202e\u200bw1\x00"])
@@ -175,8 +171,8 @@ def test_hostile_text_changes_nothing(run: Run, page: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("param", "value", "said"),
     [
-        ("tok", "99", "token 99 is out of range (0 to 5); showing token 5."),
-        ("tok", "-1", "token -1 is out of range"),
+        ("tok", "99", "asks for '99', which is no token from 0 to 5; showing token 5."),
+        ("tok", "-1", "asks for '-1', which is no token from 0 to 5"),
         ("tok", "nan", "asks for 'nan', which is no token"),
         ("sae", HOSTILE, "which is no SAE of this run; showing gated-"),
         ("base", "gone", "asks for 'gone', which is no SAE of this run; showing"),
@@ -215,32 +211,14 @@ def test_an_sae_of_another_place_is_named(run: Run) -> None:
     assert "to take activations of width 12" in text(opened(PROMPT, run=run.id, text=TEXT))
 
 
-def test_a_model_that_is_busy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    lock, entered, leave = ModelLock(), threading.Event(), threading.Event()
-
-    def work() -> None:
-        with lock.held():
-            entered.set()
-            leave.wait(30)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    entered.wait(30)
-    with pytest.raises(InputError, match=r"busy: 1 ahead of you after 0.01 s .*; try again in"):
-        lock.held().__enter__()
-    leave.set()
-    worker.join()
-    with lock.held():
-        pass  # nobody is in the way any more
-
-
 def test_the_page_says_that_the_model_is_busy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = cache.language_model(run).lock
     monkeypatch.setattr(cache, "PATIENCE", 0.01)
-    with lock.held():
+    with cache.alone(run):
         at = opened(PROMPT, run=run.id, text="w30 w31 w32")
-    assert "The language model is busy: 1 ahead of you" in text(at)
+    assert "The language model is busy" in text(at)
+    assert "for more than 0.01 s; try again in a moment." in text(at)
+    at.run()
+    assert "4 tokens, read in" in text(at)  # nobody is in the way any more
 
 
 def test_a_model_too_large_for_the_memory_is_refused(

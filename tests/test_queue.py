@@ -1,19 +1,18 @@
 """One run at a time on a device, in the order of arrival, whoever dies; runs that are deleted."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from refusals import refusal
 from synthetic import config
-from tiny_runs import finish, tiny_config, write_text
+from tiny_runs import finish
 
 from gsae_core import machine
 from gsae_core.errors import InputError
@@ -22,7 +21,7 @@ from gsae_core.machine import slot_of
 from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs import worker as queue
 from gsae_core.runs.jobs.job import delete, of_process, read_status, start, write_status
-from gsae_core.runs.jobs.worker import QueuePlace, Waiting, Worker, waiting_runs
+from gsae_core.runs.jobs.worker import Worker, in_line, waiting_runs
 from gsae_core.runs.run import Run, survey
 
 
@@ -67,33 +66,24 @@ def let_go(holder: subprocess.Popen[bytes]) -> None:
 # The line
 
 
-def test_a_free_device_is_taken_at_once(tmp_path: Path) -> None:
-    place = QueuePlace(tmp_path / "first", "cpu")
-    assert place.ahead() == 0
-    assert waiting_runs(tmp_path) == []
-    place.leave()
-
-
 def test_those_who_came_earlier_go_first_and_are_counted(tmp_path: Path, worker: int) -> None:
     for when, name in enumerate(("a", "b")):
         ticket(tmp_path, name, worker, when=when)
-    place = QueuePlace(tmp_path / "third", "cpu")
-    # Two wait, and somebody trains, or one of the two is about to.
-    assert place.ahead() == 3
-    assert waiting_runs(tmp_path) == [Waiting(name, "cpu") for name in ("a", "b", "third")]
-    place.leave()
-    assert [waiting.run for waiting in waiting_runs(tmp_path)] == ["a", "b"]
+    with in_line(tmp_path / "third", "cpu") as ahead:
+        # Two wait, and somebody trains, or one of the two is about to.
+        assert ahead() == 3
+        assert waiting_runs(tmp_path) == ["a", "b", "third"]
+    assert waiting_runs(tmp_path) == ["a", "b"]
 
 
 def test_a_device_in_use_is_free_when_its_holder_is_killed(
     tmp_path: Path, holder: subprocess.Popen[bytes]
 ) -> None:
-    place = QueuePlace(tmp_path / "second", "cpu")
-    assert place.ahead() == 1
-    holder.kill()
-    holder.wait()
-    assert place.ahead() == 0
-    place.leave()
+    with in_line(tmp_path / "second", "cpu") as ahead, in_line(tmp_path / "x", "cuda-0") as other:
+        assert (ahead(), other()) == (1, 0)  # each device has a line of its own
+        holder.kill()
+        holder.wait()
+        assert ahead() == 0
 
 
 def test_the_dead_do_not_wait(tmp_path: Path) -> None:
@@ -101,26 +91,17 @@ def test_the_dead_do_not_wait(tmp_path: Path) -> None:
     path = ticket(tmp_path, "killed", process.pid)
     process.kill()
     process.wait()
-    place = QueuePlace(tmp_path / "second", "cpu")
-    assert place.ahead() == 0
+    with in_line(tmp_path / "second", "cpu") as ahead:
+        assert ahead() == 0
+        assert waiting_runs(tmp_path) == []
     assert not path.exists()
-    place.leave()
-
-
-@pytest.mark.usefixtures("holder")
-def test_devices_have_lines_of_their_own(tmp_path: Path) -> None:
-    place = QueuePlace(tmp_path / "other", "cuda-0")
-    assert place.ahead() == 0
-    place.leave()
 
 
 def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
-    outer, inner = QueuePlace(tmp_path / "outer", "cpu"), QueuePlace(tmp_path / "inner", "cpu")
-    assert outer.ahead() == 0
-    assert inner.ahead() == 0
-    inner.leave()
-    assert queue._held
-    outer.leave()
+    with in_line(tmp_path / "outer", "cpu") as outer:
+        with in_line(tmp_path / "inner", "cpu") as inner:
+            assert (outer(), inner()) == (0, 0)
+        assert queue._held
     assert not queue._held
 
 
@@ -200,15 +181,12 @@ def test_a_waiting_run_is_not_started_twice(run: Run, worker: int) -> None:
 
 
 def test_two_runs_of_one_folder_train_one_after_the_other(
-    tmp_path: Path,
-    tiny_lm_folder: Path,
+    new_run: Callable[..., Run],
     holder: subprocess.Popen[bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("gsae_core.runs.jobs.worker.TURN_SECONDS", 0.01)
-    text = write_text(tmp_path / "words.txt")
-    run = Run.create(tmp_path / "second", tiny_config(tiny_lm_folder, text))
+    run = new_run("second")
     thread = threading.Thread(target=finish, args=(run,))
     thread.start()
     while read_status(run.folder).stage != "waiting":
@@ -223,8 +201,10 @@ def test_two_runs_of_one_folder_train_one_after_the_other(
 
 
 def test_a_run_is_cancelling_until_its_process_is_gone(run: Run, worker: int) -> None:
-    run.add_event("started", pid=worker)
     write_status(run.folder, of_process(run.status, "cancelled", worker))
+    # A notebook that goes on after its run is no unfinished cancellation.
+    assert run.status.state == "cancelled"
+    run.add_event("started", pid=worker)
     assert run.status.state == "cancelling"
     with pytest.raises(InputError, match="expected the last process of waits to be gone"):
         start(run)
@@ -244,13 +224,6 @@ def test_a_process_that_saved_but_does_not_end_is_ended(
     assert jobs.escalate_cancel(run) == "killing"
     psutil.wait_procs([psutil.Process(worker)], timeout=10)
     assert jobs.escalate_cancel(run) == "gone"
-
-
-def test_a_notebook_that_goes_on_after_its_run_is_no_unfinished_cancellation(
-    run: Run, worker: int
-) -> None:
-    write_status(run.folder, of_process(run.status, "cancelled", worker))
-    assert run.status.state == "cancelled"
 
 
 # Deletion
@@ -301,13 +274,3 @@ def test_starting_a_deleted_run_does_not_bring_its_folder_back(run: Run) -> None
     with pytest.raises(InputError, match="was the run deleted"):
         start(run)
     assert not run.folder.exists()
-
-
-def test_a_read_only_folder_of_runs_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, target: Path) -> None:
-        raise PermissionError(13, os.strerror(13))
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(InputError, match="expected to be allowed to write"):
-        delete(run)
-    assert run.folder.is_dir()

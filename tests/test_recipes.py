@@ -1,11 +1,14 @@
 """The recipes: what each stands for, and the mixtures that are refused."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from refusals import refusal
 
-from gsae_core.config import Recipe
-from gsae_core.sae.architectures import GatedSAE, ReluSAE
-from gsae_core.sae.base import Aux
+from gsae_core.config import Aux, Recipe
+from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE
 
 
 @pytest.mark.parametrize(
@@ -30,27 +33,37 @@ def test_a_recipe_names_three_explicit_choices(
     assert GatedSAE(4, 7, recipe=recipe, aux=sae.aux).objective == sae.objective
 
 
-def test_norm_weighting_that_moves_norms_is_refused_beside_a_frozen_decoder() -> None:
-    assert refusal(GatedSAE, 4, 7, recipe="A", aux="frozen") == (
-        "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would shrink "
-        "decoder norms that the frozen auxiliary term cannot hold up, and latents die; use recipe "
-        "'B', which freezes the norm in both terms"
+@pytest.mark.parametrize(
+    ("recipe", "usual", "aux"), [("A", "unfrozen", "frozen"), ("B", "frozen", "unfrozen")]
+)
+def test_one_term_that_moves_norms_beside_one_that_does_not_is_refused(
+    recipe: Recipe, usual: Aux, aux: Aux
+) -> None:
+    assert refusal(GatedSAE, 4, 7, recipe=recipe, aux=aux) == (
+        f"expected recipe {recipe} with aux {usual} or off, got {aux}: where only one of the L1 "
+        "and the auxiliary term moves decoder norms, they run away or latents die"
     )
 
 
-def test_norm_weighting_that_ignores_norms_is_refused_beside_a_live_decoder() -> None:
-    assert refusal(GatedSAE, 4, 7, recipe="B", aux="unfrozen") == (
-        "expected recipe 'B' with aux 'frozen' or 'off', got 'unfrozen': the auxiliary term would "
-        "grow decoder norms whose cost the L1 term, with the norm detached, cannot feel; use "
-        "recipe 'A', which lets both terms move the norm"
-    )
-
-
-def test_a_relu_sae_has_no_recipe_b() -> None:
+def test_a_relu_sae_has_no_auxiliary_term() -> None:
     assert ReluSAE(4, 7, recipe="P").objective.unit_norm
     assert not ReluSAE(4, 7, recipe="A").objective.unit_norm
     assert ReluSAE(4, 7).objective.aux == "off"
-    assert refusal(ReluSAE, 4, 7, recipe="B") == (
-        "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the L1 "
-        "term, latents shrink and decoder norms grow without limit"
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "allowed"),
+    [
+        (ReluSAE, "B", "P or A for architecture relu"),
+        (JumpReluSAE, "A", "P for architecture jumprelu"),
+        (JumpReluSAE, "B", "P for architecture jumprelu"),
+        (partial(TopKSAE, k=2), "A", "P for architecture topk"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_an_architecture_is_refused(
+    make: Callable[..., SAE], recipe: Recipe, allowed: str
+) -> None:
+    assert refusal(make, 4, 7, recipe=recipe) == (
+        f"expected recipe {allowed}, got {recipe}: any other lets its norms run away, or weighs an "
+        "L1 term that it lacks"
     )

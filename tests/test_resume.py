@@ -6,20 +6,19 @@ import os
 import random
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from refusals import refusal
-from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
+from tiny_runs import N_STEPS, ended, finish, leave_at, outcome, tiny_config, write_text
 
 from gsae_core import files
+from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
-from gsae_core.runs import resume
-from gsae_core.runs.jobs.job import ACTIVE, start
+from gsae_core.runs.jobs.job import start
 from gsae_core.runs.metrics_log import MetricsCursor
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import index_run
@@ -29,38 +28,17 @@ from gsae_core.text import Progress
 STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # A forked child has none of the parent's worker threads, and sums must be in one order.
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny_lm_folder: Path, text: Path) -> Run:
-    return Run.create(tmp_path / "interrupted", tiny_config(tiny_lm_folder, text))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, text: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, words: Path
 ) -> dict[str, Any]:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run = Run.create(folder, tiny_config(tiny_lm_folder, text, checkpoint_minutes=60))
+    run = Run.create(folder, tiny_config(tiny_lm_folder, words, checkpoint_minutes=60))
     finish(run)
     torch.set_num_threads(n_threads)
     result = outcome(run)
@@ -91,20 +69,23 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_at(run: Run, step: int) -> None:
+def killed_at(run: Run, step: int, *, stage: str = "training") -> None:
     def act(progress: Progress) -> None:
-        if progress.stage == "training" and progress.done == step:
+        if progress.stage == stage and progress.done == step:
             kill_me()
 
     assert os.WTERMSIG(in_a_child(run, act)) == signal.SIGKILL
     assert run.status.state == "lost"
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(
-    run: Run, undisturbed: dict[str, Any], step: int
+@pytest.mark.parametrize(
+    ("stage", "done"), [*(("training", step) for step in STEPS), ("evaluating", 100)]
+)
+def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(
+    run: Run, undisturbed: dict[str, Any], stage: str, done: int
 ) -> None:
-    killed_at(run, step)
+    killed_at(run, done, stage=stage)
+    assert run.evals() == []
     finish(run)
     assert outcome(run) == undisturbed
 
@@ -144,19 +125,6 @@ def test_killed_while_a_file_is_written_it_ends_with_the_same_bits(
     assert outcome(run) == undisturbed
 
 
-def test_killed_while_it_is_evaluated_it_ends_with_the_same_bits(
-    run: Run, undisturbed: dict[str, Any]
-) -> None:
-    def act(progress: Progress) -> None:
-        if progress.stage == "evaluating":
-            kill_me()
-
-    assert os.WTERMSIG(in_a_child(run, act)) == signal.SIGKILL
-    assert run.evals() == []
-    finish(run)
-    assert outcome(run) == undisturbed
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_saves_and_says_cancelled(
@@ -182,12 +150,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_cancelled(
 def test_closing_the_iterator_saves_and_says_cancelled(
     run: Run, undisturbed: dict[str, Any]
 ) -> None:
-    progresses = train_run(run)
-    for progress in progresses:
-        if progress.stage == "training" and progress.done == 5:
-            break
-    assert isinstance(progresses, Iterator)
-    progresses.close()  # pyright: ignore[reportAttributeAccessIssue]
+    leave_at(run, 5)
     assert (run.status.state, run.status.step) == ("cancelled", 5)
     finish(run)
     assert outcome(run) == undisturbed
@@ -204,7 +167,7 @@ def test_a_disk_that_fills_up_while_saving_fails_the_run_and_loses_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(state, path)
 
-    monkeypatch.setattr(resume.torch, "save", fill_up)
+    monkeypatch.setattr(torch, "save", fill_up)
     with pytest.raises(InputError, match=r"expected .* kB free for .*state-\d+\.pt, found "):
         finish(run)
     status = run.status
@@ -222,7 +185,7 @@ def test_a_damaged_state_is_told_and_the_run_starts_over_without_it(
     killed_at(run, 20)
     (state,) = (run.folder / "resume").glob("*.pt")
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(InputError, match="bytes in the resumable state"):
+    with pytest.raises(InputError, match="expected the resumable state"):
         finish(run)
     assert run.status.state == "failed"
     for path in (run.folder / "resume").iterdir():
@@ -251,48 +214,62 @@ def test_a_power_cut_that_tears_the_log_files_costs_no_step(
     assert run.metrics_since(MetricsCursor()).damaged == 0
 
 
-def moved(run: Run, folder: Path, n_words: int) -> Run:
-    """Return a run on a text of its own that was killed, and whose text is another one since."""
-    own = write_text(folder / "own.txt")
-    config = run.config.model_copy(
-        update={"data": run.config.data.model_copy(update={"source": str(own)})}
-    )
-    run = Run.create(folder / "moved", config)
+def test_metrics_that_are_lost_cost_no_step(run: Run, undisturbed: dict[str, Any]) -> None:
     killed_at(run, 20)
-    write_text(own, n_words=n_words, seed=1)
-    return run
+    (run.folder / "metrics.jsonl").unlink()
+    finish(run)
+    assert outcome(run) | {"metrics": None} == undisturbed | {"metrics": None}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "own.txt")
+
+
+@pytest.fixture
+def on_own(own: Path, new_run: Callable[..., Run]) -> Run:
+    """A run on a text of its own."""
+    return new_run("on_own", data=DataConfig(source=str(own), held_out=0.2))
+
+
+def moved(run: Run, n_words: int) -> None:
+    """Kill a run, and put another text in the place of its own."""
+    killed_at(run, 20)
+    write_text(Path(run.config.data.source), n_words=n_words, seed=1)
+
+
+def change_events(run: Run, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = run.folder / "events.jsonl"
+    events = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events if event))
 
 
 def as_an_older_version(run: Run) -> None:
     """Take from a run's events what older versions did not note."""
-    path = run.folder / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    for event in events:
-        event.pop("text_digest", None)
-        event.pop("text_starts", None)
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    noted = ("text_digest", "text_starts")
+    change_events(run, lambda event: {k: v for k, v in event.items() if k not in noted})
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_another_text_under_the_same_name_is_refused(run: Run, tmp_path: Path, older: bool) -> None:
-    run = moved(run, tmp_path, n_words=500 if older else 1500)
+def test_another_text_under_the_same_name_is_refused(on_own: Run, own: Path, older: bool) -> None:
+    moved(on_own, n_words=500 if older else 1500)
     if older:  # which noted the number of tokens
-        as_an_older_version(run)
+        as_an_older_version(on_own)
     # 500 words and EOS are 33 rows of 15 counted tokens; every fifth is held out, 26 are not.
     now = 26 * 15 if older else 480
-    assert refusal(finish, run) == (
+    assert refusal(finish, on_own) == (
         "expected the text this run began with (480 training tokens), got other text from "
-        f"{tmp_path / 'own.txt'} ({now}): it has changed, or an earlier version read it in another "
-        "way; start a new run"
+        f"{own} ({now}): it has changed, or an earlier version read it in another way; start a new "
+        "run"
     )
 
 
 def test_other_text_of_as_many_tokens_is_refused_by_what_the_model_makes_of_it(
-    run: Run, tmp_path: Path
+    on_own: Run,
 ) -> None:
-    run = moved(run, tmp_path, n_words=1500)
-    as_an_older_version(run)
-    said = refusal(finish, run)
+    moved(on_own, n_words=1500)
+    as_an_older_version(on_own)
+    said = refusal(finish, on_own)
     assert said.startswith("expected the activations this run began with (E|x|^2 = ")
     assert said.endswith("); the model or the corpus has changed, so start a new run")
 
@@ -303,10 +280,8 @@ def index(run: Run, n_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_other_text_is_neither_evaluated_nor_indexed(run: Run, tmp_path: Path, older: bool) -> None:
-    own = write_text(tmp_path / "own.txt")
-    data = run.config.data.model_copy(update={"source": str(own)})
-    run = Run.create(tmp_path / "own", run.config.model_copy(update={"data": data}))
+def test_other_text_is_neither_evaluated_nor_indexed(on_own: Run, own: Path, older: bool) -> None:
+    run = on_own
     finish(run)
     measured = (run.folder / "evals.json").read_bytes()
     # A longer text begins with what was trained on; as much of it is read as before.
@@ -333,15 +308,12 @@ def test_other_text_is_neither_evaluated_nor_indexed(run: Run, tmp_path: Path, o
         assert refusal(index, run, n_tokens) == f"{began}{own}: {so}"
 
 
-def test_a_run_that_was_trained_elsewhere_is_measured_on_any_text(run: Run, tmp_path: Path) -> None:
-    finish(run)
-    path = run.folder / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(e) + "\n" for e in events if e["event"] != "set up"))
-    own = write_text(tmp_path / "own.txt", seed=1)
-    data = run.config.data.model_copy(update={"source": str(own)})
-    list(evaluate_run(Run(run.folder, run.config.model_copy(update={"data": data}))))
-    assert run.evals()
+def test_a_run_that_was_trained_elsewhere_is_measured_on_any_text(on_own: Run, own: Path) -> None:
+    finish(on_own)
+    change_events(on_own, lambda event: event if event["event"] != "set up" else {})
+    write_text(own, seed=1)
+    list(evaluate_run(on_own))
+    assert on_own.evals()
 
 
 @pytest.mark.slow
@@ -352,9 +324,5 @@ def test_a_detached_process_goes_on_where_a_killed_one_was(
     killed_at(run, 15)
     pid = start(run)
     assert pid == start(run) != os.getpid()
-    deadline = time.monotonic() + 200
-    while run.status.state in ACTIVE:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert run.status.state == "finished", run.log_tail()
+    assert ended(run) == "finished", run.log_tail()
     assert outcome(run) == undisturbed

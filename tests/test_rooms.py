@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 
+# 0.2.0 raised them (27 260 lines, 25 700 before): addresses of the Hub in load_sae, push_to_hub,
+# attach, trackers, sentences of extras, and a docstring and a type for every public name.
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1860,
+    "ground": 1930,
     "sae": 3160,
-    "lm": 3550,
-    "training": 980,
-    "checkpoints": 2680,
-    "analysis": 4670,
-    "plots": 1350,
-    "runs": 3450,
-    "cli": 1470,
-    "app": 4710,
+    "lm": 3070,
+    "training": 960,
+    "checkpoints": 2660,
+    "analysis": 4690,
+    "plots": 1300,
+    "runs": 3710,
+    "cli": 1430,
+    "app": 4410,
 }
 FILES, TOP_ENTRIES, LONGEST_FUNCTION = 121, 20, 80
 

@@ -1,12 +1,13 @@
 """A look at a few latents: which ones, where they fire, in whose words."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import N_STEPS, finish, tiny_config, write_text
+from tiny_runs import N_STEPS, finish
 from tokenizers_of_each_kind import byte_level
 
+from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import samples
@@ -77,15 +78,9 @@ def test_the_rest_of_a_character_at_the_edge_of_a_look_is_known_from_beyond_it()
     assert texts_in(tokenizer, ids, 2, 6) == ["", "", "", " the"]
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path) -> Run:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("sampled")
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        text = write_text(folder / "words.txt")
-        run = Run.create(folder / "run", tiny_config(tiny_lm_folder, text, seed=1))
-        finish(run)
-        return run
+@pytest.fixture
+def sampled(tiny_trained: tuple[Run, Any]) -> Run:
+    return tiny_trained[0]
 
 
 def test_a_run_ends_with_a_sample_of_every_sae(sampled: Run) -> None:
@@ -125,18 +120,12 @@ def test_values_are_those_of_the_saved_sae_on_raw_activations(
 
 
 def test_a_full_disk_costs_the_sample_and_not_the_run(
-    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core.errors import InputError
-
     def full(*_: object) -> None:
         raise InputError("expected 1 kB free, found 0 bytes")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(samples, "write_json", full)
-    run = Run.create(
-        tmp_path / "run", tiny_config(tiny_lm_folder, write_text(tmp_path / "words.txt"))
-    )
     finish(run)
     assert run.status.state == "finished"
     assert "no sample of latents: expected 1 kB free" in "\n".join(run.log_tail(200))

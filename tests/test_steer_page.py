@@ -173,16 +173,16 @@ def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -
 @pytest.mark.parametrize(
     ("param", "value", "said"),
     [
-        ("f", "99", "feature 99 is out of range (0 to 5); showing none."),
-        ("f", "-3", "feature -3 is out of range"),
-        ("f", HOSTILE, "which is no feature; showing none"),
-        ("s", "nan", "asks for 'nan', which is no strength; showing 4"),
-        ("s", "inf", "asks for 'inf', which is no strength; showing 4"),
-        ("s", "1e9", "strength 1e9 is out of range (-10 to 10); showing 4"),
+        ("f", "99", "asks for '99', which is no feature from 0 to 5; showing none."),
+        ("f", "-3", "asks for '-3', which is no feature from 0 to"),
+        ("f", HOSTILE, "which is no feature from 0 to 5; showing none"),
+        ("s", "nan", "asks for 'nan', which is no strength from -10 to 10; showing 4"),
+        ("s", "inf", "asks for 'inf', which is no strength from -10 to 10; showing 4"),
+        ("s", "1e9", "asks for '1e9', which is no strength from -10 to 10; showing 4"),
         ("mode", "boost", "asks for 'boost', which is no mode; showing add"),
-        ("seed", "-1", "seed -1 is out of range"),
-        ("temp", "9", "temperature 9 is out of range (0 to 2); showing 0.8"),
-        ("len", "5000", "length 5000 is out of range (10 to 200); showing 60"),
+        ("seed", "-1", "asks for '-1', which is no seed from 0 to"),
+        ("temp", "9", "asks for '9', which is no temperature from 0 to 2; showing 0.8"),
+        ("len", "5000", "asks for '5000', which is no length from 10 to 200; showing 60"),
     ],
 )
 def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, said: str) -> None:

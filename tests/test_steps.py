@@ -7,6 +7,7 @@ import pytest
 import torch
 from examples import set_
 
+from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
@@ -31,6 +32,12 @@ def test_the_step_is_chosen_by_the_share_of_open_gates() -> None:
     step = chosen(0.1, screened=True)
     assert getattr(step, "func", None) is sparse_step
     assert getattr(step, "keywords", None) == {"screened": True}
+
+
+@pytest.mark.parametrize("sae", [JumpReluSAE(3, 5), TopKSAE(3, 5, k=1)])
+def test_dense_gradients_by_hand_are_those_of_an_l1_term(sae: Any) -> None:
+    with pytest.raises(InputError, match=r"expected a Gated or ReLU SAE, got .*; take dense_step"):
+        manual_dense_step(sae, torch.ones(4, 3), sparsity_coeff=0.1)
 
 
 @pytest.mark.parametrize(

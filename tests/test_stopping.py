@@ -1,39 +1,27 @@
 """A whole run of which SAEs stop learning: what it logs, keeps and says."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from tiny_runs import N_STEPS, finish, outcome, tiny_config, write_text
+from tiny_runs import N_STEPS, finish, leave_at, outcome
 from torch import Tensor
 
 from gsae_core.checkpoints.checkpoint import read_cfg
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import train
-from gsae_core.runs.work.train import train_run
 from gsae_core.sae.architectures import ReluSAE
 from gsae_core.sae.losses import StepResult
 from gsae_core.training.learner import Stepper
 
-
-@pytest.fixture(autouse=True)
-def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def new_run(folder: Path, lm_folder: Path, **fields: Any) -> Run:
-    text = folder.parent / "words.txt"
-    if not text.exists():
-        write_text(text)
-    return Run.create(folder, tiny_config(lm_folder, text, **fields))
+@pytest.fixture
+def run(new_run: Callable[..., Run]) -> Run:
+    return new_run(checkpoint_minutes=60)
 
 
 def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = False) -> None:
@@ -58,23 +46,19 @@ def stops(run: Run) -> list[tuple[str, str]]:
     return [(e["sae"], e["why"]) for e in run.events() if e["event"] == "sae stopped"]
 
 
-def test_how_often_a_run_is_saved_changes_no_bit(tmp_path: Path, tiny_lm_folder: Path) -> None:
-    often, never = (
-        new_run(tmp_path / name, tiny_lm_folder, checkpoint_minutes=minutes)
-        for name, minutes in (("often", 1e-9), ("never", 60))
-    )
+def test_how_often_a_run_is_saved_changes_no_bit(run: Run, new_run: Callable[..., Run]) -> None:
+    often = new_run("often", checkpoint_minutes=1e-9)
     finish(often)
-    finish(never)
-    assert outcome(often) == outcome(never)
+    finish(run)
+    assert outcome(often) == outcome(run)
     assert often.status.state == "finished"
 
 
 @pytest.mark.parametrize("step", [7, N_STEPS])
 def test_an_sae_that_stops_is_told_once_also_at_the_last_step(
-    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     spoil_at(monkeypatch, step)
-    run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
     finish(run)
     why = f"step {step}: the gradient of b_dec is not finite"
     assert stops(run) == [("relu", why)]
@@ -86,26 +70,20 @@ def test_an_sae_that_stops_is_told_once_also_at_the_last_step(
 
 @pytest.mark.parametrize("step", [7, N_STEPS])
 def test_a_run_of_which_every_sae_stopped_is_refused(
-    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     spoil_at(monkeypatch, step, every_sae=True)
-    run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
     with pytest.raises(InputError, match=rf"got none: gated stopped at step {step}: the gradient"):
         finish(run)
     assert [name for name, _ in stops(run)] == ["gated", "relu"]
 
 
 def test_a_run_left_at_the_step_that_stops_an_sae_says_so_before_and_after_it_goes_on(
-    tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "LOGGED_POINTS", 4)
     spoil_at(monkeypatch, 7)
-    run = new_run(tmp_path / "run", tiny_lm_folder, checkpoint_minutes=60)
-    progresses = train_run(run)
-    for progress in progresses:
-        if progress.stage == "training" and progress.done == 7:
-            break
-    progresses.close()  # pyright: ignore[reportAttributeAccessIssue]
+    leave_at(run, 7)
     why = "step 7: the gradient of b_dec is not finite"
     assert stops(run) == [("relu", why)]
     assert run.status.state == "cancelled"

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
+from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 
 SPECIAL = 0
 
 
-class TokenModel:
+class TokenModel(LanguageModel):
     """Activation of token t at any position: (t, 2t). Counts the tokens it was asked for."""
 
     device = torch.device("cpu")
@@ -46,12 +47,18 @@ N_COUNTED = 39
 
 
 def stream(
-    model: TokenModel | None = None, set_: SequenceSet | None = None, **settings: Any
+    model: TokenModel | None = None,
+    set_: SequenceSet | None = None,
+    *,
+    ahead: bool = False,
+    **settings: Any,
 ) -> ActivationStream:
     """13 batches of 3, raw, in chunks of 10 at most, unless `settings` say otherwise."""
     usual = {"batch_size": 3, "n_batches": 13, "seed": 0, "scale": "none", "chunk_vectors": 10}
     harvest = Harvest(model or TokenModel(), set_ or sequences(), layer=1, site="resid_post")
-    return ActivationStream(harvest, **usual | settings)
+    run = ActivationStream(harvest, **usual | settings)
+    run.ahead |= ahead
+    return run
 
 
 def tokens(batches: list[Tensor]) -> list[int]:
@@ -157,11 +164,11 @@ def test_a_sequence_with_nothing_counted_does_no_harm() -> None:
 
 def test_time_in_the_language_model_adds_up() -> None:
     run = stream()
-    assert run.harvest.seconds == 0
+    assert run.seconds == 0
     run.batch(0)
-    first = run.harvest.seconds
+    first = run.seconds
     run.batch(12)
-    assert 0 < first < run.harvest.seconds
+    assert 0 < first < run.seconds
 
 
 def test_chunks_are_an_eighth_of_a_short_run_and_two_gib_at_most() -> None:

@@ -160,20 +160,13 @@ def test_a_folded_scale_keeps_the_order_of_latents() -> None:
 @pytest.mark.parametrize("k", [0, -1, 8])
 def test_k_is_one_to_all_latents(k: int) -> None:
     assert refusal(TopKSAE, 4, 7, k=k) == (
-        f"expected k from 1 to d_sae=7, got {k}; k is how many latents a token may use"
+        f"expected k, latents of a token, from 1 to d_sae=7, got {k}"
     )
 
 
 def test_the_auxiliary_loss_needs_a_latent_to_listen_to() -> None:
     with pytest.raises(InputError, match=r"^expected k_aux of at least 1, got 0$"):
         TopKSAE(4, 7, k=2, k_aux=0)
-
-
-def test_recipes_that_weigh_an_l1_term_are_refused() -> None:
-    assert refusal(TopKSAE, 4, 7, k=2, recipe="A") == (
-        "expected recipe 'P' for a TopK SAE, got 'A': recipes A and B weigh an L1 term, and this "
-        "architecture has none"
-    )
 
 
 def test_a_batch_of_another_width_is_refused() -> None:

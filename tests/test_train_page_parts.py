@@ -31,8 +31,10 @@ from gsae_core.runs.plan.cost import (
     Fix,
     Pace,
     Preflight,
+    alike,
     expected_l0,
     gpu_memory,
+    operations,
     preflight,
     streamed,
 )
@@ -140,14 +142,6 @@ def test_models_in_the_cache_are_found_with_their_shape(
     assert facts.where == "cached"
     assert facts.shape is not None
     assert facts.shape.n_layers == 3
-
-
-def test_a_machine_without_a_cache_has_no_models_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    scan = huggingface_hub.scan_cache_dir
     monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path / "none"))
     assert cached_models() == {}
 
@@ -177,11 +171,11 @@ def test_memory_is_weights_step_chunk_and_model() -> None:
         "model": 0,
         "activations": 0,
     }
+    cached = replaced("model", dtype="bfloat16").model_copy(update={"cache_activations": True})
+    assert flight(cached, ROOMY).bars[1].parts["activations"] == 2 * 2**20 * 256
 
 
 def test_time_is_operations_over_speed() -> None:
-    from gsae_core.runs.plan.cost import operations
-
     shape = model_facts("bundled", {}).shape
     assert shape is not None
     assert flight(config(), ROOMY).seconds == operations(config(), shape) / 1e9
@@ -199,16 +193,14 @@ def test_what_does_not_fit_is_refused_with_changes_that_make_it_fit() -> None:
     assert not flight(config().model_copy(update={"saes": saes}), tight).refusals
     assert not flight(config(width=int(width)), tight).refusals
     assert not flight(replaced("train", batch_size=int(batch)), tight).refusals
-
-
-def test_a_disk_that_is_too_small_is_refused() -> None:
     need = flight(config(), ROOMY).bars[1].needed
     (refusal,) = flight(config(), ROOMY._replace(disk_free=need - 1)).refusals
     assert refusal.sentence.startswith("expected disk for about ")
     assert refusal.fixes
 
 
-def test_a_gpu_is_held_against_its_own_memory() -> None:
+def test_a_gpu_is_held_against_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     here = ROOMY._replace(memory_free=0, gpus=("NVIDIA A, 100 MiB", "NVIDIA B, 900000 MiB"))
     assert gpu_memory(here, "auto") == ("NVIDIA A", 100 * 2**20)
     assert gpu_memory(here, "cpu") is None
@@ -218,18 +210,11 @@ def test_a_gpu_is_held_against_its_own_memory() -> None:
     assert flight(config(), here).refusals
 
 
-@pytest.mark.parametrize(
-    ("device", "sentence"),
-    [
-        ("cuda", "--device: expected a device of this machine, got 'cuda'; it has no GPU"),
-        ("cuda:3", "--device: expected a device of this machine, got 'cuda:3'; it has no GPU"),
-        ("gpu", "--device: expected auto, cpu, cuda, cuda:1 or mps, got 'gpu'"),
-        ("cuda:x", "--device: expected auto, cpu, cuda, cuda:1 or mps, got 'cuda:x'"),
-    ],
-)
-def test_a_device_there_is_not_is_refused(device: str, sentence: str) -> None:
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cuda:x"])
+def test_a_device_there_is_not_is_refused(device: str) -> None:
     (refusal,) = flight(config().model_copy(update={"device": device}), ROOMY).refusals
-    assert refusal == (sentence, (Fix("device", "auto"),))
+    assert refusal.sentence.startswith("--device: expected a device of this machine (auto, cpu")
+    assert refusal.fixes == (Fix("device", "auto"),)
 
 
 def test_a_layer_the_model_lacks_is_refused_with_the_last() -> None:
@@ -243,7 +228,7 @@ def test_a_model_of_an_unsupported_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     facts = model_facts(str(tmp_path), {})
     with pytest.raises(InputError, match=r"expected a model of a supported family .*, got 'phi'"):
-        check_family(facts)
+        check_family(facts.name, facts.family)
     (refusal,) = preflight(config(), facts, ROOMY, PACE).refusals
     assert refusal.fixes == (Fix("model", "bundled"),)
 
@@ -263,9 +248,9 @@ def test_nothing_is_claimed_of_a_model_that_is_not_known() -> None:
     assert unknown == ((), 0, None, ())
 
 
-def finished(name: str, shrink: float = 1.0, **fields: Any) -> Finished:
+def finished(name: str, shrink: float = 1.0) -> Finished:
     """Return a run with L0 of 12 (16) / lambda, times `shrink`, at lambda 0.1, 0.2, 0.4, 0.8."""
-    run = config().model_copy(update=fields)
+    run = config()
     evals = [evaluation(spec) for spec in run.saes]
     return Finished(name, run, [row | {"l0": row["l0"] * shrink} for row in evals])
 
@@ -273,34 +258,35 @@ def finished(name: str, shrink: float = 1.0, **fields: Any) -> Finished:
 def test_expected_l0_is_interpolated_in_log_lambda() -> None:
     spec = config().saes[0].model_copy(update={"sparsity": 0.3})
     # On a line in log-log, 12 / lambda stays 12 / lambda between its points: 40.
-    found = expected_l0(spec, config(), [finished("a"), finished("b", shrink=0.5)])
+    found = expected_l0(spec, [finished("a"), finished("b", shrink=0.5)])
     assert found is not None
     assert (found.low, found.high) == pytest.approx((20, 40))
     assert found.runs == ("a", "b")
-    at_a_point = expected_l0(config().saes[0], config(), [finished("a")])
-    assert at_a_point == (120, 120, ("a",))
+    at_a_point = expected_l0(config().saes[0], [finished("a")])
+    assert at_a_point is not None
+    assert (at_a_point.low, at_a_point.high) == pytest.approx((120, 120))
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.9])
 def test_nothing_is_expected_beyond_the_ends(sparsity: float) -> None:
     spec = config().saes[0].model_copy(update={"sparsity": sparsity})
-    assert expected_l0(spec, config(), [finished("a")]) is None
+    assert expected_l0(spec, [finished("a")]) is None
 
 
 def test_runs_at_another_place_or_of_another_loss_say_nothing() -> None:
     spec = config().saes[0]
-    elsewhere = replaced("model", layer=1).model
-    assert expected_l0(spec, config(), [finished("a", model=elsewhere)]) is None
-    assert expected_l0(spec, config(), [finished("a", activation_scale="none")]) is None
+    assert alike(config(), config())
+    assert not alike(config(), replaced("model", layer=1))
+    assert not alike(config(), config().model_copy(update={"activation_scale": "none"}))
     mean = spec.model_copy(update={"loss_norm": "mean"})
-    assert expected_l0(mean, config(), [finished("a")]) is None
+    assert expected_l0(mean, [finished("a")]) is None
 
 
 def test_saes_that_fire_on_nothing_or_were_not_measured_are_left_out() -> None:
     run = finished("a")
     spoilt = [row | {"l0": None if row["sparsity"] == 0.2 else 0.0} for row in run.evals]
     spec = config().saes[0]
-    assert expected_l0(spec, config(), [run._replace(evals=spoilt)]) is None
+    assert expected_l0(spec, [run._replace(evals=spoilt)]) is None
 
 
 def test_ten_lines_of_the_standard_library_are_its_text(tmp_path: Path) -> None:
@@ -342,7 +328,7 @@ def test_how_much_a_table_holds_takes_reading_it(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"expected a tokenizer\.json beside the model"):
+    with pytest.raises(InputError, match=r"expected a tokenizer in .*: No such file"):
         preview(DataConfig(), str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"expected a tokenizer in .*, got something else"):

@@ -3,15 +3,16 @@
 import json
 import random
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gsae_core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe
-from gsae_core.runs.resume import load_state
+from gsae_core.runs.jobs.job import ACTIVE, Job, escalate_cancel
 from gsae_core.runs.run import Run
-from gsae_core.runs.work.train import train_run
+from gsae_core.runs.work.train import load_state, train_run
 
 N_STEPS = 30
 
@@ -63,6 +64,25 @@ def finish(run: Run) -> None:
     """Train a run to its end."""
     for _ in train_run(run):
         pass
+
+
+def ended(job: Job, *, seconds: float = 200) -> str:
+    """Wait until a job's process has ended, and return its state."""
+    deadline = time.monotonic() + seconds
+    while job.status.state in ("queued", *ACTIVE):
+        assert time.monotonic() < deadline, job.log_tail()
+        escalate_cancel(job)
+        time.sleep(0.05)
+    return job.status.state
+
+
+def leave_at(run: Run, step: int) -> None:
+    """Train a run to a step, and close the iterator there."""
+    progresses = train_run(run)
+    for progress in progresses:
+        if progress.stage == "training" and progress.done == step:
+            break
+    progresses.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def outcome(run: Run) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def make(name: str) -> SAE:
         for parameter in sae.parameters():
             # Far from the start: no bias is zero, no two matrices are transposes of each other.
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        if isinstance(sae, JumpReluSAE):
+            sae.threshold.abs_()
     return sae
 
 

@@ -34,7 +34,9 @@ class Writer(Protocol):
 
     name: str
 
-    def answer(self, question: str, *, max_tokens: int) -> str: ...
+    def answer(self, question: str, *, max_tokens: int) -> str:
+        """Return the answer, cut off after `max_tokens`."""
+        ...
 
 
 class RemoteWriter:
@@ -61,7 +63,9 @@ class RemoteWriter:
                 f"expected a token of plain characters in {TOKEN}, got one with others; copy it "
                 "again"
             )
-        self.name, self.where, self.has_token = name, url.rstrip("/"), bool(token)
+        self.name: str = name
+        self.where: str = url.rstrip("/")
+        self.has_token: bool = bool(token)
         self._headers = {"Authorization": f"Bearer {token}"} if token else None
 
     def answer(self, question: str, *, max_tokens: int) -> str:
@@ -107,7 +111,8 @@ class LocalWriter:
     def __init__(self, source: str, *, device: str, name: str) -> None:
         from gsae_core.lm.model import load_model
 
-        self._model, self.name = load_model(source, device=device), name
+        self._model = load_model(source, device=device)
+        self.name: str = name
 
     def answer(self, question: str, *, max_tokens: int) -> str:
         """Return how the model goes on."""

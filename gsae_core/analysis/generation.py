@@ -1,6 +1,5 @@
 """How a language model goes on from a prompt, by itself and steered, under one sampling noise."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -37,17 +36,13 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raise InputError if a number is out of range."""
-        if not 1 <= self.n_tokens <= MAX_NEW_TOKENS:
+        drawn = 0 <= self.temperature <= MAX_TEMPERATURE and 0 <= self.seed < 2**31
+        if not (drawn and 1 <= self.n_tokens <= MAX_NEW_TOKENS):
             raise InputError(
-                f"expected a length from 1 to {MAX_NEW_TOKENS} tokens, got {self.n_tokens}"
+                f"expected 1 to {MAX_NEW_TOKENS} tokens, a temperature from 0 (the likeliest) "
+                f"to {MAX_TEMPERATURE:g} and a seed from 0 to {2**31 - 1}, got {self.n_tokens}, "
+                f"{self.temperature} and {self.seed}"
             )
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE):
-            raise InputError(
-                f"expected a temperature from 0 (always the likeliest token) to "
-                f"{MAX_TEMPERATURE:g}, got {self.temperature}"
-            )
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"expected a seed from 0 to {2**31 - 1}, got {self.seed}")
 
 
 def continuation(

@@ -54,16 +54,12 @@ def read_prompt(model: LanguageModel, text: str, *, bos: bool = True) -> Prompt:
             f"expected a text of at most {MAX_CHARACTERS:,} characters, got {len(text):,}; "
             "paste the passage you want to look into"
         )
-    if not text.strip():
-        raise InputError("expected some text, got none; type or paste a sentence")
     tokenizer = model.tokenizer
     # Half of a surrogate pair is no character; tokenizers refuse what cannot be encoded.
     whole = text.encode("utf-8", "replace").decode()
     found = tokenizer.encode(whole, add_special_tokens=False)
-    if not found:
-        raise InputError(
-            "expected text that the tokenizer makes tokens of, got none it knows; add some words"
-        )
+    if not (found and text.strip()):
+        raise InputError("expected some text with words, got none; type or paste a sentence")
     front = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     kept = found[: max(min(model.n_ctx, MAX_TOKENS) - len(front), 0)]
     ids = front + kept
@@ -216,10 +212,6 @@ def candidates(
     model: LanguageModel, prompt: Prompt, *, position: int, n: int = 10
 ) -> list[Candidate]:
     """Return what does follow a token in the text, then the likeliest."""
-    if not 0 <= position < prompt.ids.shape[1]:
-        raise InputError(
-            f"expected a token from 0 to {prompt.ids.shape[1] - 1} of this text, got {position}"
-        )
     p = model.logits(prompt.ids)[0, position].softmax(-1).cpu()
     last = position + 1 == prompt.ids.shape[1]
     actual = [] if last else [int(prompt.ids[0, position + 1])]
@@ -292,11 +284,9 @@ def align(
         rows = rows.set_axis(["position", name, f"{name}_activation"], axis=1)
         rows = rows.merge(pairs, on=name, how="left")
         sides.append(rows.astype({"gated": "Int64", "baseline": "Int64"}))
-    # Keys without a match must not meet each other: pandas joins missing values to missing values.
-    left, right = (rows[rows["cosine"].notna()] for rows in sides)
-    both = left.merge(right, on=["position", "gated", "baseline", "cosine"], how="outer")
-    alone = [rows[rows["cosine"].isna()] for rows in sides]
-    table: Any = pd.concat([both, *alone], ignore_index=True)
+    # Features without a match do not meet: each names its own latent, where the other has none.
+    keys = ["position", "gated", "baseline", "cosine"]
+    table: Any = sides[0].merge(sides[1], on=keys, how="outer")
     activations = ["gated_activation", "baseline_activation"]
     table[activations] = table[activations].fillna(0.0)
     one, two = (table[name] > 0 for name in activations)

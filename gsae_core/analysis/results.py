@@ -25,7 +25,7 @@ NUMBERS = (
 
 WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage")
 
-DEPENDS = {
+DEPENDS: dict[str, tuple[str, ...]] = {
     "loss_recovered": ("zeroed", "replaced"),
     "delta_ce": ("replaced",),
     "kl": ("replaced",),
@@ -86,10 +86,12 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
     if gated.empty or base.empty:
         kinds = (("gated", gated), ("base", base))
         return {kind: str(rows["name"].iloc[-1]) for kind, rows in kinds if len(rows)}
-    pairs = gated.merge(base, how="cross", suffixes=("_gated", "_base"))
-    log_l0 = np.log(pairs.loc[:, ["l0_gated", "l0_base"]].to_numpy().clip(min=1e-9))
-    best = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
-    return {"gated": str(best["name_gated"]), "base": str(best["name_base"])}
+    log_l0 = [np.log(rows["l0"].to_numpy().clip(min=1e-9)) for rows in (gated, base)]
+    of_gated, of_base = divmod(int(np.abs(np.subtract.outer(*log_l0)).argmin()), len(base))
+    return {
+        "gated": str(gated["name"].iloc[of_gated]),
+        "base": str(base["name"].iloc[of_base]),
+    }
 
 
 def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

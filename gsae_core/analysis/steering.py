@@ -16,6 +16,7 @@ is trained on them.
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from gsae_core.analysis.features.table import quantile
 from gsae_core.analysis.fidelity import n_sequences
 from gsae_core.config import Site
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, is_whole
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import Edit, LanguageModel
@@ -94,9 +95,10 @@ class Scales(NamedTuple):
 
 def check_latent(latent: int, d_sae: int) -> None:
     """Raise InputError if there is no such latent."""
-    if not 0 <= latent < d_sae:
+    if not is_whole(latent) or not 0 <= latent < d_sae:
         raise InputError(
-            f"expected a feature from 0 to {d_sae - 1}, got {latent}; this SAE has {d_sae} features"
+            f"expected a feature from 0 to {d_sae - 1}, got {latent!r}; "
+            f"this SAE has {d_sae} features"
         )
 
 
@@ -212,18 +214,18 @@ class Steering:
                     f"expected each feature once, got feature {each.latent} twice; "
                     "give it one mode and one strength"
                 )
-            if each.mode not in MODES:
-                raise InputError(f"expected a mode out of {', '.join(MODES)}, got {each.mode!r}")
-            if not (math.isfinite(each.strength) and abs(each.strength) <= MAX_STRENGTH):
+            numbers = all(isinstance(of, Real) for of in (each.strength, each.unit))
+            if not numbers or not 0 < each.unit < math.inf:
                 raise InputError(
-                    f"expected a strength from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, in units of "
-                    f"the feature's own scale, got {each.strength}; 1 is as strongly as it usually "
-                    "fires at most"
+                    "expected a number as strength and one above 0 as unit, got "
+                    f"{each.strength!r} and {each.unit!r}; intervention() gives the feature's unit"
                 )
-            if not (math.isfinite(each.unit) and each.unit > 0):
+            if each.mode not in MODES or not abs(each.strength) <= MAX_STRENGTH:
                 raise InputError(
-                    f"expected a positive, finite unit for feature {each.latent}, got {each.unit}; "
-                    "take the one of Scales.unit()"
+                    f"expected a mode out of {', '.join(MODES)} and a strength from "
+                    f"{-MAX_STRENGTH:g} to {MAX_STRENGTH:g} in units of the feature's own scale, "
+                    f"got {each.mode!r} and {each.strength}; 1 is as strongly as it usually fires "
+                    "at most"
                 )
 
     @property
@@ -232,18 +234,26 @@ class Steering:
         nothing = all(each.mode == "add" and each.amount == 0 for each in self.interventions)
         return self.keep_error and nothing
 
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return x'; InputError if the last axis of `x` is not the SAE's."""
+    @property
+    def reads_latents(self) -> bool:
+        """Whether x' depends on f: adding to latents and keeping the error does not."""
+        return not (self.keep_error and all(each.mode == "add" for each in self.interventions))
+
+    def __call__(
+        self, x: Float[Tensor, "*batch d_in"], f: Float[Tensor, "*batch d_sae"] | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Return x'; InputError if the last axis of `x` is not the SAE's. `f`: of `x`, if known."""
         self.sae.check_width(x)
         if self.is_identity:
             return x
         inputs = x.to(self.sae.W_dec)
         normalised = self.sae.normalised(inputs)
-        only_adds = all(each.mode == "add" for each in self.interventions)
-        # Adding to a latent and keeping the error takes no latents.
-        f = inputs[..., :0] if self.keep_error and only_adds else self.sae.encode(inputs)
+        if not self.reads_latents:
+            f = inputs[..., :0]
+        elif f is None:
+            f = self.sae.encode(inputs)
         if not self.keep_error:
+            f = f.clone()  # to be written into
             for each in self.interventions:
                 before = f[..., each.latent] if each.mode == "add" else 0.0
                 f[..., each.latent] = before + each.amount
@@ -256,12 +266,17 @@ class Steering:
             change = change + (each.amount - before) * self.sae.W_dec[each.latent]
         return x + normalised.in_raw_units(change).to(x)
 
-    def edit(self, counted: Bool[Tensor, " pos"]) -> Edit | None:
-        """Return the edit of a row of tokens, or None if it would change nothing."""
+    def edit(
+        self, counted: Bool[Tensor, "*rows pos"], f: Float[Tensor, "*rows pos d_sae"] | None = None
+    ) -> Edit | None:
+        """Return the edit of rows of tokens, or None if it would change nothing.
+
+        `f`: the latents where tokens count, if known.
+        """
         if self.is_identity:
             return None
 
         def edited(x: Tensor) -> Tensor:
-            return torch.where(counted.to(x.device)[:, None], self(x), x)
+            return torch.where(counted.to(x.device)[..., None], self(x, f), x)
 
         return edited

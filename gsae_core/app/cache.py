@@ -4,17 +4,16 @@ A page runs from its first line at every click; 200 runs must not mean 200 folde
 What cannot be read raises InputError, as where it is read.
 """
 
-import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pandas as pd
 import streamlit as st
 
-from gsae_core.analysis.results import evaluation_frame, nearest_pair
+from gsae_core.analysis.results import evaluation_frame
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import cached_models, count_parameters, model_folder
@@ -34,13 +33,10 @@ PATIENCE = 20.0  # seconds that a visitor waits for a language model that others
 MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on: 64 MB
 HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
 
-logger = logging.getLogger(__name__)
-
-Version = tuple[int, int] | None
 OfRun = TypeVar("OfRun", bound=Callable[..., Any])
 
 
-def version(path: Path) -> Version:
+def _version(path: Path) -> tuple[int, int] | None:
     """Return what changes when a file does; None where there is none."""
     try:
         found = path.stat()
@@ -49,18 +45,16 @@ def version(path: Path) -> Version:
     return found.st_mtime_ns, found.st_size
 
 
+def versions(run: Run, *files: str) -> tuple[Any, ...]:
+    """Return a run's folder and the versions of its files; `{sae}` stands for each SAE's name."""
+    names = [spec.name for spec in run.config.saes]
+    found = [f.format(sae=n) for f in files for n in (names if "{sae}" in f else [""])]
+    return str(run.folder), *(_version(run.folder / file) for file in found)
+
+
 def until_changed(*files: str) -> Any:
-    """Return `hash_funcs` that give a cached function of a run a new key when a file changes.
-
-    Files are of the run's folder; `{sae}` stands for the name of each SAE.
-    """
-
-    def key(run: Run) -> tuple[Any, ...]:
-        names = [spec.name for spec in run.config.saes]
-        found = [f.format(sae=n) for f in files for n in (names if "{sae}" in f else [""])]
-        return str(run.folder), *(version(run.folder / file) for file in found)
-
-    return {Run: key}
+    """Return `hash_funcs` that give a cached function of a run a new key when a file changes."""
+    return {Run: lambda run: versions(run, *files)}
 
 
 def kept(*files: str, most: int = 512) -> Callable[[OfRun], OfRun]:
@@ -71,29 +65,31 @@ def kept(*files: str, most: int = 512) -> Callable[[OfRun], OfRun]:
     return keep
 
 
-feature_stats = kept("saes/{sae}/feature_stats.safetensors", most=64)(Run.feature_stats)
-deciles = kept("saes/{sae}/norm_deciles.json")(Run.norm_deciles)
-damages = kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")(Run.damages)
+@kept("saes/{sae}/feature_stats.safetensors", most=64)
+def feature_stats(run: Run, name: str) -> pd.DataFrame:
+    """Return `Run.feature_stats`."""
+    return run.feature_stats(name)
+
+
+@kept("saes/{sae}/norm_deciles.json")
+def deciles(run: Run, name: str) -> pd.DataFrame:
+    """Return `Run.norm_deciles`."""
+    return run.norm_deciles(name)
+
+
+@kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")
+def damages(run: Run) -> list[str]:
+    """Return `Run.damages`."""
+    return run.damages()
 
 
 @kept("evals.json")
-def _evaluations(run: Run) -> pd.DataFrame:
-    return evaluation_frame(run.evals())
-
-
 def evaluations(run: Run) -> pd.DataFrame:
     """Return `evaluation_frame` of a run; empty where it was not evaluated or cannot be read."""
     try:
-        return _evaluations(run)
+        return evaluation_frame(run.evals())
     except InputError:
         return pd.DataFrame()
-
-
-@kept("evals.json")
-def nearest(run: Run, names: Sequence[str]) -> Mapping[str, str]:
-    """Return `nearest_pair` of those SAEs of a run; empty where it was not evaluated."""
-    evals: Any = evaluations(run)
-    return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
 
 
 def recent_metrics(run: Run) -> list[dict[str, Any]]:
@@ -104,96 +100,68 @@ def recent_metrics(run: Run) -> list[dict[str, Any]]:
         return []
 
 
-class ModelLock:
-    """Lets one thread at a time work with a model; the others wait a while and are told."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: list[object] = []
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within, no other thread has the model; InputError if that takes `PATIENCE` seconds."""
-        me = object()
-        self._waiting.append(me)
-        ahead = self._waiting.index(me) + 1  # who waits already, and the one that has it
-        free = self._lock.acquire(timeout=PATIENCE)
-        self._waiting.remove(me)
-        if not free:
-            raise InputError(
-                f"the language model is busy: {ahead} ahead of you after {PATIENCE:g} s of "
-                "waiting; try again in a moment"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-
 class Loaded(NamedTuple):
     """A language model in memory, and its lock."""
 
     model: "LanguageModel"
-    lock: ModelLock
+    lock: threading.Lock
 
 
 def _model_key(run: Run) -> tuple[Any, ...]:
     """Return what tells a run's language model from others."""
     of = run.config.model
     folder = model_folder(of.name)
-    stamp = None if folder is None else version(folder / "config.json")
+    stamp = None if folder is None else _version(folder / "config.json")
     return of.name, of.revision, of.dtype, stamp
 
 
-def identity(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
-    """Return what changes when the model or one of the SAEs does, to keep results by."""
-    weights = [run.folder / WEIGHTS.format(sae=name) for name in names]
-    return (*_model_key(run), *((str(path), version(path)) for path in weights))
+def identity(run: Run) -> tuple[Any, ...]:
+    """Return what changes when the config, the model or an SAE does, to keep results by."""
+    return (*_model_key(run), *versions(run, "config.json", WEIGHTS))
 
 
-def _imports() -> None:
-    # The Auto classes alone leave half of the imports for when a model is loaded.
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_layers  # noqa: F401
-
-    import gsae_core.analysis.generation  # noqa: F401
-
-
-_importing = threading.Thread(target=_imports, name="imports", daemon=True)
-_starting = threading.Lock()
-
-
-def import_ahead() -> None:
-    """Begin to import what a model takes, once, while the page is still being drawn."""
-    with _starting:
-        if _importing.ident is None:
-            _importing.start()
+_loading = threading.Lock()
 
 
 @st.cache_resource(max_entries=2, show_spinner=False, hash_funcs={Run: _model_key})
 def language_model(run: Run) -> Loaded:
     """Return the language model a run's SAEs are for, if memory has room; at most two are kept."""
     # Two threads that import packages with cycles, as torch and transformers are, may each find
-    # the other's modules half made: so this one waits.
-    import_ahead()
-    _importing.join()
-    from gsae_core.lm.model import load_model
-    from gsae_core.runs.plan.cost import free_memory, resolve_device
+    # the other's modules half made.
+    with _loading:
+        from gsae_core.lm.model import load_model
+        from gsae_core.runs.plan.cost import free_memory, resolve_device
 
-    of, device = run.config.model, resolve_device("auto")
-    folder = model_folder(of.name) or cached_models().get(of.name)
-    # Counted as float32; nothing where the number of parameters is not known.
-    need = round(HEADROOM * 4 * ((folder and count_parameters(folder)) or 0))
-    if need > free_memory(device):
-        # The other model makes room before this one is refused.
-        language_model.clear()
-    if need > free_memory(device):
+        of, device = run.config.model, resolve_device("auto")
+        folder = model_folder(of.name) or cached_models().get(of.name)
+        # Counted as float32; nothing where the number of parameters is not known.
+        need = round(HEADROOM * 4 * ((folder and count_parameters(folder)) or 0))
+        if need > free_memory(device):
+            # The other model makes room before this one is refused.
+            language_model.clear()
+        if need > free_memory(device):
+            raise InputError(
+                f"expected about {readable(need)} of memory free for {of.name}, found "
+                f"{readable(free_memory(device))}; close what else runs, or look at a run of a "
+                "smaller model"
+            )
+        model = load_model(of.name, revision=of.revision, device=str(device), dtype=of.dtype)
+    return Loaded(model, threading.Lock())
+
+
+@contextmanager
+def alone(run: Run) -> "Iterator[LanguageModel]":
+    """Have a run's language model for this thread alone; InputError after `PATIENCE` seconds."""
+    model, lock = language_model(run)
+    if not lock.acquire(timeout=PATIENCE):
         raise InputError(
-            f"expected about {readable(need)} of memory free for {of.name}, found "
-            f"{readable(free_memory(device))}; close what else runs, or look at a run of a smaller "
-            "model"
+            f"the language model is busy with others' texts for more than {PATIENCE:g} s; try "
+            "again in a moment"
         )
-    model = load_model(of.name, revision=of.revision, device=str(device), dtype=of.dtype)
-    return Loaded(model, ModelLock())
+    try:
+        yield model
+    finally:
+        lock.release()
 
 
 def prompt(run: Run, text: str) -> "Prompt":
@@ -223,28 +191,21 @@ def scales(run: Run, name: str) -> "Scales":
     found = sae(run, name)
     from gsae_core.analysis.steering import scales_of, scales_of_index
 
-    if (run.folder / INDEX.format(sae=name)).exists():
-        try:
+    # An index of an older SAE, or cut short: its page says so, and the unit where it is from.
+    with suppress(InputError):
+        if (run.folder / INDEX.format(sae=name)).exists():
             return scales_of_index(run.features(name), found)
-        except InputError as error:
-            # Of an older SAE, or cut short: its page says so, and the unit says where it is from.
-            logger.info("no scales from the index of %s: %s", name, error)
     return scales_of(found, _held_out_vectors(run))
 
 
-def _text_key(run: Run) -> tuple[Any, ...]:
-    hook = run.config.model
-    return (*_model_key(run), hook.layer, hook.site, run.config.data.model_dump_json())
-
-
 # Both SAEs of a page read the same vectors.
-@st.cache_resource(max_entries=1, show_spinner=False, hash_funcs={Run: _text_key})
+@st.cache_resource(max_entries=1, show_spinner=False, hash_funcs={Run: identity})
 def _held_out_vectors(run: Run) -> "Tensor":
     """Return activations of held-out text: of as little text as has enough of them."""
     from gsae_core.analysis.steering import N_TOKENS, counted_vectors
     from gsae_core.lm.corpus import load_corpus
 
-    (model, lock), hook = language_model(run), run.config.model
+    model, hook = language_model(run).model, run.config.model
     corpus = load_corpus(
         run.config.data,
         model.tokenizer,
@@ -253,5 +214,5 @@ def _held_out_vectors(run: Run) -> "Tensor":
         n_held_out=N_TOKENS,
     )
     n = min(N_TOKENS, MOST_NUMBERS // model.width(hook.site))
-    with lock.held():
+    with alone(run):
         return counted_vectors(model, corpus.held_out, layer=hook.layer, site=hook.site, n_tokens=n)

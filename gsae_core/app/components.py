@@ -4,14 +4,13 @@ Each stands beside a widget that keeps the choice; a click only tells the page w
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import streamlit as st
 from streamlit.components.v2 import component
 
 from gsae_core.app.parts import asset, own
 from gsae_core.config import SITES, Site
-from gsae_core.text import visible
 
 ABOUT: dict[Site, str] = {
     "resid_pre": "the residual stream as it enters the block",
@@ -98,38 +97,21 @@ def read_number(sent: object, choices: Collection[int]) -> int | None:
     return int(sent) if sent in choices else None
 
 
-class Cell(NamedTuple):
-    """One token of the strip."""
-
-    text: str
-    about: str
-    """What hovering and focusing it say."""
-    shade: float
-    """Opacity of its shading, 0 to 0.6: body text keeps a contrast of 5:1 on it."""
-    below: float
-    """Opacity of the line under it, 0 to 1: the other SAE."""
-    special: bool
-    """BOS and the like, on which no SAE is trained."""
-
-
 def token_picker(
-    cells: Sequence[Cell], *, picked: int, two: bool, pick: Callable[[int], None]
+    tokens: Sequence[dict[str, Any]], *, picked: int, two: bool, pick: Callable[[int], None]
 ) -> None:
     """Draw a text's tokens; `pick` is called with the index of the one that is clicked.
 
-    The one at `picked` is marked; `two` draws lines under them.
+    Args:
+        tokens: of each its `text`, what hovering says as `about`, the opacity of its shading and of
+            the line under it as `shade` and `below`, and whether it is `special`.
+        picked: index of the one that is marked.
+        two: whether lines are drawn under them.
     """
-    tokens = [
-        cell._asdict()
-        | {"shade": round(cell.shade, 3), "below": round(cell.below, 3)}
-        # A line ends where the text's does, and the sign for it stays in sight.
-        | {"text": visible(cell.text).replace("↵", "↵\n")}
-        for cell in cells
-    ]
     _picker(
         key=own("tokens"),
         data={"picked": picked, "two": two, "tokens": tokens},
-        read=lambda sent: read_number(sent, range(len(cells))),
+        read=lambda sent: read_number(sent, range(len(tokens))),
         pick=pick,
     )
 

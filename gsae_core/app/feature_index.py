@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -167,15 +168,13 @@ def _cost(run: Run, names: list[str], n_tokens: int) -> str:
     Seconds are those of the model's passes in training, and of each SAE's step a third, which is
     about what encoding is of it. Bytes are 10 a firing and 11 a token, and the tables.
     """
-    evals = cache.evaluations(run)
-    found = {row["name"]: row for row in evals.to_dict("records")}
+    found = {row["name"]: row for row in cache.evaluations(run).to_dict("records")}
     n_bytes = 0.0
     for spec in run.config.saes:
         if spec.name in names:
-            row = found.get(spec.name, {})
-            l0, d_in = float(row.get("l0", 50.0)), int(row.get("d_in", 512))
-            tables = spec.d_sae * (4 * d_in + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
-            n_bytes += n_tokens * (10 * l0 + 11) + tables
+            row: Any = found.get(spec.name, {"l0": 50.0, "d_in": 512})
+            tables = spec.d_sae * (4 * row["d_in"] + 4 * N_BINS + 16 * N_NEIGHBOURS + 400)
+            n_bytes += n_tokens * (10 * row["l0"] + 11) + tables
     last = (cache.recent_metrics(run) or [{}])[-1]
     if not last.get("tokens") or "seconds_lm" not in last:
         return f"≈ {readable(round(n_bytes))}"

@@ -77,10 +77,9 @@ def ask() -> tuple[Wanted, str]:
 
 def _filters(text: str) -> Wanted:
     """Draw the filters behind a button that says how many are in use."""
-    texts = [st.session_state.get(key, st.query_params.get(key)) for key in TEXTS[1:]]
-    life = st.session_state.get("life", st.query_params.get("life", "all"))
-    star = st.session_state.get("star", st.query_params.get("star") == "true")
-    used = sum(bool(text) for text in texts) + (life not in (None, "all")) + bool(star)
+    filters = (*TEXTS[1:], "life", "star")
+    held = [st.session_state.get(key, st.query_params.get(key)) for key in filters]
+    used = sum(value not in (None, "", "all", False, "false") for value in held)
     label = f"Filters ({used})" if used else "Filters"
     with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
         ranges = {name: _range(name, title) for name, title in RANGES.items()}
@@ -122,8 +121,7 @@ def _clear_button(label: str, *, key: str) -> None:
 def find(sae: Opened, wanted: Wanted, order: str) -> Chosen:
     """Return the rows that are wanted."""
     if sae.index is None:
-        columns = ["label", "star", "author", "model", "score"]
-        said = pd.DataFrame(columns=columns, dtype=object)
+        said = pd.DataFrame(columns=["label", "star", "author", "model", "score"], dtype=object)
         return choose(sae.rows, wanted, said=said, order=order)
     matches = None
     if wanted.text:
@@ -155,9 +153,8 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
         alt="How many features fire how often; a click on a bar lists its features",
     )
     n_dead = int((sae.rows["fired"].to_numpy(dtype=float) == 0).sum())
-    dead = f" {n_dead:,} {'are' if n_dead > 1 else 'is'} dead, off a log axis." if n_dead else ""
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.caption(f"Click a bar to list its features.{dead}")
+        st.caption(f"Click a bar to list its features. Dead, off the log axis: {n_dead:,}.")
         figure_tools(chart.data, name="densities", about=COLUMNS["density"])
 
 
@@ -197,7 +194,6 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
             "star": st.column_config.CheckboxColumn("★", width=36, help="Starred"),
             "feature": number("feature", format="%d", width=62, pinned=True),
             "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
-            "label": st.column_config.TextColumn("label"),
             "by": st.column_config.TextColumn("by", help="Who wrote the label; 0.5 is guessing"),
             **{
                 name: number(title, format=form, width=width, help=COLUMNS[name])
@@ -206,12 +202,9 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
         },
         alt="The features that the filters leave: number, what they fire on, and their numbers",
     )
-    n_all, text = chosen.n_all, f"All {chosen.n_all:,} features."
-    if len(rows) < n_all:
-        fit = f" ({n:,} fit)" if len(rows) < n < n_all else ""
-        text = f"{len(rows):,} of {n_all:,} features{fit}."
+    fit = f"; {n:,} fit the filters" if len(rows) < n < chosen.n_all else ""
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.caption(text.replace(",", " "))
+        st.caption(f"{len(rows):,} of {chosen.n_all:,} features{fit}.")
         if n > MOST_ROWS:
             st.toggle("All rows", key="features.everything")
     if "γ" in chosen.excluded and sae.index is not None:
@@ -248,17 +241,13 @@ def landing(sae: Opened, chosen: Chosen) -> int:
     return 0
 
 
-def nothing_left(sae: Opened, chosen: Chosen, wanted: Wanted) -> None:
+def nothing_left(sae: Opened, chosen: Chosen) -> None:
     """Say that no feature is left, which filter excludes most, and offer to clear them."""
-    if wanted.text and sae.index is None:
-        text = "Tokens can be searched once there is an index; no label has this text."
-    elif list(chosen.excluded) == ["search"]:
-        text = (
-            f"No feature fires on a token that contains {wanted.text!r}, and no label has it. A "
-            "token is a piece of a word; try a shorter text."
-        )
-    else:
-        name, n = next(iter(chosen.excluded.items()))
-        text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
+    name, n = next(iter(chosen.excluded.items()))
+    text = f"The filter on {name} excludes most: {n:,} of {chosen.n_all:,} features."
+    if name == "search" and sae.index is None:
+        text += " Only labels are searched until there is an index."
+    elif name == "search":
+        text += " A token is a piece of a word; try a shorter text."
     notice(text, kind="info", title="No feature is left")
     _clear_button("Clear filters", key="features.clear_all")

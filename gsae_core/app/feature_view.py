@@ -3,6 +3,7 @@
 import getpass
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -17,7 +18,7 @@ from gsae_core.analysis.features.export import (
     page,
     strips,
 )
-from gsae_core.analysis.features.feature import Example, Feature, Pair
+from gsae_core.analysis.features.feature import Example, Feature
 from gsae_core.analysis.features.files import COLUMNS
 from gsae_core.analysis.features.filter import Chosen
 from gsae_core.analysis.features.filter import beside as next_to
@@ -28,14 +29,12 @@ from gsae_core.app.components import feature_links
 from gsae_core.app.feature_index import Opened
 from gsae_core.app.feature_list import go_to
 from gsae_core.app.parts import (
-    OVERLAP,
-    PAGE_TEMPLATE,
     attempt,
     copy_link,
     escaped,
-    facts,
     figure_tools,
     key_for,
+    overlap,
     plain,
 )
 from gsae_core.app.pickers import architecture, choice, correct_number
@@ -43,17 +42,12 @@ from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
-from gsae_core.text import macros, percent, short
+from gsae_core.text import count, macros, percent, short
 
 
 def summary(feature: Feature) -> None:
-    """Say in two lines what the feature is: how often, on what, to what end."""
-    fired, n_tokens = int(feature.stats["fired"]), int(feature.stats["n_tokens"])
-    often = "no token"
-    if fired:
-        one_in = n_tokens / fired
-        digits = max(0, len(str(int(one_in))) - 2)
-        often = f"1 token in {round(one_in, -digits):,.0f}".replace(",", " ")
+    """Say in two lines what a feature that fires is: how often, on what, to what end."""
+    often = f"1 token in {count(feature.stats['n_tokens'] / feature.stats['fired'])}"
     tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
     logits = feature.logits
     st.html(macros(TEMPLATE).summary(often, tokens, logits.top[:4], logits.bottom[:2]))
@@ -65,18 +59,23 @@ def numbers(feature: Feature) -> None:
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     share = f"{fired:,} of {n_tokens:,} tokens"
     tiles = [
-        ("feature density", percent(row["density"], 2), share, "density"),
-        ("strongest", short(row["max"]), f"median {short(row['q50'])}", "max"),
+        ("density", percent(row["density"], 2), share),
+        ("max", short(row["max"]), f"median {short(row['q50'])}"),
     ]
     if kind in ("gated", "jumprelu"):
         gain = f"e^r {short(row['gain'])}" if math.isfinite(row["gain"]) else "threshold"
-        tiles.append(("θ", short(row["theta"]), gain, "theta"))
-    tiles.append(("γ", short(row["gamma"]), _shrinkage(row["gamma"]), "gamma"))
+        tiles.append(("theta", short(row["theta"]), gain))
+    tiles.append(("gamma", short(row["gamma"]), _shrinkage(row["gamma"])))
     if kind == "gated":
         silent = int(row["gate_open"]) - fired
         note = f"no output {silent:,} times" if silent else "always with output"
-        tiles.append(("gate open", percent(row["gate_density"], 2), note, "gate_density"))
-    st.html(macros(TEMPLATE).tiles([(*cell, COLUMNS[column]) for *cell, column in tiles]))
+        tiles.append(("gate_density", percent(row["gate_density"], 2), note))
+    _tiles(tiles)
+
+
+def _tiles(cells: Sequence[tuple[str, str, str]]) -> None:
+    """Draw columns of the table with a value and a note each."""
+    st.html(macros(TEMPLATE).tiles([(TERMS[name], *said, COLUMNS[name]) for name, *said in cells]))
 
 
 def _shrinkage(gamma: float) -> str:
@@ -158,6 +157,10 @@ TERMS = {
     "gain": "e^r",
     "gamma": "γ",
     "gate_density": "gate open",
+    "b_gate": "b_gate",
+    "b_mag": "b_mag",
+    "decoder_norm": "decoder norm",
+    "encoder_cosine": "encoder-decoder cosine",
     "top_tokens": "fires on",
     "top_logits": "makes more likely",
 }
@@ -166,18 +169,9 @@ TERMS = {
 
 def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
     """Draw what the weights alone say of a feature."""
-    kind = architecture(sae.run, sae.name)
-    shown = {"theta": "θ", "gain": "e^r", "b_gate": "b_gate", "b_mag": "b_mag"}
-    shown = shown if kind == "gated" else {"theta": "θ"} if kind == "jumprelu" else {}
-    shown |= {"decoder_norm": "decoder norm", "encoder_cosine": "encoder-decoder cosine"}
-    facts({title: short(row[name]) for name, title in shown.items()})
-    with st.popover("What these mean", icon=":material/help:", type="tertiary"):
-        _define(shown)
-
-
-def _define(terms: Mapping[str, str]) -> None:
-    for name, title in terms.items():
-        plain(f"{title}: {COLUMNS[name]}", size=".9rem")
+    of_kind = {"gated": ("theta", "gain", "b_gate", "b_mag"), "jumprelu": ("theta",)}
+    names = (*of_kind.get(architecture(sae.run, sae.name), ()), "decoder_norm", "encoder_cosine")
+    _tiles([(name, short(row[name]), "") for name in names])
 
 
 def which(sae: Opened, landing: int) -> int:
@@ -206,22 +200,22 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
 
     def random() -> None:
         assert sae.index is not None
-        # As many draws as presses: the next one is another.
-        drawn = st.session_state["features.draws"] = st.session_state.get("features.draws", 0) + 1
-        go_to(sae.index.random_alive(seed=drawn))
+        go_to(sae.index.random_alive(seed=time.time_ns()))
 
-    with st.container(
-        horizontal=True, vertical_alignment="bottom", gap="small", key="features.going_on"
-    ):
+    def way(label: str, icon: str, by: int, about: str) -> None:
         st.button(
-            "Previous",
-            icon=":material/chevron_left:",
-            key="features.previous",
-            shortcut="p",
+            label,
+            icon=f":material/{icon}:",
+            icon_position="right" if by > 0 else "left",
+            key=f"features.{label.lower()}",
+            shortcut=label[0].lower(),
             on_click=step,
-            args=(-1,),
-            help="The one above in the list",
+            args=(by,),
+            help=about,
         )
+
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        way("Previous", "chevron_left", -1, "The one above in the list")
         number = st.number_input(
             "Feature",
             0,
@@ -234,16 +228,7 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
             label_visibility="collapsed",
             placeholder="number",
         )
-        st.button(
-            "Next",
-            icon=":material/chevron_right:",
-            icon_position="right",
-            key="features.next",
-            shortcut="n",
-            on_click=step,
-            args=(1,),
-            help="The one below in the list",
-        )
+        way("Next", "chevron_right", 1, "The one below in the list")
         if sae.index is not None:
             st.button(
                 "Random",
@@ -253,16 +238,8 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
                 args=(random, "No feature fires"),
                 help="Any feature that fires",
             )
-            terms = st.popover(
-                "Terms",
-                icon=":material/help:",
-                type="tertiary",
-                key="features.terms",
-                on_change="rerun",
-            )
-            if terms.open:
-                with terms:
-                    _define(TERMS)
+        with st.popover("Terms", icon=":material/help:", type="tertiary", key="features.terms"):
+            plain("\n\n".join(f"{title}: {COLUMNS[name]}" for name, title in TERMS.items()))
     return int(number if number is not None else held or 0)
 
 
@@ -270,10 +247,8 @@ def said(feature: Feature) -> None:
     """Draw the star, the label and the notes of a feature; what is changed is appended at once."""
     labels, number = feature.index.labels, feature.number
     known = labels.of(number)
-    with st.container(
-        horizontal=True, vertical_alignment="center", gap="small", key="features.said"
-    ):
-        heading(number)
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.header(f"Feature {number}", anchor=False, width="content", wrap=False)
         star = "star" in known
         st.button(
             "Starred" if star else "Star",
@@ -310,15 +285,6 @@ def said(feature: Feature) -> None:
         plain(f"written by {who}{score}", size=".8125rem")
 
 
-def heading(number: int) -> None:
-    """Draw the feature's number as the heading of all below."""
-    st.html(
-        '<div role="heading" aria-level="2" style="font-size:1.3rem;font-weight:700;'
-        f'white-space:nowrap">Feature {number}</div>',
-        width="content",
-    )
-
-
 def _field(draw: Callable[..., Any], feature: Feature, kind: Kind, **looks: Any) -> None:
     labels, number = feature.index.labels, feature.number
     key = key_for(f"features.{kind}", feature.index.folder, number)
@@ -341,16 +307,19 @@ def _say(labels: Labels, number: int, kind: Kind, text: str) -> None:
     st.session_state["features.list_is_old"] = True
 
 
-VIEWS = {
-    "Top": "The tokens it fires on most, each context once.",
-    "Quantiles": "Its firings in five slices of equal size, strongest first, some drawn from each.",
-    "Random": "Drawn evenly from all it fires on: the honest sample.",
-    "Near threshold": "The tokens it fires on least, weakest first: just above the threshold.",
-    "Just missed": "Tokens just under its threshold, nearest first; the number is the margin that "
-    "was missing.",
+VIEWS: dict[str, tuple[Callable[..., Any], str]] = {
+    "Top": (Feature.top, "The tokens it fires on most, each context once."),
+    "Quantiles": (Feature.quantiles, "Five equal slices of its firings, some drawn from each."),
+    "Random": (Feature.random, "Drawn evenly from all it fires on: the honest sample."),
+    "Near threshold": (Feature.near_threshold, "Tokens it fires on least: just above threshold."),
+    "Just missed": (Feature.just_missed, "Tokens just under its threshold, and by how much."),
 }
-CONTEXTS = {"snippet": (20, 8), "full": (None, None)}
-SHOWN = {"snippet": 12, "full": 5}
+"""What finds the examples of each list, and what they are."""
+CONTEXTS: dict[str, tuple[int, int | None, int | None]] = {
+    "snippet": (12, 20, 8),
+    "full": (5, None, None),
+}
+"""How many are shown, and of how many tokens before and after the one they are about."""
 MORE = 4
 """How many times as many are shown on demand."""
 N_LINKS = 6
@@ -366,20 +335,17 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
         context = choice("Context", CONTEXTS, key="ctx", what=what, shown="snippets", **hidden)
         breaks = st.toggle("line breaks", key="lines", bind="query-params")
         more = st.toggle("more", key="features.more")
-    st.caption(VIEWS[view])
+    st.caption(VIEWS[view][1])
     missed, top, below_top = view == "Just missed", _top(feature), 0.0
     if other is not None:
         st.html(macros(TEMPLATE).legend(name, f"{beside} · {other.number}"))
         below_top = _top(other)
-    before, after = CONTEXTS[context]
-    n = SHOWN[context] * (MORE if more else 1)
-    for title, found in _lists(feature, view, n, before=before, after=after):
+    n, before, after = CONTEXTS[context]
+    for title, found in _lists(feature, view, n * MORE if more else n, before=before, after=after):
         if title:
             _title(title, size=".9rem")
         if not found:
-            near = "No token came near its threshold without passing it."
-            dead = f"It fired on none of {feature.index.n_tokens:,} tokens."
-            st.caption(near if missed else dead)
+            st.caption("No token came near its threshold without passing it.")
             continue
         below = [None if other is None else other.on_example(each).tolist() for each in found]
         rows = [
@@ -395,27 +361,21 @@ def _top(feature: Feature) -> float:
 
 def just_missed(feature: Feature) -> None:
     """Draw what a feature that never fired came nearest to firing on."""
-    rows = [example_row(each, margin=True) for each in feature.just_missed(SHOWN["snippet"])]
+    rows = [example_row(each, margin=True) for each in feature.just_missed()]
     st.html(strips(rows, top=0.0))
 
 
 def _lists(
-    feature: Feature, view: str, n: int, *, before: int | None, after: int | None
+    feature: Feature, view: str, n: int, **context: int | None
 ) -> list[tuple[str, Sequence[Example]]]:
     """Return the lists of a view by title."""
-    if view == "Quantiles":
-        groups = feature.quantiles(5, k=max(2, n // 4), before=before, after=after)
-        return [
-            (f"{each.low:.3g} to {each.high:.3g} · {each.n_fired:,} tokens", each.examples)
-            for each in groups
-        ] or [("", ())]
-    ways: dict[str, Callable[..., list[Example]]] = {
-        "Top": feature.top,
-        "Random": feature.random,
-        "Near threshold": feature.near_threshold,
-        "Just missed": feature.just_missed,
-    }
-    return [("", ways[view](n, before=before, after=after))]
+    find = VIEWS[view][0]
+    if view != "Quantiles":
+        return [("", find(feature, n, **context))]
+    return [
+        (f"{each.low:.3g} to {each.high:.3g} · {each.n_fired:,} tokens", each.examples)
+        for each in find(feature, 5, k=max(2, n // 4), **context)
+    ]
 
 
 class Match(NamedTuple):
@@ -461,27 +421,13 @@ def relations(
     if found is None:
         st.caption(problem)
         return
-    pair = feature.pair(found.feature)
-    st.html(f"<div>{escaped(f'{base} · {found.feature.number}')}: {_compared(pair, found)}</div>")
-    counts = (pair.only_first, pair.both, pair.only_second)
-    named = zip(OVERLAP, counts, ("only here", "both", f"only {base}"), strict=True)
-    shares = [(colour, n, f"{n:,} {name}") for colour, n, name in named]
-    st.html(macros(PAGE_TEMPLATE).shares(shares))
-    st.html(macros(PAGE_TEMPLATE).swatches(shares))
-    st.caption("Mutual match." if found.mutual else "Not a mutual match.")
-
-
-def _compared(pair: Pair, match: Match) -> str:
-    """Return how the matched feature compares on the same tokens, as HTML."""
-    if not pair.both:
-        return f"They never fire on the same token; cosine {match.cosine:.2f}."
-    if math.isclose(pair.first, pair.second, rel_tol=0.01):
-        return f"Where both fire, it writes as much; cosine {match.cosine:.2f}."
-    more, share = ("less", pair.shorter) if pair.shorter > 0 else ("more", -pair.shorter)
-    return (
-        f"Where both fire, it writes <b>{100 * share:.0f} % {more}</b> "
-        f"({pair.second:.3g} against {pair.first:.3g}); cosine {match.cosine:.2f}."
-    )
+    pair, mutual = feature.pair(found.feature), "mutual" if found.mutual else "not mutual"
+    both = "They never fire on the same token"
+    if pair.both:
+        both = f"Where both fire, it writes {percent(1 - pair.shorter, 0)} as much "
+        both += f"({pair.second:.3g} against {pair.first:.3g})"
+    plain(f"{base} · {found.feature.number}: {both}; cosine {found.cosine:.2f}, {mutual}.")
+    overlap({"only here": pair.only_first, "both": pair.both, f"only {base}": pair.only_second})
 
 
 def similar(sae: Opened, feature: Feature, *, alive_only: bool = False) -> None:

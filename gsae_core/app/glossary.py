@@ -38,18 +38,13 @@ def definition(term: str) -> str:
     return TERMS[term].definition
 
 
-def title(term: str) -> str:
-    """Return what people call a number."""
-    return TERMS[term].title
-
-
 def search(words: str) -> tuple[str, ...]:
     """Return the terms whose title or definition holds all words; case is ignored.
 
     A title in full finds its own term alone, so that a link to one number shows one.
     """
-    exact = tuple(term for term in TERMS if title(term) == words)
+    exact = tuple(name for name, term in TERMS.items() if term.title == words)
     sought = words.casefold().split()
     return exact or tuple(
-        t for t in TERMS if all(w in f"{title(t)} {definition(t)}".casefold() for w in sought)
+        name for name, t in TERMS.items() if all(w in " ".join(t).casefold() for w in sought)
     )

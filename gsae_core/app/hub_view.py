@@ -3,14 +3,15 @@
 import io
 import zipfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from gsae_core.app import shell
-from gsae_core.app.cache import kept
+from gsae_core.app.cache import versions
 from gsae_core.app.controls import confirm_delete
 from gsae_core.app.parts import (
     attempt,
@@ -41,8 +42,6 @@ from gsae_core.runs.work.transfer import (
     Transfer,
     ask,
     free_name,
-    new_run_folder,
-    plan_pull,
     run_name,
     transfers,
 )
@@ -65,14 +64,13 @@ def offline() -> None:
         )
 
 
-@st.cache_data(ttl=KEPT_SECONDS, max_entries=16, show_spinner=False)
-def _looked(address: str) -> Repository:
-    return look(parse_address(address))
-
-
-@st.cache_data(ttl=KEPT_SECONDS, max_entries=64, show_spinner=False)
-def _described(address: str, _repository: Repository, _sae: HubSAE, path: str) -> Facts:
-    return describe(_repository, _sae)
+_looked = st.cache_data(ttl=KEPT_SECONDS, max_entries=16, show_spinner=False)(look)
+_described = st.cache_data(
+    ttl=KEPT_SECONDS,
+    max_entries=64,
+    show_spinner=False,
+    hash_funcs={Repository: lambda found: (found.repo, found.commit), HubSAE: lambda sae: sae.path},
+)(describe)
 
 
 def repository(root: Path) -> None:
@@ -96,16 +94,15 @@ def repository(root: Path) -> None:
     address = "@".join(filter(None, (repo.strip(), revision.strip())))
     try:
         with st.spinner("Asking the Hub", show_time=True):
-            found = _looked(address)
+            found = _looked(parse_address(address))
     except InputError as error:
         notice(str(error), title="Nothing can be listed")
-        if st.button("Try again", icon=":material/refresh:", key="hub.again"):
-            st.rerun()
+        st.button("Try again", icon=":material/refresh:", key="hub.again")
         return
-    _show(found, address, root)
+    _show(found, root)
 
 
-def _show(found: Repository, address: str, root: Path) -> None:
+def _show(found: Repository, root: Path) -> None:
     if found.renamed:
         notice(f"{found.renamed}.", kind="info")
     size = sum(file.n_bytes for file in found.files)
@@ -137,19 +134,19 @@ def _show(found: Repository, address: str, root: Path) -> None:
             placeholder=f"choose one of {len(by_path):,}; type to search",
         )
         if chosen is not None:
-            _sae(found, by_path[chosen], address, root)
+            _sae(found, by_path[chosen], root)
     with st.expander("Files and sizes", icon=":material/folder_open:"):
         rows = [{"file": file.path, "size": readable(file.n_bytes)} for file in found.files[:2000]]
-        st.dataframe(pd.DataFrame(rows), hide_index=True, height=260, alt="Files and their sizes")
+        st.dataframe(rows, hide_index=True, height=260, alt="Files and their sizes")
         if len(found.files) > len(rows):
             st.caption(f"The first {len(rows):,} of {len(found.files):,}.")
 
 
-def _sae(found: Repository, sae: HubSAE, address: str, root: Path) -> None:
+def _sae(found: Repository, sae: HubSAE, root: Path) -> None:
     """Draw what one SAE is, and the button that fetches it."""
     with st.container(border=True), noticed("It cannot be read"):
         with st.spinner("Reading its config"):
-            told = _described(address, found, sae, sae.path)
+            told = _described(found, sae)
         left, right = st.columns([3, 2], gap="large")
         with left:
             facts(compatibility(sae, told))
@@ -176,17 +173,15 @@ def compatibility(sae: HubSAE, told: Facts) -> dict[str, str]:
 
 def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     # Keyed by the SAE: another one has a name and a place of its own.
-    about = (found.repo, found.commit, sae.path)
+    about, hint = (found.repo, found.commit, sae.path), "as stated"
+    key = key_for("hub.pull", *about)
     default = free_name(root, run_name(found.repo, sae.path))
-    name = st.text_input("Name of the run", default, key=key_for("hub.name", *about), max_chars=64)
-    with st.expander("Model and hook point", expanded=False):
+    name = st.text_input("Name of the run", default, key=f"{key}.name", max_chars=64)
+    with st.expander("Model and hook point"):
         st.caption("Fill in only what its files do not state, or state wrongly.")
-        key, hint = key_for("hub.place_model", *about), told.model or "as stated"
-        model = st.text_input("Language model", key=key, placeholder=hint)
-        key = key_for("hub.place_layer", *about)
-        layer = st.number_input("Layer", 0, 200, None, key=key, placeholder="as stated")
-        key = key_for("hub.place_site", *about)
-        site = st.selectbox("Site", SITES, index=None, key=key, placeholder="as stated")
+        model = st.text_input("Language model", key=f"{key}.model", placeholder=told.model or hint)
+        layer = st.number_input("Layer", 0, 200, None, key=f"{key}.layer", placeholder=hint)
+        site = st.selectbox("Site", SITES, index=None, key=f"{key}.site", placeholder=hint)
     free, need = free_bytes(root), 2 * sae.n_bytes  # what comes, and the run that is made of it
     if need >= free:
         text = f"Opening it takes about {readable(need)} of disk; {readable(free)} are free."
@@ -201,8 +196,8 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     ):
         place = {"model": model.strip() or None, "layer": layer, "site": site}
         with noticed("Nothing was started"):
-            new_run_folder(root, name)
-            process.start(ask(root, plan_pull(found, sae, to=name, **place)))
+            request = PullRequest(*about, sae.library, sae.files, name, **place)
+            process.start(ask(root, request))
             st.rerun()
 
 
@@ -211,19 +206,13 @@ def catalogue() -> None:
     words, layer, kind, width, l0 = st.columns([4, 1.5, 2.5, 2, 1.5])
     kinds = sorted({each.architecture for each in releases() if each.architecture is not None})
     widths = sorted({n for each in releases() for n in each.widths})
+    pick: Any = {"index": None, "placeholder": "any"}
     found = search(
         words.text_input("Model or words", key="hub.find", placeholder="gemma-2-2b resid_post"),
         layer=layer.number_input("Layer", 0, 200, None, key="hub.find_layer", placeholder="any"),
-        architecture=kind.selectbox(
-            "Architecture", kinds, index=None, key="hub.find_arch", placeholder="any"
-        ),
+        architecture=kind.selectbox("Architecture", kinds, key="hub.find_arch", **pick),
         width=width.selectbox(
-            "Width",
-            widths,
-            index=None,
-            key="hub.find_width",
-            placeholder="any",
-            format_func=lambda n: f"{n:,}",
+            "Width", widths, key="hub.find_width", format_func="{:,}".format, **pick
         ),
         l0=l0.number_input("L0 near", 1.0, 5000.0, None, 1.0, key="hub.find_l0", placeholder="any"),
     )
@@ -259,9 +248,9 @@ def catalogue() -> None:
     )
 
 
-def catalogue_table(found: Sequence[Release]) -> pd.DataFrame:
+def catalogue_table(found: Sequence[Release]) -> list[dict[str, Any]]:
     """Return releases as a table's rows; a dash where nothing is known."""
-    rows = [
+    return [
         {
             "release": release.title,
             "model": release.model,
@@ -275,7 +264,6 @@ def catalogue_table(found: Sequence[Release]) -> pd.DataFrame:
         }
         for release in found
     ]
-    return pd.DataFrame(rows)
 
 
 def short(width: int) -> str:
@@ -307,12 +295,12 @@ def library(frame: shell.Frame) -> None:
             "hook point": run.config.model.hook_name,
             "SAEs": len(run.config.saes),
             "state": frame.statuses[run.id].state if run.id in frame.statuses else "unreadable",
-            "size": readable(_size(run)),
+            "size": readable(_size(*versions(run, ".", "status.json"))),
         }
         for run in frame.runs
     ]
     st.dataframe(
-        pd.DataFrame(rows),
+        rows,
         hide_index=True,
         height=min(320, 36 * len(rows) + 38),
         column_config={
@@ -337,11 +325,12 @@ def library(frame: shell.Frame) -> None:
         confirm_delete(by_id[chosen])
 
 
-# Walking a run's folder takes milliseconds; two hundred of them at every click do not.
-@kept(".", "status.json")
-def _size(run: Run) -> int:
+# Walking a run's folder takes milliseconds, and a call of st.cache_data half of one: two hundred
+# of either at every click do not.
+@lru_cache(maxsize=512)
+def _size(folder: str, *_: object) -> int:
     total = 0
-    for path in run.folder.rglob("*"):
+    for path in Path(folder).rglob("*"):
         try:
             total += path.lstat().st_size if path.is_file() else 0
         except OSError:

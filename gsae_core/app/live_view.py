@@ -56,7 +56,7 @@ def draw_timeline(run: Run, status: Status) -> None:
 def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) -> None:
     """Show the bar of the present stage, in numbers too; with `eta`, how long training takes."""
     if status.state == "queued":
-        waiting = [w.run for w in waiting_runs(run.folder.parent)]
+        waiting = waiting_runs(run.folder.parent)
         place = f"; position {waiting.index(run.id) + 1} in the queue" if run.id in waiting else ""
         waits = f"waits until its device is free{place}"
         st.progress(0.0, text="not started yet" if status.pid is None else waits)

@@ -10,15 +10,13 @@ from streamlit.delta_generator import DeltaGenerator
 from gsae_core.analysis.results import (
     MAX_COLUMNS,
     NUMBERS,
-    PaperSite,
     changes,
-    paper_sites,
     settings,
     settings_table,
 )
 from gsae_core.app import shell
 from gsae_core.app.glossary import definition
-from gsae_core.app.parts import correct, facts, marked, plain, say_worse
+from gsae_core.app.parts import facts, marked, plain, say_worse
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run
@@ -43,22 +41,6 @@ SHORT = TITLES | {"loss_recovered": "recovered"}
 DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4}
 SHARES = {"loss_recovered": 2, "alive_fraction": 1}
 """Numbers written in percent, and their decimals."""
-
-
-def paper_site() -> PaperSite | None:
-    """Draw the choice of one of the paper's sites, which Pareto and Shrinkage share; return it."""
-    places = {place.label: place for place in paper_sites()}
-    correct("paper", places, what="site in the paper's tables", shown="none")
-    label = st.selectbox(
-        "Published results",
-        list(places),
-        index=None,
-        key="paper",
-        bind="query-params",
-        placeholder="none",
-        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
-    )
-    return None if label is None else places[label]
 
 
 def say(number: str, value: float) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import re
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -77,12 +76,18 @@ def notice(
 
 
 @contextlib.contextmanager
-def noticed(title: str) -> Iterator[None]:
-    """Show an InputError within as a notice of that title, and go on after it; a decorator too."""
+def noticed(title: str = "") -> Iterator[None]:
+    """Show an InputError within as a notice of that title, and go on after it; a decorator too.
+
+    Without a title the page ends there, and the notice is a sentence.
+    """
     try:
         yield
     except InputError as error:
-        notice(str(error), title=title)
+        said = str(error)
+        notice(said if title else f"{said[:1].upper()}{said[1:]}.", title=title)
+        if not title:
+            st.stop()
 
 
 def asset(name: str) -> str:
@@ -97,19 +102,14 @@ def escaped(text: str) -> str:
 
 def plain(text: str, *, size: str = "1rem") -> None:
     """Show text as it stands: a name, a path or a token is never read as Markdown or HTML."""
-    st.html(f'<div style="font-size:{size};overflow-wrap:anywhere">{escaped(text)}</div>')
+    style = f"font-size:{size};overflow-wrap:anywhere;white-space:pre-line"
+    st.html(f'<div style="{style}">{escaped(text)}</div>')
 
 
 def say_worse(fvus: Mapping[str, float | None]) -> None:
     """Name the SAEs whose FVU is above 1, if there are any."""
     if sentence := worse_than_mean(fvus):
         notice(f"{sentence}.", kind="warning")
-
-
-def paragraphs(text: str, *, size: str = "1rem") -> None:
-    """Show text as `plain` does, with the gaps that empty lines stand for."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        plain(paragraph, size=size)
 
 
 def escape_markdown(text: str) -> str:
@@ -131,9 +131,6 @@ STAGES = {
     "indexing": "reading tokens",
     "sorting": "sorting by feature",
     "describing": "describing features",
-    "downloading": "downloading",
-    "importing": "importing",
-    "uploading": "uploading",
 }
 COUNTED = ("indexing", "downloading", "uploading")
 CANCELLABLE = ("queued", "starting", "running")
@@ -243,6 +240,12 @@ def line_legend(lines: Sequence["Line"]) -> None:
     st.html(macros(PAGE_TEMPLATE).line_legend(rows))
 
 
+def overlap(counts: Mapping[str, int]) -> None:
+    """Draw how much is of one SAE alone, of both, and of the other alone, each by its name."""
+    named = zip(OVERLAP, counts.items(), strict=True)
+    st.html(macros(PAGE_TEMPLATE).shares([(c, n, f"{n:,} {name}") for c, (name, n) in named]))
+
+
 def since(moment: float | int) -> str:
     """Return how long ago something was, from its time in seconds since 1970."""
     return ago(max(time.time() - moment, 0.0))
@@ -262,13 +265,13 @@ def marked(architecture: Architecture, text: str) -> None:
 def figure_tools(
     frame: "pd.DataFrame | Callable[[], pd.DataFrame]", *, name: str, about: str = ""
 ) -> None:
-    """Draw the button under a figure that explains it, tables it, saves it, and copies its link.
+    """Draw the button under a figure that explains it, tables it, and copies its link.
 
     What the popover holds is made when it is opened: nine figures a second cost nine buttons.
 
     Args:
         frame: what the figure draws, a column for each axis, in its own units; or what returns it.
-        name: of the figure, once a page: the key of its widgets and the name of the file.
+        name: of the figure, once a page: the key of its widgets.
         about: what the figure's numbers mean, from the glossary.
     """
     tools = st.popover(
@@ -277,28 +280,18 @@ def figure_tools(
         type="tertiary",
         key=own(f"tools_{name}"),
         on_change="rerun",
-        help=f"{'Definition · ' if about else ''}Show as table · Download data · Copy link",
+        help=f"{'Definition · ' if about else ''}Show as table, download it · Copy link",
     )
     if not tools.open:
         return
-    table = frame() if callable(frame) else frame
     with tools:
         if about:
             st.caption("Definition")
-            paragraphs(about, size=".9rem")
+            plain(about, size=".9rem")
         st.caption("Show as table")
-        st.dataframe(
-            table, hide_index=True, height=260, key=own(f"table_{name}"), alt=f"The data of {name}"
-        )
-        st.download_button(
-            "Download data",
-            lambda: table.to_csv(index=False),
-            file_name=f"{name}.csv",
-            mime="text/csv",
-            icon=":material/download:",
-            key=own(f"csv_{name}"),
-            on_click="ignore",
-        )
+        table = frame() if callable(frame) else frame
+        alt = f"The data of {name}; a button above it downloads them"
+        st.dataframe(table, hide_index=True, height=260, key=own(f"table_{name}"), alt=alt)
         copy_link()
 
 
@@ -334,9 +327,11 @@ def settle(
     `what` completes "... is no ...".
     """
     wanted = asked(param)
+    if wanted is None and st.session_state.get(key) not in choices:  # just arrived at the run
+        wanted = st.query_params.get(param)
     if wanted in choices:
         st.session_state[key] = wanted
-    elif st.session_state.get(key) is None:
+    elif st.session_state.get(key) not in choices:
         st.session_state[key] = default
     if wanted is not None and wanted not in choices:
         say_stranger(wanted, what=what, shown=st.session_state[key] or "none")

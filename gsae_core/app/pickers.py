@@ -1,28 +1,26 @@
 """Widgets that several pages draw: pickers of SAEs, a text, choices and numbers of the address."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from gsae_core.analysis.results import PaperSite, nearest_pair, paper_sites
 from gsae_core.app import cache, shell
 from gsae_core.app.parts import (
     asked,
     correct,
     key_for,
     notice,
-    plain,
     say_stranger,
     say_worse,
+    settle,
     write,
 )
 from gsae_core.app.shell import Frame
 from gsae_core.config import Architecture
-from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 
 ADDRESS_TEXT = 500
@@ -51,28 +49,37 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
 
 
 def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
-    """Return what to compare an SAE with: of another kind, nearest in L0; None if it is alone."""
-    own = architecture(run, name)
+    """Return what to compare an SAE with: a Gated one with a baseline, nearest in L0.
+
+    Without one, any other SAE; None if it is alone.
+    """
     others = [n for n in names if n != name]
-    unlike = [n for n in others if architecture(run, n) != own] or others
-    evals = cache.evaluations(run)
-    l0 = dict(zip(evals["name"], evals["l0"], strict=True)) if len(evals) else {}
-    known = [n for n in unlike if l0.get(n, 0) > 0 and l0.get(name, 0) > 0]
-    if known:
-        return min(known, key=lambda n: abs(math.log(l0[n] / l0[name])))
-    return unlike[0] if unlike else None
+    gated = architecture(run, name) == "gated"
+    unlike = [n for n in others if (architecture(run, n) == "gated") != gated]
+    near = _nearest(run, [name, *unlike]).values()
+    return next((n for n in (*near, *unlike, *others) if n != name), None)
 
 
-def stacking(key: str, *, least: int = 22) -> DeltaGenerator:
+@cache.kept("evals.json")
+def _nearest(run: Run, names: Sequence[str]) -> Mapping[str, str]:
+    """Return `nearest_pair` of those SAEs of a run; empty where it was not evaluated."""
+    evals: Any = cache.evaluations(run)
+    return nearest_pair(evals[evals["name"].isin(names)]) if len(evals) else {}
+
+
+def stacking(key: str, *, least: int = 22, last_stays: bool = False) -> DeltaGenerator:
     """Return a container whose columns stack where one would be narrower than `least` rem.
 
     Streamlit's own stack below 640 px, where tables and texts beside each other are long cut off.
+    The last column can stay in sight while the others are scrolled.
     """
     name = key.replace(".", "-")  # as Streamlit writes a key into a class
     row = f".st-key-{name}>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
+    column = f"{row}>[data-testid=stColumn]"
+    stays = f"{column}:last-child{{position:sticky;top:4rem;align-self:flex-start}}"
     st.html(
-        f"<style>{row}{{flex-wrap:wrap}}"
-        f"{row}>[data-testid=stColumn]{{min-width:min({least}rem,100%)}}</style>"
+        f"<style>{row}{{flex-wrap:wrap}}{column}{{min-width:min({least}rem,100%)}}"
+        f"{stays if last_stays else ''}</style>"
     )
     return st.container(key=key)
 
@@ -88,14 +95,7 @@ def _pick(label: str, offered: Sequence[str], *, key: str, param: str, default: 
     It is not bound to the address as other widgets are: Streamlit would then refuse to leave for a
     page that is given the same parameter.
     """
-    wanted = asked(param)
-    if wanted in offered:
-        st.session_state[key] = wanted
-    elif st.session_state.get(key) not in offered:  # just arrived, at the page or the run
-        wanted = wanted or st.query_params.get(param)
-        if wanted is not None and wanted not in offered:
-            say_stranger(wanted, what="SAE of this run", shown=default)
-        st.session_state[key] = wanted if wanted in offered else default
+    settle(param, offered, key=key, default=default, what="SAE of this run")
     return st.selectbox(label, offered, key=key, persist_state="session")
 
 
@@ -105,7 +105,8 @@ def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | 
     At first the Gated SAE whose L0 a baseline comes nearest to is chosen.
     """
     left, right = st.columns(2)
-    pair = cache.nearest(run, names)
+    evals = cache.evaluations(run)
+    pair = _nearest(run, names)
     first = pair.get("gated") or pair.get("base") or names[0]
     with left:
         name = _pick("SAE", names, key=key_for(f"{page}.sae", run.id), param="sae", default=first)
@@ -115,7 +116,6 @@ def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | 
         key = key_for(f"{page}.base", run.id)
         base = _pick("Compare with", offered, key=key, param="base", default=second)
     write({"sae": name, "base": base})
-    evals = cache.evaluations(run)
     fvus = dict(zip(evals["name"], evals["fvu"], strict=True)) if len(evals) else {}
     say_worse({one: fvus[one] for one in (name, base) if one in fvus})
     return name, None if base == "none" else base
@@ -131,10 +131,6 @@ def text_field(
     key = f"{page}.text"
     wanted = asked("text")
     if wanted or key not in st.session_state:
-        if wanted is not None and len(wanted) > ADDRESS_TEXT:
-            cut = f"An address holds at most {ADDRESS_TEXT} characters of text; the rest was cut."
-            plain(cut, size=".9rem")
-            wanted = wanted[:ADDRESS_TEXT]
         example = CODE if model == "bundled" else PROSE
         st.session_state[key] = wanted or st.session_state.get("shell.text") or example
     text = st.text_area(label, key=key, height=120, on_change=changed) or ""
@@ -164,6 +160,22 @@ def choice(
     )
 
 
+def paper_site() -> PaperSite | None:
+    """Draw the choice of one of the paper's sites, which Pareto and Shrinkage share; return it."""
+    places = {place.label: place for place in paper_sites()}
+    correct("paper", places, what="site in the paper's tables", shown="none")
+    label = st.selectbox(
+        "Published results",
+        list(places),
+        index=None,
+        key="paper",
+        bind="query-params",
+        placeholder="none",
+        help="Runs of the paper's tables at one hook point (model, site, block), drawn faintly.",
+    )
+    return None if label is None else places[label]
+
+
 def ticked_row(event: Any, n_rows: int) -> int | None:
     """Return which row of a table a browser says is ticked; None if that is none there is."""
     rows = event["selection"]["rows"] if event else []
@@ -181,23 +193,7 @@ def correct_number(
     if asked is None:
         return False
     pattern = r"-?\d{1,15}" if whole else r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
-    if re.fullmatch(pattern, asked.strip()) is None:
-        say_stranger(asked, what=what, shown=shown)
-        return False
-    if not low <= float(asked) <= high:
-        plain(
-            f"{what} {asked} is out of range ({low:g} to {high:g}); showing {shown}.", size=".9rem"
-        )
-        return False
-    return True
-
-
-@contextmanager
-def said() -> Iterator[None]:
-    """Show an InputError within as a sentence, and end the page there; a decorator too."""
-    try:
-        yield
-    except InputError as error:
-        sentence = str(error)
-        notice(f"{sentence[:1].upper()}{sentence[1:]}.")
-        st.stop()
+    if re.fullmatch(pattern, asked.strip()) and low <= float(asked) <= high:
+        return True
+    say_stranger(asked, what=f"{what} from {low:g} to {high:g}", shown=shown)
+    return False

@@ -9,19 +9,19 @@ import streamlit as st
 
 from gsae_core.analysis.features.export import Row, strips
 from gsae_core.app import cache
-from gsae_core.app.components import Cell
-from gsae_core.app.parts import OVERLAP, PAGE_TEMPLATE, SIGNS, marked
+from gsae_core.app.glossary import definition
+from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, marked, overlap
 from gsae_core.app.pickers import architecture, stacking, ticked_row
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     STRONGEST,
-    WORSE,
     explained_variance,
     fixed,
     macros,
     marked_fvu,
     percent,
     quoted,
+    visible,
 )
 
 if TYPE_CHECKING:
@@ -43,39 +43,30 @@ class Seen(NamedTuple):
 
     run: Run
     names: tuple[str, ...]
+    text: str
     looks: "list[PromptAnalysis]"
     alignment: pd.DataFrame | None
     seconds: float
     """What reading it took, when it was read."""
-    key: tuple[Any, ...]
-    """Says which text, model and weights."""
 
 
+@st.cache_resource(max_entries=16, show_spinner=False, hash_funcs={Run: cache.identity})
 def read(run: Run, names: tuple[str, ...], text: str) -> Seen:
     """Return a text through SAEs of a run, from memory where it was read before."""
-    hook, bos = run.config.model, run.config.data.bos
-    key = (cache.identity(run, names), bos, text, hook.layer, hook.site)
-    return _read(key, names, text, _run=run)
-
-
-# The key says which model and weights; arguments with an underscore are no part of it.
-@st.cache_resource(max_entries=16, show_spinner=False)
-def _read(key: tuple[Any, ...], names: tuple[str, ...], text: str, _run: Run) -> Seen:
-    began = time.perf_counter()
-    (model, lock), hook = cache.language_model(_run), _run.config.model
-    saes = [cache.sae(_run, name) for name in names]
-    prompt = cache.prompt(_run, text)
+    began, hook = time.perf_counter(), run.config.model
+    saes = [cache.sae(run, name) for name in names]
+    prompt = cache.prompt(run, text)
     from gsae_core.analysis.prompt import align, analyse
 
-    with lock.held():
+    with cache.alone(run) as model:
         looks = analyse(model, saes, prompt, layer=hook.layer, site=hook.site)
     aligned = align(looks[0], looks[1], saes[0], saes[1]) if len(looks) == 2 else None
-    return Seen(_run, names, looks, aligned, time.perf_counter() - began, key)
+    return Seen(run, names, text, looks, aligned, time.perf_counter() - began)
 
 
 # The likeliest of every token of a vocabulary, or a pass back through the model: a page that is
 # opened again, or drawn anew for another choice, does not pay for them again.
-BY_TEXT: Any = {Seen: lambda seen: seen.key}
+BY_TEXT: Any = {Seen: lambda seen: (cache.identity(seen.run), seen.names, seen.text)}
 
 
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs=BY_TEXT)
@@ -83,8 +74,7 @@ def next_tokens(seen: Seen, position: int) -> "list[Candidate]":
     """Return what may follow a token: what does follow first, then the likeliest."""
     from gsae_core.analysis.prompt import candidates
 
-    model, lock = cache.language_model(seen.run)
-    with lock.held():
+    with cache.alone(seen.run) as model:
         return candidates(model, seen.looks[0].prompt, position=position)
 
 
@@ -94,18 +84,19 @@ def attributed(seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     from gsae_core.analysis.prompt import effects
     from gsae_core.lm.model import logit_slope
 
-    (model, lock), hook = cache.language_model(seen.run), seen.run.config.model
+    hook, ids = seen.run.config.model, seen.looks[0].prompt.ids
     where: dict[str, Any] = {"layer": hook.layer, "site": hook.site, "position": position}
-    with lock.held():
-        slope = logit_slope(model, seen.looks[0].prompt.ids, token=token, **where)
+    with cache.alone(seen.run) as model:
+        slope = logit_slope(model, ids, token=token, **where)
     saes = [cache.sae(seen.run, name) for name in seen.names]
     return [effects(look, sae, slope) for look, sae in zip(seen.looks, saes, strict=True)]
 
 
-def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell]:
+def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[dict[str, Any]]:
     """Return the strip: the first SAE's measure as shading, the second's as an underline.
 
-    Both are on one scale, so that equal shades are equal numbers.
+    Both are on one scale, so that equal shades are equal numbers. Special tokens, on which no SAE
+    is trained, are told apart.
     """
     values = [
         _measured(look, table, measure) for look, table in zip(seen.looks, tables, strict=True)
@@ -121,8 +112,16 @@ def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[Cell
         about = "\n".join(lines) if counted else "special token: not read by the SAE"
         if not token:
             about += "\n∅: the rest of the character before it"
-        below = shares[1] if len(shares) > 1 else 0.0
-        found.append(Cell(token, about, STRONGEST * shares[0], below, not counted))
+        found.append(
+            {
+                # A line ends where the text's does, and the sign for it stays in sight.
+                "text": visible(token).replace("↵", "↵\n"),
+                "about": about,
+                "shade": round(STRONGEST * shares[0], 3),
+                "below": round(shares[-1], 3),
+                "special": not counted,
+            }
+        )
     return found
 
 
@@ -139,15 +138,9 @@ def _measured(look: "PromptAnalysis", table: pd.DataFrame, measure: str) -> Any:
 
 def feature_rows(table: pd.DataFrame, *, position: int, sort: str) -> pd.DataFrame:
     """Return the features of a token, the strongest by `sort` first, either sign."""
-    column = SORTS[sort]
     here: Any = table[table["position"] == position]
-    order = here[column].abs().sort_values(ascending=False, kind="stable").index
-    return here.loc[order, ["latent", "activation", "gate", "share", "effect"]].reset_index(
-        drop=True
-    )
-
-
-MAX_ROWS = 200
+    here = here.sort_values(SORTS[sort], key=abs, ascending=False, kind="stable")
+    return here.reset_index(drop=True)
 
 
 def say_reading(seen: Seen) -> None:
@@ -157,10 +150,7 @@ def say_reading(seen: Seen) -> None:
     if prompt.n_left_out:
         parts.append(f"the last {prompt.n_left_out:,} do not fit in the context and are left out")
     if prompt.n_unknown:
-        parts.append(
-            f"{prompt.n_unknown:,} are unknown to this model's tokenizer, which lacks these words "
-            "or this alphabet; use words it knows"
-        )
+        parts.append(f"{prompt.n_unknown:,} are unknown to this model's tokenizer; use other words")
     st.caption(" · ".join(parts))
 
 
@@ -172,24 +162,13 @@ def numbers(seen: Seen) -> None:
         with spot:
             marked(architecture(seen.run, name), name)
             cells, found = st.columns(3), look.numbers
-            cells[0].metric(
-                "L0",
-                fixed(found.l0, 1),
-                help="Features that fire on a token of this text, on average.",
-            )
-            cells[1].metric(
-                "ΔCE (nats)",
-                fixed(found.delta_ce, 3),
-                help="Increase of the loss per token on this text when the model reads "
-                f"reconstructions: from {fixed(found.ce_clean)} to {fixed(found.ce_sae)}.",
-            )
-            cells[2].metric(
-                "FVU",
-                marked_fvu(found.fvu),
-                help="Residual over total sum of squares about this text's mean activation; "
-                f"explained variance {percent(explained_variance(found.fvu), 2)}. {WORSE}: above "
-                "1, where the mean would do better.",
-            )
+            cells[0].metric("L0", fixed(found.l0, 1), help=definition("l0"))
+            loss = f"From {fixed(found.ce_clean)} to {fixed(found.ce_sae)} on this text."
+            about = f"{loss}\n\n{definition('delta_ce')}"
+            cells[1].metric("ΔCE (nats)", fixed(found.delta_ce, 3), help=about)
+            explained = percent(explained_variance(found.fvu), 2)
+            about = f"Explained variance {explained} on this text.\n\n{definition('fvu')}"
+            cells[2].metric("FVU", marked_fvu(found.fvu), help=about)
 
 
 def legend(seen: Seen, measure: str) -> None:
@@ -208,11 +187,9 @@ def label_of(candidate: "Candidate") -> str:
 def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) -> int | None:
     """Draw the features of a token; return the one whose row is ticked."""
     number = st.column_config.NumberColumn
-    shown = rows.head(MAX_ROWS)
     event = st.dataframe(
-        shown.assign(share=100 * shown["share"]),
+        rows.assign(share=100 * rows["share"]),
         hide_index=True,
-        height=min(38 + 35 * max(len(shown), 1), 430),
         key=key,
         on_select="rerun",
         selection_mode="single-row",
@@ -239,17 +216,15 @@ def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) ->
         alt="Features that fire on the token: number, activation, gate, share and attribution to "
         f"{target}",
     )
-    row = ticked_row(event, len(shown))
-    return None if row is None else int(shown["latent"].iloc[row])
+    row = ticked_row(event, len(rows))
+    return None if row is None else int(rows["latent"].iloc[row])
 
 
 def on_every_token(seen: Seen, latent: int, *, at: int) -> None:
     """Draw the activation of one of the first SAE's features on every token of the text."""
     look = seen.looks[0]
-    own: Any = look.features[look.features["latent"] == latent]
-    values: Any = (
-        own.set_index("position")["activation"].reindex(look.tokens["position"]).fillna(0.0)
-    )
+    values: Any = look.features[look.features["latent"] == latent].set_index("position")
+    values = values["activation"].reindex(look.tokens["position"]).fillna(0.0)
     top = float(values.max())
     row = Row(look.prompt.tokens, values.tolist(), at, f"{values.iloc[at]:.3g}")
     st.html(strips([row], top=top))
@@ -264,35 +239,24 @@ def alignment_view(seen: Seen, *, position: int) -> None:
     assert aligned is not None
     here: Any = aligned[aligned["position"] == position]
     names = {"only gated": f"only {name}", "both": "both", "only baseline": f"only {other}"}
-    counts = [int((here["where"] == where).sum()) for where in names]
-    named = zip(OVERLAP, counts, names.values(), strict=True)
-    shares = [(colour, n, f"{n} {where}") for colour, n, where in named]
-    st.html(macros(PAGE_TEMPLATE).swatches(shares))
-    st.html(macros(PAGE_TEMPLATE).shares(shares))
+    overlap({whose: int((here["where"] == where).sum()) for where, whose in names.items()})
     number = st.column_config.NumberColumn
-    # An SAE's name stands once, above both of its columns: in each of their heads it was too wide.
-    columns = {
-        "where": ("", "fires in"),
-        "gated": (name, "feature"),
-        "gated_activation": (name, "f"),
-        "baseline": (other, "feature"),
-        "baseline_activation": (other, "f"),
-        "cosine": ("", "cosine"),
+    f = number("f", format="%.3g", help="Activation, in the activations' own units.")
+    columns: Any = {
+        "where": "fires in",
+        "gated": number(name, format="%d", help="Its feature."),
+        "gated_activation": f,
+        "baseline": number(other, format="%d", help="Its feature."),
+        "baseline_activation": f,
+        "cosine": number(format="%.3f", help="Of the two decoder directions."),
     }
-    shown = here.loc[:, list(columns)].replace({"where": names})
-    shown.columns = pd.MultiIndex.from_tuples(list(columns.values()))
-    feature = number(format="%d")
-    f = number(format="%.3g", help="Activation, in the activations' own units.")
-    cosine = number(format="%.3f", help="Of the two decoder directions.")
-    # Under two heads a column is known by its place; the index is 0. The type is of names alone.
-    places: Any = {2: feature, 3: f, 4: feature, 5: f, 6: cosine}
     st.dataframe(
-        shown,
+        here.replace({"where": names}),
         hide_index=True,
-        height=min(38 + 38 + 35 * max(len(here), 1), 430),
         key="prompt.aligned",
         placeholder="–",
-        column_config=places,
+        column_order=list(columns),
+        column_config=columns,
         alt="Features of the token in both SAEs, or in one alone",
     )
     st.caption(

@@ -2,11 +2,10 @@
 
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import psutil
 import streamlit as st
 from streamlit.components.v2 import component
 
@@ -17,7 +16,7 @@ from gsae_core.app.parts import (
     escape_markdown,
     job_share,
     notice,
-    own,
+    noticed,
     plain,
     say_refused,
     write,
@@ -29,9 +28,6 @@ from gsae_core.runs.jobs.job import ACTIVE, Job, Status
 from gsae_core.runs.run import EXAMPLE_ID, Run, example_run, survey
 from gsae_core.runs.work.transfer import Transfer, transfers
 from gsae_core.text import percent
-
-Standings = Sequence[tuple[Job, Status]]
-"""Jobs, runs and transfers alike, and where each stands."""
 
 
 def status_of(job: Job, said: Status | None = None) -> Status | None:
@@ -45,7 +41,7 @@ def status_of(job: Job, said: Status | None = None) -> Status | None:
         return None
 
 
-def job_badge(jobs: Standings) -> None:
+def job_badge(jobs: Sequence[tuple[Job, Status]]) -> None:
     """Draw the job badge, which refreshes itself while a job moves, on every page; newest first."""
     moving = [job for job, status in jobs if status.expects_process]
 
@@ -62,7 +58,7 @@ def job_badge(jobs: Standings) -> None:
     tell_endings(jobs)
 
 
-def _badge(moving: Standings) -> None:
+def _badge(moving: Sequence[tuple[Job, Status]]) -> None:
     """Say how many runs train and wait, how far the newest is, and what goes from or to the Hub."""
     if not moving:
         plain("no job running", size=".875rem")
@@ -86,7 +82,7 @@ def _badge(moving: Standings) -> None:
 ENDINGS = {"finished": ("✅", "finished"), "failed": ("❌", "failed"), "lost": ("⚠️", "is lost")}
 
 
-def tell_endings(jobs: Standings) -> None:
+def tell_endings(jobs: Sequence[tuple[Job, Status]]) -> None:
     """Say once, on the page that is open, that a job seen moving in this session has ended."""
     watched: set[str] = st.session_state.setdefault("shell.watched", set())
     for job, status in jobs:
@@ -106,30 +102,19 @@ def _title(job: Job) -> str:
         return job.id  # put away between two looks
 
 
-def server_started() -> float:
-    """Return when this server's process began, in seconds since 1970."""
-    return psutil.Process().create_time()
+def say_connected(title: str, statuses: dict[str, Status]) -> None:
+    """Say that runs found at work need neither this tab nor this server.
 
-
-def say_connected(title: str, run: Run | None, statuses: dict[str, Status]) -> None:
-    """Say that a run found at work needed neither this tab nor this server.
-
-    It is said on the page a visit begins with, until that run ends or another page is opened.
+    It is said on the page a visit begins with, until they end or another page is opened.
     """
     at_work = [name for name, status in statuses.items() if status.state in ACTIVE]
-    page, found = st.session_state.setdefault("shell.began_on", (title, set(at_work)))
+    page, found = st.session_state.setdefault("shell.began_on", (title, at_work))
     still = [name for name in at_work if name in found]
     if title != page or not still:
-        st.session_state["shell.began_on"] = None, set()
+        st.session_state["shell.began_on"] = None, []
         return
-    server = server_started()
-    older = [name for name in still if (statuses[name].process_started or server) < server]
-    if older:
-        went_on = f"{', '.join(older)}: training continued while the app restarted."
-        notice(f"Reconnected to {went_on}", kind="info")
-    elif title == "Live" and run is not None and run.id in still:
-        text = f"Reconnected to {run.id}: training continues whether this page is open or not."
-        notice(text, kind="info")
+    went_on = f"{', '.join(still)}: training continues whether the app is open or not."
+    notice(f"Reconnected to {went_on}", kind="info")
 
 
 _n_modules = 0
@@ -142,16 +127,11 @@ def spare_modules() -> None:
     interpreter's lock. With pandas and plotly imported that took 0.2 s each time, in which no other
     visitor is served and the last messages of the page wait to be sent.
     """
-    if _freeze not in gc.callbacks:
-        gc.callbacks.append(_freeze)
-
-
-def _freeze(phase: str, info: Mapping[str, int]) -> None:
     global _n_modules
-    # Right after a full collection nothing that is kept is garbage. All that a count frees is
-    # freed all the same; only cycles that are alive now and die later are never found.
-    if phase == "stop" and info["generation"] == 2 and len(sys.modules) != _n_modules:
+    if len(sys.modules) != _n_modules:
         _n_modules = len(sys.modules)
+        # Streamlit has just collected: little is garbage. All that a count frees is freed all the
+        # same; only cycles that are alive now and die later are never found.
         gc.freeze()
 
 
@@ -246,13 +226,11 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
         notice(f"{deleted} was deleted.", kind="info")
     say_refused()
     if missing := st.session_state.get("shell.missing_run"):
-        if missing in unreadable:
-            why = unreadable[missing]
-            notice(why, kind="warning", title=f"{missing} cannot be opened")
-        else:
-            others = "choose another in the sidebar" if runs else "there are no runs here yet"
-            notice(f"Run {missing} is not on this machine; {others}.", kind="warning")
-    say_connected(title, run, statuses)
+        others = "choose another in the sidebar" if runs else "there are no runs here yet"
+        gone = f"Run {missing} is not on this machine; {others}."
+        why = unreadable.get(missing, gone)
+        notice(why, kind="warning", title=f"{missing} cannot be opened")
+    say_connected(title, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"
     return Frame(run, runs, theme, statuses, unreadable)
 
@@ -342,43 +320,30 @@ def need_run(frame: Frame, what: str) -> Run:
     """Return the chosen run; without one, say that `what` will appear here, and end the page."""
     if frame.run is not None:
         return frame.run
-    for run in frame.runs[:10]:
-        icon = ":material/monitoring:"
-        if st.button(escape_markdown(run.id), icon=icon, key=own(f"open_{run.id}")):
-            go("pages/2_Live.py", run)
     if not frame.runs:
         notice(f"No runs yet. Train something, and {what} appear here.", kind="info")
-        quick, choose = (
-            "Home: train on the bundled model in one press",
-            "Train with your own choices",
-        )
-        link("app.py", None, label=quick, icon=":material/home:")
-        link("pages/1_Train.py", None, label=choose, icon=":material/tune:")
+        link("app.py", None, label="Home: train in one press", icon=":material/home:")
+        link("pages/1_Train.py", None, label="Train: your own choices", icon=":material/tune:")
     return st.stop()
 
 
+@noticed()
 def need_evals(run: Run) -> None:
     """Say why a run has no held-out evaluation yet and end the page, if it has none."""
-    try:
-        evals, status = run.evals(), run.status
-    except InputError as error:
-        notice(str(error), title="This run cannot be read")
-        return st.stop()
-    if evals:
+    if run.evals():
         return None
-    state, kind = status.state, "warning"
+    status = run.status
+    state = status.state
     if state == "finished" and run.config.imported and not (run.folder / "evals.json").exists():
-        kind = "info"
         text = f"{run.id} was imported and has not been measured here. Measure it: "
         text += f"python -m gsae_core evaluate {run.folder}"
     elif state == "finished":
         text = "The run is finished but none of its SAEs could be evaluated; see its log."
-    elif status.state in (*ACTIVE, "queued"):
-        kind = "info"
+    elif state in (*ACTIVE, "queued"):
         text = f"{run.id} is {state}, step {status.step:,} of {status.n_steps:,}; "
         text += "its SAEs are evaluated when training ends."
     else:
         text = f"{run.id} is {state} and was not evaluated; resume it to get results."
-    notice(text, kind=kind)
+    notice(text, kind="info" if state in (*ACTIVE, "queued") else "warning")
     link("pages/2_Live.py", run, label="Open the run", icon=":material/monitoring:")
     return st.stop()

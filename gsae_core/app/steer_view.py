@@ -41,7 +41,7 @@ class Settings(NamedTuple):
     """All that decides a result: equal settings, equal result."""
 
     weights: tuple[Any, ...]
-    """`cache.identity` of the SAEs and their model."""
+    """`cache.identity` of the run."""
     name: str
     other: str | None
     text: str
@@ -77,11 +77,10 @@ def scales_or_prompt(run: Run, name: str, text: str) -> "tuple[Scales, str | Non
     try:
         return cache.scales(run, name), None
     except InputError as error:
-        (model, lock), sae = cache.language_model(run), cache.sae(run, name)
-        prompt, hook = cache.prompt(run, text), run.config.model
+        sae, prompt, hook = cache.sae(run, name), cache.prompt(run, text), run.config.model
         from gsae_core.analysis.steering import scales_of
 
-        with lock.held():
+        with cache.alone(run) as model:
             x = model.harvest(prompt.ids, layer=hook.layer, site=hook.site)
         x = x[0, prompt.counted.to(x.device)]
         return scales_of(sae, x, source="tokens of this prompt"), str(error)
@@ -104,14 +103,14 @@ def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, st
 def start(run: Run, settings: Settings) -> Generation:
     """Return a generation with its next-token shifts computed, ready to go on."""
     began = time.perf_counter()
-    (model, lock), hook = cache.language_model(run), run.config.model
+    model, hook = cache.language_model(run).model, run.config.model
     from gsae_core.analysis.generation import Sampling, next_token_shift, side_by_side
 
     sampling = Sampling(settings.n_tokens, settings.temperature, settings.seed)
     sampling.check()
     prompt = cache.prompt(run, settings.text)
     steerings, matches = _steerings(run, settings)
-    with lock.held():
+    with cache.alone(run):
         before, logits = _logits(run, prompt, steerings)
     shifts = {
         k: next_token_shift(before[-1], after[-1], model=model) for k, after in logits.items()
@@ -143,7 +142,7 @@ def advance(run: Run, generation: Generation) -> bool:
     if generation.stream is None:
         return False
     began = time.perf_counter()
-    with cache.language_model(run).lock.held():
+    with cache.alone(run):
         try:
             found = next(generation.stream, None)
         except InputError:
@@ -190,19 +189,16 @@ def _steerings(run: Run, settings: Settings) -> "tuple[dict[str, Steering | None
     latents = torch.tensor([push.latent for push in settings.pushes])
     best = prompt.best_matches(latents, sae.W_dec, other.W_dec)
     scales, _ = scales_or_prompt(run, settings.other, settings.text)
-    partners, said, doubles = {}, [], []
+    partners, said = {}, []
     for push, *row in zip(settings.pushes, *(each.tolist() for each in best[1:]), strict=True):
         partner, cosine, mutual = row
         text = f"feature {push.latent} ↔ {partner} of {settings.other}, decoder cosine {cosine:.3f}"
         text += ", mutual best" if mutual else ", not mutual"
         is_good = mutual and cosine >= prompt.MATCHED
         said.append(text if is_good else f"{text}: a weak match, the best there is")
-        if partner in partners:
-            same = "has the same match as another, which is steered once"
-            doubles.append(f"feature {push.latent} {same}")
         partners.setdefault(partner, intervention(scales, partner, push.mode, push.strength))
     found[MATCHED] = Steering(other, tuple(partners.values()), keep_error=settings.keep_error)
-    return found, said + doubles
+    return found, said
 
 
 COLOURS = {UNSTEERED: "#7d8894", STEERED: "#0072B2", MATCHED: "#D55E00"}
@@ -255,9 +251,7 @@ def shift_columns(
                     "before": number("unsteered", format="%.2f %%"),
                     "after": number("steered", format="%.2f %%"),
                     "change": number(format="%+.2f", help="In percentage points."),
-                    "delta_logit": number(
-                        "Δ logit", format="%+.2f", help="Plain difference of logits."
-                    ),
+                    "delta_logit": number("Δ logit", format="%+.2f"),
                 },
                 alt="Next tokens: probability unsteered and steered, its change, and the logit's",
             )

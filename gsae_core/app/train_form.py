@@ -5,27 +5,15 @@ changed becomes a flag. So the page, the command line that it shows and the run 
 What cannot be read raises InputError, which calls the field by its label.
 """
 
-import functools
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from gsae_core.cli.arguments import SETS, Train
-from gsae_core.config import (
-    ARCHITECTURES,
-    Architecture,
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    SAESpec,
-    Site,
-    TrainRecipe,
-)
+from gsae_core.config import ARCHITECTURES, Architecture, RunConfig, Site
 from gsae_core.errors import InputError
 from gsae_core.presets import preset
 from gsae_core.runs.plan.cost import gated_width
@@ -68,6 +56,7 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "threshold_unit": "Unit of thresholds",
     "k_aux": "Auxiliary k",
     "screened": "Screened encoder",
+    "track": "Tracker",
 }
 """What the form calls each flag."""
 _READ_BY: dict[str, Architecture] = {
@@ -79,30 +68,27 @@ _READ_BY: dict[str, Architecture] = {
 class Field(NamedTuple):
     """A flag that sets one field of a config, as a field of the form."""
 
-    label: str
     help: str
     kind: Any
     """bool, int, float, str, or a Literal."""
     choices: tuple[str, ...]
     default: Any
     """None where there is none."""
-    of: type[Config]
-    name: str
-    """Where the config keeps it."""
 
 
-@functools.cache
-def form_fields() -> dict[str, Field]:
-    """Return every flag of `train` that sets one field of a config, by name."""
+def _fields() -> dict[str, Field]:
     hints, found = get_type_hints(Train), {}
     for flag, (of, name) in SETS.items():
         info = of.model_fields[name]
         kind = (get_args(hints[flag]) or (hints[flag],))[0]
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
         text = " ".join((info.description or "").split())
         default = None if info.is_required() else info.default
-        found[flag] = Field(LABELS[flag], text, kind, choices, default, of, name)
+        found[flag] = Field(text, kind, get_args(kind), default)
     return found
+
+
+FIELDS = _fields()
+"""Every flag of `train` that sets one field of a config, by name."""
 
 
 class Base(NamedTuple):
@@ -133,7 +119,7 @@ def shown(config: RunConfig) -> Values:
     """Return what the form shows of a run; of a knob, the first architecture's values."""
     baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
     others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
-    values: Values = {name: _shown(field, config) for name, field in form_fields().items()}
+    values: Values = {flag: _shown(flag, config) for flag in FIELDS}
     values |= {
         "layer": config.model.layer,
         "arch": list(dict.fromkeys(spec.architecture for spec in config.saes)),
@@ -147,22 +133,18 @@ def shown(config: RunConfig) -> Values:
     return values
 
 
-def _shown(field: Field, config: RunConfig) -> str | bool:
-    if field.of is SAESpec:
-        # What one architecture alone reads is shown as its SAEs have it.
-        own = [spec for spec in config.saes if spec.architecture == _READ_BY.get(field.name)]
-        part: Config = (own or config.saes)[0]
-    else:
-        parts = {ModelConfig: config.model, DataConfig: config.data, TrainRecipe: config.train}
-        part = (parts | {EvalConfig: config.evaluation, RunConfig: config})[field.of]
-    value = getattr(part, field.name)
-    if field.kind is bool:
+def _shown(flag: str, config: RunConfig) -> str | bool:
+    of, name = SETS[flag]
+    # What one architecture alone reads is shown as its SAEs have it.
+    own = [spec for spec in config.saes if spec.architecture == _READ_BY.get(name)]
+    parts = (config, config.model, config.data, config.train, config.evaluation)
+    part = next(part for part in (*parts, (own or config.saes)[0]) if isinstance(part, of))
+    value = getattr(part, name)
+    if isinstance(value, bool):
         return value
-    if value is None:
-        return ""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value!r}" if isinstance(value, float) else str(value)
+    return "" if value is None else str(value)
 
 
 def to_flags(values: Values, base: Base) -> Train:
@@ -177,11 +159,11 @@ def to_flags(values: Values, base: Base) -> Train:
     base = at_place(base, wanted["layer"], wanted["site"])
     given = _parsed(shown(base.config)) | own_place
     # Neither an empty field nor a switch that is off can be said over a base that has it.
-    empty = {flag for flag in form_fields() if wanted[flag] is None or wanted[flag] is False}
+    empty = {flag for flag in FIELDS if wanted[flag] is None or wanted[flag] is False}
     emptied = any(given[flag] is not None and given[flag] is not False for flag in empty)
     start = base.flags
     if emptied or not covered:
-        given = {flag: field.default for flag, field in form_fields().items()}
+        given = {flag: field.default for flag, field in FIELDS.items()}
         start, given["equal_width"] = Train(), False
     changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
     if {"width", "equal_width"} & set(changed):
@@ -191,59 +173,38 @@ def to_flags(values: Values, base: Base) -> Train:
 
 def _parsed(values: Values) -> dict[str, Any]:
     """Return a form's values as flags take them; None where a field is empty."""
-    found: dict[str, Any] = {
-        flag: _read(field, values[flag]) for flag, field in form_fields().items()
-    }
-    for flag in ("model", "data"):
-        if found[flag] is None:
-            raise InputError(f"{LABELS[flag]}: expected a name, got none")
+    for flag in ("model", "data", "arch", "width"):
+        if not str(values[flag] or "").strip():
+            raise InputError(f"{LABELS[flag]}: expected a value, got none")
+    found = {flag: _read(flag, values[flag]) for flag in FIELDS}
     chosen = found["arch"] = tuple(a for a in ARCHITECTURES if a in values["arch"])
-    if not chosen:
-        raise InputError("expected at least one architecture, got none; choose Gated, ReLU or both")
     for knob, architectures in KNOBS.items():
         turned = set(architectures) & set(chosen)
-        found[knob] = numbers(values[knob], LABELS[knob]) if turned else ()
-    for k in found["k"]:
-        if not k.is_integer():
-            raise InputError(f"{LABELS['k']}: expected whole numbers of features, got {k:g}")
-    found["k"] = tuple(int(k) for k in found["k"])
-    if values["width"] is None:
-        raise InputError(f"{LABELS['width']}: expected a number of features, got none")
+        words = re.split(r"[\s,;]+", values[knob].strip()) if turned else ()
+        read = whole if knob == "k" else number
+        found[knob] = tuple(read(word, LABELS[knob]) for word in words)
     found["width"] = int(values["width"])
     both = "relu" in chosen and len(chosen) > 1
     found["equal_width"] = bool(values["equal_width"]) and both
     return found
 
 
-def _read(field: Field, value: Any) -> Any:
-    if field.kind is bool:
+def _read(flag: str, value: Any) -> Any:
+    kind = FIELDS[flag].kind
+    if kind is bool:
         return bool(value)
     text = "" if value is None else str(value).strip()
-    if text and field.kind is int:
-        return whole(text, field.label)
-    if text and field.kind is float:
-        found = numbers(text, field.label)
-        if len(found) != 1:
-            raise InputError(f"{field.label}: expected one number, got {text!r}")
-        return found[0]
-    return text or None
+    read = {int: whole, float: number}.get(kind)
+    return read(text, LABELS[flag]) if text and read else text or None
 
 
 def log_spaced(low: float | int, high: float | int, n: int) -> list[float]:
-    """Return `n` values from `low` to `high` in equal ratios, to three significant digits."""
+    """Return `n` >= 2 values from `low` to `high` in equal ratios, to three significant digits."""
     if not 0 < low < high or not math.isfinite(high):
         raise InputError(
             f"expected two numbers above 0, the smaller first, got {low:g} and {high:g}"
         )
-    if n < 2:
-        raise InputError(f"expected two values or more, got {n}")
-    values = [float(f"{low * (high / low) ** (i / (n - 1)):.3g}") for i in range(n)]
-    if len(set(values)) < n:
-        raise InputError(
-            f"expected values that differ in three digits, got {n} between {low:g} and {high:g}; "
-            "ask for fewer"
-        )
-    return values
+    return [float(f"{low * (high / low) ** (i / (n - 1)):.3g}") for i in range(n)]
 
 
 def corrected(asked: Mapping[str, list[str]], values: Values) -> list[str]:
@@ -278,14 +239,12 @@ for now in train_run(run):
 run.evals()'''
 
 
-def numbers(text: str, field: str) -> tuple[float, ...]:
-    """Return the numbers in a text field, separated by spaces, commas or semicolons."""
-    words = re.split(r"[\s,;]+", text.strip())
+def number(text: str, field: str) -> float:
+    """Return the number in a text field."""
     try:
-        return tuple(float(word) for word in words)
+        return float(text)
     except ValueError:
-        wanted = "numbers separated by spaces, like 0.1 0.2"
-        raise InputError(f"{field}: expected {wanted}, got {text!r}") from None
+        raise InputError(f"{field}: expected a number, like 0.1, got {text!r}") from None
 
 
 def whole(text: str, field: str) -> int:

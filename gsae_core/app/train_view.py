@@ -5,20 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
+from streamlit.runtime.state import SessionStateProxy
 
 from gsae_core.app.components import ABOUT, block_diagram
-from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, notice, plain
-from gsae_core.app.train_form import KNOBS, LABELS, Base, Values, covers, form_fields, log_spaced
+from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, attempt, plain
+from gsae_core.app.train_form import FIELDS, KNOBS, LABELS, Base, Values, covers, log_spaced
 from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, TrainRecipe
-from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.plan.cost import Bar, Expected
 from gsae_core.text import count, macros
 
-FIELDS = form_fields()
 DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
 BIND = "query-params"
 WIDTH = "Features per SAE. A ReLU baseline gets 1.5x as many, for equal training compute."
@@ -30,7 +28,7 @@ KNOB_HELP = {
     "to about 1.",
     "k": "Active features per token: one TopK SAE per value.",
 }
-state = st.session_state
+state: SessionStateProxy = st.session_state
 
 
 @st.cache_data(ttl=30, max_entries=1, show_spinner=False)
@@ -41,16 +39,16 @@ def in_cache() -> dict[str, Path]:
 
 def field(flag: str, given: Values, **options: Any) -> None:
     """Draw the widget of a flag; what the set-up gives is its default, left out of the address."""
-    about, value = FIELDS[flag], given[flag]
+    about, label, value = FIELDS[flag], LABELS[flag], given[flag]
     options = {"key": flag, "bind": BIND, "help": about.help} | options
     if about.choices:
         index = about.choices.index(value) if value in about.choices else None
         state[flag] = state.get(flag) or None
-        st.selectbox(about.label, about.choices, index=index, **options)
+        st.selectbox(label, about.choices, index=index, **options)
     elif about.kind is bool:
-        st.toggle(about.label, value, **options)
+        st.toggle(label, value, **options)
     else:
-        st.text_input(about.label, value, **options)
+        st.text_input(label, value, **options)
 
 
 def where(base: Base, given: Values) -> ModelFacts:
@@ -175,19 +173,15 @@ def spacing(knob: str) -> None:
     """Draw the helper that spaces lambdas evenly on a log scale."""
 
     def fill_in() -> None:
-        try:
-            values = log_spaced(*(state[f"train.log_{end}"] for end in ("low", "high", "n")))
-            state[knob] = " ".join(f"{value:g}" for value in values)
-        except InputError as error:
-            state["train.log_error"] = str(error)
+        values = log_spaced(*(state[f"train.log_{end}"] for end in ("low", "high", "n")))
+        state[knob] = " ".join(f"{value:g}" for value in values)
 
     with st.popover("Log-spaced", width="stretch"):
         st.number_input("From", 0.0, None, 0.1, format="%g", key="train.log_low")
         st.number_input("To", 0.0, None, 1.0, format="%g", key="train.log_high")
         st.number_input("Values", 2, 32, 4, key="train.log_n")
-        st.button("Fill in", on_click=fill_in, key="train.log_fill", width="stretch")
-        if error := state.pop("train.log_error", ""):
-            notice(error)
+        act = fill_in, "Nothing was filled in"
+        st.button("Fill in", on_click=attempt, args=act, key="train.log_fill", width="stretch")
 
 
 def row(flags: Sequence[str], given: Values, *, n_columns: int = 3) -> None:
@@ -236,22 +230,6 @@ def advanced(given: Values, asked: Container[str]) -> None:
 
 # Shares of a bar, told apart by lightness as well as hue; Okabe-Ito.
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-
-
-def side_by_side() -> DeltaGenerator:
-    """Return a container whose columns stack on a narrow page; on a wide one the second stays.
-
-    Streamlit's own columns stack below 640 px, where two forms beside each other are long cut off.
-    """
-    columns = ".st-key-train-form>[data-testid=stLayoutWrapper]>[data-testid=stHorizontalBlock]"
-    column = f"{columns}>[data-testid=stColumn]"
-    st.html(
-        f"<style>@media(max-width:1000px){{{columns}{{flex-wrap:wrap}}"
-        f"{column}{{min-width:100%}}}}"
-        f"@media(min-width:1001px){{{column}:last-child"
-        "{position:sticky;top:4rem;align-self:flex-start}}</style>"
-    )
-    return st.container(key="train.form")
 
 
 def bar(shown: Bar) -> None:

@@ -1,7 +1,8 @@
-"""SAEs on the Hub: which ones a repository holds, and their files in a folder of this machine.
+"""SAEs on the Hub: which ones a repository holds, and their files on this machine.
 
     look(parse_address("google/gemma-scope-2b-pt-res:layer_12/width_16k")) -> Repository
-    fetching(repo, commit, files, folder)
+    fetching(repo, commit, files, folder)       into a folder, in pieces, to be stopped and resumed
+    local("OWNER/NAME:PATH@REVISION") -> Path   into the Hugging Face cache, in one call
 
 Every answer names the commit it is of, and all that is fetched later is fetched from that commit.
 Tokens are huggingface_hub's business alone: the environment's or the login's, never seen here.
@@ -9,6 +10,7 @@ Tokens are huggingface_hub's business alone: the environment's or the login's, n
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -29,6 +31,8 @@ from gsae_core.checkpoints.formats.libraries import (
 )
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import free_bytes, readable, sync, writing
+
+log: logging.Logger = logging.getLogger(__name__)
 
 LARGEST_CONFIG = 2**20
 
@@ -68,17 +72,13 @@ class HubSAE(NamedTuple):
 def check_path(path: str) -> str:
     """Return a path of a repository if it is safe as one below a folder of this machine."""
     parts = path.split("/")
-    bad = any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts)
-    if bad or re.search(r'[\\\x00-\x1f:*?"<>|]', path) or len(path) > 1000:
+    bad = re.search(r'[\\\x00-\x1f:*?"<>|\ud800-\udfff]', path) or len(path) > 1000
+    if bad or any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts):
         raise InputError(
             f"expected the path of a file inside the repository, got {path[:200]!r}, which could "
             "lead out of the download's folder; it is left alone"
         )
     return path
-
-
-Folder = dict[str, HubFile]
-"""Files of one folder, by name."""
 
 
 def find_on_hub(files: Iterable[HubFile]) -> list[HubSAE]:
@@ -98,15 +98,15 @@ def find_on_hub(files: Iterable[HubFile]) -> list[HubSAE]:
     return found
 
 
-def _by_folder(files: Iterable[HubFile]) -> dict[str, Folder]:
-    folders: dict[str, Folder] = {}
+def _by_folder(files: Iterable[HubFile]) -> dict[str, dict[str, HubFile]]:
+    folders: dict[str, dict[str, HubFile]] = {}
     for file in files:
         folder, _, name = file.path.rpartition("/")
         folders.setdefault(folder, {})[name] = file
     return folders
 
 
-def _configs(folder: Folder) -> list[HubFile]:
+def _configs(folder: dict[str, HubFile]) -> list[HubFile]:
     files = (file for name, file in sorted(folder.items()) if name.endswith(".json"))
     return [file for file in files if file.n_bytes <= LARGEST_CONFIG]
 
@@ -129,7 +129,7 @@ def choose(files: Sequence[HubFile], path: str) -> list[HubSAE]:
 MOST_FILES = 50_000
 
 _WEB = re.compile(
-    r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(/(tree|blob)/(?P<rev>[^/]+)(/(?P<path>.+))?)?"
+    r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(/(tree|blob)/(?P<rev>[^/]+)(/(?P<path>.+))?)?/?"
 )
 
 
@@ -178,16 +178,31 @@ def parse_address(text: str) -> Address:
     """Return what `REPO[:PATH][@REV]`, or the address of a page of the Hub, points at."""
     text = text.strip()
     if web := _WEB.fullmatch(text):
-        return Address(web["repo"], (web["path"] or "").strip("/"), web["rev"])
-    rest, _, revision = text.partition("@")
-    repo, _, path = rest.partition(":")
-    if not HUB_NAME.fullmatch(repo) or (not revision and "@" in text):
+        repo, path, revision = web["repo"], web["path"] or "", web["rev"]
+    else:
+        rest, at, revision = text.partition("@")
+        repo, _, path = rest.partition(":")
+        if "://" in text or (at and not revision):
+            repo = ""  # the page of something else; half an address
+    if not is_repository(repo) or re.search(r"[\ud800-\udfff]", revision or ""):
         raise InputError(
             "expected a repository on the Hub as OWNER/NAME, OWNER/NAME:FOLDER or "
             f"OWNER/NAME:FOLDER@REVISION, got {text[:200]!r}; copy it from its page"
         )
     path = path.strip("/")
     return Address(repo, check_path(path) if path else "", revision or None)
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a repository can have this name, as huggingface_hub has the rule."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def look(address: Address) -> Repository:
@@ -408,7 +423,7 @@ def _check(part: Path, file: HubFile, repo: str) -> None:
     part.unlink()
     raise InputError(
         f"expected {file.path} of {repo!r} with {kind} {wanted[:12]}..., got {found[:12]}...; it "
-        "was damaged on its way and is thrown away: pull it again"
+        "was damaged on its way and is thrown away: fetch it again"
     )
 
 
@@ -427,3 +442,136 @@ def _is_whole(target: Path, file: HubFile) -> bool:
 
 def _part(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
+
+
+# The cache that Hugging Face's libraries share: HF_HOME and HF_HUB_CACHE say where.
+
+
+def local(where: Path | str) -> Path:
+    """Return where an SAE lies on this machine; one on the Hub is fetched into the cache first.
+
+    Args:
+        where: a folder or file, if it is a `Path` or if something lies there; else an address on
+            the Hub (`parse_address`), of which the weights' path is returned.
+
+    Raises:
+        InputError: if text is neither; if the Hub refuses; if the address holds no SAE, or several.
+    """
+    if not isinstance(where, Path | str):
+        raise InputError(
+            f"expected a Path, or text that is one or an address on the Hub, got {where!r}"
+        )
+    if isinstance(where, Path) or os.path.exists(where):
+        return Path(where)
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    nowhere = f"expected a folder or file with an SAE, found nothing at {where[:200]!r}"
+    try:
+        address = parse_address(where)
+    except InputError as error:
+        raise InputError(f"{nowhere}; as an address on the Hub: {error}") from None
+    try:
+        return fetched(address)
+    except InputError as error:
+        if _unreached(error):
+            raise InputError(f"{nowhere}, nor in the cache of the Hub: {error}") from error
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            raise InputError(f"{nowhere}; as an address on the Hub: {error}") from error
+        raise
+
+
+def fetched(address: Address) -> Path:
+    """Return the weights of the one SAE at an address, in the cache, with its configs beside them.
+
+    A commit that is in the cache is opened without asking. A branch is asked for; where the Hub is
+    not reached, what the cache has of it counts.
+    """
+    kept = _kept(address)
+    if kept is not None and kept.commit == address.revision:
+        exact = [sae for sae in kept.saes if address.path in (sae.path, sae.files[0].path)]
+        if len(exact) == 1:
+            return _snapshot(kept) / exact[0].files[0].path
+    try:
+        repository = look(address)
+    except InputError as error:
+        if kept is None or not _unreached(error):
+            raise
+        log.warning("%s is read from the cache, for the Hub was not reached", address)
+        return _snapshot(kept) / one_sae(kept).files[0].path
+    if repository.renamed:
+        log.warning("%s", repository.renamed)
+    files = one_sae(repository).files
+    # The weights, which come first, last: where they are in the cache, all that belongs to them is.
+    for file in reversed(files):
+        path = _into_cache(repository, file, repository.commit).resolve()
+        with writing(path, file.n_bytes):
+            _check(path, file, repository.repo)
+    if address.revision != repository.commit:
+        # No download: this notes in the cache which commit the branch is at.
+        _into_cache(repository, files[0], address.revision)
+    return _snapshot(repository) / files[0].path
+
+
+def _into_cache(repository: Repository, file: HubFile, revision: str | None) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+
+    repo = repository.asked.repo  # the name that is looked for without a Hub
+    try:
+        with (
+            writing(Path(constants.HF_HUB_CACHE), file.n_bytes),
+            hub_answers(repo, what="SAE", revision=revision, file=file.path),
+        ):
+            path = hf_hub_download(
+                repo, check_path(file.path), revision=revision, library_name="gsae_core"
+            )
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # The library's word on a file that is not as long as it should be.
+        raise InputError(
+            f"expected {readable(file.n_bytes)} of {file.path} in {repo!r}, as its listing says, "
+            "got another length; fetch it again, and if that fails tell its owner"
+        ) from error
+    return Path(path)
+
+
+def _unreached(error: InputError) -> bool:
+    """Return whether the Hub gave no answer, or one of trouble of its own."""
+    import httpx2
+
+    cause = error.__cause__
+    # OfflineModeIsEnabled is a ConnectionError.
+    if isinstance(cause, httpx2.TransportError | ConnectionError):
+        return True
+    return getattr(getattr(cause, "response", None), "status_code", 0) >= 500
+
+
+def _kept(address: Address) -> Repository | None:
+    """Return what the cache has of an address; None where that is no SAE."""
+    from huggingface_hub import constants
+
+    asked = address.revision or constants.DEFAULT_REVISION
+    if not re.fullmatch(r"\w[\w./-]*", asked) or ".." in asked:
+        return None
+    ref = _cache_of(address.repo) / "refs" / asked
+    commit = ref.read_text("utf-8").strip() if ref.is_file() else asked
+    kept = Repository(address, address.repo, commit, (), (), private=False, license=None)
+    folder = _snapshot(kept)
+    files = tuple(
+        HubFile(path.relative_to(folder).as_posix(), path.stat().st_size, None, "")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )
+    saes = tuple(choose(files, address.path))
+    return kept._replace(files=files, saes=saes) if saes else None
+
+
+def _snapshot(repository: Repository) -> Path:
+    return _cache_of(repository.asked.repo) / "snapshots" / repository.commit
+
+
+def _cache_of(repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))

@@ -2,25 +2,18 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import itertools
+import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors as tyro_errors
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from gsae_core.config import (
     Architecture,
@@ -30,10 +23,8 @@ from gsae_core.config import (
     EvalConfig,
     Knob,
     ModelConfig,
-    Positions,
     RunConfig,
     SAESpec,
-    Site,
     TrainRecipe,
     load_config,
     resweep,
@@ -54,7 +45,7 @@ SETS: dict[str, tuple[type[Config], str]] = {
         TrainRecipe: "tokens=n_tokens batch_size lr beta1 beta2 lr_warmup_steps lr_decay_fraction "
         "sparsity_warmup_steps revive_every revive_window revive_until screened",
         EvalConfig: "eval_tokens=n_tokens eval_replace=replace",
-        RunConfig: "activation_scale seed device checkpoint_minutes cache_activations",
+        RunConfig: "activation_scale seed device checkpoint_minutes cache_activations track",
     }.items()
     for word in words.split()
 }
@@ -66,39 +57,42 @@ def _flags_of(config: type[Config]) -> dict[str, str]:
     return {flag: field for flag, (owner, field) in SETS.items() if owner is config}
 
 
-def _flag(kind: Any, text: str, metavar: str | None = None, default: str = "") -> Any:
-    return Annotated[kind, arg(help=text, metavar=metavar, help_behavior_hint=default)]
+def _flag(kind: Any, text: str, metavar: str | None = None, default: str = "") -> tuple[Any, Any]:
+    """Return the type of a flag of `train`, and its value where it is not given."""
+    unsaid = False if kind is bool else () if get_origin(kind) is tuple else None
+    kind = FlagCreatePairsOff[bool] if kind is bool else kind
+    return Annotated[kind, arg(help=text, metavar=metavar, help_behavior_hint=default)], unsaid
 
 
 def _help_of(config: type[Config], field: str) -> str:
-    # tyro fills help texts in by %, as argparse does.
-    return (config.model_fields[field].description or "").replace("\n", " ").replace("%", "%%")
+    return (config.model_fields[field].description or "").replace("\n", " ")
 
 
 def _settings(config: type[Config]) -> dict[str, Any]:
-    """Return the type and help of each flag that sets a field of a config."""
+    """Return the `_flag` of each flag that sets a field of a config."""
     hints, kinds = {}, get_type_hints(config)
     for flag, name in _flags_of(config).items():
         info, kind = config.model_fields[name], kinds[name]
         if kind is bool:
-            hints[flag] = _flag(FlagCreatePairsOff[bool], info.description or "")
+            hints[flag] = _flag(bool, info.description or "")
             continue
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
         metavars = {int: "INT", float: "FLOAT", str: "REV" if flag == "revision" else "NAME"}
-        metavar = metavars.get(kind) or _choices(kind)
+        metavar = metavars.get(kind) or choices(kind)
         shown = not info.is_required() and info.default is not None
         default = f"(default: {info.default})" if shown else ""
         hints[flag] = _flag(kind | None, _help_of(config, name), metavar, default)
     return hints
 
 
-def _choices(literal: Any) -> str:
+def choices(literal: Any) -> str:
+    """Return the words of a Literal as help shows them: {a,b}."""
     return f"{{{','.join(get_args(literal))}}}"
 
 
 def _train_flags() -> dict[str, Any]:
-    """Return the type and help of each flag of `train`, in the order of its help."""
+    """Return the `_flag` of each flag of `train`, in the order of its help."""
     lambdas = "LAMBDA [LAMBDA ...]"
     return {
         "preset": _flag(str | None, f"Start from a known set-up: {', '.join(presets())}.", "NAME"),
@@ -113,7 +107,7 @@ def _train_flags() -> dict[str, Any]:
         "arch": _flag(
             tuple[Architecture, ...],
             "Architectures of the sweep; without it the set-up's, or gated and relu.",
-            f"{_choices(Architecture)} [...]",
+            f"{choices(Architecture)} [...]",
         ),
         "sparsity": _flag(tuple[float, ...], _help_of(SAESpec, "sparsity"), lambdas),
         "jumprelu_sparsity": _flag(
@@ -125,9 +119,7 @@ def _train_flags() -> dict[str, Any]:
         ),
         "k": _flag(tuple[int, ...], "Latents of a token in a TopK SAE.", "INT [INT ...]"),
         "width": _flag(int | None, "Latents of an SAE; a ReLU SAE gets 1.5x as many.", "INT"),
-        "equal_width": _flag(
-            FlagCreatePairsOff[bool], "Make the ReLU SAEs as wide as the Gated ones."
-        ),
+        "equal_width": _flag(bool, "Make the ReLU SAEs as wide as the Gated ones."),
         **_settings(SAESpec),
         **_settings(TrainRecipe),
         **_settings(EvalConfig),
@@ -136,266 +128,32 @@ def _train_flags() -> dict[str, Any]:
     }
 
 
-def _unsaid(hint: Any) -> Any:
-    """Return the value of a flag of `train` that is not given."""
-    kind = get_args(hint)[0]
-    return False if kind is bool else () if get_origin(kind) is tuple else None
-
-
-TRAIN = """Train SAEs: the product of --arch and --sparsity, all on the same activations.
-
-Start from a preset or a config file and change what you like, or give --sparsity, --width and
---tokens. TopK SAEs take --k in place of --sparsity.
-"""
-
 if TYPE_CHECKING:
 
-    class Train:
-        """The flags of `train`; None, () or False where one is not given."""
+    class _Flags:
+        """To a type checker, which cannot know the configs' fields, any name is a flag."""
 
-        __dataclass_fields__: ClassVar[dict[str, Any]]
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
         def __init__(self, **flags: Any) -> None: ...
         def __getattr__(self, flag: str) -> Any: ...
 
 else:
-    Train = dataclasses.make_dataclass(
-        "Train",
-        [(flag, hint, _unsaid(hint)) for flag, hint in _train_flags().items()],
+    _Flags = dataclasses.make_dataclass(
+        "_Flags",
+        [(flag, *hint) for flag, hint in _train_flags().items()],
         frozen=True,
-        namespace={"__module__": __name__, "__doc__": TRAIN},
     )
 
 
-# Flags of the commands below. The docstring of a field is its help, but for those of several lines,
-# which tyro would break where the source does.
-_Plain = arg(help_behavior_hint="")
-_Run = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
-_Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
-_Names = Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")]
-_Number = Annotated[int | None, _Plain, arg(metavar="INT")]
-_Site = Annotated[Site | None, _Plain, arg(metavar=_choices(Site))]
-_Switch = Annotated[FlagCreatePairsOff[bool], _Plain]
+class Train(_Flags):
+    """Train SAEs: the product of --arch and --sparsity, all on the same activations.
 
-
-@dataclass(frozen=True)
-class Label:
-    """Let a language model write labels of features, and score how well each tells where it fires.
-
-    A label is kept beside the feature index with the model that wrote it and its score, of which
-    0.5 is guessing. What has a label already keeps it, so the same command goes on where it was
-    interrupted. No text leaves this machine without --remote.
+    Start from a preset or a config file and change what you like, or give --sparsity, --width and
+    --tokens. TopK SAEs take --k in place of --sparsity.
     """
 
-    run: _Run
-    sae: _Name = None
-    """Name of the SAE; without it the only one."""
-    features: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = ()
-    """Numbers of features."""
-    most: _Number = None
-    """In place of numbers: the INT features that fire most often."""
-    with_: Annotated[
-        _Name,
-        arg(
-            name="with",
-            metavar="MODEL",
-            help="Model that writes: a folder, or the name of one on this machine; with --remote "
-            "the name of one at the address in OPENAI_BASE_URL.",
-        ),
-    ] = None
-    remote: Annotated[
-        _Switch,
-        arg(
-            help="Send texts of the index to the address in OPENAI_BASE_URL, which speaks OpenAI's "
-            "chat completions, with the token in OPENAI_API_KEY if there is one."
-        ),
-    ] = False
-    score: Annotated[
-        Literal["detection", "fuzzing", "none"],
-        arg(
-            help="How: by telling texts in which it fires from others, or marked tokens on which "
-            "it fires from others; none leaves labels unscored."
-        ),
-    ] = "detection"
-    again: _Switch = False
-    """Also label what has a label; the old one stays in labels.jsonl."""
-    device: _Name = None
-    """Where a model on this machine works; without it as the run."""
-
-
-@dataclass(frozen=True)
-class Import:
-    """Make a run of SAEs that another library wrote: evaluated and explored like one of ours.
-
-    Reads SAELens, dictionary_learning, SAEBench, sparsify, Gemma Scope 1 and 2, Llama Scope,
-    OpenAI's and BatchTopK's, recognised by what is in their files.
-    """
-
-    path: Annotated[Positional[Path], arg(metavar="PATH")]
-    """File or folder of one SAE, or of several."""
-    to: Annotated[Path, arg(metavar="RUN")]
-    """New folder for the run."""
-    sae: _Names = ()
-    """Which of several to take; without it all."""
-    model: _Name = None
-    """Language model, where the files say none or another name."""
-    layer: _Number = None
-    """Block number, from 0, likewise."""
-    site: _Site = None
-    """Place in the block, likewise."""
-    data: _Name = None
-    """Text to evaluate on; without it the Python standard library's."""
-
-
-@dataclass(frozen=True)
-class ExportSAE:
-    """Write an SAE of a run for another library; it is read back and compared before it is there.
-
-    `jumprelu` is SAELens' layout of the JumpReLU SAE that computes what a Gated one does.
-    """
-
-    run: _Run
-    to: Annotated[Path, arg(metavar="FOLDER")]
-    """New folder for the SAE."""
-    sae: _Name = None
-    """Its name; without it the run's only one."""
-    format: Annotated[
-        Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"], _Plain
-    ] = "saelens"
-    """Whose files to write."""
-
-
-@dataclass(frozen=True)
-class List:
-    """Show the runs in a folder, the SAEs of a run, or those in any other folder or file."""
-
-    path: Annotated[Positional[Path | None], _Plain, arg(metavar="PATH")] = None
-    """Folder of runs, a run, or files of any library; without it the folder of runs."""
-
-
-@dataclass(frozen=True)
-class Pull:
-    """Fetch an SAE from the Hub and make a run of it, to evaluate and explore like any other.
-
-    Says what it fetches and how large that is, goes on where an interrupted download stopped, and
-    keeps to the commit it began with. The token is the environment's (HF_TOKEN) or that of
-    `hf auth login`.
-    """
-
-    address: Annotated[
-        Positional[str],
-        arg(
-            metavar="REPO[:PATH][@REV]",
-            help="OWNER/NAME; after a colon the SAE's folder or file in it; after an @ a branch, "
-            "tag or commit.",
-        ),
-    ]
-    to: Annotated[Path | None, _Plain, arg(metavar="DIR")] = None
-    """New folder for the run; without it, one under runs/."""
-    list: _Switch = False
-    """Only list the SAEs there and their sizes."""
-    model: _Name = None
-    """Language model of the SAE, where its files do not say."""
-    layer: _Number = None
-    """Its block, where its files do not say."""
-    site: _Site = None
-    """Its place in the block, where its files do not say."""
-
-
-@dataclass(frozen=True)
-class Push:
-    """Send finished SAEs of a run to the Hub, with a card, in one commit.
-
-    A new repository is private unless --public says otherwise; an existing one stays as it is.
-    """
-
-    run: _Run
-    sae: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
-    """Names of the SAEs to send."""
-    to: Annotated[str, arg(metavar="OWNER/NAME")]
-    """Repository on the Hub, made if it is not there."""
-    public: _Switch = False
-    """Let everybody see a repository that is made for it."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Go on with a run that was interrupted or never started, from its last saved state."""
-
-    run: _Run
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew."""
-
-    run: _Run
-    tokens: Annotated[
-        _Number,
-        arg(
-            help="Held-out tokens, masked positions left out, or as many as the whole text has; "
-            "without it as many as the run's config says."
-        ),
-    ] = None
-    replace: Annotated[
-        Positions | None,
-        _Plain,
-        arg(
-            metavar=_choices(Positions),
-            help="Where the model reads reconstructions: counted tokens alone, or BOS, separators "
-            "and padding too; without it as the run's config says. Zero ablation zeroes every "
-            "position.",
-        ),
-    ] = None
-
-
-_Split = Literal["mixed", "train", "held_out"]
-
-
-@dataclass(frozen=True)
-class Index:
-    """Build the feature index of a run's SAEs: where each feature fires, and what it writes.
-
-    Interrupted, it goes on where it was. Without --tokens and --split it takes what was asked for
-    last: a million tokens, half of them held out.
-    """
-
-    run: _Run
-    sae: _Name = None
-    """Name of one SAE; without it all of them."""
-    tokens: _Number = None
-    """Tokens to read, masked positions left out, or as many as the text has."""
-    split: Annotated[_Split | None, _Plain, arg(metavar=_choices(_Split))] = None
-    """Which of the text to read."""
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Check that this machine can do the work, line by line; exit 1 if something cannot work."""
-
-    runs: Annotated[Path, _Plain, arg(metavar="DIR")] = Path("runs")
-    """Folder that runs are kept in."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure what training costs on this machine, beside other libraries where they are here."""
-
-
-COMMANDS: dict[str, type] = {
-    "train": Train,
-    "resume": Resume,
-    "evaluate": Evaluate,
-    "index": Index,
-    "label": Label,
-    "import": Import,
-    "export": ExportSAE,
-    "list": List,
-    "pull": Pull,
-    "push": Push,
-    "bench": Bench,
-    "doctor": Doctor,
-}
+    # One that is not given is None, () or False.
 
 
 def run_config(flags: Train) -> RunConfig:
@@ -464,7 +222,7 @@ def _over(kind: type[ConfigKind], base: Config | None, flags: Train) -> ConfigKi
 
 
 def _specs(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
-    in_base: tuple[Architecture, ...] = tuple(spec.architecture for spec in base)
+    in_base: list[Architecture] = [spec.architecture for spec in base]
     architectures = dict.fromkeys(flags.arch or in_base or DEFAULT_SWEEP)
     knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
     _check_knobs(flags, knobs)
@@ -503,12 +261,8 @@ def _check_knobs(flags: Train, knobs: dict[Architecture, Knob]) -> None:
 
 def _width(flags: Train, base: tuple[SAESpec, ...]) -> int | None:
     """Return the Gated width that the flags ask for; None keeps the base's widths."""
-    if flags.width is not None:
-        if flags.width < 1:
-            raise InputError(f"--width: expected a number greater than 0, got {flags.width}")
+    if flags.width is not None or not flags.equal_width:
         return flags.width
-    if not flags.equal_width:
-        return None
     widths = {spec.d_sae for spec in base if spec.architecture == "gated"}
     if len(widths) != 1:
         found = ", ".join(str(width) for width in sorted(widths)) or "none"
@@ -525,18 +279,13 @@ def command_line(flags: Train) -> str:
     for name, value in _given(flags).items():
         words.append(_said(name))
         if value is not True:
-            words += [_exact(each) for each in (value if isinstance(value, tuple) else (value,))]
+            words += [str(each) for each in (value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
-
-
-def _exact(value: Any) -> str:
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def parse(
     argv: Sequence[str],
-    commands: Mapping[str, type] = COMMANDS,
+    commands: Mapping[str, Callable[..., Any]],
     *,
     program: str = PROGRAM,
     kind: str = "command",
@@ -545,6 +294,8 @@ def parse(
     """Return the command that `argv`, the words after `program`, describes.
 
     Args:
+        commands: classes, of which an instance is returned, and functions, of which one is
+            returned that takes nothing: it has its arguments, and has not been called.
         kind: what a command is called in errors.
         description: what the help of `program` opens with.
 
@@ -558,17 +309,33 @@ def parse(
     words = [*program.removeprefix(PROGRAM).split(), *argv]
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
-        raise InputError(_sentence(event, words, commands.get(argv[0])))
+        raise InputError(_sentence(event, words, commands[argv[0]]))
 
+    bound = {name: c if isinstance(c, type) else _bound(c) for name, c in commands.items()}
     # The hook is tyro's only way to its errors as data: printed, they are boxes of many lines.
     # It is marked unstable, hence the exact pin of tyro, and a test for every kind of event.
     with tyro_errors.on_parse_error(refuse):
         return tyro.extras.subcommand_cli_from_dict(
-            dict(commands), prog=program, args=argv, description=description
+            bound, prog=program, args=argv, description=description
         )
 
 
-def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str], kind: type | None) -> str:
+def _bound(command: Callable[..., Any]) -> Callable[..., Any]:
+    # Left as it is, a flag's help would break where the source does. From Python 3.13 on the
+    # compiler takes the indentation away; `cleandoc` does so for all.
+    plain = inspect.unwrap(command)
+    plain.__doc__ = re.sub(r"\n {8}", " ", inspect.cleandoc(plain.__doc__ or ""))
+
+    @functools.wraps(command)
+    def bind(*words: Any, **flags: Any) -> Any:
+        return functools.partial(command, *words, **flags)
+
+    return bind
+
+
+def _sentence(
+    event: tyro_errors.ParseErrorEvent, argv: Sequence[str], kind: Callable[..., Any]
+) -> str:
     command = " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
     match event:
         case (
@@ -583,27 +350,21 @@ def _sentence(event: tyro_errors.ParseErrorEvent, argv: Sequence[str], kind: typ
         came = " ".join(argv)
         return f"expected a command line that {event.prog} --help describes, got {came!r}"
     flag, metavar = str(argument.lowered.name_or_flags[-1]), str(argument.lowered.metavar)
-    match event:
-        case tyro_errors.InvalidChoice(value=value):
-            choices = metavar.partition("}")[0].strip("{").replace(",", ", ")
-            return f"{flag}: expected one of {choices}, got {value!r}"
-        case tyro_errors.BadValue() if argument.is_positional():
-            return f"expected {metavar} after {argv[0]}, got {argv[1]!r}"
-        case tyro_errors.BadValue():
-            return f"{flag}: expected {metavar} after it, got none"
+    if argument.is_positional():
+        return f"expected {metavar} after {argv[0]}, got {argv[1]!r}"
+    if isinstance(event, tyro_errors.InvalidChoice):
+        known = metavar.partition("}")[0].strip("{").replace(",", ", ")
+        return f"{flag}: expected one of {known}, got {event.value!r}"
     kinds = {"INT": "a whole number", "FLOAT": "a number", "INT [INT ...]": "whole numbers"}
     wanted = kinds.get(metavar, "numbers" if "..." in metavar else metavar)
     words = [word for given in argv for word in given.split("=", 1)]
     # --n_ctx is read as --n-ctx.
     place = [word.replace("_", "-") for word in words].index(flag)
-    after = itertools.takewhile(lambda w: not w.startswith("--"), words[place + 1 :])
-    return f"{flag}: expected {wanted}, got {' '.join(after)!r}"
+    after = " ".join(itertools.takewhile(lambda w: not w.startswith("--"), words[place + 1 :]))
+    return f"{flag}: expected {wanted}, got {repr(after) if after else 'none'}"
 
 
-def _advice(token: str, command: str, kind: type | None) -> str:
-    if not token.startswith("-"):
-        return ""
-    fields = dataclasses.fields(kind) if kind else ()
-    flags = [field.name.strip("_").replace("_", "-") for field in fields]
+def _advice(token: str, command: str, kind: Callable[..., Any]) -> str:
+    flags = [name.strip("_").replace("_", "-") for name in inspect.signature(kind).parameters]
     near = difflib.get_close_matches(token.strip("-").replace("_", "-"), flags, n=1)
     return f"; did you mean --{near[0]}?" if near else f"; see {PROGRAM} {command} --help"

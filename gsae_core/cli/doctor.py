@@ -1,9 +1,9 @@
 """Is this machine fit for the work? Every check is a line; a bad one says what to do."""
 
 import importlib.metadata
-import os
 import platform
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from gsae_core.errors import InputError
-from gsae_core.files import readable
+from gsae_core.errors import EXTRAS, InputError, extra_sentence
+from gsae_core.files import free_bytes, readable
 
 # What the quick preset takes, with room to spare: 1.2 GB of memory and 0.3 GB of files.
 MEMORY = 2 * 10**9
@@ -21,9 +21,9 @@ HUB = "huggingface.co"
 
 # What training takes, with any preset and any data set: the Pile comes as .zst, others as Parquet.
 PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "transformer-lens"),
-    *("datasets", "huggingface-hub", "pyarrow", "zstandard"),
-    *("streamlit", "plotly", "altair", "vl-convert-python", "jinja2"),
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface-hub"),
+    *("pyarrow", "jinja2"),
+    *(("backports.zstd",) if sys.version_info < (3, 14) else ()),
 )
 
 
@@ -43,15 +43,35 @@ def examine(runs: Path) -> Iterator[Check]:
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Check("python", "ok", system)
     for package in PACKAGES:
-        try:
-            yield Check(package, "ok", importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            yield Check(package, "bad", "not installed; pip install -r requirements.txt")
+        if found := installed(package):
+            yield Check(package, "ok", found)
+        else:
+            yield Check(package, "bad", "not installed; install gsae-core again")
+    yield from map(extra, EXTRAS)
     yield device()
     yield room("memory", psutil.virtual_memory().available, MEMORY, "close other programs")
-    yield from folder(runs)
+    yield room("disk", free_bytes(runs), DISK, "make room")
+    yield folder(runs)
     yield bundled_model()
     yield hub()
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extra(name: str) -> Check:
+    """Return whether the packages of an extra are installed."""
+    versions = {package: installed(package) for package in EXTRAS[name].packages.values()}
+    absent = [package for package, version in versions.items() if version is None]
+    if absent:
+        return Check(f"extra {name}", "note", extra_sentence(name, *absent))
+    found = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return Check(f"extra {name}", "ok", found)
 
 
 def device() -> Check:
@@ -79,22 +99,16 @@ def room(name: str, free: int, needed: int, advice: str) -> Check:
     return Check(name, "bad", f"{readable(free)} free; {advice}: {wants}")
 
 
-def folder(runs: Path) -> Iterator[Check]:
-    """Yield whether the disk has room and `runs` can be written; makes nothing there."""
-    place = runs.absolute()
-    while not place.exists():
-        place = place.parent
-    yield room("disk", psutil.disk_usage(str(place)).free, DISK, "make room")
+def folder(runs: Path) -> Check:
+    """Return whether `runs` can be written; makes nothing there."""
+    place = next(each for each in (runs, *runs.absolute().parents) if each.exists())
     try:
         # In earnest, since permission bits do not tell of read-only mounts.
         with tempfile.TemporaryFile(dir=place):
-            yield Check("runs folder", "ok", f"{runs} can be written")
+            return Check("runs folder", "ok", f"{runs} can be written")
     except OSError as error:
-        yield Check(
-            "runs folder",
-            "bad",
-            f"{runs} cannot be written ({error.strerror}); give train another place with --out",
-        )
+        why = f"{runs} cannot be written ({error.strerror})"
+        return Check("runs folder", "bad", f"{why}; give train another place with --out")
 
 
 def bundled_model() -> Check:
@@ -114,8 +128,11 @@ def bundled_model() -> Check:
 
 def hub() -> Check:
     """Return whether the Hub answers within 3 s."""
-    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "yes", "on"):
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return Check("Hub", "note", "offline by HF_HUB_OFFLINE; local folders and files work")
+
     try:
         socket.create_connection((HUB, 443), timeout=3).close()
     except OSError as error:

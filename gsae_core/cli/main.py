@@ -1,62 +1,52 @@
 """`python -m gsae_core ...`: what each command does, and the only module that prints."""
 
 import contextlib
+import errno
+import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from gsae_core.analysis.features.files import read_manifest
 from gsae_core.analysis.labels import Annotation, Labels
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
-from gsae_core.cli.arguments import (
-    PROGRAM,
-    Doctor,
-    Evaluate,
-    ExportSAE,
-    Import,
-    Index,
-    Label,
-    List,
-    Pull,
-    Push,
-    Resume,
-    Train,
-    parse,
-    run_config,
-)
-from gsae_core.config import EvalConfig, ModelConfig, validated
-from gsae_core.errors import InputError
+from gsae_core.cli.arguments import PROGRAM, Train, choices, parse, run_config
+from gsae_core.config import EvalConfig, ModelConfig, Positions, Site, shortfalls, validated
+from gsae_core.errors import EXTRAS, InputError, extra_sentence
 from gsae_core.files import left_out, readable
 from gsae_core.machine import slot_of
 from gsae_core.runs.jobs.job import Job
-from gsae_core.runs.jobs.worker import Worker
+from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.run import Run, is_example, labels_folder, run_id, runs_root
 from gsae_core.runs.work.index import index_folder
 from gsae_core.runs.work.transfer import (
+    PullRequest,
     PushRequest,
     Transfer,
     ask,
     free_name,
     is_transfer,
-    new_run_folder,
-    plan_pull,
     run_name,
 )
-from gsae_core.schedule import shortfalls_of_run
 from gsae_core.text import Progress, fixed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from gsae_core.analysis.autointerp import LocalWriter, RemoteWriter
+    from gsae_core.analysis.autointerp import By, LocalWriter, RemoteWriter
     from gsae_core.analysis.features.index import FeatureIndex
     from gsae_core.training.trainer import StepReport
 
@@ -64,16 +54,8 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-# Of cfg.json's metadata: what describes the written SAE and not the one it is made from.
-OWN = {
-    *("recipe", "tie", "aux", "detach_b_dec", "k_aux"),
-    *("init_threshold", "bandwidth", "threshold_unit"),
-}
-
 BARS = ("training", "evaluating", "indexing", "downloading", "labelling")
 """Stages that are drawn as bars."""
-WHOLE = ("training", "labelling")
-"""Those of few enough units to be counted in full."""
 
 
 def show(*lines: str) -> None:
@@ -98,45 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; `argv` are the words after the program."""
     try:
         words = list(sys.argv[1:] if argv is None else argv)
-        return _bench(words[1:]) if words[:1] == ["bench"] else _run(parse(words))
+        if words[:1] == ["bench"]:
+            return bench(*words[1:])
+        if words == ["--version"]:
+            show(f"gsae-core {version('gsae-core')}")
+            return 0
+        command = parse(words, COMMANDS)
+        return (train(command) if isinstance(command, Train) else command()) or 0
     except InputError as error:
         say(" ".join(str(error).split()))
         return MISTAKE
     except Ended as error:
         say(str(error))
         return error.code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        say(f"expected a shorter name or path, got one too long for this system: {error.filename}")
+        return MISTAKE
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-
-
-def _run(command: object) -> int:
-    match command:
-        case Train():
-            _train(command)
-        case Resume() if is_transfer(command.run):
-            _transfer(Transfer(command.run.absolute()))
-        case Resume():
-            _work(Run.open(command.run))
-        case Evaluate():
-            _evaluate(command)
-        case Index():
-            _index(command)
-        case Label():
-            return _label(command)
-        case Pull():
-            _pull(command)
-        case Push():
-            _push(command)
-        case Import():
-            _import(command)
-        case ExportSAE():
-            _export(command)
-        case List():
-            show(*report.list_lines(command.path))
-        case Doctor():
-            return _doctor(command)
-    return 0
 
 
 @contextlib.contextmanager
@@ -159,7 +123,20 @@ def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
         raise Ended(FAILURE, sentence) from error
 
 
-def _train(flags: Train) -> None:
+# The commands: their docstrings and those of their flags are the help, but for flags of several
+# lines, which tyro would break where the source does.
+_Plain = arg(help_behavior_hint="")
+_Run = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
+_Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
+_Number = Annotated[int | None, _Plain, arg(metavar="INT")]
+_Site = Annotated[Site | None, _Plain, arg(metavar=choices(Site))]
+_Switch = Annotated[FlagCreatePairsOff[bool], _Plain]
+_Split = Literal["mixed", "train", "held_out"]
+_Format = Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"]
+
+
+def train(flags: Train) -> None:
+    """Make the run that the flags describe, train it and evaluate it."""
     config = run_config(flags)
     run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
     show(f"run {run.folder}")
@@ -173,21 +150,28 @@ def _train(flags: Train) -> None:
         raise
 
 
+def resume(run: _Run) -> None:
+    """Go on with a run that was interrupted or never started, from its last saved state."""
+    if is_transfer(run):
+        _transfer(Transfer(run.absolute()))
+    else:
+        _work(Run.open(run))
+
+
 def _work(run: Run) -> None:
     """Train a run once its device is free, to its end or to where it is interrupted."""
-    stage = "cancelled"
-    with _unexpected(run), contextlib.suppress(KeyboardInterrupt), Worker(run) as worker:
-        slot = slot_of(run.config.device)
-        for n, ahead in enumerate(worker.wait_for_device(slot)):
-            if n == 0:
-                runs = "1 run goes" if ahead == 1 else f"{ahead} runs go"
-                say(f"waiting for {slot}: {runs} first; Ctrl-C leaves the line")
-        # After the wait: what is imported here fills memory.
-        from gsae_core.runs.work.train import train_run
 
+    def work() -> Iterator[Progress]:
+        # After the wait: what is imported here fills memory.
+        from gsae_core.runs.work.train import train_and_evaluate
+
+        yield from train_and_evaluate(run)
+
+    stage = "cancelled"
+    with _unexpected(run), contextlib.suppress(KeyboardInterrupt):
+        steps = perform(run, work(), slot=slot_of(run.config.device))
         # Not before the text has been read: what is wrong with it is then said alone.
-        ahead = shortfalls_of_run(run.config)
-        stage = _follow(train_run(run, worker=worker), before_training=ahead)
+        stage = _follow(steps, before_training=shortfalls(run.config.train))
     if stage != "finished":
         step, n_steps = run.status.step, run.status.n_steps
         resume = f"{PROGRAM} resume {run.folder}"
@@ -195,88 +179,158 @@ def _work(run: Run) -> None:
     show(*report.run_report(run))
 
 
-def _evaluate(command: Evaluate) -> None:
+def evaluate(
+    run: _Run,
+    tokens: _Number = None,
+    replace: Annotated[Positions | None, _Plain, arg(metavar=choices(Positions))] = None,
+) -> None:
+    """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew.
+
+    Args:
+        tokens: Held-out tokens, masked positions left out, or as many as the whole text has;
+            without it as many as the run's config says.
+        replace: Where the model reads reconstructions: counted tokens alone, or BOS, separators
+            and padding too; without it as the run's config says. Zero ablation zeroes every
+            position.
+    """
     from gsae_core.runs.work.train import evaluate_run
 
-    run = Run.open(command.run)
-    if command.tokens is not None:
-        validated(EvalConfig, {"n_tokens": command.tokens}, {"n_tokens": "--tokens"})
-    with _unexpected(run, log=True):
-        _follow(evaluate_run(run, n_tokens=command.tokens, replace=command.replace))
-    show(*report.run_report(run))
+    opened = Run.open(run)
+    if tokens is not None:
+        validated(EvalConfig, {"n_tokens": tokens}, {"n_tokens": "--tokens"})
+    with _unexpected(opened, log=True):
+        _follow(evaluate_run(opened, n_tokens=tokens, replace=replace))
+    show(*report.run_report(opened))
 
 
-def _index(command: Index) -> None:
+def index(
+    run: _Run,
+    sae: _Name = None,
+    tokens: _Number = None,
+    split: Annotated[_Split | None, _Plain, arg(metavar=choices(_Split))] = None,
+) -> None:
+    """Build the feature index of a run's SAEs: where each feature fires, and what it writes.
+
+    Interrupted, it goes on where it was. Without --tokens and --split it takes what was asked for
+    last: a million tokens, half of them held out.
+
+    Args:
+        sae: Name of one SAE; without it all of them.
+        tokens: Tokens to read, masked positions left out, or as many as the text has.
+        split: Which of the text to read.
+    """
     from gsae_core.runs.work.index import index_run
 
-    run = Run.open(command.run)
-    for name in [command.sae] if command.sae else [spec.name for spec in run.config.saes]:
-        folder = index_folder(run, name)
+    opened = Run.open(run)
+    for name in [sae] if sae else [spec.name for spec in opened.config.saes]:
+        folder = index_folder(opened, name)
         with _unexpected(Job(folder)):
-            stage = _follow(index_run(run, name, n_tokens=command.tokens, split=command.split))
+            stage = _follow(index_run(opened, name, n_tokens=tokens, split=split))
         if stage != "finished":
-            again = f"{PROGRAM} index {run.folder} --sae {name}"
+            again = f"{PROGRAM} index {opened.folder} --sae {name}"
             raise Ended(INTERRUPTED, f"stopped; go on with: {again}")
         manifest = read_manifest(folder)
         size = readable(manifest.n_bytes)
         show(f"{name}: {manifest.amount()}, L0 {manifest.l0:.1f}, {size} in {folder}")
 
 
-def _import(command: Import) -> None:
-    """Import SAEs, and show what they are and every assumption."""
+def import_(
+    path: Annotated[Positional[Path], arg(metavar="PATH")],
+    to: Annotated[Path, arg(metavar="RUN")],
+    sae: Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")] = (),
+    model: _Name = None,
+    layer: _Number = None,
+    site: _Site = None,
+    data: _Name = None,
+) -> None:
+    """Make a run of SAEs that another library wrote: evaluated and explored like one of ours.
+
+    Reads SAELens, dictionary_learning, SAEBench, sparsify, Gemma Scope 1 and 2, Llama Scope,
+    OpenAI's and BatchTopK's, recognised by what is in their files.
+
+    Args:
+        path: File or folder of one SAE, or of several.
+        to: New folder for the run.
+        sae: Which of several to take; without it all.
+        model: Language model, where the files say none or another name.
+        layer: Block number, from 0, likewise.
+        site: Place in the block, likewise.
+        data: Text to evaluate on; without it the Python standard library's.
+    """
     from gsae_core.runs.work.imports import import_saes
 
-    if command.layer is not None:
-        validated(ModelConfig, {"layer": command.layer}, {"layer": "--layer"})
-    run, sources = import_saes(
-        command.path,
-        command.to,
-        model=command.model,
-        layer=command.layer,
-        site=command.site,
-        saes=command.sae,
-        data=command.data,
-    )
+    if layer is not None:
+        validated(ModelConfig, {"layer": layer}, {"layer": "--layer"})
+    run, sources = import_saes(path, to, model=model, layer=layer, site=site, saes=sae, data=data)
     show(f"run {run.folder}")
     for name, source in sources.items():
         show(f"{name}: {source.architecture} of {source.library}")
-        for sentence in source.assumed:
-            show(f"  {sentence}")
+        show(*(f"  {sentence}" for sentence in source.assumed))
     show(f"for {run.config.model.name}, {run.config.model.hook_name}")
     show(f"measure it with: {PROGRAM} evaluate {run.folder}")
 
 
-def _export(command: ExportSAE) -> None:
-    """Write an SAE, and show its files and how close they are."""
+def export(
+    run: _Run,
+    to: Annotated[Path, arg(metavar="FOLDER")],
+    sae: _Name = None,
+    format: Annotated[_Format, _Plain] = "saelens",
+) -> None:
+    """Write an SAE of a run for another library; it is read back and compared before it is there.
+
+    `jumprelu` is SAELens' layout of the JumpReLU SAE that computes what a Gated one does.
+
+    Args:
+        to: New folder for the SAE.
+        sae: Its name; without it the run's only one.
+        format: Whose files to write.
+    """
     from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+    from gsae_core.checkpoints.formats.build import SETTINGS
     from gsae_core.checkpoints.formats.write import write_sae
 
-    run = Run.open(command.run)
-    name = command.sae or report.only_sae(run)
-    folder = run.sae_folder(name)
-    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in OWN}
+    opened = Run.open(run)
+    name = sae or report.only_sae(opened)
+    folder = opened.sae_folder(name)
+    # What describes the written SAE and not the one it is made from.
+    own = set().union(*SETTINGS.values())
+    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in own}
     if metadata.get("stopped"):
         show(f"{name} stopped learning: {metadata['stopped']}")
-    sae = load_sae(folder)
-    if command.format == "jumprelu":
-        metadata["converted_from"] = sae.architecture
-    written = write_sae(sae, command.to, format=command.format, metadata=metadata)
+    loaded = load_sae(folder)
+    if format == "jumprelu":
+        metadata["converted_from"] = loaded.architecture
+    written = write_sae(loaded, to, format=format, metadata=metadata)
     show(*map(str, written.files))
     show(f"largest difference {written.parity.largest:.1e}: {written.parity.sentence}")
 
 
-def _doctor(command: Doctor) -> int:
+def list_(path: Annotated[Positional[Path | None], _Plain, arg(metavar="PATH")] = None) -> None:
+    """Show the runs in a folder, the SAEs of a run, or those in any other folder or file.
+
+    Args:
+        path: Folder of runs, a run, or files of any library; without it the folder of runs.
+    """
+    show(*report.list_lines(path))
+
+
+def doctor(runs: Annotated[Path, _Plain, arg(metavar="DIR")] = Path("runs")) -> int:
+    """Check that this machine can do the work, line by line; exit 1 if something cannot work.
+
+    Args:
+        runs: Folder that runs are kept in.
+    """
     from gsae_core.cli.doctor import examine
 
     failed = False
-    for check in examine(command.runs):
+    for check in examine(runs):
         failed |= check.status == "bad"
         show(f"{check.status:<4}  {check.name:<17}  {check.found}")
     return FAILURE if failed else 0
 
 
-def _bench(words: Sequence[str]) -> int:
-    """Pass the words on to `benchmarks`, a folder beside the package in a clone."""
+def bench(*words: str) -> int:
+    """Measure what training costs on this machine, beside other libraries where they are here."""
     clone = Path(__file__).resolve().parents[2]
     if not (clone / "benchmarks" / "__main__.py").is_file():
         raise InputError(
@@ -287,74 +341,78 @@ def _bench(words: Sequence[str]) -> int:
     return import_module("benchmarks.__main__").main(words, program=f"{PROGRAM} bench")
 
 
-def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()) -> str:
-    """Draw a bar for each stage until the work ends; return the last stage.
+def app(port: Annotated[int | None, _Plain, arg(metavar="PORT")] = None) -> NoReturn:
+    """Serve the app on this machine, for a browser: the runs are those of the current folder.
 
-    `before_training` are sentences to say before the bar of that stage.
+    Ctrl-C ends it; its jobs go on. Streamlit has variables for other settings, among them
+    STREAMLIT_SERVER_ADDRESS.
+
+    Args:
+        port: Port to listen on; without it 8501, or the next one that is free.
     """
-    stage, bar = "", None
-    # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
-    with contextlib.closing(progress), contextlib.ExitStack() as bars:  # pyright: ignore
-        for now in progress:
-            if now.stage != stage:
-                bars.close()
-                stage, bar = now.stage, None
-                if stage == "loading":
-                    print("loading the model and the text", file=sys.stderr, flush=True)
-                elif stage in BARS:
-                    for sentence in before_training if stage == "training" else ():
-                        say(sentence)
-                    bar = bars.enter_context(_bar(now))
-            if bar is not None:
-                bar.update(now.done - bar.n)
-                if now.report is not None and not bar.disable and _is_time(bar):
-                    bar.set_postfix_str(_glance(now.report), refresh=False)
-    return stage
+    if absent := [name for name in EXTRAS["app"].packages if find_spec(name) is None]:
+        raise InputError(extra_sentence("app", *(EXTRAS["app"].packages[name] for name in absent)))
+    # In the place of this process: signals and the exit code are Streamlit's.
+    os.execv(sys.executable, app_command(port))
 
 
-def _bar(now: Progress) -> "tqdm[NoReturn]":
-    from tqdm import tqdm
-
-    return tqdm(
-        total=now.total,
-        # A resumed run begins where it stands: the bar's speed is of this process alone.
-        initial=now.done - 1 if now.stage == "training" else 0,
-        desc=now.stage,
-        unit=f" {now.unit}",
-        unit_scale=now.stage not in WHOLE,
-        disable=None,  # no bar where stderr is a file
-    )
-
-
-def _is_time(bar: "tqdm[NoReturn]") -> bool:
-    # Reading a number waits for the device; as often as the bar is drawn is cheap.
-    return time.time() - bar.last_print_t >= bar.mininterval
-
-
-def _glance(report: "StepReport") -> str:
-    """Return L0 and loss over the SAEs that learn, lowest to highest."""
-    learning = [sae for sae in report.saes if sae.loss is not None]
-    if not learning:
-        return "no SAE learns"
-    l0 = sorted(sae.l0 for sae in learning)
-    loss = sorted(float(sae.loss.total) for sae in learning if sae.loss is not None)
-    return f"L0 {l0[0]:.3g} to {l0[-1]:.3g}, loss {loss[0]:.3g} to {loss[-1]:.3g}"
+def app_command(port: int | None = None) -> list[str]:
+    """Return the command that opens the app: a clone's, or the one that a wheel holds."""
+    if port is not None and not 1 <= port <= 65535:
+        raise InputError(f"--port: expected a number from 1 to 65535, got {port}")
+    if port is not None:
+        with socket.socket() as trial:
+            # As servers do: a port of which connections are still closing is free.
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("", port))
+            except OSError as error:
+                raise InputError(
+                    f"--port: expected one to listen on, got {port} ({error.strerror}); name "
+                    "another, or leave --port out for the next one that is free"
+                ) from error
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "assets" / "_studio" / "app.py"
+    script = shipped if shipped.is_file() else package.parent / "app.py"
+    # -P: files of the current folder are no modules, as with the command `streamlit`.
+    command = [sys.executable, "-P", "-m", "streamlit", "run", str(script)]
+    return command if port is None else [*command, f"--server.port={port}"]
 
 
-def _pull(command: Pull) -> None:
-    """Fetch an SAE and make a run of it, or list what there is."""
-    repository = look(parse_address(command.address))
+def pull(
+    address: Annotated[Positional[str], arg(metavar="REPO[:PATH][@REV]")],
+    to: Annotated[Path | None, _Plain, arg(metavar="DIR")] = None,
+    list: _Switch = False,
+    model: _Name = None,
+    layer: _Number = None,
+    site: _Site = None,
+) -> None:
+    """Fetch an SAE from the Hub and make a run of it, to evaluate and explore like any other.
+
+    Says what it fetches and how large that is, goes on where an interrupted download stopped, and
+    keeps to the commit it began with. The token is the environment's (HF_TOKEN) or that of
+    `hf auth login`.
+
+    Args:
+        address: OWNER/NAME; after a colon the SAE's folder or file in it; after an @ a branch,
+            tag or commit.
+        to: New folder for the run; without it, one under runs/.
+        list: Only list the SAEs there and their sizes.
+        model: Language model of the SAE, where its files do not say.
+        layer: Its block, where its files do not say.
+        site: Its place in the block, where its files do not say.
+    """
+    repository = look(parse_address(address))
     if repository.renamed:
         say(repository.renamed)
-    if command.list:
+    if list:
         show(*report.listing(repository))
         return
     sae = one_sae(repository)
     root = runs_root()
-    folder = command.to or root / free_name(root, run_name(repository.repo, sae.path))
-    new_run_folder(folder.absolute().parent, folder.name)
-    place = {"model": command.model, "layer": command.layer, "site": command.site}
-    request = plan_pull(repository, sae, to=folder.name, **place)
+    folder = to or root / free_name(root, run_name(repository.repo, sae.path))
+    files = (repository.repo, repository.commit, sae.path, sae.library, sae.files)
+    request = PullRequest(*files, folder.name, model, layer, site)
     count = f"{len(sae.files)} file{'s' * (len(sae.files) > 1)}"
     say(
         f"{sae.path or repository.repo}: {sae.library}, {count}, {readable(sae.n_bytes)}, "
@@ -363,17 +421,30 @@ def _pull(command: Pull) -> None:
     _transfer(ask(folder.absolute().parent, request))
 
 
-def _push(command: Push) -> None:
+def push(
+    run: _Run,
+    sae: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")],
+    to: Annotated[str, arg(metavar="OWNER/NAME")],
+    public: _Switch = False,
+) -> None:
+    """Send finished SAEs of a run to the Hub, with a card, in one commit.
+
+    A new repository is private unless --public says otherwise; an existing one stays as it is.
+
+    Args:
+        sae: Names of the SAEs to send.
+        to: Repository on the Hub, made if it is not there.
+        public: Let everybody see a repository that is made for it.
+    """
     from gsae_core.runs.work.publish import check_token, pack
 
-    run = Run.open(command.run)
-    request = PushRequest(run.id, command.sae, command.to, command.public)
-    parcel = pack(run, request.saes, request.repo, public=request.public)
+    opened = Run.open(run)
+    parcel = pack(opened, sae, to, public=public)
     check_token()
     say(f"{len(parcel.files)} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
     for note in parcel.notes:
         say(note)
-    _transfer(ask(run.folder.parent, request))
+    _transfer(ask(opened.folder.parent, PushRequest(opened.id, sae, to, public)))
 
 
 def _transfer(transfer: Transfer) -> None:
@@ -395,51 +466,166 @@ def _transfer(transfer: Transfer) -> None:
     show(f"run {transfer.root / result}" if transfer.is_pull else result)
 
 
+def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()) -> str:
+    """Draw a bar for each stage until the work ends; return the last stage.
+
+    `before_training` are sentences to say before the bar of that stage.
+    """
+    stage, bar = "", None
+    # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
+    with contextlib.closing(progress), contextlib.ExitStack() as bars:  # pyright: ignore
+        for now in progress:
+            if now.stage != stage:
+                bars.close()
+                stage, bar = now.stage, None
+                if stage == "loading":
+                    print("loading the model and the text", file=sys.stderr, flush=True)
+                elif stage == "waiting":
+                    runs = "1 run goes" if now.total == 1 else f"{now.total} runs go"
+                    say(f"waiting for the device: {runs} first; Ctrl-C leaves the line")
+                elif stage in BARS:
+                    for sentence in before_training if stage == "training" else ():
+                        say(sentence)
+                    bar = bars.enter_context(_bar(now))
+            if bar is not None:
+                bar.update(now.done - bar.n)
+                if now.report is not None and not bar.disable and _is_time(bar):
+                    bar.set_postfix_str(_glance(now.report), refresh=False)
+    return stage
+
+
+def _bar(now: Progress) -> "tqdm[NoReturn]":
+    from tqdm import tqdm
+
+    return tqdm(
+        total=now.total,
+        # A resumed run begins where it stands: the bar's speed is of this process alone.
+        initial=now.done if now.stage == "training" else 0,
+        desc=now.stage,
+        unit=f" {now.unit}",
+        unit_scale=now.unit in ("token", "byte"),  # steps and features are counted in full
+        disable=None,  # no bar where stderr is a file
+    )
+
+
+def _is_time(bar: "tqdm[NoReturn]") -> bool:
+    # Reading a number waits for the device; as often as the bar is drawn is cheap.
+    return time.time() - bar.last_print_t >= bar.mininterval
+
+
+def _glance(report: "StepReport") -> str:
+    """Return L0 and loss over the SAEs that learn, lowest to highest."""
+    learning = [sae for sae in report.saes if sae.loss is not None]
+    if not learning:
+        return "no SAE learns"
+    l0 = sorted(sae.l0 for sae in learning)
+    loss = sorted(float(sae.loss.total) for sae in learning if sae.loss is not None)
+    return f"L0 {l0[0]:.3g} to {l0[-1]:.3g}, loss {loss[0]:.3g} to {loss[-1]:.3g}"
+
+
 MOST_MISUNDERSTOOD = 3
 """Answers in a row that are not understood before no more is asked: the others would not be."""
 
 
-def _label(command: Label) -> int:
-    """Label features of a run's SAE; return the exit code, 1 if some could not be labelled.
+def label(
+    run: _Run,
+    sae: _Name = None,
+    features: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = (),
+    most: _Number = None,
+    with_: Annotated[_Name, arg(name="with", metavar="MODEL")] = None,
+    remote: _Switch = False,
+    score: Literal["detection", "fuzzing", "none"] = "detection",
+    again: _Switch = False,
+    device: _Name = None,
+) -> int:
+    """Let a language model write labels of features, and score how well each tells where it fires.
 
-    What is labelled is kept, also where an error or Ctrl-C ends this.
+    A label is kept beside the feature index with the model that wrote it and its score, of which
+    0.5 is guessing. What has a label already keeps it, so the same command goes on where it was
+    interrupted. No text leaves this machine without --remote.
+
+    Args:
+        sae: Name of the SAE; without it the only one.
+        features: Numbers of features.
+        most: In place of numbers: the INT features that fire most often.
+        with_: Model that writes: a folder, or the name of one on this machine; with --remote the
+            name of one at the address in OPENAI_BASE_URL.
+        remote: Send texts of the index to the address in OPENAI_BASE_URL, which speaks OpenAI's
+            chat completions, with the token in OPENAI_API_KEY if there is one.
+        score: How: by telling texts in which it fires from others, or marked tokens on which it
+            fires from others; none leaves labels unscored.
+        again: Also label what has a label; the old one stays in labels.jsonl.
+        device: Where a model on this machine works; without it as the run.
     """
     from gsae_core.analysis.autointerp import RemoteWriter
 
-    if command.with_ is None:
+    if with_ is None:
         raise InputError(
             "expected --with MODEL, got none; give a folder or the name of a model on this "
             "machine, or with --remote the name of one at the address in OPENAI_BASE_URL"
         )
-    run = Run.open(command.run)
-    name = command.sae or report.only_sae(run)
-    index = run.features(name)
-    if is_example(run):
+    opened = Run.open(run)
+    name = sae or report.only_sae(opened)
+    index = opened.features(name)
+    if is_example(opened):
         # Where the Features page keeps them: the example itself is only read.
         index.labels = Labels(labels_folder(runs_root().absolute(), name))
-    numbers = _chosen(command, index)
+    numbers = _chosen(index, features, most)
     if index.labels.damaged:
         say(left_out(index.labels.damaged, "labels.jsonl"))
-    known = {} if command.again else index.labels.latest("label")
+    known = {} if again else index.labels.latest("label")
     asked = [number for number in numbers if number not in known]
     if len(asked) < len(numbers):
         n = len(numbers) - len(asked)
         say(f"{n} of {len(numbers)} features have a label, which stays; --again asks anew")
     if not asked:
         return 0
-    device = command.device or run.config.device
-    writer = RemoteWriter(command.with_) if command.remote else _local(command.with_, device)
-    say(_announcement(command, index, writer, len(asked)))
-    done, failed = [], {}
+    writer = RemoteWriter(with_) if remote else _local(with_, device or opened.config.device)
+    by = None if score == "none" else score
+    say(_announcement(index, writer, len(asked), scored=by is not None))
+    return _label(index, writer, asked, by=by, again=again)
+
+
+def _label(
+    index: "FeatureIndex",
+    writer: "LocalWriter | RemoteWriter",
+    asked: Sequence[int],
+    *,
+    by: "By | None",
+    again: bool,
+) -> int:
+    """Label features; return the exit code, 1 if some could not be labelled.
+
+    What is labelled is kept, also where an error or Ctrl-C ends this.
+    """
+    from gsae_core.analysis.autointerp import NotLabelled, NotUnderstood, label_feature
+
+    done: list[Annotation] = []
+    failed: dict[int, str] = {}
+
+    def labelling() -> Iterator[Progress]:
+        misunderstood = 0
+        for i, number in enumerate(asked):
+            yield Progress("labelling", i, len(asked), "feature")
+            try:
+                done.append(label_feature(index.feature(number), writer, by=by))
+                misunderstood = 0
+            except NotLabelled as error:
+                failed[number] = str(error)
+                misunderstood += isinstance(error, NotUnderstood)
+            if misunderstood == MOST_MISUNDERSTOOD:
+                return
+        yield Progress("labelling", len(asked), len(asked), "feature")
+
     try:
-        _follow(_labelling(command, index, writer, asked, done, failed))
+        _follow(labelling())
     except KeyboardInterrupt:
-        again = "the same command goes on from there"
-        if command.again:
+        how = "the same command goes on from there"
+        if again:
             labelled = {said.feature for said in done}
             rest = " ".join(str(number) for number in asked if number not in labelled)
-            again = f"for the others give --again --features {rest}"
-        say(f"stopped after {len(done)} of {len(asked)}; {again}")
+            how = f"for the others give --again --features {rest}"
+        say(f"stopped after {len(done)} of {len(asked)}; {how}")
         return INTERRUPTED
     finally:
         if done:
@@ -456,23 +642,23 @@ def _label(command: Label) -> int:
     return FAILURE if failed else 0
 
 
-def _chosen(command: Label, index: "FeatureIndex") -> list[int]:
+def _chosen(index: "FeatureIndex", features: tuple[int, ...], most: int | None) -> list[int]:
     """Return the features to label, each once and none of them dead."""
     import numpy as np
 
     from gsae_core.analysis.autointerp import check_fires
 
-    if (command.most is None) == (not command.features):
-        came = "neither" if command.most is None else "both"
+    if (most is None) == (not features):
+        came = "neither" if most is None else "both"
         raise InputError(f"expected --features with numbers or --most with how many, got {came}")
-    if command.most is None:
-        for number in command.features:
+    if most is None:
+        for number in features:
             check_fires(index.feature(number))
-        return list(dict.fromkeys(command.features))
-    if command.most < 1:
-        raise InputError(f"--most: expected a number of at least 1, got {command.most}")
+        return list(dict.fromkeys(features))
+    if most < 1:
+        raise InputError(f"--most: expected a number of at least 1, got {most}")
     fired = np.diff(index.array("offsets"))
-    order = np.argsort(-fired, kind="stable")[: command.most]
+    order = np.argsort(-fired, kind="stable")[:most]
     return [int(number) for number in order if fired[number]]
 
 
@@ -494,7 +680,7 @@ def _local(name: str, device: str) -> "LocalWriter":
 
 
 def _announcement(
-    command: Label, index: "FeatureIndex", writer: "LocalWriter | RemoteWriter", n: int
+    index: "FeatureIndex", writer: "LocalWriter | RemoteWriter", n: int, *, scored: bool
 ) -> str:
     """Return what will be asked of whom, and what of it leaves this machine."""
     from gsae_core.analysis.autointerp import AFTER, BEFORE, N_SCORED, N_SHOWN, LocalWriter
@@ -502,37 +688,28 @@ def _announcement(
     features = f"{n} feature{'s' * (n > 1)} of {index.manifest.sae}"
     if isinstance(writer, LocalWriter):
         return f"{features}: {writer.name} on this machine writes; no text leaves it"
-    texts = N_SHOWN if command.score == "none" else N_SHOWN + 2 * N_SCORED
+    texts = N_SHOWN + 2 * N_SCORED * scored
     token = ", and the token in OPENAI_API_KEY" if writer.has_token else ""
     is_bare = urlsplit(writer.where).scheme == "http"
-    bare = ", over a connection that is not encrypted" if is_bare else ""
+    bare = ", over a connection that is not encrypted" * is_bare
     return (
         f"{features}: sending to {writer.where}, for {writer.name}, up to {texts} texts of each, "
         f"of at most {BEFORE + 1 + AFTER} tokens out of {index.manifest.text}{token}{bare}"
     )
 
 
-def _labelling(
-    command: Label,
-    index: "FeatureIndex",
-    writer: "LocalWriter | RemoteWriter",
-    asked: Sequence[int],
-    done: list[Annotation],
-    failed: dict[int, str],
-) -> Iterator[Progress]:
-    """Label one feature after another, and yield how many; `done` and `failed` grow."""
-    from gsae_core.analysis.autointerp import NotLabelled, NotUnderstood, label_feature
-
-    by = None if command.score == "none" else command.score
-    misunderstood = 0
-    for i, number in enumerate(asked):
-        yield Progress("labelling", i, len(asked), "feature")
-        try:
-            done.append(label_feature(index.feature(number), writer, by=by))
-            misunderstood = 0
-        except NotLabelled as error:
-            failed[number] = str(error)
-            misunderstood += isinstance(error, NotUnderstood)
-        if misunderstood == MOST_MISUNDERSTOOD:
-            return
-    yield Progress("labelling", len(asked), len(asked), "feature")
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "index": index,
+    "label": label,
+    "import": import_,
+    "export": export,
+    "list": list_,
+    "pull": pull,
+    "push": push,
+    "app": app,
+    "bench": bench,
+    "doctor": doctor,
+}

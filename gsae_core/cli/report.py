@@ -174,7 +174,8 @@ def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def run_report(run: Run) -> list[str]:
     """Return what a finished run measured, what it took, and where it is."""
-    evals = run.evals()
+    evals, events = run.evals(), run.events()
+    tracking = [e for e in events if e["event"] in ("tracked", "tracker stopped")][-1:]
     lines = ["", *evals_table(evals)]
     if evals:
         lines.append(f"measured on {measured_on(evals[0])}")
@@ -187,6 +188,7 @@ def run_report(run: Run) -> list[str]:
         "",
         matched_ratio(evals).sentence,
         *time_spent(run.recent_metrics()),
-        *(f"{e['sae']} stopped: {e['why']}" for e in run.events() if e["event"] == "sae stopped"),
+        *(f"{e['sae']} stopped: {e['why']}" for e in events if e["event"] == "sae stopped"),
+        *(f"no longer tracked: {e['why']}" for e in tracking if e["event"] == "tracker stopped"),
         f"the run is in {run.folder}",
     ]

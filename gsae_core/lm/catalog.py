@@ -2,8 +2,8 @@
 
 import csv
 import functools
-import json
 import math
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from gsae_core.config import Site
 from gsae_core.errors import InputError
+from gsae_core.files import read_json
 
 ASSETS = Path(str(resources.files("gsae_core").joinpath("assets")))
 BUNDLED = ASSETS / "stdlib-gpt2"
@@ -18,49 +19,30 @@ BUNDLED = ASSETS / "stdlib-gpt2"
 
 
 class Family(NamedTuple):
-    """Module names of one family."""
+    """Module names of one family; where none are given, Llama's."""
 
-    blocks: str
+    blocks: str = "layers"
     """The list of blocks in the headless model; all others are relative to a block."""
-    attn: str
-    mlp: str
-    attn_proj: str
-    mlp_proj: str
-    attn_out: str
+    attn: str = "self_attn"
+    mlp: str = "mlp"
+    attn_proj: str = "self_attn.o_proj"
+    mlp_proj: str = "mlp.down_proj"
+    attn_out: str = "self_attn"
     """What is added to the residual stream: in Gemma 2 and 3 the norm after attention."""
-    mlp_out: str
+    mlp_out: str = "mlp"
 
 
-_LLAMA = Family(
-    blocks="layers",
-    attn="self_attn",
-    mlp="mlp",
-    attn_proj="self_attn.o_proj",
-    mlp_proj="mlp.down_proj",
-    attn_out="self_attn",
-    mlp_out="mlp",
-)
+_LLAMA = Family()
 _GPT2 = Family(
-    blocks="h",
-    attn="attn",
-    mlp="mlp",
-    attn_proj="attn.c_proj",
-    mlp_proj="mlp.c_proj",
-    attn_out="attn",
-    mlp_out="mlp",
+    blocks="h", attn="attn", attn_proj="attn.c_proj", mlp_proj="mlp.c_proj", attn_out="attn"
 )
 _NEOX = Family(
-    blocks="layers",
     attn="attention",
-    mlp="mlp",
     attn_proj="attention.dense",
     mlp_proj="mlp.dense_4h_to_h",
     attn_out="attention",
-    mlp_out="mlp",
 )
-_POST_NORM = _LLAMA._replace(
-    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
-)
+_POST_NORM = Family(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 FAMILIES: Mapping[str, Family] = {
     "gpt2": _GPT2,
     "gpt_neox": _NEOX,
@@ -84,6 +66,7 @@ class ModelShape(NamedTuple):
     n_layers: int
 
     def width(self, site: Site) -> int:
+        """Return d_in of a site."""
         return {"mlp_hidden": self.d_mlp, "attn_z": self.d_attn}.get(site, self.d_model)
 
 
@@ -103,20 +86,8 @@ def model_folder(name: str) -> Path | None:
     """Return a local model's folder; None for a name on the Hub."""
     if name == "bundled":
         return BUNDLED
-    try:
-        folder = Path(name).expanduser()
-        return folder if (folder / "config.json").is_file() else None
-    except (OSError, RuntimeError):  # too long for a path, or the home of a user there is not
-        return None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Return a config.json; an empty one where it is no JSON object."""
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+    folder = Path(os.path.expanduser(name))
+    return folder if os.path.isfile(folder / "config.json") else None
 
 
 def _shape(config: dict[str, Any]) -> ModelShape | None:
@@ -178,7 +149,10 @@ def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
     folder = model_folder(name) or cached.get(name)
     if folder is None:
         return known
-    config = _config(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except InputError:  # damaged; the job says so when it loads it
+        config = {}
     where = "bundled" if name == "bundled" else "folder" if model_folder(name) else "cached"
     family = str(config["model_type"]) if "model_type" in config else None
     parameters = count_parameters(folder) or known.parameters
@@ -195,14 +169,14 @@ def count_parameters(folder: Path) -> int | None:
             with safe_open(path, "np") as file:
                 total += sum(math.prod(file.get_slice(k).get_shape()) for k in file.offset_keys())
     except (OSError, SafetensorError):
-        return None  # damaged; the job says so when it loads it
+        return None  # damaged, as above
     return total or None
 
 
-def check_family(facts: ModelFacts) -> None:
+def check_family(name: str, family: str | None) -> None:
     """Raise InputError if a model is known to be of a family that cannot be trained on."""
-    if facts.family is not None and facts.family not in FAMILIES:
+    if family is not None and family not in FAMILIES:
         raise InputError(
-            f"--model: expected a model of a supported family ({', '.join(FAMILIES)}), got "
-            f"{facts.family!r}; choose another"
+            f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family!r} in "
+            f"{name!r}; choose another model or pass it as a TransformerBridge"
         )

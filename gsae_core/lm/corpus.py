@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +27,11 @@ from torch import Tensor
 
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
+from gsae_core.files import writing
 from gsae_core.lm.readers import Part, narrowest, open_source
 from gsae_core.machine import cache_folder
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # --- Sequences
 
@@ -65,7 +65,7 @@ class SequenceSet:
     ) -> None:
         self._rows, self._special = rows, special
         self._index = np.arange(len(rows)) if index is None else index
-        self.counts = _count(rows, special)[self._index] if counts is None else counts
+        self.counts: np.ndarray = _count(rows, special)[self._index] if counts is None else counts
 
     def __len__(self) -> int:
         return len(self._index)
@@ -77,6 +77,7 @@ class SequenceSet:
 
     @property
     def n_ctx(self) -> int:
+        """Tokens of each sequence."""
         return self._rows.shape[1]
 
     @property
@@ -108,8 +109,6 @@ class Corpus:
     n_ctx: int
     bos: bool
     """Whether sequences start with BOS."""
-    shortage: str = "the held-out text has no more"
-    """Why there are not more held-out tokens, to say where more were asked for."""
 
     @property
     def digest(self) -> str:
@@ -170,7 +169,7 @@ def load_corpus(
             f"tokens, got {len(tokens.rows)} in all: give more text, a smaller n_ctx or another "
             "held_out"
         )
-    corpus = Corpus(train, held_out, name, n_ctx, tokens.starts_with_bos, reader.shortage)
+    corpus = Corpus(train, held_out, name, n_ctx, tokens.starts_with_bos)
     sizes = (train.n_tokens, held_out.n_tokens, n_ctx, "with" if corpus.bos else "without")
     log.info("%s: %d training and %d held-out tokens in sequences of %d, %s BOS", name, *sizes)
     return corpus
@@ -196,7 +195,6 @@ class _Reader:
         self._share = cfg.held_out if self.source.held_out is None else 0.0
         settings = (cfg.n_ctx, cfg.bos, model_n_ctx, _tokenizer_key(tokenizer))
         self._settings = (FORMAT, *settings, self.source.stamp, self._share)
-        self.shortage = Corpus.shortage
 
     def splits(
         self, n_tokens: int | None, n_held_out: int = 0, *, held_out: bool = False
@@ -217,41 +215,41 @@ class _Reader:
 
     def _tokens(self, n_tokens: int | None, n_held_out: int, held_out: bool) -> _Tokens:
         key = sha256(repr((*self._settings, held_out)).encode()).hexdigest()[:32]
+        # The shortest that is long enough: a resumed run has to read the rows it began with.
+        known = _find(key, n_tokens, self._packing.dtype)
+        for kept in known:
+            if self._has_enough(kept, n_held_out):
+                log.info("tokens of an earlier reading of %s", self.source.name)
+                return kept
+        try:
+            return self._read(key, n_tokens, n_held_out, held_out)
+        except InputError as error:
+            if not known:
+                raise
+            raise InputError(
+                f"{error}; or ask for no more held-out tokens than were read before, "
+                f"{max(map(self._n_held_out, known)):,}"
+            ) from error
+
+    def _read(self, key: str, n_tokens: int | None, n_held_out: int, held_out: bool) -> _Tokens:
         open_documents = self.source.held_out if held_out else self.source.train
         assert open_documents is not None
-
-        def read(before: np.ndarray) -> _Tokens:
-            parts = open_documents()
-            head = list(islice(parts, HEAD))
-            if not head:
-                raise InputError(f"expected some text in {self.source.name}, got none")
-            packing = self._settled(head)
-            blocks = self._blocks(chain(head, parts), packing, n_tokens, n_held_out, before)
-            return _keep(blocks, key, always=not self.source.files)
-
-        known = _find(key, n_tokens, self._packing.dtype)
-        if not known:
-            return read(np.empty((0, 0)))
-        first = known[0]
-        for each in known:
-            # A data set on the Hub is known by its name, and may have changed between the two.
-            if self._has_enough(each, n_held_out) and _begins_with(each.rows, first.rows):
-                log.info("tokens of an earlier reading of %s", self.source.name)
-                return each
-        try:
-            return read(first.rows)
-        except InputError as error:
-            # Training does not need it, so a run from a source that is out of reach goes on.
-            self.shortage = f"no more than what was read before could be read ({error})"
-            log.warning("held-out text: %s", self.shortage)
-            return first
+        parts = open_documents()
+        head = list(islice(parts, HEAD))
+        if not head:
+            raise InputError(f"expected some text in {self.source.name}, got none")
+        packing = self._settled(head)
+        return _keep(self._blocks(chain(head, parts), packing, n_tokens, n_held_out), key)
 
     def _has_enough(self, tokens: _Tokens, n_held_out: int) -> bool:
         """Whether rows hold as many held-out tokens as wanted, or there are no more."""
         if tokens.reach == math.inf or not n_held_out:
             return True
+        return self._n_held_out(tokens) >= n_held_out
+
+    def _n_held_out(self, tokens: _Tokens) -> int:
         held_out = np.flatnonzero(_held_out(0, len(tokens.rows), self._share))
-        return int(_count(tokens.rows[held_out], self._special).sum()) >= n_held_out
+        return int(_count(tokens.rows[held_out], self._special).sum())
 
     def _settled(self, head: list[Part]) -> "_Packing":
         """Return the packing after a look at the first documents.
@@ -279,16 +277,8 @@ class _Reader:
         packing: "_Packing",
         n_tokens: int | None,
         n_held_out: int,
-        before: np.ndarray,
     ) -> Iterator[_Tokens]:
-        """Yield blocks of rows until there are as many counted tokens among them as wanted.
-
-        The first rows have to be `before`, an earlier reading's: of other text, what is held out
-        may be what was trained on.
-        """
-        other = InputError(
-            f"expected the text that was read of {self.source.name} before, got other text"
-        )
+        """Yield blocks of rows until there are as many counted tokens among them as wanted."""
         carry = np.empty(0, packing.dtype)
         width = packing.n_ctx - (packing.bos is not None)
         n_rows = n_train = n_rest = 0
@@ -304,8 +294,6 @@ class _Reader:
             rows, carry = ids[: n * width].reshape(n, width), ids[n * width :]
             if packing.bos is not None:
                 rows = np.insert(rows, 0, packing.bos, axis=1)
-            if not _begins_with(rows, before[n_rows : n_rows + n]):
-                raise other
             counts = _count(rows, self._special)
             held_out = _held_out(n_rows, n_rows + n, self._share)
             n_rows += n
@@ -315,8 +303,6 @@ class _Reader:
             yield _Tokens(rows, packing.starts_with_bos, float(n_train) if enough else math.inf)
             if enough:
                 break
-        if n_rows < len(before):
-            raise other
 
     def _ids(self, block: list[Part], packing: "_Packing") -> Iterator[np.ndarray]:
         """Yield the ids of each part and, after a document's end, the separator."""
@@ -331,10 +317,6 @@ class _Reader:
                 yield _checked(part, packing)
             if part.ends and packing.separator is not None:
                 yield np.array([packing.separator], packing.dtype)
-
-
-def _begins_with(rows: np.ndarray, known: np.ndarray) -> bool:
-    return rows is known or not len(known) or np.array_equal(rows[: len(known)], known)
 
 
 def _held_out(start: int, stop: int, share: float) -> np.ndarray:
@@ -446,9 +428,6 @@ def _checked(part: Part, packing: _Packing) -> np.ndarray:
 
 # --- The token cache
 
-# Fewer tokens than this are tokenised again rather than kept: it takes less than a second.
-SMALL_TOKENS = 2**18
-
 # Raise it when the same source and settings come to give other rows.
 FORMAT = 1
 
@@ -473,50 +452,33 @@ def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:
     return sorted(found, key=lambda tokens: tokens.reach)
 
 
-def _keep(blocks: Iterator[_Tokens], key: str, *, always: bool) -> _Tokens:
-    """Return the rows of all blocks, in a file under `key` if many or `always`, else in memory."""
-    head = [next(blocks)]
-    while not always and sum(block.rows.size for block in head) < SMALL_TOKENS:
-        if (block := next(blocks, None)) is None:
-            return _in_memory(head)
-        head.append(block)
+def _keep(blocks: Iterator[_Tokens], key: str) -> _Tokens:
+    """Return the rows of all blocks in a file under `key`, or in memory where none can be made."""
     folder = cache_folder("tokens")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f"{key}.", suffix=".tmp", dir=folder)
     except OSError as error:
         log.warning("no token cache, so tokens stay in memory: %s", error)
-        return _in_memory([*head, *blocks])
-    block = head[0]
+        every = list(blocks)
+        return every[-1]._replace(rows=np.concatenate([block.rows for block in every]))
+    last = first = next(blocks)
     try:
         # Unbuffered, so that a full disk is noticed here and not once more when it is closed.
         with os.fdopen(handle, "wb", buffering=0) as file:
-            for block in chain(head, blocks):
-                _write(file, block.rows)
-        said = "all" if block.reach == math.inf else f"{block.reach:.0f}"
-        n_ctx, bos = block.rows.shape[1], "bos" if block.starts_with_bos else "plain"
+            for last in chain([first], blocks):
+                data = memoryview(last.rows.tobytes())
+                with writing(folder, len(data)):
+                    while data:
+                        data = data[file.write(data) :]
+        said = "all" if last.reach == math.inf else f"{last.reach:.0f}"
+        n_ctx, bos = last.rows.shape[1], "bos" if last.starts_with_bos else "plain"
         path = folder / f"{key}.{said}.{n_ctx}.{bos}.rows"
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return block._replace(rows=_mapped(path, block.rows.dtype, n_ctx))
-
-
-def _in_memory(blocks: list[_Tokens]) -> _Tokens:
-    return blocks[-1]._replace(rows=np.concatenate([block.rows for block in blocks]))
-
-
-def _write(file: FileIO, block: np.ndarray) -> None:
-    data = memoryview(block.tobytes())
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError as error:
-        raise InputError(
-            f"expected room for tokens in {cache_folder('tokens')}, got {error.strerror!r}: free "
-            "some space, or set XDG_CACHE_HOME to a folder on another disk"
-        ) from error
+    return last._replace(rows=_mapped(path, last.rows.dtype, n_ctx))
 
 
 def _mapped(path: Path, dtype: Any, n_ctx: int) -> np.ndarray:

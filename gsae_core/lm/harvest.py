@@ -17,19 +17,18 @@ share its forward pass: a test holds this on a CPU; on a GPU the two may differ 
 
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,7 +42,7 @@ from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import cache_folder
 from gsae_core.threads import one_thread_a_core
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # Tokens in one forward pass. On a CPU the activations of a pass should stay in a core's cache: on
 # two cores the bundled model harvests 22,700 tokens a second by 512 at a time, 21,800 by 2,048,
@@ -52,21 +51,6 @@ CPU_PASS_TOKENS, PASS_TOKENS = 2**9, 2**15
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@runtime_checkable
-class Harvester(Protocol):
-    """What a harvest needs of a language model; `harvest` may be called from threads at once."""
-
-    def width(self, site: Site) -> int: ...
-
-    def harvest(self, ids: Tensor, *, layer: int, site: Site) -> Tensor: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
 
 def check_finite(
@@ -96,64 +80,23 @@ def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> N
     )
 
 
-class Stopwatch:
-    """Seconds that blocks took: on the clock, or on a CUDA stream without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda, self._seconds = device.type == "cuda", 0.0
-        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the block; on CUDA, what the current stream is given in it."""
-        if not self._on_cuda:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-            return
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        stop.record()
-        self._marks.append((start, stop))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far; on CUDA, of the blocks the device has finished."""
-        # Another thread may be appending: marks are taken off one by one, from the old end.
-        while self._marks and self._marks[0][1].query():
-            start, stop = self._marks.popleft()
-            self._seconds += start.elapsed_time(stop) / 1000
-        return self._seconds
-
-
 class Harvest:
     """The counted vectors of sequences at one place of a language model.
 
-    Args:
-        layer: block number, from 0.
-        rows: sequences in a forward pass; None: `default_rows`. Rounding may depend on it.
+    Attributes:
+        rows: sequences in a forward pass, on which rounding may depend.
     """
 
     def __init__(
-        self,
-        model: Harvester,
-        sequences: SequenceSet,
-        *,
-        layer: int,
-        site: Site,
-        rows: int | None = None,
+        self, model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
     ) -> None:
-        self._model, self.sequences, self.layer = model, sequences, layer
+        self._model = model
+        self.sequences: SequenceSet = sequences
+        self.layer: int = layer
         self.site: Site = site
-        self.rows = rows or default_rows(sequences.n_ctx, model.device)
-        self.d_in, self.device = model.width(site), model.device
-        self._watch = Stopwatch(model.device)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent in the language model, or waiting for it, so far."""
-        return self._watch.seconds
+        self.rows: int = default_rows(sequences.n_ctx, model.device)
+        self.d_in: int = model.width(site)
+        self.device: torch.device = model.device
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of sequences, float32, in order, a part at a time."""
@@ -185,15 +128,9 @@ class Harvest:
             spoilt = on_cpu and bool(bad)
             return len(x), bad, [work(x)] if len(x) and not spoilt else []
 
-        # A generator cannot be timed by `with`: its time runs on while it is not asked.
-        results = _side_by_side(task, groups, torch.get_num_threads() if on_cpu else 0)
+        n_threads = torch.get_num_threads() if on_cpu else 0
         n, n_bad = 0, torch.zeros((), dtype=torch.int64)
-        while True:
-            with self._watch.running():
-                read = next(results, None)
-            if read is None:
-                break
-            n_read, bad, made = read
+        for n_read, bad, made in _side_by_side(task, groups, n_threads):
             n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
         _refuse(int(n_bad), n, layer=self.layer, site=self.site, dtype=self._model.dtype)
@@ -242,20 +179,19 @@ def open_cache(
     model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
 ) -> "CachedActivations":
     """Return the cache of a model's activations at a place, in the user's cache folder."""
-    rows = default_rows(sequences.n_ctx, model.device)
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
         "hook_name": hook_name(layer, site),
         "n_ctx": sequences.n_ctx,
         # What rounding may depend on.
-        "rows_per_pass": rows,
+        "rows_per_pass": default_rows(sequences.n_ctx, model.device),
         "device": model.device.type,
         "torch": torch.__version__,
     }
     name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
     folder = cache_folder("activations") / name
-    cache = CachedActivations(model, sequences, folder, layer=layer, site=site, rows=rows)
+    cache = CachedActivations(model, sequences, folder, layer=layer, site=site)
     if not (folder / "about.json").exists():
         write_json(folder / "about.json", {"model": model.name} | about)
     return cache
@@ -266,8 +202,8 @@ def fingerprint(model: LanguageModel) -> str:
 
     Names and revisions do not enter: two folders with the same weights have one fingerprint.
     """
-    config = getattr(model.hf, "config", None)
-    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    config: Any = getattr(model.hf, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = sorted((name, repr(v)) for name, v in fields.items() if name not in ORIGIN)
     # Eager attention and SDPA round differently; so do two ways of computing one activation
     # function, which the tree of modules shows.
@@ -285,42 +221,23 @@ def fingerprint(model: LanguageModel) -> str:
 class CachedActivations(Harvest):
     """A harvest from shards in `folder`; missing or damaged ones are made first.
 
-    They are kept in the model's precision where that loses nothing. `vectors` reads them, in
-    ascending order alone; `through` runs the model.
+    They are kept in the model's precision where that loses nothing. `through` runs the model.
     """
 
     def __init__(
-        self,
-        model: Harvester,
-        sequences: SequenceSet,
-        folder: Path,
-        *,
-        layer: int,
-        site: Site,
-        rows: int | None = None,
-        shard_bytes: int = SHARD_BYTES,
+        self, model: LanguageModel, sequences: SequenceSet, folder: Path, *, layer: int, site: Site
     ) -> None:
-        super().__init__(model, sequences, layer=layer, site=site, rows=rows)
-        self.folder, self._dtype = folder, model.dtype
-        self._disk_watch = Stopwatch(torch.device("cpu"))
+        super().__init__(model, sequences, layer=layer, site=site)
+        self.folder: Path = folder
+        self._dtype = model.dtype
         per_row = sequences.n_ctx * self.d_in * self._dtype.itemsize
         # Whole passes, so that the passes of a shard do not depend on where the text ends.
-        self._shard_rows = max(1, shard_bytes // (per_row * self.rows)) * self.rows
+        self._shard_rows = max(1, SHARD_BYTES // (per_row * self.rows)) * self.rows
         self._edges = [*range(0, len(sequences), self._shard_rows), len(sequences)]
         self._first = np.concatenate([[0], np.cumsum(sequences.counts)])
         self._open: dict[int, Tensor] = {}
         with writing(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent reading, checking and writing shards, and in the language model, so far."""
-        return super().seconds + self._disk_watch.seconds
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of all shards."""
-        return int(self._first[-1]) * self.d_in * self._dtype.itemsize
 
     def fill(self) -> None:
         """Harvest every shard that is missing; the log says first how large the cache is.
@@ -330,10 +247,11 @@ class CachedActivations(Harvest):
                 written).
         """
         missing = [k for k, path in enumerate(self._paths) if not path.exists()]
-        need = sum(self._n_vectors(k) for k in missing) * self.d_in * self._dtype.itemsize
+        size = self.d_in * self._dtype.itemsize
+        need = size * sum(self._n_vectors(k) for k in missing)
         log.info(
-            f"activation cache: {readable(self.n_bytes)} for {self._first[-1]} vectors, "
-            f"{readable(need)} of them still to be harvested, in {self.folder}"
+            f"activation cache: {readable(need)} still to be harvested of "
+            f"{readable(size * int(self._first[-1]))} in {self.folder}"
         )
         if need > (free := free_bytes(self.folder)):
             raise InputError(
@@ -347,15 +265,11 @@ class CachedActivations(Harvest):
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of ascending sequences, float32; a shard's share at a time."""
-        assert (np.diff(which) >= 0).all(), "shards are read in ascending order"
+        assert (np.diff(which) > 0).all(), "shards are read in ascending order"
         for k in np.unique(which // self._shard_rows):
-            x = self._shard(int(k))
-            with self._disk_watch.running():
-                mine = which[which // self._shard_rows == k]
-                starts = self._first[mine] - self._first[self._edges[k]]
-                counts = self.sequences.counts[mine]
-                runs = [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]
-                found = x[torch.from_numpy(np.concatenate(runs))].float().to(self.device)
+            rows = np.arange(*self._edges[k : k + 2])
+            wanted = np.repeat(np.isin(rows, which), self.sequences.counts[rows])
+            found = self._shard(int(k))[torch.from_numpy(wanted)].float().to(self.device)
             if len(found):
                 yield found
 
@@ -380,11 +294,11 @@ class CachedActivations(Harvest):
             return self._open[k]
         path = self._paths[k]
         if (x := self._checked(path, k)) is None:
-            with self._alone():
-                # Another run may have harvested it meanwhile.
-                if (x := self._checked(path, k)) is None:
+            # No other run harvests for this folder meanwhile; one may have harvested it before.
+            with FileLock(self.folder / ".lock"):
+                if not path.exists():
                     self._write(path, k)
-                    x = self._checked(path, k)
+            x = self._checked(path, k)
         if x is None:
             raise InputError(
                 f"expected to read back what was just written to {path}, got something else; check "
@@ -397,40 +311,23 @@ class CachedActivations(Harvest):
         """Return a shard that is whole; None where there is none, and then no file either."""
         if not path.exists():
             return None
-        with self._disk_watch.running():
-            try:
-                with safe_open(path, "pt") as file:
-                    x, kept = file.get_tensor("x"), (file.metadata() or {}).get("sha256")
-            except (SafetensorError, OSError) as error:
-                reason = str(error)
-            else:
-                if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
-                    # An earlier version wrote them without a check.
-                    check_finite(x, layer=self.layer, site=self.site, dtype=self._dtype)
-                    return x
-                reason = "its checksum is another's"
+        try:
+            with safe_open(path, "pt") as file:
+                x, kept = file.get_tensor("x"), (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            reason = str(error)
+        else:
+            if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
+                # An earlier version wrote them without a check.
+                check_finite(x, layer=self.layer, site=self.site, dtype=self._dtype)
+                return x
+            reason = "its checksum is another's"
         log.warning(
             f"expected the activations that were written to {path}, got damaged ones ({reason}); "
             "harvesting them again"
         )
         path.unlink(missing_ok=True)
         return None
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Within, no other run harvests for this folder."""
-        from filelock import FileLock, Timeout
-
-        held = FileLock(self.folder / ".lock")
-        try:
-            held.acquire(timeout=1)
-        except Timeout:
-            log.info("activation cache: another run is filling it; waiting for its shard")
-            held.acquire()
-        try:
-            yield
-        finally:
-            held.release()
 
     def _write(self, path: Path, k: int) -> None:
         x = torch.empty(self._n_vectors(k), self.d_in)
@@ -439,13 +336,12 @@ class CachedActivations(Harvest):
             x[done : done + len(part)] = part.cpu()
             done += len(part)
         assert done == len(x)
-        with self._disk_watch.running():
-            narrow = x.to(self._dtype)
-            x = narrow if torch.equal(narrow.float(), x) else x
-            for left in self.folder.glob(f".{path.name}.*.tmp"):
-                left.unlink()  # of a killed process: who writes holds the lock
-            save = partial(save_file, {"x": x}, metadata={"sha256": _sha256(x)})
-            replace_durably(path, save, n_bytes=x.numel() * x.element_size())
+        narrow = x.to(self._dtype)
+        x = narrow if torch.equal(narrow.float(), x) else x
+        for left in self.folder.glob(f".{path.name}.*.tmp"):
+            left.unlink()  # of a killed process: who writes holds the lock
+        save = partial(save_file, {"x": x}, metadata={"sha256": _sha256(x)})
+        replace_durably(path, save, n_bytes=x.numel() * x.element_size())
 
 
 def _sha256(x: Tensor) -> str:

@@ -1,34 +1,24 @@
 """Language models from a Hugging Face folder or the Hub; their own Python is never run."""
 
 import contextlib
-import json
-import logging
+import os
 import pickle
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from gsae_core.errors import HUB_NAME, InputError, hub_sentence, is_hub_trouble
-from gsae_core.lm.catalog import FAMILIES, model_folder
-
-# Parts of keys that a wrapper around a model, or around part of it, leaves in them.
-WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "module": "DataParallel or DistributedDataParallel",
-    "_fsdp_wrapped_module": "FSDP",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-}
+from gsae_core.lm.catalog import FAMILIES, check_family, model_folder
 
 # Masks, positions and rotary tables that earlier versions of transformers saved with the weights;
 # it knows most of them itself.
 _BUFFERS = re.compile(
     r"(^|\.)(masked_bias|position_ids|inv_freq|original_inv_freq|cos_cached|sin_cached)$"
 )
-SHOWN = 3
 
 
 def _check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
@@ -36,83 +26,46 @@ def _check_keys(name: str, hf: Any, loaded: Mapping[str, Any]) -> None:
 
     Weights that are tied to others are not missing in `loaded`, which `from_pretrained` returns.
     """
-    missing = sorted(loaded["missing_keys"])
-    unexpected = sorted(key for key in loaded["unexpected_keys"] if not _BUFFERS.search(key))
-    mismatched = sorted(loaded["mismatched_keys"])
-    shapes = [f"{key}: {tuple(came)}, not {tuple(want)}" for key, came, want in mismatched]
+    wrong = {
+        "missing": loaded["missing_keys"],
+        "of another shape": [
+            f"{key}: {tuple(came)}, not {tuple(want)}"
+            for key, came, want in loaded["mismatched_keys"]
+        ],
+        "unexpected": [key for key in loaded["unexpected_keys"] if not _BUFFERS.search(key)],
+    }
     found = [
-        *([f"none for {_counted(missing)} of its own"] if missing else []),
-        *([f"another shape for {_counted(shapes)}"] if shapes else []),
-        *([f"{_counted(unexpected)} that it does not have"] if unexpected else []),
+        f"{len(keys):,} {what} ({', '.join(sorted(keys)[:3])}{', ...' * (len(keys) > 3)})"
+        for what, keys in wrong.items()
+        if keys
     ]
     if found:
         raise InputError(
-            f"expected the weights of a {type(hf).__name__} in {name!r}, found "
-            f"{' and '.join(found)}; {_advice(hf, missing, unexpected, mismatched)}"
+            f"expected the weights of a {type(hf).__name__} in {name!r}, got keys that do not fit, "
+            f"{', '.join(found)}; save the whole model again with save_pretrained(), out of any "
+            "wrapper and with adapters merged, or choose another checkpoint of it"
         )
 
 
-def _counted(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - SHOWN:,} more" if len(keys) > SHOWN else ""
-    return f"{len(keys):,} key{'s' * (len(keys) > 1)} ({', '.join(keys[:SHOWN])}{more})"
-
-
-def _advice(
-    hf: Any, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[Any]
-) -> str:
-    known = set(hf.state_dict())
-    known |= {key.removeprefix(f"{hf.base_model_prefix}.") for key in known}
-    # Without which the keys would be the model's: wrappers' names, or one thing in front of all.
-    wrappers, prefixes = dict[str, str](), set[str]()
-    for key in unexpected:
-        parts = key.split(".")
-        if ".".join(part for part in parts if part not in WRAPPERS) in known:
-            wrappers |= {part: WRAPPERS[part] for part in parts if part in WRAPPERS}
-        n = next((n for n in range(1, len(parts)) if ".".join(parts[n:]) in known), 0)
-        prefixes.add("".join(f"{part}." for part in parts[:n]))
-    if wrappers:
-        names = " and ".join(f"'{part}.' of {wrapper}" for part, wrapper in wrappers.items())
-        return f"save the model that is inside the wrapper, or take {names} out of the keys"
-    if len(prefixes) == 1 and (prefix := prefixes.pop()):
-        return f"take {prefix!r} out of the keys"
-    if not missing and not mismatched:
-        return (
-            f"save the model again as a {type(hf).__name__} alone, with adapters merged, or let "
-            "its config.json say what it is"
-        )
-    head = set(hf.get_output_embeddings().parameters())
-    own = {key for key, weight in hf.named_parameters(remove_duplicate=False) if weight in head}
-    if own.issuperset(missing) and not mismatched:
-        return "choose a checkpoint that has the output layer, for it predicts the next token"
-    return "save the model again with save_pretrained(), weights and config.json together"
-
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _LFS_POINTER = b"version https://git-lfs"
-# How transformers reports keys that do not fit.
-_TOLD = ("LOAD REPORT", "This checkpoint seem corrupted")
-# What damaged files of weights and of shards raise beside OSError.
-_UNREADABLE = (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError)
 
 
 class _Origin(NamedTuple):
     name: str
     folder: Path | None
     """None: on the Hub."""
-    options: dict[str, Any]
-    """For every `from_pretrained`."""
+    revision: str
 
     def load(self, auto: Any, **options: Any) -> Any:
-        return auto.from_pretrained(str(self.folder or self.name), **self.options, **options)
-
-    def hub_mistake(self, error: Exception) -> InputError:
-        revision = self.options.get("revision")
-        return InputError(hub_sentence(error, self.name, what="model", revision=revision))
+        # Left out, transformers asks at a terminal whether to run the folder's own Python.
+        options |= {"revision": self.revision, "trust_remote_code": False}
+        return auto.from_pretrained(str(self.folder or self.name), **options)
 
     def mistake(self, error: Exception, sentence: str) -> InputError:
         """Return why files could not be read: the Hub, Git LFS's notes in their place, or else."""
         if is_hub_trouble(error):
-            return self.hub_mistake(error)
+            sentence = hub_sentence(error, self.name, what="model", revision=self.revision)
+            return InputError(sentence)
         for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
             if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
                 with path.open("rb") as file:
@@ -129,16 +82,12 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
     import torch
 
     folder = model_folder(name)
-    if folder is None and (not HUB_NAME.fullmatch(name) or Path(name).exists()):
+    if folder is None and (not HUB_NAME.fullmatch(name) or os.path.exists(name)):
         raise InputError(
             f"expected a Hugging Face model folder with a config.json, found none in {name!r}; "
             "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
         )
-    # Left out, transformers asks at a terminal whether to run the folder's own Python.
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if folder is None and revision:
-        options["revision"] = revision
-    origin = _Origin(name, folder, options)
+    origin = _Origin(name, folder, revision or "main")
     check_config(name, _config(origin), headless=True)
     if folder is not None and (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -157,34 +106,13 @@ def _config(origin: _Origin) -> Any:
 
     try:
         return origin.load(AutoConfig)
-    except Exception as error:
-        # transformers' word for a file that is no JSON, too.
-        is_missing = isinstance(error, OSError) and not isinstance(error.__context__, ValueError)
-        if origin.folder is None and is_missing:
-            raise origin.hub_mistake(error) from error
-        # Its word for a model_type that it has never heard of.
-        if isinstance(error, ValueError) and not isinstance(error, OSError):
-            raise InputError(_unsupported(origin.name, _stranger(origin))) from error
-        # A value of the wrong kind leads to errors of many kinds, huggingface_hub's own too.
+    except Exception as error:  # of many kinds, for a value of the wrong kind
         sentence = (
-            f"expected a config.json that describes a model in {origin.name!r}, got one that "
-            f"cannot be used ({_reason(error)}); download or save the model again"
+            f"expected the config.json of a model of a supported family ({', '.join(FAMILIES)}) in "
+            f"{origin.name!r}, got one that cannot be used ({_reason(error)}); choose another "
+            "model, or download or save this one again"
         )
         raise origin.mistake(error, sentence) from error
-
-
-def _stranger(origin: _Origin) -> str:
-    """Return what a config.json says of a model that transformers has no code for."""
-    from transformers import PreTrainedConfig
-
-    where = str(origin.folder or origin.name)
-    fields: Any = PreTrainedConfig.get_config_dict(where, **origin.options)[0]
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind is None:
-        return "a config.json without a model_type"
-    if "auto_map" in fields:
-        return f"{kind!r}, whose code is Python that comes with it (auto_map) and is never run,"
-    return f"{kind!r}, which is unknown to transformers,"
 
 
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
@@ -198,8 +126,7 @@ def check_config(name: str, config: Any, *, headless: bool = False) -> None:
     )
 
     kind = config.model_type
-    if kind not in FAMILIES:
-        raise InputError(_unsupported(name, repr(kind)))
+    check_family(name, kind)
     wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     came = config.architectures or [wanted]
     if wanted not in came and not (headless and MODEL_MAPPING_NAMES[kind] in came):
@@ -209,40 +136,19 @@ def check_config(name: str, config: Any, *, headless: bool = False) -> None:
         )
 
 
-def _unsupported(name: str, family: str) -> str:
-    return (
-        f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family} "
-        f"in {name!r}; choose another model or pass it as a TransformerBridge"
-    )
-
-
 def _tokenizer(origin: _Origin) -> Any:
     from transformers import AutoTokenizer
 
-    name = repr(origin.name)
-    missing = (
-        f"expected a tokenizer (tokenizer.json) beside the model, found none in {name}; "
-        "save it there with tokenizer.save_pretrained()"
-    )
+    expected = f"expected a tokenizer (tokenizer.json) beside the model in {origin.name!r}, found"
+    again = "save it there with tokenizer.save_pretrained()"
     try:
         tokenizer = origin.load(AutoTokenizer)
     except (OSError, ValueError, ImportError) as error:
-        sentence = missing
-        if "custom code" in str(error):
-            sentence = (
-                f"expected a tokenizer that transformers has the code of, got one in {name} whose "
-                "code is Python that comes with it (auto_map) and is never run; save its "
-                "tokenizer.json with PreTrainedTokenizerFast.save_pretrained()"
-            )
-        elif origin.folder and any((origin.folder / file).is_file() for file in _TOKENIZERS):
-            sentence = (
-                f"expected a tokenizer that can be read beside the model, got one in {name} that "
-                f"cannot ({_reason(error)}); save it again with tokenizer.save_pretrained()"
-            )
+        sentence = f"{expected} none that can be read ({_reason(error)}); {again}"
         raise origin.mistake(error, sentence) from error
     # Where the files are missing, most tokenizer classes start out empty and say nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(missing)
+        raise InputError(f"{expected} none; {again}")
     return tokenizer
 
 
@@ -250,6 +156,8 @@ def _model(origin: _Origin, dtype: Any) -> Any:
     import httpx2
     from transformers import AutoModelForCausalLM
 
+    # Damaged files, weights or settings that make no model, packages that are not here.
+    unusable = (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, ImportError)
     try:
         # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
         # scores, which SDPA cannot).
@@ -261,24 +169,13 @@ def _model(origin: _Origin, dtype: Any) -> Any:
                 # Told like the other keys that do not fit, by _check_keys.
                 ignore_mismatched_sizes=True,
             )
-    except ImportError as error:
-        raise InputError(
-            f"expected a model that loads with the packages that are here, got {origin.name!r}, "
-            f"which needs another ({_reason(error)}); install it, or choose a copy of the model "
-            "that does without, not quantised"
-        ) from error
-    except (OSError, httpx2.HTTPError, EOFError, *_UNREADABLE) as error:
+    except (*unusable, SafetensorError, pickle.UnpicklingError, httpx2.HTTPError) as error:
         sentence = (
-            f"expected model weights (model.safetensors) beside the config of {origin.name!r}, "
-            f"found none that could be read ({_reason(error)}); download or save the model again"
+            "expected weights (model.safetensors) and a config.json that make a model in "
+            f"{origin.name!r}, got some that do not ({_reason(error)}); download or save the model "
+            "again, or install the package that it needs"
         )
         raise origin.mistake(error, sentence) from error
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        # An activation function that there is none of, no heads, a list where tensors were.
-        raise InputError(
-            f"expected a config.json and weights that make a model in {origin.name!r}, got some "
-            f"that do not ({_reason(error)}); download or save the model again"
-        ) from error
     _check_keys(origin.name, hf, keys)
     return hf
 
@@ -298,19 +195,18 @@ def _quiet(*, bar: bool) -> Iterator[None]:
 
     Bars over a local folder's weights would only end up in logs; those of downloads stay on.
     """
-    from transformers.utils import logging as library
+    from transformers.utils import logging
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return not any(words in record.getMessage() for words in _TOLD)
-
-    with contextlib.ExitStack() as after:
-        log = logging.getLogger("transformers.modeling_utils")
-        log.addFilter(is_other)
-        after.callback(log.removeFilter, is_other)
-        if not bar and library.is_progress_bar_enabled():
-            library.disable_progress_bar()
-            after.callback(library.enable_progress_bar)
+    verbosity, hidden = logging.get_verbosity(), not bar and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
         yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hidden:
+            logging.enable_progress_bar()
 
 
 def _fuse_gelu(hf: Any) -> None:

@@ -8,7 +8,7 @@ Hugging Face modules themselves, which keeps SDPA attention and can stop as soon
 computed (a bridge switches to eager attention and takes about twice the time and memory).
 """
 
-import sys
+import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site, hook_name
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, is_whole
 from gsae_core.lm.catalog import FAMILIES
 from gsae_core.lm.load import check_config, open_model
 
@@ -103,10 +103,14 @@ def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         new = see(value[0] if several else value)
         return (new, *value[1:]) if several and new is not None else new
 
+    def own(module: nn.Module, *values: Any) -> Any:
+        # A deep copy of the module, made within, keeps the hook.
+        return shown(values[-1]) if module is tap.module else None
+
     if tap.end == "input":
-        handle = tap.module.register_forward_pre_hook(lambda _, args: shown(args))
+        handle = tap.module.register_forward_pre_hook(own)
     else:
-        handle = tap.module.register_forward_hook(lambda _, _args, output: shown(output))
+        handle = tap.module.register_forward_hook(own)
     with handle:
         yield
 
@@ -122,6 +126,15 @@ def recording(modules: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Any]]:
         yield outputs
 
 
+class Replayed(NamedTuple):
+    """A module's `forward` that returns a recorded output."""
+
+    output: Any
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
 @contextmanager
 def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Within, each module returns its recorded output and computes nothing; its hooks still run."""
@@ -129,7 +142,7 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
     try:
         for module, output in outputs.items():
             # Through __dict__: a bridge's __setattr__ would pass it on to the module it wraps.
-            vars(module)["forward"] = lambda *_, _output=output, **__: _output
+            vars(module)["forward"] = Replayed(output)
         yield
     finally:
         for module, forward in own.items():
@@ -198,26 +211,41 @@ class LanguageModel:
         numerics: `raw`, the weights as published; or `compatibility`, a TransformerBridge whose
             weights TransformerLens has centred and folded, so that its residual stream is another.
         hf: the Hugging Face model (inside the bridge, where there is one).
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_ctx: most tokens in a sequence.
+        device: of the weights, as the model was loaded.
+        dtype: of the weights; activations and logits are float32 all the same.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str, bridge: Any = None) -> None:
-        self.name, self.hf, self.tokenizer, self._bridge = name, hf, tokenizer, bridge
+        self.name: str = name
+        self.hf: Any = hf
+        self.tokenizer: Any = tokenizer
+        self._bridge = bridge
         self._blocks = hf_blocks(hf) if bridge is None else bridge_blocks(bridge)
+        self.family: str
+        self.d_model: int
+        self.n_ctx: int
+        self.d_vocab: int
         if bridge is None:
             self.family = hf.config.model_type
             self.d_model = hf.config.hidden_size
             self.n_ctx, self.d_vocab = hf.config.max_position_embeddings, hf.config.vocab_size
+            # transformers 5.24 gave it another name.
+            is_new = "cache" in inspect.signature(hf.forward).parameters
+            self._cache_name = "cache" if is_new else "past_key_values"
         else:
             self.family = getattr(getattr(hf, "config", None), "model_type", "native")
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
             self.d_vocab = bridge.cfg.d_vocab
         compatible = bridge is not None and bridge.compatibility_mode
         self.numerics: Numerics = "compatibility" if compatible else "raw"
-        self.n_layers = len(self._blocks)
-        self.device: torch.device = next(hf.parameters()).device
+        self.n_layers: int = len(self._blocks)
+        weight = next(hf.parameters())
+        self.device: torch.device = weight.device
+        self.dtype: torch.dtype = weight.dtype
         self._lock = PassLock()
-        # Dropout would make activations depend on when they are harvested.
-        (hf if bridge is None else bridge).eval()
 
     def width(self, site: Site) -> int:
         """Return d_in of a site: the length of its activation vectors."""
@@ -229,15 +257,15 @@ class LanguageModel:
             return cfg.d_mlp if site == "mlp_hidden" else cfg.n_heads * cfg.d_head
         projection: Any = tap.module
         # GPT-2 keeps its projections as Conv1D, which calls the width of its input nx.
-        return projection.in_features if isinstance(projection, nn.Linear) else projection.nx
+        return projection.nx if hasattr(projection, "nx") else projection.in_features
 
     def check(self, layer: int, site: str) -> None:
         """Raise InputError, with the valid ones, if the model has no such layer or site."""
         if site not in SITES:
             raise InputError(f"expected a site out of {', '.join(SITES)}, got {site!r}")
-        if not 0 <= layer < self.n_layers:
+        if not is_whole(layer) or not 0 <= layer < self.n_layers:
             raise InputError(
-                f"expected a layer from 0 to {self.n_layers - 1}, got {layer} "
+                f"expected a layer from 0 to {self.n_layers - 1}, got {layer!r} "
                 f"({self.name} has {self.n_layers} layers)"
             )
         if site not in self._blocks[layer].taps:
@@ -249,10 +277,6 @@ class LanguageModel:
     def _tap(self, layer: int, site: Site) -> Tap:
         self.check(layer, site)
         return self._blocks[layer].taps[site]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.hf.parameters()).dtype
 
     def harvest(
         self, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
@@ -302,12 +326,15 @@ class LanguageModel:
                 f"expected at most {self.n_ctx} tokens in a sequence ({self.name}'s context), "
                 f"got {ids.shape[1]}; cut the text into shorter sequences"
             )
-        return self._logits(ids.to(self.device)).float()
+        return self._read(ids.to(self.device))[0].float()
 
-    def _logits(self, ids: Int64[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_vocab"]:
+    def _read(self, ids: Tensor, cache: Any = None, *, keep: bool = False) -> tuple[Tensor, Any]:
+        """Return logits and, if asked to `keep` them, keys and values of all tokens so far."""
         if self._bridge is not None:
-            return self._bridge(ids, return_type="logits")
-        return self.hf(input_ids=ids, use_cache=False).logits
+            options = {"past_key_values": cache, "use_cache": True} if keep else {}
+            return self._bridge(ids, return_type="logits_and_cache", **options)
+        out = self.hf(input_ids=ids, use_cache=keep, **{self._cache_name: cache})
+        return out.logits, getattr(out, self._cache_name)
 
 
 class _SiteReached(Exception):
@@ -383,20 +410,17 @@ class Decoding:
     """Logits of a growing sequence; what was read stays read, with the edits it had.
 
     Keys and values of earlier tokens are kept, so a token costs one row and not the sequence. An
-    edit that changed an earlier token lives on in them, exactly as in a pass over the whole. A
-    TransformerBridge keeps none, and reads the sequence again for every token. Between two calls of
-    `extend`, others may use the model.
+    edit that changed an earlier token lives on in them, exactly as in a pass over the whole.
+    Between two calls of `extend`, others may use the model.
+
+    Attributes:
+        n_tokens: tokens read so far.
     """
 
     def __init__(self, model: LanguageModel, *, layer: int, site: Site) -> None:
         self._model, self._tap = model, model._tap(layer, site)
         self._cache = None
-        self._read: list[tuple[Tensor, Edit | None]] = []
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens read so far."""
-        return sum(ids.shape[1] for ids, _ in self._read)
+        self.n_tokens: int = 0
 
     @torch.inference_mode()
     def extend(
@@ -412,27 +436,18 @@ class Decoding:
                 f"expected at most {model.n_ctx} tokens in a sequence ({model.name}'s context), "
                 f"got {self.n_tokens + n_new}; shorten the prompt or the continuation"
             )
-        ids = ids.to(model.device)
-        self._read.append((ids, edit))
-        if model._bridge is not None:
-            return self._again()[-n_new:]
         hook = nullcontext() if edit is None else hooked(self._tap, _in_model_dtype(edit))
         with model._lock.alone(), hook:
-            out = model.hf(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        self._cache = out.past_key_values
-        return out.logits[0].float()
-
-    def _again(self) -> Float[Tensor, "pos d_vocab"]:
-        """Read the whole sequence, every part of it under its own edit."""
-
-        def edited(x: Tensor) -> Tensor:
-            parts = x.split([ids.shape[1] for ids, _ in self._read], dim=1)
-            pairs = zip(parts, self._read, strict=True)
-            return torch.cat([part if edit is None else edit(part) for part, (_, edit) in pairs], 1)
-
-        whole = torch.cat([ids for ids, _ in self._read], 1)
-        with self._model._lock.alone(), hooked(self._tap, _in_model_dtype(edited)):
-            return self._model._forward(whole)[0]
+            logits, self._cache = model._read(ids.to(model.device), self._cache, keep=True)
+        # A bridge of TransformerLens 4.3 leaves it empty with transformers 5.24, and would go on
+        # with wrong logits.
+        if self._cache is None or self._cache.get_seq_length() == 0:
+            raise InputError(
+                f"expected a model that keeps keys and values of earlier tokens, got {model.name}, "
+                "which keeps none; generate with a Hugging Face model"
+            )
+        self.n_tokens += n_new
+        return logits[0].float()
 
 
 def logit_slope(
@@ -461,7 +476,7 @@ def logit_slope(
 
     ids = ids.to(model.device)
     with torch.enable_grad(), model._lock.alone(), hooked(tap, plant):
-        logits = model._logits(ids)
+        logits, _ = model._read(ids)
         # Only towards the leaf: the model's weights, which all visitors share, get no gradients.
         (slope,) = torch.autograd.grad(logits[0, position, token], leaves)
     return slope[0].float()
@@ -481,6 +496,7 @@ def load_model(
         source: `bundled`, a local Hugging Face folder, a name on the Hub, a `TransformerBridge`, or
             a Hugging Face causal LM. The last two are used as they are, on their own device.
         revision: branch, tag or commit of a model on the Hub.
+        device: of a model that is loaded here, as torch names it.
         dtype: of a model that is loaded here; activations leave it as float32.
         tokenizer: of a Hugging Face model given as an object.
 
@@ -490,26 +506,43 @@ def load_model(
     """
     if isinstance(source, str):
         hf, tokenizer = open_model(source, revision=revision, device=device, dtype=dtype)
-        return LanguageModel(hf, tokenizer, name=source)
-    kind, bridge = type(source).__name__, None
-    # Code that holds a bridge has imported TransformerLens; no other code waits seconds for it.
-    bridges = sys.modules.get("transformer_lens.model_bridge")
-    if bridges is not None and isinstance(source, bridges.TransformerBridge):
-        kind, bridge = "TransformerBridge", source
-        tokenizer = tokenizer or source.tokenizer
-    elif not hasattr(source, "config"):
+        model = LanguageModel(hf, tokenizer, name=source)
+    else:
+        model = model_of(source, tokenizer)
+    if model.tokenizer is None:
+        raise InputError(
+            f"expected a tokenizer with the {type(source).__name__} given as an object, got none; "
+            "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
+        )
+    # Dropout would make activations depend on when they are harvested.
+    (model.hf if model._bridge is None else model._bridge).eval()
+    return model
+
+
+def model_of(source: Any, tokenizer: Any = None) -> LanguageModel:
+    """Return a Hugging Face causal LM or a TransformerBridge, as it is, as a LanguageModel.
+
+    Nothing of it changes, not even its mode; it may lack a tokenizer.
+
+    Raises:
+        InputError: if it is something else, of another family, or inside a wrapper.
+    """
+    kind = type(source).__name__
+    # By its name: to import TransformerLens takes seconds.
+    if any(base.__name__ == "TransformerBridge" for base in type(source).__mro__):
+        tokenizer = source.tokenizer if tokenizer is None else tokenizer
+        hf, name = source.original_model, source.cfg.model_name
+        return LanguageModel(hf, tokenizer, name=name, bridge=source)
+    if not hasattr(getattr(source, "config", None), "model_type"):
         raise InputError(
             "expected 'bundled', a folder, a name on the Hub, a TransformerBridge or a Hugging "
             f"Face causal LM, got {kind}"
         )
-    else:
-        check_config(kind, source.config)
-    if tokenizer is None:
+    check_config(kind, source.config)
+    try:
+        return LanguageModel(source, tokenizer, name=source.config._name_or_path or kind)
+    except AttributeError as error:
         raise InputError(
-            f"expected a tokenizer with the {kind} given as an object, got none; "
-            "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
-        )
-    if bridge is not None:
-        hf, name = bridge.original_model, bridge.cfg.model_name
-        return LanguageModel(hf, tokenizer, name=name, bridge=bridge)
-    return LanguageModel(source, tokenizer, name=source.config._name_or_path or kind)
+            f"expected a {source.config.model_type} model as transformers builds it, got {kind} "
+            f"without some of its modules ({error}); pass the model inside the wrapper"
+        ) from error

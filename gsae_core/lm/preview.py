@@ -83,11 +83,6 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
     if (folder := model_folder(model)) is not None:
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(
-                "expected a tokenizer.json beside the model to show its tokens, found none in "
-                f"{model}"
-            )
     else:
         with hub_answers(model, what="model", revision=revision):
             try:

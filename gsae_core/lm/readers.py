@@ -19,7 +19,6 @@ out, and the log says how many. Where a folder has splits (`files_of_split`), on
 import bz2
 import codecs
 import csv
-import functools
 import gzip
 import io
 import json
@@ -27,7 +26,8 @@ import logging
 import lzma
 import os
 import re
-import struct
+import reprlib
+import sys
 import sysconfig
 import zlib
 from collections import Counter
@@ -46,7 +46,12 @@ import numpy as np
 from gsae_core.config import DataConfig
 from gsae_core.errors import HUB_NAME, InputError, data_sentence
 
-log = logging.getLogger(__name__)
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -82,7 +87,7 @@ class Source:
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
 TABLE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"}
-Kind = Literal["table", "tokens", "text", "other"]
+Kind = Literal["table", "tokens", "text"]
 
 # In the stamp of tables, since a column is chosen by more than one row: tokens that were kept of
 # another choice are not these.
@@ -91,16 +96,16 @@ READ_ANEW = "2"
 
 def open_source(cfg: DataConfig, vocabulary: int) -> Source:
     """Return the source that `cfg` names; `vocabulary` sets the width of a bare `.bin` file."""
-    path = Path(cfg.source).expanduser()
-    if cfg.source == "stdlib" or path.is_file():
+    # Unlike Path, os.path answers for what is too long to be a path, too.
+    path = Path(os.path.expanduser(cfg.source))
+    if cfg.source == "stdlib" or os.path.isfile(path):
         if cfg.split not in ("train", "all"):
-            raise InputError(_no_split(cfg.split, cfg.source, []))
+            raise _no_split(cfg.split, cfg.source, ["train"])
         if cfg.source == "stdlib":
             return _stdlib(cfg)
-        kind = _kind(path)
         # One file of an unknown name may be text all the same: opening it tells.
-        return _files(cfg, [path], "text" if kind == "other" else kind, vocabulary)
-    if path.is_dir():
+        return _files(cfg, [path], _kind(path) or "text", vocabulary)
+    if cfg.source and os.path.isdir(path):  # Path("") is the current folder
         saved = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
         if any(all((path / name).exists() for name in names) for names in saved):
             return _saved(cfg, path)
@@ -111,13 +116,13 @@ def open_source(cfg: DataConfig, vocabulary: int) -> Source:
     if not is_hub_name or path.suffix.lower() in suffixes:
         raise InputError(
             "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
-            f"nothing at {cfg.source}: check the path"
+            f"nothing at {cfg.source or 'an empty name'}: check the path"
         )
     read_anew = [READ_ANEW] if cfg.text_column is None else []
     stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column), *read_anew)
 
     def documents() -> Iterator[Part]:
-        return table_parts(hub_table(cfg.source, cfg.split), cfg.text_column)
+        return table_parts([(cfg.source, hub_rows(cfg.source, cfg.split))], cfg.text_column)
 
     return Source(cfg.source, stamp, documents)
 
@@ -151,7 +156,7 @@ def _saved(cfg: DataConfig, folder: Path) -> Source:
 def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> Source:
     def documents() -> Iterator[Part]:
         if kind == "table":
-            yield from table_parts(map(_table, paths), cfg.text_column)
+            yield from table_parts(((str(p), _file_rows(p)) for p in paths), cfg.text_column)
             return
         for path in paths:
             if kind == "tokens":
@@ -169,7 +174,7 @@ def _files(cfg: DataConfig, paths: list[Path], kind: Kind, vocabulary: int) -> S
 
 def _files_to_read(folder: Path, split: str) -> tuple[list[Path], Kind]:
     """Return a folder's files of the kind that most of them are, in reading order."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Kind | None] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
@@ -177,32 +182,28 @@ def _files_to_read(folder: Path, split: str) -> tuple[list[Path], Kind]:
     # What stands beside a data set says nothing of its kind.
     counts = Counter(kinds[n] for n in kinds if Path(n).stem not in ("README", "LICENSE"))
     ranking: tuple[Kind, ...] = ("tokens", "table", "text")
-    kind = max(ranking, key=lambda kind: counts[kind]) if counts.total() else "text"
+    kind = max(ranking, key=lambda kind: counts[kind]) if counts else "text"
     names = sorted(name for name in kinds if kinds[name] == kind)
     if not names:
-        for path in filter(is_utf16, map(folder.joinpath, kinds)):
-            raise not_text(path)
         raise InputError(
-            f"expected text, tables or token arrays in {folder}, found {len(kinds)} files, none of "
-            "them readable"
+            f"expected text (UTF-8), tables or token arrays in {folder}, found {len(kinds)} files, "
+            "none of them readable"
         )
     read = files_of_split(split, folder, names, is_text=kind == "text")
-    if others := len(kinds) - len(names):
-        log.info("%s: read as %s, %d other files left out", folder, kind, others)
-    if others := len(names) - len(read):
-        log.info("%s: split %s, %d files of others left out", folder, split, others)
+    n_others = len(kinds) - len(read)
+    log.info("%s: %d files read as %s, %d others left out", folder, len(read), kind, n_others)
     # Text by hash, so that the first thousand files are like the rest; shards in their own order.
     return [folder / name for name in sorted(read, key=_hashed if kind == "text" else str)], kind
 
 
-def _kind(path: Path) -> Kind:
+def _kind(path: Path) -> Kind | None:
     if path.suffix.lower() in TOKEN_SUFFIXES:
         return "tokens"
     if Path(path.stem).suffix.lower() in TOKEN_SUFFIXES:
-        return "other"  # `ids.bin.json` says the width of `ids.bin`; packed, it cannot be mapped
+        return None  # `ids.bin.json` says the width of `ids.bin`; packed, it cannot be mapped
     if unpacked(path).suffix.lower() in TABLE_SUFFIXES:
         return "table"
-    return "text" if unpacked(path) != path or looks_like_text(path) else "other"
+    return "text" if unpacked(path) != path or looks_like_text(path) else None
 
 
 def _hashed(name: str) -> str:
@@ -248,157 +249,94 @@ def read_utf8(path: Path) -> str | None:
 
 # --- Splits of a folder
 
-SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
-
 
 def files_of_split(split: str, folder: Path, names: Sequence[str], *, is_text: bool) -> list[str]:
     """Return the files of one split; all of them if `split` is `all`, or `train` and none is told.
 
     By the rules of the `datasets` library: README.md tells, else names of shards, else words.
-    Documents (`is_text`) may be called anything: only names in `.txt` count, and unless most of
-    them tell a split, `train` and another, `train` is all of them.
+    Documents (`is_text`) may be called anything: unless most are `.txt` whose names tell a split,
+    `train` and another, `train` is all of them.
     """
     if split == "all":
         return list(names)
-    splits = _told_by_card(folder, names)
-    if not splits:
-        shards = [(SHARD.fullmatch(name), name) for name in names]
-        splits = _grouped((shard and shard[1], name) for shard, name in shards)
-    if not splits:
-        may_tell = [n for n in names if not is_text or unpacked(Path(n)).suffix.lower() == ".txt"]
-        splits = _grouped((_split_of_words(name), name) for name in may_tell)
-        is_set = len(splits) > 1 and 2 * sum(map(len, splits.values())) > len(names)
-        if split == "train" and (not splits or (is_text and not (is_set and split in splits))):
+    import yaml
+
+    try:
+        told = by_card = _told_by_card(folder)
+        # Source code called `test` may be no split.
+        tell = [n for n in names if by_card or not is_text or ".txt" in Path(n).suffixes]
+        if tell and not by_card:
+            from datasets import data_files
+
+            # By names as they are here: its own walk goes through the folder for each pattern.
+            told = data_files._get_data_files_patterns(partial(_fitting, tell))
+    # An assertion: a name of a shard without a split in it.
+    except (ValueError, TypeError, KeyError, AssertionError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split()) or "a name without its split"
+        raise InputError(
+            f"expected splits as the Hub reads them in {folder}, by names or by `configs` in "
+            f"README.md, one of them the default, got something else ({why}): mend them, or read "
+            "all there is with --split all"
+        ) from None
+    found = {each: {n for p in told[each] for n in _fitting(tell, p)} for each in told}
+    splits = {str(each): sorted(found[each]) for each in told if found[each]}
+    if split == "train" and is_text and not by_card:
+        n_told = sum(map(len, splits.values()))
+        if split not in splits or len(splits) == 1 or 2 * n_told <= len(names):
             return list(names)
     if split not in splits:
-        raise InputError(_no_split(split, folder, list(splits)))
+        raise _no_split(split, folder, list(splits))
     return splits[split]
 
 
-def _grouped(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for split, name in pairs:
-        if split:
-            splits.setdefault(split, []).append(name)
-    return splits
+def _fitting(names: Sequence[str], pattern: str) -> list[str]:
+    from fsspec.utils import glob_translate
+
+    fits = re.compile(glob_translate(normpath(pattern))).match
+    return [name for name in names if fits(name)]
 
 
-def _split_of_words(name: str) -> str | None:
-    from datasets import data_files as library
-
-    by_folder = library.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME.items()
-    rules = chain(by_folder, library.DEFAULT_PATTERNS_SPLIT_IN_FILENAME.items())
-    return next((str(split) for split, patterns in rules if _fits(name, patterns)), None)
-
-
-def _told_by_card(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+def _told_by_card(folder: Path) -> dict[str, Any]:
+    """Return the patterns of each split that README.md names; none if it names no files."""
     readme = folder / "README.md"
     text = readme.read_text("utf-8-sig", "replace") if readme.is_file() else ""
-    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    if head is None or not re.search(r"^configs:", head[1], re.MULTILINE):
+    if "\nconfigs:" not in text:
         return {}
-    import yaml
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    try:
-        card: Any = DatasetCard(text).data
-        configs = MetadataConfigs.from_dataset_card_data(card)
-        default = configs.get_default_config_name()
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"expected `configs` as the Hub reads them at the head of {readme}, got something "
-            f"else: {' '.join(str(error).split())}; mend or remove them"
-        ) from None
-    if not configs:
-        return {}
-    if default is None:
-        raise InputError(
-            f"expected one config in {readme}, found {', '.join(configs)}: mark one of them with "
-            "`default: true`"
-        )
-    splits = sanitize_patterns(configs[default].get("data_files", {})).items()
-    return _grouped((split, n) for split, patterns in splits for n in names if _fits(n, patterns))
+    card: Any = DatasetCard(text).data
+    configs = MetadataConfigs.from_dataset_card_data(card)
+    default: Any = configs.get_default_config_name()
+    if configs and default is None:
+        raise ValueError(f"none of {', '.join(configs)} is the default")
+    return sanitize_patterns(configs[default].get("data_files", {})) if configs else {}
 
 
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(_compiled(pattern).match(name) for pattern in patterns)
-
-
-@functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    from fsspec.utils import glob_translate
-
-    return re.compile(glob_translate(normpath(pattern)))
-
-
-def _no_split(split: str, where: Path | str, splits: list[str]) -> str:
-    there = ", ".join(splits) or "no splits there"
-    do = (
-        "name one of these with --split, or `all`"
-        if splits
-        else "leave --split out to read all there is"
+def _no_split(split: str, where: Path | str, splits: list[str]) -> InputError:
+    return InputError(
+        f"expected a split {split!r} in {where}, found {', '.join(splits) or 'none'}: name one "
+        "that is there with --split, or `all`"
     )
-    return f"expected a split {split!r} in {where}, found {there}: {do}"
 
 
 # --- Files of text, packed or not
 
-# What to do where `zstandard`, which both our readers and those of `datasets` unpack with, is away.
-NO_ZSTANDARD = (
-    "expected the package zstandard to unpack {}, found it not installed; pip install -r "
-    "requirements.txt"
-)
-
-
-class _Unzstd(io.RawIOBase):
-    """The bytes of a `.zst` file; cut off, an EOFError: zstandard's own reader ends quietly."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise InputError(NO_ZSTANDARD.format(path)) from None
-        # `--long=31` needs the whole window.
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._file, self._frame = path.open("rb"), None
-        self._packed = self._unpacked = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(2**16)
-            if not self._packed and self._frame is None:
-                return 0
-            if not self._packed:
-                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-            frame: Any = self._frame or self._unpacker.decompressobj()
-            self._unpacked = memoryview(frame.decompress(self._packed))
-            self._packed, self._frame = frame.unused_data, None if frame.eof else frame
-        n = min(len(buffer), len(self._unpacked))
-        buffer[:n], self._unpacked = self._unpacked[:n], self._unpacked[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_zstandard(path: Path) -> io.BufferedIOBase:
-    return io.BufferedReader(_Unzstd(path), 2**20)
-
+# `--long=31` needs the whole window.
+_open_zstd = partial(zstd.open, options={zstd.DecompressionParameter.window_log_max: 31})
 
 PACKED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zstandard,
-    ".zstd": _open_zstandard,
+    ".zst": _open_zstd,
+    ".zstd": _open_zstd,
 }
 """How a compressed file is opened, by its suffix: those that `datasets` streams, too."""
+
+# What a damaged one raises, beside OSError.
+UNPACKING = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def unpacked(path: Path) -> Path:
@@ -413,19 +351,19 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     try:
         with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file:
             yield file
-    except Exception as error:
-        kinds = (UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError)
-        is_damage = isinstance(error, kinds) or type(error).__name__ == "ZstdError"
+    except (UnicodeDecodeError, *UNPACKING, OSError) as error:
         # An error of the disk has a number; gzip's and bz2's own, of the content, have none.
-        if is_damage or (isinstance(error, OSError) and error.errno is None):
-            raise not_text(path, error) from None
-        raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise not_text(path, error) from None
 
 
 def text_parts(path: Path, size: int = PART) -> Iterator[Part]:
     """Yield a UTF-8 file in parts of about `size` characters that end at a line's end."""
     with open_text(path) as file:
         part = file.read(size) + file.readline()
+        if "\0" in part:  # an archive that was packed, which `looks_like_text` does not unpack
+            raise not_text(path, "with a NUL")
         while part:
             following = file.read(size) + file.readline()
             yield Part(part, ends=not following)
@@ -434,22 +372,10 @@ def text_parts(path: Path, size: int = PART) -> Iterator[Part]:
 
 def not_text(path: Path, error: Exception | str = "not UTF-8, or with a NUL") -> InputError:
     """Return the sentence for a file whose bytes are no UTF-8 text."""
-    if isinstance(error, EOFError):
-        return InputError(f"expected all of {path}, got its beginning ({error}); download it again")
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_utf16(path):
-        got = "UTF-16; save it as UTF-8 (Notepad: Save as, Encoding: UTF-8)"
-    elif is_zip:
-        got = "a zip archive; unpack it"
-    else:
-        got = f"something else ({error}); convert or remove the file"
-    return InputError(f"expected UTF-8 text in {path}, got {got}")
-
-
-def is_utf16(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return InputError(
+        f"expected UTF-8 text in {path}, got something else ({error}): save it as UTF-8, unpack it "
+        "or download it again"
+    )
 
 
 def looks_like_text(path: Path) -> bool:
@@ -477,7 +403,7 @@ def token_parts(path: Path, vocabulary: int) -> Iterator[Part]:
     The width of a `.bin` is said by an llm.c header, else by `<file>.json` with a `"dtype"`, else
     it is the narrowest that holds `vocabulary` (as nanoGPT writes).
     """
-    ids = _npy(path) if path.suffix == ".npy" else _bin(path, vocabulary)
+    ids = _npy(path) if path.suffix.lower() == ".npy" else _bin(path, vocabulary)
     if ids.ndim == 2:
         yield from (Part(np.asarray(row), ends=True) for row in ids)
         return
@@ -499,20 +425,17 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _bin(path: Path, vocabulary: int) -> np.ndarray:
-    with path.open("rb") as file:
-        head = file.read(LLM_C_HEADER_BYTES)
-    whole = len(head) == LLM_C_HEADER_BYTES
-    by_header = LLM_C_HEADERS.get(struct.unpack("<ii", head[:8])) if whole else None
+    by_header = LLM_C_HEADERS.get(tuple(np.fromfile(path, "<i4", count=2).tolist()))
     start = LLM_C_HEADER_BYTES if by_header else 0
     dtype = by_header or _told_dtype(_sidecar(path)) or narrowest(vocabulary)
-    size = path.stat().st_size
-    if (size - start) % np.dtype(dtype).itemsize:
+    size = path.stat().st_size - start
+    if size % np.dtype(dtype).itemsize:
         raise InputError(
             f"expected whole {dtype} token ids in {path}, got {size} bytes; "
             f'say the width in {path.name}.json, e.g. {{"dtype": "uint32"}}'
         )
     # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r", offset=start) if size > start else np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=start) if size > 0 else np.empty(0, dtype)
 
 
 def _sidecar(path: Path) -> Path:
@@ -540,60 +463,34 @@ def narrowest(vocabulary: int) -> str:
 # --- Rows of tables: in files, in `datasets` folders, on the Hub
 
 Row = dict[str, Any]
-Table = tuple[str, Iterator[Row]]
-"""A table's name, for sentences, and its rows."""
-
-DELIMITERS = (",", ";", "\t", "|")
-
-# Behind a CSV's name in sentences: a file without a header has odd names of columns.
-WITH_HEADER = " (its first row is read as the header)"
 
 
-def _table(path: Path) -> Table:
-    # By hand: JSON and CSV by `datasets` have one schema for all rows of a file, and no line number
-    # in what is said of a broken one.
-    kind = unpacked(path).suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return f"{path}{WITH_HEADER}", _csv(path, usual="\t" if kind == ".tsv" else ",")
-    readers = {".json": _json, ".parquet": _parquet}
-    return str(path), readers.get(kind, _json_lines)(path)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _as_row(json.loads(line), f"line {number} of {path}")
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"expected a JSON object in line {number} of {path}, got something else: {error}"
-        ) from None
+def _file_rows(path: Path) -> Iterator[Row]:
+    # By hand: JSON and CSV by `datasets` have one schema for all rows of a file, and do not say in
+    # which row one is broken.
+    readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
+    return readers.get(unpacked(path).suffix.lower(), _json)(path)
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON array, or of JSON lines under the name `.json`."""
+    """Yield the rows of JSON lines, or of one JSON array; a string is a row of text."""
     with open_text(path) as file:
         is_array = file.read(2**12).lstrip().startswith("[")
-    if not is_array:
-        yield from _json_lines(path)
-        return
+    number = 0
     try:
         with open_text(path) as file:
-            rows = json.load(file)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
-    for number, row in enumerate(rows):
-        yield _as_row(row, f"item {number} of {path}")
-
-
-def _as_row(value: Any, where: str) -> Row:
-    if isinstance(value, str):
-        return {"text": value}
-    if not isinstance(value, dict):
-        raise InputError(f"expected a JSON object in {where}, got {type(value).__name__}")
-    return value
+            rows = json.load(file) if is_array else map(json.loads, filter(str.strip, file))
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, str | dict):
+                    raise InputError(
+                        f"expected a JSON object in row {number} of {path}, got "
+                        f"{type(row).__name__}"
+                    )
+                yield {"text": row} if isinstance(row, str) else row
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"expected JSON in row {number + 1} of {path}, got something else: {error}"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -601,21 +498,23 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"expected Parquet in {path}, got something else: {error}") from None
-    with file:
-        for batch in file.iter_batches(batch_size=256):
-            yield from batch.to_pylist()
 
 
-def _csv(path: Path, usual: str) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[Row]:
+    """Yield the rows of a CSV file; what its header has most of, unquoted, delimits its fields."""
     # The module's own bound of 128 KiB a field is less than a book; a C long may be 32 bits wide.
     csv.field_size_limit(2**31 - 1)
-    delimiter = csv_delimiter(path, usual)
+    delimiters = "\t,;|" if unpacked(path).suffix.lower() == ".tsv" else ",;\t|"
     try:
         with open_text(path) as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            header = file.readline()
+            delimiter = max(delimiters, key=re.sub('"[^"]*"', "", header).count)
+            reader = csv.DictReader(chain([header], file), delimiter=delimiter, strict=True)
             for row in reader:
                 if None in row or None in row.values():
                     raise InputError(
@@ -627,27 +526,6 @@ def _csv(path: Path, usual: str) -> Iterator[Row]:
         raise InputError(f"expected CSV in {path}, got something else: {error}") from None
 
 
-def csv_delimiter(path: Path, usual: str) -> str:
-    """Return the first delimiter that cuts all rows into as many fields, two at least, or `usual`.
-
-    Judged by the first 64 Ki characters.
-    """
-    with open_text(path) as file:
-        head = file.read(2**16)
-    for delimiter in (usual, *DELIMITERS):
-        widths = []
-        try:
-            for row in csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, strict=True):
-                widths += [len(row)] if row else []
-            if len(head) == 2**16:
-                del widths[-1:]  # cut short
-        except csv.Error:
-            pass  # inside the quotes of a row that goes on beyond the head
-        if widths and widths[0] > 1 and set(widths) == {widths[0]}:
-            return delimiter
-    return usual
-
-
 def saved_rows(folder: Path, split: str) -> Iterator[Row]:
     """Yield the rows of a folder of `datasets.save_to_disk` in a fixed permutation."""
     import datasets
@@ -655,11 +533,11 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split != "all" and split not in saved:
-            raise InputError(_no_split(split, folder, list(map(str, saved))))
+            raise _no_split(split, folder, list(map(str, saved)))
         every = list(saved.values())
         saved = datasets.concatenate_datasets(every) if split == "all" else saved[split]
     elif split not in ("all", "train", str(saved.split)):
-        raise InputError(_no_split(split, folder, []))
+        raise _no_split(split, folder, [str(saved.split or "train")])
     # As Python's own objects, whichever library's the folder remembers (torch, pandas, arrow).
     saved = saved.with_format(None, columns=saved.format["columns"])
     order = np.random.default_rng(0).permutation(len(saved))
@@ -669,60 +547,41 @@ def saved_rows(folder: Path, split: str) -> Iterator[Row]:
             yield dict(zip(columns, values, strict=True))
 
 
-def hub_table(name: str, split: str) -> Iterator[Table]:
-    """Yield the table of a data set on the Hub, its rows as they arrive."""
+def hub_rows(name: str, split: str) -> Iterator[Row]:
+    """Yield the rows of a data set on the Hub as they arrive."""
     import datasets
+    import httpx2
 
     repository, _, config = name.partition(":")
-    options: dict[str, Any] = {"split": split, "streaming": True}
-    with _hub_sentences(name, split):
-        opened = datasets.load_dataset(repository, config or None, **options)
-        kind = getattr(getattr(opened, "info", None), "builder_name", None)
-        rows = iter(opened)
-        first = next(rows, {})
-        if kind == "csv" and (delimiter := _other_delimiter(first)) is not None:
-            rows = iter(datasets.load_dataset(repository, config or None, sep=delimiter, **options))
-            first = next(rows, {})
-
-    def arriving() -> Iterator[Row]:
-        with _hub_sentences(name, split):
-            for row in chain([first] if first else [], rows):
-                # The library takes a mark off other kinds of files, but leaves it in text.
-                yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
-
-    yield f"{name}{WITH_HEADER}" if kind == "csv" else name, arriving()
-
-
-@contextmanager
-def _hub_sentences(name: str, split: str) -> Iterator[None]:
-    import httpx2
-    from datasets.exceptions import DatasetNotFoundError
-
     try:
-        yield
-    except (DatasetNotFoundError, OSError, httpx2.HTTPError) as error:
+        rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
+        # The library takes a mark off other kinds of files, but leaves it in text.
+        kind = rows.info.builder_name
+        for row in rows:
+            if kind == "csv":
+                _check_header(row, name)
+            yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
+    except InputError:
+        raise
+    except (OSError, httpx2.HTTPError) as error:
         raise InputError(data_sentence(error, name)) from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"expected UTF-8 text in the files of {name}, got something else ({error}); download "
-            "and convert them, or choose another data set"
-        ) from error
-    except (ValueError, RuntimeError) as error:  # no such config or split; a set that needs code
-        if "zstd not supported" in str(error):
-            raise InputError(NO_ZSTANDARD.format(f"the files of {name}")) from error
+    # No such config or split; a set that needs code; a damaged file, or one that is not UTF-8.
+    except (ValueError, RuntimeError, *UNPACKING) as error:
         raise InputError(
             f"expected a data set, config and split that can be streamed, got {name} and "
-            f"{split!r}: {' '.join(str(error).split())}"
+            f"{split!r}: {' '.join(str(error).split())}; name others, or mend the files in a folder"
         ) from error
 
 
-def _other_delimiter(row: Row) -> str | None:
-    """Return what a CSV's fields are separated by where the library took its header for one name.
-
-    Fields of later rows that hold a comma come as an index of pandas'.
-    """
-    names = [name for name in row if not name.startswith("__index_level_")]
-    return next((each for each in DELIMITERS if len(names) == 1 and each in names[0]), None)
+def _check_header(row: Row, name: str) -> None:
+    """Refuse a CSV whose header was taken for one name: its delimiter is not the comma."""
+    # Fields of later rows that hold a comma come as an index of pandas'.
+    header, *more = (each for each in row if not each.startswith("__index_level_"))
+    if not more and any(delimiter in header for delimiter in ";\t|"):
+        raise InputError(
+            f"expected fields between commas in the CSV files of {name}, got the header {header!r}:"
+            " download them and name the folder, or a data set whose card has their `sep`"
+        )
 
 
 # --- The document in a row
@@ -743,31 +602,31 @@ WORD = re.compile(
     r"|(?<!\S)(?!\S*://)(?=\S*[^\W\d_])\S{1,40}(?!\S)"
 )
 
-# Characters of a column's name, and of a value of it, that a sentence shows.
-SHOWN = 30
 
-# What the turns of a chat hold, as most data sets have them and as ShareGPT has.
-TURNS = ({"role", "content"}, {"from", "value"})
-BY_TEMPLATE = ", each chat by the model's chat template"
-
-STRINGS = ("text", "JSON", "strings")
-
-
-def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Part]:
+def table_parts(
+    tables: Iterable[tuple[str, Iterator[Row]]], text_column: str | None
+) -> Iterator[Part]:
     """Yield the document in each row of some tables; rows without text or ids have none.
 
     Without `text_column`, `pick_column` chooses one, kept for the tables after that have it too.
+
+    Args:
+        tables: each table's name, for sentences, and its rows.
     """
     column = text_column
     for name, rows in tables:
         head = list(islice(rows, LOOKED_AT))
-        if head and (text_column is not None or not any(column in row for row in head)):
-            column = pick_column(head, text_column, name)
+        if not head:
+            continue
+        # A column may be called "": the index that pandas writes in front of a CSV's others.
+        if column is None or not any(column in row for row in head):
+            picked = None if text_column else pick_column(head)
+            if picked is None:
+                wanted = f"column {text_column!r}" if text_column else "column of text"
+                raise _no_column(f"a {wanted}", name, head[0])
+            column = picked
         for row in chain(head, rows):
-            assert column is not None
-            if column not in row:
-                raise _no_column(f"a column {column!r}", name, _by_column([row]))
-            value = row[column]
+            value = row.get(column)
             if isinstance(value, str):
                 # Surrogates that a JSON escape left alone are no text: no tokenizer takes them.
                 if text := value.encode("utf-8", "replace").decode("utf-8"):
@@ -777,66 +636,27 @@ def table_parts(tables: Iterable[Table], text_column: str | None) -> Iterator[Pa
                 if "attention_mask" in row:
                     ids = ids[np.asarray(row["attention_mask"], dtype=bool)]
                 yield Part(ids, ends=True)
-            elif _held(value):
-                kind, words = _kind_of([value])
-                raise InputError(
-                    f"expected text or token ids in column {column!r} of {name}, got {words}: name "
-                    "another column with --text-column, or write the text out as one"
-                    f"{BY_TEMPLATE if kind == 'chats' else ''}"
-                )
+            elif _is_held(value):
+                raise _no_column(f"text or token ids in column {column!r}", name, row)
 
 
-def pick_column(head: list[Row], text_column: str | None, name: str) -> str:
-    """Return the column that holds the documents, judged by the first rows.
+def pick_column(head: list[Row]) -> str | None:
+    """Return the column that holds the documents, judged by the first rows; None if none does.
 
-    Without `text_column`: token ids under `input_ids` or `tokens`; text under `text` or `content`;
-    or else the only column of strings, if it reads like text.
+    Token ids under `input_ids` or `tokens`; text under `text` or `content`; or else the only column
+    of strings, if it reads like text.
     """
-    columns = _by_column(head)
-    if text_column is not None:
-        if text_column not in columns:
-            raise _no_column(f"a column {text_column!r}", name, columns)
-        return text_column
-    kinds = {column: _kind_of(values)[0] for column, values in columns.items()}
-    for column in TOKEN_COLUMNS:
-        if kinds.get(column) == "ids":
-            return column
-    strings = [column for column, kind in kinds.items() if kind in STRINGS]
-    named = [column for column in TEXT_COLUMNS if column in columns]
-    if named:
-        return next((column for column in named if column in strings), named[0])
-    if len(strings) == 1 and kinds[strings[0]] == "text":
-        return strings[0]
-    raise _no_column("a column of text", name, columns)
+    held = {name: [row[name] for row in head if _is_held(row.get(name))] for name in chain(*head)}
+    ids = [name for name in TOKEN_COLUMNS if held.get(name) and _is_ids(held[name][0])]
+    strings = [name for name in held if held[name] and all(isinstance(v, str) for v in held[name])]
+    named = [name for name in TEXT_COLUMNS if name in held]
+    named.sort(key=lambda name: name not in strings)
+    only = strings if len(strings) == 1 and reads_like_text(held[strings[0]]) else []
+    return next(iter(ids + named + only), None)
 
 
-def _held(value: Any) -> bool:
+def _is_held(value: Any) -> bool:
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
-
-
-def _by_column(head: list[Row]) -> dict[str, list[Any]]:
-    """Return what each column holds in the first rows, but for what is missing or empty."""
-    names = dict.fromkeys(chain(*head))
-    return {name: [row[name] for row in head if _held(row.get(name))] for name in names}
-
-
-def _kind_of(values: list[Any]) -> tuple[str, str]:
-    """Return `empty`, one of STRINGS, `ids`, `chats` or `other`, and the same in words."""
-    if not values:
-        return "empty", "empty in the first rows"
-    first = values[0]
-    if all(isinstance(value, str) for value in values):
-        text = reads_like_text(values)
-        kind = "text" if text else "JSON" if _is_json(first) else "strings"
-        return kind, f"{kind} such as {_start(first)!r}"
-    if _is_ids(first):
-        return "ids", "lists of whole numbers"
-    is_list = isinstance(first, list | np.ndarray)
-    turn = first[0] if is_list else first
-    words = f"lists of {_plural(turn)}" if is_list else _plural(first)
-    if isinstance(turn, dict) and any(keys <= turn.keys() for keys in TURNS):
-        return "chats", f"chats: {words}" if is_list else words
-    return "other", words
 
 
 def reads_like_text(values: list[str]) -> bool:
@@ -860,33 +680,10 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def _no_column(wanted: str, name: str, columns: dict[str, list[Any]]) -> InputError:
-    """Return the sentence for a table without the wanted column; of those it has the first 12."""
-    judged = {column: _kind_of(values) for column, values in columns.items()}
-    found = [f"{_start(str(column))} ({words})" for column, (_, words) in judged.items()]
-    more = [f"{len(found) - 12} more"] if len(found) > 12 else []
-    told = ", ".join(found[:12] + more) or "no columns"
-    kinds = {kind for kind, _ in judged.values()}
-    advice = "none of these is a column of text; write the text out as one"
-    if kinds & {"text", "ids"}:
-        advice = "name one of these with --text-column"
-    elif "chats" in kinds:
-        advice += BY_TEMPLATE
-    elif kinds & {"empty", "strings"}:
-        advice = "none of these reads like text; if one is, name it with --text-column"
-    return InputError(f"expected {wanted} in {name}, found {told}: {advice}")
-
-
-def _start(text: str) -> str:
-    start = " ".join(text[:100].split())
-    return start if len(start) <= SHOWN else start[: SHOWN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _plural(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(map(str, value)) + "}"
-    if isinstance(value, bool | np.bool_):
-        return "true or false"
-    if isinstance(value, int | float | np.number):
-        return "numbers"
-    return {"str": "strings", "list": "lists"}.get(type(value).__name__, type(value).__name__)
+def _no_column(wanted: str, name: str, row: Row) -> InputError:
+    shown = reprlib.Repr()
+    shown.maxdict = 12
+    return InputError(
+        f"expected {wanted} in {name}, got rows such as {shown.repr(row)}: name a column of text "
+        "with --text-column, or write the text out as one, a chat by the model's chat template"
+    )

@@ -14,12 +14,14 @@ So nothing but `i` needs to be saved to resume, and two runs with one config see
 
 import logging
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import Harvest
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # E|x|^2 is measured on about so many vectors: the relative error is well below a percent.
 SCALE_VECTORS = 2**15
@@ -43,10 +45,6 @@ MAX_CHUNK_VECTORS, MAX_CHUNK_BYTES = 2**20, 2**31
 # A short run is cut into 8 chunks, so that its first step need not wait for half of its harvest,
 # but never below 2^16 vectors: 16 of the usual batches, a few hundred sequences.
 CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
-
-# A chunk that takes more of a GPU's memory than this share is kept in pinned host memory: there
-# are two of them when one is filled ahead, and the SAEs and the language model want room as well.
-GPU_SHARE = 1 / 8
 
 
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
@@ -77,10 +75,11 @@ class ActivationStream:
         scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:
             `default_chunk_vectors`.
-        ahead: fill the next chunk while this one is used; None: on CUDA only.
 
     Attributes:
+        ahead: whether the next chunk is filled while this one is used: on CUDA.
         scale: what raw activations are multiplied by.
+        seconds: wall-clock time that harvesting the chunks took which were asked for so far.
         tokens_per_epoch: counted tokens of all sequences.
     """
 
@@ -93,24 +92,26 @@ class ActivationStream:
         n_batches: int,
         scale: Literal["unit", "none"] = "unit",
         chunk_vectors: int | None = None,
-        ahead: bool | None = None,
     ) -> None:
-        self.harvest, self._counts = harvest, harvest.sequences.counts
-        self._batch_size, self._seed, self.n_batches = batch_size, seed, n_batches
-        self.tokens_per_epoch = harvest.sequences.n_tokens
+        self.harvest: Harvest = harvest
+        self.n_batches: int = n_batches
+        self._counts, self._batch_size, self._seed = harvest.sequences.counts, batch_size, seed
+        self.tokens_per_epoch: int = harvest.sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
             raise InputError(
                 f"expected at least one batch of {batch_size} training tokens, got "
                 f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
             )
         self._n_vectors = n_batches * batch_size
-        self.chunk_vectors = chunk_vectors or default_chunk_vectors(harvest.d_in, self._n_vectors)
+        self.chunk_vectors: int = chunk_vectors or default_chunk_vectors(
+            harvest.d_in, self._n_vectors
+        )
         self._epoch: tuple[int, list[_Plan]] | None = None
         self._chunk: tuple[int, Tensor] | None = None
-        self._next: _Filling | None = None
-        on_cuda = harvest.device.type == "cuda"
-        self._ahead = on_cuda if ahead is None else ahead
-        self._cuda_stream = torch.cuda.Stream(harvest.device) if on_cuda and self._ahead else None
+        self._next: tuple[int, Future[tuple[Tensor, float]]] | None = None
+        self.seconds: float = 0.0
+        self.ahead: bool = harvest.device.type == "cuda"
+        self._cuda_stream = torch.cuda.Stream(harvest.device) if self.ahead else None
         if self._cuda_stream is not None:
             # The weights may still be on their way.
             self._cuda_stream.wait_stream(torch.cuda.current_stream(harvest.device))
@@ -120,7 +121,7 @@ class ActivationStream:
                 f"{harvest.site} of layer {harvest.layer}, got E|x|^2 = {self.mean_square_norm}: "
                 "choose another site, or float32 for the model"
             )
-        self.scale = 1.0 if scale == "none" else self.mean_square_norm**-0.5
+        self.scale: float = 1.0 if scale == "none" else self.mean_square_norm**-0.5
         log.info(
             f"{n_batches} batches of {batch_size}: {self._n_vectors / self.tokens_per_epoch:.2f} "
             f"epochs of {self.tokens_per_epoch} tokens, shuffled {self.chunk_vectors} at a time, "
@@ -150,9 +151,8 @@ class ActivationStream:
         while start < stop:
             plan = self._plan(start)
             first = start - plan.start
-            part = self._filled(plan)[first : first + stop - start]
-            parts.append(part.to(self.harvest.device, non_blocking=True) * self.scale)
-            start += len(part)
+            parts.append(self._filled(plan)[first : first + stop - start] * self.scale)
+            start += len(parts[-1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
@@ -200,100 +200,73 @@ class ActivationStream:
             self._chunk = None  # frees its memory before the next one is filled
             self._chunk = plan.start, self._fetch(plan)
             after = plan.start + plan.n_vectors
-            if self._ahead and after < self._n_vectors:
-                self._next = _Filling(self.harvest, self._plan(after), self._cuda_stream)
+            if self.ahead and after < self._n_vectors:
+                self._next = after, self._beside(self._plan(after))
         return self._chunk[1]
 
     def _fetch(self, plan: _Plan) -> Tensor:
-        filling, self._next = self._next, None
-        if filling is not None and filling.start != plan.start:
-            filling.stop()
-            filling = None
-        if filling is None and self._cuda_stream is not None:
-            filling = _Filling(self.harvest, plan, self._cuda_stream)
-        if filling is None:
-            return _fill(self.harvest, plan)
-        x, whole = filling.future.result()
-        if whole is not None:
-            stream = torch.cuda.current_stream(self.harvest.device)
-            stream.wait_event(whole)
+        if self.ahead:
+            if self._next is None or self._next[0] != plan.start:
+                self._next = plan.start, self._beside(plan)
+            x, seconds = self._next[1].result()
+            self._next = None
             if x.is_cuda:
                 # Its memory belongs to the other stream, which must not have it back too early.
-                x.record_stream(stream)
+                x.record_stream(torch.cuda.current_stream(x.device))
+        else:
+            x, seconds = _fill(self.harvest, plan)
+        self.seconds += seconds
         return x
 
+    def _beside(self, plan: _Plan) -> Future[tuple[Tensor, float]]:
+        """Return what `_fill` will, called in a thread and on CUDA in a stream of its own.
 
-class _Filling:
-    """A chunk that a thread fills; on CUDA, also the event after which it is whole.
+        The thread holds neither `self` nor the future, and ends early once that is dropped.
+        """
+        future: Future[tuple[Tensor, float]] = Future()
+        wanted, harvest, stream = ref(future), self.harvest, self._cuda_stream
 
-    The thread does not hold this object, and ends early once it is dropped.
-    """
+        def check() -> None:
+            # Threads are waited for when Python ends; this chunk is not needed then.
+            if wanted() is None or not threading.main_thread().is_alive():
+                raise CancelledError
 
-    def __init__(self, harvest: Harvest, plan: _Plan, stream: torch.cuda.Stream | None) -> None:
-        self.start = plan.start
-        self.future: Future[tuple[Tensor, Any]] = Future()
-        self._unwanted = threading.Event()
-        arguments = (self.future, harvest, plan, stream, self._unwanted)
-        threading.Thread(target=_fill_beside, args=arguments, name="harvest").start()
+        def fill() -> None:
+            try:
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    done = _fill(harvest, plan, check)
+            except BaseException as error:
+                if (waiting := wanted()) is not None:
+                    waiting.set_exception(error)
+            else:
+                if (waiting := wanted()) is not None:
+                    waiting.set_result(done)
 
-    def stop(self) -> None:
-        """Let the thread end after the pass it is at, and wait for that."""
-        self._unwanted.set()
-        self.future.exception()
-
-    def __del__(self) -> None:
-        self._unwanted.set()
-
-
-def _fill_beside(
-    future: Future[tuple[Tensor, Any]],
-    harvest: Harvest,
-    plan: _Plan,
-    stream: torch.cuda.Stream | None,
-    unwanted: threading.Event,
-) -> None:
-    def check() -> None:
-        # Threads are waited for when Python ends; this chunk is not needed then.
-        if unwanted.is_set() or not threading.main_thread().is_alive():
-            raise CancelledError
-
-    try:
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            x = _fill(harvest, plan, check)
-            future.set_result((x, None if stream is None else stream.record_event()))
-    except BaseException as error:
-        future.set_exception(error)
+        threading.Thread(target=fill, name="harvest").start()
+        return future
 
 
 def _fill(
     harvest: Harvest, plan: _Plan, check: Callable[[], None] = lambda: None
-) -> Float[Tensor, "vectors d_in"]:
-    """Return a chunk, filled on the current stream; `check` is called before each pass is kept."""
+) -> tuple[Float[Tensor, "vectors d_in"], float]:
+    """Return a chunk and the seconds it took; `check` is called before each pass is kept."""
+    began = time.perf_counter()
     rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n_vectors))
     chunk: Tensor | None = None
     done = 0
     for x in harvest.vectors(plan.sequences):
         check()
-        chunk = _memory(plan.n_vectors, x) if chunk is None else chunk
+        chunk = x.new_empty(plan.n_vectors, x.shape[1]) if chunk is None else chunk
         mine = rows[done : done + len(x)]
         done += len(x)
-        if chunk.device.type == "cpu" and x.device.type == "cpu":
+        if x.device.type == "cpu":
             # torch would wake a team of threads for each pass, which then spin for work on the
             # cores that the next passes run on: a quarter of the processor time of a harvest.
             chunk.numpy()[mine.numpy()] = x.numpy()
         else:
-            # To pinned memory this waits for the pass, but for no other stream.
-            chunk[mine.to(chunk.device)] = x.to(chunk.device)
+            chunk[mine.to(x.device)] = x
     assert chunk is not None
     assert done == plan.n_vectors
-    return chunk
-
-
-def _memory(n: int, like: Float[Tensor, "vectors d_in"]) -> Float[Tensor, "{n} d_in"]:
-    """Return memory for a chunk: beside the vectors, or pinned where it would crowd a GPU."""
-    shape = (n, like.shape[1])
-    if like.is_cuda:
-        total = torch.cuda.get_device_properties(like.device).total_memory
-        if n * like.shape[1] * like.element_size() > GPU_SHARE * total:
-            return torch.empty(shape, pin_memory=True)
-    return like.new_empty(shape)
+    if chunk.is_cuda:
+        torch.cuda.current_stream(chunk.device).synchronize()
+    return chunk, time.perf_counter() - began

@@ -8,17 +8,20 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
 from gsae_core.config import Architecture
+from gsae_core.errors import extra
 from gsae_core.plots.live import LiveChart, spec_of, tooltips
 from gsae_core.plots.palette import LOOKS, NEUTRAL, Theme
 
 if TYPE_CHECKING:
     from gsae_core.analysis.features.feature import Feature, Histogram
+
+with extra("app"):
+    import altair as alt
 
 BINS_A_DECADE = 5
 POWERS = "['1','10⁻¹','10⁻²','10⁻³','10⁻⁴','10⁻⁵','10⁻⁶','10⁻⁷','10⁻⁸','10⁻⁹']"
@@ -204,9 +207,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         chart = chart.transform_filter(f"datum.region == '{region}'").mark_text(
             align="left" if top else "right",
             baseline="top" if top else "bottom",
-            lineBreak="\n",
             fontSize=11,
-            lineHeight=13,
             dx=4 if top else -4,
             dy=4 if top else -4,
             color=NEUTRAL,

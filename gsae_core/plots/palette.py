@@ -76,11 +76,10 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
         # A larger lambda is sparser, a larger k is not.
         family.sort(key=lambda spec: spec.sparsity, reverse=architecture == "topk")
         for rank, spec in enumerate(family):
-            strength = rank / max(len(family) - 1, 1) if len(family) > 1 else 0.5
+            strength = rank / (len(family) - 1) if len(family) > 1 else 0.5
             # From its tint to 40 % black, or from a tenth to 70 % white.
             palest, strongest = (look.tint, -0.4) if theme == "light" else (0.1, 0.7)
-            mix = palest + (strongest - palest) * strength
-            colours[spec.name] = _mix(look.colour, mix)
+            colours[spec.name] = _mix(look.colour, palest + (strongest - palest) * strength)
     return colours
 
 

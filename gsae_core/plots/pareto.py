@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from gsae_core.analysis.pareto import MatchedRatio, Point, frontier
 from gsae_core.analysis.results import of_architecture
+from gsae_core.errors import extra
 from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL, Look, knob, round_values
 from gsae_core.text import WORSE, is_worse_than_mean
+
+with extra("app"):
+    import plotly.graph_objects as go
 
 Measure = Literal["l0", "loss_recovered", "delta_ce", "fvu", "kl"]
 
@@ -22,6 +25,9 @@ VALUE_FORMATS = {
     "fvu": ".3f",
     "kl": ".4f",
     "gamma": ".3f",
+    "gamma_gate": ".3f",
+    "cosine": ".3f",
+    "alive_fraction": ".1%",
 }
 FAINT = 0.55  # opacity of published runs
 # These traces lie on SAEs, whose own clicks and hovers must win.
@@ -89,9 +95,17 @@ def columns(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[Any]]:
     return {"x": rows[x].to_list(), "y": rows[y].to_list()}
 
 
-def knobs(rows: pd.DataFrame) -> list[str]:
-    """Return what sets each SAE's sparsity."""
-    return [knob(*pair) for pair in zip(rows["architecture"], rows["sparsity"], strict=True)]
+def dots(rows: pd.DataFrame, x: str, y: str, name: str) -> dict[str, Any]:
+    """Return SAEs as a trace takes them: where they are, and what hovering says."""
+    return columns(rows, x, y) | {
+        "name": name,
+        "text": [knob(*pair) for pair in zip(rows["architecture"], rows["sparsity"], strict=True)],
+        "hovertemplate": hover(
+            f"{name}, %{{text}}",
+            f"{AXES[x]} %{{x:{VALUE_FORMATS[x]}}}",
+            f"{AXES[y]} %{{y:{VALUE_FORMATS[y]}}}",
+        ),
+    }
 
 
 def tradeoff(
@@ -128,11 +142,8 @@ def tradeoff(
     _draw_picks(figure, evals, x, y, picked)
     runs = list(dict.fromkeys(evals["run"]))
     for run, run_look in zip(runs, RUN_LOOKS, strict=False):
-        for architecture, look in LOOKS.items():
-            rows = of_architecture(pd.DataFrame(evals[evals["run"] == run]), architecture)
-            if len(rows):
-                name = look.label + (f" · {run}" if len(runs) > 1 else "")
-                _draw_architecture(figure, rows, x, y, look, run_look, name)
+        suffix = f" · {run}" if len(runs) > 1 else ""
+        _draw_run(figure, pd.DataFrame(evals[evals["run"] == run]), x, y, run_look, suffix)
     draw_worse(figure, evals, x, y)
     for axis, measure in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         if measure == "loss_recovered":
@@ -160,44 +171,36 @@ def best(rows: pd.DataFrame, y: str, x: str = "l0") -> pd.DataFrame:
     return rows.iloc[[int(point.name) for point in frontier(points)]].reset_index(drop=True)
 
 
-def _draw_architecture(
-    figure: go.Figure,
-    rows: pd.DataFrame,
-    x: Measure,
-    y: Measure,
-    look: Look,
-    run_look: RunLook,
-    name: str,
+def _draw_run(
+    figure: go.Figure, evals: pd.DataFrame, x: str, y: str, run_look: RunLook, suffix: str
 ) -> None:
-    """Draw the SAEs of one architecture of one run, and their frontier."""
-    figure.add_scatter(
-        **columns(best(rows, y, x), x, y),
-        line={"color": look.colour, "width": 2, "dash": run_look.dash or dash_of(look)},
-        name=f"{name} frontier",
-        legendgroup=name,
-        **BARE_LINE,
-    )
+    """Draw the SAEs of one run and each architecture's frontier; `suffix` names the run."""
     hollow = "open" in run_look.suffix
-    figure.add_scatter(
-        **columns(rows, x, y),
-        mode="markers",
-        marker={
-            "color": look.colour,
-            "symbol": look.shape + run_look.suffix,
-            "size": run_look.size,
-            "line": {"width": 2} if hollow else {"width": 1, "color": "white"},
-        },
-        # A click would fade all other points; what was clicked has its ring and its card.
-        unselected={"marker": {"opacity": 1}},
-        name=name,
-        legendgroup=name,
-        customdata=list(zip(rows["id"], knobs(rows), strict=True)),
-        hovertemplate=hover(
-            f"{name}, %{{customdata[1]}}",
-            f"{AXES[x]} %{{x:{VALUE_FORMATS[x]}}}",
-            f"{AXES[y]} %{{y:{VALUE_FORMATS[y]}}}",
-        ),
-    )
+    for architecture, look in LOOKS.items():
+        rows, name = of_architecture(evals, architecture), look.label + suffix
+        if rows.empty:
+            continue
+        figure.add_scatter(
+            **columns(best(rows, y, x), x, y),
+            line={"color": look.colour, "width": 2, "dash": run_look.dash or dash_of(look)},
+            name=f"{name} frontier",
+            legendgroup=name,
+            **BARE_LINE,
+        )
+        figure.add_scatter(
+            **dots(rows, x, y, name),
+            mode="markers",
+            marker={
+                "color": look.colour,
+                "symbol": look.shape + run_look.suffix,
+                "size": run_look.size,
+                "line": {"width": 2} if hollow else {"width": 1, "color": "white"},
+            },
+            # A click would fade all other points; what was clicked has its ring and its card.
+            unselected={"marker": {"opacity": 1}},
+            legendgroup=name,
+            customdata=[[key] for key in rows["id"]],
+        )
 
 
 def draw_worse(figure: go.Figure, rows: pd.DataFrame, x: str, y: str) -> None:
@@ -245,17 +248,10 @@ def draw_paper(figure: go.Figure, paper: pd.DataFrame, y: str) -> None:
             line = {"color": look.colour, "width": 1, "dash": "dot"}
             figure.add_scatter(**columns(best(rows, y), "l0", y), line=line, **BARE_LINE, **common)
         figure.add_scatter(
-            **columns(rows, "l0", y),
+            **dots(rows, "l0", y, f"{look.label}, published"),
             mode="markers",
             marker={"color": look.colour, "symbol": look.shape, "size": 8},
             unselected={"marker": {"opacity": FAINT}},
-            name=f"{look.label}, published",
-            text=knobs(rows),
-            hovertemplate=hover(
-                f"published: {look.label}, %{{text}}",
-                "L0 %{x:.1f}",
-                f"{'γ' if y == 'gamma' else 'loss recovered'} %{{y:{VALUE_FORMATS[y]}}}",
-            ),
             **common,
         )
 
@@ -294,19 +290,16 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     Rows of evals.json without both numbers, L0 above 0, are left out; ValueError if all are.
     """
     # The pages' figures are Plotly's; this one is a picture in a file.
-    import altair as alt
+    with extra("app"):
+        import altair as alt
+        import vl_convert  # noqa: F401  (altair writes files with it)
 
     numbers = {"l0": float, "loss_recovered": float}  # JSON has null for NaN
     frame = pd.DataFrame(list(rows), columns=["name", "architecture", *numbers]).astype(numbers)
     frame = placed(frame, "l0", "loss_recovered")
     if frame.empty:
         raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
-    points = zip(frame["name"], frame["l0"], frame["loss_recovered"], strict=True)
-    frame = frame.assign(
-        kind=[LOOKS[architecture].label for architecture in frame["architecture"]],
-        told=[f"{name}: L0 {l0:.3g}, {100 * share:.2f} % recovered" for name, l0, share in points],
-        ring=[f"ring: {name}" for name in frame["name"]],
-    )
+    frame = frame.assign(kind=[LOOKS[each].label for each in frame["architecture"]])
     edges = pd.concat([best(of_architecture(frame, kind), "loss_recovered") for kind in LOOKS])
     looks = [look for kind, look in LOOKS.items() if kind in set(frame["architecture"])]
     labels = [look.label for look in looks]
@@ -323,12 +316,8 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     ringed = pd.DataFrame(frame[frame["name"].isin(list(chosen))])
     chart = alt.layer(
         alt.Chart(edges).mark_line().encode(x, y, hue, dash),
-        alt.Chart(frame)
-        .mark_point(filled=True, size=70, opacity=1)
-        .encode(x, y, hue, shape, description="told:N"),
-        alt.Chart(ringed)
-        .mark_point(size=240, color="black", strokeWidth=1.5)
-        .encode(x, y, description="ring:N"),
+        alt.Chart(frame).mark_point(filled=True, size=70, opacity=1).encode(x, y, hue, shape),
+        alt.Chart(ringed).mark_point(size=240, color="black", strokeWidth=1.5).encode(x, y),
         title=title,
         background="white",
         width=560,

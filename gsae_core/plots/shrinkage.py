@@ -7,27 +7,30 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from gsae_core.analysis.results import of_architecture
 from gsae_core.config import SAESpec
+from gsae_core.errors import extra
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
 from gsae_core.plots.pareto import (
     LOG,
     columns,
     dash_of,
+    dots,
     draw_paper,
     draw_worse,
     hover,
-    knobs,
     placed,
     style,
 )
 
+with extra("app"):
+    import plotly.graph_objects as go
+
 BIN = 0.025  # width of a gamma bin; doubled until they fit
 MAX_BINS = 80  # more are thinner than a pointer can hit
 MAX_DOTS = 1000  # dots per SAE in a scatter: more hide each other and slow the page
-RULE = {"color": NEUTRAL, "dash": "dot", "width": 1.5}
+RULE: dict[str, str | float] = {"color": NEUTRAL, "dash": "dot", "width": 1.5}
 
 
 class FeatureGamma(NamedTuple):
@@ -35,50 +38,23 @@ class FeatureGamma(NamedTuple):
 
     spec: SAESpec
     stats: pd.DataFrame  # of the features shown
-    fired: np.ndarray  # firings of every feature, hidden or not
-
-    @property
-    def median(self) -> float:
-        """Median gamma of the features shown; NaN if none is."""
-        return float(np.median(self.stats["gamma"])) if len(self.stats) else math.nan
+    n_features: int  # shown or hidden
 
     def sentence(self, min_fired: int) -> str:
-        """Say how many features are shown, or which limit hides them all."""
-        name, n = hover_name(self.spec), len(self.fired)
-        if len(self.stats):
-            return (
-                f"{name}: {len(self.stats):,} of {n:,} features fired on {min_fired:,} tokens or "
-                f"more; the median of their own γ is {self.median:.3f}."
-            )
-        return (
-            f"{name}: none of {n:,} features fired on {min_fired:,} tokens or more; "
-            f"{int((self.fired == 0).sum()):,} never fired, and the busiest fired on "
-            f"{int(self.fired.max(initial=0)):,}."
-        )
+        """Say how many features are shown, and the median of their gammas."""
+        n, gammas = len(self.stats), self.stats["gamma"]
+        shown = f"{n:,} of {self.n_features:,} features fired on {min_fired:,} tokens or more"
+        median = f"; the median of their own γ is {gammas.median():.3f}" if n else ""
+        return f"{hover_name(self.spec)}: {shown}{median}."
 
 
 class Bins(NamedTuple):
     """Common bins of gamma; the first and the last also hold what lies beyond them."""
 
     edges: np.ndarray
-
-    @property
-    def width(self) -> float:
-        """Width of every bin."""
-        return float(self.edges[1] - self.edges[0])
-
-    @property
-    def labels(self) -> list[str]:
-        """Name of each bin, as lists and addresses show it."""
-        inner = [f"{low:.3f} to {high:.3f}" for low, high in pairwise(self.edges)]
-        return [f"below {self.edges[1]:.3f}", *inner[1:-1], f"{self.edges[-2]:.3f} or more"]
-
-    def range_text(self, label: str) -> str:
-        """Return a bin as `feature_filter.parse_range` reads it; the outer ones are open."""
-        number = self.labels.index(label)
-        low = f"{self.edges[number]:.4g}" if number > 0 else ""
-        high = f"{self.edges[number + 1]:.4g}" if number < len(self.edges) - 2 else ""
-        return f"{low}..{high}"
+    width: float
+    labels: list[str]
+    """Name of each bin, as lists and addresses show it."""
 
     def place(self, stats: pd.DataFrame) -> np.ndarray:
         """Return the number of the bin of each feature, by its `gamma`."""
@@ -89,10 +65,15 @@ class Bins(NamedTuple):
         return np.bincount(self.place(stats), minlength=len(self.edges) - 1)
 
 
+def range_text(label: str) -> str:
+    """Return the label of a bin as `filter.parse_range` reads it; the outer bins are open."""
+    return label.replace("below", "to").replace("or more", "to")
+
+
 def select_features(spec: SAESpec, stats: pd.DataFrame, *, min_fired: int) -> FeatureGamma:
     """Return the features that fired at least `min_fired` times and have a gamma."""
     shown = pd.DataFrame(stats[stats["fired"] >= min_fired]).dropna(subset="gamma")
-    return FeatureGamma(spec, shown, stats["fired"].to_numpy())
+    return FeatureGamma(spec, shown, len(stats))
 
 
 def gamma_histogram(
@@ -150,15 +131,10 @@ def features_in_bin(features: Sequence[FeatureGamma], bins: Bins, label: str) ->
     Columns: `sae`, `latent`, `gamma`, `density`, `fired`, `gate_open`.
     """
     number = bins.labels.index(label)
-    found = [
-        feature.stats[bins.place(feature.stats) == number]
-        .rename_axis("latent")
-        .reset_index()
-        .assign(sae=feature.spec.name)
-        for feature in features
-    ]
-    table = pd.concat(found, ignore_index=True).sort_values("fired", ascending=False)
-    return table.loc[:, ["sae", "latent", "gamma", "density", "fired", "gate_open"]]
+    found = {f.spec.name: f.stats[bins.place(f.stats) == number] for f in features}
+    table = pd.concat(found, names=["sae", "latent"]).reset_index()
+    columns = ["sae", "latent", "gamma", "density", "fired", "gate_open"]
+    return table.sort_values("fired", ascending=False).loc[:, columns]
 
 
 def common_bins(features: Sequence[FeatureGamma]) -> Bins:
@@ -172,7 +148,10 @@ def common_bins(features: Sequence[FeatureGamma]) -> Bins:
     while (high - low) / width > MAX_BINS - 3:
         width *= 2
     first, last = math.floor(low / width) - 1, math.ceil(high / width) + 1
-    return Bins(np.arange(first, last + 1) * width)
+    edges = np.arange(first, last + 1) * width
+    inner = [f"{low:.3f} to {high:.3f}" for low, high in pairwise(edges)]
+    labels = [f"below {edges[1]:.3f}", *inner[1:-1], f"{edges[-2]:.3f} or more"]
+    return Bins(edges, width, labels)
 
 
 def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
@@ -243,10 +222,8 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
             rows = placed(of_architecture(evals, architecture), "l0", column).sort_values("l0")
             if len(rows):
                 figure.add_scatter(
-                    **columns(rows, "l0", column),
-                    **_curve(name, colour, symbol, dash),
-                    customdata=list(zip(rows["name"], knobs(rows), strict=True)),
-                    hovertemplate=hover(name, "%{customdata[1]}", "L0 %{x:.1f}", "γ %{y:.3f}"),
+                    **dots(rows, "l0", column, name),
+                    **_curve(colour, symbol, dash),
                 )
     draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
     _rule_at_one(figure, "no shrinkage")
@@ -265,7 +242,8 @@ def lengths_by_decile(
         look, name = LOOKS[spec.architecture], hover_name(spec)
         figure.add_scatter(
             **columns(frame, "decile", column),
-            **_curve(name, look.colour, look.shape, dash_of(look)),
+            **_curve(look.colour, look.shape, dash_of(look)),
+            name=name,
             customdata=[[f"{norm:.4g}"] for norm in frame["norm"]],
             hovertemplate=hover(
                 name,
@@ -278,10 +256,9 @@ def lengths_by_decile(
     return style(figure, x="tenth of the tokens, shortest activations first", y=LENGTH_AXES[column])
 
 
-def _curve(name: str, colour: str, symbol: str, dash: str) -> dict[str, Any]:
+def _curve(colour: str, symbol: str, dash: str) -> dict[str, Any]:
     return {
         "mode": "lines+markers",
-        "name": name,
         "line": {"color": colour, "dash": dash, "width": 2},
         "marker": {"symbol": symbol, "size": 10},
     }

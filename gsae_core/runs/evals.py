@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator
 from safetensors.numpy import save_file
 
 from gsae_core.config import Architecture, Positions
 from gsae_core.errors import InputError
-from gsae_core.files import first_of, read_json, replace_durably, write_json
+from gsae_core.files import read_checked, replace_durably, write_json
 
 # NaN is written as null.
 Number = Annotated[float, BeforeValidator(lambda read: math.nan if read is None else read)]
@@ -51,30 +51,28 @@ class EvalRow(BaseModel, frozen=True):
     """Positions at which the language model read reconstructions."""
 
 
+class _Evals(BaseModel):
+    saes: list[EvalRow]
+
+
 def read_evals(folder: Path, names: Collection[str]) -> list[dict[str, Any]]:
     """Return the rows of a run's evals.json, defaults filled in; empty where there is none.
 
     An `InputError` names the first key that is missing or of another type, or an unknown SAE.
     """
     path = folder / "evals.json"
-    again = f"measure again: python -m gsae_core evaluate {folder}"
     if not os.path.lexists(path):
         return []
     try:
-        rows = read_json(path).get("saes")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"expected a list `saes` of objects in {path}, found none")
+        rows = read_checked(path, _Evals, what="numbers of each SAE")["saes"]
         for row in rows:
-            EvalRow.model_validate(row, strict=True)
             if row["name"] not in names:
                 raise InputError(
                     f"expected numbers of this run's SAEs ({', '.join(names)}) in {path}, got "
                     f"some of {row['name']!r}"
                 )
-    except ValidationError as error:
-        wrong = first_of(error)
-        raise InputError(f"expected numbers of each SAE, got {wrong} in {path}; {again}") from None
     except InputError as error:
+        again = f"measure again: python -m gsae_core evaluate {folder}"
         raise InputError(f"{error}; {again}") from None
     fields = EvalRow.model_fields.items()
     earlier = {name: field.default for name, field in fields if not field.is_required()}

@@ -7,15 +7,6 @@ from typing import Any, NamedTuple
 from gsae_core import files
 from gsae_core.errors import InputError
 from gsae_core.files import read_bytes, replace_durably, unreadable, writing
-from gsae_core.runs.jobs.job import stat_of
-
-# What a look at the newest rows reads: ten logged steps of 16 SAEs.
-TAIL_BYTES = 2**16
-
-PLACE = ("step", "tokens", "seconds")
-"""Numbers that every line has, for any kind of SAE."""
-SHARES = ("seconds_lm", "seconds_sae")
-"""Numbers that lines of older versions lack."""
 
 
 class MetricsCursor(NamedTuple):
@@ -23,6 +14,11 @@ class MetricsCursor(NamedTuple):
 
     file: int = 0
     offset: int = 0
+    """Bytes that were read; below 0, how many of the last to read."""
+
+
+TAIL = MetricsCursor(offset=-(2**16))
+"""Before the newest rows alone: ten logged steps of 16 SAEs."""
 
 
 class MetricsSlice(NamedTuple):
@@ -42,32 +38,28 @@ def read_since(path: Path, cursor: MetricsCursor) -> MetricsSlice:
         return MetricsSlice([], MetricsCursor(), cursor != MetricsCursor())
     try:
         with path.open("rb") as file:
-            identity = os.fstat(file.fileno()).st_ino
-            restarted = cursor.file not in (0, identity)
+            seen = os.fstat(file.fileno())
+            restarted = cursor.file not in (0, seen.st_ino)
             offset = 0 if restarted else cursor.offset
+            if offset < 0:  # The half line that it may begin with is no row.
+                offset = max(0, seen.st_size + offset)
             file.seek(offset)
             data = file.read()
     except OSError as error:
         raise InputError(unreadable(path, error)) from None
     end = offset + data.rfind(b"\n") + 1
     lines = files.parsed(data[: end - offset]).where(_is_row)
-    return MetricsSlice(lines.rows, MetricsCursor(identity, end), restarted, lines.damaged)
-
-
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """Return the newest rows, from the last 64 kB of the file; oldest first."""
-    size = stat_of(path).st_size if os.path.lexists(path) else 0
-    # The half line that this may begin with is no row.
-    return read_since(path, MetricsCursor(offset=max(0, size - TAIL_BYTES))).rows
+    return MetricsSlice(lines.rows, MetricsCursor(seen.st_ino, end), restarted, lines.damaged)
 
 
 def _is_row(row: dict[str, Any]) -> bool:
     """Return whether a line has what every reader needs: its place, its SAE, and numbers."""
+    place = [row.get(key) for key in ("step", "tokens", "seconds")]
+    place += [row.get(key, 0.0) for key in ("seconds_lm", "seconds_sae")]  # older lines lack these
     numbers = (value for key, value in row.items() if key != "sae")
     return (
         isinstance(row.get("sae"), str)
-        and all(isinstance(row.get(key), int | float) for key in PLACE)
-        and all(isinstance(row.get(key, 0.0), int | float) for key in SHARES)
+        and all(isinstance(value, int | float) for value in place)
         and all(value is None or isinstance(value, int | float) for value in numbers)
     )
 
@@ -82,14 +74,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, n_bytes: int) -> None:
-        data = read_bytes(path) if os.path.lexists(path) else b""
-        if len(data) < n_bytes:
-            raise InputError(
-                f"expected at least {n_bytes} bytes in {path}, as its resumable state says, found "
-                f"{len(data)}; delete the folder {path.parent / 'resume'} to train from step 0"
-            )
         # The file is replaced, so that readers see by its identity that it changed.
-        kept = data[:n_bytes]
+        kept = read_bytes(path)[:n_bytes] if os.path.lexists(path) else b""
         replace_durably(path, lambda sibling: sibling.write_bytes(kept), n_bytes=n_bytes)
         self._path = path
         self._file = path.open("ab+", buffering=0)

@@ -2,6 +2,7 @@
 
     runs/<id>/  config.json  status.json  metrics.jsonl  evals.json  events.jsonl  log.txt
                 saes/<name>/  resume/  control.json  samples.json  evaluated_tokens.safetensors
+                tensorboard/<sae>/ where asked for
 
 The command line, the app and notebooks hold no job in memory: they read this folder, and a
 detached process writes it. Nothing here imports torch.
@@ -40,10 +41,10 @@ from gsae_core.runs.jobs.job import (
     read_once,
     read_status,
     start,
-    stat_of,
     write_status,
 )
-from gsae_core.runs.metrics_log import MetricsCursor, MetricsSlice, read_since, read_tail
+from gsae_core.runs.metrics_log import TAIL, MetricsCursor, MetricsSlice, read_since
+from gsae_core.runs.track import check_installed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,6 +99,8 @@ class Run(Job):
         """Make a run in a new or empty folder, in state `queued`."""
         folder = Path(folder).absolute()
         check_run_id(folder.name)
+        if config.track is not None:
+            check_installed(config.track)  # before the run waits for its device, for hours maybe
         with writing(folder, FOLDER_BYTES):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -110,16 +113,7 @@ class Run(Job):
                     f"{readable(free_bytes(folder))}; make room on the disk and start again"
                 )
             with lock(folder, "start"):
-                if (folder / "config.json").exists():
-                    raise InputError(
-                        f"expected a new folder for the run, found a run in {folder}; choose "
-                        f"another, or go on with it: python -m gsae_core resume {folder}"
-                    )
-                # Dot files are ours (the lock) or the system's; anything else is somebody's work.
-                if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                    raise InputError(
-                        f"expected a new or empty folder for the run, found other files in {folder}"
-                    )
+                new_run_folder(folder.parent, folder.name)
                 write_status(folder, new_status(config.train.n_steps))
                 Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
                 # Last: a folder with a config is a run.
@@ -150,7 +144,7 @@ class Run(Job):
 
     def recent_metrics(self) -> list[dict[str, Any]]:
         """Return the newest rows alone, as many as speed and time left need; oldest first."""
-        return read_tail(self.folder / "metrics.jsonl")
+        return self.metrics_since(TAIL).rows
 
     def metrics_since(self, cursor: MetricsCursor) -> MetricsSlice:
         """Return the rows written after `cursor`, and the cursor to ask with next time."""
@@ -211,19 +205,14 @@ class Run(Job):
         from safetensors.numpy import load_file
 
         path = self.sae_folder(name) / "feature_stats.safetensors"
-        if not path.exists():
-            raise InputError(
-                f"expected feature statistics of {name!r}, found none yet in {path.parent}; "
-                "they are written when the run is evaluated"
-            )
         names = ("fired", "gate_open", "density", "gamma")
         try:
             columns = load_file(path)
             return pd.DataFrame({key: columns[key] for key in names}).rename_axis("latent")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(
-                f"expected the arrays {', '.join(names)} in {path}, got a file that cannot be read "
-                f"({error}); measure them again: python -m gsae_core evaluate {self.folder}"
+                f"expected the arrays {', '.join(names)} in {path}, found none that can be read "
+                f"({error}); measure them: python -m gsae_core evaluate {self.folder}"
             ) from None
 
     def norm_deciles(self, name: str) -> "pd.DataFrame":
@@ -259,7 +248,13 @@ class Run(Job):
         return index
 
 
-open_run = Run.open
+def open_run(folder: Path | str) -> Run:
+    """Return the run in a folder.
+
+    Raises:
+        InputError: if there is none, or it is damaged or of a newer version.
+    """
+    return Run.open(folder)
 
 
 def check_run_id(run_id: str) -> str:
@@ -272,12 +267,30 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def new_run_folder(root: Path, name: str) -> Path:
+    """Return the folder that a new run of this name will have; refuse one that holds anything."""
+    folder = root / check_run_id(name)
+    if folder.is_file():
+        raise InputError(f"expected a folder for the run, found a file at {folder}")
+    if (folder / "config.json").exists():
+        raise InputError(
+            f"expected a new folder for the run, found a run in {folder}; choose another, or go on "
+            f"with it: python -m gsae_core resume {folder}"
+        )
+    # Dot files are ours (the lock) or the system's; anything else is somebody's work.
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(
+            f"expected a new or empty folder for the run, found other files in {folder}"
+        )
+    return folder
+
+
 def check_layout(events: Path) -> None:
     """Refuse a run that a newer version made, by its events."""
     rows = files.read(events).rows
-    versions = [row["schema_version"] for row in rows if "schema_version" in row]
     # A run whose first line is damaged is taken for one of this version: the rest of it will tell.
-    version = versions[0] if versions else SCHEMA_VERSION
+    said = (row["schema_version"] for row in rows if "schema_version" in row)
+    version = next(said, SCHEMA_VERSION)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise InputError(
             f"expected a run of layout {SCHEMA_VERSION} or older, got {version} in "
@@ -318,8 +331,8 @@ def survey(root: Path | str) -> tuple[list[tuple[Run, Status]], dict[str, str]]:
             run = read_once(_run_of, config)
             if os.path.lexists(events):
                 read_once(check_layout, events)
-            listed.append((stat_of(config).st_mtime, run, read_status(run.folder)))
-        except InputError as error:
+            listed.append((config.stat().st_mtime, run, read_status(run.folder)))
+        except (InputError, FileNotFoundError) as error:
             if folder.is_dir():  # not deleted between the listing and the look
                 unreadable[folder.name] = str(error)
     listed.sort(key=lambda each: each[0], reverse=True)
@@ -361,8 +374,10 @@ def run_id(config: RunConfig, nonce: str) -> str:
 
 
 EXAMPLE_ID = EXAMPLE.name
-SHOWN_SAE, SHOWN_FEATURE = "gated-0.35", 293
-"""What opens first: a feature that fires on `def`, and raises names of functions."""
+SHOWN_SAE = "gated-0.35"
+"""SAE of the example that opens first."""
+SHOWN_FEATURE = 293
+"""Feature of it that opens first: it fires on `def`, and raises names of functions."""
 
 
 def example_run() -> Run | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, ReluSAE
 from gsae_core.sae.base import SAE, Scalar
-from gsae_core.sae.losses import loss_of
+from gsae_core.sae.losses import dense_step
 
 
 @torch.no_grad()
@@ -97,10 +97,6 @@ def rescale_step(sae: GatedSAE, x: Float[Tensor, "batch width"]) -> Scalar:
     learning = sorted(name for name, p in sae.named_parameters() if p.requires_grad)
     if learning != list(LEARNS):
         raise InputError(
-            f"expected an SAE in which only {' and '.join(LEARNS)} learn, got one in which "
-            f"{', '.join(learning) or 'nothing'} does; make it with rescale_and_shift(baseline)"
+            f"expected an SAE of rescale_and_shift(baseline), got one in which {learning} learn"
         )
-    sae.zero_grad(set_to_none=True)
-    reconstruction = loss_of(sae, x, sparsity_coeff=0.0).loss.reconstruction
-    reconstruction.backward()
-    return reconstruction.detach()
+    return dense_step(sae, x, sparsity_coeff=0.0).loss.reconstruction

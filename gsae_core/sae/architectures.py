@@ -2,31 +2,21 @@
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from gsae_core.config import Recipe, SAESpec
+from gsae_core.config import Architecture, Aux, Recipe, SAESpec, Tie
 from gsae_core.errors import InputError
-from gsae_core.sae.base import (
-    SAE,
-    Aux,
-    Inputs,
-    Latents,
-    PerLatent,
-    SinglePathSAE,
-    check_choice,
-    objective,
-    transposed,
-)
+from gsae_core.sae.base import SAE, Inputs, Latents, PerLatent, SinglePathSAE, check_choice
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
 
-Tie = Literal["r_mag", "none", "untied"]
-
 
 class PreActivations(NamedTuple):
+    """What both paths of a Gated SAE compute, `(*batch, d_sae)` each."""
+
     pi_gate: Latents
     pi_mag: Latents
 
@@ -50,11 +40,23 @@ class GatedSAE(SAE):
             `unfrozen` is the paper's ablation (Fig. 8).
         detach_b_dec: keep the sparsity and auxiliary terms from moving `b_dec` through the centred
             input, as the text asks and the paper's pseudo-code does not do.
+        seed: of the directions that `W_dec` starts from.
+
+    Raises:
+        InputError: if a width is below 1, a choice is unknown, or `aux` does not go with `recipe`.
     """
 
-    architecture = "gated"
+    architecture: Architecture = "gated"
+    W_gate: nn.Parameter
+    """`(d_in, d_sae)`: directions of the gate; of the magnitude too, unless `tie` is `untied`."""
+    b_gate: nn.Parameter
+    """`(d_sae,)`."""
+    b_mag: nn.Parameter
+    """`(d_sae,)`."""
     r_mag: nn.Parameter | None
+    """`(d_sae,)`: log of the magnitude's scale; None unless `tie` is `r_mag`."""
     W_mag: nn.Parameter | None
+    """`(d_in, d_sae)`: the magnitude's own directions; None unless `tie` is `untied`."""
 
     def __init__(
         self,
@@ -67,15 +69,12 @@ class GatedSAE(SAE):
         detach_b_dec: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
+        super().__init__(d_in, d_sae, recipe=recipe, seed=seed, aux=aux)
         check_choice("tie", tie, get_args(Tie))
-        if aux is not None:
-            check_choice("aux", aux, get_args(Aux))
-        self.objective = objective("gated", recipe=recipe, aux=aux)
         self.aux: Aux = self.objective.aux
         self.tie: Tie = tie
         self.detach_b_dec = detach_b_dec
-        self.W_gate = nn.Parameter(transposed(self.W_dec))
+        self.W_gate = nn.Parameter(self.encoder_to_start_from())
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         # r_mag = 0 (or W_mag = W_gate) and equal biases: the start is exactly a ReLU SAE.
         self.r_mag = nn.Parameter(torch.zeros(d_sae)) if tie == "r_mag" else None
@@ -83,12 +82,12 @@ class GatedSAE(SAE):
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0` (Eq. 6)."""
+        """Return the latents `f >= 0` (Eq. 6); InputError if the last axis is not `d_in`."""
         pi_gate, pi_mag = self.pre_activations(x)
         return (pi_gate > 0) * torch.relu(pi_mag)
 
     def pre_activations(self, x: Inputs) -> PreActivations:
-        """Return pi_gate and pi_mag of `x`."""
+        """Return pi_gate and pi_mag of `x`; InputError if its last axis is not `d_in`."""
         self.check_width(x)
         xc = self.normalised(x).u - self.b_dec
         h = xc @ self.W_gate
@@ -104,6 +103,9 @@ class GatedSAE(SAE):
 
         theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, which leaves
         out the maximum). At theta = 0 the gate never binds: a plain ReLU latent.
+
+        Raises:
+            InputError: if the paths are untied.
         """
         if self.W_mag is not None:
             raise InputError(
@@ -114,6 +116,7 @@ class GatedSAE(SAE):
         return (self.b_mag - gain * self.b_gate).clamp(min=0)
 
     def extra_repr(self) -> str:
+        """Return the settings that `repr` shows."""
         return f"{super().extra_repr()}, tie={self.tie!r}, aux={self.aux!r}"
 
 
@@ -124,12 +127,19 @@ class ReluSAE(SinglePathSAE):
         x_hat = f @ W_dec + b_dec
 
     Bricken et al. 2023, as arXiv:2404.16014v2 writes it (Eq. 1-3).
+
+    Args:
+        recipe: `P` or `A`, see `base.RECIPES`.
+        seed: of the directions that `W_dec` starts from.
+
+    Raises:
+        InputError: if a width is below 1, or the recipe is another.
     """
 
-    architecture = "relu"
+    architecture: Architecture = "relu"
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0` (Eq. 3)."""
+        """Return the latents `f >= 0` (Eq. 3); InputError if the last axis is not `d_in`."""
         return torch.relu(self.pre_activations(x))
 
 
@@ -155,6 +165,9 @@ def fold_scale_(sae: SAE, scale: float) -> None:
     With y = s x, the encoder's products are (y - b_dec) @ W = s (x - b_dec / s) @ W. Dividing every
     bias and threshold by s therefore divides pre-activations, latents and x_hat by s and leaves
     each gate and the order of the latents as they are.
+
+    Raises:
+        InputError: if `scale` is not positive and finite, or the SAE normalises every token.
     """
     sae.check_trains()
     if not (math.isfinite(scale) and scale > 0):
@@ -170,6 +183,6 @@ def fold_scale_(sae: SAE, scale: float) -> None:
 BuiltinSAE = GatedSAE | ReluSAE | JumpReluSAE | TopKSAE
 
 
-def has_fast_step(sae: nn.Module) -> bool:
+def has_fast_step(sae: SAE) -> bool:
     """Return whether its step is written out for caches and kernels; untied paths are not."""
     return isinstance(sae, BuiltinSAE) and not (isinstance(sae, GatedSAE) and sae.tie == "untied")

@@ -2,15 +2,20 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from gsae_core.config import Architecture, Recipe
+from gsae_core.config import Architecture, Aux, Recipe, Site
 from gsae_core.errors import InputError
-from gsae_core.text import facts
+from gsae_core.files import PathOrText
+
+if TYPE_CHECKING:
+    import gsae_core
 
 # Shapes by name. "*batch" is any leading axes; rows are tokens.
 # Anything of these widths: inputs and reconstructions; latents and their pre-activations.
@@ -26,9 +31,6 @@ Mask = Bool[Tensor, " d_sae"]
 Scalar = Float[Tensor, ""]
 Count = Int64[Tensor, ""]
 
-L1Weight = Literal["none", "norm", "detached_norm"]
-Aux = Literal["frozen", "unfrozen", "off"]
-
 
 class Objective(NamedTuple):
     """The three choices a recipe stands for.
@@ -39,7 +41,7 @@ class Objective(NamedTuple):
 
     unit_norm: bool
     """Whether the optimiser holds rows of `W_dec` at norm one."""
-    l1_weight: L1Weight
+    l1_weight: Literal["none", "norm", "detached_norm"]
     """What multiplies each latent in the L1 term: 1, the norm of its direction, or that norm as a
     constant."""
     aux: Aux
@@ -53,40 +55,32 @@ RECIPES: dict[Recipe, Objective] = {
 }
 
 
+# JumpReLU and TopK SAEs have no L1 term that A and B could weigh. With the norm detached in the L1
+# term a ReLU SAE's latents shrink and its decoder norms grow without limit.
+_ALLOWED: dict[Architecture, str] = {"gated": "PAB", "relu": "PA", "jumprelu": "P", "topk": "P"}
+
+
 def objective(architecture: Architecture, *, recipe: Recipe, aux: Aux | None = None) -> Objective:
     """Return the recipe's objective, its auxiliary decoder replaced by `aux` unless that is None.
 
     Raises InputError for combinations in which norms can run away.
     """
-    if architecture == "relu" and recipe == "B":
+    if recipe not in (allowed := _ALLOWED[architecture]):
         raise InputError(
-            "expected recipe 'P' or 'A' for a ReLU SAE, got 'B': with the norm detached in the "
-            "L1 term, latents shrink and decoder norms grow without limit"
+            f"expected recipe {' or '.join(allowed)} for architecture {architecture}, got {recipe}:"
+            " any other lets its norms run away, or weighs an L1 term that it lacks"
         )
-    if architecture in ("jumprelu", "topk") and recipe != "P":
-        name = {"jumprelu": "JumpReLU", "topk": "TopK"}[architecture]
-        raise InputError(
-            f"expected recipe 'P' for a {name} SAE, got {recipe!r}: recipes A and B weigh an "
-            "L1 term, and this architecture has none"
-        )
+    usual = RECIPES[recipe]
     if architecture != "gated":
-        return RECIPES[recipe]._replace(aux="off")
-    chosen = RECIPES[recipe]._replace(aux=aux or RECIPES[recipe].aux)
-    if chosen.l1_weight == "norm" and chosen.aux == "frozen":
-        # The terms must agree on whether they move norms (an author's comment on the paper's forum
-        # post); SAELens PR #545 is this mixture, and its users report dead latents.
+        return usual._replace(aux="off")
+    if recipe != "P" and aux not in (None, usual.aux, "off"):
+        # Both terms or none may move norms (an author's comment on the paper's forum post); SAELens
+        # PR #545 is A with a frozen decoder, and its users report dead latents.
         raise InputError(
-            "expected recipe 'A' with aux 'unfrozen' or 'off', got 'frozen': the L1 term would "
-            "shrink decoder norms that the frozen auxiliary term cannot hold up, and latents die; "
-            "use recipe 'B', which freezes the norm in both terms"
+            f"expected recipe {recipe} with aux {usual.aux} or off, got {aux}: where only one of "
+            "the L1 and the auxiliary term moves decoder norms, they run away or latents die"
         )
-    if chosen.l1_weight == "detached_norm" and chosen.aux == "unfrozen":
-        raise InputError(
-            "expected recipe 'B' with aux 'frozen' or 'off', got 'unfrozen': the auxiliary term "
-            "would grow decoder norms whose cost the L1 term, with the norm detached, cannot feel; "
-            "use recipe 'A', which lets both terms move the norm"
-        )
-    return chosen
+    return usual._replace(aux=aux or usual.aux)
 
 
 InputNorm = Literal["layer_norm", "constant_norm_rescale"]
@@ -112,47 +106,136 @@ class Normalised(NamedTuple):
         return step if self.scale is None else step * self.scale
 
 
-def normalised(x: Inputs, kind: InputNorm | None) -> Normalised:
-    """Return `x` as an SAE with such inputs sees it; a vector of zeros stays one."""
-    match kind:
-        case None:
-            return Normalised(x)
-        case "layer_norm":
-            mean = x.mean(-1, keepdim=True)
-            centred = x - mean
-            scale = centred.std(-1, keepdim=True)
-            return Normalised(centred / (scale + EPS), scale, mean)
-        case "constant_norm_rescale":
-            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
-            return Normalised(x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale)
+Kind = TypeVar("Kind", bound="SAE")
 
 
 class SAE(nn.Module, ABC):
-    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width."""
+    """The half that architectures share: `x_hat = f @ W_dec + b_dec`, and checks of width.
+
+    Activations are in the units that the SAE was trained in; of a saved SAE those are the language
+    model's own, the training's scale being folded into the weights.
+    """
 
     architecture: Architecture
+    """As configs name it: `gated`, `relu`, `jumprelu` or `topk`."""
     objective: Objective
+    """What its recipe stands for."""
     recipe: Recipe
+    """`P`, `A` or `B`, see `RECIPES`."""
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents."""
     W_dec: nn.Parameter
+    """The dictionary `(d_sae, d_in)`: a direction for each latent."""
     b_dec: nn.Parameter
+    """`(d_in,)`: subtracted before encoding, added after decoding."""
     input_norm: InputNorm | None = None
     """How an SAE of another library normalises each token first; None for those trained here.
 
     Its equations then hold for `u` of `normalised(x)`. It takes and returns raw activations, and
     cannot be trained further."""
 
-    def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, *, recipe: Recipe, seed: int, aux: Aux | None = None
+    ) -> None:
         super().__init__()
         for name, width in (("d_in", d_in), ("d_sae", d_sae)):
             if width < 1:
                 raise InputError(f"expected {name} of at least 1, got {width}")
         check_choice("recipe", recipe, get_args(Recipe))
+        if aux is not None:
+            check_choice("aux", aux, get_args(Aux))
+        self.objective = objective(self.architecture, recipe=recipe, aux=aux)
         self.d_in, self.d_sae, self.recipe = d_in, d_sae, recipe
         # The paper does not state an initialisation; random unit directions with the encoder
         # transposed from them and zeros elsewhere are what its re-implementations agree on.
         directions = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    # Shorthands of the package's own functions, for which this room knows no others: what is
+    # imported is the package, which knows where they live.
+
+    @classmethod
+    def from_pretrained(cls: type[Kind], where: PathOrText) -> Kind:
+        """Return the SAE in a folder or file or at an address on the Hub, as `gsae_core.load_sae`.
+
+        InputError if it is none, or of another architecture than this class (`SAE` takes any).
+        """
+        import gsae_core
+
+        sae = gsae_core.load_sae(where)
+        if not isinstance(sae, cls):
+            there = type(sae).__name__
+            raise InputError(
+                f"expected a {cls.__name__} in {where}, found a {there}; load it with "
+                f"{there}.from_pretrained, or with gsae_core.load_sae, which takes any"
+            )
+        return sae
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        path: str = "",
+        private: bool = True,
+        branch: str | None = None,
+        model: str | None = None,
+        layer: int | None = None,
+        site: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Send this SAE to OWNER/NAME on the Hub and return its address; see `gsae_core.push_sae`.
+
+        `from_pretrained` of the address, OWNER/NAME:PATH@COMMIT, gives the same tensors.
+        """
+        import gsae_core
+
+        return gsae_core.push_sae(
+            self,
+            repo,
+            path=path,
+            private=private,
+            branch=branch,
+            model=model,
+            layer=layer,
+            site=site,
+            metadata=metadata,
+        )
+
+    def attach(
+        self,
+        model: Any,
+        layer: int,
+        site: Site,
+        *,
+        replace: bool = False,
+        steer: Sequence[Any] = (),
+        tokenizer: Any = None,
+        special_ids: Iterable[int] | None = None,
+    ) -> AbstractContextManager["gsae_core.Attached"]:
+        """Hook this SAE into a language model within a `with` block; see `gsae_core.attach`.
+
+        It shows features there and, with `replace` or `steer`, changes what the model reads.
+        """
+        import gsae_core
+
+        return gsae_core.attach(
+            self,
+            model,
+            layer,
+            site,
+            replace=replace,
+            steer=steer,
+            tokenizer=tokenizer,
+            special_ids=special_ids,
+        )
+
+    def encoder_to_start_from(self) -> Encoder:
+        """Return `W_dec` transposed, in memory of its own."""
+        # Where an axis is 1, .T.contiguous() would share memory with the dictionary.
+        return self.W_dec.detach().T.clone(memory_format=torch.contiguous_format)
 
     @abstractmethod
     def encode(self, x: Inputs) -> Latents:
@@ -162,6 +245,9 @@ class SAE(nn.Module, ABC):
         """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
 
         Of an SAE with `input_norm` this reconstructs u; `normalised(x).undo` turns it into x_hat.
+
+        Raises:
+            InputError: if the last axis of `f` is not `d_sae`.
         """
         if f.shape[-1] != self.d_sae:
             raise InputError(
@@ -171,26 +257,27 @@ class SAE(nn.Module, ABC):
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Inputs) -> Inputs:
-        """Return the reconstruction of `x`, in units of x."""
+        """Return the reconstruction of `x`, in units of x; InputError as `encode`."""
         return self.normalised(x).undo(self.decode(self.encode(x)))
 
     def normalised(self, x: Inputs) -> Normalised:
-        return normalised(x, self.input_norm)
+        """Return `x` as this SAE sees it; a vector of zeros stays one."""
+        match self.input_norm:
+            case None:
+                return Normalised(x)
+            case "layer_norm":
+                mean = x.mean(-1, keepdim=True)
+                centred = x - mean
+                scale = centred.std(-1, keepdim=True)
+                return Normalised(centred / (scale + EPS), scale, mean)
+            case "constant_norm_rescale":
+                scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+                return Normalised(x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale)
 
     def extra_repr(self) -> str:
+        """Return the settings that `repr` shows."""
         norm = "" if self.input_norm is None else f", input_norm={self.input_norm!r}"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, recipe={self.recipe!r}{norm}"
-
-    def _repr_html_(self) -> str:
-        return facts(
-            {
-                "SAE": self.architecture,
-                "features": f"{self.d_sae:,}",
-                "width of activations": f"{self.d_in:,}",
-                "recipe": self.recipe,
-                "settings": self.extra_repr(),
-            }
-        )
 
     def check_width(self, x: Float[Tensor, "*batch width"]) -> None:
         """Raise InputError if the last axis of `x` is not `d_in`."""
@@ -213,25 +300,24 @@ class SAE(nn.Module, ABC):
 class SinglePathSAE(SAE):
     """The half shared by those whose encoder is one path: z = (x - b_dec) @ W_enc + b_enc."""
 
+    W_enc: nn.Parameter
+    """`(d_in, d_sae)`."""
+    b_enc: nn.Parameter
+    """`(d_sae,)`."""
+
     def __init__(self, d_in: int, d_sae: int, *, recipe: Recipe = "P", seed: int = 0) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        self.objective = objective(self.architecture, recipe=recipe)
-        self.W_enc = nn.Parameter(transposed(self.W_dec))
+        self.W_enc = nn.Parameter(self.encoder_to_start_from())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def pre_activations(self, x: Inputs) -> Latents:
-        """Return z."""
+        """Return z, or raise InputError if the last axis of `x` is not `d_in`."""
         self.check_width(x)
         return (self.normalised(x).u - self.b_dec) @ self.W_enc + self.b_enc
 
 
-def transposed(W_dec: Dictionary) -> Encoder:
-    """Return a decoder transposed, in memory of its own: what its encoder starts from."""
-    # Where an axis is 1, .T.contiguous() would share memory with the dictionary.
-    return W_dec.detach().T.clone(memory_format=torch.contiguous_format)
-
-
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise InputError if `value` is none of the choices."""
     if value not in choices:
         raise InputError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
 

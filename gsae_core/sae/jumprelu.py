@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from gsae_core.config import Recipe
+from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.sae.base import Inputs, Latents, PerLatent, SinglePathSAE
 from gsae_core.sae.metrics import sum_dtype
@@ -40,9 +40,15 @@ class JumpReluSAE(SinglePathSAE):
     theta in which z moves theta) are multiples of `threshold_unit`, by which Adam's steps of theta
     are multiplied too. None lets training measure it, sqrt(E|x|^2) of the first batch, and counts
     as 1 until then. `P` is the only recipe: the penalty weighs no latent by anything.
+
+    Raises:
+        InputError: if a width is below 1, the recipe is another, or one of the three is not a
+            positive, finite number.
     """
 
-    architecture = "jumprelu"
+    architecture: Architecture = "jumprelu"
+    threshold: nn.Parameter
+    """theta, `(d_sae,)`, in units of x."""
 
     def __init__(
         self,
@@ -56,8 +62,9 @@ class JumpReluSAE(SinglePathSAE):
         seed: int = 0,
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
-        self.init_threshold, self.bandwidth = init_threshold, bandwidth
-        self.threshold_unit = threshold_unit
+        self.init_threshold: float = init_threshold
+        self.bandwidth: float = bandwidth
+        self.threshold_unit: float | None = threshold_unit
         for name, value in self.settings.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"expected a positive, finite {name}, got {value}")
@@ -96,10 +103,15 @@ class JumpReluSAE(SinglePathSAE):
             self.threshold.fill_(self.start)
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`; exactly at its threshold a latent does not fire."""
+        """Return the latents `f >= 0`; exactly at its threshold a latent does not fire.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
         return jump(self.pre_activations(x), self.threshold, self.eps)
 
     def extra_repr(self) -> str:
+        """Return the settings that `repr` shows."""
         return f"{super().extra_repr()}, bandwidth={self.eps:g}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JumpReluSAE":

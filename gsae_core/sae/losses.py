@@ -26,6 +26,7 @@ class LossParts(NamedTuple):
 
     @property
     def total(self) -> Scalar:
+        """The loss: the sum of the three."""
         return self.reconstruction + self.sparsity + self.auxiliary
 
 
@@ -139,7 +140,8 @@ def loss_of(sae: SAE, x: Inputs, *, sparsity_coeff: float, dead: Mask | None = N
     """Return the loss of this SAE's architecture and recipe; `x` is in the units it trains in.
 
     `sparsity_coeff` is lambda, against squared error summed over d_in; a TopK SAE has none. `dead`
-    are latents that have not fired for long, for a TopK SAE's auxiliary loss alone.
+    are latents that have not fired for long, for a TopK SAE's auxiliary loss alone. Terms are
+    summed over `d_in` or latents and averaged over tokens.
     """
     sae.check_trains()
     match sae:
@@ -171,6 +173,7 @@ def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = 
 
 
 def squared_error(x: Inputs, x_hat: Inputs) -> Scalar:
+    """Return |x - x_hat|^2, summed over `d_in` and averaged over tokens."""
     return (x - x_hat).square().sum(-1).mean()
 
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from gsae_core.errors import InputError
 from gsae_core.sae.base import Count, Counts, PerLatent, Rows, Scalar
 
 
@@ -141,11 +140,7 @@ class Metrics:
             return
         total = self.sums._asdict()
         for name, theirs in stats._asdict().items():
-            if (total[name] is None) != (theirs is None):
-                raise InputError(
-                    f"expected every batch to carry the same sums, got {name} in some only; "
-                    "use one Metrics for each SAE and gather the same sums for every batch"
-                )
+            assert (total[name] is None) == (theirs is None), name  # of one SAE, gathered alike
             total[name] = None if theirs is None else total[name] + theirs
         self.sums = BatchStats(**total)
 

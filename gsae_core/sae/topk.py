@@ -6,7 +6,7 @@ an auxiliary loss lets them explain what the others leave over (its appendix on 
 
 import torch
 
-from gsae_core.config import Recipe
+from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
 from gsae_core.sae.base import Inputs, Latents, SinglePathSAE
 
@@ -22,9 +22,13 @@ class TopKSAE(SinglePathSAE):
 
     `k_aux` dead latents take part in the auxiliary loss of each token, d_in / 2 by default. `P` is
     the only recipe: latents compete by size, so their directions have one length.
+
+    Raises:
+        InputError: if a width or `k_aux` is below 1, the recipe is another, or `k` is not from 1 to
+            `d_sae`.
     """
 
-    architecture = "topk"
+    architecture: Architecture = "topk"
 
     def __init__(
         self,
@@ -38,26 +42,29 @@ class TopKSAE(SinglePathSAE):
     ) -> None:
         super().__init__(d_in, d_sae, recipe=recipe, seed=seed)
         if not 1 <= k <= d_sae:
-            raise InputError(
-                f"expected k from 1 to d_sae={d_sae}, got {k}; k is how many latents a token may "
-                "use"
-            )
-        self.k, self.k_aux = k, max(d_in // 2, 1) if k_aux is None else k_aux
+            raise InputError(f"expected k, latents of a token, from 1 to d_sae={d_sae}, got {k}")
+        self.k: int = k
+        self.k_aux: int = max(d_in // 2, 1) if k_aux is None else k_aux
         if self.k_aux < 1:
             raise InputError(f"expected k_aux of at least 1, got {k_aux}")
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`; fewer than `k` where the k-th largest z is negative."""
+        """Return the latents `f >= 0`; fewer than `k` where the k-th largest z is negative.
+
+        Raises:
+            InputError: if the last axis of `x` is not `d_in`.
+        """
         return largest(self.pre_activations(x), k=self.k)
 
     def extra_repr(self) -> str:
+        """Return the settings that `repr` shows."""
         return f"{super().extra_repr()}, k={self.k}"
 
 
 def largest(z: Latents, *, k: int) -> Latents:
     """Return relu(z) on the k largest entries of each row, 0 elsewhere; gradients pass there alone.
 
-    Which of two equal entries is kept is torch.topk's choice; `largest_products`, which training
+    Which of two equal entries is kept is torch.topk's choice; `largest_codes`, which training
     and evaluation on a CPU use, keeps the lower one.
     """
     kept = z.topk(k, dim=-1, sorted=False)

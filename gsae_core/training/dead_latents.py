@@ -137,26 +137,32 @@ class DeadLatentCounter:
         self.since_open: Int32[Tensor, " d_sae"] = since[1]
 
     def count(self, stats: BatchStats) -> None:
+        """Count a step, by which latents fired and which gates opened in it."""
         self.since_fired.add_(1).masked_fill_(stats.fired > 0, 0)
         self.since_open.add_(1).masked_fill_(stats.opened > 0, 0)
 
     def restart(self, latents: Int64[Tensor, " resampled"]) -> None:
+        """Count these latents from 0 again, as if they had just fired."""
         self.since_fired[latents] = 0
         self.since_open[latents] = 0
 
     @property
     def mask(self) -> Mask:
+        """Which latents are dead."""
         return self.since_fired >= self._window
 
     @property
     def counts(self) -> DeadCounts:
+        """How many latents are dead, by what kept them from firing."""
         shut = self.since_open >= self._window
         return DeadCounts(gate=shut.sum(), magnitude=(self.mask & ~shut).sum())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of both counts on the CPU."""
         names = ("since_fired", "since_open")
         return {name: getattr(self, name).to("cpu", copy=True) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved counts."""
         self.since_fired.copy_(state["since_fired"])
         self.since_open.copy_(state["since_open"])

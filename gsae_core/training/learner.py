@@ -29,7 +29,7 @@ from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training.dead_latents import DeadCounts, DeadLatentCounter, resample_
 from gsae_core.training.optimizer import DictionaryAdam, lr_factor, sparsity_factor, threshold_lr
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Density of open gates from which a dense step is the faster one, by kind of device. Constants,
 # not timed while training: a run has the same bits on a faster machine and after a resume.
@@ -65,18 +65,22 @@ class SAEReport:
 
     @property
     def l0(self) -> float:
+        """Firing latents per token."""
         return Metrics(self.stats).l0
 
     @property
     def fvu(self) -> float:
+        """Residual sum of squares over total sum of squares about the batch's mean activation."""
         return Metrics(self.stats).fvu
 
     @property
     def gamma(self) -> float:
+        """E|x_hat|^2 / E[x . x_hat]; below 1 reconstructions are too short (Eq. 10 of v2)."""
         return Metrics(self.stats).gamma
 
     @property
     def gamma_gate(self) -> float:
+        """The same of x_hat_aux, which the gate path alone reconstructs."""
         return Metrics(self.stats).gamma_gate
 
     @property
@@ -138,7 +142,8 @@ class Learner:
     """
 
     def __init__(self, sae: SAE, cfg: TrainConfig, *, lr: float, sparsity: float) -> None:
-        self.sae, self._cfg, self._lr, self._sparsity = sae, cfg, lr, sparsity
+        self.sae: SAE = sae
+        self._cfg, self._lr, self._sparsity = cfg, lr, sparsity
         self._stepper = Stepper(sae, screened=cfg.screened)
         self._optimizer = DictionaryAdam(sae, beta1=cfg.beta1, beta2=cfg.beta2)
         self._dead = DeadLatentCounter(sae, window=cfg.schedule.revive_window)
@@ -261,7 +266,7 @@ class Learner:
 
     def check_state(self, state: dict[str, Any], index: int) -> None:
         """Raise InputError unless `state` is of an SAE with these parameters and shapes."""
-        if "log_threshold" in state["weights"] and isinstance(self.sae, JumpReluSAE):
+        if "log_threshold" in state["weights"]:
             raise InputError(
                 f"expected SAE {index} of the state to have learnt its thresholds, got one of an "
                 "earlier version, which learnt their logarithms and cannot go on here; start a new "
@@ -269,17 +274,13 @@ class Learner:
                 "--bandwidth 0.1, which are today's)"
             )
         ours, saved = (
-            {name: "x".join(map(str, p.shape)) for name, p in parameters}
+            ", ".join(sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in parameters))
             for parameters in (self.sae.named_parameters(), state["weights"].items())
         )
         if ours != saved:
-            expected, got = (
-                ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-                for shapes in (ours, saved)
-            )
             raise InputError(
-                f"expected SAE {index} of the state to have {expected}, got {got}; "
-                "build the trainer from the config of the run that saved it"
+                f"expected SAE {index} of the state to have {ours}, got {saved}; build the trainer "
+                "from the config of the run that saved it"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,8 +302,8 @@ class Stepper:
 
     def __init__(self, sae: SAE, *, screened: bool) -> None:
         device = sae.W_dec.device
-        self._sae, self._screened, self._warned = sae, screened, False
-        self._kernels = device.type == "cuda"
+        self._sae, self._screened = sae, screened
+        self._kernels = device.type == "cuda" and has_fast_step(sae)
         if self._kernels and (refusal := kernels.available(device, sae)) is not None:
             logger.warning("every step is a dense one: %s", refusal)
             self._kernels = False
@@ -318,37 +319,19 @@ class Stepper:
         if density is None and isinstance(sae, TopKSAE):
             density = sae.k / sae.d_sae  # known beforehand; no latent counts as dead that early
         if self._kernels and density is not None and density < CROSSOVER["cuda"]:
-            done = self._by_kernels(x, density, sparsity_coeff, dead)
-            if done is not None:
-                return done
+            assert isinstance(sae, BuiltinSAE)  # the kernels refuse others
+            # What does not fit is taken again by the dense way.
+            room = min(kernels.capacity_for(density * len(x) * sae.d_sae), kernels.MAX_CAPACITY)
+            try:
+                done = kernels.kernel_step(
+                    sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
+                )
+                return done._replace(capacity=room)
+            except kernels.LaunchError as error:
+                logger.warning("%s; every further step is a dense one", error)
+                self._kernels = False
         step = choose_step(sae, density, screened=self._screened)
         return step(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
-
-    def _by_kernels(
-        self, x: Rows, density: float, sparsity_coeff: float, dead: Mask | None
-    ) -> StepResult | None:
-        """Take the step on the GPU; return None, and log why, where that cannot be."""
-        assert isinstance(self._sae, BuiltinSAE)  # the kernels refuse others
-        room = kernels.capacity_for(density * len(x) * self._sae.d_sae)
-        if room > kernels.MAX_CAPACITY:
-            if not self._warned:
-                logger.warning(
-                    "expected room for at most %d open gates in a step, got a batch that needs %d; "
-                    "dense steps are taken for as long as so many are open",
-                    kernels.MAX_CAPACITY,
-                    room,
-                )
-            self._warned = True
-            return None
-        try:
-            done = kernels.kernel_step(
-                self._sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
-            )
-        except kernels.LaunchError as error:
-            logger.warning("%s; every further step is a dense one", error)
-            self._kernels = False
-            return None
-        return done._replace(capacity=room)
 
 
 def choose_step(sae: SAE, density: float | None, *, screened: bool) -> Callable[..., StepResult]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gsae_core.config import SAESpec, TrainRecipe
-from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.sparse.loops import compiled
@@ -197,19 +196,7 @@ class DictionaryAdam:
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over moments saved by `state_dict`; nothing has changed after an InputError."""
-        for name, moments in state.items():
-            if name not in self._named:
-                raise InputError(
-                    f"expected moments of {', '.join(self._named)}, got {name!r}; "
-                    "load the state into the architecture that saved it"
-                )
-            ours, saved = tuple(self._named[name].shape), tuple(moments["exp_avg"].shape)
-            if ours != saved:
-                raise InputError(
-                    f"expected moments of shape {ours} for {name}, got {saved}; "
-                    "load the state into an SAE of the widths that saved it"
-                )
+        """Take over moments that `state_dict` returned, of an SAE with the same parameters."""
         self._adam.state.clear()
         for name, moments in state.items():
             parameter = self._named[name]

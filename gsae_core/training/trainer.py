@@ -3,21 +3,19 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gsae_core.config import TrainConfig
+from gsae_core.config import TrainConfig, shortfalls
 from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE, Rows
-from gsae_core.schedule import shortfalls
 from gsae_core.threads import spread
 from gsae_core.training.dead_latents import is_resampling, joins_pool
 from gsae_core.training.learner import Learner, SAEReport
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class StepReport(NamedTuple):
@@ -41,6 +39,14 @@ class Trainer:
     Each learns in place, as it would alone: nothing passes between them. In `cfg`, `sparsity` and
     `lrs` hold one number for all, or one for each. `measure` is without effect: an earlier version
     timed its ways of computing a step.
+
+    Attributes:
+        steps_done: steps so far, over resumes.
+        seconds: wall-clock time spent inside them.
+
+    Raises:
+        InputError: if there are no SAEs, one comes twice, one normalises every token or they differ
+            in `d_in`; if `cfg` holds no whole batch, or neither one lambda nor one for each.
     """
 
     def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
@@ -67,18 +73,20 @@ class Trainer:
         lrs = _one_each("lrs", cfg.lrs or (cfg.lr,), n_saes=len(saes))
         sparsity = _one_each("sparsity", cfg.sparsity, n_saes=len(saes))
         self.cfg = cfg
-        self.steps_done = 0
-        self.seconds = 0.0  # spent inside steps, over resumes
+        self.steps_done: int = 0
+        self.seconds: float = 0.0  # spent inside steps, over resumes
         settings = zip(saes, lrs, sparsity, strict=True)
         self._learners = [Learner(sae, cfg, lr=lr, sparsity=coeff) for sae, lr, coeff in settings]
         self._pool: list[Tensor] = []
 
     @property
     def saes(self) -> tuple[SAE, ...]:
+        """The SAEs, in the order in which they were given."""
         return tuple(learner.sae for learner in self._learners)
 
     @property
     def finished(self) -> bool:
+        """Whether all steps are done, or every SAE has stopped."""
         return self.steps_done >= self.cfg.n_steps or all(self.stopped)
 
     @property
@@ -176,11 +184,10 @@ def train(
     """
     if trainer is None:
         trainer = Trainer(saes, cfg)
-    same = len(trainer.saes) == len(saes) and all(map(is_, trainer.saes, saes))
-    if not same or trainer.cfg != cfg:
+    if [*map(id, trainer.saes)] != [*map(id, saes)] or trainer.cfg != cfg:
         raise InputError(
-            f"expected a trainer made from the same SAEs and config, got one of other "
-            f"{'settings' if same else 'SAEs'}; make it with Trainer(saes, cfg)"
+            "expected a trainer made from these SAEs and this config, got one made from others; "
+            "make it with Trainer(saes, cfg)"
         )
     return _steps(trainer, iter(batches))
 
@@ -197,12 +204,12 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
         yield trainer.step(x)
 
 
-def _one_each(name: str, values: tuple[float, ...], *, n_saes: int) -> tuple[float, ...]:
+def _one_each(name: str, values: Sequence[float], *, n_saes: int) -> tuple[float, ...]:
     if len(values) == 1:
-        return values * n_saes
+        return tuple(values) * n_saes
     if len(values) != n_saes:
         raise InputError(
             f"expected {name} to hold one number, or one for each of {n_saes} SAEs, "
             f"got {len(values)}"
         )
-    return values
+    return tuple(values)

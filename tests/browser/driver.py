@@ -63,8 +63,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(runs: Path, *, port: int | None = None, patience: float = 90.0) -> Iterator[str]:
-    """Serve the app over a folder of runs; yield its address, and stop it in the end.
+def serving(
+    runs: Path, *, port: int | None = None, patience: float = 90.0, clone: Path = ROOT
+) -> Iterator[str]:
+    """Serve a clone's app over a folder of runs; yield its address, and stop it in the end.
 
     Raises:
         TimeoutError: if it does not answer in `patience` seconds.
@@ -75,13 +77,13 @@ def serving(runs: Path, *, port: int | None = None, patience: float = 90.0) -> I
         "-m",
         "streamlit",
         "run",
-        str(ROOT / "app.py"),
+        str(clone / "app.py"),
         "--server.port",
         str(port),
     ]
-    environment = {**os.environ, "GSAE_RUNS": str(runs)}
+    environment = {**os.environ, "GSAE_RUNS": str(runs), "PYTHONPATH": str(clone)}
     server = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=clone, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         address = f"http://localhost:{port}"

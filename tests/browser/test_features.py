@@ -78,7 +78,7 @@ def test_a_ticked_row_opens_its_feature_and_next_goes_on(page: Page, address: st
     feature(page, 5)
     page.get_by_role("button", name="Previous").click()
     feature(page, 4)
-    expect(page.get_by_text("2 000 of 16 384 features.")).to_be_visible()
+    expect(page.get_by_text("2,000 of 16,384 features.")).to_be_visible()
 
 
 def test_a_clicked_bar_lists_its_features(page: Page, address: str) -> None:
@@ -89,7 +89,7 @@ def test_a_clicked_bar_lists_its_features(page: Page, address: str) -> None:
     sizes = [b["height"] if (b := bars.nth(i).bounding_box()) else 0 for i in range(bars.count())]
     bars.nth(sizes.index(max(sizes))).click(force=True)
     page.wait_for_url(re.compile("dens="))
-    expect(page.get_by_text(re.compile(r"of 16 384 features"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"of 16,384 features"))).to_be_visible()
     expect(page.get_by_role("button", name="Filters (1)")).to_be_visible()
 
 

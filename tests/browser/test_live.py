@@ -90,7 +90,7 @@ def test_a_run_outlives_its_tab_and_its_server(
     pid, seen = long.status.pid, steps.inner_text()
     with serving(long.folder.parent, port=port):
         # The tab is not touched: it finds the new server by itself.
-        expect(page.get_by_text("training continued while the app restarted")).to_be_visible()
+        expect(page.get_by_text("Reconnected to long: training continues")).to_be_visible()
         expect(steps).not_to_have_text(seen)
         assert long.status.pid == pid
         page.goto("about:blank")

@@ -1,6 +1,6 @@
 """One pass of a language model and an SAE -> shards -> the feature index.
 
-    building/  plan.json  band.npy  shard-00000.safetensors ...
+    building/  plan.json  shard-00000.safetensors ...
 
 A shard holds what fires on about 2^16 tokens. It is whole or not there, and depends on the plan
 alone, so an interrupted build loses one shard and ends with the same bytes. Shards of another plan
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -46,7 +45,7 @@ from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
 from gsae_core.threads import over_rows
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SHARD_TOKENS = 2**16
 CALIBRATION_TOKENS = 2**12  # from which the bands of near misses are measured
@@ -198,7 +197,7 @@ def _read_shards(
     """Write the shards that are not there yet."""
     harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
-    collect = Collector(sae, _band(shards[0].path.parent, sae, parts, harvests, n_tokens=n_tokens))
+    collect = Collector(sae, _band(sae, parts, harvests, n_tokens=n_tokens))
     yield Progress("indexing", 0, n_tokens, "token")
     for shard in shards:
         if not _is_whole(shard.path):
@@ -208,12 +207,9 @@ def _read_shards(
 
 
 def _band(
-    building: Path, sae: SAE, parts: Sequence[Part], harvests: Sequence[Harvest], *, n_tokens: int
+    sae: SAE, parts: Sequence[Part], harvests: Sequence[Harvest], *, n_tokens: int
 ) -> Float[Tensor, " d_sae"]:
-    """Return the width of each latent's band of near misses, measured once a build."""
-    path, device = building / "band.npy", sae.W_dec.device
-    if path.is_file():
-        return torch.from_numpy(np.load(path)).to(device)
+    """Return the width of each latent's band of near misses: the same whenever a build goes on."""
     share = min(1.0, CALIBRATION_TOKENS / n_tokens)
     # From every part as many as it has a share in the whole.
     sample = [evenly(min(part.n, max(1, round(share * part.n))), part.n) for part in parts]
@@ -225,14 +221,7 @@ def _band(
     for harvest, which in zip(harvests, sample, strict=True):
         for _ in harvest.through(band.add, which):
             pass
-    array = band.width.float().cpu().numpy()
-
-    def write(to: Path) -> None:
-        with to.open("wb") as file:
-            np.save(file, array)
-
-    replace_durably(path, write, n_bytes=array.nbytes)
-    return torch.from_numpy(array).to(device)
+    return band.width.float()
 
 
 SUMMED = ("gate_open", "toward", "x_sum", "sums")

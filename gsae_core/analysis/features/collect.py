@@ -12,26 +12,20 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsae_core.analysis.features import loops as index_loops
 from gsae_core.analysis.features.files import NEAR_KEPT, unsigned
 from gsae_core.analysis.fidelity import decoded
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
-from gsae_core.sae.base import SAE, Encoder, PerLatent, Rows
+from gsae_core.sae.base import SAE, Encoder, PerEntry, PerLatent, Rows
 from gsae_core.sae.metrics import ERROR_POWER, N_ROW_SUMS, sum_dtype
 from gsae_core.sae.sparse import loops
-from gsae_core.sae.sparse.codes import (
-    Products,
-    SparseCodes,
-    codes_of,
-    gates,
-    numpy,
-    products_above,
-)
+from gsae_core.sae.sparse.codes import SparseCodes, codes_of, gates, numpy, products_above
 from gsae_core.threads import over_rows
 
 BAND_TOKENS = 2 * NEAR_KEPT  # that each latent's band holds on average
 # Most rows, and numbers, of pre-activations that exist at once where all are looked at.
 DENSE_ROWS, DENSE_ELEMENTS = 2**8, 2**22
+# Whose latents decide one by one; those of a TopK SAE do not.
+Thresholded = GatedSAE | ReluSAE | JumpReluSAE
 
 
 class Collected(NamedTuple):
@@ -61,43 +55,21 @@ class _Chosen(NamedTuple):
     gate_open: Int64[Tensor, " d_sae"] | None
 
 
-class Rules(NamedTuple):
-    """How each latent's product h with the encoder W decides.
-
-    A gate is open where h > opens; then f = gain h + bias, and the latent fires where f > least. A
-    latent that does not fire is near where its margin min(h - edge, 0) > band.
-    """
-
-    W: Encoder
-    opens: PerLatent
-    gain: PerLatent
-    bias: PerLatent
-    least: PerLatent
-    edge: PerLatent
-
-
 @torch.no_grad()
-def rules_of(sae: SAE) -> Rules:
-    """Return the rules of any SAE but a TopK one, whose latents do not decide one by one.
+def thresholds(sae: SAE) -> tuple[Encoder, PerLatent]:
+    """Return the encoder, and above what product h each latent fires: h less that is its margin.
 
     A Gated latent needs an open gate, h > -b_gate, and a magnitude above 0, exp(r_mag) h > -b_mag;
-    where the magnitude reads a direction of its own, the gate alone sets the edge.
+    where the magnitude reads a direction of its own, the gate alone counts.
     """
-    match sae:
-        case JumpReluSAE():
-            edge = sae.threshold - sae.b_enc
-            always, ones = torch.full_like(edge, -torch.inf), torch.ones_like(edge)
-            return Rules(sae.W_enc, always, ones, sae.b_enc, sae.threshold, edge)
-        case GatedSAE():
-            W, opens = gates(sae)
-            gain = torch.ones_like(opens) if sae.r_mag is None else sae.r_mag.exp()
-            edge = torch.maximum(opens, -sae.b_mag / gain) if sae.W_mag is None else opens
-            return Rules(W, opens, gain, sae.b_mag, torch.zeros_like(opens), edge)
-        case ReluSAE():
-            W, opens = gates(sae)
-            ones, zeros = torch.ones_like(opens), torch.zeros_like(opens)
-            return Rules(W, opens, ones, sae.b_enc, zeros, opens)
-    raise TypeError(f"no thresholds are known for {type(sae).__name__}")
+    assert isinstance(sae, Thresholded), f"no thresholds are known for {type(sae).__name__}"
+    W, opens = gates(sae)
+    if isinstance(sae, JumpReluSAE):
+        return W, sae.threshold - sae.b_enc
+    if isinstance(sae, ReluSAE) or sae.W_mag is not None:
+        return W, opens
+    gain = torch.ones_like(opens) if sae.r_mag is None else sae.r_mag.exp()
+    return W, torch.maximum(opens, -sae.b_mag / gain)
 
 
 class Collector:
@@ -106,17 +78,12 @@ class Collector:
     @torch.no_grad()
     def __init__(self, sae: SAE, band: PerLatent) -> None:
         self._sae, self._band = sae, band
-        if isinstance(sae, TopKSAE):
-            return
-        self._rules = rules = rules_of(sae)
-        if isinstance(sae, JumpReluSAE):
+        if isinstance(sae, Thresholded):
+            self._W, self._edge = thresholds(sae)
             _, self._bound = gates(sae, below=-band)
-        else:
-            # Every open gate counts, also one that opens onto no magnitude.
-            self._bound = torch.minimum(rules.edge + band, rules.opens)
-        self._untied = sae if isinstance(sae, GatedSAE) and sae.W_mag is not None else None
-        on_cpu = band.is_cpu and band.dtype in (torch.float32, torch.float64)
-        self._choose = self._compiled if on_cpu and self._untied is None else self._by_torch
+            if not isinstance(sae, JumpReluSAE):
+                # Every open gate counts, also one that opens onto no magnitude.
+                self._bound = torch.minimum(self._edge + band, self._bound)
 
     @torch.no_grad()
     def __call__(self, x: Rows) -> Collected:
@@ -124,9 +91,9 @@ class Collector:
         if isinstance(sae, TopKSAE):
             chosen = self._by_rank(sae, x)
         else:
-            xc = sae.normalised(x).u - sae.b_dec
-            chosen = self._choose(xc, products_above(xc, self._rules.W, self._bound))
-        codes, gate_open = chosen.active, chosen.gate_open if isinstance(sae, GatedSAE) else None
+            assert isinstance(sae, Thresholded)
+            chosen = self._by_threshold(sae, x)
+        codes, gate_open = chosen.active, chosen.gate_open
         toward, x_sum, sums = _errors(sae, x, codes)
         latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
         fired = np.bincount(latent, minlength=sae.d_sae)
@@ -144,37 +111,31 @@ class Collector:
             sums=np.array([len(x), *sums]),
         )
 
-    def _compiled(self, xc: Rows, found: Products) -> _Chosen:
-        ends, latent, h = numpy(found.row_offsets[1:]), numpy(found.latent), numpy(found.h)
-        counts, gate_open = np.empty(len(xc), np.int64), np.zeros(self._sae.d_sae, np.int64)
-        near = np.empty_like(latent), np.empty_like(latent), np.empty_like(h)
-        rules = tuple(numpy(rule) for rule in (*self._rules[1:], self._band))
-        n, n_near = index_loops.split(ends, latent, h, rules, counts, *near, gate_open)
-        kept = latent[:n], h[:n], *(each[:n_near] for each in near)
-        # Copied: a shard keeps what is returned, and most of the products are neither.
-        latent, f, *near = (torch.from_numpy(each.copy()) for each in kept)
-        offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
-        active = SparseCodes(offsets, latent, f, f)
-        return _Chosen(active, *near, gate_open=torch.from_numpy(gate_open))
+    def _by_threshold(self, sae: Thresholded, x: Rows) -> _Chosen:
+        xc = sae.normalised(x).u - sae.b_dec
+        found = products_above(xc, self._W, self._bound)
+        codes, latent = codes_of(sae, xc, found), found.latent
+        passed = fires = codes.magnitude > 0
+        gate_open = None
+        if isinstance(sae, GatedSAE):
+            is_open = codes.gate > 0
+            gate_open = torch.bincount(latent, weights=is_open.double(), minlength=sae.d_sae).long()
+            fires &= is_open
+            # An open gate has no margin where the magnitude has directions of its own.
+            passed = fires if sae.W_mag is None else is_open
+        margin = (found.h - self._edge.take(latent)).clamp_(max=0)
+        near = ~passed & (margin > self._band.take(latent))
 
-    def _by_torch(self, xc: Rows, found: Products) -> _Chosen:
-        """Do the same on any device, also where the magnitudes have directions of their own."""
-        h, latent = found.h, found.latent
-        opens, gain, bias, least, edge, band = (
-            each.take(latent) for each in (*self._rules[1:], self._band)
-        )
-        is_open = h > opens
-        f = gain * h + bias
-        if self._untied is not None:
-            f.masked_scatter_(is_open, codes_of(self._untied, xc, _only(found, is_open)).magnitude)
-        fires = is_open & (f > least)
-        margin = (h - edge).clamp_(max=0)
-        near = ~(fires if self._untied is None else is_open) & (margin > band)
-        rows = SparseCodes(found.row_offsets, latent, h, h).rows()
-        kept = _only(found, fires)
-        active = SparseCodes(kept.row_offsets, kept.latent, f[fires], f[fires])
-        gate_open = torch.bincount(latent[is_open], minlength=self._sae.d_sae)
-        return _Chosen(active, rows[near], latent[near], margin[near], gate_open)
+        def only(keep: Bool[Tensor, " nnz"], value: PerEntry) -> SparseCodes:
+            # Finding what is kept is half of all the time: once for each.
+            at = keep.nonzero()[:, 0]
+            kept = value.take(at)
+            offsets = torch.searchsorted(at, found.row_offsets)
+            return SparseCodes(offsets, latent.take(at), kept, kept)
+
+        missed = only(near, margin)
+        active = only(fires, codes.magnitude)
+        return _Chosen(active, missed.rows(), missed.latent, missed.magnitude, gate_open)
 
     def _by_rank(self, sae: TopKSAE, x: Rows) -> _Chosen:
         counts, parts = [], []
@@ -187,11 +148,6 @@ class Collector:
         latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
         offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
         return _Chosen(SparseCodes(offsets, latent, value, value), *near, gate_open=None)
-
-
-def _only(found: Products, keep: Bool[Tensor, " nnz"]) -> Products:
-    before = F.pad(keep.cumsum(0), (1, 0))
-    return Products(before.take(found.row_offsets), found.latent[keep], found.h[keep])
 
 
 def _topk(
@@ -220,7 +176,7 @@ def _errors(
         numpy, (codes.row_offsets, codes.latent, codes.magnitude, sae.W_dec, sae.b_dec, x)
     )
     error, toward = np.empty_like(rows), np.empty_like(f)
-    sums, x_sum = np.zeros((len(rows), N_ROW_SUMS)), np.zeros(rows.shape[1])
+    sums = np.zeros((len(rows), N_ROW_SUMS))
     none, scale = np.empty((0, 0), rows.dtype), rows.dtype.type(-1)
 
     def decode(first: int, last: int) -> None:
@@ -228,8 +184,7 @@ def _errors(
         loops.decode_rows(*given, error, none, toward, toward, sums)
 
     over_rows(len(rows), decode)
-    loops.sum_columns(rows, x_sum)
-    return toward, x_sum, sums[:, : ERROR_POWER + 1].sum(0)
+    return toward, rows.sum(0, dtype=float), sums[:, : ERROR_POWER + 1].sum(0)
 
 
 class NearBand:
@@ -243,7 +198,7 @@ class NearBand:
         rank = min(max(2, round(BAND_TOKENS * n_sample / n_tokens)), n_sample)
         self._sae, self._lock = sae, threading.Lock()
         self._best = sae.W_dec.detach().new_full((sae.d_sae, rank), -torch.inf)
-        self.width = self._best[:, 0].clone()
+        self.width: Tensor = self._best[:, 0].clone()
 
     @torch.no_grad()
     def add(self, x: Rows) -> None:
@@ -253,13 +208,9 @@ class NearBand:
             margin, fires = margins(self._sae, rows)
             margin = margin.masked_fill_(fires, -torch.inf)
             with self._lock:
-                if self.width.is_cpu and self.width.dtype != torch.bfloat16:
-                    arrays = (margin, self._best, self.width)
-                    index_loops.keep_largest(*(each.numpy() for each in arrays))
-                else:
-                    both = torch.cat([self._best, margin.T], dim=1)
-                    self._best = both.topk(self._best.shape[1], dim=1, sorted=True).values
-                    self.width = self._best[:, -1].contiguous()
+                both = torch.cat([self._best, margin.T], dim=1)
+                self._best = both.topk(self._best.shape[1], dim=1, sorted=True).values
+                self.width = self._best[:, -1].contiguous()
 
 
 @torch.no_grad()
@@ -267,6 +218,6 @@ def margins(sae: SAE, x: Rows) -> tuple[Float[Tensor, "rows d_sae"], Bool[Tensor
     """Return every margin of a batch, and where latents fire: dense, for few rows."""
     if isinstance(sae, TopKSAE):
         return _topk(sae, x)[1:]
-    rules = rules_of(sae)
-    margin = (sae.normalised(x).u - sae.b_dec) @ rules.W - rules.edge
+    W, edge = thresholds(sae)
+    margin = (sae.normalised(x).u - sae.b_dec) @ W - edge
     return margin, margin > 0

@@ -92,23 +92,18 @@ def card(feature: "Feature", *, k: int = 10) -> str:
     """Return a feature's numbers, histogram, logit effects and top examples as HTML."""
     label = feature.index.labels.of(feature.number).get("label")
     top = [] if feature.is_dead else [("Top", feature.top(k))]
-    shown = _html(facts(_numbers(feature)))
+    shown = facts(_numbers(feature))
     return str(macros(TEMPLATE).card(feature, label, shown, _drawn(feature, top)))
 
 
 def page(features: Sequence["Feature"], *, k: int = 20) -> str:
-    """Return features as one HTML document that needs nothing from elsewhere."""
-    title, provenance = "No features", ""
-    if features:
-        made = features[0].index.manifest
-        title = f"Features of {made.sae}"
-        provenance = facts(
-            {
-                "SAE": f"{made.sae} ({made.architecture}, {made.d_sae:,} features)",
-                "place": f"{made.site} of layer {made.layer} of {made.model}",
-                "tokens": made.amount(f" of {made.text}"),
-            }
-        )
+    """Return features of one index as an HTML document that needs nothing from elsewhere."""
+    made = features[0].index.manifest
+    provenance = {
+        "SAE": f"{made.sae} ({made.architecture}, {made.d_sae:,} features)",
+        "place": f"{made.site} of layer {made.layer} of {made.model}",
+        "tokens": made.amount(f" of {made.text}"),
+    }
     body = []
     for feature in features:
         lists: list[tuple[str, Sequence[Example]]] = []
@@ -122,8 +117,8 @@ def page(features: Sequence["Feature"], *, k: int = 20) -> str:
                 ("Near threshold", feature.near_threshold(k)),
                 ("Just missed", feature.just_missed(k)),
             ]
-        body.append((_html(card(feature, k=k)), _drawn(feature, lists)))
-    return str(macros(TEMPLATE).page(title, _html(provenance), body))
+        body.append((card(feature, k=k), _drawn(feature, lists)))
+    return str(macros(TEMPLATE).page(f"Features of {made.sae}", facts(provenance), body))
 
 
 def _drawn(
@@ -132,13 +127,6 @@ def _drawn(
     """Return lists of examples as strips on one colour scale."""
     top = 0.0 if feature.is_dead else float(feature.values[0])
     return [(title, strips([*map(example_row, found)], top=top)) for title, found in lists]
-
-
-def _html(markup: str) -> Any:
-    """Return HTML of ours, which a template leaves as it is."""
-    from markupsafe import Markup
-
-    return Markup(markup)
 
 
 def _numbers(feature: "Feature") -> dict[str, str]:
@@ -186,7 +174,7 @@ def neuronpedia_batch(
     """Return features of one index as the importer's `batch-0.json`; names as Neuronpedia's."""
     return {
         "model_id": model_id,
-        "layer": features[0].index.manifest.layer if features else 0,
+        "layer": features[0].index.manifest.layer,
         "sae_set": sae_set,
         "features": [_neuronpedia(feature) for feature in features],
     }

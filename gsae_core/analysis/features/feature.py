@@ -109,7 +109,8 @@ class Feature:
     """One feature of an index; lists of examples take the `Context` around each token."""
 
     def __init__(self, index: "FeatureIndex", number: int) -> None:
-        self.index, self.number = index, number
+        self.index: FeatureIndex = index
+        self.number: int = number
         self._own, self._near = (
             slice(*index.array(name)[number : number + 2].tolist())
             for name in ("offsets", "near_offsets")
@@ -331,7 +332,13 @@ class Feature:
         """
         import pandas as pd
 
-        _check_comparable(self.index, other)
+        a, b = self.index.manifest, other.manifest
+        if (a.d_in, a.tokens_sha256) != (b.d_in, b.tokens_sha256):
+            raise InputError(
+                f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for "
+                f"{a.sae}, of width {a.d_in}, and {b.n_tokens} of {b.text} for {b.sae}, of width "
+                f"{b.d_in}; build one again with the other's --tokens and --split"
+            )
         cosine, both = self.index.cosines([self.number], other)[:, 0], self.fired_with(other)
         fired = np.diff(other.array("offsets"))
         f1 = 2 * both / np.maximum(fired + len(self.positions), 1)
@@ -411,19 +418,3 @@ def window(
     first = 0 if before is None else max(0, position - before)
     last = n_ctx if after is None else min(n_ctx, position + after + 1)
     return sequence, first, last
-
-
-def _check_comparable(one: "FeatureIndex", other: "FeatureIndex") -> None:
-    """Raise InputError unless two indices are of SAEs of one width, over the same tokens."""
-    a, b = one.manifest, other.manifest
-    if a.d_in != b.d_in:
-        raise InputError(
-            f"expected two SAEs of one place in one model, got widths {a.d_in} ({a.sae}) and "
-            f"{b.d_in} ({b.sae})"
-        )
-    if a.tokens_sha256 != b.tokens_sha256:
-        raise InputError(
-            f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for {a.sae} "
-            f"and {b.n_tokens} of {b.text} for {b.sae}; build one again with the other's --tokens "
-            "and --split"
-        )

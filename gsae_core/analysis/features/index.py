@@ -13,7 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from gsae_core.analysis.features.feature import Feature
-from gsae_core.analysis.features.files import ARRAYS, TABLE, VOCABULARY, load_array, read_manifest
+from gsae_core.analysis.features.files import (
+    ARRAYS,
+    TABLE,
+    VOCABULARY,
+    Manifest,
+    load_array,
+    read_manifest,
+)
 from gsae_core.analysis.features.filter import Range, within
 from gsae_core.analysis.labels import Labels
 from gsae_core.errors import InputError
@@ -26,12 +33,22 @@ MOST_TOKENS = 2**13  # that a query by token or text looks at
 
 
 class FeatureIndex:
-    """An index in a folder, as it was when it was opened; its `labels` alone grow."""
+    """An index in a folder, as it was when it was opened; its `labels` alone grow.
+
+    `index[number]` is a `Feature`; `gsae_core.open_index` opens one.
+
+    Attributes:
+        manifest: what it was made from: the SAE, its weights' hash, the model, the text.
+        n_features: latents of the SAE, dead ones included.
+        n_tokens: counted tokens that were read.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self.n_features, self.n_tokens = self.manifest.d_sae, self.manifest.n_tokens
-        self.labels = Labels(folder)
+        self.folder: Path = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.n_features: int = self.manifest.d_sae
+        self.n_tokens: int = self.manifest.n_tokens
+        self.labels: Labels = Labels(folder)
         self._data = data = folder / self.manifest.data
         # All are opened at once: a build that replaces this one may delete them later.
         self._arrays = {name: load_array(data, name) for name in ARRAYS}

@@ -57,11 +57,6 @@ def logit_map(
 ) -> LogitMap:
     """Return the map of a site, its derivative averaged over all positions of `ids`."""
     model.check(layer, site)
-    if model._bridge is not None:
-        raise InputError(
-            "expected a Hugging Face model for logit effects, got a TransformerBridge; load the "
-            "model by its name or folder"
-        )
     hf = model.hf
     norm = _plain(final_norm(hf))
     last = _activations(model, ids, layer=model.n_layers - 1, site="resid_post")

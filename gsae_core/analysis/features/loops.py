@@ -5,85 +5,9 @@ that threads may share the work; (d_sae + 1,) `offsets` say where each feature's
 `token` and `value` (nnz,), the strongest first.
 """
 
-from functools import partial
-
 import numpy as np
 
 from gsae_core.sae.sparse.loops import BLOCK, compiled
-
-
-# Every rounding where it is written, as torch rounds.
-@partial(compiled, fastmath=False)
-def split(ends, latent, h, rules, counts, near_row, near_latent, near_margin, gate_open):
-    """Split found products into what fires and what nearly does; return how many of each.
-
-    Args:
-        ends: (rows,), the end of each row's products.
-        latent, h: the products; what fires is written over them, f in place of h.
-        rules: the vectors of `collect.Rules`, and the band.
-        counts: (rows,), becomes how many fire.
-        near_row, near_latent, near_margin: room for as many as there are products.
-        gate_open: (d_sae,), added to.
-    """
-    opens, gain, bias, least, edge, band = rules
-    n, n_near, start, zero = 0, 0, 0, h.dtype.type(0)
-    for t in range(ends.shape[0]):
-        before = n
-        for e in range(start, ends[t]):
-            i, product = latent[e], h[e]
-            if product > opens[i]:
-                gate_open[i] += 1
-                f = product * gain[i] + bias[i]
-                if f > least[i]:
-                    latent[n], h[n] = i, f
-                    n += 1
-                    continue
-            margin = min(product - edge[i], zero)
-            if margin > band[i]:
-                near_row[n_near], near_latent[n_near] = t, i
-                near_margin[n_near] = margin
-                n_near += 1
-        counts[t] = n - before
-        start = ends[t]
-    return n, n_near
-
-
-@compiled
-def keep_largest(margin, heaps, floor):
-    """Keep the largest of each column of `margin` (rows, d_sae) in its heap (d_sae, rank).
-
-    The smallest of a heap is its first, and in `floor`; both are -inf before the first call.
-    """
-    d_sae, rank = heaps.shape
-    for t in range(margin.shape[0]):
-        row = margin[t]
-        for start in range(0, d_sae, BLOCK):
-            hits, stop = 0, min(start + BLOCK, d_sae)
-            for j in range(start, stop):
-                hits += row[j] > floor[j]
-            if not hits:
-                continue
-            for j in range(start, stop):
-                if row[j] > floor[j]:
-                    _sink(heaps[j], row[j], rank)
-                    floor[j] = heaps[j, 0]
-
-
-@compiled
-def _sink(heap, value, rank):
-    """Put a value in the place of a heap's smallest."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= rank:
-            break
-        if child + 1 < rank and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= value:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
 
 
 @compiled

@@ -41,7 +41,7 @@ def detect(path: Path | str) -> FoundSAE:
         names = ", ".join(sae.name for sae in found[:8])
         raise InputError(
             f"expected one SAE in {path}, found {len(found)} ({names}{', ...' * (len(found) > 8)});"
-            " give the folder of one, or its name"
+            " give the folder of one"
         )
     return found[0]
 
@@ -54,36 +54,25 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
     to do harm.
     """
     path = Path(path)
-    if path.is_file():
-        held = contents_of(path)
-        if held is None and not is_bare_pickle(path):
-            raise InputError(
-                f"expected a safetensors, npz or torch file, found something else in {path}; if it "
-                "is a config, give the folder that holds it and its weights"
-            )
-        sae = None if held is None else _recognised(path, held, path.parent)
-        if sae is None:
-            raise _unknown(path, held)
-        return [sae]
-    if not path.is_dir():
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"expected a folder or file with an SAE, found nothing at {path}")
+    root, files = (path, _files(path)) if path.is_dir() else (path.parent, [path])
     found, others, taken = [], [], Counter[str]()
-    for file in _files(path):
+    for file in files:
         held = contents_of(file)
-        sae = None if held is None else _recognised(file, held, path)
+        sae = None if held is None else _recognised(file, held, root)
         if sae is not None:
             n = taken[sae.name] = taken[sae.name] + 1
             found.append(sae if n == 1 else replace(sae, name=f"{sae.name[:60]}-{n}"))
-        elif held is not None or (
-            file.suffix in (".pt", ".pth", ".bin", ".ckpt") and is_bare_pickle(file)
-        ):
+        elif held is not None or is_bare_pickle(file):
             others.append((file, held))
     if found:
         return found
     if not others:
+        came = "none" if path.is_dir() else f"{path.stat().st_size} bytes of something else"
         raise InputError(
-            f"expected safetensors, npz or torch files in {path}, found none; give the folder that "
-            "holds an SAE"
+            f"expected safetensors, npz or torch files in {path}, found {came}; give the folder "
+            "that holds an SAE, its weights and its config, or copy damaged weights again"
         )
     raise _unknown(*others[0])
 
@@ -114,14 +103,10 @@ def _unknown(path: Path, held: Contents | None) -> InputError:
             f"{path}, which could hold any program; save it again with torch.save, or as "
             "safetensors"
         )
-    names = [name[:60] for name in held.shapes]
-
-    def likeness(signature: Signature) -> float:
-        return len(signature.required & {*names}) / len(signature.required | {*names})
-
-    near = max(SIGNATURES, key=likeness)
-    listed = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
-    missing = ", ".join(sorted(near.required - {*names}))
+    names = held.shapes.keys()
+    near = max(SIGNATURES, key=lambda s: len(s.required & names) / len(s.required | names))
+    listed = ", ".join(name[:60] for name in list(names)[:12]) + ", ..." * (len(names) > 12)
+    missing = ", ".join(sorted(near.required - names))
     return InputError(
         f"expected an SAE of a known format, found tensors {listed or 'none'} in {path}; nearest "
         f"is {FORMATS[near.format]} {near.architecture}, which would need "

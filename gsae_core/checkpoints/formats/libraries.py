@@ -4,7 +4,7 @@ Nothing here imports torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -240,40 +240,61 @@ _MODULES: dict[str, Site] = {
     ".self_attn.o_proj.input": "attn_z",
     ".post_feedforward_layernorm.output": "mlp_out",
 }
+# What dictionary_learning's demo, and the suites trained with it, call a submodule.
 _SUBMODULES: dict[str, Site] = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 _SUBMODULES |= dict(zip(SITES, SITES, strict=True))
-_GEMMA_3: dict[str, Site] = {"resid_post": "resid_post", "attn_out": "attn_z", "mlp_out": "mlp_out"}
-_GEMMA_2: dict[str, Site] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
+# Names of folders and repositories of both Gemma Scopes.
+_GEMMA: dict[str, Site] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
+
+_MODEL_KEYS = ("model_name", "lm_name")
+_HOOK_KEYS = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "submodule_name")
 
 
 def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPoint:
-    """Return the hook that an SAE's config and path tell of."""
+    """Return the hook that an SAE's config tells of, and of some libraries its path."""
+    fields = config | mapping(config, "metadata") | mapping(config, "trainer")
+    model, hook = _first_text(fields, _MODEL_KEYS), _first_text(fields, _HOOK_KEYS)
+    layer, site = fields.get("layer"), None
     path = weights.absolute().as_posix()
     match format_:
-        case "gsae_core" | "sae_lens" | "sae_lens_legacy":
-            return _transformer_lens(config | mapping(config, "metadata"))
-        case "dictionary_learning":
-            return _dictionary_learning(mapping(config, "trainer"))
         case "sparsify":
-            return _module(weights.parent.name, model=None)
-        case "gemma_scope":
-            return _gemma_scope(path)
-        case "gemma_scope_2":
-            return _gemma_scope_2(config, path)
-        case "batch_topk":
-            return _transformer_lens(config | {"hook_name": config.get("hook_point")})
-        case "llama_scope":
-            model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in path else None
-            hook = config.get("hook_point_in")
-            return _transformer_lens({"model_name": model, "hook_name": hook})
-        case _:
-            return HookPoint()
+            hook = text_of(weights.parent.name)
+        case "llama_scope" if "Llama3_1-8B" in path:
+            model = "meta-llama/Llama-3.1-8B"
+        case "gemma_scope" | "gemma_scope_2":
+            # `gemma-scope-2b-pt-res/layer_20/...`; a Hub cache writes the repository's / as --.
+            if release := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path):
+                model = f"gemma-2-{release[1]}{'-it' * (release[2] == 'it')}"
+                site = _GEMMA[release[3]]
+            elif place := re.search(r"(res|mlp|att)(id_post|_out|n_out)", path):
+                site = _GEMMA[place[1]]
+            model = model if model is None or "/" in model else f"google/{model}"
+            stated = re.search(r"layer_(\d{1,4})", path)
+            layer = int(stated[1]) if stated else None
+    if hook is not None:
+        told = layer_and_site(hook.replace("{layer}", str(fields.get("hook_point_layer"))))
+        layer, site = layer if told[0] is None else told[0], told[1]
+        if fields.get("hook_head_index", fields.get("hook_point_head_index")) is not None:
+            site = None  # One head of many: no site of ours is that narrow.
+    known = isinstance(layer, int) and layer >= 0
+    return HookPoint(model, layer if known else None, site, hook)
 
 
 def layer_and_site(hook: str) -> tuple[int | None, Site | None]:
-    """Return layer and site of a TransformerLens hook name, where ours has them."""
-    found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", hook)
-    return (int(found[1]), _HOOKS.get(found[2])) if found else (None, None)
+    """Return layer and site of a TransformerLens hook, a module, or e.g. `resid_post_layer_8`."""
+    for pattern, sites in (
+        (r"blocks\.(?P<layer>\d{1,4})\.(?P<site>.+)", _HOOKS),
+        (r"(.*?\.)?(layers|h)[._](?P<layer>\d{1,4})(?P<site>.*)", _MODULES),
+        # Its own words alone: a folder called 1024 or run_8 tells of no layer.
+        (rf"(?P<site>{'|'.join(_SUBMODULES)})(_layer)?_?(?P<layer>\d{{1,4}})?", _SUBMODULES),
+    ):
+        if found := re.fullmatch(pattern, hook):
+            return int(found["layer"]) if found["layer"] else None, sites.get(found["site"])
+    return None, None
+
+
+def _first_text(fields: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    return next(filter(None, (text_of(fields.get(key)) for key in keys)), None)
 
 
 def mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -300,62 +321,6 @@ def widths(
 def text_of(value: object) -> str | None:
     """Return text of a file, cut to 200 characters; None for anything else and for none."""
     return value[:200] if isinstance(value, str) and value else None
-
-
-def _transformer_lens(fields: dict[str, Any]) -> HookPoint:
-    hook = text_of(fields.get("hook_name")) or text_of(fields.get("hook_point"))
-    model = text_of(fields.get("model_name"))
-    if hook is None:
-        return HookPoint(model=model)
-    layer, site = layer_and_site(hook.replace("{layer}", str(fields.get("hook_point_layer"))))
-    # One head of many: no site of ours is that narrow.
-    head = fields.get("hook_head_index", fields.get("hook_point_head_index"))
-    return HookPoint(model, layer, site if head is None else None, hook)
-
-
-def _dictionary_learning(trainer: dict[str, Any]) -> HookPoint:
-    hook, layer = text_of(trainer.get("submodule_name")), trainer.get("layer")
-    # The demo, and the suites trained with it, write e.g. resid_post_layer_8.
-    ending = "" if layer is None else rf"(_layer)?_?{re.escape(str(layer))}$"
-    return HookPoint(
-        model=text_of(trainer.get("lm_name")),
-        layer=layer if isinstance(layer, int) and layer >= 0 else None,
-        site=_SUBMODULES.get(re.sub(ending, "", hook or "")),
-        hook_name=hook,
-    )
-
-
-def _module(name: str, *, model: str | None) -> HookPoint:
-    found = re.search(r"(?:^|\.)(?:layers|h)[._](\d{1,4})(.*)$", name)
-    if found is None:
-        return HookPoint(model=model, hook_name=text_of(name))
-    return HookPoint(model, int(found[1]), _MODULES.get(found[2]), name)
-
-
-def _layer_in(path: str) -> int | None:
-    found = re.search(r"layer_(\d{1,4})", path)
-    return int(found[1]) if found else None
-
-
-def _gemma_scope(path: str) -> HookPoint:
-    """Read `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71/params.npz`."""
-    # A Hub cache writes the repository's / as --.
-    release = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path)
-    if release is None:
-        return HookPoint(layer=_layer_in(path))
-    tuned = "-it" if release[2] == "it" else ""
-    return HookPoint(f"google/gemma-2-{release[1]}{tuned}", _layer_in(path), _GEMMA_2[release[3]])
-
-
-def _gemma_scope_2(config: dict[str, Any], path: str) -> HookPoint:
-    model = text_of(config.get("model_name"))
-    if model is not None and "/" not in model:
-        model = f"google/{model}"
-    hook = text_of(config.get("hf_hook_point_in"))
-    if hook is not None:
-        return _module(hook.removeprefix("model."), model=model)
-    sites: list[Site | None] = [site for part, site in _GEMMA_3.items() if part in path]
-    return HookPoint(model, _layer_in(path), [*sites, None][0])
 
 
 # TransformerLens and older configs leave the owner out.

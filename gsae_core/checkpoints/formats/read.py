@@ -1,35 +1,20 @@
 """Files -> an SAE of ours that computes the same, and a record of how that was known.
 
-A function a library says what its file means; `build` turns that into our numbers:
-
-    input centred or not        x @ W + b = (x - b_dec) @ W + (b + b_dec @ W)
-    input scaled by s or not    f(s x) with W s, and x_hat / s with W_dec / s and b_dec / s
-    input whitened or not       f((x - m) M) with M @ W, and x_hat M^-1 + m likewise
-    latents scaled on the way   (c f) @ W_dec = f @ (c W_dec)
-
-A file whose library normalises token by token stays so: no other numbers would do the same.
+A function a library says what its file means; `build` turns that into our numbers.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from gsae_core.checkpoints.checkpoint import (
-    empty_sae,
-    fill_,
-    load_sae,
-    recipe_of,
-    shift_input_,
-    take_norms_into_encoder_,
-)
+from gsae_core.checkpoints.formats.build import Config, Tensors, Weights, build
 from gsae_core.checkpoints.formats.containers import contents_of, load_values, read_object
-from gsae_core.checkpoints.formats.detect import config_of, detect, find_saes
+from gsae_core.checkpoints.formats.detect import config_of, detect
 from gsae_core.checkpoints.formats.libraries import (
     SIGNATURES,
     Format,
@@ -37,15 +22,11 @@ from gsae_core.checkpoints.formats.libraries import (
     Provenance,
     mapping,
 )
+from gsae_core.checkpoints.hub import local
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.files import sha256
-from gsae_core.sae.architectures import GatedSAE, TopKSAE
 from gsae_core.sae.base import SAE, InputNorm
-from gsae_core.sae.jumprelu import JumpReluSAE
-
-Tensors = dict[str, Tensor]
-Config = dict[str, Any]
 
 
 class Foreign(NamedTuple):
@@ -55,18 +36,20 @@ class Foreign(NamedTuple):
     source: Provenance
 
 
-def read_sae(path: Path | str, *, name: str | None = None) -> Foreign:
-    """Return the SAE in a file or folder, written by any of the libraries known here.
+def read_sae(path: Path | str) -> Foreign:
+    """Return the one SAE in a file or folder, or at an address on the Hub, and where it came from.
 
-    `name` is a `FoundSAE.name`, where there are several. InputError if none can be read exactly.
+    On the CPU in float32, written by any of the libraries known here. `source.assumed` says what
+    the files did not say, and every conversion.
+
+    Args:
+        path: a folder or file; text under which none lies is an address, `OWNER/NAME:PATH@REVISION`
+            (`hub.local`).
+
+    Raises:
+        InputError: if none can be read exactly, or there are several.
     """
-    if name is None:
-        return read_found(detect(path))
-    found = {sae.name: sae for sae in find_saes(path)}
-    if name not in found:
-        names = ", ".join(list(found)[:8])
-        raise InputError(f"expected one of the SAEs in {path} ({names}), got {name!r}")
-    return read_found(found[name])
+    return read_found(detect(local(path)))
 
 
 def read_found(found: FoundSAE) -> Foreign:
@@ -75,34 +58,60 @@ def read_found(found: FoundSAE) -> Foreign:
     InputError if its files contradict each other, or it computes what no SAE here does.
     """
     config = config_of(found)
+    digests = tuple((file.name, sha256(file)) for file in found.files)
     if found.format == "gsae_core":
-        sae, assumed = load_sae(found.weights.parent), []
-        sparsity, l0 = number(mapping(config, "metadata"), "sparsity"), None
-    else:
-        tensors, values = _tensors_and_values(found)
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        with torch.no_grad():
-            tensors = _in_our_names(as_float32(tensors, found.weights))
-            weights = READERS[found.format](found, tensors, config | values)
-            sae = build(weights, found.weights)
-        sparsity, l0 = weights.sparsity if weights.k is None else float(weights.k), weights.l0
-        assumed = [*weights.assumed, *_about_numbers(dtypes, sae)]
+        _check_ours(found, config, digest=digests[0][1])
+    tensors, values = _tensors_and_values(found)
+    config |= values
+    _refuse_transcoder(found, tensors, config)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    with torch.no_grad():
+        tensors = _in_our_names(as_float32(tensors, found.weights))
+        shape = list(tensors["W_dec"].shape)
+        if len(shape) != 2 or 0 in shape:
+            raise InputError(
+                f"expected a decoder with an axis of latents and one of activations in "
+                f"{found.weights}, found shape {shape}"
+            )
+        weights = READERS[found.format](found, tensors, config)
+        _take_scaling_factor_(weights, tensors.get("scaling_factor"), found, config)
+        sae = build(weights, found.weights)
     source = Provenance(
         format=found.format,
         library=found.library,
         architecture=found.architecture,
         place=found.place,
-        files=tuple((file.name, sha256(file)) for file in found.files),
-        assumed=tuple(assumed),
-        sparsity=sparsity,
-        l0=l0,
+        files=digests,
+        assumed=(*weights.assumed, *_about_precision(dtypes)),
+        sparsity=weights.sparsity if weights.k is None else float(weights.k),
+        l0=weights.l0,
     )
     return Foreign(sae, source)
 
 
+def _check_ours(found: FoundSAE, config: Config, *, digest: str) -> None:
+    """Raise InputError unless weights and config are those that were written together."""
+    written = str(mapping(config, "metadata").get("weights_sha256"))
+    if (written, config.get("d_in"), config.get("d_sae")) != (digest, found.d_in, found.d_sae):
+        raise InputError(
+            f"expected the weights that {found.config} was written with (SHA-256 "
+            f"{written[:12]}...), found others in {found.weights}; copy or train it again"
+        )
+
+
+def _refuse_transcoder(found: FoundSAE, tensors: Tensors, config: Config) -> None:
+    keys = ("transcode", "skip_connection", "hf_hook_point_out")
+    if any(map(config.get, keys)) or tensors.keys() & {"affine_skip_connection", "W_skip"}:
+        raise InputError(
+            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
+            "activations than it reads; take an SAE of either side instead"
+        )
+
+
 def _tensors_and_values(found: FoundSAE) -> tuple[Tensors, Config]:
     """Return a file's weights, and what else it holds of an SAE: counts and plain values."""
-    format_ = "sae_lens" if found.format == "sae_lens_legacy" else found.format
+    like_sae_lens = found.format in ("gsae_core", "sae_lens_legacy")
+    format_ = "sae_lens" if like_sae_lens else found.format
     signatures = [signature for signature in SIGNATURES if signature.format == format_]
     held = load_values(found.weights, {name for s in signatures for name in s.known})
     # A pickle's names were told without its values, and may be other things.
@@ -143,134 +152,16 @@ def _in_our_names(tensors: Tensors) -> Tensors:
     }
 
 
-def _about_numbers(dtypes: set[torch.dtype], sae: SAE) -> list[str]:
-    notes = []
+def _about_precision(dtypes: set[torch.dtype]) -> list[str]:
     if torch.float64 in dtypes:
-        notes.append("Weights in float64 are rounded to float32.")
-    elif dtypes - {torch.float32}:
-        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        notes.append(f"Weights in {kinds} are held in float32, which has them all exactly.")
-    if isinstance(sae, JumpReluSAE):
-        notes.append("A latent fires where z > threshold; exactly at it, none does.")
-    if isinstance(sae, GatedSAE):
-        notes.append("A latent fires where the gate's pre-activation is above zero.")
-    if isinstance(sae, TopKSAE):
-        notes.append("Of the k largest, only those above zero fire.")
-    return notes
+        return ["Weights in float64 are rounded to float32."]
+    if not dtypes - {torch.float32}:
+        return []
+    kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return [f"Weights in {kinds} are held in float32, which has them all exactly."]
 
 
 SAME_K = "The k largest of relu(z) are those of the k largest z."
-ALL_HAVE = ("W_enc", "W_dec", "b_dec")
-BIASES: dict[Architecture, tuple[str, ...]] = {
-    "gated": ("b_gate", "b_mag", "r_mag"),
-    "relu": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "topk": ("b_enc",),
-}
-
-
-@dataclass
-class Weights:
-    """What a file holds, and how it means it."""
-
-    architecture: Architecture
-    tensors: Tensors
-    """`W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
-    `threshold` may be one number for all latents."""
-
-    centred: bool  # whether the file's encoder reads x - b_dec
-    k: int | None = None  # latents a token may have, or had in training; it is the sparsity then
-    scale: float = 1.0  # what activations are multiplied by before they reach the file's encoder
-    input_norm: InputNorm | None = None  # how the library normalises each token, before all else
-    whitening: Tensors | None = None  # x -> (x - mean) @ matrix comes first, as SAELens names them
-    latents_by_norm: bool = False  # whether TopK ranks and reports |f_i d_i| in place of f_i
-    assumed: list[str] = field(default_factory=list)
-    sparsity: float | None = None
-    l0: float | None = None
-
-
-@torch.no_grad()
-def build(weights: Weights, path: Path) -> SAE:
-    """Return the SAE that computes what the file's own library computes, on raw activations."""
-    tensors, d_in, d_sae = _checked(weights, path)
-    if weights.scale != 1.0:
-        # As SAELens folds it: latents keep the numbers they have in the file's own units.
-        tensors["W_enc"] = tensors["W_enc"] * weights.scale
-        tensors["W_dec"] = tensors["W_dec"] / weights.scale
-        tensors["b_dec"] = tensors["b_dec"] / weights.scale
-    W_dec = tensors["W_dec"].double()
-    if weights.whitening is not None:
-        W_dec = W_dec @ weights.whitening["inverse_matrix"].double()
-    recipe = recipe_of(W_dec)
-    sae = empty_sae(weights.architecture, d_in, d_sae, recipe=recipe, k=weights.k, settings={})
-    fill_(sae, tensors)
-    sae.input_norm = weights.input_norm
-    if weights.input_norm is not None:
-        weights.assumed.append(
-            f"Takes raw activations and normalises each token itself ({weights.input_norm}), which "
-            "is undone on its reconstruction; latents count in normalised units."
-        )
-    if not weights.centred:
-        shift_input_(sae, sae.b_dec)
-        weights.assumed.append(
-            "The encoder reads x, not x - b_dec; b_dec @ W_enc is added to the encoder's bias, "
-            "which is the same function."
-        )
-    if weights.latents_by_norm and isinstance(sae, TopKSAE):
-        take_norms_into_encoder_(sae)
-        weights.assumed.append("Latents compete by size times the norm of their direction; folded.")
-    if weights.whitening is not None:
-        _fold_whitening_(sae, **weights.whitening)
-    return sae
-
-
-def _fold_whitening_(sae: SAE, mean: Tensor, matrix: Tensor, inverse_matrix: Tensor) -> None:
-    """Turn an SAE of whitened activations into the same one for raw `x`, in place.
-
-    In double precision, and right also where the inverse is only nearly one: biases take what
-    b_dec loses on its way out and in again.
-    """
-    mean, matrix, inverse = mean.double(), matrix.double(), inverse_matrix.double()
-    b_dec = sae.b_dec.double() @ inverse
-    shift_input_(sae, (b_dec @ matrix - sae.b_dec).to(sae.b_dec))
-    for name, W in sae.named_parameters():
-        if name in ("W_enc", "W_gate", "W_mag"):
-            W.copy_(matrix @ W.double())
-    sae.W_dec.copy_(sae.W_dec.double() @ inverse)
-    sae.b_dec.copy_(b_dec + mean)
-
-
-def _checked(weights: Weights, path: Path) -> tuple[Tensors, int, int]:
-    """Return the tensors with agreeing shapes, and the widths they agree on."""
-    tensors, W_dec = dict(weights.tensors), weights.tensors["W_dec"]
-    if W_dec.ndim != 2 or 0 in W_dec.shape:
-        raise InputError(
-            f"expected a decoder with an axis of latents and one of activations in {path}, found "
-            f"shape {list(W_dec.shape)}"
-        )
-    d_sae, d_in = W_dec.shape
-    threshold = tensors.get("threshold")
-    if weights.architecture == "jumprelu" and threshold is not None and threshold.ndim == 0:
-        tensors["threshold"] = threshold.expand(d_sae)
-        weights.assumed.append("One threshold serves every latent.")
-    expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    expected |= dict.fromkeys(BIASES[weights.architecture], (d_sae,))
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise InputError(
-                f"expected {name} in {path} for a {weights.architecture} SAE, found "
-                f"{', '.join(sorted(tensors))}"
-            )
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(
-                f"expected {name} of shape {list(shape)} in {path}, as its decoder of "
-                f"{d_sae} latents over {d_in} activations asks, found {list(tensors[name].shape)}"
-            )
-    if weights.architecture == "topk" and (weights.k is None or not 1 <= weights.k <= d_sae):
-        raise InputError(
-            f"expected a k from 1 to d_sae={d_sae} for the TopK SAE in {path}, found {weights.k}"
-        )
-    return {name: tensors[name] for name in expected}, d_in, d_sae
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -283,8 +174,8 @@ def as_float32(tensors: Tensors, path: Path) -> Tensors:
             raise InputError(
                 f"expected floating-point numbers in {name!r} of {path}, found {tensor.dtype}"
             )
-        # A sum is NaN or infinite where an entry is, and takes no memory of the tensor's size.
-        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+        # Both are NaN where an entry is, and take no memory of the tensor's size.
+        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
             raise InputError(
                 f"expected finite numbers in {name!r} of {path}, found a NaN or an infinity; the "
                 "SAE did not survive its training or its copying"
@@ -307,20 +198,18 @@ def one_of(config: Mapping[str, Any], key: str, choices: Mapping[Any, Any], path
 
 def number(config: Mapping[str, Any], key: str) -> float | None:
     """Return the positive finite number under a key; None where there is none."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # A whole number of JSON may be longer than any float.
-    return float(value) if 0 < value < 1e300 else None
+    value: Any = config.get(key)
+    # Neither a bool, which is an int to Python, nor a whole number longer than any float.
+    return float(value) if type(value) in (int, float) and 0 < value < 1e300 else None
 
 
 def whole(value: Any) -> int | None:
     """Return a whole number, or a tensor of one, as an int; None for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if math.isfinite(value) and value == math.floor(value) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int else None
 
 
 # SAELens, 6 and older: some files are not folded, and some are folded wrongly.
@@ -330,31 +219,39 @@ MEAN_NORM = "expected_average_only_in"
 WHITENER = "activation_whitening.safetensors"
 WHITENING = "covariance_whitening"
 MID_TRAINING = "A checkpoint from the middle of training: "
-SAE_LENS_ARCHITECTURES: dict[Any, Architecture] = {
-    None: "relu",
-    "standard": "relu",
+
+# What SAELens' loader cannot build: ours alone.
+UNTIED = "gated_untied"
+ARCHITECTURES: dict[Any, Architecture] = {
     "gated": "gated",
+    "standard": "relu",
     "jumprelu": "jumprelu",
     "topk": "topk",
+    UNTIED: "gated",
+    None: "relu",
 }
 
 
 def _read_sae_lens(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
+    """Read our own files too, whose layout it is."""
     path = found.config or found.weights
-    architecture: Architecture = one_of(config, "architecture", SAE_LENS_ARCHITECTURES, path)
+    architecture: Architecture = one_of(config, "architecture", ARCHITECTURES, path)
     key = "activation_fn_str" if "activation_fn_str" in config else "activation_fn"
     if one_of(config, key, {None: "relu", "relu": "relu", "topk": "topk"}, path) == "topk":
         # 5 and older: a standard SAE whose activation function is TopK.
         architecture = "topk"
     metadata = mapping(config, "metadata")
+    untied = {"tie": "untied"} if config.get("architecture") == UNTIED else {}
     weights = Weights(
         architecture,
-        {name: t for name, t in tensors.items() if name in (*ALL_HAVE, *BIASES[architecture])},
+        tensors,
         centred=bool(config.get("apply_b_dec_to_input", True)),
         latents_by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
         l0=number(metadata, "l0"),
-        sparsity=number(config, "l1_coefficient")
+        sparsity=number(metadata, "sparsity")
+        or number(config, "l1_coefficient")
         or number(mapping(metadata, "training_architecture_details"), "l1_coefficient"),
+        settings=metadata | untied,
     )
     _normalise_(weights, found, config)
     if weights.centred and "apply_b_dec_to_input" not in config:
@@ -366,7 +263,6 @@ def _read_sae_lens(found: FoundSAE, tensors: Tensors, config: Config) -> Weights
             f"{MID_TRAINING}its scale of {weights.scale:.6g} lay beside it in {SCALER} and is "
             "folded into the weights."
         )
-    _take_scaling_factor_(weights, tensors.get("scaling_factor"), found, config)
     if found.format == "sae_lens_legacy" and architecture == "gated":
         _refuse_if_folded_wrongly(tensors, found, config)
     return weights
@@ -381,22 +277,13 @@ def _normalise_(weights: Weights, found: FoundSAE, config: Config) -> None:
     beside = found.weights.with_name(SCALER)
     scaler = read_object(beside) if beside.is_file() else {}
     factor = number(scaler, "scaling_factor")
-    if norm not in known:
+    lies_there = (factor is not None, bool(scaler.get("has_whitening")))
+    if norm not in known or lies_there != (norm == MEAN_NORM, norm == WHITENING):
+        there = f"{SCALER} with {str(scaler)[:80]}" if scaler else f"no {SCALER}"
         raise InputError(
-            f"expected normalize_activations to be one of {', '.join(known)} for {found.weights}, "
-            f"found {str(norm)[:40]!r}; export its folded form, if it has one"
-        )
-    if (norm == WHITENING) != bool(scaler.get("has_whitening")):
-        raise InputError(
-            f"expected has_whitening in {SCALER} beside {found.weights} where "
-            f"normalize_activations is {WHITENING!r} and only there, found "
-            f"{scaler.get('has_whitening')!r} and {norm!r}; copy the whole checkpoint again"
-        )
-    if (norm == MEAN_NORM) != (factor is not None):
-        beside_it = f"{SCALER} of {factor:g}" if factor is not None else f"no {SCALER}"
-        raise InputError(
-            f"expected normalize_activations and {SCALER} to agree beside {found.weights}, found "
-            f"{norm!r} and {beside_it}; the scale of its activations is not known"
+            f"expected normalize_activations of {', '.join(known)} for {found.weights}, and "
+            f"{SCALER} beside it to agree, found {str(norm)[:40]!r} and {there}; copy the whole "
+            "checkpoint again, or export its folded form"
         )
     weights.scale = factor or 1.0
     weights.input_norm = next((each for each in get_args(InputNorm) if each == norm), None)
@@ -518,24 +405,8 @@ def _tell_topk_(weights: Weights, found: FoundSAE) -> None:
 
 def _read_gemma_scope(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     """Read either release."""
-    if "affine_skip_connection" in tensors or config.get("hf_hook_point_out"):
-        raise InputError(
-            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
-            "activations than it reads; take the release's SAEs (res, mlp or att)"
-        )
-    if tensors["W_dec"].ndim == 3:
-        raise InputError(
-            f"expected an SAE in {found.weights}, found a cross-layer transcoder, whose decoder "
-            "has an axis of layers"
-        )
     if "architecture" in config:
         one_of(config, "architecture", {"jump_relu": "jumprelu"}, found.config or found.weights)
-    factors = tensors.get("scaling_factor")
-    if factors is not None and bool((factors != 1).any()):
-        raise InputError(
-            f"expected a scaling_factor of ones in {found.weights}, found others, which the "
-            "release does not explain"
-        )
     stated = re.search(r"average_l0_(\d{1,6})", found.weights.as_posix())
     weights = Weights("jumprelu", tensors, centred=False, l0=float(stated[1]) if stated else None)
     weights.assumed.append("Takes raw activations: the release has folded its normalisation.")
@@ -625,11 +496,6 @@ def _read_batch_topk(found: FoundSAE, tensors: Tensors, config: Config) -> Weigh
 def _read_sparsify(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
     """Read `W_dec` as it is; `num_latents` is 0 where the width is a multiple of d_in."""
     path = found.config or found.weights
-    if config.get("transcode") or config.get("skip_connection") or "W_skip" in tensors:
-        raise InputError(
-            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
-            "activations than it reads; train an SAE on either side instead"
-        )
     if config.get("signed"):
         raise InputError(f"expected latents of at least zero in {path}, found signed ones")
     one_of(config, "activation", {None: "topk", "topk": "topk"}, path)
@@ -638,6 +504,7 @@ def _read_sparsify(found: FoundSAE, tensors: Tensors, config: Config) -> Weights
 
 
 READERS: dict[Format, Callable[[FoundSAE, Tensors, Config], Weights]] = {
+    "gsae_core": _read_sae_lens,
     "sae_lens": _read_sae_lens,
     "sae_lens_legacy": _read_sae_lens,
     "dictionary_learning": _read_dictionary_learning,

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.checkpoints.checkpoint import save_sae
+from gsae_core.checkpoints.checkpoint import file_tensors, save_sae
 from gsae_core.checkpoints.formats.libraries import Export, layer_and_site
-from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.checkpoints.formats.read import OUR_NAMES, read_sae
+from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.files import sync, write_json, writing
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
@@ -127,12 +128,21 @@ def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
 
 LARGEST_DIFFERENCE = 1e-6
 
-DICTIONARY_LEARNING = {
-    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
-    "relu": ("AutoEncoder", "StandardTrainer"),
-    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
-    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+DICTIONARY_LEARNING: dict[Architecture, tuple[str, str, str]] = {
+    "gated": (
+        "GatedAutoEncoder",
+        "GatedSAETrainer",
+        "decoder.weight encoder.weight decoder_bias gate_bias mag_bias r_mag",
+    ),
+    "relu": ("AutoEncoder", "StandardTrainer", "decoder.weight encoder.weight encoder.bias bias"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", "W_enc b_enc W_dec b_dec threshold"),
+    "topk": (
+        "AutoEncoderTopK",
+        "TopKTrainer",
+        "decoder.weight encoder.weight encoder.bias b_dec k threshold",
+    ),
 }
+"""Names of the library's class, its trainer and its tensors."""
 
 
 class Exported(NamedTuple):
@@ -223,11 +233,12 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
     SAE is one with theta = 0. TopK and untied paths have no such threshold: InputError.
     """
     _refuse_if_unknown_there(sae, "jumprelu")
-    state = {name: p.detach().double() for name, p in sae.named_parameters()}
+    sae = copy.deepcopy(sae).double()
+    state = dict[str, Tensor](sae.named_parameters())
     if isinstance(sae, GatedSAE):
-        gain = torch.ones_like(state["b_mag"]) if sae.r_mag is None else state["r_mag"].exp()
-        state["threshold"] = (state["b_mag"] - gain * state["b_gate"]).clamp(min=0)
-        state["W_enc"], state["b_enc"] = state["W_gate"] * gain, state["b_mag"]
+        gain = 1.0 if sae.r_mag is None else sae.r_mag.exp()
+        state |= {"W_enc": sae.W_gate * gain, "b_enc": sae.b_mag}
+        state["threshold"] = sae.jumprelu_threshold()
     elif isinstance(sae, ReluSAE):
         state["threshold"] = torch.zeros_like(state["b_enc"])
     settings = sae.settings if isinstance(sae, JumpReluSAE) else {}
@@ -238,9 +249,19 @@ def to_jumprelu(sae: SAE) -> JumpReluSAE:
 
 
 def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
-    kind, trainer = DICTIONARY_LEARNING[sae.architecture]
-    state = {name: t.detach().contiguous() for name, t in _linears(sae).items()}
-    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    kind, trainer, names = DICTIONARY_LEARNING[sae.architecture]
+    tensors = file_tensors(sae)
+    if isinstance(sae, JumpReluSAE):
+        # The only one that reads x and not x - b_dec. Of double precision, for a difference of
+        # large numbers is rounded here.
+        shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
+        tensors["b_enc"] = tensors["b_enc"].double() - shift
+    if isinstance(sae, TopKSAE):
+        # A threshold that was never set: the library then counts, as ours does.
+        tensors["k"], tensors["threshold"] = torch.tensor(sae.k), torch.tensor(-1.0)
+    state = {name: tensors[OUR_NAMES.get(name, name)] for name in names.split()}
+    state = {name: t.T.contiguous() if name.endswith(".weight") else t for name, t in state.items()}
+    state = {name: t.to(torch.int32 if name == "k" else torch.float32) for name, t in state.items()}
     torch.save(state, folder / "ae.pt")
     layer, site = layer_and_site(str(metadata.get("hook_name")))
     coeff = metadata.get("sparsity_coeff_raw", metadata.get("sparsity"))
@@ -268,35 +289,3 @@ def _write_dictionary_learning(sae: SAE, folder: Path, metadata: dict[str, Any])
             "gsae_core": metadata,
         },
     )
-
-
-def _linears(sae: SAE) -> dict[str, Tensor]:
-    """Return the library's names: weights of `nn.Linear`s, transposed, but for JumpReLU's."""
-    if isinstance(sae, GatedSAE):
-        return {
-            "decoder.weight": sae.W_dec.T,
-            "encoder.weight": sae.W_gate.T,
-            "decoder_bias": sae.b_dec,
-            "gate_bias": sae.b_gate,
-            "mag_bias": sae.b_mag,
-            "r_mag": torch.zeros_like(sae.b_mag) if sae.r_mag is None else sae.r_mag,
-        }
-    assert isinstance(sae, SinglePathSAE)
-    if isinstance(sae, JumpReluSAE):
-        # The only one that reads x and not x - b_dec. Of double precision, for a difference of
-        # large numbers is rounded here.
-        shift = sae.b_dec.double() @ sae.W_enc.double()
-        return {
-            "W_enc": sae.W_enc,
-            "b_enc": sae.b_enc.double() - shift,
-            "W_dec": sae.W_dec,
-            "b_dec": sae.b_dec,
-            "threshold": sae.threshold,
-        }
-    linear = {"decoder.weight": sae.W_dec.T, "encoder.weight": sae.W_enc.T}
-    linear["encoder.bias"] = sae.b_enc
-    if isinstance(sae, TopKSAE):
-        k = torch.tensor(sae.k, dtype=torch.int32)
-        # A threshold that was never set: the library then counts, as ours does.
-        return linear | {"b_dec": sae.b_dec, "k": k, "threshold": torch.tensor(-1.0)}
-    return linear | {"bias": sae.b_dec}

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import psutil
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gsae_core import files
 from gsae_core.errors import InputError
-from gsae_core.files import Lines, lock, read_json, unreadable, write_json, writing
+from gsae_core.files import Lines, first_of, lock, read_json, unreadable, write_json, writing
 
 T = TypeVar("T")
 State = Literal[
@@ -32,30 +33,32 @@ State = Literal[
 ACTIVE: tuple[State, ...] = ("starting", "running", "cancelling")
 # A process's start is read from the boot clock, which moves by a little when the time is set.
 SAME_START_SECONDS = 2.0
-MOST_SECONDS = 1e11  # since 1970: the year 5138
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
+"""Since 1970, before the year 5138."""
 
 
 class Status(NamedTuple):
     """Where a run stands; status.json holds exactly these."""
 
     state: State
-    step: int
+    step: Count
     """Steps done."""
-    n_steps: int
+    n_steps: Count
     """Steps planned."""
-    pid: int | None
+    pid: Annotated[int, Field(gt=0, lt=2**31)] | None
     """Process that trains the run, or trained it last."""
-    process_started: float | None
-    """When that process began, in seconds since 1970: ids are reused, this pair is not."""
-    heartbeat: float
-    """When the process last wrote this file, in seconds since 1970."""
+    process_started: Seconds | None
+    """When that process began: ids are reused, this pair is not."""
+    heartbeat: Seconds
+    """When the process last wrote this file."""
     error: str | None
     """Why the run failed, in one sentence."""
     stage: str | None = None
     """What the process does now: `loading`, `training`, ...; None before, and in older runs."""
-    done: int = 0
+    done: Count = 0
     """How much of the stage is done: runs that went first, steps, or tokens evaluated."""
-    total: int = 0
+    total: Count = 0
     """How much the stage has to do; 0 where that is not known."""
 
     @property
@@ -107,17 +110,12 @@ def of_process(status: Status, state: State, pid: int) -> Status:
     )
 
 
-def stat_of(path: Path) -> os.stat_result:
-    """Return what the system says of a file; an `InputError` if it is not there."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise InputError(unreadable(path, error)) from None
-
-
 def read_once(read: Callable[[Path], T], path: Path) -> T:
     """Return what a module's function makes of a file, called anew when the file has changed."""
-    seen = stat_of(path)
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
     return _read(read, path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
 
 
@@ -134,33 +132,13 @@ def read_status(folder: Path) -> Status:
 
 def _parsed(path: Path) -> Status:
     fields = read_json(path)
-    known, needed = set(Status._fields), set(Status._fields) - set(Status._field_defaults)
-    if not needed <= set(fields) <= known or fields["state"] not in get_args(State):
-        raise InputError(
-            f"expected the keys {', '.join(Status._fields)} in {path}, "
-            f"found {', '.join(fields) or 'none'}"
-        )
-    for name, value in fields.items():
-        wanted, fits = _WANTED[name]
-        if not fits(value):
-            raise InputError(f"expected {wanted} as {name} in {path}, got {value!r}")
-    return Status(**fields)
+    try:
+        return _STATUS.validate_python(fields, strict=True)
+    except ValidationError as error:
+        raise InputError(f"expected a job's status in {path}, got {first_of(error)}") from None
 
 
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < MOST_SECONDS
-
-
-_COUNT = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
-_TEXT = ("a text or null", lambda value: value is None or isinstance(value, str))
-_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "state": ("a state", lambda value: value in get_args(State)),
-    "pid": ("a process id or null", lambda n: n is None or (type(n) is int and 0 < n < 2**31)),
-    "process_started": ("seconds since 1970 or null", lambda time: time is None or _is_time(time)),
-    "heartbeat": ("seconds since 1970", _is_time),
-    **dict.fromkeys(("step", "n_steps", "done", "total"), _COUNT),
-    **dict.fromkeys(("error", "stage"), _TEXT),
-}
+_STATUS = TypeAdapter(Status)
 
 
 def write_status(folder: Path, status: Status) -> None:
@@ -214,11 +192,6 @@ class Job:
             return False
         return any(e["event"] == "started" and e.get("pid") == status.pid for e in self.events())
 
-    def is_alive(self) -> bool:
-        """Return whether a process holds this run: right id, right start, not a zombie."""
-        status = read_status(self.folder)
-        return status.expects_process and status.process is not None
-
     def events(self) -> list[dict[str, Any]]:
         """Return what happened to the run: dicts with `time` (seconds since 1970) and `event`."""
         return self.event_lines().rows
@@ -238,8 +211,7 @@ class Job:
 
     def add_event(self, event: str, **details: Any) -> None:
         """Append to events.jsonl."""
-        row = {"time": time.time(), "event": event, **details}
-        files.append(self.folder / "events.jsonl", row)
+        files.append(self.folder / "events.jsonl", {"time": time.time(), "event": event} | details)
 
     def log_tail(self, n_lines: int = 30) -> list[str]:
         """Return the last lines of log.txt; one that says so, where it cannot be read."""
@@ -271,20 +243,34 @@ class Job:
             self.add_event("cancel requested", by=by)
 
 
+def enqueue(job: Job, request: dict[str, Any]) -> int | None:
+    """Make a job ready for a worker, its request.json written; return the process that works on it.
+
+    Where there is one, nothing is written.
+    """
+    with writing(job.folder, FOLDER_BYTES):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        # The starting process holds this lock; a worker that is starting has its status already.
+        with lock(job.folder, "start"):
+            status = job.status if (job.folder / "status.json").is_file() else new_status()
+            if status.expects_process:
+                return status.pid
+            write_json(job.folder / "request.json", request)
+            write_status(job.folder, new_status())
+    return None
+
+
 @contextlib.contextmanager
 def holding(folder: Path, busy: str) -> Iterator[None]:
     """Hold a job as the process that works on it; `busy`: the sentence where another one does."""
     from filelock import Timeout
 
-    held = lock(folder, "worker")
     try:
-        held.acquire(blocking=False)
+        held = lock(folder, "worker").acquire(blocking=False)
     except Timeout:
         raise InputError(busy) from None
-    try:
+    with held:
         yield
-    finally:
-        held.release()
 
 
 CancelStage = Literal["none", "requested", "terminating", "killing", "gone"]
@@ -361,24 +347,21 @@ def escalate_cancel(run: Job) -> CancelStage:
             control.unlink()
             return "gone"
         try:
-            request, now = read_json(control), time.time()
+            request = read_json(control)
         except InputError:
-            request, now = {}, time.time()  # a damaged request is written anew
-        terminated = request.get("terminated")
-        if not isinstance(terminated, int | float):
-            asked = request.get("time")
-            if not isinstance(asked, int | float):
-                write_json(control, request | {"time": now})  # damaged: patience begins anew
-                return "requested"
-            if now - asked < CANCEL_SECONDS:
-                return "requested"
-            write_json(control, request | {"terminated": now})
-            run.add_event("terminated")
-            return _end(process, "terminating")
-        if now - terminated < CANCEL_SECONDS:
-            return "terminating"
-        run.add_event("killed")
-        return _end(process, "killing")
+            request = {}  # damaged: written anew
+        now = time.time()
+        is_patient = now - control.stat().st_mtime < CANCEL_SECONDS
+        if "terminated" in request:
+            if is_patient:
+                return "terminating"
+            run.add_event("killed")
+            return _end(process, "killing")
+        if is_patient:
+            return "requested"
+        write_json(control, request | {"terminated": now})
+        run.add_event("terminated")
+        return _end(process, "terminating")
 
 
 def delete(run: Job) -> None:
@@ -394,7 +377,7 @@ def delete(run: Job) -> None:
     )
     if run.folder.is_dir():
         with writing(run.folder, 0), lock(run.folder, "start"), holding(run.folder, busy):
-            if run.status.state in ("queued", *ACTIVE) and run.status.pid is not None:
+            if run.status.expects_process:
                 raise InputError(busy)
             run.folder.rename(root / f"{TRASH}{run.id}.{secrets.token_hex(3)}")
     for trash in root.glob(f"{TRASH}*"):

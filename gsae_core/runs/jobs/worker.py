@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -33,7 +33,7 @@ from gsae_core.runs.jobs.job import (
 )
 from gsae_core.text import Progress
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
 # How soon a request to stop is heard; looking costs microseconds.
@@ -47,66 +47,51 @@ FOLDER = ".slots"
 _held: set[Path] = set()
 
 
-class Waiting(NamedTuple):
-    """A run that waits for its device."""
+@contextlib.contextmanager
+def in_line(folder: Path, slot: str) -> Iterator[Callable[[], int]]:
+    """Put a run into the line for a device, and yield what tells how many runs go first.
 
-    run: str
-    slot: str
-
-
-class QueuePlace:
-    """A run's place in the line for a device; leave it in the end, whether its turn came or not.
-
-    The line is that of the runs beside its folder; `slot` names the device, see `machine.slot_of`.
+    0: the device is ours until the block ends. The line is that of the runs beside its folder;
+    `slot` names the device, see `machine.slot_of`.
     """
+    from filelock import FileLock, Timeout
 
-    def __init__(self, folder: Path, slot: str) -> None:
-        from filelock import FileLock
+    tickets = folder.parent / FOLDER / slot
+    path = tickets.with_name(f"{slot}.lock")
+    device = FileLock(path, thread_local=False)
+    ticket = tickets / f"{time.time_ns():020d}-{folder.name}.json"
+    process = psutil.Process()
+    mine = {"run": folder.name, "pid": process.pid, "started": process.create_time()}
+    with writing(tickets, 0):
+        tickets.mkdir(parents=True, exist_ok=True)
+        write_json(ticket, mine)
 
-        slots = folder.parent / FOLDER
-        self._lock = FileLock(slots / f"{slot}.lock")
-        self._mine = False  # the lock's own `is_locked` is another in each thread
-        self._path = slots / f"{slot}.lock"
-        self._tickets = slots / slot
-        self._ticket = self._tickets / f"{time.time_ns():020d}-{folder.name}.json"
-        process = psutil.Process()
-        ticket = {"run": folder.name, "pid": process.pid, "started": process.create_time()}
-        with writing(slots, 0):
-            self._tickets.mkdir(parents=True, exist_ok=True)
-            write_json(self._ticket, ticket)
-
-    def ahead(self) -> int:
-        """Return how many runs go first; 0: the device is ours from now on."""
-        from filelock import Timeout
-
-        if self._path in _held:
-            self._ticket.unlink(missing_ok=True)
-            return 0
-        before = [t for t, _ in _living(self._tickets) if t.name < self._ticket.name]
-        if before:
-            return len(before) + 1
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            return 1
-        _held.add(self._path)
-        self._mine = True
-        self._ticket.unlink(missing_ok=True)
+    def ahead() -> int:
+        if path not in _held:
+            before = [other for other, _ in _living(tickets) if other.name < ticket.name]
+            if before:
+                return len(before) + 1
+            try:
+                device.acquire(blocking=False)
+            except Timeout:
+                return 1
+            _held.add(path)
+        ticket.unlink(missing_ok=True)
         return 0
 
-    def leave(self) -> None:
-        """Step out of the line, or free the device."""
-        self._ticket.unlink(missing_ok=True)
-        if self._mine:
-            self._mine = False
-            _held.discard(self._path)
-            self._lock.release()
+    try:
+        yield ahead
+    finally:
+        ticket.unlink(missing_ok=True)
+        if device.is_locked:
+            _held.discard(path)
+            device.release()
 
 
-def waiting_runs(root: Path) -> list[Waiting]:
-    """Return the runs that wait, first in line first, device by device."""
+def waiting_runs(root: Path) -> list[str]:
+    """Return the names of the runs that wait, first in line first, device by device."""
     slots = sorted(path for path in (root / FOLDER).glob("*") if path.is_dir())
-    return [Waiting(ticket["run"], slot.name) for slot in slots for _, ticket in _living(slot)]
+    return [ticket["run"] for slot in slots for _, ticket in _living(slot)]
 
 
 def _living(tickets: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -140,8 +125,8 @@ class Worker:
 
     def __init__(self, run: Job) -> None:
         self.run = run
-        self.step = 0
-        self.done = 0
+        self.step: int = 0
+        self.done: int = 0
         self.outcome: State = "finished"
         self._stop = threading.Event()
         self._done = threading.Event()
@@ -168,12 +153,11 @@ class Worker:
             stack.enter_context(holding(folder, busy))
             stack.enter_context(_logging_to(folder / "log.txt"))
             with lock(folder, "start"):
-                status = read_status(folder)
+                status = read_status(folder)._replace(stage=None, done=0, total=0)
                 if status.state != "starting":
                     # Started by hand: a request in the folder was meant for an earlier process.
                     (folder / "control.json").unlink(missing_ok=True)
                 self._status = of_process(status, "starting", os.getpid())
-                self._status = self._status._replace(stage=None, done=0, total=0)
                 self.step = status.step
                 write_status(folder, self._status)
             stack.enter_context(_signals_to(self._on_signal))
@@ -187,20 +171,16 @@ class Worker:
         Ends at once when somebody asks the run to stop. The device is held until the worker ends.
         `of`: folder of the run in whose place in the line the work stands; None: the run itself.
         """
-        place = QueuePlace(of or self.run.folder, slot)
-        self._held.callback(place.leave)
-        ahead = place.ahead()
+        n_ahead = self._held.enter_context(in_line(of or self.run.folder, slot))
+        ahead = n_ahead()
         if ahead:
-            self._status = self._status._replace(state="queued")
-            self.enter("waiting", total=0)
+            self.enter("waiting", total=0, done=ahead)
             logger.info("waiting for %s: %d ahead", slot, ahead)
         while ahead and not self.stop_requested:
-            if ahead != self.done:
-                self.done = ahead
-                self._write("queued")
+            self.done = ahead
             yield ahead
             self._stop.wait(TURN_SECONDS)
-            ahead = place.ahead()
+            ahead = n_ahead()
         if not ahead:
             self._status = self._status._replace(state="starting")
 
@@ -214,18 +194,13 @@ class Worker:
 
     def follow(self, now: Progress) -> None:
         """Say how far the work is, and that a stage begins, where it does."""
+        if now.stage == "training":
+            self.step = now.done
         if now.stage != self._status.stage:
             self.enter(now.stage, total=now.total, done=now.done)
         self.done = now.done
-        if now.stage == "training":
-            self.step = now.done
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._done.set()
         self._thread.join()
         sentence = None
@@ -311,12 +286,7 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def perform(
-    job: Job,
-    work: Callable[[Worker], Iterator[Progress]],
-    *,
-    slot: str | None = None,
-    of: Path | None = None,
-    worker: Worker | None = None,
+    job: Job, work: Iterator[Progress], *, slot: str | None = None, of: Path | None = None
 ) -> Iterator[Progress]:
     """Yield the progress of work on a job, held by this process; the last says how it ended.
 
@@ -325,25 +295,25 @@ def perform(
     `InputError` is said in status.json too.
 
     Args:
-        work: yields its progress; what it must save when it is closed, it saves.
+        work: a generator of its progress, begun once the device is free; what it must save when
+            it is closed, it saves.
         slot: device to wait for, in the place of the run `of`; None: the work needs none.
-        worker: holds the job and its device already; it is the caller's to end.
     """
-    with contextlib.nullcontext(worker) if worker else Worker(job) as held:
-        if slot is not None and worker is None:
-            for ahead in held.wait_for_device(slot, of=of):
+    with Worker(job) as worker:
+        if slot is not None:
+            for ahead in worker.wait_for_device(slot, of=of):
                 yield Progress("waiting", 0, ahead, "run")
         now = Progress("loading", 0, 0)
-        if not held.stop_requested:
-            # Generators, though their type says Iterator.
-            with contextlib.closing(work(held)) as steps:  # pyright: ignore[reportArgumentType]
-                for now in steps:
-                    held.follow(now)
+        if not worker.stop_requested:
+            # A generator, though its type says Iterator.
+            with contextlib.closing(work):  # pyright: ignore[reportArgumentType]
+                for now in work:
+                    worker.follow(now)
                     yield now
-                    if held.stop_requested and now.done != now.total:
+                    if worker.stop_requested and now.done != now.total:
                         break
                 else:
                     yield Progress("finished", now.total, now.total, now.unit)
                     return
-        held.outcome = "cancelled"
+        worker.outcome = "cancelled"
         yield Progress("cancelled", now.done, now.total, now.unit)

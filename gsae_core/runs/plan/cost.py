@@ -4,14 +4,12 @@ Memory, disk and time; what does not fit, and the change that mends it; the L0 t
 """
 
 import functools
-import itertools
 import math
-import platform
-import re
+import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 
@@ -32,8 +30,8 @@ COPIES_IN_STATE = 3
 # Autograd's dense step, which GPUs take while much is active; a TopK SAE's with dead latents:
 DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 7.0, "topk": 6.6}
 # A sparse step's entries near the crossover, or the blocks of rows of a step by hand, whichever is
-# more; a TopK SAE's entries have one number each. Blocks are as large for small batches.
-SPARSE_MATRICES = {"gated": 3.5, "relu": 3.5, "jumprelu": 3.5, "topk": 2.8}
+# more; a JumpReLU's or TopK's dense step is autograd's. Blocks are as large for small batches.
+SPARSE_MATRICES = {"gated": 3.5, "relu": 3.5, "jumprelu": 6.5, "topk": 4.0}
 LEAST_ROWS = 512
 # Encoder-sized products in a training step, forward and backward.
 PRODUCTS_PER_STEP = 8
@@ -44,7 +42,6 @@ GPU_SPEED = 20e12
 LEAST_HUB_BYTES = 2
 # English, code: three to five bytes of text a token.
 TEXT_BYTES = 4
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def n_parameters(spec: SAESpec, d_in: int) -> int:
@@ -75,13 +72,6 @@ def memory_parts(
 def state_bytes(cfg: RunConfig, d_in: int) -> int:
     """Return about how large a resumable state is."""
     return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
-
-
-def cache_bytes(cfg: RunConfig, d_in: int) -> int:
-    """Return how large the run's activation cache gets at most; text read twice is kept once."""
-    if not cfg.cache_activations:
-        return 0
-    return DTYPE_BYTES[cfg.model.dtype] * cfg.train.n_steps * cfg.train.batch_size * d_in
 
 
 def operations(cfg: RunConfig, shape: ModelShape) -> float:
@@ -151,10 +141,12 @@ class Bar(NamedTuple):
 
     @property
     def needed(self) -> int:
+        """The sum of the parts, in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
+        """Whether there is as much as is needed."""
         return self.needed <= self.available
 
 
@@ -185,7 +177,7 @@ class Preflight(NamedTuple):
 
 def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -> Preflight:
     """Return what a run takes of this machine, and why it cannot start, if it cannot."""
-    refusals = [*_wrong_choices(config, facts, here)]
+    refusals = [*_wrong_choices(config, facts)]
     download = _model_download(facts)
     if streamed(config.data.source):
         download += TEXT_BYTES * config.train.n_tokens
@@ -207,19 +199,13 @@ def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -
 
 def gpu_memory(here: Machine, device: str) -> tuple[str, int] | None:
     """Return the name and memory (bytes) of the GPU a device means; None: the machine's memory."""
-    if device in ("cpu", "mps") or not here.gpus:
-        return None
-    index = _index(device)
-    if index >= len(here.gpus):
+    number = device.partition(":")[2]
+    index = int(number) if number.isdecimal() else 0
+    if device in ("cpu", "mps") or index >= len(here.gpus):
         return None
     name, _, size = here.gpus[index].rpartition(",")
     mebibytes = size.strip().removesuffix("MiB").strip()
     return (name.strip(), int(mebibytes) * 2**20) if mebibytes.isdecimal() else None
-
-
-def _index(device: str) -> int:
-    number = device.partition(":")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def _memory(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
@@ -235,12 +221,13 @@ def _memory(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> B
 
 def _disk(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
     state = state_bytes(config, d_in)
+    n_cached = config.train.n_steps * config.train.batch_size if config.cache_activations else 0
     needed = {
         "resumable state": 2 * state,  # a new one is written beside the old one
         "SAEs": state // 3,
         "tokens": 2 * config.train.n_tokens,
         "model": _model_download(facts),
-        "activations": cache_bytes(config, d_in),
+        "activations": DTYPE_BYTES[config.model.dtype] * n_cached * d_in,  # at most
     }
     return Bar("Disk", needed, here.disk_free)
 
@@ -251,31 +238,23 @@ def _model_download(facts: ModelFacts) -> int:
 
 def streamed(source: str) -> bool:
     """Whether a corpus comes from the Hub, as its name has it."""
-    try:
-        return source != "stdlib" and not Path(source).expanduser().exists()
-    except (OSError, RuntimeError):
-        return True
+    return source != "stdlib" and not os.path.exists(os.path.expanduser(source))
 
 
-def _wrong_choices(config: RunConfig, facts: ModelFacts, here: Machine) -> Iterator[Refusal]:
+def _wrong_choices(config: RunConfig, facts: ModelFacts) -> Iterator[Refusal]:
     """Yield what no machine could train, or not this one."""
     try:
-        check_family(facts)
+        check_family(facts.name, facts.family)
     except InputError as error:
-        yield Refusal(str(error), (Fix("model", "bundled"),))
+        yield Refusal(f"--model: {error}", (Fix("model", "bundled"),))
     layer, shape = config.model.layer, facts.shape
     if shape is not None and layer >= (n := shape.n_layers):
         sentence = f"--layer: expected 0 to {n - 1}, got {layer}; the model has {n} blocks"
         yield Refusal(sentence, (Fix("layer", f"{n - 1}"),))
-    wanted, auto = config.device, (Fix("device", "auto"),)
-    lacks_gpu = wanted.startswith("cuda") and _index(wanted) >= len(here.gpus)
-    if DEVICE.fullmatch(wanted) is None:
-        sentence = f"--device: expected auto, cpu, cuda, cuda:1 or mps, got {wanted!r}"
-        yield Refusal(sentence, auto)
-    elif lacks_gpu or (wanted == "mps" and platform.system() != "Darwin"):
-        found = f"{len(here.gpus)} NVIDIA GPUs" if here.gpus else "no GPU"
-        sentence = f"--device: expected a device of this machine, got {wanted!r}; it has {found}"
-        yield Refusal(sentence, auto)
+    try:
+        resolve_device(config.device)
+    except InputError as error:
+        yield Refusal(f"--device: {error}", (Fix("device", "auto"),))
 
 
 def _remedies(config: RunConfig, bar: Callable[[RunConfig], Bar]) -> Iterator[Fix]:
@@ -343,42 +322,31 @@ def alike(config: RunConfig, other: RunConfig) -> bool:
     )
 
 
-def expected_l0(spec: SAESpec, config: RunConfig, finished: Iterable[Finished]) -> Expected | None:
-    """Return the range of L0 over alike runs; None where none of them reaches the SAE's lambda.
+def expected_l0(spec: SAESpec, finished: Iterable[Finished]) -> Expected | None:
+    """Return the range of L0 over `alike` runs; None where none of them reaches the SAE's lambda.
 
     In each run log L0 is taken as linear in log lambda between neighbouring SAEs of the same
     architecture, loss norm and recipe, and never beyond the ends.
     """
-    alikes = [run for run in finished if alike(config, run.config)]
-    found = {run.id: _interpolated(spec.sparsity, _curve(spec, run)) for run in alikes}
-    l0s = [l0 for l0 in found.values() if l0 is not None]
-    if not l0s:
-        return None
-    return Expected(min(l0s), max(l0s), tuple(run for run, l0 in found.items() if l0 is not None))
+    found = {run.id: l0 for run in finished if (l0 := _l0_of(spec, run)) is not None}
+    return Expected(min(found.values()), max(found.values()), tuple(found)) if found else None
 
 
-def _curve(spec: SAESpec, run: Finished) -> list[tuple[float, float]]:
-    """Return (lambda, L0) of a run's SAEs that are like `spec`, by rising lambda."""
+def _l0_of(spec: SAESpec, run: Finished) -> float | None:
+    """Return what a run lets expect of an SAE; None where it says nothing."""
     like = {
         other.name
         for other in run.config.saes
         if (other.architecture, other.loss_norm, other.recipe)
         == (spec.architecture, spec.loss_norm, spec.recipe)
     }
-    return sorted(
+    curve = sorted(
         (row["sparsity"], row["l0"])
         for row in run.evals
         # An SAE that fires on nothing has no logarithm, one that could not be measured no L0.
         if row["name"] in like and row["l0"] and math.isfinite(row["l0"])
     )
-
-
-def _interpolated(sparsity: float, curve: list[tuple[float, float]]) -> float | None:
-    for at, l0 in curve:
-        if math.isclose(at, sparsity, rel_tol=1e-6):
-            return float(l0)
-    for (left, l0_left), (right, l0_right) in itertools.pairwise(curve):
-        if left < sparsity < right:
-            t = math.log(sparsity / left) / math.log(right / left)
-            return math.exp((1 - t) * math.log(l0_left) + t * math.log(l0_right))
-    return None
+    if not curve or not curve[0][0] <= spec.sparsity <= curve[-1][0]:
+        return None
+    lambdas, l0s = np.log(curve).T
+    return math.exp(np.interp(math.log(spec.sparsity), lambdas, l0s))

@@ -17,7 +17,7 @@ from gsae_core.checkpoints.formats.read import read_found
 from gsae_core.config import EvalConfig, RunConfig, SAESpec, Site, TrainRecipe, hook_name, validated
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import write_status
-from gsae_core.runs.run import Run, check_run_id
+from gsae_core.runs.run import Run, new_run_folder
 
 HELD_OUT = 0.5
 """Of the text: nothing is trained on it, and as many tokens are read as are evaluated on."""
@@ -51,11 +51,7 @@ def import_saes(
     found = [by_name[name] for name in saes] or found
     place = _one_place(found, HookPoint(model, layer, site), path)
     folder = Path(folder).absolute()
-    check_run_id(folder.name)
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise InputError(
-            f"expected a new or empty folder for the run, found files in {folder}; choose another"
-        )
+    new_run_folder(folder.parent, folder.name)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         # One at a time: a release's SAEs together may not fit into memory.

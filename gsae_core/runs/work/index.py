@@ -1,38 +1,31 @@
 """A run's SAE -> its feature index: what an index process runs, and its files tell."""
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import PositiveInt
 
 from gsae_core.analysis.features.files import weights_sha256
+from gsae_core.config import Config, validated
 from gsae_core.errors import InputError
-from gsae_core.files import lock, read_checked, write_json, writing
+from gsae_core.files import read_checked
 from gsae_core.machine import slot_of
-from gsae_core.runs.jobs.job import (
-    FOLDER_BYTES,
-    Job,
-    new_status,
-    read_status,
-    start,
-    write_status,
-)
-from gsae_core.runs.jobs.worker import Worker, perform
+from gsae_core.runs.jobs.job import Job, enqueue, start
+from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.run import Run
 from gsae_core.text import Progress
 
 if TYPE_CHECKING:  # the app and the command line read this module without torch
     from gsae_core.analysis.features.build import Part
-    from gsae_core.lm.corpus import Corpus, SequenceSet
+    from gsae_core.lm.corpus import Corpus
 
 IndexSplit = Literal["mixed", "train", "held_out"]
 N_TOKENS = 1_000_000
 
 
-class Request(BaseModel, frozen=True, extra="forbid"):
+class Request(Config):
     """What an index is to be made of."""
 
     n_tokens: PositiveInt = N_TOKENS
@@ -42,6 +35,7 @@ class Request(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def n_held_out(self) -> int:
+        """How many of them are wanted from the held-out split."""
         return {"held_out": self.n_tokens, "mixed": -(-self.n_tokens // 2), "train": 0}[self.split]
 
 
@@ -64,48 +58,19 @@ def start_index(
 
     Pressing twice starts one process. Without numbers it goes on with what was asked for last.
     """
-    if not (run.sae_folder(name) / "cfg.json").is_file():
-        raise InputError(
-            f"expected saved weights of {name!r} in {run.sae_folder(name)}, found none yet; they "
-            "are there once the run has saved them"
-        )
-    job = index_job(run, name)
-    if job is None or not job.is_alive():
-        job = prepare(run, name, n_tokens=n_tokens, split=split)
-    asked = request(job)
-    flags = ("--sae", name, "--tokens", str(asked.n_tokens), "--split", asked.split)
-    return start(job, ("index", str(run.folder), *flags))
+    job, _ = _asked(run, name, n_tokens, split)
+    return start(job, ("index", str(run.folder), "--sae", name))
 
 
-def prepare(
-    run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
-) -> Job:
-    """Return the job of an index, ready for a worker: queued, its request written down."""
-    if n_tokens is not None and n_tokens < 1:
-        raise InputError(f"--tokens: expected a number of at least 1, got {n_tokens}")
-    if split not in (None, *get_args(IndexSplit)):
-        names = ", ".join(get_args(IndexSplit))
-        raise InputError(f"--split: expected one of {names}, got {split!r}")
-    folder = index_folder(run, name)
-    with writing(folder, FOLDER_BYTES):
-        folder.mkdir(parents=True, exist_ok=True)
-        # The starting process holds this lock; a worker that is starting has its status already.
-        with lock(folder, "start"):
-            job = index_job(run, name)
-            builder = read_status(folder).pid if job is not None and job.is_alive() else None
-            if builder not in (None, os.getpid()):
-                raise InputError(
-                    f"expected no process to be building the index of {name!r}, got process "
-                    f"{builder}, which is; wait for it, or cancel it first"
-                )
-            job = Job(folder)
-            given = {"n_tokens": n_tokens, "split": split}
-            changed = {key: value for key, value in given.items() if value is not None}
-            write_json(folder / "request.json", request(job).model_dump() | changed)
-            # A process that was started for it is in the status already.
-            if builder is None:
-                write_status(folder, new_status())
-    return job
+def _asked(
+    run: Run, name: str, n_tokens: int | None, split: IndexSplit | None
+) -> tuple[Job, int | None]:
+    """Return the job of an index, what is asked of it written down, or the process it has."""
+    given = {"n_tokens": n_tokens, "split": split}
+    changed = {key: value for key, value in given.items() if value is not None}
+    validated(Request, changed, {"n_tokens": "--tokens", "split": "--split"})
+    job = Job(index_folder(run, name))
+    return job, enqueue(job, request(job).model_dump() | changed)
 
 
 def request(job: Job) -> Request:
@@ -124,33 +89,30 @@ def index_run(
 ) -> Iterator[Progress]:
     """Build the feature index of one SAE of a run, from where it stands, and yield progress.
 
-    Waits for the device like a run. A request to stop ends it after the shard, in state
-    `cancelled`; started again it goes on with what was asked for last, where nothing else is. An
-    `InputError` while iterating is said in status.json too.
+    A request to stop (`worker.perform`) ends it after the shard; started again it goes on with
+    what was asked for last, where nothing else is.
     """
-    job = prepare(run, name, n_tokens=n_tokens, split=split)
-    work = functools.partial(_build, run, name, job)
-    return perform(job, work, slot=slot_of(run.config.device), of=run.folder)
+    job, worker = _asked(run, name, n_tokens, split)
+    if worker not in (None, os.getpid()):  # this one, if it was started for it
+        raise InputError(
+            f"expected no process to be building the index of {name!r}, got process {worker}, "
+            "which is; wait for it, or cancel it first"
+        )
+    return perform(job, _build(run, name, job), slot=slot_of(run.config.device), of=run.folder)
 
 
-def _build(run: Run, name: str, job: Job, worker: Worker) -> Iterator[Progress]:
+def _build(run: Run, name: str, job: Job) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
-    from gsae_core.lm.corpus import load_corpus
-    from gsae_core.runs.work.setup import check_held_out, load_lm
+    from gsae_core.runs.work.setup import check_held_out, load_lm, load_text
 
     yield Progress("loading", 0, 0)
     cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
-    corpus = load_corpus(
-        cfg.data,
-        model.tokenizer,
-        n_tokens=asked.n_tokens,
-        model_n_ctx=model.n_ctx,
-        n_held_out=asked.n_held_out,
-    )
+    corpus = load_text(cfg, model, n_tokens=asked.n_tokens, n_held_out=asked.n_held_out)
     check_held_out(run, corpus, part=True)
+    whose = "held-out text" if asked.split == "held_out" else "text"
     yield from build_index(
         model,
         sae.to(model.device),
@@ -163,27 +125,20 @@ def _build(run: Run, name: str, job: Job, worker: Worker) -> Iterator[Progress]:
         weights_sha256=weights_sha256(sae_folder),
         revision=cfg.model.revision,
         n_tokens_asked=asked.n_tokens,
-        shortage=corpus.shortage if asked.split == "held_out" else "the text has no more",
+        shortage=f"the {whose} has no more",
     )
 
 
 def choose_parts(corpus: "Corpus", asked: Request) -> "Sequence[Part]":
     """Return the sequences to read: whole ones, from the start of each split."""
-    parts = []
-    left = asked.n_tokens
-    if asked.split != "train":
-        parts.append(_first(corpus.held_out, "held_out", asked.n_held_out))
-        left -= int(corpus.held_out.counts[: parts[0].n].sum())
-    if asked.split != "held_out" and left > 0:
-        parts.append(_first(corpus.train, "train", left))
-    return parts
-
-
-def _first(sequences: "SequenceSet", split: str, n_tokens: int) -> "Part":
-    """Return the sequences up to and including the one in which token `n_tokens` is counted."""
-    import numpy as np
-
     from gsae_core.analysis.features.build import Part
+    from gsae_core.analysis.fidelity import n_sequences
 
-    ends = np.cumsum(sequences.counts)
-    return Part(split, sequences, min(int(np.searchsorted(ends, n_tokens)) + 1, len(sequences)))
+    parts, left = [], asked.n_tokens
+    if asked.split != "train":
+        n = n_sequences(corpus.held_out, asked.n_held_out)
+        parts.append(Part("held_out", corpus.held_out, n))
+        left -= parts[0].n_tokens
+    if asked.split != "held_out" and left > 0:
+        parts.append(Part("train", corpus.train, n_sequences(corpus.train, left)))
+    return parts

@@ -8,7 +8,7 @@ same ones from look to look while they live, and those that fire most.
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,7 +22,7 @@ from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOOKS_PER_RUN, LEAST_EVERY = 20, 10  # steps: a look costs about as much as a step
 FIRST_LOOK = 50  # steps, in a long run: the twentieth part of days is a long wait
@@ -33,37 +33,39 @@ TOKEN_LENGTH = 64  # characters kept of a token: some vocabularies hold whole pa
 ENCODED_AT_ONCE = 2**22  # latents of tokens, some 100 MB where all of them fire
 
 
-class HeldOut(NamedTuple):
-    """The batch that is looked at."""
-
-    x: Float[Tensor, "tokens d_in"]
-    """Activations as training scales them; special positions left out."""
-    place: Int64[Tensor, " tokens"]
-    """Index of each token in `ids` laid end to end."""
-    ids: Int64[Tensor, "rows n_ctx"]
-
-
 class Sampler:
     """Writes samples.json of a run now and then."""
 
+    @torch.no_grad()
     def __init__(self, run: Run, setup: RunSetup) -> None:
         self._run, self._setup = run, setup
         self._n_steps = run.config.train.n_steps
-        self.every = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
-        self._held_out: HeldOut | None = None
+        self.every: int = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
+        # Sequences spread evenly over the split.
+        held_out = setup.corpus.held_out
+        n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
+        ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
+        place = mask.flatten().nonzero().squeeze(1)
+        site = run.config.model
+        x = setup.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
+        x = x.index_select(0, place.to(x.device)).float() * setup.stream.scale
+        # Samples are for looking at: a vector that is not finite is left out of them. Training and
+        # evaluation refuse it where they read it.
+        finite = x.isfinite().all(dim=1)
+        # (tokens, d_in), as training scales them; the index of each token in `ids` laid end to
+        # end, special positions left out; (rows, n_ctx).
+        self._x, self._place, self._ids = x[finite], place[finite.cpu()].cpu(), ids.cpu()
 
     def see(self, step: int) -> None:
         """Write samples.json if it is time for a look."""
         if step % self.every and step not in (FIRST_LOOK, self._n_steps):
             return
-        if self._held_out is None:
-            self._held_out = _harvest(self._run, self._setup)
         saes = {
-            spec.name: self._look(sae, self._held_out)
+            spec.name: self._look(sae)
             for spec, sae in zip(self._run.config.saes, self._setup.trainer.saes, strict=True)
             if spec.name not in self._setup.stopped
         }
-        n_tokens = len(self._held_out.x)
+        n_tokens = len(self._x)
         looked = {"step": step, "every": self.every, "n_tokens": n_tokens, "saes": saes}
         try:
             write_json(self._run.folder / "samples.json", looked)
@@ -72,11 +74,11 @@ class Sampler:
             logger.warning("no sample of latents: %s", error)
 
     @torch.no_grad()
-    def _look(self, sae: SAE, held_out: HeldOut) -> dict[str, Any]:
-        fired = firings(sae, held_out.x)
+    def _look(self, sae: SAE) -> dict[str, Any]:
+        fired = firings(sae, self._x)
         latents = choose(fired, seed=self._run.config.seed)
         # Raw activations in, raw latents out, as the saved SAE has it.
-        f = activations(sae, held_out.x, [i for i, _ in latents]) / self._setup.stream.scale
+        f = activations(sae, self._x, [i for i, _ in latents]) / self._setup.stream.scale
         return {
             "alive": int((fired > 0).sum()),
             "latents": [
@@ -84,24 +86,24 @@ class Sampler:
                     "latent": latent,
                     "chosen": how,
                     "fired": int(fired[latent]),
-                    "examples": self._examples(f[:, column], held_out),
+                    "examples": self._examples(f[:, column]),
                 }
                 for column, (latent, how) in enumerate(latents)
             ],
         }
 
-    def _examples(self, f: Float[Tensor, " tokens"], held_out: HeldOut) -> list[dict[str, Any]]:
+    def _examples(self, f: Float[Tensor, " tokens"]) -> list[dict[str, Any]]:
         """Return the tokens a latent fires on most, each in its context, no context twice."""
-        rows, n_ctx = held_out.ids.shape
+        rows, n_ctx = self._ids.shape
         everywhere = torch.zeros(rows * n_ctx, dtype=f.dtype)
-        everywhere[held_out.place] = f.cpu()
+        everywhere[self._place] = f.cpu()
         examples: dict[tuple[int, ...], dict[str, Any]] = {}
         for place in torch.argsort(everywhere, descending=True)[: 4 * N_EXAMPLES].tolist():
             if everywhere[place] <= 0 or len(examples) == N_EXAMPLES:
                 break
             row, column = divmod(place, n_ctx)
             first, last = max(0, column - BEFORE), min(n_ctx, column + AFTER + 1)
-            whole = held_out.ids[row].tolist()
+            whole = self._ids[row].tolist()
             values = everywhere[row * n_ctx + first : row * n_ctx + last].tolist()
             example = {
                 "tokens": texts_in(self._setup.model.tokenizer, whole, first, last),
@@ -124,15 +126,11 @@ def activations(
     sae: SAE, x: Float[Tensor, "tokens d_in"], latents: Sequence[int]
 ) -> Float[Tensor, "tokens chosen"]:
     """Return some latents' activations."""
-    column = torch.full((sae.d_sae,), -1, device=x.device)
-    column[list(latents)] = torch.arange(len(latents), device=x.device)
     parts = []
     for codes in _codes(sae, x):
-        at = column[codes.latent]
-        wanted = at >= 0
-        part = x.new_zeros(codes.row_offsets.numel() - 1, len(latents))
-        part[codes.rows()[wanted], at[wanted]] = codes.magnitude[wanted]
-        parts.append(part)
+        f = x.new_zeros(codes.row_offsets.numel() - 1, sae.d_sae)
+        f[codes.rows(), codes.latent] = codes.magnitude
+        parts.append(f[:, list(latents)])
     return torch.cat(parts)
 
 
@@ -156,19 +154,3 @@ def texts_in(tokenizer: Any, ids: list[int], first: int, last: int) -> list[str]
     start = max(0, first - SPLIT)
     texts = token_texts(tokenizer, ids[start : last + SPLIT])[first - start : last - start]
     return [text if len(text) <= TOKEN_LENGTH else f"{text[:TOKEN_LENGTH]}…" for text in texts]
-
-
-@torch.no_grad()
-def _harvest(run: Run, setup: RunSetup) -> HeldOut:
-    """Return activations of held-out sequences spread evenly over the split."""
-    held_out = setup.corpus.held_out
-    n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
-    ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
-    place = mask.flatten().nonzero().squeeze(1)
-    site = run.config.model
-    x = setup.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
-    x = x.index_select(0, place.to(x.device)).float() * setup.stream.scale
-    # Samples are for looking at: a vector that is not finite is left out of them. Training and
-    # evaluation refuse it where they read it.
-    finite = x.isfinite().all(dim=1)
-    return HeldOut(x[finite], place[finite.cpu()].cpu(), ids.cpu())

@@ -12,7 +12,6 @@ from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
-from gsae_core.runs.resume import has_state
 from gsae_core.runs.run import Run
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
@@ -45,7 +44,7 @@ def set_up(run: Run) -> RunSetup:
             f"state and the one it replaces, found {readable(free)}; make room and resume the run"
         )
     corpus = load_text(cfg, model)
-    if has_state(run.folder / "resume"):
+    if (run.folder / "resume" / "state.json").exists():
         _check_text(run, corpus, so="start a new run")
     stream = ActivationStream(
         _harvest(cfg, model, corpus),
@@ -85,6 +84,7 @@ def set_up(run: Run) -> RunSetup:
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:
+    """Return the run's language model; InputError if it lacks the run's layer or site."""
     device = resolve_device(cfg.device)
     model = load_model(
         cfg.model.name, revision=cfg.model.revision, device=str(device), dtype=cfg.model.dtype
@@ -93,12 +93,18 @@ def load_lm(cfg: RunConfig) -> LanguageModel:
     return model
 
 
-def load_text(cfg: RunConfig, model: LanguageModel, *, n_held_out: int | None = None) -> Corpus:
-    """Return a run's text; `n_held_out`: held-out tokens wanted, None: as its evaluation takes."""
+def load_text(
+    cfg: RunConfig,
+    model: LanguageModel,
+    *,
+    n_tokens: int | None = None,
+    n_held_out: int | None = None,
+) -> Corpus:
+    """Return a run's text, with so many tokens to train on and held out; None: as the run takes."""
     return load_corpus(
         cfg.data,
         model.tokenizer,
-        n_tokens=cfg.train.n_tokens,
+        n_tokens=cfg.train.n_tokens if n_tokens is None else n_tokens,
         model_n_ctx=model.n_ctx,
         n_held_out=cfg.evaluation.n_tokens if n_held_out is None else n_held_out,
     )

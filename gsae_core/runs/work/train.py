@@ -5,10 +5,10 @@ command line may draw it. Killed at any line and started again, it ends with the
 """
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,17 @@ from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
 from gsae_core.config import EvalConfig, Positions, RunConfig, SAESpec
 from gsae_core.errors import InputError
-from gsae_core.files import write_json
+from gsae_core.files import read_json, replace_durably, sha256, write_json
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import slot_of
 from gsae_core.runs.evals import EvalRow, write_arrays, write_evals
 from gsae_core.runs.jobs.job import holding
-from gsae_core.runs.jobs.worker import Worker, perform
+from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.metrics_log import MetricsLog
-from gsae_core.runs.resume import has_state, load_state, save_state
+from gsae_core.runs.plan.cost import state_bytes
 from gsae_core.runs.run import Run
+from gsae_core.runs.track import Mirror
 from gsae_core.runs.work.samples import Sampler
 from gsae_core.runs.work.setup import (
     RunSetup,
@@ -45,23 +46,23 @@ from gsae_core.training.trainer import StepReport, train
 LOGGED_POINTS = 300
 
 
-def train_run(run: Run, *, worker: Worker | None = None) -> Iterator[Progress]:
+def train_run(run: Run) -> Iterator[Progress]:
     """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
 
     A run whose device trains another one waits for its turn. A request to stop, or closing this
     iterator, ends it after the step, saved, in state `cancelled`. An `InputError` while iterating
-    is said in status.json too. `worker`: holds the run and its device already.
+    is said in status.json too.
     """
-    work = functools.partial(_train_and_evaluate, run)
-    return perform(run, work, slot=slot_of(run.config.device), worker=worker)
+    return perform(run, train_and_evaluate(run), slot=slot_of(run.config.device))
 
 
-def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
-    with _sentences_about_memory():
-        yield Progress("loading", 0, 0)
+def train_and_evaluate(run: Run) -> Iterator[Progress]:
+    """Do what `train_run` does, held by a worker whose device is free."""
+    yield Progress("loading", 0, 0)
+    with _sentences_about_memory(), contextlib.closing(Mirror(run)) as mirror:
         setup = set_up(run)
         try:
-            yield from _learn(run, setup, worker)
+            yield from _learn(run, setup, mirror)
         except GeneratorExit:
             save_saes(run, setup)
             raise
@@ -74,21 +75,27 @@ def _train_and_evaluate(run: Run, worker: Worker) -> Iterator[Progress]:
             )
         model, corpus = setup.model, setup.corpus
         del setup  # Optimiser states and a chunk of activations: room for the evaluation.
-        n_tokens = min(run.config.evaluation.n_tokens, corpus.held_out.n_tokens)
-        worker.enter("evaluating", total=n_tokens)
         yield from _evaluate(run, model, corpus, run.config.evaluation)
+        mirror.add_evaluation()
 
 
-def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
+def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
     """Take and log the steps that are left; save from time to time, at the end and when closed."""
-    trainer = setup.trainer
-    clock = _Clock(setup)
-    n_bytes = _take_up(run, setup, clock)
-    worker.step = trainer.steps_done
-    worker.enter("training", total=trainer.cfg.n_steps, done=trainer.steps_done)
-    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=n_bytes)
+    trainer, stream = setup.trainer, setup.stream
+    before = _take_up(run, setup)
+    # Over all resumes.
+    began, lm_before = time.monotonic() - before.get("seconds", 0.0), before.get("seconds_lm", 0.0)
+    n_steps = trainer.cfg.n_steps
+    yield Progress("training", trainer.steps_done, n_steps, "step")
     sampler = Sampler(run, setup)
-    every = log_every(trainer.cfg.n_steps)
+    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=before.get("metrics_bytes", 0))
+    if run.config.track is not None:
+        mirror.add(run.metrics())  # but for what the tracker holds
+    every = log_every(n_steps)
+
+    def seconds() -> dict[str, float]:
+        now = {"seconds": time.monotonic() - began, "seconds_lm": lm_before + stream.seconds}
+        return {name: round(value, 3) for name, value in now.items()}
 
     def note_stopped() -> None:
         for spec, why in zip(run.config.saes, trainer.stopped, strict=True):
@@ -101,26 +108,27 @@ def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
             "trainer": trainer.state_dict(),
             "stopped": setup.stopped,
             "mean_square_norm": setup.stream.mean_square_norm,
-            "seconds": clock.seconds,
-            "seconds_lm": clock.seconds_lm,
+            **seconds(),
             "metrics_bytes": log.sync(),
         }
-        save_state(run.folder / "resume", state)
+        n_bytes = state_bytes(run.config, trainer.saes[0].d_in)
+        save_state(run.folder / "resume", state, n_bytes=n_bytes)
 
     with contextlib.closing(log):
         saved_at, saved_step = time.monotonic(), trainer.steps_done
         batches = setup.stream.batches(start=trainer.steps_done)
         try:
             for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
-                worker.step = report.step
-                if report.step % every == 0 or report.step in (1, report.n_steps):
-                    log.add(_rows(run.config, report, clock))
+                if report.step % every == 0 or report.step in (1, n_steps):
+                    rows = _rows(run.config, report, seconds())
+                    log.add(rows)
+                    mirror.add(rows)
                 sampler.see(report.step)
                 note_stopped()
                 if time.monotonic() - saved_at >= 60 * run.config.checkpoint_minutes:
                     save()
                     saved_at, saved_step = time.monotonic(), report.step
-                yield Progress("training", report.step, report.n_steps, "step", report)
+                yield Progress("training", report.step, n_steps, "step", report)
         except GeneratorExit:
             save()
             raise
@@ -129,29 +137,12 @@ def _learn(run: Run, setup: RunSetup, worker: Worker) -> Iterator[Progress]:
             save()
 
 
-class _Clock:
-    """Wall-clock seconds of training, and the language model's share, over all resumes."""
-
-    def __init__(self, setup: RunSetup) -> None:
-        self.before, self.lm_before = 0.0, 0.0
-        self._stream = setup.stream
-        # Setting up measured the scale: not part of training, and done anew on every resume.
-        self._began, self._lm_began = time.monotonic(), setup.stream.harvest.seconds
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self._began
-
-    @property
-    def seconds_lm(self) -> float:
-        return self.lm_before + self._stream.harvest.seconds - self._lm_began
-
-
-def _take_up(run: Run, setup: RunSetup, clock: _Clock) -> int:
-    """Bring trainer and clock to where the run was saved; return how much of its log stands."""
-    if not has_state(run.folder / "resume"):
-        return 0
-    state = load_state(run.folder / "resume")
+def _take_up(run: Run, setup: RunSetup) -> dict[str, Any]:
+    """Bring the trainer to where the run was saved; return what else was saved, if anything."""
+    folder = run.folder / "resume"
+    if not (folder / "state.json").exists():
+        return {}
+    state = load_state(folder)
     saved, found = state["mean_square_norm"], setup.stream.mean_square_norm
     # One number sums up the activations; rounding may differ between machines, data may not.
     if not math.isclose(saved, found, rel_tol=1e-4):
@@ -159,12 +150,40 @@ def _take_up(run: Run, setup: RunSetup, clock: _Clock) -> int:
             f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
             f"({found:.6g}); the model or the corpus has changed, so start a new run"
         )
-    setup.trainer.load_state_dict(state["trainer"])
-    clock.before = state["seconds"]
-    clock.lm_before = state["seconds_lm"]
+    setup.trainer.load_state_dict(state.pop("trainer"))  # large, and not kept
     setup.stopped.update(state["stopped"])
     run.add_event("resumed", step=setup.trainer.steps_done)
-    return state["metrics_bytes"]
+    return state
+
+
+def save_state(folder: Path, state: dict[str, Any], *, n_bytes: int) -> None:
+    """Write the state a run resumes from; the older one stays until the new one is on the disk.
+
+    It holds tensors, numbers, strings, None, and dicts, lists and tuples of these: about `n_bytes`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    older = sorted(folder.glob("state-*.pt"))
+    turn = 1 + max((int(path.stem.removeprefix("state-")) for path in older), default=0)
+    path = folder / f"state-{turn:06d}.pt"
+    replace_durably(path, lambda sibling: torch.save(state, sibling), n_bytes=n_bytes)
+    # Only this small file says which state counts, so a crash at any line leaves a whole one.
+    pointer = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / "state.json", pointer)
+    # Half-written siblings are what a killed process leaves.
+    for other in (*older, *folder.glob(".*.tmp")):
+        other.unlink()
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return what `save_state` wrote, its tensors on the CPU. Nothing in the file is executed."""
+    pointer = read_json(folder / "state.json")
+    path = folder / Path(str(pointer.get("file"))).name
+    if not path.is_file() or sha256(path) != pointer.get("sha256"):
+        raise InputError(
+            f"expected the resumable state {path} as it was written, found none or other content; "
+            f"delete the folder {folder} to train from step 0"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def log_every(n_steps: int) -> int:
@@ -172,9 +191,8 @@ def log_every(n_steps: int) -> int:
     return max(1, round(n_steps / LOGGED_POINTS))
 
 
-def _rows(cfg: RunConfig, report: StepReport, clock: _Clock) -> list[dict[str, Any]]:
+def _rows(cfg: RunConfig, report: StepReport, seconds: dict[str, float]) -> list[dict[str, Any]]:
     rows = []
-    seconds, seconds_lm = round(clock.seconds, 3), round(clock.seconds_lm, 3)
     for spec, sae in zip(cfg.saes, report.saes, strict=True):
         if sae.loss is None:
             continue
@@ -182,8 +200,7 @@ def _rows(cfg: RunConfig, report: StepReport, clock: _Clock) -> list[dict[str, A
             {
                 "step": report.step,
                 "tokens": report.tokens,
-                "seconds": seconds,
-                "seconds_lm": seconds_lm,
+                **seconds,
                 "seconds_sae": round(report.seconds, 3),
                 "sae": spec.name,
                 "loss": float(sae.loss.total),
@@ -214,7 +231,13 @@ def evaluate_run(
         replace: where the model reads reconstructions; None takes the run's choice.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
-    with holding(run.folder, busy), _sentences_about_memory():
+    with (
+        holding(run.folder, busy),
+        _sentences_about_memory(),
+        contextlib.closing(Mirror(run, required=False)) as mirror,
+    ):
+        if run.config.track is not None:
+            mirror.add(run.metrics())
         asked = {"n_tokens": n_tokens, "replace": replace}
         wanted = run.config.evaluation.model_copy(
             update={name: value for name, value in asked.items() if value is not None}
@@ -224,6 +247,7 @@ def evaluate_run(
         corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
         check_held_out(run, corpus)
         yield from _evaluate(run, model, corpus, wanted)
+        mirror.add_evaluation()
         yield Progress("finished", wanted.n_tokens, wanted.n_tokens, "token")
 
 
@@ -231,7 +255,8 @@ def _evaluate(
     run: Run, model: LanguageModel, corpus: Corpus, wanted: EvalConfig
 ) -> Iterator[Progress]:
     """Measure the saved SAEs, as everyone else will load them, and write what was found."""
-    cfg = run.config
+    cfg, total = run.config, min(wanted.n_tokens, corpus.held_out.n_tokens)
+    yield Progress("evaluating", 0, total, "token")
     specs, saes = [], []
     for spec in cfg.saes:
         folder = run.sae_folder(spec.name)
@@ -243,8 +268,7 @@ def _evaluate(
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    total = min(wanted.n_tokens, corpus.held_out.n_tokens)
-    steps = evaluating(
+    evaluations = yield from evaluating(
         model,
         saes,
         corpus.held_out,
@@ -253,10 +277,9 @@ def _evaluate(
         n_tokens=wanted.n_tokens,
         replace=wanted.replace,
     )
-    evaluations = yield from _counted(steps, total)
     rows = []
     for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted, corpus.shortage))
+        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted))
         folder, metrics = run.sae_folder(spec.name), evaluation.metrics
         fired = metrics.firings.numpy()
         opened = None if metrics.sums is None else metrics.sums.gate_open
@@ -277,21 +300,9 @@ def _evaluate(
     write_evals(run.folder, rows)
 
 
-def _counted(
-    steps: Generator[int, None, list[Evaluation]], total: int
-) -> Generator[Progress, None, list[Evaluation]]:
-    while True:
-        try:
-            done = next(steps)
-        except StopIteration as end:
-            return end.value
-        yield Progress("evaluating", min(done, total), total, "token")
-
-
-def _eval_row(
-    spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig, shortage: str
-) -> EvalRow:
+def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
+    is_short = metrics.n_tokens < wanted.n_tokens
     of_losses = ("loss_recovered", "ce_clean", "ce_sae", "ce_zero", "kl")
     of_metrics = ("l0", "gamma", "gamma_gate", "fvu", "cosine", "alive_fraction", "n_tokens")
     return EvalRow(
@@ -300,7 +311,7 @@ def _eval_row(
         **{name: getattr(metrics, name) for name in of_metrics},
         d_in=d_in,
         n_tokens_asked=wanted.n_tokens,
-        shortage=shortage if metrics.n_tokens < wanted.n_tokens else None,
+        shortage="the held-out text has no more" if is_short else None,
         n_predictions=losses.n_tokens,
         zeroed="all",
         replaced=wanted.replace,

@@ -14,19 +14,19 @@ import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gsae_core.checkpoints.hub import HubFile, HubSAE, Repository, fetching
+from gsae_core.checkpoints.hub import HubFile, fetching
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.files import first_of, lock, read_json, readable, write_json, writing
-from gsae_core.runs.jobs.job import FOLDER_BYTES, Job, new_status, read_status, write_status
-from gsae_core.runs.jobs.worker import Worker, perform
-from gsae_core.runs.run import check_run_id, find_run
-from gsae_core.runs.work.publish import check_token, pack, send
+from gsae_core.files import first_of, read_json, readable
+from gsae_core.runs.jobs.job import Job, enqueue
+from gsae_core.runs.jobs.worker import perform
+from gsae_core.runs.run import find_run, new_run_folder
+from gsae_core.runs.work.publish import pack, send
 from gsae_core.text import Progress
 
 FOLDER = ".hub"
@@ -106,19 +106,12 @@ class Transfer(Job):
 
 def ask(root: Path, request: Request) -> Transfer:
     """Return the transfer of a request, made if there is none; one that ended begins anew."""
-    folder = root / FOLDER / _id(request)
-    transfer = Transfer(folder)
-    with writing(folder, FOLDER_BYTES):
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, "start"):
-            known = (folder / "request.json").exists()
-            if known and transfer.status.expects_process:
-                return transfer
-            # A new try may go to a run of another name.
-            write_json(folder / "request.json", asdict(request))
-            if not known or read_status(folder).state == "finished":
-                write_status(folder, new_status())
-                transfer.add_event("created")
+    if isinstance(request, PullRequest):
+        new_run_folder(root, request.to)  # a run that is there is refused
+    transfer = Transfer(root / FOLDER / _id(request))
+    # A new try may go to a run of another name.
+    if enqueue(transfer, asdict(request)) is None:
+        transfer.add_event("created")
     return transfer
 
 
@@ -151,36 +144,10 @@ def transfers(root: Path) -> list[Transfer]:
     return [transfer for _, transfer in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def plan_pull(repository: Repository, sae: HubSAE, *, to: str, **place: Any) -> PullRequest:
-    """Return the request for an SAE of a repository at the commit that was looked at.
-
-    `to` names the run that is made of it; `place`: model, layer and site, where files lack them.
-    """
-    return PullRequest(
-        repo=repository.repo,
-        commit=repository.commit,
-        path=sae.path,
-        library=sae.library,
-        files=sae.files,
-        to=check_run_id(to),
-        **place,
-    )
-
-
 def run_name(repo: str, path: str) -> str:
     """Return a name for the run that an SAE becomes: the repository's and the folder's."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([repo.rpartition("/")[2], path]))
     return stem.strip("-._")[:64].rstrip("-._") or "pulled"
-
-
-def new_run_folder(root: Path, name: str) -> Path:
-    """Return the folder that a new run of this name will have."""
-    folder = root / check_run_id(name)
-    if folder.exists():
-        raise InputError(
-            f"expected a new name for the run, got {name}, which there is in {root}; choose another"
-        )
-    return folder
 
 
 def free_name(root: Path, name: str) -> str:
@@ -189,31 +156,28 @@ def free_name(root: Path, name: str) -> str:
     return next(free for free in names if not (root / free).exists())
 
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def work(transfer: Transfer) -> Iterator[Progress]:
-    """Do what was asked for, or go on with it, and yield progress; files tell the rest.
+    """Do what was asked for, or go on with it, and yield progress, as `worker.perform` does.
 
-    A request to stop (control.json, SIGTERM, Ctrl-C, or closing this iterator) ends it in state
-    `cancelled`; what came is kept. An `InputError` is said in status.json too.
+    What came is kept when it is stopped.
     """
-
-    def carry_out(worker: Worker) -> Iterator[Progress]:
-        request = transfer.request
-        if isinstance(request, PullRequest):
-            yield from _pull(transfer, request, worker)
-        else:
-            yield from _push(transfer, request, worker)
-
-    return perform(transfer, carry_out)
+    return perform(transfer, _carry_out(transfer))
 
 
-def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[Progress]:
+def _carry_out(transfer: Transfer) -> Iterator[Progress]:
+    request = transfer.request
+    is_pull = isinstance(request, PullRequest)
+    yield from _pull(transfer, request) if is_pull else _push(transfer, request)
+
+
+def _pull(transfer: Transfer, request: PullRequest) -> Iterator[Progress]:
     total = sum(file.n_bytes for file in request.files)
     where = new_run_folder(transfer.root, request.to)
     log.info("%s of %s at %s", readable(total), request.repo, request.commit)
-    worker.enter("downloading", total=total)
+    yield Progress("downloading", 0, total, "byte")
     downloads = transfer.folder / "files"  # until it is a run
     kept = downloads / request.repo  # runs and SAEs are named by the folder they come from
     pieces = fetching(request.repo, request.commit, request.files, kept)
@@ -235,8 +199,7 @@ def _pull(transfer: Transfer, request: PullRequest, worker: Worker) -> Iterator[
     shutil.rmtree(downloads, ignore_errors=True)
 
 
-def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[Progress]:
-    check_token()
+def _push(transfer: Transfer, request: PushRequest) -> Iterator[Progress]:
     run = find_run(transfer.root, request.run)
     parcel = pack(run, request.saes, request.repo, public=request.public)
     for note in parcel.notes:
@@ -245,5 +208,5 @@ def _push(transfer: Transfer, request: PushRequest, worker: Worker) -> Iterator[
     yield Progress("uploading", 0, total, "byte")
     # One call: the library tells no one but a terminal how far it is.
     address = send(parcel)
-    worker.done = total
     transfer.add_event("arrived", result=address)
+    yield Progress("uploading", total, total, "byte")

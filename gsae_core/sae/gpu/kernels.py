@@ -284,19 +284,22 @@ def sum_latents(
     magnitude,
     gain,
     l1_weight,
+    theta,
     W_dec_sum,
     W_gate_sum_T,
     sums,
     counts,
     d_in,
     l1_slope,
+    half_window,
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Sum over one latent's entries, rows ascending: its rows of the weight gradients, its numbers.
 
     A program owns what it writes, so nothing is added atomically. While one works long on a latent
-    that fires on half the batch, others fill the device.
+    that fires on half the batch, others fill the device. `theta` is a JumpReLU SAE's, whose slopes
+    within `half_window` of it are summed and counted; else None.
     """
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(latent_offsets + i)
@@ -305,6 +308,8 @@ def sum_latents(
     inside = d < d_in
     if l1_weight is not None:
         l1_slope *= tl.load(l1_weight + i)
+    if theta is not None:
+        threshold = tl.load(theta + i)
     dec = tl.zeros([WIDTH], dtype=tl.float32)
     enc = tl.zeros([WIDTH], dtype=tl.float32)
     dm_part = tl.zeros([ENTRIES], dtype=tl.float32)
@@ -312,6 +317,8 @@ def sum_latents(
     dg_part = tl.zeros([ENTRIES], dtype=tl.float32)
     gate_part = tl.zeros([ENTRIES], dtype=tl.float32)
     fired_part = tl.zeros([ENTRIES], dtype=tl.int32)
+    window_part = tl.zeros([ENTRIES], dtype=tl.float32)
+    near_part = tl.zeros([ENTRIES], dtype=tl.float32)
     for start in range(begin, end, ENTRIES):
         at = start + tl.arange(0, ENTRIES)
         live = at < end
@@ -319,7 +326,12 @@ def sum_latents(
         place = tl.load(place_by_latent + at, mask=live, other=0)
         g = tl.load(gate + place, mask=live, other=0.0)
         m = tl.load(magnitude + place, mask=live, other=0.0)
-        dm = tl.where(m > 0, tl.load(slope + place, mask=live, other=0.0), 0.0)
+        df = tl.load(slope + place, mask=live, other=0.0)
+        dm = tl.where(m > 0, df, 0.0)
+        if theta is not None:
+            near = live & (tl.abs(g - threshold) < half_window)
+            window_part += tl.where(near, df, 0.0)
+            near_part += near.to(tl.float32)
         dg = tl.where(live, l1_slope, 0.0)
         if slope_aux is not None:
             dg += tl.load(slope_aux + place, mask=live, other=0.0)
@@ -348,29 +360,8 @@ def sum_latents(
         tl.store(sums + d_sae + i, tl.sum(dm_m_part, 0))
         tl.store(sums + 2 * d_sae + i, tl.sum(dg_part, 0))
         tl.store(sums + 3 * d_sae + i, tl.sum(gate_part, 0))
+        if theta is not None:
+            tl.store(sums + 4 * d_sae + i, tl.sum(window_part, 0))
+            tl.store(sums + 5 * d_sae + i, tl.sum(near_part, 0))
         tl.store(counts + i, tl.sum(fired_part, 0).to(tl.int64))
         tl.store(counts + d_sae + i, (end - begin).to(tl.int64))
-
-
-@triton.jit
-@no_type_check
-def sum_windows(
-    latent_offsets, place_by_latent, gate, slope, theta, sums, half, ENTRIES: tl.constexpr
-):
-    """Sum over one latent's entries within `half` of its threshold: the slope, and how many."""
-    i = tl.program_id(0).to(tl.int64)
-    begin = tl.load(latent_offsets + i)
-    end = tl.load(latent_offsets + i + 1)
-    threshold = tl.load(theta + i)
-    slope_part = tl.zeros([ENTRIES], dtype=tl.float32)
-    near_part = tl.zeros([ENTRIES], dtype=tl.float32)
-    for start in range(begin, end, ENTRIES):
-        at = start + tl.arange(0, ENTRIES)
-        live = at < end
-        place = tl.load(place_by_latent + at, mask=live, other=0)
-        z = tl.load(gate + place, mask=live, other=0.0)
-        near = live & (tl.abs(z - threshold) < half)
-        slope_part += tl.load(slope + place, mask=near, other=0.0)
-        near_part += near.to(tl.float32)
-    tl.store(sums + i, tl.sum(slope_part, 0))
-    tl.store(sums + tl.num_programs(0) + i, tl.sum(near_part, 0))

@@ -11,24 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsae_core.errors import InputError
-from gsae_core.sae.architectures import (
-    BuiltinSAE,
-    GatedSAE,
-    JumpReluSAE,
-    ReluSAE,
-    TopKSAE,
-    has_fast_step,
-)
-from gsae_core.sae.base import Mask, PerEntry, PerLatent, Rows
+from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
+from gsae_core.sae.base import SAE, Mask, Rows
 from gsae_core.sae.losses import StepResult
-from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, gates
-from gsae_core.sae.sparse.dense import StepSums, gain, l1_weights
+from gsae_core.sae.sparse.codes import ByLatent, SparseCodes, Wanted, gates
+from gsae_core.sae.sparse.dense import StepSums, check_by_hand, gain, l1_weights
 from gsae_core.sae.sparse.step import Active, Decoded, Loops, take_step, undecoded
-from gsae_core.sae.topk import AUX_WEIGHT
 
 MAX_D_IN = 16384  # A row, both its reconstructions and a direction are held in registers.
 MAX_CAPACITY = 2**30  # Places are 32-bit numbers, and a tile may reach beyond the end.
@@ -39,7 +30,7 @@ PRODUCTS_AT_ONCE = 2**24
 
 # A tile of the encoder: rows, latents. For sm_90, 8.0 and 8.9 alike it takes 96 KiB of shared
 # memory at most (all of Ada's) and the 255 registers a thread has, 16 bytes beside them at worst.
-ROWS = LATENTS = 128
+TILE = {"ROWS": 128, "LATENTS": 128}
 
 
 @torch.no_grad()
@@ -53,28 +44,16 @@ def kernel_step(
     of `x` and two of the shape of `W_dec`; of a TopK SAE 48 bytes for each entry and a block of
     products. After a LaunchError `.grad` means nothing.
     """
-    sae.check_width(x)
-    sae.check_trains()
+    check_by_hand(sae, x)
     if (reason := available(x.device, sae)) is not None:
         raise InputError(reason)
-    if (others := {p.device for p in sae.parameters()} - {x.device}) != set():
-        raise InputError(
-            f"expected an SAE on {x.device}, where the activations are, got parameters on "
-            f"{', '.join(sorted(map(str, others)))}; call sae.to({str(x.device)!r})"
-        )
     if x.dtype != torch.float32:
         raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")
-    if not 1 <= capacity <= MAX_CAPACITY:
-        raise InputError(
-            f"expected a capacity of 1 to {MAX_CAPACITY} open gates, got {capacity}; "
-            "take the dense step when so many gates are open"
-        )
+    assert 1 <= capacity <= MAX_CAPACITY
     engine = Kernels(capacity=capacity)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x):
-        return take_step(
-            sae, x.contiguous(), sparsity_coeff=sparsity_coeff, dead=dead, engine=engine
-        )
+        return take_step(engine, sae, x.contiguous(), sparsity_coeff, dead)
 
 
 def capacity_for(n_open: float) -> int:
@@ -85,66 +64,10 @@ def capacity_for(n_open: float) -> int:
     return max(4096, power_of_two(int(1.25 * n_open) + 1))
 
 
-def available(device: torch.device, sae: nn.Module | None = None) -> str | None:
+def available(device: torch.device, sae: SAE) -> str | None:
     """Return why the kernels cannot run on a device or for an SAE, as a sentence, else None."""
-    return _device_refusal(device) or (None if sae is None else _sae_refusal(sae))
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    try:
-        from triton import knobs
-    except ImportError as error:
-        return (
-            f"expected Triton for the sparse step on a GPU, got {str(error)!r}; it comes with "
-            "PyTorch's CUDA builds for Linux, and without it the dense step is taken"
-        )
-    if knobs.runtime.interpret:
-        return None  # Triton interprets its kernels, on any device.
-    if device.type != "cuda":
-        return (
-            f"expected a CUDA device for the sparse step's kernels, got '{device.type}'; "
-            "sparse_step does the same on a CPU"
-        )
-    if torch.version.cuda is None:
-        return (
-            "expected an NVIDIA GPU for the sparse step's kernels, got another make, on which they "
-            "are untried; the dense step is taken"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return (
-            f"expected a GPU of compute capability 8.0 or newer, got {capability[0]}."
-            f"{capability[1]} ({torch.cuda.get_device_name(device)}); the dense step is taken"
-        )
-    return _launch_refusal(device)
-
-
-@functools.cache
-def _launch_refusal(device: torch.device) -> str | None:
-    from gsae_core.sae.gpu.kernels import probe
-
-    try:
-        with torch.cuda.device(device):
-            probe[(1,)](torch.zeros(1, device=device))
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        return (
-            f"expected Triton to run a kernel, got {str(error)!r}; it needs a C compiler and the "
-            "headers of Python (apt-get install gcc python3-dev), else the dense step is taken"
-        )
-    return None
-
-
-def _sae_refusal(sae: nn.Module) -> str | None:
-    if not isinstance(sae, BuiltinSAE):
-        return (
-            "expected a Gated, ReLU, JumpReLU or TopK SAE for the sparse step's kernels, got a "
-            f"{type(sae).__name__}; take the dense step"
-        )
-    if not has_fast_step(sae):
-        return (
-            "expected a Gated SAE with tie 'r_mag' or 'none' for the sparse step's kernels, got "
-            "'untied'; take the dense step"
-        )
+    if (reason := _device_refusal(device)) is not None:
+        return reason
     if (others := {p.dtype for p in sae.parameters()} - {torch.float32}) != set():
         return (
             "expected a float32 SAE for the sparse step's kernels, got "
@@ -158,17 +81,54 @@ def _sae_refusal(sae: nn.Module) -> str | None:
     return None
 
 
+@functools.cache
+def _device_refusal(device: torch.device) -> str | None:
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return (
+            f"expected Triton for the sparse step on a GPU, got {str(error)!r}; it comes with "
+            'PyTorch\'s CUDA builds for Linux, else with pip install "gsae-core[gpu]"; without it '
+            "the dense step is taken"
+        )
+    if knobs.runtime.interpret:
+        return None  # Triton interprets its kernels, on any device.
+    if (
+        device.type != "cuda"
+        or torch.version.cuda is None
+        or torch.cuda.get_device_capability(device) < MIN_CAPABILITY
+    ):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        return (
+            "expected an NVIDIA GPU of compute capability 8.0 or newer for the sparse step's "
+            f"kernels, got {name}; the dense step is taken"
+        )
+    from gsae_core.sae.gpu.kernels import probe
+
+    try:
+        with torch.cuda.device(device):
+            probe[(1,)](torch.zeros(1, device=device))
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return (
+            f"expected Triton to run a kernel, got {str(error)!r}; it needs a C compiler and the "
+            "headers of Python (apt-get install gcc python3-dev), else the dense step is taken"
+        )
+    return None
+
+
 class LaunchError(Exception):
     """A kernel that cannot be compiled here, does not fit, or would misread its tensors."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch one of `kernels.py`, on so many programs along each axis.
+def launch(kernel: str, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch one of `kernels.py` by its name, on so many programs along each axis.
 
     Errors other than a LaunchError, such as running out of memory, are raised as they are.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
+
+    from gsae_core.sae.gpu import kernels
 
     tensors = [each for each in args if isinstance(each, Tensor)]
     devices = {each.device for each in tensors}
@@ -176,7 +136,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         laid = ", ".join(f"{each.device} {tuple(each.stride())}" for each in tensors)
         raise LaunchError(f"expected tensors of one device, rows in order, got {laid}")
     try:
-        kernel[grid](*args, **options)
+        getattr(kernels, kernel)[grid](*args, **options)
     except (OutOfResources, PTXASError, CompilationError, RuntimeError) as error:
         # A compiler pass fails with this RuntimeError; one of the device's has another text.
         if isinstance(error, RuntimeError) and "PassManager::run failed" not in str(error):
@@ -208,13 +168,12 @@ class Kernels(Loops):
     capacity: int
 
     def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
-        from gsae_core.sae.gpu.kernels import encode_tiles, place_entries
-
+        """Return the entries above the gate, `overflowed` where they exceed the capacity."""
         jumps = isinstance(sae, JumpReluSAE)
         gated = isinstance(sae, GatedSAE)
         W, above = gates(sae, below=sae.eps / 2 if jumps else 0.0)
         n_rows, d_sae, capacity = len(xc), sae.d_sae, self.capacity
-        row_tiles, latent_tiles = -(-n_rows // ROWS), -(-d_sae // LATENTS)
+        row_tiles, latent_tiles = -(-n_rows // TILE["ROWS"]), -(-d_sae // TILE["LATENTS"])
         n_tiles = row_tiles * latent_tiles
         n_open = torch.zeros((), dtype=torch.int64, device=xc.device)
         ints = functools.partial(torch.empty, dtype=torch.int32, device=xc.device)
@@ -225,7 +184,7 @@ class Kernels(Loops):
             counts[:1].zero_()
         product, local = xc.new_empty(capacity), ints(capacity)
         launch(
-            encode_tiles,
+            "encode_tiles",
             (n_tiles,),
             xc,
             rows_in_order(W),
@@ -240,8 +199,7 @@ class Kernels(Loops):
             sae.d_in,
             d_sae,
             capacity,
-            ROWS=ROWS,
-            LATENTS=LATENTS,
+            **TILE,
             DEPTH=32,
             GROUP=8,
             num_warps=8,
@@ -262,7 +220,7 @@ class Kernels(Loops):
         offsets = latent_cells[::row_tiles] * fits
         entries = ByLatent(offsets, order=ints(capacity), row=ints(capacity))
         launch(
-            place_entries,
+            "place_entries",
             (n_tiles,),
             product,
             local,
@@ -278,21 +236,16 @@ class Kernels(Loops):
             *entries[1:],
             row_tiles,
             latent_tiles,
-            ROWS=ROWS,
-            LATENTS=LATENTS,
+            **TILE,
             ENTRIES=64,
             num_warps=4,
         )
         return Active(codes, entries, n_open, overflowed=n_open > capacity)
 
-    def largest(
-        self, sae: TopKSAE, xc: Rows, dead: Mask | None
-    ) -> tuple[SparseCodes, SparseCodes | None]:
+    def largest(self, sae: TopKSAE, xc: Rows, wanted: Wanted) -> list[SparseCodes]:
+        """Return each row's largest latents, a SparseCodes for each of `wanted`."""
         # As many entries as asked for, so that none can overflow: one whose product is not positive
         # has magnitude 0. So have those beyond the dead; asking how many are would wait.
-        wanted: list[tuple[Tensor, int]] = [(sae.b_enc, sae.k)]
-        if dead is not None:
-            wanted.append((sae.b_enc.masked_fill(~dead, -torch.inf), min(sae.k_aux, sae.d_sae)))
         n_rows, at_once = len(xc), max(1, PRODUCTS_AT_ONCE // sae.d_sae)
         latent = [torch.empty(n_rows, k, dtype=torch.int32, device=xc.device) for _, k in wanted]
         height = [xc.new_empty(n_rows, k) for _, k in wanted]
@@ -305,29 +258,27 @@ class Kernels(Loops):
                 where[rows] = ascending.values
                 value[rows] = top.values.gather(1, ascending.indices).relu_()
         every = torch.arange(n_rows + 1, dtype=torch.int32, device=xc.device)
-        kept, *spare = (
+        return [
             SparseCodes(every * k, where.flatten(), value.flatten(), value.flatten())
             for (_, k), where, value in zip(wanted, latent, height, strict=True)
-        )
-        return kept, spare[0] if spare else None
+        ]
 
     def decode(
-        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, spare: bool = False
+        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, bias: Tensor, scale: float
     ) -> Decoded:
-        from gsae_core.sae.gpu.kernels import decode_rows
-
+        """Return errors, slopes and row sums, computed row by row."""
         decoded = undecoded(sae, codes, x)
         width = power_of_two(max(sae.d_in, 16))
         launch(
-            decode_rows,
+            "decode_rows",
             (len(x),),
             x,
             rows_in_order(sae.W_dec),
-            rows_in_order(torch.zeros_like(sae.b_dec) if spare else sae.b_dec),
+            rows_in_order(bias),
             *codes,
             *decoded,
             sae.d_in,
-            2 * (AUX_WEIGHT if spare else 1) / len(x),
+            scale,
             **_shape(width),
         )
         return decoded
@@ -335,17 +286,17 @@ class Kernels(Loops):
     def sums(
         self, sae: BuiltinSAE, active: Active, decoded: Decoded, xc: Rows, l1_slope: float | None
     ) -> StepSums:
-        from gsae_core.sae.gpu.kernels import sum_latents
-
+        """Return every latent's sums over its entries, which the gradients are made of."""
         slope = gain(sae)
+        jumps = isinstance(sae, JumpReluSAE)
         # Not `empty_like`, which lays them out as the dictionary is.
         W_dec, W_enc_T = (xc.new_empty(sae.d_sae, sae.d_in) for _ in range(2))
-        sums = xc.new_empty(4, sae.d_sae)
+        sums = xc.new_empty(6, sae.d_sae)
         counts = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
         # Wide rows are shared out over programs, which also shortens the longest of them.
         width = min(power_of_two(max(sae.d_in, 16)), 512)
         launch(
-            sum_latents,
+            "sum_latents",
             (sae.d_sae, -(-sae.d_in // width)),
             xc,
             *decoded[:4],
@@ -353,15 +304,17 @@ class Kernels(Loops):
             *active.codes[2:],
             slope,
             l1_weights(sae),
+            rows_in_order(sae.threshold) if jumps else None,
             W_dec,
             W_enc_T,
             sums,
             counts,
             sae.d_in,
             l1_slope or 0.0,
+            sae.eps / 2 if jumps else 0.0,
             **_shape(width),
         )
-        (dm, dm_m, dg, gate), (fired, gate_open) = sums, counts
+        (dm, dm_m, dg, gate, *window), (fired, gate_open) = sums, counts
         return StepSums(
             W_dec=W_dec,
             # A program that wrote its column of W_enc would touch a cache line for each number.
@@ -373,30 +326,8 @@ class Kernels(Loops):
             error=decoded.error_sum(),
             fired=fired,
             gate_open=gate_open,
+            window=(window[0], window[1]) if jumps else None,
         )
-
-    def column_sums(self, x: Rows) -> Float64[Tensor, " d_in"]:
-        return x.sum(0, dtype=torch.float64)
-
-    def windows(
-        self, sae: JumpReluSAE, active: Active, slope: PerEntry
-    ) -> tuple[PerLatent, PerLatent]:
-        from gsae_core.sae.gpu.kernels import sum_windows
-
-        sums = slope.new_empty(2, sae.d_sae)
-        launch(
-            sum_windows,
-            (sae.d_sae,),
-            *active.entries[:2],
-            active.codes.gate,
-            slope,
-            rows_in_order(sae.threshold),
-            sums,
-            sae.eps / 2,
-            ENTRIES=64,
-            num_warps=2,
-        )
-        return sums[0], sums[1]
 
 
 def power_of_two(n: int) -> int:

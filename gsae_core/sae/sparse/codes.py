@@ -62,7 +62,12 @@ class Products(NamedTuple):
     """How many candidates a bfloat16 screen picked them from; None without a screen."""
 
 
+Wanted = list[tuple[PerLatent, int]]
+"""Of each row: how many of the largest latents, by which bias."""
+
+
 def chunk_rows(d_sae: int) -> int:
+    """Return how many rows are encoded at once, so that their products stay small."""
     return max(CHUNK_ROWS, CHUNK_ELEMENTS // d_sae)
 
 
@@ -88,13 +93,11 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
 
 
 @torch.no_grad()
-def largest_products(
-    xc: Rows, W: Encoder, wanted: Sequence[tuple[PerLatent, int]]
-) -> list[Products]:
+def largest_codes(xc: Rows, W: Encoder, wanted: Wanted) -> list[SparseCodes]:
     """Return, for each (bias, k), the k largest of h + bias in each row, as far as positive.
 
-    The products' `h` is that sum; a bias of -inf leaves a latent out. Of equal values the lower
-    latent is taken when compiled, any by torch.
+    A bias of -inf leaves a latent out. Of equal values the lower latent is taken when compiled, any
+    by torch.
     """
     kinds = [(bias.detach(), k) for bias, k in wanted]
 
@@ -104,7 +107,8 @@ def largest_products(
             return [_above(largest(h + bias, k=k), torch.zeros_like(bias)) for bias, k in kinds]
         return [scratch.pick(loops.pick_largest, h, bias, k) for bias, k in kinds]
 
-    return _in_chunks(xc, W, pick, W.dtype)
+    found = _in_chunks(xc, W, pick, W.dtype)
+    return [SparseCodes(each.row_offsets, each.latent, each.h, each.h) for each in found]
 
 
 def _screened(xc: Rows, W: Encoder, above: np.ndarray) -> Products:
@@ -205,10 +209,8 @@ def encode_sparse(sae: SAE, x: Rows) -> SparseCodes:
     sae.check_width(x)
     xc = sae.normalised(x).u - sae.b_dec
     if isinstance(sae, TopKSAE):
-        (kept,) = largest_products(xc, sae.W_enc, [(sae.b_enc, sae.k)])
-        return SparseCodes(kept.row_offsets, kept.latent, kept.h, kept.h)
-    if not isinstance(sae, GatedSAE | ReluSAE | JumpReluSAE):
-        raise TypeError(f"no codes are known for {type(sae).__name__}")
+        return largest_codes(xc, sae.W_enc, [(sae.b_enc, sae.k)])[0]
+    assert isinstance(sae, GatedSAE | ReluSAE | JumpReluSAE)
     codes = codes_of(sae, xc, products_above(xc, *gates(sae)))
     if not isinstance(sae, JumpReluSAE):
         return codes

@@ -13,6 +13,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE, has_fast_step
 from gsae_core.sae.base import SAE, Counts, Dictionary, Encoder, Mask, PerLatent, Rows, Scalar
+from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.losses import LossParts, StepResult, squared_error
 from gsae_core.sae.metrics import stats_from_counts
 from gsae_core.sae.sparse.codes import chunk_rows
@@ -46,6 +47,15 @@ class StepSums:
     fired: Counts
     gate_open: Counts
     """Inputs on which pi_gate > 0; entries of a latent, where there is no gate."""
+    window: tuple[PerLatent, PerLatent] | None = None
+    """Of a JumpReLU SAE: df, the sum of <2e/B, W_dec_i> over the inputs in the window around a
+    threshold, and their number."""
+
+    def l1_term(self, sae: BuiltinSAE, l1_slope: float) -> Scalar:
+        """Return the L1 term; `l1_slope` is lambda / B."""
+        assert self.gate is not None  # JumpReLU and TopK SAEs have no such term
+        weights = l1_weights(sae)
+        return (self.gate.sum() if weights is None else torch.dot(self.gate, weights)) * l1_slope
 
 
 def check_by_hand(sae: SAE, x: Rows) -> None:
@@ -71,14 +81,16 @@ def gain(sae: BuiltinSAE) -> PerLatent | None:
     return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
 
 
-def l1_term(sae: GatedSAE | ReluSAE, gate: PerLatent, l1_slope: float) -> Scalar:
-    """Return the L1 term; `gate` sums relu(pi_gate), `l1_slope` is lambda / B."""
-    weights = l1_weights(sae)
-    return (gate.sum() if weights is None else torch.dot(gate, weights)) * l1_slope
-
-
 def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> None:
-    """Leave the gradient of every parameter but a threshold in `.grad`; uses up the sums."""
+    """Leave the gradient of every parameter in `.grad`; uses up the sums.
+
+    `l1_slope` is lambda / B. That of a threshold is -(theta df + lambda / B) / eps, summed over the
+    inputs where |z - theta| < eps / 2.
+    """
+    if isinstance(sae, JumpReluSAE):
+        assert sums.window is not None
+        df, n_near = sums.window
+        sae.threshold.grad = (sae.threshold * df + l1_slope * n_near) / -sae.eps
     if sae.objective.l1_weight == "norm":
         assert sums.gate is not None  # only a gate's activity is weighted
         norms = sae.W_dec.norm(dim=1)
@@ -107,10 +119,12 @@ def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> N
 
 @torch.no_grad()
 def manual_dense_step(
-    sae: GatedSAE | ReluSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None
+    sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = None
 ) -> StepResult:
     """Do as `dense_step`, up to rounding."""
     check_by_hand(sae, x)
+    if not isinstance(sae, GatedSAE | ReluSAE):
+        raise InputError(f"expected a Gated or ReLU SAE, got {sae}; take dense_step")
     gated = isinstance(sae, GatedSAE)
     l1_slope, slope = sparsity_coeff / len(x), gain(sae)
     l1_slopes = l1_slope if (weights := l1_weights(sae)) is None else weights * l1_slope
@@ -178,7 +192,7 @@ def manual_dense_step(
     )
     parts = LossParts(
         reconstruction=(stats.squared_error / len(x)).to(x.dtype),
-        sparsity=l1_term(sae, gate_sum, l1_slope),
+        sparsity=sums.l1_term(sae, l1_slope),
         auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
     )
     return StepResult(parts, stats, n_entries=sums.gate_open.sum())

@@ -42,16 +42,15 @@ OPTIONS: dict[str, Any] = {
 BLOCK = 32
 
 
-def compiled(function: Callable[..., Any], **changes: Any) -> Any:
-    """Return `function` compiled with `changes` to `OPTIONS`, from the disk where it was before."""
-    options = OPTIONS | changes
+def compiled(function: Callable[..., Any]) -> Any:
+    """Return `function` compiled with `OPTIONS`, from the disk where it was before."""
     # Tests wrap every function in a type check, which numba can neither read nor needs.
     plain = inspect.unwrap(function)
     try:
-        return njit(cache=True, **options)(plain)
+        return njit(cache=True, **OPTIONS)(plain)
     except RuntimeError:
         # Neither the package's folder nor the user's can be written: compile in every process.
-        return njit(**options)(plain)
+        return njit(**OPTIONS)(plain)
 
 
 @compiled
@@ -209,14 +208,6 @@ def decode_rows(
             dot_entries_with_both(offsets[t], offsets[t + 1], latent, W, out, aux, dm, dg)
         else:
             dot_entries(offsets[t], offsets[t + 1], latent, W, out, dm)
-
-
-@compiled
-def sum_columns(x, out):
-    """Add every row of `x` to `out`, in the precision of `out`."""
-    for t in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            out[j] += x[t, j]
 
 
 # Latents whose sums are turned into columns together: a cache line of float32.

@@ -13,17 +13,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gsae_core.sae.architectures import BuiltinSAE, GatedSAE, ReluSAE
-from gsae_core.sae.base import (
-    SAE,
-    Count,
-    Counts,
-    Dictionary,
-    Mask,
-    PerEntry,
-    PerLatent,
-    Rows,
-    Scalar,
-)
+from gsae_core.sae.base import SAE, Count, Counts, Mask, PerEntry, PerLatent, Rows, Scalar
 from gsae_core.sae.jumprelu import JumpReluSAE, in_window
 from gsae_core.sae.losses import LossParts, StepResult
 from gsae_core.sae.metrics import AUX_ERROR_POWER, ERROR_POWER, N_ROW_SUMS, stats_from_rows
@@ -31,21 +21,15 @@ from gsae_core.sae.sparse import loops
 from gsae_core.sae.sparse.codes import (
     ByLatent,
     SparseCodes,
+    Wanted,
     by_latent,
     codes_of,
     gates,
-    largest_products,
+    largest_codes,
     numpy,
     products_above,
 )
-from gsae_core.sae.sparse.dense import (
-    StepSums,
-    check_by_hand,
-    gain,
-    l1_term,
-    l1_weights,
-    leave_gradients,
-)
+from gsae_core.sae.sparse.dense import StepSums, check_by_hand, gain, l1_weights, leave_gradients
 from gsae_core.sae.topk import AUX_WEIGHT, TopKSAE
 from gsae_core.threads import over_rows
 
@@ -76,9 +60,11 @@ class Decoded(NamedTuple):
     """What each row adds to the loss and the statistics: the columns of `stats_from_rows`."""
 
     def mean(self, column: int) -> Scalar:
+        """Return a column of `row_sums` averaged over rows."""
         return self.row_sums[:, column].sum().to(self.error.dtype) / len(self.error)
 
     def error_sum(self) -> Float[Tensor, " d_in"]:
+        """Return both errors summed over rows: the gradient of `b_dec` through the decoder."""
         total = self.error.sum(0)
         return total if self.aux_error is None else total + self.aux_error.sum(0)
 
@@ -112,29 +98,18 @@ class Loops:
         n_entries = torch.tensor(codes.latent.numel())
         return Active(codes, by_latent(codes, sae.d_sae), n_entries, found.n_candidates)
 
-    def largest(
-        self, sae: TopKSAE, xc: Rows, dead: Mask | None
-    ) -> tuple[SparseCodes, SparseCodes | None]:
-        """Return each row's k largest latents, and its k_aux largest dead ones; None if none is."""
-        wanted: list[tuple[Tensor, int]] = [(sae.b_enc, sae.k)]
-        if dead is not None and (n_dead := int(dead.sum())):
-            wanted.append((sae.b_enc.masked_fill(~dead, -torch.inf), min(sae.k_aux, n_dead)))
-        kept, *spare = (
-            SparseCodes(found.row_offsets, found.latent, gate=found.h, magnitude=found.h)
-            for found in largest_products(xc, sae.W_enc, wanted)
-        )
-        return kept, spare[0] if spare else None
+    def largest(self, sae: TopKSAE, xc: Rows, wanted: Wanted) -> list[SparseCodes]:
+        """Return, for each (bias, k), k entries of a row: on a CPU those above 0 alone."""
+        return largest_codes(xc, sae.W_enc, wanted)
 
     def decode(
-        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, spare: bool = False
+        self, sae: BuiltinSAE, codes: SparseCodes, x: Rows, *, bias: Tensor, scale: float
     ) -> Decoded:
         """Return the errors of the reconstructions, and what each entry would change about them.
 
-        `magnitude` makes x_hat, and `gate` x_hat_aux. With `spare` codes, of dead latents,
-        reconstructions start from 0 instead of `b_dec`, and errors weigh `AUX_WEIGHT`.
+        `magnitude` makes x_hat, and `gate` x_hat_aux; both start from `bias`.
         """
         decoded = undecoded(sae, codes, x)
-        bias = torch.zeros_like(sae.b_dec) if spare else sae.b_dec
         arrays = [codes.row_offsets, codes.latent, codes.magnitude, codes.gate, sae.W_dec, bias, x]
         results = [
             decoded.error,
@@ -144,8 +119,7 @@ class Loops:
             decoded.row_sums,
         ]
         inputs, outputs = map(numpy, arrays), [each.numpy() for each in results]
-        scale = outputs[0].dtype.type(2 * (AUX_WEIGHT if spare else 1) / len(x))
-        arguments = (*inputs, scale, decoded.aux_slope is not None, *outputs)
+        arguments = (*inputs, outputs[0].dtype.type(scale), decoded.aux_slope is not None, *outputs)
         over_rows(len(x), lambda first, last: loops.decode_rows(first, last, *arguments))
         return decoded
 
@@ -157,6 +131,11 @@ class Loops:
         `decoded.mag_slope` is used up.
         """
         (codes, entries), latent = active[:2], active.codes.latent
+        window = None
+        if isinstance(sae, JumpReluSAE):
+            near = in_window(codes.gate, sae.threshold.take(latent), sae.eps)
+            n_near = per_latent(entries, near).to(decoded.mag_slope.dtype)
+            window = per_latent(entries, decoded.mag_slope * near), n_near
         fires = codes.magnitude > 0
         dm = decoded.mag_slope.mul_(fires)
         slope, dg, dh = gain(sae), None, dm
@@ -180,21 +159,14 @@ class Loops:
             error=decoded.error_sum(),
             fired=per_latent(entries, fires),
             gate_open=entries.offsets.diff(),
+            window=window,
         )
 
-    def windows(
-        self, sae: JumpReluSAE, active: Active, slope: PerEntry
-    ) -> tuple[PerLatent, PerLatent]:
-        """Return each latent's sum of `slope` over the inputs in its window, and their number."""
-        codes, entries = active[:2]
-        near = in_window(codes.gate, sae.threshold.take(codes.latent), sae.eps)
-        return per_latent(entries, slope * near), per_latent(entries, near).to(slope.dtype)
 
-    def column_sums(self, x: Rows) -> Float64[Tensor, " d_in"]:
-        # In float64 torch needs five hundred times as long.
-        out = torch.zeros(x.shape[1], dtype=torch.float64)
-        loops.sum_columns(numpy(x), out.numpy())
-        return out
+def column_sums(x: Rows) -> Float64[Tensor, " d_in"]:
+    """Return the sum over rows, in float64."""
+    # On a CPU torch takes ten times as long as numpy.
+    return x.sum(0, dtype=torch.float64) if x.is_cuda else torch.from_numpy(numpy(x).sum(0, float))
 
 
 def per_latent(entries: ByLatent, value: PerEntry | Bool[Tensor, " nnz"]) -> PerLatent | Counts:
@@ -207,31 +179,21 @@ def per_latent(entries: ByLatent, value: PerEntry | Bool[Tensor, " nnz"]) -> Per
 
 @torch.no_grad()
 def take_step(
-    sae: BuiltinSAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None, engine: Loops
+    engine: Loops, sae: BuiltinSAE, x: Rows, sparsity_coeff: float, dead: Mask | None
 ) -> StepResult:
-    """Return `sparse_step`'s result by this engine, for a contiguous x.
-
-    With df_i = <2e/B, W_dec_i> and e = x_hat - x, a threshold's gradient is, summed over the batch,
-    -(theta df + lambda / B) / eps where |z - theta| < eps / 2. For all else see `StepSums`.
-    """
+    """Return `sparse_step`'s result by this engine, for a contiguous x."""
     if isinstance(sae, TopKSAE):
         return _topk_step(sae, x, dead, engine)
     xc, slope = x - sae.b_dec, sparsity_coeff / len(x)
     active = engine.active(sae, xc)
-    decoded = engine.decode(sae, active.codes, x)
-    if isinstance(sae, JumpReluSAE):
-        df, n_near = engine.windows(sae, active, decoded.mag_slope)
-        sae.threshold.grad = (sae.threshold * df + slope * n_near) / -sae.eps
-        sums = engine.sums(sae, active, decoded, xc, None)
-        sparsity = slope * sums.fired.sum().to(x.dtype)
-    else:
-        sums = engine.sums(sae, active, decoded, xc, slope)
-        assert sums.gate is not None
-        sparsity = l1_term(sae, sums.gate, slope)
+    decoded = engine.decode(sae, active.codes, x, bias=sae.b_dec, scale=2 / len(x))
+    jumps = isinstance(sae, JumpReluSAE)
+    sums = engine.sums(sae, active, decoded, xc, None if jumps else slope)
     leave_gradients(sae, sums, slope)
+    sparsity = slope * sums.fired.sum().to(x.dtype) if jumps else sums.l1_term(sae, slope)
     parts = LossParts(decoded.mean(ERROR_POWER), sparsity, decoded.mean(AUX_ERROR_POWER))
     stats = stats_from_rows(
-        x_sum=engine.column_sums(x),
+        x_sum=column_sums(x),
         row_sums=decoded.row_sums,
         aux=decoded.aux_slope is not None,
         fired=sums.fired,
@@ -247,12 +209,16 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
     the others leave for target.
     """
     n_rows, xc = len(x), x - sae.b_dec
-    kept, spare = engine.largest(sae, xc, dead)
-    decoded = engine.decode(sae, kept, x)
+    wanted: Wanted = [(sae.b_enc, sae.k)]
+    if dead is not None:
+        wanted.append((sae.b_enc.masked_fill(~dead, -torch.inf), min(sae.k_aux, sae.d_sae)))
+    kept, *others = engine.largest(sae, xc, wanted)
+    decoded = engine.decode(sae, kept, x, bias=sae.b_dec, scale=2 / n_rows)
     codes, both, auxiliary = kept, decoded, x.new_zeros(())
-    if dead is not None and spare is not None:
-        left = decoded.error * (-n_rows / 2)
-        aux = engine.decode(sae, spare, left, spare=True)
+    if dead is not None:
+        (spare,), left = others, decoded.error * (-n_rows / 2)
+        bias, scale = torch.zeros_like(sae.b_dec), 2 * AUX_WEIGHT / n_rows
+        aux = engine.decode(sae, spare, left, bias=bias, scale=scale)
         # Without a dead latent there is no such term.
         auxiliary = torch.where(dead.any(), AUX_WEIGHT * aux.mean(ERROR_POWER), auxiliary)
         pairs = zip(kept[1:], spare[1:], strict=True)
@@ -271,7 +237,7 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
     parts = LossParts(decoded.mean(ERROR_POWER), x.new_zeros(()), auxiliary)
     # Those of the batch's own rows.
     fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
-    stats = stats_from_rows(x_sum=engine.column_sums(x), row_sums=decoded.row_sums, fired=fired)
+    stats = stats_from_rows(x_sum=column_sums(x), row_sums=decoded.row_sums, fired=fired)
     return StepResult(parts, stats, n_entries)
 
 
@@ -280,7 +246,7 @@ def weight_sums(
     weight: PerEntry,
     dense: Float[Tensor, "rows d_in"],
     *,
-    add_to: Dictionary | None = None,
+    add_to: Float[Tensor, "a b"] | None = None,
     columns: bool = False,
 ) -> Float[Tensor, "a b"]:
     """Return each latent's sum of weight * dense[row], (d_sae, d_in), or with `columns` transposed.
@@ -309,10 +275,5 @@ def sparse_step(
     """
     check_by_hand(sae, x)
     assert isinstance(sae, BuiltinSAE)
-    return take_step(
-        sae,
-        x.contiguous(),
-        sparsity_coeff=sparsity_coeff,
-        dead=dead,
-        engine=Loops(screened=screened),
-    )
+    dead = dead if dead is not None and dead.any() else None  # there is no term to compute
+    return take_step(Loops(screened=screened), sae, x.contiguous(), sparsity_coeff, dead)
