@@ -64,9 +64,17 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(
-    runs: Path, *, port: int | None = None, patience: float = 90.0, clone: Path = ROOT
+    runs: Path,
+    *,
+    port: int | None = None,
+    patience: float = 90.0,
+    clone: Path = ROOT,
+    prepared: str = "",
 ) -> Iterator[str]:
     """Serve a clone's app over a folder of runs; yield its address, and stop it in the end.
+
+    Args:
+        prepared: Python that the server's process runs before the app.
 
     Raises:
         TimeoutError: if it does not answer in `patience` seconds.
@@ -74,8 +82,8 @@ def serving(
     port = port or free_port()
     command = [
         sys.executable,
-        "-m",
-        "streamlit",
+        "-c",
+        f"{prepared}\nfrom streamlit.web.cli import main\nmain(prog_name='streamlit')",
         "run",
         str(clone / "app.py"),
         "--server.port",
