@@ -174,9 +174,7 @@ steer_view.advance = advance_when_told
 """
 
 
-def test_a_long_continuation_is_stopped_and_goes_on(
-    page: Page, runs: Path, tmp_path: Path
-) -> None:
+def test_a_long_continuation_is_stopped_and_goes_on(page: Page, runs: Path, tmp_path: Path) -> None:
     told = tmp_path / "told"
     stopped = page.get_by_text("Stopped. Continue adds the remaining tokens.")
     with serving(runs, prepared=WAITING.format(told=str(told))) as address:
