@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gsae_core.errors import InputError
 
@@ -116,17 +116,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Return strict JSON (RFC 8259) with null for numbers that are not finite."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    plain = _JSON.dump_python(value, mode="json")
+    return json.dumps(plain, indent=indent, allow_nan=False, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
+_JSON = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="null"))
 
 
 def read_bytes(path: Path, *, missing: str | None = None) -> bytes:
@@ -184,11 +178,7 @@ def _real(digits: str) -> float:
 
 
 def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file; an InputError says `missing` where there is no such file.
-
-    Raises:
-        InputError: if the file is missing, cannot be read or holds no JSON object.
-    """
+    """Return the object in a JSON file; an InputError says why there is none, as `read_bytes`."""
     data = read_bytes(path, missing=missing)
     try:
         fields = parse_json(data)
@@ -238,11 +228,7 @@ def read_sae_cfg(path: Path) -> dict[str, Any]:
 
 
 def read_checked(path: Path, schema: type[BaseModel], *, what: str) -> dict[str, Any]:
-    """Return a file's JSON object, as it stands, if it fits a schema.
-
-    Raises:
-        InputError: if it is missing or no `what`; names the first field that does not fit.
-    """
+    """Return a file's JSON object, as it stands; an InputError names what makes it no `what`."""
     fields = read_json(path)
     try:
         schema.model_validate(fields, strict=True)
@@ -267,11 +253,7 @@ class Lines(NamedTuple):
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, whole and on the disk before this returns; others may append meanwhile.
-
-    Raises:
-        InputError: as `writing`, or if the folder is gone.
-    """
+    """Append a row, whole and on the disk before this returns; others may append meanwhile."""
     data = encoded([row])
     with (
         writing(path, len(data)),

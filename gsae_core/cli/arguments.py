@@ -139,11 +139,8 @@ if TYPE_CHECKING:
         def __getattr__(self, flag: str) -> Any: ...
 
 else:
-    _Flags = dataclasses.make_dataclass(
-        "_Flags",
-        [(flag, *hint) for flag, hint in _train_flags().items()],
-        frozen=True,
-    )
+    _FLAGS = [(flag, *hint) for flag, hint in _train_flags().items()]
+    _Flags = dataclasses.make_dataclass("_Flags", _FLAGS, frozen=True)
 
 
 class Train(_Flags):

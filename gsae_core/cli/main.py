@@ -7,7 +7,6 @@ import secrets
 import shutil
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -71,10 +70,6 @@ def say(sentence: str) -> None:
 class Ended(Exception):
     """A command ended early: its exit code, and the sentence that says why."""
 
-    def __init__(self, code: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; `argv` are the words after the program."""
@@ -91,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(" ".join(str(error).split()))
         return MISTAKE
     except Ended as error:
-        say(str(error))
-        return error.code
+        code, sentence = error.args
+        say(sentence)
+        return code
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -487,10 +483,9 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
                     for sentence in before_training if stage == "training" else ():
                         say(sentence)
                     bar = bars.enter_context(_bar(now))
-            if bar is not None:
-                bar.update(now.done - bar.n)
-                if now.report is not None and not bar.disable and _is_time(bar):
-                    bar.set_postfix_str(_glance(now.report), refresh=False)
+            # Reading a number waits for the device; as often as the bar is drawn is cheap.
+            if bar is not None and bar.update(now.done - bar.n) and now.report is not None:
+                bar.set_postfix_str(_glance(now.report))
     return stage
 
 
@@ -506,11 +501,6 @@ def _bar(now: Progress) -> "tqdm[NoReturn]":
         unit_scale=now.unit in ("token", "byte"),  # steps and features are counted in full
         disable=None,  # no bar where stderr is a file
     )
-
-
-def _is_time(bar: "tqdm[NoReturn]") -> bool:
-    # Reading a number waits for the device; as often as the bar is drawn is cheap.
-    return time.time() - bar.last_print_t >= bar.mininterval
 
 
 def _glance(report: "StepReport") -> str:
