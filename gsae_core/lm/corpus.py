@@ -134,12 +134,7 @@ HELD_OUT_TOKENS = 2**18
 
 
 def load_corpus(
-    cfg: DataConfig,
-    tokenizer: Any,
-    *,
-    n_tokens: int | None,
-    model_n_ctx: int,
-    n_held_out: int = 0,
+    cfg: DataConfig, tokenizer: Any, *, n_tokens: int | None, model_n_ctx: int, n_held_out: int = 0
 ) -> Corpus:
     """Return the sequences that `cfg` describes, from the token cache where it has them.
 
@@ -218,7 +213,9 @@ class _Reader:
         # The shortest that is long enough: a resumed run has to read the rows it began with.
         known = _find(key, n_tokens, self._packing.dtype)
         for kept in known:
-            if self._has_enough(kept, n_held_out):
+            # A whole source has no more of them.
+            whole = kept.reach == math.inf
+            if whole or not n_held_out or self._n_held_out(kept) >= n_held_out:
                 log.info("tokens of an earlier reading of %s", self.source.name)
                 return kept
         try:
@@ -240,12 +237,6 @@ class _Reader:
             raise InputError(f"expected some text in {self.source.name}, got none")
         packing = self._settled(head)
         return _keep(self._blocks(chain(head, parts), packing, n_tokens, n_held_out), key)
-
-    def _has_enough(self, tokens: _Tokens, n_held_out: int) -> bool:
-        """Whether rows hold as many held-out tokens as wanted, or there are no more."""
-        if tokens.reach == math.inf or not n_held_out:
-            return True
-        return self._n_held_out(tokens) >= n_held_out
 
     def _n_held_out(self, tokens: _Tokens) -> int:
         held_out = np.flatnonzero(_held_out(0, len(tokens.rows), self._share))
@@ -272,11 +263,7 @@ class _Reader:
         return self._packing._replace(n_ctx=length, **kept)
 
     def _blocks(
-        self,
-        parts: Iterator[Part],
-        packing: "_Packing",
-        n_tokens: int | None,
-        n_held_out: int,
+        self, parts: Iterator[Part], packing: "_Packing", n_tokens: int | None, n_held_out: int
     ) -> Iterator[_Tokens]:
         """Yield blocks of rows until there are as many counted tokens among them as wanted."""
         carry = np.empty(0, packing.dtype)

@@ -57,11 +57,8 @@ def check_finite(
     x: Float[Tensor, "vectors d_in"], *, layer: int, site: Site, dtype: torch.dtype
 ) -> None:
     """Raise InputError if a vector is not finite; it waits for the device. `dtype`: the model's."""
-    _refuse(int(_n_not_finite(x)), len(x), layer=layer, site=site, dtype=dtype)
-
-
-def _n_not_finite(x: Float[Tensor, "vectors d_in"]) -> Int64[Tensor, ""]:
-    return (~x.isfinite().all(dim=1)).sum()
+    n_bad = int((~x.isfinite().all(dim=1)).sum())
+    _refuse(n_bad, len(x), layer=layer, site=site, dtype=dtype)
 
 
 def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> None:
@@ -83,8 +80,7 @@ def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> N
 class Harvest:
     """The counted vectors of sequences at one place of a language model.
 
-    Attributes:
-        rows: sequences in a forward pass, on which rounding may depend.
+    On `rows`, the sequences in a forward pass, rounding may depend.
     """
 
     def __init__(
@@ -123,7 +119,7 @@ class Harvest:
             if len(counted):
                 x = self._model.harvest(ids, layer=self.layer, site=self.site).flatten(0, 1)
                 x = x.index_select(0, counted.to(x.device)).float()
-            bad = _n_not_finite(x)
+            bad = (~x.isfinite().all(dim=1)).sum()
             # On a GPU, to look at the number would be to wait for the pass.
             spoilt = on_cpu and bool(bad)
             return len(x), bad, [work(x)] if len(x) and not spoilt else []
@@ -234,7 +230,6 @@ class CachedActivations(Harvest):
         # Whole passes, so that the passes of a shard do not depend on where the text ends.
         self._shard_rows = max(1, SHARD_BYTES // (per_row * self.rows)) * self.rows
         self._edges = [*range(0, len(sequences), self._shard_rows), len(sequences)]
-        self._first = np.concatenate([[0], np.cumsum(sequences.counts)])
         self._open: dict[int, Tensor] = {}
         with writing(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,16 +237,14 @@ class CachedActivations(Harvest):
     def fill(self) -> None:
         """Harvest every shard that is missing; the log says first how large the cache is.
 
-        Raises:
-            InputError: if the disk lacks the room, or a vector is not finite (and its shard is not
-                written).
+        InputError if the disk lacks the room, or a vector is not finite: no such shard is written.
         """
         missing = [k for k, path in enumerate(self._paths) if not path.exists()]
         size = self.d_in * self._dtype.itemsize
         need = size * sum(self._n_vectors(k) for k in missing)
         log.info(
             f"activation cache: {readable(need)} still to be harvested of "
-            f"{readable(size * int(self._first[-1]))} in {self.folder}"
+            f"{readable(size * self.sequences.n_tokens)} in {self.folder}"
         )
         if need > (free := free_bytes(self.folder)):
             raise InputError(
@@ -285,8 +278,7 @@ class CachedActivations(Harvest):
         return paths
 
     def _n_vectors(self, k: int) -> int:
-        start, stop = self._edges[k : k + 2]
-        return int(self._first[stop] - self._first[start])
+        return int(self.sequences.counts[slice(*self._edges[k : k + 2])].sum())
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
         """Return a shard, mapped into memory, checked or harvested first."""

@@ -197,16 +197,13 @@ def _quiet(*, bar: bool) -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    verbosity, hidden = logging.get_verbosity(), not bar and logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if hidden:
-        logging.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        if not bar and logging.is_progress_bar_enabled():
+            afterwards.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hidden:
-            logging.enable_progress_bar()
 
 
 def _fuse_gelu(hf: Any) -> None:

@@ -78,10 +78,8 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
     """
     found = []
     for layer, block in enumerate(bridge.blocks):
-        taps: dict[Site, Tap] = {}
-        for site in SITES:
-            if (point := bridge.hook_dict.get(hook_name(layer, site))) is not None:
-                taps[site] = Tap(point, "output")
+        points = {site: bridge.hook_dict.get(hook_name(layer, site)) for site in SITES}
+        taps = {site: Tap(point, "output") for site, point in points.items() if point is not None}
         # A bridge's hook points lie inside the modules whose output they show.
         parts = dict(block.named_children())  # an attention-only model has no mlp
         attn, mlp = ((parts[name],) if name in parts else () for name in ("attn", "mlp"))
@@ -224,19 +222,17 @@ class LanguageModel:
         self.tokenizer: Any = tokenizer
         self._bridge = bridge
         self._blocks = hf_blocks(hf) if bridge is None else bridge_blocks(bridge)
-        self.family: str
+        self.family: str = getattr(getattr(hf, "config", None), "model_type", "native")
         self.d_model: int
         self.n_ctx: int
         self.d_vocab: int
         if bridge is None:
-            self.family = hf.config.model_type
             self.d_model = hf.config.hidden_size
             self.n_ctx, self.d_vocab = hf.config.max_position_embeddings, hf.config.vocab_size
             # transformers 5.24 gave it another name.
             is_new = "cache" in inspect.signature(hf.forward).parameters
             self._cache_name = "cache" if is_new else "past_key_values"
         else:
-            self.family = getattr(getattr(hf, "config", None), "model_type", "native")
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
             self.d_vocab = bridge.cfg.d_vocab
         compatible = bridge is not None and bridge.compatibility_mode
@@ -522,10 +518,8 @@ def load_model(
 def model_of(source: Any, tokenizer: Any = None) -> LanguageModel:
     """Return a Hugging Face causal LM or a TransformerBridge, as it is, as a LanguageModel.
 
-    Nothing of it changes, not even its mode; it may lack a tokenizer.
-
-    Raises:
-        InputError: if it is something else, of another family, or inside a wrapper.
+    Nothing of it changes, not even its mode; it may lack a tokenizer. Anything else, another family
+    or a model inside a wrapper is an InputError.
     """
     kind = type(source).__name__
     # By its name: to import TransformerLens takes seconds.

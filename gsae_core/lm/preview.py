@@ -33,11 +33,7 @@ class Preview(NamedTuple):
 
 
 def preview(data: DataConfig, model: str, revision: str | None = None) -> Preview:
-    """Return the first lines of a corpus, tokenised as `model` does.
-
-    Raises:
-        InputError: if the tokenizer or the corpus cannot be read.
-    """
+    """Return the first lines of a corpus as `model` tokenises it; InputError if it cannot."""
     tokenizer = load_tokenizer(model, revision)
     source = open_source(data, tokenizer.get_vocab_size())
     parts = list(islice(source.train(), LINES))

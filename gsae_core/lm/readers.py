@@ -474,11 +474,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """Yield the rows of JSON lines, or of one JSON array; a string is a row of text."""
-    with open_text(path) as file:
-        is_array = file.read(2**12).lstrip().startswith("[")
     number = 0
     try:
         with open_text(path) as file:
+            is_array = file.read(2**12).lstrip().startswith("[")
+            file.seek(0)
             rows = json.load(file) if is_array else map(json.loads, filter(str.strip, file))
             for number, row in enumerate(rows, start=1):
                 if not isinstance(row, str | dict):
@@ -609,9 +609,7 @@ def table_parts(
     """Yield the document in each row of some tables; rows without text or ids have none.
 
     Without `text_column`, `pick_column` chooses one, kept for the tables after that have it too.
-
-    Args:
-        tables: each table's name, for sentences, and its rows.
+    Each table comes with its name, for sentences.
     """
     column = text_column
     for name, rows in tables:
