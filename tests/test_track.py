@@ -23,11 +23,11 @@ from test_resume import killed_at
 from tiny_runs import finish, leave_at, small_run
 
 from gsae_core.cli import main
-from gsae_core.config import Tracker, load_config
+from gsae_core.config import SAESpec, Tracker, load_config
 from gsae_core.errors import InputError
 from gsae_core.runs import track
 from gsae_core.runs.run import Run
-from gsae_core.runs.track import Mirror, Opening
+from gsae_core.runs.track import Mirror, Tracked
 from gsae_core.runs.work.train import evaluate_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,25 +284,24 @@ def test_wandb_without_a_key_says_how_to_go_on(
     wandb.teardown()
 
 
-class Refusing:
-    """A tracker that takes two rows of an SAE, and is out of order from then on."""
+def refusing(closed: list[str]) -> Callable[..., Tracked]:
+    """Return a tracker that takes two rows of an SAE, and is out of order from then on."""
 
-    held = 0
-    closed = 0
+    def opener(run: Run, sae: SAESpec, known: str | None, newest: int) -> Tracked:
+        taken = []
 
-    def __init__(self, of: Opening) -> None:
-        self.id, self.n = of.sae, 0
+        def log(*numbers: Any) -> None:
+            taken.append(numbers)
+            if len(taken) > 2:
+                raise ConnectionError("the line is cut\nat the end")
 
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self.n += 1
-        if self.n > 2:
-            raise ConnectionError("the line is cut\nat the end")
+        def close() -> None:
+            closed.append(sae.name)
+            raise ConnectionError
 
-    log_evaluation = log
+        return Tracked(sae.name, 0, log, log, close)
 
-    def close(self) -> None:
-        type(self).closed += 1
-        raise ConnectionError
+    return opener
 
 
 def test_a_tracker_that_fails_is_said_once_and_training_goes_on(
@@ -312,7 +311,8 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(track.KINDS, "tensorboard", Refusing)
+    closed: list[str] = []
+    monkeypatch.setitem(track.OPENERS, "tensorboard", refusing(closed))
     monkeypatch.setattr(track, "check_installed", lambda tracker: None)
     monkeypatch.setattr("gsae_core.runs.run.check_installed", lambda tracker: None)
     words = small_run(tiny_lm_folder, small_text, tmp_path / "run")
@@ -325,7 +325,7 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(
     run = Run.open(tmp_path / "run")
     assert [e["why"] for e in run.events() if e["event"] == "tracker stopped"] == [said]
     assert run.status.state == "finished"
-    assert len(run.evals()) == Refusing.closed == 4
+    assert len(run.evals()) == len(closed) == 4
     assert (run.folder / "log.txt").read_text().count("no longer tracked") == 1
 
 
@@ -412,7 +412,7 @@ def test_a_config_of_before_opens_without_a_tracker(finished: Run) -> None:
 
 def test_numbers_that_are_not_finite_are_left_out() -> None:
     row = {"step": 3, "sae": "gated", "l0": 2, "fvu": math.nan, "gamma": None, "lr": math.inf}
-    assert track._numbers(row, but=("step",)) == {"l0": 2}
+    assert track._numbers(row) == {"l0": 2}
 
 
 def test_without_a_tracker_nothing_of_it_is_imported(small: list[str]) -> None:

@@ -11,7 +11,6 @@ tracker lacks is sent from the folder when the run goes on; what it holds is not
 
 import contextlib
 import contextvars
-import functools
 import io
 import logging
 import math
@@ -19,18 +18,16 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from gsae_core.config import Tracker
-from gsae_core.errors import InputError, extra, extra_sentence
+from gsae_core.config import SAESpec, Tracker
+from gsae_core.errors import InputError, extra
 from gsae_core.files import public_name, to_json
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from gsae_core.runs.run import Run
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -39,203 +36,156 @@ Numbers = dict[str, int | float]
 PROJECT = "gsae"
 """What tracked runs are filed under, unless WANDB_PROJECT says otherwise."""
 
-# trackio is the package of an extra.
-INSTALL = {"wandb": 'pip install "wandb>=0.31"', "tensorboard": "pip install tensorboard"}
-# Of a row of evals.json, what the config says too.
-SETTINGS = ("sparsity", "d_in", "d_sae")
+INSTALL: dict[Tracker, str] = {
+    "trackio": 'pip install "gsae-core[track]"',
+    "wandb": 'pip install "wandb>=0.31"',
+    "tensorboard": "pip install tensorboard",
+}
+# Of rows, what says the step, and what the config says too.
+NOT_SENT = ("step", "sparsity", "d_in", "d_sae")
 
 
 def check_installed(tracker: Tracker) -> None:
     """Refuse a tracker whose package is not there; nothing of it is imported."""
     found = find_spec(tracker)
     # A folder of that name here, such as W&B's own, is found as a package without an origin.
-    if found is not None and found.origin is not None:
-        return
-    if tracker == "trackio":
-        raise InputError(extra_sentence("track", tracker))
-    raise InputError(
-        f"expected {tracker} to be installed for --track, found none; {INSTALL[tracker]}"
-    )
-
-
-class Opening(NamedTuple):
-    """What the tracked run of an SAE is opened with."""
-
-    run: str
-    sae: str
-    config: dict[str, Any]
-    folder: Path
-    """The run's, for a tracker that keeps files."""
-    known: str | None
-    """Under which the tracker knows it from an earlier start of the run; None: there was none."""
-    newest: int
-    """Step that was logged last before; taken where a tracker cannot say what it holds."""
-
-
-class Trackio:
-    """A run in trackio's files on this machine, or where its TRACKIO_SPACE_ID says."""
-
-    def __init__(self, of: Opening) -> None:
-        with extra("track"):
-            import trackio
-            from trackio import utils
-            from trackio.sqlite_storage import SQLiteStorage
-
-        if not _sent_elsewhere():
-            _check_writable(utils.TRACKIO_DIR)
-
-        def begin(resume: str) -> Any:
-            about: dict[str, Any] = {"name": name, "group": of.run, "config": of.config}
-            quiet: dict[str, Any] = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
-            with _hub_unasked(), contextlib.redirect_stdout(io.StringIO()):
-                # In a context of its own: trackio ends the run that was begun before in the same.
-                init = functools.partial(contextvars.Context().run, trackio.init)
-                return init(PROJECT, resume=resume, **about, **quiet)
-
-        name = f"{of.run}/{of.sae}"
-        self._run = begin("never" if of.known is None else "allow")
-        if of.known not in (None, self._run.id):  # another run of this name came after ours
-            self.close()
-            self._run = begin("never")
-        self.id: str = self._run.id
-        held = SQLiteStorage.get_max_step_for_run(PROJECT, name, run_id=self.id)
-        # Not said where another machine, or a file that waits to be read in, holds the rows.
-        self.held: int = held or (of.newest if self.id == of.known else 0)
-        self._rows = lambda: SQLiteStorage.get_logs(PROJECT, name, run_id=self.id)
-
-    def log(self, numbers: Numbers, step: int) -> None:
-        """Log what was measured at a step."""
-        self._run.log(numbers, step=step)
-
-    def log_evaluation(self, numbers: Numbers, step: int) -> None:
-        """Log an evaluation that the run does not hold yet."""
-        # The same numbers again: `evaluate` with as many tokens as before.
-        if not any(numbers.items() <= row.items() for row in self._rows()):
-            self._run.log(numbers, step=step)
-
-    def close(self) -> None:
-        """End the tracked run."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
-
-
-def _sent_elsewhere() -> bool:
-    return bool(os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"))
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, of which trackio would only warn."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    if found is None or found.origin is None:
         raise InputError(
-            f"expected a folder that trackio can write, got {folder} ({error.strerror}); let "
-            "TRACKIO_DIR name another"
-        ) from error
+            f"expected {tracker} to be installed for --track, found none; {INSTALL[tracker]}"
+        )
 
 
-@contextlib.contextmanager
-def _hub_unasked() -> Iterator[None]:
-    """Keep trackio from asking the Hub who is logged in, which it does for runs kept here too."""
+@dataclass(frozen=True)
+class Tracked:
+    """An SAE's run in a tracker."""
+
+    id: str
+    """Under which the tracker knows it."""
+    held: int
+    """Last step that the tracker holds; 0 for none."""
+    log: Callable[[Numbers, int], object]
+    """Takes what was measured, and the step."""
+    log_evaluation: Callable[[Numbers], object]
+    close: Callable[[], object]
+
+
+# Openers of an SAE's tracked run: `known` is its id at an earlier start, if there was one; `newest`
+# the step that was logged last, taken where a tracker cannot say what it holds.
+
+
+def _trackio(run: "Run", sae: SAESpec, known: str | None, newest: int) -> Tracked:
+    """Open a run in trackio's files on this machine, or where its TRACKIO_SPACE_ID says."""
+    with extra("track"):
+        import trackio
+        from trackio import utils
+        from trackio.sqlite_storage import SQLiteStorage
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before if _sent_elsewhere() else True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-class Wandb:
-    """A run in Weights & Biases; with WANDB_MODE=offline in files for `wandb sync`."""
-
-    def __init__(self, of: Opening) -> None:
-        import wandb
-
-        online = wandb.setup().settings.mode in ("online", "shared", "run")
-        # Not left to `init`, which would ask at the terminal, in the middle of the run's output.
-        if online and not wandb.login(prompt=False, verify=False):
+    elsewhere = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
+    if not elsewhere:
+        try:
+            utils.TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=utils.TRACKIO_DIR):
+                pass
+        except OSError as error:  # of which trackio would only warn
             raise InputError(
-                "expected to be logged in to Weights & Biases, found no key; run `wandb login`, or "
-                "set WANDB_MODE=offline to keep the run on this machine"
-            )
-        self._run = wandb.init(
-            project=None if os.environ.get("WANDB_PROJECT") else PROJECT,
-            id=of.known or f"{secrets.token_hex(4)}-{of.sae}",
-            name=f"{of.run}/{of.sae}",
-            group=of.run,
-            config=of.config,
-            resume="allow",
-            reinit="create_new",
-            # Without a limit a lost connection would keep a finished run waiting; what was not
-            # uploaded stays in wandb's folder.
-            settings=wandb.Settings(console="off", finish_timeout=60.0),
+                f"expected a folder that trackio can write, got {utils.TRACKIO_DIR} "
+                f"({error.strerror}); let TRACKIO_DIR name another"
+            ) from error
+    silent = contextlib.redirect_stdout(io.StringIO())
+    init: Any = trackio.init
+    about = _about(run, sae) | {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+
+    def begin(resume: str) -> Any:
+        before = constants.HF_HUB_OFFLINE
+        # Or trackio would ask the Hub who is logged in, which it does for runs kept here too.
+        constants.HF_HUB_OFFLINE = before or not elsewhere
+        try:
+            with silent:
+                # In a context of its own: it ends the run that was begun before in the same.
+                return contextvars.Context().run(init, PROJECT, resume=resume, **about)
+        finally:
+            constants.HF_HUB_OFFLINE = before
+
+    def log_evaluation(numbers: Numbers) -> None:
+        rows = SQLiteStorage.get_logs(PROJECT, opened.name, run_id=opened.id)
+        # The same numbers again: `evaluate` with as many tokens as before.
+        if not any(numbers.items() <= row.items() for row in rows):
+            opened.log(numbers, run.config.train.n_steps)
+
+    def close() -> None:
+        with silent:
+            opened.finish()
+
+    opened = begin("never" if known is None else "allow")
+    if known not in (None, opened.id):  # another run of this name came after ours
+        close()
+        opened = begin("never")
+    held = SQLiteStorage.get_max_step_for_run(PROJECT, opened.name, run_id=opened.id)
+    # Not said where another machine, or a file that waits to be read in, holds the rows.
+    held = held or (newest if opened.id == known else 0)
+    return Tracked(opened.id, held, opened.log, log_evaluation, close)
+
+
+def _wandb(run: "Run", sae: SAESpec, known: str | None, newest: int) -> Tracked:
+    """Open a run in Weights & Biases; with WANDB_MODE=offline in files for `wandb sync`."""
+    import wandb
+
+    online = wandb.setup().settings.mode in ("online", "shared", "run")
+    # Not left to `init`, which would ask at the terminal, in the middle of the run's output.
+    if online and not wandb.login(prompt=False, verify=False):
+        raise InputError(
+            "expected to be logged in to Weights & Biases, found no key; run `wandb login`, or "
+            "set WANDB_MODE=offline to keep the run on this machine"
         )
-        self.id: str = self._run.id
-        unsaid = of.newest if of.known and not online else 0
-        self.held: int = self._run.step - 1 if self._run.resumed else unsaid
-
-    def log(self, numbers: Numbers, step: int) -> None:
-        """Log what was measured at a step."""
-        self._run.log(numbers, step=step)
-
-    def log_evaluation(self, numbers: Numbers, step: int) -> None:
-        """Put an evaluation into the run's summary."""
-        # Its history only goes forward; a summary is replaced by a later evaluation.
-        self._run.summary.update(numbers)
-
-    def close(self) -> None:
-        """End the tracked run."""
-        self._run.finish()
+    opened = wandb.init(
+        project=None if os.environ.get("WANDB_PROJECT") else PROJECT,
+        id=known or f"{secrets.token_hex(4)}-{sae.name}",
+        resume="allow",
+        reinit="create_new",
+        # Without a limit a lost connection would keep a finished run waiting; what was not
+        # uploaded stays in wandb's folder.
+        settings=wandb.Settings(console="off", finish_timeout=60.0),
+        **_about(run, sae),
+    )
+    unsaid = newest if known and not online else 0
+    held = opened.step - 1 if opened.resumed else unsaid
+    # Its history only goes forward; a summary is replaced by a later evaluation.
+    return Tracked(opened.id, held, opened.log, opened.summary.update, opened.finish)
 
 
-class TensorBoard:
-    """Event files in the run's folder, written anew with each start of the run."""
+def _tensorboard(run: "Run", sae: SAESpec, known: str | None, newest: int) -> Tracked:
+    """Write event files in the run's folder, anew with each start of the run."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    held: int = 0
+    folder = run.folder / "tensorboard" / sae.name
+    shutil.rmtree(folder, ignore_errors=True)
+    # `purge_step`: a TensorBoard that read the files before forgets what it read.
+    writer = SummaryWriter(folder, purge_step=0)
+    writer.add_text("config", f"```json\n{to_json(_about(run, sae)['config'])}\n```")
 
-    def __init__(self, of: Opening) -> None:
-        import torch.utils.tensorboard  # noqa: F401  (now, so that what it lacks is said now)
-
-        self.id: str = of.sae
-        self._of = of
-
-    @functools.cached_property
-    def _writer(self) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = self._of.folder / "tensorboard" / self._of.sae
-        # Not before there is something to write: a start that is refused leaves the files.
-        shutil.rmtree(folder, ignore_errors=True)
-        # `purge_step`: a TensorBoard that read the files before forgets what it read.
-        writer = SummaryWriter(folder, purge_step=0)
-        writer.add_text("config", f"```json\n{to_json(self._of.config)}\n```")
-        return writer
-
-    def log(self, numbers: Numbers, step: int) -> None:
-        """Log what was measured at a step."""
+    def log(numbers: Numbers, step: int) -> None:
         for name, number in numbers.items():
-            self._writer.add_scalar(name, number, step)
+            writer.add_scalar(name, number, step)
 
-    def log_evaluation(self, numbers: Numbers, step: int) -> None:
-        """Log an evaluation as any other numbers: the files are written anew."""
-        self.log(numbers, step)
-
-    def close(self) -> None:
-        """End the tracked run."""
-        self._writer.close()
+    n_steps = run.config.train.n_steps
+    return Tracked(sae.name, 0, log, lambda numbers: log(numbers, n_steps), writer.close)
 
 
-Tracked = Trackio | Wandb | TensorBoard
-"""An SAE's tracked run, by its `id`; `held` is the last step that the tracker holds, 0 for none."""
+def _about(run: "Run", sae: SAESpec) -> dict[str, Any]:
+    """Return name, group and config of an SAE's tracked run."""
+    config = run.config.model_dump(mode="json", exclude={"saes"})
+    # Of a folder of this machine its last part: a tracker may be another's.
+    config["model"]["name"] = public_name(run.config.model.name)
+    config["data"]["source"] = public_name(run.config.data.source)
+    config |= {"run": run.id, "sae": sae.model_dump(mode="json")}
+    return {"name": f"{run.id}/{sae.name}", "group": run.id, "config": config}
 
-KINDS: dict[Tracker, type[Tracked]] = {
-    "trackio": Trackio,
-    "wandb": Wandb,
-    "tensorboard": TensorBoard,
+
+OPENERS: dict[Tracker, Callable[["Run", SAESpec, str | None, int], Tracked]] = {
+    "trackio": _trackio,
+    "wandb": _wandb,
+    "tensorboard": _tensorboard,
 }
 
 
@@ -247,91 +197,72 @@ class Mirror:
 
     def __init__(self, run: "Run", *, required: bool = True) -> None:
         self._run, self._tracked = run, dict[str, Tracked]()
-        if run.config.track is None:
-            return
-        try:
-            self._open(run.config.track)
-        # Whatever libraries raise: no network, no room, a key that is refused.
-        except Exception as error:
-            self.close()
-            if required:
-                raise InputError(_why(run.config.track, error)) from error
-            self._give_up(error)
+        self._ends = contextlib.ExitStack()
+        if run.config.track is not None:
+            with self._outlived(required=required):
+                self._open(run.config.track)
 
     def _open(self, tracker: Tracker) -> None:
         check_installed(tracker)
-        run, known = self._run, dict[str, str]()
-        for event in run.events():
-            if event["event"] == "tracked" and event.get("by") == tracker:
-                known = event["ids"]
+        run = self._run
+        starts = {each.get("by"): each for each in run.events() if each["event"] == "tracked"}
+        known = starts[tracker]["ids"] if tracker in starts else {}
         newest = max((row["step"] for row in run.recent_metrics()), default=0)
-        config = run.config.model_dump(mode="json", exclude={"saes"})
-        # Of a folder of this machine its last part: a tracker may be another's.
-        config["model"]["name"] = public_name(run.config.model.name)
-        config["data"]["source"] = public_name(run.config.data.source)
-        for spec in run.config.saes:
-            about = {"run": run.id, "sae": spec.model_dump(mode="json"), **config}
-            opening = Opening(run.id, spec.name, about, run.folder, known.get(spec.name), newest)
-            self._tracked[spec.name] = KINDS[tracker](opening)
+        for sae in run.config.saes:
+            tracked = OPENERS[tracker](run, sae, known.get(sae.name), newest)
+            self._tracked[sae.name] = tracked
+            self._ends.callback(tracked.close)
         ids = {name: tracked.id for name, tracked in self._tracked.items()}
         run.add_event("tracked", by=tracker, ids=ids)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send rows of metrics.jsonl, those left out that the tracker holds."""
         with self._outlived():
-            for row in rows:
-                tracked, step = self._tracked.get(row["sae"]), row["step"]
-                if tracked is not None and step > tracked.held:
-                    tracked.log(_numbers(row, but=("step",)), step)
-                    tracked.held = step
+            for row in rows if self._tracked else ():
+                tracked = self._tracked[row["sae"]]
+                if row["step"] > tracked.held:
+                    tracked.log(_numbers(row), row["step"])
 
     def add_evaluation(self) -> None:
         """Send what evals.json holds."""
-        n_steps = self._run.config.train.n_steps
         with self._outlived():
             for row in self._run.evals() if self._tracked else ():
-                numbers = _numbers(row, but=SETTINGS)
-                named = {f"eval/{name}": number for name, number in numbers.items()}
-                self._tracked[row["name"]].log_evaluation(named, n_steps)
+                numbers = {f"eval/{name}": number for name, number in _numbers(row).items()}
+                self._tracked[row["name"]].log_evaluation(numbers)
 
     def close(self) -> None:
         """End the tracked runs; waits until what was sent has arrived."""
-        while self._tracked:
-            _, tracked = self._tracked.popitem()
-            with self._outlived():
-                tracked.close()
+        with self._outlived():
+            self._ends.close()
 
     @contextlib.contextmanager
-    def _outlived(self) -> Iterator[None]:
+    def _outlived(self, *, required: bool = False) -> Iterator[None]:
+        """Say why nothing more is sent, once a tracker has failed, and end what can be ended."""
         try:
             yield
-        except Exception as error:  # as above
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        """Say why nothing more is sent, and end what can be ended."""
-        why = _why(str(self._run.config.track), error)
-        logger.warning("no longer tracked: %s", why, exc_info=error)
-        self._run.add_event("tracker stopped", why=why)
-        while self._tracked:
-            _, tracked = self._tracked.popitem()
+        # Whatever libraries raise: no network, no room, a key that is refused.
+        except Exception as error:
+            self._tracked.clear()
+            why = str(error)
+            if not isinstance(error, InputError):
+                first = why.strip().partition("\n")[0]
+                why = (
+                    f"expected {self._run.config.track} to take the run's numbers, it failed "
+                    f"({type(error).__name__}: {first})"
+                )
+            if not required:
+                logger.warning("no longer tracked: %s", why, exc_info=error)
+                self._run.add_event("tracker stopped", why=why)
             with contextlib.suppress(Exception):  # it failed already, which was said
-                tracked.close()
+                self._ends.close()
+            if required:
+                raise InputError(why) from error
 
 
-def _why(tracker: str, error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    first = str(error).strip().partition("\n")[0]
-    return (
-        f"expected {tracker} to take the run's numbers, it failed ({type(error).__name__}: {first})"
-    )
-
-
-def _numbers(row: Mapping[str, Any], *, but: Sequence[str]) -> Numbers:
+def _numbers(row: Mapping[str, Any]) -> Numbers:
     """Return a row's finite numbers; metrics.jsonl and evals.json have null for others."""
     return {
         name: value
         for name, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value) and name not in but
+        if isinstance(value, int | float) and math.isfinite(value) and name not in NOT_SENT
     }
