@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from index_cases import built, some_sae
 
@@ -81,7 +82,8 @@ def test_a_split_character_is_marked_once_whichever_of_its_tokens_fires() -> Non
         split="train",
     )
     assert marked(example) == "x<<漢>> y"
-    assert marked(example, {4}) == "x漢<< y>>"
+    drawn = {marked(example, elsewhere=np.random.default_rng(seed)) for seed in range(20)}
+    assert drawn == {"<<x>>漢 y", "x漢<< y>>"}
 
 
 def test_who_knows_everything_scores_1_and_who_knows_nothing_half(index: FeatureIndex) -> None:
@@ -111,7 +113,8 @@ def test_a_label_is_kept_with_author_model_and_score(index: FeatureIndex) -> Non
 def test_marks_stand_around_what_fires() -> None:
     example = Example(("a", " b", "c"), (0.0, 2.0, 0.0), 1, 2.0, 0, 1, "train")
     assert marked(example) == "a<< b>>c"
-    assert marked(example, {0, 2}) == "<<a>> b<<c>>"
+    drawn = {marked(example, elsewhere=np.random.default_rng(seed)) for seed in range(20)}
+    assert drawn == {"<<a>> bc", "a b<<c>>"}
 
 
 def test_what_cannot_be_labelled_is_one_sentence(index: FeatureIndex) -> None:

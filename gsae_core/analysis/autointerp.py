@@ -126,17 +126,14 @@ class LocalWriter:
                 messages, tokenize=False, add_generation_prompt=True
             )
         # A chat's template has written BOS already.
-        encoded = tokenizer(
-            question, return_tensors="pt", verbose=False, add_special_tokens=not chats
-        )
-        ids = encoded["input_ids"]
+        ids = tokenizer(question, return_tensors="pt", verbose=False, add_special_tokens=not chats)
+        ids = ids["input_ids"].to(self._model.device)
         # Cut at either end, a question lacks what it asks or what it is about.
         if (n := ids.shape[1] + max_tokens) > self._model.n_ctx:
             raise InputError(
                 f"expected a model whose context holds a question and its answer, {n} tokens, got "
                 f"{self.name} with {self._model.n_ctx}; choose another"
             )
-        ids = ids.to(self._model.device)
         with torch.inference_mode():
             out = self._model.hf.generate(
                 ids,
@@ -222,7 +219,7 @@ def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "det
         fires = fires[: len(silent)]
         texts = ["".join(example.tokens) for example in [*fires, *silent]]
     else:
-        texts = [marked(e) for e in fires] + [marked(e, _elsewhere(e, rng)) for e in fires]
+        texts = [marked(e) for e in fires] + [marked(e, elsewhere=rng) for e in fires]
     truth = np.array([1] * len(fires) + [0] * len(fires))
     order = rng.permutation(len(truth))
     shown, n = numbered([texts[i] for i in order]), len(order)
@@ -251,11 +248,17 @@ def label_feature(feature: "Feature", writer: Writer, *, by: By | None = "detect
     )
 
 
-def marked(example: Example, which: set[int] | None = None) -> str:
-    """Return a text with << >> around the tokens that the feature fires on, or around others."""
-    fires = {i for i, value in enumerate(example.values) if value > 0} if which is None else which
-    holder = _holders(example)
-    shown = {holder[i] for i in fires}
+def marked(example: Example, *, elsewhere: np.random.Generator | None = None) -> str:
+    """Return a text with << >> around the tokens that the feature fires on.
+
+    `elsewhere` draws as many silent ones instead, or as there are.
+    """
+    # Of each token the one that has its text: of a split character, the first.
+    holder = np.maximum.accumulate([i if token else 0 for i, token in enumerate(example.tokens)])
+    shown = np.unique(holder[np.array(example.values) > 0])
+    if elsewhere is not None:
+        silent = np.setdiff1d(holder, shown)
+        shown = elsewhere.choice(silent, min(len(silent), len(shown)), replace=False)
     tokens = enumerate(example.tokens)
     return "".join(f"<<{token}>>" if i in shown else token for i, token in tokens)
 
@@ -276,20 +279,3 @@ def _silent(feature: "Feature", n: int) -> list[Example]:
         )
     order = np.random.default_rng(0).permutation(len(silent))
     return [silent[i] for i in order[:n]]
-
-
-def _holders(example: Example) -> list[int]:
-    """Return of each token the one that has its text: of a split character, the first."""
-    holders = [0]
-    for i, token in enumerate(example.tokens):
-        holders.append(i if token else holders[-1])
-    return holders[1:]
-
-
-def _elsewhere(example: Example, rng: np.random.Generator) -> set[int]:
-    """Return as many silent tokens of a text as it fires on, or as there are."""
-    holder = _holders(example)
-    fires = {holder[i] for i, value in enumerate(example.values) if value > 0}
-    silent = sorted(set(holder) - fires)
-    n = min(len(silent), len(fires))
-    return {int(i) for i in rng.choice(silent, n, replace=False)} if n else set()

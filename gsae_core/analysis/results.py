@@ -86,12 +86,10 @@ def nearest_pair(evals: pd.DataFrame) -> Mapping[str, str]:
     if gated.empty or base.empty:
         kinds = (("gated", gated), ("base", base))
         return {kind: str(rows["name"].iloc[-1]) for kind, rows in kinds if len(rows)}
-    log_l0 = [np.log(rows["l0"].to_numpy().clip(min=1e-9)) for rows in (gated, base)]
-    of_gated, of_base = divmod(int(np.abs(np.subtract.outer(*log_l0)).argmin()), len(base))
-    return {
-        "gated": str(gated["name"].iloc[of_gated]),
-        "base": str(base["name"].iloc[of_base]),
-    }
+    pairs = gated.merge(base, how="cross", suffixes=("_gated", "_base"))
+    log_l0 = np.log(pairs[["l0_gated", "l0_base"]].to_numpy().clip(min=1e-9))
+    nearest = pairs.iloc[int(np.abs(log_l0[:, 0] - log_l0[:, 1]).argmin())]
+    return {"gated": str(nearest["name_gated"]), "base": str(nearest["name_base"])}
 
 
 def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -188,10 +186,8 @@ def settings_table(columns: Mapping[str, Mapping[str, str]], *, differences: boo
 def _flat(fields: Mapping[str, Any], prefix: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in fields.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = _text(value)
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: _text(value)}
     return found
 
 

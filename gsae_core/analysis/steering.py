@@ -275,8 +275,4 @@ class Steering:
         """
         if self.is_identity:
             return None
-
-        def edited(x: Tensor) -> Tensor:
-            return torch.where(counted.to(x.device)[..., None], self(x, f), x)
-
-        return edited
+        return lambda x: torch.where(counted.to(x.device)[..., None], self(x, f), x)

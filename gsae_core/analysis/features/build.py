@@ -113,13 +113,13 @@ def build_index(
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
     _resume_or_clear(building, plan)
-    yield from _read_shards(model, sae, parts, shards, layer, site)
+    harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
+    yield from _read_shards(sae, parts, shards, harvests)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
-    facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
+    totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
     yield Progress("describing", 0, sae.d_sae, "feature")
-    gate_open, toward = facts.pop("gate_open"), facts.pop("toward")
-    facts |= describe(data, sae, model, layer=layer, site=site, gate_open=gate_open, toward=toward)
+    facts |= describe(data, sae, model, totals, layer=layer, site=site)
     asked = n_tokens_asked or n_tokens
     manifest = Manifest(
         sae=name,
@@ -187,15 +187,9 @@ def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
 
 
 def _read_shards(
-    model: LanguageModel,
-    sae: SAE,
-    parts: Sequence[Part],
-    shards: Sequence[Shard],
-    layer: int,
-    site: Site,
+    sae: SAE, parts: Sequence[Part], shards: Sequence[Shard], harvests: Sequence[Harvest]
 ) -> Iterator[Progress]:
     """Write the shards that are not there yet."""
-    harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
     collect = Collector(sae, _band(sae, parts, harvests, n_tokens=n_tokens))
     yield Progress("indexing", 0, n_tokens, "token")
@@ -225,10 +219,11 @@ def _band(
 
 
 SUMMED = ("gate_open", "toward", "x_sum", "sums")
+Totals = dict[str, np.ndarray]  # of these, as in `Collected`
 
 
 def _write_shard(shard: Shard, harvest: Harvest, collect: Collector) -> None:
-    totals: dict[str, Any] = {}
+    totals: Totals = {}
     batches: list[dict[str, np.ndarray]] = []
     n_rows = 0
     for batch in harvest.through(collect, np.arange(shard.first, shard.last)):
@@ -260,9 +255,9 @@ Read = Callable[[], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
 
 def _sort_shards(
     shards: Sequence[Shard], parts: Sequence[Part], data: Path, *, d_sae: int
-) -> dict[str, Any]:
-    """Write tokens, firings in both orders, and near misses to `data`, made anew; return
-    `gate_open` and `toward` (as in `Collected`), and n_entries, n_near, fvu and gamma."""
+) -> tuple[Totals, dict[str, Any]]:
+    """Write tokens, firings in both orders, and near misses to `data`, made anew; return the
+    totals of all shards, and n_entries, n_near, fvu and gamma."""
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
     mask = _write_tokens(parts, data)
@@ -275,16 +270,17 @@ def _sort_shards(
             positions = np.flatnonzero(mask[first:last]) + first * mask.shape[1]
             yield positions.astype(np.uint32), load_file(shard.path)
 
-    counts, near_counts, totals = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64), {}
+    counts, near_counts = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64)
+    totals: Totals = {}
     for _, shard in read():
         counts += np.bincount(shard["latent"], minlength=d_sae)
         near_counts += np.bincount(shard["near_latent"], minlength=d_sae)
         totals = {name: totals.get(name, 0) + shard[name] for name in SUMMED}
     _write_codes(read, data, counts, n_places=mask.size)
     n_near = _write_near(read, data, near_counts)
-    n, power, hat, along, off = totals.pop("sums").tolist()
-    about_mean = power - float((totals.pop("x_sum") ** 2).sum()) / n
-    return totals | {
+    n, power, hat, along, off = totals["sums"].tolist()
+    about_mean = power - float((totals["x_sum"] ** 2).sum()) / n
+    return totals, {
         "n_entries": int(counts.sum()),
         "n_near": n_near,
         # What is left of equal activations is rounding, not variance.

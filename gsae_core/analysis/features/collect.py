@@ -47,12 +47,8 @@ class Collected(NamedTuple):
     """Over rows: 1, |x|^2, |x_hat|^2, x . x_hat, |x - x_hat|^2."""
 
 
-class _Chosen(NamedTuple):
-    active: SparseCodes
-    near_row: Int64[Tensor, " near"]
-    near_latent: Int64[Tensor, " near"]
-    near_margin: Float[Tensor, " near"]
-    gate_open: Int64[Tensor, " d_sae"] | None
+# What fires; near misses, with margins for values; of an SAE with a gate, `gate_open`.
+_Chosen = tuple[SparseCodes, SparseCodes, Tensor | None]
 
 
 @torch.no_grad()
@@ -89,11 +85,10 @@ class Collector:
     def __call__(self, x: Rows) -> Collected:
         sae, x = self._sae, x.to(self._band.device)
         if isinstance(sae, TopKSAE):
-            chosen = self._by_rank(sae, x)
+            codes, near, gate_open = self._by_rank(sae, x)
         else:
             assert isinstance(sae, Thresholded)
-            chosen = self._by_threshold(sae, x)
-        codes, gate_open = chosen.active, chosen.gate_open
+            codes, near, gate_open = self._by_threshold(sae, x)
         toward, x_sum, sums = _errors(sae, x, codes)
         latent, value = codes.latent.cpu().numpy(), codes.magnitude.float().cpu().numpy()
         fired = np.bincount(latent, minlength=sae.d_sae)
@@ -101,9 +96,9 @@ class Collector:
             counts=codes.row_offsets.diff().cpu().numpy(),
             latent=latent.astype(unsigned(sae.d_sae)),
             value=value,
-            near_row=chosen.near_row.cpu().numpy(),
-            near_latent=chosen.near_latent.cpu().numpy().astype(unsigned(sae.d_sae)),
-            near_margin=chosen.near_margin.float().cpu().numpy(),
+            near_row=near.rows().cpu().numpy(),
+            near_latent=near.latent.cpu().numpy().astype(unsigned(sae.d_sae)),
+            near_margin=near.magnitude.float().cpu().numpy(),
             gate_open=fired if gate_open is None else gate_open.cpu().numpy(),
             # Of no firings at all, NumPy's sums are integers.
             toward=np.bincount(latent, weights=value * toward, minlength=sae.d_sae) + 0.0,
@@ -133,21 +128,19 @@ class Collector:
             offsets = torch.searchsorted(at, found.row_offsets)
             return SparseCodes(offsets, latent.take(at), kept, kept)
 
-        missed = only(near, margin)
-        active = only(fires, codes.magnitude)
-        return _Chosen(active, missed.rows(), missed.latent, missed.magnitude, gate_open)
+        return only(fires, codes.magnitude), only(near, margin), gate_open
 
     def _by_rank(self, sae: TopKSAE, x: Rows) -> _Chosen:
         counts, parts = [], []
-        for start, part in zip(range(0, len(x), DENSE_ROWS), x.split(DENSE_ROWS), strict=True):
+        for part in x.split(DENSE_ROWS):
             z, margin, fires = _topk(sae, part)
             near = ~fires & (margin > self._band)
-            rows, latent = near.nonzero(as_tuple=True)
-            counts.append(fires.sum(1))
-            parts.append((fires.nonzero()[:, 1], z[fires], rows + start, latent, margin[near]))
-        latent, value, *near = (torch.cat(column) for column in zip(*parts, strict=True))
-        offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
-        return _Chosen(SparseCodes(offsets, latent, value, value), *near, gate_open=None)
+            counts.append(torch.stack([fires.sum(1), near.sum(1)]))
+            parts.append((fires.nonzero()[:, 1], z[fires], near.nonzero()[:, 1], margin[near]))
+        latent, value, missed, short = (torch.cat(column) for column in zip(*parts, strict=True))
+        offsets, near_offsets = F.pad(torch.cat(counts, 1).cumsum(1), (1, 0))
+        active = SparseCodes(offsets, latent, value, value)
+        return active, SparseCodes(near_offsets, missed, short, short), None
 
 
 def _topk(

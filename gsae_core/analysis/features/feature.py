@@ -111,10 +111,8 @@ class Feature:
     def __init__(self, index: "FeatureIndex", number: int) -> None:
         self.index: FeatureIndex = index
         self.number: int = number
-        self._own, self._near = (
-            slice(*index.array(name)[number : number + 2].tolist())
-            for name in ("offsets", "near_offsets")
-        )
+        self._own = slice(*index.array("offsets")[number : number + 2].tolist())
+        self._near = slice(*index.array("near_offsets")[number : number + 2].tolist())
 
     @property
     def is_dead(self) -> bool:
@@ -171,12 +169,10 @@ class Feature:
         """Features whose decoder directions are nearest: columns `feature`, `cosine`."""
         import pandas as pd
 
-        numbers, cosines = (
-            np.array(self.index.array(name)[self.number])
-            for name in ("neighbours", "neighbour_cosines")
-        )
+        numbers = self.index.array("neighbours")[self.number].astype(np.int64)
+        cosines = np.array(self.index.array("neighbour_cosines")[self.number])
         kept = numbers != self.number
-        return pd.DataFrame({"feature": numbers[kept].astype(np.int64), "cosine": cosines[kept]})
+        return pd.DataFrame({"feature": numbers[kept], "cosine": cosines[kept]})
 
     @cached_property
     def co_firing(self) -> "pd.DataFrame":
@@ -188,11 +184,9 @@ class Feature:
         """
         import pandas as pd
 
-        numbers, both = (
-            np.array(self.index.array(name)[self.number]).astype(np.int64)
-            for name in ("companions", "companion_counts")
-        )
-        numbers, both = numbers[both > 0], both[both > 0]
+        both = self.index.array("companion_counts")[self.number].astype(np.int64)
+        numbers = self.index.array("companions")[self.number].astype(np.int64)[both > 0]
+        both = both[both > 0]
         stride = self.index.manifest.companion_stride
 
         def counted(feature: Feature) -> int:

@@ -1,6 +1,7 @@
 """A row per feature, and what stands beside it: histograms, neighbours, companions, vocabulary."""
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,14 @@ def describe(
     data: Path,
     sae: SAE,
     model: LanguageModel,
+    totals: Mapping[str, np.ndarray],
     *,
     layer: int,
     site: Site,
-    gate_open: Int64[np.ndarray, " d_sae"],
-    toward: Float64[np.ndarray, " d_sae"],
 ) -> dict[str, int]:
     """Write the table and what stands beside it; return `companion_stride` and `logit_tokens`.
 
-    `gate_open` and `toward` are as in `collect.Collected`, of all tokens.
+    `totals` holds `gate_open` and `toward` of `collect.Collected`, of all tokens.
     """
     import pandas as pd
 
@@ -61,8 +61,7 @@ def describe(
         data / VOCABULARY, lambda to: to.write_bytes(vocabulary), n_bytes=len(vocabulary)
     )
     codes = {name: load_array(data, name) for name in ("offsets", "token", "value", "ids", "mask")}
-    columns = _numbers(data, sae, codes, gate_open=gate_open, toward=toward)
-    columns |= _top_tokens(codes, n_vocabulary=len(texts))
+    columns = _numbers(data, sae, codes, totals) | _top_tokens(codes, n_vocabulary=len(texts))
     ids = codes["ids"]
     sample = ids[evenly(min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1])), len(ids))]
     del codes, ids  # mapped, they count as this process's memory
@@ -70,10 +69,8 @@ def describe(
     if model._bridge is None:
         tokens = torch.from_numpy(sample.astype(np.int64)).to(model.device)
         found = logit_map(model, tokens, layer=layer, site=site)
-        n_averaged = found.n_tokens
-        effects = [
-            list(each.cpu().numpy()) for each in extremes(found, sae.W_dec.detach(), k=N_LOGITS)
-        ]
+        n_averaged, most = found.n_tokens, extremes(found, sae.W_dec.detach(), k=N_LOGITS)
+        effects = [list(each.cpu().numpy()) for each in most]
     names = ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")
     columns |= dict(zip(names, effects, strict=True))
     frame = pd.DataFrame({name: columns[name] for name in COLUMNS})
@@ -85,12 +82,7 @@ def describe(
 
 
 def _numbers(
-    data: Path,
-    sae: SAE,
-    codes: dict[str, np.ndarray],
-    *,
-    gate_open: Int64[np.ndarray, " d_sae"],
-    toward: Float64[np.ndarray, " d_sae"],
+    data: Path, sae: SAE, codes: dict[str, np.ndarray], totals: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     offsets, value, d_sae = np.array(codes["offsets"]), codes["value"], sae.d_sae
     fired, n_tokens = np.diff(offsets), int(codes["mask"].sum())
@@ -102,7 +94,7 @@ def _numbers(
     top[fired > 0] = value[offsets[:-1][fired > 0]]
     weights = weight_columns(sae)
     power = squares * weights["decoder_norm"] ** 2
-    aligned = power + toward
+    aligned = power + totals["toward"]
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = sums / fired
         gamma = np.where(aligned == 0, np.nan, power / aligned)
@@ -110,8 +102,8 @@ def _numbers(
         "fired": fired,
         "n_tokens": np.full(d_sae, n_tokens),
         "density": fired / n_tokens,
-        "gate_open": gate_open,
-        "gate_density": gate_open / n_tokens,
+        "gate_open": totals["gate_open"],
+        "gate_density": totals["gate_open"] / n_tokens,
         "max": top,
         "mean": mean,
         **{name: quantile(offsets, value, q) for name, q in QUANTILES.items()},
