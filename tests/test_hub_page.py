@@ -396,9 +396,10 @@ def test_layers_are_written_as_a_person_would() -> None:
 
 
 def test_what_names_do_not_tell_is_said_to_come_later() -> None:
+    from gsae_core.checkpoints.formats.libraries import HookPoint
     from gsae_core.checkpoints.hub import HubFile, HubSAE
 
     sae = HubSAE("x.pt", None, (HubFile("x.pt", 10, None, "0" * 40),))
-    told = hub_view.compatibility(sae, Facts(None, None, None, None, None))
+    told = hub_view.compatibility(sae, Facts(None, None, None, HookPoint()))
     assert told["opens here"] == "not known until downloaded"
     assert told["download"] == "10 bytes in 1 file: x.pt"

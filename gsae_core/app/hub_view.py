@@ -165,8 +165,8 @@ def compatibility(sae: HubSAE, told: Facts) -> dict[str, str]:
         "opens here": f"yes, {FORMATS[sae.format]} files can be read" if sae.format else later,
         "architecture": told.architecture or later,
         "width": later if told.d_in is None and told.d_sae is None else widths,
-        "model": told.model or "not stated",
-        "hook point": told.hook_name or "not stated",
+        "model": told.place.model or "not stated",
+        "hook point": told.place.hook_name or "not stated",
         "download": f"{readable(sae.n_bytes)} in {files}: {names}",
     }
 
@@ -179,7 +179,9 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     name = st.text_input("Name of the run", default, key=f"{key}.name", max_chars=64)
     with st.expander("Model and hook point"):
         st.caption("Fill in only what its files do not state, or state wrongly.")
-        model = st.text_input("Language model", key=f"{key}.model", placeholder=told.model or hint)
+        model = st.text_input(
+            "Language model", key=f"{key}.model", placeholder=told.place.model or hint
+        )
         layer = st.number_input("Layer", 0, 200, None, key=f"{key}.layer", placeholder=hint)
         site = st.selectbox("Site", SITES, index=None, key=f"{key}.site", placeholder=hint)
     free, need = free_bytes(root), 2 * sae.n_bytes  # what comes, and the run that is made of it

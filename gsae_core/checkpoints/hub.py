@@ -8,13 +8,12 @@ Every answer names the commit it is of, and all that is fetched later is fetched
 Tokens are huggingface_hub's business alone: the environment's or the login's, never seen here.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -24,17 +23,22 @@ from gsae_core.checkpoints.formats.libraries import (
     FORMATS,
     LIBRARIES,
     Format,
+    HookPoint,
+    first_text,
     hook_point,
     mapping,
     text_of,
     widths,
 )
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
-from gsae_core.files import free_bytes, readable, sync, writing
+from gsae_core.files import free_bytes, readable, sha256, sync, writing
 
 log: logging.Logger = logging.getLogger(__name__)
 
 LARGEST_CONFIG = 2**20
+MOST_FILES = 50_000
+# A single file of these kinds may hold an SAE under a name that tells nothing.
+WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,6 @@ class HubFile:
     n_bytes: int
     sha256: str | None  # of large files; None for those that git holds itself
     blob_id: str  # SHA-1 of git's blob: of the content, or of the pointer to a large file
-
-
-# A single file of these kinds may hold an SAE under a name that tells nothing.
-WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
 
 class HubSAE(NamedTuple):
@@ -126,8 +126,6 @@ def choose(files: Sequence[HubFile], path: str) -> list[HubSAE]:
     return [HubSAE(path, None, (named, *_configs(beside)))]
 
 
-MOST_FILES = 50_000
-
 _WEB = re.compile(
     r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(/(tree|blob)/(?P<rev>[^/]+)(/(?P<path>.+))?)?/?"
 )
@@ -170,8 +168,7 @@ class Facts(NamedTuple):
     architecture: str | None
     d_in: int | None
     d_sae: int | None
-    model: str | None
-    hook_name: str | None
+    place: HookPoint
 
 
 def parse_address(text: str) -> Address:
@@ -216,9 +213,8 @@ def look(address: Address) -> Repository:
     api = HfApi(library_name="gsae_core")
     with hub_answers(address.repo, what="SAE", revision=address.revision):
         info = api.model_info(address.repo, revision=address.revision)
-        entries = api.list_repo_tree(info.id, revision=info.sha, recursive=True)
         files = []
-        for entry in entries:
+        for entry in api.list_repo_tree(info.id, revision=info.sha, recursive=True):
             if isinstance(entry, RepoFile):
                 large = entry.lfs
                 size, digest = (large.size, large.sha256) if large else (entry.size, None)
@@ -269,15 +265,9 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
     if path.endswith(".safetensors") and (d_in is None or d_sae is None):
         d_in, d_sae = widths(_shapes(repository, path), config)
     fields = config | mapping(config, "trainer")
-    said = [text_of(fields.get(key)) for key in ("architecture", "dict_class", "sae_type")]
+    architecture = first_text(fields, ("architecture", "dict_class", "sae_type"))
     place = hook_point(sae.format or "sae_lens", config, Path("/", repository.repo, path))
-    return Facts(
-        architecture=said[0] or said[1] or said[2],
-        d_in=d_in,
-        d_sae=d_sae,
-        model=place.model,
-        hook_name=place.hook_name,
-    )
+    return Facts(architecture, d_in, d_sae, place)
 
 
 def _small_json(repository: Repository, file: HubFile) -> dict[str, Any]:
@@ -317,23 +307,21 @@ TRIES = 5  # of a connection that brings nothing new, with a pause before each
 PAUSE_SECONDS = 1.0
 
 
-def fetching(repo: str, commit: str, files: Sequence[HubFile], folder: Path) -> Iterator[int]:
+def fetching(repo: str, commit: str, files: Sequence[HubFile], folder: Path) -> Generator[int]:
     """Fetch what is missing; yield how many bytes are here after each piece that came.
 
     Each ends at its own path below `folder`. Closed early, or after an InputError, it leaves what
     came, and the next call goes on from there.
     """
-    for file in files:
-        check_path(file.path)
-    needed = sum(_missing(folder / file.path, file) for file in files)
+    targets = [(folder / check_path(file.path), file) for file in files]
+    needed = sum(f.n_bytes - _size(_part(t)) for t, f in targets if not _is_whole(t, f))
     if needed > (free := free_bytes(folder)):
         raise InputError(
             f"expected {readable(needed)} free for the download in {folder}, found "
             f"{readable(free)}; make room on the disk and start it again"
         )
     before = 0
-    for file in files:
-        target = folder / file.path
+    for target, file in targets:
         if not _is_whole(target, file):
             with writing(target, file.n_bytes):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -385,8 +373,7 @@ def _pieces(repo: str, commit: str, file: HubFile, part: Path) -> Iterator[int]:
     same_host = urlsplit(url)[:2] == urlsplit(location)[:2]
     if not same_host and urlsplit(location).hostname not in constants.HF_URL_HOSTS:
         headers.pop("authorization", None)  # A token is the Hub's alone.
-    have = part.stat().st_size
-    if have:
+    if have := part.stat().st_size:
         headers["Range"] = f"bytes={have}-"
     with http_stream_backoff(
         "GET",
@@ -411,33 +398,27 @@ def _pieces(repo: str, commit: str, file: HubFile, part: Path) -> Iterator[int]:
 
 def _check(part: Path, file: HubFile, repo: str) -> None:
     """Compare a file's hash with the Hub's; throw a damaged one away."""
-    with part.open("rb") as opened:
-        kind, wanted, start = "SHA-256", file.sha256, hashlib.sha256()
-        if wanted is None:
-            # Git names a file by the SHA-1 of its size and content.
-            start = hashlib.sha1(f"blob {file.n_bytes}\0".encode(), usedforsecurity=False)
-            kind, wanted = "git's SHA-1", file.blob_id
-        found = hashlib.file_digest(opened, lambda: start).hexdigest()
-    if found == wanted:
-        return
-    part.unlink()
-    raise InputError(
-        f"expected {file.path} of {repo!r} with {kind} {wanted[:12]}..., got {found[:12]}...; it "
-        "was damaged on its way and is thrown away: fetch it again"
-    )
+    from huggingface_hub.utils.sha import git_hash
 
-
-def _missing(target: Path, file: HubFile) -> int:
-    """Return how many bytes of a file are still to come."""
-    if _is_whole(target, file):
-        return 0
-    part = _part(target)
-    return max(file.n_bytes - (part.stat().st_size if part.exists() else 0), 0)
+    if file.sha256 is None:  # small, for git holds it itself
+        kind, wanted, found = "git's SHA-1", file.blob_id, git_hash(part.read_bytes())
+    else:
+        kind, wanted, found = "SHA-256", file.sha256, sha256(part)
+    if found != wanted:
+        part.unlink()
+        raise InputError(
+            f"expected {file.path} of {repo!r} with {kind} {wanted[:12]}..., got {found[:12]}...; "
+            "it was damaged on its way and is thrown away: fetch it again"
+        )
 
 
 def _is_whole(target: Path, file: HubFile) -> bool:
     # Put in place only once its hash was right; an empty one never has to come.
     return target.is_file() and target.stat().st_size == file.n_bytes
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _part(target: Path) -> Path:
@@ -450,12 +431,9 @@ def _part(target: Path) -> Path:
 def local(where: Path | str) -> Path:
     """Return where an SAE lies on this machine; one on the Hub is fetched into the cache first.
 
-    Args:
-        where: a folder or file, if it is a `Path` or if something lies there; else an address on
-            the Hub (`parse_address`), of which the weights' path is returned.
-
-    Raises:
-        InputError: if text is neither; if the Hub refuses; if the address holds no SAE, or several.
+    A `Path`, or text at which something lies, is a folder or file; other text an address on the Hub
+    (`parse_address`), of which the weights' path is returned. InputError if it is neither, if the
+    Hub refuses, or if the address holds no SAE or several.
     """
     if not isinstance(where, Path | str):
         raise InputError(
@@ -540,10 +518,9 @@ def _unreached(error: InputError) -> bool:
     import httpx2
 
     cause = error.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", 0)
     # OfflineModeIsEnabled is a ConnectionError.
-    if isinstance(cause, httpx2.TransportError | ConnectionError):
-        return True
-    return getattr(getattr(cause, "response", None), "status_code", 0) >= 500
+    return isinstance(cause, httpx2.TransportError | ConnectionError) or status >= 500
 
 
 def _kept(address: Address) -> Repository | None:

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.config import Architecture, Recipe, SAESpec, validated
+from gsae_core.config import Architecture, SAESpec, validated
 from gsae_core.errors import InputError
 from gsae_core.sae.architectures import GatedSAE, build_sae
-from gsae_core.sae.base import SAE, Dictionary, InputNorm
+from gsae_core.sae.base import SAE, InputNorm
 from gsae_core.sae.jumprelu import JumpReluSAE
 
 Tensors = dict[str, Tensor]
@@ -94,11 +94,7 @@ def build(weights: Weights, path: Path) -> SAE:
 
 
 def _shift_input_(tensors: Tensors, by: Float[Tensor, " d_in"]) -> None:
-    """Make the encoder read its input plus `by`: biases take up by @ W.
-
-    By b_dec, an SAE that was written for uncentred input is right for `x - b_dec`, as
-    x @ W + b = (x - b_dec) @ W + (b + b_dec @ W).
-    """
+    """Make the encoder read its input plus `by`: biases take up by @ W."""
     shift = by @ tensors["W_enc"]
     if "b_enc" in tensors:
         tensors["b_enc"] = tensors["b_enc"] + shift
@@ -129,7 +125,9 @@ def _filled(weights: Weights, tensors: Tensors) -> SAE:
     architecture, settings = weights.architecture, weights.settings
     own = {name: settings[name] for name in SETTINGS[architecture] if name in settings}
     if architecture in ("gated", "relu"):
-        own["recipe"] = own.get("recipe") or recipe_of(tensors["W_dec"])
+        # Its norms tell how to go on training it, where the file does not.
+        unit = bool((tensors["W_dec"].norm(dim=1) - 1).abs().max() < 1e-4)
+        own["recipe"] = own.get("recipe") or ("P" if unit else "A")
     if "bandwidth" in own:
         # Earlier versions wrote both in the units of x, and had no unit.
         own.setdefault("threshold_unit", 1.0)
@@ -146,11 +144,6 @@ def _filled(weights: Weights, tensors: Tensors) -> SAE:
     sae.load_state_dict(tensors)
     sae.input_norm = weights.input_norm
     return sae
-
-
-def recipe_of(W_dec: Dictionary) -> Recipe:
-    """Return how to go on training an SAE whose file does not say: its norms tell."""
-    return "P" if (W_dec.norm(dim=1) - 1).abs().max() < 1e-4 else "A"
 
 
 def _checked(weights: Weights, path: Path) -> Tensors:

@@ -20,7 +20,7 @@ from gsae_core.checkpoints.formats.libraries import Shape
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 
-Kind = Literal["safetensors", "npz", "pickle"]
+Kind = Literal["safetensors", "npz", "pickle", "bare pickle"]
 
 LARGEST_PICKLE = 64 * 2**20  # of data.pkl, which holds names and not numbers
 LARGEST_JSON = 16 * 2**20
@@ -48,13 +48,9 @@ def contents_of(path: Path) -> Contents | None:
         return _look_into_zip(path)
     if start[8:9] == b"{":
         return Contents("safetensors", dict(_safetensors_shapes(path)))
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return Contents("bare pickle", {})  # of torch before version 1.6, or pickle itself
     return None
-
-
-def is_bare_pickle(path: Path) -> bool:
-    """Return whether a file is what torch wrote before version 1.6, or pickle itself."""
-    with path.open("rb") as file:
-        return file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def _safetensors_shapes(path: Path) -> dict[str, Shape]:

@@ -4,16 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gsae_core.checkpoints.formats.containers import (
-    Contents,
-    contents_of,
-    is_bare_pickle,
-    read_object,
-)
+from gsae_core.checkpoints.formats.containers import Contents, contents_of, read_object
 from gsae_core.checkpoints.formats.libraries import (
     FORMATS,
     LIBRARIES,
@@ -64,7 +60,7 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
         if sae is not None:
             n = taken[sae.name] = taken[sae.name] + 1
             found.append(sae if n == 1 else replace(sae, name=f"{sae.name[:60]}-{n}"))
-        elif held is not None or is_bare_pickle(file):
+        elif held is not None:
             others.append((file, held))
     if found:
         return found
@@ -95,9 +91,9 @@ def _files(root: Path) -> Iterator[Path]:
                 yield file
 
 
-def _unknown(path: Path, held: Contents | None) -> InputError:
+def _unknown(path: Path, held: Contents) -> InputError:
     """Return the sentence that names what is there, and what the nearest format would need."""
-    if held is None:
+    if held.kind == "bare pickle":
         return InputError(
             "expected a torch file as torch 1.6 or newer writes, found a bare pickle in "
             f"{path}, which could hold any program; save it again with torch.save, or as "
@@ -124,10 +120,8 @@ def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
         for path in sorted(folder.glob("*.json"))[:MOST_CONFIGS]:
             # A broken file that no format needs breaks nothing; the one that is needed is named by
             # the format that misses it.
-            try:
+            with suppress(InputError, OSError):
                 found[path] = read_object(path)
-            except (InputError, OSError):
-                continue
     return found
 
 
@@ -160,21 +154,18 @@ def _likeliest(held: Contents, configs: Sequence[Mapping[str, Any]]) -> Signatur
     elsewhere a name that the format does not know makes it another format.
     """
     names = frozenset(held.shapes)
-
-    def marked(signature: Signature) -> bool:
-        return any(signature.marked_by(config) for config in configs)
-
-    def fits(signature: Signature) -> bool:
+    fitting: dict[Signature, tuple[bool, int]] = {}
+    for signature in SIGNATURES:
         library = LIBRARIES[signature.format]
-        return (
+        marked = any(signature.marked_by(config) for config in configs)
+        if (
             held.kind in library.kinds.split()
             and signature.required <= names
             and (held.kind == "pickle" or names <= signature.known)
-            and (signature.architecture != library.only_marked or marked(signature))
-        )
-
-    found = (signature for signature in SIGNATURES if fits(signature))
-    return max(found, key=lambda s: (marked(s), len(s.required)), default=None)
+            and (marked or signature.architecture != library.only_marked)
+        ):
+            fitting[signature] = (marked, len(signature.required))
+    return max(fitting, key=fitting.__getitem__, default=None)
 
 
 def _refined(signature: Signature, config: dict[str, Any]) -> tuple[Format, str]:

@@ -203,11 +203,6 @@ class FoundSAE:
     place: HookPoint
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """The weights, and the config if there is one."""
-        return (self.weights,) if self.config is None else (self.weights, self.config)
-
-    @property
     def library(self) -> str:
         """What a page calls the format."""
         return FORMATS[self.format]
@@ -253,7 +248,7 @@ _HOOK_KEYS = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "s
 def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPoint:
     """Return the hook that an SAE's config tells of, and of some libraries its path."""
     fields = config | mapping(config, "metadata") | mapping(config, "trainer")
-    model, hook = _first_text(fields, _MODEL_KEYS), _first_text(fields, _HOOK_KEYS)
+    model, hook = first_text(fields, _MODEL_KEYS), first_text(fields, _HOOK_KEYS)
     layer, site = fields.get("layer"), None
     path = weights.absolute().as_posix()
     match format_:
@@ -293,7 +288,8 @@ def layer_and_site(hook: str) -> tuple[int | None, Site | None]:
     return None, None
 
 
-def _first_text(fields: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+def first_text(fields: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Return the text under the first of some keys that has any."""
     return next(filter(None, (text_of(fields.get(key)) for key in keys)), None)
 
 

@@ -58,7 +58,8 @@ def read_found(found: FoundSAE) -> Foreign:
     InputError if its files contradict each other, or it computes what no SAE here does.
     """
     config = config_of(found)
-    digests = tuple((file.name, sha256(file)) for file in found.files)
+    files = (found.weights, found.config)
+    digests = tuple((file.name, sha256(file)) for file in files if file is not None)
     if found.format == "gsae_core":
         _check_ours(found, config, digest=digests[0][1])
     tensors, values = _tensors_and_values(found)
@@ -162,8 +163,6 @@ def _about_precision(dtypes: set[torch.dtype]) -> list[str]:
 
 
 SAME_K = "The k largest of relu(z) are those of the k largest z."
-
-
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -102,6 +102,8 @@ def _over(said: HookPoint, given: HookPoint) -> HookPoint:
 
 def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, Provenance]:
     """Read an SAE and write it as ours; return its line in the config, and its origin."""
+    assert place.layer is not None  # _one_place has seen to it
+    assert place.site is not None
     sae, source = read_found(found)
     fields = {
         "name": found.name,
@@ -110,13 +112,9 @@ def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, P
         "sparsity": source.sparsity,
         "recipe": sae.recipe,
     }
-    spec = validated(SAESpec, fields)
-    layer, site = place.layer, place.site
-    assert layer is not None  # _one_place has seen to it
-    assert site is not None
     metadata = {
         "model_name": place.model,
-        "hook_name": hook_name(layer, site),
+        "hook_name": hook_name(place.layer, place.site),
         "hook_head_index": None,
         "name": found.name,
         "sparsity": source.sparsity,
@@ -124,4 +122,4 @@ def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, P
         "source": asdict(source),
     }
     save_sae(sae, folder, metadata=metadata)
-    return spec, source
+    return validated(SAESpec, fields), source

@@ -43,14 +43,10 @@ class Parcel(NamedTuple):
 
     repo: str
     public: bool
-    files: Mapping[str, Path | bytes]
-    """By path in the repository; the card and its figure are made for the purpose."""
-    notes: tuple[str, ...] = ()
-    """What somebody may want to know before it is sent."""
-    branch: str | None = None
-    """Made if it is not there; None: the default branch."""
-    kept: tuple[str, ...] = ()
-    """Of the files, those that are left as they are where the repository has them."""
+    files: Mapping[str, Path | bytes]  # by path there; card and figure are made for the purpose
+    notes: tuple[str, ...] = ()  # what somebody may want to know before it is sent
+    branch: str | None = None  # made if it is not there; None: the default branch
+    kept: tuple[str, ...] = ()  # of the files, those that are left alone where they are there
 
     @property
     def n_bytes(self) -> int:
@@ -121,16 +117,12 @@ def check_token() -> None:
         )
 
 
-def send(parcel: Parcel) -> str:
-    """Send a parcel as one commit, and return its address.
+def send(parcel: Parcel) -> "CommitInfo":
+    """Send a parcel as one commit, and return it.
 
     A repository that is not there is made, private unless told. An interruption leaves one as it
     was: large files wait unseen in the storage until a commit names them.
     """
-    return _commit(parcel).commit_url
-
-
-def _commit(parcel: Parcel) -> "CommitInfo":
     from huggingface_hub import CommitOperationAdd, HfApi
 
     check_token()
@@ -217,7 +209,7 @@ def push_sae(
         files: dict[str, Path | bytes] = {f"{path}/{file.name}": file for file in written.files}
         files["README.md"] = _card_of(sae, repo, path, facts).encode()
         parcel = Parcel(repo, not private, files, branch=branch, kept=("README.md",))
-        return str(Address(repo, path, _commit(parcel).oid))
+        return str(Address(repo, path, send(parcel).oid))
 
 
 def _check_place(repo: str, path: str, branch: str | None) -> None:

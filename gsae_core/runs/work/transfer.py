@@ -11,10 +11,10 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -42,14 +42,11 @@ class PullRequest:
     path: str
     library: str
     files: tuple[HubFile, ...]
-    to: str
-    """Name of the run."""
-
+    to: str  # name of the run
+    # Where the SAE belongs, where its files do not say:
     model: str | None = None
     layer: int | None = None
     site: Site | None = None
-    """Where the SAE belongs, where its files do not say."""
-
     kind: Literal["pull"] = "pull"
 
 
@@ -180,8 +177,7 @@ def _pull(transfer: Transfer, request: PullRequest) -> Iterator[Progress]:
     yield Progress("downloading", 0, total, "byte")
     downloads = transfer.folder / "files"  # until it is a run
     kept = downloads / request.repo  # runs and SAEs are named by the folder they come from
-    pieces = fetching(request.repo, request.commit, request.files, kept)
-    with contextlib.closing(cast("Generator[int]", pieces)):
+    with contextlib.closing(fetching(request.repo, request.commit, request.files, kept)) as pieces:
         for done in pieces:
             yield Progress("downloading", done, total, "byte")
     yield Progress("importing", 0, 0)
@@ -207,6 +203,5 @@ def _push(transfer: Transfer, request: PushRequest) -> Iterator[Progress]:
     total = parcel.n_bytes
     yield Progress("uploading", 0, total, "byte")
     # One call: the library tells no one but a terminal how far it is.
-    address = send(parcel)
-    transfer.add_event("arrived", result=address)
+    transfer.add_event("arrived", result=send(parcel).commit_url)
     yield Progress("uploading", total, total, "byte")
