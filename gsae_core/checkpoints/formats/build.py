@@ -46,10 +46,9 @@ class Weights:
     """What a file holds, and how it means it."""
 
     architecture: Architecture
+    # `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
+    # `threshold` may be one number for all latents.
     tensors: Tensors
-    """`W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in), `b_dec`, and the `BIASES` of the architecture;
-    `threshold` may be one number for all latents."""
-
     centred: bool  # whether the file's encoder reads x - b_dec
     k: int | None = None  # latents a token may have, or had in training; it is the sparsity then
     scale: float = 1.0  # what activations are multiplied by before they reach the file's encoder

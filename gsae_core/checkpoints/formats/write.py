@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsae_core.checkpoints.checkpoint import file_tensors, save_sae
+from gsae_core.checkpoints.formats.build import BIASES
 from gsae_core.checkpoints.formats.libraries import Export, layer_and_site
 from gsae_core.checkpoints.formats.read import OUR_NAMES, read_sae
 from gsae_core.config import Architecture
@@ -25,7 +26,7 @@ from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE, SinglePathSAE
 
 TOKENS = 512
-
+LARGEST_DIFFERENCE = 1e-6
 # Of the largest pre-activation. Weights rounded to float32 move one by 1e-7 or so; which side of
 # its threshold a latent is on decides nothing so near to it.
 AT_THRESHOLD = 1e-6
@@ -57,16 +58,15 @@ class Parity(NamedTuple):
 
 
 @torch.no_grad()
-def parity(sae: SAE, other: SAE, *, n_tokens: int = TOKENS, seed: int = 0) -> Parity:
+def parity(sae: SAE, other: SAE) -> Parity:
     """Return how closely `other` computes what `sae` does, in double precision.
 
     Single precision would compare orders of summation: a latent whose pre-activation is a rounding
     error away from its threshold fires in one and not in the other.
     """
     sae, other = copy.deepcopy(sae).cpu().double(), copy.deepcopy(other).cpu().double()
-    x = telling_activations(sae, n_tokens, seed)
-    latents = reconstructions = 0.0
-    largest_f = largest_x = 0.0
+    x = telling_activations(sae)
+    largest: list[list[float]] = []
     n_active = n_edge = 0
     for rows in x.split(max(1, 2**22 // sae.d_sae)):
         f, g = sae.encode(rows), other.encode(rows)
@@ -74,40 +74,36 @@ def parity(sae: SAE, other: SAE, *, n_tokens: int = TOKENS, seed: int = 0) -> Pa
         x_hat = sae.normalised(rows).undo(sae.decode(f))
         x_hat_other = other.normalised(rows).undo(other.decode(g))
         kept = ~edge.any(dim=1)
-        latents = max(latents, _largest((f - g).masked_fill(edge, 0.0)))
-        reconstructions = max(reconstructions, _largest((x_hat - x_hat_other)[kept]))
-        largest_f, largest_x = max(largest_f, _largest(f)), max(largest_x, _largest(x_hat))
+        compared = (f - g).masked_fill(edge, 0.0), (x_hat - x_hat_other)[kept], f, x_hat
+        largest.append([float(v.abs().amax()) if v.numel() else 0.0 for v in compared])
         n_active, n_edge = n_active + int((f > 0).sum()), n_edge + int(edge.sum())
+    # NaN survives amax, and is no number that any bound lets through.
+    found = torch.tensor(largest, dtype=torch.float64).amax(dim=0)
+    latents, reconstructions, f_max, x_max = found.tolist()
     return Parity(
-        latents=latents / (largest_f or 1.0),
-        reconstructions=reconstructions / (largest_x or 1.0),
+        latents=latents / (f_max or 1.0),
+        reconstructions=reconstructions / (x_max or 1.0),
         n_tokens=len(x),
         n_active=n_active,
         n_at_threshold=n_edge,
     )
 
 
-def _largest(values: Tensor) -> float:
-    # NaN survives amax, and is no number that any bound lets through.
-    return float(values.abs().amax()) if values.numel() else 0.0
-
-
-def telling_activations(sae: SAE, n_tokens: int, seed: int) -> Float[Tensor, "n_tokens d_in"]:
+def telling_activations(sae: SAE) -> Float[Tensor, "n_tokens d_in"]:
     """Return random activations, from some that leave most latents silent to some that do not.
 
     Around b_dec, in four sizes about the one at which products are as large as the biases.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(sae, GatedSAE):
-        W, biases = sae.W_gate, sae.b_gate.abs() + sae.b_mag.abs()
-    else:
-        assert isinstance(sae, SinglePathSAE)
-        W, biases = sae.W_enc, sae.b_enc.abs()
-        biases = biases + sae.threshold if isinstance(sae, JumpReluSAE) else biases
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict[str, Tensor](sae.named_parameters())
+    W = tensors["W_gate" if isinstance(sae, GatedSAE) else "W_enc"]
+    # r_mag is a logarithm.
+    named = [tensors[name] for name in BIASES[sae.architecture] if name != "r_mag"]
+    biases = torch.stack(named).abs().sum(dim=0)
     size = float(biases.abs().mean() / W.norm(dim=0).mean().clamp(min=1e-12)) or 1.0
-    noise = torch.randn(n_tokens, sae.d_in, generator=generator, dtype=sae.W_dec.dtype)
+    noise = torch.randn(TOKENS, sae.d_in, generator=generator, dtype=sae.W_dec.dtype)
     sizes = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=noise.dtype)
-    return sae.b_dec + size * sizes[torch.arange(n_tokens) % 4, None] * noise
+    return sae.b_dec + size * sizes[torch.arange(TOKENS) % 4, None] * noise
 
 
 def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
@@ -125,8 +121,6 @@ def _at_threshold(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Tensor:
             margin = torch.minimum(margin, (z - z.topk(sae.k).values[:, -1:]).abs())
     return margin <= AT_THRESHOLD * z.abs().amax()
 
-
-LARGEST_DIFFERENCE = 1e-6
 
 DICTIONARY_LEARNING: dict[Architecture, tuple[str, str, str]] = {
     "gated": (

@@ -19,9 +19,6 @@ from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import write_status
 from gsae_core.runs.run import Run, new_run_folder
 
-HELD_OUT = 0.5
-"""Of the text: nothing is trained on it, and as many tokens are read as are evaluated on."""
-
 
 def import_saes(
     path: Path | str,
@@ -58,7 +55,8 @@ def import_saes(
         read = [_staged(staged / each.name, each, place) for each in found]
         fields = {
             "model": {"name": place.model, "layer": place.layer, "site": place.site},
-            "data": {"held_out": HELD_OUT} | ({} if data is None else {"source": data}),
+            # Nothing is trained on the text; as many tokens are read as are evaluated on.
+            "data": {"held_out": 0.5} | ({} if data is None else {"source": data}),
             "saes": tuple(spec for spec, _ in read),
             "train": TrainRecipe(n_tokens=EvalConfig().n_tokens),
             "activation_scale": "none",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS = "sae_weights.safetensors"
 SENT = ("cfg.json", WEIGHTS, "feature_stats.safetensors", "norm_deciles.json")
 OF_RUN = ("config.json", "evals.json")
+FIGURE = "pareto.svg"
 
 
 class Parcel(NamedTuple):
@@ -258,9 +259,6 @@ def _metadata(
     return facts
 
 
-FIGURE = "pareto.svg"
-
-
 def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     """Return the text files that go to the Hub beside SAEs, by name: the card, and its figure.
 
@@ -338,12 +336,11 @@ def _front_matter(has_gated: bool, model: str) -> str:
 
     # A name on the Hub alone: a folder of this machine is private.
     on_hub = HUB_NAME.fullmatch(model) and "/" in model
-    card = ModelCardData(
+    return ModelCardData(
         library_name="saelens",
         tags=["sparse-autoencoder", *(["gated-sae"] if has_gated else [])],
         base_model=model if on_hub else None,
-    )
-    return card.to_yaml()
+    ).to_yaml()
 
 
 def _template() -> "Template":

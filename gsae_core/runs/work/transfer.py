@@ -29,6 +29,8 @@ from gsae_core.runs.run import find_run, new_run_folder
 from gsae_core.runs.work.publish import pack, send
 from gsae_core.text import Progress
 
+log: logging.Logger = logging.getLogger(__name__)
+
 FOLDER = ".hub"
 _REQUEST = ConfigDict(extra="forbid")
 
@@ -151,9 +153,6 @@ def free_name(root: Path, name: str) -> str:
     """Return `name`, with a number after it if there is a run of that name."""
     names = (name, *(f"{name[:60]}-{n}" for n in range(2, 1000)))
     return next(free for free in names if not (root / free).exists())
-
-
-log: logging.Logger = logging.getLogger(__name__)
 
 
 def work(transfer: Transfer) -> Iterator[Progress]:
