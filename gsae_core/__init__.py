@@ -35,26 +35,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SAE": "gsae_core.sae.base",
-    "Attached": "gsae_core.analysis.attach",
-    "GatedSAE": "gsae_core.sae.architectures",
-    "JumpReluSAE": "gsae_core.sae.architectures",
-    "ReluSAE": "gsae_core.sae.architectures",
-    "TopKSAE": "gsae_core.sae.architectures",
-    "attach": "gsae_core.analysis.attach",
-    "load_model": "gsae_core.lm.model",
-    "load_sae": "gsae_core.checkpoints.checkpoint",
-    "open_index": "gsae_core.analysis.features.index",
-    "open_run": "gsae_core.runs.run",
-    "push_sae": "gsae_core.runs.work.publish",
-    "read_sae": "gsae_core.checkpoints.formats.read",
+    "analysis.attach": ["Attached", "attach"],
+    "analysis.features.index": ["open_index"],
+    "checkpoints.checkpoint": ["load_sae"],
+    "checkpoints.formats.read": ["read_sae"],
+    "lm.model": ["load_model"],
+    "runs.run": ["open_run"],
+    "runs.work.publish": ["push_sae"],
+    "sae.architectures": ["GatedSAE", "JumpReluSAE", "ReluSAE", "TopKSAE"],
+    "sae.base": ["SAE"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gsae_core' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"gsae_core.{home}"), name)
+    raise AttributeError(f"module 'gsae_core' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ import errno
 import io
 import os
 import sys
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from gsae_core.cli.main import main
 
@@ -38,32 +38,24 @@ class Lasting(io.FileIO):
         return len(data)
 
 
-def lasting(fd: int, stream: IO[str] | None, *, answers: bool) -> io.TextIOWrapper:
-    """Return a standard stream like `stream`, lasting; None: one that was closed by the shell."""
-    return io.TextIOWrapper(
-        io.BufferedWriter(Lasting(fd, answers=answers)),
-        encoding=getattr(stream, "encoding", "utf-8"),
-        errors=getattr(stream, "errors", None),
-        line_buffering=True,
-    )
-
-
-def open_closed() -> None:
-    """Open the standard streams that a shell closed (`>&-`), or files take their place."""
+def program() -> NoReturn:
+    """Run the command that `sys.argv` holds, and exit with its code."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:
+        except OSError:  # closed by the shell (`>&-`): a file would take its place
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
-def program() -> NoReturn:
-    """Run the command that `sys.argv` holds, and exit with its code."""
-    open_closed()
     # Printing is all that these do, so that they may end with their reader.
     answers = sys.argv[1:2] in (["list"], ["doctor"]) or not {"-h", "--help"}.isdisjoint(sys.argv)
-    sys.stdout = lasting(1, sys.stdout, answers=answers)
-    sys.stderr = lasting(2, sys.stderr, answers=answers)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)  # None: it was closed
+        lasting = io.TextIOWrapper(
+            io.BufferedWriter(Lasting(fd, answers=answers)),
+            encoding=getattr(before, "encoding", "utf-8"),
+            errors=getattr(before, "errors", None),
+            line_buffering=True,
+        )
+        setattr(sys, name, lasting)
     try:
         code = main()
     finally:

@@ -113,10 +113,6 @@ def hub_sentence(
     """Return what went wrong, told by the exceptions that led to `error`.
 
     A broken connection that names no reason means that the Hub was not reached.
-
-    Args:
-        what: is looked for in the repository.
-        file: asked for in it, if only one was.
     """
     import httpx2
     from huggingface_hub import errors

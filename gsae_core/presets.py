@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from gsae_core.config import (
+    Architecture,
     DataConfig,
     EvalConfig,
     ModelConfig,
@@ -91,25 +92,22 @@ def _listed(items: list[Any]) -> str:
 def _published(name: str, layer: int, site: Site) -> tuple[SAESpec, ...]:
     """Return one SAE for each distinct setting the paper published of a preset's place."""
     runs = [run for run in paper_runs() if (run.model, run.layer, run.site) == (name, layer, site)]
-    settings = list(dict.fromkeys(run[3:7] for run in runs))
+    settings = dict.fromkeys(run[3:7] for run in runs)
     coeffs = [(architecture, sparsity) for architecture, _, _, sparsity in settings]
-    specs = []
-    for architecture, d_sae, lr, sparsity in settings:
-        name = f"{architecture}-{sparsity:g}"
-        if coeffs.count((architecture, sparsity)) > 1:
-            name += f"-lr{lr:g}"
-        specs.append(
-            SAESpec(
-                name=name,
-                architecture=architecture,
-                d_sae=d_sae,
-                sparsity=sparsity,
-                # D.1.1-D.1.2: squared error over n, and these baselines once more over E|x|^2.
-                loss_norm="mean" if architecture == "gated" else "mean_power",
-                lr=lr,
-            )
+
+    def spec(architecture: Architecture, d_sae: int, lr: float, sparsity: float) -> SAESpec:
+        several = coeffs.count((architecture, sparsity)) > 1
+        return SAESpec(
+            name=f"{architecture}-{sparsity:g}" + (f"-lr{lr:g}" if several else ""),
+            architecture=architecture,
+            d_sae=d_sae,
+            sparsity=sparsity,
+            # D.1.1-D.1.2: squared error over n, and these baselines once more over E|x|^2.
+            loss_norm="mean" if architecture == "gated" else "mean_power",
+            lr=lr,
         )
-    return tuple(specs)
+
+    return tuple(spec(*setting) for setting in settings)
 
 
 def _paper_places(*layers: int) -> tuple[tuple[int, Site], ...]:
@@ -144,7 +142,7 @@ def _paper_recipe(n_steps: int) -> TrainRecipe:
 
 
 # The paper evaluates on "over 1 M" held-out tokens (D.2); 2048 sequences of 1024 are Gemma Scope's.
-_PAPER_EVALUATION = EvalConfig(n_tokens=2048 * 1024)
+_paper = partial(Preset, evaluation=EvalConfig(n_tokens=2048 * 1024), activation_scale="none")
 
 
 def _saebench(width: int) -> tuple[SAESpec, ...]:
@@ -181,7 +179,7 @@ _PRESETS = (
         ),
         evaluation=EvalConfig(n_tokens=65_536),
     ),
-    Preset(
+    _paper(
         name="gelu-1l",
         description=(
             "The paper's GELU-1L set-up, lambdas ours. The Hub has the model in TransformerLens' "
@@ -199,11 +197,9 @@ _PRESETS = (
             ["gated", "relu"], [1.5e-4, 3e-4, 6e-4, 1.2e-3], 2**17, loss_norm="mean"
         ),
         train=_paper_recipe(n_steps=300_000),
-        evaluation=_PAPER_EVALUATION,
-        activation_scale="none",
         choices=((0, "mlp_hidden"),),
     ),
-    Preset(
+    _paper(
         name="pythia-2.8b",
         description=(
             "The paper's Pythia-2.8B runs of one layer and site, 1.6 B activations; --sparsity "
@@ -213,11 +209,9 @@ _PRESETS = (
         data=_paper_data(n_ctx=2048),
         saes=partial(_published, "pythia-2.8b"),
         train=_paper_recipe(n_steps=400_000),
-        evaluation=_PAPER_EVALUATION,
-        activation_scale="none",
         choices=_paper_places(4, 12, 16, 20, 28),
     ),
-    Preset(
+    _paper(
         name="gemma-7b",
         description=(
             "The paper's Gemma-7B runs of one layer and site, 1.2 B activations; the Hub asks "
@@ -228,8 +222,6 @@ _PRESETS = (
         data=_paper_data(n_ctx=1024),
         saes=partial(_published, "gemma-7b"),
         train=_paper_recipe(n_steps=300_000),
-        evaluation=_PAPER_EVALUATION,
-        activation_scale="none",
         choices=_paper_places(6, 13, 20, 27),
     ),
     Preset(

@@ -4,11 +4,10 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
@@ -47,9 +46,7 @@ def over_rows(n: int, loop: Callable[[int, int], None]) -> None:
 
 
 class _OneThreadEach(ThreadPoolExecutor):
-    def submit(
-        self, fn: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
-    ) -> Future[Result]:
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
         def alone() -> Result:
             # Products would otherwise each wake threads of their own. Before every task: what
             # torch is told elsewhere later reaches threads that there are already.

@@ -312,7 +312,7 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     closed: list[str] = []
-    monkeypatch.setitem(track.OPENERS, "tensorboard", refusing(closed))
+    monkeypatch.setitem(track._OPENERS, "tensorboard", refusing(closed))
     monkeypatch.setattr(track, "check_installed", lambda tracker: None)
     monkeypatch.setattr("gsae_core.runs.run.check_installed", lambda tracker: None)
     words = small_run(tiny_lm_folder, small_text, tmp_path / "run")

@@ -19,9 +19,8 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gsae_core.config import SAESpec, Tracker
 from gsae_core.errors import InputError, extra
@@ -55,8 +54,7 @@ def check_installed(tracker: Tracker) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Tracked:
+class Tracked(NamedTuple):
     """An SAE's run in a tracker."""
 
     id: str
@@ -182,11 +180,7 @@ def _about(run: "Run", sae: SAESpec) -> dict[str, Any]:
     return {"name": f"{run.id}/{sae.name}", "group": run.id, "config": config}
 
 
-OPENERS: dict[Tracker, Callable[["Run", SAESpec, str | None, int], Tracked]] = {
-    "trackio": _trackio,
-    "wandb": _wandb,
-    "tensorboard": _tensorboard,
-}
+_OPENERS = {"trackio": _trackio, "wandb": _wandb, "tensorboard": _tensorboard}
 
 
 class Mirror:
@@ -209,7 +203,7 @@ class Mirror:
         known = starts[tracker]["ids"] if tracker in starts else {}
         newest = max((row["step"] for row in run.recent_metrics()), default=0)
         for sae in run.config.saes:
-            tracked = OPENERS[tracker](run, sae, known.get(sae.name), newest)
+            tracked = _OPENERS[tracker](run, sae, known.get(sae.name), newest)
             self._tracked[sae.name] = tracked
             self._ends.callback(tracked.close)
         ids = {name: tracked.id for name, tracked in self._tracked.items()}

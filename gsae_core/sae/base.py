@@ -242,12 +242,9 @@ class SAE(nn.Module, ABC):
         """Return the latents `f >= 0`, or raise InputError if the last axis is not `d_in`."""
 
     def decode(self, f: Latents) -> Inputs:
-        """Return `x_hat = f @ W_dec + b_dec` (Eq. 2).
+        """Return `x_hat = f @ W_dec + b_dec` (Eq. 2); InputError if the last axis is not `d_sae`.
 
         Of an SAE with `input_norm` this reconstructs u; `normalised(x).undo` turns it into x_hat.
-
-        Raises:
-            InputError: if the last axis of `f` is not `d_sae`.
         """
         if f.shape[-1] != self.d_sae:
             raise InputError(
