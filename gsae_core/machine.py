@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,9 +116,12 @@ PACKAGES = (
 def versions() -> dict[str, str]:
     """Return the version of this package, of Python and of what the results depend on."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    for package in PACKAGES.split():
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: installed(package) or "not installed" for package in PACKAGES.split()}
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,5 +1,6 @@
 """What the doctor finds, on machines better and worse than this one."""
 
+import importlib.metadata
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def test_what_is_wrong_comes_with_what_to_do(
     monkeypatch.setattr(doctor, "free_bytes", lambda _: 10**8)
 
     def missing(package: str) -> str:
-        raise doctor.importlib.metadata.PackageNotFoundError(package)
+        raise importlib.metadata.PackageNotFoundError(package)
 
     def read_only(**_: Any) -> None:
         raise OSError(30, "Read-only file system")
@@ -85,7 +86,7 @@ def test_what_is_wrong_comes_with_what_to_do(
     def broken(_: str) -> None:
         raise OSError("no model.safetensors")
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", read_only)
     monkeypatch.setattr("gsae_core.lm.model.load_model", broken)
     runs = tmp_path / "runs"

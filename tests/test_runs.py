@@ -20,7 +20,6 @@ from gsae_core import files
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import replace_durably, to_json, write_json
-from gsae_core.runs import run as runs
 from gsae_core.runs.evals import EvalRow, averaged, measured_on, write_arrays, write_evals
 from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs.job import (
@@ -108,7 +107,7 @@ def test_an_empty_folder_is_taken_and_one_with_other_files_or_a_file_refused(
 def test_a_full_disk_is_told_with_need_and_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "free_bytes", lambda path: 7_300)
+    monkeypatch.setattr("gsae_core.files.free_bytes", lambda path: 7_300)
     assert refusal(Run.create, tmp_path / "run", CONFIG) == (
         f"expected 1.0 MB free for {tmp_path / 'run'}, found 7.3 kB; make room on the disk and "
         "start again"

@@ -1,6 +1,5 @@
 """Is this machine fit for the work? Every check is a line; a bad one says what to do."""
 
-import importlib.metadata
 import platform
 import socket
 import sys
@@ -13,6 +12,7 @@ import psutil
 
 from gsae_core.errors import EXTRAS, InputError, extra_sentence
 from gsae_core.files import free_bytes, readable
+from gsae_core.machine import installed
 
 # What the quick preset takes, with room to spare: 1.2 GB of memory and 0.3 GB of files.
 MEMORY = 2 * 10**9
@@ -54,14 +54,6 @@ def examine(runs: Path) -> Iterator[Check]:
     yield folder(runs)
     yield bundled_model()
     yield hub()
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def extra(name: str) -> Check:

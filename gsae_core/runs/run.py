@@ -21,16 +21,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from gsae_core import files
 from gsae_core.config import RunConfig, load_config
 from gsae_core.errors import InputError
-from gsae_core.files import (
-    EXAMPLE,
-    free_bytes,
-    lock,
-    read_checked,
-    read_sae_cfg,
-    readable,
-    write_json,
-    writing,
-)
+from gsae_core.files import EXAMPLE, read_checked
 from gsae_core.runs.evals import NormDeciles, read_evals
 from gsae_core.runs.jobs.job import (
     ACTIVE,
@@ -101,23 +92,23 @@ class Run(Job):
         check_run_id(folder.name)
         if config.track is not None:
             check_installed(config.track)  # before the run waits for its device, for hours maybe
-        with writing(folder, FOLDER_BYTES):
+        with files.writing(folder, FOLDER_BYTES):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 sentence = f"expected a folder for the run, found a file at {folder}"
                 raise InputError(sentence) from None
-            if free_bytes(folder) < FOLDER_BYTES:
+            if (free := files.free_bytes(folder)) < FOLDER_BYTES:
                 raise InputError(
-                    f"expected {readable(FOLDER_BYTES)} free for {folder}, found "
-                    f"{readable(free_bytes(folder))}; make room on the disk and start again"
+                    f"expected {files.readable(FOLDER_BYTES)} free for {folder}, found "
+                    f"{files.readable(free)}; make room on the disk and start again"
                 )
-            with lock(folder, "start"):
+            with files.lock(folder, "start"):
                 new_run_folder(folder.parent, folder.name)
                 write_status(folder, new_status(config.train.n_steps))
                 Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
                 # Last: a folder with a config is a run.
-                write_json(folder / "config.json", config.model_dump(mode="json"))
+                files.write_json(folder / "config.json", config.model_dump(mode="json"))
         return cls(folder, config)
 
     @classmethod
@@ -168,7 +159,7 @@ class Run(Job):
     def sae_cfg(self, name: str) -> dict[str, Any]:
         """Return an SAE's cfg.json; empty before it was saved first."""
         path = self.sae_folder(name) / "cfg.json"
-        return read_sae_cfg(path) if os.path.lexists(path) else {}
+        return files.read_sae_cfg(path) if os.path.lexists(path) else {}
 
     def damages(self) -> list[str]:
         """Return a sentence for each file that is damaged, though the run can be opened without."""
@@ -350,10 +341,10 @@ def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
     same config that waits or trains now is that one too, started from here or not: its seed is the
     same, so a second one would find the same numbers.
     """
-    with writing(root, 0):
+    with files.writing(root, 0):
         root.mkdir(parents=True, exist_ok=True)
         # Two visitors who press at once are served one after the other.
-        with lock(root, "launch"):
+        with files.lock(root, "launch"):
             made = sorted(root.glob(f"*-{nonce}/config.json"))
             if made:
                 run = Run.open(made[0].parent)

@@ -116,18 +116,13 @@ class Worker:
     On entry status.json says `starting`, and a thread keeps its step and heartbeat fresh; log.txt
     receives the package's log. On leaving, status.json says how it ended: `outcome`, or `failed`
     with the cause in one sentence (a traceback goes to log.txt alone).
-
-    Attributes:
-        step: steps done.
-        done: how much of the present stage is done.
-        outcome: the last state, unless an exception ends the block.
     """
 
     def __init__(self, run: Job) -> None:
         self.run = run
         self.step: int = 0
-        self.done: int = 0
-        self.outcome: State = "finished"
+        self.done: int = 0  # of the present stage
+        self.outcome: State = "finished"  # unless an exception ends the block
         self._stop = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)

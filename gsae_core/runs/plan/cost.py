@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -313,13 +314,9 @@ class Finished(NamedTuple):
 
 def alike(config: RunConfig, other: RunConfig) -> bool:
     """Whether lambda means the same in both runs: one model, place and scale of activations."""
-    return (
-        other.imported is None  # other libraries average and scale in ways of their own
-        and config.model.name == other.model.name
-        and config.model.layer == other.model.layer
-        and config.model.site == other.model.site
-        and config.activation_scale == other.activation_scale
-    )
+    place = attrgetter("model.name", "model.layer", "model.site", "activation_scale")
+    # Other libraries average and scale in ways of their own.
+    return other.imported is None and place(config) == place(other)
 
 
 def expected_l0(spec: SAESpec, finished: Iterable[Finished]) -> Expected | None:
@@ -334,12 +331,8 @@ def expected_l0(spec: SAESpec, finished: Iterable[Finished]) -> Expected | None:
 
 def _l0_of(spec: SAESpec, run: Finished) -> float | None:
     """Return what a run lets expect of an SAE; None where it says nothing."""
-    like = {
-        other.name
-        for other in run.config.saes
-        if (other.architecture, other.loss_norm, other.recipe)
-        == (spec.architecture, spec.loss_norm, spec.recipe)
-    }
+    kind = attrgetter("architecture", "loss_norm", "recipe")
+    like = {other.name for other in run.config.saes if kind(other) == kind(spec)}
     curve = sorted(
         (row["sparsity"], row["l0"])
         for row in run.evals

@@ -192,33 +192,30 @@ def log_every(n_steps: int) -> int:
 
 
 def _rows(cfg: RunConfig, report: StepReport, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for spec, sae in zip(cfg.saes, report.saes, strict=True):
-        if sae.loss is None:
-            continue
-        rows.append(
-            {
-                "step": report.step,
-                "tokens": report.tokens,
-                **seconds,
-                "seconds_sae": round(report.seconds, 3),
-                "sae": spec.name,
-                "loss": float(sae.loss.total),
-                "reconstruction": float(sae.loss.reconstruction),
-                "sparsity_loss": float(sae.loss.sparsity),
-                "auxiliary": float(sae.loss.auxiliary),
-                **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
-                "l0": sae.l0,
-                "fvu": sae.fvu,
-                "gamma": sae.gamma,
-                "gamma_gate": sae.gamma_gate,
-                "dead_gate": sae.gate_dead_fraction,
-                "dead_magnitude": sae.magnitude_dead_fraction,
-                "lr": sae.lr,
-                "sparsity_coeff": sae.sparsity_coeff,
-            }
-        )
-    return rows
+    return [
+        {
+            "step": report.step,
+            "tokens": report.tokens,
+            **seconds,
+            "seconds_sae": round(report.seconds, 3),
+            "sae": spec.name,
+            "loss": float(sae.loss.total),
+            "reconstruction": float(sae.loss.reconstruction),
+            "sparsity_loss": float(sae.loss.sparsity),
+            "auxiliary": float(sae.loss.auxiliary),
+            **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
+            "l0": sae.l0,
+            "fvu": sae.fvu,
+            "gamma": sae.gamma,
+            "gamma_gate": sae.gamma_gate,
+            "dead_gate": sae.gate_dead_fraction,
+            "dead_magnitude": sae.magnitude_dead_fraction,
+            "lr": sae.lr,
+            "sparsity_coeff": sae.sparsity_coeff,
+        }
+        for spec, sae in zip(cfg.saes, report.saes, strict=True)
+        if sae.loss is not None
+    ]
 
 
 def evaluate_run(
