@@ -188,13 +188,11 @@ class SAESpec(Config):
     @field_validator("sparsity")
     @classmethod
     def _k_is_a_number_of_latents(cls, sparsity: float, info: Any) -> float:
-        if info.data.get("architecture") != "topk":
-            return sparsity
-        if sparsity != int(sparsity):
-            raise ValueError("expected a whole number of latents, the k of a TopK SAE")
-        d_sae = info.data.get("d_sae", math.inf)
-        if sparsity > d_sae:
-            raise ValueError(f"expected a k of at most d_sae={d_sae}")
+        if info.data.get("architecture") == "topk":
+            if sparsity != int(sparsity):
+                raise ValueError("expected a whole number of latents, the k of a TopK SAE")
+            if sparsity > (d_sae := info.data.get("d_sae", math.inf)):
+                raise ValueError(f"expected a k of at most d_sae={d_sae}")
         return sparsity
 
 

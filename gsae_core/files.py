@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and sentences for a disk that refuses them."""
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -227,14 +228,17 @@ def read_sae_cfg(path: Path) -> dict[str, Any]:
     return read_checked(path, _SAECfg, what="the config of an SAE")
 
 
-def read_checked(path: Path, schema: type[BaseModel], *, what: str) -> dict[str, Any]:
+def read_checked(path: Path, schema: type[Any], *, what: str) -> dict[str, Any]:
     """Return a file's JSON object, as it stands; an InputError names what makes it no `what`."""
     fields = read_json(path)
     try:
-        schema.model_validate(fields, strict=True)
+        _adapter(schema).validate_python(fields, strict=True)
     except ValidationError as error:
         raise InputError(f"expected {what} in {path}, got {first_of(error)}") from None
     return fields
+
+
+_adapter = functools.cache(TypeAdapter)
 
 
 class Lines(NamedTuple):

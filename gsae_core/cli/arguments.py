@@ -154,11 +154,7 @@ class Train(_Flags):
 
 
 def run_config(flags: Train) -> RunConfig:
-    """Return the run that the flags describe: they win over the preset or the config file.
-
-    Raises:
-        InputError: one sentence in the words of the command line.
-    """
+    """Return the run that the flags describe: they win over the preset or the config file."""
     base = _base(flags)
     knobs = [_knob(flags, architecture) for architecture in flags.arch or DEFAULT_SWEEP]
     missing = [knob.flag for knob in knobs if not knob.values]
@@ -181,15 +177,15 @@ def run_config(flags: Train) -> RunConfig:
 
 
 def _base(flags: Train) -> RunConfig | None:
-    if flags.preset is not None and flags.config is not None:
+    if flags.preset is None:
+        return None if flags.config is None else load_config(flags.config)
+    if flags.config is not None:
         raise InputError(
             f"expected --preset or --config, got both ({flags.preset} and {flags.config}); "
             "leave one out"
         )
-    if flags.preset is not None:
-        _over(ModelConfig, None, flags)  # so that a mistake is named as a flag
-        return preset(flags.preset).config(layer=flags.layer, site=flags.site)
-    return None if flags.config is None else load_config(flags.config)
+    _over(ModelConfig, None, flags)  # so that a mistake is named as a flag
+    return preset(flags.preset).config(layer=flags.layer, site=flags.site)
 
 
 def _said(flag: str) -> str:

@@ -23,6 +23,7 @@ from gsae_core.analysis.labels import Annotation, Labels
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
 from gsae_core.cli.arguments import PROGRAM, Train, choices, parse, run_config
+from gsae_core.cli.doctor import examine
 from gsae_core.config import EvalConfig, ModelConfig, Positions, Site, shortfalls, validated
 from gsae_core.errors import EXTRAS, InputError, extra_sentence
 from gsae_core.files import left_out, readable
@@ -30,16 +31,9 @@ from gsae_core.machine import slot_of
 from gsae_core.runs.jobs.job import Job
 from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.run import Run, is_example, labels_folder, run_id, runs_root
-from gsae_core.runs.work.index import index_folder
-from gsae_core.runs.work.transfer import (
-    PullRequest,
-    PushRequest,
-    Transfer,
-    ask,
-    free_name,
-    is_transfer,
-    run_name,
-)
+from gsae_core.runs.work import transfer
+from gsae_core.runs.work.index import IndexSplit, index_folder, index_run
+from gsae_core.runs.work.publish import check_token, pack
 from gsae_core.text import Progress, fixed
 
 if TYPE_CHECKING:
@@ -127,7 +121,6 @@ _Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
 _Number = Annotated[int | None, _Plain, arg(metavar="INT")]
 _Site = Annotated[Site | None, _Plain, arg(metavar=choices(Site))]
 _Switch = Annotated[FlagCreatePairsOff[bool], _Plain]
-_Split = Literal["mixed", "train", "held_out"]
 _Format = Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"]
 
 
@@ -148,8 +141,8 @@ def train(flags: Train) -> None:
 
 def resume(run: _Run) -> None:
     """Go on with a run that was interrupted or never started, from its last saved state."""
-    if is_transfer(run):
-        _transfer(Transfer(run.absolute()))
+    if transfer.is_transfer(run):
+        _carry_out(transfer.Transfer(run.absolute()))
     else:
         _work(Run.open(run))
 
@@ -203,7 +196,7 @@ def index(
     run: _Run,
     sae: _Name = None,
     tokens: _Number = None,
-    split: Annotated[_Split | None, _Plain, arg(metavar=choices(_Split))] = None,
+    split: Annotated[IndexSplit | None, _Plain, arg(metavar=choices(IndexSplit))] = None,
 ) -> None:
     """Build the feature index of a run's SAEs: where each feature fires, and what it writes.
 
@@ -215,8 +208,6 @@ def index(
         tokens: Tokens to read, masked positions left out, or as many as the text has.
         split: Which of the text to read.
     """
-    from gsae_core.runs.work.index import index_run
-
     opened = Run.open(run)
     for name in [sae] if sae else [spec.name for spec in opened.config.saes]:
         folder = index_folder(opened, name)
@@ -316,8 +307,6 @@ def doctor(runs: Annotated[Path, _Plain, arg(metavar="DIR")] = Path("runs")) -> 
     Args:
         runs: Folder that runs are kept in.
     """
-    from gsae_core.cli.doctor import examine
-
     failed = False
     for check in examine(runs):
         failed |= check.status == "bad"
@@ -354,25 +343,26 @@ def app(port: Annotated[int | None, _Plain, arg(metavar="PORT")] = None) -> NoRe
 
 def app_command(port: int | None = None) -> list[str]:
     """Return the command that opens the app: a clone's, or the one that a wheel holds."""
-    if port is not None and not 1 <= port <= 65535:
-        raise InputError(f"--port: expected a number from 1 to 65535, got {port}")
-    if port is not None:
-        with socket.socket() as trial:
-            # As servers do: a port of which connections are still closing is free.
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind(("", port))
-            except OSError as error:
-                raise InputError(
-                    f"--port: expected one to listen on, got {port} ({error.strerror}); name "
-                    "another, or leave --port out for the next one that is free"
-                ) from error
     package = Path(__file__).resolve().parents[1]
     shipped = package / "assets" / "_studio" / "app.py"
     script = shipped if shipped.is_file() else package.parent / "app.py"
     # -P: files of the current folder are no modules, as with the command `streamlit`.
     command = [sys.executable, "-P", "-m", "streamlit", "run", str(script)]
-    return command if port is None else [*command, f"--server.port={port}"]
+    if port is None:
+        return command
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port: expected a number from 1 to 65535, got {port}")
+    with socket.socket() as trial:
+        # As servers do: a port of which connections are still closing is free.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"--port: expected one to listen on, got {port} ({error.strerror}); name "
+                "another, or leave --port out for the next one that is free"
+            ) from error
+    return [*command, f"--server.port={port}"]
 
 
 def pull(
@@ -406,15 +396,16 @@ def pull(
         return
     sae = one_sae(repository)
     root = runs_root()
-    folder = to or root / free_name(root, run_name(repository.repo, sae.path))
+    name = transfer.run_name(repository.repo, sae.path)
+    folder = to or root / transfer.free_name(root, name)
     files = (repository.repo, repository.commit, sae.path, sae.library, sae.files)
-    request = PullRequest(*files, folder.name, model, layer, site)
+    request = transfer.PullRequest(*files, folder.name, model, layer, site)
     count = f"{len(sae.files)} file{'s' * (len(sae.files) > 1)}"
     say(
         f"{sae.path or repository.repo}: {sae.library}, {count}, {readable(sae.n_bytes)}, "
         f"commit {repository.commit[:12]}"
     )
-    _transfer(ask(folder.absolute().parent, request))
+    _carry_out(transfer.ask(folder.absolute().parent, request))
 
 
 def push(
@@ -432,34 +423,31 @@ def push(
         to: Repository on the Hub, made if it is not there.
         public: Let everybody see a repository that is made for it.
     """
-    from gsae_core.runs.work.publish import check_token, pack
-
     opened = Run.open(run)
     parcel = pack(opened, sae, to, public=public)
     check_token()
     say(f"{len(parcel.files)} files, {readable(parcel.n_bytes)}, to {parcel.repo}")
     for note in parcel.notes:
         say(note)
-    _transfer(ask(opened.folder.parent, PushRequest(opened.id, sae, to, public)))
+    request = transfer.PushRequest(opened.id, sae, to, public)
+    _carry_out(transfer.ask(opened.folder.parent, request))
 
 
-def _transfer(transfer: Transfer) -> None:
+def _carry_out(asked: transfer.Transfer) -> None:
     """Do a transfer, or what is left of it."""
-    from gsae_core.runs.work.transfer import work
-
-    if transfer.status.state == "finished":
+    if asked.status.state == "finished":
         raise InputError(
-            f"expected a transfer that is not done, got one that led to {transfer.result}; give "
+            f"expected a transfer that is not done, got one that led to {asked.result}; give "
             "its command again to do it anew"
         )
-    if _follow(work(transfer)) != "finished":
+    if _follow(transfer.work(asked)) != "finished":
         raise Ended(
             INTERRUPTED,
             f"stopped; what came is kept: give the same command again, or {PROGRAM} resume "
-            f"{transfer.folder}",
+            f"{asked.folder}",
         )
-    result = str(transfer.result)
-    show(f"run {transfer.root / result}" if transfer.is_pull else result)
+    result = str(asked.result)
+    show(f"run {asked.root / result}" if asked.is_pull else result)
 
 
 def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()) -> str:

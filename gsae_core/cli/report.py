@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gsae_core import text
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.checkpoints.formats.detect import find_saes
 from gsae_core.checkpoints.formats.libraries import HookPoint
@@ -13,15 +14,6 @@ from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run, runs_root, survey
-from gsae_core.text import (
-    aligned,
-    count,
-    duration,
-    fixed,
-    marked_fvu,
-    percent,
-    worse_than_mean,
-)
 
 
 def only_sae(run: Run) -> str:
@@ -56,9 +48,8 @@ def list_lines(path: Path | None) -> list[str]:
                 ]
                 for run, said in listed
             ]
-            worse = {run.id: _worse(_measured(run)) for run, _ in listed}
-            notes = [f"{name}: {sentence}" for name, sentence in worse.items() if sentence]
-            return [*aligned(rows), *notes, *damaged]
+            notes = [f"{run.id}: {worse}" for run, _ in listed for worse in _worse(_measured(run))]
+            return [*text.aligned(rows), *notes, *damaged]
         if any((folder / name / "status.json").exists() for name in unreadable):
             return damaged
     elif path is None:
@@ -76,26 +67,28 @@ def list_lines(path: Path | None) -> list[str]:
         ]
         for sae in find_saes(folder)
     ]
-    return aligned(rows)
+    return text.aligned(rows)
 
 
-def _measured(run: Run) -> dict[str, dict[str, Any]]:
-    """Return a run's evaluation by SAE; none where it is damaged, which `Run.damages` says."""
+def _measured(run: Run) -> list[dict[str, Any]]:
+    """Return a run's evaluation; none where it is damaged, which `Run.damages` says."""
     try:
-        return {row["name"]: row for row in run.evals()}
+        return run.evals()
     except InputError:
-        return {}
+        return []
 
 
-def _worse(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return which SAEs are worse than predicting the mean; empty where none is."""
-    return worse_than_mean({name: row["fvu"] for name, row in measured.items()})
+def _worse(evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the sentence about SAEs that are worse than predicting the mean, if there are any."""
+    sentence = text.worse_than_mean({row["name"]: row["fvu"] for row in evals})
+    return [sentence] if sentence else []
 
 
 def _saes_of(run: Run) -> list[str]:
-    measured = _measured(run)
+    evals = _measured(run)
+    measured = {row["name"]: row for row in evals}
     rows = [["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]]
-    notes = [worse] if (worse := _worse(measured)) else []
+    notes = _worse(evals)
     for spec in run.config.saes:
         try:
             cfg = run.sae_cfg(spec.name)
@@ -111,14 +104,14 @@ def _saes_of(run: Run) -> list[str]:
                 str(spec.d_sae),
                 # NaN: its files do not say.
                 "–" if math.isnan(spec.sparsity) else f"{spec.sparsity:g}",
-                fixed(numbers.get("l0"), 1),
-                marked_fvu(numbers.get("fvu"), 4),
+                text.fixed(numbers.get("l0"), 1),
+                text.marked_fvu(numbers.get("fvu"), 4),
                 source.get("library", "ours"),
             ]
         )
         notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
     place = f"{run.config.model.name}, {run.config.model.hook_name}"
-    return [f"{run.id}, {run.status.state}: {place}", *aligned(rows), *notes, *run.damages()]
+    return [f"{run.id}, {run.status.state}: {place}", *text.aligned(rows), *notes, *run.damages()]
 
 
 def _place(place: HookPoint) -> str:
@@ -133,7 +126,7 @@ def listing(repository: Repository) -> list[str]:
         return [f"{head}: no SAE among {len(repository.files)} files"]
     rows = [["SAE", "layout", "size"]]
     rows += [[sae.path or ".", sae.library, readable(sae.n_bytes)] for sae in repository.saes]
-    return [f"{head}: {len(repository.saes)} of them", *aligned(rows)]
+    return [f"{head}: {len(repository.saes)} of them", *text.aligned(rows)]
 
 
 def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,19 +136,18 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         [
             row["name"],
             str(row["d_sae"]),
-            fixed(row["l0"], 1),
-            percent(row["loss_recovered"], 2),
-            fixed(row["kl"], 4),
-            marked_fvu(row["fvu"], 4),
-            fixed(row["gamma"], 3),
+            text.fixed(row["l0"], 1),
+            text.percent(row["loss_recovered"], 2),
+            text.fixed(row["kl"], 4),
+            text.marked_fvu(row["fvu"], 4),
+            text.fixed(row["gamma"], 3),
             # A ReLU SAE has no gate apart from its output.
-            fixed(row["gamma_gate"], 3) if row["architecture"] == "gated" else "–",
-            percent(row["alive_fraction"], 1),
+            text.fixed(row["gamma_gate"], 3) if row["architecture"] == "gated" else "–",
+            text.percent(row["alive_fraction"], 1),
         ]
         for row in evals
     ]
-    worse = _worse({row["name"]: row for row in evals})
-    return [*aligned(rows), *([worse] if worse else [])]
+    return [*text.aligned(rows), *_worse(evals)]
 
 
 def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -165,10 +157,10 @@ def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     seconds = last["seconds"]
     return [
-        f"{count(last['tokens'])} tokens in {duration(seconds)}, "
-        f"{count(last['tokens'] / seconds)}/s on average; time in language model "
-        f"{percent(last['seconds_lm'] / seconds, 0)}, in SAEs "
-        f"{percent(last['seconds_sae'] / seconds, 0)}"
+        f"{text.count(last['tokens'])} tokens in {text.duration(seconds)}, "
+        f"{text.count(last['tokens'] / seconds)}/s on average; time in language model "
+        f"{text.percent(last['seconds_lm'] / seconds, 0)}, in SAEs "
+        f"{text.percent(last['seconds_sae'] / seconds, 0)}"
     ]
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, PositiveInt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from gsae_core import files
 from gsae_core.config import RunConfig, load_config
@@ -89,22 +91,18 @@ class Run(Job):
     def create(cls, folder: Path | str, config: RunConfig) -> "Run":
         """Make a run in a new or empty folder, in state `queued`."""
         folder = Path(folder).absolute()
-        check_run_id(folder.name)
         if config.track is not None:
             check_installed(config.track)  # before the run waits for its device, for hours maybe
         with files.writing(folder, FOLDER_BYTES):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                sentence = f"expected a folder for the run, found a file at {folder}"
-                raise InputError(sentence) from None
+            new_run_folder(folder.parent, folder.name)
+            folder.mkdir(parents=True, exist_ok=True)
             if (free := files.free_bytes(folder)) < FOLDER_BYTES:
                 raise InputError(
                     f"expected {files.readable(FOLDER_BYTES)} free for {folder}, found "
                     f"{files.readable(free)}; make room on the disk and start again"
                 )
             with files.lock(folder, "start"):
-                new_run_folder(folder.parent, folder.name)
+                new_run_folder(folder.parent, folder.name)  # one made meanwhile is refused
                 write_status(folder, new_status(config.train.n_steps))
                 Job(folder).add_event("created", schema_version=SCHEMA_VERSION)
                 # Last: a folder with a config is a run.
@@ -192,8 +190,6 @@ class Run(Job):
         `gamma` (the latent's own shrinkage; NaN where it never fired).
         """
         import pandas as pd
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
 
         path = self.sae_folder(name) / "feature_stats.safetensors"
         names = ("fired", "gate_open", "density", "gamma")
@@ -240,11 +236,7 @@ class Run(Job):
 
 
 def open_run(folder: Path | str) -> Run:
-    """Return the run in a folder.
-
-    Raises:
-        InputError: if there is none, or it is damaged or of a newer version.
-    """
+    """Return the run in a folder; an InputError says that it is damaged, newer, or not there."""
     return Run.open(folder)
 
 
@@ -261,7 +253,7 @@ def check_run_id(run_id: str) -> str:
 def new_run_folder(root: Path, name: str) -> Path:
     """Return the folder that a new run of this name will have; refuse one that holds anything."""
     folder = root / check_run_id(name)
-    if folder.is_file():
+    if any(place.is_file() for place in (folder, *folder.parents)):
         raise InputError(f"expected a folder for the run, found a file at {folder}")
     if (folder / "config.json").exists():
         raise InputError(

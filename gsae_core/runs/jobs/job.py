@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import psutil
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from gsae_core import files
 from gsae_core.errors import InputError
-from gsae_core.files import Lines, first_of, lock, read_json, unreadable, write_json, writing
+from gsae_core.files import Lines, lock, read_checked, read_json, unreadable, write_json, writing
 
 T = TypeVar("T")
 State = Literal[
@@ -131,14 +131,7 @@ def read_status(folder: Path) -> Status:
 
 
 def _parsed(path: Path) -> Status:
-    fields = read_json(path)
-    try:
-        return _STATUS.validate_python(fields, strict=True)
-    except ValidationError as error:
-        raise InputError(f"expected a job's status in {path}, got {first_of(error)}") from None
-
-
-_STATUS = TypeAdapter(Status)
+    return Status(**read_checked(path, Status, what="a job's status"))
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -56,7 +56,8 @@ class Phase(NamedTuple):
 
 
 PHASES = ("queued", "starting", "training", "evaluating")
-# What an event of events.jsonl begins; other events change nothing.
+_ENDS = ("finished", "cancelled", "failed")
+# What an event of events.jsonl begins, if anything; events that are not here change nothing.
 _BEGINS = {
     "created": "queued",
     "waiting": "queued",
@@ -64,8 +65,8 @@ _BEGINS = {
     "loading": "starting",
     "training": "training",
     "evaluating": "evaluating",
+    **dict.fromkeys(_ENDS),
 }
-_ENDS = ("finished", "cancelled", "failed")
 
 
 def timeline(
@@ -80,19 +81,17 @@ def timeline(
     spent: dict[str, float] = {}
     current, since = None, 0.0
     for event in events:
-        begins = _BEGINS.get(event["event"])
-        if begins is None and event["event"] not in _ENDS:
+        if event["event"] not in _BEGINS:
             continue
         # When a process died that could not say so is not known: that stretch is left out.
         if current is not None and not (event["event"] == "started" and current != "queued"):
-            spent[current] = spent.get(current, 0.0) + event["time"] - since
-        current, since = begins, event["time"]
-        if begins is not None:
-            spent.setdefault(begins, 0.0)
+            spent[current] += event["time"] - since
+        current, since = _BEGINS[event["event"]], event["time"]
+        if current is not None:
+            spent.setdefault(current, 0.0)
     over = status.state in (*_ENDS, "lost")
     if current is not None:
-        until = status.heartbeat if over else now
-        spent[current] += max(until - since, 0.0)
+        spent[current] += max((status.heartbeat if over else now) - since, 0.0)
     end = status.state if over else "finished"
     latest: Mark = "now" if not over else "done" if end == "finished" else "stopped"
     begun = [name for name in PHASES if name in spent]

@@ -223,9 +223,7 @@ def evaluate_run(
 ) -> Iterator[Progress]:
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
-    Args:
-        n_tokens: held-out tokens; None takes the run's number.
-        replace: where the model reads reconstructions; None takes the run's choice.
+    `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
     with (
