@@ -504,8 +504,6 @@ def sweep(
     **common: Any,
 ) -> tuple[SAESpec, ...]:
     """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide."""
-    knobs: dict[Architecture, Knob] = dict.fromkeys(
-        architectures, Knob("sparsity", tuple(sparsity))
-    )
+    knobs = dict.fromkeys(architectures, Knob("sparsity", tuple(sparsity)))
     specs = resweep((), knobs, width=width, equal_width=False, changes=common, called={})
     return tuple(specs)
