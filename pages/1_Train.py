@@ -6,7 +6,7 @@ import streamlit as st
 
 from gsae_core.app import cache, shell
 from gsae_core.app.controls import begin
-from gsae_core.app.parts import copy_link, facts, notice, noticed, plain
+from gsae_core.app.parts import copy_link, notice, noticed, plain
 from gsae_core.app.pickers import stacking
 from gsae_core.app.train_form import (
     LABELS,
@@ -53,7 +53,7 @@ from gsae_core.runs.plan.cost import (
     preflight,
 )
 from gsae_core.runs.run import Run, run_id
-from gsae_core.text import count, duration
+from gsae_core.text import count, duration, facts
 
 PREVIEW_SECONDS = 20
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
@@ -202,7 +202,7 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     if flight.download or about.where == "hub":
         size = f"about {readable(flight.download)}" if flight.download else "size not known"
         rows["Download"] = f"{size}, from the Hub"
-    facts(rows)
+    st.html(facts(rows))
     return flight.refusals
 
 

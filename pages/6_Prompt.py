@@ -4,8 +4,8 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core.app import prompt_view, shell
-from gsae_core.app.components import token_picker
-from gsae_core.app.parts import figure_tools, key_for, noticed, plain, settle, write
+from gsae_core.app.components import read_number, token_picker
+from gsae_core.app.parts import figure_tools, key_for, noticed, own, plain, settle, write
 from gsae_core.app.pickers import (
     architecture,
     choice,
@@ -98,11 +98,14 @@ def whole_text(seen: Seen) -> None:
         measure = choice("Shade tokens by", MEASURES, key="by", what="measure of the strip")
     tables = attributed(seen, position=position, token=offered[target].id)
     with strip:
+        tokens = cells(seen, tables, measure)
         token_picker(
-            cells(seen, tables, measure),
+            key=own("tokens"),
+            read=lambda sent: read_number(sent, range(len(tokens))),
+            pick=lambda index: st.session_state.update(tok=index),
+            tokens=tokens,
             picked=position,
             two=len(seen.names) > 1,
-            pick=lambda index: st.session_state.update(tok=index),
         )
         prompt_view.legend(seen, measure)
         figure_tools(

@@ -65,22 +65,9 @@ def kept(*files: str, most: int = 512) -> Callable[[OfRun], OfRun]:
     return keep
 
 
-@kept("saes/{sae}/feature_stats.safetensors", most=64)
-def feature_stats(run: Run, name: str) -> pd.DataFrame:
-    """Return `Run.feature_stats`."""
-    return run.feature_stats(name)
-
-
-@kept("saes/{sae}/norm_deciles.json")
-def deciles(run: Run, name: str) -> pd.DataFrame:
-    """Return `Run.norm_deciles`."""
-    return run.norm_deciles(name)
-
-
-@kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")
-def damages(run: Run) -> list[str]:
-    """Return `Run.damages`."""
-    return run.damages()
+feature_stats = kept("saes/{sae}/feature_stats.safetensors", most=64)(Run.feature_stats)
+deciles = kept("saes/{sae}/norm_deciles.json")(Run.norm_deciles)
+damages = kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")(Run.damages)
 
 
 @kept("evals.json")

@@ -3,13 +3,13 @@
 Each stands beside a widget that keeps the choice; a click only tells the page what to choose.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import streamlit as st
 from streamlit.components.v2 import component
 
-from gsae_core.app.parts import asset, own
+from gsae_core.app.parts import asset
 from gsae_core.config import SITES, Site
 
 ABOUT: dict[Site, str] = {
@@ -24,7 +24,7 @@ ABOUT: dict[Site, str] = {
 
 
 def _clickable(name: str, html: str) -> Callable[..., None]:
-    """Return what draws a component of the script and style of that name.
+    """Return what draws a component of the script and style of that name, with the data it shows.
 
     `read` returns what a browser says was clicked, or None where that is nothing there is; `pick`
     is called with it before the page runs again.
@@ -33,7 +33,7 @@ def _clickable(name: str, html: str) -> Callable[..., None]:
     mount = component(tag, html=html, css=asset(f"{name}.css"), js=asset(f"{name}.js"))
 
     def draw(
-        *, key: str, data: Any, read: Callable[[object], Any], pick: Callable[[Any], None]
+        *, key: str, read: Callable[[object], Any], pick: Callable[[Any], None], **data: Any
     ) -> None:
         def picked() -> None:
             choice = read(st.session_state[key].get("picked"))
@@ -45,46 +45,31 @@ def _clickable(name: str, html: str) -> Callable[..., None]:
     return draw
 
 
-_diagram = _clickable("block-diagram", '<div class="block"></div>')
-_picker = _clickable("token-picker", '<div class="picker"></div>')
-_links = _clickable("feature-links", '<ul class="links"></ul>')
+block_diagram = _clickable("block-diagram", '<div class="block"></div>')
+"""The transformer block, in which one clicks the `site` to read at, and the row of `n_layers`.
+
+Its data are also `layer`, `about` (what each site is), and whether attention and MLP both read what
+enters the block (`parallel`, as in GPT-NeoX). With 0 layers, not known, there is no row of them.
+"""
+token_picker = _clickable("token-picker", '<div class="picker"></div>')
+"""A text's `tokens`, as `prompt_view.cells` returns them, of which one, by its index, is `picked`.
+
+With `two` SAEs there are lines under them.
+"""
+feature_links = _clickable("feature-links", '<ul class="links"></ul>')
+"""Features to go to, under a `label`.
+
+Each of the `rows` has its `feature`, its `text` (what it fires on, or its label), how near it is as
+`said` and as a `share` of a bar, what hovering says as `about`, and `href`.
+"""
 
 
-def block_diagram(
-    *,
-    site: Site,
-    layer: int,
-    n_layers: int | None,
-    parallel: bool,
-    pick: Callable[[str, str | int], None],
-) -> None:
-    """Draw the transformer block, in which one clicks the site to read at.
-
-    Args:
-        n_layers: blocks of the model; None, where that is not known, draws no row of them.
-        parallel: whether attention and MLP both read what enters the block (GPT-NeoX).
-        pick: called with `"site"` or `"layer"` and the choice.
-    """
-    _diagram(
-        key=own("block"),
-        data={
-            "site": site,
-            "layer": layer,
-            "n_layers": n_layers or 0,
-            "parallel": parallel,
-            "about": ABOUT,
-        },
-        read=lambda sent: read_choice(sent, n_layers),
-        pick=lambda choice: pick(*choice),
-    )
-
-
-def read_choice(sent: object, n_layers: int | None) -> tuple[str, str | int] | None:
-    """Return what a browser says was clicked; None if that is no site or block there is."""
+def read_choice(sent: object, n_layers: int) -> tuple[str, str | int] | None:
+    """Return the site or the layer a browser says was clicked; None if there is no such one."""
     kind, _, value = sent.partition(" ") if isinstance(sent, str) else ("", "", "")
     if kind == "site" and value in SITES:
         return kind, value
-    if kind == "layer" and value.isdecimal() and int(value) < (n_layers or 0):
+    if kind == "layer" and value.isdecimal() and int(value) < n_layers:
         return kind, int(value)
     return None
 
@@ -95,39 +80,3 @@ def read_number(sent: object, choices: Collection[int]) -> int | None:
     if isinstance(sent, bool) or not isinstance(sent, int | float):
         return None
     return int(sent) if sent in choices else None
-
-
-def token_picker(
-    tokens: Sequence[dict[str, Any]], *, picked: int, two: bool, pick: Callable[[int], None]
-) -> None:
-    """Draw a text's tokens; `pick` is called with the index of the one that is clicked.
-
-    Args:
-        tokens: of each its `text`, what hovering says as `about`, the opacity of its shading and of
-            the line under it as `shade` and `below`, and whether it is `special`.
-        picked: index of the one that is marked.
-        two: whether lines are drawn under them.
-    """
-    _picker(
-        key=own("tokens"),
-        data={"picked": picked, "two": two, "tokens": tokens},
-        read=lambda sent: read_number(sent, range(len(tokens))),
-        pick=pick,
-    )
-
-
-def feature_links(
-    rows: Sequence[dict[str, Any]], *, label: str, key: str, go: Callable[[int], None]
-) -> None:
-    """Draw features to go to; `go` is called with the number of the one that is clicked.
-
-    Args:
-        rows: of each its `feature`, its `text` (what it fires on, or its label), how near it is as
-            `said` and as a `share` of a bar, what hovering says as `about`, and `href`.
-    """
-    _links(
-        key=key,
-        data={"label": label, "rows": rows},
-        read=lambda sent: read_number(sent, [row["feature"] for row in rows]),
-        pick=go,
-    )

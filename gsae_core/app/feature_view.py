@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -25,18 +26,10 @@ from gsae_core.analysis.features.filter import beside as next_to
 from gsae_core.analysis.features.index import FeatureIndex
 from gsae_core.analysis.labels import Kind, Labels
 from gsae_core.app import shell
-from gsae_core.app.components import feature_links
+from gsae_core.app.components import feature_links, read_number
 from gsae_core.app.feature_index import Opened
 from gsae_core.app.feature_list import go_to
-from gsae_core.app.parts import (
-    attempt,
-    copy_link,
-    escaped,
-    figure_tools,
-    key_for,
-    overlap,
-    plain,
-)
+from gsae_core.app.parts import attempt, copy_link, escaped, figure_tools, key_for, overlap, plain
 from gsae_core.app.pickers import architecture, choice, correct_number
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
@@ -454,6 +447,7 @@ def _linked(
     labels = sae.index.labels.latest("label") if sae.index is not None else {}
     shown = rows.head(N_LINKS)
     here = {"run": sae.run.id, "sae": sae.name}
+    numbers = shown["feature"].tolist()
     links = [
         {
             "feature": number,
@@ -463,10 +457,11 @@ def _linked(
             "about": f"Feature {number}: {value:.3f} {about}",
             "href": f"Features?{urlencode(here | {'feature': number})}",
         }
-        for number, value in zip(shown["feature"].tolist(), shown[measure].tolist(), strict=True)
+        for number, value in zip(numbers, shown[measure].tolist(), strict=True)
     ]
     if links:
-        feature_links(links, label=title, key=key, go=go_to)
+        read = partial(read_number, choices=numbers)
+        feature_links(key=key, read=read, pick=go_to, label=title, rows=links)
     else:
         st.caption(none)
 

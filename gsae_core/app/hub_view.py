@@ -15,7 +15,6 @@ from gsae_core.app.cache import versions
 from gsae_core.app.controls import confirm_delete
 from gsae_core.app.parts import (
     attempt,
-    facts,
     job_panel,
     job_trouble,
     key_for,
@@ -45,6 +44,7 @@ from gsae_core.runs.work.transfer import (
     run_name,
     transfers,
 )
+from gsae_core.text import facts
 
 EXPORT_SECONDS = 600
 MOST_SHOWN = 8  # transfers
@@ -149,7 +149,7 @@ def _sae(found: Repository, sae: HubSAE, root: Path) -> None:
             told = _described(found, sae)
         left, right = st.columns([3, 2], gap="large")
         with left:
-            facts(compatibility(sae, told))
+            st.html(facts(compatibility(sae, told)))
         with right:
             _download(found, sae, told, root)
 

@@ -7,27 +7,12 @@ from typing import Any
 import streamlit as st
 
 from gsae_core.analysis.features.export import Row, strips
-from gsae_core.app.parts import (
-    PAGE_TEMPLATE,
-    figure_tools,
-    job_share,
-    job_trouble,
-    noticed,
-    since,
-)
+from gsae_core.app.parts import PAGE_TEMPLATE, figure_tools, job_share, job_trouble, noticed, since
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import waiting_runs
 from gsae_core.runs.plan.progress import RECENT, Speed, timeline
 from gsae_core.runs.run import Run
-from gsae_core.text import (
-    count,
-    duration,
-    explained_variance,
-    fixed,
-    macros,
-    marked_fvu,
-    percent,
-)
+from gsae_core.text import count, duration, explained_variance, fixed, macros, marked_fvu, percent
 
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
 CANCEL_STAGES = {

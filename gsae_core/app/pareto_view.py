@@ -7,20 +7,14 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from gsae_core.analysis.results import (
-    MAX_COLUMNS,
-    NUMBERS,
-    changes,
-    settings,
-    settings_table,
-)
+from gsae_core.analysis.results import MAX_COLUMNS, NUMBERS, changes, settings, settings_table
 from gsae_core.app import shell
 from gsae_core.app.glossary import definition
-from gsae_core.app.parts import facts, marked, plain, say_worse
+from gsae_core.app.parts import marked, plain, say_worse
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
 from gsae_core.runs.run import Run
-from gsae_core.text import WORSE, count, fixed, marked_fvu, percent, signed_percent
+from gsae_core.text import WORSE, count, facts, fixed, marked_fvu, percent, signed_percent
 
 TITLES = {
     "l0": "L0",
@@ -121,17 +115,16 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
             learnt = {"trained on": f"{count(config.train.n_tokens)} tokens"}
             learnt["learning rate"] = f"{rate:g}"
         with st.expander("Provenance"):
-            facts(
-                {
-                    "model": config.model.name,
-                    "hook point": config.model.hook_name,
-                    "text": config.data.source,
-                    **learnt,
-                    "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
-                    "measured on": measured_on(row),
-                    "losses with": positions(row),
-                }
-            )
+            provenance = {
+                "model": config.model.name,
+                "hook point": config.model.hook_name,
+                "text": config.data.source,
+                **learnt,
+                "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
+                "measured on": measured_on(row),
+                "losses with": positions(row),
+            }
+            st.html(facts(provenance))
         with st.container(horizontal=True, gap="small"):
             if st.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
                 shell.go("pages/2_Live.py", run)

@@ -12,7 +12,6 @@ from urllib.parse import urlencode
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
-from gsae_core import text as markup
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS, NEUTRAL
@@ -249,11 +248,6 @@ def overlap(counts: Mapping[str, int]) -> None:
 def since(moment: float | int) -> str:
     """Return how long ago something was, from its time in seconds since 1970."""
     return ago(max(time.time() - moment, 0.0))
-
-
-def facts(rows: Mapping[str, str]) -> None:
-    """Show names and values in two columns."""
-    st.html(markup.facts(rows))
 
 
 def marked(architecture: Architecture, text: str) -> None:

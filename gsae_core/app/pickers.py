@@ -140,13 +140,7 @@ def text_field(
 
 
 def choice(
-    label: str,
-    options: Iterable[C],
-    *,
-    key: str,
-    what: str,
-    shown: str | None = None,
-    **looks: Any,
+    label: str, options: Iterable[C], *, key: str, what: str, shown: str | None = None, **looks: Any
 ) -> C:
     """Draw a choice that the address holds; return it. The first is the usual one.
 

@@ -95,8 +95,9 @@ def attributed(seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
 def cells(seen: Seen, tables: Sequence[pd.DataFrame], measure: str) -> list[dict[str, Any]]:
     """Return the strip: the first SAE's measure as shading, the second's as an underline.
 
-    Both are on one scale, so that equal shades are equal numbers. Special tokens, on which no SAE
-    is trained, are told apart.
+    Of each token its `text`, what hovering says as `about`, the opacity of its shading and of the
+    line under it as `shade` and `below`, and whether it is `special`: no SAE is trained on it.
+    Both are on one scale, so that equal shades are equal numbers.
     """
     values = [
         _measured(look, table, measure) for look, table in zip(seen.looks, tables, strict=True)

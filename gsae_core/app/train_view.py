@@ -7,8 +7,8 @@ from typing import Any
 import streamlit as st
 from streamlit.runtime.state import SessionStateProxy
 
-from gsae_core.app.components import ABOUT, block_diagram
-from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, attempt, plain
+from gsae_core.app.components import ABOUT, block_diagram, read_choice
+from gsae_core.app.parts import PAGE_TEMPLATE, SIGNS, attempt, own, plain
 from gsae_core.app.train_form import FIELDS, KNOBS, LABELS, Base, Values, covers, log_spaced
 from gsae_core.config import ARCHITECTURES, SITES, Architecture, RunConfig, TrainRecipe
 from gsae_core.files import readable
@@ -101,12 +101,16 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
         kept = "its settings are kept as your own"
         st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
     with picture:
+        n_layers = 0 if last is None else last + 1
         block_diagram(
+            key=own("block"),
+            read=lambda sent: read_choice(sent, n_layers),
+            pick=lambda choice: state.update([choice]),
             site=state["site"],
             layer=state["layer"],
-            n_layers=None if last is None else last + 1,
+            n_layers=n_layers,
             parallel=about.family == "gpt_neox",
-            pick=lambda flag, value: state.update({flag: value}),
+            about=ABOUT,
         )
 
 

@@ -95,11 +95,7 @@ def _density_spec(colour: str) -> dict[str, Any]:
 
 
 def activation_histogram(
-    histogram: "Histogram",
-    *,
-    theta: float,
-    theme: Theme,
-    architecture: Architecture = "gated",
+    histogram: "Histogram", *, theta: float, theme: Theme, architecture: Architecture = "gated"
 ) -> LiveChart:
     """Return how often a feature fires how strongly, with a rule at theta.
 

@@ -230,12 +230,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=256)
 def _line_spec(
-    lines: tuple[Line, ...],
-    column: str,
-    x: XAxis,
-    smooth: bool,
-    log: bool,
-    top: float | None,
+    lines: tuple[Line, ...], column: str, x: XAxis, smooth: bool, log: bool, top: float | None
 ) -> dict[str, Any]:
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     if top is not None:

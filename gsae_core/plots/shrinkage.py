@@ -179,10 +179,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
             marker={"color": look.colour, "symbol": look.shape, "size": 5, "opacity": 0.6},
             customdata=stats.index.to_numpy(),
             hovertemplate=hover(
-                hover_name(feature.spec),
-                "feature %{customdata}",
-                "density %{x:.2~g}",
-                "γ %{y:.3f}",
+                hover_name(feature.spec), "feature %{customdata}", "density %{x:.2~g}", "γ %{y:.3f}"
             ),
         )
     figure.add_hline(y=1, line=RULE)
@@ -221,10 +218,7 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
         for name, column, colour, symbol, dash in series:
             rows = placed(of_architecture(evals, architecture), "l0", column).sort_values("l0")
             if len(rows):
-                figure.add_scatter(
-                    **dots(rows, "l0", column, name),
-                    **_curve(colour, symbol, dash),
-                )
+                figure.add_scatter(**dots(rows, "l0", column, name), **_curve(colour, symbol, dash))
     draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
     _rule_at_one(figure, "no shrinkage")
     return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
