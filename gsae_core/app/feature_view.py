@@ -340,11 +340,10 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
         if not found:
             st.caption("No token came near its threshold without passing it.")
             continue
-        below = [None if other is None else other.on_example(each).tolist() for each in found]
-        rows = [
-            example_row(example, margin=missed, below=under)
-            for example, under in zip(found, below, strict=True)
-        ]
+        rows = [example_row(each, margin=missed) for each in found]
+        if other is not None:
+            both = zip(rows, found, strict=True)
+            rows = [row._replace(below=other.on_example(each).tolist()) for row, each in both]
         st.html(strips(rows, top=top, below_top=below_top, breaks=breaks))
 
 

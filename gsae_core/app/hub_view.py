@@ -3,6 +3,7 @@
 import io
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -48,6 +49,7 @@ from gsae_core.text import facts
 
 EXPORT_SECONDS = 600
 MOST_SHOWN = 8  # transfers
+WIDTHS = {"release": 150, "model": 170, "widths": 130, "SAEs": 60, "layers": 70}  # in pixels
 KEPT_SECONDS = 300  # a listing is of one commit; a new one is seen after so long
 
 
@@ -239,13 +241,7 @@ def catalogue() -> None:
         key="hub.catalogue",
         on_select=ticked,
         selection_mode="single-row",
-        column_config={
-            "release": st.column_config.TextColumn(width=150),
-            "model": st.column_config.TextColumn(width=170),
-            "widths": st.column_config.TextColumn(width=130),
-            "SAEs": st.column_config.NumberColumn(width=60),
-            "layers": st.column_config.TextColumn(width=70),
-        },
+        column_config={name: st.column_config.Column(width=n) for name, n in WIDTHS.items()},
         alt="Public releases: title, model, site, layers, architecture, widths, L0, SAEs, where",
     )
 
@@ -301,14 +297,12 @@ def library(frame: shell.Frame) -> None:
         }
         for run in frame.runs
     ]
+    column = st.column_config.Column
     st.dataframe(
         rows,
         hide_index=True,
         height=min(320, 36 * len(rows) + 38),
-        column_config={
-            "run": st.column_config.TextColumn(width="large"),
-            "SAEs": st.column_config.NumberColumn(width="small"),
-        },
+        column_config={"run": column(width="large"), "SAEs": column(width="small")},
         alt="Runs of this machine: name, where from, model, hook point, SAEs, state, size",
     )
     left, right = st.columns([4, 1], vertical_alignment="bottom")
@@ -333,10 +327,8 @@ def library(frame: shell.Frame) -> None:
 def _size(folder: str, *_: object) -> int:
     total = 0
     for path in Path(folder).rglob("*"):
-        try:
+        with suppress(OSError):  # deleted between the listing and the look
             total += path.lstat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # Deleted between the listing and the look.
     return total
 
 

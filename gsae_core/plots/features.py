@@ -196,18 +196,9 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         chart = alt.Chart().transform_filter(f"datum.kind == '{kind}'")
         return chart.encode(x.field(across), y.field(up))
 
-    def words(region: str) -> alt.Chart:
-        """Return the words of one region, in its outer corner: top left, or bottom right."""
-        top = region == "gate closed"
-        chart = rows("region", "x" if top else "x2", "y2" if top else "y")
-        chart = chart.transform_filter(f"datum.region == '{region}'").mark_text(
-            align="left" if top else "right",
-            baseline="top" if top else "bottom",
-            fontSize=11,
-            dx=4 if top else -4,
-            dy=4 if top else -4,
-            color=NEUTRAL,
-        )
+    def words(chosen: str, across: str, up: str, inwards: int, **corner: str) -> alt.Chart:
+        chart = rows("region", across, up).transform_filter(f"datum.region {chosen}")
+        chart = chart.mark_text(fontSize=11, dx=inwards, dy=inwards, color=NEUTRAL, **corner)
         return chart.encode(alt.Text("label:N"))
 
     def dots(kind: str, **mark: Any) -> alt.Chart:
@@ -223,7 +214,8 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         region.encode(alt.X2("x2"), alt.Y2("y2"), alt.Color("region:N", scale=fills, legend=None)),
         axis_rule.encode(alt.XDatum(0, type="quantitative")),
         axis_rule.encode(alt.YDatum(0, type="quantitative")),
-        *(words(name) for name in ("gate closed", "fires", "both closed", "open")),
+        words("== 'gate closed'", "x", "y2", 4, align="left", baseline="top"),
+        words("!= 'gate closed'", "x2", "y", -4, align="right", baseline="bottom"),
         rows("line").mark_line(color=NEUTRAL, strokeDash=[4, 3]),
         rows("value").mark_line(color=colour, strokeWidth=2.5),
         dots("miss", color=NEUTRAL, filled=False, opacity=0.7),

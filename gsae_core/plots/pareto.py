@@ -18,17 +18,8 @@ with extra("app"):
 
 Measure = Literal["l0", "loss_recovered", "delta_ce", "fvu", "kl"]
 
-VALUE_FORMATS = {
-    "l0": ".1f",
-    "loss_recovered": ".2%",
-    "delta_ce": ".4f",
-    "fvu": ".3f",
-    "kl": ".4f",
-    "gamma": ".3f",
-    "gamma_gate": ".3f",
-    "cosine": ".3f",
-    "alive_fraction": ".1%",
-}
+VALUE_FORMATS = {"l0": ".1f", "loss_recovered": ".2%", "delta_ce": ".4f", "kl": ".4f"}
+"""How hovering says a number; others are `.3f`."""
 FAINT = 0.55  # opacity of published runs
 # These traces lie on SAEs, whose own clicks and hovers must win.
 NO_HOVER: dict[str, Any] = {"hoverinfo": "skip"}
@@ -97,14 +88,14 @@ def columns(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[Any]]:
 
 def dots(rows: pd.DataFrame, x: str, y: str, name: str) -> dict[str, Any]:
     """Return SAEs as a trace takes them: where they are, and what hovering says."""
+    said = [
+        f"{AXES[measure]} %{{{axis}:{VALUE_FORMATS.get(measure, '.3f')}}}"
+        for axis, measure in (("x", x), ("y", y))
+    ]
     return columns(rows, x, y) | {
         "name": name,
         "text": [knob(*pair) for pair in zip(rows["architecture"], rows["sparsity"], strict=True)],
-        "hovertemplate": hover(
-            f"{name}, %{{text}}",
-            f"{AXES[x]} %{{x:{VALUE_FORMATS[x]}}}",
-            f"{AXES[y]} %{{y:{VALUE_FORMATS[y]}}}",
-        ),
+        "hovertemplate": hover(f"{name}, %{{text}}", *said),
     }
 
 
