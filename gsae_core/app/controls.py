@@ -49,12 +49,8 @@ def controls(run: Run, status: Status) -> None:
             "Delete", icon=":material/delete:", key=own("delete")
         ):
             confirm_delete(run)
-        if st.button(
-            "Duplicate with changes",
-            icon=":material/content_copy:",
-            key=own("duplicate"),
-            help="Opens Train with this run's settings filled in.",
-        ):
+        icon, about = ":material/content_copy:", "Opens Train with this run's settings filled in."
+        if st.button("Duplicate with changes", icon=icon, key=own("duplicate"), help=about):
             shell.go("pages/1_Train.py", run, **{"from": run.id})
 
 

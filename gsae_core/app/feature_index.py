@@ -57,9 +57,8 @@ def open_sae(run: Run, name: str) -> Opened:
 def open_index(run: Run, name: str) -> FeatureIndex | None:
     """Return the index of one of a run's SAEs; None if there is none.
 
-    Raises:
-        InputError: if it is of other weights, cut short, or a newer version's, or if its labels
-            cannot be read.
+    InputError if it is of other weights, cut short, or a newer version's, or if its labels cannot
+    be read.
     """
     folder = index_folder(run, name)
     if not (folder / MANIFEST).is_file():
@@ -94,8 +93,7 @@ def weights_of(run: Run, name: str) -> pd.DataFrame:
     from gsae_core.analysis.features.table import weight_columns
     from gsae_core.checkpoints.checkpoint import load_sae
 
-    columns = weight_columns(load_sae(run.sae_folder(name)))
-    return pd.DataFrame(columns).rename_axis("feature")
+    return pd.DataFrame(weight_columns(load_sae(run.sae_folder(name)))).rename_axis("feature")
 
 
 def panel(run: Run, names: list[str], *, problem: str) -> None:

@@ -49,14 +49,10 @@ LIVES: tuple[Life, ...] = ("all", "alive", "dead")
 
 def ask() -> tuple[Wanted, str]:
     """Draw the search field, the filters and the order; return what is wanted."""
-    text = st.text_input(
-        "Search",
-        key="q",
-        bind="query-params",
-        placeholder="part of a token or of a label, e.g. import",
-        help="Features that fire on tokens with this text, the most specific first, and those "
-        "whose label has it. Spaces and capitals count in tokens.",
-    )
+    about = "Features that fire on tokens with this text, the most specific first, and those whose "
+    about += "label has it. Spaces and capitals count in tokens."
+    hint = "part of a token or of a label, e.g. import"
+    text = st.text_input("Search", key="q", bind="query-params", placeholder=hint, help=about)
     usual = "best match" if text else "number"
     left, right = st.columns([1, 1.4], vertical_alignment="bottom")
     with left:
@@ -83,13 +79,8 @@ def _filters(text: str) -> Wanted:
     label = f"Filters ({used})" if used else "Filters"
     with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
         ranges = {name: _range(name, title) for name, title in RANGES.items()}
-        life = choice(
-            "Features",
-            LIVES,
-            key="life",
-            what="choice here",
-            help="A dead feature fired on none of the tokens that were read.",
-        )
+        about = "A dead feature fired on none of the tokens that were read."
+        life = choice("Features", LIVES, key="life", what="choice here", help=about)
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
         _clear_button("Clear all", key="features.clear")
@@ -98,13 +89,9 @@ def _filters(text: str) -> Wanted:
 
 def _range(name: str, title: str) -> Range:
     param, example = PARAMS[name]
-    asked = st.text_input(
-        title.capitalize() if title.isascii() else title,
-        key=param,
-        bind="query-params",
-        placeholder=f"from..to, e.g. {example}",
-        help=COLUMNS[name],
-    )
+    label = title.capitalize() if title.isascii() else title
+    hint, about = f"from..to, e.g. {example}", COLUMNS[name]
+    asked = st.text_input(label, key=param, bind="query-params", placeholder=hint, help=about)
     try:
         return parse_range(asked or "", title)
     except InputError as error:

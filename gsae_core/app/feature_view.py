@@ -50,9 +50,8 @@ def numbers(feature: Feature) -> None:
     """Draw the feature's numbers, each with its definition on hovering."""
     row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
-    share = f"{fired:,} of {n_tokens:,} tokens"
     tiles = [
-        ("density", percent(row["density"], 2), share),
+        ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens"),
         ("max", short(row["max"]), f"median {short(row['q50'])}"),
     ]
     if kind in ("gated", "jumprelu"):
@@ -191,10 +190,6 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
         if number is not None:
             go_to(number)
 
-    def random() -> None:
-        assert sae.index is not None
-        go_to(sae.index.random_alive(seed=time.time_ns()))
-
     def way(label: str, icon: str, by: int, about: str) -> None:
         st.button(
             label,
@@ -222,13 +217,13 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
             placeholder="number",
         )
         way("Next", "chevron_right", 1, "The one below in the list")
-        if sae.index is not None:
+        if (index := sae.index) is not None:
             st.button(
                 "Random",
                 icon=":material/shuffle:",
                 key="features.random",
                 on_click=attempt,
-                args=(random, "No feature fires"),
+                args=(lambda: go_to(index.random_alive(seed=time.time_ns())), "No feature fires"),
                 help="Any feature that fires",
             )
         with st.popover("Terms", icon=":material/help:", type="tertiary", key="features.terms"):
@@ -260,12 +255,8 @@ def said(feature: Feature) -> None:
             max_chars=200,
             width="stretch",
         )
-        notes = st.popover(
-            "Notes ●" if "note" in known else "Notes",
-            icon=":material/edit_note:",
-            key="features.notes",
-            on_change="rerun",
-        )
+        title, icon = "Notes ●" if "note" in known else "Notes", ":material/edit_note:"
+        notes = st.popover(title, icon=icon, key="features.notes", on_change="rerun")
         if notes.open:
             with notes:
                 _field(st.text_area, feature, "note", height=160, max_chars=10_000)
@@ -313,8 +304,7 @@ CONTEXTS: dict[str, tuple[int, int | None, int | None]] = {
     "full": (5, None, None),
 }
 """How many are shown, and of how many tokens before and after the one they are about."""
-MORE = 4
-"""How many times as many are shown on demand."""
+MORE = 4  # times as many are shown on demand
 N_LINKS = 6
 
 
@@ -353,8 +343,7 @@ def _top(feature: Feature) -> float:
 
 def just_missed(feature: Feature) -> None:
     """Draw what a feature that never fired came nearest to firing on."""
-    rows = [example_row(each, margin=True) for each in feature.just_missed()]
-    st.html(strips(rows, top=0.0))
+    st.html(strips([example_row(each, margin=True) for each in feature.just_missed()], top=0.0))
 
 
 def _lists(

@@ -58,12 +58,8 @@ def offline() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        notice(
-            f"{OFFLINE} HF_HUB_OFFLINE is set: nothing is downloaded or uploaded. The catalogue "
-            "can be searched.",
-            kind="info",
-            title="Offline",
-        )
+        said = "is set: nothing is downloaded or uploaded. The catalogue can be searched."
+        notice(f"{OFFLINE} HF_HUB_OFFLINE {said}", kind="info", title="Offline")
 
 
 _looked = st.cache_data(ttl=KEPT_SECONDS, max_entries=16, show_spinner=False)(look)
@@ -78,12 +74,9 @@ _described = st.cache_data(
 def repository(root: Path) -> None:
     """Draw the field for a repository, and what is in the one it names."""
     left, right = st.columns([4, 1])
+    hint = "OWNER/NAME, OWNER/NAME:FOLDER, or the address of its page"
     repo = left.text_input(
-        "Repository",
-        key="repo",
-        bind="query-params",
-        placeholder="OWNER/NAME, OWNER/NAME:FOLDER, or the address of its page",
-        max_chars=300,
+        "Repository", key="repo", bind="query-params", placeholder=hint, max_chars=300
     )
     revision = right.text_input(
         "Revision", key="rev", bind="query-params", placeholder="main", max_chars=100
@@ -107,10 +100,9 @@ def repository(root: Path) -> None:
 def _show(found: Repository, root: Path) -> None:
     if found.renamed:
         notice(f"{found.renamed}.", kind="info")
-    size = sum(file.n_bytes for file in found.files)
     words = [
         f"{len(found.saes):,} SAE{'s' * (len(found.saes) != 1)}",
-        f"{len(found.files):,} files, {readable(size)}",
+        f"{len(found.files):,} files, {readable(sum(file.n_bytes for file in found.files))}",
         f"commit {found.commit[:12]}",
         f"licence {found.license or 'not stated'}",
         *(["private"] if found.private else []),
@@ -127,13 +119,9 @@ def _show(found: Repository, root: Path) -> None:
     else:
         if st.session_state.get("sae") not in by_path:
             st.session_state["sae"] = next(iter(by_path)) if len(by_path) == 1 else None
+        hint = f"choose one of {len(by_path):,}; type to search"
         chosen = st.selectbox(
-            "SAE",
-            list(by_path),
-            index=None,
-            key="sae",
-            bind="query-params",
-            placeholder=f"choose one of {len(by_path):,}; type to search",
+            "SAE", list(by_path), index=None, key="sae", bind="query-params", placeholder=hint
         )
         if chosen is not None:
             _sae(found, by_path[chosen], root)
@@ -200,8 +188,7 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
     ):
         place = {"model": model.strip() or None, "layer": layer, "site": site}
         with noticed("Nothing was started"):
-            request = PullRequest(*about, sae.library, sae.files, name, **place)
-            process.start(ask(root, request))
+            process.start(ask(root, PullRequest(*about, sae.library, sae.files, name, **place)))
             st.rerun()
 
 
@@ -310,14 +297,8 @@ def library(frame: shell.Frame) -> None:
     chosen = left.selectbox(
         "Delete a run", list(by_id), index=None, key="hub.doomed", placeholder="choose one"
     )
-    pressed = right.button(
-        "Delete",
-        icon=":material/delete:",
-        key="hub.delete",
-        width="stretch",
-        disabled=chosen is None,
-    )
-    if pressed and chosen is not None:
+    looks: Any = {"icon": ":material/delete:", "width": "stretch"}
+    if right.button("Delete", key="hub.delete", disabled=chosen is None, **looks) and chosen:
         confirm_delete(by_id[chosen])
 
 
@@ -415,28 +396,19 @@ def _push(run: Run, names: list[str]) -> None:
     repo = st.text_input(
         "To the repository", key="hub.push_repo", placeholder="OWNER/NAME", max_chars=96
     )
-    public = st.toggle(
-        "Public",
-        key="hub.push_public",
-        help="For a new repository. An existing one keeps its visibility.",
-    )
+    about = "For a new repository. An existing one keeps its visibility."
+    public = st.toggle("Public", key="hub.push_public", help=about)
     st.caption(
         "With a card: what was measured, the trade-off's figure, and how to load it in three "
         "libraries. Your token is the one of `hf auth login`, or HF_TOKEN of this server."
     )
-    repo = repo.strip()
-    if st.button(
-        "Send publicly" if public else "Send",
-        icon=":material/upload:",
-        key="hub.push",
-        width="stretch",
-        disabled=not (chosen and repo),
-    ):
+    repo, label, icon = repo.strip(), "Send publicly" if public else "Send", ":material/upload:"
+    missing = not (chosen and repo)
+    if st.button(label, icon=icon, key="hub.push", width="stretch", disabled=missing):
         with noticed("Nothing was sent"):
             check_repo(repo)
             check_token()
-            request = PushRequest(run.id, tuple(chosen), repo, public)
-            process.start(ask(run.folder.parent, request))
+            process.start(ask(run.folder.parent, PushRequest(run.id, tuple(chosen), repo, public)))
             st.rerun()
 
 
@@ -464,22 +436,22 @@ def on_the_way(root: Path, drawn: bool) -> None:
 
 
 def _card(transfer: Transfer, status: Status) -> None:
-    request, key = transfer.request, transfer.id
+    request = transfer.request
     with st.container(border=True):
         if isinstance(request, PullRequest):
             path = f" · {request.path}" if request.path else ""
             plain(f"{transfer.arrow} {request.repo}{path} → {request.to}")
         else:
             plain(f"{transfer.arrow} {request.run}: {', '.join(request.saes)} → {request.repo}")
-        if status.expects_process or status.state == "cancelling":
-            job_panel(transfer, status, key=f"hub.stop_{key}", amount=readable)
+        if status.expects_process:
+            job_panel(transfer, status, key=f"hub.stop_{transfer.id}", amount=readable)
         again = "Resume continues from what was transferred."
         job_trouble(transfer, status, name="The transfer", again=again, n_lines=0)
         if damaged := transfer.event_lines().damaged:
             st.caption(f"{left_out(damaged, 'events.jsonl')}.")
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             state_badge(status.state)
-            if not status.expects_process and status.state != "cancelling":
+            if not status.expects_process:
                 _buttons(transfer, status)
 
 

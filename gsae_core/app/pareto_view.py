@@ -128,8 +128,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
         with st.container(horizontal=True, gap="small"):
             if st.button("Live", icon=":material/monitoring:", key=f"pareto.live_{number}"):
                 shell.go("pages/2_Live.py", run)
-            key = f"pareto.shrink_{number}"
-            if st.button("Shrinkage", icon=":material/straighten:", key=key):
+            if st.button("Shrinkage", icon=":material/straighten:", key=f"pareto.shrink_{number}"):
                 st.session_state["shrinkage.open_sae"] = str(row["name"])
                 shell.go("pages/4_Shrinkage.py", run)
 

@@ -192,8 +192,7 @@ def job_panel(
     if status.state == "cancelling":
         right.caption("cancelling …")
     elif status.state in CANCELLABLE:
-        icon = ":material/stop_circle:"
-        right.button("Cancel", icon=icon, key=key, on_click=cancel, args=(job,))
+        right.button("Cancel", icon=":material/stop_circle:", key=key, on_click=cancel, args=(job,))
 
 
 def job_trouble(
@@ -261,12 +260,9 @@ def figure_tools(
 ) -> None:
     """Draw the button under a figure that explains it, tables it, and copies its link.
 
-    What the popover holds is made when it is opened: nine figures a second cost nine buttons.
-
-    Args:
-        frame: what the figure draws, a column for each axis, in its own units; or what returns it.
-        name: of the figure, once a page: the key of its widgets.
-        about: what the figure's numbers mean, from the glossary.
+    `frame` is what the figure draws, or what returns it: what the popover holds is made when it is
+    opened, for nine figures a second cost nine buttons. Each `name` is once a page, and `about`
+    says what the figure's numbers mean.
     """
     tools = st.popover(
         "Data",
@@ -300,8 +296,7 @@ def copy_link() -> None:
     names = [name for name in st.query_params if name != PAGE]
     query = urlencode({name: st.query_params.get_all(name) for name in names}, doseq=True)
     # The server's idea of the address never has a query.
-    address = f"{st.context.url or ''}{'?' if query else ''}{query}"
-    st.code(address, language=None, wrap_lines=True)
+    st.code(f"{st.context.url or ''}{'?' if query else ''}{query}", language=None, wrap_lines=True)
 
 
 def asked(param: str) -> str | None:

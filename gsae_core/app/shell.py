@@ -189,8 +189,7 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     tab's icon is an emoji: any other kind is asked for at a font host.
     """
     spare_modules()
-    deleted = st.session_state.get("shell.deleted")
-    if deleted is not None and title != "Home":
+    if "shell.deleted" in st.session_state and title != "Home":
         go("app.py", None)
     st.set_page_config(page_title=f"{title} · {NAME}", page_icon=icon, layout="wide")
     listed, unreadable = _runs()
@@ -221,14 +220,12 @@ def page(title: str, *, icon: str, purpose: str) -> Frame:
     st.html(STYLE)
     st.title(title, anchor=False)
     st.caption(purpose)
-    st.session_state.pop("shell.deleted", None)
-    if deleted is not None:
+    if deleted := st.session_state.pop("shell.deleted", None):
         notice(f"{deleted} was deleted.", kind="info")
     say_refused()
     if missing := st.session_state.get("shell.missing_run"):
         others = "choose another in the sidebar" if runs else "there are no runs here yet"
-        gone = f"Run {missing} is not on this machine; {others}."
-        why = unreadable.get(missing, gone)
+        why = unreadable.get(missing, f"Run {missing} is not on this machine; {others}.")
         notice(why, kind="warning", title=f"{missing} cannot be opened")
     say_connected(title, statuses)
     theme: Theme = "dark" if st.context.theme.type == "dark" else "light"

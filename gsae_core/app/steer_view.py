@@ -226,17 +226,11 @@ def shift_columns(
         with spot:
             heading(kind, titles[kind])
             one, two = st.columns(2)
-            one.metric(
-                "KL, next token (nats)",
-                fixed(shift.kl, 4),
-                help="KL(unsteered || steered) of the token after the prompt.",
-            )
-            two.metric(
-                "KL, mean per token",
-                fixed(generation.kl.get(kind), 4),
-                help="KL(unsteered || steered) averaged over the prompt and the unsteered "
-                "continuation, both models reading that same text.",
-            )
+            about = "KL(unsteered || steered) of the token after the prompt."
+            one.metric("KL, next token (nats)", fixed(shift.kl, 4), help=about)
+            about = "KL(unsteered || steered) averaged over the prompt and the unsteered "
+            about += "continuation, both models reading that same text."
+            two.metric("KL, mean per token", fixed(generation.kl.get(kind), 4), help=about)
             st.dataframe(
                 shift.table.assign(
                     token=[quoted(token) for token in shift.table["token"]],

@@ -184,8 +184,7 @@ def _parsed(values: Values) -> dict[str, Any]:
         read = whole if knob == "k" else number
         found[knob] = tuple(read(word, LABELS[knob]) for word in words)
     found["width"] = int(values["width"])
-    both = "relu" in chosen and len(chosen) > 1
-    found["equal_width"] = bool(values["equal_width"]) and both
+    found["equal_width"] = bool(values["equal_width"]) and "relu" in chosen and len(chosen) > 1
     return found
 
 

@@ -31,10 +31,8 @@ KNOB_HELP = {
 state: SessionStateProxy = st.session_state
 
 
-@st.cache_data(ttl=30, max_entries=1, show_spinner=False)
-def in_cache() -> dict[str, Path]:
-    """Return the models in the Hub's cache; asked anew every half minute."""
-    return cached_models()
+in_cache = st.cache_data(ttl=30, max_entries=1, show_spinner=False)(cached_models)
+"""The models in the Hub's cache; asked anew every half minute."""
 
 
 def field(flag: str, given: Values, **options: Any) -> None:
@@ -91,8 +89,7 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
         st.caption(f"Layer {state['layer']} was set to {last}: the model has {last + 1} blocks.")
         state["layer"] = last
     default = given["layer"] if last is None else min(given["layer"], last)
-    about_layer = FIELDS["layer"].help
-    one.number_input("Layer", 0, last, default, key="layer", bind=BIND, help=about_layer)
+    one.number_input("Layer", 0, last, default, key="layer", bind=BIND, help=FIELDS["layer"].help)
     site = SITES.index(given["site"])
     two.selectbox("Site", SITES, site, key="site", bind=BIND, help=FIELDS["site"].help)
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
@@ -198,15 +195,8 @@ def row(flags: Sequence[str], given: Values, *, n_columns: int = 3) -> None:
 def computing(given: Values) -> None:
     """Draw what it is computed with, and what an hour of that costs."""
     row(("dtype", "device", "seed"), given)
-    st.number_input(
-        "Price per hour",
-        0.0,
-        None,
-        None,
-        key="price",
-        bind=BIND,
-        placeholder="optional: price of this machine per hour",
-    )
+    hint = "optional: price of this machine per hour"
+    st.number_input("Price per hour", 0.0, None, None, key="price", bind=BIND, placeholder=hint)
 
 
 def advanced(given: Values, asked: Container[str]) -> None:

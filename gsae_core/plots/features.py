@@ -26,8 +26,7 @@ with extra("app"):
 BINS_A_DECADE = 5
 POWERS = "['1','10⁻¹','10⁻²','10⁻³','10⁻⁴','10⁻⁵','10⁻⁶','10⁻⁷','10⁻⁸','10⁻⁹']"
 RED = {"light": "#D55E00", "dark": "#f08a3c"}
-DOTS = 120
-"""Tokens drawn in the plane of gate and magnitude; more hide each other."""
+DOTS = 120  # tokens drawn in the plane of gate and magnitude: more hide each other
 
 
 def hue(architecture: Architecture, theme: Theme) -> str:

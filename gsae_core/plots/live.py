@@ -189,8 +189,7 @@ def line_chart(
             data["value"] = means[places].astype("float32")
         parts.append(data)
     top = ceiling([part["raw"] for part in parts]) if column in GAMMAS else None
-    spec = _line_spec(tuple(lines), column, x, smoothing > 0, log, top)
-    return LiveChart(spec, _joined(parts))
+    return LiveChart(_line_spec(tuple(lines), column, x, smoothing > 0, log, top), _joined(parts))
 
 
 def ceiling(series: Sequence[np.ndarray]) -> float | None:

@@ -213,8 +213,7 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
         name = f"{look.label}, output" if architecture == "gated" else look.label
         series = [(name, "gamma", look.colour, look.shape, dash_of(look))]
         if architecture == "gated":
-            path = f"{look.label}, gate path"
-            series.append((path, "gamma_gate", THIRD, "triangle-down", "dot"))
+            series.append((f"{look.label}, gate path", "gamma_gate", THIRD, "triangle-down", "dot"))
         for name, column, colour, symbol, dash in series:
             rows = placed(of_architecture(evals, architecture), "l0", column).sort_values("l0")
             if len(rows):
