@@ -349,7 +349,6 @@ def just_missed(feature: Feature) -> None:
 def _lists(
     feature: Feature, view: str, n: int, **context: int | None
 ) -> list[tuple[str, Sequence[Example]]]:
-    """Return the lists of a view by title."""
     find = VIEWS[view][0]
     if view != "Quantiles":
         return [("", find(feature, n, **context))]

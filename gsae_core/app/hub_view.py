@@ -58,8 +58,8 @@ def offline() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        said = "is set: nothing is downloaded or uploaded. The catalogue can be searched."
-        notice(f"{OFFLINE} HF_HUB_OFFLINE {said}", kind="info", title="Offline")
+        said = f"{OFFLINE} HF_HUB_OFFLINE is set: nothing is downloaded or uploaded."
+        notice(f"{said} The catalogue can be searched.", kind="info", title="Offline")
 
 
 _looked = st.cache_data(ttl=KEPT_SECONDS, max_entries=16, show_spinner=False)(look)
@@ -110,12 +110,9 @@ def _show(found: Repository, root: Path) -> None:
     plain(f"{found.repo}: {' · '.join(words)}", size=".9rem")
     by_path = {sae.path or ".": sae for sae in found.saes}
     if not by_path:
-        notice(
-            "None of its files has the layout of a known SAE library. If you know which file is an "
-            "SAE, add its path after a colon: OWNER/NAME:PATH.",
-            kind="warning",
-            title="No SAE found",
-        )
+        text = "None of its files has the layout of a known SAE library. If you know which file is "
+        text += "an SAE, add its path after a colon: OWNER/NAME:PATH."
+        notice(text, kind="warning", title="No SAE found")
     else:
         if st.session_state.get("sae") not in by_path:
             st.session_state["sae"] = next(iter(by_path)) if len(by_path) == 1 else None
@@ -133,7 +130,6 @@ def _show(found: Repository, root: Path) -> None:
 
 
 def _sae(found: Repository, sae: HubSAE, root: Path) -> None:
-    """Draw what one SAE is, and the button that fetches it."""
     with st.container(border=True), noticed("It cannot be read"):
         with st.spinner("Reading its config"):
             told = _described(found, sae)
@@ -175,16 +171,13 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
         layer = st.number_input("Layer", 0, 200, None, key=f"{key}.layer", placeholder=hint)
         site = st.selectbox("Site", SITES, index=None, key=f"{key}.site", placeholder=hint)
     free, need = free_bytes(root), 2 * sae.n_bytes  # what comes, and the run that is made of it
-    if need >= free:
+    full = need >= free
+    if full:
         text = f"Opening it takes about {readable(need)} of disk; {readable(free)} are free."
         notice(text, kind="warning")
+    label, icon = f"Download {readable(sae.n_bytes)}", ":material/download:"
     if st.button(
-        f"Download {readable(sae.n_bytes)}",
-        type="primary",
-        icon=":material/download:",
-        key="hub.download",
-        width="stretch",
-        disabled=need >= free,
+        label, type="primary", icon=icon, key="hub.download", width="stretch", disabled=full
     ):
         place = {"model": model.strip() or None, "layer": layer, "site": site}
         with noticed("Nothing was started"):
@@ -208,11 +201,8 @@ def catalogue() -> None:
         l0=l0.number_input("L0 near", 1.0, 5000.0, None, 1.0, key="hub.find_l0", placeholder="any"),
     )
     if not found:
-        notice(
-            "No release matches all fields. Leave a field empty: a release is not found by what it "
-            "does not state.",
-            kind="info",
-        )
+        way = "Leave a field empty: a release is not found by what it does not state."
+        notice(f"No release matches all fields. {way}", kind="info")
         return
     shown = f"{len(found)} of {len(releases())} releases"
     st.caption(f"{shown}. Tick a row to see what is in its repository.")
@@ -319,13 +309,10 @@ def share(frame: shell.Frame) -> None:
     if run is None:
         st.caption("Choose a run in the sidebar: its SAEs can be exported, or sent to the Hub.")
         return
-    status = frame.statuses.get(run.id)
-    if status is None or status.state != "finished":
-        notice(
-            f"{run.id} is {'unreadable' if status is None else status.state}: only finished SAEs "
-            "can be exported or sent. Choose another run in the sidebar.",
-            kind="info",
-        )
+    state = frame.statuses[run.id].state if run.id in frame.statuses else "unreadable"
+    if state != "finished":
+        only = "only finished SAEs can be exported or sent. Choose another run in the sidebar."
+        notice(f"{run.id} is {state}: {only}", kind="info")
         return
     plain(f"SAEs of {run.id}", size=".9rem")
     left, right = st.columns(2, gap="medium")
@@ -402,7 +389,8 @@ def _push(run: Run, names: list[str]) -> None:
         "With a card: what was measured, the trade-off's figure, and how to load it in three "
         "libraries. Your token is the one of `hf auth login`, or HF_TOKEN of this server."
     )
-    repo, label, icon = repo.strip(), "Send publicly" if public else "Send", ":material/upload:"
+    repo = repo.strip()
+    label, icon = "Send publicly" if public else "Send", ":material/upload:"
     missing = not (chosen and repo)
     if st.button(label, icon=icon, key="hub.push", width="stretch", disabled=missing):
         with noticed("Nothing was sent"):
@@ -456,7 +444,6 @@ def _card(transfer: Transfer, status: Status) -> None:
 
 
 def _buttons(transfer: Transfer, status: Status) -> None:
-    """Draw what can be done with a transfer that has ended."""
     key = transfer.id
     if status.state == "finished" and transfer.is_pull and transfer.result:
         icon = ":material/monitoring:"

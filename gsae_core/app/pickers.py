@@ -40,11 +40,9 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
     if names:
         return run, names
     shell.need_evals(run)
-    notice(
-        f"expected the weights of {run.id}'s SAEs in {run.folder / 'saes'}, found none; copy them "
-        "back, or train the run again",
-        title="This run has no SAE weights",
-    )
+    text = f"expected the weights of {run.id}'s SAEs in {run.folder / 'saes'}, found none; copy "
+    text += "them back, or train the run again"
+    notice(text, title="This run has no SAE weights")
     return st.stop()
 
 

@@ -188,6 +188,7 @@ def label_of(candidate: "Candidate") -> str:
 def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) -> int | None:
     """Draw the features of a token; return the one whose row is ticked."""
     number = st.column_config.NumberColumn
+    about_gate = "The gate's pre-activation; it fires above 0."
     event = st.dataframe(
         rows.assign(share=100 * rows["share"]),
         hide_index=True,
@@ -198,9 +199,7 @@ def features_table(rows: pd.DataFrame, *, gated: bool, target: str, key: str) ->
         column_config={
             "latent": number("feature", format="%d"),
             "activation": number(format="%.3g", help="f, in the activations' own units."),
-            "gate": number(
-                "gate π", format="%.3g", help="The gate's pre-activation; it fires above 0."
-            ),
+            "gate": number("gate π", format="%.3g", help=about_gate),
             "share": number(
                 format="%.1f %%",
                 help="Share of the token's reconstruction: f <d, x̂ - b> / |x̂ - b|². A token's "

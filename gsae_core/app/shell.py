@@ -270,13 +270,9 @@ def _pick_run(runs: list[Run], *, arrived: bool) -> Run | None:
         state["shell.missing_run"], asked = asked, None
     state["run"] = asked
     # Not bound to the address: Streamlit takes what a page binds out of it when the page is left.
+    hint = "choose a run" if runs else "no runs yet"
     chosen = st.selectbox(
-        "Run",
-        list(by_id),
-        index=None,
-        key="run",
-        placeholder="choose a run" if runs else "no runs yet",
-        disabled=not runs,
+        "Run", list(by_id), index=None, key="run", placeholder=hint, disabled=not runs
     )
     if chosen is not None:
         state.pop("shell.missing_run", None)

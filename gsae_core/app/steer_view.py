@@ -96,8 +96,7 @@ def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, st
     units = scales.p99.numpy()[features["latent"].to_numpy()]
     found = features.assign(units=features["activation"].to_numpy() / units)
     best = found.sort_values("units", ascending=False).drop_duplicates("latent").head(12)
-    rows = zip(best["latent"], best["units"], best["token"], strict=True)
-    return [(int(latent), float(units), str(token)) for latent, units, token in rows]
+    return list(zip(best["latent"], best["units"], best["token"], strict=True))
 
 
 def start(run: Run, settings: Settings) -> Generation:
