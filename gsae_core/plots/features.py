@@ -195,7 +195,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         chart = alt.Chart().transform_filter(f"datum.kind == '{kind}'")
         return chart.encode(x.field(across), y.field(up))
 
-    def words(chosen: str, across: str, up: str, inwards: int, **corner: str) -> alt.Chart:
+    def words(chosen: str, across: str, up: str, inwards: int, **corner: Any) -> alt.Chart:
         chart = rows("region", across, up).transform_filter(f"datum.region {chosen}")
         chart = chart.mark_text(fontSize=11, dx=inwards, dy=inwards, color=NEUTRAL, **corner)
         return chart.encode(alt.Text("label:N"))
