@@ -73,18 +73,16 @@ damages = kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.jso
 @kept("evals.json")
 def evaluations(run: Run) -> pd.DataFrame:
     """Return `evaluation_frame` of a run; empty where it was not evaluated or cannot be read."""
-    try:
+    with suppress(InputError):
         return evaluation_frame(run.evals())
-    except InputError:
-        return pd.DataFrame()
+    return pd.DataFrame()
 
 
 def recent_metrics(run: Run) -> list[dict[str, Any]]:
     """Return `Run.recent_metrics`; nothing where they cannot be read, which Live and Home say."""
-    try:
+    with suppress(InputError):
         return run.recent_metrics()
-    except InputError:
-        return []
+    return []
 
 
 class Loaded(NamedTuple):

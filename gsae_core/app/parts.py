@@ -61,11 +61,8 @@ def notice(
     text: str, *, kind: Literal["info", "warning", "error"] = "error", title: str = ""
 ) -> None:
     """Show a message; any text is safe in it, for it is escaped and never read as Markdown."""
-    colour, role = {
-        "info": ("#0072B2", "status"),
-        "warning": ("#E69F00", "status"),
-        "error": ("#D55E00", "alert"),
-    }[kind]
+    colour = {"info": "#0072B2", "warning": "#E69F00", "error": "#D55E00"}[kind]
+    role = "alert" if kind == "error" else "status"
     head = f"<strong>{escaped(title)}</strong><br>" if title else ""
     st.html(
         f'<div role="{role}" style="padding:.75rem 1rem;border-radius:.5rem;overflow-wrap:anywhere;'

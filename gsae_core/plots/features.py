@@ -26,6 +26,7 @@ with extra("app"):
 BINS_A_DECADE = 5
 POWERS = "['1','10⁻¹','10⁻²','10⁻³','10⁻⁴','10⁻⁵','10⁻⁶','10⁻⁷','10⁻⁸','10⁻⁹']"
 RED = {"light": "#D55E00", "dark": "#f08a3c"}
+THETA: dict[str, Any] = {"text": "θ", "fontSize": 15, "fontWeight": "bold"}
 DOTS = 120  # tokens drawn in the plane of gate and magnitude: more hide each other
 
 
@@ -39,10 +40,6 @@ def _bars(x: alt.X, y: alt.Y, tooltip: list[alt.Tooltip], **mark: Any) -> alt.Ch
     """Return bars from `x` to the column `high`, which stand on 0."""
     chart = alt.Chart().mark_rect(**mark)
     return chart.encode(x, alt.X2("high"), y, alt.Y2Datum(0), tooltip=tooltip)
-
-
-def _theta_mark(red: str, **place: Any) -> dict[str, Any]:
-    return {"text": "θ", "color": red, "fontSize": 15, "fontWeight": "bold", **place}
 
 
 def density_histogram(
@@ -125,7 +122,7 @@ def _activation_spec(colour: str, red: str) -> dict[str, Any]:
     theta = alt.Chart().transform_filter("isValid(datum.theta)")
     band = theta.transform_calculate(zero="0").mark_rect(color=red, opacity=0.14)
     rule = theta.mark_rule(color=red, strokeWidth=2)
-    text = theta.mark_text(**_theta_mark(red, align="left", baseline="top", dx=5))
+    text = theta.mark_text(**THETA, color=red, align="left", baseline="top", dx=5)
     layers = [
         band.encode(x("zero"), alt.X2("theta")),
         _bars(x("low"), y, tooltip, color=colour, opacity=0.9),
@@ -219,7 +216,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         rows("value").mark_line(color=colour, strokeWidth=2.5),
         dots("miss", color=NEUTRAL, filled=False, opacity=0.7),
         dots("dot", color=colour, filled=True, opacity=0.55),
-        theta.mark_text(**_theta_mark(red, align="right", baseline="bottom", dx=-6, dy=-2)),
+        theta.mark_text(**THETA, color=red, align="right", baseline="bottom", dx=-6, dy=-2),
         theta.mark_point(color=red, filled=True, size=60, opacity=1).encode(
             tooltip=tooltips(".3~g", y="θ")
         ),
