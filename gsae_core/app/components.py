@@ -65,7 +65,7 @@ Each of the `rows` has its `feature`, its `text` (what it fires on, or its label
 
 
 def read_choice(sent: object, n_layers: int) -> tuple[str, str | int] | None:
-    """Return the site or the layer a browser says was clicked; None if there is no such one."""
+    """Return `"site"` or `"layer"` and which one a browser says was clicked; None: no such one."""
     kind, _, value = sent.partition(" ") if isinstance(sent, str) else ("", "", "")
     if kind == "site" and value in SITES:
         return kind, value

@@ -330,10 +330,10 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
         if not found:
             st.caption("No token came near its threshold without passing it.")
             continue
-        rows = [example_row(each, margin=missed) for each in found]
-        if other is not None:
-            both = zip(rows, found, strict=True)
-            rows = [row._replace(below=other.on_example(each).tolist()) for row, each in both]
+        rows = [
+            example_row(each, margin=missed, below=other and other.on_example(each).tolist())
+            for each in found
+        ]
         st.html(strips(rows, top=top, below_top=below_top, breaks=breaks))
 
 
@@ -434,7 +434,7 @@ def _linked(
     labels = sae.index.labels.latest("label") if sae.index is not None else {}
     shown = rows.head(N_LINKS)
     here = {"run": sae.run.id, "sae": sae.name}
-    numbers = shown["feature"].tolist()
+    known = shown["feature"].tolist()
     links = [
         {
             "feature": number,
@@ -444,10 +444,10 @@ def _linked(
             "about": f"Feature {number}: {value:.3f} {about}",
             "href": f"Features?{urlencode(here | {'feature': number})}",
         }
-        for number, value in zip(numbers, shown[measure].tolist(), strict=True)
+        for number, value in zip(known, shown[measure].tolist(), strict=True)
     ]
     if links:
-        read = partial(read_number, choices=numbers)
+        read = partial(read_number, choices=known)
         feature_links(key=key, read=read, pick=go_to, label=title, rows=links)
     else:
         st.caption(none)
