@@ -31,7 +31,7 @@ from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.sae.architectures import GatedSAE
-from gsae_core.sae.base import SAE, Dictionary, Normalised, PerEntry, PerLatent, Rows
+from gsae_core.sae.base import SAE, Normalised, PerEntry, PerLatent, Rows
 from gsae_core.sae.metrics import BatchStats, Metrics, stats_from_counts, sum_dtype
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 from gsae_core.text import Progress
@@ -146,17 +146,10 @@ class NormDeciles:
     def add(self, *, x: Rows, x_hat: Rows) -> None:
         """Add a batch; tokens with x = 0, which have no ratio, are left out."""
         dtype = sum_dtype(x.device)
-        # One number a token leaves the device; the bins are summed on the CPU, in order.
-        norm, norm_hat, dot = (
-            numbers.cpu().double()
-            for numbers in (
-                torch.linalg.vector_norm(x, dim=1, dtype=dtype),
-                torch.linalg.vector_norm(x_hat, dim=1, dtype=dtype),
-                (x * x_hat).sum(1, dtype=dtype),
-            )
-        )
-        there = norm > 0
-        norm, norm_hat, dot = norm[there], norm_hat[there], dot[there]
+        lengths = [torch.linalg.vector_norm(each, dim=1, dtype=dtype) for each in (x, x_hat)]
+        # Three numbers a token leave the device; the bins are summed on the CPU, in order.
+        numbers = torch.stack([*lengths, (x * x_hat).sum(1, dtype=dtype)]).cpu().double()
+        norm, norm_hat, dot = numbers[:, numbers[0] > 0]
         bins = ((norm.log2() + OCTAVES) * BINS_PER_OCTAVE).long().clamp(0, N_BINS - 1)
         columns = (torch.ones_like(norm), norm, norm_hat / norm, norm_hat.square(), dot)
         for total, weights in zip(self.sums, columns, strict=True):
@@ -306,10 +299,7 @@ def reconstruct(sae: SAE, x: Rows, codes: SparseCodes | None = None) -> tuple[Ro
     codes = encode_sparse(sae, x) if codes is None else codes
     u_hat, toward_error = decoded(sae, seen, codes)
     x_hat = seen.undo(u_hat)
-    x_hat_gate = None
-    if gated:
-        gate = _weighted_sums(sae.W_dec, codes, codes.gate)
-        x_hat_gate = seen.undo(gate + sae.b_dec)
+    x_hat_gate = seen.undo(_decode(sae, codes, codes.gate)) if gated else None
 
     fires = codes.magnitude > 0
     latent, f = codes.latent[fires], codes.magnitude[fires].to(sum_dtype(x.device))
@@ -334,17 +324,16 @@ def decoded(sae: SAE, seen: Normalised, codes: SparseCodes) -> tuple[Rows, PerEn
     """Return u_hat, and <u - u_hat, W_dec_i> of each active entry."""
     with torch.enable_grad():
         f = codes.magnitude.detach().requires_grad_()
-        product = _weighted_sums(sae.W_dec.detach(), codes, f)
-    u_hat = product.detach() + sae.b_dec
-    # The product's derivative to its weights is the sampled product <., W_dec_i>.
-    return u_hat, torch.autograd.grad(product, f, seen.u - u_hat)[0]
+        u_hat = _decode(sae, codes, f)
+    # Its derivative to the weights is the sampled product <., W_dec_i>.
+    return u_hat.detach(), torch.autograd.grad(u_hat, f, seen.u - u_hat.detach())[0]
 
 
-def _weighted_sums(W_dec: Dictionary, codes: SparseCodes, weight: PerEntry) -> Rows:
-    """Return each row's sum of weight * W_dec[latent] over its entries."""
-    return F.embedding_bag(
+def _decode(sae: SAE, codes: SparseCodes, weight: PerEntry) -> Rows:
+    """Return each row's sum of weight * W_dec[latent] over its entries, plus b_dec."""
+    return sae.b_dec.detach() + F.embedding_bag(
         codes.latent,
-        W_dec,
+        sae.W_dec.detach(),
         codes.row_offsets,
         mode="sum",
         per_sample_weights=weight,

@@ -133,15 +133,11 @@ class Labels:
         label, note, star = (self.latest(kind) for kind in get_args(Kind))
         features = sorted({*label, *note, *star})
         none = Annotation(-1, "label", "", author="", model=None, score=None, time=0)
-        labels = [label.get(i, none) for i in features]
-        columns = {
-            "label": [said.text for said in labels],
-            "note": [note.get(i, none).text for i in features],
-            "star": [i in star for i in features],
-            "author": [said.author for said in labels],
-            "model": [said.model or "" for said in labels],
-            "score": [said.score for said in labels],
-        }
-        frame = pd.DataFrame(columns, index=pd.Index(features, name="feature"))
-        kinds = dict.fromkeys(columns, str) | {"star": bool, "score": float}
+        rows = []
+        for i in features:
+            said, noted = label.get(i, none), note.get(i, none).text
+            rows.append((said.text, noted, i in star, said.author, said.model or "", said.score))
+        names = ("label", "note", "star", "author", "model", "score")
+        frame = pd.DataFrame(rows, index=pd.Index(features, name="feature"), columns=names)
+        kinds = dict.fromkeys(names, str) | {"star": bool, "score": float}
         return frame.astype(kinds)  # the columns of no features are of no kind

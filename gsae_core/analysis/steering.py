@@ -248,10 +248,8 @@ class Steering:
             return x
         inputs = x.to(self.sae.W_dec)
         normalised = self.sae.normalised(inputs)
-        if not self.reads_latents:
-            f = inputs[..., :0]
-        elif f is None:
-            f = self.sae.encode(inputs)
+        if f is None:
+            f = self.sae.encode(inputs) if self.reads_latents else inputs[..., :0]
         if not self.keep_error:
             f = f.clone()  # to be written into
             for each in self.interventions:

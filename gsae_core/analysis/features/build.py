@@ -154,11 +154,10 @@ def _cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
     shards: list[Shard] = []
     for number, part in enumerate(parts):
-        ends = np.cumsum(part.sequences.counts[: part.n])
+        before = np.concatenate([[0], np.cumsum(part.sequences.counts[: part.n])])
         first = 0
         while first < part.n:
-            before = int(ends[first - 1]) if first else 0
-            last = min(int(np.searchsorted(ends, before + SHARD_TOKENS)) + 1, part.n)
+            last = min(int(np.searchsorted(before, before[first] + SHARD_TOKENS)), part.n)
             path = building / f"shard-{len(shards):05d}.safetensors"
             shards.append(Shard(path, number, first, last))
             first = last

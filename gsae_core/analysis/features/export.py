@@ -91,9 +91,8 @@ def example_row(
 def card(feature: "Feature", *, k: int = 10) -> str:
     """Return a feature's numbers, histogram, logit effects and top examples as HTML."""
     label = feature.index.labels.of(feature.number).get("label")
-    top = [] if feature.is_dead else [("Top", feature.top(k))]
-    shown = facts(_numbers(feature))
-    return str(macros(TEMPLATE).card(feature, label, shown, _drawn(feature, top)))
+    top = _drawn(feature, [("Top", feature.top(k))])
+    return str(macros(TEMPLATE).card(feature, label, facts(_numbers(feature)), top))
 
 
 def page(features: Sequence["Feature"], *, k: int = 20) -> str:

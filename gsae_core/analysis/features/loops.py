@@ -14,10 +14,8 @@ from gsae_core.sae.sparse.loops import BLOCK, compiled
 def largest_in_rows(h, sign, own, who, best):
     """Write each row's largest of sign h, best first; of equals the lower column is first.
 
-    Args:
-        own: as in `logit_effects.largest_in_rows`.
-        who, best: (rows, k), become the columns and sign h there. Only what is above `best` is
-            taken: -inf takes all.
+    `own` is as in `logit_effects.largest_in_rows`. `who` and `best` (rows, k) become the columns
+    and sign h there; only what is above `best` is taken: -inf takes all.
     """
     k, columns = who.shape[1], h.shape[1]
     for t in range(h.shape[0]):
@@ -119,11 +117,9 @@ def top_tokens(first, last, offsets, token, value, ids, n_vocabulary, tokens, sh
 def companions(first, last, offsets, token, row_offsets, latent, fired, stride, who, both):
     """Write who fires on the same tokens as each feature, by Jaccard index.
 
-    Args:
-        row_offsets, latent: which features fire, token by token.
-        fired: (d_sae,) in float64, firings on every `stride`-th token.
-        who, both: (d_sae, k), become the features and on how many tokens both fire; who is -1
-            before.
+    `row_offsets` and `latent` say which features fire, token by token; `fired` (d_sae,), float64,
+    counts firings on every `stride`-th token. `who`, -1 before, and `both` (d_sae, k) become the
+    features and on how many tokens both fire.
     """
     k, d_sae = who.shape[1], fired.shape[0]
     counts, scores = np.zeros(d_sae, np.int32), np.zeros((1, d_sae))

@@ -61,7 +61,7 @@ def describe(
         data / VOCABULARY, lambda to: to.write_bytes(vocabulary), n_bytes=len(vocabulary)
     )
     codes = {name: load_array(data, name) for name in ("offsets", "token", "value", "ids", "mask")}
-    columns = _numbers(data, sae, codes, totals) | _top_tokens(codes, n_vocabulary=len(texts))
+    columns = _numbers(data, sae, codes, totals) | _top_tokens(codes)
     ids = codes["ids"]
     sample = ids[evenly(min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1])), len(ids))]
     del codes, ids  # mapped, they count as this process's memory
@@ -149,13 +149,11 @@ def weight_columns(sae: SAE) -> dict[str, Float64[np.ndarray, " d_sae"]]:
     return {name: tensor.double().cpu().numpy() for name, tensor in found.items()}
 
 
-def _top_tokens(codes: dict[str, np.ndarray], *, n_vocabulary: int) -> dict[str, Any]:
-    offsets, d_sae = np.array(codes["offsets"]), len(codes["offsets"]) - 1
-    tokens = np.full((d_sae, N_TOP_TOKENS), -1)
-    shares = np.zeros((d_sae, N_TOP_TOKENS))
-    ids = np.array(codes["ids"]).reshape(-1)
-    n_vocabulary = max(n_vocabulary, int(ids.max()) + 1)
-    arrays = (offsets, codes["token"], codes["value"], ids, n_vocabulary, tokens, shares)
+def _top_tokens(codes: dict[str, np.ndarray]) -> dict[str, Any]:
+    offsets, ids = np.array(codes["offsets"]), np.array(codes["ids"]).reshape(-1)
+    d_sae, n_ids = len(offsets) - 1, int(ids.max()) + 1
+    tokens, shares = np.full((d_sae, N_TOP_TOKENS), -1), np.zeros((d_sae, N_TOP_TOKENS))
+    arrays = (offsets, codes["token"], codes["value"], ids, n_ids, tokens, shares)
     over_rows(d_sae, lambda first, last: index_loops.top_tokens(first, last, *arrays))
     return {
         "top_tokens": [row[row >= 0] for row in tokens],
