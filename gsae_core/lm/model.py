@@ -78,8 +78,10 @@ def bridge_blocks(bridge: Any) -> list[BlockSites]:
     """
     found = []
     for layer, block in enumerate(bridge.blocks):
-        points = {site: bridge.hook_dict.get(hook_name(layer, site)) for site in SITES}
-        taps = {site: Tap(point, "output") for site, point in points.items() if point is not None}
+        taps: dict[Site, Tap] = {}
+        for site in SITES:
+            if (point := bridge.hook_dict.get(hook_name(layer, site))) is not None:
+                taps[site] = Tap(point, "output")
         # A bridge's hook points lie inside the modules whose output they show.
         parts = dict(block.named_children())  # an attention-only model has no mlp
         attn, mlp = ((parts[name],) if name in parts else () for name in ("attn", "mlp"))
@@ -105,11 +107,9 @@ def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         # A deep copy of the module, made within, keeps the hook.
         return shown(values[-1]) if module is tap.module else None
 
-    if tap.end == "input":
-        handle = tap.module.register_forward_pre_hook(own)
-    else:
-        handle = tap.module.register_forward_hook(own)
-    with handle:
+    module, of_input = tap.module, tap.end == "input"
+    register = module.register_forward_pre_hook if of_input else module.register_forward_hook
+    with register(own):
         yield
 
 

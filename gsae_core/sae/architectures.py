@@ -102,10 +102,8 @@ class GatedSAE(SAE):
         """Return theta of the JumpReLU SAE that computes the same: f = pi_mag where pi_mag > theta.
 
         theta = max(0, b_mag - exp(r_mag) * b_gate) (arXiv:2404.16014v2, Appendix E, which leaves
-        out the maximum). At theta = 0 the gate never binds: a plain ReLU latent.
-
-        Raises:
-            InputError: if the paths are untied.
+        out the maximum). At theta = 0 the gate never binds: a plain ReLU latent. InputError if the
+        paths are untied.
         """
         if self.W_mag is not None:
             raise InputError(
@@ -164,10 +162,8 @@ def fold_scale_(sae: SAE, scale: float) -> None:
 
     With y = s x, the encoder's products are (y - b_dec) @ W = s (x - b_dec / s) @ W. Dividing every
     bias and threshold by s therefore divides pre-activations, latents and x_hat by s and leaves
-    each gate and the order of the latents as they are.
-
-    Raises:
-        InputError: if `scale` is not positive and finite, or the SAE normalises every token.
+    each gate and the order of the latents as they are. InputError if `scale` is not positive and
+    finite, or the SAE normalises every token.
     """
     sae.check_trains()
     if not (math.isfinite(scale) and scale > 0):

@@ -103,10 +103,9 @@ class JumpReluSAE(SinglePathSAE):
             self.threshold.fill_(self.start)
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`; exactly at its threshold a latent does not fire.
+        """Return the latents `f >= 0`; InputError if the last axis is not `d_in`.
 
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
+        Exactly at its threshold a latent does not fire.
         """
         return jump(self.pre_activations(x), self.threshold, self.eps)
 

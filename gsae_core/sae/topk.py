@@ -49,10 +49,9 @@ class TopKSAE(SinglePathSAE):
             raise InputError(f"expected k_aux of at least 1, got {k_aux}")
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`; fewer than `k` where the k-th largest z is negative.
+        """Return the latents `f >= 0`; InputError if the last axis is not `d_in`.
 
-        Raises:
-            InputError: if the last axis of `x` is not `d_in`.
+        They are fewer than `k` where the k-th largest z is negative.
         """
         return largest(self.pre_activations(x), k=self.k)
 

@@ -202,8 +202,7 @@ class Learner:
         """Start sending the numbers of a step to the CPU."""
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
         total, norm = result.loss.total, torch.nn.utils.get_total_norm(gradients)
-        overflowed = result.overflowed
-        if overflowed is None:
+        if (overflowed := result.overflowed) is None:
             overflowed = torch.zeros_like(result.n_entries)
         values = (total, norm, result.n_entries, overflowed, self._dead.since_fired.max())
         # float32 counts exactly only up to 2^24.
@@ -220,10 +219,8 @@ class Learner:
         result, check = launched.result, launched.check()
         if check.overflowed:
             logger.info(
-                "expected at most %d open gates, got %d: this step was taken again by the dense "
-                "way, with the same gradients",
-                result.capacity,
-                check.n_open,
+                f"expected at most {result.capacity} open gates, got {check.n_open:.0f}: this step "
+                "was taken again by the dense way, with the same gradients"
             )
             coeff = self._sparsity_coeff(number)
             result = dense_step(self.sae, x, sparsity_coeff=coeff, dead=self._dead.mask)
@@ -323,10 +320,9 @@ class Stepper:
             # What does not fit is taken again by the dense way.
             room = min(kernels.capacity_for(density * len(x) * sae.d_sae), kernels.MAX_CAPACITY)
             try:
-                done = kernels.kernel_step(
+                return kernels.kernel_step(
                     sae, x, sparsity_coeff=sparsity_coeff, capacity=room, dead=dead
                 )
-                return done._replace(capacity=room)
             except kernels.LaunchError as error:
                 logger.warning("%s; every further step is a dense one", error)
                 self._kernels = False

@@ -201,11 +201,8 @@ class DictionaryAdam:
         for name, moments in state.items():
             parameter = self._named[name]
             # Adam.load_state_dict goes by position; the step count stays float32 in any precision.
-            self._adam.state[parameter] = {
-                "step": moments["step"].to(parameter.device, copy=True),
+            mine = {"step": moments["step"].to(parameter.device, copy=True)}
+            for key in ("exp_avg", "exp_avg_sq"):
                 # In the layout of the parameter, for the reason given in `step`.
-                **{
-                    key: torch.empty_like(parameter).copy_(moments[key])
-                    for key in ("exp_avg", "exp_avg_sq")
-                },
-            }
+                mine[key] = torch.empty_like(parameter).copy_(moments[key])
+            self._adam.state[parameter] = mine

@@ -182,8 +182,7 @@ def train(
     taken than there are steps; InputError if they run out. A `trainer` is made from the same `saes`
     and `cfg`, its state loaded; `batches` then begin with the one after its last step.
     """
-    if trainer is None:
-        trainer = Trainer(saes, cfg)
+    trainer = trainer or Trainer(saes, cfg)
     if [*map(id, trainer.saes)] != [*map(id, saes)] or trainer.cfg != cfg:
         raise InputError(
             "expected a trainer made from these SAEs and this config, got one made from others; "

@@ -53,7 +53,8 @@ def kernel_step(
     engine = Kernels(capacity=capacity)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x):
-        return take_step(engine, sae, x.contiguous(), sparsity_coeff, dead)
+        done = take_step(engine, sae, x.contiguous(), sparsity_coeff, dead)
+    return done._replace(capacity=capacity)
 
 
 def capacity_for(n_open: float) -> int:
@@ -183,28 +184,11 @@ class Kernels(Loops):
         for counts in (by_row, by_latent):
             counts[:1].zero_()
         product, local = xc.new_empty(capacity), ints(capacity)
-        launch(
-            "encode_tiles",
-            (n_tiles,),
-            xc,
-            rows_in_order(W),
-            rows_in_order(-above),
-            n_open,
-            *tiles,
-            by_row[1:],
-            by_latent[1:],
-            product,
-            local,
-            n_rows,
-            sae.d_in,
-            d_sae,
-            capacity,
-            **TILE,
-            DEPTH=32,
-            GROUP=8,
-            num_warps=8,
-            num_stages=3,
-        )
+        encoder = (rows_in_order(W), rows_in_order(-above))
+        found = (n_open, *tiles, by_row[1:], by_latent[1:], product, local)
+        sizes = (n_rows, sae.d_in, d_sae, capacity)
+        walk = {"DEPTH": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        launch("encode_tiles", (n_tiles,), xc, *encoder, *found, *sizes, **TILE, **walk)
         fits = (n_open <= capacity).int()
         row_cells, latent_cells = (
             torch.cumsum(counts, 0, dtype=torch.int32) for counts in (by_row, by_latent)
@@ -219,27 +203,13 @@ class Kernels(Loops):
         )
         offsets = latent_cells[::row_tiles] * fits
         entries = ByLatent(offsets, order=ints(capacity), row=ints(capacity))
-        launch(
-            "place_entries",
-            (n_tiles,),
-            product,
-            local,
-            *tiles,
-            row_cells,
-            latent_cells,
-            fits,
-            rows_in_order(sae.b_gate if gated else sae.b_enc),
-            gain(sae),
-            rows_in_order(sae.b_mag) if gated else None,
-            rows_in_order(sae.threshold) if jumps else None,
-            *codes[1:],
-            *entries[1:],
-            row_tiles,
-            latent_tiles,
-            **TILE,
-            ENTRIES=64,
-            num_warps=4,
-        )
+        found = (product, local, *tiles, row_cells, latent_cells, fits)
+        bias = rows_in_order(sae.b_gate if gated else sae.b_enc)
+        b_mag = rows_in_order(sae.b_mag) if gated else None
+        theta = rows_in_order(sae.threshold) if jumps else None
+        arrays = (*found, bias, gain(sae), b_mag, theta, *codes[1:], *entries[1:])
+        walk = {"ENTRIES": 64, "num_warps": 4}
+        launch("place_entries", (n_tiles,), *arrays, row_tiles, latent_tiles, **TILE, **walk)
         return Active(codes, entries, n_open, overflowed=n_open > capacity)
 
     def largest(self, sae: TopKSAE, xc: Rows, wanted: Wanted) -> list[SparseCodes]:
@@ -269,18 +239,8 @@ class Kernels(Loops):
         """Return errors, slopes and row sums, computed row by row."""
         decoded = undecoded(sae, codes, x)
         width = power_of_two(max(sae.d_in, 16))
-        launch(
-            "decode_rows",
-            (len(x),),
-            x,
-            rows_in_order(sae.W_dec),
-            rows_in_order(bias),
-            *codes,
-            *decoded,
-            sae.d_in,
-            scale,
-            **_shape(width),
-        )
+        arrays = (x, rows_in_order(sae.W_dec), rows_in_order(bias), *codes, *decoded)
+        launch("decode_rows", (len(x),), *arrays, sae.d_in, scale, **_shape(width))
         return decoded
 
     def sums(
@@ -295,25 +255,12 @@ class Kernels(Loops):
         counts = torch.empty(2, sae.d_sae, dtype=torch.int64, device=xc.device)
         # Wide rows are shared out over programs, which also shortens the longest of them.
         width = min(power_of_two(max(sae.d_in, 16)), 512)
-        launch(
-            "sum_latents",
-            (sae.d_sae, -(-sae.d_in // width)),
-            xc,
-            *decoded[:4],
-            *active.entries,
-            *active.codes[2:],
-            slope,
-            l1_weights(sae),
-            rows_in_order(sae.threshold) if jumps else None,
-            W_dec,
-            W_enc_T,
-            sums,
-            counts,
-            sae.d_in,
-            l1_slope or 0.0,
-            sae.eps / 2 if jumps else 0.0,
-            **_shape(width),
-        )
+        grid = (sae.d_sae, -(-sae.d_in // width))
+        theta = rows_in_order(sae.threshold) if jumps else None
+        entries = (xc, *decoded[:4], *active.entries, *active.codes[2:])
+        weights, results = (slope, l1_weights(sae), theta), (W_dec, W_enc_T, sums, counts)
+        scalars = (sae.d_in, l1_slope or 0.0, sae.eps / 2 if jumps else 0.0)
+        launch("sum_latents", grid, *entries, *weights, *results, *scalars, **_shape(width))
         (dm, dm_m, dg, gate, *window), (fired, gate_open) = sums, counts
         return StepSums(
             W_dec=W_dec,

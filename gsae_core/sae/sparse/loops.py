@@ -20,15 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gsae_core.sae.metrics import (
-    AUX_ERROR_POWER,
-    AUX_POWER,
-    ERROR_POWER,
-    X_DOT_AUX,
-    X_DOT_X_HAT,
-    X_HAT_POWER,
-    X_POWER,
-)
+from gsae_core.sae import metrics
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -191,8 +183,8 @@ def decode_rows(
             off += out[j] * out[j]
             out[j] *= scale
             error[t, j] = out[j]
-        sums[t, X_POWER], sums[t, X_HAT_POWER], sums[t, X_DOT_X_HAT] = power, hat, along
-        sums[t, ERROR_POWER] = off
+        sums[t, metrics.X_POWER], sums[t, metrics.X_HAT_POWER] = power, hat
+        sums[t, metrics.X_DOT_X_HAT], sums[t, metrics.ERROR_POWER] = along, off
         hat, along, off = zero, zero, zero
         if two:
             for j in range(width):
@@ -203,7 +195,8 @@ def decode_rows(
                 aux[j] *= scale
         if keep:
             aux_error[t] = aux
-        sums[t, AUX_POWER], sums[t, X_DOT_AUX], sums[t, AUX_ERROR_POWER] = hat, along, off
+        sums[t, metrics.AUX_POWER], sums[t, metrics.X_DOT_AUX] = hat, along
+        sums[t, metrics.AUX_ERROR_POWER] = off
         if two:
             dot_entries_with_both(offsets[t], offsets[t + 1], latent, W, out, aux, dm, dg)
         else:
