@@ -151,6 +151,8 @@ def test_bytes_that_are_no_characters_lose_none_beside_them() -> None:
     split = [data.decode("utf-8", "surrogateescape") for data in (b"x\xe6\xbc", b"\xa2 a", b"\xe9")]
     assert in_sequence([*split, "b"]) == ["x漢", " a", "\ufffd", "b"]
     assert "".join(in_sequence(split)) == b"x\xe6\xbc\xa2 a\xe9".decode("utf-8", "replace")
+    # An id without a token writes nothing, and breaks nothing.
+    assert in_sequence(["\udcc3", "", "\udca9"]) == ["é", "", ""]
 
 
 def test_special_tokens_are_themselves_and_no_space_is_made_beside_them() -> None:

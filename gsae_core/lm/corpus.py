@@ -33,8 +33,6 @@ from gsae_core.machine import cache_folder
 
 log: logging.Logger = logging.getLogger(__name__)
 
-# --- Sequences
-
 # Rows whose counted tokens are found at once: bounds the temporary masks to a few MB.
 COUNT_ROWS = 2**12
 

@@ -103,11 +103,9 @@ class Harvest:
     ) -> Iterator[Result]:
         """Yield what `work` makes of the vectors of each pass, in order.
 
-        It runs where the pass ran: on a CPU in a thread that has one core, several at once.
-
-        Raises:
-            InputError: once all is read, if a vector is not finite: do not keep what was yielded
-                before. On a CPU, `work` is not called on passes with such a vector.
+        It runs where the pass ran: on a CPU in a thread that has one core, several at once. If a
+        vector is not finite, InputError comes once all is read: do not keep what was yielded
+        before. On a CPU, `work` is not called on passes with such a vector.
         """
         on_cpu = self.device.type == "cpu"
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))

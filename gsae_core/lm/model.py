@@ -195,9 +195,6 @@ class PassLock:
         return self.shared(object(), nullcontext)
 
 
-# --- The model
-
-
 class LanguageModel:
     """A causal language model whose activations can be read and replaced.
 
@@ -435,8 +432,7 @@ class Decoding:
         hook = nullcontext() if edit is None else hooked(self._tap, _in_model_dtype(edit))
         with model._lock.alone(), hook:
             logits, self._cache = model._read(ids.to(model.device), self._cache, keep=True)
-        # A bridge of TransformerLens 4.3 leaves it empty with transformers 5.24, and would go on
-        # with wrong logits.
+        # With transformers 5.24 a bridge of TransformerLens 4.3 leaves it empty: wrong logits.
         if self._cache is None or self._cache.get_seq_length() == 0:
             raise InputError(
                 f"expected a model that keeps keys and values of earlier tokens, got {model.name}, "

@@ -66,8 +66,6 @@ class Part(NamedTuple):
 # About so many characters (or ids) a part: bounds what is read and tokenised in one go.
 PART = 2**20
 
-# --- Sources
-
 
 @dataclass(frozen=True)
 class Source:
@@ -466,8 +464,7 @@ Row = dict[str, Any]
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    # By hand: JSON and CSV by `datasets` have one schema for all rows of a file, and do not say in
-    # which row one is broken.
+    # By hand: of JSON and CSV, `datasets` wants one schema for all rows, and names no broken row.
     readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
     return readers.get(unpacked(path).suffix.lower(), _json)(path)
 

@@ -103,9 +103,8 @@ class ActivationStream:
                 f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
             )
         self._n_vectors = n_batches * batch_size
-        self.chunk_vectors: int = chunk_vectors or default_chunk_vectors(
-            harvest.d_in, self._n_vectors
-        )
+        usual = default_chunk_vectors(harvest.d_in, self._n_vectors)
+        self.chunk_vectors: int = chunk_vectors or usual
         self._epoch: tuple[int, list[_Plan]] | None = None
         self._chunk: tuple[int, Tensor] | None = None
         self._next: tuple[int, Future[tuple[Tensor, float]]] | None = None
@@ -156,9 +155,8 @@ class ActivationStream:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
-        """Yield batches `start` to `n_batches - 1` in order."""
-        for i in range(start, self.n_batches):
-            yield self.batch(i)
+        """Return an iterator over batches `start` to `n_batches - 1` in order."""
+        return map(self.batch, range(start, self.n_batches))
 
     # The order of everything
 
@@ -167,7 +165,6 @@ class ActivationStream:
         return rng.permutation(len(self._counts))
 
     def _plans(self, epoch: int) -> list[_Plan]:
-        """Return the chunks of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             order, start = self._order(epoch), epoch * self.tokens_per_epoch
             ends = np.cumsum(self._counts[order])

@@ -8,7 +8,6 @@ writes them in the middle of a text (`raw_texts`), and characters are put togeth
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 # Ids among which a token that decodes to plain characters is looked for.
@@ -23,12 +22,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int], *, text: str | None = None) 
     """Return the text of each token of a sequence; set end to end they are the sequence's text.
 
     A character that is split over tokens is the first one's. What is no whole character is U+FFFD,
-    as in `bytes.decode(errors="replace")`.
-
-    Args:
-        tokenizer: of `transformers` or of `tokenizers`.
-        text: what the ids are the beginning of: the space that many tokenizers put in front of a
-            text is then left out. None: they go on from others.
+    as in `bytes.decode(errors="replace")`. Where the ids are the beginning of `text`, the space
+    that many tokenizers put in front of a text is left out; None: they go on from others.
     """
     texts = in_sequence(raw_texts(tokenizer, ids))
     whole = "".join(texts)
@@ -52,20 +47,15 @@ def by_itself(raw: str) -> str:
 
 def in_sequence(raw: Sequence[str]) -> list[str]:
     """Return the texts of tokens that follow each other from `raw_texts`; see `token_texts`."""
-    texts: list[str] = []
-    for broken, group in groupby(raw, lambda each: BROKEN.search(each) is not None):
-        run = list(group)
-        if not broken:
-            texts += run
-            continue
-        parts = [_bytes(each) for each in run]
-        owner = [i for i, part in enumerate(parts, len(texts)) for _ in part]
-        texts += [""] * len(run)
-        data, at = b"".join(parts), 0
-        while at < len(data):
-            character, size = _first_character(data[at : at + SPLIT + 1])
-            texts[owner[at]] += character
-            at += size
+    if not any(map(BROKEN.search, raw)):
+        return list(raw)
+    parts = [_bytes(each) for each in raw]
+    owner = [i for i, part in enumerate(parts) for _ in part]
+    texts, data, at = [""] * len(raw), b"".join(parts), 0
+    while at < len(data):
+        character, size = _first_character(data[at : at + SPLIT + 1])
+        texts[owner[at]] += character
+        at += size
     return texts
 
 
@@ -120,7 +110,7 @@ def _in_the_middle(backend: Any, ids: list[int]) -> list[str]:
 def _plain(backend: Any) -> int | None:
     """Return an id that decodes to letters or digits, and is neither added nor a byte."""
     added = backend.get_added_tokens_decoder()
-    for i in range(min(LOOKED_AT, backend.get_vocab_size())):
+    for i in range(LOOKED_AT):
         name = backend.id_to_token(i)
         if name is None or i in added or BYTE.fullmatch(name):
             continue
@@ -165,9 +155,6 @@ class _Slow:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-
-    def get_vocab_size(self) -> int:
-        return len(self._tokenizer)
 
     def get_added_tokens_decoder(self) -> dict[int, Any]:
         return self._tokenizer.added_tokens_decoder

@@ -103,10 +103,7 @@ class JumpReluSAE(SinglePathSAE):
             self.threshold.fill_(self.start)
 
     def encode(self, x: Inputs) -> Latents:
-        """Return the latents `f >= 0`; InputError if the last axis is not `d_in`.
-
-        Exactly at its threshold a latent does not fire.
-        """
+        """Return the latents `f >= 0`, 0 at theta; InputError if the last axis is not `d_in`."""
         return jump(self.pre_activations(x), self.threshold, self.eps)
 
     def extra_repr(self) -> str:

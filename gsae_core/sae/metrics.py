@@ -62,12 +62,9 @@ def stats_from_counts(
     rows.append(_row_dot(error, error))
     if x_hat_gate is not None:
         rows += [_row_dot(x_hat_gate, x_hat_gate), _row_dot(x, x_hat_gate)]
+    x_sum, row_sums, aux = exact.sum(0), torch.stack(rows, 1), x_hat_gate is not None
     return stats_from_rows(
-        x_sum=exact.sum(0),
-        row_sums=torch.stack(rows, 1),
-        aux=x_hat_gate is not None,
-        fired=fired,
-        gate_open=gate_open,
+        x_sum=x_sum, row_sums=row_sums, fired=fired, gate_open=gate_open, aux=aux
     )
 
 

@@ -24,8 +24,7 @@ class TopKSAE(SinglePathSAE):
     the only recipe: latents compete by size, so their directions have one length.
 
     Raises:
-        InputError: if a width or `k_aux` is below 1, the recipe is another, or `k` is not from 1 to
-            `d_sae`.
+        InputError: if a width or `k_aux` is below 1, `k` not from 1 to `d_sae`, the recipe not P.
     """
 
     architecture: Architecture = "topk"

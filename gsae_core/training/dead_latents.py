@@ -125,10 +125,7 @@ class DeadCounts(NamedTuple):
 
 
 class DeadLatentCounter:
-    """Steps since each latent of an SAE fired, and since its gate opened.
-
-    After `window` steps without firing a latent counts as dead.
-    """
+    """Steps since each latent fired and its gate opened; dead are those silent for `window`."""
 
     def __init__(self, sae: SAE, *, window: int) -> None:
         self._window = window

@@ -162,12 +162,9 @@ class Learner:
         # A loss that hears dead latents costs as much where there are none, unless that is known.
         longest, window = self._max_steps_since_fired, self._cfg.schedule.revive_window
         none_dead = longest is not None and longest + 1 < window
-        result = self._stepper.attempt(
-            x,
-            sparsity_coeff=self._sparsity_coeff(number),
-            density=self._last_density,
-            dead=None if none_dead else self._dead.mask,
-        )
+        dead = None if none_dead else self._dead.mask
+        coeff, density = self._sparsity_coeff(number), self._last_density
+        result = self._stepper.attempt(x, sparsity_coeff=coeff, density=density, dead=dead)
         return self._launched(result)
 
     def finish(

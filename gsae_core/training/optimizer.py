@@ -140,8 +140,7 @@ class DictionaryAdam:
         for parameter in self._named.values():
             grad = parameter.grad
             # The fused kernel walks raw memory: a gradient of other strides (a transposed product
-            # put into .grad by hand) is applied to the wrong entries without an error (torch 2.13,
-            # CPU).
+            # put into .grad by hand) moves the wrong entries without an error (torch 2.13, CPU).
             if grad is not None and grad.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter).copy_(grad)
         W_dec, grad = self._sae.W_dec, self._sae.W_dec.grad
@@ -169,7 +168,6 @@ class DictionaryAdam:
             W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
     def _step_on_sphere(self, lr: float) -> None:
-        """Take the step of `W_dec` by `adam_on_sphere`."""
         W_dec, beta1, beta2 = self._sae.W_dec, *self._adam.param_groups[0]["betas"]
         state = self._adam.state[W_dec]
         if not state:

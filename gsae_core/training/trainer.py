@@ -97,8 +97,7 @@ class Trainer:
     def step(self, x: Rows) -> StepReport:
         """Let every SAE learn from one batch, then resample dead latents where that is due.
 
-        An SAE whose loss or gradients are not finite stops with its weights as the step before left
-        them; the others go on.
+        An SAE whose loss or gradients are not finite stops, its weights as they were; others go on.
         """
         started = time.perf_counter()
         expected = (self.cfg.batch_size, self._learners[0].sae.d_in)
@@ -204,11 +203,9 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
 
 
 def _one_each(name: str, values: Sequence[float], *, n_saes: int) -> tuple[float, ...]:
-    if len(values) == 1:
-        return tuple(values) * n_saes
-    if len(values) != n_saes:
+    if len(values) not in (1, n_saes):
         raise InputError(
             f"expected {name} to hold one number, or one for each of {n_saes} SAEs, "
             f"got {len(values)}"
         )
-    return tuple(values)
+    return tuple(values) * (n_saes // len(values))

@@ -50,10 +50,9 @@ def kernel_step(
     if x.dtype != torch.float32:
         raise InputError(f"expected float32 activations, got {x.dtype}; call x.float()")
     assert 1 <= capacity <= MAX_CAPACITY
-    engine = Kernels(capacity=capacity)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(x):
-        done = take_step(engine, sae, x.contiguous(), sparsity_coeff, dead)
+        done = take_step(Kernels(capacity=capacity), sae, x.contiguous(), sparsity_coeff, dead)
     return done._replace(capacity=capacity)
 
 
@@ -194,13 +193,9 @@ class Kernels(Loops):
             torch.cumsum(counts, 0, dtype=torch.int32) for counts in (by_row, by_latent)
         )
         gate = xc.new_empty(capacity)
+        magnitude = xc.new_empty(capacity) if gated or jumps else gate
         # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
-        codes = SparseCodes(
-            row_offsets=row_cells[::latent_tiles] * fits,
-            latent=ints(capacity),
-            gate=gate,
-            magnitude=xc.new_empty(capacity) if gated or jumps else gate,
-        )
+        codes = SparseCodes(row_cells[::latent_tiles] * fits, ints(capacity), gate, magnitude)
         offsets = latent_cells[::row_tiles] * fits
         entries = ByLatent(offsets, order=ints(capacity), row=ints(capacity))
         found = (product, local, *tiles, row_cells, latent_cells, fits)
@@ -270,7 +265,6 @@ class Kernels(Loops):
             dm_m=None if slope is None else dm_m,
             dg=None if l1_slope is None else dg,
             gate=None if l1_slope is None else gate,
-            error=decoded.error_sum(),
             fired=fired,
             gate_open=gate_open,
             window=(window[0], window[1]) if jumps else None,

@@ -96,8 +96,7 @@ def products_above(xc: Rows, W: Encoder, above: PerLatent, *, screened: bool = F
 def largest_codes(xc: Rows, W: Encoder, wanted: Wanted) -> list[SparseCodes]:
     """Return, for each (bias, k), the k largest of h + bias in each row, as far as positive.
 
-    A bias of -inf leaves a latent out. Of equal values the lower latent is taken when compiled, any
-    by torch.
+    A bias of -inf leaves a latent out. Of equal values loops take the lower latent, torch any.
     """
     kinds = [(bias.detach(), k) for bias, k in wanted]
 
@@ -241,10 +240,7 @@ def gates(
 
 @torch.no_grad()
 def codes_of(sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows, found: Products) -> SparseCodes:
-    """Return the codes of these products; of a JumpReLU SAE also those of z at most theta.
-
-    Their `gate` is z and their `magnitude` 0.
-    """
+    """Return the codes of these products: of a JumpReLU SAE gate z, magnitude 0 if z <= theta."""
     offsets, latent, h, _ = found
     if not isinstance(sae, GatedSAE):
         z = h + sae.b_enc.take(latent)

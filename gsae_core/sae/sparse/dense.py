@@ -42,8 +42,6 @@ class StepSums:
     dg: PerLatent | None
     gate: PerLatent | None
     """Sum of relu(pi_gate)."""
-    error: Float[Tensor, " d_in"]
-    """Sum of 2e/B; with the auxiliary decoder unfrozen also of 2e'/B."""
     fired: Counts
     gate_open: Counts
     """Inputs on which pi_gate > 0; entries of a latent, where there is no gate."""
@@ -81,11 +79,13 @@ def gain(sae: BuiltinSAE) -> PerLatent | None:
     return sae.r_mag.exp() if isinstance(sae, GatedSAE) and sae.r_mag is not None else None
 
 
-def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> None:
+def leave_gradients(
+    sae: BuiltinSAE, sums: StepSums, *, error: Float[Tensor, " d_in"], l1_slope: float = 0.0
+) -> None:
     """Leave the gradient of every parameter in `.grad`; uses up the sums.
 
-    `l1_slope` is lambda / B. That of a threshold is -(theta df + lambda / B) / eps, summed over the
-    inputs where |z - theta| < eps / 2.
+    `error` is the gradient of b_dec through the decoder, `l1_slope` lambda / B. A threshold's is
+    -(theta df + lambda / B) / eps, summed over the inputs where |z - theta| < eps / 2.
     """
     if isinstance(sae, JumpReluSAE):
         assert sums.window is not None
@@ -102,7 +102,7 @@ def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> N
         dz = sums.dm if sums.dg is None else sums.dm + sums.dg
         sae.W_enc.grad, sae.b_enc.grad = sums.W_enc, dz
         # b_dec moves x_hat and, the other way, the centred input.
-        sae.b_dec.grad = sums.error - sae.W_enc @ dz
+        sae.b_dec.grad = error - sae.W_enc @ dz
         return
     assert sums.dg is not None
     slope = gain(sae)
@@ -110,7 +110,7 @@ def leave_gradients(sae: BuiltinSAE, sums: StepSums, l1_slope: float = 0.0) -> N
     if not sae.detach_b_dec:
         through_h = through_h + sums.dg
     sae.W_gate.grad, sae.b_gate.grad, sae.b_mag.grad = sums.W_enc, sums.dg, sums.dm
-    sae.b_dec.grad = sums.error - sae.W_gate @ through_h
+    sae.b_dec.grad = error - sae.W_gate @ through_h
     if sae.r_mag is not None:
         assert sums.dm_m is not None
         # d pi_mag / d r_mag = exp(r_mag) h = pi_mag - b_mag, and pi_mag = m wherever dm is not 0.
@@ -181,18 +181,15 @@ def manual_dense_step(
         dm_m=None if slope is None else dm_m_sum,
         dg=dg_sum,
         gate=gate_sum,
-        error=error_sum,
         fired=fired.long(),
         gate_open=gate_open.long(),
     )
-    leave_gradients(sae, sums, l1_slope)
+    leave_gradients(sae, sums, error=error_sum, l1_slope=l1_slope)
     opens = sums.gate_open if gated else None
     stats = stats_from_counts(
         x=x, x_hat=x_hat, x_hat_gate=x_hat_aux, fired=sums.fired, gate_open=opens
     )
-    parts = LossParts(
-        reconstruction=(stats.squared_error / len(x)).to(x.dtype),
-        sparsity=sums.l1_term(sae, l1_slope),
-        auxiliary=x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux),
-    )
+    reconstruction = (stats.squared_error / len(x)).to(x.dtype)
+    auxiliary = x.new_zeros(()) if x_hat_aux is None else squared_error(x, x_hat_aux)
+    parts = LossParts(reconstruction, sums.l1_term(sae, l1_slope), auxiliary)
     return StepResult(parts, stats, n_entries=sums.gate_open.sum())

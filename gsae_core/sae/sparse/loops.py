@@ -262,10 +262,7 @@ def sum_entries(offsets, order, value, out):
 
 @compiled
 def _cut(latent, value, n, k):
-    """Move the k largest of the first n entries to the front, in order; return the least of them.
-
-    Of equal values the earlier ones stay.
-    """
+    """Move the k largest of n entries, of equals the earlier, to the front; return the least."""
     least = np.partition(value[:n], n - k)[n - k]
     equals = k
     for e in range(n):
@@ -391,10 +388,7 @@ def pick_candidates(h, above, row_slack, row_slack_2, slack, slack_2, latent, en
 
 @compiled
 def keep_above(x, W, above, latent, value, ends):
-    """Write the products of entries, drop those not above their latent's threshold.
-
-    Returns how many stay.
-    """
+    """Write entries' products, keep those above their latent's threshold; return how many stay."""
     n = start = 0
     for t in range(ends.shape[0]):
         end = ends[t]

@@ -88,10 +88,7 @@ class Loops:
     screened: bool = False
 
     def active(self, sae: GatedSAE | ReluSAE | JumpReluSAE, xc: Rows) -> Active:
-        """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2.
-
-        There `gate` is z, and the magnitude of what does not fire is 0.
-        """
+        """Return the entries with an open gate; of a JumpReLU SAE those above theta - eps / 2."""
         below = sae.eps / 2 if isinstance(sae, JumpReluSAE) else 0.0
         found = products_above(xc, *gates(sae, below=below), screened=self.screened)
         codes = codes_of(sae, xc, found)
@@ -111,13 +108,9 @@ class Loops:
         """
         decoded = undecoded(sae, codes, x)
         arrays = [codes.row_offsets, codes.latent, codes.magnitude, codes.gate, sae.W_dec, bias, x]
-        results = [
-            decoded.error,
-            x[:0] if decoded.aux_error is None else decoded.aux_error,
-            decoded.mag_slope,
-            codes.gate[:0] if decoded.aux_slope is None else decoded.aux_slope,
-            decoded.row_sums,
-        ]
+        aux_error = x[:0] if decoded.aux_error is None else decoded.aux_error
+        aux_slope = codes.gate[:0] if decoded.aux_slope is None else decoded.aux_slope
+        results = [decoded.error, aux_error, decoded.mag_slope, aux_slope, decoded.row_sums]
         inputs, outputs = map(numpy, arrays), [each.numpy() for each in results]
         arguments = (*inputs, outputs[0].dtype.type(scale), decoded.aux_slope is not None, *outputs)
         over_rows(len(x), lambda first, last: loops.decode_rows(first, last, *arguments))
@@ -126,10 +119,7 @@ class Loops:
     def sums(
         self, sae: BuiltinSAE, active: Active, decoded: Decoded, xc: Rows, l1_slope: float | None
     ) -> StepSums:
-        """Return the sums; `l1_slope` is lambda / B, None without an L1 term.
-
-        `decoded.mag_slope` is used up.
-        """
+        """Return the sums, using up `mag_slope`; `l1_slope` is lambda / B, None without L1 term."""
         (codes, entries), latent = active[:2], active.codes.latent
         window = None
         if isinstance(sae, JumpReluSAE):
@@ -156,7 +146,6 @@ class Loops:
             dm_m=None if slope is None else per_latent(entries, dm * codes.magnitude),
             dg=None if dg is None else per_latent(entries, dg),
             gate=None if dg is None else per_latent(entries, codes.gate),
-            error=decoded.error_sum(),
             fired=per_latent(entries, fires),
             gate_open=entries.offsets.diff(),
             window=window,
@@ -189,15 +178,13 @@ def take_step(
     decoded = engine.decode(sae, active.codes, x, bias=sae.b_dec, scale=2 / len(x))
     jumps = isinstance(sae, JumpReluSAE)
     sums = engine.sums(sae, active, decoded, xc, None if jumps else slope)
-    leave_gradients(sae, sums, slope)
+    leave_gradients(sae, sums, error=decoded.error_sum(), l1_slope=slope)
     sparsity = slope * sums.fired.sum().to(x.dtype) if jumps else sums.l1_term(sae, slope)
     parts = LossParts(decoded.mean(ERROR_POWER), sparsity, decoded.mean(AUX_ERROR_POWER))
+    gate_open = sums.gate_open if isinstance(sae, GatedSAE) else None
+    x_sum, row_sums, aux = column_sums(x), decoded.row_sums, decoded.aux_slope is not None
     stats = stats_from_rows(
-        x_sum=column_sums(x),
-        row_sums=decoded.row_sums,
-        aux=decoded.aux_slope is not None,
-        fired=sums.fired,
-        gate_open=sums.gate_open if isinstance(sae, GatedSAE) else None,
+        x_sum=x_sum, row_sums=row_sums, fired=sums.fired, gate_open=gate_open, aux=aux
     )
     return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
@@ -224,16 +211,13 @@ def _topk_step(sae: TopKSAE, x: Rows, dead: Mask | None, engine: Loops) -> StepR
         pairs = zip(kept[1:], spare[1:], strict=True)
         offsets = torch.cat([kept.row_offsets, spare.row_offsets[1:] + kept.latent.numel()])
         codes, xc = SparseCodes(offsets, *map(torch.cat, pairs)), torch.cat([xc, xc])
-        both = decoded._replace(
-            error=torch.cat([decoded.error, aux.error]),
-            mag_slope=torch.cat([decoded.mag_slope, aux.mag_slope]),
-        )
+        mag_slope = torch.cat([decoded.mag_slope, aux.mag_slope])
+        both = decoded._replace(error=torch.cat([decoded.error, aux.error]), mag_slope=mag_slope)
     n_entries = x.new_full((), codes.latent.numel(), dtype=torch.int64)
     active = Active(codes, by_latent(codes, sae.d_sae), n_entries)
     sums = engine.sums(sae, active, both, xc, None)
     # What the dead latents are to explain is a constant: it moves b_dec through xc alone.
-    sums.error = decoded.error.sum(0)
-    leave_gradients(sae, sums)
+    leave_gradients(sae, sums, error=decoded.error.sum(0))
     parts = LossParts(decoded.mean(ERROR_POWER), x.new_zeros(()), auxiliary)
     # Those of the batch's own rows.
     fired = sums.fired.new_zeros(sae.d_sae).index_add_(0, kept.latent, (kept.magnitude > 0).long())
