@@ -1,6 +1,7 @@
 """Every writer: what is written is read back and computes the same, or is not there."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,20 @@ def test_files_that_compute_something_else_are_not_left_there(
 
 
 def test_a_difference_that_is_no_number_is_no_parity() -> None:
-    for latents in (float("nan"), 2e-6):
-        with pytest.raises(InputError, match="expected the written files to compute the same"):
-            check_parity(Parity(latents, 0.0, 1, 1, 0))
+    for wrong in (float("nan"), 2e-6):
+        for found in (Parity(wrong, 0.0, 1, 1, 0), Parity(0.0, wrong, 1, 1, 0)):
+            with pytest.raises(InputError, match="expected the written files to compute the same"):
+                check_parity(found)
     check_parity(Parity(9e-7, 1e-6, 1, 1, 0))
+
+
+def test_a_number_that_is_none_stays_so_in_a_comparison() -> None:
+    sae, other = make("gated"), make("gated")
+    with torch.no_grad():
+        other.W_dec[4, 2] = torch.nan
+    found = parity(sae, other)
+    assert found.latents == 0
+    assert math.isnan(found.reconstructions)
 
 
 def test_a_comparison_sees_one_wrong_weight() -> None:

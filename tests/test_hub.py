@@ -357,6 +357,11 @@ def test_too_small_a_disk_is_told_before_a_byte_comes(
         InputError, match=r"expected 262\.2 kB free for the download in .*, found 1\.0 kB"
     ):
         fetched(hub, tmp_path)
+    # What came of the config, and more than it is long, is no room for the weights.
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/.cfg.json.part").write_bytes(bytes(10**5))
+    with pytest.raises(InputError, match=r"expected 262\.1 kB free"):
+        fetched(hub, tmp_path)
     assert hub.requests("GET", "/storage/") == []
 
 

@@ -314,7 +314,7 @@ def fetching(repo: str, commit: str, files: Sequence[HubFile], folder: Path) -> 
     came, and the next call goes on from there.
     """
     targets = [(folder / check_path(file.path), file) for file in files]
-    needed = sum(f.n_bytes - _size(_part(t)) for t, f in targets if not _is_whole(t, f))
+    needed = sum(max(f.n_bytes - _size(_part(t)), 0) for t, f in targets if not _is_whole(t, f))
     if needed > (free := free_bytes(folder)):
         raise InputError(
             f"expected {readable(needed)} free for the download in {folder}, found "

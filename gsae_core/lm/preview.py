@@ -33,7 +33,7 @@ class Preview(NamedTuple):
 
 
 def preview(data: DataConfig, model: str, revision: str | None = None) -> Preview:
-    """Return the first lines of a corpus as `model` tokenises it; InputError if it cannot."""
+    """Return the first lines of a corpus as `model` reads it; InputError if one is unreadable."""
     tokenizer = load_tokenizer(model, revision)
     source = open_source(data, tokenizer.get_vocab_size())
     parts = list(islice(source.train(), LINES))

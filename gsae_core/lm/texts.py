@@ -61,7 +61,7 @@ def in_sequence(raw: Sequence[str]) -> list[str]:
 
 def _first_character(data: bytes) -> tuple[str, int]:
     """Return the character that bytes begin with, and of how many it is made."""
-    size = 1 + sum(data[0] >= least for least in (0xC0, 0xE0, 0xF0))
+    size = 1 + (data[0] >= 0xC0) + (data[0] >= 0xE0) + (data[0] >= 0xF0)
     try:
         return data[:size].decode(), size
     except UnicodeDecodeError as error:

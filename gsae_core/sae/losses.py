@@ -161,10 +161,10 @@ def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = 
     sae.zero_grad(set_to_none=True)
     out = loss_of(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     out.loss.total.backward()
-    fired, x_hat_gate = (out.f > 0).sum(0), out.x_hat_aux
+    fired = (out.f > 0).sum(0)
     gate_open = None if out.pi_gate is None else (out.pi_gate > 0).sum(0)
     stats = stats_from_counts(
-        x=x, x_hat=out.x_hat, x_hat_gate=x_hat_gate, fired=fired, gate_open=gate_open
+        x=x, x_hat=out.x_hat, x_hat_gate=out.x_hat_aux, fired=fired, gate_open=gate_open
     )
     terms = LossParts(*(term.detach() for term in out.loss))
     return StepResult(loss=terms, stats=stats, n_entries=stats.opened.sum() + out.n_spare)

@@ -60,9 +60,9 @@ def stats_from_counts(
     error = x - x_hat
     rows = [(exact * exact).sum(1), _row_dot(x_hat, x_hat), _row_dot(x, x_hat)]
     rows.append(_row_dot(error, error))
-    if x_hat_gate is not None:
+    if aux := x_hat_gate is not None:
         rows += [_row_dot(x_hat_gate, x_hat_gate), _row_dot(x, x_hat_gate)]
-    x_sum, row_sums, aux = exact.sum(0), torch.stack(rows, 1), x_hat_gate is not None
+    x_sum, row_sums = exact.sum(0), torch.stack(rows, 1)
     return stats_from_rows(
         x_sum=x_sum, row_sums=row_sums, fired=fired, gate_open=gate_open, aux=aux
     )

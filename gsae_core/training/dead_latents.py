@@ -125,7 +125,7 @@ class DeadCounts(NamedTuple):
 
 
 class DeadLatentCounter:
-    """Steps since each latent fired and its gate opened; dead are those silent for `window`."""
+    """Steps since each latent fired and its gate opened; silent for `window` steps, it is dead."""
 
     def __init__(self, sae: SAE, *, window: int) -> None:
         self._window = window

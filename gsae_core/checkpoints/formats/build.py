@@ -93,7 +93,7 @@ def build(weights: Weights, path: Path) -> SAE:
 
 
 def _shift_input_(tensors: Tensors, by: Float[Tensor, " d_in"]) -> None:
-    """Make the encoder read its input plus `by`: biases take up by @ W."""
+    """Make the encoder read its input plus `by`: (x + by) @ W + b = x @ W + (b + by @ W)."""
     shift = by @ tensors["W_enc"]
     if "b_enc" in tensors:
         tensors["b_enc"] = tensors["b_enc"] + shift

@@ -192,7 +192,8 @@ def write_sae(
 
 def check_parity(found: Parity) -> None:
     """Raise InputError unless the two SAEs that were compared agree."""
-    if not found.largest <= LARGEST_DIFFERENCE:
+    # Each by itself: of 0 and NaN, max() takes 0.
+    if not all(each <= LARGEST_DIFFERENCE for each in (found.latents, found.reconstructions)):
         raise InputError(
             f"expected the written files to compute the same within {LARGEST_DIFFERENCE:g}, found "
             f"{found.sentence}; nothing was written"

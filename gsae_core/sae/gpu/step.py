@@ -195,7 +195,8 @@ class Kernels(Loops):
         gate = xc.new_empty(capacity)
         magnitude = xc.new_empty(capacity) if gated or jumps else gate
         # Entries were dropped upon overflow. With none left, later kernels read nothing stale.
-        codes = SparseCodes(row_cells[::latent_tiles] * fits, ints(capacity), gate, magnitude)
+        offsets = row_cells[::latent_tiles] * fits
+        codes = SparseCodes(offsets, ints(capacity), gate=gate, magnitude=magnitude)
         offsets = latent_cells[::row_tiles] * fits
         entries = ByLatent(offsets, order=ints(capacity), row=ints(capacity))
         found = (product, local, *tiles, row_cells, latent_cells, fits)

@@ -262,7 +262,7 @@ def sum_entries(offsets, order, value, out):
 
 @compiled
 def _cut(latent, value, n, k):
-    """Move the k largest of n entries, of equals the earlier, to the front; return the least."""
+    """Move the k largest of n, of equals the earlier, to the front, in order; return the least."""
     least = np.partition(value[:n], n - k)[n - k]
     equals = k
     for e in range(n):

@@ -182,9 +182,9 @@ def take_step(
     sparsity = slope * sums.fired.sum().to(x.dtype) if jumps else sums.l1_term(sae, slope)
     parts = LossParts(decoded.mean(ERROR_POWER), sparsity, decoded.mean(AUX_ERROR_POWER))
     gate_open = sums.gate_open if isinstance(sae, GatedSAE) else None
-    x_sum, row_sums, aux = column_sums(x), decoded.row_sums, decoded.aux_slope is not None
+    x_sum, aux = column_sums(x), decoded.aux_slope is not None
     stats = stats_from_rows(
-        x_sum=x_sum, row_sums=row_sums, fired=sums.fired, gate_open=gate_open, aux=aux
+        x_sum=x_sum, row_sums=decoded.row_sums, fired=sums.fired, gate_open=gate_open, aux=aux
     )
     return StepResult(parts, stats, active.n_entries, active.n_candidates, active.overflowed)
 
