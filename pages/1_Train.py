@@ -1,4 +1,7 @@
-"""Train: choose a model, a hook point and a sweep; see what it takes; start it."""
+"""Train: choose a model, a hook point and a sweep; see what it takes; start it.
+
+Each widget of the form is a flag of `train`, and its value is in the address.
+"""
 
 import secrets
 from collections.abc import Container, Sequence

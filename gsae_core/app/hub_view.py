@@ -287,8 +287,9 @@ def library(frame: shell.Frame) -> None:
     chosen = left.selectbox(
         "Delete a run", list(by_id), index=None, key="hub.doomed", placeholder="choose one"
     )
-    looks: Any = {"icon": ":material/delete:", "width": "stretch"}
-    if right.button("Delete", key="hub.delete", disabled=chosen is None, **looks) and chosen:
+    icon, none = ":material/delete:", chosen is None
+    pressed = right.button("Delete", icon=icon, key="hub.delete", width="stretch", disabled=none)
+    if pressed and chosen is not None:
         confirm_delete(by_id[chosen])
 
 

@@ -257,9 +257,9 @@ def figure_tools(
 ) -> None:
     """Draw the button under a figure that explains it, tables it, and copies its link.
 
-    `frame` is what the figure draws, or what returns it: what the popover holds is made when it is
-    opened, for nine figures a second cost nine buttons. Each `name` is once a page, and `about`
-    says what the figure's numbers mean.
+    `frame` is what the figure draws, a column for each axis, in its own units; or what returns it:
+    what the popover holds is made when it is opened, for nine figures a second cost nine buttons.
+    `name`, once a page, is the key of its widgets; `about` is from the glossary.
     """
     tools = st.popover(
         "Data",

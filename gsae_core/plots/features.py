@@ -193,6 +193,7 @@ def _plane_spec(colour: str, red: str) -> dict[str, Any]:
         return chart.encode(x.field(across), y.field(up))
 
     def words(chosen: str, across: str, up: str, inwards: int, **corner: Any) -> alt.Chart:
+        """Return the words of the chosen regions, in an outer corner: top left, or bottom right."""
         chart = rows("region", across, up).transform_filter(f"datum.region {chosen}")
         chart = chart.mark_text(fontSize=11, dx=inwards, dy=inwards, color=NEUTRAL, **corner)
         return chart.encode(alt.Text("label:N"))
