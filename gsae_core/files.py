@@ -257,7 +257,10 @@ class Lines(NamedTuple):
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, whole and on the disk before this returns; others may append meanwhile."""
+    """Append a row, whole and on the disk before this returns; others may append meanwhile.
+
+    InputError: as `writing`, or if the folder is gone.
+    """
     data = encoded([row])
     with (
         writing(path, len(data)),

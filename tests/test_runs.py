@@ -99,7 +99,10 @@ def test_an_empty_folder_is_taken_and_one_with_other_files_or_a_file_refused(
     assert refusal(Run.create, folder, CONFIG) == (
         f"expected a new or empty folder for the run, found other files in {folder}"
     )
-    for path in (folder / "chapter.tex", folder / "chapter.tex" / "run"):
+    # A link whose disk is not mounted, say.
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    places = (folder / "chapter.tex", tmp_path / "link", Path(os.devnull))
+    for path in [*places, *(place / "run" for place in places)]:
         said = refusal(Run.create, path, CONFIG)
         assert said == f"expected a folder for the run, found a file at {path}"
 

@@ -230,6 +230,20 @@ def test_equal_logits_and_one_seed_give_equal_texts(
     assert again == both["default"]
 
 
+def test_a_token_is_drawn_when_it_is_asked_for(
+    tiny_lm: LanguageModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gsae_core.analysis import generation
+
+    drawn = iter([7, 8, 9, 7, 0])
+    monkeypatch.setattr(generation, "draw", lambda *_args, **_kwargs: next(drawn))
+    both = {"a": None, "b": None}
+    stream = side_by_side(tiny_lm, prompt, both, sampling=Sampling(2), **PLACE)
+    assert next(stream) == ("a", 7)
+    assert next(drawn) == 8  # not drawn for b yet: others may use the model before it
+    assert list(stream) == [("b", 9), ("a", 7), ("b", 0)]
+
+
 def test_temperature_zero_takes_the_likeliest_token(tiny_lm: LanguageModel, prompt: Prompt) -> None:
     greedy = Sampling(3, 0.0, seed=5)
     tokens = list(continuation(tiny_lm, prompt, None, sampling=greedy, **PLACE))

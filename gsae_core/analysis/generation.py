@@ -1,7 +1,6 @@
 """How a language model goes on from a prompt, by itself and steered, under one sampling noise."""
 
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
 from typing import NamedTuple
 
 import pandas as pd
@@ -103,13 +102,17 @@ def side_by_side(
     sampling: Sampling,
 ) -> Iterator[tuple[str, int]]:
     """Yield (name, new token) of several continuations in step, each ending in its own time."""
-    going = [
-        continuation(model, prompt, steering, layer=layer, site=site, sampling=sampling)
-        for steering in steerings.values()
-    ]
-    for tokens in zip_longest(*going):
-        for name, token in zip(steerings, tokens, strict=True):
-            if token is not None:
+    going = {
+        name: continuation(model, prompt, steering, layer=layer, site=site, sampling=sampling)
+        for name, steering in steerings.items()
+    }
+    while going:
+        # None is drawn before it is asked for: others may use the model between any two.
+        for name, tokens in list(going.items()):
+            token = next(tokens, None)
+            if token is None:
+                del going[name]
+            else:
                 yield name, token
 
 

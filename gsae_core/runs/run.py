@@ -253,7 +253,8 @@ def check_run_id(run_id: str) -> str:
 def new_run_folder(root: Path, name: str) -> Path:
     """Return the folder that a new run of this name will have; refuse one that holds anything."""
     folder = root / check_run_id(name)
-    if any(place.is_file() for place in (folder, *folder.parents)):
+    # Devices and links that lead nowhere among them: they can hold no folder either.
+    if any(os.path.lexists(place) and not place.is_dir() for place in (folder, *folder.parents)):
         raise InputError(f"expected a folder for the run, found a file at {folder}")
     if (folder / "config.json").exists():
         raise InputError(
