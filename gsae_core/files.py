@@ -257,10 +257,7 @@ class Lines(NamedTuple):
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, whole and on the disk before this returns; others may append meanwhile.
-
-    InputError: as `writing`, or if the folder is gone.
-    """
+    """Append a row, whole and on the disk on return; others may too. InputError: as `writing`."""
     data = encoded([row])
     with (
         writing(path, len(data)),
