@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "saes/{sae}/sae_weights.safetensors"
 INDEX = "features/{sae}/manifest.json"
+MAY_BE_DAMAGED = ("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")
 PATIENCE = 20.0  # seconds that a visitor waits for a language model that others use
 MOST_NUMBERS = 2**24  # of held-out activations that scales are measured on: 64 MB
 HEADROOM = 1.3  # of a model's weights: what a pass and the loading itself take besides
@@ -59,15 +60,15 @@ def until_changed(*files: str) -> Any:
 
 def kept(*files: str, most: int = 512) -> Callable[[OfRun], OfRun]:
     """Return a decorator that keeps what a function of a run returns until a file changes."""
-    keep: Any = st.cache_data(
-        max_entries=most, show_spinner=False, hash_funcs=until_changed(*files)
-    )
+    keys = until_changed(*files)
+    keep: Any = st.cache_data(max_entries=most, show_spinner=False, hash_funcs=keys)
     return keep
 
 
-feature_stats = kept("saes/{sae}/feature_stats.safetensors", most=64)(Run.feature_stats)
-deciles = kept("saes/{sae}/norm_deciles.json")(Run.norm_deciles)
-damages = kept("evals.json", "samples.json", "events.jsonl", "saes/{sae}/cfg.json")(Run.damages)
+Table = Callable[[Run, str], pd.DataFrame]
+feature_stats: Table = kept("saes/{sae}/feature_stats.safetensors", most=64)(Run.feature_stats)
+deciles: Table = kept("saes/{sae}/norm_deciles.json")(Run.norm_deciles)
+damages: Callable[[Run], list[str]] = kept(*MAY_BE_DAMAGED)(Run.damages)
 
 
 @kept("evals.json")

@@ -45,18 +45,18 @@ def _clickable(name: str, html: str) -> Callable[..., None]:
     return draw
 
 
-block_diagram = _clickable("block-diagram", '<div class="block"></div>')
+block_diagram: Callable[..., None] = _clickable("block-diagram", '<div class="block"></div>')
 """The transformer block, in which one clicks the `site` to read at, and the row of `n_layers`.
 
 Its data are also `layer`, `about` (what each site is), and whether attention and MLP both read what
 enters the block (`parallel`, as in GPT-NeoX). With 0 layers, not known, there is no row of them.
 """
-token_picker = _clickable("token-picker", '<div class="picker"></div>')
+token_picker: Callable[..., None] = _clickable("token-picker", '<div class="picker"></div>')
 """A text's `tokens`, as `prompt_view.cells` returns them, of which one, by its index, is `picked`.
 
 With `two` SAEs there are lines under them.
 """
-feature_links = _clickable("feature-links", '<ul class="links"></ul>')
+feature_links: Callable[..., None] = _clickable("feature-links", '<ul class="links"></ul>')
 """Features to go to, under a `label`.
 
 Each of the `rows` has its `feature`, its `text` (what it fires on, or its label), how near it is as
