@@ -275,10 +275,12 @@ def _draw_matches(figure: go.Figure, matched: MatchedRatio) -> None:
     )
 
 
-def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str) -> str:
+def pareto_svg(
+    rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], title: str
+) -> str | None:
     """Return L0 against loss recovered, a frontier for each architecture, rings on those chosen.
 
-    Rows of evals.json without both numbers, L0 above 0, are left out; ValueError if all are.
+    Rows of evals.json without both numbers, L0 above 0, are left out; None if all are.
     """
     # The pages' figures are Plotly's; this one is a picture in a file.
     with extra("app"):
@@ -289,7 +291,7 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]], *, chosen: Sequence[str], titl
     frame = pd.DataFrame(list(rows), columns=["name", "architecture", *numbers]).astype(numbers)
     frame = placed(frame, "l0", "loss_recovered")
     if frame.empty:
-        raise ValueError("expected an SAE with an L0 above 0 and a loss recovered, got none")
+        return None
     frame = frame.assign(kind=[LOOKS[each].label for each in frame["architecture"]])
     edges = pd.concat([best(of_architecture(frame, kind), "loss_recovered") for kind in LOOKS])
     looks = [look for kind, look in LOOKS.items() if kind in set(frame["architecture"])]

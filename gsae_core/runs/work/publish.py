@@ -270,13 +270,8 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     config, evals = run.config, run.evals()
     saes = [spec for spec in config.saes if spec.name in names]
     measured = [row for row in evals if row["name"] in names]
-    files = {}
-    try:
-        files[FIGURE] = pareto_svg(evals, chosen=names, title=run.id)
-    except InputError:  # What draws it is not installed.
-        raise
-    except ValueError:
-        pass  # Nothing measured may have a place in the plane.
+    figure = pareto_svg(evals, chosen=names, title=run.id)
+    files = {} if figure is None else {FIGURE: figure}
     notes = []
     if worse := worse_than_mean({row["name"]: row["fvu"] for row in measured}):
         notes.append(_text(worse))
