@@ -81,7 +81,8 @@ def ground(
 def interrupt(process: subprocess.Popen[str], run: Path) -> None:
     """Press Ctrl-C once training has begun."""
     while process.poll() is None:
-        if (run / "status.json").exists() and Run.open(run).status.step > 0:
+        # The config is written last: with it, the folder is a run.
+        if (run / "config.json").exists() and Run.open(run).status.step > 0:
             process.send_signal(signal.SIGINT)
             return
         time.sleep(0.1)
