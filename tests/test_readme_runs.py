@@ -24,7 +24,8 @@ from test_readme import README
 from gsae_core.cli.main import INTERRUPTED
 from gsae_core.runs.run import Run, example_run
 
-pytestmark = pytest.mark.slow
+# Some thirty processes, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALLER = {
     "--preset quick": "--preset quick --tokens 60_000 --batch-size 64 --width 64 "

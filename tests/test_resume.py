@@ -1,6 +1,7 @@
 """Interrupted anywhere and resumed, a run ends with the bits of one that was left alone."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,15 @@ from gsae_core.text import Progress
 STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "saved_every_third_step")
+
+
+@pytest.fixture
+def saved_every_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves when it is read: states are saved at the same steps on every machine."""
+    readings = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 0.004 * next(readings))  # two readings a step
+    monkeypatch.setattr("gsae_core.runs.work.train.time", clock)
 
 
 @pytest.fixture(scope="module")
