@@ -24,7 +24,7 @@ from test_readme import README
 from gsae_core.cli.main import INTERRUPTED
 from gsae_core.runs.run import Run, example_run
 
-# Some thirty processes, one after the other.
+# A dozen commands, each a process, one after the other.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALLER = {
