@@ -88,6 +88,11 @@ def killed_at(run: Run, step: int, *, stage: str = "training") -> None:
     assert run.status.state == "lost"
 
 
+def resumed(run: Run) -> list[int]:
+    """Return the steps from which a run went on."""
+    return [event["step"] for event in run.events() if event["event"] == "resumed"]
+
+
 @pytest.mark.parametrize(
     ("stage", "done"), [*(("training", step) for step in STEPS), ("evaluating", 100)]
 )
@@ -107,8 +112,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
         killed_at(run, step)
     finish(run)
     assert outcome(run) == undisturbed
-    resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
-    assert resumed == [3, 12, 21, N_STEPS]  # each killed where a state had just been saved
+    assert resumed(run) == [3, 12, 21, N_STEPS]  # each killed where a state had just been saved
     steps = [row["step"] for row in run.metrics() if row["sae"] == "relu"]
     assert steps == list(range(1, N_STEPS + 1))  # 30 steps are fewer than 300 points: all logged
 
@@ -138,18 +142,17 @@ def test_killed_while_a_file_is_written_it_ends_with_the_same_bits(
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_saves_and_says_cancelled(
-    run: Run, undisturbed: dict[str, Any], number: signal.Signals
+    run: Run, undisturbed: dict[str, Any], number: signal.Signals, tmp_path: Path
 ) -> None:
-    seen: list[str] = []
+    last = tmp_path / "last"
 
     def act(progress: Progress) -> None:
         if progress.stage == "training" and progress.done == 7:
             os.kill(os.getpid(), number)
-        seen.append(progress.stage)
-        if progress.stage == "cancelled":
-            assert progress.done == 7
+        last.write_text(f"{progress.stage} {progress.done}")
 
     assert in_a_child(run, act) == 0
+    assert last.read_text() == "cancelled 7"
     status = run.status
     assert (status.state, status.step) == ("cancelled", 7)
     assert (run.folder / "saes" / "gated" / "cfg.json").exists()  # kept, and told by its n_tokens
@@ -217,6 +220,7 @@ def test_a_power_cut_that_tears_the_log_files_costs_no_step(
         file.write(b'{"step": 16, "tok' + b"\0" * 200)
     assert Run.open(run.folder).status.state == "lost"
     finish(run)
+    assert resumed(run) == [15]
     assert outcome(run) == undisturbed
     found = run.event_lines()
     assert (found.damaged, found.torn) == (1, False)
@@ -228,6 +232,7 @@ def test_metrics_that_are_lost_cost_no_step(run: Run, undisturbed: dict[str, Any
     killed_at(run, 20)
     (run.folder / "metrics.jsonl").unlink()
     finish(run)
+    assert resumed(run) == [18]
     assert outcome(run) | {"metrics": None} == undisturbed | {"metrics": None}
 
 
