@@ -46,7 +46,8 @@ def contents_of(path: Path) -> Contents | None:
         start = file.read(9)
     if start[:4] == b"PK\x03\x04":
         return _look_into_zip(path)
-    if start[8:9] == b"{":
+    # A Parquet table (of an index, say) may happen to have the brace there too.
+    if start[8:9] == b"{" and start[:4] != b"PAR1":
         return Contents("safetensors", dict(_safetensors_shapes(path)))
     if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return Contents("bare pickle", {})  # of torch before version 1.6, or pickle itself
