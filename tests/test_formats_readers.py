@@ -405,7 +405,9 @@ def test_several_saes_are_told_apart_by_name(tmp_path: Path) -> None:
 def test_a_table_with_a_brace_where_safetensors_have_theirs_is_no_weights(tmp_path: Path) -> None:
     # After its four letters a Parquet file has bytes of any value.
     (tmp_path / "features.parquet").write_bytes(b"PAR1" + b"\x15\x04\x15\x10" + b"{" * 20)
-    with pytest.raises(InputError, match=r"expected safetensors, npz or torch files in .*, found n"):
+    with pytest.raises(
+        InputError, match=r"expected safetensors, npz or torch files in .*, found n"
+    ):
         find_saes(tmp_path)
 
 
