@@ -10,7 +10,8 @@ from torch import Tensor
 from gsae_core.analysis.features.logit_effects import extremes, logit_map
 from gsae_core.config import Site
 from gsae_core.errors import InputError
-from gsae_core.lm.model import LanguageModel, hooked
+from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.taps import hooked
 
 # Sites of the last layer whose direct path is the only one.
 ALONE: tuple[Site, ...] = ("resid_post", "mlp_out", "mlp_hidden")

@@ -29,7 +29,8 @@ from gsae_core.analysis.steering import Intervention, Steering
 from gsae_core.config import Site, hook_name
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import special_ids as tokenizers_special_ids
-from gsae_core.lm.model import LanguageModel, Replayed, hooked, model_of
+from gsae_core.lm.model import LanguageModel, model_of
+from gsae_core.lm.taps import Replayed, hooked
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 

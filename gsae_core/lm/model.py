@@ -10,39 +10,23 @@ computed (a bridge switches to eager attention and takes about twice the time an
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gsae_core.config import SITES, Site, hook_name
+from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError, is_whole
+from gsae_core.lm.bridge import bridge_blocks
 from gsae_core.lm.catalog import FAMILIES
 from gsae_core.lm.load import check_config, open_model
+from gsae_core.lm.taps import BlockSites, Tap, hooked, recording, replaying
 
 Edit = Callable[[Tensor], Tensor]
 Numerics = Literal["raw", "compatibility"]
-
-# --- Sites in the modules, and hooks that read, edit or skip them
-
-
-class Tap(NamedTuple):
-    """A tensor on its way through a module: the first input, or the (first) output."""
-
-    module: nn.Module
-    end: Literal["input", "output"]
-
-
-class BlockSites(NamedTuple):
-    """Where each site of a block is tapped."""
-
-    block: nn.Module
-    taps: Mapping[Site, Tap]
-    before: Mapping[Site, tuple[nn.Module, ...]]
-    """Modules of this block that a pass continued from the site may skip; none if absent."""
 
 
 def hf_blocks(hf: Any) -> list[BlockSites]:
@@ -68,86 +52,6 @@ def hf_blocks(hf: Any) -> list[BlockSites]:
         }
         found.append(BlockSites(block, taps, before))
     return found
-
-
-def bridge_blocks(bridge: Any) -> list[BlockSites]:
-    """Return the sites of every block of a TransformerBridge, as its own hook points name them.
-
-    A hook point is a module that passes its input through, so a plain forward hook reads it and
-    edits it in either mode of the bridge.
-    """
-    found = []
-    for layer, block in enumerate(bridge.blocks):
-        taps: dict[Site, Tap] = {}
-        for site in SITES:
-            if (point := bridge.hook_dict.get(hook_name(layer, site))) is not None:
-                taps[site] = Tap(point, "output")
-        # A bridge's hook points lie inside the modules whose output they show.
-        parts = dict(block.named_children())  # an attention-only model has no mlp
-        attn, mlp = ((parts[name],) if name in parts else () for name in ("attn", "mlp"))
-        before: dict[Site, tuple[nn.Module, ...]] = {
-            "mlp_hidden": attn,
-            "mlp_out": attn,
-            "resid_post": attn + mlp,
-        }
-        found.append(BlockSites(block, taps, before))
-    return found
-
-
-@contextmanager
-def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
-
-    def shown(value: Any) -> Any:
-        several = isinstance(value, tuple)
-        new = see(value[0] if several else value)
-        return (new, *value[1:]) if several and new is not None else new
-
-    def own(module: nn.Module, *values: Any) -> Any:
-        # A deep copy of the module, made within, keeps the hook.
-        return shown(values[-1]) if module is tap.module else None
-
-    module, of_input = tap.module, tap.end == "input"
-    register = module.register_forward_pre_hook if of_input else module.register_forward_hook
-    with register(own):
-        yield
-
-
-@contextmanager
-def recording(modules: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Any]]:
-    """Within, the yielded dict fills with what each module returned last."""
-    outputs: dict[nn.Module, Any] = {}
-    with ExitStack() as hooks:
-        for module in modules:
-            keep = module.register_forward_hook(lambda m, _args, out: outputs.update({m: out}))
-            hooks.enter_context(keep)
-        yield outputs
-
-
-class Replayed(NamedTuple):
-    """A module's `forward` that returns a recorded output."""
-
-    output: Any
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return self.output
-
-
-@contextmanager
-def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Within, each module returns its recorded output and computes nothing; its hooks still run."""
-    own = {module: vars(module).get("forward") for module in outputs}
-    try:
-        for module, output in outputs.items():
-            # Through __dict__: a bridge's __setattr__ would pass it on to the module it wraps.
-            vars(module)["forward"] = Replayed(output)
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = forward
 
 
 class PassLock:
