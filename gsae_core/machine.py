@@ -78,16 +78,16 @@ def run_python(*arguments: str, seconds: float | int, given: str = "") -> tuple[
 def slot_of(device: str) -> str:
     """Return the name of the slot a config's device means on this machine, e.g. `cuda-0`.
 
-    Asked without torch, which takes seconds and hundreds of MB for a process that only waits.
+    Of a device that is not here, `auto`'s takes the place. Asked without torch, which takes seconds
+    and hundreds of MB for a process that only waits.
     """
-    if device == "auto":
-        device = "cuda" if _visible_gpus() else "mps" if _is_apple() else "cpu"
     kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return kind
     visible, number = _visible_gpus(), int(index) if index.isdecimal() else 0
+    here = {"cpu": True, "mps": _is_apple(), "cuda": number < len(visible)}
+    if not here.get(kind):
+        kind, number = "cuda" if visible else "mps" if here["mps"] else "cpu", 0
     # CUDA_VISIBLE_DEVICES renumbers devices: cuda:0 of one shell may be cuda:1 of another.
-    return f"cuda-{visible[number] if number < len(visible) else number}"
+    return f"cuda-{visible[number]}" if kind == "cuda" else kind
 
 
 def _visible_gpus() -> list[str]:

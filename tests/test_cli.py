@@ -189,7 +189,7 @@ def interruption(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Press Ctrl-C after the third step of whatever is trained inside."""
     real = train.train_and_evaluate
 
-    def interrupted(run: Run) -> Iterator[Progress]:
+    def interrupted(run: Run, **_: object) -> Iterator[Progress]:
         with contextlib.closing(real(run)) as steps:  # pyright: ignore
             for progress in steps:
                 yield progress

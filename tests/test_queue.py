@@ -109,14 +109,15 @@ def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
     ("device", "visible", "slot"),
     [
         ("cpu", None, "cpu"),
-        ("mps", None, "mps"),
+        ("mps", None, "cuda-0"),  # of another machine
         ("auto", None, "cuda-0"),
         ("cuda", None, "cuda-0"),
         ("cuda:1", None, "cuda-1"),
         ("cuda:0", "1,0", "cuda-1"),  # CUDA numbers what it is shown
         ("auto", "", "cpu"),
         ("auto", "-1", "cpu"),
-        ("cuda:7", None, "cuda-7"),  # not here: told later, by what loads the model
+        ("cuda:7", None, "cuda-0"),
+        ("cuda", "", "cpu"),
     ],
 )
 def test_a_slot_is_the_device_that_a_config_means_here(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -119,6 +120,14 @@ _Plain = arg(help_behavior_hint="")
 _Run = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
 _Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
 _Number = Annotated[int | None, _Plain, arg(metavar="INT")]
+_Device = Annotated[
+    str | None,
+    arg(
+        help="Where to work; without it the run's device, or what this machine has in its place.",
+        help_behavior_hint="",
+        metavar="NAME",
+    ),
+]
 _Site = Annotated[Site | None, _Plain, arg(metavar=choices(Site))]
 _Switch = Annotated[FlagCreatePairsOff[bool], _Plain]
 _Format = Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"]
@@ -139,26 +148,35 @@ def train(flags: Train) -> None:
         raise
 
 
-def resume(run: _Run) -> None:
+def resume(run: _Run, device: _Device = None) -> None:
     """Go on with a run that was interrupted or never started, from its last saved state."""
     if transfer.is_transfer(run):
         _carry_out(transfer.Transfer(run.absolute()))
     else:
-        _work(Run.open(run))
+        _work(Run.open(run), device=_checked(device))
 
 
-def _work(run: Run) -> None:
+def _checked(device: str | None) -> str | None:
+    """Return a device asked for; InputError, before anything is begun, if it is not here."""
+    if device is not None:
+        from gsae_core.runs.plan.cost import resolve_device
+
+        resolve_device(device)
+    return device
+
+
+def _work(run: Run, *, device: str | None = None) -> None:
     """Train a run once its device is free, to its end or to where it is interrupted."""
 
     def work() -> Iterator[Progress]:
         # After the wait: what is imported here fills memory.
         from gsae_core.runs.work.train import train_and_evaluate
 
-        yield from train_and_evaluate(run)
+        yield from train_and_evaluate(run, device=device)
 
     stage = "cancelled"
     with _unexpected(run), contextlib.suppress(KeyboardInterrupt):
-        steps = perform(run, work(), slot=slot_of(run.config.device))
+        steps = perform(run, work(), slot=slot_of(device or run.config.device))
         # Not before the text has been read: what is wrong with it is then said alone.
         stage = _follow(steps, before_training=shortfalls(run.config.train))
     if stage != "finished":
@@ -172,6 +190,7 @@ def evaluate(
     run: _Run,
     tokens: _Number = None,
     replace: Annotated[Positions | None, _Plain, arg(metavar=choices(Positions))] = None,
+    device: _Device = None,
 ) -> None:
     """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew.
 
@@ -188,7 +207,7 @@ def evaluate(
     if tokens is not None:
         validated(EvalConfig, {"n_tokens": tokens}, {"n_tokens": "--tokens"})
     with _unexpected(opened, log=True):
-        _follow(evaluate_run(opened, n_tokens=tokens, replace=replace))
+        _follow(evaluate_run(opened, n_tokens=tokens, replace=replace, device=device))
     show(*report.run_report(opened))
 
 
@@ -197,6 +216,7 @@ def index(
     sae: _Name = None,
     tokens: _Number = None,
     split: Annotated[IndexSplit | None, _Plain, arg(metavar=choices(IndexSplit))] = None,
+    device: _Device = None,
 ) -> None:
     """Build the feature index of a run's SAEs: where each feature fires, and what it writes.
 
@@ -208,11 +228,12 @@ def index(
         tokens: Tokens to read, masked positions left out, or as many as the text has.
         split: Which of the text to read.
     """
-    opened = Run.open(run)
+    opened, device = Run.open(run), _checked(device)
     for name in [sae] if sae else [spec.name for spec in opened.config.saes]:
         folder = index_folder(opened, name)
         with _unexpected(Job(folder)):
-            stage = _follow(index_run(opened, name, n_tokens=tokens, split=split))
+            steps = index_run(opened, name, n_tokens=tokens, split=split, device=device)
+            stage = _follow(steps)
         if stage != "finished":
             again = f"{PROGRAM} index {opened.folder} --sae {name}"
             raise Ended(INTERRUPTED, f"stopped; go on with: {again}")
@@ -456,8 +477,9 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
     `before_training` are sentences to say before the bar of that stage.
     """
     stage, bar = "", None
+    warnings = _Warnings(logging.WARNING)
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
-    with contextlib.closing(progress), contextlib.ExitStack() as bars:  # pyright: ignore
+    with contextlib.closing(progress), contextlib.ExitStack() as bars, warnings:  # pyright: ignore
         for now in progress:
             if now.stage != stage:
                 bars.close()
@@ -475,6 +497,21 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
             if bar is not None and bar.update(now.done - bar.n) and now.report is not None:
                 bar.set_postfix_str(_glance(now.report))
     return stage
+
+
+class _Warnings(logging.Handler):
+    """Says what setting up a run or an evaluation warns of, which a worker's log alone would."""
+
+    _logger = logging.getLogger("gsae_core.runs.work.setup")
+
+    def __enter__(self) -> None:
+        self._logger.addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def _bar(now: Progress) -> "tqdm[NoReturn]":
@@ -558,7 +595,7 @@ def label(
         say(f"{n} of {len(numbers)} features have a label, which stays; --again asks anew")
     if not asked:
         return 0
-    writer = RemoteWriter(with_) if remote else _local(with_, device or opened.config.device)
+    writer = RemoteWriter(with_) if remote else _local(with_, opened.config.device, device)
     by = None if score == "none" else score
     say(_announcement(index, writer, len(asked), scored=by is not None))
     return _label(index, writer, asked, by=by, again=again)
@@ -640,11 +677,11 @@ def _chosen(index: "FeatureIndex", features: tuple[int, ...], most: int | None) 
     return [int(number) for number in order if fired[number]]
 
 
-def _local(name: str, device: str) -> "LocalWriter":
+def _local(name: str, named: str, asked: str | None) -> "LocalWriter":
     """Return a model on this machine; nothing is fetched."""
     from gsae_core.analysis.autointerp import LocalWriter
     from gsae_core.lm.catalog import cached_models, model_folder
-    from gsae_core.runs.plan.cost import resolve_device
+    from gsae_core.runs.plan.cost import device_here, resolve_device
 
     folder = model_folder(name) or cached_models().get(name)
     if folder is None:
@@ -654,7 +691,8 @@ def _local(name: str, device: str) -> "LocalWriter":
         )
     say(f"loading {name}")
     called = Path(name).name if model_folder(name) else name
-    return LocalWriter(str(folder), device=str(resolve_device(device)), name=called)
+    device = str(resolve_device(device_here(named, asked)))
+    return LocalWriter(str(folder), device=device, name=called)
 
 
 def _announcement(

@@ -110,6 +110,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_here(named: str, asked: str | None = None) -> str:
+    """Return the device to work on: the one `asked` for, else `named` by a run if it is here.
+
+    A run may come from another machine: where this one lacks its device, `auto` takes its place.
+    """
+    try:
+        resolve_device(asked or named)
+    except InputError:
+        if asked is not None:
+            raise
+        return "auto"
+    return asked or named
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device, by its own account."""
     if device.type == "cuda":

@@ -85,12 +85,18 @@ def request(job: Job) -> Request:
 
 
 def index_run(
-    run: Run, name: str, *, n_tokens: int | None = None, split: IndexSplit | None = None
+    run: Run,
+    name: str,
+    *,
+    n_tokens: int | None = None,
+    split: IndexSplit | None = None,
+    device: str | None = None,
 ) -> Iterator[Progress]:
     """Build the feature index of one SAE of a run, from where it stands, and yield progress.
 
     A request to stop (`worker.perform`) ends it after the shard; started again it goes on with
-    what was asked for last, where nothing else is.
+    what was asked for last, where nothing else is. `device`: None takes the run's, or what this
+    machine has in its place.
     """
     job, worker = _asked(run, name, n_tokens, split)
     if worker not in (None, os.getpid()):  # this one, if it was started for it
@@ -98,15 +104,17 @@ def index_run(
             f"expected no process to be building the index of {name!r}, got process {worker}, "
             "which is; wait for it, or cancel it first"
         )
-    return perform(job, _build(run, name, job), slot=slot_of(run.config.device), of=run.folder)
+    slot = slot_of(device or run.config.device)
+    return perform(job, _build(run, name, job, device), slot=slot, of=run.folder)
 
 
-def _build(run: Run, name: str, job: Job) -> Iterator[Progress]:
+def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
-    from gsae_core.runs.work.setup import check_held_out, load_lm, load_text
+    from gsae_core.runs.work.setup import check_held_out, load_lm, load_text, on_device
 
     yield Progress("loading", 0, 0)
+    run = on_device(run, device)
     cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)

@@ -1,7 +1,9 @@
 """The parts of a run, made from its config: model, text, stream of activations, SAEs, trainer."""
 
 import copy
-from typing import NamedTuple
+import dataclasses
+import logging
+from typing import Any, NamedTuple
 
 from gsae_core.checkpoints.checkpoint import save_sae
 from gsae_core.config import RunConfig, TrainConfig
@@ -11,11 +13,14 @@ from gsae_core.lm.corpus import Corpus, load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
-from gsae_core.runs.plan.cost import check_memory, resolve_device, state_bytes
+from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
 from gsae_core.training.trainer import Trainer
+
+# The command line says its warnings.
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class RunSetup(NamedTuple):
@@ -32,8 +37,13 @@ class RunSetup(NamedTuple):
 
 def set_up(run: Run) -> RunSetup:
     """Return the parts of a run, none of which has begun; refuse too little memory or disk."""
-    cfg = run.config
+    cfg, before = run.config, _last_set_up(run)
     model = load_lm(cfg)
+    if before and before["device"].partition(":")[0] != model.device.type:
+        log.warning(
+            f"the run was set up on {before['device']} before and goes on on {model.device}: the "
+            "same data in the same order, numbers that differ by rounding"
+        )
     d_in = model.width(cfg.model.site)
     chunk_vectors = default_chunk_vectors(d_in, cfg.train.n_steps * cfg.train.batch_size)
     check_memory(cfg, d_in, model.device, chunk_vectors=chunk_vectors)
@@ -83,6 +93,28 @@ def set_up(run: Run) -> RunSetup:
     return RunSetup(model, corpus, stream, Trainer(saes, train_cfg), sparsity, {})
 
 
+def on_device(run: Run, asked: str | None = None) -> Run:
+    """Return a run with the device that this machine works on it with.
+
+    It is the one `asked` for (InputError where this machine lacks it) or the run's own; of a run
+    that began on another machine, `auto` where this one lacks that: the log and an event say so.
+    """
+    own = run.config.device
+    if asked is None and run.config.imported is None and _last_set_up(run) is None:
+        return run
+    device = device_here(own, asked)
+    if device == own:
+        return run
+    if asked is None:
+        found = str(resolve_device(device))
+        log.warning(
+            f"the run was made with --device {own}, which this machine lacks: {found} takes its "
+            "place; --device names another"
+        )
+        run.add_event("other device", device=found, named=own)
+    return dataclasses.replace(run, config=run.config.model_copy(update={"device": device}))
+
+
 def load_lm(cfg: RunConfig) -> LanguageModel:
     """Return the run's language model; InputError if it lacks the run's layer or site."""
     device = resolve_device(cfg.device)
@@ -124,10 +156,8 @@ def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
 
 def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> None:
     """Refuse other text than the run last read for training."""
-    before = [event for event in run.events() if event["event"] == "set up"]
-    if not before:
+    if (noted := _last_set_up(run)) is None:
         return
-    noted = before[-1]
     # Older versions noted the tokens alone.
     now = {} if part else {"n_train_tokens": corpus.train.n_tokens, "text_digest": corpus.digest}
     same = all(noted.get(name, value) == value for name, value in now.items())
@@ -139,6 +169,11 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
             f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "
             f"it in another way; {so}"
         )
+
+
+def _last_set_up(run: Run) -> dict[str, Any] | None:
+    """Return what a run noted when it was last set up to train; None if it never was."""
+    return next((event for event in run.events()[::-1] if event["event"] == "set up"), None)
 
 
 def _harvest(cfg: RunConfig, model: LanguageModel, corpus: Corpus) -> Harvest:

@@ -35,6 +35,7 @@ from gsae_core.runs.work.setup import (
     check_held_out,
     load_lm,
     load_text,
+    on_device,
     save_saes,
     set_up,
 )
@@ -46,19 +47,22 @@ from gsae_core.training.trainer import StepReport, train
 LOGGED_POINTS = 300
 
 
-def train_run(run: Run) -> Iterator[Progress]:
+def train_run(run: Run, *, device: str | None = None) -> Iterator[Progress]:
     """Train a run from where it stands, evaluate it, and yield progress; files tell the rest.
 
     A run whose device trains another one waits for its turn. A request to stop, or closing this
     iterator, ends it after the step, saved, in state `cancelled`. An `InputError` while iterating
-    is said in status.json too.
+    is said in status.json too. `device`: None takes the run's; of a run that began on another
+    machine, what this one has in its place.
     """
-    return perform(run, train_and_evaluate(run), slot=slot_of(run.config.device))
+    slot = slot_of(device or run.config.device)
+    return perform(run, train_and_evaluate(run, device=device), slot=slot)
 
 
-def train_and_evaluate(run: Run) -> Iterator[Progress]:
+def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progress]:
     """Do what `train_run` does, held by a worker whose device is free."""
     yield Progress("loading", 0, 0)
+    run = on_device(run, device)
     with _sentences_about_memory(), contextlib.closing(Mirror(run)) as mirror:
         setup = set_up(run)
         try:
@@ -219,11 +223,16 @@ def _rows(cfg: RunConfig, report: StepReport, seconds: dict[str, float]) -> list
 
 
 def evaluate_run(
-    run: Run, *, n_tokens: int | None = None, replace: Positions | None = None
+    run: Run,
+    *,
+    n_tokens: int | None = None,
+    replace: Positions | None = None,
+    device: str | None = None,
 ) -> Iterator[Progress]:
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
-    `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run.
+    `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run, and its device, or
+    what this machine has in its place.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
     with (
@@ -238,6 +247,7 @@ def evaluate_run(
             update={name: value for name, value in asked.items() if value is not None}
         )
         yield Progress("loading", 0, 0)
+        run = on_device(run, device)
         model = load_lm(run.config)
         corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
         check_held_out(run, corpus)
