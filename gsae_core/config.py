@@ -70,6 +70,9 @@ Positions = Literal["counted", "all"]
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+NO_MODEL = "none"
+"""Name of the language model of vectors from elsewhere, of which none is known."""
+
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out")
 
@@ -94,8 +97,11 @@ class ModelConfig(Config):
 
     @property
     def hook_name(self) -> str:
-        """The site under TransformerLens' name, e.g. `blocks.2.hook_resid_post`."""
-        return hook_name(self.layer, self.site)
+        """The site under TransformerLens' name, e.g. `blocks.2.hook_resid_post`.
+
+        Of vectors from elsewhere, which have none, `vectors`.
+        """
+        return "vectors" if self.name == NO_MODEL else hook_name(self.layer, self.site)
 
 
 def hook_name(layer: int, site: Site) -> str:
@@ -367,6 +373,10 @@ class RunConfig(Config):
     checkpoint_minutes: PositiveFloat = 2.0
     """Wall-clock minutes between resumable states."""
 
+    activations: Annotated[str | None, Field(exclude_if=lambda folder: folder is None)] = None
+    """Folder of vectors to train on, in place of a language model and a text: what `harvest` wrote,
+    or `.safetensors`, `.npy` or `.parquet` files of any other program."""
+
     cache_activations: bool = False
     """Write the activations to disk first, for later runs of the same model, place and text."""
 
@@ -380,6 +390,14 @@ class RunConfig(Config):
     imported: str | None = None
     """Library whose files the SAEs were read from; None for those trained here. An imported run's
     recipe says nothing of how they learnt: its `n_tokens` bounds the text that is read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vectors_are_of_no_model_unless_said(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or (folder := fields.get("activations")) is None:
+            return fields
+        unsaid = {"model": ModelConfig(name=NO_MODEL), "data": {"source": str(folder)}}
+        return unsaid | {key: value for key, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
     def _saes_can_be_told_apart_and_trained(self) -> "RunConfig":

@@ -66,7 +66,7 @@ def one_feature(sae: Opened, chosen: Chosen, other: FeatureIndex | None, base: s
 
 def dead(sae: Opened, feature: Feature) -> None:
     """Draw a feature that never fired: its weights, what it nearly fired on, who is near."""
-    text = f"It did not fire in {feature.index.n_tokens:,} tokens."
+    text = f"It did not fire in {feature.index.n_tokens:,} {feature.index.manifest.unit}s."
     notice(text, kind="info", title=f"Feature {feature.number} is dead")
     feature_view.from_weights(sae, feature.stats)
     feature_view.similar(sae, feature, alive_only=True)
@@ -85,7 +85,7 @@ def alive(sae: Opened, feature: Feature, other: FeatureIndex | None, base: str |
     like = found.feature if found is not None else None
     feature_view.examples(feature, like, name=sae.name, beside=base or "")
     st.subheader("Logit effects", anchor=False)
-    feature_view.logits(feature)
+    feature_view.logits(feature, sae.run)
     feature_view.relations(sae, feature, found, base=base, problem=problem)
     with pictures:
         feature_view.pictures(feature, frame.theme)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from gsae_core.config import Positions, Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import check_finite
+from gsae_core.lm.harvest import Harvest, check_finite
 from gsae_core.lm.model import LanguageModel, Splice
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.sae.base import SAE, Normalised, PerEntry, PerLatent, Rows
@@ -84,6 +84,7 @@ def _excess(p: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, "rows
 
 # Logits computed at a time. On a CPU they should not leave the cache for long; a GPU wants work.
 LOGITS_CPU, LOGITS_GPU = 2**22, 2**27
+VECTORS_AT_ONCE = 2**12
 TINY_GAP = 1e-6  # nats between two averages of float32 losses: less is rounding, not ablation
 
 
@@ -240,13 +241,10 @@ def evaluating(
 
     def measured(i: int, x: Tensor, mask: Tensor) -> Tensor:
         """Measure SAE i where tokens count; return what the model reads instead of x."""
-        counted = x[mask].to(saes[i].W_dec)
-        x_hat, stats = reconstruct(saes[i], counted)
-        metrics[i].add(stats)
-        norms[i].add(x=counted, x_hat=x_hat)
+        x_hat = _measured(saes[i], x[mask], metrics[i], norms[i])
         read = x.masked_scatter(mask[..., None], x_hat.to(x))
         if replace == "all" and not mask.all():
-            others, _ = reconstruct(saes[i], x[~mask].to(counted))
+            others, _ = reconstruct(saes[i], x[~mask].to(x_hat))
             read = read.masked_scatter(~mask[..., None], others.to(x))
         return read
 
@@ -286,6 +284,38 @@ def evaluating(
         Evaluation(Fidelity(ce_clean, ce, ce_zero, kl, n_predictions), own, lengths)
         for ce, kl, own, lengths in zip(of_saes[::2], of_saes[1::2], metrics, norms, strict=True)
     ]
+
+
+def evaluating_vectors(
+    saes: Sequence[SAE], harvest: Harvest, *, n_tokens: int
+) -> Generator[Progress, None, list[Evaluation]]:
+    """Do what `evaluating` does where there is no language model: losses and KL are NaN.
+
+    `harvest` is of the held-out split.
+    """
+    metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
+    n, n_done = n_sequences(harvest.sequences, n_tokens), 0
+    total = min(n_tokens, harvest.sequences.n_tokens)
+    for found in harvest.vectors(np.arange(n)):
+        for x in found.split(VECTORS_AT_ONCE):
+
+            def evaluated(i: int, x=x) -> None:
+                _measured(saes[i], x, metrics[i], norms[i])
+
+            spread(evaluated, len(saes), on=harvest.device)
+            n_done += len(x)
+            yield Progress("evaluating", min(n_done, total), total, "token")
+    nothing = Fidelity(*[math.nan] * 4, n_tokens=0)
+    return [Evaluation(nothing, *each) for each in zip(metrics, norms, strict=True)]
+
+
+def _measured(sae: SAE, x: Rows, metrics: Metrics, norms: NormDeciles) -> Rows:
+    """Add raw activations to the sums of an SAE; return their reconstructions."""
+    x = x.to(sae.W_dec)
+    x_hat, stats = reconstruct(sae, x)
+    metrics.add(stats)
+    norms.add(x=x, x_hat=x_hat)
+    return x_hat
 
 
 @torch.no_grad()

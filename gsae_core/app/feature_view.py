@@ -35,12 +35,13 @@ from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
+from gsae_core.runs.run import Run
 from gsae_core.text import count, macros, percent, short
 
 
 def summary(feature: Feature) -> None:
     """Say in two lines what a feature that fires is: how often, on what, to what end."""
-    often = f"1 token in {count(feature.stats['n_tokens'] / feature.stats['fired'])}"
+    often = f"1 {_unit(feature)} in {count(feature.stats['n_tokens'] / feature.stats['fired'])}"
     tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
     logits = feature.logits
     st.html(macros(TEMPLATE).summary(often, tokens, logits.top[:4], logits.bottom[:2]))
@@ -51,7 +52,7 @@ def numbers(feature: Feature) -> None:
     row, kind = feature.stats, feature.index.manifest.architecture
     fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
     tiles = [
-        ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} tokens"),
+        ("density", percent(row["density"], 2), f"{fired:,} of {n_tokens:,} {_unit(feature)}s"),
         ("max", short(row["max"]), f"median {short(row['q50'])}"),
     ]
     if kind in ("gated", "jumprelu"):
@@ -63,6 +64,10 @@ def numbers(feature: Feature) -> None:
         note = f"no output {silent:,} times" if silent else "always with output"
         tiles.append(("gate_density", percent(row["gate_density"], 2), note))
     _tiles(tiles)
+
+
+def _unit(feature: Feature) -> str:
+    return feature.index.manifest.unit
 
 
 def _tiles(cells: Sequence[tuple[str, str, str]]) -> None:
@@ -132,11 +137,13 @@ def _title(text: str, *, size: str = "1rem") -> None:
     st.html(f'<div style="font-weight:600;font-size:{size}">{escaped(text)}</div>')
 
 
-def logits(feature: Feature) -> None:
+def logits(feature: Feature, run: Run) -> None:
     """Draw the next tokens that it raises and lowers most."""
     found = feature.logits
     if found.top:
         st.html(macros(TEMPLATE).logits(found.top, found.bottom))
+    elif run.config.activations is not None:
+        st.caption("No language model: this run was trained on vectors from a folder.")
     else:
         st.caption("Logit effects are not known: the model's head could not be followed.")
 
@@ -311,14 +318,16 @@ N_LINKS = 6
 def examples(feature: Feature, other: Feature | None, *, name: str, beside: str) -> None:
     """Draw where it fires, and the other SAE's feature under the same tokens."""
     hidden: Any = {"label_visibility": "collapsed"}
+    context, breaks, unit = "snippet", False, _unit(feature)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         what = "list of examples"
         view = choice("Examples", VIEWS, key="view", what=what, shown="the top ones", **hidden)
-        what = "length of context"
-        context = choice("Context", CONTEXTS, key="ctx", what=what, shown="snippets", **hidden)
-        breaks = st.toggle("line breaks", key="lines", bind="query-params")
+        if unit == "token":  # a caption is all there is of a vector
+            what = "length of context"
+            context = choice("Context", CONTEXTS, key="ctx", what=what, shown="snippets", **hidden)
+            breaks = st.toggle("line breaks", key="lines", bind="query-params")
         more = st.toggle("more", key="features.more")
-    st.caption(VIEWS[view][1])
+    st.caption(VIEWS[view][1].replace("token", unit))
     missed, top, below_top = view == "Just missed", _top(feature), 0.0
     if other is not None:
         st.html(macros(TEMPLATE).legend(name, f"{beside} · {other.number}"))
@@ -328,10 +337,15 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
         if title:
             _title(title, size=".9rem")
         if not found:
-            st.caption("No token came near its threshold without passing it.")
+            st.caption(f"No {unit} came near its threshold without passing it.")
             continue
         rows = [
-            example_row(each, margin=missed, below=other and other.on_example(each).tolist())
+            example_row(
+                each,
+                margin=missed,
+                below=other and other.on_example(each).tolist(),
+                image=feature.index.thumbnail(each.vector),
+            )
             for each in found
         ]
         st.html(strips(rows, top=top, below_top=below_top, breaks=breaks))
@@ -343,7 +357,10 @@ def _top(feature: Feature) -> float:
 
 def just_missed(feature: Feature) -> None:
     """Draw what a feature that never fired came nearest to firing on."""
-    st.html(strips([example_row(each, margin=True) for each in feature.just_missed()], top=0.0))
+    picture = feature.index.thumbnail
+    found = feature.just_missed()
+    rows = [example_row(each, margin=True, image=picture(each.vector)) for each in found]
+    st.html(strips(rows, top=0.0))
 
 
 def _lists(
@@ -353,7 +370,7 @@ def _lists(
     if view != "Quantiles":
         return [("", find(feature, n, **context))]
     return [
-        (f"{each.low:.3g} to {each.high:.3g} · {each.n_fired:,} tokens", each.examples)
+        (f"{each.low:.3g} to {each.high:.3g} · {each.n_fired:,} {_unit(feature)}s", each.examples)
         for each in find(feature, 5, k=max(2, n // 4), **context)
     ]
 
@@ -390,9 +407,9 @@ def relations(
             sae,
             feature.co_firing,
             "jaccard",
-            title="Fires on the same tokens",
-            about="of the tokens of either: both",
-            none="No other feature fires on its tokens.",
+            title=f"Fires on the same {_unit(feature)}s",
+            about=f"of the {_unit(feature)}s of either: both",
+            none=f"No other feature fires on its {_unit(feature)}s.",
             key="features.together",
         )
     if base is None:
@@ -402,7 +419,7 @@ def relations(
         st.caption(problem)
         return
     pair, mutual = feature.pair(found.feature), "mutual" if found.mutual else "not mutual"
-    both = "They never fire on the same token"
+    both = f"They never fire on the same {_unit(feature)}"
     if pair.both:
         both = f"Where both fire, it writes {percent(1 - pair.shorter, 0)} as much "
         both += f"({pair.second:.3g} against {pair.first:.3g})"
@@ -457,7 +474,10 @@ def take_along(sae: Opened, feature: Feature) -> None:
     """Draw where to go with the feature: other pages, a link, files."""
     number = feature.number
     with st.container(horizontal=True, gap="small"):
-        if st.button("Steer this feature", icon=":material/alt_route:", key="features.to_steer"):
+        steered = sae.run.config.activations is None
+        if steered and st.button(
+            "Steer this feature", icon=":material/alt_route:", key="features.to_steer"
+        ):
             shell.go("pages/7_Steer.py", sae.run, sae=sae.name, f=str(number))
         share = st.popover(
             "Share and export", icon=":material/ios_share:", key="features.share", on_change="rerun"
@@ -476,6 +496,8 @@ def take_along(sae: Opened, feature: Feature) -> None:
             help="Numbers, pictures and examples; needs nothing from elsewhere.",
             **looks,
         )
+        if _unit(feature) == "vector":
+            return
         place = {"model_id": feature.index.manifest.model, "sae_set": sae.name}
         st.download_button(
             "Neuronpedia JSON",

@@ -28,6 +28,7 @@ from gsae_core.analysis.features.files import (
     MANIFEST,
     NEAR_KEPT,
     SCHEMA_VERSION,
+    VECTOR,
     Manifest,
     Split,
     allocate,
@@ -41,6 +42,9 @@ from gsae_core.files import read_json, replace_durably, write_json, writing
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.stored import StoredVectors
+from gsae_core.lm.texts import raw_texts
+from gsae_core.lm.vectors import StoredHarvest, StoredSequences, VectorSource
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
 from gsae_core.threads import over_rows
@@ -74,7 +78,7 @@ class Shard(NamedTuple):
 
 
 def build_index(
-    model: LanguageModel,
+    model: LanguageModel | VectorSource,
     sae: SAE,
     parts: Sequence[Part],
     folder: Path,
@@ -93,6 +97,7 @@ def build_index(
     An index that is there stays, and stays open for its readers, until the new one is whole.
 
     Args:
+        model: or a folder of vectors, whose `corpus` then has the sequences of `parts`.
         sae: takes raw activations, on the model's device.
         name, text: of the SAE and of the corpus.
         weights_sha256: of the SAE's file.
@@ -106,20 +111,27 @@ def build_index(
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
     began, building = time.time(), folder / "building"
+    parts, harvests, texts = _sources(model, parts, layer=layer, site=site)
+    source = model if isinstance(model, VectorSource) else None
+    # Of no text: every vector stands for itself.
+    bare = None if source is None or source.is_harvested else source.vectors
     shards, n_tokens = _cut_into_shards(parts, building), sum(part.n_tokens for part in parts)
     if not n_tokens:
         raise InputError("expected text to index, got no tokens that count; give more --tokens")
-    hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts)}
+    hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts, bare)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
     _resume_or_clear(building, plan)
-    harvests = [Harvest(model, part.sequences, layer=layer, site=site) for part in parts]
     yield from _read_shards(sae, parts, shards, harvests)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
     totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
+    if bare is not None:
+        numbers = np.concatenate([*map(_numbers, parts)])
+        allocate(data, VECTOR, numbers.shape, np.int64)[:] = numbers
     yield Progress("describing", 0, sae.d_sae, "feature")
-    facts |= describe(data, sae, model, totals, layer=layer, site=site)
+    head = None if isinstance(model, VectorSource) else model
+    facts |= describe(data, sae, head, totals, texts=texts, layer=layer, site=site)
     asked = n_tokens_asked or n_tokens
     manifest = Manifest(
         sae=name,
@@ -133,6 +145,8 @@ def build_index(
         layer=layer,
         site=site,
         text=text,
+        vectors=None if bare is None else str(bare.folder),
+        vectors_digest=None if bare is None else bare.digest,
         n_ctx=parts[0].sequences.n_ctx,
         splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
         n_tokens=n_tokens,
@@ -164,10 +178,32 @@ def _cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     return shards
 
 
-def _tokens_sha256(parts: Sequence[Part]) -> str:
-    """Return a hash of the ids read, however they are stored."""
-    digest = hashlib.sha256()
+def _sources(
+    model: LanguageModel | VectorSource, parts: Sequence[Part], *, layer: int, site: Site
+) -> tuple[Sequence[Part], list[Harvest], list[str]]:
+    """Return the parts as they are read, the vectors of each, and the text of every token id."""
+    if isinstance(model, VectorSource):
+        chosen, texts = model.readable([(p.sequences, np.arange(p.n)) for p in parts])
+        harvests = [StoredHarvest(model, own, layer=layer, site=site) for own in chosen]
+        read = zip(parts, chosen, strict=True)
+        return [Part(part.split, own, len(own)) for part, own in read], [*harvests], texts
+    tokenizer = model.tokenizer
+    texts = raw_texts(tokenizer, range(min(model.d_vocab, len(tokenizer))))
+    return parts, [Harvest(model, p.sequences, layer=layer, site=site) for p in parts], texts
+
+
+def _numbers(part: Part) -> Int64[np.ndarray, " n"]:
+    """Return the number in the folder of each vector of a part that is of no text."""
+    assert isinstance(part.sequences, StoredSequences)
+    return part.sequences.first
+
+
+def _tokens_sha256(parts: Sequence[Part], vectors: StoredVectors | None) -> str:
+    """Return a hash of the ids read, however they are stored, and of `vectors` of no text."""
+    digest = hashlib.sha256(b"" if vectors is None else vectors.digest.encode())
     for part in parts:
+        if vectors is not None:
+            digest.update(_numbers(part).tobytes())
         for start in range(0, part.n, 2**12):
             ids, mask = part.sequences[start : min(start + 2**12, part.n)]
             digest.update(ids.numpy().astype("<i8").tobytes())

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     """Shown on hovering the label: where it is from."""
     below: Sequence[float] | None = None
     """The other SAE's feature on the same tokens."""
+    image: str | None = None
+    """A picture in a `data:` address, shown before the tokens."""
 
 
 def strips(rows: Sequence[Row], *, top: float, below_top: float = 0.0, breaks: bool = False) -> str:
@@ -79,13 +81,19 @@ def readable_token(text: str) -> str:
 
 
 def example_row(
-    example: "Example", *, margin: bool = False, below: Sequence[float] | None = None
+    example: "Example",
+    *,
+    margin: bool = False,
+    below: Sequence[float] | None = None,
+    image: str | None = None,
 ) -> Row:
     """Return an example as a row of a list; `margin`: its value is that of a near miss."""
-    where = f"{example.split.replace('_', ' ')} text, sequence {example.sequence}"
+    split = example.split.replace("_", " ")
     label = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
-    about = f"{where}, token {example.position}"
-    return Row(example.tokens, example.values, example.at, label, about, below)
+    about = f"{split} text, sequence {example.sequence}, token {example.position}"
+    if example.vector is not None:
+        about = f"{split} vector {example.vector}"
+    return Row(example.tokens, example.values, example.at, label, about, below, image)
 
 
 def card(feature: "Feature", *, k: int = 10) -> str:
@@ -101,14 +109,19 @@ def page(features: Sequence["Feature"], *, k: int = 20) -> str:
     provenance = {
         "SAE": f"{made.sae} ({made.architecture}, {made.d_sae:,} features)",
         "place": f"{made.site} of layer {made.layer} of {made.model}",
-        "tokens": made.amount(f" of {made.text}"),
+        f"{made.unit}s": made.amount(f" of {made.text}"),
     }
+    if made.vectors is not None:
+        provenance["place"] = "vectors of no known language model"
     body = []
     for feature in features:
         lists: list[tuple[str, Sequence[Example]]] = []
         if not feature.is_dead:
             lists = [
-                (f"{group.low:.3g} to {group.high:.3g}, {group.n_fired:,} tokens", group.examples)
+                (
+                    f"{group.low:.3g} to {group.high:.3g}, {group.n_fired:,} {made.unit}s",
+                    group.examples,
+                )
                 for group in feature.quantiles(5, k=max(1, k // 4))
             ]
             lists += [
@@ -125,14 +138,18 @@ def _drawn(
 ) -> list[tuple[str, str]]:
     """Return lists of examples as strips on one colour scale."""
     top = 0.0 if feature.is_dead else float(feature.values[0])
-    return [(title, strips([*map(example_row, found)], top=top)) for title, found in lists]
+    picture = feature.index.thumbnail
+    return [
+        (title, strips([example_row(e, image=picture(e.vector)) for e in found], top=top))
+        for title, found in lists
+    ]
 
 
 def _numbers(feature: "Feature") -> dict[str, str]:
     row = feature.stats
-    fired, n_tokens = int(row["fired"]), int(row["n_tokens"])
+    fired, n_tokens, unit = int(row["fired"]), int(row["n_tokens"]), feature.index.manifest.unit
     numbers = {
-        "density": f"{100 * row['density']:.3g} % ({fired:,} of {n_tokens:,} tokens)",
+        "density": f"{100 * row['density']:.3g} % ({fired:,} of {n_tokens:,} {unit}s)",
         "largest": short(row["max"]),
         "mean, median, 99 %": ", ".join(short(row[name]) for name in ("mean", "q50", "q99")),
         "γ": short(row["gamma"]),
@@ -141,11 +158,11 @@ def _numbers(feature: "Feature") -> dict[str, str]:
     }
     if feature.index.manifest.architecture == "gated":
         opened = int(row["gate_open"])
-        numbers["gate open"] = f"{100 * row['gate_density']:.3g} % ({opened:,} tokens)"
+        numbers["gate open"] = f"{100 * row['gate_density']:.3g} % ({opened:,} {unit}s)"
         numbers["θ, exp(r_mag)"] = f"{short(row['theta'])}, {short(row['gain'])}"
     elif math.isfinite(row["theta"]) and row["theta"] > 0:
         numbers["θ"] = short(row["theta"])
-    numbers["top tokens"] = "  ".join(
+    numbers[f"top {unit}s"] = "  ".join(
         f"{visible(text)} {100 * share:.0f} %" for text, share in feature.top_tokens
     )
     return numbers

@@ -70,6 +70,8 @@ class Example:
     """Of the token in its sequence."""
     split: str
     """`held_out` or `train`."""
+    vector: int | None = None
+    """Of a vector that is of no text, its number in the folder; its token is its caption."""
 
     def html(self) -> str:
         """Return the tokens as HTML; the strongest shade is of the largest value."""
@@ -272,6 +274,7 @@ class Feature:
                     sequence=sequence,
                     position=first + at,
                     split=self.index.split_of(sequence),
+                    vector=self.index.vector(sequence),
                 )
             )
         return examples

@@ -36,7 +36,7 @@ ARRAYS = (
     *("neighbours", "neighbour_cosines"),
     *("companions", "companion_counts"),
 )
-TABLE, VOCABULARY = "features.parquet", "vocabulary.json"
+TABLE, VOCABULARY, VECTOR = "features.parquet", "vocabulary.json", "vector"
 COLUMNS = {
     "fired": "Tokens it fires on: the numerator of its density.",
     "n_tokens": "Tokens read: the denominator.",
@@ -88,12 +88,18 @@ class Manifest(Config):
     weights_sha256: str
     """Of the weights file."""
     model: str
+    """Name of the language model; `config.NO_MODEL` of vectors from elsewhere."""
     revision: str | None = None
     numerics: str = "raw"
     layer: int
     site: Site
     text: str
     """Name of the corpus."""
+    vectors: str | None = None
+    """Folder of the vectors, where they are of no text: each is then a sequence of one token, which
+    stands for its caption, and `vector.npy` has its number in the folder."""
+    vectors_digest: str | None = None
+    """What `StoredVectors.digest` of that folder was."""
     n_ctx: int
     splits: tuple[Split, ...]
     tokens_sha256: str
@@ -129,16 +135,21 @@ class Manifest(Config):
         """Room the index takes on disk."""
         return sum(self.files.values())
 
+    @property
+    def unit(self) -> str:
+        """What a feature fires on: a `token`, or a `vector` of no text."""
+        return "token" if self.vectors is None else "vector"
+
     def amount(self, text: str = "") -> str:
         """Return how many tokens of each split were read; `text`: such as ` of stdlib`."""
         splits = " and ".join(
             f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in self.splits
         )
         if self.n_tokens >= self.n_tokens_asked:
-            return f"{splits} tokens{text}"
+            return f"{splits} {self.unit}s{text}"
         # Earlier versions read no further for held-out text than training would have.
         why = self.shortage or "an earlier version read no more"
-        return f"{splits} tokens{text} ({self.n_tokens_asked:,} asked for: {why})"
+        return f"{splits} {self.unit}s{text} ({self.n_tokens_asked:,} asked for: {why})"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -194,7 +205,7 @@ def evenly(n: int, of: int) -> np.ndarray:
 
 
 def load_array(folder: Path, name: str) -> np.ndarray:
-    """Return one of `ARRAYS`, mapped into memory read-only."""
+    """Return one of `ARRAYS`, or `VECTOR`, mapped into memory read-only."""
     return np.load(folder / f"{name}.npy", mmap_mode="r")
 
 

@@ -5,6 +5,7 @@ index.feature(7).top(20)                               # where it fires
 """
 
 import json
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from gsae_core.analysis.features.feature import Feature
 from gsae_core.analysis.features.files import (
     ARRAYS,
     TABLE,
+    VECTOR,
     VOCABULARY,
     Manifest,
     load_array,
@@ -24,6 +26,7 @@ from gsae_core.analysis.features.files import (
 from gsae_core.analysis.features.filter import Range, within
 from gsae_core.analysis.labels import Labels
 from gsae_core.errors import InputError
+from gsae_core.lm.stored import StoredVectors, open_vectors
 from gsae_core.lm.texts import SPLIT, by_itself, in_sequence
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ class FeatureIndex:
         self._data = data = folder / self.manifest.data
         # All are opened at once: a build that replaces this one may delete them later.
         self._arrays = {name: load_array(data, name) for name in ARRAYS}
+        is_text = self.manifest.vectors is None
+        self._numbers = None if is_text else load_array(data, VECTOR)
 
     def __getitem__(self, number: int) -> Feature:
         return self.feature(number)
@@ -180,6 +185,24 @@ class FeatureIndex:
     def _raw_texts(self) -> list[str]:
         """`lm.texts.raw_texts` of every id; of an older index U+FFFD in parts of characters."""
         return json.loads((self._data / VOCABULARY).read_text(encoding="utf-8"))
+
+    def vector(self, sequence: int) -> int | None:
+        """Return the number in its folder of a vector that is of no text; None of a text's."""
+        return None if self._numbers is None else int(self._numbers[sequence])
+
+    def thumbnail(self, vector: int | None) -> str | None:
+        """Return a vector's picture as a `data:` address; None without one.
+
+        None too where the folder of the vectors is elsewhere now, or holds others.
+        """
+        return None if vector is None or self._folder is None else self._folder.thumbnail(vector)
+
+    @cached_property
+    def _folder(self) -> StoredVectors | None:
+        with suppress(InputError, OSError):
+            found = open_vectors(str(self.manifest.vectors))
+            return found if found.digest == self.manifest.vectors_digest else None
+        return None
 
     def split_of(self, sequence: int) -> str:
         """Return the split a sequence is from."""

@@ -27,7 +27,6 @@ from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows,
 from gsae_core.config import Site
 from gsae_core.files import replace_durably
 from gsae_core.lm.model import LanguageModel
-from gsae_core.lm.texts import raw_texts
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE
 from gsae_core.sae.base import SAE
 from gsae_core.threads import over_rows, spread
@@ -43,19 +42,23 @@ QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
 def describe(
     data: Path,
     sae: SAE,
-    model: LanguageModel,
+    model: LanguageModel | None,
     totals: Mapping[str, np.ndarray],
     *,
+    texts: list[str],
     layer: int,
     site: Site,
 ) -> dict[str, int]:
     """Write the table and what stands beside it; return `companion_stride` and `logit_tokens`.
 
+    Args:
+        model: None where there is none, and no logit effects.
+        texts: `lm.texts.raw_texts` of every token id.
+
     `totals` holds `gate_open` and `toward` of `collect.Collected`, of all tokens.
     """
     import pandas as pd
 
-    texts = raw_texts(model.tokenizer, range(min(model.d_vocab, len(model.tokenizer))))
     vocabulary = json.dumps(texts).encode()
     replace_durably(
         data / VOCABULARY, lambda to: to.write_bytes(vocabulary), n_bytes=len(vocabulary)
@@ -66,7 +69,7 @@ def describe(
     sample = ids[evenly(min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1])), len(ids))]
     del codes, ids  # mapped, they count as this process's memory
     n_averaged, effects = 0, [[np.empty(0)] * sae.d_sae] * 4
-    if model._bridge is None:
+    if model is not None and model._bridge is None:
         tokens = torch.from_numpy(sample.astype(np.int64)).to(model.device)
         found = logit_map(model, tokens, layer=layer, site=site)
         n_averaged, most = found.n_tokens, extremes(found, sae.W_dec.detach(), k=N_LOGITS)

@@ -1,0 +1,191 @@
+"""Vectors of a folder in the place of a language model and its text: splits, and their vectors.
+
+Where `harvest` wrote the folder, sequences and splits are those of the text, so that a run on it
+has the batches, the scale and the bits of the run that it was harvested for. Of any other folder a
+sequence is `BLOCK` vectors that follow each other, and sequences are held out as those of a text.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from gsae_core.config import NO_MODEL, Site
+from gsae_core.errors import InputError
+from gsae_core.files import read_bytes
+from gsae_core.lm.corpus import Corpus, SequenceSet, _held_out
+from gsae_core.lm.harvest import Harvest, _side_by_side, default_rows
+from gsae_core.lm.stored import VOCABULARY, StoredVectors, open_vectors
+
+# Vectors that are drawn together: the order of 10^8 of them is then one of 6 million numbers.
+BLOCK = 16
+
+Result = TypeVar("Result")
+
+
+class StoredSequences(SequenceSet):
+    """Sequences whose vectors lie in a folder: those of sequence i from number `first[i]` on."""
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        special: tuple[int, ...] = (),
+        *,
+        counts: np.ndarray | None = None,
+        first: Int64[np.ndarray, " n"] | None = None,
+    ) -> None:
+        super().__init__(rows, special, counts=counts)
+        ends = np.cumsum(self.counts)
+        self.first: Int64[np.ndarray, " n"] = ends - self.counts if first is None else first
+
+    def numbers(self, which: np.ndarray) -> Int64[np.ndarray, " vectors"]:
+        """Return the numbers of the vectors of some sequences, in their order."""
+        counts = self.counts[which]
+        shift = np.repeat(self.first[which] - np.cumsum(counts) + counts, counts)
+        return shift + np.arange(len(shift))
+
+
+@dataclass(frozen=True)
+class StoredCorpus(Corpus):
+    """The splits of a folder of vectors."""
+
+    vectors: StoredVectors
+
+    @property
+    def digest(self) -> str:
+        """A hash of the folder's files."""
+        return self.vectors.digest
+
+    @property
+    def starts(self) -> list[str]:
+        """The same: a longer reading is of the same files."""
+        return [self.vectors.digest[:16]]
+
+
+class VectorSource:
+    """A folder of vectors, asked what a run and an index ask of a language model.
+
+    Attributes:
+        name: of the language model that the vectors are of; `config.NO_MODEL` of unknown ones.
+        is_harvested: whether sequences, splits and tokens are those of a text.
+    """
+
+    def __init__(self, folder: str, *, device: torch.device) -> None:
+        self.vectors: StoredVectors = open_vectors(folder)
+        self.device: torch.device = device
+        self.d_in: int = self.vectors.d_in
+        about = self.vectors.about
+        self.name: str = str(about.get("model", NO_MODEL))
+        self.numerics: str = str(about.get("numerics", "raw"))
+        self.is_harvested: bool = "splits" in about
+
+    def corpus(self, held_out: float) -> StoredCorpus:
+        """Return the splits: those of the text, or else every so-many-th block is held out."""
+        if self.is_harvested:
+            about = self.vectors.about
+            train, rest = (self._of_text(name) for name in ("train", "held_out"))
+            said = (str(about["text"]), int(about["n_ctx"]), bool(about["bos"]))
+            return StoredCorpus(train, rest, *said, self.vectors)
+        n = len(self.vectors)
+        first = np.arange(0, n, BLOCK)
+        counts = np.minimum(BLOCK, n - first)
+        is_held_out = _held_out(0, len(first), held_out)
+        train, rest = (
+            StoredSequences(
+                # No tokens: a block is so many vectors, whatever they are of.
+                np.broadcast_to(np.uint8(0), (int(own.sum()), BLOCK)),
+                counts=counts[own],
+                first=first[own],
+            )
+            for own in (~is_held_out, is_held_out)
+        )
+        if not len(train):
+            raise InputError(
+                f"expected more than {BLOCK} vectors in {self.vectors.folder}, some to train on "
+                f"and some to hold out, got {n}: give more"
+            )
+        return StoredCorpus(train, rest, str(self.vectors.folder), 1, False, self.vectors)
+
+    def _of_text(self, split: str) -> StoredSequences:
+        vectors, about = self.vectors, self.vectors.about
+        shards = vectors.split(split) or []
+        ids = [vectors.shards[k].ids for k in shards]
+        rows = np.concatenate([each for each in ids if each is not None])
+        found = StoredSequences(rows, tuple(about["special"]))
+        n = sum(len(vectors.shards[k].x) for k in shards)
+        if found.n_tokens != n:
+            raise InputError(
+                f"expected {found.n_tokens:,} vectors of the {split} split in {vectors.folder}, as "
+                f"its tokens say, got {n:,}: harvest them again"
+            )
+        found.first += vectors.edges[shards[0]]
+        return found
+
+    def check(self, layer: int, site: Site) -> None:
+        """Do nothing: there is one place."""
+
+    def width(self, site: Site) -> int:
+        """Return d_in."""
+        return self.d_in
+
+    def readable(
+        self, parts: Sequence[tuple[SequenceSet, np.ndarray]]
+    ) -> tuple[list[StoredSequences], list[str]]:
+        """Return some sequences of some splits as tokens, and what each token id stands for.
+
+        Without a text every vector is a sequence of one token, which stands for its caption.
+        """
+        parts = [(own, which) for own, which in parts if isinstance(own, StoredSequences)]
+        if self.is_harvested:
+            chosen = [
+                StoredSequences(
+                    own._rows[which], own._special, counts=own.counts[which], first=own.first[which]
+                )
+                for own, which in parts
+            ]
+            return chosen, json.loads(read_bytes(self.vectors.folder / VOCABULARY))
+        known: dict[str, int] = {}
+        chosen = []
+        for own, which in parts:
+            numbers = own.numbers(which)
+            captions = self.vectors.captions(numbers)
+            ids = np.array([known.setdefault(each, len(known)) for each in captions], np.uint32)
+            chosen.append(StoredSequences(ids[:, None], first=numbers))
+        return chosen, list(known)
+
+
+class StoredHarvest(Harvest):
+    """The vectors of a folder's sequences, float32, on the source's device."""
+
+    def __init__(
+        self, source: VectorSource, sequences: StoredSequences, *, layer: int, site: Site
+    ) -> None:
+        self._source, self._own = source, sequences
+        self.sequences: SequenceSet = sequences
+        self.layer: int = layer
+        self.site: Site = site
+        self.d_in: int = source.d_in
+        self.device: torch.device = source.device
+
+    def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
+        """Yield the vectors of ascending sequences, a part at a time.
+
+        InputError, with the file and the row, if one is not finite.
+        """
+        assert (np.diff(which) > 0).all(), "shards are read in ascending order"
+        for x in self._source.vectors.rows(self._own.numbers(which)):
+            yield torch.from_numpy(x).to(self.device)
+
+    def through(
+        self, work: Callable[[Float[Tensor, "vectors d_in"]], Result], which: np.ndarray
+    ) -> Iterator[Result]:
+        """Yield what `work` makes of the vectors, as many at a time as tokens go into a pass."""
+        size = default_rows(1, self.device)
+        parts = (part for x in self.vectors(which) for part in x.split(size))
+        n_threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        yield from _side_by_side(work, parts, n_threads)
