@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -448,8 +448,16 @@ def _table(path: Path) -> Any:
     lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     if kind == ".txt":
         return pa.table({"caption": lines})
-    rows = [parse_json(line) for line in lines]
-    return pa.Table.from_pylist([{"caption": r} if isinstance(r, str) else dict(r) for r in rows])
+    read = [parse_json(line) for line in lines]
+    rows = [dict(row) if isinstance(row, dict) else {"text": row} for row in read]
+
+    def cells(name: str) -> list[str | None]:
+        found = [row.get(name) for row in rows]
+        if name == IMAGE:
+            return [cell if isinstance(cell, str) else None for cell in found]
+        return [*map(_caption, found)]
+
+    return pa.table({name: cells(name) for name in dict.fromkeys(chain(*rows))})
 
 
 def _caption(value: Any) -> str:
