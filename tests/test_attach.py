@@ -780,19 +780,15 @@ def test_arguments_of_other_kinds_are_refused(tiny_lm_folder: Path) -> None:
         assert said.startswith(start)
 
 
-def test_other_families_and_wrappers_are_refused(tiny_lm: LanguageModel) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
+def test_encoders_and_wrappers_are_refused(tiny_lm: LanguageModel) -> None:
+    from transformers import BertConfig, BertForMaskedLM
 
-    shape: Any = {
-        "hidden_size": 12,
-        "ffn_dim": 20,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    opt = OPTForCausalLM(OPTConfig(vocab_size=40, word_embed_proj_dim=12, **shape))
-    said = entering(gated(12), opt, 0, "resid_pre")
-    assert said.startswith("expected a model of a supported family (gpt2, gpt_neox, llama, ")
-    assert "got 'opt' in 'OPTForCausalLM'; choose another model or pass it as a" in said
+    shape: Any = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
+    bert = BertForMaskedLM(BertConfig(vocab_size=40, num_hidden_layers=1, **shape))
+    assert entering(gated(12), bert, 0, "resid_pre") == (
+        "expected a causal language model, got a 'bert' in 'BertForMaskedLM'; choose a model that "
+        "predicts the next token from those before it"
+    )
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:

@@ -214,9 +214,8 @@ UNUSABLE = (
     "some that do not ({}); download or save the model again, or install the package that it needs"
 )
 CONFIG = (
-    "expected the config.json of a model of a supported family (gpt2, gpt_neox, llama, mistral, "
-    "gemma, gemma2, gemma3_text, qwen2, qwen3) in 'FOLDER', got one that cannot be used ({}); "
-    "choose another model, or download or save this one again"
+    "expected the config.json of a causal language model that transformers knows in 'FOLDER', got "
+    "one that cannot be used ({}); choose another model, or download or save this one again"
 )
 
 

@@ -1,5 +1,6 @@
 """Language models: every site of every family, edits, early stops, and each error's sentence."""
 
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -284,15 +285,24 @@ def test_the_hub_saying_no_is_told_apart_from_no_network(
         load_model("a/b", revision="v9")
 
 
-def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
-    from transformers import BertConfig
-
-    BertConfig(hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("bert", {}),
+        ("t5", {"architectures": ["T5ForConditionalGeneration"]}),
+        ("nystromformer", {}),  # reads both ways: so say its masks
+        ("vitpose", {}),
+    ],
+)
+def test_an_encoder_is_refused(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **fields}))
     assert refusal(load_model, str(tmp_path)) == (
-        "expected a model of a supported family (gpt2, gpt_neox, llama, mistral, gemma, gemma2, "
-        f"gemma3_text, qwen2, qwen3), got 'bert' in {str(tmp_path)!r}; choose another model or "
-        "pass it as a TransformerBridge"
+        f"expected a causal language model, got a {family!r} in {str(tmp_path)!r}; choose a model "
+        "that predicts the next token from those before it"
     )
+
+
+def test_a_family_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "from-another-planet"}')
     with pytest.raises(InputError, match=sentence("got one that cannot be used (ValueError: The")):
         load_model(str(tmp_path))

@@ -180,7 +180,7 @@ def test_a_model_that_leaves_the_cache_empty_is_refused(
         return tiny_lm.hf(input_ids=ids, use_cache=False).logits, DynamicCache()
 
     monkeypatch.setattr(tiny_lm, "_read", read)
-    with pytest.raises(InputError, match="which keeps none; generate with a Hugging Face model"):
+    with pytest.raises(InputError, match="which keeps none; generate with another model"):
         Decoding(tiny_lm, **PLACE).extend(torch.tensor([[0, 5]]))
 
 

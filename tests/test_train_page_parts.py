@@ -223,11 +223,11 @@ def test_a_layer_the_model_lacks_is_refused_with_the_last() -> None:
     assert refusal.fixes == (Fix("layer", "3"),)
 
 
-def test_a_model_of_an_unsupported_family_is_refused(tmp_path: Path) -> None:
-    fields = {"model_type": "phi", "hidden_size": 8, "num_hidden_layers": 3}
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    fields = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     facts = model_facts(str(tmp_path), {})
-    with pytest.raises(InputError, match=r"expected a model of a supported family .*, got 'phi'"):
+    with pytest.raises(InputError, match="expected a causal language model, got a 'bert'"):
         check_family(facts.name, facts.family)
     (refusal,) = preflight(config(), facts, ROOMY, PACE).refusals
     assert refusal.fixes == (Fix("model", "bundled"),)

@@ -55,6 +55,14 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": _LLAMA,
 }
 
+# Encoders and encoder-decoders that people name; others are told when they are loaded.
+_OTHERS = {"albert", "bart", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "mt5"} | {
+    "roberta",
+    "t5",
+    "whisper",
+    "xlm-roberta",
+}
+
 
 class ModelShape(NamedTuple):
     """What a model folder's config.json says of its size."""
@@ -174,9 +182,14 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def check_family(name: str, family: str | None) -> None:
-    """Raise InputError if a model is known to be of a family that cannot be trained on."""
-    if family is not None and family not in FAMILIES:
-        raise InputError(
-            f"expected a model of a supported family ({', '.join(FAMILIES)}), got {family!r} in "
-            f"{name!r}; choose another model or pass it as a TransformerBridge"
-        )
+    """Raise InputError if a model is known, before it is loaded, to predict no next token."""
+    if family in _OTHERS:
+        raise not_causal(name, family)
+
+
+def not_causal(name: str, family: str) -> InputError:
+    """Return that a model is an encoder, or reads text both ways."""
+    return InputError(
+        f"expected a causal language model, got a {family!r} in {name!r}; choose a model that "
+        "predicts the next token from those before it"
+    )

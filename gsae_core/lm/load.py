@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from gsae_core.errors import HUB_NAME, InputError, hub_sentence, is_hub_trouble
-from gsae_core.lm.catalog import FAMILIES, check_family, model_folder
+from gsae_core.lm.catalog import check_family, model_folder, not_causal
 
 # Masks, positions and rotary tables that earlier versions of transformers saved with the weights;
 # it knows most of them itself.
@@ -88,14 +88,15 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
             "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
         )
     origin = _Origin(name, folder, revision or "main")
-    check_config(name, _config(origin), headless=True)
+    config = _config(origin)
+    check_config(name, config, headless=True)
     if folder is not None and (folder / "adapter_config.json").is_file():
         raise InputError(
             f"expected the weights of one model, got an adapter beside them in {name!r} "
             "(adapter_config.json); merge the two with merge_and_unload() and save the result"
         )
     tokenizer = _tokenizer(origin)
-    hf = _model(origin, getattr(torch, dtype))
+    hf = _model(origin, config, getattr(torch, dtype))
     if dtype == "float32":
         _fuse_gelu(hf)
     return hf.to(torch.device(device)), tokenizer
@@ -108,32 +109,53 @@ def _config(origin: _Origin) -> Any:
         return origin.load(AutoConfig)
     except Exception as error:  # of many kinds, for a value of the wrong kind
         sentence = (
-            f"expected the config.json of a model of a supported family ({', '.join(FAMILIES)}) in "
-            f"{origin.name!r}, got one that cannot be used ({_reason(error)}); choose another "
+            "expected the config.json of a causal language model that transformers knows in "
+            f"{origin.name!r}, got one that cannot be used ({reason(error)}); choose another "
             "model, or download or save this one again"
         )
         raise origin.mistake(error, sentence) from error
 
 
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
-    """Raise InputError if a Hugging Face config is of no causal LM of a supported family.
+    """Raise InputError if a Hugging Face config is of no causal LM.
 
     `headless`: a model saved without its output layer will do; tied to the embedding, it is whole.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto
 
     kind = config.model_type
     check_family(name, kind)
-    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-    came = config.architectures or [wanted]
-    if wanted not in came and not (headless and MODEL_MAPPING_NAMES[kind] in came):
+    # One that was trained with masks reads both ways, unless it says that it does not.
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if (masked and not getattr(config, "is_decoder", False)) or not (wanted := _classes(kind)):
+        raise not_causal(name, kind)
+    came = config.architectures or [*wanted]
+    if not set(came) & set(wanted) and not (
+        headless and modeling_auto.MODEL_MAPPING_NAMES.get(kind) in came
+    ):
         raise InputError(
-            f"expected a causal language model ({wanted}), got {came[0]} in {name!r}; "
+            f"expected a causal language model ({' or '.join(wanted)}), got {came[0]} in {name!r}; "
             "choose a checkpoint that predicts the next token"
         )
+
+
+def _classes(kind: str) -> dict[str, Any]:
+    """Return the classes of a model type that predict the next token -> what loads them.
+
+    A model that reads images too is loaded whole, as it was saved; text alone leaves them idle.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind): "ImageTextToText",
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind): "CausalLM",
+    }
+    return {
+        str(name): getattr(transformers, f"AutoModelFor{auto}")
+        for name, auto in reversed(names.items())
+        if name is not None
+    }
 
 
 def _tokenizer(origin: _Origin) -> Any:
@@ -144,7 +166,7 @@ def _tokenizer(origin: _Origin) -> Any:
     try:
         tokenizer = origin.load(AutoTokenizer)
     except (OSError, ValueError, ImportError) as error:
-        sentence = f"{expected} none that can be read ({_reason(error)}); {again}"
+        sentence = f"{expected} none that can be read ({reason(error)}); {again}"
         raise origin.mistake(error, sentence) from error
     # Where the files are missing, most tokenizer classes start out empty and say nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -152,10 +174,12 @@ def _tokenizer(origin: _Origin) -> Any:
     return tokenizer
 
 
-def _model(origin: _Origin, dtype: Any) -> Any:
+def _model(origin: _Origin, config: Any, dtype: Any) -> Any:
     import httpx2
-    from transformers import AutoModelForCausalLM
 
+    classes = _classes(config.model_type)
+    saved = next((name for name in config.architectures or () if name in classes), None)
+    auto = classes[saved] if saved is not None else next(iter(classes.values()))
     # Damaged files, weights or settings that make no model, packages that are not here.
     unusable = (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, ImportError)
     try:
@@ -163,7 +187,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
         # scores, which SDPA cannot).
         with _quiet(bar=origin.folder is None):
             hf, keys = origin.load(
-                AutoModelForCausalLM,
+                auto,
                 dtype=dtype,
                 output_loading_info=True,
                 # Told like the other keys that do not fit, by _check_keys.
@@ -172,7 +196,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
     except (*unusable, SafetensorError, pickle.UnpicklingError, httpx2.HTTPError) as error:
         sentence = (
             "expected weights (model.safetensors) and a config.json that make a model in "
-            f"{origin.name!r}, got some that do not ({_reason(error)}); download or save the model "
+            f"{origin.name!r}, got some that do not ({reason(error)}); download or save the model "
             "again, or install the package that it needs"
         )
         raise origin.mistake(error, sentence) from error
@@ -180,7 +204,7 @@ def _model(origin: _Origin, dtype: Any) -> Any:
     return hf
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return an error's kind and how its text begins."""
     kind = type(error).__name__
     if isinstance(error, pickle.UnpicklingError):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from gsae_core.config import SITES, Site
 from gsae_core.errors import InputError, is_whole
-from gsae_core.lm.bridge import bridge_blocks
-from gsae_core.lm.catalog import FAMILIES
+from gsae_core.lm.blocks import context_length, find_decoder, text_config
+from gsae_core.lm.bridge import bridge_blocks, find_sites
+from gsae_core.lm.catalog import FAMILIES, Family
 from gsae_core.lm.load import check_config, open_model
 from gsae_core.lm.taps import BlockSites, Tap, hooked, recording, replaying
 
@@ -30,28 +31,36 @@ Numerics = Literal["raw", "compatibility"]
 
 
 def hf_blocks(hf: Any) -> list[BlockSites]:
-    """Return the sites of every block of a Hugging Face causal LM of a family in `FAMILIES`."""
-    family = FAMILIES[hf.config.model_type]
-    found = []
-    for block in hf.base_model.get_submodule(family.blocks):
-        attn, mlp = block.get_submodule(family.attn), block.get_submodule(family.mlp)
-        taps: dict[Site, Tap] = {
-            "resid_pre": Tap(block, "input"),
-            "resid_post": Tap(block, "output"),
-            # The projections' inputs: after the non-linearity, and the heads side by side.
-            "mlp_hidden": Tap(block.get_submodule(family.mlp_proj), "input"),
-            "attn_z": Tap(block.get_submodule(family.attn_proj), "input"),
-            "mlp_out": Tap(block.get_submodule(family.mlp_out), "output"),
-            "attn_out": Tap(block.get_submodule(family.attn_out), "output"),
-        }
-        before: dict[Site, tuple[nn.Module, ...]] = {
-            "attn_out": (attn,),
-            "mlp_hidden": (attn,),
-            "mlp_out": (attn, mlp),
-            "resid_post": (block,),
-        }
-        found.append(BlockSites(block, taps, before))
-    return found
+    """Return the sites of every block of a Hugging Face causal LM.
+
+    The residual stream's are found in the module tree; a family in `FAMILIES` has all six.
+    """
+    family = FAMILIES.get(text_config(hf).model_type)
+    return [_sites(block, family) for block in find_decoder(hf).blocks]
+
+
+def _sites(block: nn.Module, family: Family | None) -> BlockSites:
+    stream: dict[Site, Tap] = {
+        "resid_pre": Tap(block, "input"),
+        "resid_post": Tap(block, "output"),
+    }
+    if family is None:
+        return BlockSites(block, stream, {"resid_post": (block,)})
+    attn, mlp = block.get_submodule(family.attn), block.get_submodule(family.mlp)
+    taps: dict[Site, Tap] = {
+        # The projections' inputs: after the non-linearity, and the heads side by side.
+        "mlp_hidden": Tap(block.get_submodule(family.mlp_proj), "input"),
+        "attn_z": Tap(block.get_submodule(family.attn_proj), "input"),
+        "mlp_out": Tap(block.get_submodule(family.mlp_out), "output"),
+        "attn_out": Tap(block.get_submodule(family.attn_out), "output"),
+    }
+    before: dict[Site, tuple[nn.Module, ...]] = {
+        "attn_out": (attn,),
+        "mlp_hidden": (attn,),
+        "mlp_out": (attn, mlp),
+        "resid_post": (block,),
+    }
+    return BlockSites(block, stream | taps, before)
 
 
 class PassLock:
@@ -127,12 +136,15 @@ class LanguageModel:
         self.d_model: int
         self.n_ctx: int
         self.d_vocab: int
+        self._replays = True
         if bridge is None:
-            self.d_model = hf.config.hidden_size
-            self.n_ctx, self.d_vocab = hf.config.max_position_embeddings, hf.config.vocab_size
-            # transformers 5.24 gave it another name.
-            is_new = "cache" in inspect.signature(hf.forward).parameters
-            self._cache_name = "cache" if is_new else "past_key_values"
+            _, _, self.d_model, self._replays = find_decoder(hf)
+            config = text_config(hf)
+            self.n_ctx, self.d_vocab = context_length(config), config.vocab_size
+            # transformers 5.24 gave it another name; Mamba keeps something else.
+            takes = inspect.signature(hf.forward).parameters
+            names = ("cache", "past_key_values")
+            self._cache_name = next((name for name in names if name in takes), None)
         else:
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
             self.d_vocab = bridge.cfg.d_vocab
@@ -142,7 +154,7 @@ class LanguageModel:
         weight = next(hf.parameters())
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
-        self._lock = PassLock()
+        self._lock, self._looked = PassLock(), False
 
     def width(self, site: Site) -> int:
         """Return d_in of a site: the length of its activation vectors."""
@@ -165,11 +177,33 @@ class LanguageModel:
                 f"expected a layer from 0 to {self.n_layers - 1}, got {layer!r} "
                 f"({self.name} has {self.n_layers} layers)"
             )
+        if self._bridge is None and site not in self._blocks[layer].taps:
+            self._look_further()
         if site not in self._blocks[layer].taps:
+            whose = f"a {self.family} model" if self._bridge is None else "this TransformerBridge"
             raise InputError(
-                f"expected a site that this TransformerBridge has, got {site!r}; "
+                f"expected a site that {whose} has, got {site!r}; "
                 f"layer {layer} has {', '.join(self._blocks[layer].taps)}"
             )
+
+    def _look_further(self) -> None:
+        """Add the sites that TransformerLens can tell; it takes seconds, so only when first asked.
+
+        It may run the model, so nobody else does.
+        """
+        with self._lock.alone():
+            if self._looked:
+                return
+            more = find_sites(self.hf, self.family)
+            self._blocks = [
+                BlockSites(
+                    own.block,
+                    dict(new.taps) | dict(own.taps),
+                    dict(new.before) | dict(own.before),
+                )
+                for own, new in zip(self._blocks, more or self._blocks, strict=True)
+            ]
+            self._looked = True
 
     def _tap(self, layer: int, site: Site) -> Tap:
         self.check(layer, site)
@@ -230,8 +264,10 @@ class LanguageModel:
         if self._bridge is not None:
             options = {"past_key_values": cache, "use_cache": True} if keep else {}
             return self._bridge(ids, return_type="logits_and_cache", **options)
+        if self._cache_name is None:
+            return self.hf(input_ids=ids, use_cache=False).logits, None
         out = self.hf(input_ids=ids, use_cache=keep, **{self._cache_name: cache})
-        return out.logits, getattr(out, self._cache_name)
+        return out.logits, getattr(out, self._cache_name, None)
 
 
 class _SiteReached(Exception):
@@ -273,6 +309,8 @@ class Splice:
         self._model, self._ids, self._tap = model, ids, model._tap(layer, site)
         earlier = [sites.block for sites in model._blocks[:layer]]
         before = model._blocks[layer].before.get(site, ())
+        if not model._replays:
+            earlier, before = [], ()
         seen: list[Tensor] = []
         with (
             model._lock.alone(),
@@ -337,13 +375,22 @@ class Decoding:
         with model._lock.alone(), hook:
             logits, self._cache = model._read(ids.to(model.device), self._cache, keep=True)
         # With transformers 5.24 a bridge of TransformerLens 4.3 leaves it empty: wrong logits.
-        if self._cache is None or self._cache.get_seq_length() == 0:
+        if not _n_kept(self._cache):
+            other = "another" if model._bridge is None else "a Hugging Face"
             raise InputError(
                 f"expected a model that keeps keys and values of earlier tokens, got {model.name}, "
-                "which keeps none; generate with a Hugging Face model"
+                f"which keeps none; generate with {other} model"
             )
         self.n_tokens += n_new
         return logits[0].float()
+
+
+def _n_kept(cache: Any) -> int:
+    """Return how many tokens a cache keeps keys and values of; 0 without attention, too."""
+    try:
+        return 0 if cache is None else cache.get_seq_length()
+    except ValueError:
+        return 0
 
 
 def logit_slope(

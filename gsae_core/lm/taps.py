@@ -1,5 +1,6 @@
 """Tensors on their way through modules: where a block's sites are tapped, to read, edit or skip."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -30,18 +31,35 @@ def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
 
     def shown(value: Any) -> Any:
-        several = isinstance(value, tuple)
-        new = see(value[0] if several else value)
-        return (new, *value[1:]) if several and new is not None else new
+        if not isinstance(value, tuple | list):
+            return see(value)
+        new = see(value[0])
+        return None if new is None else type(value)((new, *value[1:]))
 
-    def own(module: nn.Module, *values: Any) -> Any:
-        # A deep copy of the module, made within, keeps the hook.
-        return shown(values[-1]) if module is tap.module else None
+    # A deep copy of the module, made within, keeps the hook.
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is not tap.module:
+            return None
+        if args:
+            new = shown(args)
+            return None if new is None else (new, kwargs)
+        new = see(kwargs[name := named_input(module)])
+        return None if new is None else (args, kwargs | {name: new})
 
-    module, of_input = tap.module, tap.end == "input"
-    register = module.register_forward_pre_hook if of_input else module.register_forward_hook
-    with register(own):
+    def after(module: nn.Module, _args: Any, output: Any) -> Any:
+        return shown(output) if module is tap.module else None
+
+    with (
+        tap.module.register_forward_pre_hook(before, with_kwargs=True)
+        if tap.end == "input"
+        else tap.module.register_forward_hook(after)
+    ):
         yield
+
+
+def named_input(module: nn.Module) -> str:
+    """Return what a module calls its first input, where a model gives all of them by name."""
+    return list(inspect.signature(type(module).forward).parameters)[1]
 
 
 @contextmanager
