@@ -67,6 +67,8 @@ Aux = Literal["frozen", "unfrozen", "off"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
+OrUnsaid = Annotated[str | None, Field(exclude_if=lambda said: said is None)]
+"""A key that files have only where there is something to say."""
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -373,7 +375,7 @@ class RunConfig(Config):
     checkpoint_minutes: PositiveFloat = 2.0
     """Wall-clock minutes between resumable states."""
 
-    activations: Annotated[str | None, Field(exclude_if=lambda folder: folder is None)] = None
+    activations: OrUnsaid = None
     """Folder of vectors to train on, in place of a language model and a text: what `harvest` wrote,
     or `.safetensors`, `.npy` or `.parquet` files of any other program."""
 

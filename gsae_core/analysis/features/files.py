@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.config import Architecture, Config, Site, validated
+from gsae_core.config import Architecture, Config, OrUnsaid, Site, validated
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, read_sae_cfg, readable, sha256, writing
 
@@ -95,10 +95,10 @@ class Manifest(Config):
     site: Site
     text: str
     """Name of the corpus."""
-    vectors: str | None = None
+    vectors: OrUnsaid = None
     """Folder of the vectors, where they are of no text: each is then a sequence of one token, which
     stands for its caption, and `vector.npy` has its number in the folder."""
-    vectors_digest: str | None = None
+    vectors_digest: OrUnsaid = None
     """What `StoredVectors.digest` of that folder was."""
     n_ctx: int
     splits: tuple[Split, ...]
