@@ -36,9 +36,9 @@ def relu(w: dict[str, Tensor], *, centred: bool = True) -> Arithmetic:
     return compute
 
 
-def topk(w: dict[str, Tensor], k: int) -> Arithmetic:
+def topk(w: dict[str, Tensor], k: int, *, centred: bool = True) -> Arithmetic:
     def compute(x: Tensor) -> tuple[Tensor, Tensor]:
-        kept = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).topk(k)
+        kept = torch.relu((x - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"]).topk(k)
         f = torch.zeros(len(x), D_SAE).scatter(-1, kept.indices, kept.values)
         return f, f @ w["W_dec"] + w["b_dec"]
 
@@ -141,3 +141,66 @@ def npz(path: Path, w: dict[str, Tensor]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, allow_pickle=False, **{name: tensor.numpy() for name, tensor in w.items()})
     return path
+
+
+def folded(compute: Arithmetic, w: dict[str, Tensor]) -> Arithmetic:
+    """Return the same with latents in the units of directions of length one."""
+
+    def longer(x: Tensor) -> tuple[Tensor, Tensor]:
+        f, x_hat = compute(x)
+        return f * w["W_dec"].square().sum(1).sqrt(), x_hat
+
+    return longer
+
+
+def torch_file(path: Path, state: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def qwen_scope(root: Path, w: dict[str, Tensor], *, layer: int, k: int) -> Path:
+    """Write a layer of a release; both matrices are transposes of SAELens'."""
+    state = {name: t.T.contiguous() if name.startswith("W_") else t for name, t in w.items()}
+    return torch_file(root / f"SAE-Res-Qwen3-8B-Base-W64K-L0_{k}" / f"layer{layer}.sae.pt", state)
+
+
+def goodfire(root: Path, w: dict[str, Tensor]) -> Path:
+    state = {name.replace(".", "_linear."): t for name, t in transposed(w).items()}
+    state |= {"encoder_linear.bias": w["b_enc"], "decoder_linear.bias": w["b_dec"]}
+    return torch_file(root / "Llama-3.1-8B-Instruct-SAE-l19.pth", state)
+
+
+def deepseek_r1(root: Path, w: dict[str, Tensor]) -> Path:
+    state = transposed(w) | {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}
+    return torch_file(root / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", state)
+
+
+def hook_z(root: Path, w: dict[str, Tensor], *, layer: int) -> Path:
+    """Write one of several files of a folder, and its config of the same name."""
+    stem = f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03"
+    config = {"act_name": f"blocks.{layer}.attn.hook_z", "act_size": D_IN, "dict_size": D_SAE}
+    config |= {"model_name": "gpt2-small", "l1_coeff": 1.8, "layer": layer, "site": "z"}
+    path = torch_file(root / f"{stem}.pt", dict(w))
+    (root / f"{stem}_cfg.json").write_text(json.dumps(config))
+    return path
+
+
+def llama_scope_r1(
+    root: Path, w: dict[str, Tensor], *, mean_norm: float | None, **config: Any
+) -> Path:
+    """Write a layer of a release, as lm-saes does; `mean_norm` lies among its tensors."""
+    folder = root / "800M-Slimpajama-0-OpenR1-Math-220k" / "L15R"
+    folder.mkdir(parents=True, exist_ok=True)
+    hook = "blocks.15.hook_resid_post"
+    fields = {"hook_point_in": hook, "hook_point_out": hook, "d_model": D_IN, "top_k": 2}
+    fields |= {"expansion_factor": D_SAE / D_IN, "act_fn": "jumprelu"}
+    fields |= {"norm_activation": "dataset-wise", "apply_decoder_bias_to_pre_encoder": False}
+    (folder / "config.json").write_text(json.dumps(fields | config))
+    state = transposed(w) | {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}
+    state["log_jumprelu_threshold"] = w["threshold"].log()
+    if mean_norm is not None:
+        for side in ("in", "out"):
+            state[f"dataset_average_activation_norm.{side}"] = torch.tensor(mean_norm)
+    save_file(state, folder / "sae_weights.safetensors")
+    return folder

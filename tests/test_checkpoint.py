@@ -295,10 +295,10 @@ def test_one_changed_bit_is_told(folder: Path) -> None:
             "apply_b_dec_to_input, normalize_activations, reshape_activations, metadata",
         ),
         (
-            {"architecture": "temporal"},
+            {"architecture": "matching_pursuit"},
             "expected architecture to be one of 'gated', 'standard', 'jumprelu', 'topk', "
-            "'gated_untied' in {cfg}, found 'temporal'; an SAE with another one computes what no "
-            "SAE here can",
+            "'gated_untied' in {cfg}, found 'matching_pursuit'; an SAE with another one computes "
+            "what no SAE here can",
         ),
         (
             {"architecture": "jumprelu"},

@@ -101,6 +101,18 @@ def test_the_command_line_imports_lists_and_evaluates(
     assert "sae_weights.safetensors" in shown
 
 
+def test_norms_are_folded_when_an_import_asks_for_it(
+    foreign: Path, root: Path, tiny_lm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["import", str(foreign), "--to", str(root / "folded"), "--model", str(tiny_lm_folder)]
+    assert main.main([*words, "--fold-decoder-norms"]) == 0
+    assert "  Decoder norms are folded into the latents, as by SAELens'" in capsys.readouterr().out
+    folded = load_sae(root / "folded" / "saes" / "gated_5")
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(24))
+    x = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(folded(x), load_sae(foreign)(x))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

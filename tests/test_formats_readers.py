@@ -13,8 +13,9 @@ from foreign_files import gated, relu, scaled, topk, transposed, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.checkpoints.formats.detect import detect, find_saes
-from gsae_core.checkpoints.formats.libraries import FORMATS, layer_and_site
+from gsae_core.checkpoints.formats.libraries import FORMATS, HookPoint, layer_and_site
 from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
 
@@ -328,6 +329,165 @@ def test_llama_scope_scales_to_the_root_of_its_width(tmp_path: Path) -> None:
     agrees(folder.parent, scaled(compute, 3**0.5 / 6), "llama_scope", place=place)
 
 
+QWEN_PLACE = ("Qwen/Qwen3-8B-Base", 7, "resid_post")
+
+
+def test_qwen_scope_says_k_in_its_folder_s_name_and_holds_transposes(tmp_path: Path) -> None:
+    w = weights("b_enc")
+    path = files.qwen_scope(tmp_path, w, layer=7, k=2)
+    said = agrees(path, topk(w, 2, centred=False), "qwen_scope", place=QWEN_PLACE)
+    assert "below zero counts as none" in said
+    assert read_sae(path.parent).source.sparsity == 2
+    lost = path.rename(tmp_path / path.name)
+    with pytest.raises(InputError, match="expected a folder named as the release's repository, su"):
+        read_sae(lost)
+
+
+@pytest.mark.parametrize("format_", ["goodfire", "deepseek_r1"])
+def test_files_that_state_nothing_are_known_by_tensors_and_name(
+    tmp_path: Path, format_: str
+) -> None:
+    w = weights("b_enc")
+    path = {"goodfire": files.goodfire, "deepseek_r1": files.deepseek_r1}[format_](tmp_path, w)
+    model = {
+        "goodfire": "meta-llama/Llama-3.1-8B-Instruct",
+        "deepseek_r1": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    }[format_]
+    place = (model, 19, "resid_post")
+    assert "SAELens' loader" in agrees(path, relu(w, centred=False), format_, place=place)
+
+
+def test_an_sae_of_all_heads_has_the_config_of_its_own_name(tmp_path: Path) -> None:
+    of_0, of_10 = weights("b_enc"), weights("b_enc", seed=1)
+    files.hook_z(tmp_path, of_0, layer=0)
+    path = files.hook_z(tmp_path, of_10, layer=10)
+    said = agrees(path, relu(of_10), "hook_z", place=("gpt2-small", 10, "attn_z"))
+    assert "one head after the other" in said
+    assert [sae.place.layer for sae in find_saes(tmp_path)] == [0, 10]
+    path.with_name(f"{path.stem}_cfg.json").unlink()
+    with pytest.raises(InputError, match="expected an SAE of a known format"):
+        read_sae(path)  # the other's config is not its own
+
+
+@pytest.mark.parametrize("norm", ["dataset-wise", "inference"])
+def test_llama_scope_r1_has_a_threshold_a_latent_and_its_scale_among_its_tensors(
+    tmp_path: Path, norm: str
+) -> None:
+    w = weights("b_enc", "threshold")
+    root = tmp_path / "Llama-Scope-R1-Distill"
+    config = {"norm_activation": norm, "sparsity_include_decoder_norm": True}
+    folder = files.llama_scope_r1(root, w, mean_norm=6.0, **config)
+    compute = relu(w, centred=False)
+    compute = scaled(compute, 3**0.5 / 6) if norm == "dataset-wise" else compute
+    place = ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 15, "resid_post")
+    said = agrees(folder, compute, "llama_scope_r1", place=place)
+    assert "left as they are, as SAELens' loader leaves them" in said
+
+
+@pytest.mark.parametrize("norm", [None, *NORMED])
+@pytest.mark.parametrize("architecture", LENS)
+def test_norms_are_folded_into_latents_and_reconstructions_stay(
+    tmp_path: Path, architecture: str, norm: str | None
+) -> None:
+    names, arithmetic = LENS[architecture]
+    w = weights(*names)
+    folder = files.sae_lens(tmp_path, w, architecture, normalize_activations=norm)
+    compute = files.folded(arithmetic(w), w)
+    f, x_hat = (NORMED[norm](compute) if norm else compute)(X)
+    sae, source = read_sae(folder, fold_decoder_norms=True)
+    torch.testing.assert_close(sae.encode(X), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(X), x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(files.D_SAE))
+    assert "as by SAELens' fold_W_dec_norm" in source.assumed[-1]
+    torch.testing.assert_close(load_sae(folder, fold_decoder_norms=True).W_dec, sae.W_dec)
+    assert not torch.equal(load_sae(folder).W_dec, sae.W_dec)
+
+
+def test_a_norm_is_folded_by_hand(tmp_path: Path) -> None:
+    # d = (3, 4, 0) has length 5: f = 2 x is 10 x in the units of d / 5.
+    w = {"W_enc": [[2.0], [0], [0]], "W_dec": [[3.0, 4, 0]], "b_enc": [0.5], "b_dec": [0.0, 0, 0]}
+    state = {name: torch.tensor(value) for name, value in w.items()}
+    folder = files.sae_lens(tmp_path, state | {"threshold": torch.tensor([3.0])}, "jumprelu")
+    sae = read_sae(folder, fold_decoder_norms=True).sae
+    assert sae.encode(torch.tensor([[1.0, 0, 0], [2.0, 0, 0]])).tolist() == [[0.0], [22.5]]
+    assert sae.state_dict()["threshold"].tolist() == [15.0]
+    torch.testing.assert_close(sae.W_dec.data, torch.tensor([[0.6, 0.8, 0]]))
+
+
+def test_topk_folds_norms_that_latents_compete_by_and_refuses_others(tmp_path: Path) -> None:
+    w = weights("b_enc")
+    by_norm = files.sae_lens(tmp_path / "a", w, "topk", k=2, rescale_acts_by_decoder_norm=True)
+    read = [read_sae(by_norm, fold_decoder_norms=fold).sae for fold in (False, True)]
+    torch.testing.assert_close(read[0].encode(X), read[1].encode(X))
+    plain = files.sae_lens(tmp_path / "b", w, "topk", k=2)
+    with pytest.raises(InputError, match="expected decoder norms of one, or latents that compete "):
+        read_sae(plain, fold_decoder_norms=True)
+
+
+def test_a_checkpoint_with_the_logarithm_of_its_thresholds(tmp_path: Path) -> None:
+    w = weights("b_enc", "threshold")
+    logs = {name: t for name, t in w.items() if name != "threshold"}
+    logs["log_threshold"] = w["threshold"].log()
+    folder = files.sae_lens(tmp_path, logs, "jumprelu")
+    agrees(folder, relu(w), "sae_lens", place=LENS_PLACE)
+
+
+def test_a_tensor_that_the_architecture_does_not_read_is_named_and_left_out(
+    tmp_path: Path,
+) -> None:
+    w = weights("b_enc")
+    folder = files.sae_lens(tmp_path, w | {"act_freq": torch.zeros(files.D_SAE)}, "standard")
+    said = agrees(folder, relu(w), "sae_lens", place=LENS_PLACE)
+    assert "Left out, for a standard SAE of SAELens reads no such tensors: act_freq." in said
+
+
+def test_weights_in_eight_bits_are_read(tmp_path: Path) -> None:
+    w = {name: t.to(torch.float8_e4m3fn) for name, t in weights("b_enc").items()}
+    exact = {name: t.float() for name, t in w.items()}
+    assert "float8_e4m3fn" in agrees(
+        files.sae_lens(tmp_path, w, "standard"), relu(exact), "sae_lens"
+    )
+    pickle = files.torch_file(
+        tmp_path / "x" / "ae.pt", transposed(w) | {"encoder.bias": w["b_enc"]}
+    )
+    state = torch.load(pickle, weights_only=True) | {"bias": w["b_dec"]}
+    agrees(files.torch_file(pickle, state), relu(exact), "dictionary_learning")
+
+
+@pytest.mark.parametrize(
+    ("hook", "place"),
+    [
+        ("model.layers.12", (12, "resid_post")),
+        ("transformer.h.3", (3, "resid_post")),
+        ("model.language_model.layers.3.input", (3, "resid_pre")),
+        ("blocks.4.hook_out", (4, "resid_post")),
+        ("blocks.4.mlp.hook_out", (4, "mlp_out")),
+        ("blocks.4.attn.o.hook_in", (4, "attn_z")),
+    ],
+)
+def test_hooks_of_hugging_face_and_of_bridges_are_places(hook: str, place: Any) -> None:
+    assert layer_and_site(hook) == place
+
+
+def test_dictionary_learning_on_a_hook_of_transformer_lens(tmp_path: Path) -> None:
+    state, dict_class, compute, _ = dictionary("relu")
+    name = "blocks.0.hook_resid_post"
+    folder = files.dictionary_learning(tmp_path, state, dict_class, submodule_name=name)
+    place = ("EleutherAI/pythia-70m-deduped", 0, "resid_post")
+    agrees(folder, compute, "dictionary_learning", place=place)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"buffer": {"io": "in"}}))
+    assert detect(folder).place.site is None
+    assert detect(folder).place.hook_name == "blocks.0.hook_resid_post, what goes in"
+
+
+def test_one_head_alone_is_no_place_of_ours_and_is_said_to_be_one(tmp_path: Path) -> None:
+    place = {"hook_name": "blocks.4.attn.hook_z", "hook_head_index": 3}
+    cfg = {"metadata": {"sae_lens_version": "6.54.12"} | place}
+    found = detect(files.sae_lens(tmp_path, weights("b_enc"), "standard", **cfg))
+    assert found.place == HookPoint(None, 4, None, "blocks.4.attn.hook_z, head 3 alone")
+
+
 def openai_state(w: dict[str, Tensor]) -> dict[str, Any]:
     state = transposed(w) | {"pre_bias": w["b_dec"], "latent_bias": w["b_enc"]}
     return state | {"stats_last_nonzero": torch.zeros(files.D_SAE, dtype=torch.int64)}
@@ -443,7 +603,14 @@ def openai_topk(**settings: Any) -> dict[str, Any]:
     return openai_state(W) | {"activation": "TopK", "activation_state_dict": settings}
 
 
+def named(path: Path) -> Path:
+    """Say in circuit-tracer's `config.yaml` what lies beside; return the folder."""
+    path.write_text('model_name: "Qwen/Qwen3-4B"\nmodel_kind: "transcoder_set"\n')
+    return path.parent
+
+
 W = weights("b_enc", "threshold")
+TEMPORAL = {"D": W["W_dec"], "b": W["b_dec"], "attn_layers.0.k_ctx.weight": W["W_dec"]}
 SPARSIFY = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"], "W_dec": W["W_dec"]}
 SPARSIFY |= {"b_dec": W["b_dec"]}
 GEMMA = {name.lower(): tensor for name, tensor in W.items()}
@@ -468,7 +635,8 @@ COUNTED |= {"threshold": torch.tensor(0.5)}
             "expected normalize_activations of .* 'covariance_whitening' and no activation_scaler",
         ),
         (lens(normalize_activations="expected_average_only_in"), "and no activation_scaler.json"),
-        (lens("temporal"), "expected architecture to be one of 'gated', 'standard', 'jumprelu'"),
+        (lens("temporal"), "found a temporal SAE, whose attention layers read the positions bef"),
+        (lens("matching"), "expected architecture to be one of 'gated', 'standard', 'jumprelu'"),
         (lens(activation_fn_str="tanh-relu"), "expected activation_fn_str to be one of 'relu'"),
         (lens("topk"), "expected a k from 1 to d_sae=5 for the TopK SAE in .*, found None"),
         (lens("gated"), r"expected tensors W_dec .* b_gate \[5\].* gated SAE, .* found W_dec \["),
@@ -488,7 +656,58 @@ COUNTED |= {"threshold": torch.tensor(0.5)}
         ),
         (
             tensors(GEMMA | {"w_dec": torch.ones(5, 2, 3)}),
-            "expected a decoder with an axis of latents",
+            r"expected a decoder with an axis of latents .* \[5, 2, 3\], as crosscoders and cr",
+        ),
+        (lens("jumprelu_skip_transcoder"), "found a transcoder, which writes other activations"),
+        (
+            lens(metadata={"hook_name": "blocks.1.ln2.hook_in", "hook_name_out": "hook_mlp_out"}),
+            "found a transcoder, which writes other activations",
+        ),
+        (
+            tensors(TEMPORAL, llm={"dimin": 3}),
+            "found a temporal SAE, whose attention layers read the positions before each",
+        ),
+        (
+            tensors({"W_enc_3": W["W_enc"].T, "b_enc_3": W["b_enc"], "b_dec_3": W["b_dec"]}),
+            r"found a cross-layer transcoder \(CLT\), which reads one layer and writes those above",
+        ),
+        (
+            lambda folder: tensors(weights("b_enc"))(named(folder / "config.yaml")),
+            "found a transcoder, which writes other activations",
+        ),
+        (
+            lambda folder: files.npz(
+                folder / "gemma-scope-2b-pt-transcoders/layer_7/width_16k/params.npz", W
+            ),
+            "found a transcoder, which writes other activations",
+        ),
+        (
+            lambda folder: files.pickled(
+                folder, dict(COUNTED), {"trainer": {"dict_class": "CrossCoder"}}
+            ),
+            "found a crosscoder, which reads and writes several layers at once",
+        ),
+        (
+            lambda folder: files.pickled(
+                folder, dict(COUNTED), {"trainer": {}, "buffer": {"io": "in_and_out"}}
+            ),
+            "found a transcoder, which writes other activations",
+        ),
+        (lens(apply_b_dec_to_input="no"), "expected apply_b_dec_to_input to be one of True, False"),
+        (lens(rescale_acts_by_decoder_norm="x"), "expected rescale_acts_by_decoder_norm to be one"),
+        (lens(reshape_activations=3), "expected reshape_activations to be one of 'none', 'hook_z'"),
+        (lens("topk", k=10**4000), "expected a k from 1 to d_sae=5 .* found 1000"),
+        (
+            lambda folder: files.llama_scope_r1(folder, W, mean_norm=None),
+            "expected the mean norm of activations, one number above 0, as dataset_average_activa",
+        ),
+        (
+            lambda folder: files.llama_scope_r1(folder, W, mean_norm=1.0, norm_activation="token"),
+            "expected norm_activation to be one of 'dataset-wise', 'inference' .* found 'token'",
+        ),
+        (
+            lambda folder: files.llama_scope_r1(folder, W, mean_norm=1.0, hook_point_out="x"),
+            "found a transcoder, which writes other activations",
         ),
         (tensors(GEMMA, architecture="relu"), "expected architecture to be one of 'jump_relu'"),
         (
@@ -544,6 +763,24 @@ def test_what_cannot_be_read_exactly_is_refused(
     with pytest.raises(InputError, match=sentence) as refused:
         read_sae(folder)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        (Path("x" * 300), "expected a folder or file with an SAE, found nothing at x"),
+        ("x" * 300, "expected a folder or file with an SAE, found nothing at 'x"),
+        ("/proc/self/mem", r"expected a file that can be read at /proc/self/mem, got an error \(I"),
+    ],
+)
+def test_names_and_files_that_the_system_refuses_are_sentences(
+    path: Path | str, sentence: str
+) -> None:
+    if str(path).startswith("/proc") and not Path(path).exists():
+        pytest.skip("no /proc on this system")
+    for load in (load_sae, read_sae):
+        with pytest.raises(InputError, match=sentence):
+            load(path)
 
 
 def test_a_whitening_that_is_lost_broken_or_another_s_is_refused(tmp_path: Path) -> None:

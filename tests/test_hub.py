@@ -101,6 +101,11 @@ def files(*paths: str) -> list[HubFile]:
         (("resid_post/layer_1/params.safetensors",), "gemma_scope_2", "resid_post/layer_1"),
         (("sae.pt", "config.json"), "batch_topk", ""),
         (("L0R/hyperparams.json", "L0R/checkpoints/final.safetensors"), "llama_scope", "L0R"),
+        (("a/L0R/config.json", "a/L0R/sae_weights.safetensors"), "llama_scope_r1", "a/L0R"),
+        (("layer3.sae.pt",), "qwen_scope", "layer3.sae.pt"),
+        (("Llama-3.1-8B-Instruct-SAE-l19.pth",), "goodfire", None),
+        (("DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt",), "deepseek_r1", None),
+        (("gpt2_L0.pt", "gpt2_L0_cfg.json"), "hook_z", "gpt2_L0.pt"),
     ],
 )
 def test_a_layout_is_told_by_names(
@@ -114,6 +119,15 @@ def test_a_layout_is_told_by_names(
 
 def test_weights_without_their_config_are_no_sae_of_a_layout() -> None:
     assert find_on_hub(files("x/sae_weights.safetensors", "ae.pt", "y/cfg.json")) == []
+
+
+def test_files_of_one_folder_are_saes_with_the_config_of_their_name() -> None:
+    names = [f"gpt2_L{layer}{end}" for layer in (0, 10) for end in (".pt", "_cfg.json")]
+    found = find_on_hub(files(*names, "config.json", "other.pt"))
+    assert [[file.path for file in sae.files] for sae in found] == [names[:2], names[2:]]
+    qwen = find_on_hub(files("layer0.sae.pt", "layer1.sae.pt", "config.json"))
+    assert [sae.path for sae in qwen] == ["layer0.sae.pt", "layer1.sae.pt"]
+    assert [len(sae.files) for sae in qwen] == [1, 1]
 
 
 def test_only_the_files_of_one_sae_are_chosen() -> None:

@@ -1,5 +1,6 @@
 """The Hub page: what it finds, what it offers, what each press does once, and hostile names."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -167,7 +168,28 @@ def test_a_press_starts_one_download_of_the_commit_that_was_shown(
     request = transfer.request
     assert isinstance(request, PullRequest)
     assert (request.commit, request.to) == (repo.refs["main"], "saes-a")
+    assert not request.fold_decoder_norms
     assert "↓ ada/saes · a → saes-a" in text(at)
+
+
+def test_a_tick_has_decoder_norms_folded(root: Path, hub: Hub, pressed: list[str]) -> None:
+    hub.add("ada/saes", FILES)
+    at = opened(HUB, repo="ada/saes")
+    labelled(at.checkbox, "Fold decoder norms").check().run()
+    at.button(key="hub.download").click().run()
+    (transfer,) = transfers(root)
+    assert isinstance(transfer.request, PullRequest)
+    assert transfer.request.fold_decoder_norms
+
+
+def test_a_transcoder_is_named_before_it_is_fetched(root: Path, hub: Hub) -> None:
+    folder = "transcoder_all/layer_0_width_16k_l0_big"
+    config = json.dumps({"architecture": "jump_relu", "hf_hook_point_out": "x"}).encode()
+    files = {f"{folder}/config.json": config, f"{folder}/params.safetensors": b"w" * 99}
+    hub.add("google/gemma-scope-2-1b-pt", files)
+    at = opened(HUB, repo="google/gemma-scope-2-1b-pt")
+    assert "found a transcoder, which writes other activations than it reads" in text(at)
+    assert "hub.download" not in keys(at)
 
 
 def test_a_name_that_is_taken_or_no_name_starts_nothing(

@@ -16,7 +16,7 @@ from hub_server import TOKEN, Hub, Repo, asked
 from refusals import mistake
 from tiny_runs import ended
 
-from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.cli import main
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import read_status, write_status
@@ -90,6 +90,20 @@ def test_an_sae_is_pulled_into_a_run_that_computes_the_same(
     (transfer,) = transfers(tmp_path)
     assert (transfer.status.state, transfer.result) == ("finished", "pulled")
     assert not (transfer.folder / "files").exists()
+
+
+def test_norms_are_folded_when_a_pull_asks_for_it(hub: Hub, finished: Run, tmp_path: Path) -> None:
+    longer = load_sae(finished.sae_folder(NAME))
+    longer.W_dec.data *= 2
+    save_sae(longer, tmp_path / NAME, metadata={})
+    hub.add("ada/saes", {f"{NAME}/{p.name}": p.read_bytes() for p in (tmp_path / NAME).iterdir()})
+    place = ["--model", "gpt2", "--layer", "1", "--site", "resid_post", "--fold-decoder-norms"]
+    assert main.main(["pull", "ada/saes", "--to", str(tmp_path / "pulled"), *place]) == 0
+    run = Run.open(tmp_path / "pulled")
+    folded = load_sae(run.sae_folder(run.config.saes[0].name))
+    x = torch.randn(8, longer.d_in, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(folded.encode(x), 2 * longer.encode(x))
+    torch.testing.assert_close(folded(x), longer(x))
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def compare(folder: Path) -> int:
         mine = load_file(folder / "ours" / path.parent.name / path.name)
         rows.append([f"ours -> {path.parent.name}", path.stem, *differences(mine, load_file(path))])
     for path in sorted((folder / "theirs").glob("*/*.safetensors")):
-        mine = answers(read_sae(path.with_suffix("")).sae, x)
+        fold = path.parent.name.endswith("folded")
+        mine = answers(read_sae(path.with_suffix(""), fold_decoder_norms=fold).sae, x)
         rows.append([f"{path.parent.name} -> ours", path.stem, *differences(load_file(path), mine)])
     worst = max(max(float(row[2]), float(row[3])) for row in rows)
     head = ["direction", "SAE", "latents", "reconstructions", "same support", "L0"]

@@ -1,11 +1,19 @@
-"""SAELens' side, in its environment: reads ours with its loader, saves its own with its writer."""
+"""SAELens' side, in its environment: reads ours with its loader, saves its own with its writer.
 
+Files of releases that it reads and does not write are written here as its loaders expect them, read
+by those loaders, and answered by what they make of them.
+"""
+
+import json
 import sys
 from pathlib import Path
 
 import sae_lens
 import torch
 from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders as loaders
+from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+from sae_lens.saes import sae as saelens_sae
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
@@ -29,6 +37,82 @@ def random_sae(kind, config):
         noise = torch.randn(parameter.shape, generator=generator)
         # Thresholds are positive; one of zero would be a plain ReLU.
         parameter.copy_(noise.abs() * 0.5 if name == "threshold" else parameter + 0.2 * noise)
+    return sae
+
+
+def linear(sae, infix=""):
+    """Return weights as `nn.Linear`s hold them."""
+    return {
+        f"encoder{infix}.weight": sae.W_enc.T.contiguous(),
+        f"encoder{infix}.bias": sae.b_enc.data,
+        f"decoder{infix}.weight": sae.W_dec.T.contiguous(),
+        f"decoder{infix}.bias": sae.b_dec.data,
+    }
+
+
+def of_releases(place, common):
+    """Write a file of each release's format; yield SAELens' name of one SAE of it, and its folder.
+
+    The loaders ask for the files of the release, at its widths; both are given ours.
+    """
+    standard, jumprelu = (
+        random_sae(kind, config(**common))
+        for kind, config in ((StandardSAE, StandardSAEConfig), (JumpReLUSAE, JumpReLUSAEConfig))
+    )
+    d_in, stem = common["d_in"], "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_ds49152_bs4096"
+    stem += "_dc1.00e-06_rsanthropic_rie25000_nr4_v9"
+    hook = "blocks.15.hook_resid_post"
+    r1 = ("llama_scope_r1_distill", "l15r_800m_slimpajama")
+    state = {"W_enc": standard.W_enc.data, "W_dec": standard.W_dec.data}
+    biases = {"b_enc": standard.b_enc.data, "b_dec": standard.b_dec.data}
+    written = {
+        ("qwen-scope-3-8b-base-w64k-l50", "layer7"): (
+            "SAE-Res-Qwen3-8B-Base-W64K-L0_50/layer7.sae.pt",
+            {name: tensor.T.contiguous() for name, tensor in state.items()} | biases,
+        ),
+        ("goodfire-llama-3.1-8b-instruct", "layer_19"): (
+            "goodfire/Llama-3.1-8B-Instruct-SAE-l19.pth",
+            linear(standard, "_linear"),
+        ),
+        ("deepseek-r1-distill-llama-8b-qresearch", "blocks.19.hook_resid_post"): (
+            "deepseek/DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt",
+            linear(standard),
+        ),
+        ("gpt2-small-hook-z-kk", "blocks.5.hook_z"): (f"hook_z/{stem}.pt", state | biases),
+        r1: (
+            "Llama-Scope-R1-Distill/sae_weights.safetensors",
+            linear(jumprelu)
+            | {"log_jumprelu_threshold": jumprelu.threshold.log()}
+            # What the registry has as a factor, the file has as the mean norm behind it.
+            | {
+                f"dataset_average_activation_norm.{side}": torch.tensor(
+                    d_in**0.5 / get_norm_scaling_factor(*r1)
+                )
+                for side in ("in", "out")
+            },
+        ),
+    }
+    for (release, sae_id), (path, tensors) in written.items():
+        file = place / path
+        file.parent.mkdir(parents=True)
+        save = save_file if file.suffix == ".safetensors" else torch.save
+        save(tensors, file)
+        config = {"act_name": "blocks.5.attn.hook_z", "act_size": d_in, "dict_size": D_SAE}
+        if "hook_z" in path:
+            file.with_name(f"{stem}_cfg.json").write_text(json.dumps(config))
+        config = {"hook_point_in": hook, "hook_point_out": hook, "d_model": d_in}
+        config |= {"expansion_factor": D_SAE // d_in, "norm_activation": "dataset-wise"}
+        if release == r1[0]:
+            file.with_name("config.json").write_text(json.dumps(config))
+        yield release, sae_id, file.parent
+
+
+def loaded(release, sae_id, folder, common):
+    """Return what `SAE.from_pretrained` makes of a release whose files lie in a folder."""
+    loaders.hf_hub_download = lambda repo_id=None, filename="", **_: folder / Path(filename).name
+    saelens_sae.get_config_overrides = lambda *_: {"d_in": common["d_in"], "d_sae": D_SAE}
+    sae = SAE.from_pretrained(release, sae_id)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # ours has heads one after the other
     return sae
 
 
@@ -56,6 +140,16 @@ def main(folder):
         place.mkdir(parents=True)
         sae.save_model(place)
         save_file(answers(sae, x), place.with_suffix(".safetensors"))
+        if name != "topk":  # whose norms it does not fold
+            sae.fold_W_dec_norm()
+            folded = folder / "theirs" / "saelens folded" / name
+            folded.parent.mkdir(exist_ok=True)
+            folded.symlink_to(place)
+            save_file(answers(sae, x), folded.with_suffix(".safetensors"))
+    releases = folder / "theirs" / "releases"
+    for release, sae_id, place in of_releases(releases, common):
+        sae = loaded(release, sae_id, place, common)
+        save_file(answers(sae, x), releases / f"{place.name}.safetensors")
     print(f"sae-lens {sae_lens.__version__} on torch {torch.__version__}")
 
 

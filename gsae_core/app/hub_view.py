@@ -170,6 +170,9 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
         )
         layer = st.number_input("Layer", 0, 200, None, key=f"{key}.layer", placeholder=hint)
         site = st.selectbox("Site", SITES, index=None, key=f"{key}.site", placeholder=hint)
+    said = "Features times the norms of their directions, as SAELens' fold_W_dec_norm and "
+    said += "Neuronpedia show them; reconstructions are the same."
+    fold = st.checkbox("Fold decoder norms", key=f"{key}.fold", help=said)
     free, need = free_bytes(root), 2 * sae.n_bytes  # what comes, and the run that is made of it
     full = need >= free
     if full:
@@ -180,8 +183,9 @@ def _download(found: Repository, sae: HubSAE, told: Facts, root: Path) -> None:
         label, type="primary", icon=icon, key="hub.download", width="stretch", disabled=full
     ):
         place = {"model": model.strip() or None, "layer": layer, "site": site}
+        how = {**place, "fold_decoder_norms": fold}
         with noticed("Nothing was started"):
-            process.start(ask(root, PullRequest(*about, sae.library, sae.files, name, **place)))
+            process.start(ask(root, PullRequest(*about, sae.library, sae.files, name, **how)))
             st.rerun()
 
 

@@ -9,6 +9,7 @@ It takes raw activations, and says under `normalize_activations` if it normalise
 itself. A `topk` config holds `k` as well. `threshold` of a `jumprelu` SAE is float32 in any file.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ WEIGHTS = "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"
 
 
-def load_sae(folder: Path | str) -> SAE:
+def load_sae(folder: Path | str, *, fold_decoder_norms: bool = False) -> SAE:
     """Return the SAE in a folder or file, or at an address on the Hub, on the CPU in float32.
 
         load_sae("runs/first/saes/gated-0.2")
@@ -43,15 +44,19 @@ def load_sae(folder: Path | str) -> SAE:
             lies is an address on the Hub, `OWNER/NAME:PATH@REVISION`, whose path and revision may
             be left out. What is fetched stays in the Hugging Face cache (HF_HOME, HF_HUB_CACHE)
             and opens offline; private repositories take the token that huggingface_hub finds.
+        fold_decoder_norms: whether latents are multiplied by the norms of their directions, as
+            SAELens' `fold_W_dec_norm` and Neuronpedia have them; reconstructions are the same.
 
     Raises:
         InputError: if there is no SAE, or several; if a file is missing, damaged, or describes an
-            SAE that this package has not; if the Hub refuses.
+            SAE that this package has not; if the Hub refuses; if it is a TopK SAE and its norms to
+            fold are not one.
     """
     place = local(folder)
-    if (place / "cfg.json").exists() or (place / WEIGHTS).exists():
+    # Not of pathlib, which raises where a name is too long to be one.
+    if any(os.path.exists(place / name) for name in ("cfg.json", WEIGHTS)):
         place = _weights_of(place)
-    return read_sae(place).sae
+    return read_sae(place, fold_decoder_norms=fold_decoder_norms).sae
 
 
 def _weights_of(folder: Path) -> Path:

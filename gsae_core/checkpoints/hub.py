@@ -8,6 +8,7 @@ Every answer names the commit it is of, and all that is fetched later is fetched
 Tokens are huggingface_hub's business alone: the environment's or the login's, never seen here.
 """
 
+import fnmatch
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from gsae_core.checkpoints.formats.libraries import (
     text_of,
     widths,
 )
+from gsae_core.checkpoints.formats.refused import refuse
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import free_bytes, readable, sha256, sync, writing
 
@@ -84,18 +86,22 @@ def check_path(path: str) -> str:
 def find_on_hub(files: Iterable[HubFile]) -> list[HubSAE]:
     """Return the SAEs whose files are named as a library names them, by path."""
     folders = _by_folder(files)
-    found = []
+    found: dict[str, HubSAE] = {}
     for folder, names in sorted(folders.items()):
         for format_, library in LIBRARIES.items():
-            if library.weights not in names:
-                continue
             where = folder.rpartition("/")[0] if library.config_above else folder
             beside = folders.get(where, {})
-            if not library.config or library.config in beside:
+            alone = "*" in library.weights  # an SAE for each file, beside others and their configs
+            for weights in sorted(fnmatch.filter(names, library.weights)):
+                config = library.config.replace("*", weights.rpartition(".")[0])
+                path = names[weights].path
+                if (config and config not in beside) or path in found:
+                    continue
+                own = {name: beside[name] for name in (config,) if name} if alone else beside
                 more = (names[name] for name in library.beside if name in names)
-                fetched = (names[library.weights], *_configs(beside), *more)
-                found.append(HubSAE(where, format_, fetched))
-    return found
+                fetched = (names[weights], *_configs(own), *more)
+                found[path] = HubSAE(path if alone else where, format_, fetched)
+    return list(found.values())
 
 
 def _by_folder(files: Iterable[HubFile]) -> dict[str, dict[str, HubFile]]:
@@ -255,12 +261,16 @@ def one_sae(repository: Repository) -> HubSAE:
 
 
 def describe(repository: Repository, sae: HubSAE) -> Facts:
-    """Return what an SAE says of itself, from some kilobytes of it."""
+    """Return what an SAE says of itself, from some kilobytes of it.
+
+    InputError names what is no SAE, such as a transcoder.
+    """
     config: dict[str, Any] = {}
     for file in sae.files[1:]:
         if file.path.endswith(".json"):  # no larger than LARGEST_CONFIG
             config |= _small_json(repository, file)
     path = sae.files[0].path
+    refuse(Path("/", repository.repo, path), (), config)
     d_in, d_sae = widths({}, config)
     if path.endswith(".safetensors") and (d_in is None or d_sae is None):
         d_in, d_sae = widths(_shapes(repository, path), config)

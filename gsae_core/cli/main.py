@@ -250,11 +250,13 @@ def import_(
     layer: _Number = None,
     site: _Site = None,
     data: _Name = None,
+    fold_decoder_norms: _Switch = False,
 ) -> None:
     """Make a run of SAEs that another library wrote: evaluated and explored like one of ours.
 
-    Reads SAELens, dictionary_learning, SAEBench, sparsify, Gemma Scope 1 and 2, Llama Scope,
-    OpenAI's and BatchTopK's, recognised by what is in their files.
+    Reads SAELens, dictionary_learning, SAEBench, sparsify, Gemma Scope 1 and 2, Llama Scope and its
+    R1, Qwen Scope, Goodfire, qresearch's of DeepSeek R1, attention SAEs of hook_z, OpenAI's and
+    BatchTopK's, recognised by what is in their files.
 
     Args:
         path: File or folder of one SAE, or of several.
@@ -264,12 +266,16 @@ def import_(
         layer: Block number, from 0, likewise.
         site: Place in the block, likewise.
         data: Text to evaluate on; without it the Python standard library's.
+        fold_decoder_norms: Multiply features by the norms of their directions, as SAELens'
+            fold_W_dec_norm and Neuronpedia show them; reconstructions are the same.
     """
     from gsae_core.runs.work.imports import import_saes
 
     if layer is not None:
         validated(ModelConfig, {"layer": layer}, {"layer": "--layer"})
-    run, sources = import_saes(path, to, model=model, layer=layer, site=site, saes=sae, data=data)
+    place = {"model": model, "layer": layer, "site": site}
+    fold = fold_decoder_norms
+    run, sources = import_saes(path, to, **place, saes=sae, data=data, fold_decoder_norms=fold)
     show(f"run {run.folder}")
     for name, source in sources.items():
         show(f"{name}: {source.architecture} of {source.library}")
@@ -393,6 +399,7 @@ def pull(
     model: _Name = None,
     layer: _Number = None,
     site: _Site = None,
+    fold_decoder_norms: _Switch = False,
 ) -> None:
     """Fetch an SAE from the Hub and make a run of it, to evaluate and explore like any other.
 
@@ -408,6 +415,8 @@ def pull(
         model: Language model of the SAE, where its files do not say.
         layer: Its block, where its files do not say.
         site: Its place in the block, where its files do not say.
+        fold_decoder_norms: Multiply features by the norms of their directions, as SAELens'
+            fold_W_dec_norm and Neuronpedia show them.
     """
     repository = look(parse_address(address))
     if repository.renamed:
@@ -420,7 +429,7 @@ def pull(
     name = transfer.run_name(repository.repo, sae.path)
     folder = to or root / transfer.free_name(root, name)
     files = (repository.repo, repository.commit, sae.path, sae.library, sae.files)
-    request = transfer.PullRequest(*files, folder.name, model, layer, site)
+    request = transfer.PullRequest(*files, folder.name, model, layer, site, fold_decoder_norms)
     count = f"{len(sae.files)} file{'s' * (len(sae.files) > 1)}"
     say(
         f"{sae.path or repository.repo}: {sae.library}, {count}, {readable(sae.n_bytes)}, "

@@ -158,14 +158,16 @@ class SAE(nn.Module, ABC):
     # imported is the package, which knows where they live.
 
     @classmethod
-    def from_pretrained(cls: type[Kind], where: PathOrText) -> Kind:
+    def from_pretrained(
+        cls: type[Kind], where: PathOrText, *, fold_decoder_norms: bool = False
+    ) -> Kind:
         """Return the SAE in a folder or file or at an address on the Hub, as `gsae_core.load_sae`.
 
         InputError if it is none, or of another architecture than this class (`SAE` takes any).
         """
         import gsae_core
 
-        sae = gsae_core.load_sae(where)
+        sae = gsae_core.load_sae(where, fold_decoder_norms=fold_decoder_norms)
         if not isinstance(sae, cls):
             there = type(sae).__name__
             raise InputError(

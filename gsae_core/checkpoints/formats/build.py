@@ -62,8 +62,11 @@ class Weights:
 
 
 @torch.no_grad()
-def build(weights: Weights, path: Path) -> SAE:
-    """Return the SAE that computes what the file's own library computes, on raw activations."""
+def build(weights: Weights, path: Path, *, fold_decoder_norms: bool = False) -> SAE:
+    """Return the SAE that computes what the file's own library computes, on raw activations.
+
+    With `fold_decoder_norms` its latents are those that SAELens' `fold_W_dec_norm` gives.
+    """
     tensors = _checked(weights, path)
     if weights.scale != 1.0:
         # As SAELens folds it: latents keep the numbers they have in the file's own units.
@@ -89,7 +92,28 @@ def build(weights: Weights, path: Path) -> SAE:
         weights.assumed.append("Latents compete by size times the norm of their direction; folded.")
     if weights.whitening is not None:
         _fold_whitening_(tensors, **weights.whitening)
+    if fold_decoder_norms:
+        _fold_norms_(weights, tensors, path)
     return _filled(weights, tensors)
+
+
+def _fold_norms_(weights: Weights, tensors: Tensors, path: Path) -> None:
+    """Give each latent f_i the size |d_i| f_i, and its direction d_i the length one."""
+    # A direction of nothing stays one, at SAELens' least norm.
+    norms = tensors["W_dec"].norm(dim=1).clamp(min=1e-8)
+    if weights.architecture == "topk" and bool((norms - 1).abs().max() > 1e-4):
+        raise InputError(
+            f"expected decoder norms of one, or latents that compete by them, to fold into the "
+            f"TopK SAE in {path}, found norms from {norms.min():.3g} to {norms.max():.3g}: other "
+            "latents would be the k largest; read it without folding"
+        )
+    for name in {"W_enc", "W_mag", "b_enc", "b_gate", "b_mag", "threshold"} & tensors.keys():
+        tensors[name] = tensors[name] * norms
+    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    weights.assumed.append(
+        "Decoder norms are folded into the latents, as by SAELens' fold_W_dec_norm: directions "
+        "have length one, reconstructions are the same."
+    )
 
 
 def _shift_input_(tensors: Tensors, by: Float[Tensor, " d_in"]) -> None:
@@ -166,7 +190,8 @@ def _checked(weights: Weights, path: Path) -> Tensors:
         )
     if weights.architecture == "topk" and not 1 <= (weights.k or 0) <= d_sae:
         raise InputError(
-            f"expected a k from 1 to d_sae={d_sae} for the TopK SAE in {path}, found {weights.k}"
+            f"expected a k from 1 to d_sae={d_sae} for the TopK SAE in {path}, found "
+            f"{str(weights.k)[:40]}"
         )
     return {name: tensors[name] for name in expected}
 

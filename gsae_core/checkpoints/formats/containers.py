@@ -42,12 +42,20 @@ def contents_of(path: Path) -> Contents | None:
 
     InputError names the damage in one, or what in it was made to do harm.
     """
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(
+            f"expected a file that can be read at {path}, got an error ({error.strerror}); give "
+            "the weights of an SAE, or their folder"
+        ) from error
     if start[:4] == b"PK\x03\x04":
         return _look_into_zip(path)
-    # A Parquet table (of an index, say) may happen to have the brace there too.
-    if start[8:9] == b"{" and start[:4] != b"PAR1":
+    # A Parquet table (of an index, say) may happen to have the brace there too, and so may a JSON
+    # file, which is text where a header's length has zeros.
+    text = start.isascii() and 0 not in start
+    if start[8:9] == b"{" and start[:4] != b"PAR1" and not text:
         return Contents("safetensors", dict(_safetensors_shapes(path)))
     if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return Contents("bare pickle", {})  # of torch before version 1.6, or pickle itself
@@ -146,9 +154,10 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> 
 
 # What rebuilds a tensor, a dictionary that keeps its order, and a type in a saved config.
 HARMLESS = re.compile(
-    r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
+    r"torch\._utils (_rebuild_tensor_v[23]|_rebuild_parameter)"
     r"|collections OrderedDict"
-    r"|torch (\w+Storage|device|float32|float64|float16|bfloat16|Size)"
+    r"|torch (\w+Storage|device|float32|float64|float16|bfloat16|float8_\w+|Size)"
+    r"|torch\.storage UntypedStorage"
 )
 STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8"}
 UNREADABLE_CALLS = {"INST", "OBJ", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}

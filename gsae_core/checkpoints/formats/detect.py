@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from gsae_core.checkpoints.formats.libraries import (
     mapping,
     widths,
 )
+from gsae_core.checkpoints.formats.refused import refuse
 from gsae_core.errors import InputError
 
 MOST_FILES, DEEPEST = 10_000, 8
@@ -100,6 +101,8 @@ def _unknown(path: Path, held: Contents) -> InputError:
             "safetensors"
         )
     names = held.shapes.keys()
+    for config in ({}, *_configs(path).values()):
+        refuse(path, names, config)
     near = max(SIGNATURES, key=lambda s: len(s.required & names) / len(s.required | names))
     listed = ", ".join(name[:60] for name in list(names)[:12]) + ", ..." * (len(names) > 12)
     missing = ", ".join(sorted(near.required - names))
@@ -111,13 +114,19 @@ def _unknown(path: Path, held: Contents) -> InputError:
 
 
 def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
-    """Return the JSON objects beside a file, and above a `checkpoints` folder."""
+    """Return the JSON objects beside a file, and above a `checkpoints` folder, by path.
+
+    Those that are named after the file come first.
+    """
     folders = [weights.parent]
     if weights.parent.name == "checkpoints":
         folders.append(weights.parent.parent)
     found: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        for path in sorted(folder.glob("*.json"))[:MOST_CONFIGS]:
+        jsons = sorted(
+            folder.glob("*.json"), key=lambda p: (not p.stem.startswith(weights.stem), p)
+        )
+        for path in jsons[:MOST_CONFIGS]:
             # A broken file that no format needs breaks nothing; the one that is needed is named by
             # the format that misses it.
             with suppress(InputError, OSError):
@@ -127,11 +136,11 @@ def _configs(weights: Path) -> dict[Path, dict[str, Any]]:
 
 def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE | None:
     configs = _configs(path)
-    signature = _likeliest(held, list(configs.values()))
+    signature = _likeliest(path, held, configs)
     if signature is None:
         return None
-    marked = (each for each in configs.items() if signature.marked_by(each[1]))
-    config_path, config = next(marked, (None, {}))
+    config_path = _marking(signature, path, configs)
+    config = configs[config_path] if config_path else {}
     format_, architecture = _refined(signature, config)
     d_in, d_sae = widths(held.shapes, config)
     return FoundSAE(
@@ -144,27 +153,43 @@ def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE | None:
         d_sae=d_sae,
         n_bytes=path.stat().st_size,
         place=hook_point(format_, config, path),
+        # A pickle's other words are those of its configs, for all that is known.
+        strange=() if held.kind == "pickle" else tuple(signature.strange(held.shapes)),
     )
 
 
-def _likeliest(held: Contents, configs: Sequence[Mapping[str, Any]]) -> Signature | None:
+def _marking(signature: Signature, weights: Path, configs: Mapping[Path, Any]) -> Path | None:
+    """Return the config that says that the weights are this library's."""
+    named = LIBRARIES[signature.format].config.replace("*", weights.stem)
+    own = "*" in LIBRARIES[signature.format].config  # each file has a config of its own name
+    for path, config in configs.items():
+        if signature.marked_by(config) and (not own or path.name == named):
+            return path
+    return None
+
+
+def _likeliest(path: Path, held: Contents, configs: Mapping[Path, Any]) -> Signature | None:
     """Return the signature that a file's names fit, the likeliest of several.
 
-    A pickle also holds the words of its configs, so any names may come beside the required ones;
-    elsewhere a name that the format does not know makes it another format.
+    A pickle also holds the words of its configs, so any names may come beside the required ones.
+    Elsewhere a name that the format does not know makes it another format, but for SAELens', whose
+    config says which tensors its architecture has.
     """
     names = frozenset(held.shapes)
-    fitting: dict[Signature, tuple[bool, int]] = {}
+    fitting: dict[Signature, tuple[bool, bool, bool, int]] = {}
     for signature in SIGNATURES:
         library = LIBRARIES[signature.format]
-        marked = any(signature.marked_by(config) for config in configs)
+        marked = _marking(signature, path, configs) is not None
+        exact = held.kind == "pickle" or not signature.strange(names)
+        told = exact and signature.architecture != library.only_marked
         if (
             held.kind in library.kinds.split()
             and signature.required <= names
-            and (held.kind == "pickle" or names <= signature.known)
-            and (marked or signature.architecture != library.only_marked)
+            and (told or (marked and (exact or signature.format == "sae_lens")))
+            and re.search(library.named, path.absolute().as_posix())
         ):
-            fitting[signature] = (marked, len(signature.required))
+            named = bool(library.named)
+            fitting[signature] = (marked, exact, named, len(signature.required))
     return max(fitting, key=fitting.__getitem__, default=None)
 
 

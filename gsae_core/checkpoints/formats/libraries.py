@@ -4,7 +4,7 @@ Nothing here imports torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,11 @@ Format = Literal[
     "openai",
     "batch_topk",
     "llama_scope",
+    "llama_scope_r1",
+    "qwen_scope",
+    "goodfire",
+    "deepseek_r1",
+    "hook_z",
 ]
 Export = Literal["gsae_core", "saelens", "jumprelu", "dictionary_learning"]
 Shape = tuple[int, ...]
@@ -33,13 +38,19 @@ class Library:
     """What one library writes, and under which names."""
 
     title: str  # what a page calls it
-    tensors: str = ""  # a line an architecture, `NAME: TENSORS`; `?` ends one that may be missing
+    # A line an architecture, `NAME: TENSORS`; `?` ends one that may be missing, `.*` begins many.
+    tensors: str = ""
     kinds: str = "safetensors pickle"  # containers it writes
     marker: str = ""  # keys of the config that tell it from another library with the same tensors
     only_marked: str = ""  # the architecture that is recognised only with that config
+    # Pattern of the path without which it is not recognised: what says no more lies in the name.
+    named: str = ""
     needed: str = ""  # what only the config says, without which an SAE cannot be read
-    weights: str = ""  # name of the weights on the Hub; empty where that tells nothing
-    config: str = ""  # name of the config that stands beside the weights of every SAE there
+    # Names on the Hub: of the weights, empty where that tells nothing, and of the config that
+    # stands beside the weights of every SAE there. A `*` in the first makes each file an SAE of its
+    # own, and one in the second stands for the name of the weights.
+    weights: str = ""
+    config: str = ""
     beside: tuple[str, ...] = ()  # fetched too where they are, as every JSON file is
     config_above: bool = False  # whether the config stands a folder higher
 
@@ -55,6 +66,7 @@ LIBRARIES: dict[Format, Library] = {
         gated_untied: W_enc W_mag W_dec b_dec b_gate b_mag
         standard: W_enc W_dec b_enc b_dec scaling_factor?
         jumprelu: W_enc W_dec b_enc b_dec threshold scaling_factor?
+        jumprelu: W_enc W_dec b_enc b_dec log_threshold
         """,
         kinds="safetensors",
         marker="d_in d_sae",
@@ -137,6 +149,44 @@ LIBRARIES: dict[Format, Library] = {
         config="hyperparams.json",
         config_above=True,
     ),
+    "llama_scope_r1": Library(
+        "Llama Scope R1",
+        "jumprelu: encoder.weight encoder.bias decoder.weight decoder.bias log_jumprelu_threshold "
+        "dataset_average_activation_norm.*",
+        kinds="safetensors",
+        marker="hook_point_in",
+        needed="its hook point and its input normalisation",
+        weights="sae_weights.safetensors",
+        config="config.json",
+    ),
+    "qwen_scope": Library(
+        "Qwen Scope",
+        "topk: W_enc W_dec b_enc b_dec",
+        kinds="pickle",
+        named=r"(^|/)layer\d+\.sae\.pt$|SAE-Res-[^/]+-W\d+K-L0_\d+",
+        weights="layer*.sae.pt",
+    ),
+    "goodfire": Library(
+        "Goodfire",
+        "relu: encoder_linear.weight encoder_linear.bias decoder_linear.weight decoder_linear.bias",
+        weights="Llama-3.[13]-*B-Instruct-SAE-l*.pt*",
+    ),
+    "deepseek_r1": Library(
+        "qresearch (DeepSeek R1)",
+        "relu: encoder.weight encoder.bias decoder.weight decoder.bias",
+        kinds="pickle",
+        named=r"-SAE-l\d+\.pt$",
+        weights="DeepSeek-R1-*-SAE-l*.pt",
+    ),
+    "hook_z": Library(
+        "Attention SAEs (hook_z)",
+        "relu: W_enc W_dec b_enc b_dec",
+        kinds="pickle",
+        marker="act_name dict_size",
+        only_marked="relu",
+        weights="*.pt",
+        config="*_cfg.json",
+    ),
 }
 
 FORMATS: dict[Format, str] = {name: library.title for name, library in LIBRARIES.items()}
@@ -164,13 +214,18 @@ class Signature(NamedTuple):
         marker = LIBRARIES[self.format].marker.split()
         return bool(marker) and config.keys() >= set(marker)
 
+    def strange(self, names: Iterable[str]) -> list[str]:
+        """Return those of a file's names that the architecture has no use for, in their order."""
+        begun = tuple(name[:-1] for name in self.known if name.endswith("*"))
+        return [name for name in names if name not in self.known and not name.startswith(begun)]
+
 
 def _signatures() -> Iterator[Signature]:
     for format_, library in LIBRARIES.items():
         for line in library.tensors.strip().splitlines():
             architecture, _, tensors = line.strip().partition(": ")
             names = tensors.split()
-            required = frozenset(name for name in names if not name.endswith("?"))
+            required = frozenset(name for name in names if name[-1] not in "?*")
             known = frozenset(name.rstrip("?") for name in names)
             yield Signature(format_, architecture, required, known)
 
@@ -201,6 +256,7 @@ class FoundSAE:
     d_sae: int | None  # None where neither shapes nor the config say
     n_bytes: int  # of the weights
     place: HookPoint
+    strange: tuple[str, ...] = ()  # other tensors in the file, which its architecture does not read
 
     @property
     def library(self) -> str:
@@ -224,9 +280,14 @@ class Provenance:
 
 # TransformerLens' name of each site, after the block's number.
 _HOOKS: dict[str, Site] = {hook_name(0, site).removeprefix("blocks.0."): site for site in SITES}
+# What its TransformerBridge calls the same places.
+_HOOKS |= {"hook_in": "resid_pre", "hook_out": "resid_post"}
+_HOOKS |= {"mlp.hook_out": "mlp_out", "attn.hook_out": "attn_out"}
+_HOOKS |= {"attn.o.hook_in": "attn_z", "mlp.out.hook_in": "mlp_hidden"}
 # Of modules' outputs in Hugging Face models, after the block's number.
 _MODULES: dict[str, Site] = {
     "": "resid_post",
+    ".input": "resid_pre",
     ".output": "resid_post",
     ".mlp": "mlp_out",
     ".self_attn": "attn_out",
@@ -241,8 +302,18 @@ _SUBMODULES |= dict(zip(SITES, SITES, strict=True))
 # Names of folders and repositories of both Gemma Scopes.
 _GEMMA: dict[str, Site] = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
+# Owners of the models that releases name without them.
+_RELEASED = {"Qwen": "Qwen", "Llama": "meta-llama", "DeepSeek": "deepseek-ai"}
+
 _MODEL_KEYS = ("model_name", "lm_name")
-_HOOK_KEYS = ("hook_name", "hook_point", "hook_point_in", "hf_hook_point_in", "submodule_name")
+_HOOK_KEYS = (
+    "hook_name",
+    "hook_point",
+    "hook_point_in",
+    "hf_hook_point_in",
+    "submodule_name",
+    "act_name",
+)
 
 
 def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPoint:
@@ -256,6 +327,16 @@ def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPo
             hook = text_of(weights.parent.name)
         case "llama_scope" if "Llama3_1-8B" in path:
             model = "meta-llama/Llama-3.1-8B"
+        case "llama_scope_r1" if "Llama-Scope-R1-Distill" in path:
+            model = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+        case "qwen_scope" | "goodfire" | "deepseek_r1":
+            # `SAE-Res-Qwen3-8B-Base-W64K-L0_50/layer0.sae.pt`; `Llama-...-Instruct-SAE-l19.pth`.
+            if named := re.search(r"(?:SAE-Res-([^/]+)-W\d+K|([^/]+)-SAE-l\d+\.pth?$)", path):
+                name = str(named[1] or named[2])
+                owner = _RELEASED.get(re.split(r"[-\d]", name)[0])
+                model = f"{owner}/{name}" if owner else name
+            stated = re.search(r"(?:layer|-SAE-l)(\d{1,4})\.", weights.name)
+            layer, site = (int(stated[1]), "resid_post") if stated else (None, None)
         case "gemma_scope" | "gemma_scope_2":
             # `gemma-scope-2b-pt-res/layer_20/...`; a Hub cache writes the repository's / as --.
             if release := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path):
@@ -269,8 +350,11 @@ def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPo
     if hook is not None:
         told = layer_and_site(hook.replace("{layer}", str(fields.get("hook_point_layer"))))
         layer, site = layer if told[0] is None else told[0], told[1]
-        if fields.get("hook_head_index", fields.get("hook_point_head_index")) is not None:
-            site = None  # One head of many: no site of ours is that narrow.
+        head = fields.get("hook_head_index", fields.get("hook_point_head_index"))
+        if head is not None:
+            site, hook = None, f"{hook}, head {head} alone"  # No site of ours is that narrow.
+        if mapping(config, "buffer").get("io") == "in":
+            site, hook = None, f"{hook}, what goes in"  # dictionary_learning's word
     known = isinstance(layer, int) and layer >= 0
     return HookPoint(model, layer if known else None, site, hook)
 

@@ -5,7 +5,7 @@ A function a library says what its file means; `build` turns that into our numbe
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,6 +22,7 @@ from gsae_core.checkpoints.formats.libraries import (
     Provenance,
     mapping,
 )
+from gsae_core.checkpoints.formats.refused import refuse
 from gsae_core.checkpoints.hub import local
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
@@ -36,7 +37,7 @@ class Foreign(NamedTuple):
     source: Provenance
 
 
-def read_sae(path: Path | str) -> Foreign:
+def read_sae(path: Path | str, *, fold_decoder_norms: bool = False) -> Foreign:
     """Return the one SAE in a file or folder, or at an address on the Hub, and where it came from.
 
     On the CPU in float32, written by any of the libraries known here. `source.assumed` says what
@@ -45,26 +46,31 @@ def read_sae(path: Path | str) -> Foreign:
     Args:
         path: a folder or file; text under which none lies is an address, `OWNER/NAME:PATH@REVISION`
             (`hub.local`).
+        fold_decoder_norms: whether to give latents in the units of SAELens' `fold_W_dec_norm` and
+            Neuronpedia: each times the norm of its direction, which has length one then.
 
     Raises:
-        InputError: if none can be read exactly, or there are several.
+        InputError: if none can be read exactly, or there are several; if norms cannot be folded
+            into a TopK SAE, whose k largest latents would be others.
     """
-    return read_found(detect(local(path)))
+    return read_found(detect(local(path)), fold_decoder_norms=fold_decoder_norms)
 
 
-def read_found(found: FoundSAE) -> Foreign:
-    """Return the SAE that was found.
+def read_found(found: FoundSAE, *, fold_decoder_norms: bool = False) -> Foreign:
+    """Return the SAE that was found, its decoder norms folded if asked for, as `read_sae` has it.
 
     InputError if its files contradict each other, or it computes what no SAE here does.
     """
+    held = contents_of(found.weights)
+    names = list(held.shapes) if held else []
+    refuse(found.weights, names, read_object(found.config) if found.config else {})
     config = config_of(found)
     files = (found.weights, found.config)
     digests = tuple((file.name, sha256(file)) for file in files if file is not None)
     if found.format == "gsae_core":
         _check_ours(found, config, digest=digests[0][1])
-    tensors, values = _tensors_and_values(found)
+    tensors, values = _tensors_and_values(found, names)
     config |= values
-    _refuse_transcoder(found, tensors, config)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     with torch.no_grad():
         tensors = _in_our_names(as_float32(tensors, found.weights))
@@ -73,10 +79,12 @@ def read_found(found: FoundSAE) -> Foreign:
             raise InputError(
                 f"expected a decoder with an axis of latents and one of activations in "
                 f"{found.weights}, found shape {shape}"
+                + ", as crosscoders and cross-layer transcoders (CLTs) have"
+                * (len(shape) == 3)
             )
         weights = READERS[found.format](found, tensors, config)
         _take_scaling_factor_(weights, tensors.get("scaling_factor"), found, config)
-        sae = build(weights, found.weights)
+        sae = build(weights, found.weights, fold_decoder_norms=fold_decoder_norms)
     source = Provenance(
         format=found.format,
         library=found.library,
@@ -100,29 +108,21 @@ def _check_ours(found: FoundSAE, config: Config, *, digest: str) -> None:
         )
 
 
-def _refuse_transcoder(found: FoundSAE, tensors: Tensors, config: Config) -> None:
-    keys = ("transcode", "skip_connection", "hf_hook_point_out")
-    if any(map(config.get, keys)) or tensors.keys() & {"affine_skip_connection", "W_skip"}:
-        raise InputError(
-            f"expected an SAE in {found.weights}, found a transcoder, which writes other "
-            "activations than it reads; take an SAE of either side instead"
-        )
-
-
-def _tensors_and_values(found: FoundSAE) -> tuple[Tensors, Config]:
+def _tensors_and_values(found: FoundSAE, names: Iterable[str]) -> tuple[Tensors, Config]:
     """Return a file's weights, and what else it holds of an SAE: counts and plain values."""
     like_sae_lens = found.format in ("gsae_core", "sae_lens_legacy")
     format_ = "sae_lens" if like_sae_lens else found.format
     signatures = [signature for signature in SIGNATURES if signature.format == format_]
-    held = load_values(found.weights, {name for s in signatures for name in s.known})
+    known = {name for name in names if not all(s.strange([name]) for s in signatures)}
+    held = load_values(found.weights, known)
     # A pickle's names were told without its values, and may be other things.
-    names = {n for n, v in held.items() if isinstance(v, Tensor)}
-    if not any(signature.required <= names for signature in signatures):
+    there = {n for n, v in held.items() if isinstance(v, Tensor)}
+    if not any(signature.required <= there for signature in signatures):
         raise InputError(
             f"expected the tensors of a {found.library} SAE in {found.weights}, found "
-            f"{', '.join(sorted(names)) or 'none'}"
+            f"{', '.join(sorted(there)) or 'none'}"
         )
-    weights = names - {"k", "group_sizes", "stats_last_nonzero"}
+    weights = there - {"k", "group_sizes", "stats_last_nonzero"}
     tensors = {name: held[name] for name in held if name in weights}
     return tensors, {name: value for name, value in held.items() if name not in weights}
 
@@ -133,6 +133,10 @@ OUR_NAMES = {
     "w_dec": "W_dec",
     "encoder.weight": "W_enc",
     "decoder.weight": "W_dec",
+    "encoder_linear.weight": "W_enc",
+    "decoder_linear.weight": "W_dec",
+    "encoder_linear.bias": "b_enc",
+    "decoder_linear.bias": "b_dec",
     "encoder.bias": "b_enc",
     "latent_bias": "b_enc",
     "decoder.bias": "b_dec",
@@ -164,6 +168,9 @@ def _about_precision(dtypes: set[torch.dtype]) -> list[str]:
 
 SAME_K = "The k largest of relu(z) are those of the k largest z."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS += (torch.float8_e4m3fn, torch.float8_e5m2)
+# What a config may say of a switch.
+SWITCH = {None: False, True: True, False: False}
 
 
 def as_float32(tensors: Tensors, path: Path) -> Tensors:
@@ -173,6 +180,8 @@ def as_float32(tensors: Tensors, path: Path) -> Tensors:
             raise InputError(
                 f"expected floating-point numbers in {name!r} of {path}, found {tensor.dtype}"
             )
+        if tensor.itemsize == 1:  # torch has no least and largest of such
+            tensor = tensor.float()
         # Both are NaN where an entry is, and take no memory of the tensor's size.
         if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
             raise InputError(
@@ -239,13 +248,16 @@ def _read_sae_lens(found: FoundSAE, tensors: Tensors, config: Config) -> Weights
     if one_of(config, key, {None: "relu", "relu": "relu", "topk": "topk"}, path) == "topk":
         # 5 and older: a standard SAE whose activation function is TopK.
         architecture = "topk"
+    one_of(config, "reshape_activations", dict.fromkeys((None, "none", "hook_z")), path)
     metadata = mapping(config, "metadata")
     untied = {"tie": "untied"} if config.get("architecture") == UNTIED else {}
+    if "log_threshold" in tensors:
+        tensors = tensors | {"threshold": tensors["log_threshold"].exp()}
     weights = Weights(
         architecture,
         tensors,
-        centred=bool(config.get("apply_b_dec_to_input", True)),
-        latents_by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        centred=one_of(config, "apply_b_dec_to_input", SWITCH | {None: True}, path),
+        latents_by_norm=one_of(config, "rescale_acts_by_decoder_norm", SWITCH, path),
         l0=number(metadata, "l0"),
         sparsity=number(metadata, "sparsity")
         or number(config, "l1_coefficient")
@@ -261,6 +273,11 @@ def _read_sae_lens(found: FoundSAE, tensors: Tensors, config: Config) -> Weights
         weights.assumed.append(
             f"{MID_TRAINING}its scale of {weights.scale:.6g} lay beside it in {SCALER} and is "
             "folded into the weights."
+        )
+    if found.strange:
+        weights.assumed.append(
+            f"Left out, for a {found.architecture} SAE of SAELens reads no such tensors: "
+            f"{', '.join(name[:60] for name in found.strange[:8])}."
         )
     if found.format == "sae_lens_legacy" and architecture == "gated":
         _refuse_if_folded_wrongly(tensors, found, config)
@@ -315,7 +332,7 @@ def _take_scaling_factor_(
     """Fold a factor for each latent, learnt after training, into its direction."""
     if factors is None or bool((factors == 1).all()):
         return
-    if not config.get("finetuning_scaling_factor"):
+    if config.get("finetuning_scaling_factor") is not True:
         raise InputError(
             f"expected finetuning_scaling_factor to be true for the scaling_factor in "
             f"{found.weights}, found it false or missing; whether it applies is not known"
@@ -426,14 +443,74 @@ def _read_llama_scope(found: FoundSAE, tensors: Tensors, config: Config) -> Weig
             "expected jump_relu_threshold and dataset_average_activation_norm in "
             f"{found.config or found.weights}, found {', '.join(config)}"
         )
-    W_dec = tensors["W_dec"]
-    tensors = tensors | {"threshold": W_dec.new_tensor(float(threshold))}
-    scale = math.sqrt(W_dec.shape[-1]) / mean_norm
-    said = (
-        f"Trained on activations scaled by {scale:.6g} to a mean norm of sqrt(d_in); "
+    tensors = tensors | {"threshold": tensors["W_dec"].new_tensor(float(threshold))}
+    return _scaled_to_the_root(Weights("jumprelu", tensors, centred=False), mean_norm)
+
+
+def _scaled_to_the_root(weights: Weights, mean_norm: float) -> Weights:
+    weights.scale = math.sqrt(weights.tensors["W_dec"].shape[-1]) / mean_norm
+    weights.assumed.append(
+        f"Trained on activations scaled by {weights.scale:.6g} to a mean norm of sqrt(d_in); "
         "folded into the weights, so that latents keep the release's units."
     )
-    return Weights("jumprelu", tensors, centred=False, scale=scale, assumed=[said])
+    return weights
+
+
+def _read_llama_scope_r1(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
+    """Read a threshold for each latent; the mean norm of activations lies among the tensors."""
+    path = found.config or found.weights
+    one_of(config, "act_fn", dict.fromkeys((None, "jumprelu")), path)
+    one_of(config, "apply_decoder_bias_to_pre_encoder", dict.fromkeys((None, False)), path)
+    norms = {None: True, "dataset-wise": True, "inference": False}
+    tensors = tensors | {"threshold": tensors["log_jumprelu_threshold"].exp()}
+    weights = Weights("jumprelu", tensors, centred=False)
+    unit = bool((tensors["W_dec"].norm(dim=-1) - 1).abs().max() < 1e-3)
+    if config.get("sparsity_include_decoder_norm") and not unit:
+        weights.assumed.append(
+            "The config has thresholds count decoder norms, which are not one; they are left as "
+            "they are, as SAELens' loader leaves them."
+        )
+    if not one_of(config, "norm_activation", norms, path):
+        return weights
+    keys = [f"{MEAN_NORMS}{hook}" for hook in (config["hook_point_in"], "in")]
+    mean_norm = next((tensors[key] for key in keys if key in tensors), torch.tensor(0.0))
+    if mean_norm.numel() != 1 or not float(mean_norm) > 0:
+        raise InputError(
+            f"expected the mean norm of activations, one number above 0, as {' or '.join(keys)} in "
+            f"{found.weights}, found {', '.join(sorted(tensors))}; take the release's own file"
+        )
+    return _scaled_to_the_root(weights, float(mean_norm))
+
+
+# Of lm-saes, before the name of a hook point, or `in`.
+MEAN_NORMS = "dataset_average_activation_norm."
+
+
+def _read_qwen_scope(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
+    """Read matrices that are transposes of ours; the repository's name alone says k."""
+    named = re.search(r"SAE-Res-[^/]+-W\d+K-L0_(\d{1,6})", found.weights.absolute().as_posix())
+    if named is None:
+        raise InputError(
+            "expected a folder named as the release's repository, such as "
+            f"SAE-Res-Qwen3-8B-Base-W64K-L0_50, around {found.weights}, for nothing else says its "
+            "k; rename the folder"
+        )
+    tensors = tensors | {name: tensors[name].T for name in ("W_enc", "W_dec")}
+    said = [RAW, "One of the k largest that is below zero counts as none, as in SAELens."]
+    return Weights("topk", tensors, centred=False, k=int(named[1]), assumed=said)
+
+
+RAW = "Takes raw activations, as SAELens' loader has it; the file says nothing of it."
+
+
+def _read_unstated_relu(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
+    return Weights("relu", tensors, centred=False, assumed=[RAW])
+
+
+def _read_hook_z(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
+    sparsity = number(config, "l1_coeff")
+    said = "Takes raw activations of all heads of attention, one head after the other."
+    return Weights("relu", tensors, centred=True, sparsity=sparsity, assumed=[said])
 
 
 def _read_openai(found: FoundSAE, tensors: Tensors, config: Config) -> Weights:
@@ -512,6 +589,11 @@ READERS: dict[Format, Callable[[FoundSAE, Tensors, Config], Weights]] = {
     "gemma_scope": _read_gemma_scope,
     "gemma_scope_2": _read_gemma_scope,
     "llama_scope": _read_llama_scope,
+    "llama_scope_r1": _read_llama_scope_r1,
+    "qwen_scope": _read_qwen_scope,
+    "goodfire": _read_unstated_relu,
+    "deepseek_r1": _read_unstated_relu,
+    "hook_z": _read_hook_z,
     "openai": _read_openai,
     "batch_topk": _read_batch_topk,
 }

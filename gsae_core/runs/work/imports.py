@@ -29,6 +29,7 @@ def import_saes(
     site: Site | None = None,
     saes: Sequence[str] = (),
     data: str | None = None,
+    fold_decoder_norms: bool = False,
 ) -> tuple[Run, dict[str, Provenance]]:
     """Make a finished run of the SAEs in a file or folder; return it and each one's origin by name.
 
@@ -38,6 +39,7 @@ def import_saes(
         model, layer, site: in place of the files' word.
         saes: names (`FoundSAE.name`) of those to take; all that are there, if empty.
         data: text to evaluate on later; None takes the standard library's.
+        fold_decoder_norms: whether latents are in the units of SAELens' `fold_W_dec_norm`.
     """
     found = find_saes(path)
     by_name = {sae.name: sae for sae in found}
@@ -52,7 +54,7 @@ def import_saes(
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         # One at a time: a release's SAEs together may not fit into memory.
-        read = [_staged(staged / each.name, each, place) for each in found]
+        read = [_staged(staged / each.name, each, place, fold=fold_decoder_norms) for each in found]
         fields = {
             "model": {"name": place.model, "layer": place.layer, "site": place.site},
             # Nothing is trained on the text; as many tokens are read as are evaluated on.
@@ -98,11 +100,13 @@ def _over(said: HookPoint, given: HookPoint) -> HookPoint:
     return HookPoint(model, layer, given.site or said.site, said.hook_name)
 
 
-def _staged(folder: Path, found: FoundSAE, place: HookPoint) -> tuple[SAESpec, Provenance]:
+def _staged(
+    folder: Path, found: FoundSAE, place: HookPoint, *, fold: bool
+) -> tuple[SAESpec, Provenance]:
     """Read an SAE and write it as ours; return its line in the config, and its origin."""
     assert place.layer is not None  # _one_place has seen to it
     assert place.site is not None
-    sae, source = read_found(found)
+    sae, source = read_found(found, fold_decoder_norms=fold)
     fields = {
         "name": found.name,
         "architecture": sae.architecture,

@@ -49,6 +49,7 @@ class PullRequest:
     model: str | None = None
     layer: int | None = None
     site: Site | None = None
+    fold_decoder_norms: bool = False
     kind: Literal["pull"] = "pull"
 
 
@@ -184,7 +185,8 @@ def _pull(transfer: Transfer, request: PullRequest) -> Iterator[Progress]:
     from gsae_core.runs.work.imports import import_saes
 
     place = {"model": request.model, "layer": request.layer, "site": request.site}
-    run, sources = import_saes(kept, where, **place)
+    fold = request.fold_decoder_norms
+    run, sources = import_saes(kept, where, **place, fold_decoder_norms=fold)
     run.add_event("pulled", repo=request.repo, commit=request.commit, path=request.path)
     for source in sources.values():
         for sentence in source.assumed:
