@@ -79,6 +79,18 @@ ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "attn_z", "attn_out")
 
 
+class Place(NamedTuple):
+    """A layer, from 0, and a site of it."""
+
+    layer: int
+    site: Site
+
+    @property
+    def hook_name(self) -> str:
+        """Its TransformerLens name, e.g. `blocks.2.hook_resid_post`."""
+        return hook_name(self.layer, self.site)
+
+
 class ModelConfig(Config):
     """The language model and the place in it whose activations the SAEs learn."""
 
@@ -192,6 +204,12 @@ class SAESpec(Config):
 
     seed: NonNegativeInt = 0
     """Seed of the initial weights."""
+
+    layer: NonNegativeInt | None = None
+    """Block whose activations this SAE reads, from 0; None takes the run's."""
+
+    site: Site | None = None
+    """Place in that block; None takes the run's."""
 
     @field_validator("sparsity")
     @classmethod
@@ -355,7 +373,10 @@ class EvalConfig(Config):
 
 
 class RunConfig(Config):
-    """A whole run: one language model, one stream of activations, any number of SAEs."""
+    """A whole run: one language model, one pass over its text, any number of SAEs.
+
+    SAEs may read different places of the model; all see the same tokens in the same order.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -400,6 +421,26 @@ class RunConfig(Config):
             return fields
         unsaid = {"model": ModelConfig(name=NO_MODEL), "data": {"source": str(folder)}}
         return unsaid | {key: value for key, value in fields.items() if value is not None}
+
+    def place(self, spec: SAESpec) -> Place:
+        """Return the layer and site whose activations one of the SAEs reads."""
+        layer = self.model.layer if spec.layer is None else spec.layer
+        return Place(layer, spec.site or self.model.site)
+
+    def place_of(self, name: str) -> Place:
+        """Return the place of the SAE called `name`."""
+        return next(self.place(spec) for spec in self.saes if spec.name == name)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the SAEs read, each place once, in the order of the SAEs."""
+        return tuple(dict.fromkeys(map(self.place, self.saes)))
+
+    @property
+    def reads(self) -> list[int]:
+        """Where in `places` each SAE's place is."""
+        places = self.places
+        return [places.index(self.place(spec)) for spec in self.saes]
 
     @model_validator(mode="after")
     def _saes_can_be_told_apart_and_trained(self) -> "RunConfig":

@@ -40,7 +40,7 @@ def test_no_step_holds_more_than_the_estimate_nor_a_third_of_it(
     cfg = RunConfig(saes=(sae,), train=TrainRecipe(n_tokens=10 * BATCH, batch_size=BATCH))
     gradients = FLOAT32 * n_parameters(sae, D_IN)
     for name, n_cores in (("cpu", 2), ("gpu", None), ("blocks", 2)):
-        step = memory_parts(cfg, D_IN, chunk_vectors=1, n_cores=n_cores)["one step"]
+        step = memory_parts(cfg, lambda _: D_IN, chunk_vectors=1, n_cores=n_cores)["one step"]
         measured = held[name]
         assert measured is not None
         # A few matrices of the shape of x beside those of (batch, d_sae).

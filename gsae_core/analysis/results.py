@@ -23,7 +23,7 @@ NUMBERS = (
 )
 """The measured numbers of an SAE, in the order they are shown."""
 
-WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage")
+WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage", "site")
 
 DEPENDS: dict[str, tuple[str, ...]] = {
     "loss_recovered": ("zeroed", "replaced"),
@@ -58,7 +58,7 @@ def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     if frame.empty:
         return frame
     # JSON has null for NaN, which would make a column of objects.
-    numbers = frame.columns.difference([*WORDS, "d_in", "d_sae", "n_tokens"])
+    numbers = frame.columns.difference([*WORDS, "layer", "d_in", "d_sae", "n_tokens"])
     frame = frame.astype({str(name): float for name in numbers})
     frame = frame.assign(delta_ce=frame["ce_sae"] - frame["ce_clean"])
     return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
@@ -159,9 +159,12 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
     """Return everything that makes an SAE what it is, as text by dotted name: the run's settings,
     what depends on its length in steps, then the SAE's own but for its name, under `sae.`."""
     fields = config.model_dump(mode="json", exclude={"saes"})
+    fields["model"] |= config.place(spec)._asdict()
     if config.imported is None:
         fields["train"] |= config.train.schedule._asdict()
-    return _flat(fields, "") | _flat(spec.model_dump(mode="json", exclude={"name"}), "sae.")
+    return _flat(fields, "") | _flat(
+        spec.model_dump(mode="json", exclude={"name", "layer", "site"}), "sae."
+    )
 
 
 def model_site_text(config: RunConfig) -> str:

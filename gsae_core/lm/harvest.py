@@ -18,8 +18,9 @@ share its forward pass: a test holds this on a CPU; on a GPU the two may differ 
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -34,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsae_core.config import Site, hook_name
+from gsae_core.config import Place, Site
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable, replace_durably, write_json, writing
 from gsae_core.lm.corpus import SequenceSet
@@ -78,25 +79,40 @@ def _refuse(n: int, of: int, *, layer: int, site: Site, dtype: torch.dtype) -> N
 
 
 class Harvest:
-    """The counted vectors of sequences at one place of a language model.
+    """The counted vectors of sequences at one place of a language model, or at several at once.
 
-    On `rows`, the sequences in a forward pass, rounding may depend.
+    On `rows`, the sequences in a forward pass, rounding may depend. `beside` are further places;
+    `layer`, `site`, `d_in`, `vectors` and `through` are of the first one.
     """
 
     def __init__(
-        self, model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
+        self,
+        model: LanguageModel,
+        sequences: SequenceSet,
+        *,
+        layer: int,
+        site: Site,
+        beside: Sequence[Place] = (),
     ) -> None:
         self._model = model
         self.sequences: SequenceSet = sequences
         self.layer: int = layer
         self.site: Site = site
+        self.places: tuple[Place, ...] = (Place(layer, site), *beside)
         self.rows: int = default_rows(sequences.n_ctx, model.device)
-        self.d_in: int = model.width(site)
+        self.widths: tuple[int, ...] = tuple(model.width(place.site) for place in self.places)
+        self.d_in: int = self.widths[0]
         self.device: torch.device = model.device
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of sequences, float32, in order, a part at a time."""
         return self.through(lambda x: x, which)
+
+    def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors _"], ...]]:
+        """Yield what `vectors` does, of every place: those of the same tokens together."""
+        if len(self.places) == 1:
+            return ((x,) for x in self.vectors(which))
+        return self._passes(lambda *found: found, which, self.places)
 
     def through(
         self, work: Callable[[Float[Tensor, "vectors d_in"]], Result], which: np.ndarray
@@ -107,27 +123,39 @@ class Harvest:
         vector is not finite, InputError comes once all is read: do not keep what was yielded
         before. On a CPU, `work` is not called on passes with such a vector.
         """
+        return self._passes(work, which, self.places[:1])
+
+    def _passes(
+        self, work: Callable[..., Result], which: np.ndarray, places: Sequence[Place]
+    ) -> Iterator[Result]:
+        """Do what `through` does; `work` takes the vectors of each place."""
+        widths, one = self.widths[: len(places)], places[0]
         on_cpu = self.device.type == "cpu"
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 
-        def task(group: np.ndarray) -> tuple[int, Int64[Tensor, ""], list[Result]]:
+        def task(group: np.ndarray) -> tuple[int, Int64[Tensor, " places"], list[Result]]:
             ids, mask = self.sequences[group]
             counted = mask.flatten().nonzero().squeeze(1)
-            x = torch.empty(0, self.d_in, device=self.device)
+            found = [torch.empty(0, d_in, device=self.device) for d_in in widths]
             if len(counted):
-                x = self._model.harvest(ids, layer=self.layer, site=self.site).flatten(0, 1)
-                x = x.index_select(0, counted.to(x.device)).float()
-            bad = (~x.isfinite().all(dim=1)).sum()
+                if len(places) == 1:
+                    found = [self._model.harvest(ids, layer=one.layer, site=one.site)]
+                else:
+                    found = self._model.harvest_places(ids, places)
+                rows = counted.to(found[0].device)
+                found = [x.flatten(0, 1).index_select(0, rows).float() for x in found]
+            bad = torch.stack([(~x.isfinite().all(dim=1)).sum() for x in found])
             # On a GPU, to look at the number would be to wait for the pass.
-            spoilt = on_cpu and bool(bad)
-            return len(x), bad, [work(x)] if len(x) and not spoilt else []
+            spoilt = on_cpu and bool(bad.any())
+            return len(counted), bad, [work(*found)] if len(counted) and not spoilt else []
 
         n_threads = torch.get_num_threads() if on_cpu else 0
-        n, n_bad = 0, torch.zeros((), dtype=torch.int64)
+        n, n_bad = 0, torch.zeros(len(places), dtype=torch.int64)
         for n_read, bad, made in _side_by_side(task, groups, n_threads):
             n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
-        _refuse(int(n_bad), n, layer=self.layer, site=self.site, dtype=self._model.dtype)
+        for place, of_place in zip(places, n_bad.tolist(), strict=True):
+            _refuse(of_place, n, layer=place.layer, site=place.site, dtype=self._model.dtype)
 
 
 def default_rows(n_ctx: int, device: torch.device) -> int:
@@ -173,10 +201,24 @@ def open_cache(
     model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
 ) -> "CachedActivations":
     """Return the cache of a model's activations at a place, in the user's cache folder."""
+    return _open(model, sequences, Place(layer, site), fingerprint(model))
+
+
+def open_caches(
+    model: LanguageModel, sequences: SequenceSet, places: Sequence[Place]
+) -> "CachedPlaces":
+    """Return the caches of several places as one harvest."""
+    mark = fingerprint(model)
+    return CachedPlaces([_open(model, sequences, place, mark) for place in places])
+
+
+def _open(
+    model: LanguageModel, sequences: SequenceSet, place: Place, mark: str
+) -> "CachedActivations":
     about = {
         "format": FORMAT,
-        "fingerprint": fingerprint(model),
-        "hook_name": hook_name(layer, site),
+        "fingerprint": mark,
+        "hook_name": place.hook_name,
         "n_ctx": sequences.n_ctx,
         # What rounding may depend on.
         "rows_per_pass": default_rows(sequences.n_ctx, model.device),
@@ -185,7 +227,7 @@ def open_cache(
     }
     name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
     folder = cache_folder("activations") / name
-    cache = CachedActivations(model, sequences, folder, layer=layer, site=site)
+    cache = CachedActivations(model, sequences, folder, layer=place.layer, site=place.site)
     if not (folder / "about.json").exists():
         write_json(folder / "about.json", {"model": model.name} | about)
     return cache
@@ -237,22 +279,28 @@ class CachedActivations(Harvest):
 
         InputError if the disk lacks the room, or a vector is not finite: no such shard is written.
         """
-        missing = [k for k, path in enumerate(self._paths) if not path.exists()]
+        missing = self._missing()
         size = self.d_in * self._dtype.itemsize
         need = size * sum(self._n_vectors(k) for k in missing)
         log.info(
             f"activation cache: {readable(need)} still to be harvested of "
             f"{readable(size * self.sequences.n_tokens)} in {self.folder}"
         )
+        self._check_room(need)
+        for done, k in enumerate(missing, 1):
+            self._shard(k)
+            log.info("activation cache: %d of %d missing shards", done, len(missing))
+
+    def _missing(self) -> list[int]:
+        return [k for k, path in enumerate(self._paths) if not path.exists()]
+
+    def _check_room(self, need: int) -> None:
         if need > (free := free_bytes(self.folder)):
             raise InputError(
                 f"expected {readable(need)} free on the disk of {self.folder} for the activation "
                 f"cache, found {readable(free)}; make room, set XDG_CACHE_HOME to a folder on "
                 "another disk, or train without --cache-activations"
             )
-        for done, k in enumerate(missing, 1):
-            self._shard(k)
-            log.info("activation cache: %d of %d missing shards", done, len(missing))
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of ascending sequences, float32; a shard's share at a time."""
@@ -326,12 +374,88 @@ class CachedActivations(Harvest):
             x[done : done + len(part)] = part.cpu()
             done += len(part)
         assert done == len(x)
+        self._save(path, x)
+
+    def _save(self, path: Path, x: Float[Tensor, "vectors d_in"]) -> None:
+        """Write a shard; whoever calls it holds the folder's lock."""
         narrow = x.to(self._dtype)
         x = narrow if torch.equal(narrow.float(), x) else x
         for left in self.folder.glob(f".{path.name}.*.tmp"):
-            left.unlink()  # of a killed process: who writes holds the lock
+            left.unlink()  # of a killed process
         save = partial(save_file, {"x": x}, metadata={"sha256": _sha256(x)})
         replace_durably(path, save, n_bytes=x.numel() * x.element_size())
+
+
+class CachedPlaces(Harvest):
+    """A harvest of several places, each from its own cache."""
+
+    def __init__(self, caches: Sequence[CachedActivations]) -> None:
+        first, *others = caches
+        super().__init__(
+            first._model,
+            first.sequences,
+            layer=first.layer,
+            site=first.site,
+            beside=[place for cache in others for place in cache.places],
+        )
+        self.caches: tuple[CachedActivations, ...] = tuple(caches)
+
+    def fill(self) -> None:
+        """Do what each cache's `fill` does, in one pass over the text."""
+        with ExitStack() as locks:
+            # In the same order everywhere, so that no two runs wait for each other.
+            for cache in sorted(self.caches, key=lambda cache: cache.folder):
+                locks.enter_context(FileLock(cache.folder / ".lock"))
+            missing = [set(cache._missing()) for cache in self.caches]
+            sizes = [cache.d_in * cache._dtype.itemsize for cache in self.caches]
+            need = sum(
+                size * cache._n_vectors(k)
+                for cache, lacks, size in zip(self.caches, missing, sizes, strict=True)
+                for k in lacks
+            )
+            log.info(
+                f"activation cache: {readable(need)} still to be harvested of "
+                f"{readable(sum(sizes) * self.sequences.n_tokens)} for {len(self.caches)} places"
+            )
+            self.caches[0]._check_room(need)
+            made: list[list[Tensor]] = [[] for _ in self.caches]
+            # Shards of a wide place hold fewer rows.
+            edges = np.unique(np.concatenate([cache._edges for cache in self.caches])).tolist()
+            for start, stop in pairwise(edges):
+                each = enumerate(self.caches)
+                lacking = [i for i, cache in each if start // cache._shard_rows in missing[i]]
+                self._harvest(lacking, start, stop, made)
+
+    def _harvest(self, lacking: list[int], start: int, stop: int, made: list[list[Tensor]]) -> None:
+        """Add what some of the places have in a stretch of rows; write the shards it completes."""
+        if not lacking:
+            return
+        first, *beside = (self.places[i] for i in lacking)
+        harvest = Harvest(
+            self._model, self.sequences, layer=first.layer, site=first.site, beside=beside
+        )
+        for found in harvest.parts(np.arange(start, stop)):
+            for i, x in zip(lacking, found, strict=True):
+                made[i].append(x.cpu())
+        for i in lacking:
+            cache = self.caches[i]
+            if stop in cache._edges:
+                k = start // cache._shard_rows
+                cache._save(cache._paths[k], torch.cat([torch.empty(0, cache.d_in), *made[i]]))
+                made[i].clear()
+                log.info(f"activation cache: shard {k + 1} of {self.places[i].hook_name}")
+
+    def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
+        """Yield what the first place's cache does."""
+        return self.caches[0].vectors(which)
+
+    def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors _"], ...]]:
+        """Yield the vectors of ascending sequences at every place, a shard's share at a time."""
+        block = which // min(cache._shard_rows for cache in self.caches)
+        for k in np.unique(block):
+            rows = which[block == k]
+            if self.sequences.counts[rows].any():
+                yield tuple(torch.cat([*cache.vectors(rows)]) for cache in self.caches)
 
 
 def _sha256(x: Tensor) -> str:

@@ -10,15 +10,16 @@ computed (a bridge switches to eager attention and takes about twice the time an
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gsae_core.config import SITES, Site
+from gsae_core.config import SITES, Place, Site
 from gsae_core.errors import InputError, is_whole
 from gsae_core.lm.blocks import context_length, find_decoder, text_config
 from gsae_core.lm.bridge import bridge_blocks, find_sites
@@ -155,6 +156,7 @@ class LanguageModel:
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
         self._lock, self._looked = PassLock(), False
+        self._seen = threading.local()  # what each thread's pass has met: hooks serve several
 
     def width(self, site: Site) -> int:
         """Return d_in of a site: the length of its activation vectors."""
@@ -218,16 +220,46 @@ class LanguageModel:
         heads come side by side. Threads that read the same site run side by side (in a
         TransformerBridge, one after the other).
         """
-        tap = self._tap(layer, site)
+        return self.harvest_places(ids, (Place(layer, site),))[0]
+
+    def harvest_places(
+        self, ids: Int64[Tensor, "rows pos"], places: Sequence[Place]
+    ) -> list[Float[Tensor, "rows pos _"]]:
+        """Return what `harvest` would of each of different places, from one forward pass.
+
+        It stops at the place that is computed last.
+        """
+        taps = {place: self._tap(*place) for place in places}
         # What a bridge keeps of a pass besides its hooks is not ours to know.
-        key = (layer, site) if self._bridge is None else object()
-        with self._lock.shared(key, lambda: hooked(tap, _stop)):
+        key = tuple(taps) if self._bridge is None else object()
+        with self._lock.shared(key, lambda: self._stopping_at(taps)):
+            seen = self._seen.of_pass = {}
             try:
                 self._forward(ids)
-            except _SiteReached as reached:
-                # A copy made outside inference mode may later meet autograd.
-                return reached.args[0].to(torch.float32, copy=True)
-        raise RuntimeError(f"{self.name} computed its logits without passing {site} of {layer}")
+            except _AllSeen:
+                return [seen[place] for place in places]
+        missing = ", ".join(place.hook_name for place in taps if place not in seen)
+        raise RuntimeError(f"{self.name} computed its logits without passing {missing}")
+
+    @contextmanager
+    def _stopping_at(self, taps: Mapping[Place, Tap]) -> Iterator[None]:
+        """Within, a pass keeps what its thread meets at the taps, and ends after the last of them.
+
+        Which is last depends on the family: some compute attention and MLP side by side.
+        """
+
+        def see(x: Tensor, place: Place) -> None:
+            seen = self._seen.of_pass
+            # Later modules may write over it. Made outside inference mode it may meet autograd.
+            with torch.inference_mode(False):
+                seen[place] = x.to(torch.float32, copy=True)
+            if len(seen) == len(taps):
+                raise _AllSeen
+
+        with ExitStack() as hooks:
+            for place, tap in taps.items():
+                hooks.enter_context(hooked(tap, partial(see, place=place)))
+            yield
 
     def logits(
         self,
@@ -270,12 +302,8 @@ class LanguageModel:
         return out.logits, getattr(out, self._cache_name, None)
 
 
-class _SiteReached(Exception):
-    """Carries a tensor out of a forward pass, in its own thread: one hook serves several."""
-
-
-def _stop(x: Tensor) -> None:
-    raise _SiteReached(x)
+class _AllSeen(Exception):
+    """Ends a forward pass that has passed every place it was made for."""
 
 
 def _in_model_dtype(edit: Edit) -> Edit:

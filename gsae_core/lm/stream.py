@@ -48,10 +48,18 @@ CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
 
 
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
-    """Return how many of a run's vectors to shuffle at a time, on any machine."""
+    """Return how many of a run's vectors to shuffle at a time, on any machine.
+
+    `d_in` is that of the widest place, whatever the number of places: where all are as wide, each
+    is shuffled as it would be alone.
+    """
     fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))
     share = max(MIN_CHUNK_VECTORS, n_vectors // CHUNKS_PER_RUN)
     return min(MAX_CHUNK_VECTORS, fitting, share)
+
+
+Chunk = tuple[Tensor, ...]
+"""Of each place, float32 (vectors, d_in)."""
 
 
 class _Plan(NamedTuple):
@@ -68,17 +76,20 @@ class _Plan(NamedTuple):
 class ActivationStream:
     """Shuffled, scaled batches of a language model's activations.
 
+    Where the harvest is of several places, one pass fills the chunks of all, in the same order.
+
     Args:
         harvest: of the training split; at least one batch of counted tokens. On CUDA it runs in a
             stream of its own, so that most of its seconds pass beside training.
         n_batches: batches in the run; more than the sequences hold means more epochs.
-        scale: `unit` multiplies by one scalar so that E|x|^2 = 1; `none` by 1.
+        scale: `unit` multiplies by one scalar, for each place, so that E|x|^2 = 1; `none` by 1.
         chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:
             `default_chunk_vectors`.
 
     Attributes:
         ahead: whether the next chunk is filled while this one is used: on CUDA.
-        scale: what raw activations are multiplied by.
+        scale: what raw activations are multiplied by, at the first place.
+        scales: the same, of each place.
         seconds: wall-clock time that harvesting the chunks took which were asked for so far.
         tokens_per_epoch: counted tokens of all sequences.
     """
@@ -103,46 +114,60 @@ class ActivationStream:
                 f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
             )
         self._n_vectors = n_batches * batch_size
-        usual = default_chunk_vectors(harvest.d_in, self._n_vectors)
+        usual = default_chunk_vectors(max(harvest.widths), self._n_vectors)
         self.chunk_vectors: int = chunk_vectors or usual
         self._epoch: tuple[int, list[_Plan]] | None = None
-        self._chunk: tuple[int, Tensor] | None = None
-        self._next: tuple[int, Future[tuple[Tensor, float]]] | None = None
+        self._chunk: tuple[int, Chunk] | None = None
+        self._next: tuple[int, Future[tuple[Chunk, float]]] | None = None
         self.seconds: float = 0.0
         self.ahead: bool = harvest.device.type == "cuda"
         self._cuda_stream = torch.cuda.Stream(harvest.device) if self.ahead else None
         if self._cuda_stream is not None:
             # The weights may still be on their way.
             self._cuda_stream.wait_stream(torch.cuda.current_stream(harvest.device))
-        if scale == "unit" and not 0 < self.mean_square_norm < float("inf"):
-            raise InputError(
-                "expected activations with a finite length above 0 at "
-                f"{harvest.site} of layer {harvest.layer}, got E|x|^2 = {self.mean_square_norm}: "
-                "choose another site, or float32 for the model"
-            )
-        self.scale: float = 1.0 if scale == "none" else self.mean_square_norm**-0.5
+        self.scales: tuple[float, ...] = (1.0,) * len(harvest.places)
+        if scale == "unit":
+            for place, power in zip(harvest.places, self.mean_square_norms, strict=True):
+                if not 0 < power < float("inf"):
+                    raise InputError(
+                        "expected activations with a finite length above 0 at "
+                        f"{place.site} of layer {place.layer}, got E|x|^2 = {power}: choose "
+                        "another site, or float32 for the model"
+                    )
+            self.scales = tuple(power**-0.5 for power in self.mean_square_norms)
+        self.scale: float = self.scales[0]
         log.info(
             f"{n_batches} batches of {batch_size}: {self._n_vectors / self.tokens_per_epoch:.2f} "
             f"epochs of {self.tokens_per_epoch} tokens, shuffled {self.chunk_vectors} at a time, "
-            f"scaled by {self.scale:g}"
+            f"scaled by {', '.join(f'{each:g}' for each in self.scales)}"
         )
 
-    @cached_property
+    @property
     def mean_square_norm(self) -> float:
-        """E|x|^2 of raw activations, over the first sequences of the first epoch (2^15 vectors)."""
+        """The first of `mean_square_norms`."""
+        return self.mean_square_norms[0]
+
+    @cached_property
+    def mean_square_norms(self) -> tuple[float, ...]:
+        """E|x|^2 of raw activations at each place.
+
+        Over the first sequences of the first epoch (2^15 vectors).
+        """
         order = self._order(0)
         enough = np.searchsorted(np.cumsum(self._counts[order]), SCALE_VECTORS) + 1
-        # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on
-        # it. On the CPU, because Apple's GPUs know no float64.
-        found = [x.cpu() for x in self.harvest.vectors(np.sort(order[:enough]))]
-        parts = torch.cat(found).split(2**12)
-        return sum(float(x.double().square().sum()) for x in parts) / sum(map(len, parts))
+        # On the CPU, because Apple's GPUs know no float64.
+        found = [[x.cpu() for x in xs] for xs in self.harvest.parts(np.sort(order[:enough]))]
+        return tuple(_mean_square_norm(torch.cat(xs)) for xs in zip(*found, strict=True))
 
     def batch(self, i: int) -> Float[Tensor, "batch d_in"]:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.
 
-        Cheap in order; out of order, each batch may harvest a chunk.
+        It is the first place's. Cheap in order; out of order, each batch may harvest a chunk.
         """
+        return self.batch_of_each(i)[0]
+
+    def batch_of_each(self, i: int) -> tuple[Float[Tensor, "batch _"], ...]:
+        """Return batch `i` of every place: row for row activations of the same tokens."""
         if not 0 <= i < self.n_batches:
             raise IndexError(f"expected a batch from 0 to {self.n_batches - 1}, got {i}")
         start, stop = i * self._batch_size, (i + 1) * self._batch_size
@@ -150,13 +175,18 @@ class ActivationStream:
         while start < stop:
             plan = self._plan(start)
             first = start - plan.start
-            parts.append(self._filled(plan)[first : first + stop - start] * self.scale)
-            start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            pairs = zip(self._filled(plan), self.scales, strict=True)
+            parts.append([x[first : first + stop - start] * scale for x, scale in pairs])
+            start += len(parts[-1][0])
+        return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """Return an iterator over batches `start` to `n_batches - 1` in order."""
         return map(self.batch, range(start, self.n_batches))
+
+    def batches_of_each(self, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Return an iterator over the same batches of every place."""
+        return map(self.batch_of_each, range(start, self.n_batches))
 
     # The order of everything
 
@@ -191,7 +221,7 @@ class ActivationStream:
 
     # The chunk that was asked for last, and the one after it
 
-    def _filled(self, plan: _Plan) -> Float[Tensor, "vectors d_in"]:
+    def _filled(self, plan: _Plan) -> Chunk:
         """Return the raw vectors of a chunk in their final order."""
         if self._chunk is None or self._chunk[0] != plan.start:
             self._chunk = None  # frees its memory before the next one is filled
@@ -201,26 +231,27 @@ class ActivationStream:
                 self._next = after, self._beside(self._plan(after))
         return self._chunk[1]
 
-    def _fetch(self, plan: _Plan) -> Tensor:
+    def _fetch(self, plan: _Plan) -> Chunk:
         if self.ahead:
             if self._next is None or self._next[0] != plan.start:
                 self._next = plan.start, self._beside(plan)
-            x, seconds = self._next[1].result()
+            chunk, seconds = self._next[1].result()
             self._next = None
-            if x.is_cuda:
-                # Its memory belongs to the other stream, which must not have it back too early.
-                x.record_stream(torch.cuda.current_stream(x.device))
+            for x in chunk:
+                if x.is_cuda:
+                    # Its memory belongs to the other stream, which must not have it back too early.
+                    x.record_stream(torch.cuda.current_stream(x.device))
         else:
-            x, seconds = _fill(self.harvest, plan)
+            chunk, seconds = _fill(self.harvest, plan)
         self.seconds += seconds
-        return x
+        return chunk
 
-    def _beside(self, plan: _Plan) -> Future[tuple[Tensor, float]]:
+    def _beside(self, plan: _Plan) -> Future[tuple[Chunk, float]]:
         """Return what `_fill` will, called in a thread and on CUDA in a stream of its own.
 
         The thread holds neither `self` nor the future, and ends early once that is dropped.
         """
-        future: Future[tuple[Tensor, float]] = Future()
+        future: Future[tuple[Chunk, float]] = Future()
         wanted, harvest, stream = ref(future), self.harvest, self._cuda_stream
 
         def check() -> None:
@@ -245,25 +276,31 @@ class ActivationStream:
 
 def _fill(
     harvest: Harvest, plan: _Plan, check: Callable[[], None] = lambda: None
-) -> tuple[Float[Tensor, "vectors d_in"], float]:
+) -> tuple[Chunk, float]:
     """Return a chunk and the seconds it took; `check` is called before each pass is kept."""
     began = time.perf_counter()
     rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n_vectors))
-    chunk: Tensor | None = None
+    chunk: Chunk = ()
     done = 0
-    for x in harvest.vectors(plan.sequences):
+    for found in harvest.parts(plan.sequences):
         check()
-        chunk = x.new_empty(plan.n_vectors, x.shape[1]) if chunk is None else chunk
-        mine = rows[done : done + len(x)]
-        done += len(x)
-        if x.device.type == "cpu":
-            # torch would wake a team of threads for each pass, which then spin for work on the
-            # cores that the next passes run on: a quarter of the processor time of a harvest.
-            chunk.numpy()[mine.numpy()] = x.numpy()
-        else:
-            chunk[mine.to(x.device)] = x
-    assert chunk is not None
+        chunk = chunk or tuple(x.new_empty(plan.n_vectors, x.shape[1]) for x in found)
+        mine = rows[done : done + len(found[0])]
+        done += len(mine)
+        for of_place, x in zip(chunk, found, strict=True):
+            if x.device.type == "cpu":
+                # torch would wake a team of threads for each pass, which then spin for work on the
+                # cores that the next passes run on: a quarter of the processor time of a harvest.
+                of_place.numpy()[mine.numpy()] = x.numpy()
+            else:
+                of_place[mine.to(x.device)] = x
+    assert chunk
     assert done == plan.n_vectors
-    if chunk.is_cuda:
-        torch.cuda.current_stream(chunk.device).synchronize()
+    if chunk[0].is_cuda:
+        torch.cuda.current_stream(chunk[0].device).synchronize()
     return chunk, time.perf_counter() - began
+
+
+def _mean_square_norm(x: Float[Tensor, "vectors d_in"]) -> float:
+    # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on it.
+    return sum(float(part.double().square().sum()) for part in x.split(2**12)) / len(x)

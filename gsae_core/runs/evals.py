@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator
 from safetensors.numpy import save_file
 
-from gsae_core.config import Architecture, Positions
+from gsae_core.config import Architecture, Positions, Site
 from gsae_core.errors import InputError
 from gsae_core.files import read_checked, replace_durably, write_json
 
@@ -49,6 +49,10 @@ class EvalRow(BaseModel, frozen=True):
     """Positions that zero ablation set to zero."""
     replaced: Positions = "counted"
     """Positions at which the language model read reconstructions."""
+    layer: int | None = None
+    """Block that the SAE reads, from 0; None: the run's, of which there was but one."""
+    site: Site | None = None
+    """Place in that block, likewise."""
 
 
 class _Evals(BaseModel):

@@ -145,7 +145,9 @@ class Run(Job):
         Of an earlier version's, `zeroed` and `replaced` say what that version did, and
         `n_tokens_asked`, `shortage` and `n_predictions` are None: it did not say.
         """
-        return read_evals(self.folder, [spec.name for spec in self.config.saes])
+        rows = read_evals(self.folder, [spec.name for spec in self.config.saes])
+        places = {spec.name: self.config.place(spec)._asdict() for spec in self.config.saes}
+        return [row | places[row["name"]] for row in rows]
 
     def samples(self) -> dict[str, Any] | None:
         """Return samples.json: a few latents of each SAE with their top tokens; None before it."""

@@ -34,22 +34,31 @@ class StepReport(NamedTuple):
 
 
 class Trainer:
-    """SAEs of any architectures and of one `d_in`, with their optimisers, on one stream.
+    """SAEs of any architectures, with their optimisers, on one stream.
 
     Each learns in place, as it would alone: nothing passes between them. In `cfg`, `sparsity` and
     `lrs` hold one number for all, or one for each. `measure` is without effect: an earlier version
-    timed its ways of computing a step.
+    timed its ways of computing a step. `reads`: where a step brings several batches, those of
+    different places, the number of the one that each SAE learns from; None: there is one.
 
     Attributes:
         steps_done: steps so far, over resumes.
         seconds: wall-clock time spent inside them.
 
     Raises:
-        InputError: if there are no SAEs, one comes twice, one normalises every token or they differ
-            in `d_in`; if `cfg` holds no whole batch, or neither one lambda nor one for each.
+        InputError: if there are no SAEs, one comes twice, one normalises every token or those that
+            read one batch differ in `d_in`; if `cfg` holds no whole batch, or neither one lambda
+            nor one for each.
     """
 
-    def __init__(self, saes: Sequence[SAE], cfg: TrainConfig, *, measure: bool = False) -> None:
+    def __init__(
+        self,
+        saes: Sequence[SAE],
+        cfg: TrainConfig,
+        *,
+        measure: bool = False,
+        reads: Sequence[int] | None = None,
+    ) -> None:
         if not saes:
             raise InputError("expected at least one SAE, got none; pass a list of SAEs")
         if len({id(sae) for sae in saes}) < len(saes):
@@ -58,11 +67,21 @@ class Trainer:
             )
         for sae in saes:
             sae.check_trains()
-        if len(widths := sorted({sae.d_in for sae in saes})) > 1:
+        self._reads: tuple[int, ...] = tuple(reads or [0] * len(saes))
+        self._n_batches: int = max(self._reads) + 1
+        if len(self._reads) != len(saes) or {*self._reads} != {*range(self._n_batches)}:
             raise InputError(
-                f"expected SAEs of one d_in, got {' and '.join(map(str, widths))}; "
-                "SAEs that read different activations are trained apart"
+                f"expected the number of a batch from 0 for each of {len(saes)} SAEs, and every "
+                f"batch read, got reads={list(self._reads)}"
             )
+        for batch in range(self._n_batches):
+            pairs = zip(saes, self._reads, strict=True)
+            widths = sorted({sae.d_in for sae, read in pairs if read == batch})
+            if len(widths) > 1:
+                raise InputError(
+                    f"expected SAEs of one d_in, got {' and '.join(map(str, widths))}; "
+                    "SAEs that read different activations are trained apart"
+                )
         if cfg.n_steps == 0:
             raise InputError(
                 f"expected n_tokens of at least one batch ({cfg.batch_size}), got {cfg.n_tokens}; "
@@ -77,7 +96,7 @@ class Trainer:
         self.seconds: float = 0.0  # spent inside steps, over resumes
         settings = zip(saes, lrs, sparsity, strict=True)
         self._learners = [Learner(sae, cfg, lr=lr, sparsity=coeff) for sae, lr, coeff in settings]
-        self._pool: list[Tensor] = []
+        self._pools: list[list[Tensor]] = [[] for _ in range(self._n_batches)]
 
     @property
     def saes(self) -> tuple[SAE, ...]:
@@ -94,37 +113,33 @@ class Trainer:
         """Why and when each SAE stopped; None for those that learn."""
         return tuple(learner.stopped for learner in self._learners)
 
-    def step(self, x: Rows) -> StepReport:
-        """Let every SAE learn from one batch, then resample dead latents where that is due.
+    def step(self, x: Rows | tuple[Tensor, ...]) -> StepReport:
+        """Let every SAE learn from its batch, then resample dead latents where that is due.
 
-        An SAE whose loss or gradients are not finite stops, its weights as they were; others go on.
+        `x` is a batch, or one for each number in `reads`. An SAE whose loss or gradients are not
+        finite stops, its weights as they were; others go on.
         """
         started = time.perf_counter()
-        expected = (self.cfg.batch_size, self._learners[0].sae.d_in)
-        if tuple(x.shape) != expected:
-            raise InputError(
-                f"expected batches of shape (batch_size, d_in) = {expected}, got "
-                f"{tuple(x.shape)}; leave out an incomplete last batch, or change batch_size"
-            )
+        batches = (x,) if isinstance(x, Tensor) else x
         number, learners = self.steps_done + 1, self._learners
-        if joins_pool(number, self.cfg, widest=max(each.sae.d_sae for each in learners)):
-            self._pool.append(x.detach().clone())
-        pool = torch.cat(self._pool) if is_resampling(number, self.cfg) else None
-        if x.is_cpu:
+        pools = self._pooled(batches, number)
+        seen = [(batches[read], pools[read]) for read in self._reads]
+        if batches[0].is_cpu:
             # Two SAEs on a core each are faster than one on two: much of a step (counters, small
             # sums) does not spread over cores. One stacked encoder product for all would save
             # nothing: one SAE's runs at full rate.
             def step(i: int) -> SAEReport:
+                x, pool = seen[i]
                 return learners[i].finish(learners[i].launch(x, number), x, number, pool=pool)
 
             saes = spread(step, len(learners))
         else:
             # All are launched before one is waited for, so the device is never without work.
-            launched = [learner.launch(x, number) for learner in learners]
-            pairs = zip(learners, launched, strict=True)
-            saes = [learner.finish(its, x, number, pool=pool) for learner, its in pairs]
-        if pool is not None:
-            self._pool.clear()
+            launched = [each.launch(x, number) for each, (x, _) in zip(learners, seen, strict=True)]
+            saes = [
+                learner.finish(its, x, number, pool=pool)
+                for learner, its, (x, pool) in zip(learners, launched, seen, strict=True)
+            ]
         self.steps_done = number
         self.seconds += time.perf_counter() - started
         return StepReport(
@@ -135,6 +150,30 @@ class Trainer:
             saes=tuple(saes),
         )
 
+    def _pooled(self, batches: tuple[Tensor, ...], number: int) -> list[Tensor | None]:
+        """Add the batches of a step to the pools that are due; return the full ones, emptied."""
+        if len(batches) != self._n_batches:
+            raise InputError(
+                f"expected {self._n_batches} batches a step, one for each place, got {len(batches)}"
+            )
+        full: list[Tensor | None] = []
+        for read, x in enumerate(batches):
+            readers = [s for s, own in zip(self.saes, self._reads, strict=True) if own == read]
+            expected = (self.cfg.batch_size, readers[0].d_in)
+            if tuple(x.shape) != expected:
+                raise InputError(
+                    f"expected batches of shape (batch_size, d_in) = {expected}, got "
+                    f"{tuple(x.shape)}; leave out an incomplete last batch, or change batch_size"
+                )
+            pool = self._pools[read]
+            if joins_pool(number, self.cfg, widest=max(sae.d_sae for sae in readers)):
+                pool.append(x.detach().clone())
+            due = is_resampling(number, self.cfg)
+            full.append(torch.cat(pool) if due else None)
+            if due:
+                pool.clear()
+        return full
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, batches left out: copies, on the CPU.
 
@@ -143,7 +182,8 @@ class Trainer:
         return {
             "steps_done": self.steps_done,
             "seconds": self.seconds,
-            "pool": [x.to("cpu", copy=True) for x in self._pool],
+            "pool": _copies(self._pools[0], "cpu"),
+            "pools_beside": [_copies(pool, "cpu") for pool in self._pools[1:]],
             "saes": [learner.state_dict() for learner in self._learners],
         }
 
@@ -160,13 +200,15 @@ class Trainer:
         for learner, saved in pairs:
             learner.load_state_dict(saved)
         device = self.saes[0].b_dec.device
-        self._pool = [x.to(device, copy=True) for x in state["pool"]]
+        # Earlier versions read one place alone.
+        pools = [state["pool"], *state.get("pools_beside", [])]
+        self._pools = [_copies(pool, device) for pool in pools]
         self.steps_done, self.seconds = state["steps_done"], state["seconds"]
 
 
 def train(
     saes: Sequence[SAE],
-    batches: Iterable[Rows],
+    batches: Iterable[Rows] | Iterable[tuple[Tensor, ...]],
     cfg: TrainConfig,
     *,
     trainer: Trainer | None = None,
@@ -190,7 +232,9 @@ def train(
     return _steps(trainer, iter(batches))
 
 
-def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
+def _steps(
+    trainer: Trainer, batches: Iterator[Tensor | tuple[Tensor, ...]]
+) -> Iterator[StepReport]:
     first, n_steps = trainer.steps_done, trainer.cfg.n_steps
     while not trainer.finished:
         x = next(batches, None)
@@ -200,6 +244,10 @@ def _steps(trainer: Trainer, batches: Iterator[Tensor]) -> Iterator[StepReport]:
                 f"{trainer.steps_done - first}; give more data, or lower n_tokens"
             )
         yield trainer.step(x)
+
+
+def _copies(pool: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    return [x.to(device, copy=True) for x in pool]
 
 
 def _one_each(name: str, values: Sequence[float], *, n_saes: int) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from gsae_core.config import RunConfig, SAESpec
+from gsae_core.config import RunConfig, SAESpec, Site
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, ModelShape, check_family
@@ -45,6 +45,10 @@ LEAST_HUB_BYTES = 2
 TEXT_BYTES = 4
 
 
+Width = Callable[[Site], int]
+"""The d_in of a site."""
+
+
 def n_parameters(spec: SAESpec, d_in: int) -> int:
     """Return how many numbers an SAE learns."""
     matrices = 3 if spec.architecture == "gated" and spec.tie == "untied" else 2
@@ -53,33 +57,44 @@ def n_parameters(spec: SAESpec, d_in: int) -> int:
     return matrices * d_in * spec.d_sae + vectors[spec.architecture] * spec.d_sae + d_in
 
 
+def all_parameters(cfg: RunConfig, width: Width) -> int:
+    """Return how many numbers all SAEs learn."""
+    return sum(n_parameters(spec, width(cfg.place(spec).site)) for spec in cfg.saes)
+
+
+def widths(cfg: RunConfig, width: Width) -> list[int]:
+    """Return d_in of each place that the SAEs read."""
+    return [width(place.site) for place in cfg.places]
+
+
 def memory_parts(
-    cfg: RunConfig, d_in: int, *, chunk_vectors: int, n_cores: int | None
+    cfg: RunConfig, width: Width, *, chunk_vectors: int, n_cores: int | None
 ) -> dict[str, int]:
     """Return about how many bytes training takes, the model left out; `n_cores`: None on a GPU."""
-    learnt = COPIES_IN_TRAINING * sum(n_parameters(spec, d_in) for spec in cfg.saes)
+    learnt = COPIES_IN_TRAINING * all_parameters(cfg, width)
     rows, matrices = cfg.train.batch_size, DENSE_MATRICES
     if n_cores is not None:
         rows, matrices = max(rows, LEAST_ROWS), SPARSE_MATRICES
-    widths = sorted((matrices[spec.architecture] * spec.d_sae for spec in cfg.saes), reverse=True)
-    step = round(rows * sum(widths[: n_cores or 1]))
+    sizes = sorted((matrices[spec.architecture] * spec.d_sae for spec in cfg.saes), reverse=True)
+    step = round(rows * sum(sizes[: n_cores or 1]))
+    chunks = chunk_vectors * sum(widths(cfg, width))  # of every place
     return {
         "weights, gradients, moments": FLOAT32 * learnt,
         "one step": FLOAT32 * step,
-        "chunk of activations": FLOAT32 * 2 * chunk_vectors * d_in,  # with its shuffled copy
+        "chunk of activations": FLOAT32 * 2 * chunks,  # with its shuffled copy
     }
 
 
-def state_bytes(cfg: RunConfig, d_in: int) -> int:
+def state_bytes(cfg: RunConfig, width: Width) -> int:
     """Return about how large a resumable state is."""
-    return FLOAT32 * COPIES_IN_STATE * sum(n_parameters(spec, d_in) for spec in cfg.saes)
+    return FLOAT32 * COPIES_IN_STATE * all_parameters(cfg, width)
 
 
 def operations(cfg: RunConfig, shape: ModelShape) -> float:
     """Return about how many floating-point operations training takes, evaluation left out."""
-    d_in = shape.width(cfg.model.site)
-    saes = sum(2 * PRODUCTS_PER_STEP * d_in * spec.d_sae for spec in cfg.saes)
-    blocks = (cfg.model.layer + 1) * 2 * 12 * shape.d_model**2
+    products = sum(shape.width(cfg.place(spec).site) * spec.d_sae for spec in cfg.saes)
+    saes = 2 * PRODUCTS_PER_STEP * products
+    blocks = (max(place.layer for place in cfg.places) + 1) * 2 * 12 * shape.d_model**2
     return float(cfg.train.n_tokens * (saes + blocks))
 
 
@@ -132,10 +147,10 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(cfg: RunConfig, d_in: int, device: torch.device, *, chunk_vectors: int) -> None:
+def check_memory(cfg: RunConfig, width: Width, device: torch.device, *, chunk_vectors: int) -> None:
     """Refuse training that does not fit in memory."""
     n_cores = torch.get_num_threads() if device.type == "cpu" else None
-    parts = memory_parts(cfg, d_in, chunk_vectors=chunk_vectors, n_cores=n_cores)
+    parts = memory_parts(cfg, width, chunk_vectors=chunk_vectors, n_cores=n_cores)
     need = sum(parts.values())
     free = free_memory(device)
     if need > free:
@@ -199,9 +214,8 @@ def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -
     if facts.shape is None:
         return Preflight((), download, None, tuple(refusals))
     bars = []
-    d_in = facts.shape.width(config.model.site)
     for measure in (_memory, _disk):
-        bar = functools.partial(measure, d_in=d_in, facts=facts, here=here)
+        bar = functools.partial(measure, width=facts.shape.width, facts=facts, here=here)
         bars.append(found := bar(config))
         if not found.fits:
             what = found.label[0].lower() + found.label[1:]
@@ -223,26 +237,27 @@ def gpu_memory(here: Machine, device: str) -> tuple[str, int] | None:
     return (name.strip(), int(mebibytes) * 2**20) if mebibytes.isdecimal() else None
 
 
-def _memory(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
-    chunk = default_chunk_vectors(d_in, config.train.n_tokens)
+def _memory(config: RunConfig, width: Width, facts: ModelFacts, here: Machine) -> Bar:
+    chunk = default_chunk_vectors(max(widths(config, width)), config.train.n_tokens)
     gpu = gpu_memory(here, config.device)
     n_cores = here.n_cores if gpu is None else None
-    needed = memory_parts(config, d_in, chunk_vectors=chunk, n_cores=n_cores)
+    needed = memory_parts(config, width, chunk_vectors=chunk, n_cores=n_cores)
     needed["language model"] = (facts.parameters or 0) * DTYPE_BYTES[config.model.dtype]
     if gpu is None:
         return Bar("Memory", needed, here.memory_free)
     return Bar(f"Memory of {gpu[0]}", needed, gpu[1])
 
 
-def _disk(config: RunConfig, d_in: int, facts: ModelFacts, here: Machine) -> Bar:
-    state = state_bytes(config, d_in)
+def _disk(config: RunConfig, width: Width, facts: ModelFacts, here: Machine) -> Bar:
+    state = state_bytes(config, width)
     n_cached = config.train.n_steps * config.train.batch_size if config.cache_activations else 0
     needed = {
         "resumable state": 2 * state,  # a new one is written beside the old one
         "SAEs": state // 3,
         "tokens": 2 * config.train.n_tokens,
         "model": _model_download(facts),
-        "activations": DTYPE_BYTES[config.model.dtype] * n_cached * d_in,  # at most
+        # At most.
+        "activations": DTYPE_BYTES[config.model.dtype] * n_cached * sum(widths(config, width)),
     }
     return Bar("Disk", needed, here.disk_free)
 
@@ -262,10 +277,11 @@ def _wrong_choices(config: RunConfig, facts: ModelFacts) -> Iterator[Refusal]:
         check_family(facts.name, facts.family)
     except InputError as error:
         yield Refusal(f"--model: {error}", (Fix("model", "bundled"),))
-    layer, shape = config.model.layer, facts.shape
-    if shape is not None and layer >= (n := shape.n_layers):
-        sentence = f"--layer: expected 0 to {n - 1}, got {layer}; the model has {n} blocks"
-        yield Refusal(sentence, (Fix("layer", f"{n - 1}"),))
+    layers, shape = list(dict.fromkeys(place.layer for place in config.places)), facts.shape
+    if shape is not None and max(layers) >= (n := shape.n_layers):
+        known = [str(layer) for layer in layers if layer < n] or [f"{n - 1}"]
+        sentence = f"--layer: expected 0 to {n - 1}, got {max(layers)}; the model has {n} blocks"
+        yield Refusal(sentence, (Fix("layer", " ".join(known)),))
     try:
         resolve_device(config.device)
     except InputError as error:

@@ -116,6 +116,7 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
     yield Progress("loading", 0, 0)
     run = on_device(run, device)
     cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
+    place = cfg.place_of(name)
     sae = load_sae(sae_folder)
     model = load_lm(cfg)
     corpus = load_text(cfg, model, n_tokens=asked.n_tokens, n_held_out=asked.n_held_out)
@@ -126,8 +127,8 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
         sae.to(model.device),
         choose_parts(corpus, asked),
         run.folder / "features" / name,
-        layer=cfg.model.layer,
-        site=cfg.model.site,
+        layer=place.layer,
+        site=place.site,
         name=name,
         text=corpus.name,
         weights_sha256=weights_sha256(sae_folder),

@@ -8,7 +8,7 @@ same ones from look to look while they live, and those that fire most.
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,6 +33,16 @@ TOKEN_LENGTH = 64  # characters kept of a token: some vocabularies hold whole pa
 ENCODED_AT_ONCE = 2**22  # latents of tokens, some 100 MB where all of them fire
 
 
+class _Sampled(NamedTuple):
+    """The activations of one place that are looked at."""
+
+    x: Float[Tensor, "tokens d_in"]
+    """As training scales them."""
+    scale: float
+    where: Int64[Tensor, " tokens"]
+    """Of each token in the sequences laid end to end; special positions are left out."""
+
+
 class Sampler:
     """Writes samples.json of a run now and then."""
 
@@ -45,27 +55,27 @@ class Sampler:
         held_out = setup.corpus.held_out
         n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
         ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
-        place = mask.flatten().nonzero().squeeze(1)
-        site = run.config.model
-        x = setup.model.harvest(ids, layer=site.layer, site=site.site).flatten(0, 1)
-        x = x.index_select(0, place.to(x.device)).float() * setup.stream.scale
-        # Samples are for looking at: a vector that is not finite is left out of them. Training and
-        # evaluation refuse it where they read it.
-        finite = x.isfinite().all(dim=1)
-        # (tokens, d_in), as training scales them; the index of each token in `ids` laid end to
-        # end, special positions left out; (rows, n_ctx).
-        self._x, self._place, self._ids = x[finite], place[finite.cpu()].cpu(), ids.cpu()
+        index = mask.flatten().nonzero().squeeze(1)
+        found = setup.model.harvest_places(ids, run.config.places)
+        self._ids, self._sampled = ids.cpu(), list[_Sampled]()
+        for x, scale in zip(found, setup.stream.scales, strict=True):
+            x = x.flatten(0, 1).index_select(0, index.to(x.device)).float() * scale
+            # Samples are for looking at: a vector that is not finite is left out of them. Training
+            # and evaluation refuse it where they read it.
+            finite = x.isfinite().all(dim=1)
+            self._sampled.append(_Sampled(x[finite], scale, index[finite.cpu()].cpu()))
 
     def see(self, step: int) -> None:
         """Write samples.json if it is time for a look."""
         if step % self.every and step not in (FIRST_LOOK, self._n_steps):
             return
+        cfg = self._run.config
         saes = {
-            spec.name: self._look(sae)
-            for spec, sae in zip(self._run.config.saes, self._setup.trainer.saes, strict=True)
+            spec.name: self._look(sae, self._sampled[i])
+            for spec, sae, i in zip(cfg.saes, self._setup.trainer.saes, cfg.reads, strict=True)
             if spec.name not in self._setup.stopped
         }
-        n_tokens = len(self._x)
+        n_tokens = max(len(each.x) for each in self._sampled)
         looked = {"step": step, "every": self.every, "n_tokens": n_tokens, "saes": saes}
         try:
             write_json(self._run.folder / "samples.json", looked)
@@ -74,11 +84,11 @@ class Sampler:
             logger.warning("no sample of latents: %s", error)
 
     @torch.no_grad()
-    def _look(self, sae: SAE) -> dict[str, Any]:
-        fired = firings(sae, self._x)
+    def _look(self, sae: SAE, sampled: _Sampled) -> dict[str, Any]:
+        fired = firings(sae, sampled.x)
         latents = choose(fired, seed=self._run.config.seed)
         # Raw activations in, raw latents out, as the saved SAE has it.
-        f = activations(sae, self._x, [i for i, _ in latents]) / self._setup.stream.scale
+        f = activations(sae, sampled.x, [i for i, _ in latents]) / sampled.scale
         return {
             "alive": int((fired > 0).sum()),
             "latents": [
@@ -86,17 +96,19 @@ class Sampler:
                     "latent": latent,
                     "chosen": how,
                     "fired": int(fired[latent]),
-                    "examples": self._examples(f[:, column]),
+                    "examples": self._examples(f[:, column], sampled.where),
                 }
                 for column, (latent, how) in enumerate(latents)
             ],
         }
 
-    def _examples(self, f: Float[Tensor, " tokens"]) -> list[dict[str, Any]]:
+    def _examples(
+        self, f: Float[Tensor, " tokens"], where: Int64[Tensor, " tokens"]
+    ) -> list[dict[str, Any]]:
         """Return the tokens a latent fires on most, each in its context, no context twice."""
         rows, n_ctx = self._ids.shape
         everywhere = torch.zeros(rows * n_ctx, dtype=f.dtype)
-        everywhere[self._place] = f.cpu()
+        everywhere[where] = f.cpu()
         examples: dict[tuple[int, ...], dict[str, Any]] = {}
         for place in torch.argsort(everywhere, descending=True)[: 4 * N_EXAMPLES].tolist():
             if everywhere[place] <= 0 or len(examples) == N_EXAMPLES:

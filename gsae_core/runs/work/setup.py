@@ -10,7 +10,7 @@ from gsae_core.config import RunConfig, TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.lm.corpus import Corpus, load_corpus
-from gsae_core.lm.harvest import Harvest, open_cache
+from gsae_core.lm.harvest import Harvest, open_cache, open_caches
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
@@ -44,10 +44,10 @@ def set_up(run: Run) -> RunSetup:
             f"the run was set up on {before['device']} before and goes on on {model.device}: the "
             "same data in the same order, numbers that differ by rounding"
         )
-    d_in = model.width(cfg.model.site)
-    chunk_vectors = default_chunk_vectors(d_in, cfg.train.n_steps * cfg.train.batch_size)
-    check_memory(cfg, d_in, model.device, chunk_vectors=chunk_vectors)
-    need, free = 2 * state_bytes(cfg, d_in), free_bytes(run.folder)
+    widest = max(model.width(place.site) for place in cfg.places)
+    chunk_vectors = default_chunk_vectors(widest, cfg.train.n_steps * cfg.train.batch_size)
+    check_memory(cfg, model.width, model.device, chunk_vectors=chunk_vectors)
+    need, free = 2 * state_bytes(cfg, model.width), free_bytes(run.folder)
     if need > free:
         raise InputError(
             f"expected about {readable(need)} free on the disk of {run.folder} for the resumable "
@@ -65,16 +65,22 @@ def set_up(run: Run) -> RunSetup:
     )
     sparsity = [
         sparsity_in_training_units(
-            spec, d_in=d_in, scale=stream.scale, mean_square_norm=stream.mean_square_norm
+            spec,
+            d_in=stream.harvest.widths[i],
+            scale=stream.scales[i],
+            mean_square_norm=stream.mean_square_norms[i],
         )
-        for spec in cfg.saes
+        for spec, i in zip(cfg.saes, cfg.reads, strict=True)
     ]
     train_cfg = TrainConfig(
         **cfg.train.model_dump(),
         sparsity=tuple(each.coeff for each in sparsity),
         lrs=tuple(spec.lr or cfg.train.lr for spec in cfg.saes),
     )
-    saes = [build_sae(spec, d_in).to(model.device) for spec in cfg.saes]
+    saes = [
+        build_sae(spec, stream.harvest.widths[i]).to(model.device)
+        for spec, i in zip(cfg.saes, cfg.reads, strict=True)
+    ]
     run.add_event(
         "set up",
         device=str(model.device),
@@ -88,9 +94,18 @@ def set_up(run: Run) -> RunSetup:
         chunk_vectors=stream.chunk_vectors,
         activation_scale=stream.scale,
         mean_square_norm=stream.mean_square_norm,
+        # Those two are of the first place.
+        **({"places": _measured(cfg, stream)} if len(cfg.places) > 1 else {}),
         numerics=model.numerics,
     )
-    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg), sparsity, {})
+    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg, reads=cfg.reads), sparsity, {})
+
+
+def _measured(cfg: RunConfig, stream: ActivationStream) -> dict[str, dict[str, float]]:
+    pairs = zip(stream.scales, stream.mean_square_norms, strict=True)
+    measured = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
+    names = [place.hook_name for place in cfg.places]
+    return dict(zip(names, measured, strict=True))
 
 
 def on_device(run: Run, asked: str | None = None) -> Run:
@@ -116,12 +131,13 @@ def on_device(run: Run, asked: str | None = None) -> Run:
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:
-    """Return the run's language model; InputError if it lacks the run's layer or site."""
+    """Return the run's language model; InputError if it lacks a layer or site of the run."""
     device = resolve_device(cfg.device)
     model = load_model(
         cfg.model.name, revision=cfg.model.revision, device=str(device), dtype=cfg.model.dtype
     )
-    model.check(cfg.model.layer, cfg.model.site)
+    for place in cfg.places:
+        model.check(*place)
     return model
 
 
@@ -177,10 +193,13 @@ def _last_set_up(run: Run) -> dict[str, Any] | None:
 
 
 def _harvest(cfg: RunConfig, model: LanguageModel, corpus: Corpus) -> Harvest:
-    layer, site = cfg.model.layer, cfg.model.site
+    (layer, site), *beside = cfg.places
     if not cfg.cache_activations:
-        return Harvest(model, corpus.train, layer=layer, site=site)
-    cache = open_cache(model, corpus.train, layer=layer, site=site)
+        return Harvest(model, corpus.train, layer=layer, site=site, beside=beside)
+    if beside:
+        cache = open_caches(model, corpus.train, cfg.places)
+    else:
+        cache = open_cache(model, corpus.train, layer=layer, site=site)
     cache.fill()
     return cache
 
@@ -188,15 +207,17 @@ def _harvest(cfg: RunConfig, model: LanguageModel, corpus: Corpus) -> Harvest:
 def save_saes(run: Run, setup: RunSetup) -> None:
     """Write every SAE as it stands, its activation scale folded in."""
     cfg, trainer = run.config, setup.trainer
-    for spec, sae, sparsity in zip(cfg.saes, trainer.saes, setup.sparsity, strict=True):
+    scales = [setup.stream.scales[i] for i in cfg.reads]
+    each = zip(cfg.saes, trainer.saes, setup.sparsity, scales, strict=True)
+    for spec, sae, sparsity, scale in each:
         folded = copy.deepcopy(sae).to("cpu")
-        fold_scale_(folded, setup.stream.scale)
+        fold_scale_(folded, scale)
         metadata = {
             # SAELens reads these to load the same model and the same text.
             "model_name": cfg.model.name,
             "model_class_name": "HookedTransformer",
             "model_from_pretrained_kwargs": {"center_writing_weights": False},
-            "hook_name": cfg.model.hook_name,
+            "hook_name": cfg.place(spec).hook_name,
             "hook_head_index": None,
             "dataset_path": cfg.data.source,
             "context_size": setup.corpus.n_ctx,
@@ -207,7 +228,7 @@ def save_saes(run: Run, setup: RunSetup) -> None:
             "name": spec.name,
             "model_revision": cfg.model.revision,
             "numerics": setup.model.numerics,
-            "activation_scale": setup.stream.scale,
+            "activation_scale": scale,
             "sparsity": spec.sparsity,
             "loss_norm": spec.loss_norm,
             "sparsity_coeff": sparsity.coeff,

@@ -7,7 +7,7 @@ command line may draw it. Killed at any line and started again, it ends with the
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
-from gsae_core.config import EvalConfig, Positions, RunConfig, SAESpec
+from gsae_core.config import EvalConfig, Place, Positions, RunConfig, SAESpec
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, replace_durably, sha256, write_json
 from gsae_core.lm.corpus import Corpus
@@ -39,7 +39,7 @@ from gsae_core.runs.work.setup import (
     save_saes,
     set_up,
 )
-from gsae_core.sae.base import check_width
+from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
 from gsae_core.training.trainer import StepReport, train
 
@@ -112,15 +112,16 @@ def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
             "trainer": trainer.state_dict(),
             "stopped": setup.stopped,
             "mean_square_norm": setup.stream.mean_square_norm,
+            "mean_square_norms": list(setup.stream.mean_square_norms),
             **seconds(),
             "metrics_bytes": log.sync(),
         }
-        n_bytes = state_bytes(run.config, trainer.saes[0].d_in)
+        n_bytes = state_bytes(run.config, setup.model.width)
         save_state(run.folder / "resume", state, n_bytes=n_bytes)
 
     with contextlib.closing(log):
         saved_at, saved_step = time.monotonic(), trainer.steps_done
-        batches = setup.stream.batches(start=trainer.steps_done)
+        batches = setup.stream.batches_of_each(start=trainer.steps_done)
         try:
             for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
                 if report.step % every == 0 or report.step in (1, n_steps):
@@ -147,13 +148,15 @@ def _take_up(run: Run, setup: RunSetup) -> dict[str, Any]:
     if not (folder / "state.json").exists():
         return {}
     state = load_state(folder)
-    saved, found = state["mean_square_norm"], setup.stream.mean_square_norm
-    # One number sums up the activations; rounding may differ between machines, data may not.
-    if not math.isclose(saved, found, rel_tol=1e-4):
-        raise InputError(
-            f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
-            f"({found:.6g}); the model or the corpus has changed, so start a new run"
-        )
+    # Earlier versions read one place alone.
+    before = state.get("mean_square_norms", [state["mean_square_norm"]])
+    # One number sums up a place's activations; rounding may differ between machines, data may not.
+    for saved, found in zip(before, setup.stream.mean_square_norms, strict=True):
+        if not math.isclose(saved, found, rel_tol=1e-4):
+            raise InputError(
+                f"expected the activations this run began with (E|x|^2 = {saved:.6g}), got others "
+                f"({found:.6g}); the model or the corpus has changed, so start a new run"
+            )
     setup.trainer.load_state_dict(state.pop("trainer"))  # large, and not kept
     setup.stopped.update(state["stopped"])
     run.add_event("resumed", step=setup.trainer.steps_done)
@@ -260,58 +263,88 @@ def _evaluate(
     run: Run, model: LanguageModel, corpus: Corpus, wanted: EvalConfig
 ) -> Iterator[Progress]:
     """Measure the saved SAEs, as everyone else will load them, and write what was found."""
-    cfg, total = run.config, min(wanted.n_tokens, corpus.held_out.n_tokens)
-    yield Progress("evaluating", 0, total, "token")
+    cfg, held_out = run.config, corpus.held_out
+    yield Progress("evaluating", 0, min(wanted.n_tokens, held_out.n_tokens), "token")
+    rows: dict[str, EvalRow] = {}
+    for number, place in enumerate(cfg.places):
+        specs, saes = _saved_at(run, place, model)
+        steps = evaluating(
+            model,
+            saes,
+            held_out,
+            layer=place.layer,
+            site=place.site,
+            n_tokens=wanted.n_tokens,
+            replace=wanted.replace,
+        )
+        evaluations = yield from _share(steps, number, len(cfg.places))
+        for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
+            rows[spec.name] = _eval_row(spec, sae.d_in, place, evaluation, wanted)
+            _write_measured(run.sae_folder(spec.name), evaluation)
+    read, counted = held_out[: n_sequences(held_out, wanted.n_tokens)]
+    ids = read.numpy()
+    ids = ids.astype(np.uint16 if ids.max(initial=0) < 2**16 else np.int32)
+    columns = {"ids": ids, "counted": counted.numpy()}
+    write_arrays(run.folder / "evaluated_tokens.safetensors", columns)
+    write_evals(run.folder, [rows[spec.name] for spec in cfg.saes if spec.name in rows])
+
+
+def _saved_at(run: Run, place: Place, model: LanguageModel) -> tuple[list[SAESpec], list[SAE]]:
+    """Return the SAEs of a place that learnt to the end, and note which did not."""
     specs, saes = [], []
-    for spec in cfg.saes:
+    for spec in run.config.saes:
+        if run.config.place(spec) != place:
+            continue
         folder = run.sae_folder(spec.name)
         sae = load_sae(folder)
-        check_width(sae, model.width(cfg.model.site), name=spec.name, hook_name=cfg.model.hook_name)
+        check_width(sae, model.width(place.site), name=spec.name, hook_name=place.hook_name)
         reason = (read_cfg(folder).get("metadata") or {}).get("stopped")
         if reason is not None:
             run.add_event("not evaluated", sae=spec.name, why=reason)
             continue
         specs.append(spec)
         saes.append(sae.to(model.device))
-    evaluations = yield from evaluating(
-        model,
-        saes,
-        corpus.held_out,
-        layer=cfg.model.layer,
-        site=cfg.model.site,
-        n_tokens=wanted.n_tokens,
-        replace=wanted.replace,
-    )
-    rows = []
-    for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-        rows.append(_eval_row(spec, sae.d_in, evaluation, wanted))
-        folder, metrics = run.sae_folder(spec.name), evaluation.metrics
-        fired = metrics.firings.numpy()
-        opened = None if metrics.sums is None else metrics.sums.gate_open
-        columns = {
-            "fired": fired,
-            "gate_open": fired if opened is None else opened.cpu().numpy(),
-            "density": metrics.density.numpy(),
-            "gamma": metrics.gamma_per_feature.numpy(),
-        }
-        write_arrays(folder / "feature_stats.safetensors", columns)
-        deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
-        write_json(folder / "norm_deciles.json", {"deciles": deciles})
-    read, counted = corpus.held_out[: n_sequences(corpus.held_out, wanted.n_tokens)]
-    ids = read.numpy()
-    ids = ids.astype(np.uint16 if ids.max(initial=0) < 2**16 else np.int32)
-    columns = {"ids": ids, "counted": counted.numpy()}
-    write_arrays(run.folder / "evaluated_tokens.safetensors", columns)
-    write_evals(run.folder, rows)
+    return specs, saes
 
 
-def _eval_row(spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig) -> EvalRow:
+def _share(
+    steps: Generator[Progress, None, list[Evaluation]], number: int, n: int
+) -> Generator[Progress, None, list[Evaluation]]:
+    """Yield the progress of one of `n` equal parts of an evaluation as that of the whole."""
+    while True:
+        try:
+            now = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield now._replace(done=(number * now.total + now.done) // n)
+
+
+def _write_measured(folder: Path, evaluation: Evaluation) -> None:
+    """Write what an evaluation measured of each latent and of each tenth of the tokens."""
+    metrics = evaluation.metrics
+    fired = metrics.firings.numpy()
+    opened = None if metrics.sums is None else metrics.sums.gate_open
+    columns = {
+        "fired": fired,
+        "gate_open": fired if opened is None else opened.cpu().numpy(),
+        "density": metrics.density.numpy(),
+        "gamma": metrics.gamma_per_feature.numpy(),
+    }
+    write_arrays(folder / "feature_stats.safetensors", columns)
+    deciles = [decile._asdict() for decile in evaluation.norms.deciles()]
+    write_json(folder / "norm_deciles.json", {"deciles": deciles})
+
+
+def _eval_row(
+    spec: SAESpec, d_in: int, place: Place, evaluation: Evaluation, wanted: EvalConfig
+) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
     is_short = metrics.n_tokens < wanted.n_tokens
     of_losses = ("loss_recovered", "ce_clean", "ce_sae", "ce_zero", "kl")
     of_metrics = ("l0", "gamma", "gamma_gate", "fvu", "cosine", "alive_fraction", "n_tokens")
     return EvalRow(
         **spec.model_dump(include={"name", "architecture", "sparsity", "d_sae"}),
+        **place._asdict(),
         **{name: getattr(losses, name) for name in of_losses},
         **{name: getattr(metrics, name) for name in of_metrics},
         d_in=d_in,
