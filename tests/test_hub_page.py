@@ -369,8 +369,10 @@ def test_an_export_says_how_close_it_is_and_a_second_one_why_not(
 
 def test_every_release_is_complete_enough_to_be_found() -> None:
     found = releases()
-    assert len(found) == 91
-    assert sum(release.count or 0 for release in found) == 9022
+    assert len(found) == 110
+    assert sum(release.count or 0 for release in found) == 9677
+    qwen = [release.count or 0 for release in found if release.layout == "qwen_scope"]
+    assert (len(qwen), sum(qwen)) == (14, 544)
     for release in found:
         assert (release.repo is None) == (release.where is not None)
         assert release.layout in hub_view.FORMATS

@@ -290,7 +290,14 @@ def test_saelens_lives_in_the_same_environment_and_reads_and_writes_the_same(
     interop = [str(ROOT / "benchmarks" / "interop.sh"), "--with", str(with_saelens.bin / "python")]
     table, _ = done(interop, cwd=with_saelens.folder, env=with_saelens.environ)
     print(table)
-    assert {line[:15] for line in table.splitlines()} >= {"ours -> saelens", "saelens -> ours"}
+    ways = {"ours -> saelens", "saelens -> ours", "saelens folded -> ours", "releases -> ours"}
+    assert {line.partition("  ")[0] for line in table.splitlines()} >= ways
+
+
+def test_the_catalogue_is_what_saelens_list_makes_of_it(with_saelens: Away) -> None:
+    # What differs, and which releases are no SAEs of one activation, is in what it prints.
+    script = str(ROOT / "scripts" / "make_catalogue.py")
+    print(with_saelens.run("python", script, "--check")[0])
 
 
 def test_beside_saelens_ours_still_trains_and_measures_the_same(

@@ -67,7 +67,7 @@ def test_a_row_of_the_catalogue_fills_the_field_and_the_address(
     at_rest(tab)
     tab.get_by_label("Model or words").fill("pythia-70m gated")
     tab.keyboard.press("Enter")
-    expect(tab.get_by_text("1 of 91 releases")).to_be_visible()
+    expect(tab.get_by_text("1 of 110 releases")).to_be_visible()
     table = tab.get_by_test_id("stDataFrame").first.locator("canvas").first
     box = table.bounding_box()
     assert box is not None
