@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from gsae_core.config import SITES, Place, Site
 from gsae_core.errors import InputError, is_whole
@@ -361,6 +362,24 @@ class Splice:
         with self._model._lock.shared(key, self._spliced):
             self._mine.x = x
             return self._model._forward(self._ids)
+
+    def slope(
+        self, x: Float[Tensor, "rows pos d_in"], value: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows pos d_in"]]:
+        """Return `value` of the logits that `run(x)` returns, and its derivative to `x`; float32.
+
+        The model's weights get no gradients. Threads take turns.
+        """
+        model = self._model
+        leaf = x.detach().clone().requires_grad_()
+        # What inference mode made cannot be saved for a backward pass; copies can.
+        own = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._outputs)
+        edit = _in_model_dtype(lambda _: leaf)
+        with torch.enable_grad(), model._lock.alone(), replaying(own), hooked(self._tap, edit):
+            logits, _ = model._read(self._ids.to(model.device))
+            found = value(logits.float())
+            (slope,) = torch.autograd.grad(found, leaf)
+        return found.detach(), slope
 
     @contextmanager
     def _spliced(self) -> Iterator[None]:

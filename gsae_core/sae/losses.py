@@ -45,6 +45,8 @@ class StepResult(NamedTuple):
     the dense step is to be taken. None where that cannot be."""
     capacity: int = 0
     """Entries that those buffers had room for."""
+    kl: Scalar | None = None
+    """KL(clean || spliced) in nats a prediction, of the end-to-end loss alone."""
 
 
 class Forward(NamedTuple):
@@ -161,6 +163,11 @@ def dense_step(sae: SAE, x: Rows, *, sparsity_coeff: float, dead: Mask | None = 
     sae.zero_grad(set_to_none=True)
     out = loss_of(sae, x, sparsity_coeff=sparsity_coeff, dead=dead)
     out.loss.total.backward()
+    return result_of(x, out)
+
+
+def result_of(x: Rows, out: Forward) -> StepResult:
+    """Return what a step reports of a dense pass, without a graph."""
     fired = (out.f > 0).sum(0)
     gate_open = None if out.pi_gate is None else (out.pi_gate > 0).sum(0)
     stats = stats_from_counts(

@@ -27,6 +27,7 @@ from gsae_core.sae.metrics import BatchStats, Metrics, sum_dtype
 from gsae_core.sae.sparse.dense import manual_dense_step
 from gsae_core.sae.sparse.step import sparse_step
 from gsae_core.training.dead_latents import DeadCounts, DeadLatentCounter, resample_
+from gsae_core.training.end_to_end import Batch, SequenceBatch, end_to_end_step, rows_of
 from gsae_core.training.optimizer import DictionaryAdam, lr_factor, sparsity_factor, threshold_lr
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class SAEReport:
     """Sums of this batch, counts already summed over latents; None for a stopped SAE."""
     n_candidates: int | None = None
     """Products a screened encode computed again in float32; None for a step without one."""
+    kl: Tensor | None = None
+    """KL(clean || spliced) in nats a prediction; None unless the loss is end-to-end."""
     n_resampled: int = 0
     """Dead latents started again after this step."""
     stopped: str | None = None
@@ -153,34 +156,37 @@ class Learner:
         self._max_steps_since_fired: int | None = None
         self.stopped: str | None = None
 
-    def launch(self, x: Rows, number: int) -> Launched | None:
+    def launch(self, batch: Batch, number: int) -> Launched | None:
         """Give the device step `number`, from 1, without waiting; None once the SAE has stopped."""
         if self.stopped is not None:
             return None
         if number == 1 and isinstance(self.sae, JumpReluSAE):
-            self.sae.measure_unit_(x)
+            self.sae.measure_unit_(rows_of(batch))
         # A loss that hears dead latents costs as much where there are none, unless that is known.
         longest, window = self._max_steps_since_fired, self._cfg.schedule.revive_window
         none_dead = longest is not None and longest + 1 < window
         dead = None if none_dead else self._dead.mask
         coeff, density = self._sparsity_coeff(number), self._last_density
-        result = self._stepper.attempt(x, sparsity_coeff=coeff, density=density, dead=dead)
+        if isinstance(batch, SequenceBatch):
+            result = end_to_end_step(self.sae, batch, sparsity_coeff=coeff, dead=dead)
+        else:
+            result = self._stepper.attempt(batch, sparsity_coeff=coeff, density=density, dead=dead)
         return self._launched(result)
 
     def finish(
         self,
         launched: Launched | None,
-        x: Rows,
+        batch: Batch,
         number: int,
         *,
         pool: Float[Tensor, "pool d_in"] | None,
     ) -> SAEReport:
         """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
-        `launched` is what `launch` returned for this `x` and `number`; `pool` holds recent inputs.
+        `launched` is what `launch` returned for this `batch` and `number`; `pool` holds recent inputs.
         """
         lr_share = lr_factor(number - 1, self._cfg, warmup_start=self._warmup_start)
-        lr, coeff = self._lr * lr_share, self._sparsity_coeff(number)
+        lr, coeff, x = self._lr * lr_share, self._sparsity_coeff(number), rows_of(batch)
         report = partial(SAEReport, lr=lr, sparsity_coeff=coeff, d_sae=self.sae.d_sae)
         result = None if launched is None else self._result(launched, x, number)
         if result is None:
@@ -192,6 +198,7 @@ class Learner:
             loss=result.loss,
             stats=result.stats.without_latents(),
             n_candidates=result.n_candidates,
+            kl=result.kl,
             n_resampled=0 if pool is None else self._resample(pool, number),
         )
 

@@ -13,6 +13,7 @@ from gsae_core.errors import InputError
 from gsae_core.sae.base import SAE, Rows
 from gsae_core.threads import spread
 from gsae_core.training.dead_latents import is_resampling, joins_pool
+from gsae_core.training.end_to_end import Batch, SequenceBatch, rows_of
 from gsae_core.training.learner import Learner, SAEReport
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -113,18 +114,19 @@ class Trainer:
         """Why and when each SAE stopped; None for those that learn."""
         return tuple(learner.stopped for learner in self._learners)
 
-    def step(self, x: Rows | tuple[Tensor, ...]) -> StepReport:
+    def step(self, x: Batch | tuple[Batch, ...]) -> StepReport:
         """Let every SAE learn from its batch, then resample dead latents where that is due.
 
-        `x` is a batch, or one for each number in `reads`. An SAE whose loss or gradients are not
+        `x` is a batch, or one for each number in `reads`. From a `SequenceBatch`, of about
+        `batch_size` rows, SAEs learn by the end-to-end loss. An SAE whose loss or gradients are not
         finite stops, its weights as they were; others go on.
         """
         started = time.perf_counter()
-        batches = (x,) if isinstance(x, Tensor) else x
+        batches = x if isinstance(x, tuple) else (x,)
         number, learners = self.steps_done + 1, self._learners
         pools = self._pooled(batches, number)
         seen = [(batches[read], pools[read]) for read in self._reads]
-        if batches[0].is_cpu:
+        if rows_of(batches[0]).is_cpu:
             # Two SAEs on a core each are faster than one on two: much of a step (counters, small
             # sums) does not spread over cores. One stacked encoder product for all would save
             # nothing: one SAE's runs at full rate.
@@ -150,16 +152,18 @@ class Trainer:
             saes=tuple(saes),
         )
 
-    def _pooled(self, batches: tuple[Tensor, ...], number: int) -> list[Tensor | None]:
+    def _pooled(self, batches: tuple[Batch, ...], number: int) -> list[Tensor | None]:
         """Add the batches of a step to the pools that are due; return the full ones, emptied."""
         if len(batches) != self._n_batches:
             raise InputError(
                 f"expected {self._n_batches} batches a step, one for each place, got {len(batches)}"
             )
         full: list[Tensor | None] = []
-        for read, x in enumerate(batches):
+        for read, batch in enumerate(batches):
             readers = [s for s, own in zip(self.saes, self._reads, strict=True) if own == read]
-            expected = (self.cfg.batch_size, readers[0].d_in)
+            x = rows_of(batch)
+            n_rows = len(x) if isinstance(batch, SequenceBatch) else self.cfg.batch_size
+            expected = (n_rows, readers[0].d_in)
             if tuple(x.shape) != expected:
                 raise InputError(
                     f"expected batches of shape (batch_size, d_in) = {expected}, got "
@@ -208,7 +212,7 @@ class Trainer:
 
 def train(
     saes: Sequence[SAE],
-    batches: Iterable[Rows] | Iterable[tuple[Tensor, ...]],
+    batches: Iterable[Batch] | Iterable[tuple[Batch, ...]],
     cfg: TrainConfig,
     *,
     trainer: Trainer | None = None,
@@ -232,9 +236,7 @@ def train(
     return _steps(trainer, iter(batches))
 
 
-def _steps(
-    trainer: Trainer, batches: Iterator[Tensor | tuple[Tensor, ...]]
-) -> Iterator[StepReport]:
+def _steps(trainer: Trainer, batches: Iterator[Batch | tuple[Batch, ...]]) -> Iterator[StepReport]:
     first, n_steps = trainer.steps_done, trainer.cfg.n_steps
     while not trainer.finished:
         x = next(batches, None)

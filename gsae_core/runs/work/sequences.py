@@ -1,0 +1,93 @@
+"""Batches of whole sequences, for the end-to-end loss; batch i is a pure function of config and i.
+
+Sequences stand in the order of the activations' stream, epoch after epoch, and are not cut: batch i
+holds those whose last counted token is among tokens i B to (i + 1) B - 1 of that line. So a batch
+has about B activations, and a run as many as its config says, to within a sequence.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsae_core.analysis.fidelity import LOGITS_CPU, LOGITS_GPU
+from gsae_core.errors import InputError
+from gsae_core.lm.harvest import Harvest
+from gsae_core.lm.model import LanguageModel, Splice
+from gsae_core.lm.stream import ActivationStream
+from gsae_core.sae.base import Rows
+from gsae_core.training.end_to_end import Divergence, SequenceBatch, kl_divergence
+
+
+class SequenceStream(ActivationStream):
+    """An `ActivationStream` that also has the batches of whole sequences of `model`.
+
+    The model's weights stop asking for gradients. InputError if a batch is shorter than a sequence.
+    """
+
+    def __init__(
+        self, harvest: Harvest, *, model: LanguageModel, batch_size: int, **options: Any
+    ) -> None:
+        if batch_size < harvest.sequences.n_ctx:
+            raise InputError(
+                f"expected a batch of at least one sequence ({harvest.sequences.n_ctx} tokens) for "
+                f"loss kl, got {batch_size}; raise the batch size"
+            )
+        super().__init__(harvest, batch_size=batch_size, **options)
+        self._model = model
+        model.hf.requires_grad_(False)
+
+    def sequences_of(self, i: int) -> np.ndarray:
+        """Return the indices of the sequences of batch `i`, in their order."""
+        start, stop = i * self._batch_size, (i + 1) * self._batch_size
+        found = []
+        for epoch in range(start // self.tokens_per_epoch, (stop - 1) // self.tokens_per_epoch + 1):
+            order = self._order(epoch)
+            counts = self._counts[order]
+            last = epoch * self.tokens_per_epoch + np.cumsum(counts) - 1
+            found.append(order[(start <= last) & (last < stop) & (counts > 0)])
+        return np.concatenate(found)
+
+    def sequence_batches(self, start: int = 0) -> Iterator[SequenceBatch]:
+        """Return an iterator over batches `start` to `n_batches - 1` in order."""
+        return map(self.sequence_batch, range(start, self.n_batches))
+
+    def sequence_batch(self, i: int) -> SequenceBatch:
+        """Return batch `i`; its divergence runs the model twice."""
+        which = self.sequences_of(i)
+        began = time.perf_counter()
+        x = torch.cat(list(self.harvest.vectors(which))) * self.scale
+        self.seconds += time.perf_counter() - began
+        return SequenceBatch(x, lambda x_hat: self._divergence(which, x_hat))
+
+    def _divergence(self, which: np.ndarray, x_hat: Rows) -> Divergence:
+        """Return KL(clean || spliced) over predictions made at a counted token of a counted one.
+
+        What does not count keeps its clean activation, as evaluation has it.
+        """
+        model, harvest = self._model, self.harvest
+        on_cpu = model.device.type == "cpu"
+        width = harvest.sequences.n_ctx * model.d_vocab
+        rows = max(1, (LOGITS_CPU if on_cpu else LOGITS_GPU) // width)
+        kl, slopes, done, n = x_hat.new_zeros(()), [], 0, 0
+        for first in range(0, len(which), rows):
+            ids, mask = harvest.sequences[which[first : first + rows]]
+            splice = Splice(model, ids, layer=harvest.layer, site=harvest.site)
+            mask = mask.to(model.device)
+            predicts = mask[:, :-1] & mask[:, 1:]
+            mine = x_hat[done : done + int(mask.sum())] / self.scale
+            read = splice.x.masked_scatter(mask[..., None], mine.to(splice.x))
+
+            def drift(logits: Tensor, splice=splice, predicts=predicts) -> Tensor:
+                return kl_divergence(splice.logits[:, :-1][predicts], logits[:, :-1][predicts])
+
+            # Summed, and divided in the end: half precision would lose the slope of a mean.
+            found, slope = splice.slope(read, drift)
+            kl += found
+            slopes.append(slope[mask])
+            done, n = done + len(mine), n + int(predicts.sum())
+        # A batch in which no two counted tokens follow each other predicts nothing.
+        return Divergence(kl / max(n, 1), torch.cat(slopes) / (self.scale * max(n, 1)))
