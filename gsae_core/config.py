@@ -69,6 +69,8 @@ Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
 OrUnsaid = Annotated[str | None, Field(exclude_if=lambda said: said is None)]
 """A key that files have only where there is something to say."""
+Loss = Literal["mse", "kl"]
+"""Squared error, or with it what the language model predicts from reconstructions."""
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -211,6 +213,9 @@ class SAESpec(Config):
     site: Site | None = None
     """Place in that block; None takes the run's."""
 
+    start: Annotated[OrUnsaid, Field(pattern="^start/[^/]+$")] = None
+    """Folder inside the run with the weights to start from, in raw units; None: random ones."""
+
     @field_validator("sparsity")
     @classmethod
     def _k_is_a_number_of_latents(cls, sparsity: float, info: Any) -> float:
@@ -243,6 +248,11 @@ class TrainRecipe(Config):
     lr: PositiveFloat = 3e-4
     """Peak Adam learning rate, held after warm-up; of JumpReLU thresholds 1 over the number of
     steps, where that is more."""
+
+    threshold_lr: Annotated[PositiveFloat | None, Field(exclude_if=lambda said: said is None)] = (
+        None
+    )
+    """Peak learning rate of JumpReLU thresholds; None takes what `lr` says."""
 
     beta1: Fraction = 0.0
     """Adam's first-moment decay; the paper's value is 0."""
@@ -413,6 +423,12 @@ class RunConfig(Config):
     imported: str | None = None
     """Library whose files the SAEs were read from; None for those trained here. An imported run's
     recipe says nothing of how they learnt: its `n_tokens` bounds the text that is read."""
+
+    finetuned: OrUnsaid = None
+    """Name of the run whose SAEs these started from."""
+
+    loss: Annotated[Loss, Field(exclude_if=lambda loss: loss == "mse")] = "mse"
+    """`mse`, of shuffled activations, or `kl`: end-to-end, on whole sequences."""
 
     @model_validator(mode="before")
     @classmethod

@@ -242,7 +242,8 @@ plain(
         f"{count(config.train.n_tokens)} tokens of {config.data.source}"
         if config.imported is None
         else f"imported from {config.imported}"
-    ),
+    )
+    + ("" if config.finetuned is None else f" · fine-tuned from {config.finetuned}"),
     size=".9rem",
 )
 with st.container(horizontal=True, vertical_alignment="center", gap="small"):

@@ -69,6 +69,7 @@ COMMANDS = (
     "",
     "train",
     "resume",
+    "finetune",
     "evaluate",
     "index",
     "label",

@@ -178,7 +178,13 @@ def run_config(flags: Train) -> RunConfig:
 
 def _base(flags: Train) -> RunConfig | None:
     if flags.preset is None:
-        return None if flags.config is None else load_config(flags.config)
+        base = None if flags.config is None else load_config(flags.config)
+        if base and base.finetuned:
+            raise InputError(
+                f"expected the config of a run that began with random weights in {flags.config}, "
+                f"got one fine-tuned from {base.finetuned}; train on with finetune"
+            )
+        return base
     if flags.config is not None:
         raise InputError(
             f"expected --preset or --config, got both ({flags.preset} and {flags.config}); "

@@ -25,7 +25,16 @@ from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
 from gsae_core.cli.arguments import PROGRAM, Train, choices, parse, run_config
 from gsae_core.cli.doctor import examine
-from gsae_core.config import EvalConfig, ModelConfig, Positions, Site, shortfalls, validated
+from gsae_core.config import (
+    EvalConfig,
+    Loss,
+    ModelConfig,
+    Positions,
+    RunConfig,
+    Site,
+    shortfalls,
+    validated,
+)
 from gsae_core.errors import EXTRAS, InputError, extra_sentence
 from gsae_core.files import left_out, readable
 from gsae_core.machine import slot_of
@@ -136,7 +145,15 @@ _Format = Literal["saelens", "jumprelu", "dictionary_learning", "gsae_core"]
 def train(flags: Train) -> None:
     """Make the run that the flags describe, train it and evaluate it."""
     config = run_config(flags)
-    run = Run.create(flags.out or runs_root() / run_id(config, secrets.token_hex(2)), config)
+    _begin(Run.create(flags.out or _new_folder(config), config))
+
+
+def _new_folder(config: RunConfig) -> Path:
+    return runs_root() / run_id(config, secrets.token_hex(2))
+
+
+def _begin(run: Run) -> None:
+    """Train a new run."""
     show(f"run {run.folder}")
     try:
         _work(run)
@@ -184,6 +201,78 @@ def _work(run: Run, *, device: str | None = None) -> None:
         resume = f"{PROGRAM} resume {run.folder}"
         raise Ended(INTERRUPTED, f"stopped after step {step} of {n_steps}; go on with: {resume}")
     show(*report.run_report(run))
+
+
+def finetune(
+    run: _Run,
+    sae: Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")] = (),
+    tokens: _Number = None,
+    loss: Annotated[Loss, _Plain] = "mse",
+    sparsity: Annotated[tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")] = (),
+    data: _Name = None,
+    text_column: _Name = None,
+    split: _Name = None,
+    lr: Annotated[float | None, _Plain, arg(metavar="FLOAT")] = None,
+    batch_size: _Number = None,
+    revive_every: _Number = None,
+    seed: _Number = None,
+    device: _Device = None,
+    out: Annotated[Path | None, _Plain, arg(metavar="DIR")] = None,
+) -> None:
+    """Go on training SAEs of a run, imported ones too, in a new run: on other text, or end-to-end.
+
+    It begins with the weights alone: Adam and the learning rate's schedule begin anew, lambda is
+    what it is from the first step. What is not given is as in RUN.
+
+    Args:
+        sae: Names of the SAEs; without it the run's only one.
+        tokens: Activations to train on.
+        loss: mse: squared error of shuffled activations, as in training; kl: half of it, and as
+            much of the KL divergence of the language model's predictions when it reads
+            reconstructions (arXiv:2503.17272), on whole sequences.
+        sparsity: lambda of each SAE (k of TopK), or one for all; without it what they were trained
+            with, which of those of other libraries is known for TopK alone.
+        data: Text: as for train.
+        text_column: Column that holds it, where --data is a table.
+        split: Split of a data set.
+        lr: Peak learning rate.
+        batch_size: Activations in a step; with --loss kl about as many, for sequences stay whole.
+        revive_every: Steps between revivals of dead latents; 0 never revives, as is usual for SAEs
+            of other libraries.
+        seed: Of the data order.
+        out: New folder for the run; without it, one under runs/ named after the time.
+    """
+    from gsae_core.runs.work.finetune import create_finetuned, finetuned_config
+
+    if tokens is None:
+        raise InputError("expected --tokens with how many activations to train on, got none")
+
+    def given(**flags: Any) -> dict[str, Any]:
+        return {name: value for name, value in flags.items() if value is not None}
+
+    opened = Run.open(run)
+    config = finetuned_config(
+        opened,
+        sae,
+        n_tokens=tokens,
+        loss=loss,
+        sparsity=sparsity,
+        data=given(source=data, text_column=text_column, split=split),
+        recipe=given(lr=lr, batch_size=batch_size, revive_every=revive_every),
+        called=FLAGS,
+        **given(seed=seed, device=_checked(device)),
+    )
+    _begin(create_finetuned(opened, out or _new_folder(config), config))
+
+
+FLAGS: dict[str, str] = {
+    "source": "--data",
+    "train": "--tokens",
+    "n_tokens": "--tokens",
+    **{name: "--" + name.replace("_", "-") for name in ("text_column", "split", "lr", "seed")},
+    **{name: "--" + name.replace("_", "-") for name in ("batch_size", "revive_every", "device")},
+}
+"""What commands but `train` call a config's fields."""
 
 
 def evaluate(
@@ -726,6 +815,7 @@ def _announcement(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "resume": resume,
+    "finetune": finetune,
     "evaluate": evaluate,
     "index": index,
     "label": label,

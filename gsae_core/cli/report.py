@@ -44,7 +44,7 @@ def list_lines(path: Path | None) -> list[str]:
                     run.config.model.hook_name,
                     ", ".join(dict.fromkeys(spec.architecture for spec in run.config.saes)),
                     str(len(run.config.saes)),
-                    run.config.imported or "ours",
+                    run.config.imported or run.config.finetuned or "ours",
                 ]
                 for run, said in listed
             ]

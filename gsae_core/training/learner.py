@@ -183,7 +183,7 @@ class Learner:
     ) -> SAEReport:
         """Move the weights, or stop for good; then resample dead latents if there is a pool.
 
-        `launched` is what `launch` returned for this `batch` and `number`; `pool` holds recent inputs.
+        `launched` is what `launch` returned for this batch and number; `pool` holds recent inputs.
         """
         lr_share = lr_factor(number - 1, self._cfg, warmup_start=self._warmup_start)
         lr, coeff, x = self._lr * lr_share, self._sparsity_coeff(number), rows_of(batch)

@@ -69,7 +69,7 @@ def threshold_lr(lr: float, cfg: TrainRecipe) -> float:
     numbers and go far in a short run at a small rate; a threshold is one number, and the penalty
     moves nothing else. So it may go one unit, the activations' length, within a run.
     """
-    return max(lr, 1 / cfg.n_steps)
+    return cfg.threshold_lr or max(lr, 1 / cfg.n_steps)
 
 
 def sparsity_factor(step: int, cfg: TrainRecipe) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gsae_core.config import TrainConfig, shortfalls
 from gsae_core.errors import InputError
-from gsae_core.sae.base import SAE, Rows
+from gsae_core.sae.base import SAE
 from gsae_core.threads import spread
 from gsae_core.training.dead_latents import is_resampling, joins_pool
 from gsae_core.training.end_to_end import Batch, SequenceBatch, rows_of

@@ -7,6 +7,7 @@ has about B activations, and a run as many as its config says, to within a seque
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,43 +52,48 @@ class SequenceStream(ActivationStream):
             found.append(order[(start <= last) & (last < stop) & (counts > 0)])
         return np.concatenate(found)
 
-    def sequence_batches(self, start: int = 0) -> Iterator[SequenceBatch]:
-        """Return an iterator over batches `start` to `n_batches - 1` in order."""
+    def sequence_batches(self, start: int = 0) -> Iterator[tuple[SequenceBatch, ...]]:
+        """Return an iterator over batches `start` to `n_batches - 1` of each place, in order."""
         return map(self.sequence_batch, range(start, self.n_batches))
 
-    def sequence_batch(self, i: int) -> SequenceBatch:
-        """Return batch `i`; its divergence runs the model twice."""
+    def sequence_batch(self, i: int) -> tuple[SequenceBatch, ...]:
+        """Return batch `i` of each place; a divergence runs the model twice."""
         which = self.sequences_of(i)
         began = time.perf_counter()
-        x = torch.cat(list(self.harvest.vectors(which))) * self.scale
+        found = map(torch.cat, zip(*self.harvest.parts(which), strict=True))
         self.seconds += time.perf_counter() - began
-        return SequenceBatch(x, lambda x_hat: self._divergence(which, x_hat))
+        return tuple(
+            SequenceBatch(x * self.scales[k], partial(self._divergence, which, k))
+            for k, x in enumerate(found)
+        )
 
-    def _divergence(self, which: np.ndarray, x_hat: Rows) -> Divergence:
+    def _divergence(self, which: np.ndarray, k: int, x_hat: Rows) -> Divergence:
         """Return KL(clean || spliced) over predictions made at a counted token of a counted one.
 
-        What does not count keeps its clean activation, as evaluation has it.
+        `x_hat` is read at the k-th place. What does not count keeps its clean activation, as
+        evaluation has it.
         """
-        model, harvest = self._model, self.harvest
+        model, harvest, scale = self._model, self.harvest, self.scales[k]
+        layer, site = harvest.places[k]
         on_cpu = model.device.type == "cpu"
         width = harvest.sequences.n_ctx * model.d_vocab
         rows = max(1, (LOGITS_CPU if on_cpu else LOGITS_GPU) // width)
         kl, slopes, done, n = x_hat.new_zeros(()), [], 0, 0
         for first in range(0, len(which), rows):
             ids, mask = harvest.sequences[which[first : first + rows]]
-            splice = Splice(model, ids, layer=harvest.layer, site=harvest.site)
+            splice = Splice(model, ids, layer=layer, site=site)
             mask = mask.to(model.device)
             predicts = mask[:, :-1] & mask[:, 1:]
-            mine = x_hat[done : done + int(mask.sum())] / self.scale
+            mine = x_hat[done : done + int(mask.sum())] / scale
             read = splice.x.masked_scatter(mask[..., None], mine.to(splice.x))
-
-            def drift(logits: Tensor, splice=splice, predicts=predicts) -> Tensor:
-                return kl_divergence(splice.logits[:, :-1][predicts], logits[:, :-1][predicts])
-
             # Summed, and divided in the end: half precision would lose the slope of a mean.
-            found, slope = splice.slope(read, drift)
+            found, slope = splice.slope(read, partial(_drift, splice.logits, predicts))
             kl += found
             slopes.append(slope[mask])
             done, n = done + len(mine), n + int(predicts.sum())
         # A batch in which no two counted tokens follow each other predicts nothing.
-        return Divergence(kl / max(n, 1), torch.cat(slopes) / (self.scale * max(n, 1)))
+        return Divergence(kl / max(n, 1), torch.cat(slopes) / (scale * max(n, 1)))
+
+
+def _drift(clean: Tensor, predicts: Tensor, logits: Tensor) -> Tensor:
+    return kl_divergence(clean[:, :-1][predicts], logits[:, :-1][predicts])

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
-from gsae_core.checkpoints.checkpoint import save_sae
-from gsae_core.config import RunConfig, TrainConfig
+from gsae_core.checkpoints.checkpoint import load_sae, save_sae
+from gsae_core.config import RunConfig, SAESpec, TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.lm.corpus import Corpus, load_corpus
@@ -15,7 +17,12 @@ from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run
+from gsae_core.runs.work.sequences import SequenceStream
 from gsae_core.sae.architectures import build_sae, fold_scale_
+from gsae_core.sae.base import SAE, check_width
+from gsae_core.sae.jumprelu import JumpReluSAE
+from gsae_core.sae.topk import TopKSAE
+from gsae_core.training.end_to_end import Batch
 from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
 from gsae_core.training.trainer import Trainer
 
@@ -33,6 +40,12 @@ class RunSetup(NamedTuple):
     sparsity: list[Sparsity]
     stopped: dict[str, str]
     """Why each SAE that stopped learning did, by name; grows while training."""
+
+    def batches(self, start: int) -> Iterator[tuple[Batch, ...]]:
+        """Return an iterator over the batches of each place from `start` on, as the loss takes."""
+        if isinstance(self.stream, SequenceStream):
+            return self.stream.sequence_batches(start)
+        return self.stream.batches_of_each(start)
 
 
 def set_up(run: Run) -> RunSetup:
@@ -56,7 +69,8 @@ def set_up(run: Run) -> RunSetup:
     corpus = load_text(cfg, model)
     if (run.folder / "resume" / "state.json").exists():
         _check_text(run, corpus, so="start a new run")
-    stream = ActivationStream(
+    kind = partial(SequenceStream, model=model) if cfg.loss == "kl" else ActivationStream
+    stream = kind(
         _harvest(cfg, model, corpus),
         batch_size=cfg.train.batch_size,
         seed=cfg.seed,
@@ -78,7 +92,7 @@ def set_up(run: Run) -> RunSetup:
         lrs=tuple(spec.lr or cfg.train.lr for spec in cfg.saes),
     )
     saes = [
-        build_sae(spec, stream.harvest.widths[i]).to(model.device)
+        beginning(run, spec, stream, i).to(model.device)
         for spec, i in zip(cfg.saes, cfg.reads, strict=True)
     ]
     run.add_event(
@@ -128,6 +142,24 @@ def on_device(run: Run, asked: str | None = None) -> Run:
         )
         run.add_event("other device", device=found, named=own)
     return dataclasses.replace(run, config=run.config.model_copy(update={"device": device}))
+
+
+def beginning(run: Run, spec: SAESpec, stream: ActivationStream, read: int) -> SAE:
+    """Return an SAE as it is before the first step: random, or as `spec.start` has it.
+
+    `read`: which of the stream's places it learns from.
+    """
+    d_in, scale = stream.harvest.widths[read], stream.scales[read]
+    if spec.start is None:
+        return build_sae(spec, d_in)
+    sae = load_sae(run.folder / spec.start)
+    check_width(sae, d_in, name=spec.name, hook_name=run.config.place(spec).hook_name)
+    if isinstance(sae, TopKSAE):
+        sae.k = int(spec.sparsity)
+    elif isinstance(sae, JumpReluSAE) and sae.threshold_unit is None:  # another library's
+        sae.threshold_unit = stream.mean_square_norms[read] ** 0.5
+    fold_scale_(sae, 1 / scale)
+    return sae
 
 
 def load_lm(cfg: RunConfig) -> LanguageModel:

@@ -121,7 +121,7 @@ def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
 
     with contextlib.closing(log):
         saved_at, saved_step = time.monotonic(), trainer.steps_done
-        batches = setup.stream.batches_of_each(start=trainer.steps_done)
+        batches = setup.batches(trainer.steps_done)
         try:
             for report in train(list(trainer.saes), batches, trainer.cfg, trainer=trainer):
                 if report.step % every == 0 or report.step in (1, n_steps):
@@ -211,6 +211,7 @@ def _rows(cfg: RunConfig, report: StepReport, seconds: dict[str, float]) -> list
             "sparsity_loss": float(sae.loss.sparsity),
             "auxiliary": float(sae.loss.auxiliary),
             **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
+            **({} if sae.kl is None else {"kl": float(sae.kl)}),
             "l0": sae.l0,
             "fvu": sae.fvu,
             "gamma": sae.gamma,
