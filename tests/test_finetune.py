@@ -35,16 +35,20 @@ def begun(tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path, words:
         SAESpec(name="topk", architecture="topk", d_sae=24, sparsity=4),
     ]
     recipe = TrainRecipe(n_tokens=320, batch_size=16, lr=1e-2, revive_every=10, revive_window=5)
-    fields: dict[str, Any] = {"saes": saes, "train": recipe, "evaluation": EvalConfig(n_tokens=300)}
-    fields["checkpoint_minutes"] = 60.0
+    fields: dict[str, Any] = {
+        "saes": tuple(saes),
+        "train": recipe,
+        "evaluation": EvalConfig(n_tokens=300),
+        "checkpoint_minutes": 60.0,
+    }
     config = tiny_config(tiny_lm_folder, words, **fields)
     run = Run.create(tmp_path_factory.mktemp("begun") / "run", config)
     finish(run)
     return run
 
 
-def finetuned(run: Run, out: Path, names: list[str] = NAMES, **options: Any) -> Run:
-    made = create_finetuned(run, out, finetuned_config(run, names, **{"n_tokens": 480} | options))
+def finetuned(run: Run, out: Path, **options: Any) -> Run:
+    made = create_finetuned(run, out, finetuned_config(run, NAMES, **options))
     finish(made)
     return made
 
@@ -212,7 +216,7 @@ def test_norms_of_directions_move_into_the_latents() -> None:
 def test_a_topk_sae_whose_norms_decide_is_refused() -> None:
     sae = build_sae(SAESpec(name="a", architecture="topk", d_sae=3, sparsity=1), 2)
     with torch.no_grad():
-        sae.W_dec *= torch.tensor([[0.5], [1.0], [2.0]])
+        sae.W_dec.mul_(torch.tensor([[0.5], [1.0], [2.0]]))
     assert refusal(unit_norm_, sae, "a") == (
         "expected directions of norm one in 'a', got some from 0.5 to 2: a TopK SAE's latents "
         "compete by size, and others would win were norms folded into them"
