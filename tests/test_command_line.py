@@ -88,6 +88,67 @@ def test_new_lambdas_keep_what_else_a_preset_says_of_each_architecture() -> None
     ]
 
 
+def test_several_layers_and_sites_are_a_sweep_like_sparsity() -> None:
+    run = config(
+        "--layer 2 3 2 --site resid_post mlp_out --arch gated --sparsity 0.1 --width 64 "
+        "--tokens 9000"
+    )
+    assert [(spec.name, spec.layer, spec.site) for spec in run.saes] == [
+        ("gated-0.1-l2-resid_post", 2, "resid_post"),
+        ("gated-0.1-l2-mlp_out", 2, "mlp_out"),
+        ("gated-0.1-l3-resid_post", 3, "resid_post"),
+        ("gated-0.1-l3-mlp_out", 3, "mlp_out"),
+    ]
+    assert (run.model.layer, run.model.site) == (2, "resid_post")
+    assert len(run.places) == 4
+
+
+def test_each_place_of_a_papers_set_up_has_the_sweep_it_has_alone() -> None:
+    run = config("--preset pythia-2.8b --layer 4 12")
+    for layer in (4, 12):
+        alone = config(f"--preset pythia-2.8b --layer {layer}")
+        there = [spec for spec in run.saes if spec.layer == layer]
+        assert [spec.sparsity for spec in there] == [spec.sparsity for spec in alone.saes]
+        assert there[0].name == f"{alone.saes[0].name}-l{layer}-resid_post"
+    said = refused("train --preset pythia-2.8b --layer 4 5")
+    assert "got layer 5 and site 'resid_post'; for another place" in said
+
+
+@pytest.fixture
+def two_places(tmp_path: Path) -> Path:
+    first = config("--layer 2 3 --arch gated --sparsity 0.1 --width 64 --tokens 9000")
+    path = tmp_path / "config.json"
+    path.write_text(first.model_dump_json())
+    assert config(f"--config {path}") == first
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--sparsity 0.3", ["gated-0.3-l2-resid_post", "gated-0.3-l3-resid_post"]),
+        ("--site mlp_out", ["gated-0.1-l2-mlp_out", "gated-0.1-l3-mlp_out"]),
+        ("--layer 3 1", ["gated-0.1-l3-resid_post", "gated-0.1-l1-resid_post"]),
+        ("--layer 3", ["gated-0.1"]),
+    ],
+)
+def test_a_config_of_several_places_is_changed_by_flags(
+    two_places: Path, flags: str, names: list[str]
+) -> None:
+    run = config(f"--config {two_places} {flags}")
+    assert [spec.name for spec in run.saes] == names
+    assert run.place(run.saes[0]) == (run.model.layer, run.model.site)
+    if len(names) == 1:
+        assert (run.saes[0].layer, run.saes[0].site, run.model.layer) == (None, None, 3)
+
+
+def test_sae_names_of_a_config_of_several_places_are_kept(two_places: Path) -> None:
+    path = two_places
+    path.write_text(path.read_text().replace("gated-0.1-l3-resid_post", "late"))
+    names = [spec.name for spec in config(f"--config {path} --seed 1").saes]
+    assert names == ["gated-0.1-l2-resid_post", "late"]
+
+
 def test_a_cache_is_asked_for_by_a_flag_and_kept_from_a_config_file(tmp_path: Path) -> None:
     assert not config("--preset quick").cache_activations
     cached = config("--preset quick --cache-activations")
@@ -194,7 +255,7 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
         parse(["train", "--help"], COMMANDS)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert ModelConfig.model_fields["layer"].description == "Block number, from 0."
-    assert "--layer INT Block number, from 0. (default: 2)" in shown
+    assert "--layer INT [INT ...] Block number, from 0; several, like several sites," in shown
     assert "{None" not in shown
 
 
@@ -226,7 +287,14 @@ def test_help_comes_from_the_configs(capsys: pytest.CaptureFixture[str]) -> None
         ("resume", "expected RUN after resume, got none"),
         ("resume --fast", "expected RUN after resume, got '--fast'"),
         ("train --preset", "--preset: expected NAME, got none"),
-        ("train --layer two", "--layer: expected a whole number, got 'two'"),
+        ("train --layer two", "--layer: expected whole numbers, got 'two'"),
+        ("train --layer", "--layer: expected one value or several, got none"),
+        ("train --sparsity --width 8", "--sparsity: expected one value or several, got none"),
+        (
+            "train --site resid",
+            "--site: expected one of resid_pre, resid_post, mlp_hidden, "
+            "mlp_out, attn_z, attn_out, got 'resid'",
+        ),
         ("train --lr=fast", "--lr: expected a number, got 'fast'"),
         ("train --n_ctx x --layer 1", "--n-ctx: expected a whole number, got 'x'"),
         ("train --sparsity 0.1 lots", "--sparsity: expected numbers, got '0.1 lots'"),

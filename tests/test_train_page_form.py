@@ -87,7 +87,9 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "model": "my models/a b",
         "revision": "v1",
         "layer": 3,
+        "more_layers": [1],
         "site": "attn_z",
+        "more_sites": ["resid_post", "attn_z"],
         "dtype": "bfloat16",
         "data": "texts/*; rm -rf ~",
         "text_column": "body",
@@ -174,7 +176,7 @@ def test_a_papers_set_up_at_another_of_its_places_has_the_lambdas_found_there() 
     there = at_place(base, 4, "mlp_out")
     assert there.config == preset("pythia-2.8b").config(layer=4, site="mlp_out")
     flags = to_flags(shown(there.config), base)
-    assert flags == Train(preset="pythia-2.8b", layer=4, site="mlp_out")
+    assert flags == Train(preset="pythia-2.8b", layer=(4,), site=("mlp_out",))
 
 
 def test_a_place_the_set_up_lacks_keeps_its_settings_and_drops_its_name() -> None:

@@ -29,6 +29,8 @@ KNOBS: dict[str, tuple[Architecture, ...]] = {
 """Which architectures' sparsity a flag sets: what it weighs is of another size in each."""
 LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")} | {
     "arch": "Architectures",
+    "more_layers": "Further layers",
+    "more_sites": "Further sites",
     "sparsity": "λ",
     "jumprelu_sparsity": "λ of JumpReLU",
     "k": "k",
@@ -120,8 +122,12 @@ def shown(config: RunConfig) -> Values:
     baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
     others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
     values: Values = {flag: _shown(flag, config) for flag in FIELDS}
+    layers, sites = (list(dict.fromkeys(each)) for each in zip(*config.places, strict=True))
     values |= {
-        "layer": config.model.layer,
+        "layer": layers[0],
+        "site": sites[0],
+        "more_layers": layers[1:],
+        "more_sites": sites[1:],
         "arch": list(dict.fromkeys(spec.architecture for spec in config.saes)),
         "width": gated_width(config),
         "equal_width": len(others) == 1 and baselines == others,
@@ -154,16 +160,18 @@ def to_flags(values: Values, base: Base) -> Train:
     spelt out and the base's name is dropped: no flag could take its setting back.
     """
     wanted = _parsed(values)
-    covered = covers(base, wanted["layer"], wanted["site"])
-    own_place = {"layer": base.config.model.layer, "site": base.config.model.site}
-    base = at_place(base, wanted["layer"], wanted["site"])
-    given = _parsed(shown(base.config)) | own_place
+    places = [(layer, site) for layer in wanted["layer"] for site in wanted["site"]]
+    covered = all(covers(base, *place) for place in places)
+    own = _parsed(shown(base.config))
+    base = at_place(base, *places[0])
+    given = _parsed(shown(base.config)) | {name: own[name] for name in ("layer", "site")}
     # Neither an empty field nor a switch that is off can be said over a base that has it.
     empty = {flag for flag in FIELDS if wanted[flag] is None or wanted[flag] is False}
     emptied = any(given[flag] is not None and given[flag] is not False for flag in empty)
     start = base.flags
     if emptied or not covered:
         given = {flag: field.default for flag, field in FIELDS.items()}
+        given |= {name: (given[name],) for name in ("layer", "site")}
         start, given["equal_width"] = Train(), False
     changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
     if {"width", "equal_width"} & set(changed):
@@ -183,6 +191,8 @@ def _parsed(values: Values) -> dict[str, Any]:
         words = re.split(r"[\s,;]+", values[knob].strip()) if turned else ()
         read = whole if knob == "k" else number
         found[knob] = tuple(read(word, LABELS[knob]) for word in words)
+    for name in ("layer", "site"):
+        found[name] = tuple(dict.fromkeys([values[name], *values[f"more_{name}s"]]))
     found["width"] = int(values["width"])
     found["equal_width"] = bool(values["equal_width"]) and "relu" in chosen and len(chosen) > 1
     return found

@@ -23,8 +23,10 @@ from gsae_core.config import (
     EvalConfig,
     Knob,
     ModelConfig,
+    Place,
     RunConfig,
     SAESpec,
+    Site,
     TrainRecipe,
     load_config,
     resweep,
@@ -103,6 +105,19 @@ def _train_flags() -> dict[str, Any]:
             "DIR",
         ),
         **_settings(ModelConfig),
+        "layer": _flag(
+            tuple[int, ...],
+            "Block number, from 0; several, like several sites, are read in one pass of the model, "
+            "and the SAEs of the sweep are trained at each.",
+            "INT [INT ...]",
+            "(default: 2)",
+        ),
+        "site": _flag(
+            tuple[Site, ...],
+            _help_of(ModelConfig, "site"),
+            f"{choices(Site)} [...]",
+            "(default: resid_post)",
+        ),
         **_settings(DataConfig),
         "arch": _flag(
             tuple[Architecture, ...],
@@ -144,7 +159,7 @@ else:
 
 
 class Train(_Flags):
-    """Train SAEs: the product of --arch and --sparsity, all on the same activations.
+    """Train SAEs: the product of --arch, --sparsity, --layer and --site, in one pass of the model.
 
     Start from a preset or a config file and change what you like, or give --sparsity, --width and
     --tokens. TopK SAEs take --k in place of --sparsity.
@@ -164,12 +179,14 @@ def run_config(flags: Train) -> RunConfig:
             f"expected {missing[0]}, got none; or start from a set-up: "
             "python -m gsae_core train --preset quick"
         )
+    places = _places(flags, base)
+    model = _over(ModelConfig, base and base.model, flags)
     parts = {
-        "model": _over(ModelConfig, base and base.model, flags),
+        "model": model.model_copy(update=places[0]._asdict()),
         "data": _over(DataConfig, base and base.data, flags),
         "evaluation": _over(EvalConfig, base and base.evaluation, flags),
         "train": _over(TrainRecipe, base and base.train, flags),
-        "saes": _specs(flags, base.saes if base else ()),
+        "saes": _specs(flags, base, places),
     }
     kept = dict(base) if base else {}
     called = _called(RunConfig) | {"train": "--tokens"}
@@ -191,7 +208,8 @@ def _base(flags: Train) -> RunConfig | None:
             "leave one out"
         )
     _over(ModelConfig, None, flags)  # so that a mistake is named as a flag
-    return preset(flags.preset).config(layer=flags.layer, site=flags.site)
+    first = {name: values[0] for name, values in _given_places(flags).items()}
+    return preset(flags.preset).config(**first)
 
 
 def _said(flag: str) -> str:
@@ -206,8 +224,30 @@ def _given(flags: Train) -> dict[str, Any]:
 
 def _fields(flags: Train, config: type[Config]) -> dict[str, Any]:
     """Return the fields of a config that flags set."""
-    given = _given(flags)
+    # Of several layers or sites a config has the first; the others are its SAEs'.
+    given = _given(flags) | {name: values[0] for name, values in _given_places(flags).items()}
     return {field: given[flag] for flag, field in _flags_of(config).items() if flag in given}
+
+
+def _given_places(flags: Train) -> dict[str, tuple[Any, ...]]:
+    """Return the layers and the sites that were given."""
+    return {name: getattr(flags, name) for name in ("layer", "site") if getattr(flags, name)}
+
+
+def _places(flags: Train, base: RunConfig | None) -> list[Place]:
+    """Return where SAEs read: each of the sites of each layer, else where the base's do."""
+    there = base.places if base else (Place(ModelConfig().layer, ModelConfig().site),)
+    given = _given_places(flags)
+    if not given:
+        return list(there)
+    layers: Sequence[int] = given.get("layer", [place.layer for place in there])
+    sites: Sequence[Site] = given.get("site", [place.site for place in there])
+    places = [
+        Place(layer, site) for layer in dict.fromkeys(layers) for site in dict.fromkeys(sites)
+    ]
+    for place in places:
+        validated(ModelConfig, place._asdict(), _called(ModelConfig))
+    return places
 
 
 def _called(config: type[Config]) -> dict[str, str]:
@@ -220,7 +260,42 @@ def _over(kind: type[ConfigKind], base: Config | None, flags: Train) -> ConfigKi
     return validated(kind, fields | _fields(flags, kind), _called(kind))
 
 
-def _specs(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
+def _specs(flags: Train, base: RunConfig | None, places: list[Place]) -> list[SAESpec]:
+    """Return the sweep of each place; of several, SAEs name their own."""
+    named = {(spec.name, base.place(spec)) for spec in base.saes} if base else set()
+    if len(places) == 1 or (base and len(base.places) == 1):
+        named = set()
+    specs = []
+    for place in places:
+        made = _sweep(flags, _base_at(flags, base, place))
+        for spec in made:
+            own = place._asdict()
+            if (spec.name, place) not in named:
+                own["name"] = spec.name + _suffix(place)
+            specs.append(spec.model_copy(update=own) if len(places) > 1 else spec)
+    return specs
+
+
+def _suffix(place: Place) -> str:
+    return f"-l{place.layer}-{place.site}"
+
+
+def _base_at(flags: Train, base: RunConfig | None, place: Place) -> tuple[SAESpec, ...]:
+    """Return the SAEs that a place starts from: the base's there, else those of its first place."""
+    if base is None:
+        return ()
+    if flags.preset is not None:
+        base = preset(flags.preset).config(*place)
+    there = place if place in base.places else base.places[0]
+    unplaced = {"layer": None, "site": None}
+    return tuple(
+        spec.model_copy(update=unplaced | {"name": spec.name.removesuffix(_suffix(there))})
+        for spec in base.saes
+        if base.place(spec) == there
+    )
+
+
+def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
     in_base: list[Architecture] = [spec.architecture for spec in base]
     architectures = dict.fromkeys(flags.arch or in_base or DEFAULT_SWEEP)
     knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
@@ -314,9 +389,20 @@ def parse(
     # The hook is tyro's only way to its errors as data: printed, they are boxes of many lines.
     # It is marked unstable, hence the exact pin of tyro, and a test for every kind of event.
     with tyro_errors.on_parse_error(refuse):
-        return tyro.extras.subcommand_cli_from_dict(
+        found = tyro.extras.subcommand_cli_from_dict(
             bound, prog=program, args=argv, description=description
         )
+    if isinstance(found, Train):
+        _check_lists(found, argv)
+    return found
+
+
+def _check_lists(flags: Train, argv: Sequence[str]) -> None:
+    """Refuse a flag that takes several values and was given none, which tyro takes for no flag."""
+    words = {word.replace("_", "-") for word in argv}
+    for field in dataclasses.fields(flags):
+        if getattr(flags, field.name) == () and (flag := _said(field.name)) in words:
+            raise InputError(f"{flag}: expected one value or several, got none")
 
 
 def _bound(command: Callable[..., Any]) -> Callable[..., Any]:

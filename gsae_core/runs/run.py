@@ -354,7 +354,8 @@ def launch(root: Path, config: RunConfig, *, nonce: str) -> Run:
 
 def run_id(config: RunConfig, nonce: str) -> str:
     """Return a name for a new run: what it is, when it began, and the nonce."""
-    place = f"{Path(config.model.name).name}-L{config.model.layer}-{config.model.site}"
+    layers, sites = (dict.fromkeys(map(str, each)) for each in zip(*config.places, strict=True))
+    place = f"{Path(config.model.name).name}-L{'-'.join(layers)}-{'-'.join(sites)}"
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", config.preset or place).strip("-._") or "run"
     return f"{stem[:32]}-{time.strftime('%m%d-%H%M')}-{nonce}"
 
