@@ -140,6 +140,15 @@ class DataConfig(Config):
     """Split of a data set: on the Hub, in a `save_to_disk` folder, or as a folder's names tell
     (`train/`, `data/test-00000-of-00001.parquet`, README.md); `all` reads every one."""
 
+    chat: bool = False
+    """Read chats (`messages` with role and content, `conversations` with from and value, or the
+    text column) as the tokenizer's chat template writes them. What it puts in counts like other
+    text, but for BOS, EOS and padding."""
+
+    separator: Annotated[str, Field(pattern=r"^[^\r\n]+$")] | None = None
+    """A line that ends a document of plain text; `none` takes none. None takes `<|endoftext|>` and
+    the tokenizer's own end of text, in `.txt` files."""
+
     n_ctx: PositiveInt | None = None
     """Context length in tokens, BOS included; None takes the model's, at most 256."""
 
@@ -148,6 +157,10 @@ class DataConfig(Config):
 
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the sequences kept for evaluation, cut before anything else."""
+
+    reading: Literal[1, 2] = 2
+    """How text is read: 2 since 0.2.0. 1, which a config file without it means, keeps padding in
+    rows of token ids, and no line of a `.txt` file ends a document; so an earlier run goes on."""
 
 
 class SAESpec(Config):
@@ -485,6 +498,8 @@ def load_config(path: Path) -> RunConfig:
     fields = read_json(path, missing=f"expected a config file, found nothing at {path}")
     saes = fields.get("saes")
     saes = list(map(_with_unit, saes)) if isinstance(saes, list) else saes
+    if isinstance(data := fields.get("data"), dict):
+        fields["data"] = {"reading": 1} | data
     return validated(RunConfig, fields | {"saes": saes})
 
 

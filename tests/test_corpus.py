@@ -68,14 +68,14 @@ def test_a_long_text_is_read_in_parts_without_a_seam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gsae_core.lm import readers
-    from gsae_core.lm.readers import text_parts
+    from gsae_core.lm.packed import text_parts
 
     path = file(tmp_path / "a.txt", "\n".join(f"w{i}" for i in range(100)))
     whole = load(path)
     parts = list(text_parts(path, 10))
     assert len(parts) > 10
     assert [part.ends for part in parts[-2:]] == [False, True]
-    monkeypatch.setattr(readers, "text_parts", lambda path: iter(parts))
+    monkeypatch.setattr(readers, "text_parts", lambda path, **_: iter(parts))
     assert rows(load(path).train) == rows(whole.train)
 
 
@@ -319,7 +319,7 @@ SENTENCE = "A dog that has run all day sleeps well."
 def test_strings_read_like_text_if_they_have_five_words_each(
     values: list[str], reads: bool
 ) -> None:
-    from gsae_core.lm.readers import reads_like_text
+    from gsae_core.lm.tables import reads_like_text
 
     assert reads_like_text(values) == reads
 
@@ -335,7 +335,7 @@ def test_strings_read_like_text_if_they_have_five_words_each(
     ],
 )
 def test_a_column_is_taken_by_its_name_before_its_looks(row: dict[str, Any], column: str) -> None:
-    from gsae_core.lm.readers import pick_column
+    from gsae_core.lm.tables import pick_column
 
     assert pick_column([row]) == column
 
@@ -384,9 +384,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_what_a_header_has_most_of_delimits_the_fields_of_a_csv(
     tmp_path: Path, name: str, text: str, row: dict[str, str]
 ) -> None:
-    from gsae_core.lm.readers import _file_rows
+    from gsae_core.lm.tables import file_rows
 
-    assert list(_file_rows(file(tmp_path / name, text))) == [row]
+    assert list(file_rows(file(tmp_path / name, text))) == [row]
 
 
 def test_tokens_that_an_older_version_kept_of_another_reading_are_not_found(

@@ -123,9 +123,8 @@ MEND = "; name others, or mend the files in a folder"
         (
             {"a.jsonl": b'{"id": "q-000002", "messages": [{"role": "user", "content": "w1"}]}\n'},
             {},
-            "expected a column of text in owner/name, got rows such as {'id': 'q-000002', "
-            "'messages': [{'content': 'w1', 'role': 'user'}]}: name a column of text with "
-            "--text-column, or write the text out as one, a chat by the model's chat template",
+            "expected a column of text in owner/name, got chats in column 'messages': read chats "
+            "by the model's chat template with --chat, or name a column of text with --text-column",
         ),
         (
             {"train.jsonl": b'{"text": "w1"}\n', "test.jsonl": b'{"text": "w2"}\n'},

@@ -94,6 +94,8 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "data": "texts/*; rm -rf ~",
         "text_column": "body",
         "split": "test",
+        "chat": True,
+        "separator": "---",
         "n_ctx": "64",
         "bos": "never",
         "held_out": "0.1",

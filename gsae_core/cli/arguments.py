@@ -42,7 +42,7 @@ SETS: dict[str, tuple[type[Config], str]] = {
     word.partition("=")[0]: (config, word.rpartition("=")[2])
     for config, words in {
         ModelConfig: "model=name revision layer site dtype",
-        DataConfig: "data=source text_column split n_ctx bos held_out",
+        DataConfig: "data=source text_column split chat separator n_ctx bos held_out",
         SAESpec: "recipe tie aux loss_norm init_threshold bandwidth threshold_unit k_aux",
         TrainRecipe: "tokens=n_tokens batch_size lr beta1 beta2 lr_warmup_steps lr_decay_fraction "
         "sparsity_warmup_steps revive_every revive_window revive_until screened",
@@ -76,7 +76,7 @@ def _settings(config: type[Config]) -> dict[str, Any]:
     for flag, name in _flags_of(config).items():
         info, kind = config.model_fields[name], kinds[name]
         if kind is bool:
-            hints[flag] = _flag(bool, info.description or "")
+            hints[flag] = _flag(bool, _help_of(config, name))
             continue
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]

@@ -28,7 +28,9 @@ from torch import Tensor
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError
 from gsae_core.files import writing
-from gsae_core.lm.readers import Part, narrowest, open_source
+from gsae_core.lm.chat import ChatTemplate
+from gsae_core.lm.packed import Part
+from gsae_core.lm.readers import narrowest, open_source, permitted
 from gsae_core.machine import cache_folder
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -145,16 +147,17 @@ def load_corpus(
         n_held_out: counted held-out tokens wanted. Where there are fewer up to there, reading goes
             on, and takes of what follows only held-out sequences, as far as the text goes.
     """
-    reader = _Reader(cfg, tokenizer, model_n_ctx)
-    name, share = reader.source.name, cfg.held_out
-    if reader.source.held_out is None:
-        train, held_out, tokens = reader.splits(n_tokens, n_held_out)
-    else:
-        train, _, tokens = reader.splits(n_tokens)
-        limit = None
-        if n_tokens is not None:
-            limit = max(HELD_OUT_TOKENS, math.ceil(n_tokens * share / (1 - share)), n_held_out)
-        held_out, _, _ = reader.splits(limit, held_out=True)
+    with permitted(cfg.source):
+        reader = _Reader(cfg, tokenizer, model_n_ctx)
+        name, share = reader.source.name, cfg.held_out
+        if reader.source.held_out is None:
+            train, held_out, tokens = reader.splits(n_tokens, n_held_out)
+        else:
+            train, _, tokens = reader.splits(n_tokens)
+            limit = None
+            if n_tokens is not None:
+                limit = max(HELD_OUT_TOKENS, math.ceil(n_tokens * share / (1 - share)), n_held_out)
+            held_out, _, _ = reader.splits(limit, held_out=True)
     n_ctx = tokens.rows.shape[1]
     if not len(train) or not len(held_out):
         raise InputError(
@@ -183,7 +186,16 @@ class _Reader:
         self._cfg, self._tokenizer, self._model_n_ctx = cfg, tokenizer, model_n_ctx
         self._packing = _choose_packing(cfg, tokenizer, model_n_ctx)
         self._special = tuple(sorted(special_ids(tokenizer)))
-        self.source = open_source(cfg, len(tokenizer))
+        self.source = open_source(
+            cfg,
+            len(tokenizer),
+            end_of_text=getattr(tokenizer, "eos_token", None),
+            chats=ChatTemplate.of(tokenizer) if cfg.chat else None,
+        )
+        # Of token rows; without a padding token, EOS pads.
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self._padding = None if cfg.reading == 1 else eos if pad is None else pad
+        self._was_padded = False
         # Of the sequences that are held out; of documents that the source itself splits, none.
         self._share = cfg.held_out if self.source.held_out is None else 0.0
         settings = (cfg.n_ctx, cfg.bos, model_n_ctx, _tokenizer_key(tokenizer))
@@ -247,9 +259,10 @@ class _Reader:
         their rows if they start with BOS as `cfg.bos` asks.
         """
         cfg = self._cfg
-        rows = [part.content for part in head if part.ends and isinstance(part.content, np.ndarray)]
+        rows = [self._unpadded(part) for part in head if part.ends]
+        rows = [row for row in rows if isinstance(row, np.ndarray)]
         lengths = {len(row) for row in rows}
-        if len(rows) < len(head) or len(lengths) != 1:
+        if len(rows) < len(head) or len(lengths) != 1 or lengths == {0}:
             return self._packing
         (length,) = lengths
         bos = self._tokenizer.bos_token_id
@@ -259,6 +272,26 @@ class _Reader:
             return self._packing
         kept = {"bos": None, "separator": None, "as_they_are": True, "starts_with_bos": with_bos}
         return self._packing._replace(n_ctx=length, **kept)
+
+    def _unpadded(self, part: Part) -> str | np.ndarray:
+        """Return a part's content: a row of token ids without the padding at its ends.
+
+        Where BOS or EOS pads, one alone is no padding.
+        """
+        ids, pad = part.content, self._padding
+        if isinstance(ids, str) or not part.ends or pad is None or not len(ids):
+            return ids
+        if pad not in (ids[0], ids[-1]):
+            return ids
+        text = np.flatnonzero(ids != pad)
+        start, stop = (int(text[0]), int(text[-1]) + 1) if len(text) else (0, 0)
+        least = 2 if pad in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) else 1
+        start = start if start >= least else 0
+        stop = stop if len(ids) - stop >= least else len(ids)
+        if stop - start < len(ids) and not self._was_padded:
+            self._was_padded = True
+            log.info("%s: padding at the ends of rows (id %d) is left out", self.source.name, pad)
+        return ids[start:stop]
 
     def _blocks(
         self, parts: Iterator[Part], packing: "_Packing", n_tokens: int | None, n_held_out: int
@@ -295,11 +328,17 @@ class _Reader:
         # Not verbose: no warning that a text exceeds the context, for it is cut.
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         encoded = iter(self._tokenizer(texts, **options)["input_ids"] if texts else ())
+        own = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         for part in block:
             if isinstance(part.content, str):
-                yield np.array(next(encoded), packing.dtype)
+                ids = np.array(next(encoded), packing.dtype)
+                # A template writes BOS and EOS, which packing puts where they belong.
+                yield _inner(ids, own) if self._cfg.chat and part.ends else ids
             else:
-                yield _checked(part, packing)
+                ids = part.content if packing.as_they_are else self._unpadded(part)
+                if len(part.content) and not len(ids):
+                    continue  # nothing but padding
+                yield _checked(np.asarray(ids), packing, is_document=part.ends)
             if part.ends and packing.separator is not None:
                 yield np.array([packing.separator], packing.dtype)
 
@@ -388,9 +427,14 @@ def _next_parts(parts: Iterator[Part], missing: float) -> list[Part]:
     return block
 
 
-def _checked(part: Part, packing: _Packing) -> np.ndarray:
+def _inner(ids: np.ndarray, edges: tuple[int | None, ...]) -> np.ndarray:
+    """Return a document's ids without one of `edges` in front, and one at the end."""
+    start = int(len(ids) > 0 and ids[0] in edges)
+    return ids[start : len(ids) - int(len(ids) > start and ids[-1] in edges)]
+
+
+def _checked(ids: np.ndarray, packing: _Packing, *, is_document: bool) -> np.ndarray:
     """Return the ids of a token array, without the BOS and EOS that packing puts there itself."""
-    ids = np.asarray(part.content)
     if len(ids) and (ids.min() < 0 or ids.max() >= packing.vocabulary):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(
@@ -403,11 +447,8 @@ def _checked(part: Part, packing: _Packing) -> np.ndarray:
                 f"expected rows of {packing.n_ctx} token ids like the first ones, got one of "
                 f"{len(ids)}: give n_ctx to have the rows packed anew"
             )
-    elif part.ends:
-        edges = [packing.bos, packing.separator]
-        start = int(len(ids) > 0 and ids[0] in edges)
-        stop = len(ids) - int(len(ids) > start and ids[-1] in edges)
-        ids = ids[start:stop]
+    elif is_document:
+        ids = _inner(ids, (packing.bos, packing.separator))
     return ids.astype(packing.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The first lines of a corpus as tokens, read without torch and within a time limit."""
+"""The first lines of a corpus as tokens, within a time limit; without torch, but for chats."""
 
 import json
 import sys
@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError, hub_answers
+from gsae_core.files import read_json
 from gsae_core.lm.catalog import model_folder
-from gsae_core.lm.readers import PACKED, TABLE_SUFFIXES, Part, Source, open_source
+from gsae_core.lm.chat import ChatTemplate
+from gsae_core.lm.packed import PACKED, Part, is_archive
+from gsae_core.lm.readers import Source, open_source, permitted
+from gsae_core.lm.tables import TABLE_SUFFIXES
 from gsae_core.lm.texts import token_texts
 from gsae_core.machine import run_python
 
@@ -35,8 +39,14 @@ class Preview(NamedTuple):
 def preview(data: DataConfig, model: str, revision: str | None = None) -> Preview:
     """Return the first lines of a corpus as `model` reads it; InputError if one is unreadable."""
     tokenizer = load_tokenizer(model, revision)
-    source = open_source(data, tokenizer.get_vocab_size())
-    parts = list(islice(source.train(), LINES))
+    with permitted(data.source):
+        source = open_source(
+            data,
+            tokenizer.get_vocab_size(),
+            end_of_text=_end_of_text(model, revision),
+            chats=_chat_template(model, revision) if data.chat else None,
+        )
+        parts = list(islice(source.train(), LINES))
     if not parts:
         raise InputError(f"expected some text in {source.name}, got none")
     samples = [_sample(part, tokenizer) for part in parts]
@@ -66,32 +76,60 @@ def _estimate(source: Source, parts: list[Part], tokens_per_byte: float | None) 
         content: Any = parts[0].content
         return n_bytes // content.dtype.itemsize
     # Tables and packed files hold more, or less, than the text in them.
-    if any(path.suffix.lower() in {*TABLE_SUFFIXES, *PACKED} for path in source.files):
+    no_text = {*TABLE_SUFFIXES, *PACKED}
+    if any(path.suffix.lower() in no_text or is_archive(path) for path in source.files):
         return None
     return round(n_bytes * tokens_per_byte)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """Return a model's fast tokenizer."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
     from tokenizers import Tokenizer
 
-    if (folder := model_folder(model)) is not None:
-        path = folder / "tokenizer.json"
-    else:
-        with hub_answers(model, what="model", revision=revision):
-            try:
-                path = Path(hf_hub_download(model, "tokenizer.json", revision=revision))
-            except RemoteEntryNotFoundError:
-                raise InputError(
-                    f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
-                    "training may still work"
-                ) from None
+    path = _model_file("tokenizer.json", model, revision)
+    if path is None:
+        raise InputError(
+            f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
+            "training may still work"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"expected a tokenizer in {path}, got something else: {error}") from None
+
+
+def _model_file(name: str, model: str, revision: str | None) -> Path | None:
+    """Return a file of a model; None where the Hub has none of that name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if (folder := model_folder(model)) is not None:
+        return folder / name
+    with hub_answers(model, what="model", revision=revision):
+        try:
+            return Path(hf_hub_download(model, name, revision=revision))
+        except RemoteEntryNotFoundError:
+            return None
+
+
+def _end_of_text(model: str, revision: str | None) -> str | None:
+    """Return the token that the files of a model's tokenizer call the end of a text, if they do."""
+    try:
+        path = _model_file("tokenizer_config.json", model, revision)
+        told = None if path is None else read_json(path).get("eos_token")
+    except InputError:  # without it, offline, there is still something to see
+        return None
+    return told.get("content") if isinstance(told, dict) else told
+
+
+def _chat_template(model: str, revision: str | None) -> ChatTemplate:
+    # Only here: with it comes torch.
+    from transformers import AutoTokenizer
+
+    with hub_answers(model, what="model", revision=revision):
+        options = {"revision": revision or "main", "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(str(model_folder(model) or model), **options)
+    return ChatTemplate.of(tokenizer)
 
 
 def preview_within(
