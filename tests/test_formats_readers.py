@@ -562,6 +562,15 @@ def test_several_saes_are_told_apart_by_name(tmp_path: Path) -> None:
     assert read_sae(tmp_path / "trainer_1").sae.d_sae == files.D_SAE
 
 
+def test_transcoders_beside_saes_are_passed_over(tmp_path: Path) -> None:
+    for folder, more in (("resid_post", {}), ("transcoder_all", {"hf_hook_point_out": "x"})):
+        (tmp_path / folder).mkdir()
+        tensors(GEMMA, architecture="jump_relu", **more)(tmp_path / folder)
+    assert [sae.name for sae in find_saes(tmp_path)] == ["resid_post-x"]
+    with pytest.raises(InputError, match="found a transcoder, which writes other activations"):
+        find_saes(tmp_path / "transcoder_all")
+
+
 def test_a_table_with_a_brace_where_safetensors_have_theirs_is_no_weights(tmp_path: Path) -> None:
     # After its four letters a Parquet file has bytes of any value.
     (tmp_path / "features.parquet").write_bytes(b"PAR1" + b"\x15\x04\x15\x10" + b"{" * 20)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_files
 import foreign_files as files
 import pytest
 import torch
@@ -587,3 +588,22 @@ def test_a_pushed_sae_is_pulled_into_a_run(tmp_path: Path) -> None:
     run = gsae_core.open_run(tmp_path / "run")
     assert run.config.model.hook_name == "blocks.8.hook_resid_pre"
     assert same(load_sae(run.sae_folder(run.config.saes[0].name)), sae)
+
+
+def test_a_layer_of_a_release_is_loaded_and_pulled_by_its_file(hub: Hub, tmp_path: Path) -> None:
+    w = foreign_files.weights("b_enc")
+    path = foreign_files.qwen_scope(tmp_path, w, layer=7, k=2)
+    repo = f"Qwen/{path.parent.name}"
+    hub.add(repo, {f"layer{n}.sae.pt": path.read_bytes() for n in (7, 10)})
+    sae = load_sae(f"{repo}:layer7.sae.pt")
+    x = torch.randn(9, sae.d_in, generator=torch.Generator().manual_seed(0))
+    f, x_hat = foreign_files.topk(w, 2, centred=False)(x)
+    torch.testing.assert_close(sae.encode(x), f)
+    assert main.main(["pull", f"{repo}:layer10.sae.pt", "--to", str(tmp_path / "run")]) == 0
+    config = gsae_core.open_run(tmp_path / "run").config
+    assert (config.model.name, config.model.hook_name) == (
+        "Qwen/Qwen3-8B-Base",
+        "blocks.10.hook_resid_post",
+    )
+    assert (config.saes[0].sparsity, config.imported) == (2, "Qwen Scope")
+    torch.testing.assert_close(load_sae(tmp_path / "run" / "saes" / config.saes[0].name)(x), x_hat)

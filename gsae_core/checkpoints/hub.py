@@ -31,7 +31,7 @@ from gsae_core.checkpoints.formats.libraries import (
     text_of,
     widths,
 )
-from gsae_core.checkpoints.formats.refused import refuse
+from gsae_core.checkpoints.formats.refused import refusal
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import free_bytes, readable, sha256, sync, writing
 
@@ -270,7 +270,8 @@ def describe(repository: Repository, sae: HubSAE) -> Facts:
         if file.path.endswith(".json"):  # no larger than LARGEST_CONFIG
             config |= _small_json(repository, file)
     path = sae.files[0].path
-    refuse(Path("/", repository.repo, path), (), config)
+    if said := refusal(Path("/", repository.repo, path), (), config):
+        raise InputError(said)
     d_in, d_sae = widths({}, config)
     if path.endswith(".safetensors") and (d_in is None or d_sae is None):
         d_in, d_sae = widths(_shapes(repository, path), config)

@@ -21,7 +21,7 @@ from gsae_core.checkpoints.formats.libraries import (
     mapping,
     widths,
 )
-from gsae_core.checkpoints.formats.refused import refuse
+from gsae_core.checkpoints.formats.refused import refusal
 from gsae_core.errors import InputError
 
 MOST_FILES, DEEPEST = 10_000, 8
@@ -46,9 +46,9 @@ def detect(path: Path | str) -> FoundSAE:
 def find_saes(path: Path | str) -> list[FoundSAE]:
     """Return every SAE in a folder and the folders below, by path; a file gives its own.
 
-    Files beside them that hold other tensors (statistics, optimisers) are passed over. InputError
-    if there is no SAE, with the names found and the nearest format, or if a file is damaged or made
-    to do harm.
+    Files beside them that hold other tensors (statistics, optimisers, transcoders) are passed over.
+    InputError if there is no SAE, with the names found and the nearest format, or if a file is
+    damaged or made to do harm.
     """
     path = Path(path)
     if not os.path.isfile(path) and not os.path.isdir(path):
@@ -71,7 +71,12 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
             f"expected safetensors, npz or torch files in {path}, found {came}; give the folder "
             "that holds an SAE, its weights and its config, or copy damaged weights again"
         )
-    raise _unknown(*others[0])
+    named = (
+        refusal(file, held.shapes, config)
+        for file, held in others
+        for config in ({}, *_configs(file).values())
+    )
+    raise next((InputError(said) for said in named if said), _unknown(*others[0]))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -101,8 +106,6 @@ def _unknown(path: Path, held: Contents) -> InputError:
             "safetensors"
         )
     names = held.shapes.keys()
-    for config in ({}, *_configs(path).values()):
-        refuse(path, names, config)
     near = max(SIGNATURES, key=lambda s: len(s.required & names) / len(s.required | names))
     listed = ", ".join(name[:60] for name in list(names)[:12]) + ", ..." * (len(names) > 12)
     missing = ", ".join(sorted(near.required - names))
@@ -141,6 +144,8 @@ def _recognised(path: Path, held: Contents, root: Path) -> FoundSAE | None:
         return None
     config_path = _marking(signature, path, configs)
     config = configs[config_path] if config_path else {}
+    if refusal(path, held.shapes, config):
+        return None
     format_, architecture = _refined(signature, config)
     d_in, d_sae = widths(held.shapes, config)
     return FoundSAE(

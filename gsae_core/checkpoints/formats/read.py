@@ -5,7 +5,7 @@ A function a library says what its file means; `build` turns that into our numbe
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +22,6 @@ from gsae_core.checkpoints.formats.libraries import (
     Provenance,
     mapping,
 )
-from gsae_core.checkpoints.formats.refused import refuse
 from gsae_core.checkpoints.hub import local
 from gsae_core.config import Architecture
 from gsae_core.errors import InputError
@@ -61,15 +60,12 @@ def read_found(found: FoundSAE, *, fold_decoder_norms: bool = False) -> Foreign:
 
     InputError if its files contradict each other, or it computes what no SAE here does.
     """
-    held = contents_of(found.weights)
-    names = list(held.shapes) if held else []
-    refuse(found.weights, names, read_object(found.config) if found.config else {})
     config = config_of(found)
     files = (found.weights, found.config)
     digests = tuple((file.name, sha256(file)) for file in files if file is not None)
     if found.format == "gsae_core":
         _check_ours(found, config, digest=digests[0][1])
-    tensors, values = _tensors_and_values(found, names)
+    tensors, values = _tensors_and_values(found)
     config |= values
     dtypes = {tensor.dtype for tensor in tensors.values()}
     with torch.no_grad():
@@ -108,11 +104,13 @@ def _check_ours(found: FoundSAE, config: Config, *, digest: str) -> None:
         )
 
 
-def _tensors_and_values(found: FoundSAE, names: Iterable[str]) -> tuple[Tensors, Config]:
+def _tensors_and_values(found: FoundSAE) -> tuple[Tensors, Config]:
     """Return a file's weights, and what else it holds of an SAE: counts and plain values."""
     like_sae_lens = found.format in ("gsae_core", "sae_lens_legacy")
     format_ = "sae_lens" if like_sae_lens else found.format
     signatures = [signature for signature in SIGNATURES if signature.format == format_]
+    contents = contents_of(found.weights)
+    names = contents.shapes if contents else ()
     known = {name for name in names if not all(s.strange([name]) for s in signatures)}
     held = load_values(found.weights, known)
     # A pickle's names were told without its values, and may be other things.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gsae_core.checkpoints.formats.libraries import mapping
-from gsae_core.errors import InputError
 
 # Told by a word, the narrower ones first.
 KINDS: dict[str, str] = {
@@ -26,12 +25,11 @@ KINDS: dict[str, str] = {
 _PLACES = r"gemma-scope-[^/]+-transcoders|gemma-scope-2-.*/(transcoder|clt|crosscoder)[^/]*/"
 
 
-def refuse(weights: Path, names: Iterable[str], config: Mapping[str, Any]) -> None:
-    """Raise InputError, with its name, if a file's tensors, config or place tell of such a one."""
+def refusal(weights: Path, names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Return the sentence that names such a one by a file's tensors, config or place, if it is."""
     words = " ".join(_words(weights, frozenset(names), dict(config))).lower()
-    for pattern, kind in KINDS.items():
-        if re.search(pattern, words):
-            raise InputError(f"expected an SAE in {weights}, found {kind}")
+    kind = next((kind for word, kind in KINDS.items() if re.search(word, words)), None)
+    return kind and f"expected an SAE in {weights}, found {kind}"
 
 
 def _words(weights: Path, names: frozenset[str], config: dict[str, Any]) -> list[str]:
