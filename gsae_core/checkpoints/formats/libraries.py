@@ -336,7 +336,7 @@ def hook_point(format_: Format, config: dict[str, Any], weights: Path) -> HookPo
                 owner = _RELEASED.get(re.split(r"[-\d]", name)[0])
                 model = f"{owner}/{name}" if owner else name
             stated = re.search(r"(?:layer|-SAE-l)(\d{1,4})\.", weights.name)
-            layer, site = (int(stated[1]), "resid_post") if stated else (None, None)
+            hook = hook_name(int(stated[1]), "resid_post") if stated else None
         case "gemma_scope" | "gemma_scope_2":
             # `gemma-scope-2b-pt-res/layer_20/...`; a Hub cache writes the repository's / as --.
             if release := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path):
