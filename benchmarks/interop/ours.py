@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gsae_core.checkpoints.formats.read import read_sae
+from gsae_core.checkpoints.formats.temporal import read_temporal
 from gsae_core.checkpoints.formats.write import write_sae
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
@@ -76,6 +77,12 @@ def compare(folder: Path) -> int:
         mine = load_file(folder / "ours" / path.parent.name / path.name)
         rows.append([f"ours -> {path.parent.name}", path.stem, *differences(mine, load_file(path))])
     for path in sorted((folder / "theirs").glob("*/*.safetensors")):
+        if path.parent.name == "temporal":
+            sae, sequences = read_temporal(path.with_suffix("")), x.unflatten(0, (4, -1))
+            with torch.no_grad():
+                mine = {"f": sae.encode(sequences).novel, "x_hat": sae(sequences)}
+            rows.append(["temporal -> ours", path.stem, *differences(load_file(path), mine)])
+            continue
         fold = path.parent.name.endswith("folded")
         mine = answers(read_sae(path.with_suffix(""), fold_decoder_norms=fold).sae, x)
         rows.append([f"{path.parent.name} -> ours", path.stem, *differences(load_file(path), mine)])
@@ -92,7 +99,7 @@ def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[
 
     fires = a["f"] > 0
     same = "yes" if bool((fires == (b["f"] > 0)).all()) else "no"
-    return [relative("f"), relative("x_hat"), same, f"{float(fires.sum(1).float().mean()):.1f}"]
+    return [relative("f"), relative("x_hat"), same, f"{float(fires.sum(-1).float().mean()):.1f}"]
 
 
 if __name__ == "__main__":

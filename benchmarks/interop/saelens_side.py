@@ -17,6 +17,7 @@ from sae_lens.saes import sae as saelens_sae
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.temporal_sae import TemporalSAE, TemporalSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
 
@@ -107,10 +108,25 @@ def of_releases(place, common):
         yield release, sae_id, file.parent
 
 
-def loaded(release, sae_id, folder, common):
+def temporal(place, d_in):
+    """Write a temporal SAE of random weights as its release does; return the library's of it."""
+    sizes = {"n_heads": 4, "n_attn_layers": 2, "bottleneck_factor": 16, "kval_topk": 16}
+    said = {"sae_diff_type": "topk", "tied_weights": False} | sizes
+    sae = random_sae(TemporalSAE, TemporalSAEConfig(d_in=d_in, d_sae=D_SAE, **said))
+    names = {"W_dec": "D", "W_enc": "E", "b_dec": "b"}
+    state = {names.get(name, name): tensor for name, tensor in sae.state_dict().items()}
+    place.mkdir(parents=True)
+    save_file(state, place / "latest_ckpt.safetensors")
+    said |= {"exp_factor": D_SAE / d_in, "scaling_factor": 0.5}
+    conf = {"llm": {"dimin": d_in}, "sae": said, "data": {"dtype": "float32"}}
+    (place / "conf.yaml").write_text(json.dumps(conf))  # which is YAML too
+    return loaded("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post", place)
+
+
+def loaded(release, sae_id, folder, **widths):
     """Return what `SAE.from_pretrained` makes of a release whose files lie in a folder."""
     loaders.hf_hub_download = lambda repo_id=None, filename="", **_: folder / Path(filename).name
-    saelens_sae.get_config_overrides = lambda *_: {"d_in": common["d_in"], "d_sae": D_SAE}
+    saelens_sae.get_config_overrides = lambda *_: dict(widths)
     sae = SAE.from_pretrained(release, sae_id)
     sae.turn_off_forward_pass_hook_z_reshaping()  # ours has heads one after the other
     return sae
@@ -148,8 +164,14 @@ def main(folder):
             save_file(answers(sae, x), folded.with_suffix(".safetensors"))
     releases = folder / "theirs" / "releases"
     for release, sae_id, place in of_releases(releases, common):
-        sae = loaded(release, sae_id, place, common)
+        sae = loaded(release, sae_id, place, d_in=common["d_in"], d_sae=D_SAE)
         save_file(answers(sae, x), releases / f"{place.name}.safetensors")
+    place = folder / "theirs" / "temporal" / "layer_12"
+    sequences = x.unflatten(0, (4, -1))
+    with torch.no_grad():
+        sae = temporal(place, common["d_in"])
+        answer = {"f": sae.encode(sequences), "x_hat": sae(sequences)}
+    save_file(answer, place.with_suffix(".safetensors"))
     print(f"sae-lens {sae_lens.__version__} on torch {torch.__version__}")
 
 

@@ -12,8 +12,9 @@ from gsae_core.checkpoints.formats.libraries import mapping
 
 # Told by a word, the narrower ones first.
 KINDS: dict[str, str] = {
-    r"temporal": "a temporal SAE, whose attention layers read the positions before each; a latent "
-    "here depends on one activation",
+    r"temporal": "a temporal SAE, whose attention layers read the positions before each, where a "
+    "latent here depends on one activation; gsae_core.checkpoints.formats.temporal.read_temporal "
+    "gives its features of sequences",
     r"crosscoder": "a crosscoder, which reads and writes several layers at once; take an SAE of "
     "one of them instead",
     r"\bclt\b|cross.?layer": "a cross-layer transcoder (CLT), which reads one layer and writes "
