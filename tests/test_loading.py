@@ -260,6 +260,20 @@ def and_then(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
             "fetch it with `git lfs pull`",
         ),
         (
+            and_then(sharded, instead("model-00001-of-00021.safetensors", POINTER)),
+            "expected the file itself in FOLDER/model-00001-of-00021.safetensors, got Git LFS's "
+            "pointer to it; fetch it with `git lfs pull`",
+        ),
+        (
+            and_then(
+                sharded, lambda folder: (folder / "model-00001-of-00021.safetensors").unlink()
+            ),
+            UNUSABLE.format(
+                "FileNotFoundError: No such file or directory: "
+                "FOLDER/model-00001-of-00021.safetensors"
+            ),
+        ),
+        (
             instead("tokenizer.json", POINTER),
             "expected the file itself in FOLDER/tokenizer.json, got Git LFS's pointer to it; "
             "fetch it with `git lfs pull`",
@@ -338,6 +352,26 @@ def test_a_package_that_is_not_here_is_one_sentence(
     assert "got some that do not (ImportError: " in said
     assert package in said
     assert said.endswith("or install the package that it needs")
+
+
+def test_quantised_weights_that_cannot_be_used_here_are_one_sentence(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("HIGGS quantization is only supported on GPU.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    folder = saved("llama", same)
+    with pytest.raises(NotImplementedError):  # of other weights it would be our mistake
+        load_model(str(folder))
+    quantised("higgs", bits=4)(folder)
+    assert refusal(folder) == (
+        "expected a model that can be computed with here, got 'FOLDER', quantised by higgs "
+        "(NotImplementedError: HIGGS quantization is only supported on GPU); choose the model that "
+        "it was made from, or another machine"
+    )
 
 
 def test_the_command_line_says_it_in_one_line_and_leaves_no_run(

@@ -1,15 +1,12 @@
 """Logit effects are the derivative of the model's own logits, for every family."""
 
-from typing import Any
-
 import pytest
 import torch
 from families import CONFIGS, tiny
 from torch import Tensor
 
-from gsae_core.analysis.features.logit_effects import extremes, logit_map
+from gsae_core.analysis.features.logit_effects import extremes, has_logit_map, logit_map
 from gsae_core.config import Site
-from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.taps import hooked
 
@@ -110,10 +107,8 @@ def test_extremes_are_the_ends_of_the_effect() -> None:
     torch.testing.assert_close(top_effect, effect.gather(1, top))
 
 
-def test_a_model_without_a_known_norm_is_one_sentence() -> None:
-    model: Any = language_model("llama")
-    del model.hf.base_model.norm
-    from gsae_core.analysis.features.logit_effects import final_norm
-
-    with pytest.raises(InputError, match="expected a final norm called ln_f, final_layer_norm, no"):
-        final_norm(model.hf)
+def test_without_a_known_norm_there_are_no_logit_effects() -> None:
+    hf = tiny("llama")
+    assert has_logit_map(LanguageModel(hf, object(), name="with"))
+    del hf.base_model.norm
+    assert not has_logit_map(LanguageModel(hf, object(), name="without"))

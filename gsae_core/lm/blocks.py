@@ -29,10 +29,14 @@ class Decoder(NamedTuple):
     d_model: int
     replays: bool
     """Whether blocks need nothing of earlier ones but the residual stream."""
+    logit_scale: float | None
+    """Logits per output of the unembedding, before a cap; None: they come of it in another way."""
 
 
 UNLIMITED = 2**20
 """The context of models that take any length, such as Mamba and BLOOM."""
+FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
+"""Names of the final norm in the headless models of `FAMILIES`."""
 _CHECKED: WeakKeyDictionary[Any, Decoder] = WeakKeyDictionary()
 
 
@@ -61,7 +65,9 @@ def find_decoder(hf: Any) -> Decoder:
     """
     if (family := FAMILIES.get(hf.config.model_type)) is not None:
         blocks = tuple(hf.base_model.get_submodule(family.blocks))
-        return Decoder(blocks, (), hf.config.hidden_size, replays=True)
+        norm = _final_norm(hf)
+        after, scale = ((), None) if norm is None else ((norm,), 1.0)
+        return Decoder(blocks, after, hf.config.hidden_size, replays=True, logit_scale=scale)
     n_layers = getattr(text_config(hf), "num_hidden_layers", None)
     named = ((name.count("."), m) for name, m in hf.named_modules() if isinstance(m, nn.ModuleList))
     outermost = sorted(named, key=lambda each: each[0])
@@ -70,6 +76,10 @@ def find_decoder(hf: Any) -> Decoder:
     if known is None or known.blocks not in lists:
         known = _CHECKED[hf] = _checked(hf, lists)
     return known
+
+
+def _final_norm(hf: Any) -> nn.Module | None:
+    return next((m for name, m in hf.base_model.named_children() if name in FINAL_NORMS), None)
 
 
 class _Call(NamedTuple):
@@ -94,14 +104,15 @@ def _checked(hf: Any, lists: Sequence[tuple[nn.Module, ...]]) -> Decoder:
     try:
         with _calls(watched) as calls:
             out = _pass(hf, ids, output_hidden_states=True)
-        states, logits = out.hidden_states, out.logits
+        states, logits = tuple(out.hidden_states), out.logits
     except Exception as error:  # of many kinds: the model's own
         raise InputError(
-            f"{wanted}, got {kind}, which cannot be run on text alone ({reason(error)}); {other}"
+            f"{wanted}, got {kind}, which gives no hidden states and logits "
+            f"for text alone ({reason(error)}); {other}"
         ) from error
     problem = ""
     for blocks in lists:
-        found = _decoder(hf, blocks, calls, states)
+        found = _decoder(hf, blocks, calls, states, logits)
         if isinstance(found, Decoder):
             return found._replace(replays=_replays(hf, ids, found.blocks, calls, logits))
         problem = problem or found
@@ -109,7 +120,11 @@ def _checked(hf: Any, lists: Sequence[tuple[nn.Module, ...]]) -> Decoder:
 
 
 def _decoder(
-    hf: Any, blocks: tuple[nn.Module, ...], calls: list[_Call], states: Any
+    hf: Any,
+    blocks: tuple[nn.Module, ...],
+    calls: list[_Call],
+    states: tuple[Tensor, ...],
+    logits: Tensor,
 ) -> Decoder | str:
     """Return the decoder of which these are the blocks, or why they are not."""
     at = [i for i, call in enumerate(calls) if call.module in blocks]
@@ -134,18 +149,34 @@ def _decoder(
     if not hf.training and (last is None or not _close(last[0, :-1], last[1, :-1])):
         return "a token's hidden states depend on later tokens"
     # From module to module, by the tensor that one returned and the next one reads.
-    x, after, shown = last, [], _same(last, states[-1])
+    x, after, shown, scale = last, [], _same(last, states[-1]), None
     for call in calls[at[-1] + 1 :]:
-        if (
-            call.y is not None
-            and call.module is not hf.get_output_embeddings()
-            and _same(call.x, x)
-        ):
-            x, after = call.y, [*after, call.module]
-            shown = shown or _same(x, states[-1])
+        if call.y is None or not _same(call.x, x):
+            continue
+        if call.module is hf.get_output_embeddings():
+            scale = _scale(call.y, logits, cap=logit_cap(hf))
+            break
+        x, after = call.y, [*after, call.module]
+        shown = shown or _same(x, states[-1])
     if not shown:
         return "what follows the last block is not the last one that output_hidden_states shows"
-    return Decoder(blocks, tuple(after), shape[-1], replays=False)
+    return Decoder(blocks, tuple(after), shape[-1], replays=False, logit_scale=scale)
+
+
+def _scale(y: Tensor, logits: Tensor, *, cap: float | None) -> float | None:
+    """Return what the unembedding's output is multiplied by to be the logits, before the cap."""
+    wanted, y = logits.float().flatten(), y.float().flatten()
+    if cap is not None:
+        wanted = cap * torch.atanh(wanted / cap)
+    if len(wanted) != len(y):
+        return None
+    scale = float(wanted @ y / (y @ y))
+    return scale if _close(y * scale, wanted) else None
+
+
+def logit_cap(hf: Any) -> float | None:
+    """Return the bound that a tanh keeps the logits within; None: none does."""
+    return getattr(text_config(hf), "final_logit_softcapping", None)
 
 
 def _replays(

@@ -96,10 +96,11 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
             "(adapter_config.json); merge the two with merge_and_unload() and save the result"
         )
     tokenizer = _tokenizer(origin)
-    hf = _model(origin, config, getattr(torch, dtype))
+    with _if_quantised(origin, config):
+        hf = _model(origin, config, getattr(torch, dtype)).to(torch.device(device))
     if dtype == "float32":
         _fuse_gelu(hf)
-    return hf.to(torch.device(device)), tokenizer
+    return hf, tokenizer
 
 
 def _config(origin: _Origin) -> Any:
@@ -202,6 +203,25 @@ def _model(origin: _Origin, config: Any, dtype: Any) -> Any:
         raise origin.mistake(error, sentence) from error
     _check_keys(origin.name, hf, keys)
     return hf
+
+
+@contextlib.contextmanager
+def _if_quantised(origin: _Origin, config: Any) -> Iterator[None]:
+    """Say in a sentence what quantised weights raise, of any kind, where they cannot be used."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        settings = getattr(config, "quantization_config", None)
+        if settings is None:
+            raise
+        get = settings.get if isinstance(settings, dict) else vars(settings).get
+        raise InputError(
+            f"expected a model that can be computed with here, got {origin.name!r}, quantised by "
+            f"{get('quant_method')} ({reason(error)}); choose the model that it was made from, or "
+            "another machine"
+        ) from error
 
 
 def reason(error: Exception) -> str:

@@ -138,9 +138,10 @@ class LanguageModel:
         self.d_model: int
         self.n_ctx: int
         self.d_vocab: int
-        self._replays = True
+        self._replays, self._decoder = True, None
         if bridge is None:
-            _, _, self.d_model, self._replays = find_decoder(hf)
+            self._decoder = find_decoder(hf)
+            self.d_model, self._replays = self._decoder.d_model, self._decoder.replays
             config = text_config(hf)
             self.n_ctx, self.d_vocab = context_length(config), config.vocab_size
             # transformers 5.24 gave it another name; Mamba keeps something else.
@@ -150,6 +151,8 @@ class LanguageModel:
         else:
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
             self.d_vocab = bridge.cfg.d_vocab
+        embedding = None if bridge is not None else hf.get_input_embeddings()
+        self._n_embedded: int = getattr(embedding, "num_embeddings", self.d_vocab)
         compatible = bridge is not None and bridge.compatibility_mode
         self.numerics: Numerics = "compatibility" if compatible else "raw"
         self.n_layers: int = len(self._blocks)
@@ -290,10 +293,12 @@ class LanguageModel:
                 f"expected at most {self.n_ctx} tokens in a sequence ({self.name}'s context), "
                 f"got {ids.shape[1]}; cut the text into shorter sequences"
             )
-        return self._read(ids.to(self.device))[0].float()
+        return self._read(ids)[0].float()
 
     def _read(self, ids: Tensor, cache: Any = None, *, keep: bool = False) -> tuple[Tensor, Any]:
         """Return logits and, if asked to `keep` them, keys and values of all tokens so far."""
+        self._check_ids(ids)
+        ids = ids.to(self.device)
         if self._bridge is not None:
             options = {"past_key_values": cache, "use_cache": True} if keep else {}
             return self._bridge(ids, return_type="logits_and_cache", **options)
@@ -301,6 +306,16 @@ class LanguageModel:
             return self.hf(input_ids=ids, use_cache=False).logits, None
         out = self.hf(input_ids=ids, use_cache=keep, **{self._cache_name: cache})
         return out.logits, getattr(out, self._cache_name, None)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Raise InputError for tokens without an embedding: a GPU would only abort."""
+        low, high = (int(each) for each in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= self._n_embedded:
+            raise InputError(
+                f"expected token ids from 0 to {self._n_embedded - 1}, which {self.name} has "
+                f"embeddings of, got {low if low < 0 else high}; give it its own tokenizer and "
+                "token arrays made with that, or enlarge it with resize_token_embeddings()"
+            )
 
 
 class _AllSeen(Exception):
@@ -420,7 +435,7 @@ class Decoding:
             )
         hook = nullcontext() if edit is None else hooked(self._tap, _in_model_dtype(edit))
         with model._lock.alone(), hook:
-            logits, self._cache = model._read(ids.to(model.device), self._cache, keep=True)
+            logits, self._cache = model._read(ids, self._cache, keep=True)
         # With transformers 5.24 a bridge of TransformerLens 4.3 leaves it empty: wrong logits.
         if not _n_kept(self._cache):
             other = "another" if model._bridge is None else "a Hugging Face"
@@ -464,7 +479,6 @@ def logit_slope(
         leaves.append(x.detach().clone().requires_grad_())
         return leaves[0]
 
-    ids = ids.to(model.device)
     with torch.enable_grad(), model._lock.alone(), hooked(tap, plant):
         logits, _ = model._read(ids)
         # Only towards the leaf: the model's weights, which all visitors share, get no gradients.

@@ -24,14 +24,11 @@ from torch import Tensor, nn
 
 from gsae_core.analysis.features import loops as index_loops
 from gsae_core.config import Site
-from gsae_core.errors import InputError
-from gsae_core.lm.catalog import FAMILIES
+from gsae_core.lm.blocks import logit_cap
 from gsae_core.lm.harvest import default_rows
 from gsae_core.lm.model import LanguageModel
 from gsae_core.threads import spread
 
-FINAL_NORMS = ("ln_f", "final_layer_norm", "norm")
-"""Names of the final norm in the headless models of `FAMILIES`."""
 AT_ONCE = 256  # tokens, or directions
 
 
@@ -51,17 +48,26 @@ class LogitMap(NamedTuple):
         return logits if self.cap_slope is None else logits * self.cap_slope
 
 
+def has_logit_map(model: LanguageModel) -> bool:
+    """Return whether the way from the last residual stream to the logits is known."""
+    return model._decoder is not None and model._decoder.logit_scale is not None
+
+
 @torch.no_grad()
 def logit_map(
     model: LanguageModel, ids: Int64[Tensor, "rows pos"], *, layer: int, site: Site
 ) -> LogitMap:
     """Return the map of a site, its derivative averaged over all positions of `ids`."""
     model.check(layer, site)
-    hf = model.hf
-    norm = _plain(final_norm(hf))
+    decoder = model._decoder
+    assert decoder is not None
+    assert decoder.logit_scale is not None
+    norm = nn.Sequential(*map(_plain, decoder.after))
     last = _activations(model, ids, layer=model.n_layers - 1, site="resid_post")
     added = _path(model, ids, layer=layer, site=site)
-    W_U = hf.get_output_embeddings().weight.detach().float()
+    W_U = model.hf.get_output_embeddings().weight.detach().float()
+    if decoder.logit_scale != 1:
+        W_U = W_U * decoder.logit_scale
     d_in, n = model.width(site), len(last)
 
     def jacobian(k: int) -> Float[Tensor, "d_model d_in"]:
@@ -74,8 +80,8 @@ def logit_map(
         return torch.stack(found)
 
     parts = spread(jacobian, -(-n // AT_ONCE), on=last.device)
-    to_stream = sum(parts, last.new_zeros(model.d_model, d_in))
-    slope, cap = None, getattr(hf.config, "final_logit_softcapping", None)
+    to_stream = sum(parts, last.new_zeros(W_U.shape[1], d_in))
+    slope, cap = None, logit_cap(model.hf)
     if cap is not None:
         slope = W_U.new_zeros(len(W_U))
         for rows in last.split(AT_ONCE):
@@ -118,18 +124,6 @@ def largest_in_rows(
     return who, best.neg_() if smallest else best
 
 
-def final_norm(hf: Any) -> nn.Module:
-    """Return the norm before the unembedding; InputError if it has none of the known names."""
-    for name in FINAL_NORMS:
-        module = getattr(hf.base_model, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise InputError(
-        f"expected a final norm called {', '.join(FINAL_NORMS)} in the model, found none in "
-        f"{type(hf.base_model).__name__}"
-    )
-
-
 def _plain(module: nn.Module) -> nn.Module:
     """Return a copy in float32 without gradients."""
     return copy.deepcopy(module).float().requires_grad_(False)
@@ -151,15 +145,13 @@ def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
     """Return (nudge, rows) -> what a nudge at the site adds to the residual stream of tokens."""
     if site not in ("attn_z", "mlp_hidden"):
         return lambda nudge, rows: nudge
-    layout = FAMILIES[model.family]
-    block = model._blocks[layer].block
-    is_attn = site == "attn_z"
-    project = _plain(block.get_submodule(layout.attn_proj if is_attn else layout.mlp_proj))
-    whole = layout.attn if is_attn else layout.mlp
-    after = layout.attn_out if is_attn else layout.mlp_out
-    if after == whole:
+    taps = model._blocks[layer].taps
+    project = taps[site].module
+    after = taps["attn_out" if site == "attn_z" else "mlp_out"].module
+    if project in set(after.modules()):
         # A bias moves nothing: only the difference is added.
+        project = _plain(project)
         return lambda nudge, rows: project(nudge) - project(torch.zeros_like(nudge))
-    norm = _plain(block.get_submodule(after))
+    project, norm = _plain(project), _plain(after)
     z = _activations(model, ids, layer=layer, site=site)
     return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))

@@ -23,7 +23,12 @@ from gsae_core.analysis.features.files import (
     evenly,
     load_array,
 )
-from gsae_core.analysis.features.logit_effects import extremes, largest_in_rows, logit_map
+from gsae_core.analysis.features.logit_effects import (
+    extremes,
+    has_logit_map,
+    largest_in_rows,
+    logit_map,
+)
 from gsae_core.config import Site
 from gsae_core.files import replace_durably
 from gsae_core.lm.model import LanguageModel
@@ -69,7 +74,7 @@ def describe(
     sample = ids[evenly(min(len(ids), max(1, LOGIT_TOKENS // ids.shape[1])), len(ids))]
     del codes, ids  # mapped, they count as this process's memory
     n_averaged, effects = 0, [[np.empty(0)] * sae.d_sae] * 4
-    if model is not None and model._bridge is None:
+    if model is not None and has_logit_map(model):
         tokens = torch.from_numpy(sample.astype(np.int64)).to(model.device)
         found = logit_map(model, tokens, layer=layer, site=site)
         n_averaged, most = found.n_tokens, extremes(found, sae.W_dec.detach(), k=N_LOGITS)
