@@ -159,6 +159,14 @@ def test_a_look_names_commit_sizes_and_saes_and_fetches_no_weights(hub: Hub) -> 
     assert hub.requests("GET", "/storage/") == []
 
 
+def test_a_transcoder_is_refused_by_its_path_before_it_is_fetched(hub: Hub) -> None:
+    hub.add("google/gemma-scope-2b-pt-transcoders", {"layer_3/width_16k/params.npz": b"w" * 99})
+    found = look(parse_address("google/gemma-scope-2b-pt-transcoders"))
+    with pytest.raises(InputError, match="found a transcoder, which writes other activations"):
+        one_sae(found)
+    assert hub.requests("GET", "/storage/") == []
+
+
 def test_a_tree_of_several_pages_is_read_to_its_end(hub: Hub) -> None:
     many = {f"layer_{i}/{name}": CONFIG for i in range(60) for name in ("cfg.json", "x.json")}
     many |= {f"layer_{i}/sae_weights.safetensors": b"w" * (i + 1) for i in range(60)}

@@ -243,9 +243,14 @@ def look(address: Address) -> Repository:
 
 
 def one_sae(repository: Repository) -> HubSAE:
-    """Return the SAE that the address points at; InputError names some, if there are several."""
+    """Return the SAE that the address points at.
+
+    InputError names some, if there are several, and what is told to be no SAE by its path.
+    """
     saes, asked = repository.saes, repository.asked
     if len(saes) == 1:
+        if said := refusal(Path("/", repository.repo, saes[0].files[0].path), (), {}):
+            raise InputError(said)
         return saes[0]
     if not saes:
         n = len(repository.files)

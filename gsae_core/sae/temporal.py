@@ -33,11 +33,11 @@ class Attention(nn.Module):
 
     def __init__(self, d_sae: int, *, n_heads: int, bottleneck: int) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.k_ctx = nn.Linear(d_sae, d_sae // bottleneck)
-        self.q_target = nn.Linear(d_sae, d_sae // bottleneck)
-        self.v_ctx = nn.Linear(d_sae, d_sae)
-        self.c_proj = nn.Linear(d_sae, d_sae)
+        self.n_heads: int = n_heads
+        self.k_ctx: nn.Linear = nn.Linear(d_sae, d_sae // bottleneck)
+        self.q_target: nn.Linear = nn.Linear(d_sae, d_sae // bottleneck)
+        self.v_ctx: nn.Linear = nn.Linear(d_sae, d_sae)
+        self.c_proj: nn.Linear = nn.Linear(d_sae, d_sae)
 
     def forward(self, z: Float[Tensor, "*batch pos d_sae"]) -> Float[Tensor, "*batch pos d_sae"]:
         """Return what each position hears of those before it: position i of 0 to i - 1."""
@@ -66,12 +66,13 @@ class TemporalSAE(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.k, self.scale = k, scale
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.k: int | None = k
+        self.scale: float = scale
+        self.W_enc: nn.Parameter = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_dec: nn.Parameter = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec: nn.Parameter = nn.Parameter(torch.zeros(d_in))
         made = (Attention(d_sae, n_heads=n_heads, bottleneck=bottleneck) for _ in range(n_layers))
-        self.attn_layers = nn.ModuleList(made)
+        self.attn_layers: nn.ModuleList = nn.ModuleList(made)
 
     def encode(self, x: Float[Tensor, "*batch pos d_in"]) -> Codes:
         """Return the features of whole sequences, which begin with their first token."""

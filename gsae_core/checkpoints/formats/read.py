@@ -168,7 +168,7 @@ SAME_K = "The k largest of relu(z) are those of the k largest z."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOATS += (torch.float8_e4m3fn, torch.float8_e5m2)
 # What a config may say of a switch.
-SWITCH = {None: False, True: True, False: False}
+SWITCH: dict[Any, bool] = {None: False, True: True, False: False}
 
 
 def as_float32(tensors: Tensors, path: Path) -> Tensors:
