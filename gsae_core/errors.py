@@ -36,7 +36,7 @@ EXTRAS = {
         },
     ),
     "gpu": Extra("the sparse step on a GPU", {"triton": "triton"}),
-    "lens": Extra("models of TransformerLens", {"transformer_lens": "transformer-lens"}),
+    "lens": Extra("sites and models of TransformerLens", {"transformer_lens": "transformer-lens"}),
     "track": Extra("--track", {"trackio": "trackio"}),
 }
 

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_map
 from gsae_core.config import SITES, Place, Site
 from gsae_core.errors import InputError, is_whole
 from gsae_core.lm.blocks import context_length, find_decoder, text_config
-from gsae_core.lm.bridge import bridge_blocks, find_sites
-from gsae_core.lm.catalog import FAMILIES, Family
+from gsae_core.lm.bridge import bridge_blocks, bridge_sites, find_sites
+from gsae_core.lm.catalog import FAMILIES, Family, lens_repo, model_folder
+from gsae_core.lm.lens import open_lens
 from gsae_core.lm.load import check_config, open_model
 from gsae_core.lm.taps import BlockSites, Tap, hooked, recording, replaying
 
@@ -164,12 +165,16 @@ class LanguageModel:
 
     def width(self, site: Site) -> int:
         """Return d_in of a site: the length of its activation vectors."""
-        tap = self._tap(0, site)
+        if not any(site in each.taps for each in self._blocks):
+            self._look_further()
+        # Layers of a hybrid model may lack it.
+        having = (layer for layer, each in enumerate(self._blocks) if site in each.taps)
+        tap = self._tap(layer := next(having, 0), site)
         if site not in ("mlp_hidden", "attn_z"):
             return self.d_model
-        if self._bridge is not None:
-            cfg = self._bridge.cfg
-            return cfg.d_mlp if site == "mlp_hidden" else cfg.n_heads * cfg.d_head
+        if self._bridge is not None:  # whose settings may say otherwise (Falcon)
+            one = torch.zeros(1, 1, dtype=torch.int64)
+            return self.harvest(one, layer=layer, site=site).shape[-1]
         projection: Any = tap.module
         # GPT-2 keeps its projections as Conv1D, which calls the width of its input nx.
         return projection.nx if hasattr(projection, "nx") else projection.in_features
@@ -183,7 +188,7 @@ class LanguageModel:
                 f"expected a layer from 0 to {self.n_layers - 1}, got {layer!r} "
                 f"({self.name} has {self.n_layers} layers)"
             )
-        if self._bridge is None and site not in self._blocks[layer].taps:
+        if site not in self._blocks[layer].taps:
             self._look_further()
         if site not in self._blocks[layer].taps:
             whose = f"a {self.family} model" if self._bridge is None else "this TransformerBridge"
@@ -193,23 +198,16 @@ class LanguageModel:
             )
 
     def _look_further(self) -> None:
-        """Add the sites that TransformerLens can tell; it takes seconds, so only when first asked.
+        """Add the sites that TransformerLens can tell, and that a pass over the model confirms.
 
-        It may run the model, so nobody else does.
+        It takes seconds, so only when first asked.
         """
         with self._lock.alone():
-            if self._looked:
-                return
-            more = find_sites(self.hf, self.family)
-            self._blocks = [
-                BlockSites(
-                    own.block,
-                    dict(new.taps) | dict(own.taps),
-                    dict(new.before) | dict(own.before),
-                )
-                for own, new in zip(self._blocks, more or self._blocks, strict=True)
-            ]
-            self._looked = True
+            if not self._looked:
+                of_hf = self._bridge is None
+                find, whole = (find_sites, self.hf) if of_hf else (bridge_sites, self._bridge)
+                self._blocks = find(whole, self._blocks)
+                self._looked = True
 
     def _tap(self, layer: int, site: Site) -> Tap:
         self.check(layer, site)
@@ -243,7 +241,10 @@ class LanguageModel:
             except _AllSeen:
                 return [seen[place] for place in places]
         missing = ", ".join(place.hook_name for place in taps if place not in seen)
-        raise RuntimeError(f"{self.name} computed its logits without passing {missing}")
+        raise InputError(
+            f"expected the forward pass of {self.name} to go through {missing}, it did not; choose "
+            "another site"
+        )
 
     @contextmanager
     def _stopping_at(self, taps: Mapping[Place, Tap]) -> Iterator[None]:
@@ -497,8 +498,9 @@ def load_model(
     """Return the language model that `source` names or is.
 
     Args:
-        source: `bundled`, a local Hugging Face folder, a name on the Hub, a `TransformerBridge`, or
-            a Hugging Face causal LM. The last two are used as they are, on their own device.
+        source: `bundled`, a local Hugging Face folder, a name on the Hub, that of a small model of
+            TransformerLens (`gelu-1l`), a `TransformerBridge`, or a Hugging Face causal LM. The
+            last two are used as they are, on their own device.
         revision: branch, tag or commit of a model on the Hub.
         device: of a model that is loaded here, as torch names it.
         dtype: of a model that is loaded here; activations leave it as float32.
@@ -508,7 +510,10 @@ def load_model(
         InputError: if there is no such model, its family is not supported, its files are damaged,
             its weights are another model's, or it has no tokenizer.
     """
-    if isinstance(source, str):
+    if isinstance(source, str) and model_folder(source) is None and (repo := lens_repo(source)):
+        bridge, own = open_lens(repo, revision=revision, device=device, dtype=dtype)
+        model = LanguageModel(bridge.original_model, own, name=source, bridge=bridge)
+    elif isinstance(source, str):
         hf, tokenizer = open_model(source, revision=revision, device=device, dtype=dtype)
         model = LanguageModel(hf, tokenizer, name=source)
     else:

@@ -1,6 +1,7 @@
 """Tensors on their way through modules: where a block's sites are tapped, to read, edit or skip."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,10 @@ class Tap(NamedTuple):
 
     module: nn.Module
     end: Literal["input", "output"]
+    block: nn.Module | None = None
+    """Reads (rows, pos, d) where the module may see rows and positions as one axis (OPT's MLP)."""
+    scale: float = 1.0
+    """What the model multiplies the tensor by before it is used (Granite)."""
 
 
 class BlockSites(NamedTuple):
@@ -29,11 +34,24 @@ class BlockSites(NamedTuple):
 @contextmanager
 def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within, show `see` the tapped tensor of every pass; what it returns, if any, replaces it."""
+    rows = threading.local()  # hooks serve several threads' passes
+
+    def told(module: nn.Module, args: Any, kwargs: Any) -> None:
+        rows.shape = (args[0] if args else kwargs[named_input(module)]).shape[:2]
+
+    def seen(x: Tensor) -> Tensor | None:
+        if tap.block is None:
+            return see(x)
+        y = x.view(*rows.shape, -1) * tap.scale
+        if (new := see(y)) is None and tap.scale != 1:
+            return None
+        # What is seen or given stays as it is: Falcon adds to its MLP's output in place.
+        return ((y if new is None else new) / tap.scale).view(x.shape)
 
     def shown(value: Any) -> Any:
         if not isinstance(value, tuple | list):
-            return see(value)
-        new = see(value[0])
+            return seen(value)
+        new = seen(value[0])
         return None if new is None else type(value)((new, *value[1:]))
 
     # A deep copy of the module, made within, keeps the hook.
@@ -43,17 +61,20 @@ def hooked(tap: Tap, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         if args:
             new = shown(args)
             return None if new is None else (new, kwargs)
-        new = see(kwargs[name := named_input(module)])
+        new = seen(kwargs[name := named_input(module)])
         return None if new is None else (args, kwargs | {name: new})
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
         return shown(output) if module is tap.module else None
 
-    with (
-        tap.module.register_forward_pre_hook(before, with_kwargs=True)
-        if tap.end == "input"
-        else tap.module.register_forward_hook(after)
-    ):
+    with ExitStack() as hooks:
+        if tap.block is not None:
+            hooks.enter_context(tap.block.register_forward_pre_hook(told, with_kwargs=True))
+        hooks.enter_context(
+            tap.module.register_forward_pre_hook(before, with_kwargs=True)
+            if tap.end == "input"
+            else tap.module.register_forward_hook(after)
+        )
         yield
 
 
