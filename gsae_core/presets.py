@@ -182,8 +182,8 @@ _PRESETS = (
     _paper(
         name="gelu-1l",
         description=(
-            "The paper's GELU-1L set-up, lambdas ours. The Hub has the model in TransformerLens' "
-            "old format only: from Python, load_model(TransformerBridge.boot_tl_legacy(...))"
+            "The paper's GELU-1L set-up, lambdas ours; its model needs transformer-lens, "
+            'pip install "gsae-core[lens]"'
         ),
         model=ModelConfig(name="NeelNanda/GELU_1L512W_C4_Code", layer=0, site="mlp_hidden"),
         data=_paper_data(n_ctx=128),

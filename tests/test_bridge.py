@@ -39,7 +39,12 @@ class Family(NamedTuple):
     scale: float = 1.0
 
 
-NORMED = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+NORMED = (
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.down_proj",
+    "post_feedforward_layernorm",
+)
 FAMILIES = {
     "opt": Family(
         "OPTConfig",
@@ -47,7 +52,7 @@ FAMILIES = {
         *("self_attn.out_proj", "self_attn", "fc2", "fc2"),
     ),
     "mixtral": Family("MixtralConfig", EXPERTS, hidden=None),
-    "olmo2": Family("Olmo2Config", GROUPED, **NORMED),
+    "olmo2": Family("Olmo2Config", GROUPED, *NORMED),
     "granite": Family("GraniteConfig", GROUPED | {"residual_multiplier": 0.3}, scale=0.3),
     "falcon": Family(
         "FalconConfig",
@@ -80,7 +85,7 @@ FAMILIES = {
     ),
     "phi3": Family("Phi3Config", GROUPED),
     "olmo": Family("OlmoConfig", GROUPED),
-    "olmo3": Family("Olmo3Config", GROUPED | {"sliding_window": 4}, **NORMED),
+    "olmo3": Family("Olmo3Config", GROUPED | {"sliding_window": 4}, *NORMED),
     "stablelm": Family("StableLmConfig", GROUPED),
     "smollm3": Family("SmolLM3Config", GROUPED),
     "cohere": Family("CohereConfig", GROUPED),

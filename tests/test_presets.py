@@ -4,6 +4,8 @@ import pytest
 from refusals import refusal
 
 from gsae_core.config import RunConfig, Site
+from gsae_core.errors import extra_sentence
+from gsae_core.lm.catalog import LENS_MODELS
 from gsae_core.paper import paper_runs
 from gsae_core.presets import preset, presets
 
@@ -73,8 +75,10 @@ def test_gelu_1l_is_the_mlp_hidden_layer_with_the_baseline_half_as_wide_again() 
     assert {(spec.loss_norm, spec.lr) for spec in config.saes} == {("mean", None)}
 
 
-def test_gelu_1l_says_how_its_model_is_loaded() -> None:
-    assert "TransformerBridge.boot_tl_legacy" in preset("gelu-1l").description
+def test_gelu_1l_says_what_its_model_needs() -> None:
+    config, description = preset("gelu-1l").config(), preset("gelu-1l").description
+    assert config.model.name == LENS_MODELS["gelu-1l"]
+    assert extra_sentence("lens").rpartition("; ")[2] in description
 
 
 def swept(d_sae: int, lr: float, *lambdas: float) -> set[tuple[float, int, float]]:

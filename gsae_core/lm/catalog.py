@@ -4,6 +4,7 @@ import csv
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -64,6 +65,25 @@ _OTHERS = {"albert", "bart", "bert", "deberta-v2", "distilbert", "electra", "mod
 }
 
 
+LENS_MODELS: Mapping[str, str] = {
+    **{
+        f"{kind}-{n}l": f"NeelNanda/{title}_{n}L512W_C4_Code"
+        for kind, title in (("gelu", "GELU"), ("solu", "SoLU"), ("attn-only", "Attn_Only"))
+        for n in (1, 2, 3, 4)
+    },
+    **{
+        f"solu-{n}l": f"NeelNanda/SoLU_{n}L{width}W_C4_Code"
+        for n, width in ((6, 768), (8, 1024), (10, 1280), (12, 1536))
+    },
+    **{f"solu-{n}l-wiki": f"NeelNanda/SoLU_{n}L512W_Wiki_Finetune" for n in (1, 4)},
+    **{
+        f"solu-{n}l-pile": f"NeelNanda/SoLU_{n}L_v{version}_old"
+        for n, version in ((1, 9), (2, 10), (4, 11), (6, 13), (8, 21), (10, 22), (12, 23))
+    },
+}
+"""TransformerLens' own small models, in its own file format: name -> repository on the Hub."""
+
+
 class ModelShape(NamedTuple):
     """What a model folder's config.json says of its size."""
 
@@ -96,6 +116,17 @@ def model_folder(name: str) -> Path | None:
         return BUNDLED
     folder = Path(os.path.expanduser(name))
     return folder if os.path.isfile(folder / "config.json") else None
+
+
+def lens_repo(name: str) -> str | None:
+    """Return the repository of one of `LENS_MODELS`, given its name or itself; else None."""
+    return LENS_MODELS.get(name, name if name in LENS_MODELS.values() else None)
+
+
+def _lens_facts(name: str) -> ModelFacts:
+    layers = re.search(r"_(\d+)L512W_", lens_repo(name) or "")
+    shape = ModelShape(512, 2048, 512, int(layers[1])) if layers else None
+    return ModelFacts(name, "hub", shape=shape)
 
 
 def _shape(config: dict[str, Any]) -> ModelShape | None:
@@ -140,7 +171,10 @@ def cached_models() -> dict[str, Path]:
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda r: r.last_modified):
             names = {file.file_name for file in revision.files}
-            weights = any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names)
+            ends = (".safetensors", "pytorch_model.bin")
+            weights = any(
+                name.endswith("final.pth" if lens_repo(repo.repo_id) else ends) for name in names
+            )
             if repo.repo_type == "model" and "config.json" in names and weights:
                 found[repo.repo_id] = revision.snapshot_path
     return found
@@ -148,13 +182,13 @@ def cached_models() -> dict[str, Path]:
 
 def choices(cached: Mapping[str, Path]) -> list[str]:
     """Return the names to offer: the bundled model, those that are here, the well-known ones."""
-    return list(dict.fromkeys(["bundled", *cached, *known_models()]))
+    return list(dict.fromkeys(["bundled", *cached, *known_models(), *LENS_MODELS]))
 
 
 def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
     """Return what is known of `bundled`, a local folder, or a name on the Hub."""
-    known = known_models().get(name, ModelFacts(name, "hub"))
-    folder = model_folder(name) or cached.get(name)
+    known = known_models().get(name) or _lens_facts(name)
+    folder = model_folder(name) or cached.get(lens_repo(name) or name)
     if folder is None:
         return known
     try:
@@ -164,7 +198,8 @@ def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
     where = "bundled" if name == "bundled" else "folder" if model_folder(name) else "cached"
     family = str(config["model_type"]) if "model_type" in config else None
     parameters = count_parameters(folder) or known.parameters
-    return ModelFacts(name, where, family, parameters, _shape(config), known.gated)
+    shape = _shape(config) or known.shape
+    return ModelFacts(name, where, family, parameters, shape, known.gated)
 
 
 def count_parameters(folder: Path) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gsae_core.config import DataConfig
 from gsae_core.errors import InputError, hub_answers
 from gsae_core.files import read_json
-from gsae_core.lm.catalog import model_folder
+from gsae_core.lm.catalog import lens_repo, model_folder
 from gsae_core.lm.chat import ChatTemplate
 from gsae_core.lm.packed import PACKED, Part, is_archive
 from gsae_core.lm.readers import Source, open_source, permitted
@@ -38,6 +38,7 @@ class Preview(NamedTuple):
 
 def preview(data: DataConfig, model: str, revision: str | None = None) -> Preview:
     """Return the first lines of a corpus as `model` reads it; InputError if one is unreadable."""
+    model, revision = _with_tokenizer(model, revision)
     tokenizer = load_tokenizer(model, revision)
     with permitted(data.source):
         source = open_source(
@@ -96,6 +97,14 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"expected a tokenizer in {path}, got something else: {error}") from None
+
+
+def _with_tokenizer(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Return the model itself, or the repository that one in TransformerLens' layout names."""
+    if model_folder(model) is not None or (repo := lens_repo(model)) is None:
+        return model, revision
+    path = _model_file("config.json", repo, revision)
+    return str(path and read_json(path).get("tokenizer_name")), None
 
 
 def _model_file(name: str, model: str, revision: str | None) -> Path | None:
