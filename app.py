@@ -159,8 +159,8 @@ def describe(run: Run) -> dict[str, object]:
         if status is None or not status.n_steps
         else 100 * status.step / status.n_steps,
         "model": config.model.name,
-        "layer": config.model.layer,
-        "site": config.model.site,
+        "layer": config.model.layer if len(config.places) == 1 else None,
+        "site": config.model.site if len(config.places) == 1 else f"{len(config.places)} places",
         "SAEs": len(config.saes),
         "note": worse(run),
         "tokens": count(config.train.n_tokens) if config.imported is None else "imported",

@@ -466,6 +466,13 @@ class RunConfig(Config):
         return tuple(dict.fromkeys(map(self.place, self.saes)))
 
     @property
+    def hook_names(self) -> str:
+        """Names of the hook points that the SAEs read, e.g. `blocks.2.hook_resid_post`."""
+        if self.activations is not None:
+            return self.model.hook_name
+        return ", ".join(place.hook_name for place in self.places)
+
+    @property
     def reads(self) -> list[int]:
         """Where in `places` each SAE's place is."""
         places = self.places

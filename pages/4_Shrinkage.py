@@ -21,7 +21,7 @@ from gsae_core.app.parts import (
     settle,
     write,
 )
-from gsae_core.app.pickers import choice, paper_site
+from gsae_core.app.pickers import alongside, choice, paper_site
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import hover_name
 from gsae_core.plots.shrinkage import (
@@ -66,7 +66,8 @@ rows = evals.set_index("name")
 
 def choose() -> dict[str, str | None]:
     """Draw a picker for each side; the pair nearest in L0 is chosen to begin with."""
-    pair = dict(nearest_pair(evals))
+    names = alongside(run, run.config.saes[0].name, list(evals["name"]))
+    pair = dict(nearest_pair(pd.DataFrame(evals[evals["name"].isin(names)])))
     gated = list(evals.loc[evals["architecture"] == "gated", "name"])
     sides = {"gated": ("Gated SAE", gated), "base": ("Baseline", list(baselines(evals)["name"]))}
     opened = st.session_state.pop("shrinkage.open_sae", None)
@@ -106,18 +107,25 @@ def headline() -> None:
         cell.metric(label, value, help=definition(number))
 
 
+def evals_here() -> pd.DataFrame:
+    """Return the evaluations of the SAEs that read what the first one chosen does."""
+    name = gated or base
+    here = list(evals["name"]) if name is None else alongside(run, name, list(evals["name"]))
+    return pd.DataFrame(evals[evals["name"].isin(here)])
+
+
 def over_the_sweep() -> None:
     """Draw gamma against L0, and the paper's behind it."""
     st.subheader("Over the sweep", anchor=False, help=definition("gamma"))
     place = paper_site()
     st.plotly_chart(
-        gamma_over_sweep(evals, paper=None if place is None else published(place)),
+        gamma_over_sweep(evals_here(), paper=None if place is None else published(place)),
         key="shrinkage.sweep",
         config=CONFIG,
         alt="γ against L0 for every architecture, and for the gate path",
     )
     columns = ["name", "architecture", "sparsity", "l0", "gamma", "gamma_gate"]
-    figure_tools(evals.loc[:, columns], name="sweep", about=definition("gamma"))
+    figure_tools(evals_here().loc[:, columns], name="sweep", about=definition("gamma"))
     if place is not None:
         st.caption(
             f"Faint: {place.model}, {place.site} of block {place.layer}, as printed in "

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gsae_core.config import Place
+
 
 class Point(NamedTuple):
     """Where one SAE stands: fewer firing latents is better, and so is more loss recovered."""
@@ -104,6 +106,17 @@ def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
         if row["architecture"] in points and l0 is not None and recovered is not None:
             points[row["architecture"]].append(Point(l0, recovered))
     return matched_l0_ratio(points["relu"], points["gated"])
+
+
+def ratio_sentences(evals: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the sentence of `matched_ratio` for each place that SAEs of `Run.evals` read."""
+    places: dict[Place, list[Mapping[str, Any]]] = {}
+    for row in evals:
+        places.setdefault(Place(row["layer"], row["site"]), []).append(row)
+    said = {place: matched_ratio(rows).sentence for place, rows in places.items()}
+    if len(said) < 2:
+        return list(said.values()) or [matched_ratio([]).sentence]
+    return [f"{place.hook_name}: {sentence}" for place, sentence in said.items()]
 
 
 def _l0_at(curve: list[Point], height: float) -> float:

@@ -169,7 +169,7 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
 
 def model_site_text(config: RunConfig) -> str:
     """Return what a run's losses are measured on; they compare only where it is equal."""
-    return f"{config.model.name}, {config.model.hook_name}, {config.data.source}"
+    return f"{config.model.name}, {config.hook_names}, {config.data.source}"
 
 
 def settings_table(columns: Mapping[str, Mapping[str, str]], *, differences: bool) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from gsae_core.analysis.results import evaluation_frame
+from gsae_core.config import Place
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import cached_models, count_parameters, model_folder
@@ -161,13 +162,13 @@ def prompt(run: Run, text: str) -> "Prompt":
 @st.cache_resource(max_entries=4, show_spinner=False, hash_funcs=until_changed(WEIGHTS))
 def sae(run: Run, name: str) -> "SAE":
     """Return a finished SAE of a run, on its model's device."""
-    model, hook = language_model(run).model, run.config.model
+    model, place = language_model(run).model, run.config.place_of(name)
     from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.sae.base import check_width
 
     found = load_sae(run.sae_folder(name))
-    model.check(hook.layer, hook.site)
-    check_width(found, model.width(hook.site), name=name, hook_name=hook.hook_name)
+    model.check(*place)
+    check_width(found, model.width(place.site), name=name, hook_name=place.hook_name)
     return found.requires_grad_(False).to(model.device)
 
 
@@ -181,17 +182,17 @@ def scales(run: Run, name: str) -> "Scales":
     with suppress(InputError):
         if (run.folder / INDEX.format(sae=name)).exists():
             return scales_of_index(run.features(name), found)
-    return scales_of(found, _held_out_vectors(run))
+    return scales_of(found, _held_out_vectors(run, run.config.place_of(name)))
 
 
 # Both SAEs of a page read the same vectors.
 @st.cache_resource(max_entries=1, show_spinner=False, hash_funcs={Run: identity})
-def _held_out_vectors(run: Run) -> "Tensor":
-    """Return activations of held-out text: of as little text as has enough of them."""
+def _held_out_vectors(run: Run, place: Place) -> "Tensor":
+    """Return activations of held-out text at a place: of as little text as has enough of them."""
     from gsae_core.analysis.steering import N_TOKENS, counted_vectors
     from gsae_core.lm.corpus import load_corpus
 
-    model, hook = language_model(run).model, run.config.model
+    model = language_model(run).model
     corpus = load_corpus(
         run.config.data,
         model.tokenizer,
@@ -199,6 +200,8 @@ def _held_out_vectors(run: Run) -> "Tensor":
         model_n_ctx=model.n_ctx,
         n_held_out=N_TOKENS,
     )
-    n = min(N_TOKENS, MOST_NUMBERS // model.width(hook.site))
+    n = min(N_TOKENS, MOST_NUMBERS // model.width(place.site))
     with alone(run):
-        return counted_vectors(model, corpus.held_out, layer=hook.layer, site=hook.site, n_tokens=n)
+        return counted_vectors(
+            model, corpus.held_out, layer=place.layer, site=place.site, n_tokens=n
+        )

@@ -271,7 +271,7 @@ def library(frame: shell.Frame) -> None:
             "run": run.id,
             "from": run.config.imported or "trained here",
             "model": run.config.model.name,
-            "hook point": run.config.model.hook_name,
+            "hook point": run.config.hook_names,
             "SAEs": len(run.config.saes),
             "state": frame.statuses[run.id].state if run.id in frame.statuses else "unreadable",
             "size": readable(_size(*versions(run, ".", "status.json"))),

@@ -51,11 +51,17 @@ def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
 
     Without one, any other SAE; None if it is alone.
     """
-    others = [n for n in names if n != name]
+    others = [n for n in alongside(run, name, names) if n != name]
     gated = architecture(run, name) == "gated"
     unlike = [n for n in others if (architecture(run, n) == "gated") != gated]
     near = _nearest(run, [name, *unlike]).values()
     return next((n for n in (*near, *unlike, *others) if n != name), None)
+
+
+def alongside(run: Run, name: str, names: Sequence[str]) -> list[str]:
+    """Return those of a run's SAEs that read what one of them does, itself among them."""
+    place = run.config.place_of(name)
+    return [each for each in names if run.config.place_of(each) == place]
 
 
 @cache.kept("evals.json")
@@ -104,11 +110,11 @@ def pick_pair(run: Run, names: Sequence[str], *, page: str) -> tuple[str, str | 
     """
     left, right = st.columns(2)
     evals = cache.evaluations(run)
-    pair = _nearest(run, names)
+    pair = _nearest(run, alongside(run, names[0], names))
     first = pair.get("gated") or pair.get("base") or names[0]
     with left:
         name = _pick("SAE", names, key=key_for(f"{page}.sae", run.id), param="sae", default=first)
-    offered = [*(each for each in names if each != name), "none"]
+    offered = [*(each for each in alongside(run, name, names) if each != name), "none"]
     second = beside(run, name, names) or "none"
     with right:
         key = key_for(f"{page}.base", run.id)

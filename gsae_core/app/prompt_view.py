@@ -39,7 +39,7 @@ SORTS = {"activation": "activation", "share": "share", "attribution": "effect"}
 
 
 class Seen(NamedTuple):
-    """A text through one or two SAEs of a run."""
+    """A text through one or two SAEs of a run, which read the same place."""
 
     run: Run
     names: tuple[str, ...]
@@ -53,13 +53,13 @@ class Seen(NamedTuple):
 @st.cache_resource(max_entries=16, show_spinner=False, hash_funcs={Run: cache.identity})
 def read(run: Run, names: tuple[str, ...], text: str) -> Seen:
     """Return a text through SAEs of a run, from memory where it was read before."""
-    began, hook = time.perf_counter(), run.config.model
+    began, place = time.perf_counter(), run.config.place_of(names[0])
     saes = [cache.sae(run, name) for name in names]
     prompt = cache.prompt(run, text)
     from gsae_core.analysis.prompt import align, analyse
 
     with cache.alone(run) as model:
-        looks = analyse(model, saes, prompt, layer=hook.layer, site=hook.site)
+        looks = analyse(model, saes, prompt, layer=place.layer, site=place.site)
     aligned = align(looks[0], looks[1], saes[0], saes[1]) if len(looks) == 2 else None
     return Seen(run, names, text, looks, aligned, time.perf_counter() - began)
 
@@ -84,8 +84,8 @@ def attributed(seen: Seen, *, position: int, token: int) -> list[pd.DataFrame]:
     from gsae_core.analysis.prompt import effects
     from gsae_core.lm.model import logit_slope
 
-    hook, ids = seen.run.config.model, seen.looks[0].prompt.ids
-    where: dict[str, Any] = {"layer": hook.layer, "site": hook.site, "position": position}
+    place, ids = seen.run.config.place_of(seen.names[0]), seen.looks[0].prompt.ids
+    where: dict[str, Any] = place._asdict() | {"position": position}
     with cache.alone(seen.run) as model:
         slope = logit_slope(model, ids, token=token, **where)
     saes = [cache.sae(seen.run, name) for name in seen.names]

@@ -15,6 +15,7 @@ from gsae_core.analysis.features.export import TEMPLATE
 from gsae_core.app import cache
 from gsae_core.app.parts import PAGE_TEMPLATE, figure_tools, notice, plain
 from gsae_core.app.prompt_view import read
+from gsae_core.config import Place
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.text import fixed, macros, quoted, visible
@@ -77,11 +78,12 @@ def scales_or_prompt(run: Run, name: str, text: str) -> "tuple[Scales, str | Non
     try:
         return cache.scales(run, name), None
     except InputError as error:
-        sae, prompt, hook = cache.sae(run, name), cache.prompt(run, text), run.config.model
+        sae, prompt = cache.sae(run, name), cache.prompt(run, text)
+        place = run.config.place_of(name)
         from gsae_core.analysis.steering import scales_of
 
         with cache.alone(run) as model:
-            x = model.harvest(prompt.ids, layer=hook.layer, site=hook.site)
+            x = model.harvest(prompt.ids, layer=place.layer, site=place.site)
         x = x[0, prompt.counted.to(x.device)]
         return scales_of(sae, x, source="tokens of this prompt"), str(error)
 
@@ -102,7 +104,7 @@ def active_features(run: Run, name: str, text: str) -> list[tuple[int, float, st
 def start(run: Run, settings: Settings) -> Generation:
     """Return a generation with its next-token shifts computed, ready to go on."""
     began = time.perf_counter()
-    model, hook = cache.language_model(run).model, run.config.model
+    model, place = cache.language_model(run).model, run.config.place_of(settings.name)
     from gsae_core.analysis.generation import Sampling, next_token_shift, side_by_side
 
     sampling = Sampling(settings.n_tokens, settings.temperature, settings.seed)
@@ -110,12 +112,12 @@ def start(run: Run, settings: Settings) -> Generation:
     prompt = cache.prompt(run, settings.text)
     steerings, matches = _steerings(run, settings)
     with cache.alone(run):
-        before, logits = _logits(run, prompt, steerings)
+        before, logits = _logits(run, prompt, steerings, place)
     shifts = {
         k: next_token_shift(before[-1], after[-1], model=model) for k, after in logits.items()
     }
     stream = side_by_side(
-        model, prompt, steerings, sampling=sampling, layer=hook.layer, site=hook.site
+        model, prompt, steerings, sampling=sampling, layer=place.layer, site=place.site
     )
     tokens: dict[str, list[int]] = {kind: [] for kind in steerings}
     seconds = time.perf_counter() - began
@@ -123,14 +125,14 @@ def start(run: Run, settings: Settings) -> Generation:
 
 
 def _logits(
-    run: Run, text: "Prompt", steerings: "dict[str, Steering | None]"
+    run: Run, text: "Prompt", steerings: "dict[str, Steering | None]", place: Place
 ) -> "tuple[Tensor, dict[str, Tensor]]":
     """Return the logits after every token of a text, unsteered, and under each steering."""
     from gsae_core.analysis.generation import steered_logits
 
-    model, hook = cache.language_model(run).model, run.config.model
+    model = cache.language_model(run).model
     found = {
-        kind: steered_logits(model, text, steering, layer=hook.layer, site=hook.site)
+        kind: steered_logits(model, text, steering, layer=place.layer, site=place.site)
         for kind, steering in steerings.items()
     }
     return found.pop(UNSTEERED), found
@@ -166,7 +168,8 @@ def _finish(run: Run, generation: Generation) -> None:
     text = followed_by(prompt, new, model=model)
     if text.ids.shape[1] > model.n_ctx:  # its last token was never read
         text = followed_by(prompt, new[:-1], model=model)
-    before, logits = _logits(run, text, generation.steerings)
+    place = run.config.place_of(generation.settings.name)
+    before, logits = _logits(run, text, generation.steerings, place)
     generation.kl = {k: mean_divergence(text, before, after) for k, after in logits.items()}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gsae_core import text
-from gsae_core.analysis.pareto import matched_ratio
+from gsae_core.analysis.pareto import ratio_sentences
 from gsae_core.checkpoints.formats.detect import find_saes
 from gsae_core.checkpoints.formats.libraries import HookPoint
 from gsae_core.checkpoints.hub import Repository
@@ -41,7 +41,7 @@ def list_lines(path: Path | None) -> list[str]:
                     run.id,
                     run.judged(said).state,
                     run.config.model.name,
-                    run.config.model.hook_name,
+                    run.config.hook_names,
                     ", ".join(dict.fromkeys(spec.architecture for spec in run.config.saes)),
                     str(len(run.config.saes)),
                     run.config.imported or run.config.finetuned or "ours",
@@ -110,7 +110,10 @@ def _saes_of(run: Run) -> list[str]:
             ]
         )
         notes += [f"{spec.name}: {sentence}" for sentence in source.get("assumed", [])]
-    place = f"{run.config.model.name}, {run.config.model.hook_name}"
+    if len(run.config.places) > 1:
+        places = ["site", *(run.config.place(spec).hook_name for spec in run.config.saes)]
+        rows = [[*row, place] for row, place in zip(rows, places, strict=True)]
+    place = f"{run.config.model.name}, {run.config.hook_names}"
     return [f"{run.id}, {run.status.state}: {place}", *text.aligned(rows), *notes, *run.damages()]
 
 
@@ -178,7 +181,7 @@ def run_report(run: Run) -> list[str]:
     return [
         *lines,
         "",
-        matched_ratio(evals).sentence,
+        *ratio_sentences(evals),
         *time_spent(run.recent_metrics()),
         *(f"{e['sae']} stopped: {e['why']}" for e in events if e["event"] == "sae stopped"),
         *(f"no longer tracked: {e['why']}" for e in tracking if e["event"] == "tracker stopped"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import ConfigDict
 
-from gsae_core.analysis.pareto import matched_ratio
+from gsae_core.analysis.pareto import ratio_sentences
 from gsae_core.checkpoints.hub import Address, is_repository, parse_address
 from gsae_core.config import SITES, Config, SAESpec, Site, hook_name, validated
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
@@ -270,14 +270,17 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     config, evals = run.config, run.evals()
     saes = [spec for spec in config.saes if spec.name in names]
     measured = [row for row in evals if row["name"] in names]
-    figure = pareto_svg(evals, chosen=names, title=run.id)
+    # SAEs that read different places have no frontier in common.
+    places = dict.fromkeys(map(config.place, saes))
+    beside = [row for row in evals if (row["layer"], row["site"]) in places]
+    figure = pareto_svg(beside, chosen=names, title=run.id) if len(places) == 1 else None
     files = {} if figure is None else {FIGURE: figure}
     notes = []
     if worse := worse_than_mean({row["name"]: row["fvu"] for row in measured}):
         notes.append(_text(worse))
     if any(measured_earlier(row) for row in evals):
         notes.append(measure_again("RUN"))
-    ratio = matched_ratio(evals).sentence
+    ratio = "; ".join(ratio_sentences(beside))
     # A card can be made before there are weights.
     norm = run.sae_cfg(saes[0].name).get("normalize_activations")
     has_gated = any(spec.architecture == "gated" for spec in config.saes)
@@ -285,7 +288,7 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
         config=config,
         figure=FIGURE if files else None,
         front_matter=_front_matter(has_gated, config.model.name),
-        hook=config.model.hook_name,
+        hook=config.model_copy(update={"saes": tuple(saes)}).hook_names,
         measured=measured,
         model=public_name(config.model.name),
         norm=None if norm == "none" else norm,
