@@ -47,6 +47,7 @@ from gsae_core.config import (
     Architecture,
     DataConfig,
     RunConfig,
+    SAESpec,
     TrainRecipe,
     shortfalls,
 )
@@ -75,6 +76,7 @@ from gsae_core.runs.run import Run, run_id
 from gsae_core.text import count, duration, facts, macros
 
 PREVIEW_SECONDS = 20
+MOST_LAYERS = 128  # offered where the model's are not known
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
 DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
 BIND = "query-params"
@@ -199,7 +201,9 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     two.selectbox("Site", SITES, site, key="site", bind=BIND, help=FIELDS["site"].help)
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
     st.caption(f"{ABOUT[state['site']].capitalize()}{width}.")
-    if not covers(base, state["layer"], state["site"]):
+    further_places(given, last)
+    layers, sites = ({state[name], *state[f"more_{name}s"]} for name in ("layer", "site"))
+    if not all(covers(base, layer, site) for layer in layers for site in sites):
         kept = "its settings are kept as your own"
         st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
     with picture:
@@ -214,6 +218,22 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
             parallel=about.family == "gpt_neox",
             about=ABOUT,
         )
+
+
+def further_places(given: Values, last: int | None) -> None:
+    """Draw the choice of more layers and sites, read in the same pass of the model."""
+    layers = list(range(MOST_LAYERS if last is None else last + 1))
+    for name, known in (("more_layers", layers), ("more_sites", list(SITES))):
+        state[name] = [each for each in state.get(name, given[name]) if each in known]
+    chosen = bool(state["more_layers"] or state["more_sites"])
+    with st.expander("More layers and sites", expanded=chosen):
+        one, two = st.columns([2, 3])
+        options: dict[str, Any] = {"bind": BIND, "placeholder": "none"}
+        default = [layer for layer in given["more_layers"] if layer in layers]
+        one.multiselect(LABELS["more_layers"], layers, default, key="more_layers", **options)
+        label, default = LABELS["more_sites"], given["more_sites"]
+        two.multiselect(label, SITES, default, key="more_sites", **options)
+        st.caption("One pass of the model reads all; each layer and site gets the whole sweep.")
 
 
 def model_table(cached: dict[str, Path]) -> None:
@@ -368,7 +388,7 @@ def expected(config: RunConfig) -> dict[str, Expected]:
                 found.append(results(run))
             except (InputError, KeyError):
                 continue  # damaged: Home says so
-    ranges = {spec.name: expected_l0(spec, found) for spec in config.saes}
+    ranges = {spec.name: expected_l0(spec, config.place(spec), found) for spec in config.saes}
     return {name: l0 for name, l0 in ranges.items() if l0 is not None}
 
 
@@ -432,8 +452,17 @@ def in_steps(n: int) -> str:
 
 def plan(config: RunConfig, expected: dict[str, Expected]) -> None:
     """Show every SAE of the sweep: width, lambda and the L0 that earlier runs let one expect."""
+    for place in config.places:
+        if len(config.places) > 1:
+            plain(place.hook_name, size=".875rem")
+        saes = [spec for spec in config.saes if config.place(spec) == place]
+        plan_of_place(saes, expected)
+
+
+def plan_of_place(saes: Sequence[SAESpec], expected: dict[str, Expected]) -> None:
+    """Show the SAEs of one place."""
     groups: dict[tuple[Architecture, int], list[tuple[str, str]]] = {}
-    for spec in config.saes:
+    for spec in saes:
         found, l0 = expected.get(spec.name), ""
         if found is not None and spec.architecture != "topk":
             ends = [f"{float(f'{end:.2g}'):,g}" for end in (found.low, found.high)]
@@ -460,7 +489,10 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     for one in flight.bars:
         bar(one)
     n_steps, batch = config.train.n_steps, config.train.batch_size
-    rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {len(config.saes)} SAEs at once"}
+    at_once = f"{len(config.saes)} SAEs at once"
+    if (n_places := len(config.places)) > 1:
+        at_once += f", at {n_places} hook points in one pass of the model"
+    rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {at_once}"}
     rows |= schedule_rows(config.train)
     if flight.seconds is None:
         rows["Memory and time"] = "known once the model is downloaded; checked before training"
@@ -509,7 +541,10 @@ def grouped(value: str) -> str:
 
 def apply(fix: Fix) -> None:
     """Change a field."""
-    kinds = {"layer": int, "width": int, "cache_activations": lambda value: value == "on"}
+    if fix.flag == "layer":
+        state["layer"], *state["more_layers"] = map(int, fix.value.split())
+        return
+    kinds = {"width": int, "cache_activations": lambda value: value == "on"}
     state[fix.flag] = kinds.get(fix.flag, str)(fix.value)
 
 

@@ -326,3 +326,35 @@ def test_another_seed_is_another_run(root: Path, started: list[str]) -> None:
     other = launch.launch(root, quick.model_copy(update={"seed": 1}), nonce="c3")
     assert again.folder == first.folder
     assert other.folder != first.folder
+
+
+def test_further_layers_and_sites_are_read_in_the_same_pass(
+    root: Path, started: list[str]
+) -> None:
+    at = opened(TRAIN, sparsity="0.5", more_layers="3")
+    assert at.number_input(key="layer").value == 2
+    at.multiselect(key="more_sites").set_value(["mlp_out"]).run()
+    # Gated and ReLU at two sites of two layers.
+    assert "8 SAEs at once, at 4 hook points in one pass of the model" in said(at)
+    assert "blocks.3.hook_mlp_out" in said(at)
+    assert at.code[0].value.endswith("--layer 2 3 --site resid_post mlp_out --sparsity 0.5")
+    at.button(key="train.start").click().run()
+    (run,) = list_runs(root)
+    assert run.config == run_config(command(opened(TRAIN, **{"from": run.id})))
+    assert [place.layer for place in run.config.places] == [2, 2, 3, 3]
+    again = opened(TRAIN, **{"from": run.id})
+    assert again.multiselect(key="more_layers").value == [3]
+    assert again.multiselect(key="more_sites").value == ["mlp_out"]
+
+
+def test_one_hook_point_says_nothing_of_several(root: Path) -> None:
+    at = opened(TRAIN)
+    assert "hook points" not in said(at)
+    assert "more_layers" not in at.query_params
+
+
+def test_a_smaller_model_takes_further_layers_along(root: Path) -> None:
+    at = opened(TRAIN, preset="gpt2-small", more_layers="9")
+    at.selectbox(key="model").set_value("bundled").run()
+    assert at.multiselect(key="more_layers").value == []
+    assert not at.button(key="train.start").disabled

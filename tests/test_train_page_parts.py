@@ -258,11 +258,11 @@ def finished(name: str, shrink: float = 1.0) -> Finished:
 def test_expected_l0_is_interpolated_in_log_lambda() -> None:
     spec = config().saes[0].model_copy(update={"sparsity": 0.3})
     # On a line in log-log, 12 / lambda stays 12 / lambda between its points: 40.
-    found = expected_l0(spec, [finished("a"), finished("b", shrink=0.5)])
+    found = expected_l0(spec, config().places[0], [finished("a"), finished("b", shrink=0.5)])
     assert found is not None
     assert (found.low, found.high) == pytest.approx((20, 40))
     assert found.runs == ("a", "b")
-    at_a_point = expected_l0(config().saes[0], [finished("a")])
+    at_a_point = expected_l0(config().saes[0], config().places[0], [finished("a")])
     assert at_a_point is not None
     assert (at_a_point.low, at_a_point.high) == pytest.approx((120, 120))
 
@@ -270,7 +270,7 @@ def test_expected_l0_is_interpolated_in_log_lambda() -> None:
 @pytest.mark.parametrize("sparsity", [0.05, 0.9])
 def test_nothing_is_expected_beyond_the_ends(sparsity: float) -> None:
     spec = config().saes[0].model_copy(update={"sparsity": sparsity})
-    assert expected_l0(spec, [finished("a")]) is None
+    assert expected_l0(spec, config().places[0], [finished("a")]) is None
 
 
 def test_runs_at_another_place_or_of_another_loss_say_nothing() -> None:
@@ -279,14 +279,14 @@ def test_runs_at_another_place_or_of_another_loss_say_nothing() -> None:
     assert not alike(config(), replaced("model", layer=1))
     assert not alike(config(), config().model_copy(update={"activation_scale": "none"}))
     mean = spec.model_copy(update={"loss_norm": "mean"})
-    assert expected_l0(mean, [finished("a")]) is None
+    assert expected_l0(mean, config().places[0], [finished("a")]) is None
 
 
 def test_saes_that_fire_on_nothing_or_were_not_measured_are_left_out() -> None:
     run = finished("a")
     spoilt = [row | {"l0": None if row["sparsity"] == 0.2 else 0.0} for row in run.evals]
     spec = config().saes[0]
-    assert expected_l0(spec, [run._replace(evals=spoilt)]) is None
+    assert expected_l0(spec, config().places[0], [run._replace(evals=spoilt)]) is None
 
 
 def test_ten_lines_of_the_standard_library_are_its_text(tmp_path: Path) -> None:

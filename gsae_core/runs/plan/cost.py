@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from gsae_core.config import RunConfig, SAESpec, Site
+from gsae_core.config import Place, RunConfig, SAESpec, Site
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.lm.catalog import ModelFacts, ModelShape, check_family
@@ -343,26 +343,31 @@ class Finished(NamedTuple):
 
 
 def alike(config: RunConfig, other: RunConfig) -> bool:
-    """Whether lambda means the same in both runs: one model, place and scale of activations."""
-    place = attrgetter("model.name", "model.layer", "model.site", "activation_scale")
+    """Whether lambda means the same in both runs: one model, place and scale of activations.
+
+    Of several places they need to share one.
+    """
+    same = attrgetter("model.name", "activation_scale")
+    shared = {*config.places} & {*other.places}
     # Other libraries average and scale in ways of their own.
-    return other.imported is None and place(config) == place(other)
+    return other.imported is None and same(config) == same(other) and bool(shared)
 
 
-def expected_l0(spec: SAESpec, finished: Iterable[Finished]) -> Expected | None:
-    """Return the range of L0 over `alike` runs; None where none of them reaches the SAE's lambda.
+def expected_l0(spec: SAESpec, place: Place, finished: Iterable[Finished]) -> Expected | None:
+    """Return the range of L0 of a place over `alike` runs; None where none reaches the lambda.
 
     In each run log L0 is taken as linear in log lambda between neighbouring SAEs of the same
     architecture, loss norm and recipe, and never beyond the ends.
     """
-    found = {run.id: l0 for run in finished if (l0 := _l0_of(spec, run)) is not None}
+    found = {run.id: l0 for run in finished if (l0 := _l0_of(spec, place, run)) is not None}
     return Expected(min(found.values()), max(found.values()), tuple(found)) if found else None
 
 
-def _l0_of(spec: SAESpec, run: Finished) -> float | None:
+def _l0_of(spec: SAESpec, place: Place, run: Finished) -> float | None:
     """Return what a run lets expect of an SAE; None where it says nothing."""
     kind = attrgetter("architecture", "loss_norm", "recipe")
-    like = {other.name for other in run.config.saes if kind(other) == kind(spec)}
+    there = (other for other in run.config.saes if run.config.place(other) == place)
+    like = {other.name for other in there if kind(other) == kind(spec)}
     curve = sorted(
         (row["sparsity"], row["l0"])
         for row in run.evals
