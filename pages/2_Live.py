@@ -27,10 +27,11 @@ from gsae_core.app.parts import (
     state_badge,
 )
 from gsae_core.app.pickers import choice
-from gsae_core.config import shortfalls
+from gsae_core.config import SAESpec, shortfalls
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.live import (
+    RUN_COLOURS,
     Line,
     LiveChart,
     Track,
@@ -57,6 +58,7 @@ X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "second
 LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
 DAMAGE_CAUSE = "A power cut or a full disk can cause this; check the free disk space."
+N_HUES = len(RUN_COLOURS["light"])
 MAX_OVERLAID = 4  # runs beside the page's own: five hues are told apart, and five are read in time
 
 frame = shell.page(
@@ -92,6 +94,15 @@ def read(one: Run) -> tuple[pd.DataFrame, int]:
 
 def names_of(one: Run) -> list[str]:
     return [spec.name for spec in one.config.saes]
+
+
+def hook_of(one: Run, spec: SAESpec) -> str:
+    return one.config.place(spec).hook_name
+
+
+def place_of(one: Run, spec: SAESpec) -> str:
+    """Return the hook point that an SAE reads; nothing where its run has one alone."""
+    return hook_of(one, spec) if len(one.config.places) > 1 else ""
 
 
 def header(status: Status, table: pd.DataFrame) -> None:
@@ -180,9 +191,18 @@ def view(was: Status) -> None:
         left = "; ".join(said)
         notice(f"{left}. {DAMAGE_CAUSE}", kind="warning")
     finished = [name for name, state in states.items() if state == "finished"]
-    chosen = st.session_state.get("saes")
-    runs = {one.id: [s for s in one.config.saes if not chosen or s.name in chosen] for one in shown}
-    lines = lines_of(runs, frame.theme)
+    chosen, at = st.session_state.get("saes"), st.session_state.get("places")
+    by_id = {one.id: one for one in shown}
+    runs = {
+        one.id: [
+            spec
+            for spec in one.config.saes
+            if (not chosen or spec.name in chosen)
+            and (not at or len(one.config.places) == 1 or hook_of(one, spec) in at)
+        ]
+        for one in shown
+    }
+    lines = lines_of(runs, frame.theme, lambda name, spec: place_of(by_id[name], spec))
     logged = tracks({name: table for name, (table, _) in tables.items()}, lines)
     charts = figures(lines, logged, finished) if any(logged) else []
     place = st.container()
@@ -199,6 +219,8 @@ def view(was: Status) -> None:
                 st.caption("Values appear once the model is loaded and the first steps are done.")
             return
         line_legend(lines)
+        if len({line.group for line in lines}) > N_HUES:
+            st.caption(f"Colours repeat after {N_HUES}: choose hook points or runs under View.")
         say_worse(
             {
                 (line.sae if len(runs) == 1 else f"{line.run}/{line.sae}"): float(part["fvu"][-1])
@@ -232,12 +254,14 @@ others = [other.id for other in frame.runs if other.id != run.id]
 names = names_of(run)
 correct("overlay", others, what="other run here", shown="the rest")
 correct("saes", names, what="SAE of this run", shown="the rest")
+hooks = [place.hook_name for place in run.config.places]
+correct("places", hooks, what="hook point of this run", shown="the rest")
 # Here, not in the closed popover that holds both choices.
 correct("x", list(X_AXES), what="axis", shown=next(iter(X_AXES)))
 correct("part", list(LOSS_PARTS), what="part of the loss", shown=next(iter(LOSS_PARTS)))
 config = run.config
 plain(
-    f"{config.model.name} · {config.model.hook_name} · {len(config.saes)} SAEs · "
+    f"{config.model.name} · {config.hook_names} · {len(config.saes)} SAEs · "
     + (
         f"{count(config.train.n_tokens)} tokens of {config.data.source}"
         if config.imported is None
@@ -271,6 +295,16 @@ with options:
         help="The axes of losses, L0 and FVU.",
     )
     st.multiselect("SAEs", names, key="saes", placeholder="all", bind="query-params")
+    if len(hooks) > 1:
+        about_hues = "Colour shows the hook point; dash and marker show the architecture."
+        st.multiselect(
+            "Hook points",
+            hooks,
+            key="places",
+            placeholder="all",
+            bind="query-params",
+            help=about_hues,
+        )
     st.multiselect(
         "Overlay runs",
         others,

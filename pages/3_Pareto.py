@@ -14,6 +14,7 @@ from gsae_core.analysis.results import (
     PaperSite,
     against,
     changes,
+    hook_points,
     model_site_text,
     published,
     settings,
@@ -134,8 +135,29 @@ def choose_company() -> tuple[list[str], str | None, PaperSite | None]:
         return more, base, paper_site()
 
 
+def at_hook_points(evals: pd.DataFrame) -> pd.DataFrame:
+    """Draw the choice of hook points where a run has several; return the SAEs at those chosen."""
+    if len(set(evals["group"])) == len(set(evals["run"])):
+        return evals
+    hooks = pd.Series(hook_points(evals), index=evals.index)
+    known = list(dict.fromkeys(hooks))
+    correct("places", known, what="hook point shown here", shown="the others")
+    chosen = st.multiselect(
+        "Hook points",
+        known,
+        key="places",
+        bind="query-params",
+        placeholder="all",
+        help="SAEs share a frontier with those of their own hook point; fill, size and dash tell "
+        "them apart.",
+    )
+    # Never without a point of the run that the page is about.
+    kept = pd.DataFrame(evals[hooks.isin(chosen or known)])
+    return kept if run.id in set(kept["run"]) else evals
+
+
 def headline(evals: pd.DataFrame) -> None:
-    """Draw the matched-fidelity ratio of each run and where it comes from."""
+    """Draw the matched-fidelity ratio of each run and place, and where it comes from."""
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(
@@ -144,13 +166,13 @@ def headline(evals: pd.DataFrame) -> None:
             help=definition("matched_ratio"),
         )
         with words:
-            plain(f"{matched.sentence}.")
+            several = len(groups) > len(shown_runs)
+            plain(f"{groups[0]}: {matched.sentence}." if several else f"{matched.sentence}.")
             st.caption(
                 "Above 1, the Gated SAEs need fewer active features for the same loss recovered."
             )
-        runs = list(dict.fromkeys(evals["run"]))
-        for other in runs[1:]:
-            rows = evals.query("run == @other").to_dict("records")
+        for other in groups[1:]:
+            rows = evals.query("group == @other").to_dict("records")
             plain(f"{other}: {matched_ratio(rows).sentence}.", size=".9rem")
         if matched.pairs:
             with st.expander("Interpolation"):
@@ -229,6 +251,9 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
         name="plane",
         about=f"{definition(y)}\n\nFrontier: {definition('frontier')}",
     )
+    if len(groups) > len(RUN_LOOKS):
+        said = f"The first {len(RUN_LOOKS)} of {len(groups)} runs and hook points are drawn"
+        st.caption(f"{said}; choose fewer to see the others.")
     sources = {name: model_site_text(by_id[name].config) for name in shown_runs}
     if len(set(sources.values())) > 1:
         listed = "; ".join(f"{name}: {source}" for name, source in sources.items())
@@ -308,6 +333,8 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     """Draw every number of every SAE, and its change against the baseline run."""
     st.subheader("All SAEs", anchor=False)
     shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
+    if len(groups) > len(shown_runs):
+        shown = shown.assign(**{"hook point": hook_points(evals)})
     shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
     shown = shown.assign(**shares)
     named = evals["name" if len(set(evals["run"])) == 1 else "id"]
@@ -345,6 +372,12 @@ def number_cells() -> Iterator[tuple[str, DeltaGenerator]]:
         yield from zip(NUMBERS[start : start + 3], st.columns(3), strict=True)
 
 
+def hook_of(run: Run, name: str) -> str:
+    """Return the hook point that an SAE reads."""
+    one = len(run.config.places) == 1
+    return run.config.hook_names if one else run.config.place_of(name).hook_name
+
+
 def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
     """Draw a row of `several_runs`, its provenance, and the ways to the SAE's other pages.
 
@@ -369,7 +402,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
         with st.expander("Provenance"):
             provenance = {
                 "model": config.model.name,
-                "hook point": config.model.hook_name,
+                "hook point": hook_of(run, row["name"]),
                 "text": config.data.source,
                 **learnt,
                 "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
@@ -452,8 +485,9 @@ more, base, place = choose_company()
 shown_runs: list[str] = [run.id, *more]
 if base and base not in shown_runs:
     shown_runs.append(base)
-evals = several_runs({name: cache.evaluations(by_id[name]) for name in shown_runs})
-matched = matched_ratio(evals.query("run == @run.id").to_dict("records"))
+evals = at_hook_points(several_runs({name: cache.evaluations(by_id[name]) for name in shown_runs}))
+groups = list(dict.fromkeys(evals["group"]))  # the first is of the sidebar's run
+matched = matched_ratio(evals.query("group == @groups[0]").to_dict("records"))
 with place_of_ratio:
     headline(evals)
     how_measured(evals)

@@ -29,6 +29,16 @@ def config(*, width: int = 512, preset: str | None = "quick") -> RunConfig:
     )
 
 
+def two_places() -> RunConfig:
+    """Return the sweep of `config` at two hook points."""
+    saes = [
+        spec.model_copy(update={"name": f"{spec.name}-l{layer}", "layer": layer})
+        for layer in (1, 3)
+        for spec in config().saes
+    ]
+    return config().model_copy(update={"saes": tuple(saes)})
+
+
 def final_l0(spec: SAESpec) -> float:
     """Return L0 in the end: 12 / lambda for gated, 16 / lambda for the baseline."""
     return (12 if spec.architecture == "gated" else 16) / spec.sparsity

@@ -9,7 +9,7 @@ import pytest
 import streamlit as st
 from app_pages import HOSTILE, labelled, opened, text
 from streamlit.testing.v1 import AppTest
-from synthetic import config, write_run
+from synthetic import config, two_places, write_run
 
 from gsae_core.config import RunConfig, sweep
 from gsae_core.runs.run import Run
@@ -69,6 +69,33 @@ def test_runs_are_shown_side_by_side_each_with_its_ratio(root: Path) -> None:
     at = opened(PARETO, run="done", runs="other")
     assert set(table_of_saes(at)["run"]) == {"done", "other"}
     assert "other: " in text(at)
+
+
+def test_saes_share_a_frontier_with_those_of_their_own_hook_point(root: Path) -> None:
+    write_run(root, "both", run_config=two_places())
+    at = opened(PARETO)
+    # As of one hook point; those of two on one frontier would give other pairs.
+    assert at.metric[0].value == "1.89×"
+    said = text(at)
+    for layer in (1, 3):
+        assert f"both · blocks.{layer}.hook_resid_post: At equal loss recovered" in said
+    assert set(table_of_saes(at)["hook point"]) == {
+        "blocks.1.hook_resid_post",
+        "blocks.3.hook_resid_post",
+    }
+    at.multiselect(key="places").set_value(["blocks.3.hook_resid_post"]).run()
+    assert len(table_of_saes(at)) == 8
+    assert "blocks.1" not in text(at)
+    picked = opened(PARETO, run="both", pick=["both/relu-0.4-l3"])
+    assert "blocks.3.hook_resid_post" in text(picked)
+
+
+def test_gamma_over_the_sweep_is_of_one_hook_point(root: Path) -> None:
+    write_run(root, "both", run_config=two_places())
+    at = opened(SHRINKAGE, gated="gated-0.2-l3", base="relu-0.2-l3")
+    spec = json.loads(at.get("plotly_chart")[0].proto.spec)
+    # Four lambdas: the Gated SAEs' output and gate path, and the baselines'.
+    assert [len(trace["x"]) for trace in spec["data"]] == [4, 4, 4]
 
 
 def test_a_pinned_baseline_adds_columns_of_differences(root: Path) -> None:

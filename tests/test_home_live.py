@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from app_pages import HOSTILE, NASTY, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
-from synthetic import config, write_run
+from synthetic import config, two_places, write_run
 
 from gsae_core.cli.report import time_spent
 from gsae_core.runs.jobs import job as process
@@ -54,6 +54,18 @@ def test_a_run_that_is_being_evaluated_counts_its_tokens(root: Path, worker: int
     assert said == (
         "evaluating: 1,024 of 4,335 held-out tokens; 131,072 were requested, the text has no more"
     )
+
+
+def test_hook_points_of_a_run_have_a_colour_each_and_can_be_chosen(root: Path) -> None:
+    write_run(root, "both", run_config=two_places())
+    at = opened(LIVE)
+    assert "blocks.1.hook_resid_post, blocks.3.hook_resid_post · 16 SAEs" in text(at)
+    legend = next(
+        str(each.value) for each in at.html if "blocks.3.hook_resid_post" in str(each.value)
+    )
+    assert legend.count("blocks.") == 2
+    at.multiselect(key="places").set_value(["blocks.3.hook_resid_post"]).run()
+    assert not any("blocks.1" in str(each.value) for each in at.html if "λ 0.8" in str(each.value))
 
 
 def test_a_waiting_run_says_its_place_in_line(root: Path, worker: int) -> None:

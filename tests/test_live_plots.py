@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import config, metric_lines
+from synthetic import config, metric_lines, two_places
 
 from gsae_core.plots.live import (
     CHART_POINTS,
@@ -130,3 +130,20 @@ def test_streamlit_gets_the_data_in_single_precision() -> None:
     assert table.column_names == list(chart.data.columns)
     assert chart.data["x"].dtype == "float64"
     pd.testing.assert_frame_equal(table.to_pandas(), chart.data.astype({"x": "float32"}))
+
+
+def test_places_differ_in_hue_and_architectures_in_dash() -> None:
+    both = two_places()
+    lines = lines_of({"a": both.saes}, "light", lambda _run, spec: f"layer {spec.layer}")
+    by_group = {
+        line.group: {each.colour for each in lines if each.group == line.group} for line in lines
+    }
+    assert {len(colours) for colours in by_group.values()} == {1}
+    assert set(by_group) == {"layer 1", "layer 3"}
+    assert len({line.colour for line in lines}) == 2
+    assert lines[-1].group == "layer 1"
+    assert lines[-1].label.endswith(" · layer 1")
+    over = lines_of(
+        {"a": both.saes, "b": CONFIG.saes}, "light", lambda run, _spec: "x" * (run == "a")
+    )
+    assert {line.group for line in over} == {"x · a", "b"}

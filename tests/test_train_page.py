@@ -328,9 +328,7 @@ def test_another_seed_is_another_run(root: Path, started: list[str]) -> None:
     assert other.folder != first.folder
 
 
-def test_further_layers_and_sites_are_read_in_the_same_pass(
-    root: Path, started: list[str]
-) -> None:
+def test_further_layers_and_sites_are_read_in_the_same_pass(root: Path, started: list[str]) -> None:
     at = opened(TRAIN, sparsity="0.5", more_layers="3")
     assert at.number_input(key="layer").value == 2
     at.multiselect(key="more_sites").set_value(["mlp_out"]).run()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gsae_core.config import Architecture, RunConfig, SAESpec, Site
+from gsae_core.config import Architecture, RunConfig, SAESpec, Site, hook_name
 from gsae_core.paper import PaperRun, paper_runs
 
 NUMBERS = (
@@ -96,24 +96,45 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of several runs' `evaluation_frame` in one table, runs in the order given.
 
     `run` and `id` are added, `run/name`: neither may hold a slash, so it names one SAE in an
-    address too.
+    address too; and `group`, the SAEs that share a frontier: the run, of several places with the
+    hook point.
     """
     frames = [
-        frame.assign(run=run, id=[f"{run}/{name}" for name in frame["name"]])
+        frame.assign(
+            run=run, id=[f"{run}/{name}" for name in frame["name"]], group=_groups(frame, run)
+        )
         for run, frame in evals.items()
         if len(frame)
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
+def hook_points(frame: pd.DataFrame) -> list[str]:
+    """Return the hook point of each row of `evaluation_frame`."""
+    return [
+        hook_name(int(layer), site)
+        for layer, site in zip(frame["layer"], frame["site"], strict=True)
+    ]
+
+
+def _groups(frame: pd.DataFrame, run: str) -> list[str]:
+    if "layer" not in frame:
+        return [run] * len(frame)
+    hooks = hook_points(frame)
+    return [f"{run} · {hook}" for hook in hooks] if len(set(hooks)) > 1 else [run] * len(frame)
+
+
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
     """Return how each SAE's numbers differ from those of its counterpart in the run `base`.
 
-    The counterpart has the same architecture and lambda; of several the first counts. Columns are
+    The counterpart has the same architecture and lambda, and the same place if `base` has several;
+    of several the first counts. Columns are
     `change_<number>`, rows as in `frame`, of `several_runs`; NaN where there is no counterpart, or
     the two were measured at other positions.
     """
     keys = ["architecture", "sparsity"]
+    if frame.loc[frame["run"] == base, "group"].nunique() > 1:
+        keys += ["layer", "site"]
     # pandas takes NaN, an imported SAE's unknown lambda, to equal NaN.
     ours = pd.DataFrame(frame[frame["run"] == base]).dropna(subset=keys).drop_duplicates(keys)
     taken = [*keys, *NUMBERS, *DEPENDS["loss_recovered"]]

@@ -222,13 +222,13 @@ def log(lines: Sequence[str]) -> None:
 def line_legend(lines: Sequence["Line"]) -> None:
     """Show which colour, dash and marker is which SAE, once for all charts of a page.
 
-    Of several runs it shows which colour is which run, and which dash which architecture.
+    Of several runs or places it shows which colour is which, and which dash which architecture.
     """
-    if len({line.run for line in lines}) == 1:
+    if len({line.group for line in lines}) == 1:
         items = [(line.label, line.colour, line.dash, SHAPES[line.shape]) for line in lines]
     else:
-        runs = {line.run: line.colour for line in reversed(lines)}
-        items = [(run, colour, SOLID, "") for run, colour in runs.items()]
+        groups = {line.group: line.colour for line in reversed(lines)}
+        items = [(group, colour, SOLID, "") for group, colour in groups.items()]
         kinds = {line.shape: (line.label.partition(",")[0], line.dash) for line in lines}
         items += [(kind, NEUTRAL, dash, SHAPES[s]) for s, (kind, dash) in kinds.items()]
     rows = [(label, colour, dash == SOLID, sign) for label, colour, dash, sign in items]

@@ -6,7 +6,7 @@ chart that is there; a new specification would be a new chart, zoomed out.
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ RUN_COLOURS = {
     "light": ("#0072B2", "#D55E00", "#00795a", "#a8588a", "#8a6200"),
     "dark": ("#56B4E9", "#f08a3c", "#2bbf95", "#d993ba", "#e6b53c"),
 }
-"""Of runs laid over each other, the first that of the page's run."""
+"""Of runs laid over each other and of places, the first that of the page's run."""
 
 # What Altair puts into a specification that is not of the chart: pages bring data and theme.
 OUTSIDE = ("$schema", "config", "data")
@@ -69,6 +69,8 @@ class Line(NamedTuple):
     colour: str
     dash: tuple[int, ...]
     shape: str  # Vega's name of its marker
+    group: str = ""
+    """What its hue tells where lines differ in it: the run, the place, or both."""
 
 
 class LiveChart(NamedTuple):
@@ -105,20 +107,31 @@ def tooltips(form: str, **titles: str) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{name}:Q", title=title, format=form) for name, title in titles.items()]
 
 
-def lines_of(runs: Mapping[str, Sequence[SAESpec]], theme: Theme) -> tuple[Line, ...]:
+def lines_of(
+    runs: Mapping[str, Sequence[SAESpec]],
+    theme: Theme,
+    place_of: Callable[[str, SAESpec], str] = lambda _run, _spec: "",
+) -> tuple[Line, ...]:
     """Return the SAEs of runs as lines: dash and marker by architecture.
 
-    Hue tells the runs apart; of one run, hue tells the architecture and its strength the sparsity.
-    The first run comes last, so that it is drawn over the others.
+    Hue tells runs and places apart; of one, hue tells the architecture and its strength the
+    sparsity. The first run comes last, so that it is drawn over the others. `place_of` names the
+    place that a run's SAE reads, "" where the run has but one.
     """
-    several, hues, lines = len(runs) > 1, RUN_COLOURS[theme], []
-    for number, (run, saes) in reversed(list(enumerate(runs.items()))):
+    groups: dict[tuple[str, str], list[SAESpec]] = {}
+    for run, saes in runs.items():
+        for spec in saes:
+            groups.setdefault((run, place_of(run, spec)), []).append(spec)
+    hues, lines = RUN_COLOURS[theme], []
+    for number, ((run, place), saes) in reversed(list(enumerate(groups.items()))):
         own_hues = shades(saes, theme)
+        told = [part for part in (place, run if len(runs) > 1 else "") if part]
         for spec in saes:
             look = LOOKS[spec.architecture]
-            label = hover_name(spec) + (f" · {run}" if several else "")
-            colour = hues[number % len(hues)] if several else own_hues[spec.name]
-            lines.append(Line(run, spec.name, label, colour, look.dash, look.shape))
+            label = " · ".join([hover_name(spec), *told])
+            colour = hues[number % len(hues)] if len(groups) > 1 else own_hues[spec.name]
+            group = " · ".join(told) or run
+            lines.append(Line(run, spec.name, label, colour, look.dash, look.shape, group))
     return tuple(lines)
 
 

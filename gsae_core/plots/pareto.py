@@ -42,7 +42,7 @@ RUN_LOOKS = (
     RunLook("", 8, "longdash"),
     RunLook("-open", 8, "dot"),
 )
-"""The looks of the runs of one figure, in order; as many runs fit into it."""
+"""The looks of the runs of one figure, or of places, in order; as many fit into it."""
 
 
 def dash_of(look: Look) -> str:
@@ -111,8 +111,8 @@ def tradeoff(
 ) -> go.Figure:
     """Return one measure against another: every SAE, and each architecture's frontier.
 
-    Hue and shape tell the architecture; fill, size and dash tell the run. A point's `customdata`
-    begins with its id, which is what a click reports.
+    Hue and shape tell the architecture; fill, size and dash tell the run and the place. A point's
+    `customdata` begins with its id, which is what a click reports.
 
     Args:
         evals: `results.several_runs`' rows, or those of one run from `results.evaluation_frame`.
@@ -122,7 +122,7 @@ def tradeoff(
         paper: `results.published`'s rows, drawn faint behind; they have L0 and loss recovered only.
     """
     if "id" not in evals:
-        evals = evals.assign(run="", id=evals["name"])
+        evals = evals.assign(run="", id=evals["name"], group="")
     figure = go.Figure()
     evals = placed(evals, x, y, log_x=log_x)
     on_own_axes = (x, y) == ("l0", "loss_recovered")
@@ -131,10 +131,10 @@ def tradeoff(
     if matched is not None and on_own_axes:
         _draw_matches(figure, matched)
     _draw_picks(figure, evals, x, y, picked)
-    runs = list(dict.fromkeys(evals["run"]))
-    for run, run_look in zip(runs, RUN_LOOKS, strict=False):
-        suffix = f" · {run}" if len(runs) > 1 else ""
-        _draw_run(figure, pd.DataFrame(evals[evals["run"] == run]), x, y, run_look, suffix)
+    groups = list(dict.fromkeys(evals["group"]))
+    for group, run_look in zip(groups, RUN_LOOKS, strict=False):
+        suffix = f" · {group}" if len(groups) > 1 else ""
+        _draw_run(figure, pd.DataFrame(evals[evals["group"] == group]), x, y, run_look, suffix)
     draw_worse(figure, evals, x, y)
     for axis, measure in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         if measure == "loss_recovered":
@@ -165,7 +165,7 @@ def best(rows: pd.DataFrame, y: str, x: str = "l0") -> pd.DataFrame:
 def _draw_run(
     figure: go.Figure, evals: pd.DataFrame, x: str, y: str, run_look: RunLook, suffix: str
 ) -> None:
-    """Draw the SAEs of one run and each architecture's frontier; `suffix` names the run."""
+    """Draw the SAEs of a run at a place and each architecture's frontier; `suffix` names both."""
     hollow = "open" in run_look.suffix
     for architecture, look in LOOKS.items():
         rows, name = of_architecture(evals, architecture), look.label + suffix
