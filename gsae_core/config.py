@@ -249,6 +249,15 @@ class Schedule(NamedTuple):
     revive_window: int
 
 
+class Stage(NamedTuple):
+    """A stretch of training with a schedule of its own."""
+
+    first: int
+    """Steps before it."""
+    recipe: "TrainRecipe"
+    """How SAEs learn in it, as if it were all."""
+
+
 class TrainRecipe(Config):
     """How SAEs learn. Batch sizes are activation vectors, and tokens are counted after masking."""
 
@@ -298,10 +307,32 @@ class TrainRecipe(Config):
     """Find open gates by a bfloat16 product and decide in float32: the same gates, up to twice the
     speed on a CPU with bfloat16 units; slower on one without."""
 
+    extended: Annotated[tuple[PositiveInt, ...], Field(exclude_if=lambda ends: not ends)] = ()
+    """`n_tokens` that training had before each time it was extended: warm-up, decay and revivals
+    begin anew after so many, lambda stays as it is."""
+
     @property
     def n_steps(self) -> int:
         """Whole batches in `n_tokens`."""
         return self.n_tokens // self.batch_size
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        """The stretches that training was extended by, in order; one where it never was."""
+        if not self.extended:
+            return (Stage(0, self),)
+        ends = [*(tokens // self.batch_size for tokens in self.extended), self.n_steps]
+        stages = []
+        for first, end in zip([0, *ends], ends, strict=False):
+            alone: dict[str, Any] = {"n_tokens": (end - first) * self.batch_size, "extended": ()}
+            if first:
+                alone["sparsity_warmup_steps"] = 0
+            stages.append(Stage(first, self.model_copy(update=alone)))
+        return tuple(stages)
+
+    def stage(self, step: int) -> "Stage":
+        """Return the stretch that a step, from 0, lies in."""
+        return next(each for each in reversed(self.stages) if each.first <= max(step, 0))
 
     @property
     def schedule(self) -> Schedule:
@@ -323,6 +354,7 @@ def _given(number: int | None, otherwise: int) -> int:
 
 def shortfalls(recipe: TrainRecipe) -> list[str]:
     """Return a sentence for each thing that a recipe asks for and its length does not allow."""
+    recipe = recipe.stages[-1].recipe
     n = recipe.n_steps
     warmup, lambda_warmup, every, window = recipe.schedule
     decay = recipe.lr_decay_fraction * n

@@ -70,6 +70,7 @@ COMMANDS = (
     "train",
     "resume",
     "finetune",
+    "extend",
     "evaluate",
     "index",
     "label",

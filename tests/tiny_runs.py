@@ -101,6 +101,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "files": {
             str(path.relative_to(run.folder)): path.read_bytes()
             for path in sorted((run.folder / "saes").rglob("*.*"))
+            if path.is_file()
         },
     }
 

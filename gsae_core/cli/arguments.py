@@ -315,6 +315,16 @@ def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
     )
 
 
+def added_specs(base: RunConfig, **flags: Any) -> list[SAESpec]:
+    """Return the SAEs that `train` with these flags, started from a config, has and that lacks."""
+    names = [spec.name for spec in base.saes]
+    made = _specs(Train(**flags), base, list(base.places))
+    added = [spec for spec in made if spec.name not in names]
+    if not added:
+        raise InputError(f"expected SAEs that the run lacks; it has {', '.join(names)}")
+    return added
+
+
 def _knob(flags: Train, architecture: Architecture) -> Knob:
     if architecture == "jumprelu" and flags.jumprelu_sparsity:
         return Knob("--jumprelu-sparsity", flags.jumprelu_sparsity)

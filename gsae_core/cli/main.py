@@ -23,9 +23,10 @@ from gsae_core.analysis.features.files import read_manifest
 from gsae_core.analysis.labels import Annotation, Labels
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
-from gsae_core.cli.arguments import PROGRAM, Train, choices, parse, run_config
+from gsae_core.cli.arguments import PROGRAM, Train, added_specs, choices, parse, run_config
 from gsae_core.cli.doctor import examine
 from gsae_core.config import (
+    Architecture,
     EvalConfig,
     Loss,
     ModelConfig,
@@ -263,6 +264,61 @@ def finetune(
         **given(seed=seed, device=_checked(device)),
     )
     _begin(create_finetuned(opened, out or _new_folder(config), config))
+
+
+def extend(
+    run: _Run,
+    tokens: _Number = None,
+    sparsity: Annotated[tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")] = (),
+    jumprelu_sparsity: Annotated[
+        tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")
+    ] = (),
+    k: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = (),
+    arch: Annotated[
+        tuple[Architecture, ...], _Plain, arg(metavar=f"{choices(Architecture)} [...]")
+    ] = (),
+    device: _Device = None,
+) -> None:
+    """Add SAEs to a finished sweep, or train all of it on.
+
+    An added SAE learns from the first batch on and has the bits it would have had from the start.
+    With --tokens all go on with their optimizer's moments, on further text; learning rate, decay
+    and revivals begin anew. Interrupted, what was finished stays, and resume goes on.
+
+    Args:
+        tokens: Further activations to train all SAEs on, added ones too.
+        sparsity: lambda of SAEs to add.
+        jumprelu_sparsity: The same of JumpReLU SAEs; without it --sparsity.
+        k: Latents of a token in TopK SAEs to add.
+        arch: Architectures of the SAEs to add; without it those of the sweep.
+        device: Where to work; without it the run's device, or what this machine has in its place.
+    """
+    from gsae_core.runs.work.extend import add_saes, lengthen
+
+    opened, device = Run.open(run), _checked(device)
+    knobs = {"sparsity": sparsity, "jumprelu_sparsity": jumprelu_sparsity, "k": k}
+    adds = any(knobs.values())
+    if tokens is None and not adds:
+        raise InputError("expected --sparsity, --k or --tokens, got none of them")
+    if adds:
+        specs = added_specs(opened.config, arch=arch, **knobs)
+        opened = _extended(opened, add_saes(opened, specs), device)
+    if tokens is not None:
+        _extended(opened, lengthen(opened, tokens), device)
+
+
+def _extended(before: Run, run: Run, device: str | None) -> Run:
+    """Train a run that was extended; a mistake met before the first step leaves it as it was."""
+    step = run.status.step
+    try:
+        _work(run, device=device)
+    except InputError:
+        from gsae_core.runs.work.extend import withdraw
+
+        if run.status.step == step:
+            withdraw(run, before.config)
+        raise
+    return run
 
 
 FLAGS: dict[str, str] = {
@@ -816,6 +872,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "resume": resume,
     "finetune": finetune,
+    "extend": extend,
     "evaluate": evaluate,
     "index": index,
     "label": label,

@@ -70,6 +70,10 @@ class SequenceSet:
     def __len__(self) -> int:
         return len(self._index)
 
+    def after(self, n: int) -> "SequenceSet":
+        """Return the sequences that follow the first `n`."""
+        return SequenceSet(self._rows, self._special, self._index[n:], self.counts[n:])
+
     def __getitem__(self, which: slice | np.ndarray | Tensor) -> TokenBatch:
         rows = self._rows[self._index[which]]
         mask = _is_counted(rows, self._special)

@@ -54,6 +54,14 @@ SCHEMA_VERSION = 1
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class Added(BaseModel):
+    """extend/request.json: SAEs that were added to a finished run and are yet to learn."""
+
+    saes: list[str]
+    metrics_bytes: int = Field(ge=0)
+    """Length of metrics.jsonl before them."""
+
+
 class _Example(BaseModel):
     tokens: list[str] = Field(min_length=1)
     values: list[float] = Field(min_length=1)
@@ -235,6 +243,17 @@ class Run(Job):
         index = open_index(self.folder / "features" / name)
         check_weights(index.manifest, sae_folder)
         return index
+
+
+def read_added(run: Run) -> Added | None:
+    """Return the SAEs that were added to a run and have not learnt to the end; None without any."""
+    path = run.folder / "extend" / "request.json"
+    if not os.path.lexists(path):
+        return None
+    added = Added(**read_checked(path, Added, what="SAEs added to the run"))
+    # What adds them writes the config last.
+    names = {spec.name for spec in run.config.saes}
+    return added if names & {*added.saes} else None
 
 
 def open_run(folder: Path | str) -> Run:

@@ -25,7 +25,8 @@ ENCODERS = ("W_gate", "W_mag", "W_enc")  # Latents lie along axis 1 here, elsewh
 
 def is_resampling(steps_done: int, cfg: TrainRecipe) -> bool:
     """Return whether dead latents are resampled after so many steps."""
-    every = cfg.schedule.revive_every
+    first, cfg = cfg.stage(steps_done - 1)
+    steps_done, every = steps_done - first, cfg.schedule.revive_every
     due = every > 0 and steps_done > 0 and steps_done % every == 0
     return due and steps_done <= cfg.revive_until * cfg.n_steps
 
@@ -36,7 +37,8 @@ def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
     The pool is the last whole batches up to a resampling: as many as make 2^14 inputs, and one for
     each of the `widest` SAE's latents, so that no two need the same. In between none is kept.
     """
-    every = cfg.schedule.revive_every
+    first, cfg = cfg.stage(steps_done - 1)
+    steps_done, every = steps_done - first, cfg.schedule.revive_every
     if every == 0:
         return False
     n_batches = -(-max(MIN_POOL, widest) // cfg.batch_size)
@@ -128,7 +130,7 @@ class DeadLatentCounter:
     """Steps since each latent fired and its gate opened; silent for `window` steps, it is dead."""
 
     def __init__(self, sae: SAE, *, window: int) -> None:
-        self._window = window
+        self.window: int = window
         since = torch.zeros(2, sae.d_sae, dtype=torch.int32, device=sae.b_dec.device)
         self.since_fired: Int32[Tensor, " d_sae"] = since[0]
         self.since_open: Int32[Tensor, " d_sae"] = since[1]
@@ -146,12 +148,12 @@ class DeadLatentCounter:
     @property
     def mask(self) -> Mask:
         """Which latents are dead."""
-        return self.since_fired >= self._window
+        return self.since_fired >= self.window
 
     @property
     def counts(self) -> DeadCounts:
         """How many latents are dead, by what kept them from firing."""
-        shut = self.since_open >= self._window
+        shut = self.since_open >= self.window
         return DeadCounts(gate=shut.sum(), magnitude=(self.mask & ~shut).sum())
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -163,7 +163,8 @@ class Learner:
         if number == 1 and isinstance(self.sae, JumpReluSAE):
             self.sae.measure_unit_(rows_of(batch))
         # A loss that hears dead latents costs as much where there are none, unless that is known.
-        longest, window = self._max_steps_since_fired, self._cfg.schedule.revive_window
+        longest = self._max_steps_since_fired
+        window = self._dead.window = self._cfg.stage(number - 1).recipe.schedule.revive_window
         none_dead = longest is not None and longest + 1 < window
         dead = None if none_dead else self._dead.mask
         coeff, density = self._sparsity_coeff(number), self._last_density
@@ -191,7 +192,8 @@ class Learner:
         result = None if launched is None else self._result(launched, x, number)
         if result is None:
             return report(dead=self._dead.counts, stopped=self.stopped)
-        self._optimizer.step(lr, threshold_lr=threshold_lr(self._lr, self._cfg) * lr_share)
+        threshold = threshold_lr(self._lr, self._cfg, step=number - 1)
+        self._optimizer.step(lr, threshold_lr=threshold * lr_share)
         self._dead.count(result.stats)
         return report(
             dead=self._dead.counts,

@@ -50,8 +50,11 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
 
     A cosine rises from 0.1 to 1 over `lr_warmup_steps` (arXiv:2404.16014v2, D.1.1), and a line
     falls to 0 over the last `lr_decay_fraction` of the steps; where they overlap they multiply.
-    `step` counts those done before, as does `warmup_start` of the last warm-up.
+    `step` counts those done before, as does `warmup_start` of the last warm-up. Where training was
+    extended, each stretch has its own.
     """
+    first, cfg = cfg.stage(step)
+    step, warmup_start = step - first, max(warmup_start - first, 0)
     since, warmup = step - warmup_start, cfg.schedule.lr_warmup_steps
     factor = 1.0
     if since < warmup:
@@ -62,19 +65,21 @@ def lr_factor(step: int, cfg: TrainRecipe, *, warmup_start: int = 0) -> float:
     return factor * remaining / decay_steps if remaining < decay_steps else factor
 
 
-def threshold_lr(lr: float, cfg: TrainRecipe) -> float:
+def threshold_lr(lr: float, cfg: TrainRecipe, *, step: int = 0) -> float:
     """Return the peak learning rate of a JumpReLU SAE's thresholds, where all else has `lr`.
 
     Adam moves a number by about its learning rate a step. Pre-activations are sums over d_in
     numbers and go far in a short run at a small rate; a threshold is one number, and the penalty
     moves nothing else. So it may go one unit, the activations' length, within a run.
     """
-    return cfg.threshold_lr or max(lr, 1 / cfg.n_steps)
+    first, stage = cfg.stage(step)
+    return cfg.threshold_lr or max(lr, 1 / (first + stage.n_steps))
 
 
 def sparsity_factor(step: int, cfg: TrainRecipe) -> float:
     """Return lambda of a step as a share of its final value: a line from 0, then 1."""
-    warmup = cfg.schedule.sparsity_warmup_steps
+    first, cfg = cfg.stage(step)
+    step, warmup = step - first, cfg.schedule.sparsity_warmup_steps
     return step / warmup if step < warmup else 1.0
 
 

@@ -26,7 +26,10 @@ class Speed(NamedTuple):
 def speed(status: Status, rows: Sequence[Mapping[str, Any]]) -> Speed:
     """Return how far a run is, and how fast, from what `Run.metrics` returns."""
     share = min(status.step / status.n_steps, 1.0) if status.n_steps else 0.0
-    steps = {row["step"]: row for row in rows}
+    steps: dict[int, Mapping[str, Any]] = {}
+    for row in rows:  # those of SAEs added to a finished run begin again at step 1
+        steps.pop(row["step"], None)
+        steps[row["step"]] = row
     recent = list(steps.values())[-RECENT:]
     if not recent:
         return Speed(share, None, None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, token_texts
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
 from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
@@ -50,6 +50,9 @@ class Sampler:
     def __init__(self, run: Run, setup: RunSetup) -> None:
         self._run, self._setup = run, setup
         self._n_steps = run.config.train.n_steps
+        # Of SAEs that these are added to.
+        looked = None if read_added(run) is None else run.samples()
+        self._finished: dict[str, Any] = looked["saes"] if looked else {}
         self.every: int = max(LEAST_EVERY, round(self._n_steps / LOOKS_PER_RUN))
         # Sequences spread evenly over the split.
         held_out = setup.corpus.held_out
@@ -76,7 +79,8 @@ class Sampler:
             if spec.name not in self._setup.stopped
         }
         n_tokens = max(len(each.x) for each in self._sampled)
-        looked = {"step": step, "every": self.every, "n_tokens": n_tokens, "saes": saes}
+        looked = {"step": step, "every": self.every, "n_tokens": n_tokens}
+        looked |= {"saes": self._finished | saes}
         try:
             write_json(self._run.folder / "samples.json", looked)
         except InputError as error:

@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
-from gsae_core.config import RunConfig, SAESpec, TrainConfig
+from gsae_core.config import Place, RunConfig, SAESpec, TrainConfig
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
 from gsae_core.lm.corpus import Corpus, load_corpus
@@ -16,7 +17,7 @@ from gsae_core.lm.harvest import Harvest, open_cache, open_caches
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.sequences import SequenceStream
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.base import SAE, check_width
@@ -40,16 +41,42 @@ class RunSetup(NamedTuple):
     sparsity: list[Sparsity]
     stopped: dict[str, str]
     """Why each SAE that stopped learning did, by name; grows while training."""
+    later: tuple[ActivationStream, ...] = ()
+    """Of each stage that training was extended by; `stream` is the first stage's."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that harvesting took so far."""
+        return self.stream.seconds + sum(stream.seconds for stream in self.later)
 
     def batches(self, start: int) -> Iterator[tuple[Batch, ...]]:
-        """Return an iterator over the batches of each place from `start` on, as the loss takes."""
-        if isinstance(self.stream, SequenceStream):
-            return self.stream.sequence_batches(start)
-        return self.stream.batches_of_each(start)
+        """Yield the batches of each place from `start` on, stage after stage, as the loss asks."""
+        for stream in (self.stream, *self.later):
+            is_whole = isinstance(stream, SequenceStream)
+            of_each = stream.sequence_batches if is_whole else stream.batches_of_each
+            if start < stream.n_batches:
+                yield from of_each(start)
+            start = max(0, start - stream.n_batches)
 
 
-def set_up(run: Run) -> RunSetup:
-    """Return the parts of a run, none of which has begun; refuse too little memory or disk."""
+def learning(run: Run) -> Run:
+    """Return a run with those of its SAEs that are yet to learn, where they were added to it."""
+    if (added := read_added(run)) is None:
+        return run
+    saes = tuple(spec for spec in run.config.saes if spec.name in added.saes)
+    return dataclasses.replace(run, config=run.config.model_copy(update={"saes": saes}))
+
+
+def state_folder(run: Run) -> Path:
+    """Return where the resumable state of what learns now is kept."""
+    return run.folder / ("resume" if read_added(run) is None else "extend")
+
+
+def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
+    """Return the parts of a run, none of which has begun; refuse too little memory or disk.
+
+    `beside`: places of SAEs that do not learn now, but with which they share a run.
+    """
     cfg, before = run.config, _last_set_up(run)
     model = load_lm(cfg)
     if before and before["device"].partition(":")[0] != model.device.type:
@@ -57,7 +84,7 @@ def set_up(run: Run) -> RunSetup:
             f"the run was set up on {before['device']} before and goes on on {model.device}: the "
             "same data in the same order, numbers that differ by rounding"
         )
-    widest = max(model.width(place.site) for place in cfg.places)
+    widest = max(model.width(place.site) for place in (*cfg.places, *beside))
     chunk_vectors = default_chunk_vectors(widest, cfg.train.n_steps * cfg.train.batch_size)
     check_memory(cfg, model.width, model.device, chunk_vectors=chunk_vectors)
     need, free = 2 * state_bytes(cfg, model.width), free_bytes(run.folder)
@@ -66,17 +93,14 @@ def set_up(run: Run) -> RunSetup:
             f"expected about {readable(need)} free on the disk of {run.folder} for the resumable "
             f"state and the one it replaces, found {readable(free)}; make room and resume the run"
         )
-    corpus = load_text(cfg, model)
+    corpora = [load_text(cfg, model, n_tokens=end) for end in (*cfg.train.extended, None)]
+    corpus = corpora[-1]
     if (run.folder / "resume" / "state.json").exists():
-        _check_text(run, corpus, so="start a new run")
-    kind = partial(SequenceStream, model=model) if cfg.loss == "kl" else ActivationStream
-    stream = kind(
-        _harvest(cfg, model, corpus),
-        batch_size=cfg.train.batch_size,
-        seed=cfg.seed,
-        n_batches=cfg.train.n_steps,
-        scale=cfg.activation_scale,
-    )
+        # Extended and not set up since, the run began with a shorter reading.
+        n = before["n_train_tokens"] if before else None
+        began = [each for each in corpora if each.train.n_tokens == n]
+        _check_text(run, (began or corpora)[-1], so="start a new run")
+    stream, *later = _streams(cfg, model, corpora, widest)
     sparsity = [
         sparsity_in_training_units(
             spec,
@@ -112,7 +136,40 @@ def set_up(run: Run) -> RunSetup:
         **({"places": _measured(cfg, stream)} if len(cfg.places) > 1 else {}),
         numerics=model.numerics,
     )
-    return RunSetup(model, corpus, stream, Trainer(saes, train_cfg, reads=cfg.reads), sparsity, {})
+    trainer = Trainer(saes, train_cfg, reads=cfg.reads)
+    return RunSetup(model, corpus, stream, trainer, sparsity, {}, tuple(later))
+
+
+def _streams(
+    cfg: RunConfig, model: LanguageModel, corpora: Sequence[Corpus], widest: int
+) -> Iterator[ActivationStream]:
+    """Yield the stream of each stage of training; all scale as the first.
+
+    A later one reads on where the one before stopped reading; of text that holds no more it reads
+    all again, in another order.
+    """
+    kind = partial(SequenceStream, model=model) if cfg.loss == "kl" else ActivationStream
+    first, n_read = None, 0
+    for k, ((_, stage), corpus) in enumerate(zip(cfg.train.stages, corpora, strict=True)):
+        text, seed, n_vectors = corpus, cfg.seed, stage.n_steps * stage.batch_size
+        if k:
+            rest = corpus.train.after(n_read)
+            # The reading before went to the end of a sequence and of what was not a whole batch.
+            is_new = rest.n_tokens > n_vectors - corpus.n_ctx - stage.batch_size
+            text = dataclasses.replace(corpus, train=rest) if is_new else corpus
+            seed += k << 32  # another order, for every seed of a run
+        stream = kind(
+            _harvest(cfg, model, text),
+            batch_size=stage.batch_size,
+            seed=seed,
+            n_batches=stage.n_steps,
+            scale="none" if first else cfg.activation_scale,
+            chunk_vectors=default_chunk_vectors(widest, n_vectors),
+        )
+        first = first or stream
+        stream.scale, stream.scales = first.scale, first.scales
+        n_read = len(corpus.train)
+        yield stream
 
 
 def _measured(cfg: RunConfig, stream: ActivationStream) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ command line may draw it. Killed at any line and started again, it ends with the
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -27,17 +28,19 @@ from gsae_core.runs.jobs.job import holding
 from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.metrics_log import MetricsLog
 from gsae_core.runs.plan.cost import state_bytes
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.track import Mirror
 from gsae_core.runs.work.samples import Sampler
 from gsae_core.runs.work.setup import (
     RunSetup,
     check_held_out,
+    learning,
     load_lm,
     load_text,
     on_device,
     save_saes,
     set_up,
+    state_folder,
 )
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
@@ -64,14 +67,16 @@ def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progr
     yield Progress("loading", 0, 0)
     run = on_device(run, device)
     with _sentences_about_memory(), contextlib.closing(Mirror(run)) as mirror:
-        setup = set_up(run)
+        part = learning(run)
+        setup = set_up(part, beside=run.config.places)
         try:
-            yield from _learn(run, setup, mirror)
+            yield from _learn(part, setup, mirror)
         except GeneratorExit:
-            save_saes(run, setup)
+            if not run.config.train.extended:  # else what was finished stays until it is longer
+                save_saes(part, setup)
             raise
-        save_saes(run, setup)
-        if len(setup.stopped) == len(setup.trainer.saes):
+        save_saes(part, setup)
+        if part is run and len(setup.stopped) == len(setup.trainer.saes):
             name, reason = next(iter(setup.stopped.items()))
             raise InputError(
                 f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; "
@@ -81,24 +86,41 @@ def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progr
         del setup  # Optimiser states and a chunk of activations: room for the evaluation.
         yield from _evaluate(run, model, corpus, run.config.evaluation)
         mirror.add_evaluation()
+        join_added(run, n_bytes=state_bytes(run.config, model.width))
+
+
+def join_added(run: Run, *, n_bytes: int) -> None:
+    """Make one resumable state of the run's and of that of added SAEs, if there are any."""
+    if read_added(run) is None:
+        return
+    whole, added = load_state(run.folder / "resume"), load_state(run.folder / "extend")
+    saes = whole["trainer"]["saes"]
+    if len(saes) < len(run.config.saes):
+        saes.extend(added["trainer"]["saes"])
+        whole["stopped"] |= added["stopped"]
+        whole["metrics_bytes"] = added["metrics_bytes"]
+        save_state(run.folder / "resume", whole, n_bytes=n_bytes)
+    shutil.rmtree(run.folder / "extend")
 
 
 def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
     """Take and log the steps that are left; save from time to time, at the end and when closed."""
-    trainer, stream = setup.trainer, setup.stream
+    trainer = setup.trainer
     before = _take_up(run, setup)
     # Over all resumes.
     began, lm_before = time.monotonic() - before.get("seconds", 0.0), before.get("seconds_lm", 0.0)
     n_steps = trainer.cfg.n_steps
     yield Progress("training", trainer.steps_done, n_steps, "step")
     sampler = Sampler(run, setup)
-    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=before.get("metrics_bytes", 0))
+    added = read_added(run)
+    kept = before.get("metrics_bytes", 0 if added is None else added.metrics_bytes)
+    log = MetricsLog(run.folder / "metrics.jsonl", n_bytes=kept)
     if run.config.track is not None:
         mirror.add(run.metrics())  # but for what the tracker holds
     every = log_every(n_steps)
 
     def seconds() -> dict[str, float]:
-        now = {"seconds": time.monotonic() - began, "seconds_lm": lm_before + stream.seconds}
+        now = {"seconds": time.monotonic() - began, "seconds_lm": lm_before + setup.seconds}
         return {name: round(value, 3) for name, value in now.items()}
 
     def note_stopped() -> None:
@@ -117,7 +139,7 @@ def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
             "metrics_bytes": log.sync(),
         }
         n_bytes = state_bytes(run.config, setup.model.width)
-        save_state(run.folder / "resume", state, n_bytes=n_bytes)
+        save_state(state_folder(run), state, n_bytes=n_bytes)
 
     with contextlib.closing(log):
         saved_at, saved_step = time.monotonic(), trainer.steps_done
@@ -144,7 +166,7 @@ def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
 
 def _take_up(run: Run, setup: RunSetup) -> dict[str, Any]:
     """Bring the trainer to where the run was saved; return what else was saved, if anything."""
-    folder = run.folder / "resume"
+    folder = state_folder(run)
     if not (folder / "state.json").exists():
         return {}
     state = load_state(folder)
