@@ -158,9 +158,18 @@ class DataConfig(Config):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the sequences kept for evaluation, cut before anything else."""
 
+    @property
+    def named(self) -> str:
+        """What the text is called beside numbers: its source, and its split if that is another."""
+        return self.source if self.split == "train" else f"{self.source}, split {self.split}"
+
     reading: Literal[1, 2] = 2
     """How text is read: 2 since 0.2.0. 1, which a config file without it means, keeps padding in
     rows of token ids, and no line of a `.txt` file ends a document; so an earlier run goes on."""
+
+
+# What holds for another text too: columns, splits and chats are each text's own.
+OF_ANY_TEXT = ("n_ctx", "bos", "held_out")
 
 
 class SAESpec(Config):

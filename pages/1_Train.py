@@ -374,8 +374,8 @@ def preview(config: RunConfig) -> None:
 
 @cache.kept("evals.json", most=256)
 def results(run: Run) -> Finished:
-    """Return a run with its evaluation."""
-    return Finished(run.id, run.config, run.evals())
+    """Return a run with its evaluation, if that is of its own text."""
+    return Finished(run.id, run.config, [row for row in run.evals() if row["text"] is None])
 
 
 def expected(config: RunConfig) -> dict[str, Expected]:

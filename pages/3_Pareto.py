@@ -35,7 +35,14 @@ from gsae_core.app.parts import (
 from gsae_core.app.pickers import choice, paper_site
 from gsae_core.plots.palette import AXES, LOOKS, knob
 from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
-from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
+from gsae_core.runs.evals import (
+    averaged,
+    measure_again,
+    measured_earlier,
+    measured_elsewhere,
+    measured_on,
+    positions,
+)
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     WORSE,
@@ -183,6 +190,9 @@ def how_measured(evals: pd.DataFrame) -> None:
     """Say which runs' losses are not comparable with the others', and how to measure again."""
     rows = {row["run"]: row for row in evals.to_dict("records")}
     for name, row in rows.items():
+        elsewhere = measured_elsewhere([row], str(by_id[str(name)].folder))
+        if name != run.id and elsewhere:
+            notice(f"{name}: {elsewhere}", kind="warning")
         if measured_earlier(row):
             again = measure_again(str(by_id[str(name)].folder))
             notice(again, title=f"{name} was measured under an earlier definition", kind="warning")
@@ -254,7 +264,8 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
     if len(groups) > len(RUN_LOOKS):
         said = f"The first {len(RUN_LOOKS)} of {len(groups)} runs and hook points are drawn"
         st.caption(f"{said}; choose fewer to see the others.")
-    sources = {name: model_site_text(by_id[name].config) for name in shown_runs}
+    texts = {row["run"]: row["text"] for row in evals.to_dict("records")}
+    sources = {name: model_site_text(by_id[name].config, texts.get(name)) for name in shown_runs}
     if len(set(sources.values())) > 1:
         listed = "; ".join(f"{name}: {source}" for name, source in sources.items())
         plain(f"Different model, site or text: not comparable ({listed}).", size=".875rem")

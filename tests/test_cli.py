@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_runs import write_text
 from tqdm import tqdm
 
 from gsae_core.analysis.pareto import matched_ratio
 from gsae_core.cli.main import main
 from gsae_core.cli.report import run_report
+from gsae_core.config import DataConfig
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import setup, train
-from gsae_core.runs.work.setup import load_lm, load_text
+from gsae_core.runs.work.publish import make_card
+from gsae_core.runs.work.setup import another_text, load_elsewhere, load_lm, load_text
 from gsae_core.text import Progress
 
 
@@ -158,6 +161,70 @@ def test_evaluate_replaces_every_position_when_told_and_says_so(
         assert [one[name] for name in same] == [other[name] for name in same]
     assert main(["evaluate", str(finished.folder), "--replace", "some"]) == 2
     assert "--replace: expected one of counted, all, got 'some'" in capsys.readouterr().err
+
+
+def test_evaluate_measures_on_another_text_and_everything_says_so(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, folder = finished.evals(), str(finished.folder)
+    text = write_text(tmp_path / "other.txt", n_words=300, seed=5)
+    assert main(["evaluate", folder, "--data", str(text), "--tokens", "400"]) == 0
+    # All of it, 20 rows of 15 tokens, for none of it was trained on.
+    for row in finished.evals():
+        assert (row["text"], row["n_tokens"]) == (str(text), 300)
+    tokens = load_file(finished.folder / "evaluated_tokens.safetensors")
+    tokenizer = load_lm(finished.config).tokenizer
+    assert tokens["ids"][tokens["counted"]].tolist() == tokenizer(text.read_text()).input_ids
+    said = f"measured on 300 tokens of {text}, not the run's own text, of 400 asked for: the text"
+    assert capsys.readouterr().out.count(f"{said} has no more\n") == 1
+    again = (
+        f"measured on {text}, not on the run's own held-out text; measure that again: python -m "
+        f"gsae_core evaluate {folder}"
+    )
+    assert main(["list", folder]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == again
+    assert main(["list", str(finished.folder.parent)]) == 0
+    assert f"{finished.id}: {again}" in capsys.readouterr().out
+    card = make_card(finished, ["gated-0.05"], "o/n")["README.md"]
+    assert "On 300 tokens of other.txt, not the run's own text." in card
+    assert main(["evaluate", folder]) == 0
+    assert finished.evals() == before
+    assert {row["text"] for row in before} == {None}
+
+
+def test_of_its_own_text_only_what_a_run_holds_out_is_measured(
+    finished: Run,
+    small_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = finished.evals()
+    monkeypatch.chdir(small_text.parent)
+    words = ["evaluate", str(finished.folder), "--data"]
+    assert main([*words, small_text.name, "--split", "all"]) == 2
+    assert "--split: expected train or a split that this run was not trained on, got all" in (
+        capsys.readouterr().err
+    )
+    for name in (str(small_text), small_text.name):
+        assert main([*words, name]) == 0
+        assert finished.evals() == before
+    # Read in another way it is another text, of which as much is held out.
+    config = finished.config.model_copy(update={"data": DataConfig(source=small_text.name)})
+    assert another_text(finished, {"source": small_text.name}) is None
+    other = another_text(finished, {"source": small_text.name, "separator": "---"})
+    assert other is not None
+    assert (other.source, other.separator) == (str(small_text), "---")
+    held_out = load_text(config, load_lm(config), n_held_out=10**6).held_out
+    assert len(load_elsewhere(config, load_lm(config), other, 10**6)) == len(held_out)
+
+
+def test_flags_of_another_text_want_one(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--text-column", "body"], ["--split", "test"], ["--chat"]):
+        assert main(["evaluate", str(finished.folder), *words]) == 2
+        assert f"{words[0]}: expected --data with it, got none" in capsys.readouterr().err
+    words = ["evaluate", str(finished.folder), "--data", "nowhere.txt"]
+    assert main(words) == 2
+    assert "found nothing at nowhere.txt: check the path" in capsys.readouterr().err
 
 
 def test_the_tokens_that_were_measured_are_written_out(finished: Run) -> None:

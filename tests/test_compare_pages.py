@@ -271,6 +271,19 @@ def test_losses_with_reconstructions_at_other_positions_are_not_mixed_in_silence
     assert "python -m gsae_core evaluate RUN --replace counted" in said
 
 
+def test_numbers_of_another_text_are_marked_on_every_page_that_shows_them(root: Path) -> None:
+    write_run(root, "own")
+    rewrite(write_run(root, "other"), text="a.txt")
+    mark = "other: measured on a.txt, not on the run"  # then an apostrophe, as HTML has it
+    for page in (PARETO, SHRINKAGE):
+        assert mark in text(opened(page, run="other"))
+        assert "measured on a.txt" not in text(opened(page, run="own"))
+    said = text(opened(PARETO, run="own", runs="other", pick=["other/gated-0.1"]))
+    assert mark in said
+    assert "Different model, site or text: not comparable (own: " in said
+    assert "tokens of a.txt, not the run's own text" in said.replace("\\", "")
+
+
 def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
     run = write_run(root, "empty")
     (run.folder / "evals.json").write_text(json.dumps({"saes": []}), encoding="utf-8")

@@ -149,3 +149,5 @@ def test_runs_on_another_site_do_not_compare() -> None:
     moved = here.model_copy(update={"model": here.model.model_copy(update={"layer": 3})})
     assert model_site_text(here) == "bundled, blocks.2.hook_resid_post, stdlib"
     assert model_site_text(moved) != model_site_text(here)
+    assert model_site_text(here, "a.txt") == "bundled, blocks.2.hook_resid_post, a.txt"
+    assert model_site_text(here, float("nan")) == model_site_text(here)

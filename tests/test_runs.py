@@ -20,7 +20,14 @@ from gsae_core import files
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.errors import InputError
 from gsae_core.files import replace_durably, to_json, write_json
-from gsae_core.runs.evals import EvalRow, averaged, measured_on, write_arrays, write_evals
+from gsae_core.runs.evals import (
+    EvalRow,
+    averaged,
+    measured_elsewhere,
+    measured_on,
+    write_arrays,
+    write_evals,
+)
 from gsae_core.runs.jobs import job as jobs
 from gsae_core.runs.jobs.job import (
     State,
@@ -220,7 +227,7 @@ def test_evals_json_has_exactly_the_promised_keys_and_says_what_was_measured(run
     (row,) = run.evals()
     promised = """name architecture sparsity d_in d_sae l0 loss_recovered ce_clean ce_sae ce_zero kl
         gamma gamma_gate fvu cosine alive_fraction n_tokens n_tokens_asked shortage
-        n_predictions zeroed replaced layer site"""
+        n_predictions zeroed replaced layer site text"""
     assert set(row) == set(promised.split())
     assert row["gamma_gate"] is None  # NaN
     assert measured_on(row) == (
@@ -230,12 +237,15 @@ def test_evals_json_has_exactly_the_promised_keys_and_says_what_was_measured(run
     # As a table has them, with NaN for what is not there.
     assert measured_on(row | {"shortage": float("nan")}) == "100 held-out tokens"
     assert averaged(row | {"n_predictions": float("nan")}) == "mean over predictions"
+    assert measured_elsewhere([row, row | {"text": float("nan")}], "runs/a") is None
+    other = row | {"text": "a.txt", "shortage": None}
+    assert measured_on(other) == "100 tokens of a.txt, not the run's own text"
 
 
 def test_an_earlier_evaluation_opens_and_says_that_it_zeroed_counted_positions_alone(
     run: Run,
 ) -> None:
-    earlier = {"zeroed", "replaced", "n_tokens_asked", "shortage", "n_predictions"}
+    earlier = {"zeroed", "replaced", "n_tokens_asked", "shortage", "n_predictions", "text"}
     write_json(run.folder / "evals.json", {"saes": [eval_row().model_dump(exclude=earlier)]})
     (row,) = run.evals()
     assert (row["zeroed"], row["replaced"]) == ("counted", "counted")

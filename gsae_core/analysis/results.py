@@ -23,7 +23,7 @@ NUMBERS = (
 )
 """The measured numbers of an SAE, in the order they are shown."""
 
-WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage", "site")
+WORDS = ("name", "architecture", "run", "id", "zeroed", "replaced", "shortage", "text", "site")
 
 DEPENDS: dict[str, tuple[str, ...]] = {
     "loss_recovered": ("zeroed", "replaced"),
@@ -188,9 +188,13 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
     )
 
 
-def model_site_text(config: RunConfig) -> str:
-    """Return what a run's losses are measured on; they compare only where it is equal."""
-    return f"{config.model.name}, {config.hook_names}, {config.data.source}"
+def model_site_text(config: RunConfig, text: object = None) -> str:
+    """Return what a run's losses are measured on; they compare only where it is equal.
+
+    `text`: what its evaluation names where that is of another text, else anything but a string.
+    """
+    read = text if isinstance(text, str) else config.data.source
+    return f"{config.model.name}, {config.hook_names}, {read}"
 
 
 def settings_table(columns: Mapping[str, Mapping[str, str]], *, differences: bool) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from gsae_core.app.parts import (
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import Theme
 from gsae_core.runs import run as launch
+from gsae_core.runs.evals import measured_elsewhere
 from gsae_core.runs.jobs.job import ACTIVE, Job, Status
 from gsae_core.runs.run import EXAMPLE_ID, Run, example_run, survey
 from gsae_core.runs.work.transfer import Transfer, transfers
@@ -323,7 +324,9 @@ def need_run(frame: Frame, what: str) -> Run:
 @noticed()
 def need_evals(run: Run) -> None:
     """Say why a run has no held-out evaluation yet and end the page, if it has none."""
-    if run.evals():
+    if evals := run.evals():
+        if elsewhere := measured_elsewhere(evals, str(run.folder)):
+            notice(f"{run.id}: {elsewhere}", kind="warning")
         return None
     status = run.status
     state = status.state

@@ -336,12 +336,21 @@ def evaluate(
     tokens: _Number = None,
     replace: Annotated[Positions | None, _Plain, arg(metavar=choices(Positions))] = None,
     device: _Device = None,
+    data: _Name = None,
+    text_column: _Name = None,
+    split: _Name = None,
+    chat: _Switch = False,
 ) -> None:
     """Measure the SAEs of a run again, on held-out tokens, and write its evals.json anew.
 
     Args:
         tokens: Held-out tokens, masked positions left out, or as many as the whole text has;
             without it as many as the run's config says.
+        data: Another text than the run's, as for train. evals.json says that the numbers are its;
+            without --data the run's own are measured again.
+        text_column: Column that holds it, where --data is a table.
+        split: Split of --data.
+        chat: Read the chats in --data by the tokenizer's chat template.
         replace: Where the model reads reconstructions: counted tokens alone, or BOS, separators
             and padding too; without it as the run's config says. Zero ablation zeroes every
             position.
@@ -352,7 +361,14 @@ def evaluate(
     if tokens is not None:
         validated(EvalConfig, {"n_tokens": tokens}, {"n_tokens": "--tokens"})
     with _unexpected(opened, log=True):
-        _follow(evaluate_run(opened, n_tokens=tokens, replace=replace, device=device))
+        how = {"text_column": text_column, "split": split, "chat": chat or None}
+        told = {name: value for name, value in how.items() if value is not None}
+        if told and data is None:
+            flag = "--" + next(iter(told)).replace("_", "-")
+            raise InputError(f"{flag}: expected --data with it, got none; it says how that is read")
+        other = None if data is None else {"source": data, **told}
+        steps = evaluate_run(opened, n_tokens=tokens, replace=replace, device=device, data=other)
+        _follow(steps)
     show(*report.run_report(opened))
 
 

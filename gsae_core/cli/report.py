@@ -12,7 +12,14 @@ from gsae_core.checkpoints.formats.libraries import HookPoint
 from gsae_core.checkpoints.hub import Repository
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.runs.evals import averaged, measure_again, measured_earlier, measured_on, positions
+from gsae_core.runs.evals import (
+    averaged,
+    measure_again,
+    measured_earlier,
+    measured_elsewhere,
+    measured_on,
+    positions,
+)
 from gsae_core.runs.run import Run, runs_root, survey
 
 
@@ -48,7 +55,7 @@ def list_lines(path: Path | None) -> list[str]:
                 ]
                 for run, said in listed
             ]
-            notes = [f"{run.id}: {worse}" for run, _ in listed for worse in _worse(_measured(run))]
+            notes = [f"{run.id}: {note}" for run, _ in listed for note in _notes(run)]
             return [*text.aligned(rows), *notes, *damaged]
         if any((folder / name / "status.json").exists() for name in unreadable):
             return damaged
@@ -84,11 +91,17 @@ def _worse(evals: Sequence[Mapping[str, Any]]) -> list[str]:
     return [sentence] if sentence else []
 
 
-def _saes_of(run: Run) -> list[str]:
+def _notes(run: Run) -> list[str]:
+    """Return what is said below a table with a run's numbers, or without them."""
     evals = _measured(run)
-    measured = {row["name"]: row for row in evals}
+    elsewhere = measured_elsewhere(evals, str(run.folder))
+    return [*_worse(evals), *([elsewhere] if elsewhere else [])]
+
+
+def _saes_of(run: Run) -> list[str]:
+    measured = {row["name"]: row for row in _measured(run)}
     rows = [["SAE", "architecture", "d_in", "latents", "lambda", "L0", "FVU", "from"]]
-    notes = _worse(evals)
+    notes = _notes(run)
     for spec in run.config.saes:
         try:
             cfg = run.sae_cfg(spec.name)

@@ -79,6 +79,14 @@ class SequenceSet:
         mask = _is_counted(rows, self._special)
         return TokenBatch(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(mask))
 
+    def joined(self, other: "SequenceSet") -> "SequenceSet":
+        """Return the sequences of two sets of the same rows, in the order of the rows."""
+        assert self._rows is other._rows
+        index = np.concatenate([self._index, other._index])
+        order = np.argsort(index)
+        counts = np.concatenate([self.counts, other.counts])
+        return SequenceSet(self._rows, self._special, index[order], counts[order])
+
     @property
     def n_ctx(self) -> int:
         """Tokens of each sequence."""
@@ -113,6 +121,11 @@ class Corpus:
     n_ctx: int
     bos: bool
     """Whether sequences start with BOS."""
+
+    @property
+    def whole(self) -> SequenceSet:
+        """Both splits of a text that is split by sequence, in its order."""
+        return self.train.joined(self.held_out)
 
     @property
     def digest(self) -> str:

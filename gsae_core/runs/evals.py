@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +49,8 @@ class EvalRow(BaseModel, frozen=True):
     """Positions that zero ablation set to zero."""
     replaced: Positions = "counted"
     """Positions at which the language model read reconstructions."""
+    text: str | None = None
+    """The text, where it is another one than what the run itself holds out."""
     layer: int | None = None
     """Block that the SAE reads, from 0; None: the run's, of which there was but one."""
     site: Site | None = None
@@ -98,10 +100,24 @@ def write_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 def measured_on(row: Mapping[str, Any]) -> str:
     """Return on how many tokens an SAE was measured, beside how many were asked for if fewer."""
     found = f"{int(row['n_tokens']):,} held-out tokens"
+    if isinstance(row.get("text"), str):
+        found = f"{int(row['n_tokens']):,} tokens of {row['text']}, not the run's own text,"
+        found = found if isinstance(row["shortage"], str) else found.removesuffix(",")
     # A table has NaN where an earlier version did not say.
     if not isinstance(row["shortage"], str):
         return found
     return f"{found} of {int(row['n_tokens_asked']):,} asked for: {row['shortage']}"
+
+
+def measured_elsewhere(evals: Sequence[Mapping[str, Any]], run: str) -> str | None:
+    """Return what is said of a run that was measured on another text; None if it was not."""
+    texts = [row["text"] for row in evals if isinstance(row.get("text"), str)]
+    if not texts:
+        return None
+    return (
+        f"measured on {texts[0]}, not on the run's own held-out text; measure that again: "
+        f"python -m gsae_core evaluate {run}"
+    )
 
 
 def averaged(row: Mapping[str, Any]) -> str:

@@ -17,7 +17,15 @@ import torch
 
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
 from gsae_core.checkpoints.formats.build import SETTINGS
-from gsae_core.config import DataConfig, Loss, RunConfig, SAESpec, TrainRecipe, validated
+from gsae_core.config import (
+    OF_ANY_TEXT,
+    DataConfig,
+    Loss,
+    RunConfig,
+    SAESpec,
+    TrainRecipe,
+    validated,
+)
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run, new_run_folder
 from gsae_core.sae.base import SAE
@@ -70,7 +78,7 @@ def finetuned_config(
     ]
     text = old.data.model_dump() if old.imported is None else {"source": old.data.source}
     if data and "source" in data:  # another text has columns and splits of its own
-        text = {k: v for k, v in text.items() if k not in ("text_column", "split")}
+        text = {k: v for k, v in text.items() if k in OF_ANY_TEXT}
     kept = ("batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until", "screened")
     steps = {"sparsity_warmup_steps": 0, "revive_every": 0}
     changed = dict(recipe or {})

@@ -259,6 +259,11 @@ def _metadata(
     return facts
 
 
+def _measured_on(row: Mapping[str, Any]) -> str:
+    text = row.get("text")
+    return measured_on({**row, "shortage": None, "text": text and public_name(text)})
+
+
 def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     """Return the text files that go to the Hub beside SAEs, by name: the card, and its figure.
 
@@ -299,7 +304,7 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
         saes=saes,
         text_source=public_name(config.data.source),
         # Why there were not more may name a folder of this machine, or what the Hub answered.
-        tokens=measured_on({**evals[0], "shortage": None}) if evals else None,
+        tokens=_measured_on(evals[0]) if evals else None,
     )
     return {"README.md": card} | files
 

@@ -3,16 +3,25 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
-from gsae_core.config import Place, RunConfig, SAESpec, TrainConfig
+from gsae_core.config import (
+    OF_ANY_TEXT,
+    DataConfig,
+    Place,
+    RunConfig,
+    SAESpec,
+    TrainConfig,
+    validated,
+)
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, readable
-from gsae_core.lm.corpus import Corpus, load_corpus
+from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache, open_caches
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
@@ -245,6 +254,43 @@ def load_text(
         model_n_ctx=model.n_ctx,
         n_held_out=cfg.evaluation.n_tokens if n_held_out is None else n_held_out,
     )
+
+
+def another_text(run: Run, data: Mapping[str, Any]) -> DataConfig | None:
+    """Return another text to measure a run on; None if it is what the run itself holds out.
+
+    Of the run's own source, what is not said is as the run has it.
+    """
+    own = run.config.data
+    same = _same_source(data["source"], own.source)
+    kept = own.model_dump() if same else own.model_dump(include={*OF_ANY_TEXT})
+    called = {"source": "--data"} | {name: f"--{name.replace('_', '-')}" for name in data}
+    wanted = validated(DataConfig, kept | dict(data), called)
+    wanted = wanted.model_copy(update={"source": own.source}) if same else wanted
+    if same and wanted.split != own.split and "all" in (wanted.split, own.split):
+        raise InputError(
+            f"--split: expected {own.split} or a split that this run was not trained on, got "
+            f"{wanted.split}; leave --split out to measure what is held out"
+        )
+    return None if wanted == own else wanted
+
+
+def load_elsewhere(
+    cfg: RunConfig, model: LanguageModel, data: DataConfig, n_tokens: int
+) -> SequenceSet:
+    """Return sequences of another text with so many tokens, or all there are.
+
+    Of `stdlib` and of the source and split that the run trained on, those that are held out.
+    """
+    elsewhere = cfg.model_copy(update={"data": data})
+    same = _same_source(data.source, cfg.data.source) and data.split == cfg.data.split
+    if data.source == "stdlib" or same:
+        return load_text(elsewhere, model, n_held_out=n_tokens).held_out
+    return load_text(elsewhere, model, n_tokens=n_tokens, n_held_out=0).whole
+
+
+def _same_source(one: str, other: str) -> bool:
+    return len({os.path.abspath(os.path.expanduser(name)) for name in (one, other)}) == 1
 
 
 def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:

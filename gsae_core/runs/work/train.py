@@ -8,7 +8,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 
 from gsae_core.analysis.fidelity import Evaluation, evaluating, n_sequences
 from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
-from gsae_core.config import EvalConfig, Place, Positions, RunConfig, SAESpec
+from gsae_core.config import DataConfig, EvalConfig, Place, Positions, RunConfig, SAESpec
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, replace_durably, sha256, write_json
-from gsae_core.lm.corpus import Corpus
+from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.model import LanguageModel
 from gsae_core.machine import slot_of
 from gsae_core.runs.evals import EvalRow, write_arrays, write_evals
@@ -33,8 +33,10 @@ from gsae_core.runs.track import Mirror
 from gsae_core.runs.work.samples import Sampler
 from gsae_core.runs.work.setup import (
     RunSetup,
+    another_text,
     check_held_out,
     learning,
+    load_elsewhere,
     load_lm,
     load_text,
     on_device,
@@ -84,7 +86,7 @@ def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progr
             )
         model, corpus = setup.model, setup.corpus
         del setup  # Optimiser states and a chunk of activations: room for the evaluation.
-        yield from _evaluate(run, model, corpus, run.config.evaluation)
+        yield from _evaluate(run, model, corpus.held_out, run.config.evaluation)
         mirror.add_evaluation()
         join_added(run, n_bytes=state_bytes(run.config, model.width))
 
@@ -254,11 +256,13 @@ def evaluate_run(
     n_tokens: int | None = None,
     replace: Positions | None = None,
     device: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress]:
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
     `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run, and its device, or
-    what this machine has in its place.
+    what this machine has in its place. `data`: another text, `source` and other fields of a
+    `DataConfig`; evals.json names it, and trackers are sent nothing.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
     with (
@@ -272,21 +276,34 @@ def evaluate_run(
         wanted = run.config.evaluation.model_copy(
             update={name: value for name, value in asked.items() if value is not None}
         )
+        elsewhere = None if data is None else another_text(run, data)
         yield Progress("loading", 0, 0)
         run = on_device(run, device)
         model = load_lm(run.config)
-        corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
-        check_held_out(run, corpus)
-        yield from _evaluate(run, model, corpus, wanted)
-        mirror.add_evaluation()
+        if elsewhere is None:
+            corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
+            check_held_out(run, corpus)
+            yield from _evaluate(run, model, corpus.held_out, wanted)
+            mirror.add_evaluation()
+        else:
+            sequences = load_elsewhere(run.config, model, elsewhere, wanted.n_tokens)
+            yield from _evaluate(run, model, sequences, wanted, elsewhere)
         yield Progress("finished", wanted.n_tokens, wanted.n_tokens, "token")
 
 
 def _evaluate(
-    run: Run, model: LanguageModel, corpus: Corpus, wanted: EvalConfig
+    run: Run,
+    model: LanguageModel,
+    held_out: SequenceSet,
+    wanted: EvalConfig,
+    elsewhere: DataConfig | None = None,
 ) -> Iterator[Progress]:
-    """Measure the saved SAEs, as everyone else will load them, and write what was found."""
-    cfg, held_out = run.config, corpus.held_out
+    """Measure the saved SAEs, as everyone else will load them, and write what was found.
+
+    `elsewhere`: the text that the sequences are of, if it is not the run's.
+    """
+    cfg = run.config
+    text = None if elsewhere is None else elsewhere.named
     yield Progress("evaluating", 0, min(wanted.n_tokens, held_out.n_tokens), "token")
     rows: dict[str, EvalRow] = {}
     for number, place in enumerate(cfg.places):
@@ -302,7 +319,10 @@ def _evaluate(
         )
         evaluations = yield from _share(steps, number, len(cfg.places))
         for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-            rows[spec.name] = _eval_row(spec, sae.d_in, place, evaluation, wanted)
+            row = _eval_row(spec, sae.d_in, place, evaluation, wanted)
+            if text is not None and row.shortage is not None:
+                row = row.model_copy(update={"shortage": "the text has no more"})
+            rows[spec.name] = row.model_copy(update={"text": text})
             _write_measured(run.sae_folder(spec.name), evaluation)
     read, counted = held_out[: n_sequences(held_out, wanted.n_tokens)]
     ids = read.numpy()
