@@ -281,7 +281,7 @@ def test_numbers_of_another_text_are_marked_on_every_page_that_shows_them(root: 
     said = text(opened(PARETO, run="own", runs="other", pick=["other/gated-0.1"]))
     assert mark in said
     assert "Different model, site or text: not comparable (own: " in said
-    assert "tokens of a.txt, not the run's own text" in said.replace("\\", "")
+    assert "tokens of a.txt, not the run" in said
 
 
 def test_a_run_whose_saes_all_failed_says_so(root: Path) -> None:
