@@ -118,9 +118,11 @@ def _writers(named: Any, block: nn.Module) -> tuple[_Writer, _Writer]:
         found = [module(whole, inside.get(each)) for each in projections]
         projection = next(filter(None, found), None)
         mine = None if whole is block else whole
-        return _Writer(block, mine, projection, module(block, parts.get(norm)), scale)
+        # TransformerLens 3 has one name for a norm before and after; the sums say which it is.
+        after = module(block, parts.get(f"{norm}_post", parts.get(norm)))
+        return _Writer(block, mine, projection, after, scale)
 
-    return writer("attn", "ln1_post", "o"), writer("mlp", "ln2_post", "out", "dense_out")
+    return writer("attn", "ln1", "o"), writer("mlp", "ln2", "out", "dense_out")
 
 
 def _seen(
