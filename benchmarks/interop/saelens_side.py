@@ -133,6 +133,7 @@ def loaded(release, sae_id, folder, **widths):
 
 
 def main(folder):
+    torch.manual_seed(0)  # SAELens initialises from the global generator
     x = load_file(folder / "x.safetensors")["x"]
     for format_ in ("saelens", "jumprelu"):
         place = folder / "answers" / format_
