@@ -340,3 +340,22 @@ def test_tokens_without_an_embedding_are_named(wrong: int, tiny_lm: LanguageMode
     assert refusal(Splice, tiny_lm, ids, **place) == said
     assert refusal(Decoding(tiny_lm, **place).extend, ids) == said
     assert refusal(logit_slope, tiny_lm, ids, **place, position=3, token=0) == said
+
+
+def test_a_class_of_ones_own_is_told_by_its_blocks(tiny_tokenizer: Any) -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    class OwnConfig(PhiConfig):
+        model_type = "own-words"
+
+    hf = PhiForCausalLM(OwnConfig(**DECODERS["phi"][1]))
+    model = load_model(hf, tokenizer=tiny_tokenizer)
+    assert (model.family, model.n_layers) == ("own-words", 2)
+    check_sites(model)
+
+
+def test_infinite_activations_are_no_reason_to_doubt_the_blocks() -> None:
+    hf = tiny("phi")
+    with torch.no_grad():
+        hf.model.layers[0].mlp.fc2.bias.fill_(torch.inf)
+    assert find_decoder(hf).blocks == tuple(hf.model.layers)

@@ -62,8 +62,7 @@ def attach(
     Args:
         sae: takes raw activations; on the device on which the model computes the site. Its
             arithmetic is in its own dtype, and what the model reads in the model's.
-        model: a Hugging Face causal LM of a family in `lm.catalog.FAMILIES`, a `LanguageModel` or a
-            `TransformerBridge`; used as it is.
+        model: a Hugging Face causal LM, a `LanguageModel` or a `TransformerBridge`; used as it is.
         layer: from 0.
         replace: whether the model reads x_hat in place of x; with `steer`, f' decoded.
         steer: at most three interventions, as on the page Steer. `analysis.steering.intervention`

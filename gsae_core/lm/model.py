@@ -1,4 +1,4 @@
-"""A language model as the rest of the package sees it: six sites a block, to read or to edit.
+"""A language model as the rest of the package sees it: up to six sites a block, to read or to edit.
 
 `attn_out` and `mlp_out` are always the tensors that are added to the residual stream, as in
 TransformerLens; tests hold every site of every family equal to its cache.
@@ -507,8 +507,8 @@ def load_model(
         tokenizer: of a Hugging Face model given as an object.
 
     Raises:
-        InputError: if there is no such model, its family is not supported, its files are damaged,
-            its weights are another model's, or it has no tokenizer.
+        InputError: if there is no such model, it is no decoder, its files are damaged, its weights
+            are another model's, or it has no tokenizer.
     """
     if isinstance(source, str) and model_folder(source) is None and (repo := lens_repo(source)):
         bridge, own = open_lens(repo, revision=revision, device=device, dtype=dtype)
@@ -534,6 +534,8 @@ def model_of(source: Any, tokenizer: Any = None) -> LanguageModel:
     Nothing of it changes, not even its mode; it may lack a tokenizer. Anything else, another family
     or a model inside a wrapper is an InputError.
     """
+    from transformers import CONFIG_MAPPING
+
     kind = type(source).__name__
     # By its name: to import TransformerLens takes seconds.
     if any(base.__name__ == "TransformerBridge" for base in type(source).__mro__):
@@ -545,7 +547,9 @@ def model_of(source: Any, tokenizer: Any = None) -> LanguageModel:
             "expected 'bundled', a folder, a name on the Hub, a TransformerBridge or a Hugging "
             f"Face causal LM, got {kind}"
         )
-    check_config(kind, source.config)
+    # Of a class that transformers does not know, its blocks tell.
+    if source.config.model_type in CONFIG_MAPPING:
+        check_config(kind, source.config)
     try:
         return LanguageModel(source, tokenizer, name=source.config._name_or_path or kind)
     except AttributeError as error:
