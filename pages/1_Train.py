@@ -53,7 +53,7 @@ from gsae_core.config import (
 )
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.lm.catalog import ModelFacts, cached_models, choices, model_facts
+from gsae_core.lm.catalog import ModelFacts, cached_models, choices, is_certain, model_facts
 from gsae_core.lm.preview import Preview, preview_within
 from gsae_core.machine import machine
 from gsae_core.plots.palette import LOOKS, knob
@@ -206,6 +206,12 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     if not all(covers(base, layer, site) for layer in layers for site in sites):
         kept = "its settings are kept as your own"
         st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
+    if not all(is_certain(about.family, site) for site in sites):
+        plain(
+            f"Of a {about.family} model only resid_pre and resid_post are certain before it is "
+            "loaded; if it lacks another site, the run ends at once and says which it has.",
+            size=".875rem",
+        )
     with picture:
         n_layers = 0 if last is None else last + 1
         block_diagram(

@@ -157,7 +157,7 @@ def test_reading_token_by_token_equals_reading_at_once(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "site"),
     [
-        ("granite", "resid_post"),  # logits are divided by 2
+        ("granite", "mlp_hidden"),  # what is added is halved, and so are the logits
         ("opt", "resid_post"),  # norm, projection to 8, unembedding
         ("gemma3", "mlp_hidden"),  # a table's family inside a wrapper
     ],

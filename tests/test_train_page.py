@@ -1,5 +1,6 @@
 """The Train page without a browser: filled in, changed, refused, mended, started."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -198,6 +199,15 @@ def test_a_place_the_paper_has_no_runs_at_drops_the_name_of_the_set_up(root: Pat
     at = opened(TRAIN, preset="pythia-2.8b", site="mlp_hidden")
     assert "pythia-2.8b has no runs at this hook point" in said(at)
     assert command(at).preset is None
+
+
+def test_other_sites_of_a_family_without_a_table_are_uncertain(root: Path, tmp_path: Path) -> None:
+    fields = {"model_type": "phi", "hidden_size": 8, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    at = opened(TRAIN, model=str(tmp_path), site="mlp_out")
+    assert "Of a phi model only resid_pre and resid_post are certain before it is" in said(at)
+    assert not at.button(key="train.start").disabled
+    assert "are certain" not in said(opened(TRAIN, model=str(tmp_path), site="resid_post"))
 
 
 def test_the_address_fills_the_form(root: Path) -> None:

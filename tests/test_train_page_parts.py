@@ -17,6 +17,7 @@ from gsae_core.errors import InputError
 from gsae_core.lm import preview as previewing
 from gsae_core.lm.catalog import (
     FAMILIES,
+    ModelShape,
     cached_models,
     check_family,
     choices,
@@ -84,6 +85,20 @@ def test_the_bundled_model_comes_first_and_is_counted_in_its_file() -> None:
     # 4 blocks of 12 d^2 + 13 d, a norm of 2 d; the rest are embeddings of d = 256 numbers each.
     assert facts.parameters is not None
     assert (facts.parameters - 4 * (12 * 256**2 + 13 * 256) - 2 * 256) % 256 == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 12, "num_layers": 3, "num_heads": 2},  # GPT-Neo
+        {"d_model": 12, "n_layers": 3, "n_heads": 2},  # MPT
+        {"d_model": 12, "num_layers": 3, "attention_heads": 2, "ffn_dim": 48},  # XGLM
+        {"text_config": {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}},
+    ],
+)
+def test_a_shape_is_read_under_its_names(fields: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    assert model_facts(str(tmp_path), {}).shape == ModelShape(12, 48, 12, 3)
 
 
 def test_a_listed_model_is_known_before_it_is_here() -> None:

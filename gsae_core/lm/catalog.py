@@ -132,11 +132,15 @@ def _lens_facts(name: str) -> ModelFacts:
 def _shape(config: dict[str, Any]) -> ModelShape | None:
     try:
         fields = config.get("text_config", config)
-        d_model = fields.get("hidden_size") or fields.get("n_embd")
-        n_layers = fields.get("num_hidden_layers") or fields.get("n_layer")
-        n_heads = fields.get("num_attention_heads") or fields.get("n_head") or 1
-        d_mlp = fields.get("intermediate_size") or fields.get("n_inner") or 4 * d_model
-        d_head = fields.get("head_dim") or d_model // n_heads
+
+        def first(*names: str) -> Any:
+            return next((value for name in names if (value := fields.get(name))), None)
+
+        d_model = first("hidden_size", "n_embd", "d_model")
+        n_layers = first("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        n_heads = first("num_attention_heads", "n_head", "num_heads", "n_heads") or 1
+        d_mlp = first("intermediate_size", "n_inner", "ffn_dim") or 4 * d_model
+        d_head = first("head_dim") or d_model // n_heads
     except (AttributeError, TypeError, ArithmeticError):
         return None
     numbers = (d_model, n_layers, n_heads, d_mlp, d_head)
@@ -214,6 +218,11 @@ def count_parameters(folder: Path) -> int | None:
     except (OSError, SafetensorError):
         return None  # damaged, as above
     return total or None
+
+
+def is_certain(family: str | None, site: str) -> bool:
+    """Return whether models of a family have a site, as far as is known before they are loaded."""
+    return family is None or family in FAMILIES or site in ("resid_pre", "resid_post")
 
 
 def check_family(name: str, family: str | None) -> None:

@@ -147,11 +147,13 @@ def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
         return lambda nudge, rows: nudge
     taps = model._blocks[layer].taps
     project = taps[site].module
-    after = taps["attn_out" if site == "attn_z" else "mlp_out"].module
-    if project in set(after.modules()):
+    added = taps["attn_out" if site == "attn_z" else "mlp_out"]
+    if project in set(added.module.modules()):
         # A bias moves nothing: only the difference is added.
         project = _plain(project)
-        return lambda nudge, rows: project(nudge) - project(torch.zeros_like(nudge))
-    project, norm = _plain(project), _plain(after)
+        return lambda nudge, rows: added.scale * (project(nudge) - project(0 * nudge))
+    project, norm = _plain(project), _plain(added.module)
     z = _activations(model, ids, layer=layer, site=site)
-    return lambda nudge, rows: norm(project(z[rows] + nudge)) - norm(project(z[rows]))
+    return lambda nudge, rows: (
+        added.scale * (norm(project(z[rows] + nudge)) - norm(project(z[rows])))
+    )
