@@ -13,11 +13,12 @@ from foreign_files import gated, relu, scaled, topk, transposed, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.checkpoints.formats.detect import detect, find_saes
 from gsae_core.checkpoints.formats.libraries import FORMATS, HookPoint, layer_and_site
 from gsae_core.checkpoints.formats.read import read_sae
 from gsae_core.errors import InputError
+from gsae_core.sae.architectures import GatedSAE
 
 X = 2 * torch.randn(40, files.D_IN, generator=torch.Generator().manual_seed(9))
 
@@ -412,6 +413,20 @@ def test_a_norm_is_folded_by_hand(tmp_path: Path) -> None:
     assert sae.encode(torch.tensor([[1.0, 0, 0], [2.0, 0, 0]])).tolist() == [[0.0], [22.5]]
     assert sae.state_dict()["threshold"].tolist() == [15.0]
     torch.testing.assert_close(sae.W_dec.data, torch.tensor([[0.6, 0.8, 0]]))
+
+
+@pytest.mark.parametrize("tie", ["r_mag", "none", "untied"])
+def test_a_gated_sae_of_ours_folds_norms_on_both_paths(tmp_path: Path, tie: Any) -> None:
+    sae = GatedSAE(files.D_IN, files.D_SAE, tie=tie, seed=2)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in sae.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    save_sae(sae, tmp_path, metadata={})
+    folded = load_sae(tmp_path, fold_decoder_norms=True)
+    f = sae.encode(X) * sae.W_dec.norm(dim=1)
+    assert 0 < (f > 0).float().mean() < 1
+    torch.testing.assert_close(folded.encode(X), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded(X), sae(X), rtol=1e-5, atol=1e-5)
 
 
 def test_topk_folds_norms_that_latents_compete_by_and_refuses_others(tmp_path: Path) -> None:
