@@ -20,6 +20,8 @@ from gsae_core.runs.plan.cost import resolve_device
 BARE = "Hugging Face, bare"
 OURS = "our harvest"
 STREAM = "our stream"
+TWO = "our harvest of two sites"
+TWO_STREAM = "our stream of two sites"
 BRIDGE = "TransformerLens run_with_cache"
 
 
@@ -50,6 +52,8 @@ def bench_harvest(flags: Harvest, say: Say) -> Table:
             our_entry(BARE, "bare", job),
             our_entry(OURS, "harvest", job),
             our_entry(STREAM, "stream", job),
+            our_entry(TWO, "harvest", job | {"beside": ["mlp_out"]}),
+            our_entry(TWO_STREAM, "stream", job | {"beside": ["mlp_out"]}),
             Entry(BRIDGE, script, job, ours=False),
         ]
         outcome = contest(entries, rounds=flags.rounds, warm_up=1, say=say)
@@ -63,7 +67,8 @@ def bench_harvest(flags: Harvest, say: Say) -> Table:
         unit=BARE,
         rows=rows_of(outcome.results, unit=BARE, n_tokens=n_tokens),
         notes=(
-            f"{OURS} and {STREAM} choose their own number of sequences a pass, as in a run",
+            f"{OURS} and {STREAM} choose their own number of sequences a pass, as in a run; of two "
+            "sites they read mlp_out of the layer in the same pass",
             *comparisons({each.name: each for each in outcome.results}),
             *outcome.notes,
         ),
@@ -82,6 +87,9 @@ def comparisons(results: Mapping[str, Result]) -> list[str]:
             said[-1] += f", in {ours.temporary / bridge.temporary:.2f}x its temporary memory"
         if ours.resident is not None and bridge.resident:
             said[-1] += f" ({ours.resident / bridge.resident:.2f}x the whole process)"
+    for two, one in ((TWO, OURS), (TWO_STREAM, STREAM)):
+        if two in results:
+            said.append(f"{two}: {results[two].ms / results[one].ms:.2f}x the time of one site")
     return said
 
 

@@ -16,10 +16,10 @@ from benchmarks.serve import Job, Work, serve
 from gsae_core.analysis.features.build import Part, build_index
 from gsae_core.analysis.features.index import open_index
 from gsae_core.checkpoints.checkpoint import load_sae
-from gsae_core.config import RunConfig, TrainConfig
+from gsae_core.config import Place, RunConfig, TrainConfig
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
-from gsae_core.lm.model import load_model
+from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.train import train_run
@@ -237,11 +237,11 @@ def harvest(job: Job) -> Work:
     model = load_model(job["model"], device=job["device"])
     ids = _ids(job)
     n_ctx = ids.shape[1]
-    reader = Harvest(model, SequenceSet(ids.numpy()), layer=job["layer"], site="resid_post")
+    reader = _reader(job, model, SequenceSet(ids.numpy()))
     which = np.arange(len(ids))
 
     def run() -> None:
-        n_vectors = sum(len(x) for x in reader.vectors(which))
+        n_vectors = sum(len(found[0]) for found in reader.parts(which))
         assert n_vectors == len(ids) * n_ctx
 
     return Work(run, look=lambda: {"rows": reader.rows})
@@ -280,18 +280,25 @@ def stream(job: Job) -> Work:
     sequences = SequenceSet(_ids(job).numpy())
     n = sequences.n_tokens
     batches = ActivationStream(
-        Harvest(model, sequences, layer=job["layer"], site=SITE),
+        _reader(job, model, sequences),
         batch_size=job["batch"],
         seed=0,
         n_batches=10**6 * (n // job["batch"]),
         chunk_vectors=n,
-    ).batches()
+    ).batches_of_each()
 
     def run() -> None:
         for _ in range(n // job["batch"]):
             next(batches)
 
     return Work(run)
+
+
+def _reader(job: Job, model: LanguageModel, sequences: SequenceSet) -> Harvest:
+    """Return a harvest of the job's place, and of further sites of its layer in the same pass."""
+    layer = job["layer"]
+    beside = [Place(layer, site) for site in job.get("beside", [])]
+    return Harvest(model, sequences, layer=layer, site=SITE, beside=beside)
 
 
 def _ids(job: Job) -> Tensor:

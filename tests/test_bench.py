@@ -242,8 +242,10 @@ def test_every_way_of_reading_reads(tiny_lm_folder: Path, tmp_path: Path) -> Non
         "rows": 2,
         "batch": 16,
     }
-    for way in ("bare", "harvest", "stream"):
-        work = WAYS[way](job)
+    two = {"beside": ["mlp_out"]}
+    ways = [("bare", {}), ("harvest", {}), ("stream", {}), ("harvest", two), ("stream", two)]
+    for way, more in ways:
+        work = WAYS[way](job | more)
         for _ in range(2):
             assert work.run() is None
 
@@ -333,6 +335,10 @@ def test_harvests_are_compared_by_throughput_and_memory() -> None:
     ]
     del results[harvest.BRIDGE]
     assert len(harvest.comparisons(results)) == 1
+    results[harvest.TWO] = result(harvest.TWO, 105)
+    assert harvest.comparisons(results)[1:] == [
+        "our harvest of two sites: 1.05x the time of one site"
+    ]
 
 
 def test_eight_runs_of_a_peer_are_eight_times_the_one_measured() -> None:
