@@ -90,6 +90,7 @@ def test_saes_share_a_frontier_with_those_of_their_own_hook_point(root: Path) ->
     assert "blocks.3.hook_resid_post" in text(picked)
 
 
+@pytest.mark.slow
 def test_gamma_over_the_sweep_is_of_one_hook_point(root: Path) -> None:
     write_run(root, "both", run_config=two_places())
     at = opened(SHRINKAGE, gated="gated-0.2-l3", base="relu-0.2-l3")

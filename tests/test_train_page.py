@@ -35,6 +35,8 @@ def test_the_page_opens_ready_to_start_the_quick_set_up(root: Path) -> None:
     at = opened(TRAIN)
     assert at.code[0].value == "python -m gsae_core train --preset quick"
     assert not at.button(key="train.start").disabled
+    assert "hook points" not in said(at)  # nothing of several
+    assert "more_layers" not in at.query_params
     assert at.text_input(key="tokens").value == "1,048,576"
     assert "4.27 M parameters · 4 layers · d_model 256 · ships with the package" in said(at)
     assert "a rough estimate: no run was trained here yet" in said(at)
@@ -355,12 +357,7 @@ def test_further_layers_and_sites_are_read_in_the_same_pass(root: Path, started:
     assert again.multiselect(key="more_sites").value == ["mlp_out"]
 
 
-def test_one_hook_point_says_nothing_of_several(root: Path) -> None:
-    at = opened(TRAIN)
-    assert "hook points" not in said(at)
-    assert "more_layers" not in at.query_params
-
-
+@pytest.mark.slow
 def test_a_smaller_model_takes_further_layers_along(root: Path) -> None:
     at = opened(TRAIN, preset="gpt2-small", more_layers="9")
     at.selectbox(key="model").set_value("bundled").run()
