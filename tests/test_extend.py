@@ -13,12 +13,13 @@ from refusals import mistake, refusal
 from tiny_runs import finish, leave_at, outcome, tiny_config
 
 from gsae_core.cli.main import main
-from gsae_core.config import SAESpec, TrainRecipe
+from gsae_core.config import RunConfig, SAESpec, TrainRecipe
 from gsae_core.runs.run import Run, example_run
 from gsae_core.runs.work.extend import add_saes, lengthen
+from gsae_core.runs.work.finetune import create_finetuned, finetuned_config
 from gsae_core.runs.work.imports import import_saes
 from gsae_core.runs.work.setup import set_up
-from gsae_core.runs.work.train import load_state
+from gsae_core.runs.work.train import evaluate_run, load_state
 from gsae_core.training.dead_latents import is_resampling, joins_pool
 from gsae_core.training.end_to_end import rows_of
 from gsae_core.training.optimizer import lr_factor, sparsity_factor, threshold_lr
@@ -84,6 +85,7 @@ def test_an_added_sae_has_the_bits_it_has_from_the_start(one: Run, both: Run) ->
     assert not (one.folder / "extend").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_the_finished_one_stays_and_resume_goes_on(
     one: Run, both: Run
 ) -> None:
@@ -187,6 +189,7 @@ def test_without_more_text_it_reads_all_again_in_another_order(one: Run) -> None
     assert later._order(0).tolist() != setup.stream._order(0).tolist()
 
 
+@pytest.mark.slow
 def test_all_saes_learn_on_and_an_interruption_changes_no_bit(one: Run, tmp_path: Path) -> None:
     copy = Run.open(shutil.copytree(one.folder, tmp_path / "copy"))
     moments = load_state(one.folder / "resume")["trainer"]["saes"][0]["moments"]["W_dec"]["step"]
@@ -219,9 +222,34 @@ def test_added_to_an_extended_run_and_the_other_way_round_are_the_same(
     finish(longer_second := lengthen(added_first, 96))
     assert results(longer_first)["files"] == results(longer_second)["files"]
     assert results(longer_first)["evals"] == results(longer_second)["evals"]
+    for _ in evaluate_run(Run.open(one.folder)):
+        pass  # on the text as it was read last
+    assert Run.open(one.folder).evals() == longer_first.evals()
     finish(again := lengthen(Run.open(one.folder), 32))
     assert again.config.train.extended == (165, 256)
     assert again.status.step == 18
+
+
+@pytest.mark.slow
+def test_of_several_places_an_added_sae_shuffles_as_the_widest_does(
+    one: Run, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 40 numbers fit: 2 vectors of width 20 at a time, or 3 of width 12.
+    monkeypatch.setattr("gsae_core.lm.stream.MAX_CHUNK_BYTES", 4 * 40)
+    wide = ONE.model_copy(update={"name": "wide", "layer": 1, "site": "mlp_hidden"})
+    narrow = ONE.model_copy(update={"layer": 1, "site": "resid_pre"})
+    other = OTHER.model_copy(update={"layer": 1, "site": "resid_pre"})
+    finish(whole := new_run("whole", saes=(narrow, wide, other), **OPTIONS))
+    finish(parts := new_run("parts", saes=(narrow, wide), **OPTIONS))
+    finish(added := add_saes(parts, [other]))
+    assert results(added) == results(whole)
+    finish(made := create_finetuned(whole, one.folder / "new", finetuned_both(whole)))
+    assert [row["name"] for row in made.evals()] == ["wide", "gated-0.1"]
+
+
+def finetuned_both(run: Run) -> RunConfig:
+    names = ["wide", "gated-0.1"]
+    return finetuned_config(run, names, n_tokens=64, loss="kl", recipe={"batch_size": 32})
 
 
 # What cannot be extended

@@ -1,5 +1,6 @@
 """Fine-tuning: a new run goes on from the weights of another's SAEs, by either loss."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -96,6 +97,8 @@ def test_what_is_not_said_is_the_runs_and_lambda_is_whole_from_the_first_step(be
     assert (train.batch_size, train.lr, train.beta2) == (old.batch_size, old.lr, old.beta2)
     assert (train.n_tokens, train.sparsity_warmup_steps, train.lr_warmup_steps) == (999, 0, None)
     assert (train.revive_every, train.revive_window) == (10, 5)
+    # 13 steps, no revival after 0.7 x 13 = 9.1: what would come after 10 does not.
+    assert finetuned_config(begun, ["gated"], n_tokens=208).train.revive_every == 0
     changed = finetuned_config(
         begun, ["gated", "topk"], n_tokens=64, sparsity=[0.7, 3], recipe={"lr": 0.5}
     )
@@ -129,6 +132,7 @@ def test_end_to_end_the_predictions_drift_less(begun: Run, tmp_path: Path) -> No
     assert sum(logged[-10:]) < sum(logged[:10])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_end_to_end_and_interrupted_it_ends_with_the_same_bits(begun: Run, tmp_path: Path) -> None:
     config = finetuned_config(begun, ["gated"], n_tokens=192, loss="kl")
@@ -164,6 +168,7 @@ def imported(begun: Run, tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
+@pytest.mark.slow
 def test_saes_of_other_libraries_go_on(imported: Callable[..., Run], tmp_path: Path) -> None:
     run = imported("jumprelu", "topk")
     config = finetuned_config(
@@ -221,6 +226,17 @@ def test_a_topk_sae_whose_norms_decide_is_refused() -> None:
         "expected directions of norm one in 'a', got some from 0.5 to 2: a TopK SAE's latents "
         "compete by size, and others would win were norms folded into them"
     )
+
+
+def test_without_a_language_model_there_is_no_end_to_end_loss(begun: Run) -> None:
+    config = begun.config.model_copy(update={"activations": "vectors"})
+    run = dataclasses.replace(begun, config=config)
+    assert refusal(lambda: finetuned_config(run, ["gated"], n_tokens=320, loss="kl")) == (
+        "expected loss mse and no other text for SAEs of run, which learnt vectors of a folder, "
+        "got loss kl: there is no language model"
+    )
+    with_text = {"n_tokens": 320, "data": {"source": "text.txt"}}
+    assert "got data: there" in refusal(lambda: finetuned_config(run, ["gated"], **with_text))
 
 
 # The command

@@ -41,7 +41,8 @@ class SequenceBatch:
     """Takes reconstructions of `x`, row by row."""
 
 
-Batch = Rows | SequenceBatch
+# Those of several places in one step may differ in width.
+Batch = Float[Tensor, "batch _"] | SequenceBatch
 
 
 def rows_of(batch: Batch) -> Rows:

@@ -67,6 +67,11 @@ def finetuned_config(
             setting is wrong.
     """
     old, specs = run.config, _chosen(run, names)
+    if old.activations is not None and (loss == "kl" or data):
+        raise InputError(
+            f"expected loss mse and no other text for SAEs of {run.id}, which learnt vectors of a "
+            f"folder, got {'loss kl' if loss == 'kl' else 'data'}: there is no language model"
+        )
     if len(sparsity) not in (0, 1, len(specs)):
         raise InputError(
             f"expected one sparsity, or one for each of {len(specs)} SAEs, got {len(sparsity)}"
@@ -82,6 +87,7 @@ def finetuned_config(
     kept = ("batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until", "screened")
     steps = {"sparsity_warmup_steps": 0, "revive_every": 0}
     changed = dict(recipe or {})
+    batch_size = changed.get("batch_size", old.train.batch_size)
     # Thresholds that are good already need not go the length of the activations in a short run.
     rate = changed.get("lr", old.train.lr)
     if old.imported is None:
@@ -89,6 +95,8 @@ def finetuned_config(
             key: getattr(old.train.schedule, key) for key in ("revive_every", "revive_window")
         }
         rate = rate if "lr" in changed else threshold_lr(rate, old.train)
+        if steps["revive_every"] > old.train.revive_until * n_tokens / max(batch_size, 1):
+            steps["revive_every"] = 0  # too short for one
     changed.setdefault("threshold_lr", rate)
     train = old.train.model_dump(include=set(kept)) | steps | {"n_tokens": n_tokens}
     fields = dict(old) | {
