@@ -158,6 +158,15 @@ class DataConfig(Config):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the sequences kept for evaluation, cut before anything else."""
 
+    @field_validator("source")
+    @classmethod
+    def _source_can_be_written_down(cls, source: str) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in source):
+            raise ValueError(
+                "expected a name in UTF-8: rename it, or name the folder that it is in"
+            )
+        return source
+
     @property
     def named(self) -> str:
         """What the text is called beside numbers: its source, and its split if that is another."""

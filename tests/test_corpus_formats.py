@@ -19,7 +19,8 @@ import pytest
 from backports import zstd
 from corpora import BOS, EOS, WordTokenizer, counted, file, load, refusal, rows, token_rows, words
 
-from gsae_core.config import DataConfig, load_config
+from gsae_core.config import DataConfig, load_config, validated
+from gsae_core.errors import InputError
 from gsae_core.lm.corpus import Corpus
 from gsae_core.lm.packed import LONG_LINE, LONG_ROW, PART, parts_of, text_parts
 from gsae_core.lm.readers import open_source
@@ -196,10 +197,22 @@ def test_rows_with_other_columns_are_read_under_the_names_that_are_known_or_coun
     ]
     path = file(tmp_path / "a.jsonl", "\n".join(map(json.dumps, told)))
     assert documents(path) == ["w1", "w2", "[4]", "w5"]
-    assert f"{path}: left out 1 rows without a column 'tokens'" in caplog.text
+    assert f"{path}: left out 1 rows without anything in 'tokens'" in caplog.text
     caplog.clear()
     assert documents(path, text_column="text") == ["w1", "w5"]
-    assert f"{path}: left out 3 rows without a column 'text'" in caplog.text
+    assert f"{path}: left out 3 rows without anything in 'text'" in caplog.text
+
+
+def test_columns_of_identifiers_or_addresses_are_no_text(tmp_path: Path) -> None:
+    told = [
+        [{"source": "sharegpt", "conversations": SHARED}],
+        # Which of two is the text is not guessed, nor by what one row lacks.
+        [{"url": f"http://x/{i}", "body": words(0, 9) if i else None} for i in range(40)],
+    ]
+    path = tmp_path / "a.jsonl"
+    chats, addresses = (refusal(file(path, "\n".join(map(json.dumps, each)))) for each in told)
+    assert "got chats in column 'conversations'" in chats
+    assert "got rows such as {'body': None, 'url': 'http://x/0'}" in addresses
 
 
 def test_a_column_of_words_is_refused_with_the_columns_there_are(tmp_path: Path) -> None:
@@ -255,8 +268,12 @@ def test_files_whose_names_are_not_utf_8_are_read(tmp_path: Path) -> None:
     name = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
     file(folder / name, words(0, 12))
     assert seen(load(folder)) == list(range(12))
-    assert refusal(file(folder / name, "w1")).endswith(
-        "give more text, a smaller n_ctx or another held_out"
+    # A config, which is JSON, could not name the file itself.
+    with pytest.raises(InputError) as error:
+        validated(DataConfig, {"source": str(folder / name)})
+    assert str(error.value) == (
+        "source: expected a name in UTF-8: rename it, or name the folder that it is in, got "
+        f"{str(folder / name)!r}"
     )
 
 
@@ -629,7 +646,6 @@ def test_an_ordinary_text_is_tokenised_in_one_piece_as_ever(tmp_path: Path) -> N
 def test_a_file_that_may_not_be_read_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gsae_core.errors import InputError
     from gsae_core.lm.preview import preview
 
     path = file(tmp_path / "a.txt", "w1")

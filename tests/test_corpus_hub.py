@@ -165,3 +165,16 @@ def test_what_cannot_be_read_from_the_hub_is_one_sentence(
 ) -> None:
     hub.add("owner/name", files, kind="datasets")
     assert refusal("owner/name", **settings) == sentence
+
+
+def test_a_web_data_set_on_the_hub_gives_its_text(hub: Hub, tmp_path: Path) -> None:
+    from test_corpus_formats import tarred
+
+    texts = tarred(tmp_path / "a.tar", {"1.txt": words(0, 6), "2.txt": words(6, 12)})
+    hub.add("owner/texts", {"a.tar": texts.read_bytes()}, kind="datasets")
+    rows = {f"{i}.json": json.dumps({"text": words(6 * i, 6 * i + 6)}) for i in range(2)}
+    hub.add("owner/rows", {"b.tar": tarred(tmp_path / "b.tar", rows).read_bytes()}, kind="datasets")
+    for name in ("owner/texts", "owner/rows"):
+        corpus = load(name)
+        # 6 words, EOS, 6 words, EOS: four rows of three.
+        assert counted(corpus.held_out) + counted(corpus.train) == list(range(11))

@@ -117,18 +117,20 @@ def test_a_saved_data_set_is_read_whole_in_an_order_of_its_own(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("column", ["input_ids", "tokens"])  # SAELens', TransformerLens'
 def test_a_saved_data_set_is_read_alike_whatever_library_it_remembers(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, column: str
 ) -> None:
     import datasets
 
     ids = [[BOS, 3 * i, 3 * i + 1, 3 * i + 2] for i in range(8)]
-    saved = datasets.Dataset.from_dict({"input_ids": ids, "n": list(range(8))})
+    saved = datasets.Dataset.from_dict({column: ids, "n": list(range(8))})
     saved.save_to_disk(tmp_path / "plain")
-    saved.set_format(kind, columns=["input_ids"])
+    saved.set_format(kind, columns=[column])
     saved.save_to_disk(tmp_path / "kind")
     plain, read = load(tmp_path / "plain"), load(tmp_path / "kind")
     assert rows(read.train) == rows(plain.train)
+    assert rows(load(tmp_path / "kind", text_column=column).train) == rows(plain.train)
     assert sorted(rows(read.train) + rows(read.held_out)) == ids
 
 

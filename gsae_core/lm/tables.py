@@ -179,6 +179,10 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
         for row in rows:
             if kind == "csv":
                 _check_header(row, name)
+            if kind == "webdataset":  # beside a sample, where it stands; its JSON is a column
+                told = row.get("json")
+                row = {key: row[key] for key in row if not key.startswith("__")}
+                row |= told if isinstance(told, dict) else {}
             yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
     except InputError:
         raise
@@ -263,11 +267,11 @@ def table_parts(
             at = column
             if column not in row and text_column is None:
                 at = next((each for each in TOKEN_COLUMNS + TEXT_COLUMNS if each in row), column)
-            n_without += at not in row
+            n_without += row.get(at) is None
             for content in _documents(row, at, name, chats):
                 yield from parts_of(content) if isinstance(content, str) else [Part(content, True)]
         if n_without:
-            log.warning("%s: left out %d rows without a column %r", name, n_without, column)
+            log.warning("%s: left out %d rows without anything in %r", name, n_without, column)
 
 
 def _documents(
