@@ -98,7 +98,7 @@ FAMILIES = {
         *("attn.out_proj", "attn", "ffn.down_proj", "ffn.down_proj"),
     ),
 }
-FAST = ("opt", "mixtral", "olmo2", "granite", "falcon")
+FAST = ("opt", "olmo2")
 EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
