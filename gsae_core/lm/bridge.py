@@ -48,7 +48,7 @@ class _Writer(NamedTuple):
         if self.projection is None or (mine := self.out(self.projection)) not in seen:
             return None
         whole = out if out.module is not self.norm or self.module is None else self.out(self.module)
-        same = torch.equal(seen[mine], seen[whole])
+        same = whole in seen and torch.equal(seen[mine], seen[whole])
         return Tap(self.projection, "input", self.block) if same else None
 
     def skipped(self, out: Tap | None = None) -> tuple[nn.Module, ...]:
