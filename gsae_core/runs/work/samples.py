@@ -17,6 +17,7 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, token_texts
+from gsae_core.norms import longer
 from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
@@ -61,11 +62,13 @@ class Sampler:
         index = mask.flatten().nonzero().squeeze(1)
         found = setup.model.harvest_places(ids, run.config.places)
         self._ids, self._sampled = ids.cpu(), list[_Sampled]()
-        for x, scale in zip(found, setup.stream.scales, strict=True):
-            x = x.flatten(0, 1).index_select(0, index.to(x.device)).float() * scale
+        limits = zip(setup.stream.scales, setup.stream.limits, strict=True)
+        for x, (scale, limit) in zip(found, limits, strict=True):
+            x = x.flatten(0, 1).index_select(0, index.to(x.device)).float()
             # Samples are for looking at: a vector that is not finite is left out of them. Training
             # and evaluation refuse it where they read it.
-            finite = x.isfinite().all(dim=1)
+            finite = x.isfinite().all(dim=1) & ~longer(x, limit)
+            x = x * scale
             self._sampled.append(_Sampled(x[finite], scale, index[finite.cpu()].cpu()))
 
     def see(self, step: int) -> None:
