@@ -73,10 +73,8 @@ Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-OUTLIER_RATIO = 10.0
-"""Activations longer than so many medians are outliers: counted, and never what sets a scale."""
 
-NO_MODEL = "none"
+NO_MODEL = "no model"
 """Name of the language model of vectors from elsewhere, of which none is known."""
 
 ARCHITECTURES: tuple[Architecture, ...] = ("gated", "relu", "jumprelu", "topk")
@@ -84,15 +82,18 @@ SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "mlp_hidden", "mlp_out", "
 
 
 class Place(NamedTuple):
-    """A layer, from 0, and a site of it."""
+    """A layer, from 0, and a site of it; `NO_PLACE` of vectors from elsewhere."""
 
     layer: int
     site: Site
 
     @property
     def hook_name(self) -> str:
-        """Its TransformerLens name, e.g. `blocks.2.hook_resid_post`."""
-        return hook_name(self.layer, self.site)
+        """Its TransformerLens name, e.g. `blocks.2.hook_resid_post`; `vectors` where it is none."""
+        return "vectors" if self == NO_PLACE else hook_name(self.layer, self.site)
+
+
+NO_PLACE = Place(-1, "resid_post")
 
 
 class ModelConfig(Config):
@@ -119,7 +120,7 @@ class ModelConfig(Config):
 
         Of vectors from elsewhere, which have none, `vectors`.
         """
-        return "vectors" if self.name == NO_MODEL else hook_name(self.layer, self.site)
+        return NO_PLACE.hook_name if self.name == NO_MODEL else hook_name(self.layer, self.site)
 
 
 def hook_name(layer: int, site: Site) -> str:
@@ -462,12 +463,6 @@ class RunConfig(Config):
     activation_scale: Literal["unit", "none"] = "unit"
     """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split."""
 
-    max_norm_ratio: Annotated[
-        Annotated[float, Field(gt=1)] | None, Field(exclude_if=lambda ratio: ratio is None)
-    ] = None
-    """Leave out activations longer than this many times the median, such as those of attention
-    sinks, in training and in what is measured; None keeps all, and says what they hold."""
-
     seed: NonNegativeInt = 0
     """Seed of the data order."""
 
@@ -511,8 +506,15 @@ class RunConfig(Config):
 
     def place(self, spec: SAESpec) -> Place:
         """Return the layer and site whose activations one of the SAEs reads."""
+        if self.model.name == NO_MODEL:
+            return NO_PLACE
         layer = self.model.layer if spec.layer is None else spec.layer
         return Place(layer, spec.site or self.model.site)
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks of the language model run for its activations; 0 where they are kept."""
+        return 0 if self.activations else max(place.layer for place in self.places) + 1
 
     def place_of(self, name: str) -> Place:
         """Return the place of the SAE called `name`."""
@@ -537,6 +539,13 @@ class RunConfig(Config):
         return [places.index(self.place(spec)) for spec in self.saes]
 
     @model_validator(mode="after")
+    def _vectors_are_of_one_place_and_kept_already(self) -> "RunConfig":
+        if self.activations is not None and (len(self.places) > 1 or self.cache_activations):
+            wrong = "cache_activations" if self.cache_activations else "several places"
+            raise ValueError(f"expected activations alone, got {wrong} too")
+        return self
+
+    @model_validator(mode="after")
     def _saes_can_be_told_apart_and_trained(self) -> "RunConfig":
         names: set[str] = set()
         for spec in self.saes:
@@ -545,11 +554,6 @@ class RunConfig(Config):
             names.add(spec.name)
             if self.imported is None and math.isnan(spec.sparsity):
                 raise ValueError(f"expected a sparsity to train {spec.name!r} with, got none")
-        if self.loss == "kl" and self.max_norm_ratio is not None:
-            raise ValueError(
-                "expected no max_norm_ratio with loss kl, which reads whole sequences, got "
-                f"{self.max_norm_ratio:g}; leave one of them out"
-            )
         return self
 
     @field_validator("train")
@@ -559,11 +563,6 @@ class RunConfig(Config):
             raise ValueError(
                 f"expected n_tokens of at least one batch ({train.batch_size}), "
                 f"got {train.n_tokens}"
-            )
-        if any(recipe.n_steps < 1 for _, recipe in train.stages):
-            raise ValueError(
-                "expected n_tokens of at least one batch more than each length before "
-                f"{list(train.extended)}, got {train.n_tokens}"
             )
         return train
 

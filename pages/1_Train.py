@@ -43,6 +43,7 @@ from gsae_core.app.train_form import (
 from gsae_core.cli.arguments import Train, command_line, run_config
 from gsae_core.config import (
     ARCHITECTURES,
+    NO_MODEL,
     SITES,
     Architecture,
     DataConfig,
@@ -53,8 +54,16 @@ from gsae_core.config import (
 )
 from gsae_core.errors import InputError
 from gsae_core.files import readable
-from gsae_core.lm.catalog import ModelFacts, cached_models, choices, is_certain, model_facts
+from gsae_core.lm.catalog import (
+    ModelFacts,
+    ModelShape,
+    cached_models,
+    choices,
+    is_certain,
+    model_facts,
+)
 from gsae_core.lm.preview import Preview, preview_within
+from gsae_core.lm.stored import described, open_vectors
 from gsae_core.machine import machine
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.presets import presets
@@ -78,7 +87,19 @@ from gsae_core.text import count, duration, facts, macros
 PREVIEW_SECONDS = 20
 MOST_LAYERS = 128  # offered where the model's are not known
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
-DRAWN = ("model", "layer", "site", "data", "tokens", "batch_size", "lr", "dtype", "device", "seed")
+DRAWN = (
+    "activations",
+    "model",
+    "layer",
+    "site",
+    "data",
+    "tokens",
+    "batch_size",
+    "lr",
+    "dtype",
+    "device",
+    "seed",
+)
 BIND = "query-params"
 WIDTH = "Features per SAE. A ReLU baseline gets 1.5x as many, for equal training compute."
 KNOB_HELP = {
@@ -101,7 +122,7 @@ asked = {name: st.query_params.get_all(name) for name in st.query_params} if arr
 frame = shell.page(
     "Train",
     icon="🏋️",
-    purpose="Train a sweep of SAEs on the activations of a hook point, or of several.",
+    purpose="Train a sweep of SAEs on the activations of one hook point.",
 )
 
 
@@ -157,7 +178,11 @@ def field(flag: str, given: Values, **options: Any) -> None:
 
 
 def where(base: Base, given: Values) -> ModelFacts:
-    """Draw the model, and the place in it."""
+    """Draw the model, and the place in it; in their stead, a folder of vectors."""
+    hint = "optional: a folder of vectors, in place of a model"
+    field("activations", given, placeholder=hint)
+    if state["activations"]:
+        return vectors(state["activations"], given)
     cached = in_cache()
     names = list(dict.fromkeys([*choices(cached), given["model"], state["model"]]))
     st.selectbox(
@@ -184,6 +209,30 @@ def where(base: Base, given: Values) -> ModelFacts:
         if table.open:
             model_table(cached)
     place(base, given, about)
+    return about
+
+
+@st.cache_data(ttl=30, max_entries=8, show_spinner="Reading the folder")
+def stored(folder: str) -> tuple[int, ModelFacts, str]:
+    """Return how many vectors a folder has, their width as a model's, and what they are of."""
+    found, (of, _) = open_vectors(folder), described(folder)
+    shape = ModelShape(found.d_in, found.d_in, found.d_in, of.layer + 1)
+    whose = "of no known model" if of.name == NO_MODEL else f"of {of.name}, {of.hook_name}"
+    return len(found), ModelFacts(of.name, "folder", None, 0, shape), whose
+
+
+def vectors(folder: str, given: Values) -> ModelFacts:
+    """Say what is in a folder of vectors; no field of a model or of a text is drawn."""
+    for flag in ("model", "layer", "site", "more_layers", "more_sites", "data"):
+        state.setdefault(flag, given[flag])
+    try:
+        n, about, whose = stored(folder.strip())
+    except InputError as error:
+        notice(str(error), title="This folder cannot be read")
+        return ModelFacts(NO_MODEL, "folder")
+    width = 0 if about.shape is None else about.shape.d_model
+    plain(f"{n:,} vectors, {width:,} wide, {whose}", size=".875rem")
+    st.caption("No language model runs: FVU, γ and L0 are measured, loss recovered is not.")
     return about
 
 
@@ -350,8 +399,7 @@ def advanced(given: Values, asked: Container[str]) -> None:
         fields = [flag for flag in rest if flag not in switches]
         for start in range(0, len(fields), 3):
             row(fields[start : start + 3], given)
-        for start in range(0, len(switches), 2):  # their names are long
-            row(switches[start : start + 2], given, n_columns=2)
+        row(switches, given, n_columns=2)  # their names are long
 
 
 @st.cache_data(max_entries=32, show_spinner="Reading the first lines")
@@ -580,7 +628,8 @@ with left:
         what(given, about)
     with st.container(border=True):
         st.markdown("**3 · Data and budget**")
-        field("data", given, placeholder="stdlib, a path, or a data set on the Hub")
+        if not state["activations"]:
+            field("data", given, placeholder="stdlib, a path, or a data set on the Hub")
         row(("tokens", "batch_size", "lr"), given)
         lines = st.container()
     with st.container(border=True):
@@ -616,4 +665,5 @@ with right, st.container(border=True):
     copies(flags, config)
 # Last, because it may wait for the network; the rest of the page is there already.
 with lines:
-    preview(config)
+    if config.activations is None:
+        preview(config)

@@ -36,14 +36,15 @@ from gsae_core.app.pickers import choice, paper_site
 from gsae_core.plots.palette import AXES, LOOKS, knob
 from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.runs.evals import (
+    NO_LOSSES,
     averaged,
     measure_again,
     measured_earlier,
     measured_elsewhere,
     measured_on,
     positions,
+    without_model,
 )
-from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     WORSE,
@@ -100,6 +101,9 @@ def choose_axes() -> tuple[Measure, Measure, bool]:
     correct("xm", list(LABELS), what="measure", shown="L0")
     up, along, log = st.columns([6, 3, 2], vertical_alignment="bottom")
     fidelity = [label for label in LABELS if label != "L0"]
+    if run.config.activations is not None:  # there are no losses
+        fidelity.remove("FVU")
+        fidelity.insert(0, "FVU")
     with up:
         about = definition("loss_recovered")
         y = choice("Fidelity", fidelity, key="ym", what="measure", help=about)
@@ -346,19 +350,14 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     st.subheader("All SAEs", anchor=False)
     shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
     if len(groups) > len(shown_runs):
-        shown.insert(2, "hook point", hook_points(evals))
+        shown = shown.assign(**{"hook point": hook_points(evals)})
     shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
     shown = shown.assign(**shares)
     named = evals["name" if len(set(evals["run"])) == 1 else "id"]
     say_worse(dict(zip(named, evals["fvu"], strict=True)))
-    rows = evals.to_dict("records")
-    for name in dict.fromkeys(str(row["run"]) for row in rows):
-        of = f"{name}: " if len(set(evals["run"])) > 1 else ""
-        for sentence in outliers_measured([row for row in rows if row["run"] == name]):
-            notice(f"{of}{sentence}.", kind="warning")
     worse = [WORSE * is_worse_than_mean(float(fvu)) for fvu in evals["fvu"]]
     if any(worse):
-        shown.insert(list(shown).index("d_sae") + 1, "worse", worse)
+        shown.insert(5, "worse", worse)
     if base:
         shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
         shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
@@ -375,6 +374,10 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     )
     figure_tools(evals, name="evaluations")
     first = evals.iloc[0]
+    if without_model(first.to_dict()):
+        about = f"{measured_on(first.to_dict())}; {NO_LOSSES}"
+        st.caption(f"{escape_markdown(run.id)}: {escape_markdown(about)}.")
+        return
     st.caption(
         f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. Cross-"
         f"entropy of the language model: {fixed(first['ce_clean'], 4)} nats per token unchanged, "
@@ -424,7 +427,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
                 **learnt,
                 "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
                 "measured on": measured_on(row),
-                "losses with": positions(row),
+                "losses with": NO_LOSSES if without_model(row) else positions(row),
             }
             st.html(facts(provenance))
         with st.container(horizontal=True, gap="small"):

@@ -10,6 +10,7 @@ from gsae_core.app.pickers import (
     architecture,
     choice,
     correct_number,
+    need_model,
     need_saes,
     pick_pair,
     stacking,
@@ -40,6 +41,7 @@ frame = shell.page(
 def choose() -> tuple[Run, tuple[str, ...], str]:
     """Draw the pickers and the text; return the run, its SAEs and the text."""
     run, names = need_saes(frame, "the features of any text")
+    need_model(run)
     name, other = pick_pair(run, names, page="prompt")
 
     def changed() -> None:

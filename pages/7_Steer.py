@@ -11,6 +11,7 @@ from gsae_core.app.pickers import (
     architecture,
     choice,
     correct_number,
+    need_model,
     need_saes,
     pick_pair,
     stacking,
@@ -251,6 +252,7 @@ def draw(generation: Generation, bodies: dict[str, Any]) -> None:
 
 
 run, names = need_saes(frame, "steered continuations")
+need_model(run)
 name, other, text = choose_saes()
 pushes = choose_features(name, text)
 length, temperature, seed, keep = choose_sampling()

@@ -68,6 +68,7 @@ RUN = CONTRACTS / "run"
 COMMANDS = (
     "",
     "train",
+    "harvest",
     "resume",
     "finetune",
     "extend",

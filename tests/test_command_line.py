@@ -54,8 +54,6 @@ def test_every_setting_of_the_configs_has_a_flag() -> None:
     # Parts of a run, what only the ablation of a paragraph in the paper wants, what `import` alone
     # sets, and how a file of an earlier version is read.
     settings -= {"saes", "train", "evaluation", "detach_b_dec", "imported", "reading"}
-    # And what `finetune` and `extend` alone set.
-    settings -= {"start", "finetuned", "loss", "threshold_lr", "extended"}
     assert {called.get(name, name) for name in settings} <= flags
 
 

@@ -1,5 +1,6 @@
 """A look at a few latents: which ones, where they fire, in whose words."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers_of_each_kind import byte_level
 
 from gsae_core.errors import InputError
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.texts import token_texts
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import samples
 from gsae_core.runs.work.samples import TOKEN_LENGTH, activations, choose, firings, texts_in
@@ -68,14 +70,15 @@ def test_a_very_long_token_is_cut_short() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["x" * 10_000])
     ids = [len(tokenizer) - 1, *tokenizer.encode("the", add_special_tokens=False)]
-    assert texts_in(tokenizer, ids, 0, 2) == ["x" * TOKEN_LENGTH + "…", "the"]
+    texts_of = partial(token_texts, tokenizer)
+    assert texts_in(texts_of, ids, 0, 2) == ["x" * TOKEN_LENGTH + "…", "the"]
 
 
 def test_the_rest_of_a_character_at_the_edge_of_a_look_is_known_from_beyond_it() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode("the😀 the", add_special_tokens=False)
-    assert texts_in(tokenizer, ids, 0, 2) == ["the", "😀"]
-    assert texts_in(tokenizer, ids, 2, 6) == ["", "", "", " the"]
+    assert texts_in(partial(token_texts, tokenizer), ids, 0, 2) == ["the", "😀"]
+    assert texts_in(partial(token_texts, tokenizer), ids, 2, 6) == ["", "", "", " the"]
 
 
 @pytest.fixture

@@ -24,7 +24,15 @@ from gsae_core.app.train_form import (
 )
 from gsae_core.cli.arguments import Train, command_line, parse, run_config
 from gsae_core.cli.main import COMMANDS
-from gsae_core.config import DataConfig, ModelConfig, RunConfig, SAESpec, TrainRecipe, sweep
+from gsae_core.config import (
+    NO_MODEL,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SAESpec,
+    TrainRecipe,
+    sweep,
+)
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.presets import preset, presets
@@ -133,16 +141,31 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "screened": True,
         "cache_activations": True,
         "track": "trackio",
+        "activations": "",  # in whose place all of these are
     }
     assert changed.keys() == shown(base.config).keys()
     flags = to_flags(changed, base)
     unsaid = {f.name for f in dataclasses.fields(flags) if getattr(flags, f.name) == f.default}
-    assert unsaid == {"config", "out"}
+    assert unsaid == {"config", "out", "activations"}
     config = run_config(flags)
     widths = {spec.architecture: spec.d_sae for spec in config.saes}
     assert widths == {"gated": 768, "relu": 768, "jumprelu": 768, "topk": 768}
     assert from_terminal(flags) == config
     assert from_notebook(config) == config
+
+
+def test_a_folder_of_vectors_takes_the_place_of_model_and_text(tmp_path: Path) -> None:
+    base = started_from("quick")
+    values = shown(base.config) | {"activations": str(tmp_path), "model": "gpt2", "held_out": "0.1"}
+    flags = to_flags(values | {"data": "x.txt", "layer": 5}, base)
+    assert flags == Train(preset="quick", activations=str(tmp_path), held_out=0.1)
+    config = run_config(flags)
+    assert (config.model.name, config.data.source) == (NO_MODEL, str(tmp_path))
+    assert from_terminal(flags) == config
+    assert from_notebook(config) == config
+    # And of a run on such a folder.
+    again = Base(config, Train(config=Path("x")))
+    assert to_flags(shown(config), again) == again.flags
 
 
 def test_a_repeated_run_is_that_run(tmp_path: Path) -> None:

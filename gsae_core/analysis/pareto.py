@@ -101,6 +101,9 @@ def matched_l0_ratio(baseline: Sequence[Point], gated: Sequence[Point]) -> Match
 def matched_ratio(evals: Iterable[Mapping[str, Any]]) -> MatchedRatio:
     """Return `matched_l0_ratio` of the ReLU and Gated SAEs of evals.json that have both numbers."""
     points: dict[str, list[Point]] = {"relu": [], "gated": []}
+    evals = list(evals)
+    if evals and all(row.get("n_predictions") == 0 for row in evals):
+        return MatchedRatio(math.nan, (), "No ratio at equal loss recovered: no language model")
     for row in evals:
         l0, recovered = row["l0"], row["loss_recovered"]
         if row["architecture"] in points and l0 is not None and recovered is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gsae_core.config import Architecture, RunConfig, SAESpec, Site, hook_name
+from gsae_core.config import NO_MODEL, Architecture, RunConfig, SAESpec, Site, hook_name
 from gsae_core.paper import PaperRun, paper_runs
 
 NUMBERS = (
@@ -99,14 +99,12 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     address too; and `group`, the SAEs that share a frontier: the run, of several places with the
     hook point.
     """
-    some = {run: frame for run, frame in evals.items() if len(frame)}
     frames = [
         frame.assign(
-            run=run,
-            id=[f"{run}/{name}" for name in frame["name"]],
-            group=_groups(frame, run, alone=len(some) == 1),
+            run=run, id=[f"{run}/{name}" for name in frame["name"]], group=_groups(frame, run)
         )
-        for run, frame in some.items()
+        for run, frame in evals.items()
+        if len(frame)
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -119,11 +117,11 @@ def hook_points(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def _groups(frame: pd.DataFrame, run: str, *, alone: bool) -> list[str]:
-    hooks = hook_points(frame) if "layer" in frame else []
-    if len(set(hooks)) < 2:
+def _groups(frame: pd.DataFrame, run: str) -> list[str]:
+    if "layer" not in frame:
         return [run] * len(frame)
-    return hooks if alone else [f"{run} · {hook}" for hook in hooks]
+    hooks = hook_points(frame)
+    return [f"{run} · {hook}" for hook in hooks] if len(set(hooks)) > 1 else [run] * len(frame)
 
 
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
@@ -183,6 +181,9 @@ def settings(config: RunConfig, spec: SAESpec) -> dict[str, str]:
     what depends on its length in steps, then the SAE's own but for its name, under `sae.`."""
     fields = config.model_dump(mode="json", exclude={"saes"})
     fields["model"] |= config.place(spec)._asdict()
+    if config.model.name == NO_MODEL:
+        fields = {key: value for key, value in fields.items() if key not in ("model", "data")}
+        fields["held_out"] = config.data.held_out
     if config.imported is None:
         fields["train"] |= config.train.schedule._asdict()
     return _flat(fields, "") | _flat(

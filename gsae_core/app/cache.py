@@ -113,6 +113,11 @@ _loading = threading.Lock()
 @st.cache_resource(max_entries=2, show_spinner=False, hash_funcs={Run: _model_key})
 def language_model(run: Run) -> Loaded:
     """Return the language model a run's SAEs are for, if memory has room; at most two are kept."""
+    if run.config.activations is not None:
+        raise InputError(
+            f"expected a run with a language model, got {run.id}, which was trained on vectors from"
+            " a folder; look at its features on the Features page"
+        )
     # Two threads that import packages with cycles, as torch and transformers are, may each find
     # the other's modules half made.
     with _loading:

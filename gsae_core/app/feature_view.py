@@ -38,13 +38,19 @@ from gsae_core.plots.palette import Theme
 from gsae_core.runs.run import Run
 from gsae_core.text import count, macros, percent, short
 
+CHIP = 60  # characters of a caption in the summary
+
 
 def summary(feature: Feature) -> None:
     """Say in two lines what a feature that fires is: how often, on what, to what end."""
     often = f"1 {_unit(feature)} in {count(feature.stats['n_tokens'] / feature.stats['fired'])}"
+    is_caption = _unit(feature) == "vector"
     tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
+    if is_caption:  # each of them a small share of many
+        tokens = [(token[:CHIP], "") for token, _ in feature.top_tokens]
     logits = feature.logits
-    st.html(macros(TEMPLATE).summary(often, tokens, logits.top[:4], logits.bottom[:2]))
+    effects = logits.top[:4], logits.bottom[:2]
+    st.html(macros(TEMPLATE).summary(often, tokens, *effects, is_caption))
 
 
 def numbers(feature: Feature) -> None:

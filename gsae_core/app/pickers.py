@@ -46,6 +46,16 @@ def need_saes(frame: Frame, what: str) -> tuple[Run, list[str]]:
     return st.stop()
 
 
+def need_model(run: Run) -> None:
+    """End the page of a run that has no language model."""
+    if run.config.activations is None:
+        return
+    text = "It was trained on vectors from a folder: no text can be read or written with it. "
+    text += "Its features are on the Features page."
+    notice(text, kind="info", title="This run has no language model")
+    st.stop()
+
+
 def beside(run: Run, name: str, names: Sequence[str]) -> str | None:
     """Return what to compare an SAE with: a Gated one with a baseline, nearest in L0.
 

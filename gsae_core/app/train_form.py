@@ -13,7 +13,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from gsae_core.cli.arguments import SETS, Train
-from gsae_core.config import ARCHITECTURES, Architecture, RunConfig, Site
+from gsae_core.config import (
+    ARCHITECTURES,
+    Architecture,
+    DataConfig,
+    ModelConfig,
+    Place,
+    RunConfig,
+    Site,
+)
 from gsae_core.errors import InputError
 from gsae_core.presets import preset
 from gsae_core.runs.plan.cost import gated_width
@@ -39,6 +47,7 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "dtype": "Precision",
     "revision": "Model revision",
     "chat": "Chats by the chat template",
+    "separator": "Line between documents",
     "n_ctx": "Context length",
     "bos": "BOS",
     "held_out": "Held-out share",
@@ -60,6 +69,7 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "k_aux": "Auxiliary k",
     "screened": "Screened encoder",
     "track": "Tracker",
+    "activations": "Activations from a folder",
 }
 """What the form calls each flag."""
 _READ_BY: dict[str, Architecture] = {
@@ -123,7 +133,10 @@ def shown(config: RunConfig) -> Values:
     baselines = {spec.d_sae for spec in config.saes if spec.architecture == "relu"}
     others = {spec.d_sae for spec in config.saes if spec.architecture != "relu"}
     values: Values = {flag: _shown(flag, config) for flag in FIELDS}
-    layers, sites = (list(dict.fromkeys(each)) for each in zip(*config.places, strict=True))
+    # Of a folder of vectors no place is shown.
+    own = (Place(config.model.layer, config.model.site),)
+    places = config.places if config.activations is None else own
+    layers, sites = (list(dict.fromkeys(each)) for each in zip(*places, strict=True))
     values |= {
         "layer": layers[0],
         "site": sites[0],
@@ -175,6 +188,9 @@ def to_flags(values: Values, base: Base) -> Train:
         given |= {name: (given[name],) for name in ("layer", "site")}
         start, given["equal_width"] = Train(), False
     changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
+    if wanted["activations"]:  # the folder says what its vectors are of
+        of_text = {flag for flag, (of, _) in SETS.items() if of in (ModelConfig, DataConfig)}
+        changed = {name: changed[name] for name in changed if name not in of_text - {"held_out"}}
     if {"width", "equal_width"} & set(changed):
         changed |= {"width": wanted["width"], "equal_width": wanted["equal_width"]}
     return replace(start, **changed)

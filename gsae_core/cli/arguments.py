@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from gsae_core.config import (
     validated,
 )
 from gsae_core.errors import InputError
+from gsae_core.lm.stored import described
 from gsae_core.presets import preset, presets
 
 PROGRAM = "python -m gsae_core"
@@ -47,8 +49,8 @@ SETS: dict[str, tuple[type[Config], str]] = {
         TrainRecipe: "tokens=n_tokens batch_size lr beta1 beta2 lr_warmup_steps lr_decay_fraction "
         "sparsity_warmup_steps revive_every revive_window revive_until screened",
         EvalConfig: "eval_tokens=n_tokens eval_replace=replace",
-        RunConfig: "activation_scale max_norm_ratio seed device checkpoint_minutes "
-        "cache_activations track",
+        RunConfig: "activations activation_scale seed device checkpoint_minutes cache_activations "
+        "track",
     }.items()
     for word in words.split()
 }
@@ -81,7 +83,8 @@ def _settings(config: type[Config]) -> dict[str, Any]:
             continue
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
-        metavars = {int: "INT", float: "FLOAT", str: "REV" if flag == "revision" else "NAME"}
+        kinds_of_str = {"revision": "REV", "activations": "FOLDER"}
+        metavars = {int: "INT", float: "FLOAT", str: kinds_of_str.get(flag, "NAME")}
         metavar = metavars.get(kind) or choices(kind)
         shown = not info.is_required() and info.default is not None
         default = f"(default: {info.default})" if shown else ""
@@ -144,6 +147,18 @@ def _train_flags() -> dict[str, Any]:
     }
 
 
+def _harvest_flags() -> dict[str, Any]:
+    """Return the `_flag` of each flag of `harvest`, in the order of its help."""
+    taken = (*_flags_of(ModelConfig), *_flags_of(DataConfig), "tokens", "eval_tokens", "device")
+    own = _train_flags()
+    own["layer"] = _flag(tuple[int, ...], _help_of(ModelConfig, "layer"), "INT", "(default: 2)")
+    own["site"] = _flag(
+        tuple[Site, ...], _help_of(ModelConfig, "site"), choices(Site), "(default: resid_post)"
+    )
+    to = _flag(Path | None, "New folder for the activations.", "FOLDER")
+    return {"to": to} | {flag: own[flag] for flag in taken}
+
+
 if TYPE_CHECKING:
 
     class _Flags:
@@ -154,9 +169,13 @@ if TYPE_CHECKING:
         def __init__(self, **flags: Any) -> None: ...
         def __getattr__(self, flag: str) -> Any: ...
 
+    _HarvestFlags = _Flags
+
 else:
     _FLAGS = [(flag, *hint) for flag, hint in _train_flags().items()]
     _Flags = dataclasses.make_dataclass("_Flags", _FLAGS, frozen=True)
+    _HARVEST = [(flag, *hint) for flag, hint in _harvest_flags().items()]
+    _HarvestFlags = dataclasses.make_dataclass("_HarvestFlags", _HARVEST, frozen=True)
 
 
 class Train(_Flags):
@@ -167,6 +186,35 @@ class Train(_Flags):
     """
 
     # One that is not given is None, () or False.
+
+
+class Harvest(_HarvestFlags):
+    """Write the activations that a run trains and is evaluated on to a folder, for --activations.
+
+    `train --activations FOLDER` with the same --tokens and --eval-tokens, here or on a machine
+    without the model and the text, then trains the same SAEs to the same bits. Interrupted, the
+    same command goes on from the last whole shard.
+    """
+
+
+def harvest_settings(flags: Harvest) -> tuple[ModelConfig, DataConfig, int, int]:
+    """Return model, text, training tokens and held-out tokens of a harvest."""
+    for flag in ("to", "tokens"):
+        if getattr(flags, flag) is None:
+            raise InputError(f"expected {_said(flag)}, got none; see {PROGRAM} harvest --help")
+    if len(_places(flags, None)) > 1:
+        raise InputError(
+            "expected one layer and one site, got several; harvest each to a folder of its own"
+        )
+    amounts = {"n_tokens": flags.tokens, "batch_size": 1}
+    recipe = validated(TrainRecipe, amounts, _called(TrainRecipe))
+    held_out = _over(EvalConfig, None, flags).n_tokens
+    return (
+        _over(ModelConfig, None, flags),
+        _over(DataConfig, None, flags),
+        recipe.n_tokens,
+        held_out,
+    )
 
 
 def run_config(flags: Train) -> RunConfig:
@@ -186,12 +234,40 @@ def run_config(flags: Train) -> RunConfig:
         "model": model.model_copy(update=places[0]._asdict()),
         "data": _over(DataConfig, base and base.data, flags),
         "evaluation": _over(EvalConfig, base and base.evaluation, flags),
-        "train": _over(TrainRecipe, base and _in_one_go(base.train, flags), flags),
+        "train": _over(TrainRecipe, base and base.train, flags),
         "saes": _specs(flags, base, places),
     }
+    parts |= _of_vectors(flags, base)
     kept = dict(base) if base else {}
     called = _called(RunConfig) | {"train": "--tokens"}
-    return validated(RunConfig, kept | parts | _fields(flags, RunConfig), called)
+    return validated(RunConfig, kept | _fields(flags, RunConfig) | parts, called)
+
+
+def _of_vectors(flags: Train, base: RunConfig | None) -> dict[str, Any]:
+    """Return what a run on a folder of vectors takes from the folder; nothing of other runs.
+
+    Of a folder that `harvest` wrote, that is the model and the text; of any other, that there is
+    neither. Flags that say something else are refused.
+    """
+    if flags.activations is not None:
+        folder = str(Path(os.path.expanduser(flags.activations)).absolute())
+        model, data = described(folder)
+    elif base is not None and base.activations is not None:
+        folder, model, data = base.activations, base.model, base.data
+    else:
+        return {}
+    if data is None or data.source == folder:
+        share = {} if flags.held_out is None else {"held_out": flags.held_out}
+        fields = {**(data.model_dump() if data else {}), "source": folder, **share}
+        data = validated(DataConfig, fields, _called(DataConfig))
+    for own in (model, data):
+        for field, value in _fields(flags, type(own)).items():
+            if value != getattr(own, field):
+                raise InputError(
+                    f"{_called(type(own))[field]}: expected none with --activations, got {value!r};"
+                    f" only the folder itself can say what its vectors are of: {folder}"
+                )
+    return {"activations": folder, "model": model, "data": data, "preset": None}
 
 
 def _base(flags: Train) -> RunConfig | None:
@@ -213,35 +289,29 @@ def _base(flags: Train) -> RunConfig | None:
     return preset(flags.preset).config(**first)
 
 
-def _in_one_go(train: TrainRecipe, flags: Train) -> TrainRecipe:
-    """Return a base's recipe; of other lengths than it was extended by, without them."""
-    kept = flags.tokens is None and flags.batch_size is None
-    return train if kept else train.model_copy(update={"extended": ()})
-
-
 def _said(flag: str) -> str:
     return "--" + flag.replace("_", "-")
 
 
-def _given(flags: Train) -> dict[str, Any]:
+def _given(flags: Train | Harvest) -> dict[str, Any]:
     """Return the flags that were given, by name."""
     values = {field: getattr(flags, field.name) for field in dataclasses.fields(flags)}
     return {field.name: value for field, value in values.items() if value != field.default}
 
 
-def _fields(flags: Train, config: type[Config]) -> dict[str, Any]:
+def _fields(flags: Train | Harvest, config: type[Config]) -> dict[str, Any]:
     """Return the fields of a config that flags set."""
     # Of several layers or sites a config has the first; the others are its SAEs'.
     given = _given(flags) | {name: values[0] for name, values in _given_places(flags).items()}
     return {field: given[flag] for flag, field in _flags_of(config).items() if flag in given}
 
 
-def _given_places(flags: Train) -> dict[str, tuple[Any, ...]]:
+def _given_places(flags: Train | Harvest) -> dict[str, tuple[Any, ...]]:
     """Return the layers and the sites that were given."""
     return {name: getattr(flags, name) for name in ("layer", "site") if getattr(flags, name)}
 
 
-def _places(flags: Train, base: RunConfig | None) -> list[Place]:
+def _places(flags: Train | Harvest, base: RunConfig | None) -> list[Place]:
     """Return where SAEs read: each of the sites of each layer, else where the base's do."""
     there = base.places if base else (Place(ModelConfig().layer, ModelConfig().site),)
     given = _given_places(flags)
@@ -262,7 +332,7 @@ def _called(config: type[Config]) -> dict[str, str]:
     return {field: _said(flag) for flag, field in _flags_of(config).items()}
 
 
-def _over(kind: type[ConfigKind], base: Config | None, flags: Train) -> ConfigKind:
+def _over(kind: type[ConfigKind], base: Config | None, flags: Train | Harvest) -> ConfigKind:
     fields = base.model_dump() if base else {}
     return validated(kind, fields | _fields(flags, kind), _called(kind))
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,7 +24,16 @@ from gsae_core.analysis.features.files import read_manifest
 from gsae_core.analysis.labels import Annotation, Labels
 from gsae_core.checkpoints.hub import look, one_sae, parse_address
 from gsae_core.cli import report
-from gsae_core.cli.arguments import PROGRAM, Train, added_specs, choices, parse, run_config
+from gsae_core.cli.arguments import (
+    PROGRAM,
+    Harvest,
+    Train,
+    added_specs,
+    choices,
+    harvest_settings,
+    parse,
+    run_config,
+)
 from gsae_core.cli.doctor import examine
 from gsae_core.config import (
     Architecture,
@@ -58,7 +68,7 @@ MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 
-BARS = ("training", "evaluating", "indexing", "downloading", "labelling")
+BARS = ("harvesting", "training", "evaluating", "indexing", "downloading", "labelling")
 """Stages that are drawn as bars."""
 
 
@@ -86,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(f"gsae-core {version('gsae-core')}")
             return 0
         command = parse(words, COMMANDS)
-        return (train(command) if isinstance(command, Train) else command()) or 0
+        if isinstance(command, Train | Harvest):
+            command = partial(train if isinstance(command, Train) else harvest, command)
+        return command() or 0
     except InputError as error:
         say(" ".join(str(error).split()))
         return MISTAKE
@@ -164,6 +176,20 @@ def _begin(run: Run) -> None:
         if run.status.step == 0:
             shutil.rmtree(run.folder)
         raise
+
+
+def harvest(flags: Harvest) -> None:
+    """Write the activations that the flags describe to a folder."""
+    from gsae_core.runs.work.harvest import harvest_to
+
+    of, data, n_tokens, n_held_out = harvest_settings(flags)
+    amounts = {"n_tokens": n_tokens, "n_held_out": n_held_out}
+    try:
+        _follow(harvest_to(flags.to, of, data, **amounts, device=flags.device or "auto"))
+    except KeyboardInterrupt:
+        raise Ended(INTERRUPTED, "stopped; go on with the same command") from None
+    show(f"{of.name}, {of.hook_name}, in {flags.to.absolute()}")
+    show(f"train on it with: {PROGRAM} train --activations {flags.to} --tokens {n_tokens} ...")
 
 
 def resume(run: _Run, device: _Device = None) -> None:
@@ -886,6 +912,7 @@ def _announcement(
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
+    "harvest": Harvest,
     "resume": resume,
     "finetune": finetune,
     "extend": extend,

@@ -13,14 +13,12 @@ from gsae_core.checkpoints.hub import Repository
 from gsae_core.errors import InputError
 from gsae_core.files import readable
 from gsae_core.runs.evals import (
-    averaged,
+    losses,
     measure_again,
     measured_earlier,
     measured_elsewhere,
     measured_on,
-    positions,
 )
-from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run, runs_root, survey
 
 
@@ -86,17 +84,17 @@ def _measured(run: Run) -> list[dict[str, Any]]:
         return []
 
 
-def _warnings(evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what an FVU alone would hide: SAEs worse than predicting the mean, and outliers."""
+def _worse(evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the sentence about SAEs that are worse than predicting the mean, if there are any."""
     sentence = text.worse_than_mean({row["name"]: row["fvu"] for row in evals})
-    return [*([sentence] if sentence else []), *outliers_measured(evals)]
+    return [sentence] if sentence else []
 
 
 def _notes(run: Run) -> list[str]:
     """Return what is said below a table with a run's numbers, or without them."""
     evals = _measured(run)
     elsewhere = measured_elsewhere(evals, str(run.folder))
-    return [*_warnings(evals), *([elsewhere] if elsewhere else [])]
+    return [*_worse(evals), *([elsewhere] if elsewhere else [])]
 
 
 def _saes_of(run: Run) -> list[str]:
@@ -164,7 +162,7 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in evals
     ]
-    return [*text.aligned(rows), *_warnings(evals)]
+    return [*text.aligned(rows), *_worse(evals)]
 
 
 def time_spent(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -191,11 +189,11 @@ def run_report(run: Run) -> list[str]:
         if any(measured_earlier(row) for row in evals):
             lines.append(measure_again(str(run.folder)))
         else:
-            lines.append(f"losses: {averaged(evals[0])}; {positions(evals[0])}")
+            lines.append(losses(evals[0]))
     return [
         *lines,
         "",
-        *ratio_sentences(evals),
+        *([] if run.config.activations else ratio_sentences(evals)),
         *time_spent(run.recent_metrics()),
         *(f"{e['sae']} stopped: {e['why']}" for e in events if e["event"] == "sae stopped"),
         *(f"no longer tracked: {e['why']}" for e in tracking if e["event"] == "tracker stopped"),

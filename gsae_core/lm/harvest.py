@@ -6,8 +6,11 @@ number of cores changes no bit.
 
 On disk, vectors are harvested once and read by every later run of the same model, place and text:
 
-    activations/<model and place>/about.json            what they are, for those who tidy up
-                                  <tokens>.safetensors  a shard: x (n, d_in), SHA-256 of x
+    activations/<model and place>/about.json            what they are
+                                  <tokens>.safetensors  a shard: x (n, d_in), SHA-256 of x, and
+                                                        the ids of its tokens
+
+This is a folder as `lm.stored` reads them; one that `harvest` writes differs in the shards' names.
 
 A shard holds the counted vectors of consecutive sequences and is named by a hash of their tokens:
 runs with another seed, another length of the same text or another config find it. The vectors are
@@ -30,7 +33,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -229,8 +232,14 @@ def _open(
     folder = cache_folder("activations") / name
     cache = CachedActivations(model, sequences, folder, layer=place.layer, site=place.site)
     if not (folder / "about.json").exists():
-        write_json(folder / "about.json", {"model": model.name} | about)
+        write_json(folder / "about.json", described(model, place) | about)
     return cache
+
+
+def described(model: LanguageModel, place: Place) -> dict[str, Any]:
+    """Return what about.json says of the language model and the place in it."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": model.name, "dtype": dtype, "numerics": model.numerics} | place._asdict()
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -258,14 +267,22 @@ class CachedActivations(Harvest):
     """A harvest from shards in `folder`; missing or damaged ones are made first.
 
     They are kept in the model's precision where that loses nothing. `through` runs the model.
+    Shards are named by their tokens, or called `split` and numbered.
     """
 
     def __init__(
-        self, model: LanguageModel, sequences: SequenceSet, folder: Path, *, layer: int, site: Site
+        self,
+        model: LanguageModel,
+        sequences: SequenceSet,
+        folder: Path,
+        *,
+        layer: int,
+        site: Site,
+        split: str | None = None,
     ) -> None:
         super().__init__(model, sequences, layer=layer, site=site)
         self.folder: Path = folder
-        self._dtype = model.dtype
+        self._dtype, self._split = model.dtype, split
         per_row = sequences.n_ctx * self.d_in * self._dtype.itemsize
         # Whole passes, so that the passes of a shard do not depend on where the text ends.
         self._shard_rows = max(1, SHARD_BYTES // (per_row * self.rows)) * self.rows
@@ -279,9 +296,14 @@ class CachedActivations(Harvest):
 
         InputError if the disk lacks the room, or a vector is not finite: no such shard is written.
         """
+        for _ in self.filling():
+            pass
+
+    def filling(self) -> Iterator[int]:
+        """Do what `fill` does; yield, after each shard, how many vectors it has."""
         missing = self._missing()
         size = self.d_in * self._dtype.itemsize
-        need = size * sum(self._n_vectors(k) for k in missing)
+        need = size * self.n_missing
         log.info(
             f"activation cache: {readable(need)} still to be harvested of "
             f"{readable(size * self.sequences.n_tokens)} in {self.folder}"
@@ -290,6 +312,17 @@ class CachedActivations(Harvest):
         for done, k in enumerate(missing, 1):
             self._shard(k)
             log.info("activation cache: %d of %d missing shards", done, len(missing))
+            yield self._n_vectors(k)
+
+    @property
+    def n_shards(self) -> int:
+        """How many shards there are or will be."""
+        return len(self._edges) - 1
+
+    @property
+    def n_missing(self) -> int:
+        """How many vectors the missing shards have."""
+        return sum(map(self._n_vectors, self._missing()))
 
     def _missing(self) -> list[int]:
         return [k for k, path in enumerate(self._paths) if not path.exists()]
@@ -298,8 +331,13 @@ class CachedActivations(Harvest):
         if need > (free := free_bytes(self.folder)):
             raise InputError(
                 f"expected {readable(need)} free on the disk of {self.folder} for the activation "
-                f"cache, found {readable(free)}; make room, set XDG_CACHE_HOME to a folder on "
-                "another disk, or train without --cache-activations"
+                f"cache, found {readable(free)}; make room, "
+                + (
+                    "or write to another disk (--to)"
+                    if self._split
+                    else "set XDG_CACHE_HOME to a folder on another disk, or train without "
+                    "--cache-activations"
+                )
             )
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
@@ -315,6 +353,9 @@ class CachedActivations(Harvest):
     @cached_property
     def _paths(self) -> list[Path]:
         paths = []
+        if self._split:
+            names = (f"{self._split}-{k:05d}.safetensors" for k in range(self.n_shards))
+            return [self.folder / name for name in names]
         for start, stop in pairwise(self._edges):
             ids, mask = self.sequences[start:stop]
             digest = sha256(repr(tuple(ids.shape)).encode())
@@ -325,6 +366,10 @@ class CachedActivations(Harvest):
 
     def _n_vectors(self, k: int) -> int:
         return int(self.sequences.counts[slice(*self._edges[k : k + 2])].sum())
+
+    def _ids(self, k: int) -> Integer[Tensor, "rows n_ctx"]:
+        """Return the token ids of a shard, as it holds them."""
+        return self.sequences[slice(*self._edges[k : k + 2])].ids.int()
 
     def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
         """Return a shard, mapped into memory, checked or harvested first."""
@@ -352,10 +397,16 @@ class CachedActivations(Harvest):
         try:
             with safe_open(path, "pt") as file:
                 x, kept = file.get_tensor("x"), (file.metadata() or {}).get("sha256")
+                # Earlier versions wrote vectors alone.
+                ids = file.get_tensor("ids") if "ids" in file.keys() else self._ids(k)  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             reason = str(error)
         else:
-            if x.shape == (self._n_vectors(k), self.d_in) and kept == _sha256(x):
+            if (
+                x.shape == (self._n_vectors(k), self.d_in)
+                and kept == _sha256(x)
+                and ids.equal(self._ids(k))
+            ):
                 # An earlier version wrote them without a check.
                 check_finite(x, layer=self.layer, site=self.site, dtype=self._dtype)
                 return x
@@ -382,7 +433,8 @@ class CachedActivations(Harvest):
         x = narrow if torch.equal(narrow.float(), x) else x
         for left in self.folder.glob(f".{path.name}.*.tmp"):
             left.unlink()  # of a killed process
-        save = partial(save_file, {"x": x}, metadata={"sha256": _sha256(x)})
+        tensors = {"x": x, "ids": self._ids(self._paths.index(path))}
+        save = partial(save_file, tensors, metadata={"sha256": _sha256(x)})
         replace_durably(path, save, n_bytes=x.numel() * x.element_size())
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gsae_core.config import NO_MODEL, Site
+from gsae_core.config import NO_MODEL, Place, Site
 from gsae_core.errors import InputError
 from gsae_core.files import read_bytes
 from gsae_core.lm.corpus import Corpus, SequenceSet, _held_out
@@ -42,6 +42,11 @@ class StoredSequences(SequenceSet):
         super().__init__(rows, special, counts=counts)
         ends = np.cumsum(self.counts)
         self.first: Int64[np.ndarray, " n"] = ends - self.counts if first is None else first
+
+    def after(self, n: int) -> "StoredSequences":
+        """Return the sequences that follow the first `n`."""
+        rest = {"counts": self.counts[n:], "first": self.first[n:]}
+        return StoredSequences(self._rows[n:], self._special, **rest)
 
     def numbers(self, which: np.ndarray) -> Int64[np.ndarray, " vectors"]:
         """Return the numbers of the vectors of some sequences, in their order."""
@@ -163,12 +168,15 @@ class StoredHarvest(Harvest):
     """The vectors of a folder's sequences, float32, on the source's device."""
 
     def __init__(
-        self, source: VectorSource, sequences: StoredSequences, *, layer: int, site: Site
+        self, source: VectorSource, sequences: SequenceSet, *, layer: int, site: Site
     ) -> None:
+        assert isinstance(sequences, StoredSequences), "other sequences have no vectors"
         self._source, self._own = source, sequences
         self.sequences: SequenceSet = sequences
         self.layer: int = layer
         self.site: Site = site
+        self.places: tuple[Place, ...] = (Place(layer, site),)
+        self.widths: tuple[int, ...] = (source.d_in,)
         self.d_in: int = source.d_in
         self.device: torch.device = source.device
 

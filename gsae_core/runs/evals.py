@@ -44,7 +44,8 @@ class EvalRow(BaseModel, frozen=True):
     shortage: str | None = None
     """Why they are fewer than asked for, where they are."""
     n_predictions: int | None = None
-    """Predictions that losses and KL are averaged over: a sequence's last token has none."""
+    """Predictions that losses and KL are averaged over: a sequence's last token has none; 0 where
+    there is no language model."""
     zeroed: Positions = "counted"
     """Positions that zero ablation set to zero."""
     replaced: Positions = "counted"
@@ -55,14 +56,6 @@ class EvalRow(BaseModel, frozen=True):
     """Block that the SAE reads, from 0; None: the run's, of which there was but one."""
     site: Site | None = None
     """Place in that block, likewise."""
-    n_outliers: int | None = None
-    """Held-out tokens longer than `max_norm_ratio` medians of |x|, or than `OUTLIER_RATIO`."""
-    outlier_share: Number | None = None
-    """Their share of the sum of |x|^2."""
-    fvu_ordinary: Number | None = None
-    """FVU of all other tokens."""
-    max_norm_ratio: float | None = None
-    """Where there is one, outliers were left out of every number but losses and KL."""
 
 
 class _Evals(BaseModel):
@@ -107,7 +100,8 @@ def write_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 def measured_on(row: Mapping[str, Any]) -> str:
     """Return on how many tokens an SAE was measured, beside how many were asked for if fewer."""
-    found = f"{int(row['n_tokens']):,} held-out tokens"
+    unit = "vectors" if without_model(row) else "tokens"
+    found = f"{int(row['n_tokens']):,} held-out {unit}"
     if isinstance(row.get("text"), str):
         found = f"{int(row['n_tokens']):,} tokens of {row['text']}, not the run's own text,"
         found = found if isinstance(row["shortage"], str) else found.removesuffix(",")
@@ -126,6 +120,19 @@ def measured_elsewhere(evals: Sequence[Mapping[str, Any]], run: str) -> str | No
         f"measured on {texts[0]}, not on the run's own held-out text; measure that again: "
         f"python -m gsae_core evaluate {run}"
     )
+
+
+NO_LOSSES = "no language model: loss recovered is not measured"
+
+
+def without_model(row: Mapping[str, Any]) -> bool:
+    """Whether an SAE was measured on vectors of a folder alone: it has no losses and no KL."""
+    return row["n_predictions"] == 0
+
+
+def losses(row: Mapping[str, Any]) -> str:
+    """Return what an SAE's losses were averaged over and measured with, or that it has none."""
+    return NO_LOSSES if without_model(row) else f"losses: {averaged(row)}; {positions(row)}"
 
 
 def averaged(row: Mapping[str, Any]) -> str:

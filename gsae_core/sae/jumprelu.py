@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
-from gsae_core.norms import ordinary
 from gsae_core.sae.base import Inputs, Latents, PerLatent, SinglePathSAE
 from gsae_core.sae.metrics import sum_dtype
 
@@ -91,12 +90,11 @@ class JumpReluSAE(SinglePathSAE):
     def measure_unit_(self, x: Inputs) -> None:
         """Take sqrt(E|x|^2) for `threshold_unit`, unless it is known, 0 or not finite.
 
-        Outliers do not count (`norms.ordinary`). Thresholds follow if all are where they started.
+        Thresholds follow if all are where they started.
         """
         if self.threshold_unit is not None:
             return
-        power = x.to(sum_dtype(x.device)).square().sum(-1).flatten()
-        unit = math.sqrt(float(ordinary(power).mean()))
+        unit = math.sqrt(float(x.to(sum_dtype(x.device)).square().sum(-1).mean()))
         if not (math.isfinite(unit) and unit > 0):
             return
         untouched = torch.allclose(self.threshold, torch.full_like(self.threshold, self.start))

@@ -98,7 +98,9 @@ def listing(index: "FeatureIndex") -> "pd.DataFrame":
     `tokens` are those it fires on most; `no_output` is the share of tokens on which the gate is
     open and the feature silent.
     """
-    shown = [quoted(token) for token in index.vocabulary]
+    shown = index.vocabulary
+    if index.manifest.vectors is None:  # captions need no signs for their spaces
+        shown = [quoted(token) for token in shown]
     tops = index.table["top_tokens"].to_numpy()
     tokens = ["  ".join(shown[int(i)] for i in row[:N_TOKENS_SHOWN]) for row in tops]
     return _rows(tokens, {name: index.table[name].to_numpy() for name in (*COUNTED, *WEIGHTS)})

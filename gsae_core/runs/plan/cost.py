@@ -94,7 +94,7 @@ def operations(cfg: RunConfig, shape: ModelShape) -> float:
     """Return about how many floating-point operations training takes, evaluation left out."""
     products = sum(shape.width(cfg.place(spec).site) * spec.d_sae for spec in cfg.saes)
     saes = 2 * PRODUCTS_PER_STEP * products
-    blocks = (max(place.layer for place in cfg.places) + 1) * 2 * 12 * shape.d_model**2
+    blocks = cfg.n_blocks * 2 * 12 * shape.d_model**2
     return float(cfg.train.n_tokens * (saes + blocks))
 
 
@@ -209,7 +209,7 @@ def preflight(config: RunConfig, facts: ModelFacts, here: Machine, pace: Pace) -
     """Return what a run takes of this machine, and why it cannot start, if it cannot."""
     refusals = [*_wrong_choices(config, facts)]
     download = _model_download(facts)
-    if streamed(config.data.source):
+    if config.activations is None and streamed(config.data.source):
         download += TEXT_BYTES * config.train.n_tokens
     if facts.shape is None:
         return Preflight((), download, None, tuple(refusals))
@@ -347,7 +347,7 @@ def alike(config: RunConfig, other: RunConfig) -> bool:
 
     Of several places they need to share one.
     """
-    same = attrgetter("model.name", "activation_scale")
+    same = attrgetter("activations", "model.name", "activation_scale")
     shared = {*config.places} & {*other.places}
     # Other libraries average and scale in ways of their own.
     return other.imported is None and same(config) == same(other) and bool(shared)

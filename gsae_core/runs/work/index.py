@@ -111,23 +111,19 @@ def index_run(
 def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
-    from gsae_core.runs.work.setup import (
-        check_held_out,
-        load_lm,
-        load_text,
-        max_norm,
-        on_device,
-    )
+    from gsae_core.runs.work.setup import check_held_out, load_source, load_text, on_device
 
     yield Progress("loading", 0, 0)
     run = on_device(run, device)
     cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
     place = cfg.place_of(name)
     sae = load_sae(sae_folder)
-    model = load_lm(cfg)
+    model = load_source(cfg)
     corpus = load_text(cfg, model, n_tokens=asked.n_tokens, n_held_out=asked.n_held_out)
     check_held_out(run, corpus, part=True)
-    whose = "held-out text" if asked.split == "held_out" else "text"
+    whose = "text" if cfg.activations is None else "folder"
+    if asked.split == "held_out":
+        whose = f"held-out {whose}" if whose == "text" else "held-out share of the folder"
     yield from build_index(
         model,
         sae.to(model.device),
@@ -141,7 +137,6 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
         revision=cfg.model.revision,
         n_tokens_asked=asked.n_tokens,
         shortage=f"the {whose} has no more",
-        max_norm=max_norm(run, name),
     )
 
 

@@ -18,12 +18,18 @@ from pydantic import ConfigDict
 
 from gsae_core.analysis.pareto import ratio_sentences
 from gsae_core.checkpoints.hub import Address, is_repository, parse_address
-from gsae_core.config import SITES, Config, SAESpec, Site, hook_name, validated
+from gsae_core.config import NO_MODEL, SITES, Config, SAESpec, Site, hook_name, validated
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
 from gsae_core.files import public_name, read_sae_cfg, sha256
 from gsae_core.plots.palette import LOOKS, knob
-from gsae_core.runs.evals import measure_again, measured_earlier, measured_on, positions
-from gsae_core.runs.outliers import outliers_measured
+from gsae_core.runs.evals import (
+    NO_LOSSES,
+    measure_again,
+    measured_earlier,
+    measured_on,
+    positions,
+    without_model,
+)
 from gsae_core.runs.run import Run
 from gsae_core.text import count, fixed, marked_fvu, percent, worse_than_mean
 
@@ -284,7 +290,6 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     notes = []
     if worse := worse_than_mean({row["name"]: row["fvu"] for row in measured}):
         notes.append(_text(worse))
-    notes += map(_text, outliers_measured(measured))
     if any(measured_earlier(row) for row in evals):
         notes.append(measure_again("RUN"))
     ratio = "; ".join(ratio_sentences(beside))
@@ -295,12 +300,15 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
         config=config,
         figure=FIGURE if files else None,
         front_matter=_front_matter(has_gated, config.model.name),
-        hook=config.model_copy(update={"saes": tuple(saes)}).hook_names,
+        hook=None
+        if config.model.name == NO_MODEL
+        else config.model_copy(update={"saes": tuple(saes)}).hook_names,
         measured=measured,
-        model=public_name(config.model.name),
+        model=None if config.model.name == NO_MODEL else public_name(config.model.name),
         norm=None if norm == "none" else norm,
         notes=notes,
         positions=positions(evals[0]) if evals else None,
+        no_losses=NO_LOSSES if evals and without_model(evals[0]) else None,
         ratio=ratio[:1].upper() + ratio[1:],
         repo=repo,
         saes=saes,

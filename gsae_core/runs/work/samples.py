@@ -7,17 +7,19 @@ same ones from look to look while they live, and those that fire most.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
-from gsae_core.lm.texts import SPLIT, token_texts
-from gsae_core.norms import longer
+from gsae_core.lm.texts import SPLIT, in_sequence, token_texts
+from gsae_core.lm.vectors import StoredHarvest, VectorSource
 from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
@@ -32,6 +34,10 @@ N_RANDOM, N_DENSEST, N_EXAMPLES = 4, 2, 3
 BEFORE, AFTER = 8, 4  # tokens of context
 TOKEN_LENGTH = 64  # characters kept of a token: some vocabularies hold whole pages
 ENCODED_AT_ONCE = 2**22  # latents of tokens, some 100 MB where all of them fire
+
+
+Texts = Callable[[list[int]], list[str]]
+"""What gives the text of each token of a sequence."""
 
 
 class _Sampled(NamedTuple):
@@ -58,17 +64,28 @@ class Sampler:
         # Sequences spread evenly over the split.
         held_out = setup.corpus.held_out
         n = min(len(held_out), max(1, SAMPLE_TOKENS // held_out.n_ctx))
-        ids, mask = held_out[torch.linspace(0, len(held_out) - 1, n).long().numpy()]
+        which, model = torch.linspace(0, len(held_out) - 1, n).long().numpy(), setup.model
+        if isinstance(model, VectorSource):
+            (own,), said = model.readable([(held_out, which)])
+            ids, mask = own[:]
+            place = run.config.places[0]
+            harvest = StoredHarvest(model, own, layer=place.layer, site=place.site)
+            found = [torch.cat([*harvest.vectors(np.arange(len(own)))])]
+            self._texts: Texts = lambda ids: in_sequence([said[i] for i in ids])
+        else:
+            ids, mask = held_out[which]
+            found = [
+                x.flatten(0, 1)[mask.flatten().to(x.device)].float()
+                for x in model.harvest_places(ids, run.config.places)
+            ]
+            self._texts = partial(token_texts, model.tokenizer)
         index = mask.flatten().nonzero().squeeze(1)
-        found = setup.model.harvest_places(ids, run.config.places)
         self._ids, self._sampled = ids.cpu(), list[_Sampled]()
-        limits = zip(setup.stream.scales, setup.stream.limits, strict=True)
-        for x, (scale, limit) in zip(found, limits, strict=True):
-            x = x.flatten(0, 1).index_select(0, index.to(x.device)).float()
+        for x, scale in zip(found, setup.stream.scales, strict=True):
+            x = x * scale
             # Samples are for looking at: a vector that is not finite is left out of them. Training
             # and evaluation refuse it where they read it.
-            finite = x.isfinite().all(dim=1) & ~longer(x, limit)
-            x = x * scale
+            finite = x.isfinite().all(dim=1)
             self._sampled.append(_Sampled(x[finite], scale, index[finite.cpu()].cpu()))
 
     def see(self, step: int) -> None:
@@ -125,7 +142,7 @@ class Sampler:
             whole = self._ids[row].tolist()
             values = everywhere[row * n_ctx + first : row * n_ctx + last].tolist()
             example = {
-                "tokens": texts_in(self._setup.model.tokenizer, whole, first, last),
+                "tokens": texts_in(self._texts, whole, first, last),
                 "values": [round(value, 4) for value in values],
                 "at": column - first,
             }
@@ -168,8 +185,8 @@ def choose(fired: Int64[Tensor, " d_sae"], *, seed: int) -> list[tuple[int, str]
     return [(i, "random") for i in random] + list(chosen.items())
 
 
-def texts_in(tokenizer: Any, ids: list[int], first: int, last: int) -> list[str]:
+def texts_in(texts_of: Texts, ids: list[int], first: int, last: int) -> list[str]:
     """Return the texts of a sequence's tokens from `first` up to `last`, very long ones cut."""
     start = max(0, first - SPLIT)
-    texts = token_texts(tokenizer, ids[start : last + SPLIT])[first - start : last - start]
+    texts = texts_of(ids[start : last + SPLIT])[first - start : last - start]
     return [text if len(text) <= TOKEN_LENGTH else f"{text[:TOKEN_LENGTH]}…" for text in texts]

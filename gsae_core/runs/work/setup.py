@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.config import (
+    NO_MODEL,
+    NO_PLACE,
     OF_ANY_TEXT,
     DataConfig,
     Place,
@@ -21,12 +22,12 @@ from gsae_core.config import (
     validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.files import free_bytes, read_json, readable
+from gsae_core.files import free_bytes, readable
 from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache, open_caches
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
-from gsae_core.runs.outliers import outliers_met
+from gsae_core.lm.vectors import StoredHarvest, VectorSource
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.sequences import SequenceStream
@@ -45,7 +46,7 @@ log: logging.Logger = logging.getLogger(__name__)
 class RunSetup(NamedTuple):
     """Everything a run works with, made from its config."""
 
-    model: LanguageModel
+    model: LanguageModel | VectorSource
     corpus: Corpus
     stream: ActivationStream
     trainer: Trainer
@@ -89,7 +90,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
     `beside`: places of SAEs that do not learn now, but with which they share a run.
     """
     cfg, before = run.config, _last_set_up(run)
-    model = load_lm(cfg)
+    model = load_source(cfg)
     if before and before["device"].partition(":")[0] != model.device.type:
         log.warning(
             f"the run was set up on {before['device']} before and goes on on {model.device}: the "
@@ -111,7 +112,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         n = before["n_train_tokens"] if before else None
         began = [each for each in corpora if each.train.n_tokens == n]
         _check_text(run, (began or corpora)[-1], so="start a new run")
-    stream, *later = _streams(run, model, corpora, widest)
+    stream, *later = _streams(cfg, model, corpora, widest)
     sparsity = [
         sparsity_in_training_units(
             spec,
@@ -130,9 +131,6 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         beginning(run, spec, stream, i).to(model.device)
         for spec, i in zip(cfg.saes, cfg.reads, strict=True)
     ]
-    noted = _noted(cfg, stream)
-    for sentence in outliers_met(noted):
-        log.warning(sentence)
     run.add_event(
         "set up",
         device=str(model.device),
@@ -144,7 +142,10 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         text_starts=corpus.starts,
         n_held_out_tokens=corpus.held_out.n_tokens,
         chunk_vectors=stream.chunk_vectors,
-        **noted,
+        activation_scale=stream.scale,
+        mean_square_norm=stream.mean_square_norm,
+        # Those two are of the first place.
+        **({"places": _measured(cfg, stream)} if len(cfg.places) > 1 else {}),
         numerics=model.numerics,
     )
     trainer = Trainer(saes, train_cfg, reads=cfg.reads)
@@ -152,15 +153,16 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
 
 
 def _streams(
-    run: Run, model: LanguageModel, corpora: Sequence[Corpus], widest: int
+    cfg: RunConfig, model: LanguageModel | VectorSource, corpora: Sequence[Corpus], widest: int
 ) -> Iterator[ActivationStream]:
-    """Yield the stream of each stage of training; all scale and leave out as the first.
+    """Yield the stream of each stage of training; all scale as the first.
 
     A later one reads on where the one before stopped reading; of text that holds no more it reads
     all again, in another order.
     """
-    cfg, scale_of = run.config, _scale_of(run)
-    kind = partial(SequenceStream, model=model) if cfg.loss == "kl" else ActivationStream
+    kind = ActivationStream
+    if cfg.loss == "kl" and isinstance(model, LanguageModel):
+        kind = partial(SequenceStream, model=model)
     first, n_read = None, 0
     for k, ((_, stage), corpus) in enumerate(zip(cfg.train.stages, corpora, strict=True)):
         text, seed, n_vectors = corpus, cfg.seed, stage.n_steps * stage.batch_size
@@ -177,49 +179,18 @@ def _streams(
             n_batches=stage.n_steps,
             scale="none" if first else cfg.activation_scale,
             chunk_vectors=default_chunk_vectors(widest, n_vectors),
-            max_norm_ratio=None if first else cfg.max_norm_ratio,
-            scale_of=scale_of,
         )
         first = first or stream
-        stream.scale, stream.scales, stream.limits = first.scale, first.scales, first.limits
+        stream.scale, stream.scales = first.scale, first.scales
         n_read = len(corpus.train)
         yield stream
 
 
-def _noted(cfg: RunConfig, stream: ActivationStream) -> dict[str, Any]:
-    """Return what was measured of the activations; scale and E|x|^2 are of the first place."""
-    names = [place.hook_name for place in cfg.places]
+def _measured(cfg: RunConfig, stream: ActivationStream) -> dict[str, dict[str, float]]:
     pairs = zip(stream.scales, stream.mean_square_norms, strict=True)
-    scales = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
-    keys = ("n", "n_outliers", "outlier_share")
-    lengths = [
-        {"median_norm": _finite(each.median)} | {key: getattr(each, key) for key in keys}
-        for each in stream.lengths
-    ]
-    return {
-        **scales[0],
-        **({"places": dict(zip(names, scales, strict=True))} if len(names) > 1 else {}),
-        "max_norm_ratio": cfg.max_norm_ratio,
-        "lengths": dict(zip(names, lengths, strict=True)),
-    }
-
-
-def _finite(median: float) -> float | None:
-    return median if math.isfinite(median) else None
-
-
-def _scale_of(run: Run) -> Literal["ordinary", "all"]:
-    """Return whose E|x|^2 is 1 in a run: where an earlier version saved its state, of all."""
-    states = [run.folder / kept / "state.json" for kept in ("resume", "extend")]
-    saved = [read_json(path).get("scale_of") for path in states if path.exists()]
-    return "all" if saved and saved[0] != "ordinary" else "ordinary"
-
-
-def max_norm(run: Run, name: str) -> float:
-    """Return the length above which activations are left out for an SAE; infinite if none are."""
-    ratio, metadata = run.config.max_norm_ratio, run.sae_cfg(name).get("metadata") or {}
-    median = metadata.get("median_norm")
-    return math.inf if ratio is None or median is None else ratio * median
+    measured = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
+    names = [place.hook_name for place in cfg.places]
+    return dict(zip(names, measured, strict=True))
 
 
 def on_device(run: Run, asked: str | None = None) -> Run:
@@ -262,8 +233,20 @@ def beginning(run: Run, spec: SAESpec, stream: ActivationStream, read: int) -> S
     return sae
 
 
+def load_source(cfg: RunConfig) -> LanguageModel | VectorSource:
+    """Return what the run's activations are of: its language model, or a folder of vectors."""
+    if cfg.activations is None or cfg.loss == "kl":  # which needs a model
+        return load_lm(cfg)
+    return VectorSource(cfg.activations, device=resolve_device(cfg.device))
+
+
 def load_lm(cfg: RunConfig) -> LanguageModel:
-    """Return the run's language model; InputError if it lacks a layer or site of the run."""
+    """Return the run's language model; InputError if it has none, or it lacks a layer or site."""
+    if cfg.activations is not None:
+        raise InputError(
+            f"expected a run with a language model, got one of the vectors in {cfg.activations}, "
+            "which has none; train on the model itself for that"
+        )
     device = resolve_device(cfg.device)
     model = load_model(
         cfg.model.name, revision=cfg.model.revision, device=str(device), dtype=cfg.model.dtype
@@ -275,12 +258,17 @@ def load_lm(cfg: RunConfig) -> LanguageModel:
 
 def load_text(
     cfg: RunConfig,
-    model: LanguageModel,
+    model: LanguageModel | VectorSource,
     *,
     n_tokens: int | None = None,
     n_held_out: int | None = None,
 ) -> Corpus:
-    """Return a run's text, with so many tokens to train on and held out; None: as the run takes."""
+    """Return a run's text, with so many tokens to train on and held out; None: as the run takes.
+
+    Of a folder of vectors all are returned.
+    """
+    if isinstance(model, VectorSource):
+        return model.corpus(cfg.data.held_out)
     return load_corpus(
         cfg.data,
         model.tokenizer,
@@ -334,7 +322,7 @@ def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
     read as far as training read it; what both hold is compared.
     """
     # Files of the standard library are held out by name, whichever Python they are of.
-    if run.config.data.source != "stdlib":
+    if run.config.data.source != "stdlib" or run.config.activations is not None:
         so = "what is held out now may have been trained on; bring the text back or train a new run"
         _check_text(run, corpus, so=so, part=part)
 
@@ -349,9 +337,12 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
     pairs = zip(noted.get("text_starts", []), corpus.starts, strict=False)
     if not (same and all(one == other for one, other in pairs)):
         n_now = "" if part else f" ({corpus.train.n_tokens:,})"
+        what, name = "text", corpus.name
+        if run.config.activations is not None:
+            what, name = "vectors", run.config.activations
         raise InputError(
-            f"expected the text this run began with ({noted['n_train_tokens']:,} training tokens), "
-            f"got other text from {corpus.name}{n_now}: it has changed, or an earlier version read "
+            f"expected the {what} this run began with ({noted['n_train_tokens']:,} training tokens)"
+            f", got other {what} from {name}{n_now}: it has changed, or an earlier version read "
             f"it in another way; {so}"
         )
 
@@ -361,8 +352,10 @@ def _last_set_up(run: Run) -> dict[str, Any] | None:
     return next((event for event in run.events()[::-1] if event["event"] == "set up"), None)
 
 
-def _harvest(cfg: RunConfig, model: LanguageModel, corpus: Corpus) -> Harvest:
+def _harvest(cfg: RunConfig, model: LanguageModel | VectorSource, corpus: Corpus) -> Harvest:
     (layer, site), *beside = cfg.places
+    if isinstance(model, VectorSource):
+        return StoredHarvest(model, corpus.train, layer=layer, site=site)
     if not cfg.cache_activations:
         return Harvest(model, corpus.train, layer=layer, site=site, beside=beside)
     if beside:
@@ -377,17 +370,17 @@ def save_saes(run: Run, setup: RunSetup) -> None:
     """Write every SAE as it stands, its activation scale folded in."""
     cfg, trainer = run.config, setup.trainer
     scales = [setup.stream.scales[i] for i in cfg.reads]
-    medians = [setup.stream.lengths[i].median for i in cfg.reads]
-    each = zip(cfg.saes, trainer.saes, setup.sparsity, scales, medians, strict=True)
-    for spec, sae, sparsity, scale, median in each:
+    each = zip(cfg.saes, trainer.saes, setup.sparsity, scales, strict=True)
+    for spec, sae, sparsity, scale in each:
+        place = cfg.place(spec)
         folded = copy.deepcopy(sae).to("cpu")
         fold_scale_(folded, scale)
         metadata = {
             # SAELens reads these to load the same model and the same text.
-            "model_name": cfg.model.name,
+            "model_name": None if cfg.model.name == NO_MODEL else cfg.model.name,
             "model_class_name": "HookedTransformer",
             "model_from_pretrained_kwargs": {"center_writing_weights": False},
-            "hook_name": cfg.place(spec).hook_name,
+            "hook_name": None if place == NO_PLACE else place.hook_name,
             "hook_head_index": None,
             "dataset_path": cfg.data.source,
             "context_size": setup.corpus.n_ctx,
@@ -399,8 +392,6 @@ def save_saes(run: Run, setup: RunSetup) -> None:
             "model_revision": cfg.model.revision,
             "numerics": setup.model.numerics,
             "activation_scale": scale,
-            "median_norm": _finite(median),
-            "max_norm_ratio": cfg.max_norm_ratio,
             "sparsity": spec.sparsity,
             "loss_norm": spec.loss_norm,
             "sparsity_coeff": sparsity.coeff,

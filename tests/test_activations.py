@@ -1,0 +1,399 @@
+"""Runs on folders of vectors: harvested ones and those from elsewhere, to their numbers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from refusals import mistake, refusal
+from safetensors.numpy import load_file
+from tiny_runs import SMALL, finish, flat, leave_at, outcome
+
+from gsae_core.analysis.fidelity import evaluating_vectors
+from gsae_core.cli.main import main
+from gsae_core.config import NO_MODEL, NO_PLACE, RunConfig
+from gsae_core.lm.corpus import load_corpus
+from gsae_core.lm.harvest import Harvest, open_cache
+from gsae_core.lm.model import load_model
+from gsae_core.lm.stored import described
+from gsae_core.lm.vectors import BLOCK, StoredHarvest, StoredSequences, VectorSource
+from gsae_core.runs.run import Run
+from gsae_core.runs.work.setup import load_lm
+from gsae_core.runs.work.train import load_state
+from gsae_core.sae.architectures import ReluSAE
+
+CPU = torch.device("cpu")
+D_IN = 6
+
+
+def made_up(n: int, seed: int = 0) -> np.ndarray:
+    """Return vectors of a few directions each."""
+    rng = np.random.default_rng(seed)
+    return (rng.random((n, 10)) ** 8 @ rng.normal(size=(10, D_IN))).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of 800 vectors in two files, with captions."""
+    (made := tmp_path / "embeddings").mkdir()
+    x = made_up(800)
+    np.save(made / "part-1.npy", x[:300])
+    np.save(made / "part-2.npy", x[300:].astype(np.float16))
+    (made / "captions.txt").write_text("\n".join(f"picture {i % 200}" for i in range(800)))
+    return made
+
+
+@pytest.fixture
+def on_vectors(folder: Path, new_run: Callable[..., Run]) -> Callable[..., Run]:
+    """Makes tiny runs on that folder."""
+    given = new_run("as-given").config.model_dump(exclude={"model", "data"})
+
+    def make(name: str = "run", **fields: Any) -> Run:
+        config = RunConfig.model_validate({**given, "activations": str(folder), **fields})
+        return Run.create(folder.parent / name, config)
+
+    return make
+
+
+# Splits
+
+
+def numbers(sequences: Any) -> list[int]:
+    assert isinstance(sequences, StoredSequences)
+    return sequences.numbers(np.arange(len(sequences))).tolist()
+
+
+def test_every_twentieth_block_of_vectors_is_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", made_up(BLOCK * 41 + 5))
+    corpus = VectorSource(str(tmp_path), device=CPU).corpus(0.05)
+    # Blocks 0, 20 and 40 of 42, the last of which has five vectors.
+    held_out = [n for block in (0, 20, 40) for n in range(BLOCK * block, BLOCK * (block + 1))]
+    assert numbers(corpus.held_out) == held_out
+    assert numbers(corpus.train) == sorted({*range(BLOCK * 41 + 5)} - {*held_out})
+    assert corpus.train.n_tokens == BLOCK * 38 + 5
+
+
+def test_too_few_vectors_for_two_splits_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", made_up(BLOCK))
+    source = VectorSource(str(tmp_path), device=CPU)
+    assert refusal(lambda: source.corpus(0.05)) == (
+        f"expected more than {BLOCK} vectors in {tmp_path}, some to train on and some to hold out, "
+        f"got {BLOCK}: give more"
+    )
+
+
+def test_vectors_of_any_blocks_come_in_order(folder: Path) -> None:
+    source = VectorSource(str(folder), device=CPU)
+    corpus = source.corpus(0.05)
+    which = np.array([0, 17, 18, 46])
+    harvest = StoredHarvest(source, corpus.train, layer=0, site="resid_post")
+    wanted = made_up(800)
+    wanted[300:] = wanted[300:].astype(np.float16)
+    at = np.array(numbers(corpus.train)).reshape(-1, BLOCK)[which].reshape(-1)
+    assert torch.equal(torch.cat([*harvest.vectors(which)]), torch.from_numpy(wanted[at]))
+    found = torch.cat([*harvest.through(lambda x: 2 * x, which)])
+    assert torch.equal(found, torch.from_numpy(2 * wanted[at]))
+
+
+# A whole run
+
+
+def test_a_run_on_vectors_claims_no_model_and_measures_no_loss(
+    on_vectors: Callable[..., Run], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = on_vectors()
+    finish(run)
+    assert run.config.model.name == NO_MODEL
+    assert run.config.places == (NO_PLACE,)
+    assert run.config.data.source == str(folder)
+    for row in run.evals():
+        # Blocks 0, 20 and 40 of 50 are 48 vectors.
+        assert row["n_tokens"] == 3 * BLOCK
+        assert row["n_predictions"] == 0
+        assert [row[name] for name in ("loss_recovered", "ce_clean", "ce_sae", "kl")] == [None] * 4
+        assert 0 < row["fvu"] < 1.5
+        assert row["l0"] > 0
+    metadata = run.sae_cfg("gated")["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == (None, None)
+    assert len(run.norm_deciles("gated")) == 10
+    assert main(["list", str(run.folder)]) == 0
+    assert main(["evaluate", str(run.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "no language model: loss recovered is not measured" in said
+    assert "48 held-out vectors of 100 asked for" in said
+    assert "ratio" not in said
+    assert "nan" not in said
+    for path in [*run.folder.rglob("*.json"), run.folder / "events.jsonl"]:
+        assert "bundled" not in path.read_text()
+        assert "stdlib" not in path.read_text()
+
+
+def test_an_interrupted_run_on_vectors_resumes_to_the_same_bits(
+    on_vectors: Callable[..., Run],
+) -> None:
+    whole, broken = on_vectors("whole"), on_vectors("broken")
+    finish(whole)
+    leave_at(broken, 13)
+    assert broken.status.state == "cancelled"
+    finish(Run.open(broken.folder))
+    assert outcome(broken) == outcome(whole)
+
+
+def test_a_folder_that_has_changed_is_not_trained_on(
+    on_vectors: Callable[..., Run], folder: Path
+) -> None:
+    run = on_vectors()
+    leave_at(run, 3)
+    np.save(folder / "part-1.npy", made_up(300, seed=1))
+    told = refusal(lambda: finish(Run.open(run.folder)))
+    assert told.startswith(
+        "expected the vectors this run began with (752 training tokens), got other vectors from "
+        f"{folder} (752): it has changed"
+    )
+
+
+def test_what_needs_the_model_is_refused_in_a_sentence(on_vectors: Callable[..., Run]) -> None:
+    run = on_vectors()
+    assert refusal(lambda: load_lm(run.config)) == (
+        f"expected a run with a language model, got one of the vectors in "
+        f"{run.config.activations}, which has none; train on the model itself for that"
+    )
+
+
+def test_numbers_of_vectors_are_those_of_the_formulas(tmp_path: Path) -> None:
+    # Two axes; the SAE writes half of the first and all of the second.
+    x = np.tile(np.array([[2, 0], [0, 1], [-2, 0], [0, 3]], np.float32), (8, 1))
+    np.save(tmp_path / "a.npy", x)
+    source = VectorSource(str(tmp_path), device=CPU)
+    sae = ReluSAE(2, 2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_enc.copy_(torch.diag(torch.tensor([0.5, 1.0])))
+        sae.W_dec.copy_(torch.eye(2))
+    held_out = source.corpus(0.5).held_out  # one block of 16: four times the four vectors
+    steps = evaluating_vectors(
+        [sae], StoredHarvest(source, held_out, layer=-1, site="resid_post"), n_tokens=10
+    )
+    now = next(steps)
+    assert (now.done, now.total) == (10, 10)
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    (found,) = end.value.value
+    # f = (1, 0), (0, 1), (0, 0), (0, 3): three of four vectors have one latent.
+    assert found.metrics.l0 == 0.75
+    # Errors (1, 0), 0, (-2, 0), 0 are 5; about the mean (0, 1) there are 4 + 1 + 0 + 4 + 1 + 4.
+    assert found.metrics.fvu == pytest.approx(5 / 14, rel=1e-6)
+    # |x_hat|^2 = 1 + 1 + 0 + 9 = 11, x . x_hat = 2 + 1 + 0 + 9 = 12.
+    assert found.metrics.gamma == pytest.approx(11 / 12, rel=1e-6)
+    assert found.fidelity.n_tokens == 0
+    assert np.isnan(found.fidelity.loss_recovered)
+
+
+# Harvest on one machine, train on another
+
+
+@pytest.fixture
+def harvested(tiny_lm_folder: Path, small_text: Path, tmp_path: Path) -> Path:
+    """A folder with the activations of a `small` run."""
+    words = ["harvest", "--model", str(tiny_lm_folder), "--data", str(small_text)]
+    place = SMALL[: SMALL.index("--arch")]
+    amounts = ["--tokens", "320", "--eval-tokens", "64", "--device", "cpu"]
+    assert main([*words, *place, *amounts, "--to", str(tmp_path / "there")]) == 0
+    return tmp_path / "there"
+
+
+def without_seconds(run: Run) -> list[dict[str, Any]]:
+    rows = run.metrics()
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def sweep() -> list[str]:
+    return SMALL[SMALL.index("--arch") :]
+
+
+def test_a_run_from_a_harvested_folder_has_the_bits_of_one_run(
+    harvested: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "from-folder"
+    assert main(["train", "--activations", str(harvested), *sweep(), "--out", str(out)]) == 0
+    ours, theirs = Run.open(out), Run.open(trained)
+    for spec in theirs.config.saes:
+        one, other = (
+            load_file(r.sae_folder(spec.name) / "sae_weights.safetensors") for r in (ours, theirs)
+        )
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    states = [load_state(run.folder / "resume")["trainer"] for run in (ours, theirs)]
+    for state in states:
+        del state["seconds"]
+    assert flat(states[0]) == flat(states[1])
+    assert without_seconds(ours) == without_seconds(theirs)
+    assert ours.config.model == theirs.config.model
+    assert ours.config.data == theirs.config.data
+    metadata = [run.sae_cfg("gated-0.4")["metadata"] for run in (ours, theirs)]
+    same = [(m["model_name"], m["hook_name"], m["context_size"]) for m in metadata]
+    assert same[0] == same[1]
+    # The same held-out vectors, in other sums.
+    for one, other in zip(ours.evals(), theirs.evals(), strict=True):
+        for name in ("l0", "fvu", "gamma", "cosine", "alive_fraction"):
+            assert one[name] == pytest.approx(other[name], rel=1e-9)
+        assert one["n_tokens"] == other["n_tokens"]
+        assert one["loss_recovered"] is None
+    tokens = [
+        load_file(run.folder / "evaluated_tokens.safetensors")["ids"] for run in (ours, theirs)
+    ]
+    assert np.array_equal(tokens[0], tokens[1])
+    assert ours.samples() == theirs.samples()
+
+
+def test_a_harvested_folder_says_what_it_is_of(harvested: Path, tiny_lm_folder: Path) -> None:
+    model, data = described(harvested)
+    assert (model.name, model.layer, model.site) == (str(tiny_lm_folder), 1, "mlp_hidden")
+    assert data is not None
+    about = json.loads((harvested / "about.json").read_text())
+    assert about["splits"]["train"]["n_tokens"] >= 320
+    assert about["special"] == [0]
+    source = VectorSource(str(harvested), device=CPU)
+    lm = load_model(str(tiny_lm_folder))
+    corpus = load_corpus(data, lm.tokenizer, n_tokens=320, model_n_ctx=lm.n_ctx, n_held_out=64)
+    for own, theirs in zip(
+        (source.corpus(0.5).train, source.corpus(0.5).held_out),
+        (corpus.train, corpus.held_out),
+        strict=True,
+    ):
+        assert torch.equal(own[:].ids, theirs[:].ids)
+        assert torch.equal(own[:].mask, theirs[:].mask)
+        which = np.arange(len(own))
+        read = StoredHarvest(source, own, layer=1, site="mlp_hidden").vectors(which)
+        wanted = Harvest(lm, theirs, layer=1, site="mlp_hidden").vectors(which)
+        assert torch.equal(torch.cat([*read]), torch.cat([*wanted]))
+
+
+def test_a_harvest_goes_on_and_refuses_another_in_its_folder(
+    harvested: Path, capsys: pytest.CaptureFixture[str], tiny_lm_folder: Path, small_text: Path
+) -> None:
+    (harvested / "train-00000.safetensors").unlink()
+    words = [
+        "train",
+        "--activations",
+        str(harvested),
+        *sweep(),
+        "--out",
+        str(harvested.parent / "run"),
+    ]
+    assert mistake(words, capsys).startswith(
+        f"expected 1 shards train-* in {harvested}, found 0: the harvest was interrupted"
+    )
+    again = [
+        "harvest",
+        "--model",
+        str(tiny_lm_folder),
+        "--data",
+        str(small_text),
+        "--device",
+        "cpu",
+    ]
+    again += ["--layer", "1", "--site", "mlp_hidden", "--tokens", "320", "--to", str(harvested)]
+    assert main([*again, "--eval-tokens", "64"]) == 0
+    assert (harvested / "train-00000.safetensors").is_file()
+    assert mistake([*again, "--eval-tokens", "99"], capsys).startswith(
+        "expected a new or empty folder, or one of the same harvest to go on with, got other files"
+    )
+
+
+def test_the_activation_cache_is_such_a_folder(
+    tiny_lm_folder: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lm = load_model(str(tiny_lm_folder))
+    data = RunConfig.model_validate(
+        {"saes": [{"name": "a", "architecture": "relu", "d_sae": 2, "sparsity": 1}]}
+        | {"train": {"n_tokens": 5000}, "data": {"source": str(small_text)}}
+    ).data
+    corpus = load_corpus(data, lm.tokenizer, n_tokens=300, model_n_ctx=lm.n_ctx)
+    cache = open_cache(lm, corpus.train, layer=1, site="mlp_out")
+    cache.fill()
+    model, text = described(cache.folder)
+    assert (model.name, model.hook_name, text) == (
+        str(tiny_lm_folder),
+        "blocks.1.hook_mlp_out",
+        None,
+    )
+    source = VectorSource(str(cache.folder), device=CPU)
+    assert not source.is_harvested
+    (vectors,) = source.vectors.rows(np.arange(len(source.vectors)))
+    which = np.arange(len(corpus.train))
+    assert np.array_equal(vectors, torch.cat([*cache.vectors(which)]).numpy())
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "gpt2"], "--model: expected none with --activations, got 'gpt2'; only"),
+        (["--layer", "3"], "--layer: expected none with --activations, got 3; only"),
+        (["--data", "stdlib"], "--data: expected none with --activations, got 'stdlib'; only"),
+        (["--cache-activations"], "expected activations alone, got cache_activations too"),
+        (["--tokens", "8"], "expected n_tokens of at least one batch (16), got 8"),
+        (["--batch-size", "1000", "--tokens", "1000"], "expected at least one batch of 1000"),
+    ],
+)
+def test_flags_that_say_something_else_are_refused(
+    folder: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(folder.parent / "run")]
+    told = mistake(["train", "--activations", str(folder), *sweep(), *out, *flags], capsys)
+    assert sentence in told
+    assert not (folder.parent / "run").exists()
+
+
+def test_flags_that_say_the_same_as_a_harvested_folder_are_taken(
+    harvested: Path, tiny_lm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gsae_core.cli.arguments import parse, run_config
+    from gsae_core.cli.main import COMMANDS
+
+    words = ["train", "--activations", str(harvested), *sweep(), "--layer", "1"]
+    config = run_config(parse([*words, "--model", str(tiny_lm_folder)], COMMANDS))
+    assert config.model.name == str(tiny_lm_folder)
+    assert "--site: expected none" in mistake([*words, "--site", "resid_pre"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--tokens", "10"], "expected --to, got none"),
+        (["--to", "x"], "expected --tokens, got none"),
+        (["--to", "x", "--tokens", "0"], "--tokens: expected a number greater than 0, got 0"),
+        (["--to", "x", "--tokens", "9", "--layer", "0", "1"], "expected one layer and one site"),
+    ],
+)
+def test_a_harvest_needs_a_folder_an_amount_and_one_place(
+    flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in mistake(["harvest", *flags], capsys)
+
+
+def test_a_run_from_a_run_on_vectors_keeps_its_folder(
+    on_vectors: Callable[..., Run], folder: Path
+) -> None:
+    from gsae_core.cli.arguments import parse, run_config
+    from gsae_core.cli.main import COMMANDS
+
+    run = on_vectors()
+    words = ["train", "--config", str(run.folder / "config.json"), "--held-out", "0.2"]
+    config = run_config(parse(words, COMMANDS))
+    assert config.activations == str(folder)
+    assert config.model.name == NO_MODEL
+    assert config.data.held_out == 0.2
+    assert config.data.source == str(folder)
+
+
+def test_old_configs_say_nothing_of_vectors(run: Run) -> None:
+    assert "activations" not in json.loads((run.folder / "config.json").read_text())
