@@ -22,6 +22,7 @@ def is_said(said: str, sentence: str) -> None:
     ("flags", "sentence"),
     [
         ("--layer 7", "expected a layer from 0 to 1, got 7…"),
+        ("--layer 0 7", "expected a layer from 0 to 1, got 7…"),
         (
             "--model {tmp}",
             "expected a Hugging Face model folder with a config.json, found none in '{tmp}'; give "

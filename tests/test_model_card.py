@@ -10,6 +10,7 @@ import torch
 import yaml
 from app_pages import edited, hostile_run
 from hub_server import TOKEN, Hub
+from synthetic import two_places, write_run
 
 from gsae_core.checkpoints.checkpoint import load_sae
 from gsae_core.cli import main
@@ -174,3 +175,17 @@ def place(mark: ElementTree.Element) -> tuple[float, float]:
 def test_there_is_no_figure_of_nothing_measured() -> None:
     rows = [row("a", 0.0, 0.5), row("b", 3.0, float("nan"))]
     assert pareto_svg(rows, chosen=[], title="run") is None
+
+
+def test_saes_of_several_hook_points_have_each_its_own(root: Path) -> None:
+    run = write_run(root, "both", run_config=two_places())
+    one = make_card(run, ["gated-0.1-l3", "relu-0.1-l3"], "ada/mine")
+    assert "on `blocks.3.hook_resid_post` of bundled" in one["README.md"]
+    # Of the four λ there, not of those at the other hook point too.
+    assert "1.9x as many features (6 matched points)" in one["README.md"].replace("\\", "")
+    assert len(one) == 2
+    card = make_card(run, ["gated-0.1-l1", "gated-0.1-l3"], "ada/mine")
+    assert list(card) == ["README.md"]  # no frontier in common
+    said = card["README.md"]
+    assert "on `blocks.1.hook_resid_post, blocks.3.hook_resid_post` of bundled" in said
+    assert re.search(r"- `gated-0.1-l3`: .*, on `blocks.3.hook_resid_post`\n", said)

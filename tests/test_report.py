@@ -1,8 +1,11 @@
 """The table and the headline that end a run."""
 
+from pathlib import Path
 from typing import Any
 
-from gsae_core.cli.report import evals_table
+from synthetic import two_places, write_run
+
+from gsae_core.cli.report import evals_table, list_lines, run_report
 from gsae_core.runs.evals import measure_again, measured_earlier, positions
 
 
@@ -50,3 +53,16 @@ def test_an_evaluation_says_where_zeros_and_reconstructions_were_read() -> None:
         "separators and padding in place when it zeroed the site; they do not compare with those "
         "of other runs. Measure again: python -m gsae_core evaluate runs/a"
     )
+
+
+def test_a_report_has_a_ratio_for_each_hook_point_and_a_list_the_hook_point(root: Path) -> None:
+    run = write_run(root, "both", run_config=two_places())
+    ratios = [line for line in run_report(run) if "At equal loss recovered" in line]
+    assert [line.partition(": ")[0] for line in ratios] == [
+        "blocks.1.hook_resid_post",
+        "blocks.3.hook_resid_post",
+    ]
+    head, titles, first, *_ = list_lines(run.folder)
+    assert head.endswith("bundled, blocks.1.hook_resid_post, blocks.3.hook_resid_post")
+    assert titles.split()[-1] == "site"
+    assert first.split()[-1] == "blocks.1.hook_resid_post"

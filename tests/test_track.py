@@ -143,6 +143,7 @@ def test_trackio_holds_the_numbers_of_the_files(
     config = tracked["whole/relu"].config
     assert (config["sae"]["sparsity"], config["train"]["lr"]) == (0.3, 0.01)
     assert config["_Group"] == "whole"
+    assert (config["model"]["layer"], config["model"]["site"]) == run.config.places[0]
     # Folders of this machine are named, not located.
     assert "/" not in config["model"]["name"] + config["data"]["source"]
 

@@ -176,6 +176,7 @@ def _about(run: "Run", sae: SAESpec) -> dict[str, Any]:
     # Of a folder of this machine its last part: a tracker may be another's.
     config["model"]["name"] = public_name(run.config.model.name)
     config["data"]["source"] = public_name(run.config.data.source)
+    config["model"] |= run.config.place(sae)._asdict()
     config |= {"run": run.id, "sae": sae.model_dump(mode="json")}
     return {"name": f"{run.id}/{sae.name}", "group": run.id, "config": config}
 
