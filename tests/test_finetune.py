@@ -280,6 +280,10 @@ def test_the_command_trains_evaluates_and_prints(
             "--tokens: expected n_tokens of at least one batch (16), got 3",
         ),
         (
+            "--sae gated --tokens 320 --chat",
+            "expected a tokenizer with a chat template for --chat, got one without",
+        ),
+        (
             "--sae gated --tokens 320 --loss kl --batch-size 8",
             "expected a batch of at least one sequence (16 tokens) for loss kl, got 8; "
             "raise the batch size",

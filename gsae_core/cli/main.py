@@ -239,6 +239,7 @@ def finetune(
     data: _Name = None,
     text_column: _Name = None,
     split: _Name = None,
+    chat: _Switch = False,
     lr: Annotated[float | None, _Plain, arg(metavar="FLOAT")] = None,
     batch_size: _Number = None,
     revive_every: _Number = None,
@@ -262,6 +263,7 @@ def finetune(
         data: Text: as for train.
         text_column: Column that holds it, where --data is a table.
         split: Split of a data set.
+        chat: Read chats by the tokenizer's chat template.
         lr: Peak learning rate.
         batch_size: Activations in a step; with --loss kl about as many, for sequences stay whole.
         revive_every: Steps between revivals of dead latents; 0 never revives, as is usual for SAEs
@@ -284,7 +286,7 @@ def finetune(
         n_tokens=tokens,
         loss=loss,
         sparsity=sparsity,
-        data=given(source=data, text_column=text_column, split=split),
+        data=given(source=data, text_column=text_column, split=split, chat=chat or None),
         recipe=given(lr=lr, batch_size=batch_size, revive_every=revive_every),
         called=FLAGS,
         **given(seed=seed, device=_checked(device)),
