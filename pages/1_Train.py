@@ -257,7 +257,7 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
         st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
     if not all(is_certain(about.family, site) for site in sites):
         plain(
-            f"Of a {about.family} model only resid_pre and resid_post are certain before it is "
+            f"Of this {about.family} model only resid_pre and resid_post are certain before it is "
             "loaded; if it lacks another site, the run ends at once and says which it has.",
             size=".875rem",
         )

@@ -786,7 +786,7 @@ def test_encoders_and_wrappers_are_refused(tiny_lm: LanguageModel) -> None:
     shape: Any = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
     bert = BertForMaskedLM(BertConfig(vocab_size=40, num_hidden_layers=1, **shape))
     assert entering(gated(12), bert, 0, "resid_pre") == (
-        "expected a causal language model, got a 'bert' in 'BertForMaskedLM'; choose a model that "
+        "expected a causal language model, got 'bert' in 'BertForMaskedLM'; choose a model that "
         "predicts the next token from those before it"
     )
 

@@ -187,7 +187,7 @@ def test_a_mixture_of_experts_has_no_hidden_layer(name: str) -> None:
     model = model_of(tiny(FAMILIES[name].config, **FAMILIES[name].fields))
     for ask in (lambda: model.width("mlp_hidden"), lambda: model.check(0, "mlp_hidden")):
         assert refusal(ask) == (
-            f"expected a site that a {name} model has, got 'mlp_hidden'; "
+            f"expected a site that this {name} model has, got 'mlp_hidden'; "
             "layer 0 has resid_pre, resid_post, attn_z, attn_out, mlp_out"
         )
 
@@ -211,7 +211,7 @@ def test_where_the_sums_do_not_hold_only_the_stream_is_left(
 ) -> None:
     model = model_of(tiny(config, **fields))
     assert refusal(model.harvest, IDS, layer=1, site=site) == (
-        f"expected a site that a {model.family} model has, got {site!r}; "
+        f"expected a site that this {model.family} model has, got {site!r}; "
         "layer 1 has resid_pre, resid_post"
     )
 

@@ -231,7 +231,8 @@ def test_a_block_that_is_given_everything_by_name_is_read_and_edited() -> None:
 
 def test_a_site_that_a_family_lacks_is_answered_with_those_it_has() -> None:
     assert refusal(model_of_family("mamba").check, 1, "mlp_out") == (
-        "expected a site that a mamba model has, got 'mlp_out'; layer 1 has resid_pre, resid_post"
+        "expected a site that this mamba model has, got 'mlp_out'; layer 1 has resid_pre, "
+        "resid_post"
     )
 
 

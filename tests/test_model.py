@@ -297,7 +297,7 @@ def test_the_hub_saying_no_is_told_apart_from_no_network(
 def test_an_encoder_is_refused(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **fields}))
     assert refusal(load_model, str(tmp_path)) == (
-        f"expected a causal language model, got a {family!r} in {str(tmp_path)!r}; choose a model "
+        f"expected a causal language model, got {family!r} in {str(tmp_path)!r}; choose a model "
         "that predicts the next token from those before it"
     )
 

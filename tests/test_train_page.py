@@ -207,7 +207,7 @@ def test_other_sites_of_a_family_without_a_table_are_uncertain(root: Path, tmp_p
     fields = {"model_type": "phi", "hidden_size": 8, "num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     at = opened(TRAIN, model=str(tmp_path), site="mlp_out")
-    assert "Of a phi model only resid_pre and resid_post are certain before it is" in said(at)
+    assert "Of this phi model only resid_pre and resid_post are certain before it is" in said(at)
     assert not at.button(key="train.start").disabled
     assert "are certain" not in said(opened(TRAIN, model=str(tmp_path), site="resid_post"))
 

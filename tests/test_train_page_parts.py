@@ -242,7 +242,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     fields = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     facts = model_facts(str(tmp_path), {})
-    with pytest.raises(InputError, match="expected a causal language model, got a 'bert'"):
+    with pytest.raises(InputError, match="expected a causal language model, got 'bert'"):
         check_family(facts.name, facts.family)
     (refusal,) = preflight(config(), facts, ROOMY, PACE).refusals
     assert refusal.fixes == (Fix("model", "bundled"),)

@@ -234,6 +234,6 @@ def check_family(name: str, family: str | None) -> None:
 def not_causal(name: str, family: str) -> InputError:
     """Return that a model is an encoder, or reads text both ways."""
     return InputError(
-        f"expected a causal language model, got a {family!r} in {name!r}; choose a model that "
+        f"expected a causal language model, got {family!r} in {name!r}; choose a model that "
         "predicts the next token from those before it"
     )

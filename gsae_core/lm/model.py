@@ -191,7 +191,9 @@ class LanguageModel:
         if site not in self._blocks[layer].taps:
             self._look_further()
         if site not in self._blocks[layer].taps:
-            whose = f"a {self.family} model" if self._bridge is None else "this TransformerBridge"
+            whose = (
+                f"this {self.family} model" if self._bridge is None else "this TransformerBridge"
+            )
             raise InputError(
                 f"expected a site that {whose} has, got {site!r}; "
                 f"layer {layer} has {', '.join(self._blocks[layer].taps)}"
