@@ -113,7 +113,8 @@ def header(status: Status, table: pd.DataFrame) -> None:
         draw_timeline(run, status)
         draw_progress(run, status, now)
         tokens = newest[-1]["tokens"] if newest else 0
-        draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING)
+        of = "language model" if run.config.activations is None else "files"
+        draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING, of=of)
         if status.state == "cancelling":
             st.caption(f"Cancelling: {CANCEL_STAGES.get(escalate(run), 'ended')}.")
 

@@ -131,6 +131,7 @@ def test_a_run_on_vectors_claims_no_model_and_measures_no_loss(
         assert "stdlib" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_on_vectors_resumes_to_the_same_bits(
     on_vectors: Callable[..., Run],
 ) -> None:

@@ -47,11 +47,16 @@ NUMBERS = {
 LIVES: tuple[Life, ...] = ("all", "alive", "dead")
 
 
-def ask() -> tuple[Wanted, str]:
-    """Draw the search field, the filters and the order; return what is wanted."""
+def ask(unit: str) -> tuple[Wanted, str]:
+    """Draw the search field, the filters and the order; return what is wanted.
+
+    `unit`: what features fire on, a token or a vector with a caption.
+    """
     about = "Features that fire on tokens with this text, the most specific first, and those whose "
     about += "label has it. Spaces and capitals count in tokens."
     hint = "part of a token or of a label, e.g. import"
+    if unit == "vector":
+        about, hint = about.replace("token", "caption"), "part of a caption or of a label"
     text = st.text_input("Search", key="q", bind="query-params", placeholder=hint, help=about)
     usual = "best match" if text else "number"
     left, right = st.columns([1, 1.4], vertical_alignment="bottom")

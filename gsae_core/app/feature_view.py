@@ -333,7 +333,10 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
             context = choice("Context", CONTEXTS, key="ctx", what=what, shown="snippets", **hidden)
             breaks = st.toggle("line breaks", key="lines", bind="query-params")
         more = st.toggle("more", key="features.more")
-    st.caption(VIEWS[view][1].replace("token", unit))
+    about = VIEWS[view][1]
+    st.caption(
+        about.replace("token", unit).replace("context", "caption") if unit != "token" else about
+    )
     missed, top, below_top = view == "Just missed", _top(feature), 0.0
     if other is not None:
         st.html(macros(TEMPLATE).legend(name, f"{beside} · {other.number}"))

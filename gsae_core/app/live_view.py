@@ -59,8 +59,8 @@ def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) ->
         st.progress(now.share, text=text)
 
 
-def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> None:
-    """Show how far and how fast."""
+def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool, of: str) -> None:
+    """Show how far and how fast; `of`: what gives the activations."""
     speed = "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s"
     left = now.seconds_left if status.stage != "evaluating" else None
     last = since(status.heartbeat)
@@ -73,9 +73,9 @@ def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool) -> No
             "the terminal prints at the end has the average over the whole run.",
         ),
         (
-            "Time in language model",
+            f"Time in {of}",
             percent(now.lm_share, 0),
-            "Share of training time spent in the language model. The SAEs' steps took "
+            f"Share of training time spent in the {of}. The SAEs' steps took "
             f"{percent(now.sae_share, 0)}; files, logs and samples of features took the rest.",
         ),
         (
