@@ -73,6 +73,8 @@ Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+OUTLIER_RATIO = 10.0
+"""Activations longer than so many medians are outliers: counted, and never what sets a scale."""
 
 NO_MODEL = "no model"
 """Name of the language model of vectors from elsewhere, of which none is known."""
@@ -463,6 +465,12 @@ class RunConfig(Config):
     activation_scale: Literal["unit", "none"] = "unit"
     """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split."""
 
+    max_norm_ratio: Annotated[
+        Annotated[float, Field(gt=1)] | None, Field(exclude_if=lambda ratio: ratio is None)
+    ] = None
+    """Leave out activations longer than this many times the median, such as those of attention
+    sinks, in training and in what is measured; None keeps all, and says what they hold."""
+
     seed: NonNegativeInt = 0
     """Seed of the data order."""
 
@@ -554,6 +562,11 @@ class RunConfig(Config):
             names.add(spec.name)
             if self.imported is None and math.isnan(spec.sparsity):
                 raise ValueError(f"expected a sparsity to train {spec.name!r} with, got none")
+        if self.loss == "kl" and self.max_norm_ratio is not None:
+            raise ValueError(
+                "expected no max_norm_ratio with loss kl, which reads whole sequences, got "
+                f"{self.max_norm_ratio:g}; leave one of them out"
+            )
         return self
 
     @field_validator("train")

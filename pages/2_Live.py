@@ -43,6 +43,7 @@ from gsae_core.plots.live import (
 )
 from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.metrics_log import MetricsCursor
+from gsae_core.runs.outliers import outliers_met
 from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import Run
 from gsae_core.text import count
@@ -181,6 +182,9 @@ def view(was: Status) -> None:
         imported = run.config.imported is not None  # its recipe says nothing
         for sentence in () if imported else shortfalls(run.config.train):
             notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
+        begun = [event for event in run.events() if event["event"] == "set up"]
+        for sentence in outliers_met(begun[-1]) if begun else ():
+            notice(f"{sentence}.", kind="warning")
         draw_trouble(run, status)
         lost = run.n_lost_events(status)
     except InputError as error:

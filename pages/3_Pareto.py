@@ -45,6 +45,7 @@ from gsae_core.runs.evals import (
     positions,
     without_model,
 )
+from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run
 from gsae_core.text import (
     WORSE,
@@ -355,6 +356,11 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     shown = shown.assign(**shares)
     named = evals["name" if len(set(evals["run"])) == 1 else "id"]
     say_worse(dict(zip(named, evals["fvu"], strict=True)))
+    rows = evals.to_dict("records")
+    for name in dict.fromkeys(str(row["run"]) for row in rows):
+        of = f"{name}: " if len(set(evals["run"])) > 1 else ""
+        for sentence in outliers_measured([row for row in rows if row["run"] == name]):
+            notice(f"{of}{sentence}.", kind="warning")
     worse = [WORSE * is_worse_than_mean(float(fvu)) for fvu in evals["fvu"]]
     if any(worse):
         shown.insert(5, "worse", worse)

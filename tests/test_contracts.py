@@ -145,7 +145,11 @@ def test_files_of_a_run_have_the_same_keys(made: Made) -> None:
 
 def test_a_run_measures_the_same(made: Made) -> None:
     # Loosely: in float32 another machine's sums may open a gate that was shut, and steps follow it.
-    close(open_run(made.run).evals(), open_run(RUN).evals(), rel=0.05)
+    before, after = open_run(RUN).evals(), open_run(made.run).evals()
+    for row in (*before, *after):
+        for key in ("n_outliers", "outlier_share", "fvu_ordinary"):  # not measured before
+            del row[key]
+    close(after, before, rel=0.05)
 
 
 def test_an_index_of_the_same_weights_is_the_same(made: Made) -> None:

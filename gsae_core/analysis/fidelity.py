@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsae_core.analysis.outliers import OutlierCount, Outliers, stats_of
 from gsae_core.config import Positions, Site
 from gsae_core.errors import InputError
 from gsae_core.lm.corpus import SequenceSet
@@ -182,6 +183,8 @@ class Evaluation(NamedTuple):
     fidelity: Fidelity
     metrics: Metrics
     norms: NormDeciles
+    outliers: Outliers | None = None
+    """None where the median was not given."""
 
 
 def fidelity(
@@ -193,6 +196,8 @@ def fidelity(
     site: Site,
     n_tokens: int,
     replace: Positions = "counted",
+    median_norm: float | int | None = None,
+    max_norm_ratio: float | int | None = None,
 ) -> list[Evaluation]:
     """Return what `evaluating`, which takes the same, returns in the end.
 
@@ -201,7 +206,15 @@ def fidelity(
             activation is not finite, or nowhere two counted tokens follow each other.
     """
     steps = evaluating(
-        model, saes, sequences, layer=layer, site=site, n_tokens=n_tokens, replace=replace
+        model,
+        saes,
+        sequences,
+        layer=layer,
+        site=site,
+        n_tokens=n_tokens,
+        replace=replace,
+        median_norm=median_norm,
+        max_norm_ratio=max_norm_ratio,
     )
     while True:
         try:
@@ -219,6 +232,8 @@ def evaluating(
     site: Site,
     n_tokens: int,
     replace: Positions = "counted",
+    median_norm: float | int | None = None,
+    max_norm_ratio: float | int | None = None,
 ) -> Generator[Progress, None, list[Evaluation]]:
     """Yield how many counted tokens are done; return the evaluation of each SAE, in order.
 
@@ -229,19 +244,22 @@ def evaluating(
         sequences: held out; taken from the start, whole.
         n_tokens: counted tokens to stop after.
         replace: positions at which the model reads reconstructions.
+        median_norm: median of |x| at the site, by which `outliers` are told; None: they are not.
+        max_norm_ratio: leave tokens longer than so many medians out of the metrics; the model reads
+            them as it reads special positions, and losses count them. None keeps all.
     """
     model.check(layer, site)
     # Of each batch the sums of clean losses, then of losses and divergences of each SAE and zeros.
     # Floats, not tensors: tensors that outlive a batch pin the heap between its large blocks, and
     # an evaluation on 65 k tokens that needs 0.7 GB grew to 4.2 GB (glibc).
     sums: list[list[float]] = []
-    metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
+    of_saes, outliers = [_Sums() for _ in saes], OutlierCount(median_norm, max_norm_ratio)
     n_done, n_predictions, total = 0, 0, min(n_tokens, sequences.n_tokens)
     on_cpu = model.device.type == "cpu"
 
-    def measured(i: int, x: Tensor, mask: Tensor) -> Tensor:
+    def measured(i: int, x: Tensor, mask: Tensor, long: Tensor) -> Tensor:
         """Measure SAE i where tokens count; return what the model reads instead of x."""
-        x_hat = _measured(saes[i], x[mask], metrics[i], norms[i])
+        x_hat = of_saes[i].add(saes[i], x[mask], long)
         read = x.masked_scatter(mask[..., None], x_hat.to(x))
         if replace == "all" and not mask.all():
             others, _ = reconstruct(saes[i], x[~mask].to(x_hat))
@@ -259,11 +277,17 @@ def evaluating(
         ids, mask = ids.to(model.device), mask.to(model.device)
         x = splice.x.flatten(0, 1) if replace == "all" else splice.x[mask]
         check_finite(x, layer=layer, site=site, dtype=model.dtype)
-        reference = Reference(splice.logits, ids, mask)
+        reference, at = Reference(splice.logits, ids, mask), mask
+        long = outliers.see(splice.x[mask])
+        if outliers.left_out:
+            at = mask.clone()
+            at[mask], long = ~long, long[~long]
 
-        def evaluated(i: int, splice=splice, mask=mask, reference=reference) -> Sequence[Tensor]:
+        def evaluated(
+            i: int, splice=splice, at=at, long=long, reference=reference
+        ) -> Sequence[Tensor]:
             zeros = i == len(saes)
-            read = torch.zeros_like(splice.x) if zeros else measured(i, splice.x, mask)
+            read = torch.zeros_like(splice.x) if zeros else measured(i, splice.x, at, long)
             return reference.compare(splice.run(read))
 
         # A thread an SAE costs a fifth less than products and sums that each wake every thread.
@@ -279,43 +303,64 @@ def evaluating(
             "give more text or a longer context"
         )
     means = [math.fsum(column) / n_predictions for column in zip(*sums, strict=True)]
-    ce_clean, *of_saes, ce_zero, _ = means
+    ce_clean, *losses, ce_zero, _ = means
     return [
-        Evaluation(Fidelity(ce_clean, ce, ce_zero, kl, n_predictions), own, lengths)
-        for ce, kl, own, lengths in zip(of_saes[::2], of_saes[1::2], metrics, norms, strict=True)
+        own.evaluation(Fidelity(ce_clean, ce, ce_zero, kl, n_predictions), outliers)
+        for ce, kl, own in zip(losses[::2], losses[1::2], of_saes, strict=True)
     ]
 
 
 def evaluating_vectors(
-    saes: Sequence[SAE], harvest: Harvest, *, n_tokens: int
+    saes: Sequence[SAE],
+    harvest: Harvest,
+    *,
+    n_tokens: int,
+    median_norm: float | int | None = None,
+    max_norm_ratio: float | int | None = None,
 ) -> Generator[Progress, None, list[Evaluation]]:
     """Do what `evaluating` does where there is no language model: losses and KL are NaN.
 
     `harvest` is of the held-out split.
     """
-    metrics, norms = [Metrics() for _ in saes], [NormDeciles() for _ in saes]
+    of_saes, outliers = [_Sums() for _ in saes], OutlierCount(median_norm, max_norm_ratio)
     n, n_done = n_sequences(harvest.sequences, n_tokens), 0
     total = min(n_tokens, harvest.sequences.n_tokens)
     for found in harvest.vectors(np.arange(n)):
         for x in found.split(VECTORS_AT_ONCE):
+            long = outliers.see(x)
+            n_done += len(x)
+            if outliers.left_out:
+                x, long = x[~long], long[~long]
 
-            def evaluated(i: int, x=x) -> None:
-                _measured(saes[i], x, metrics[i], norms[i])
+            def evaluated(i: int, x=x, long=long) -> None:
+                of_saes[i].add(saes[i], x, long)
 
             spread(evaluated, len(saes), on=harvest.device)
-            n_done += len(x)
             yield Progress("evaluating", min(n_done, total), total, "token")
     nothing = Fidelity(*[math.nan] * 4, n_tokens=0)
-    return [Evaluation(nothing, *each) for each in zip(metrics, norms, strict=True)]
+    return [own.evaluation(nothing, outliers) for own in of_saes]
 
 
-def _measured(sae: SAE, x: Rows, metrics: Metrics, norms: NormDeciles) -> Rows:
-    """Add raw activations to the sums of an SAE; return their reconstructions."""
-    x = x.to(sae.W_dec)
-    x_hat, stats = reconstruct(sae, x)
-    metrics.add(stats)
-    norms.add(x=x, x_hat=x_hat)
-    return x_hat
+class _Sums:
+    """Running sums of an SAE, and those of the outliers among its activations."""
+
+    def __init__(self) -> None:
+        self._metrics, self._norms, self._of_outliers = Metrics(), NormDeciles(), Metrics()
+
+    def add(self, sae: SAE, x: Rows, long: Bool[Tensor, " tokens"]) -> Rows:
+        """Add raw activations, of which some are outliers; return their reconstructions."""
+        x = x.to(sae.W_dec)
+        x_hat, stats = reconstruct(sae, x)
+        self._metrics.add(stats)
+        self._norms.add(x=x, x_hat=x_hat)
+        if long.any():
+            self._of_outliers.add(stats_of(x=x[long], x_hat=x_hat[long]))
+        return x_hat
+
+    def evaluation(self, fidelity: Fidelity, outliers: OutlierCount) -> Evaluation:
+        """Return what the sums come to."""
+        told = outliers.told(self._metrics, self._of_outliers)
+        return Evaluation(fidelity, self._metrics, self._norms, told)
 
 
 @torch.no_grad()

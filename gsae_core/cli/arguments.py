@@ -49,8 +49,8 @@ SETS: dict[str, tuple[type[Config], str]] = {
         TrainRecipe: "tokens=n_tokens batch_size lr beta1 beta2 lr_warmup_steps lr_decay_fraction "
         "sparsity_warmup_steps revive_every revive_window revive_until screened",
         EvalConfig: "eval_tokens=n_tokens eval_replace=replace",
-        RunConfig: "activations activation_scale seed device checkpoint_minutes cache_activations "
-        "track",
+        RunConfig: "activations activation_scale max_norm_ratio seed device checkpoint_minutes "
+        "cache_activations track",
     }.items()
     for word in words.split()
 }

@@ -19,6 +19,7 @@ from gsae_core.runs.evals import (
     measured_elsewhere,
     measured_on,
 )
+from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run, runs_root, survey
 
 
@@ -84,17 +85,17 @@ def _measured(run: Run) -> list[dict[str, Any]]:
         return []
 
 
-def _worse(evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the sentence about SAEs that are worse than predicting the mean, if there are any."""
+def _warnings(evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what an FVU alone would hide: SAEs worse than predicting the mean, and outliers."""
     sentence = text.worse_than_mean({row["name"]: row["fvu"] for row in evals})
-    return [sentence] if sentence else []
+    return [*([sentence] if sentence else []), *outliers_measured(evals)]
 
 
 def _notes(run: Run) -> list[str]:
     """Return what is said below a table with a run's numbers, or without them."""
     evals = _measured(run)
     elsewhere = measured_elsewhere(evals, str(run.folder))
-    return [*_worse(evals), *([elsewhere] if elsewhere else [])]
+    return [*_warnings(evals), *([elsewhere] if elsewhere else [])]
 
 
 def _saes_of(run: Run) -> list[str]:
@@ -162,7 +163,7 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in evals
     ]
-    return [*text.aligned(rows), *_worse(evals)]
+    return [*text.aligned(rows), *_warnings(evals)]
 
 
 def time_spent(rows: Sequence[Mapping[str, Any]], where: str = "language model") -> list[str]:

@@ -28,16 +28,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gsae_core.config import Place
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import Harvest
+from gsae_core.norms import Lengths, lengths, longer
 
 log: logging.Logger = logging.getLogger(__name__)
 
 # E|x|^2 is measured on about so many vectors: the relative error is well below a percent.
 SCALE_VECTORS = 2**15
 
-# Keeps the seeds of permutations and of chunks apart, for every seed of a run.
-SEQUENCES, VECTORS = 1, 2
+# Keeps the seeds of permutations, of chunks and of what takes the places of outliers apart, for
+# every seed of a run.
+SEQUENCES, VECTORS, STAND_INS = 1, 2, 3
 
 # 2^20 vectors mix thousands of sequences; 2 GiB of them leave room for the rest on a laptop.
 MAX_CHUNK_VECTORS, MAX_CHUNK_BYTES = 2**20, 2**31
@@ -83,6 +86,9 @@ class ActivationStream:
             stream of its own, so that most of its seconds pass beside training.
         n_batches: batches in the run; more than the sequences hold means more epochs.
         scale: `unit` multiplies by one scalar, for each place, so that E|x|^2 = 1; `none` by 1.
+        max_norm_ratio: leave vectors out that are longer than so many medians of their place.
+        scale_of: whose E|x|^2 is 1: that of `ordinary` vectors, which are no outliers, or of `all`,
+            as earlier versions had it.
         chunk_vectors: most vectors to shuffle at a time, on which the batches depend; None:
             `default_chunk_vectors`.
 
@@ -90,6 +96,7 @@ class ActivationStream:
         ahead: whether the next chunk is filled while this one is used: on CUDA.
         scale: what raw activations are multiplied by, at the first place.
         scales: the same, of each place.
+        limits: the length above which vectors are left out, of each place; infinite if none are.
         seconds: wall-clock time that harvesting the chunks took which were asked for so far.
         tokens_per_epoch: counted tokens of all sequences.
     """
@@ -103,6 +110,8 @@ class ActivationStream:
         n_batches: int,
         scale: Literal["unit", "none"] = "unit",
         chunk_vectors: int | None = None,
+        max_norm_ratio: float | None = None,
+        scale_of: Literal["ordinary", "all"] = "ordinary",
     ) -> None:
         self.harvest: Harvest = harvest
         self.n_batches: int = n_batches
@@ -116,6 +125,8 @@ class ActivationStream:
         self._n_vectors = n_batches * batch_size
         usual = default_chunk_vectors(max(harvest.widths), self._n_vectors)
         self.chunk_vectors: int = chunk_vectors or usual
+        self.max_norm_ratio: float | None = max_norm_ratio
+        self.scale_of: Literal["ordinary", "all"] = scale_of
         self._epoch: tuple[int, list[_Plan]] | None = None
         self._chunk: tuple[int, Chunk] | None = None
         self._next: tuple[int, Future[tuple[Chunk, float]]] | None = None
@@ -136,6 +147,9 @@ class ActivationStream:
                     )
             self.scales = tuple(power**-0.5 for power in self.mean_square_norms)
         self.scale: float = self.scales[0]
+        self.limits: tuple[float, ...] = (float("inf"),) * len(self.scales)
+        if max_norm_ratio is not None:
+            self.limits = tuple(max_norm_ratio * each.median for each in self.lengths)
         log.info(
             f"{n_batches} batches of {batch_size}: {self._n_vectors / self.tokens_per_epoch:.2f} "
             f"epochs of {self.tokens_per_epoch} tokens, shuffled {self.chunk_vectors} at a time, "
@@ -147,17 +161,20 @@ class ActivationStream:
         """The first of `mean_square_norms`."""
         return self.mean_square_norms[0]
 
-    @cached_property
+    @property
     def mean_square_norms(self) -> tuple[float, ...]:
-        """E|x|^2 of raw activations at each place.
+        """E|x|^2 of raw activations at each place, of those that set its scale."""
+        by_all = self.scale_of == "all"
+        return tuple(each.mean_square if by_all else each.ordinary for each in self.lengths)
 
-        Over the first sequences of the first epoch (2^15 vectors).
-        """
+    @cached_property
+    def lengths(self) -> tuple[Lengths, ...]:
+        """What the first sequences of the first epoch (2^15 vectors) say of |x| at each place."""
         order = self._order(0)
         enough = np.searchsorted(np.cumsum(self._counts[order]), SCALE_VECTORS) + 1
-        # On the CPU, because Apple's GPUs know no float64.
         found = [[x.cpu() for x in xs] for xs in self.harvest.parts(np.sort(order[:enough]))]
-        return tuple(_mean_square_norm(torch.cat(xs)) for xs in zip(*found, strict=True))
+        ratio = self.max_norm_ratio
+        return tuple(lengths(torch.cat(xs), max_ratio=ratio) for xs in zip(*found, strict=True))
 
     def batch(self, i: int) -> Float[Tensor, "batch d_in"]:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.
@@ -242,7 +259,7 @@ class ActivationStream:
                     # Its memory belongs to the other stream, which must not have it back too early.
                     x.record_stream(torch.cuda.current_stream(x.device))
         else:
-            chunk, seconds = _fill(self.harvest, plan)
+            chunk, seconds = _fill(self.harvest, plan, self.limits)
         self.seconds += seconds
         return chunk
 
@@ -253,6 +270,7 @@ class ActivationStream:
         """
         future: Future[tuple[Chunk, float]] = Future()
         wanted, harvest, stream = ref(future), self.harvest, self._cuda_stream
+        limits = self.limits
 
         def check() -> None:
             # Threads are waited for when Python ends; this chunk is not needed then.
@@ -262,7 +280,7 @@ class ActivationStream:
         def fill() -> None:
             try:
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    done = _fill(harvest, plan, check)
+                    done = _fill(harvest, plan, limits, check)
             except BaseException as error:
                 if (waiting := wanted()) is not None:
                     waiting.set_exception(error)
@@ -275,9 +293,15 @@ class ActivationStream:
 
 
 def _fill(
-    harvest: Harvest, plan: _Plan, check: Callable[[], None] = lambda: None
+    harvest: Harvest,
+    plan: _Plan,
+    limits: tuple[float, ...],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Chunk, float]:
-    """Return a chunk and the seconds it took; `check` is called before each pass is kept."""
+    """Return a chunk and the seconds it took; `check` is called before each pass is kept.
+
+    `limits`: see `ActivationStream`.
+    """
     began = time.perf_counter()
     rows = torch.from_numpy(np.random.default_rng(plan.seed).permutation(plan.n_vectors))
     chunk: Chunk = ()
@@ -296,11 +320,27 @@ def _fill(
                 of_place[mine.to(x.device)] = x
     assert chunk
     assert done == plan.n_vectors
+    for x, limit, place in zip(chunk, limits, harvest.places, strict=True):
+        if limit < float("inf"):
+            _leave_out_(x, limit, place, (*plan.seed[:-1], STAND_INS))
     if chunk[0].is_cuda:
         torch.cuda.current_stream(chunk[0].device).synchronize()
     return chunk, time.perf_counter() - began
 
 
-def _mean_square_norm(x: Float[Tensor, "vectors d_in"]) -> float:
-    # Summed in parts of one size, for any size of a pass or of a file: not a bit depends on it.
-    return sum(float(part.double().square().sum()) for part in x.split(2**12)) / len(x)
+def _leave_out_(
+    x: Float[Tensor, "vectors d_in"], limit: float, place: Place, seed: tuple[int, ...]
+) -> None:
+    """Put other vectors of a chunk, drawn by its own seed, where some are longer than `limit`.
+
+    How many there are is not known before the model runs, and the order of all others must be.
+    """
+    long = longer(x, limit)
+    n, kept = int(long.sum()), (~long).nonzero()[:, 0]
+    if not len(kept):
+        raise InputError(
+            f"expected activations of a length up to {limit:g} at {place.hook_name}, got none "
+            f"among {n:,} in a row: raise max_norm_ratio"
+        )
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(len(kept), size=n))
+    x[long] = x[kept[drawn.to(kept.device)]]

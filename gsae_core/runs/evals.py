@@ -56,6 +56,14 @@ class EvalRow(BaseModel, frozen=True):
     """Block that the SAE reads, from 0; None: the run's, of which there was but one."""
     site: Site | None = None
     """Place in that block, likewise."""
+    n_outliers: int | None = None
+    """Held-out tokens longer than `max_norm_ratio` medians of |x|, or than `OUTLIER_RATIO`."""
+    outlier_share: Number | None = None
+    """Their share of the sum of |x|^2."""
+    fvu_ordinary: Number | None = None
+    """FVU of all other tokens."""
+    max_norm_ratio: float | None = None
+    """Where there is one, outliers were left out of every number but losses and KL."""
 
 
 class _Evals(BaseModel):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Architecture, Recipe
 from gsae_core.errors import InputError
+from gsae_core.norms import ordinary
 from gsae_core.sae.base import Inputs, Latents, PerLatent, SinglePathSAE
 from gsae_core.sae.metrics import sum_dtype
 
@@ -90,11 +91,12 @@ class JumpReluSAE(SinglePathSAE):
     def measure_unit_(self, x: Inputs) -> None:
         """Take sqrt(E|x|^2) for `threshold_unit`, unless it is known, 0 or not finite.
 
-        Thresholds follow if all are where they started.
+        Outliers do not count (`norms.ordinary`). Thresholds follow if all are where they started.
         """
         if self.threshold_unit is not None:
             return
-        unit = math.sqrt(float(x.to(sum_dtype(x.device)).square().sum(-1).mean()))
+        power = x.to(sum_dtype(x.device)).square().sum(-1).flatten()
+        unit = math.sqrt(float(ordinary(power).mean()))
         if not (math.isfinite(unit) and unit > 0):
             return
         untouched = torch.allclose(self.threshold, torch.full_like(self.threshold, self.start))

@@ -9,6 +9,7 @@ are thrown away. Those that are whole are then sorted by counting: memory holds 
 
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,6 +92,7 @@ def build_index(
     revision: str | None = None,
     n_tokens_asked: int | None = None,
     shortage: str | None = None,
+    max_norm: float = math.inf,
 ) -> Iterator[Progress]:
     """Build the feature index of an SAE in `folder`, from where an earlier build stopped.
 
@@ -103,6 +105,7 @@ def build_index(
         weights_sha256: of the SAE's file.
         n_tokens_asked: None: as many as `parts` have.
         shortage: why they are fewer, where they are.
+        max_norm: activations longer than this are left out, as those of special tokens are.
 
     Raises:
         InputError: while iterating: if the SAE is of another width, there is no token to read, or
@@ -121,11 +124,13 @@ def build_index(
     hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts, bare)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
+    plan |= {} if max_norm == math.inf else {"max_norm": max_norm}
     _resume_or_clear(building, plan)
-    yield from _read_shards(sae, parts, shards, harvests)
+    yield from _read_shards(sae, parts, shards, harvests, max_norm)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
     totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
+    n_read, n_tokens = n_tokens, int(totals["sums"][0])
     if bare is not None:
         numbers = np.concatenate([*map(_numbers, parts)])
         allocate(data, VECTOR, numbers.shape, np.int64)[:] = numbers
@@ -151,7 +156,8 @@ def build_index(
         splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
         n_tokens=n_tokens,
         n_tokens_asked=asked,
-        shortage=shortage if n_tokens < asked else None,
+        shortage=shortage if n_read < asked else None,
+        n_left_out=n_read - n_tokens,
         l0=facts["n_entries"] / n_tokens,
         **facts,
         made=time.time(),
@@ -222,11 +228,16 @@ def _resume_or_clear(building: Path, plan: dict[str, Any]) -> None:
 
 
 def _read_shards(
-    sae: SAE, parts: Sequence[Part], shards: Sequence[Shard], harvests: Sequence[Harvest]
+    sae: SAE,
+    parts: Sequence[Part],
+    shards: Sequence[Shard],
+    harvests: Sequence[Harvest],
+    max_norm: float,
 ) -> Iterator[Progress]:
     """Write the shards that are not there yet."""
     done, n_tokens = 0, sum(part.n_tokens for part in parts)
-    collect = Collector(sae, _band(sae, parts, harvests, n_tokens=n_tokens))
+    band = _band(sae, parts, harvests, n_tokens=n_tokens, max_norm=max_norm)
+    collect = Collector(sae, band, max_norm=max_norm)
     yield Progress("indexing", 0, n_tokens, "token")
     for shard in shards:
         if not _is_whole(shard.path):
@@ -236,7 +247,12 @@ def _read_shards(
 
 
 def _band(
-    sae: SAE, parts: Sequence[Part], harvests: Sequence[Harvest], *, n_tokens: int
+    sae: SAE,
+    parts: Sequence[Part],
+    harvests: Sequence[Harvest],
+    *,
+    n_tokens: int,
+    max_norm: float,
 ) -> Float[Tensor, " d_sae"]:
     """Return the width of each latent's band of near misses: the same whenever a build goes on."""
     share = min(1.0, CALIBRATION_TOKENS / n_tokens)
@@ -246,7 +262,7 @@ def _band(
     n_sample = sum(int(part.sequences.counts[which].sum()) for part, which in counted)
     n_sequences = sum(part.n for part in parts)
     log.info("band of near misses from %d tokens of %d sequences", n_sample, n_sequences)
-    band = NearBand(sae, n_sample=max(n_sample, 1), n_tokens=n_tokens)
+    band = NearBand(sae, n_sample=max(n_sample, 1), n_tokens=n_tokens, max_norm=max_norm)
     for harvest, which in zip(harvests, sample, strict=True):
         for _ in harvest.through(band.add, which):
             pass
@@ -295,7 +311,8 @@ def _sort_shards(
     totals of all shards, and n_entries, n_near, fvu and gamma."""
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
-    mask = _write_tokens(parts, data)
+    written = _write_tokens(parts, data)
+    mask = np.array(written)
     starts = np.cumsum([0, *(part.n for part in parts)])
 
     def read() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -303,7 +320,11 @@ def _sort_shards(
         for shard in shards:
             first, last = starts[shard.part] + shard.first, starts[shard.part] + shard.last
             positions = np.flatnonzero(mask[first:last]) + first * mask.shape[1]
-            yield positions.astype(np.uint32), load_file(shard.path)
+            arrays = load_file(shard.path)
+            kept = arrays.pop("kept", np.ones(len(positions), bool))  # an earlier version's
+            # What was left out counts no more than a special token.
+            written.reshape(-1)[positions[~kept]] = False
+            yield positions[kept].astype(np.uint32), arrays
 
     counts, near_counts = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.int64)
     totals: Totals = {}
@@ -325,7 +346,7 @@ def _sort_shards(
 
 
 def _write_tokens(parts: Sequence[Part], data: Path) -> np.ndarray:
-    """Write ids and masks; return the mask (sequences, n_ctx)."""
+    """Write ids and masks; return the mask (sequences, n_ctx), mapped."""
     n, n_ctx = sum(part.n for part in parts), parts[0].sequences.n_ctx
     widest = max(int(part.sequences[: part.n].ids.max()) for part in parts)
     ids = allocate(data, "ids", (n, n_ctx), unsigned(widest + 1))
@@ -335,7 +356,7 @@ def _write_tokens(parts: Sequence[Part], data: Path) -> np.ndarray:
         batch = part.sequences[: part.n]
         ids[at : at + part.n], mask[at : at + part.n] = batch.ids.numpy(), batch.mask.numpy()
         at += part.n
-    return np.array(mask)
+    return mask
 
 
 def _write_codes(read: Read, data: Path, counts: np.ndarray, *, n_places: int) -> None:

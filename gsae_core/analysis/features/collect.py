@@ -3,6 +3,7 @@
 A latent fires where its margin is above 0; of those at or below 0 a band is kept (`NearBand`).
 """
 
+import math
 import threading
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from gsae_core.analysis.features.files import NEAR_KEPT, unsigned
 from gsae_core.analysis.fidelity import decoded
+from gsae_core.norms import longer
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE, Encoder, PerEntry, PerLatent, Rows
 from gsae_core.sae.metrics import ERROR_POWER, N_ROW_SUMS, sum_dtype
@@ -45,6 +47,8 @@ class Collected(NamedTuple):
     x_sum: Float64[np.ndarray, " d_in"]
     sums: Float64[np.ndarray, " sums"]
     """Over rows: 1, |x|^2, |x_hat|^2, x . x_hat, |x - x_hat|^2."""
+    kept: Bool[np.ndarray, " given"]
+    """Which of the activations given are rows: those that are not too long."""
 
 
 # What fires; near misses, with margins for values; of an SAE with a gate, `gate_open`.
@@ -69,11 +73,14 @@ def thresholds(sae: SAE) -> tuple[Encoder, PerLatent]:
 
 
 class Collector:
-    """Returns what fires in raw activations, and what nearly does; threads may share it."""
+    """Returns what fires in raw activations, and what nearly does; threads may share it.
+
+    Those longer than `max_norm` are left out.
+    """
 
     @torch.no_grad()
-    def __init__(self, sae: SAE, band: PerLatent) -> None:
-        self._sae, self._band = sae, band
+    def __init__(self, sae: SAE, band: PerLatent, *, max_norm: float = math.inf) -> None:
+        self._sae, self._band, self._max_norm = sae, band, max_norm
         if isinstance(sae, Thresholded):
             self._W, self._edge = thresholds(sae)
             _, self._bound = gates(sae, below=-band)
@@ -84,6 +91,8 @@ class Collector:
     @torch.no_grad()
     def __call__(self, x: Rows) -> Collected:
         sae, x = self._sae, x.to(self._band.device)
+        kept = ~longer(x, self._max_norm)
+        x = x if kept.all() else x[kept]
         if isinstance(sae, TopKSAE):
             codes, near, gate_open = self._by_rank(sae, x)
         else:
@@ -104,6 +113,7 @@ class Collector:
             toward=np.bincount(latent, weights=value * toward, minlength=sae.d_sae) + 0.0,
             x_sum=x_sum,
             sums=np.array([len(x), *sums]),
+            kept=kept.cpu().numpy(),
         )
 
     def _by_threshold(self, sae: Thresholded, x: Rows) -> _Chosen:
@@ -184,12 +194,15 @@ class NearBand:
     """`width`: for each latent the margin above which about `BAND_TOKENS` of `n_tokens` lie.
 
     It is the r-th largest margin of a silent token among the `n_sample` added, r / n_sample being
-    BAND_TOKENS / n_tokens (and r at least 2); -inf, which holds all, where fewer are silent.
+    BAND_TOKENS / n_tokens (and r at least 2); -inf, which holds all, where fewer are silent. Those
+    longer than `max_norm` are left out.
     """
 
-    def __init__(self, sae: SAE, *, n_sample: int, n_tokens: int) -> None:
+    def __init__(
+        self, sae: SAE, *, n_sample: int, n_tokens: int, max_norm: float = math.inf
+    ) -> None:
         rank = min(max(2, round(BAND_TOKENS * n_sample / n_tokens)), n_sample)
-        self._sae, self._lock = sae, threading.Lock()
+        self._sae, self._lock, self._max_norm = sae, threading.Lock(), max_norm
         self._best = sae.W_dec.detach().new_full((sae.d_sae, rank), -torch.inf)
         self.width: Tensor = self._best[:, 0].clone()
 
@@ -197,6 +210,7 @@ class NearBand:
     def add(self, x: Rows) -> None:
         """Add activations, in any order; threads may do so side by side."""
         x = x.to(self.width.device)
+        x = x[~longer(x, self._max_norm)] if self._max_norm < math.inf else x
         for rows in x.split(max(1, min(DENSE_ROWS, DENSE_ELEMENTS // self._sae.d_sae))):
             margin, fires = margins(self._sae, rows)
             margin = margin.masked_fill_(fires, -torch.inf)

@@ -14,9 +14,10 @@ whole. Nothing here needs torch.
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from gsae_core.config import Architecture, Config, OrUnsaid, Site, validated
 from gsae_core.errors import InputError
@@ -107,6 +108,8 @@ class Manifest(Config):
     n_tokens_asked: int
     shortage: str | None = None
     """Why `n_tokens` are fewer, where they are."""
+    n_left_out: Annotated[int, Field(exclude_if=lambda n: n == 0)] = 0
+    """Tokens of the splits that are not among `n_tokens`: their activations are too long."""
     n_tokens: int
     """Counted tokens read: the denominator of every density."""
     n_entries: int
@@ -145,11 +148,13 @@ class Manifest(Config):
         splits = " and ".join(
             f"{each.n_tokens:,} {each.name.replace('_', '-')}" for each in self.splits
         )
-        if self.n_tokens >= self.n_tokens_asked:
-            return f"{splits} {self.unit}s{text}"
+        left_out = f"; {self.n_left_out:,} outliers of them left out" if self.n_left_out else ""
+        if self.n_tokens + self.n_left_out >= self.n_tokens_asked:
+            return f"{splits} {self.unit}s{text}{left_out}"
         # Earlier versions read no further for held-out text than training would have.
         why = self.shortage or "an earlier version read no more"
-        return f"{splits} {self.unit}s{text} ({self.n_tokens_asked:,} asked for: {why})"
+        asked = f"{self.n_tokens_asked:,} asked for: {why}"
+        return f"{splits} {self.unit}s{text} ({asked}){left_out}"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -111,7 +111,13 @@ def index_run(
 def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
-    from gsae_core.runs.work.setup import check_held_out, load_source, load_text, on_device
+    from gsae_core.runs.work.setup import (
+        check_held_out,
+        load_source,
+        load_text,
+        max_norm,
+        on_device,
+    )
 
     yield Progress("loading", 0, 0)
     run = on_device(run, device)
@@ -137,6 +143,7 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
         revision=cfg.model.revision,
         n_tokens_asked=asked.n_tokens,
         shortage=f"the {whose} has no more",
+        max_norm=max_norm(run, name),
     )
 
 

@@ -30,6 +30,7 @@ from gsae_core.runs.evals import (
     positions,
     without_model,
 )
+from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run
 from gsae_core.text import count, fixed, marked_fvu, percent, worse_than_mean
 
@@ -290,6 +291,7 @@ def make_card(run: Run, names: Sequence[str], repo: str) -> dict[str, str]:
     notes = []
     if worse := worse_than_mean({row["name"]: row["fvu"] for row in measured}):
         notes.append(_text(worse))
+    notes += map(_text, outliers_measured(measured))
     if any(measured_earlier(row) for row in evals):
         notes.append(measure_again("RUN"))
     ratio = "; ".join(ratio_sentences(beside))

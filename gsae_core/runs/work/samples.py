@@ -20,6 +20,7 @@ from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, in_sequence, token_texts
 from gsae_core.lm.vectors import StoredHarvest, VectorSource
+from gsae_core.norms import longer
 from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.setup import RunSetup
 from gsae_core.sae.base import SAE
@@ -81,11 +82,12 @@ class Sampler:
             self._texts = partial(token_texts, model.tokenizer)
         index = mask.flatten().nonzero().squeeze(1)
         self._ids, self._sampled = ids.cpu(), list[_Sampled]()
-        for x, scale in zip(found, setup.stream.scales, strict=True):
-            x = x * scale
+        limits = zip(setup.stream.scales, setup.stream.limits, strict=True)
+        for x, (scale, limit) in zip(found, limits, strict=True):
             # Samples are for looking at: a vector that is not finite is left out of them. Training
             # and evaluation refuse it where they read it.
-            finite = x.isfinite().all(dim=1)
+            finite = x.isfinite().all(dim=1) & ~longer(x, limit)
+            x = x * scale
             self._sampled.append(_Sampled(x[finite], scale, index[finite.cpu()].cpu()))
 
     def see(self, step: int) -> None:

@@ -3,11 +3,12 @@
 import copy
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.config import (
@@ -22,12 +23,13 @@ from gsae_core.config import (
     validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.files import free_bytes, readable
+from gsae_core.files import free_bytes, read_json, readable
 from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache, open_caches
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.lm.vectors import StoredHarvest, VectorSource
+from gsae_core.runs.outliers import outliers_met
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run, read_added
 from gsae_core.runs.work.sequences import SequenceStream
@@ -112,7 +114,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         n = before["n_train_tokens"] if before else None
         began = [each for each in corpora if each.train.n_tokens == n]
         _check_text(run, (began or corpora)[-1], so="start a new run")
-    stream, *later = _streams(cfg, model, corpora, widest)
+    stream, *later = _streams(run, model, corpora, widest)
     sparsity = [
         sparsity_in_training_units(
             spec,
@@ -131,6 +133,9 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         beginning(run, spec, stream, i).to(model.device)
         for spec, i in zip(cfg.saes, cfg.reads, strict=True)
     ]
+    noted = _noted(cfg, stream)
+    for sentence in outliers_met(noted):
+        log.warning(sentence)
     run.add_event(
         "set up",
         device=str(model.device),
@@ -142,10 +147,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         text_starts=corpus.starts,
         n_held_out_tokens=corpus.held_out.n_tokens,
         chunk_vectors=stream.chunk_vectors,
-        activation_scale=stream.scale,
-        mean_square_norm=stream.mean_square_norm,
-        # Those two are of the first place.
-        **({"places": _measured(cfg, stream)} if len(cfg.places) > 1 else {}),
+        **noted,
         numerics=model.numerics,
     )
     trainer = Trainer(saes, train_cfg, reads=cfg.reads)
@@ -153,13 +155,14 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
 
 
 def _streams(
-    cfg: RunConfig, model: LanguageModel | VectorSource, corpora: Sequence[Corpus], widest: int
+    run: Run, model: LanguageModel | VectorSource, corpora: Sequence[Corpus], widest: int
 ) -> Iterator[ActivationStream]:
-    """Yield the stream of each stage of training; all scale as the first.
+    """Yield the stream of each stage of training; all scale and leave out as the first.
 
     A later one reads on where the one before stopped reading; of text that holds no more it reads
     all again, in another order.
     """
+    cfg, scale_of = run.config, _scale_of(run)
     kind = ActivationStream
     if cfg.loss == "kl" and isinstance(model, LanguageModel):
         kind = partial(SequenceStream, model=model)
@@ -179,18 +182,49 @@ def _streams(
             n_batches=stage.n_steps,
             scale="none" if first else cfg.activation_scale,
             chunk_vectors=default_chunk_vectors(widest, n_vectors),
+            max_norm_ratio=None if first else cfg.max_norm_ratio,
+            scale_of=scale_of,
         )
         first = first or stream
-        stream.scale, stream.scales = first.scale, first.scales
+        stream.scale, stream.scales, stream.limits = first.scale, first.scales, first.limits
         n_read = len(corpus.train)
         yield stream
 
 
-def _measured(cfg: RunConfig, stream: ActivationStream) -> dict[str, dict[str, float]]:
-    pairs = zip(stream.scales, stream.mean_square_norms, strict=True)
-    measured = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
+def _noted(cfg: RunConfig, stream: ActivationStream) -> dict[str, Any]:
+    """Return what was measured of the activations; scale and E|x|^2 are of the first place."""
     names = [place.hook_name for place in cfg.places]
-    return dict(zip(names, measured, strict=True))
+    pairs = zip(stream.scales, stream.mean_square_norms, strict=True)
+    scales = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
+    keys = ("n", "n_outliers", "outlier_share")
+    lengths = [
+        {"median_norm": _finite(each.median)} | {key: getattr(each, key) for key in keys}
+        for each in stream.lengths
+    ]
+    return {
+        **scales[0],
+        **({"places": dict(zip(names, scales, strict=True))} if len(names) > 1 else {}),
+        "max_norm_ratio": cfg.max_norm_ratio,
+        "lengths": dict(zip(names, lengths, strict=True)),
+    }
+
+
+def _finite(median: float) -> float | None:
+    return median if math.isfinite(median) else None
+
+
+def _scale_of(run: Run) -> Literal["ordinary", "all"]:
+    """Return whose E|x|^2 is 1 in a run: where an earlier version saved its state, of all."""
+    states = [run.folder / kept / "state.json" for kept in ("resume", "extend")]
+    saved = [read_json(path).get("scale_of") for path in states if path.exists()]
+    return "all" if saved and saved[0] != "ordinary" else "ordinary"
+
+
+def max_norm(run: Run, name: str) -> float:
+    """Return the length above which activations are left out for an SAE; infinite if none are."""
+    ratio, metadata = run.config.max_norm_ratio, run.sae_cfg(name).get("metadata") or {}
+    median = metadata.get("median_norm")
+    return math.inf if ratio is None or median is None else ratio * median
 
 
 def on_device(run: Run, asked: str | None = None) -> Run:
@@ -370,8 +404,9 @@ def save_saes(run: Run, setup: RunSetup) -> None:
     """Write every SAE as it stands, its activation scale folded in."""
     cfg, trainer = run.config, setup.trainer
     scales = [setup.stream.scales[i] for i in cfg.reads]
-    each = zip(cfg.saes, trainer.saes, setup.sparsity, scales, strict=True)
-    for spec, sae, sparsity, scale in each:
+    medians = [setup.stream.lengths[i].median for i in cfg.reads]
+    each = zip(cfg.saes, trainer.saes, setup.sparsity, scales, medians, strict=True)
+    for spec, sae, sparsity, scale, median in each:
         place = cfg.place(spec)
         folded = copy.deepcopy(sae).to("cpu")
         fold_scale_(folded, scale)
@@ -392,6 +427,8 @@ def save_saes(run: Run, setup: RunSetup) -> None:
             "model_revision": cfg.model.revision,
             "numerics": setup.model.numerics,
             "activation_scale": scale,
+            "median_norm": _finite(median),
+            "max_norm_ratio": cfg.max_norm_ratio,
             "sparsity": spec.sparsity,
             "loss_norm": spec.loss_norm,
             "sparsity_coeff": sparsity.coeff,

@@ -8,7 +8,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ from gsae_core.config import DataConfig, EvalConfig, Place, Positions, RunConfig
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, replace_durably, sha256, write_json
 from gsae_core.lm.corpus import SequenceSet
+from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
+from gsae_core.lm.stream import SCALE_VECTORS
 from gsae_core.lm.vectors import StoredHarvest, VectorSource
 from gsae_core.machine import slot_of
+from gsae_core.norms import lengths
 from gsae_core.runs.evals import EvalRow, write_arrays, write_evals
 from gsae_core.runs.jobs.job import holding
 from gsae_core.runs.jobs.worker import perform
@@ -87,9 +90,12 @@ def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progr
         save_saes(part, setup)
         if part is run and len(setup.stopped) == len(setup.trainer.saes):
             name, reason = next(iter(setup.stopped.items()))
+            mend = (
+                "give the model float32" if "activations" in reason else "lower the learning rate"
+            )
             raise InputError(
                 f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; "
-                "lower the learning rate and start a new run"
+                f"{mend} and start a new run"
             )
         model, corpus = setup.model, setup.corpus
         del setup  # Optimiser states and a chunk of activations: room for the evaluation.
@@ -142,6 +148,7 @@ def _learn(run: Run, setup: RunSetup, mirror: Mirror) -> Iterator[Progress]:
         state = {
             "trainer": trainer.state_dict(),
             "stopped": setup.stopped,
+            "scale_of": setup.stream.scale_of,
             "mean_square_norm": setup.stream.mean_square_norm,
             "mean_square_norms": list(setup.stream.mean_square_norms),
             **seconds(),
@@ -206,6 +213,8 @@ def save_state(folder: Path, state: dict[str, Any], *, n_bytes: int) -> None:
     replace_durably(path, lambda sibling: torch.save(state, sibling), n_bytes=n_bytes)
     # Only this small file says which state counts, so a crash at any line leaves a whole one.
     pointer = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    # Known before the state is read, which is large. Earlier versions' scale was of all vectors.
+    pointer |= {"scale_of": state["scale_of"]} if "scale_of" in state else {}
     write_json(folder / "state.json", pointer)
     # Half-written siblings are what a killed process leaves.
     for other in (*older, *folder.glob(".*.tmp")):
@@ -317,15 +326,20 @@ def _evaluate(
     for number, place in enumerate(cfg.places):
         specs, saes = _saved_at(run, place, model)
         at = {"layer": place.layer, "site": place.site}
+        stored = isinstance(model, VectorSource)
+        harvest = StoredHarvest(model, held_out, **at) if stored else Harvest(model, held_out, **at)
+        told = {
+            "n_tokens": wanted.n_tokens,
+            "median_norm": _median_norm(run, specs, harvest),
+            "max_norm_ratio": cfg.max_norm_ratio,
+        }
         if isinstance(model, VectorSource):
-            harvest = StoredHarvest(model, held_out, **at)
-            steps = evaluating_vectors(saes, harvest, n_tokens=wanted.n_tokens)
+            steps = evaluating_vectors(saes, harvest, **told)
         else:
-            amount, replace = wanted.n_tokens, wanted.replace
-            steps = evaluating(model, saes, held_out, **at, n_tokens=amount, replace=replace)
+            steps = evaluating(model, saes, held_out, **at, replace=wanted.replace, **told)
         evaluations = yield from _share(steps, number, len(cfg.places))
         for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
-            row = _eval_row(spec, sae.d_in, place, evaluation, wanted)
+            row = _eval_row(cfg, spec, sae.d_in, evaluation, wanted)
             if text is not None and row.shortage is not None:
                 row = row.model_copy(update={"shortage": "the text has no more"})
             rows[spec.name] = row.model_copy(update={"text": text})
@@ -358,6 +372,17 @@ def _saved_at(
         specs.append(spec)
         saes.append(sae.to(model.device))
     return specs, saes
+
+
+def _median_norm(run: Run, specs: Sequence[SAESpec], held_out: Harvest) -> float | None:
+    """Return the median of |x| that was met in training, or, where none was noted, is here."""
+    cfgs = [read_cfg(run.sae_folder(spec.name)).get("metadata") or {} for spec in specs[:1]]
+    if not cfgs or not held_out.sequences.n_tokens:
+        return None
+    if (noted := cfgs[0].get("median_norm")) is not None:
+        return noted
+    which = np.arange(n_sequences(held_out.sequences, SCALE_VECTORS))
+    return lengths(torch.cat([x.cpu() for x in held_out.vectors(which)])).median
 
 
 def _share(
@@ -393,23 +418,31 @@ NO_MORE = ("the folder holds out no more", "the held-out text has no more")
 
 
 def _eval_row(
-    spec: SAESpec, d_in: int, place: Place, evaluation: Evaluation, wanted: EvalConfig
+    cfg: RunConfig, spec: SAESpec, d_in: int, evaluation: Evaluation, wanted: EvalConfig
 ) -> EvalRow:
     losses, metrics = evaluation.fidelity, evaluation.metrics
-    is_short = metrics.n_tokens < wanted.n_tokens
+    found, ratio = evaluation.outliers, cfg.max_norm_ratio
+    told = found and {
+        "n_outliers": found.n,
+        "outlier_share": found.share,
+        "fvu_ordinary": found.fvu,
+    }
+    n_read = metrics.n_tokens + (found.n if found and ratio else 0)
     of_losses = ("loss_recovered", "ce_clean", "ce_sae", "ce_zero", "kl")
     of_metrics = ("l0", "gamma", "gamma_gate", "fvu", "cosine", "alive_fraction", "n_tokens")
     return EvalRow(
         **spec.model_dump(include={"name", "architecture", "sparsity", "d_sae"}),
-        **place._asdict(),
+        **cfg.place(spec)._asdict(),
         **{name: getattr(losses, name) for name in of_losses},
         **{name: getattr(metrics, name) for name in of_metrics},
         d_in=d_in,
         n_tokens_asked=wanted.n_tokens,
-        shortage=None if not is_short else NO_MORE[losses.n_tokens > 0],
+        shortage=NO_MORE[losses.n_tokens > 0] if n_read < wanted.n_tokens else None,
         n_predictions=losses.n_tokens,
         zeroed="all",
         replaced=wanted.replace,
+        max_norm_ratio=ratio,
+        **(told or {}),
     )
 
 
