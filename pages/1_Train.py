@@ -122,7 +122,7 @@ asked = {name: st.query_params.get_all(name) for name in st.query_params} if arr
 frame = shell.page(
     "Train",
     icon="🏋️",
-    purpose="Train a sweep of SAEs on the activations of one hook point.",
+    purpose="Train a sweep of SAEs on the activations of a hook point, or of several.",
 )
 
 

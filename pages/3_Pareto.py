@@ -351,7 +351,7 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     st.subheader("All SAEs", anchor=False)
     shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
     if len(groups) > len(shown_runs):
-        shown = shown.assign(**{"hook point": hook_points(evals)})
+        shown.insert(2, "hook point", hook_points(evals))
     shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
     shown = shown.assign(**shares)
     named = evals["name" if len(set(evals["run"])) == 1 else "id"]
@@ -363,7 +363,7 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
             notice(f"{of}{sentence}.", kind="warning")
     worse = [WORSE * is_worse_than_mean(float(fvu)) for fvu in evals["fvu"]]
     if any(worse):
-        shown.insert(5, "worse", worse)
+        shown.insert(list(shown).index("d_sae") + 1, "worse", worse)
     if base:
         shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
         shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])

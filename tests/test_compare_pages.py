@@ -78,7 +78,7 @@ def test_saes_share_a_frontier_with_those_of_their_own_hook_point(root: Path) ->
     assert at.metric[0].value == "1.89×"
     said = text(at)
     for layer in (1, 3):
-        assert f"both · blocks.{layer}.hook_resid_post: At equal loss recovered" in said
+        assert f"blocks.{layer}.hook_resid_post: At equal loss recovered" in said
     assert set(table_of_saes(at)["hook point"]) == {
         "blocks.1.hook_resid_post",
         "blocks.3.hook_resid_post",

@@ -99,12 +99,14 @@ def several_runs(evals: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     address too; and `group`, the SAEs that share a frontier: the run, of several places with the
     hook point.
     """
+    some = {run: frame for run, frame in evals.items() if len(frame)}
     frames = [
         frame.assign(
-            run=run, id=[f"{run}/{name}" for name in frame["name"]], group=_groups(frame, run)
+            run=run,
+            id=[f"{run}/{name}" for name in frame["name"]],
+            group=_groups(frame, run, alone=len(some) == 1),
         )
-        for run, frame in evals.items()
-        if len(frame)
+        for run, frame in some.items()
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -117,11 +119,11 @@ def hook_points(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def _groups(frame: pd.DataFrame, run: str) -> list[str]:
-    if "layer" not in frame:
+def _groups(frame: pd.DataFrame, run: str, *, alone: bool) -> list[str]:
+    hooks = hook_points(frame) if "layer" in frame else []
+    if len(set(hooks)) < 2:
         return [run] * len(frame)
-    hooks = hook_points(frame)
-    return [f"{run} · {hook}" for hook in hooks] if len(set(hooks)) > 1 else [run] * len(frame)
+    return hooks if alone else [f"{run} · {hook}" for hook in hooks]
 
 
 def against(frame: pd.DataFrame, base: str) -> pd.DataFrame:
