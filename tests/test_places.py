@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from families import tiny
@@ -13,7 +14,11 @@ from refusals import refusal
 from tiny_runs import finish, leave_at, outcome, tiny_config
 from torch import Tensor
 
-from gsae_core.checkpoints.checkpoint import read_cfg
+from gsae_core.analysis.generation import next_token_shift, steered_logits
+from gsae_core.analysis.prompt import analyse
+from gsae_core.app import cache, prompt_view, steer_view
+from gsae_core.app.pickers import beside
+from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
 from gsae_core.config import SITES, ModelConfig, Place, RunConfig, SAESpec, TrainConfig, TrainRecipe
 from gsae_core.lm import harvest as harvesting
 from gsae_core.lm import stream as streaming
@@ -24,6 +29,7 @@ from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import memory_parts, state_bytes
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import index_run
+from gsae_core.runs.work.setup import load_text
 from gsae_core.sae.architectures import GatedSAE
 from gsae_core.training.trainer import Trainer
 
@@ -325,6 +331,42 @@ def test_a_sample_of_features_is_of_each_saes_own_place(several: Run) -> None:
     sample = several.samples()
     assert sample is not None
     assert set(sample["saes"]) == {spec.name for spec in several.config.saes}
+
+
+# --- Pages
+
+
+@pytest.mark.slow
+def test_prompt_and_steer_read_the_place_of_their_sae(several: Run) -> None:
+    text, model = "w1 w2 w3 w4", cache.language_model(several).model
+    prompt = cache.prompt(several, text)
+    for spec in several.config.saes[1:3]:
+        layer, site = several.config.place(spec)
+        assert (spec.layer, spec.site) == (layer, site)
+        sae = load_sae(several.sae_folder(spec.name))
+        (look,) = prompt_view.read(several, (spec.name,), text).looks
+        (alone,) = analyse(model, [sae], prompt, layer=layer, site=site)
+        pd.testing.assert_frame_equal(look.features, alone.features)
+        push = steer_view.Push(int(look.features["latent"].iloc[0]), "add", 2.0)
+        settings = steer_view.Settings((), spec.name, None, text, (push,), True, 1, 0.0, 0)
+        made = steer_view.start(several, settings)
+        before, after = (
+            steered_logits(model, prompt, made.steerings[kind], layer=layer, site=site)[-1]
+            for kind in ("unsteered", "steered")
+        )
+        wanted = next_token_shift(before, after, model=model)
+        assert made.shifts["steered"].kl == wanted.kl > 0
+        vectors = cache._held_out_vectors(several, several.config.place(spec))
+        corpus = load_text(several.config, model)
+        x = model.harvest(corpus.held_out[:1].ids, layer=layer, site=site)
+        mask = corpus.held_out[:1].mask
+        assert torch.equal(vectors[: int(mask.sum())], x[mask])
+
+
+def test_an_sae_is_compared_with_those_of_its_own_place(several: Run) -> None:
+    names = [spec.name for spec in several.config.saes]
+    assert beside(several, "gated-l1-mlp_out", names) == "relu-l1-mlp_out"
+    assert beside(several, "gated-l0-resid_post", names) is None
 
 
 # --- What it costs
