@@ -5,8 +5,9 @@ No list of families says which modules these are. A pass over a few tokens does:
 blocks and comes out must be what `output_hidden_states` shows, bit for bit.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from gsae_core.errors import InputError
 from gsae_core.lm.catalog import FAMILIES
 from gsae_core.lm.load import reason
-from gsae_core.lm.taps import named_input, replaying
+from gsae_core.lm.taps import named_input, replaying, without_dropout
 
 
 class Decoder(NamedTuple):
@@ -129,7 +130,7 @@ def _decoder(
     """Return the decoder of which these are the blocks, or why they are not."""
     at = [i for i, call in enumerate(calls) if call.module in blocks]
     mine = [calls[i] for i in at]
-    if [call.module for call in mine] != list(blocks):
+    if [call.module for call in mine] != list(blocks) or len({*blocks}) < len(blocks):
         return "the blocks do not run once each, one after the other"
     stream = [mine[0].x, *(call.y for call in mine)]
     shape = states[0].shape
@@ -146,7 +147,7 @@ def _decoder(
     ):
         return "the blocks hand on other tensors than output_hidden_states shows"
     last = stream[-1]
-    if not hf.training and (last is None or not _close(last[0, :-1], last[1, :-1])):
+    if last is None or not _close(last[0, :-1], last[1, :-1]):
         return "a token's hidden states depend on later tokens"
     # From module to module, by the tensor that one returned and the next one reads.
     x, after, shown, scale = last, [], _same(last, states[-1]), None
@@ -165,13 +166,13 @@ def _decoder(
 
 def _scale(y: Tensor, logits: Tensor, *, cap: float | None) -> float | None:
     """Return what the unembedding's output is multiplied by to be the logits, before the cap."""
-    wanted, y = logits.float().flatten(), y.float().flatten()
-    if cap is not None:
-        wanted = cap * torch.atanh(wanted / cap)
-    if len(wanted) != len(y):
+    if y.shape != logits.shape or not y.any():
         return None
-    scale = float(wanted @ y / (y @ y))
-    return scale if _close(y * scale, wanted) else None
+    if cap is not None:
+        return 1.0 if _close(cap * torch.tanh(y / cap), logits) else None
+    wide, wanted = (x.cpu().double().flatten() for x in (y, logits))  # MPS has no float64
+    scale = float(wanted @ wide / (wide @ wide))
+    return scale if _close(y * scale, logits) else None
 
 
 def logit_cap(hf: Any) -> float | None:
@@ -203,9 +204,11 @@ def _replays(
 
 @torch.no_grad()
 def _pass(hf: Any, ids: Tensor, **options: Any) -> Any:
-    """Return what the model returns; where it draws random numbers, they are drawn again later."""
-    gpus = [ids.device] if ids.is_cuda else []
-    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+    """Return what the model returns in evaluation mode."""
+    # Compiled code sees no hooks. Where nothing is compiled, asking would import Dynamo: seconds.
+    is_compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    with without_dropout(hf), eager:
         return hf(input_ids=ids, use_cache=False, **options)
 
 
@@ -251,6 +254,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same up to rounding, wherever both are finite."""
-    a, b = (x.nan_to_num(0, 0, 0) for x in (a, b))
-    tolerance = torch.finfo(a.dtype).eps ** 0.5 * float(b.abs().max())
+    eps = max(torch.finfo(x.dtype).eps for x in (a, b))
+    a, b = (x.nan_to_num(0, 0, 0).float() for x in (a, b))
+    tolerance = eps**0.5 * float(b.abs().max())
     return torch.allclose(a, b, rtol=0, atol=tolerance)

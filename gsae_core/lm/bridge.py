@@ -7,8 +7,8 @@ the forward pass stays transformers' own. A `TransformerBridge` given as an obje
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Site, hook_name
 from gsae_core.errors import InputError, extra
-from gsae_core.lm.taps import BlockSites, Tap, hooked
+from gsae_core.lm.taps import BlockSites, Tap, hooked, without_dropout
 
 _STREAM: tuple[Site, Site] = ("resid_pre", "resid_post")
 _INNER: tuple[Site, Site] = ("attn_z", "mlp_hidden")
@@ -137,23 +137,11 @@ def _seen(
 
     ids = torch.arange(1, 7, device=next(model.parameters()).device).view(2, 3)
     with ExitStack() as within, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        within.enter_context(_without_dropout(model))
+        within.enter_context(without_dropout(model))
         for tap in {tap for each in blocks for tap in each.taps.values()} | set(outs):
             within.enter_context(hooked(tap, partial(keep, tap)))
         run(ids)
     return seen
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _is_sum(total: Tensor, terms: Sequence[Tensor], eps: float) -> bool:

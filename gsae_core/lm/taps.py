@@ -118,3 +118,16 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 vars(module)["forward"] = forward
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, the model computes as in evaluation; the mode of each module comes back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

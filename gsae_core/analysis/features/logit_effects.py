@@ -151,7 +151,7 @@ def _path(model: LanguageModel, ids: Tensor, *, layer: int, site: Site) -> Any:
     if project in set(added.module.modules()):
         # A bias moves nothing: only the difference is added.
         project = _plain(project)
-        return lambda nudge, rows: added.scale * (project(nudge) - project(0 * nudge))
+        return lambda nudge, rows: added.scale * (project(nudge) - project(torch.zeros_like(nudge)))
     project, norm = _plain(project), _plain(added.module)
     z = _activations(model, ids, layer=layer, site=site)
     return lambda nudge, rows: (
