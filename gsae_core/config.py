@@ -577,6 +577,11 @@ class RunConfig(Config):
                 f"expected n_tokens of at least one batch ({train.batch_size}), "
                 f"got {train.n_tokens}"
             )
+        if any(recipe.n_steps < 1 for _, recipe in train.stages):
+            raise ValueError(
+                "expected n_tokens of at least one batch more than each length before "
+                f"{list(train.extended)}, got {train.n_tokens}"
+            )
         return train
 
 

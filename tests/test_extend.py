@@ -12,8 +12,9 @@ import torch
 from refusals import mistake, refusal
 from tiny_runs import finish, leave_at, outcome, tiny_config
 
+from gsae_core.cli.arguments import Train, run_config
 from gsae_core.cli.main import main
-from gsae_core.config import RunConfig, SAESpec, TrainRecipe
+from gsae_core.config import RunConfig, SAESpec, TrainRecipe, validated
 from gsae_core.runs.run import Run, example_run
 from gsae_core.runs.work.extend import add_saes, lengthen
 from gsae_core.runs.work.finetune import create_finetuned, finetuned_config
@@ -250,6 +251,21 @@ def test_of_several_places_an_added_sae_shuffles_as_the_widest_does(
 def finetuned_both(run: Run) -> RunConfig:
     names = ["wide", "gated-0.1"]
     return finetuned_config(run, names, n_tokens=64, loss="kl", recipe={"batch_size": 32})
+
+
+def test_a_config_of_stages_is_trained_in_one_go_where_another_length_is_asked_for(
+    one: Run, tmp_path: Path
+) -> None:
+    path = lengthen(one, 96).folder / "config.json"
+    same = run_config(Train(config=path))
+    assert same.train.extended == (165,)
+    assert [(first, recipe.n_steps) for first, recipe in same.train.stages] == [(0, 10), (10, 6)]
+    other = run_config(Train(config=path, tokens=64))
+    assert (other.train.extended, other.train.n_steps) == ((), 4)
+    fields = same.model_dump() | {"train": same.train.model_dump() | {"n_tokens": 170}}
+    assert refusal(validated, RunConfig, fields) == (
+        "train: expected n_tokens of at least one batch more than each length before [165], got 170"
+    )
 
 
 # What cannot be extended

@@ -18,6 +18,7 @@ from gsae_core.config import EvalConfig, SAESpec, TrainRecipe, load_config
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.finetune import create_finetuned, finetuned_config, unit_norm_
 from gsae_core.runs.work.imports import import_saes
+from gsae_core.runs.work.publish import make_card
 from gsae_core.sae.architectures import build_sae
 
 NAMES = ["gated", "relu", "jumprelu", "topk"]
@@ -84,6 +85,15 @@ def test_the_config_says_where_it_came_from_and_the_run_needs_nothing_else(
     assert load_config(made.folder / "config.json") == config
     assert {row["name"] for row in made.evals()} == {"topk", "gated"}
     assert [e["run"] for e in made.events() if e["event"] == "fine-tuned"] == ["old", "old"]
+
+
+def test_its_card_says_what_it_was_fine_tuned_from(begun: Run) -> None:
+    made = dataclasses.replace(
+        begun, config=finetuned_config(begun, NAMES, n_tokens=480, loss="kl")
+    )
+    lines = make_card(made, ["gated"], "owner/name")["README.md"].splitlines()
+    assert "- fine-tuned from the SAEs of a run called `run`, end-to-end" in lines
+    assert not any("fine-tuned" in line for line in make_card(begun, ["gated"], "o/n").values())
 
 
 def test_a_run_from_random_weights_has_the_config_it_had(begun: Run) -> None:

@@ -234,7 +234,7 @@ def run_config(flags: Train) -> RunConfig:
         "model": model.model_copy(update=places[0]._asdict()),
         "data": _over(DataConfig, base and base.data, flags),
         "evaluation": _over(EvalConfig, base and base.evaluation, flags),
-        "train": _over(TrainRecipe, base and base.train, flags),
+        "train": _over(TrainRecipe, base and _in_one_go(base.train, flags), flags),
         "saes": _specs(flags, base, places),
     }
     parts |= _of_vectors(flags, base)
@@ -287,6 +287,12 @@ def _base(flags: Train) -> RunConfig | None:
     _over(ModelConfig, None, flags)  # so that a mistake is named as a flag
     first = {name: values[0] for name, values in _given_places(flags).items()}
     return preset(flags.preset).config(**first)
+
+
+def _in_one_go(train: TrainRecipe, flags: Train) -> TrainRecipe:
+    """Return a base's recipe; of other lengths than it was extended by, without them."""
+    kept = flags.tokens is None and flags.batch_size is None
+    return train if kept else train.model_copy(update={"extended": ()})
 
 
 def _said(flag: str) -> str:
