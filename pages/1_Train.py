@@ -399,7 +399,8 @@ def advanced(given: Values, asked: Container[str]) -> None:
         fields = [flag for flag in rest if flag not in switches]
         for start in range(0, len(fields), 3):
             row(fields[start : start + 3], given)
-        row(switches, given, n_columns=2)  # their names are long
+        for start in range(0, len(switches), 2):  # their names are long
+            row(switches[start : start + 2], given, n_columns=2)
 
 
 @st.cache_data(max_entries=32, show_spinner="Reading the first lines")

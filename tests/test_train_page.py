@@ -9,6 +9,7 @@ from app_pages import HOSTILE, opened, text
 from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 
+from gsae_core.app.train_form import FIELDS
 from gsae_core.cli.arguments import Train, parse, run_config
 from gsae_core.cli.main import COMMANDS
 from gsae_core.presets import preset
@@ -159,6 +160,15 @@ def test_a_rarer_setting_in_the_address_is_in_the_form_and_still_there_after_a_p
     at.text_input(key="tokens").set_value("2e6").run()
     assert at.text_input(key="held_out").value == "0.2"
     assert command(at).held_out == 0.2
+
+
+def test_chats_and_separators_of_the_address_are_in_the_form_beside_the_other_switches(
+    root: Path,
+) -> None:
+    at = opened(TRAIN, chat="true", separator="---")
+    switches = {toggle.key: toggle.value for toggle in at.toggle if toggle.key in FIELDS}
+    assert switches == {"chat": True, "screened": False, "cache_activations": False}
+    assert (command(at).chat, command(at).separator) == (True, "---")
 
 
 def test_the_form_is_whole_again_after_another_page(root: Path) -> None:

@@ -47,7 +47,6 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "dtype": "Precision",
     "revision": "Model revision",
     "chat": "Chats by the chat template",
-    "separator": "Line between documents",
     "n_ctx": "Context length",
     "bos": "BOS",
     "held_out": "Held-out share",
