@@ -79,6 +79,7 @@ def test_it_is_evaluated_and_indexed_here_and_says_so(
     assert run.config.device == "cuda:9"
 
 
+@pytest.mark.slow
 def test_a_label_is_written_here(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run = from_elsewhere(finished)
     name = run.config.saes[0].name
@@ -107,6 +108,7 @@ def test_it_goes_on_here_to_the_bits_of_this_machine(
     assert [e["device"] for e in run.events() if e["event"] == "set up"] == ["cuda:9", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_run_that_never_began_is_held_to_its_device(new_run: Callable[..., Run]) -> None:
     run = new_run(device="cuda")
     said = "expected a device of this machine (auto, cpu), got 'cuda'"
@@ -115,6 +117,7 @@ def test_a_run_that_never_began_is_held_to_its_device(new_run: Callable[..., Run
     assert list(train_run(run, device="cpu"))[-1].stage == "finished"
 
 
+@pytest.mark.slow
 def test_a_page_that_runs_its_model_works_here(
     finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from app_pages import edited, opened, text
 from refusals import refusal
+from synthetic import write_run
 from test_stream import TokenModel, tokens
 from tiny_runs import finish, leave_at, outcome, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,6 +170,7 @@ def test_a_run_says_what_outliers_hold_and_learns_at_the_scale_of_the_others(
     assert "FVU of the others is" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_left_out_everywhere(run: Callable[..., Run]) -> None:
     short = run("short", max_norm_ratio=10.0)
     finish(short)
@@ -210,6 +213,7 @@ def test_interrupted_and_resumed_it_has_the_same_bits(run: Callable[..., Run]) -
     assert outcome(cut) == outcome(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_what_an_earlier_version_began_goes_on_at_the_scale_it_began_with(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
@@ -234,6 +238,7 @@ def test_what_an_earlier_version_began_goes_on_at_the_scale_it_began_with(
     assert scales.pop() < 0.5 * noted["activation_scale"]
 
 
+@pytest.mark.slow
 def test_where_no_median_was_noted_an_evaluation_measures_it(
     run: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -248,3 +253,18 @@ def test_where_no_median_was_noted_an_evaluation_measures_it(
     list(evaluate_run(done))
     # The held-out tokens' own median is near that of training: the same tokens are outliers.
     assert done.evals() == before
+
+
+@pytest.mark.slow
+def test_pages_say_what_outliers_hold_of_a_run(root: Path) -> None:
+    drowned = write_run(root, "drowned")
+    found = {"n": 32_768, "n_outliers": 131, "outlier_share": 0.83, "median_norm": 1.0}
+    drowned.add_event("set up", max_norm_ratio=None, lengths={"blocks.2.hook_resid_post": found})
+    with edited(drowned.folder / "evals.json") as evals:
+        for row in evals["saes"]:
+            row |= {"n_outliers": 31, "outlier_share": 0.83, "fvu_ordinary": 0.4}
+    assert "0.40 % of tokens have activations longer than 10 times the median and hold 83 %" in (
+        text(opened("pages/2_Live.py", run="drowned"))
+    )
+    said = text(opened("pages/3_Pareto.py", run="drowned"))
+    assert "hold 83 % of E|x|^2: FVU of the others is 0.4000" in said
