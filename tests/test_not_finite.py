@@ -184,7 +184,7 @@ def test_a_run_that_meets_it_late_fails_with_the_sentence_and_its_saved_steps_st
     tmp_path: Path, overflowing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "SCALE_VECTORS", 8)
-    monkeypatch.setattr("gsae_core.lm.stream.default_chunk_vectors", lambda *_: 60)
+    monkeypatch.setattr("gsae_core.runs.work.setup.default_chunk_vectors", lambda *_: 60)
     text = write_words(tmp_path / "text.txt", rare_at=None)
     clean = half_run(tmp_path / "clean", overflowing, text)
     order = harvest_order(clean)

@@ -135,6 +135,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "eval_tokens": "4096",
         "eval_replace": "all",
         "activation_scale": "none",
+        "max_norm_ratio": "12.5",
         "seed": "3",
         "device": "cpu",
         "checkpoint_minutes": "1.5",
