@@ -562,11 +562,12 @@ class RunConfig(Config):
             names.add(spec.name)
             if self.imported is None and math.isnan(spec.sparsity):
                 raise ValueError(f"expected a sparsity to train {spec.name!r} with, got none")
-        if self.loss == "kl" and self.max_norm_ratio is not None:
-            raise ValueError(
-                "expected no max_norm_ratio with loss kl, which reads whole sequences, got "
-                f"{self.max_norm_ratio:g}; leave one of them out"
-            )
+        for name in ("max_norm_ratio", "cache_activations") if self.loss == "kl" else ():
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"expected no {name} with loss kl, which reads whole sequences, got {value}; "
+                    "leave one of them out"
+                )
         return self
 
     @field_validator("train")

@@ -188,6 +188,11 @@ def test_without_more_text_it_reads_all_again_in_another_order(one: Run) -> None
     (later,) = setup.later
     assert len(later.harvest.sequences) == len(setup.corpus.train)
     assert later._order(0).tolist() != setup.stream._order(0).tolist()
+    # One batch more, of a text that was read to its end: what is left holds none.
+    train = one.config.train.model_copy(update={"n_tokens": 3280, "extended": (165, 3264)})
+    setup = set_up(Run(one.folder, one.config.model_copy(update={"train": train})))
+    assert len(setup.later[1].harvest.sequences) == len(setup.corpus.train)
+    assert len([*setup.batches(204)]) == 1
 
 
 @pytest.mark.slow

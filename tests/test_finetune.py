@@ -115,6 +115,15 @@ def test_what_is_not_said_is_the_runs_and_lambda_is_whole_from_the_first_step(be
     assert changed.train.lr == 0.5
 
 
+def test_end_to_end_whole_sequences_are_read_from_the_model(begun: Run) -> None:
+    kept = {"max_norm_ratio": 10.0, "cache_activations": True}
+    run = dataclasses.replace(begun, config=begun.config.model_copy(update=kept))
+    config = finetuned_config(run, ["gated"], n_tokens=64)
+    assert (config.max_norm_ratio, config.cache_activations) == (10, True)
+    config = finetuned_config(run, ["gated"], n_tokens=64, loss="kl")
+    assert (config.max_norm_ratio, config.cache_activations) == (None, False)
+
+
 @pytest.mark.slow
 def test_it_learns_other_text(begun: Run, tmp_path: Path) -> None:
     # Of 38 words the new text has six.

@@ -96,7 +96,12 @@ def test_a_chunk_without_an_ordinary_vector_is_told() -> None:
         (
             {"max_norm_ratio": 10.0, "loss": "kl"},
             "RunConfig: expected no max_norm_ratio with loss kl, which reads whole sequences, got "
-            "10; leave one of them out",
+            "10.0; leave one of them out",
+        ),
+        (
+            {"cache_activations": True, "loss": "kl"},
+            "RunConfig: expected no cache_activations with loss kl, which reads whole sequences, "
+            "got True; leave one of them out",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def finetuned_config(
     Args:
         names: of the SAEs; without them the run's only one.
         n_tokens: activations to train on.
-        loss: `RunConfig.loss`.
+        loss: `RunConfig.loss`; `kl` leaves no outliers out and keeps no activations on disk.
         sparsity: lambda (k of a TopK SAE) of each, or one for all; without it what the SAEs had.
         data, recipe: fields of `DataConfig` and `TrainRecipe` to change. Batch size, learning rate,
             Adam's settings and, for an SAE trained here, the steps between revivals are the run's;
@@ -104,12 +104,13 @@ def finetuned_config(
         "saes": tuple(saes),
         "train": validated(TrainRecipe, train | changed, called),
         "activation_scale": old.activation_scale if old.imported is None else "unit",
-        "cache_activations": old.cache_activations and loss == "mse",
         "preset": None,
         "imported": None,
         "finetuned": run.id,
         "loss": loss,
     }
+    if loss == "kl":  # which reads whole sequences
+        fields |= {"cache_activations": False, "max_norm_ratio": None}
     return validated(RunConfig, fields | changes, called)
 
 

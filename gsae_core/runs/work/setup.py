@@ -172,7 +172,8 @@ def _streams(
         if k:
             rest = corpus.train.after(n_read)
             # The reading before went to the end of a sequence and of what was not a whole batch.
-            is_new = rest.n_tokens > n_vectors - corpus.n_ctx - stage.batch_size
+            short = n_vectors - corpus.n_ctx - stage.batch_size
+            is_new = rest.n_tokens > short and rest.n_tokens >= stage.batch_size
             text = dataclasses.replace(corpus, train=rest) if is_new else corpus
             seed += k << 32  # another order, for every seed of a run
         stream = kind(
