@@ -12,7 +12,7 @@ import torch
 from refusals import mistake, refusal
 from tiny_runs import finish, leave_at, outcome, tiny_config
 
-from gsae_core.cli.arguments import Train, run_config
+from gsae_core.cli.arguments import Train, added_specs, run_config
 from gsae_core.cli.main import main
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe, validated
 from gsae_core.runs.run import Run, example_run
@@ -303,6 +303,17 @@ def test_runs_that_cannot_be_extended_are_refused(
         "expected at least one batch (16) of further tokens, got 15"
     )
     assert one.status.state == "finished"
+
+
+def test_what_the_flags_add_reads_where_the_sweep_does_and_begins_at_random(one: Run) -> None:
+    elsewhere = ONE.model_copy(update={"site": "mlp_out"})
+    (added,) = added_specs(one.config.model_copy(update={"saes": (elsewhere,)}), sparsity=(0.1,))
+    assert (added.name, added.site) == ("gated-0.1", "mlp_out")
+    tuned = one.config.model_copy(update={"finetuned": "one"})
+    assert refusal(added_specs, tuned, arch=("relu",), sparsity=(0.1,)) == (
+        "expected a sweep that began with random weights to add SAEs to, got one fine-tuned from "
+        "one; fine-tune that again with another --sparsity"
+    )
 
 
 # The command

@@ -400,8 +400,16 @@ def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
 
 def added_specs(base: RunConfig, **flags: Any) -> list[SAESpec]:
     """Return the SAEs that `train` with these flags, started from a config, has and that lacks."""
+    if base.finetuned:
+        raise InputError(
+            "expected a sweep that began with random weights to add SAEs to, got one fine-tuned "
+            f"from {base.finetuned}; fine-tune that again with another --sparsity"
+        )
     names = [spec.name for spec in base.saes]
     made = _specs(Train(**flags), base, list(base.places))
+    if len(base.places) == 1:  # which may be another than the run's model names
+        there = base.saes[0].model_dump(include={"layer", "site"})
+        made = [spec.model_copy(update=there) for spec in made]
     added = [spec for spec in made if spec.name not in names]
     if not added:
         raise InputError(f"expected SAEs that the run lacks; it has {', '.join(names)}")
