@@ -251,7 +251,8 @@ def place(base: Base, given: Values, about: ModelFacts) -> None:
     width = "" if about.shape is None else f", {about.shape.width(state['site']):,} wide"
     st.caption(f"{ABOUT[state['site']].capitalize()}{width}.")
     further_places(given, last)
-    layers, sites = ({state[name], *state[f"more_{name}s"]} for name in ("layer", "site"))
+    layers = {state["layer"], *state["more_layers"]}
+    sites = {state["site"], *state["more_sites"]}
     if not all(covers(base, layer, site) for layer in layers for site in sites):
         kept = "its settings are kept as your own"
         st.caption(f"{base.flags.preset} has no runs at this hook point; {kept}.")
@@ -283,11 +284,10 @@ def further_places(given: Values, last: int | None) -> None:
     chosen = bool(state["more_layers"] or state["more_sites"])
     with st.expander("More layers and sites", expanded=chosen):
         one, two = st.columns([2, 3])
-        options: dict[str, Any] = {"bind": BIND, "placeholder": "none"}
-        default = [layer for layer in given["more_layers"] if layer in layers]
-        one.multiselect(LABELS["more_layers"], layers, default, key="more_layers", **options)
+        label, default = LABELS["more_layers"], [n for n in given["more_layers"] if n in layers]
+        one.multiselect(label, layers, default, key="more_layers", bind=BIND, placeholder="none")
         label, default = LABELS["more_sites"], given["more_sites"]
-        two.multiselect(label, SITES, default, key="more_sites", **options)
+        two.multiselect(label, SITES, default, key="more_sites", bind=BIND, placeholder="none")
         st.caption("One pass of the model reads all; each layer and site gets the whole sweep.")
 
 

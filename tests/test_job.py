@@ -108,7 +108,7 @@ def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
     # A GPU's largest step: 8.2 matrices of the gated, 10 x 5. On cores: 3.5 of 512 rows, at least,
     # of the widest or of both.
     for n_cores, step in ((None, 410), (1, 3.5 * 512 * 5), (2, 3.5 * 512 * 7), (9, 3.5 * 512 * 7)):
-        parts = memory_parts(config(5), 3, chunk_vectors=100, n_cores=n_cores)
+        parts = memory_parts(config(5), lambda _: 3, chunk_vectors=100, n_cores=n_cores)
         assert sum(parts.values()) == 4 * (learnt + step + harvest)
 
 
@@ -117,9 +117,10 @@ def test_a_dictionary_too_wide_for_memory_is_told_with_need_and_free(
 ) -> None:
     monkeypatch.setattr(cost, "free_memory", lambda device: 10 * 10**9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    check_memory(config(10**6), 3, torch.device("cpu"), chunk_vectors=100)
+    check_memory(config(10**6), lambda _: 3, torch.device("cpu"), chunk_vectors=100)
     # 4 (4 x 9e9 + 3.5 x 512 x 1e9) = 7312 GB
-    assert refusal(check_memory, config(10**9), 3, torch.device("cpu"), chunk_vectors=100) == (
+    cfg = config(10**9)
+    assert refusal(check_memory, cfg, lambda _: 3, torch.device("cpu"), chunk_vectors=100) == (
         "expected about 7312.0 GB of memory on cpu for 2 SAEs of up to 1000000000 latents, found "
         "10.0 GB free; lower the width, the batch size or the number of SAEs"
     )
@@ -283,7 +284,7 @@ MEMORY = (
 def test_memory_that_runs_out_and_what_is_unforeseen_fail_the_run_with_a_sentence(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, sentence: str
 ) -> None:
-    def fail(run: Run) -> None:
+    def fail(run: Run, **_: object) -> None:
         raise error
 
     monkeypatch.setattr("gsae_core.runs.work.train.set_up", fail)

@@ -257,15 +257,6 @@ def evaluating(
     n_done, n_predictions, total = 0, 0, min(n_tokens, sequences.n_tokens)
     on_cpu = model.device.type == "cpu"
 
-    def measured(i: int, x: Tensor, mask: Tensor, long: Tensor) -> Tensor:
-        """Measure SAE i where tokens count; return what the model reads instead of x."""
-        x_hat = of_saes[i].add(saes[i], x[mask], long)
-        read = x.masked_scatter(mask[..., None], x_hat.to(x))
-        if replace == "all" and not mask.all():
-            others, _ = reconstruct(saes[i], x[~mask].to(x_hat))
-            read = read.masked_scatter(~mask[..., None], others.to(x))
-        return read
-
     rows = max(1, (LOGITS_CPU if on_cpu else LOGITS_GPU) // (sequences.n_ctx * model.d_vocab))
     n = n_sequences(sequences, n_tokens)
     for start in range(0, n, rows):
@@ -286,8 +277,9 @@ def evaluating(
         def evaluated(
             i: int, splice=splice, at=at, long=long, reference=reference
         ) -> Sequence[Tensor]:
-            zeros = i == len(saes)
-            read = torch.zeros_like(splice.x) if zeros else measured(i, splice.x, at, long)
+            if i == len(saes):
+                return reference.compare(splice.run(torch.zeros_like(splice.x)))
+            read = of_saes[i].measure(saes[i], splice.x, at, long, replace)
             return reference.compare(splice.run(read))
 
         # A thread an SAE costs a fifth less than products and sums that each wake every thread.
@@ -356,6 +348,15 @@ class _Sums:
         if long.any():
             self._of_outliers.add(stats_of(x=x[long], x_hat=x_hat[long]))
         return x_hat
+
+    def measure(self, sae: SAE, x: Tensor, mask: Tensor, long: Tensor, replace: str) -> Tensor:
+        """Add what `mask` has of x (rows, pos, d_in); return what the model reads instead of x."""
+        x_hat = self.add(sae, x[mask], long)
+        read = x.masked_scatter(mask[..., None], x_hat.to(x))
+        if replace == "all" and not mask.all():
+            others, _ = reconstruct(sae, x[~mask].to(x_hat))
+            read = read.masked_scatter(~mask[..., None], others.to(x))
+        return read
 
     def evaluation(self, fidelity: Fidelity, outliers: OutlierCount) -> Evaluation:
         """Return what the sums come to."""

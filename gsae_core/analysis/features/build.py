@@ -108,41 +108,31 @@ def build_index(
         max_norm: activations longer than this are left out, as those of special tokens are.
 
     Raises:
-        InputError: while iterating: if the SAE is of another width, there is no token to read, or
-            the disk is full.
+        InputError: while iterating, of an SAE of another width, no token to read, or a full disk.
     """
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
     began, building = time.time(), folder / "building"
     parts, harvests, texts = _sources(model, parts, layer=layer, site=site)
-    source = model if isinstance(model, VectorSource) else None
     # Of no text: every vector stands for itself.
-    bare = None if source is None or source.is_harvested else source.vectors
+    bare = model.vectors if isinstance(model, VectorSource) and not model.is_harvested else None
     shards, n_tokens = _cut_into_shards(parts, building), sum(part.n_tokens for part in parts)
-    if not n_tokens:
-        raise InputError("expected text to index, got no tokens that count; give more --tokens")
     hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts, bare)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
-    plan |= {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
-    plan |= {} if max_norm == math.inf else {"max_norm": max_norm}
-    _resume_or_clear(building, plan)
+    _resume_or_clear(building, plan | _how(model, shards, max_norm))
     yield from _read_shards(sae, parts, shards, harvests, max_norm)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
     totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
     n_read, n_tokens = n_tokens, int(totals["sums"][0])
     if bare is not None:
-        numbers = np.concatenate([*map(_numbers, parts)])
-        allocate(data, VECTOR, numbers.shape, np.int64)[:] = numbers
+        _keep_numbers(data, parts)
     yield Progress("describing", 0, sae.d_sae, "feature")
     head = None if isinstance(model, VectorSource) else model
     facts |= describe(data, sae, head, totals, texts=texts, layer=layer, site=site)
-    asked = n_tokens_asked or n_tokens
     manifest = Manifest(
         sae=name,
-        architecture=sae.architecture,
-        d_in=sae.d_in,
-        d_sae=sae.d_sae,
+        **{key: getattr(sae, key) for key in ("architecture", "d_in", "d_sae")},
         **hashes,
         model=model.name,
         revision=revision,
@@ -155,8 +145,8 @@ def build_index(
         n_ctx=parts[0].sequences.n_ctx,
         splits=tuple(Split(name=p.split, n_sequences=p.n, n_tokens=p.n_tokens) for p in parts),
         n_tokens=n_tokens,
-        n_tokens_asked=asked,
-        shortage=shortage if n_read < asked else None,
+        n_tokens_asked=n_tokens_asked or n_tokens,
+        shortage=shortage if n_read < (n_tokens_asked or n_tokens) else None,
         n_left_out=n_read - n_tokens,
         l0=facts["n_entries"] / n_tokens,
         **facts,
@@ -170,6 +160,19 @@ def build_index(
     yield Progress("describing", sae.d_sae, sae.d_sae, "feature")
 
 
+def _how(
+    model: LanguageModel | VectorSource, shards: Sequence[Shard], max_norm: float
+) -> dict[str, Any]:
+    """Return what else shards that were read earlier have to agree on."""
+    plan = {"device": model.device.type, "shards": [list(shard[1:]) for shard in shards]}
+    return plan if max_norm == math.inf else plan | {"max_norm": max_norm}
+
+
+def _keep_numbers(data: Path, parts: Sequence[Part]) -> None:
+    numbers = np.concatenate([*map(_numbers, parts)])
+    allocate(data, VECTOR, numbers.shape, np.int64)[:] = numbers
+
+
 def _cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
     """Cut each part at the first sequence that brings a shard to `SHARD_TOKENS`."""
     shards: list[Shard] = []
@@ -181,6 +184,8 @@ def _cut_into_shards(parts: Sequence[Part], building: Path) -> list[Shard]:
             path = building / f"shard-{len(shards):05d}.safetensors"
             shards.append(Shard(path, number, first, last))
             first = last
+    if not any(part.n_tokens for part in parts):
+        raise InputError("expected text to index, got no tokens that count; give more --tokens")
     return shards
 
 

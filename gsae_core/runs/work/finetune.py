@@ -56,9 +56,10 @@ def finetuned_config(
         n_tokens: activations to train on.
         loss: `RunConfig.loss`; `kl` leaves no outliers out and keeps no activations on disk.
         sparsity: lambda (k of a TopK SAE) of each, or one for all; without it what the SAEs had.
-        data, recipe: fields of `DataConfig` and `TrainRecipe` to change. Batch size, learning rate,
-            Adam's settings and, for an SAE trained here, the steps between revivals are the run's;
-            those of another library are not revived.
+        data: fields of `DataConfig` to change.
+        recipe: fields of `TrainRecipe` to change. Batch size, learning rate, Adam's settings and,
+            for an SAE trained here, the steps between revivals are the run's; those of another
+            library are not revived.
         changes: fields of `RunConfig`.
         called: as `validated`.
 

@@ -61,7 +61,7 @@ class SequenceStream(ActivationStream):
         which = self.sequences_of(i)
         began = time.perf_counter()
         found = map(torch.cat, zip(*self.harvest.parts(which), strict=True))
-        self.seconds += time.perf_counter() - began
+        self.seconds: float = self.seconds + time.perf_counter() - began
         return tuple(
             SequenceBatch(x * self.scales[k], partial(self._divergence, which, k))
             for k, x in enumerate(found)
