@@ -67,7 +67,8 @@ Aux = Literal["frozen", "unfrozen", "off"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
-OrUnsaid = Annotated[str | None, Field(exclude_if=lambda said: said is None)]
+_IF_SAID = Field(exclude_if=lambda said: said is None)
+OrUnsaid = Annotated[str | None, _IF_SAID]
 """A key that files have only where there is something to say."""
 Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
@@ -163,6 +164,10 @@ class DataConfig(Config):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the sequences kept for evaluation, cut before anything else."""
 
+    reading: Literal[1, 2] = 2
+    """How text is read: 2 since 0.2.0. 1, which a config file without it means, keeps padding in
+    rows of token ids, and no line of a `.txt` file ends a document; so an earlier run goes on."""
+
     @field_validator("source")
     @classmethod
     def _source_can_be_written_down(cls, source: str) -> str:
@@ -176,10 +181,6 @@ class DataConfig(Config):
     def named(self) -> str:
         """What the text is called beside numbers: its source, and its split if that is another."""
         return self.source if self.split == "train" else f"{self.source}, split {self.split}"
-
-    reading: Literal[1, 2] = 2
-    """How text is read: 2 since 0.2.0. 1, which a config file without it means, keeps padding in
-    rows of token ids, and no line of a `.txt` file ends a document; so an earlier run goes on."""
 
 
 # What holds for another text too: columns, splits and chats are each text's own.
@@ -294,9 +295,7 @@ class TrainRecipe(Config):
     """Peak Adam learning rate, held after warm-up; of JumpReLU thresholds 1 over the number of
     steps, where that is more."""
 
-    threshold_lr: Annotated[PositiveFloat | None, Field(exclude_if=lambda said: said is None)] = (
-        None
-    )
+    threshold_lr: Annotated[PositiveFloat | None, _IF_SAID] = None
     """Peak learning rate of JumpReLU thresholds; None takes what `lr` says."""
 
     beta1: Fraction = 0.0
@@ -463,11 +462,10 @@ class RunConfig(Config):
     evaluation: EvalConfig = EvalConfig()
 
     activation_scale: Literal["unit", "none"] = "unit"
-    """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split."""
+    """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split,
+    activations longer than ten medians aside."""
 
-    max_norm_ratio: Annotated[
-        Annotated[float, Field(gt=1)] | None, Field(exclude_if=lambda ratio: ratio is None)
-    ] = None
+    max_norm_ratio: Annotated[Annotated[float, Field(gt=1)] | None, _IF_SAID] = None
     """Leave out activations longer than this many times the median, such as those of attention
     sinks, in training and in what is measured; None keeps all, and says what they hold."""
 

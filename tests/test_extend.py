@@ -253,6 +253,19 @@ def test_of_several_places_an_added_sae_shuffles_as_the_widest_does(
     assert [row["name"] for row in made.evals()] == ["wide", "gated-0.1"]
 
 
+@pytest.mark.slow
+def test_a_run_with_an_sae_added_at_another_place_trains_on(
+    one: Run, new_run: Callable[..., Run]
+) -> None:
+    elsewhere = OTHER.model_copy(update={"layer": 1, "site": "mlp_hidden"})
+    finish(whole := new_run("whole", saes=(ONE, elsewhere), **OPTIONS))
+    finish(parts := add_saes(one, [elsewhere]))
+    assert results(parts)["files"] == results(whole)["files"]
+    finish(whole := lengthen(whole, 96))
+    finish(parts := lengthen(parts, 96))
+    assert results(parts)["files"] == results(whole)["files"]
+
+
 def finetuned_both(run: Run) -> RunConfig:
     names = ["wide", "gated-0.1"]
     return finetuned_config(run, names, n_tokens=64, loss="kl", recipe={"batch_size": 32})

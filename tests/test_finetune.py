@@ -113,6 +113,11 @@ def test_what_is_not_said_is_the_runs_and_lambda_is_whole_from_the_first_step(be
     )
     assert [spec.sparsity for spec in changed.saes] == [0.7, 3]
     assert changed.train.lr == 0.5
+    # Thresholds go on as they did last: 20 steps and 20 more, 1 over 40 of them.
+    fields = {"n_tokens": 2 * old.n_tokens, "extended": (old.n_tokens,)}
+    longer = begun.config.model_copy(update={"train": old.model_copy(update=fields)})
+    run = dataclasses.replace(begun, config=longer)
+    assert finetuned_config(run, ["gated"], n_tokens=64).train.threshold_lr == 1 / 40
 
 
 def test_end_to_end_whole_sequences_are_read_from_the_model(begun: Run) -> None:

@@ -227,7 +227,8 @@ def test_evals_json_has_exactly_the_promised_keys_and_says_what_was_measured(run
     (row,) = run.evals()
     promised = """name architecture sparsity d_in d_sae l0 loss_recovered ce_clean ce_sae ce_zero kl
         gamma gamma_gate fvu cosine alive_fraction n_tokens n_tokens_asked shortage
-        n_predictions zeroed replaced layer site text"""
+        n_predictions zeroed replaced layer site text max_norm_ratio n_outliers outlier_share
+        fvu_ordinary"""
     assert set(row) == set(promised.split())
     assert row["gamma_gate"] is None  # NaN
     assert measured_on(row) == (

@@ -85,7 +85,7 @@ def _excess(p: Float[Tensor, "rows predictions d_vocab"]) -> Float[Tensor, "rows
 
 # Logits computed at a time. On a CPU they should not leave the cache for long; a GPU wants work.
 LOGITS_CPU, LOGITS_GPU = 2**22, 2**27
-VECTORS_AT_ONCE = 2**12
+VECTORS_AT_ONCE = 2**12  # of a folder; bounds the latents of a batch that are in memory
 TINY_GAP = 1e-6  # nats between two averages of float32 losses: less is rounding, not ablation
 
 

@@ -29,7 +29,13 @@ Result = TypeVar("Result")
 
 
 class StoredSequences(SequenceSet):
-    """Sequences whose vectors lie in a folder: those of sequence i from number `first[i]` on."""
+    """Sequences whose vectors lie in a folder.
+
+    Args:
+        rows: token ids (sequences, n_ctx), of which `special` are not counted.
+        counts: vectors of each sequence; None: its counted tokens.
+        first: number in the folder of each sequence's first vector; None: they follow each other.
+    """
 
     def __init__(
         self,

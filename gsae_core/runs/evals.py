@@ -108,15 +108,15 @@ def write_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 def measured_on(row: Mapping[str, Any]) -> str:
     """Return on how many tokens an SAE was measured, beside how many were asked for if fewer."""
-    unit = "vectors" if without_model(row) else "tokens"
-    found = f"{int(row['n_tokens']):,} held-out {unit}"
-    if isinstance(row.get("text"), str):
-        found = f"{int(row['n_tokens']):,} tokens of {row['text']}, not the run's own text,"
-        found = found if isinstance(row["shortage"], str) else found.removesuffix(",")
+    n, what, end = int(row["n_tokens"]), "held-out tokens", ""
+    if without_model(row):
+        what = "held-out vectors"
+    elif isinstance(row.get("text"), str):
+        what, end = f"tokens of {row['text']}, not the run's own text", ","
     # A table has NaN where an earlier version did not say.
     if not isinstance(row["shortage"], str):
-        return found
-    return f"{found} of {int(row['n_tokens_asked']):,} asked for: {row['shortage']}"
+        return f"{n:,} {what}"
+    return f"{n:,} {what}{end} of {int(row['n_tokens_asked']):,} asked for: {row['shortage']}"
 
 
 def measured_elsewhere(evals: Sequence[Mapping[str, Any]], run: str) -> str | None:

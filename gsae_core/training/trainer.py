@@ -37,10 +37,13 @@ class StepReport(NamedTuple):
 class Trainer:
     """SAEs of any architectures, with their optimisers, on one stream.
 
-    Each learns in place, as it would alone: nothing passes between them. In `cfg`, `sparsity` and
-    `lrs` hold one number for all, or one for each. `measure` is without effect: an earlier version
-    timed its ways of computing a step. `reads`: where a step brings several batches, those of
-    different places, the number of the one that each SAE learns from; None: there is one.
+    Each learns in place, as it would alone: nothing passes between them.
+
+    Args:
+        cfg: its `sparsity` and `lrs` hold one number for all, or one for each.
+        measure: without effect; an earlier version timed its ways of computing a step.
+        reads: for each SAE the number, from 0, of the batch it learns from, where a step brings
+            several, one of each place; None: there is one.
 
     Attributes:
         steps_done: steps so far, over resumes.

@@ -95,7 +95,8 @@ def finetuned_config(
         steps |= {
             key: getattr(old.train.schedule, key) for key in ("revive_every", "revive_window")
         }
-        rate = rate if "lr" in changed else threshold_lr(rate, old.train)
+        last = old.train.n_steps - 1
+        rate = rate if "lr" in changed else threshold_lr(rate, old.train, step=last)
         if steps["revive_every"] > old.train.revive_until * n_tokens / max(batch_size, 1):
             steps["revive_every"] = 0  # too short for one
     changed.setdefault("threshold_lr", rate)

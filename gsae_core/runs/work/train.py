@@ -112,6 +112,14 @@ def join_added(run: Run, *, n_bytes: int) -> None:
     saes = whole["trainer"]["saes"]
     if len(saes) < len(run.config.saes):
         saes.extend(added["trainer"]["saes"])
+        # Of a place that only added ones read, what was measured and pooled there.
+        theirs = learning(run).config.places
+        norms = whole.setdefault("mean_square_norms", [whole["mean_square_norm"]])
+        pools = [added["trainer"]["pool"], *added["trainer"]["pools_beside"]]
+        for place in run.config.places[len(norms) :]:
+            norms.append(added["mean_square_norms"][theirs.index(place)])
+            beside = whole["trainer"].setdefault("pools_beside", [])
+            beside.append(pools[theirs.index(place)])
         whole["stopped"] |= added["stopped"]
         whole["metrics_bytes"] = added["metrics_bytes"]
         save_state(run.folder / "resume", whole, n_bytes=n_bytes)
@@ -376,10 +384,10 @@ def _saved_at(
 
 def _median_norm(run: Run, specs: Sequence[SAESpec], held_out: Harvest) -> float | None:
     """Return the median of |x| that was met in training, or, where none was noted, is here."""
-    cfgs = [read_cfg(run.sae_folder(spec.name)).get("metadata") or {} for spec in specs[:1]]
-    if not cfgs or not held_out.sequences.n_tokens:
+    if not specs or not held_out.sequences.n_tokens:
         return None
-    if (noted := cfgs[0].get("median_norm")) is not None:
+    metadata = read_cfg(run.sae_folder(specs[0].name)).get("metadata") or {}
+    if (noted := metadata.get("median_norm")) is not None:
         return noted
     which = np.arange(n_sequences(held_out.sequences, SCALE_VECTORS))
     return lengths(torch.cat([x.cpu() for x in held_out.vectors(which)])).median
