@@ -33,6 +33,7 @@ EXTRAS = {
             "plotly": "plotly",
             "altair": "altair",
             "vl_convert": "vl-convert-python",
+            "PIL": "pillow",
         },
     ),
     "gpu": Extra("the sparse step on a GPU", {"triton": "triton"}),

@@ -96,8 +96,8 @@ def test_what_is_wrong_comes_with_what_to_do(
     assert "torch              not installed; install gsae-core again" in bad
     assert "backports.zstd     not installed; install gsae-core again" in bad
     assert (
-        "note  extra app          expected streamlit, plotly, altair, vl-convert-python to be "
-        'installed for the app and figures, found none; pip install "gsae-core[app]"'
+        "note  extra app          expected streamlit, plotly, altair, vl-convert-python, pillow to "
+        'be installed for the app and figures, found none; pip install "gsae-core[app]"'
     ) in lines
     assert (
         "memory             100.0 MB free; close other programs: the quick preset wants 2.0 GB"

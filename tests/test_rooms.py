@@ -1,4 +1,8 @@
-"""How large each room is: a number is lowered when its room shrinks, and raised with a reason."""
+"""How large each room is: a number is lowered when its room shrinks, and raised with a reason.
+
+Last raised for any decoder's sites, any text, vectors from folders, several places in one pass,
+fine-tuning, and the formats of more libraries: lm and runs grew most.
+"""
 
 import ast
 from pathlib import Path
@@ -7,18 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 1890,
-    "sae": 3050,
-    "lm": 3010,
-    "training": 940,
-    "checkpoints": 2600,
-    "analysis": 4620,
-    "plots": 1260,
-    "runs": 3560,
-    "cli": 1380,
-    "app": 3740,
+    "ground": 2180,
+    "sae": 3190,
+    "lm": 5620,
+    "training": 1130,
+    "checkpoints": 3060,
+    "analysis": 5000,
+    "plots": 1310,
+    "runs": 4780,
+    "cli": 1870,
+    "app": 3880,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 119, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 139, 20, 80
 
 
 def modules(room: str) -> list[Path]:

@@ -76,9 +76,11 @@ def _bridge(repo: str, config: dict[str, Any], folder: Path, device: Any, dtype:
     It reads the newest ones, and asks the Hub for their names each time.
     """
     import torch
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge.sources import native, tl_legacy
-    from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+
+    with extra("lens"):
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.model_bridge.sources import native, tl_legacy
+        from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
     if config.get("shortformer_pos"):
         raise ValueError("shortformer positions, which TransformerLens 4 does not compute")

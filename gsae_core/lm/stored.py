@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from gsae_core.config import NO_MODEL, DataConfig, ModelConfig, validated
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, extra
 from gsae_core.files import parse_json, read_json, replace_durably
 from gsae_core.machine import cache_folder
 
@@ -472,11 +472,12 @@ def _caption(value: Any) -> str:
 def _small_picture(data: bytes) -> str | None:
     """Return a picture as a small JPEG in a `data:` address; None for what is none, or too large.
 
-    Made anew by Pillow, which comes with the app: nothing of the file itself reaches a browser.
+    Made anew by Pillow, without which there is none: nothing of the file itself reaches a browser.
     """
     try:
-        from PIL import Image
-    except ModuleNotFoundError:
+        with extra("app"):
+            from PIL import Image
+    except InputError:
         return None
     try:
         with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
