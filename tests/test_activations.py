@@ -272,6 +272,12 @@ def test_a_harvested_folder_says_what_it_is_of(harvested: Path, tiny_lm_folder: 
         read = StoredHarvest(source, own, layer=1, site="mlp_hidden").vectors(which)
         wanted = Harvest(lm, theirs, layer=1, site="mlp_hidden").vectors(which)
         assert torch.equal(torch.cat([*read]), torch.cat([*wanted]))
+    path = (harvested / "vocabulary.json").rename(harvested / ".kept")
+    assert refusal(source.readable, [(source.corpus(0.5).train, np.arange(1))]) == (
+        f"expected {harvested / 'vocabulary.json'}, which harvest writes, found none; give its "
+        "command again"
+    )
+    path.rename(harvested / "vocabulary.json")
 
 
 def test_a_harvest_goes_on_and_refuses_another_in_its_folder(

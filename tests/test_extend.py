@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from gsae_core.cli.arguments import Train, added_specs, run_config
 from gsae_core.cli.main import main
 from gsae_core.config import RunConfig, SAESpec, TrainRecipe, validated
 from gsae_core.runs.run import Run, example_run
+from gsae_core.runs.work import train
 from gsae_core.runs.work.extend import add_saes, lengthen
 from gsae_core.runs.work.finetune import create_finetuned, finetuned_config
 from gsae_core.runs.work.imports import import_saes
 from gsae_core.runs.work.setup import set_up
 from gsae_core.runs.work.train import evaluate_run, load_state
+from gsae_core.text import Progress
 from gsae_core.training.dead_latents import is_resampling, joins_pool
 from gsae_core.training.end_to_end import rows_of
 from gsae_core.training.optimizer import lr_factor, sparsity_factor, threshold_lr
@@ -340,6 +342,32 @@ def test_the_command_adds_and_trains_on(one: Run, capsys: pytest.CaptureFixture[
     assert run.config.saes[1] == OTHER
     assert (run.status.state, run.status.step) == ("finished", 12)
     assert capsys.readouterr().out.count("gated-0.1") >= 2  # a report after each
+
+
+def test_interrupted_before_further_tokens_the_command_says_they_are_left(
+    one: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(run: Run, **_: object) -> Iterator[Progress]:
+        yield Progress("loading", 0, 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_and_evaluate", interrupted)
+    words = ["extend", str(one.folder), "--sparsity", "0.1", "--tokens", "32"]
+    assert main(words) == 130
+    folder = one.folder
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            f"go on with: python -m gsae_core resume {folder}, then: python -m gsae_core extend "
+            f"{folder} --tokens 32"
+        )
+    )
+    for command in ("evaluate", "finetune --sae gated-0.1 --tokens 32", "index --sae gated-0.1"):
+        assert mistake([*command.split(), str(folder)], capsys) == (
+            f"expected the weights of 'gated-0.1', found none in {folder / 'saes' / 'gated-0.1'}; "
+            f"if its training was interrupted: python -m gsae_core resume {folder}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,13 @@ def extend(
         raise InputError("expected --sparsity, --k or --tokens, got none of them")
     if adds:
         specs = added_specs(opened.config, arch=arch, **knobs)
-        opened = _extended(opened, add_saes(opened, specs), device)
+        try:
+            opened = _extended(opened, add_saes(opened, specs), device)
+        except Ended as ended:
+            if tokens is None or ended.args[0] != INTERRUPTED:
+                raise
+            then = f"{ended.args[1]}, then: {PROGRAM} extend {run} --tokens {tokens}"
+            raise Ended(INTERRUPTED, then) from None
     if tokens is not None:
         _extended(opened, lengthen(opened, tokens), device)
 

@@ -159,7 +159,9 @@ class VectorSource:
                 )
                 for own, which in parts
             ]
-            return chosen, json.loads(read_bytes(self.vectors.folder / VOCABULARY))
+            path = self.vectors.folder / VOCABULARY
+            lacks = f"expected {path}, which harvest writes, found none; give its command again"
+            return chosen, json.loads(read_bytes(path, missing=lacks))
         known: dict[str, int] = {}
         chosen = []
         for own, which in parts:

@@ -245,6 +245,17 @@ class Run(Job):
         return index
 
 
+def trained_folder(run: Run, name: str) -> Path:
+    """Return the folder of an SAE whose weights were saved; InputError says how they come about."""
+    folder = run.sae_folder(name)
+    if not os.path.lexists(folder / "cfg.json"):
+        raise InputError(
+            f"expected the weights of {name!r}, found none in {folder}; if its training was "
+            f"interrupted: python -m gsae_core resume {run.folder}"
+        )
+    return folder
+
+
 def read_added(run: Run) -> Added | None:
     """Return the SAEs that were added to a run and have not learnt to the end; None without any."""
     path = run.folder / "extend" / "request.json"

@@ -27,7 +27,7 @@ from gsae_core.config import (
     validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.runs.run import Run, new_run_folder
+from gsae_core.runs.run import Run, new_run_folder, trained_folder
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
@@ -123,7 +123,7 @@ def create_finetuned(run: Run, folder: Path, config: RunConfig) -> Run:
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for spec in config.saes:
-            before = run.sae_folder(spec.name)
+            before = trained_folder(run, spec.name)
             sae = load_sae(before)
             unit_norm_(sae, spec.name)
             metadata = read_cfg(before).get("metadata") or {}
@@ -160,7 +160,7 @@ def _spec(
     called: Mapping[str, str],
 ) -> SAESpec:
     """Return an SAE of the new run: trained on as its file says it was."""
-    sae = load_sae(run.sae_folder(spec.name))
+    sae = load_sae(trained_folder(run, spec.name))
     sae.check_trains()
     unit_norm_(sae, spec.name)
     is_ours = run.config.imported is None

@@ -14,7 +14,7 @@ from gsae_core.files import read_checked
 from gsae_core.machine import slot_of
 from gsae_core.runs.jobs.job import Job, enqueue, start
 from gsae_core.runs.jobs.worker import perform
-from gsae_core.runs.run import Run
+from gsae_core.runs.run import Run, trained_folder
 from gsae_core.text import Progress
 
 if TYPE_CHECKING:  # the app and the command line read this module without torch
@@ -121,7 +121,7 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
 
     yield Progress("loading", 0, 0)
     run = on_device(run, device)
-    cfg, sae_folder, asked = run.config, run.sae_folder(name), request(job)
+    cfg, sae_folder, asked = run.config, trained_folder(run, name), request(job)
     place = cfg.place_of(name)
     sae = load_sae(sae_folder)
     model = load_source(cfg)

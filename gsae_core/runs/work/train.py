@@ -37,7 +37,7 @@ from gsae_core.runs.jobs.job import holding
 from gsae_core.runs.jobs.worker import perform
 from gsae_core.runs.metrics_log import MetricsLog
 from gsae_core.runs.plan.cost import state_bytes
-from gsae_core.runs.run import Run, read_added
+from gsae_core.runs.run import Run, read_added, trained_folder
 from gsae_core.runs.track import Mirror
 from gsae_core.runs.work.samples import Sampler
 from gsae_core.runs.work.setup import (
@@ -370,7 +370,7 @@ def _saved_at(
     for spec in run.config.saes:
         if run.config.place(spec) != place:
             continue
-        folder = run.sae_folder(spec.name)
+        folder = trained_folder(run, spec.name)
         sae = load_sae(folder)
         check_width(sae, model.width(place.site), name=spec.name, hook_name=place.hook_name)
         reason = (read_cfg(folder).get("metadata") or {}).get("stopped")
