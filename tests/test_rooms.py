@@ -22,7 +22,7 @@ LINES = {
     "cli": 1870,
     "app": 3880,
 }
-FILES, TOP_ENTRIES, LONGEST_FUNCTION = 139, 20, 80
+FILES, TOP_ENTRIES, LONGEST_FUNCTION = 139, 21, 80
 
 
 def modules(room: str) -> list[Path]:
