@@ -5,7 +5,7 @@ from pathlib import Path
 from app_pages import opened
 from synthetic import config, write_run
 
-from gsae_core.config import ModelConfig
+from gsae_core.config import NO_MODEL, ModelConfig
 from gsae_core.runs import run as launch
 from gsae_core.runs.jobs.job import read_status, write_status
 from gsae_core.runs.run import list_runs
@@ -37,6 +37,10 @@ def test_a_run_is_named_so_that_any_model_name_is_safe() -> None:
     name = launch.run_id(hostile, "abc123")
     assert name.startswith("a-b-rm--L2-resid_post-")
     assert name.endswith("-abc123")
+    folder = hostile.data.model_copy(update={"source": "/data/clip of birds"})
+    of_no_model = {"model": ModelConfig(name=NO_MODEL), "data": folder}
+    name = launch.run_id(hostile.model_copy(update=of_no_model), "abc123")
+    assert name.startswith("clip-of-birds-vectors-")
 
 
 def test_watching_another_run_opens_that_one(root: Path, worker: int) -> None:

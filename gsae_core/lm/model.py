@@ -394,7 +394,7 @@ class Splice:
         own = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._outputs)
         edit = _in_model_dtype(lambda _: leaf)
         with torch.enable_grad(), model._lock.alone(), replaying(own), hooked(self._tap, edit):
-            logits, _ = model._read(self._ids.to(model.device))
+            logits, _ = model._read(self._ids)
             found = value(logits.float())
             (slope,) = torch.autograd.grad(found, leaf)
         return found.detach(), slope

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gsae_core import files
-from gsae_core.config import RunConfig, load_config
+from gsae_core.config import NO_PLACE, RunConfig, load_config
 from gsae_core.errors import InputError
 from gsae_core.files import EXAMPLE, read_checked
 from gsae_core.runs.evals import NormDeciles, read_evals
@@ -386,6 +386,8 @@ def run_id(config: RunConfig, nonce: str) -> str:
     """Return a name for a new run: what it is, when it began, and the nonce."""
     layers, sites = (dict.fromkeys(map(str, each)) for each in zip(*config.places, strict=True))
     place = f"{Path(config.model.name).name}-L{'-'.join(layers)}-{'-'.join(sites)}"
+    if NO_PLACE in config.places:
+        place = f"{Path(config.data.source).name}-vectors"
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", config.preset or place).strip("-._") or "run"
     return f"{stem[:32]}-{time.strftime('%m%d-%H%M')}-{nonce}"
 
