@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import mistake, refusal
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_runs import SMALL, finish, flat, leave_at, outcome
 
 from gsae_core.analysis.fidelity import evaluating_vectors
@@ -278,6 +278,13 @@ def test_a_harvested_folder_says_what_it_is_of(harvested: Path, tiny_lm_folder: 
         "command again"
     )
     path.rename(harvested / "vocabulary.json")
+    x = load_file(shard := harvested / "train-00000.safetensors")["x"]
+    save_file({"x": x}, shard)
+    source = VectorSource(str(harvested), device=CPU)
+    assert refusal(source.corpus, 0.5) == (
+        f"expected 0 vectors of the train split in {harvested}, as its tokens say, got "
+        f"{len(x):,}: harvest them again"
+    )
 
 
 def test_a_harvest_goes_on_and_refuses_another_in_its_folder(

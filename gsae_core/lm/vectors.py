@@ -125,8 +125,10 @@ class VectorSource:
     def _of_text(self, split: str) -> StoredSequences:
         vectors, about = self.vectors, self.vectors.about
         shards = vectors.split(split) or []
-        ids = [vectors.shards[k].ids for k in shards]
-        rows = np.concatenate([each for each in ids if each is not None])
+        # Another program that wrote the shards anew may have left ids out.
+        none = np.empty((0, int(about["n_ctx"])), "<i4")
+        ids = [none if (own := vectors.shards[k].ids) is None else own for k in shards]
+        rows = np.concatenate([none, *ids])
         found = StoredSequences(rows, tuple(about["special"]))
         n = sum(len(vectors.shards[k].x) for k in shards)
         if found.n_tokens != n:
