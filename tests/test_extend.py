@@ -382,6 +382,7 @@ def test_interrupted_before_further_tokens_the_command_says_they_are_left(
         ),
         ("--sparsity -1", "--sparsity: expected a number greater than 0, got -1.0"),
         ("--tokens 3", "expected at least one batch (16) of further tokens, got 3"),
+        ("--sparsity 0.1 --tokens 3", "expected at least one batch (16) of further tokens, got 3"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_leaves_the_run_finished(
@@ -389,6 +390,7 @@ def test_a_mistake_is_a_sentence_and_leaves_the_run_finished(
 ) -> None:
     assert mistake(["extend", str(one.folder), *asked.split()], capsys) == sentence
     assert one.status.state == "finished"
+    assert Run.open(one.folder).config == one.config
 
 
 @pytest.mark.parametrize("asked", ["--sparsity 0.1", "--tokens 32"])

@@ -321,7 +321,7 @@ def extend(
         arch: Architectures of the SAEs to add; without it those of the sweep.
         device: Where to work; without it the run's device, or what this machine has in its place.
     """
-    from gsae_core.runs.work.extend import add_saes, lengthen
+    from gsae_core.runs.work.extend import add_saes, lengthen, lengthened
 
     opened, device = Run.open(run), _checked(device)
     knobs = {"sparsity": sparsity, "jumprelu_sparsity": jumprelu_sparsity, "k": k}
@@ -329,6 +329,8 @@ def extend(
     if tokens is None and not adds:
         raise InputError("expected --sparsity, --k or --tokens, got none of them")
     if adds:
+        if tokens is not None:
+            lengthened(opened.config, tokens)  # a mistake comes before what is added has learnt
         specs = added_specs(opened.config, arch=arch, **knobs)
         try:
             opened = _extended(opened, add_saes(opened, specs), device)

@@ -42,16 +42,22 @@ def lengthen(run: Run, n_tokens: int) -> Run:
     They go on with their optimizer's moments, on text behind what was read, or on the same again in
     another order where there is no more. Learning rate, decay and revivals begin anew.
     """
-    train = run.config.train
+    config = lengthened(run.config, n_tokens)
+    with _finished(run):
+        step = run.config.train.n_steps
+        return _ready(run, config, step=step, details={"n_tokens": n_tokens})
+
+
+def lengthened(config: RunConfig, n_tokens: int) -> RunConfig:
+    """Return the config of a run that trains on so many more activations, a batch at least."""
+    train = config.train
     if n_tokens < train.batch_size:
         raise InputError(
             f"expected at least one batch ({train.batch_size}) of further tokens, got {n_tokens}"
         )
     total = train.n_steps * train.batch_size + n_tokens
     fields = train.model_dump() | {"n_tokens": total, "extended": (*train.extended, train.n_tokens)}
-    config = _changed(run.config, train=validated(TrainRecipe, fields))
-    with _finished(run):
-        return _ready(run, config, step=train.n_steps, details={"n_tokens": n_tokens})
+    return _changed(config, train=validated(TrainRecipe, fields))
 
 
 def withdraw(run: Run, config: RunConfig) -> None:
