@@ -19,6 +19,7 @@ from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import load_model
 from gsae_core.lm.stored import described
+from gsae_core.lm.stream import ActivationStream
 from gsae_core.lm.vectors import BLOCK, StoredHarvest, StoredSequences, VectorSource
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.setup import load_lm
@@ -82,6 +83,15 @@ def test_too_few_vectors_for_two_splits_are_refused(tmp_path: Path) -> None:
     assert refusal(lambda: source.corpus(0.05)) == (
         f"expected more than {BLOCK} vectors in {tmp_path}, some to train on and some to hold out, "
         f"got {BLOCK}: give more"
+    )
+
+
+def test_vectors_without_a_length_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((40, 2), np.float32))
+    source = VectorSource(str(tmp_path), device=CPU)
+    harvest = StoredHarvest(source, source.corpus(0.05).train, **NO_PLACE._asdict())
+    assert refusal(lambda: ActivationStream(harvest, batch_size=8, seed=0, n_batches=1)) == (
+        "expected vectors with a length above 0, got E|x|^2 = 0: check what wrote the folder"
     )
 
 
@@ -316,6 +326,11 @@ def test_a_harvest_goes_on_and_refuses_another_in_its_folder(
     assert (harvested / "train-00000.safetensors").is_file()
     assert mistake([*again, "--eval-tokens", "99"], capsys).startswith(
         "expected a new or empty folder, or one of the same harvest to go on with, got other files"
+    )
+    again[again.index("--to") + 1] = str(small_text)
+    assert mistake(again, capsys) == (
+        f"expected a folder at {small_text}, or a place to make one: File exists; choose another "
+        "(--to)"
     )
 
 

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae_core.config import Place
+from gsae_core.config import NO_PLACE, Place
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import Harvest
 from gsae_core.norms import Lengths, lengths, longer
@@ -139,6 +139,11 @@ class ActivationStream:
         self.scales: tuple[float, ...] = (1.0,) * len(harvest.places)
         if scale == "unit":
             for place, power in zip(harvest.places, self.mean_square_norms, strict=True):
+                if place == NO_PLACE and power == 0:
+                    raise InputError(
+                        "expected vectors with a length above 0, got E|x|^2 = 0: check what wrote "
+                        "the folder"
+                    )
                 if not 0 < power < float("inf"):
                     raise InputError(
                         "expected activations with a finite length above 0 at "

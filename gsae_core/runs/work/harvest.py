@@ -47,7 +47,11 @@ def harvest_to(
     folder = folder.absolute()
     splits = {"train": corpus.train, "held_out": corpus.held_out}
     with writing(folder, 0):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            said = f"expected a folder at {folder}, or a place to make one: {error.strerror}"
+            raise InputError(f"{said}; choose another (--to)") from None
     caches = {
         name: CachedActivations(model, sequences, folder, layer=of.layer, site=of.site, split=name)
         for name, sequences in splits.items()
