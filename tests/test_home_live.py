@@ -148,6 +148,8 @@ def test_recent_speed_and_the_average_are_told_apart(root: Path) -> None:
     assert time_spent(rows) == [
         "6 k tokens in 1 min, 100/s on average; time in language model 50 %, in SAEs 25 %"
     ]
+    (of_files,) = time_spent(rows, "files")
+    assert of_files.startswith("6 k vectors in 1 min, 100/s on average; time in files 50 %")
 
 
 def test_the_timeline_names_each_stretch(root: Path, worker: int) -> None:

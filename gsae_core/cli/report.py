@@ -171,9 +171,9 @@ def time_spent(rows: Sequence[Mapping[str, Any]], where: str = "language model")
     last = rows[-1] if rows else {}
     if not last.get("seconds") or "seconds_lm" not in last:
         return []
-    seconds = last["seconds"]
+    seconds, unit = last["seconds"], "vectors" if where == "files" else "tokens"
     return [
-        f"{text.count(last['tokens'])} tokens in {text.duration(seconds)}, "
+        f"{text.count(last['tokens'])} {unit} in {text.duration(seconds)}, "
         f"{text.count(last['tokens'] / seconds)}/s on average; time in {where} "
         f"{text.percent(last['seconds_lm'] / seconds, 0)}, in SAEs "
         f"{text.percent(last['seconds_sae'] / seconds, 0)}"
