@@ -77,8 +77,8 @@ def test_offline_it_comes_from_the_cache_or_says_that_it_is_not_there(
 
     online = load_model("gelu-1l").logits(IDS)
     found = cached_models()
-    assert list(found) == [GELU_1L]
-    assert choices(found)[1] == GELU_1L
+    assert GELU_1L in found
+    assert GELU_1L in choices(found)[1 : 1 + len(found)]
     assert model_facts("gelu-1l", found).where == "cached"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(load_model("gelu-1l").logits(IDS), online)
