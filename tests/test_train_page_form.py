@@ -169,6 +169,14 @@ def test_a_folder_of_vectors_takes_the_place_of_model_and_text(tmp_path: Path) -
     assert to_flags(shown(config), again) == again.flags
 
 
+def test_a_sweep_at_several_places_shows_each_lambda_once() -> None:
+    flags = Train(preset="quick", layer=(1, 2), site=("resid_post", "mlp_out"), sparsity=(0.1, 0.3))
+    base = Base(run_config(flags), Train(config=Path("x")))
+    assert len(base.config.saes) == 16
+    assert shown(base.config)["sparsity"] == "0.1 0.3"
+    assert to_flags(shown(base.config), base) == base.flags
+
+
 def test_a_repeated_run_is_that_run(tmp_path: Path) -> None:
     # Two widths, two learning rates: no product of flags makes these, the run's own file does.
     saes = (

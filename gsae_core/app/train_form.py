@@ -148,6 +148,7 @@ def shown(config: RunConfig) -> Values:
     for knob, architectures in KNOBS.items():
         own = [spec for spec in config.saes if spec.architecture in architectures]
         first = [spec.sparsity for spec in own if spec.architecture == own[0].architecture]
+        first = dict.fromkeys(first)  # of a sweep at several places, each value once
         values[knob] = " ".join(repr(number).removesuffix(".0") for number in first)
     return values
 
