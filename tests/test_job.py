@@ -251,7 +251,7 @@ def test_a_disk_too_small_for_the_states_is_told_before_training(
 
 
 def test_a_run_without_saes_or_with_some_of_another_width_cannot_be_evaluated(run: Run) -> None:
-    with pytest.raises(InputError, match="expected a folder or file with an SAE, found nothing at"):
+    with pytest.raises(InputError, match="expected the weights of 'gated', found none in"):
         list(evaluate_run(run))
     for spec in run.config.saes:
         save_sae(build_sae(spec, 7), run.sae_folder(spec.name), metadata={"stopped": None})
