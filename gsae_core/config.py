@@ -103,7 +103,7 @@ class ModelConfig(Config):
     """The language model and the place in it whose activations the SAEs learn."""
 
     name: str = "bundled"
-    """`bundled`, a local Hugging Face folder, a name on the Hub, or `gelu-1l` and its like."""
+    """`bundled`, a local Hugging Face folder, a name on the Hub, or one like `gelu-1l`."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hub; None takes the default branch."""

@@ -428,7 +428,7 @@ class CachedActivations(Harvest):
         self._save(path, x)
 
     def _save(self, path: Path, x: Float[Tensor, "vectors d_in"]) -> None:
-        """Write a shard; whoever calls it holds the folder's lock."""
+        """Write a shard; the caller holds the folder's lock."""
         narrow = x.to(self._dtype)
         x = narrow if torch.equal(narrow.float(), x) else x
         for left in self.folder.glob(f".{path.name}.*.tmp"):

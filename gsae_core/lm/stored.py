@@ -1,4 +1,4 @@
-"""Vectors in files, whoever wrote them: a folder of shards, mapped into memory; without torch.
+"""Vectors in files of any program: a folder of shards, mapped into memory; without torch.
 
     FOLDER/  *.safetensors  *.npy  *.parquet     shards: vectors in rows, read in the order of their
                                                  names, numbers in them as numbers

@@ -53,7 +53,7 @@ CHUNKS_PER_RUN, MIN_CHUNK_VECTORS = 8, 2**16
 def default_chunk_vectors(d_in: int, n_vectors: int) -> int:
     """Return how many of a run's vectors to shuffle at a time, on any machine.
 
-    `d_in` is that of the widest place, whatever the number of places: where all are as wide, each
+    `d_in` is that of the widest place, for any number of places: where all are as wide, each
     is shuffled as it would be alone.
     """
     fitting = max(1, MAX_CHUNK_BYTES // (4 * d_in))

@@ -108,7 +108,7 @@ class VectorSource:
         is_held_out = _held_out(0, len(first), held_out)
         train, rest = (
             StoredSequences(
-                # No tokens: a block is so many vectors, whatever they are of.
+                # No tokens: a block is so many vectors of anything.
                 np.broadcast_to(np.uint8(0), (int(own.sum()), BLOCK)),
                 counts=counts[own],
                 first=first[own],
