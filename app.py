@@ -6,7 +6,6 @@ from gsae_core.app import cache, shell
 from gsae_core.app.controls import begin, confirm_cancel
 from gsae_core.app.live_view import draw_progress
 from gsae_core.app.parts import PAGE_TEMPLATE, notice, plain, since, state_badge
-from gsae_core.config import NO_MODEL
 from gsae_core.files import readable
 from gsae_core.machine import machine
 from gsae_core.presets import preset
@@ -136,9 +135,9 @@ def recent() -> None:
                 "done", format="%.0f %%", min_value=0, max_value=100, width="small"
             ),
             "SAEs": st.column_config.NumberColumn(width="small"),
-            "layer": st.column_config.NumberColumn(width="small"),
+            "where": st.column_config.TextColumn(help="Site and layer; or the folder of vectors"),
         },
-        alt="The newest runs: name, state, share done, model, site, SAEs, tokens, last change",
+        alt="The newest runs: name, state, share done, model, where, SAEs, amount, last change",
     )
     st.caption("Tick a row to open the run.")
     chosen = picked["selection"]["rows"]
@@ -153,7 +152,6 @@ def describe(run: Run) -> dict[str, object]:
     """Return a run's row of the table."""
     status = frame.statuses.get(run.id)
     config = run.config
-    known = config.model.name != NO_MODEL
     return {
         "run": run.id,
         "state": "unreadable" if status is None else status.state,
@@ -161,12 +159,7 @@ def describe(run: Run) -> dict[str, object]:
         if status is None or not status.n_steps
         else 100 * status.step / status.n_steps,
         "model": config.model.name,
-        "layer": config.places[0].layer if len(config.places) == 1 and known else None,
-        "site": "vectors"
-        if not known
-        else config.model.site
-        if len(config.places) == 1
-        else f"{len(config.places)} places",
+        "where": config.where,
         "SAEs": len(config.saes),
         "note": worse(run),
         "tokens": count(config.train.n_tokens) if config.imported is None else "imported",

@@ -386,7 +386,7 @@ def shortfalls(recipe: TrainRecipe) -> list[str]:
     if warmup >= n:
         told.append(
             f"all {n:,} steps lie within the learning-rate warm-up of {warmup:,}, so the learning "
-            "rate never reaches its peak; shorten the warm-up or train on more tokens"
+            "rate never reaches its peak; shorten the warm-up or train longer"
         )
     elif warmup > n - decay:
         told.append(
@@ -403,14 +403,14 @@ def shortfalls(recipe: TrainRecipe) -> list[str]:
     if lambda_warmup >= n:
         told.append(
             f"lambda rises over {lambda_warmup:,} steps and there are {n:,}, so it never reaches "
-            "what was asked for; shorten its warm-up or train on more tokens"
+            "what was asked for; shorten its warm-up or train longer"
         )
     if every and recipe.revive_until > 0 and (not last or window > last):
         told.append(
             f"no dead feature is revived: a feature is dead after {window:,} steps in which it did "
             f"not fire, and revivals come every {every:,} steps, none after step "
             f"{int(recipe.revive_until * n):,} of {n:,}; call features dead sooner, revive more "
-            "often or train on more tokens"
+            "often or train longer"
         )
     return told
 
@@ -530,6 +530,18 @@ class RunConfig(Config):
     def places(self) -> tuple[Place, ...]:
         """Where the SAEs read, each place once, in the order of the SAEs."""
         return tuple(dict.fromkeys(map(self.place, self.saes)))
+
+    @property
+    def unit(self) -> Literal["token", "vector"]:
+        """What SAEs learn from and numbers count: a text's tokens, or the vectors of a folder."""
+        return "token" if self.activations is None else "vector"
+
+    @property
+    def where(self) -> str:
+        """Where the SAEs read, short: `resid_post 2, mlp_out 3`; of no model, the folder's name."""
+        if self.model.name == NO_MODEL:
+            return Path(str(self.activations)).name
+        return ", ".join(f"{place.site} {place.layer}" for place in self.places)
 
     @property
     def hook_names(self) -> str:

@@ -21,9 +21,35 @@ class Progress(NamedTuple):
     total: int
     """How much there is to do; 0 where that is not known."""
     unit: str = ""
-    """What is counted: `step`, `token`, `feature`, `byte`, `run`."""
+    """What is counted: `step`, `token`, `vector`, `feature`, `byte`, `run`; in the stage `loading`
+    what a run counts."""
     report: Any = None
     """What was measured on the way: of training, the last step's `StepReport`."""
+
+
+def in_units(sentence: str, unit: str) -> str:
+    """Return a sentence about tokens as one about another unit.
+
+    `unit`: `RunConfig.unit` or `Manifest.unit`, a `token` or a `vector` of a folder.
+    """
+    return sentence.replace("token", unit).replace("Token", unit.capitalize())
+
+
+class Words(NamedTuple):
+    """What sentences call what a run reads."""
+
+    read: str
+    """What there may be more of, or other than it was."""
+    source: str
+    """What gives the activations."""
+    loading: str
+
+
+WORDS = {
+    "token": Words("text", "language model", "loading the model and the text"),
+    "vector": Words("vectors", "files", "loading the vectors"),
+}
+"""By unit."""
 
 
 def count(number: float | int) -> str:

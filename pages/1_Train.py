@@ -5,6 +5,7 @@ Each widget of the form is a flag of `train`, and its value is in the address.
 
 import secrets
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gsae_core.app.train_form import (
     FIELDS,
     KNOBS,
     LABELS,
+    OF_A_MODEL,
     Base,
     Values,
     at_place,
@@ -82,9 +84,10 @@ from gsae_core.runs.plan.cost import (
     preflight,
 )
 from gsae_core.runs.run import Run, run_id
-from gsae_core.text import count, duration, facts, macros
+from gsae_core.text import count, duration, facts, in_units, macros
 
 PREVIEW_SECONDS = 20
+A_FEW_SECONDS = 5
 MOST_LAYERS = 128  # offered where the model's are not known
 MAX_EARLIER = 20  # finished runs at a place that say which L0 to expect, the newest first
 DRAWN = (
@@ -163,10 +166,16 @@ def choose_base() -> Base:
     return base
 
 
+def unit() -> str:
+    """Return what the form's run counts: the page speaks of vectors once a folder is given."""
+    return "vector" if state["activations"] else "token"
+
+
 def field(flag: str, given: Values, **options: Any) -> None:
     """Draw the widget of a flag; what the set-up gives is its default, left out of the address."""
-    about, label, value = FIELDS[flag], LABELS[flag], given[flag]
-    options = {"key": flag, "bind": BIND, "help": about.help} | options
+    about, value = FIELDS[flag], given[flag]
+    label, help = (in_units(each, unit()) for each in (LABELS[flag], about.help))
+    options = {"key": flag, "bind": BIND, "help": help} | options
     if about.choices:
         index = about.choices.index(value) if value in about.choices else None
         state[flag] = state.get(flag) or None
@@ -344,7 +353,8 @@ def what(given: Values, about: ModelFacts) -> None:
     turned = [flag for flag, archs in KNOBS.items() if set(archs) & set(state["arch"])]
     for flag in turned:
         one, two = st.columns([5, 2], vertical_alignment="bottom")
-        one.text_input(LABELS[flag], given[flag], key=flag, bind=BIND, help=KNOB_HELP[flag])
+        said = in_units(KNOB_HELP[flag], unit())
+        one.text_input(LABELS[flag], given[flag], key=flag, bind=BIND, help=said)
         if flag == turned[0] and flag != "k":
             with two:
                 spacing(flag)
@@ -374,7 +384,11 @@ def row(flags: Sequence[str], given: Values, *, n_columns: int = 3) -> None:
 
 def computing(given: Values) -> None:
     """Draw what it is computed with, and what an hour of that costs."""
-    row(("dtype", "device", "seed"), given)
+    if state["activations"]:
+        state.setdefault("dtype", given["dtype"])
+        row(("device", "seed"), given, n_columns=2)
+    else:
+        row(("dtype", "device", "seed"), given)
     hint = "optional: price of this machine per hour"
     st.number_input("Price per hour", 0.0, None, None, key="price", bind=BIND, placeholder=hint)
 
@@ -386,10 +400,15 @@ def advanced(given: Values, asked: Container[str]) -> None:
     `asked` holds the flags that the address sets.
     """
     rest = [flag for flag in FIELDS if flag not in DRAWN]
+    if state["activations"]:  # a switch that is on stays, to be switched off
+        unread = [flag for flag in rest if flag in OF_A_MODEL and state.get(flag) is not True]
+        for flag in unread:
+            state.setdefault(flag, given[flag])
+        rest = [flag for flag in rest if flag not in unread]
     # An empty choice is "" as given and None once its widget was drawn.
     now = {flag: state.get(flag, given[flag]) or "" for flag in rest}
     changed = any(flag in asked or now[flag] != (given[flag] or "") for flag in rest)
-    title = "Advanced: recipe, corpus, evaluation"
+    title = f"Advanced: recipe,{' corpus,' * (unit() == 'token')} evaluation"
     with st.expander(title, key="train.advanced", on_change="rerun") as shown:
         if not (shown.open or changed):
             for flag in rest:
@@ -455,11 +474,20 @@ def last_seconds(run: Run) -> tuple[int, float] | None:
     return (rows[-1]["step"], rows[-1]["seconds"]) if rows else None
 
 
+def shape_of(run: Run) -> ModelShape | None:
+    """Return the widths of a run's model, or of its folder; None where they are not known."""
+    with suppress(InputError):
+        if run.config.activations is not None:
+            return stored(run.config.activations)[1].shape
+        return model_facts(run.config.model.name, in_cache()).shape
+    return None
+
+
 def speed(here_has_gpu: bool, n_cores: int) -> Pace:
-    """Return how fast this machine trains, by its newest runs."""
-    for run in frame.runs[:5]:
-        status, last = frame.statuses.get(run.id), last_seconds(run)
-        shape = model_facts(run.config.model.name, in_cache()).shape
+    """Return how fast this machine trains, by its newest runs that read what this one does."""
+    like = [run for run in frame.runs if run.config.unit == unit()]
+    for run in like[:5]:
+        status, last, shape = frame.statuses.get(run.id), last_seconds(run), shape_of(run)
         if status is not None and status.n_steps and last is not None and shape is not None:
             steps, seconds = last
             if steps > 0 and seconds > 0:
@@ -541,7 +569,8 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     if runs:
         others = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
         which = f"{'run' if len(runs) == 1 else 'runs'} {', '.join(runs[:3])}{others}"
-        plain(f"L0 as in {which} at this hook point, interpolated over λ.", size=".875rem")
+        where = "at this hook point" if unit() == "token" else "on these vectors"
+        plain(f"L0 as in {which} {where}, interpolated over λ.", size=".875rem")
     for one in flight.bars:
         bar(one)
     n_steps, batch = config.train.n_steps, config.train.batch_size
@@ -551,14 +580,19 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     rows = {"Steps": f"{n_steps:,} of {batch:,} activations, {at_once}"}
     rows |= schedule_rows(config.train)
     if flight.seconds is None:
-        rows["Memory and time"] = "known once the model is downloaded; checked before training"
+        known = {"token": "the model is downloaded", "vector": "the folder can be read"}[unit()]
+        rows["Memory and time"] = f"known once {known}; checked before training"
     else:
+        kind = "" if unit() == "token" else " on vectors"
         source = (
-            "a rough estimate: no run was trained here yet"
+            f"a rough estimate: no run{kind} was trained here yet"
             if now.source is None
             else f"at the speed of {now.source}"
         )
-        rows["Time"] = f"about {duration(flight.seconds)}, {source}"
+        few = flight.seconds < A_FEW_SECONDS  # loading and logging then take longer
+        rows["Time"] = (
+            f"{'a few seconds' if few else f'about {duration(flight.seconds)}'}, {source}"
+        )
         rows |= cost(flight.seconds, on_gpu=on_gpu)
     if flight.download or about.where == "hub":
         size = f"about {readable(flight.download)}" if flight.download else "size not known"
@@ -579,7 +613,7 @@ def cost(seconds: float, *, on_gpu: bool) -> dict[str, str]:
 def refuse(refusals: tuple[Refusal, ...]) -> None:
     """Draw why the run cannot start, with a button for each change that would let it."""
     for number, refusal in enumerate(refusals):
-        notice(in_labels(refusal.sentence), title="This cannot start yet")
+        notice(in_labels(refusal.sentence, unit()), title="This cannot start yet")
         for fix in refusal.fixes:
             st.button(
                 f"Set {LABELS[fix.flag]} to {grouped(fix.value)}",
@@ -647,7 +681,7 @@ with right, st.container(border=True):
         flags = to_flags(values, base)
         config = run_config(flags)
     except InputError as error:
-        notice(in_labels(str(error)), title="This cannot start yet")
+        notice(in_labels(str(error), unit()), title="This cannot start yet")
         st.button("Start", type="primary", disabled=True, width="stretch", key="train.start")
         st.stop()
     refusals = before(config, about)
@@ -655,7 +689,7 @@ with right, st.container(border=True):
         notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
     refuse(refusals)
     if st.button(
-        f"Start {count(config.train.n_tokens)} tokens",
+        f"Start {count(config.train.n_tokens)} {config.unit}s",
         type="primary",
         icon=":material/play_arrow:",
         width="stretch",

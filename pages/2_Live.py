@@ -27,7 +27,7 @@ from gsae_core.app.parts import (
     state_badge,
 )
 from gsae_core.app.pickers import choice
-from gsae_core.config import SAESpec, shortfalls
+from gsae_core.config import NO_MODEL, SAESpec, shortfalls
 from gsae_core.errors import InputError
 from gsae_core.files import left_out
 from gsae_core.plots.live import (
@@ -46,7 +46,7 @@ from gsae_core.runs.metrics_log import MetricsCursor
 from gsae_core.runs.outliers import outliers_met
 from gsae_core.runs.plan.progress import speed
 from gsae_core.runs.run import Run
-from gsae_core.text import count
+from gsae_core.text import count, in_units
 
 # Labels first: the address holds what a bound widget shows.
 LOSS_PARTS = {
@@ -55,7 +55,6 @@ LOSS_PARTS = {
     "sparsity": "sparsity_loss",
     "auxiliary": "auxiliary",
 }
-X_AXES: dict[str, XAxis] = {"tokens": "tokens", "steps": "step", "time": "seconds"}
 LOG = ("l0", "fvu", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
 DAMAGE_CAUSE = "A power cut or a full disk can cause this; check the free disk space."
@@ -68,6 +67,7 @@ frame = shell.page(
     purpose="Training curves of a run. Training continues when this tab is closed.",
 )
 run = shell.need_run(frame, "its curves")
+X_AXES: dict[str, XAxis] = {f"{run.config.unit}s": "tokens", "steps": "step", "time": "seconds"}
 drawn = frame.statuses.get(run.id)
 if drawn is None:
     notice(f"{run.id} was deleted, or its status is damaged.", title="This run cannot be read")
@@ -114,14 +114,15 @@ def header(status: Status, table: pd.DataFrame) -> None:
         draw_timeline(run, status)
         draw_progress(run, status, now)
         tokens = newest[-1]["tokens"] if newest else 0
-        of = "language model" if run.config.activations is None else "files"
-        draw_numbers(status, now, tokens=tokens, moving=status.state in MOVING, of=of)
+        moving, unit = status.state in MOVING, run.config.unit
+        draw_numbers(status, now, tokens=tokens, moving=moving, unit=unit)
         if status.state == "cancelling":
             st.caption(f"Cancelling: {CANCEL_STAGES.get(escalate(run), 'ended')}.")
 
 
 def about(name: str) -> str:
-    return f"{definition('l0')}\n\n{definition('fvu')}" if name == "plane" else definition(name)
+    terms = ("l0", "fvu") if name == "plane" else (name,)
+    return in_units("\n\n".join(map(definition, terms)), run.config.unit)
 
 
 def figures(
@@ -147,7 +148,7 @@ def figures(
         for column in columns
     ]
     alt = "L0 against FVU of each SAE now, and its path during training"
-    charts.insert(5, (plane(lines, logged, finished=finished), "plane", alt))
+    charts.insert(5, (plane(lines, logged, finished=finished, unit=run.config.unit), "plane", alt))
     return charts
 
 
@@ -183,7 +184,7 @@ def view(was: Status) -> None:
         for sentence in () if imported else shortfalls(run.config.train):
             notice(f"{sentence[0].upper()}{sentence[1:]}.", kind="warning")
         begun = [event for event in run.events() if event["event"] == "set up"]
-        for sentence in outliers_met(begun[-1]) if begun else ():
+        for sentence in outliers_met(begun[-1], run.config.unit) if begun else ():
             notice(f"{sentence}.", kind="warning")
         draw_trouble(run, status)
         lost = run.n_lost_events(status)
@@ -221,7 +222,7 @@ def view(was: Status) -> None:
     with place:
         if not charts:
             with st.container(border=True):
-                st.caption("Values appear once the model is loaded and the first steps are done.")
+                st.caption("Values appear once the first steps are done.")
             return
         line_legend(lines)
         if len({line.group for line in lines}) > N_HUES:
@@ -266,9 +267,10 @@ correct("x", list(X_AXES), what="axis", shown=next(iter(X_AXES)))
 correct("part", list(LOSS_PARTS), what="part of the loss", shown=next(iter(LOSS_PARTS)))
 config = run.config
 plain(
-    f"{config.model.name} · {config.hook_names} · {len(config.saes)} SAEs · "
+    ("" if config.model.name == NO_MODEL else f"{config.model.name} · {config.hook_names} · ")
+    + f"{len(config.saes)} SAE{'s' * (len(config.saes) != 1)} · "
     + (
-        f"{count(config.train.n_tokens)} tokens of {config.data.source}"
+        f"{count(config.train.n_tokens)} {config.unit}s of {config.data.source}"
         if config.imported is None
         else f"imported from {config.imported}"
     )
@@ -326,6 +328,6 @@ paused = st.session_state.get("live.pause")
 curves = st.container()
 with st.expander("What the numbers mean", icon=":material/menu_book:"):
     for term in ("l0", "fvu", "gamma", "gamma_gate", "sparsity"):
-        plain(": ".join(TERMS[term]))
+        plain(in_units(": ".join(TERMS[term]), run.config.unit))
 with curves:
     st.fragment(view, run_every=1.0 if moving and not paused else None)(drawn)

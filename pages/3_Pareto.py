@@ -1,4 +1,4 @@
-"""Pareto: active features and fidelity to the language model of each SAE."""
+"""Pareto: active features and fidelity of each SAE."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +20,7 @@ from gsae_core.analysis.results import (
     settings,
     settings_table,
     several_runs,
+    unit_measured,
 )
 from gsae_core.app import cache, shell
 from gsae_core.app.glossary import definition
@@ -33,6 +34,7 @@ from gsae_core.app.parts import (
     say_worse,
 )
 from gsae_core.app.pickers import choice, paper_site
+from gsae_core.config import NO_MODEL
 from gsae_core.plots.palette import AXES, LOOKS, knob
 from gsae_core.plots.pareto import RUN_LOOKS, Measure, placed, tradeoff
 from gsae_core.runs.evals import (
@@ -48,10 +50,12 @@ from gsae_core.runs.evals import (
 from gsae_core.runs.outliers import outliers_measured
 from gsae_core.runs.run import Run
 from gsae_core.text import (
+    WORDS,
     WORSE,
     count,
     facts,
     fixed,
+    in_units,
     is_worse_than_mean,
     marked_fvu,
     percent,
@@ -88,13 +92,17 @@ SHARES = {"loss_recovered": 2, "alive_fraction": 1}
 frame = shell.page(
     "Pareto",
     icon="⚖️",
-    purpose="Fidelity to the language model against active features per token, for every SAE.",
+    purpose="Fidelity against sparsity, for every SAE.",
 )
 run = shell.need_run(frame, "its trade-off curves")
 shell.need_evals(run)
 by_id = {other.id: other for other in frame.runs if (other.folder / "evals.json").exists()}
 by_id |= {run.id: run}
 others = [name for name in by_id if name != run.id]
+
+
+def about(term: str) -> str:
+    return in_units(definition(term), run.config.unit)
 
 
 def choose_axes() -> tuple[Measure, Measure, bool]:
@@ -106,14 +114,13 @@ def choose_axes() -> tuple[Measure, Measure, bool]:
         fidelity.remove("FVU")
         fidelity.insert(0, "FVU")
     with up:
-        about = definition("loss_recovered")
-        y = choice("Fidelity", fidelity, key="ym", what="measure", help=about)
+        y = choice("Fidelity", fidelity, key="ym", what="measure", help=about("loss_recovered"))
     x = along.selectbox(
         "Against",
         ["L0", "FVU", "CE increase", "KL", "loss recovered"],
         key="xm",
         bind="query-params",
-        help=definition("l0"),
+        help=about("l0"),
     )
     log_x = log.toggle("Log axis", value=True, key="logx", bind="query-params")
     return LABELS[x or "L0"], LABELS[y], log_x
@@ -171,22 +178,26 @@ def at_hook_points(evals: pd.DataFrame) -> pd.DataFrame:
 
 def headline(evals: pd.DataFrame) -> None:
     """Draw the matched-fidelity ratio of each run and place, and where it comes from."""
+    ratios = {
+        str(group): matched_ratio(rows.to_dict("records")).sentence
+        for group, rows in evals.groupby("group")
+    }
+    differ = len(set(ratios.values())) > 1
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(
             "Matched L0 ratio",
             f"{fixed(matched.median, 2)}×" if matched.pairs else "–",
-            help=definition("matched_ratio"),
+            help=about("matched_ratio"),
         )
         with words:
-            several = len(groups) > len(shown_runs)
+            several = len(groups) > len(shown_runs) and differ
             plain(f"{groups[0]}: {matched.sentence}." if several else f"{matched.sentence}.")
-            st.caption(
-                "Above 1, the Gated SAEs need fewer active features for the same loss recovered."
-            )
-        for other in groups[1:]:
-            rows = evals.query("group == @other").to_dict("records")
-            plain(f"{other}: {matched_ratio(rows).sentence}.", size=".9rem")
+            if matched.pairs:
+                said = "Above 1, the Gated SAEs need fewer active features"
+                st.caption(f"{said} for the same loss recovered.")
+        for other in groups[1:] if differ else ():
+            plain(f"{other}: {ratios[other]}.", size=".9rem")
         if matched.pairs:
             with st.expander("Interpolation"):
                 interpolation()
@@ -245,6 +256,7 @@ def remember_click() -> None:
 
 def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None:
     """Draw the plane, what is not in it, and the paper's runs behind it."""
+    unit = unit_measured(evals)
     figure = tradeoff(
         evals,
         y,
@@ -260,12 +272,13 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
         on_select=remember_click,
         selection_mode="points",
         config={"displaylogo": False},
-        alt=f"{AXES[y]} against {AXES[x]} for every SAE, with each architecture's frontier",
+        alt=f"{in_units(AXES[y], unit)} against {in_units(AXES[x], unit)} for every SAE, with each "
+        "architecture's frontier",
     )
     figure_tools(
         evals.loc[:, ["run", "name", "architecture", "sparsity", *dict.fromkeys([x, y])]],
         name="plane",
-        about=f"{definition(y)}\n\nFrontier: {definition('frontier')}",
+        about=f"{about(y)}\n\nFrontier: {about('frontier')}",
     )
     if len(groups) > len(RUN_LOOKS):
         said = f"The first {len(RUN_LOOKS)} of {len(groups)} runs and hook points are drawn"
@@ -276,7 +289,7 @@ def plot(evals: pd.DataFrame, picked: list[str], x: Measure, y: Measure) -> None
         listed = "; ".join(f"{name}: {source}" for name, source in sources.items())
         plain(f"Different model, site or text: not comparable ({listed}).", size=".875rem")
     if x == y:
-        st.caption(f"Both axes show {AXES[x]}: the SAEs lie on the diagonal.")
+        st.caption(f"Both axes show {in_units(AXES[x], unit)}: the SAEs lie on the diagonal.")
     missing = len(evals) - len(placed(evals, x, y, log_x=log_x))
     if missing:
         st.caption(
@@ -326,12 +339,12 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
     return (
         configs
         | {"worse": st.column_config.TextColumn(WORSE, width=36, help=mark)}
-        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=definition("sparsity"))}
+        | {"sparsity": number("λ (TopK: k)" if topk else "λ", help=about("sparsity"))}
         | {
             name: number(
                 title,
                 format=f"%.{SHARES[name]}f %%" if name in SHARES else f"%.{DIGITS.get(name, 3)}f",
-                help=definition(name),
+                help=about(name),
             )
             for name, title in TITLES.items()
         }
@@ -339,7 +352,7 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
             f"change_{name}": number(
                 f"Δ {TITLES[name]}",
                 format="%+.2f" if name in ("l0", "loss_recovered") else "%+.4f",
-                help=f"Minus the baseline run's. {definition(name)}",
+                help=f"Minus the baseline run's. {about(name)}",
             )
             for name in NUMBERS[:6]
         }
@@ -381,8 +394,8 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     figure_tools(evals, name="evaluations")
     first = evals.iloc[0]
     if without_model(first.to_dict()):
-        about = f"{measured_on(first.to_dict())}; {NO_LOSSES}"
-        st.caption(f"{escape_markdown(run.id)}: {escape_markdown(about)}.")
+        said = f"{measured_on(first.to_dict())}; {NO_LOSSES}"
+        st.caption(f"{escape_markdown(run.id)}: {escape_markdown(said)}.")
         return
     st.caption(
         f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. Cross-"
@@ -415,7 +428,7 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
         marked(kind, f"{number} · {made}")
         plain(f"{run.id} / {row['name']}", size=".85rem")
         for name, cell in number_cells():
-            cell.metric(SHORT[name], say(name, row[name]), help=definition(name))
+            cell.metric(SHORT[name], say(name, row[name]), help=about(name))
         say_worse({str(row["name"]): row["fvu"]})
         if measured_earlier(row):
             plain(f"{measure_again(str(run.folder))}.", size=".875rem")
@@ -423,13 +436,13 @@ def card(row: Mapping[str, Any], run: Run, *, number: int) -> None:
         learnt = {"imported from": config.imported or ""}
         if config.imported is None:
             rate = (spec and spec.lr) or config.train.lr
-            learnt = {"trained on": f"{count(config.train.n_tokens)} tokens"}
+            learnt = {"trained on": f"{count(config.train.n_tokens)} {config.unit}s"}
             learnt["learning rate"] = f"{rate:g}"
         with st.expander("Provenance"):
+            place = {"model": config.model.name, "hook point": hook_of(run, row["name"])}
             provenance = {
-                "model": config.model.name,
-                "hook point": hook_of(run, row["name"]),
-                "text": config.data.source,
+                **({} if config.model.name == NO_MODEL else place),
+                WORDS[config.unit].read: config.activations or config.data.source,
                 **learnt,
                 "recipe": "–" if spec is None else f"{spec.recipe}, tie {spec.tie}",
                 "measured on": measured_on(row),
@@ -456,7 +469,7 @@ def difference_card(before: Mapping[str, Any], after: Mapping[str, Any]) -> None
                 delta=say_change(name, *found[name]),
                 delta_color="off",
                 delta_arrow="off",  # the sign says it, and a change of 0 has no direction
-                help=definition(name),
+                help=about(name),
             )
 
 

@@ -38,7 +38,7 @@ from gsae_core.plots.shrinkage import (
     range_text,
     select_features,
 )
-from gsae_core.text import fixed
+from gsae_core.text import fixed, in_units
 
 CONFIG = {"displaylogo": False}
 LIMITS = [1, 3, 10, 30, 100, 300, 1000]
@@ -59,7 +59,7 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "γ and its histograms")
 shell.need_evals(run)
-evals = cache.evaluations(run)
+evals, unit = cache.evaluations(run), run.config.unit
 specs = {spec.name: spec for spec in run.config.saes}
 rows = evals.set_index("name")
 
@@ -95,6 +95,10 @@ def choose() -> dict[str, str | None]:
     return chosen
 
 
+def about(term: str) -> str:
+    return in_units(definition(term), unit)
+
+
 def headline() -> None:
     """Draw the three gammas."""
     one, two, three = st.columns(3, border=True)
@@ -104,7 +108,7 @@ def headline() -> None:
         (three, "γ baseline", base, "gamma"),
     ):
         value = fixed(float(rows.loc[name, number])) if name else "–"
-        cell.metric(label, value, help=definition(number))
+        cell.metric(label, value, help=about(number))
 
 
 def evals_here() -> pd.DataFrame:
@@ -116,7 +120,7 @@ def evals_here() -> pd.DataFrame:
 
 def over_the_sweep() -> None:
     """Draw gamma against L0, and the paper's behind it."""
-    st.subheader("Over the sweep", anchor=False, help=definition("gamma"))
+    st.subheader("Over the sweep", anchor=False, help=about("gamma"))
     place = paper_site()
     st.plotly_chart(
         gamma_over_sweep(evals_here(), paper=None if place is None else published(place)),
@@ -125,7 +129,7 @@ def over_the_sweep() -> None:
         alt="γ against L0 for every architecture, and for the gate path",
     )
     columns = ["name", "architecture", "sparsity", "l0", "gamma", "gamma_gate"]
-    figure_tools(evals_here().loc[:, columns], name="sweep", about=definition("gamma"))
+    figure_tools(evals_here().loc[:, columns], name="sweep", about=about("gamma"))
     if place is not None:
         st.caption(
             f"Faint: {place.model}, {place.site} of block {place.layer}, as printed in "
@@ -135,14 +139,14 @@ def over_the_sweep() -> None:
 
 def by_length() -> None:
     """Draw lengths of reconstructions from the shortest activations to the longest."""
-    st.subheader("By length of the activation", anchor=False, help=definition("norm_ratio"))
+    st.subheader("By length of the activation", anchor=False, help=about("norm_ratio"))
     label = choice(
         "Measure",
         LENGTHS,
         key="lengths",
         what="measure of length",
         shown="the length ratio",
-        help=f"{definition('norm_ratio')}\n\nγ: {definition('norm_gamma')}",
+        help=f"{about('norm_ratio')}\n\nγ: {about('norm_gamma')}",
     )
     try:
         found = [(specs[name], cache.deciles(run, name)) for name in chosen if name]
@@ -151,24 +155,24 @@ def by_length() -> None:
         st.code(f"python -m gsae_core evaluate {run.folder}", language=None, wrap_lines=True)
         return
     st.plotly_chart(
-        lengths_by_decile(found, LENGTHS[label]),
+        lengths_by_decile(found, LENGTHS[label], unit=unit),
         key="shrinkage.deciles",
         config=CONFIG,
-        alt=f"{label} of each tenth of the tokens, shortest activations first",
+        alt=f"{label} of each tenth of the {unit}s, shortest activations first",
     )
     figure_tools(
         pd.concat([table.assign(sae=spec.name) for spec, table in found], ignore_index=True),
         name="lengths",
-        about=definition("norm_ratio" if LENGTHS[label] == "ratio" else "norm_gamma"),
+        about=about("norm_ratio" if LENGTHS[label] == "ratio" else "norm_gamma"),
     )
 
 
 def feature_by_feature() -> None:
     """Draw gamma of every feature that fired often enough to tell."""
-    st.subheader("Feature by feature", anchor=False, help=definition("gamma_per_feature"))
+    st.subheader("Feature by feature", anchor=False, help=about("gamma_per_feature"))
     correct("minfire", [str(limit) for limit in LIMITS], what="limit offered", shown="30")
     min_fired = st.select_slider(
-        "Hide features that fired on fewer held-out tokens than",
+        f"Hide features that fired on fewer held-out {unit}s than",
         LIMITS,
         value=30,
         key="minfire",
@@ -185,8 +189,8 @@ def feature_by_feature() -> None:
         notice(str(error), kind="warning", title="No per-feature numbers yet")
         return
     for feature in features:
-        plain(feature.sentence(min_fired), size=".9rem")
-    st.caption(TWO_GAMMAS)
+        plain(feature.sentence(min_fired, unit), size=".9rem")
+    st.caption(in_units(TWO_GAMMAS, unit))
     if not any(len(feature.stats) for feature in features):
         notice("The limit hides every feature; lower it.", kind="info")
         st.button(
@@ -232,16 +236,16 @@ def figures(features: list[FeatureGamma], bins: Bins, label: str | None) -> None
             config=CONFIG,
             alt="Share of features in each bin of γ",
         )
-        about = definition("gamma_per_feature")
-        figure_tools(lambda: histogram_table(features, bins), name="histogram", about=about)
+        said = about("gamma_per_feature")
+        figure_tools(lambda: histogram_table(features, bins), name="histogram", about=said)
     with right:
         st.plotly_chart(
-            gamma_against_density(features),
+            gamma_against_density(features, unit=unit),
             key="shrinkage.scatter",
             config=CONFIG,
             alt="γ of each feature against its density",
         )
-        figure_tools(lambda: every_feature(features), name="features", about=definition("density"))
+        figure_tools(lambda: every_feature(features), name="features", about=about("density"))
 
 
 def every_feature(features: list[FeatureGamma]) -> pd.DataFrame:
@@ -266,10 +270,10 @@ def listing(features: list[FeatureGamma], bins: Bins, label: str) -> None:
         column_config={
             "sae": "SAE",
             "latent": number("feature", format="%d"),
-            "gamma": number("γ", format="%.3f", help=definition("gamma_per_feature")),
-            "density": number(format="%.3g", help=definition("density")),
-            "fired": number("firings", format="localized", help=definition("firings")),
-            "gate_open": number("gate open", format="localized", help=definition("gate_density")),
+            "gamma": number("γ", format="%.3f", help=about("gamma_per_feature")),
+            "density": number(format="%.3g", help=about("density")),
+            "fired": number("firings", format="localized", help=about("firings")),
+            "gate_open": number("gate open", format="localized", help=about("gate_density")),
         },
         alt=f"Features with γ {label}: SAE, feature, γ, density and firings",
     )

@@ -37,7 +37,7 @@ def other_index(run: Run, base: str | None) -> FeatureIndex | None:
 
 def ask(sae: Opened) -> tuple[Chosen, int]:
     """Draw the filters; return what they leave, and the feature that is shown."""
-    wanted, order = feature_list.ask(sae.index.manifest.unit if sae.index else "token")
+    wanted, order = feature_list.ask(sae.unit)
     chosen = feature_list.find(sae, wanted, order)
     if chosen.rows.empty:
         feature_list.nothing_left(sae, chosen)

@@ -14,7 +14,7 @@ from tiny_runs import SMALL, finish, flat, leave_at, outcome
 
 from gsae_core.analysis.fidelity import evaluating_vectors
 from gsae_core.cli.main import main
-from gsae_core.config import NO_MODEL, NO_PLACE, RunConfig
+from gsae_core.config import NO_MODEL, NO_PLACE, RunConfig, TrainRecipe
 from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import load_model
@@ -22,8 +22,9 @@ from gsae_core.lm.stored import described
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.lm.vectors import BLOCK, StoredHarvest, StoredSequences, VectorSource
 from gsae_core.runs.run import Run
+from gsae_core.runs.work.index import index_run
 from gsae_core.runs.work.setup import load_lm
-from gsae_core.runs.work.train import load_state
+from gsae_core.runs.work.train import evaluate_run, load_state
 from gsae_core.sae.architectures import ReluSAE
 
 CPU = torch.device("cpu")
@@ -161,9 +162,28 @@ def test_a_folder_that_has_changed_is_not_trained_on(
     np.save(folder / "part-1.npy", made_up(300, seed=1))
     told = refusal(lambda: finish(Run.open(run.folder)))
     assert told.startswith(
-        "expected the vectors this run began with (752 training tokens), got other vectors from "
-        f"{folder} (752): it has changed"
+        f"expected the vectors this run began with (752 to train on), got others from {folder} "
+        "(752): the folder has changed; start a new run"
     )
+    told = refusal(lambda: list(evaluate_run(Run.open(run.folder))))
+    assert told.endswith("bring the vectors back or train a new run")
+
+
+def test_a_batch_larger_than_the_folder_asks_for_vectors(on_vectors: Callable[..., Run]) -> None:
+    recipe = TrainRecipe(n_tokens=2000, batch_size=1000)
+    told = refusal(lambda: finish(on_vectors(train=recipe)))
+    assert told == (
+        "expected at least one batch of 1000 training vectors, got 752: give more vectors or a "
+        "smaller batch_size"
+    )
+
+
+def test_progress_on_vectors_counts_vectors(on_vectors: Callable[..., Run]) -> None:
+    run = on_vectors()
+    finish(run)
+    stages = [*evaluate_run(run), *index_run(run, run.config.saes[0].name)]
+    units = {now.stage: now.unit for now in stages}
+    assert units["loading"] == units["evaluating"] == units["indexing"] == "vector"
 
 
 def test_what_needs_the_model_is_refused_in_a_sentence(on_vectors: Callable[..., Run]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gsae_core.cli.main import main
 from gsae_core.runs.run import Run
+from gsae_core.text import count
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ def test_every_list_of_examples_is_drawn(done: Run, view: str) -> None:
 @pytest.mark.parametrize(
     ("page", "sentence"),
     [
-        ("pages/2_Live.py", "vectors"),
+        ("pages/2_Live.py", f"2 SAEs · {count(N)} vectors of "),
         ("pages/3_Pareto.py", "loss recovered is not measured"),
         ("pages/4_Shrinkage.py", "features fired on"),
         ("pages/6_Prompt.py", "This run has no language model"),
@@ -103,15 +104,14 @@ def test_every_list_of_examples_is_drawn(done: Run, view: str) -> None:
 def test_no_page_claims_a_model(done: Run, page: str, sentence: str) -> None:
     said = text(opened(page, run="done"))
     assert sentence in said
-    for wrong in ("bundled", "stdlib", "resid_post", ">nan"):
+    for wrong in ("bundled", "stdlib", "resid_post", ">nan", *(["token"] * (page[6] < "6"))):
         assert wrong not in said
 
 
 def test_home_lists_the_run_without_a_model(done: Run) -> None:
     (table,) = opened("app.py").dataframe
     row = table.value.set_index("run").loc["done"]
-    assert (row["model"], row["site"]) == ("no model", "vectors")
-    assert row["layer"] is None
+    assert (row["model"], row["where"]) == ("no model", "embeddings")
 
 
 def test_the_train_page_takes_a_folder(done: Run, folder: Path) -> None:
@@ -120,4 +120,8 @@ def test_the_train_page_takes_a_folder(done: Run, folder: Path) -> None:
     assert f"{N:,} vectors, {D_IN} wide, of no known model" in said
     assert "loss recovered is not" in said
     assert not at.button(key="train.start").disabled
+    assert "at the speed of done" in said  # not at that of runs on text
+    labels = [widget.label for kind in (at.text_input, at.selectbox) for widget in kind]
+    assert "Vectors" in labels
+    assert not {"Tokens", "Precision", "BOS", "Reconstructions replace"} & {*labels}
     assert f"--activations {folder}" in "".join(code.value for code in at.code)

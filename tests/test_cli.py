@@ -19,7 +19,7 @@ from tiny_runs import write_text
 from tqdm import tqdm
 
 from gsae_core.analysis.pareto import matched_ratio
-from gsae_core.cli.main import main
+from gsae_core.cli.main import _follow, main
 from gsae_core.cli.report import run_report
 from gsae_core.config import DataConfig
 from gsae_core.runs.run import Run
@@ -63,7 +63,7 @@ def test_what_a_run_is_too_short_for_is_said_before_it_starts(
     assert said == [
         "loading the model and the text",
         "gsae_core: all 20 steps lie within the learning-rate warm-up of 20, so the learning rate "
-        "never reaches its peak; shorten the warm-up or train on more tokens",
+        "never reaches its peak; shorten the warm-up or train longer",
     ]
 
 
@@ -90,6 +90,25 @@ def test_a_terminal_gets_a_bar_with_l0_and_loss(
         r"training: 100%.*20/20 .*, L0 [\d.]+ to [\d.]+, loss [\d.]+ to [\d.]+\]", bars
     )
     assert re.search(r"evaluating: 100%.*64\.0/64\.0", bars)
+
+
+def test_a_pipe_gets_a_line_of_progress_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def work() -> Iterator[Progress]:
+        yield Progress("loading", 0, 0, "vector")
+        for done in range(0, 4000, 10):  # a second each
+            now[0] += 1
+            yield Progress("indexing", done, 4000, "vector")
+
+    _follow(work())
+    first, *said = capsys.readouterr().err.splitlines()
+    assert first == "loading the vectors"
+    assert said[0] == "gsae_core: indexing: 90 of 4,000 vectors"
+    assert len(said) == 24  # ten by the hundredth second, then a tenth later each
 
 
 def test_a_run_without_a_name_is_named_after_what_it_is(

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from app_pages import HOSTILE, NASTY, opened, text, write_samples
+from app_pages import HOSTILE, NASTY, edited, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
 from synthetic import config, two_places, write_run
 
 from gsae_core.cli.report import time_spent
+from gsae_core.config import RunConfig
 from gsae_core.runs.jobs import job as process
 from gsae_core.runs.jobs.job import of_process, read_status, write_status
 from gsae_core.runs.run import Run
@@ -148,7 +149,7 @@ def test_recent_speed_and_the_average_are_told_apart(root: Path) -> None:
     assert time_spent(rows) == [
         "6 k tokens in 1 min, 100/s on average; time in language model 50 %, in SAEs 25 %"
     ]
-    (of_files,) = time_spent(rows, "files")
+    (of_files,) = time_spent(rows, "vector")
     assert of_files.startswith("6 k vectors in 1 min, 100/s on average; time in files 50 %")
 
 
@@ -375,8 +376,25 @@ def test_what_a_run_is_too_short_for_is_said_on_live(root: Path) -> None:
     write_run(root, "whole")
     said = text(opened(LIVE, run="short"))
     assert f"All {short.n_steps:,} steps lie within the learning-rate warm-up of 1,000,000" in said
-    assert "never reaches its peak; shorten the warm-up or train on more tokens." in said
+    assert "never reaches its peak; shorten the warm-up or train longer." in said
     assert "never reaches its peak" not in text(opened(LIVE, run="whole"))
     imported = run_config.model_copy(update={"imported": "SAELens 6"})  # how it learnt is not known
     write_run(root, "imported", run_config=imported)
     assert "never reaches its peak" not in text(opened(LIVE, run="imported"))
+
+
+def test_a_run_on_vectors_is_not_spoken_of_as_text(root: Path) -> None:
+    given = config().model_dump(exclude={"model", "data"}) | {"activations": "/data/embeddings"}
+    run = write_run(root, "vectors", run_config=RunConfig.model_validate(given))
+    (run.folder / "log.txt").write_text("")
+    with edited(run.folder / "evals.json") as found:
+        for row in found["saes"]:
+            row |= {"n_predictions": 0, "loss_recovered": None, "kl": None}
+    rows = opened("app.py").dataframe[0].value
+    assert rows["where"].iloc[0] == "embeddings"
+    for page in (LIVE, "pages/3_Pareto.py", "pages/4_Shrinkage.py"):
+        at = opened(page, run="vectors")
+        metrics = [f"{each.label} {each.help}" for each in at.metric]
+        said = "\n".join([text(at), *metrics, *(each.label for each in at.select_slider)])
+        assert "vectors" in said
+        assert not re.search(r"(?i)token|the model|language model ", said), page

@@ -245,6 +245,18 @@ def test_a_run_that_begins_with_them_says_what_they_hold() -> None:
     assert list(outliers_met({})) == []  # an earlier version's
 
 
+def test_of_vectors_of_a_folder_the_vectors_themselves_are_long() -> None:
+    found = {"n": 32_768, "n_outliers": 131, "outlier_share": 0.83, "median_norm": 1.0}
+    noted = {"max_norm_ratio": None, "lengths": {"vectors": found}}
+    assert list(outliers_met(noted, "vector")) == [
+        "0.40 % of vectors are longer than 10 times the median and hold 83 % of E|x|^2; leave them "
+        "out with --max-norm-ratio 10"
+    ]
+    assert outliers_measured([row(n_predictions=0, max_norm_ratio=5.0)]) == [
+        "1,234 vectors longer than 5 times the median, 91 % of E|x|^2, were left out"
+    ]
+
+
 def test_where_there_is_nothing_to_say_nothing_is_said() -> None:
     older = {"name": "gated-0.1", "n_tokens": 36_000}
     nan = dict.fromkeys(("n_outliers", "outlier_share", "max_norm_ratio"), math.nan)

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from gsae_core.analysis.pareto import MatchedPair, Point, frontier, matched_l0_ratio, matched_ratio
+from gsae_core.analysis.pareto import (
+    MatchedPair,
+    Point,
+    frontier,
+    matched_l0_ratio,
+    matched_ratio,
+    ratio_sentences,
+)
 
 # arXiv:2404.16014v2, Tables 1 and 3: Gemma-7B, residual stream after block 20, L0 and % recovered.
 BASELINE_L20 = [
@@ -139,3 +146,14 @@ def test_one_evaluation_is_compared_by_architecture_and_what_was_not_measured_is
         ]
     ]
     assert matched_ratio(rows).median == 4  # 40 / 10 at 0.95
+
+
+def test_what_holds_at_every_place_is_said_once() -> None:
+    only = {"architecture": "gated", "l0": 9.0, "loss_recovered": 0.9, "layer": 2}
+    rows = [only | {"site": site} for site in ("resid_post", "mlp_out")]
+    assert ratio_sentences(rows) == ["No ratio at equal loss recovered: there is no baseline run"]
+    both = [*rows, rows[0] | {"architecture": "relu", "l0": 20.0}]
+    assert [said.partition(":")[0] for said in ratio_sentences(both)] == [
+        "blocks.2.hook_resid_post",
+        "blocks.2.hook_mlp_out",
+    ]

@@ -96,7 +96,7 @@ def test_the_presets_of_ours_say_the_whole_of_their_schedule() -> None:
         (
             {"lr_warmup_steps": 244},
             "all 244 steps lie within the learning-rate warm-up of 244, so the learning rate never "
-            "reaches its peak; shorten the warm-up or train on more tokens",
+            "reaches its peak; shorten the warm-up or train longer",
         ),
         (
             # 244 - 0.2 * 244 = 195.2
@@ -120,19 +120,19 @@ def test_the_presets_of_ours_say_the_whole_of_their_schedule() -> None:
         (
             {"sparsity_warmup_steps": 244},  # at the last step 243 / 244 of it
             "lambda rises over 244 steps and there are 244, so it never reaches what was asked "
-            "for; shorten its warm-up or train on more tokens",
+            "for; shorten its warm-up or train longer",
         ),
         (
             {"revive_every": 25_000},
             "no dead feature is revived: a feature is dead after 12,500 steps in which it did not "
             "fire, and revivals come every 25,000 steps, none after step 170 of 244; call features "
-            "dead sooner, revive more often or train on more tokens",
+            "dead sooner, revive more often or train longer",
         ),
         (
             {"revive_window": 145},  # revivals after 48, 96 and 144
             "no dead feature is revived: a feature is dead after 145 steps in which it did not "
             "fire, and revivals come every 48 steps, none after step 170 of 244; call features "
-            "dead sooner, revive more often or train on more tokens",
+            "dead sooner, revive more often or train longer",
         ),
     ],
 )

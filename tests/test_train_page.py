@@ -74,7 +74,7 @@ def test_what_the_run_is_too_short_for_is_said_before_the_button(root: Path) -> 
     short = opened(TRAIN, tokens="40960")  # 20 steps
     assert (
         "All 20 steps lie within the learning-rate warm-up of 20, so the learning rate never "
-        "reaches its peak; shorten the warm-up or train on more tokens." in said(short)
+        "reaches its peak; shorten the warm-up or train longer." in said(short)
     )
     assert not short.button(key="train.start").disabled
     steps = ("lr_warmup_steps", "sparsity_warmup_steps", "revive_every", "revive_window")

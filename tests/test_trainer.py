@@ -286,7 +286,7 @@ def test_a_run_that_ends_in_its_warm_up_says_so(caplog: pytest.LogCaptureFixture
     Trainer([ReluSAE(D_IN, 13)], config(lr_warmup_steps=N_STEPS))
     assert caplog.messages == [
         "all 24 steps lie within the learning-rate warm-up of 24, so the learning rate never "
-        "reaches its peak; shorten the warm-up or train on more tokens"
+        "reaches its peak; shorten the warm-up or train longer"
     ]
 
 

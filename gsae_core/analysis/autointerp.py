@@ -205,7 +205,7 @@ def check_fires(feature: "Feature") -> None:
     if feature.is_dead:
         raise InputError(
             f"expected a feature that fires, got {feature.number}, which is dead on these "
-            f"{feature.index.n_tokens} tokens: there is nothing to label"
+            f"{feature.index.n_tokens} {feature.index.manifest.unit}s: there is nothing to label"
         )
 
 

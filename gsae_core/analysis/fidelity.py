@@ -328,7 +328,7 @@ def evaluating_vectors(
                 of_saes[i].add(saes[i], x, long)
 
             spread(evaluated, len(saes), on=harvest.device)
-            yield Progress("evaluating", min(n_done, total), total, "token")
+            yield Progress("evaluating", min(n_done, total), total, "vector")
     nothing = Fidelity(*[math.nan] * 4, n_tokens=0)
     return [own.evaluation(nothing, outliers) for own in of_saes]
 

@@ -117,8 +117,8 @@ def ratio_sentences(evals: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in evals:
         places.setdefault(Place(row["layer"], row["site"]), []).append(row)
     said = {place: matched_ratio(rows).sentence for place, rows in places.items()}
-    if len(said) < 2:
-        return list(said.values()) or [matched_ratio([]).sentence]
+    if len(set(said.values())) < 2:  # such as that no place has a baseline
+        return [*dict.fromkeys(said.values())] or [matched_ratio([]).sentence]
     return [f"{place.hook_name}: {sentence}" for place, sentence in said.items()]
 
 

@@ -64,6 +64,12 @@ def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
 
 
+def unit_measured(evals: pd.DataFrame) -> str:
+    """Return what SAEs were all measured on: a `vector` of a folder, or else a `token`."""
+    n = evals["n_predictions"].tolist() if "n_predictions" in evals else []
+    return "vector" if set(n) == {0} else "token"
+
+
 def of_architecture(evals: pd.DataFrame, architecture: Architecture) -> pd.DataFrame:
     """Return the rows of one architecture."""
     return pd.DataFrame(evals[evals["architecture"] == architecture])

@@ -38,6 +38,11 @@ class Opened:
     rows: pd.DataFrame
     """A row per feature: `filter.listing`, or `filter.weight_listing` without an index."""
 
+    @property
+    def unit(self) -> str:
+        """What features fire on: a `token`, or a `vector` of a folder."""
+        return self.run.config.unit if self.index is None else self.index.manifest.unit
+
 
 def open_sae(run: Run, name: str) -> Opened:
     """Return one of a run's SAEs with its index, if it has one that can be read."""
@@ -110,7 +115,8 @@ def panel(run: Run, names: list[str], *, problem: str) -> None:
             st.rerun()  # the index is there, or its building has ended
         for name, job, status in moving:
             with st.container(border=True):
-                job_panel(job, status, name=f"Index of {name}", key=f"features.cancel_{name}")
+                key, unit = f"features.cancel_{name}", run.config.unit
+                job_panel(job, status, name=f"Index of {name}", key=key, unit=unit)
 
     jobs = _jobs(run, names)
     if any(status.expects_process for _, _, status in jobs):
@@ -141,7 +147,7 @@ def _offer(run: Run, names: list[str]) -> None:
         st.subheader("Index this SAE to see its top examples.", anchor=False)
         with st.container(horizontal=True, vertical_alignment="bottom"):
             n_tokens = st.segmented_control(
-                "Tokens to read",
+                f"{run.config.unit.capitalize()}s to read",
                 AMOUNTS,
                 format_func=count,
                 default=N_TOKENS,
@@ -157,7 +163,7 @@ def _offer(run: Run, names: list[str]) -> None:
                 args=(start, "Nothing was started"),
             )
         if len(names) > 1:
-            st.caption(f"Of {' and '.join(names)}, over the same tokens.")
+            st.caption(f"Of {' and '.join(names)}, over the same {run.config.unit}s.")
 
 
 def _cost(run: Run, names: list[str], n_tokens: int) -> str:

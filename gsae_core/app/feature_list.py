@@ -25,6 +25,7 @@ from gsae_core.app.pickers import architecture, choice, ticked_row
 from gsae_core.errors import InputError
 from gsae_core.plots.features import density_histogram
 from gsae_core.plots.palette import Theme
+from gsae_core.text import in_units
 
 MOST_ROWS = 2000
 PARAMS = {
@@ -56,12 +57,12 @@ def ask(unit: str) -> tuple[Wanted, str]:
     about += "label has it. Spaces and capitals count in tokens."
     hint = "part of a token or of a label, e.g. import"
     if unit == "vector":
-        about, hint = about.replace("token", "caption"), "part of a caption or of a label"
+        about, hint = in_units(about, "caption"), "part of a caption or of a label"
     text = st.text_input("Search", key="q", bind="query-params", placeholder=hint, help=about)
     usual = "best match" if text else "number"
     left, right = st.columns([1, 1.4], vertical_alignment="bottom")
     with left:
-        wanted = _filters(text or "")
+        wanted = _filters(text or "", unit)
     with right:
         correct("sort", list(ORDERS), what="order", shown="the usual one")
         order = st.selectbox(
@@ -76,15 +77,15 @@ def ask(unit: str) -> tuple[Wanted, str]:
     return wanted, usual if order in (None, "best match") else order
 
 
-def _filters(text: str) -> Wanted:
+def _filters(text: str, unit: str) -> Wanted:
     """Draw the filters behind a button that says how many are in use."""
     filters = (*TEXTS[1:], "life", "star")
     held = [st.session_state.get(key, st.query_params.get(key)) for key in filters]
     used = sum(value not in (None, "", "all", False, "false") for value in held)
     label = f"Filters ({used})" if used else "Filters"
     with st.popover(label, icon=":material/filter_list:", width="stretch", key="features.filters"):
-        ranges = {name: _range(name, title) for name, title in RANGES.items()}
-        about = "A dead feature fired on none of the tokens that were read."
+        ranges = {name: _range(name, title, unit) for name, title in RANGES.items()}
+        about = f"A dead feature fired on none of the {unit}s that were read."
         life = choice("Features", LIVES, key="life", what="choice here", help=about)
         label = st.text_input("Label contains", key="label", bind="query-params")
         starred = st.toggle("Starred only", key="star", bind="query-params")
@@ -92,10 +93,10 @@ def _filters(text: str) -> Wanted:
     return Wanted(**ranges, life=life, starred=starred, label=label or "", text=text)
 
 
-def _range(name: str, title: str) -> Range:
+def _range(name: str, title: str, unit: str) -> Range:
     param, example = PARAMS[name]
     label = title.capitalize() if title.isascii() else title
-    hint, about = f"from..to, e.g. {example}", COLUMNS[name]
+    hint, about = f"from..to, e.g. {example}", in_units(COLUMNS[name], unit)
     asked = st.text_input(label, key=param, bind="query-params", placeholder=hint, help=about)
     try:
         return parse_range(asked or "", title)
@@ -128,7 +129,7 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
     density = sae.rows["density"].to_numpy(dtype=float)
     kept = sae.rows["feature"].isin(chosen.rows["feature"]).to_numpy()
     kind = architecture(sae.run, sae.name)
-    chart = density_histogram(density, kept, theme=theme, architecture=kind)
+    chart = density_histogram(density, kept, theme=theme, architecture=kind, unit=sae.unit)
     if not chart.data["n"].to_numpy().any():
         return
 
@@ -147,7 +148,7 @@ def density_chart(sae: Opened, chosen: Chosen, theme: Theme) -> None:
     n_dead = int((sae.rows["fired"].to_numpy(dtype=float) == 0).sum())
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(f"Click a bar to list its features. Dead, off the log axis: {n_dead:,}.")
-        figure_tools(chart.data, name="densities", about=COLUMNS["density"])
+        figure_tools(chart.data, name="densities", about=in_units(COLUMNS["density"], sae.unit))
 
 
 def bar_range(sent: Any) -> str:
@@ -188,7 +189,9 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
             "tokens": st.column_config.TextColumn("fires on", help=COLUMNS["top_tokens"]),
             "by": st.column_config.TextColumn("by", help="Who wrote the label; 0.5 is guessing"),
             **{
-                name: number(title, format=form, width=width, help=COLUMNS[name])
+                name: number(
+                    title, format=form, width=width, help=in_units(COLUMNS[name], sae.unit)
+                )
                 for name, (title, form, width) in NUMBERS.items()
             },
         },
@@ -200,7 +203,8 @@ def table(sae: Opened, chosen: Chosen, *, current: int | None) -> None:
         if n > MOST_ROWS:
             st.toggle("All rows", key="features.everything")
     if "γ" in chosen.excluded and sae.index is not None:
-        st.caption("γ here is over the index's tokens; that of Shrinkage is over held-out ones.")
+        about = f"γ here is over the index's {sae.unit}s; that of Shrinkage is over held-out ones."
+        st.caption(about)
 
 
 def _columns(sae: Opened, rows: pd.DataFrame) -> list[str]:
@@ -240,6 +244,6 @@ def nothing_left(sae: Opened, chosen: Chosen) -> None:
     if name == "search" and sae.index is None:
         text += " Only labels are searched until there is an index."
     elif name == "search":
-        text += " A token is a piece of a word; try a shorter text."
+        text += " A token is a piece of a word; try a shorter text." * (sae.unit == "token")
     notice(text, kind="info", title="No feature is left")
     _clear_button("Clear filters", key="features.clear_all")

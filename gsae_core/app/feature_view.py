@@ -36,7 +36,7 @@ from gsae_core.files import left_out
 from gsae_core.plots.features import activation_histogram, gate_plane, histogram_table
 from gsae_core.plots.palette import Theme
 from gsae_core.runs.run import Run
-from gsae_core.text import count, macros, percent, short
+from gsae_core.text import count, in_units, macros, percent, short
 
 CHIP = 60  # characters of a caption in the summary
 
@@ -69,16 +69,17 @@ def numbers(feature: Feature) -> None:
         silent = int(row["gate_open"]) - fired
         note = f"no output {silent:,} times" if silent else "always with output"
         tiles.append(("gate_density", percent(row["gate_density"], 2), note))
-    _tiles(tiles)
+    _tiles(tiles, _unit(feature))
 
 
 def _unit(feature: Feature) -> str:
     return feature.index.manifest.unit
 
 
-def _tiles(cells: Sequence[tuple[str, str, str]]) -> None:
+def _tiles(cells: Sequence[tuple[str, str, str]], unit: str) -> None:
     """Draw columns of the table with a value and a note each."""
-    st.html(macros(TEMPLATE).tiles([(TERMS[name], *said, COLUMNS[name]) for name, *said in cells]))
+    found = [(TERMS[name], *said, in_units(COLUMNS[name], unit)) for name, *said in cells]
+    st.html(macros(TEMPLATE).tiles(found))
 
 
 def _shrinkage(gamma: float) -> str:
@@ -92,13 +93,14 @@ def _shrinkage(gamma: float) -> str:
 def pictures(feature: Feature, theme: Theme) -> None:
     """Draw how strongly it fires, and how its gate decides."""
     theta, kind = float(feature.stats["theta"]), feature.index.manifest.architecture
+    unit = _unit(feature)
     plane = gate_plane(feature, theme=theme) if kind == "gated" else None
     spots = st.columns([1, 1.1]) if plane is not None else [st.container()]
     top = float(feature.histogram.edges[-1])
     alt = f"How often it fires how strongly, from 0 to {top:.3g}"
     words = {
         "relu": "One path decides whether and how much: no gate, no empty band at 0.",
-        "topk": "It fires where it is among the k largest of a token.",
+        "topk": f"It fires where it is among the k largest of a {unit}.",
     }
     caption = words.get(kind, "Its gate never binds: no jump.")
     if math.isfinite(theta) and theta > 0:
@@ -107,12 +109,16 @@ def pictures(feature: Feature, theme: Theme) -> None:
     with spots[0]:
         _picture(
             "How strongly it fires",
-            activation_histogram(feature.histogram, theta=theta, theme=theme, architecture=kind),
+            activation_histogram(
+                feature.histogram, theta=theta, theme=theme, architecture=kind, unit=unit
+            ),
             name="activations",
             alt=alt,
             caption=caption,
-            table=histogram_table(feature.histogram),
-            about="\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta")),
+            table=histogram_table(feature.histogram, unit=unit),
+            about=in_units(
+                "\n".join(f"{name}: {COLUMNS[name]}" for name in ("max", "q50", "theta")), unit
+            ),
         )
     if plane is None:
         return
@@ -121,9 +127,9 @@ def pictures(feature: Feature, theme: Theme) -> None:
             "How its gate decides",
             plane,
             name="gate_and_magnitude",
-            alt="Tokens by gate and magnitude: all lie on one line, which crosses the gate's "
+            alt=f"Each {unit} by gate and magnitude: all lie on one line, which crosses the gate's "
             f"opening at theta, {theta:.3g}",
-            caption="A dot is a token, hollow: just missed. Slope: e^r.",
+            caption=f"A dot is a {unit}, hollow: just missed. Slope: e^r.",
             table=feature.gate_line(),
             about=COLUMNS["theta"],
         )
@@ -176,7 +182,7 @@ def from_weights(sae: Opened, row: Mapping[str, Any]) -> None:
     """Draw what the weights alone say of a feature."""
     of_kind = {"gated": ("theta", "gain", "b_gate", "b_mag"), "jumprelu": ("theta",)}
     names = (*of_kind.get(architecture(sae.run, sae.name), ()), "decoder_norm", "encoder_cosine")
-    _tiles([(name, short(row[name]), "") for name in names])
+    _tiles([(name, short(row[name]), "") for name in names], sae.unit)
 
 
 def which(sae: Opened, landing: int) -> int:
@@ -240,7 +246,8 @@ def navigation(sae: Opened, chosen: Chosen) -> int:
                 help="Any feature that fires",
             )
         with st.popover("Terms", icon=":material/help:", type="tertiary", key="features.terms"):
-            plain("\n\n".join(f"{title}: {COLUMNS[name]}" for name, title in TERMS.items()))
+            terms = "\n\n".join(f"{title}: {COLUMNS[name]}" for name, title in TERMS.items())
+            plain(in_units(terms, sae.unit))
     return int(number if number is not None else held or 0)
 
 
@@ -335,7 +342,7 @@ def examples(feature: Feature, other: Feature | None, *, name: str, beside: str)
         more = st.toggle("more", key="features.more")
     about = VIEWS[view][1]
     st.caption(
-        about.replace("token", unit).replace("context", "caption") if unit != "token" else about
+        in_units(about, unit).replace("context", "context" if unit == "token" else "caption")
     )
     missed, top, below_top = view == "Just missed", _top(feature), 0.0
     if other is not None:

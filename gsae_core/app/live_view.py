@@ -12,7 +12,16 @@ from gsae_core.runs.jobs.job import Status
 from gsae_core.runs.jobs.worker import waiting_runs
 from gsae_core.runs.plan.progress import RECENT, Speed, timeline
 from gsae_core.runs.run import Run
-from gsae_core.text import count, duration, explained_variance, fixed, macros, marked_fvu, percent
+from gsae_core.text import (
+    WORDS,
+    count,
+    duration,
+    explained_variance,
+    fixed,
+    macros,
+    marked_fvu,
+    percent,
+)
 
 MARKS = {"done": ("✓", "#009E73"), "now": ("●", "#0072B2"), "stopped": ("✕", "#D55E00")}
 CANCEL_STAGES = {
@@ -46,31 +55,34 @@ def draw_progress(run: Run, status: Status, now: Speed, *, eta: bool = False) ->
         waits = f"waits until its device is free{place}"
         st.progress(0.0, text="not started yet" if status.pid is None else waits)
     elif status.stage == "evaluating" and status.state in ("running", "cancelling"):
-        text = f"evaluating: {status.done:,} of {status.total:,} held-out tokens"
+        unit = run.config.unit
+        text = f"evaluating: {status.done:,} of {status.total:,} held-out {unit}s"
         if 0 < status.total < (asked := run.config.evaluation.n_tokens):
-            text += f"; {asked:,} were requested, the text has no more"
+            whose = "text" if unit == "token" else "folder"
+            text += f"; {asked:,} were requested, the {whose} has no more"
         st.progress(job_share(status), text=text)
     else:
         text = f"step {status.step:,} of {status.n_steps:,}"
         if status.state == "starting":
-            text += "; loading the model and the text"
+            text += f"; {WORDS[run.config.unit].loading}"
         if eta and now.seconds_left is not None:
             text += f" · about {duration(now.seconds_left)} left"
         st.progress(now.share, text=text)
 
 
-def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool, of: str) -> None:
-    """Show how far and how fast; `of`: what gives the activations."""
+def draw_numbers(status: Status, now: Speed, *, tokens: int, moving: bool, unit: str) -> None:
+    """Show how far and how fast; `unit`: what the run counts."""
+    of, bos = WORDS[unit].source, ", BOS left out" * (unit == "token")
     speed = "–" if now.tokens_per_second is None else f"{count(now.tokens_per_second)}/s"
     left = now.seconds_left if status.stage != "evaluating" else None
     last = since(status.heartbeat)
     numbers = [
-        ("Tokens seen", count(tokens), "Activation vectors trained on, BOS left out."),
+        (f"{unit.capitalize()}s seen", count(tokens), f"Activation vectors trained on{bos}."),
         (
             "Recent speed",
             speed,
-            f"Tokens a second over the last {RECENT} logged steps, BOS left out. The line that "
-            "the terminal prints at the end has the average over the whole run.",
+            f"{unit.capitalize()}s a second over the last {RECENT} logged steps{bos}. The line "
+            "that the terminal prints at the end has the average over the whole run.",
         ),
         (
             f"Time in {of}",
@@ -108,7 +120,7 @@ def draw_trouble(run: Run, status: Status) -> None:
 @noticed("The sample of features cannot be read")
 def draw_samples(run: Run, names: Sequence[str]) -> None:
     """Show a few features of one SAE and where they fire."""
-    samples = run.samples()
+    samples, unit = run.samples(), run.config.unit
     known = [name for name in names if samples and name in samples["saes"]]
     if samples is None or not known:
         st.caption("The first sample of features is taken a few steps into training.")
@@ -117,26 +129,26 @@ def draw_samples(run: Run, names: Sequence[str]) -> None:
         st.session_state["feat"] = known[0]
     name = st.selectbox("SAE", known, key="feat", bind="query-params")
     st.caption(
-        f"On {samples['n_tokens']:,} held-out tokens after step {samples['step']:,}; taken every "
+        f"On {samples['n_tokens']:,} held-out {unit}s after step {samples['step']:,}; taken every "
         f"{samples['every']:,} steps. Drawn at random among the "
         f"{samples['saes'][name]['alive']:,} features that fired, and the two densest."
     )
     latents = samples["saes"][name]["latents"]
     if not latents:
-        st.caption("No feature fired on these tokens.")
+        st.caption(f"No feature fired on these {unit}s.")
         return
-    st.html("".join(_latent(latent, samples["n_tokens"]) for latent in latents))
+    st.html("".join(_latent(latent, samples["n_tokens"], unit) for latent in latents))
     figure_tools(lambda: _sample_table(latents), name=f"features-{name}")
 
 
-def _latent(latent: Mapping[str, Any], n_tokens: int) -> str:
+def _latent(latent: Mapping[str, Any], n_tokens: int, unit: str) -> str:
     top = max((max(e["values"]) for e in latent["examples"]), default=0.0)
     rows = [
         Row(e["tokens"], e["values"], e["at"], f"{e['values'][e['at']]:.3g}")
         for e in latent["examples"]
     ]
     how = {"densest": "fires most", "random": "drawn at random"}.get(latent["chosen"], "")
-    often = f"{latent['fired']:,} of {n_tokens:,} tokens"
+    often = f"{latent['fired']:,} of {n_tokens:,} {unit}s"
     about = f"{how} · {often} ({percent(latent['fired'] / n_tokens, 2)})"
     return macros(PAGE_TEMPLATE).sample(int(latent["latent"]), about, strips(rows, top=top))
 

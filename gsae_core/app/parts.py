@@ -16,7 +16,7 @@ from gsae_core.config import Architecture
 from gsae_core.errors import InputError
 from gsae_core.plots.palette import LOOKS, NEUTRAL
 from gsae_core.runs.jobs.job import CancelStage, Job, State, Status, escalate_cancel
-from gsae_core.text import ago, macros, unhidden, worse_than_mean
+from gsae_core.text import WORDS, ago, in_units, macros, unhidden, worse_than_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,6 @@ def state_badge(state: State) -> None:
 
 STAGES = {
     "waiting": "waits until the device is free",
-    "loading": "loading the model and the text",
     "indexing": "reading tokens",
     "sorting": "sorting by feature",
     "describing": "describing features",
@@ -171,15 +170,18 @@ def job_panel(
     *,
     key: str,
     name: str = "",
+    unit: str = "token",
     amount: Callable[[int], str] = "{:,}".format,
 ) -> None:
     """Draw how far a job with a process is, behind a name, and the button that cancels it.
 
-    In stages of `COUNTED`, `amount` writes what is done and what there is to do.
+    In stages of `COUNTED`, `amount` writes what is done and what there is to do; `unit`: of what a
+    run has to read.
     """
     if status.state == "cancelling":
         escalate(job)
-    stage = STAGES.get(status.stage or "", status.stage or "starting")
+    stages = STAGES | {"loading": WORDS[unit].loading}
+    stage = in_units(stages.get(status.stage or "", status.stage or "starting"), unit)
     if status.state == "queued" and status.stage:
         stage = STAGES["waiting"]
     elif status.stage in COUNTED and status.total:

@@ -25,6 +25,7 @@ from gsae_core.config import (
 from gsae_core.errors import InputError
 from gsae_core.presets import preset
 from gsae_core.runs.plan.cost import gated_width
+from gsae_core.text import in_units
 
 Values = dict[str, Any]
 """What a form's widgets hold, by flag: text, whole numbers, switches and lists of names."""
@@ -101,6 +102,10 @@ def _fields() -> dict[str, Field]:
 
 FIELDS = _fields()
 """Every flag of `train` that sets one field of a config, by name."""
+OF_A_MODEL = {flag for flag, (of, _) in SETS.items() if of in (ModelConfig, DataConfig)}
+OF_A_MODEL |= {"eval_replace", "cache_activations"}
+OF_A_MODEL -= {"held_out"}
+"""Flags that say nothing of a folder of vectors."""
 
 
 class Base(NamedTuple):
@@ -189,8 +194,8 @@ def to_flags(values: Values, base: Base) -> Train:
         start, given["equal_width"] = Train(), False
     changed = {flag: value for flag, value in wanted.items() if value != given.get(flag)}
     if wanted["activations"]:  # the folder says what its vectors are of
-        of_text = {flag for flag, (of, _) in SETS.items() if of in (ModelConfig, DataConfig)}
-        changed = {name: changed[name] for name in changed if name not in of_text - {"held_out"}}
+        unsaid = OF_A_MODEL - {"cache_activations"}  # which is refused in a sentence
+        changed = {name: changed[name] for name in changed if name not in unsaid}
     if {"width", "equal_width"} & set(changed):
         changed |= {"width": wanted["width"], "equal_width": wanted["equal_width"]}
     return replace(start, **changed)
@@ -288,7 +293,12 @@ def whole(text: str, field: str) -> int:
     return int(number)
 
 
-def in_labels(sentence: str) -> str:
-    """Return an error of the command line in the form's words: flags become the fields' labels."""
-    labels = {f"--{flag.replace('_', '-')}": label for flag, label in LABELS.items()}
+def in_labels(sentence: str, unit: str = "token") -> str:
+    """Return an error of the command line in the form's words: flags become the fields' labels.
+
+    `unit`: what the form's run counts.
+    """
+    labels = {
+        f"--{flag.replace('_', '-')}": in_units(label, unit) for flag, label in LABELS.items()
+    }
     return re.sub(r"--[a-z-]+", lambda flag: labels.get(flag[0], flag[0]), sentence)

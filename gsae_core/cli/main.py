@@ -8,6 +8,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -55,7 +56,7 @@ from gsae_core.runs.run import Run, is_example, labels_folder, run_id, runs_root
 from gsae_core.runs.work import transfer
 from gsae_core.runs.work.index import IndexSplit, index_folder, index_run
 from gsae_core.runs.work.publish import check_token, pack
-from gsae_core.text import Progress, fixed
+from gsae_core.text import WORDS, Progress, fixed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -70,6 +71,9 @@ INTERRUPTED = 130
 
 BARS = ("harvesting", "training", "evaluating", "indexing", "downloading", "labelling")
 """Stages that are drawn as bars."""
+LINE_SECONDS = 10.0
+"""At least so long, and a tenth of the time until then, between the lines that take a bar's place
+where stderr is no terminal: some sixty in three hours."""
 
 
 def show(*lines: str) -> None:
@@ -682,7 +686,8 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
 
     `before_training` are sentences to say before the bar of that stage.
     """
-    stage, bar = "", None
+    stage, bar, began = "", None, time.monotonic()
+    line_at = began + LINE_SECONDS
     warnings = _Warnings(logging.WARNING)
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
     with contextlib.closing(progress), contextlib.ExitStack() as bars, warnings:  # pyright: ignore
@@ -691,7 +696,7 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
                 bars.close()
                 stage, bar = now.stage, None
                 if stage == "loading":
-                    print("loading the model and the text", file=sys.stderr, flush=True)
+                    print(WORDS[now.unit or "token"].loading, file=sys.stderr, flush=True)
                 elif stage == "waiting":
                     runs = "1 run goes" if now.total == 1 else f"{now.total} runs go"
                     say(f"waiting for the device: {runs} first; Ctrl-C leaves the line")
@@ -702,6 +707,10 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
             # Reading a number waits for the device; as often as the bar is drawn is cheap.
             if bar is not None and bar.update(now.done - bar.n) and now.report is not None:
                 bar.set_postfix_str(_glance(now.report))
+            if bar is not None and bar.disable and (at := time.monotonic()) >= line_at:
+                line_at = at + max(LINE_SECONDS, (at - began) / 10)
+                seen = "" if now.report is None else f"; {_glance(now.report)}"
+                say(f"{now.stage}: {now.done:,} of {now.total:,} {now.unit}s{seen}")
     return stage
 
 
@@ -729,7 +738,8 @@ def _bar(now: Progress) -> "tqdm[NoReturn]":
         initial=now.done if now.stage == "training" else 0,
         desc=now.stage,
         unit=f" {now.unit}",
-        unit_scale=now.unit in ("token", "byte"),  # steps and features are counted in full
+        unit_scale=now.unit
+        in ("token", "vector", "byte"),  # steps and features are counted in full
         disable=None,  # no bar where stderr is a file
     )
 

@@ -166,15 +166,15 @@ def evals_table(evals: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*text.aligned(rows), *_warnings(evals)]
 
 
-def time_spent(rows: Sequence[Mapping[str, Any]], where: str = "language model") -> list[str]:
+def time_spent(rows: Sequence[Mapping[str, Any]], unit: str = "token") -> list[str]:
     """Return what training took, and the share of what is not SAEs; nothing for older runs."""
     last = rows[-1] if rows else {}
     if not last.get("seconds") or "seconds_lm" not in last:
         return []
-    seconds, unit = last["seconds"], "vectors" if where == "files" else "tokens"
+    seconds = last["seconds"]
     return [
-        f"{text.count(last['tokens'])} {unit} in {text.duration(seconds)}, "
-        f"{text.count(last['tokens'] / seconds)}/s on average; time in {where} "
+        f"{text.count(last['tokens'])} {unit}s in {text.duration(seconds)}, "
+        f"{text.count(last['tokens'] / seconds)}/s on average; time in {text.WORDS[unit].source} "
         f"{text.percent(last['seconds_lm'] / seconds, 0)}, in SAEs "
         f"{text.percent(last['seconds_sae'] / seconds, 0)}"
     ]
@@ -195,7 +195,7 @@ def run_report(run: Run) -> list[str]:
         *lines,
         "",
         *([] if run.config.activations else ratio_sentences(evals)),
-        *time_spent(run.recent_metrics(), "files" if run.config.activations else "language model"),
+        *time_spent(run.recent_metrics(), run.config.unit),
         *(f"{e['sae']} stopped: {e['why']}" for e in events if e["event"] == "sae stopped"),
         *(f"no longer tracked: {e['why']}" for e in tracking if e["event"] == "tracker stopped"),
         f"the run is in {run.folder}",

@@ -85,8 +85,11 @@ class Harvest:
     """The counted vectors of sequences at one place of a language model, or at several at once.
 
     On `rows`, the sequences in a forward pass, rounding may depend. `beside` are further places;
-    `layer`, `site`, `d_in`, `vectors` and `through` are of the first one.
+    `layer`, `site`, `d_in`, `vectors` and `through` are of the first one. `unit`: what each vector
+    is called where they are counted.
     """
+
+    unit: str = "token"
 
     def __init__(
         self,

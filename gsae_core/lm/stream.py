@@ -32,6 +32,7 @@ from gsae_core.config import NO_PLACE, Place
 from gsae_core.errors import InputError
 from gsae_core.lm.harvest import Harvest
 from gsae_core.norms import Lengths, lengths, longer
+from gsae_core.text import WORDS
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -119,8 +120,9 @@ class ActivationStream:
         self.tokens_per_epoch: int = harvest.sequences.n_tokens
         if self.tokens_per_epoch < batch_size:
             raise InputError(
-                f"expected at least one batch of {batch_size} training tokens, got "
-                f"{self.tokens_per_epoch}: give more text or a smaller batch_size"
+                f"expected at least one batch of {batch_size} training {harvest.unit}s, got "
+                f"{self.tokens_per_epoch}: give more {WORDS[harvest.unit].read} or a smaller "
+                "batch_size"
             )
         self._n_vectors = n_batches * batch_size
         usual = default_chunk_vectors(max(harvest.widths), self._n_vectors)
@@ -155,10 +157,11 @@ class ActivationStream:
         self.limits: tuple[float, ...] = (float("inf"),) * len(self.scales)
         if max_norm_ratio is not None:
             self.limits = tuple(max_norm_ratio * each.median for each in self.lengths)
+        epochs = self._n_vectors / self.tokens_per_epoch
         log.info(
-            f"{n_batches} batches of {batch_size}: {self._n_vectors / self.tokens_per_epoch:.2f} "
-            f"epochs of {self.tokens_per_epoch} tokens, shuffled {self.chunk_vectors} at a time, "
-            f"scaled by {', '.join(f'{each:g}' for each in self.scales)}"
+            f"{n_batches} batches of {batch_size}: {epochs:.2f} epochs of {self.tokens_per_epoch} "
+            f"{harvest.unit}s, shuffled {self.chunk_vectors} at a time, scaled by "
+            f"{', '.join(f'{each:g}' for each in self.scales)}"
         )
 
     @property

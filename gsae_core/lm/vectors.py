@@ -177,6 +177,8 @@ class VectorSource:
 class StoredHarvest(Harvest):
     """The vectors of a folder's sequences, float32, on the source's device."""
 
+    unit: str = "vector"
+
     def __init__(
         self, source: VectorSource, sequences: SequenceSet, *, layer: int, site: Site
     ) -> None:

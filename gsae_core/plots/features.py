@@ -48,6 +48,7 @@ def density_histogram(
     *,
     theme: Theme,
     architecture: Architecture = "gated",
+    unit: str = "token",
 ) -> LiveChart:
     """Return how many features fire how often, on a log axis; those kept by filters stand out.
 
@@ -63,14 +64,14 @@ def density_histogram(
         np.bincount(here - first, minlength=-first) for here in (numbers, numbers[kept[fires]])
     )
     columns = {"low": ends[:-1], "high": ends[1:], "n": n, "kept": n_kept}
-    return LiveChart(_density_spec(hue(architecture, theme)), columns)
+    return LiveChart(_density_spec(hue(architecture, theme), unit), columns)
 
 
 @functools.lru_cache(maxsize=16)
-def _density_spec(colour: str) -> dict[str, Any]:
+def _density_spec(colour: str, unit: str) -> dict[str, Any]:
     x = alt.X(
         "low:Q",
-        title="density: share of tokens (10⁻⁴ is 1 in 10 000)",
+        title=f"density: share of {unit}s (10⁻⁴ is 1 in 10 000)",
         scale=alt.Scale(type="log", nice=False),
     ).axis(
         values=[10.0**-i for i in range(10)],
@@ -91,7 +92,12 @@ def _density_spec(colour: str) -> dict[str, Any]:
 
 
 def activation_histogram(
-    histogram: "Histogram", *, theta: float, theme: Theme, architecture: Architecture = "gated"
+    histogram: "Histogram",
+    *,
+    theta: float,
+    theme: Theme,
+    architecture: Architecture = "gated",
+    unit: str = "token",
 ) -> LiveChart:
     """Return how often a feature fires how strongly, with a rule at theta.
 
@@ -107,18 +113,18 @@ def activation_histogram(
         "count": histogram.counts.astype(np.int64),
         "theta": thetas,
     }
-    return LiveChart(_activation_spec(hue(architecture, theme), RED[theme]), columns)
+    return LiveChart(_activation_spec(hue(architecture, theme), RED[theme], unit), columns)
 
 
 @functools.lru_cache(maxsize=16)
-def _activation_spec(colour: str, red: str) -> dict[str, Any]:
+def _activation_spec(colour: str, red: str, unit: str) -> dict[str, Any]:
     def x(field: str) -> alt.X:
         channel = alt.X(field, type="quantitative", title="value of the feature")
         return channel.scale(nice=False, domainMin=0).axis(tickCount=5, format=".3~r", grid=False)
 
-    y = alt.Y("count:Q", title="tokens (√ scale)", scale=alt.Scale(type="sqrt"))
+    y = alt.Y("count:Q", title=f"{unit}s (√ scale)", scale=alt.Scale(type="sqrt"))
     y = y.axis(tickCount=4, format="~s")
-    tooltip = tooltips(".3~g", low="from", high="to") + tooltips(",", count="tokens")
+    tooltip = tooltips(".3~g", low="from", high="to") + tooltips(",", count=f"{unit}s")
     theta = alt.Chart().transform_filter("isValid(datum.theta)")
     band = theta.transform_calculate(zero="0").mark_rect(color=red, opacity=0.14)
     rule = theta.mark_rule(color=red, strokeWidth=2)
@@ -132,10 +138,10 @@ def _activation_spec(colour: str, red: str) -> dict[str, Any]:
     return spec_of(layers, height=235, padding=0)
 
 
-def histogram_table(histogram: "Histogram") -> pd.DataFrame:
-    """Return what `activation_histogram` draws: the ends of each bin, and its tokens."""
+def histogram_table(histogram: "Histogram", *, unit: str = "token") -> pd.DataFrame:
+    """Return what `activation_histogram` draws: the ends of each bin, and what is in it."""
     ends = {"from": histogram.edges[:-1], "to": histogram.edges[1:]}
-    return pd.DataFrame(ends | {"tokens": histogram.counts})
+    return pd.DataFrame(ends | {f"{unit}s": histogram.counts})
 
 
 def gate_plane(feature: "Feature", *, theme: Theme) -> LiveChart | None:

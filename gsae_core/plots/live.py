@@ -215,11 +215,15 @@ def ceiling(series: Sequence[np.ndarray]) -> float | None:
 
 
 def plane(
-    lines: Sequence[Line], logged: Sequence[Track], *, finished: Sequence[str] = ()
+    lines: Sequence[Line],
+    logged: Sequence[Track],
+    *,
+    finished: Sequence[str] = (),
+    unit: str = "token",
 ) -> LiveChart:
     """Return where each SAE stands, L0 against FVU, and its path there; down and left is better.
 
-    Markers of runs that are finished are solid, those of others hollow.
+    Markers of runs that are finished are solid, those of others hollow. `unit`: what L0 is over.
     """
     parts: list[dict[str, np.ndarray]] = []
     for index, (line, part) in enumerate(zip(lines, logged, strict=True)):
@@ -231,7 +235,7 @@ def plane(
         now[-1:] = 2 if line.run in finished else 1
         data = {name: part[name][path] for name in ("step", "l0", "fvu")}
         parts.append(data | {"line": np.full(len(path), index, dtype="int16"), "now": now})
-    return LiveChart(_plane_spec(tuple(lines)), _joined(parts))
+    return LiveChart(_plane_spec(tuple(lines), unit), _joined(parts))
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -281,12 +285,12 @@ def _line_spec(
 
 
 @functools.lru_cache(maxsize=64)
-def _plane_spec(lines: tuple[Line, ...]) -> dict[str, Any]:
+def _plane_spec(lines: tuple[Line, ...], unit: str) -> dict[str, Any]:
     scale = alt.Scale(type="log", nice=False, padding=14)
     colour: dict[str, Any] = {"scale": series_scale(lines, "colour"), "legend": None}
     here = alt.Chart().encode(
         # Short enough for a third of a narrow page; the figure's own title says L0.
-        alt.X("l0:Q", title="active features per token", scale=scale).axis(
+        alt.X("l0:Q", title=f"active features per {unit}", scale=scale).axis(
             values=log_ticks("x"), format="~g"
         ),
         alt.Y("fvu:Q", title=None, scale=scale).axis(values=log_ticks("y"), format="~g"),

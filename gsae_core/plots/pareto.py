@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from gsae_core.analysis.pareto import MatchedRatio, Point, frontier
-from gsae_core.analysis.results import of_architecture
+from gsae_core.analysis.results import of_architecture, unit_measured
 from gsae_core.errors import extra
 from gsae_core.plots.palette import AXES, LOOKS, LOWER_IS_BETTER, NEUTRAL, Look, knob, round_values
-from gsae_core.text import WORSE, is_worse_than_mean
+from gsae_core.text import WORSE, in_units, is_worse_than_mean
 
 with extra("app"):
     import plotly.graph_objects as go
@@ -88,8 +88,9 @@ def columns(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[Any]]:
 
 def dots(rows: pd.DataFrame, x: str, y: str, name: str) -> dict[str, Any]:
     """Return SAEs as a trace takes them: where they are, and what hovering says."""
+    unit = unit_measured(rows)
     said = [
-        f"{AXES[measure]} %{{{axis}:{VALUE_FORMATS.get(measure, '.3f')}}}"
+        f"{in_units(AXES[measure], unit)} %{{{axis}:{VALUE_FORMATS.get(measure, '.3f')}}}"
         for axis, measure in (("x", x), ("y", y))
     ]
     return columns(rows, x, y) | {
@@ -139,7 +140,8 @@ def tradeoff(
     for axis, measure in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         if measure == "loss_recovered":
             axis(tickformat="~%")
-    return style(figure, x=AXES[x], y=AXES[y], log_x=log_x)
+    titles = (in_units(AXES[measure], unit_measured(evals)) for measure in (x, y))
+    return style(figure, **dict(zip("xy", titles, strict=True)), log_x=log_x)
 
 
 def placed(evals: pd.DataFrame, x: str, y: str, *, log_x: bool = True) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gsae_core.analysis.results import of_architecture
+from gsae_core.analysis.results import of_architecture, unit_measured
 from gsae_core.config import SAESpec
 from gsae_core.errors import extra
 from gsae_core.plots.palette import AXES, LOOKS, NEUTRAL, THIRD, hover_name
@@ -23,6 +23,7 @@ from gsae_core.plots.pareto import (
     placed,
     style,
 )
+from gsae_core.text import in_units
 
 with extra("app"):
     import plotly.graph_objects as go
@@ -40,10 +41,10 @@ class FeatureGamma(NamedTuple):
     stats: pd.DataFrame  # of the features shown
     n_features: int  # shown or hidden
 
-    def sentence(self, min_fired: int) -> str:
-        """Say how many features are shown, and the median of their gammas."""
+    def sentence(self, min_fired: int, unit: str = "token") -> str:
+        """Say how many features are shown, and the median of their gammas; `unit`: of firings."""
         n, gammas = len(self.stats), self.stats["gamma"]
-        shown = f"{n:,} of {self.n_features:,} features fired on {min_fired:,} tokens or more"
+        shown = f"{n:,} of {self.n_features:,} features fired on {min_fired:,} {unit}s or more"
         median = f"; the median of their own γ is {gammas.median():.3f}" if n else ""
         return f"{hover_name(self.spec)}: {shown}{median}."
 
@@ -154,11 +155,11 @@ def common_bins(features: Sequence[FeatureGamma]) -> Bins:
     return Bins(edges, width, labels)
 
 
-def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
+def gamma_against_density(features: Sequence[FeatureGamma], *, unit: str = "token") -> go.Figure:
     """Return each feature's gamma against how often it fires, on the histogram's range of gamma.
 
     One runaway feature would flatten all the others: a note counts those beyond the range. Of more
-    than `MAX_DOTS` features one in n is drawn, and the note says so.
+    than `MAX_DOTS` features one in n is drawn, and the note says so. `unit`: what density is of.
     """
     figure = go.Figure()
     edges = common_bins(features).edges
@@ -190,7 +191,7 @@ def gamma_against_density(features: Sequence[FeatureGamma]) -> go.Figure:
         corner = {"x": 1, "y": 0, "yref": "paper", "yanchor": "bottom", "align": "right"}
         _note(figure, "<br>".join(notes), **corner)
     figure.update_xaxes(LOG)
-    return style(figure, x=AXES["density"], y="γ of the feature")
+    return style(figure, x=in_units(AXES["density"], unit), y="γ of the feature")
 
 
 Length = Literal["ratio", "gamma"]
@@ -220,17 +221,21 @@ def gamma_over_sweep(evals: pd.DataFrame, *, paper: pd.DataFrame | None = None) 
                 figure.add_scatter(**dots(rows, "l0", column, name), **_curve(colour, symbol, dash))
     draw_worse(figure, pd.DataFrame(evals[evals["l0"] > 0]), "l0", "gamma")
     _rule_at_one(figure, "no shrinkage")
-    return style(figure, x=AXES["l0"], y=AXES["gamma"], log_x=True)
+    x = in_units(AXES["l0"], unit_measured(evals))
+    return style(figure, x=x, y=AXES["gamma"], log_x=True)
 
 
 def lengths_by_decile(
-    deciles: Sequence[tuple[SAESpec, pd.DataFrame]], column: Length = "ratio"
+    deciles: Sequence[tuple[SAESpec, pd.DataFrame]],
+    column: Length = "ratio",
+    *,
+    unit: str = "token",
 ) -> go.Figure:
     """Return the ratio of lengths, or gamma, from the shortest tenth of activations to the longest.
 
-    `deciles` is each SAE and its `Run.norm_deciles`.
+    `deciles` is each SAE and its `Run.norm_deciles`; `unit`: what they are tenths of.
     """
-    figure = go.Figure()
+    figure, y = go.Figure(), in_units(LENGTH_AXES[column], unit)
     for spec, frame in deciles:
         look, name = LOOKS[spec.architecture], hover_name(spec)
         figure.add_scatter(
@@ -240,13 +245,13 @@ def lengths_by_decile(
             customdata=[[f"{norm:.4g}"] for norm in frame["norm"]],
             hovertemplate=hover(
                 name,
-                "tenth %{x} of the tokens, |x| about %{customdata[0]}",
-                f"{LENGTH_AXES[column]} %{{y:.3f}}",
+                f"tenth %{{x}} of the {unit}s, |x| about %{{customdata[0]}}",
+                f"{y} %{{y:.3f}}",
             ),
         )
     _rule_at_one(figure, "no shrinkage" if column == "gamma" else "|x̂| = |x|")
     figure.update_xaxes(tickvals=list(range(1, 11)), range=[0.5, 10.5])
-    return style(figure, x="tenth of the tokens, shortest activations first", y=LENGTH_AXES[column])
+    return style(figure, x=f"tenth of the {unit}s, shortest activations first", y=y)
 
 
 def _curve(colour: str, symbol: str, dash: str) -> dict[str, Any]:

@@ -108,10 +108,8 @@ def write_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 def measured_on(row: Mapping[str, Any]) -> str:
     """Return on how many tokens an SAE was measured, beside how many were asked for if fewer."""
-    n, what, end = int(row["n_tokens"]), "held-out tokens", ""
-    if without_model(row):
-        what = "held-out vectors"
-    elif isinstance(row.get("text"), str):
+    n, what, end = int(row["n_tokens"]), f"held-out {unit_of(row)}s", ""
+    if isinstance(row.get("text"), str):
         what, end = f"tokens of {row['text']}, not the run's own text", ","
     # A table has NaN where an earlier version did not say.
     if not isinstance(row["shortage"], str):
@@ -135,7 +133,12 @@ NO_LOSSES = "no language model: loss recovered is not measured"
 
 def without_model(row: Mapping[str, Any]) -> bool:
     """Whether an SAE was measured on vectors of a folder alone: it has no losses and no KL."""
-    return row["n_predictions"] == 0
+    return row.get("n_predictions") == 0
+
+
+def unit_of(row: Mapping[str, Any]) -> str:
+    """Return what an SAE was measured on: each a `token`, or a `vector` of a folder."""
+    return "vector" if without_model(row) else "token"
 
 
 def losses(row: Mapping[str, Any]) -> str:

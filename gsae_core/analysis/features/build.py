@@ -120,7 +120,9 @@ def build_index(
     hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts, bare)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     _resume_or_clear(building, plan | _how(model, shards, max_norm))
-    yield from _read_shards(sae, parts, shards, harvests, max_norm)
+    unit = "token" if bare is None else "vector"
+    for now in _read_shards(sae, parts, shards, harvests, max_norm):
+        yield now._replace(unit=unit)
     yield Progress("sorting", 0, sae.d_sae, "feature")
     data = building / "data"
     totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)

@@ -332,7 +332,7 @@ class Feature:
         a, b = self.index.manifest, other.manifest
         if (a.d_in, a.tokens_sha256) != (b.d_in, b.tokens_sha256):
             raise InputError(
-                f"expected two indices over the same tokens, got {a.n_tokens} of {a.text} for "
+                f"expected two indices over the same {a.unit}s, got {a.n_tokens} of {a.text} for "
                 f"{a.sae}, of width {a.d_in}, and {b.n_tokens} of {b.text} for {b.sae}, of width "
                 f"{b.d_in}; build one again with the other's --tokens and --split"
             )

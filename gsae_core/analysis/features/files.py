@@ -57,7 +57,7 @@ COLUMNS = {
     "decoder_norm": "Length of its decoder direction.",
     "encoder_cosine": "Cosine of its encoder and decoder directions.",
     "near_misses": "Near misses kept.",
-    "top_tokens": "Vocabulary's tokens it fires on most, by summed value.",
+    "top_tokens": "What it fires on most, by summed value.",
     "top_token_shares": "Their shares of its summed value.",
     "top_logit_tokens": "Next tokens it raises most; empty where logit effects are unknown.",
     "top_logits": "Change of their logits per unit of the feature (times a token's scale where "

@@ -96,7 +96,7 @@ class FeatureIndex:
         if not len(alive):
             raise InputError(
                 f"expected a feature that fires, found none in {self.manifest.sae}: all "
-                f"{self.n_features} are dead on these {self.n_tokens} tokens"
+                f"{self.n_features} are dead on these {self.n_tokens} {self.manifest.unit}s"
             )
         return int(np.random.default_rng(seed).choice(alive))
 
@@ -225,7 +225,8 @@ class FeatureIndex:
 
     def __repr__(self) -> str:
         made = self.manifest
-        return f"FeatureIndex({made.sae}, {self.n_features} features, {self.n_tokens} tokens)"
+        amount = f"{self.n_tokens} {made.unit}s"
+        return f"FeatureIndex({made.sae}, {self.n_features} features, {amount})"
 
 
 def open_index(folder: Path | str) -> FeatureIndex:

@@ -254,7 +254,7 @@ def _disk(config: RunConfig, width: Width, facts: ModelFacts, here: Machine) -> 
     needed = {
         "resumable state": 2 * state,  # a new one is written beside the old one
         "SAEs": state // 3,
-        "tokens": 2 * config.train.n_tokens,
+        "tokens": 0 if config.activations else 2 * config.train.n_tokens,
         "model": _model_download(facts),
         # At most.
         "activations": DTYPE_BYTES[config.model.dtype] * n_cached * sum(widths(config, width)),

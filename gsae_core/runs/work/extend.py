@@ -53,7 +53,8 @@ def lengthened(config: RunConfig, n_tokens: int) -> RunConfig:
     train = config.train
     if n_tokens < train.batch_size:
         raise InputError(
-            f"expected at least one batch ({train.batch_size}) of further tokens, got {n_tokens}"
+            f"expected at least one batch ({train.batch_size}) of further {config.unit}s, got "
+            f"{n_tokens}"
         )
     total = train.n_steps * train.batch_size + n_tokens
     fields = train.model_dump() | {"n_tokens": total, "extended": (*train.extended, train.n_tokens)}

@@ -119,7 +119,7 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
         on_device,
     )
 
-    yield Progress("loading", 0, 0)
+    yield Progress("loading", 0, 0, run.config.unit)
     run = on_device(run, device)
     cfg, sae_folder, asked = run.config, trained_folder(run, name), request(job)
     place = cfg.place_of(name)

@@ -37,6 +37,7 @@ from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
+from gsae_core.text import WORDS
 from gsae_core.training.end_to_end import Batch
 from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
 from gsae_core.training.trainer import Trainer
@@ -134,7 +135,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         for spec, i in zip(cfg.saes, cfg.reads, strict=True)
     ]
     noted = _noted(cfg, stream)
-    for sentence in outliers_met(noted):
+    for sentence in outliers_met(noted, cfg.unit):
         log.warning(sentence)
     run.add_event(
         "set up",
@@ -358,7 +359,8 @@ def check_held_out(run: Run, corpus: Corpus, *, part: bool = False) -> None:
     """
     # Files of the standard library are held out by name, whichever Python they are of.
     if run.config.data.source != "stdlib" or run.config.activations is not None:
-        so = "what is held out now may have been trained on; bring the text back or train a new run"
+        so = "what is held out now may have been trained on; "
+        so += f"bring the {WORDS[run.config.unit].read} back or train a new run"
         _check_text(run, corpus, so=so, part=part)
 
 
@@ -372,13 +374,16 @@ def _check_text(run: Run, corpus: Corpus, *, so: str, part: bool = False) -> Non
     pairs = zip(noted.get("text_starts", []), corpus.starts, strict=False)
     if not (same and all(one == other for one, other in pairs)):
         n_now = "" if part else f" ({corpus.train.n_tokens:,})"
-        what, name = "text", corpus.name
-        if run.config.activations is not None:
-            what, name = "vectors", run.config.activations
+        n = f"{noted['n_train_tokens']:,}"
+        if (folder := run.config.activations) is not None:
+            raise InputError(
+                f"expected the vectors this run began with ({n} to train on), got others from "
+                f"{folder}{n_now}: the folder has changed; {so}"
+            )
         raise InputError(
-            f"expected the {what} this run began with ({noted['n_train_tokens']:,} training tokens)"
-            f", got other {what} from {name}{n_now}: it has changed, or an earlier version read "
-            f"it in another way; {so}"
+            f"expected the text this run began with ({n} training tokens), got other text from "
+            f"{corpus.name}{n_now}: it has changed, or an earlier version read it in another way; "
+            f"{so}"
         )
 
 

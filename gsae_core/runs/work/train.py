@@ -76,7 +76,7 @@ def train_run(run: Run, *, device: str | None = None) -> Iterator[Progress]:
 
 def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progress]:
     """Do what `train_run` does, held by a worker whose device is free."""
-    yield Progress("loading", 0, 0)
+    yield Progress("loading", 0, 0, run.config.unit)
     run = on_device(run, device)
     with _sentences_about_memory(), contextlib.closing(Mirror(run)) as mirror:
         part = learning(run)
@@ -301,7 +301,7 @@ def evaluate_run(
             update={name: value for name, value in asked.items() if value is not None}
         )
         elsewhere = None if data is None else another_text(run, data)
-        yield Progress("loading", 0, 0)
+        yield Progress("loading", 0, 0, run.config.unit)
         run = on_device(run, device)
         if elsewhere is None:
             model = load_source(run.config)
@@ -313,7 +313,7 @@ def evaluate_run(
             model = load_lm(run.config)
             sequences = load_elsewhere(run.config, model, elsewhere, wanted.n_tokens)
             yield from _evaluate(run, model, sequences, wanted, elsewhere)
-        yield Progress("finished", wanted.n_tokens, wanted.n_tokens, "token")
+        yield Progress("finished", wanted.n_tokens, wanted.n_tokens, run.config.unit)
 
 
 def _evaluate(
@@ -329,7 +329,7 @@ def _evaluate(
     """
     cfg = run.config
     text = None if elsewhere is None else elsewhere.named
-    yield Progress("evaluating", 0, min(wanted.n_tokens, held_out.n_tokens), "token")
+    yield Progress("evaluating", 0, min(wanted.n_tokens, held_out.n_tokens), cfg.unit)
     rows: dict[str, EvalRow] = {}
     for number, place in enumerate(cfg.places):
         specs, saes = _saved_at(run, place, model)
