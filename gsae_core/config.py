@@ -37,6 +37,11 @@ class Config(BaseModel):
 ConfigKind = TypeVar("ConfigKind", bound=Config)
 
 
+def given(**fields: Any) -> dict[str, Any]:
+    """Return the fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def validated(
     kind: type[ConfigKind], fields: dict[str, Any], called: Mapping[str, str] | None = None
 ) -> ConfigKind:
@@ -67,9 +72,8 @@ Aux = Literal["frozen", "unfrozen", "off"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
-_IF_SAID = Field(exclude_if=lambda said: said is None)
-OrUnsaid = Annotated[str | None, _IF_SAID]
-"""A key that files have only where there is something to say."""
+IF_SAID = Field(exclude_if=lambda said: said in (None, (), "mse"))
+"""Of a key that files have only where there is something to say."""
 Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
 Tracker = Literal["trackio", "wandb", "tensorboard"]
@@ -93,10 +97,16 @@ class Place(NamedTuple):
     @property
     def hook_name(self) -> str:
         """Its TransformerLens name, e.g. `blocks.2.hook_resid_post`; `vectors` where it is none."""
-        return "vectors" if self == NO_PLACE else hook_name(self.layer, self.site)
+        return "vectors" if self == NO_PLACE else hook_name(*self)
 
 
 NO_PLACE = Place(-1, "resid_post")
+
+
+def hook_name(layer: int, site: Site) -> str:
+    """Return TransformerLens' name of a site."""
+    inner = {"mlp_hidden": "mlp.hook_post", "attn_z": "attn.hook_z"}.get(site, f"hook_{site}")
+    return f"blocks.{layer}.{inner}"
 
 
 class ModelConfig(Config):
@@ -118,18 +128,14 @@ class ModelConfig(Config):
     """Precision of the language model; activations reach the SAEs as float32."""
 
     @property
+    def place(self) -> Place:
+        """The layer and site; `NO_PLACE` of vectors from elsewhere."""
+        return NO_PLACE if self.name == NO_MODEL else Place(self.layer, self.site)
+
+    @property
     def hook_name(self) -> str:
-        """The site under TransformerLens' name, e.g. `blocks.2.hook_resid_post`.
-
-        Of vectors from elsewhere, which have none, `vectors`.
-        """
-        return NO_PLACE.hook_name if self.name == NO_MODEL else hook_name(self.layer, self.site)
-
-
-def hook_name(layer: int, site: Site) -> str:
-    """Return TransformerLens' name of a site."""
-    inner = {"mlp_hidden": "mlp.hook_post", "attn_z": "attn.hook_z"}.get(site, f"hook_{site}")
-    return f"blocks.{layer}.{inner}"
+        """TransformerLens' name of the place, as `Place` has it."""
+        return self.place.hook_name
 
 
 class DataConfig(Config):
@@ -250,7 +256,7 @@ class SAESpec(Config):
     site: Site | None = None
     """Place in that block; None takes the run's."""
 
-    start: Annotated[OrUnsaid, Field(pattern="^start/[^/]+$")] = None
+    start: Annotated[str | None, IF_SAID, Field(pattern="^start/[^/]+$")] = None
     """Folder inside the run with the weights to start from, in raw units; None: random ones."""
 
     @field_validator("sparsity")
@@ -295,7 +301,7 @@ class TrainRecipe(Config):
     """Peak Adam learning rate, held after warm-up; of JumpReLU thresholds 1 over the number of
     steps, where that is more."""
 
-    threshold_lr: Annotated[PositiveFloat | None, _IF_SAID] = None
+    threshold_lr: Annotated[PositiveFloat | None, IF_SAID] = None
     """Peak learning rate of JumpReLU thresholds; None takes what `lr` says."""
 
     beta1: Fraction = 0.0
@@ -329,7 +335,7 @@ class TrainRecipe(Config):
     """Find open gates by a bfloat16 product and decide in float32: the same gates, up to twice the
     speed on a CPU with bfloat16 units; slower on one without."""
 
-    extended: Annotated[tuple[PositiveInt, ...], Field(exclude_if=lambda ends: not ends)] = ()
+    extended: Annotated[tuple[PositiveInt, ...], IF_SAID] = ()
     """`n_tokens` that training had before each time it was extended: warm-up, decay and revivals
     begin anew after so many, lambda stays as it is."""
 
@@ -360,17 +366,17 @@ class TrainRecipe(Config):
     def schedule(self) -> Schedule:
         """The settings that may be left to the length of the run, as numbers."""
         n = self.n_steps
-        every = _given(self.revive_every, min(25_000, n // 5))
+        every = _unless_none(self.revive_every, min(25_000, n // 5))
         window = every // 2 if every else min(12_500, n // 10)
         return Schedule(
-            lr_warmup_steps=_given(self.lr_warmup_steps, min(1000, n // 20)),
-            sparsity_warmup_steps=_given(self.sparsity_warmup_steps, min(5000, n // 20)),
+            lr_warmup_steps=_unless_none(self.lr_warmup_steps, min(1000, n // 20)),
+            sparsity_warmup_steps=_unless_none(self.sparsity_warmup_steps, min(5000, n // 20)),
             revive_every=every,
-            revive_window=_given(self.revive_window, max(1, window)),
+            revive_window=_unless_none(self.revive_window, max(1, window)),
         )
 
 
-def _given(number: int | None, otherwise: int) -> int:
+def _unless_none(number: int | None, otherwise: int) -> int:
     return otherwise if number is None else number
 
 
@@ -465,7 +471,7 @@ class RunConfig(Config):
     """`unit`: one scalar, folded into saved weights, makes E|x|^2 = 1 on the training split,
     activations longer than ten medians aside."""
 
-    max_norm_ratio: Annotated[Annotated[float, Field(gt=1)] | None, _IF_SAID] = None
+    max_norm_ratio: Annotated[Annotated[float, Field(gt=1)] | None, IF_SAID] = None
     """Leave out activations longer than this many times the median, such as those of attention
     sinks, in training and in what is measured; None keeps all, and says what they hold."""
 
@@ -478,7 +484,7 @@ class RunConfig(Config):
     checkpoint_minutes: PositiveFloat = 2.0
     """Wall-clock minutes between resumable states."""
 
-    activations: OrUnsaid = None
+    activations: Annotated[str | None, IF_SAID] = None
     """Folder of vectors to train on, in place of a language model and a text: what `harvest` wrote,
     or `.safetensors`, `.npy` or `.parquet` files of any other program."""
 
@@ -496,10 +502,10 @@ class RunConfig(Config):
     """Library whose files the SAEs were read from; None for those trained here. An imported run's
     recipe says nothing of how they learnt: its `n_tokens` bounds the text that is read."""
 
-    finetuned: OrUnsaid = None
+    finetuned: Annotated[str | None, IF_SAID] = None
     """Name of the run whose SAEs these started from."""
 
-    loss: Annotated[Loss, Field(exclude_if=lambda loss: loss == "mse")] = "mse"
+    loss: Annotated[Loss, IF_SAID] = "mse"
     """`mse`, of shuffled activations, or `kl`: end-to-end, on whole sequences."""
 
     @model_validator(mode="before")
@@ -512,15 +518,9 @@ class RunConfig(Config):
 
     def place(self, spec: SAESpec) -> Place:
         """Return the layer and site whose activations one of the SAEs reads."""
-        if self.model.name == NO_MODEL:
+        if (there := self.model.place) == NO_PLACE:
             return NO_PLACE
-        layer = self.model.layer if spec.layer is None else spec.layer
-        return Place(layer, spec.site or self.model.site)
-
-    @property
-    def n_blocks(self) -> int:
-        """How many blocks of the language model run for its activations; 0 where they are kept."""
-        return 0 if self.activations else max(place.layer for place in self.places) + 1
+        return Place(there.layer if spec.layer is None else spec.layer, spec.site or there.site)
 
     def place_of(self, name: str) -> Place:
         """Return the place of the SAE called `name`."""
@@ -546,8 +546,6 @@ class RunConfig(Config):
     @property
     def hook_names(self) -> str:
         """Names of the hook points that the SAEs read, e.g. `blocks.2.hook_resid_post`."""
-        if self.activations is not None:
-            return self.model.hook_name
         return ", ".join(place.hook_name for place in self.places)
 
     @property
@@ -557,14 +555,10 @@ class RunConfig(Config):
         return [places.index(self.place(spec)) for spec in self.saes]
 
     @model_validator(mode="after")
-    def _vectors_are_of_one_place_and_kept_already(self) -> "RunConfig":
+    def _parts_go_together(self) -> "RunConfig":
         if self.activations is not None and (len(self.places) > 1 or self.cache_activations):
             wrong = "cache_activations" if self.cache_activations else "several places"
             raise ValueError(f"expected activations alone, got {wrong} too")
-        return self
-
-    @model_validator(mode="after")
-    def _saes_can_be_told_apart_and_trained(self) -> "RunConfig":
         names: set[str] = set()
         for spec in self.saes:
             if spec.name in names:

@@ -19,6 +19,7 @@ from gsae_core.config import (
     SAESpec,
     Site,
     TrainRecipe,
+    given,
     sweep,
     validated,
 )
@@ -49,9 +50,7 @@ class Preset(NamedTuple):
         Raises:
             InputError: if it has no such layer and site.
         """
-        chosen = {"layer": layer, "site": site}
-        place = {name: value for name, value in chosen.items() if value is not None}
-        model = validated(ModelConfig, self.model.model_dump() | place)
+        model = validated(ModelConfig, self.model.model_dump() | given(layer=layer, site=site))
         if self.choices and (model.layer, model.site) not in self.choices:
             layers = sorted({layer for layer, _ in self.choices})
             sites = sorted({site for _, site in self.choices})

@@ -205,7 +205,7 @@ def test_kl_in_training_is_the_kl_of_the_evaluation(
 ) -> None:
     found = stream(lm, text)
     monkeypatch.setattr("gsae_core.runs.work.sequences.LOGITS_CPU", 2 * 16 * 40)  # two at a time
-    (batch,), which = found.sequence_batch(2), found.sequences_of(2)
+    (batch,), which = found.batch_of_each(2), found.sequences_of(2)
     sae = build_sae(SAESpec(name="a", architecture="gated", d_sae=24, sparsity=0.1), 12)
     perturb_(sae)
     with torch.no_grad():

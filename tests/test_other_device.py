@@ -47,13 +47,15 @@ def noted(run: Run) -> list[tuple[str, str]]:
     return [(e["device"], e["named"]) for e in run.events() if e["event"] == "other device"]
 
 
-def test_what_is_asked_for_comes_first_then_what_the_run_names_if_it_is_here() -> None:
+def test_what_is_asked_for_comes_first_then_what_the_run_names_if_it_is_here(
+    new_run: Callable[..., Run],
+) -> None:
     assert device_here("cpu") == "cpu"
     assert device_here("cuda") == device_here("mps") == "auto"
-    assert device_here("cuda", "cpu") == "cpu"
-    assert refusal(device_here, "cpu", "cuda") == (
-        "expected a device of this machine (auto, cpu), got 'cuda'"
-    )
+    run = new_run(device="cuda")
+    assert run.on(None) is run
+    assert run.on("cpu").config.device == "cpu"
+    assert refusal(run.on, "cuda") == ("expected a device of this machine (auto, cpu), got 'cuda'")
 
 
 def test_it_is_evaluated_and_indexed_here_and_says_so(

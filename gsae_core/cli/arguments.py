@@ -206,15 +206,9 @@ def harvest_settings(flags: Harvest) -> tuple[ModelConfig, DataConfig, int, int]
         raise InputError(
             "expected one layer and one site, got several; harvest each to a folder of its own"
         )
-    amounts = {"n_tokens": flags.tokens, "batch_size": 1}
-    recipe = validated(TrainRecipe, amounts, _called(TrainRecipe))
-    held_out = _over(EvalConfig, None, flags).n_tokens
-    return (
-        _over(ModelConfig, None, flags),
-        _over(DataConfig, None, flags),
-        recipe.n_tokens,
-        held_out,
-    )
+    of, data = _over(ModelConfig, None, flags), _over(DataConfig, None, flags)
+    n_tokens = _over(TrainRecipe, None, flags).n_tokens
+    return of, data, n_tokens, _over(EvalConfig, None, flags).n_tokens
 
 
 def run_config(flags: Train) -> RunConfig:
@@ -228,19 +222,21 @@ def run_config(flags: Train) -> RunConfig:
             f"expected {missing[0]}, got none; or start from a set-up: "
             "python -m gsae_core train --preset quick"
         )
+    recipe = base and base.train
+    if recipe and (flags.tokens is not None or flags.batch_size is not None):
+        recipe = recipe.model_copy(update={"extended": ()})  # of other lengths than these
     places = _places(flags, base)
     model = _over(ModelConfig, base and base.model, flags)
     parts = {
         "model": model.model_copy(update=places[0]._asdict()),
         "data": _over(DataConfig, base and base.data, flags),
         "evaluation": _over(EvalConfig, base and base.evaluation, flags),
-        "train": _over(TrainRecipe, base and _in_one_go(base.train, flags), flags),
+        "train": _over(TrainRecipe, recipe, flags),
         "saes": _specs(flags, base, places),
     }
     parts |= _of_vectors(flags, base)
     kept = dict(base) if base else {}
-    called = _called(RunConfig) | {"train": "--tokens"}
-    return validated(RunConfig, kept | _fields(flags, RunConfig) | parts, called)
+    return validated(RunConfig, kept | _fields(flags, RunConfig) | parts, called(RunConfig))
 
 
 def _of_vectors(flags: Train, base: RunConfig | None) -> dict[str, Any]:
@@ -259,12 +255,12 @@ def _of_vectors(flags: Train, base: RunConfig | None) -> dict[str, Any]:
     if data is None or data.source == folder:
         share = {} if flags.held_out is None else {"held_out": flags.held_out}
         fields = {**(data.model_dump() if data else {}), "source": folder, **share}
-        data = validated(DataConfig, fields, _called(DataConfig))
+        data = validated(DataConfig, fields, called(DataConfig))
     for own in (model, data):
         for field, value in _fields(flags, type(own)).items():
             if value != getattr(own, field):
                 raise InputError(
-                    f"{_called(type(own))[field]}: expected none with --activations, got {value!r};"
+                    f"{called(type(own))[field]}: expected none with --activations, got {value!r};"
                     f" only the folder itself can say what its vectors are of: {folder}"
                 )
     return {"activations": folder, "model": model, "data": data, "preset": None}
@@ -285,14 +281,8 @@ def _base(flags: Train) -> RunConfig | None:
             "leave one out"
         )
     _over(ModelConfig, None, flags)  # so that a mistake is named as a flag
-    first = {name: values[0] for name, values in _given_places(flags).items()}
-    return preset(flags.preset).config(**first)
-
-
-def _in_one_go(train: TrainRecipe, flags: Train) -> TrainRecipe:
-    """Return a base's recipe; of other lengths than it was extended by, without them."""
-    kept = flags.tokens is None and flags.batch_size is None
-    return train if kept else train.model_copy(update={"extended": ()})
+    first = _fields(flags, ModelConfig)
+    return preset(flags.preset).config(first.get("layer"), first.get("site"))
 
 
 def _said(flag: str) -> str:
@@ -307,55 +297,47 @@ def _given(flags: Train | Harvest) -> dict[str, Any]:
 
 def _fields(flags: Train | Harvest, config: type[Config]) -> dict[str, Any]:
     """Return the fields of a config that flags set."""
+    given, names = _given(flags), _flags_of(config)
+    values = {field: given[flag] for flag, field in names.items() if flag in given}
     # Of several layers or sites a config has the first; the others are its SAEs'.
-    given = _given(flags) | {name: values[0] for name, values in _given_places(flags).items()}
-    return {field: given[flag] for flag, field in _flags_of(config).items() if flag in given}
-
-
-def _given_places(flags: Train | Harvest) -> dict[str, tuple[Any, ...]]:
-    """Return the layers and the sites that were given."""
-    return {name: getattr(flags, name) for name in ("layer", "site") if getattr(flags, name)}
+    return {field: v[0] if isinstance(v, tuple) else v for field, v in values.items()}
 
 
 def _places(flags: Train | Harvest, base: RunConfig | None) -> list[Place]:
     """Return where SAEs read: each of the sites of each layer, else where the base's do."""
-    there = base.places if base else (Place(ModelConfig().layer, ModelConfig().site),)
-    given = _given_places(flags)
-    if not given:
+    there = base.places if base else (ModelConfig().place,)
+    if not (flags.layer or flags.site):
         return list(there)
-    layers: Sequence[int] = given.get("layer", [place.layer for place in there])
-    sites: Sequence[Site] = given.get("site", [place.site for place in there])
-    places = [
-        Place(layer, site) for layer in dict.fromkeys(layers) for site in dict.fromkeys(sites)
-    ]
+    layers: Sequence[int] = flags.layer or [place.layer for place in there]
+    sites: Sequence[Site] = flags.site or [place.site for place in there]
+    places = [Place(*pair) for pair in dict.fromkeys(itertools.product(layers, sites))]
     for place in places:
-        validated(ModelConfig, place._asdict(), _called(ModelConfig))
+        validated(ModelConfig, place._asdict(), called(ModelConfig))
     return places
 
 
-def _called(config: type[Config]) -> dict[str, str]:
+def called(config: type[Config]) -> dict[str, str]:
     """Return what the command line calls a config's fields."""
-    return {field: _said(flag) for flag, field in _flags_of(config).items()}
+    names = {field: _said(flag) for flag, field in _flags_of(config).items()}
+    return {**names, "train": "--tokens"} if config is RunConfig else names
 
 
 def _over(kind: type[ConfigKind], base: Config | None, flags: Train | Harvest) -> ConfigKind:
     fields = base.model_dump() if base else {}
-    return validated(kind, fields | _fields(flags, kind), _called(kind))
+    return validated(kind, fields | _fields(flags, kind), called(kind))
 
 
 def _specs(flags: Train, base: RunConfig | None, places: list[Place]) -> list[SAESpec]:
     """Return the sweep of each place; of several, SAEs name their own."""
-    named = {(spec.name, base.place(spec)) for spec in base.saes} if base else set()
-    if len(places) == 1 or (base and len(base.places) == 1):
-        named = set()
+    if len(places) == 1:
+        return _sweep(flags, _base_at(flags, base, places[0]))
+    several = base.saes if base and len(base.places) > 1 else ()
+    named = [(spec.name, base and base.place(spec)) for spec in several]
     specs = []
     for place in places:
-        made = _sweep(flags, _base_at(flags, base, place))
-        for spec in made:
-            own = place._asdict()
-            if (spec.name, place) not in named:
-                own["name"] = spec.name + _suffix(place)
-            specs.append(spec.model_copy(update=own) if len(places) > 1 else spec)
+        for spec in _sweep(flags, _base_at(flags, base, place)):
+            name = spec.name if (spec.name, place) in named else spec.name + _suffix(place)
+            specs.append(spec.model_copy(update={**place._asdict(), "name": name}))
     return specs
 
 
@@ -394,7 +376,7 @@ def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
         width=_width(flags, base),
         equal_width=flags.equal_width,
         changes=changes,
-        called=_called(SAESpec) | {"d_sae": "--width", "seed": "--seed"},
+        called=called(SAESpec) | {"d_sae": "--width", "seed": "--seed"},
     )
 
 

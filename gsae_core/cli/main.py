@@ -30,6 +30,7 @@ from gsae_core.cli.arguments import (
     Harvest,
     Train,
     added_specs,
+    called,
     choices,
     harvest_settings,
     parse,
@@ -38,12 +39,15 @@ from gsae_core.cli.arguments import (
 from gsae_core.cli.doctor import examine
 from gsae_core.config import (
     Architecture,
+    DataConfig,
     EvalConfig,
     Loss,
     ModelConfig,
     Positions,
     RunConfig,
     Site,
+    TrainRecipe,
+    given,
     shortfalls,
     validated,
 )
@@ -145,6 +149,9 @@ def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
 _Plain = arg(help_behavior_hint="")
 _Run = Annotated[Positional[Path], arg(help="Folder of the run.", metavar="RUN")]
 _Name = Annotated[str | None, _Plain, arg(metavar="NAME")]
+_Names = Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")]
+_Lambdas = Annotated[tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")]
+_Numbers = Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")]
 _Number = Annotated[int | None, _Plain, arg(metavar="INT")]
 _Device = Annotated[
     str | None,
@@ -172,14 +179,8 @@ def _new_folder(config: RunConfig) -> Path:
 def _begin(run: Run) -> None:
     """Train a new run."""
     show(f"run {run.folder}")
-    try:
-        _work(run)
-    except InputError:
-        # A mistake met before the first step leaves nothing that could be resumed, and the name
-        # should be free for the corrected command.
-        if run.status.step == 0:
-            shutil.rmtree(run.folder)
-        raise
+    # Nothing could be resumed, and the name should be free for the corrected command.
+    _work(run, undo=lambda: shutil.rmtree(run.folder))
 
 
 def harvest(flags: Harvest) -> None:
@@ -201,32 +202,31 @@ def resume(run: _Run, device: _Device = None) -> None:
     if transfer.is_transfer(run):
         _carry_out(transfer.Transfer(run.absolute()))
     else:
-        _work(Run.open(run), device=_checked(device))
+        _work(Run.open(run).on(device))
 
 
-def _checked(device: str | None) -> str | None:
-    """Return a device asked for; InputError, before anything is begun, if it is not here."""
-    if device is not None:
-        from gsae_core.runs.plan.cost import resolve_device
+def _work(run: Run, *, undo: Callable[[], None] = lambda: None) -> None:
+    """Train a run once its device is free, to its end or to where it is interrupted.
 
-        resolve_device(device)
-    return device
-
-
-def _work(run: Run, *, device: str | None = None) -> None:
-    """Train a run once its device is free, to its end or to where it is interrupted."""
+    `undo` is called where a mistake is met before the first step.
+    """
 
     def work() -> Iterator[Progress]:
         # After the wait: what is imported here fills memory.
         from gsae_core.runs.work.train import train_and_evaluate
 
-        yield from train_and_evaluate(run, device=device)
+        yield from train_and_evaluate(run)
 
-    stage = "cancelled"
-    with _unexpected(run), contextlib.suppress(KeyboardInterrupt):
-        steps = perform(run, work(), slot=slot_of(device or run.config.device))
-        # Not before the text has been read: what is wrong with it is then said alone.
-        stage = _follow(steps, before_training=shortfalls(run.config.train))
+    stage, began = "cancelled", run.status.step
+    try:
+        with _unexpected(run), contextlib.suppress(KeyboardInterrupt):
+            steps = perform(run, work(), slot=slot_of(run.config.device))
+            # Not before the text has been read: what is wrong with it is then said alone.
+            stage = _follow(steps, before_training=shortfalls(run.config.train))
+    except InputError:
+        if run.status.step == began:
+            undo()
+        raise
     if stage != "finished":
         step, n_steps = run.status.step, run.status.n_steps
         resume = f"{PROGRAM} resume {run.folder}"
@@ -236,10 +236,10 @@ def _work(run: Run, *, device: str | None = None) -> None:
 
 def finetune(
     run: _Run,
-    sae: Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")] = (),
+    sae: _Names = (),
     tokens: _Number = None,
     loss: Annotated[Loss, _Plain] = "mse",
-    sparsity: Annotated[tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")] = (),
+    sparsity: _Lambdas = (),
     data: _Name = None,
     text_column: _Name = None,
     split: _Name = None,
@@ -280,10 +280,7 @@ def finetune(
     if tokens is None:
         raise InputError("expected --tokens with how many activations to train on, got none")
 
-    def given(**flags: Any) -> dict[str, Any]:
-        return {name: value for name, value in flags.items() if value is not None}
-
-    opened = Run.open(run)
+    opened = Run.open(run).on(device)
     config = finetuned_config(
         opened,
         sae,
@@ -292,8 +289,8 @@ def finetune(
         sparsity=sparsity,
         data=given(source=data, text_column=text_column, split=split, chat=chat or None),
         recipe=given(lr=lr, batch_size=batch_size, revive_every=revive_every),
-        called=FLAGS,
-        **given(seed=seed, device=_checked(device)),
+        called={**called(DataConfig), **called(TrainRecipe), **called(RunConfig)},
+        **given(seed=seed),
     )
     _begin(create_finetuned(opened, out or _new_folder(config), config))
 
@@ -301,11 +298,9 @@ def finetune(
 def extend(
     run: _Run,
     tokens: _Number = None,
-    sparsity: Annotated[tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")] = (),
-    jumprelu_sparsity: Annotated[
-        tuple[float, ...], _Plain, arg(metavar="LAMBDA [LAMBDA ...]")
-    ] = (),
-    k: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = (),
+    sparsity: _Lambdas = (),
+    jumprelu_sparsity: _Lambdas = (),
+    k: _Numbers = (),
     arch: Annotated[
         tuple[Architecture, ...], _Plain, arg(metavar=f"{choices(Architecture)} [...]")
     ] = (),
@@ -325,9 +320,15 @@ def extend(
         arch: Architectures of the SAEs to add; without it those of the sweep.
         device: Where to work; without it the run's device, or what this machine has in its place.
     """
-    from gsae_core.runs.work.extend import add_saes, lengthen, lengthened
+    from gsae_core.runs.work.extend import add_saes, lengthen, lengthened, withdraw
 
-    opened, device = Run.open(run), _checked(device)
+    opened = Run.open(run)
+    opened.on(device)  # a device that is not here is refused before anything is written
+
+    def learn(extended: Run, before: RunConfig) -> Run:
+        _work(extended.on(device), undo=lambda: withdraw(extended, before))
+        return extended
+
     knobs = {"sparsity": sparsity, "jumprelu_sparsity": jumprelu_sparsity, "k": k}
     adds = any(knobs.values())
     if tokens is None and not adds:
@@ -337,38 +338,14 @@ def extend(
             lengthened(opened.config, tokens)  # a mistake comes before what is added has learnt
         specs = added_specs(opened.config, arch=arch, **knobs)
         try:
-            opened = _extended(opened, add_saes(opened, specs), device)
+            opened = learn(add_saes(opened, specs), opened.config)
         except Ended as ended:
             if tokens is None or ended.args[0] != INTERRUPTED:
                 raise
             then = f"{ended.args[1]}, then: {PROGRAM} extend {run} --tokens {tokens}"
             raise Ended(INTERRUPTED, then) from None
     if tokens is not None:
-        _extended(opened, lengthen(opened, tokens), device)
-
-
-def _extended(before: Run, run: Run, device: str | None) -> Run:
-    """Train a run that was extended; a mistake met before the first step leaves it as it was."""
-    step = run.status.step
-    try:
-        _work(run, device=device)
-    except InputError:
-        from gsae_core.runs.work.extend import withdraw
-
-        if run.status.step == step:
-            withdraw(run, before.config)
-        raise
-    return run
-
-
-FLAGS: dict[str, str] = {
-    "source": "--data",
-    "train": "--tokens",
-    "n_tokens": "--tokens",
-    **{name: "--" + name.replace("_", "-") for name in ("text_column", "split", "lr", "seed")},
-    **{name: "--" + name.replace("_", "-") for name in ("batch_size", "revive_every", "device")},
-}
-"""What commands but `train` call a config's fields."""
+        learn(lengthen(opened, tokens), opened.config)
 
 
 def evaluate(
@@ -401,14 +378,12 @@ def evaluate(
     if tokens is not None:
         validated(EvalConfig, {"n_tokens": tokens}, {"n_tokens": "--tokens"})
     with _unexpected(opened, log=True):
-        how = {"text_column": text_column, "split": split, "chat": chat or None}
-        told = {name: value for name, value in how.items() if value is not None}
-        if told and data is None:
-            flag = "--" + next(iter(told)).replace("_", "-")
+        how = given(text_column=text_column, split=split, chat=chat or None)
+        if how and data is None:
+            flag = called(DataConfig)[next(iter(how))]
             raise InputError(f"{flag}: expected --data with it, got none; it says how that is read")
-        other = None if data is None else {"source": data, **told}
-        steps = evaluate_run(opened, n_tokens=tokens, replace=replace, device=device, data=other)
-        _follow(steps)
+        other = None if data is None else {"source": data, **how}
+        _follow(evaluate_run(opened.on(device), n_tokens=tokens, replace=replace, data=other))
     show(*report.run_report(opened))
 
 
@@ -429,12 +404,11 @@ def index(
         tokens: Tokens to read, masked positions left out, or as many as the text has.
         split: Which of the text to read.
     """
-    opened, device = Run.open(run), _checked(device)
+    opened = Run.open(run).on(device)
     for name in [sae] if sae else [spec.name for spec in opened.config.saes]:
         folder = index_folder(opened, name)
         with _unexpected(Job(folder)):
-            steps = index_run(opened, name, n_tokens=tokens, split=split, device=device)
-            stage = _follow(steps)
+            stage = _follow(index_run(opened, name, n_tokens=tokens, split=split))
         if stage != "finished":
             again = f"{PROGRAM} index {opened.folder} --sae {name}"
             raise Ended(INTERRUPTED, f"stopped; go on with: {again}")
@@ -446,7 +420,7 @@ def index(
 def import_(
     path: Annotated[Positional[Path], arg(metavar="PATH")],
     to: Annotated[Path, arg(metavar="RUN")],
-    sae: Annotated[tuple[str, ...], _Plain, arg(metavar="NAME [NAME ...]")] = (),
+    sae: _Names = (),
     model: _Name = None,
     layer: _Number = None,
     site: _Site = None,
@@ -500,7 +474,7 @@ def export(
         sae: Its name; without it the run's only one.
         format: Whose files to write.
     """
-    from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
+    from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.checkpoints.formats.build import SETTINGS
     from gsae_core.checkpoints.formats.write import write_sae
 
@@ -509,7 +483,7 @@ def export(
     folder = opened.sae_folder(name)
     # What describes the written SAE and not the one it is made from.
     own = set().union(*SETTINGS.values())
-    metadata = {k: v for k, v in (read_cfg(folder).get("metadata") or {}).items() if k not in own}
+    metadata = {k: v for k, v in opened.sae_metadata(name).items() if k not in own}
     if metadata.get("stopped"):
         show(f"{name} stopped learning: {metadata['stopped']}")
     loaded = load_sae(folder)
@@ -688,9 +662,8 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
     """
     stage, bar, began = "", None, time.monotonic()
     line_at = began + LINE_SECONDS
-    warnings = _Warnings(logging.WARNING)
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
-    with contextlib.closing(progress), contextlib.ExitStack() as bars, warnings:  # pyright: ignore
+    with contextlib.closing(progress), contextlib.ExitStack() as bars, _warnings():  # pyright: ignore
         for now in progress:
             if now.stage != stage:
                 bars.close()
@@ -714,19 +687,16 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
     return stage
 
 
-class _Warnings(logging.Handler):
-    """Says what setting up a run or an evaluation warns of, which a worker's log alone would."""
-
-    _logger = logging.getLogger("gsae_core.runs.work.setup")
-
-    def __enter__(self) -> None:
-        self._logger.addHandler(self)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+@contextlib.contextmanager
+def _warnings() -> Iterator[None]:
+    """Say what setting up a run or an evaluation warns of, which a worker's log alone would."""
+    logger, handler = logging.getLogger("gsae_core.runs.work.setup"), logging.Handler("WARNING")
+    handler.emit = lambda record: say(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _bar(now: Progress) -> "tqdm[NoReturn]":
@@ -761,7 +731,7 @@ MOST_MISUNDERSTOOD = 3
 def label(
     run: _Run,
     sae: _Name = None,
-    features: Annotated[tuple[int, ...], _Plain, arg(metavar="INT [INT ...]")] = (),
+    features: _Numbers = (),
     most: _Number = None,
     with_: Annotated[_Name, arg(name="with", metavar="MODEL")] = None,
     remote: _Switch = False,
@@ -811,7 +781,7 @@ def label(
         say(f"{n} of {len(numbers)} features have a label, which stays; --again asks anew")
     if not asked:
         return 0
-    writer = RemoteWriter(with_) if remote else _local(with_, opened.config.device, device)
+    writer = RemoteWriter(with_) if remote else _local(with_, opened.on(device).config.device)
     by = None if score == "none" else score
     say(_announcement(index, writer, len(asked), scored=by is not None))
     return _label(index, writer, asked, by=by, again=again)
@@ -893,7 +863,7 @@ def _chosen(index: "FeatureIndex", features: tuple[int, ...], most: int | None) 
     return [int(number) for number in order if fired[number]]
 
 
-def _local(name: str, named: str, asked: str | None) -> "LocalWriter":
+def _local(name: str, device: str) -> "LocalWriter":
     """Return a model on this machine; nothing is fetched."""
     from gsae_core.analysis.autointerp import LocalWriter
     from gsae_core.lm.catalog import cached_models, model_folder
@@ -907,7 +877,7 @@ def _local(name: str, named: str, asked: str | None) -> "LocalWriter":
         )
     say(f"loading {name}")
     called = Path(name).name if model_folder(name) else name
-    device = str(resolve_device(device_here(named, asked)))
+    device = str(resolve_device(device_here(device)))
     return LocalWriter(str(folder), device=device, name=called)
 
 
@@ -930,21 +900,9 @@ def _announcement(
     )
 
 
+_FUNCTIONS = (resume, finetune, extend, evaluate, index, label, import_, export, list_, pull, push)
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "harvest": Harvest,
-    "resume": resume,
-    "finetune": finetune,
-    "extend": extend,
-    "evaluate": evaluate,
-    "index": index,
-    "label": label,
-    "import": import_,
-    "export": export,
-    "list": list_,
-    "pull": pull,
-    "push": push,
-    "app": app,
-    "bench": bench,
-    "doctor": doctor,
+    **{command.__name__.strip("_"): command for command in (*_FUNCTIONS, app, bench, doctor)},
 }

@@ -11,8 +11,11 @@ detached process writes it. Nothing here imports torch.
 import functools
 import os
 import re
+import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +138,18 @@ class Run(Job):
                 raise
             raise InputError(f"expected the config of a run in {path}; {error}") from None
 
+    def on(self, device: str | None) -> "Run":
+        """Return the run as it works on another device than its config's; None: on that one.
+
+        An InputError says that this machine lacks it.
+        """
+        if device is None:
+            return self
+        from gsae_core.runs.plan.cost import resolve_device
+
+        resolve_device(device)
+        return replace(self, config=self.config.model_copy(update={"device": device}))
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return metrics.jsonl: a dict for each SAE at each logged step, oldest first."""
         return self.metrics_since(MetricsCursor()).rows
@@ -168,6 +183,10 @@ class Run(Job):
         """Return an SAE's cfg.json; empty before it was saved first."""
         path = self.sae_folder(name) / "cfg.json"
         return files.read_sae_cfg(path) if os.path.lexists(path) else {}
+
+    def sae_metadata(self, name: str) -> dict[str, Any]:
+        """Return what an SAE's cfg.json says of how it came about."""
+        return self.sae_cfg(name).get("metadata") or {}
 
     def damages(self) -> list[str]:
         """Return a sentence for each file that is damaged, though the run can be opened without."""
@@ -243,6 +262,21 @@ class Run(Job):
         index = open_index(self.folder / "features" / name)
         check_weights(index.manifest, sae_folder)
         return index
+
+
+@contextmanager
+def staged(folder: Path | str) -> Iterator[Path]:
+    """Give a place to make what a new run at `folder` will hold, moved there before the block ends.
+
+    What is left there goes; an InputError says that there can be no new run at `folder`.
+    """
+    folder = Path(folder).absolute()
+    new_run_folder(folder.parent, folder.name)
+    place = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def trained_folder(run: Run, name: str) -> Path:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from gsae_core.config import Architecture, Config, OrUnsaid, Site, validated
+from gsae_core.config import IF_SAID, Architecture, Config, Site, validated
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, read_sae_cfg, readable, sha256, writing
 
@@ -96,10 +96,10 @@ class Manifest(Config):
     site: Site
     text: str
     """Name of the corpus."""
-    vectors: OrUnsaid = None
+    vectors: Annotated[str | None, IF_SAID] = None
     """Folder of the vectors, where they are of no text: each is then a sequence of one token, which
     stands for its caption, and `vector.npy` has its number in the folder."""
-    vectors_digest: OrUnsaid = None
+    vectors_digest: Annotated[str | None, IF_SAID] = None
     """What `StoredVectors.digest` of that folder was."""
     n_ctx: int
     splits: tuple[Split, ...]

@@ -94,7 +94,8 @@ def operations(cfg: RunConfig, shape: ModelShape) -> float:
     """Return about how many floating-point operations training takes, evaluation left out."""
     products = sum(shape.width(cfg.place(spec).site) * spec.d_sae for spec in cfg.saes)
     saes = 2 * PRODUCTS_PER_STEP * products
-    blocks = cfg.n_blocks * 2 * 12 * shape.d_model**2
+    n_blocks = 0 if cfg.activations else max(place.layer for place in cfg.places) + 1
+    blocks = n_blocks * 2 * 12 * shape.d_model**2
     return float(cfg.train.n_tokens * (saes + blocks))
 
 
@@ -125,18 +126,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def device_here(named: str, asked: str | None = None) -> str:
-    """Return the device to work on: the one `asked` for, else `named` by a run if it is here.
-
-    A run may come from another machine: where this one lacks its device, `auto` takes its place.
-    """
+def device_here(named: str) -> str:
+    """Return the device that a run names, or `auto` where this machine lacks it."""
     try:
-        resolve_device(asked or named)
+        resolve_device(named)
     except InputError:
-        if asked is not None:
-            raise
         return "auto"
-    return asked or named
+    return named
 
 
 def free_memory(device: torch.device) -> int:

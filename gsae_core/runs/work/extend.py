@@ -23,7 +23,7 @@ def add_saes(run: Run, saes: Sequence[SAESpec]) -> Run:
 
     InputError if the run cannot be extended, or has an SAE of one of the names.
     """
-    config = _changed(run.config, saes=(*run.config.saes, *saes))
+    config = validated(RunConfig, dict(run.config) | {"saes": (*run.config.saes, *saes)})
     with _finished(run):
         path = run.folder / "metrics.jsonl"
         n_bytes = path.stat().st_size if path.exists() else 0
@@ -58,7 +58,7 @@ def lengthened(config: RunConfig, n_tokens: int) -> RunConfig:
         )
     total = train.n_steps * train.batch_size + n_tokens
     fields = train.model_dump() | {"n_tokens": total, "extended": (*train.extended, train.n_tokens)}
-    return _changed(config, train=validated(TrainRecipe, fields))
+    return validated(RunConfig, dict(config) | {"train": validated(TrainRecipe, fields)})
 
 
 def withdraw(run: Run, config: RunConfig) -> None:
@@ -70,10 +70,6 @@ def withdraw(run: Run, config: RunConfig) -> None:
         status = read_status(run.folder)._replace(state="finished", error=None, stage=None)
         write_status(run.folder, status._replace(step=n_steps, n_steps=n_steps, done=0, total=0))
         run.add_event("extension withdrawn")
-
-
-def _changed(config: RunConfig, **fields: object) -> RunConfig:
-    return validated(RunConfig, dict(config) | fields)
 
 
 @contextmanager

@@ -8,14 +8,13 @@ sparse already.
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gsae_core.checkpoints.checkpoint import load_sae, read_cfg, save_sae
+from gsae_core.checkpoints.checkpoint import load_sae, save_sae
 from gsae_core.checkpoints.formats.build import SETTINGS
 from gsae_core.config import (
     OF_ANY_TEXT,
@@ -27,7 +26,7 @@ from gsae_core.config import (
     validated,
 )
 from gsae_core.errors import InputError
-from gsae_core.runs.run import Run, new_run_folder, trained_folder
+from gsae_core.runs.run import Run, staged, trained_folder
 from gsae_core.sae.base import SAE
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.topk import TopKSAE
@@ -86,25 +85,21 @@ def finetuned_config(
     if data and "source" in data:  # another text has columns and splits of its own
         text = {k: v for k, v in text.items() if k in OF_ANY_TEXT}
     kept = ("batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until", "screened")
-    steps = {"sparsity_warmup_steps": 0, "revive_every": 0}
-    changed = dict(recipe or {})
-    batch_size = changed.get("batch_size", old.train.batch_size)
+    steps = {"n_tokens": n_tokens, "sparsity_warmup_steps": 0, "revive_every": 0}
+    train = {**old.train.model_dump(include=set(kept)), **steps, **(recipe or {})}
     # Thresholds that are good already need not go the length of the activations in a short run.
-    rate = changed.get("lr", old.train.lr)
+    train["threshold_lr"] = train["lr"]
     if old.imported is None:
-        steps |= {
-            key: getattr(old.train.schedule, key) for key in ("revive_every", "revive_window")
-        }
-        last = old.train.n_steps - 1
-        rate = rate if "lr" in changed else threshold_lr(rate, old.train, step=last)
-        if steps["revive_every"] > old.train.revive_until * n_tokens / max(batch_size, 1):
-            steps["revive_every"] = 0  # too short for one
-    changed.setdefault("threshold_lr", rate)
-    train = old.train.model_dump(include=set(kept)) | steps | {"n_tokens": n_tokens}
+        _, _, every, window = old.train.schedule
+        fits = every <= old.train.revive_until * n_tokens / max(train["batch_size"], 1)
+        train |= {"revive_every": every if fits else 0, "revive_window": window}
+        if "lr" not in (recipe or {}):
+            last = old.train.n_steps - 1
+            train["threshold_lr"] = threshold_lr(train["lr"], old.train, step=last)
     fields = dict(old) | {
         "data": validated(DataConfig, text | dict(data or {}), called),
         "saes": tuple(saes),
-        "train": validated(TrainRecipe, train | changed, called),
+        "train": validated(TrainRecipe, {**train, **(recipe or {})}, called),
         "activation_scale": old.activation_scale if old.imported is None else "unit",
         "preset": None,
         "imported": None,
@@ -118,24 +113,18 @@ def finetuned_config(
 
 def create_finetuned(run: Run, folder: Path, config: RunConfig) -> Run:
     """Make the run of a config from `finetuned_config`, with the weights that it starts from."""
-    folder = folder.absolute()
-    new_run_folder(folder.parent, folder.name)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with staged(folder) as start:
         for spec in config.saes:
-            before = trained_folder(run, spec.name)
-            sae = load_sae(before)
+            sae = load_sae(trained_folder(run, spec.name))
             unit_norm_(sae, spec.name)
-            metadata = read_cfg(before).get("metadata") or {}
+            metadata = run.sae_metadata(spec.name)
             save_sae(
-                sae, staged / spec.name, metadata={k: metadata[k] for k in _ABOUT & {*metadata}}
+                sae, start / spec.name, metadata={k: metadata[k] for k in _ABOUT & {*metadata}}
             )
         made = Run.create(folder, config)
-        os.replace(staged, made.folder / "start")
+        os.replace(start, made.folder / "start")
         for spec in config.saes:
             made.add_event("fine-tuned", sae=spec.name, run=run.id)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return made
 
 

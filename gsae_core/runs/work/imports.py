@@ -5,7 +5,6 @@ saes/<name>/  our layout; `metadata.source` in cfg.json keeps where it came from
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from gsae_core.checkpoints.formats.read import read_found
 from gsae_core.config import EvalConfig, RunConfig, SAESpec, Site, TrainRecipe, hook_name, validated
 from gsae_core.errors import InputError
 from gsae_core.runs.jobs.job import write_status
-from gsae_core.runs.run import Run, new_run_folder
+from gsae_core.runs.run import Run, staged
 
 
 def import_saes(
@@ -49,12 +48,9 @@ def import_saes(
             raise InputError(f"expected one of the SAEs in {path} ({known}), got {name!r}")
     found = [by_name[name] for name in saes] or found
     place = _one_place(found, HookPoint(model, layer, site), path)
-    folder = Path(folder).absolute()
-    new_run_folder(folder.parent, folder.name)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with staged(folder) as saved:
         # One at a time: a release's SAEs together may not fit into memory.
-        read = [_staged(staged / each.name, each, place, fold=fold_decoder_norms) for each in found]
+        read = [_saved(saved / each.name, each, place, fold=fold_decoder_norms) for each in found]
         fields = {
             "model": {"name": place.model, "layer": place.layer, "site": place.site},
             # Nothing is trained on the text; as many tokens are read as are evaluated on.
@@ -65,12 +61,10 @@ def import_saes(
             "imported": ", ".join(dict.fromkeys(source.library for _, source in read)),
         }
         run = Run.create(folder, validated(RunConfig, fields))
-        os.replace(staged, run.folder / "saes")
+        os.replace(saved, run.folder / "saes")
         for spec, source in read:
             run.add_event("imported", sae=spec.name, **asdict(source))
         write_status(run.folder, run.status._replace(state="finished", n_steps=0))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return run, {spec.name: source for spec, source in read}
 
 
@@ -100,7 +94,7 @@ def _over(said: HookPoint, given: HookPoint) -> HookPoint:
     return HookPoint(model, layer, given.site or said.site, said.hook_name)
 
 
-def _staged(
+def _saved(
     folder: Path, found: FoundSAE, place: HookPoint, *, fold: bool
 ) -> tuple[SAESpec, Provenance]:
     """Read an SAE and write it as ours; return its line in the config, and its origin."""

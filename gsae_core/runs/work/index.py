@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt
 
 from gsae_core.analysis.features.files import weights_sha256
-from gsae_core.config import Config, validated
+from gsae_core.config import Config, given, validated
 from gsae_core.errors import InputError
 from gsae_core.files import read_checked
 from gsae_core.machine import slot_of
@@ -66,8 +66,7 @@ def _asked(
     run: Run, name: str, n_tokens: int | None, split: IndexSplit | None
 ) -> tuple[Job, int | None]:
     """Return the job of an index, what is asked of it written down, or the process it has."""
-    given = {"n_tokens": n_tokens, "split": split}
-    changed = {key: value for key, value in given.items() if value is not None}
+    changed = given(n_tokens=n_tokens, split=split)
     validated(Request, changed, {"n_tokens": "--tokens", "split": "--split"})
     job = Job(index_folder(run, name))
     return job, enqueue(job, request(job).model_dump() | changed)
@@ -90,13 +89,11 @@ def index_run(
     *,
     n_tokens: int | None = None,
     split: IndexSplit | None = None,
-    device: str | None = None,
 ) -> Iterator[Progress]:
     """Build the feature index of one SAE of a run, from where it stands, and yield progress.
 
     A request to stop (`worker.perform`) ends it after the shard; started again it goes on with
-    what was asked for last, where nothing else is. `device`: None takes the run's, or what this
-    machine has in its place.
+    what was asked for last, where nothing else is.
     """
     job, worker = _asked(run, name, n_tokens, split)
     if worker not in (None, os.getpid()):  # this one, if it was started for it
@@ -104,11 +101,10 @@ def index_run(
             f"expected no process to be building the index of {name!r}, got process {worker}, "
             "which is; wait for it, or cancel it first"
         )
-    slot = slot_of(device or run.config.device)
-    return perform(job, _build(run, name, job, device), slot=slot, of=run.folder)
+    return perform(job, _build(run, name, job), slot=slot_of(run.config.device), of=run.folder)
 
 
-def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progress]:
+def _build(run: Run, name: str, job: Job) -> Iterator[Progress]:
     from gsae_core.analysis.features.build import build_index
     from gsae_core.checkpoints.checkpoint import load_sae
     from gsae_core.runs.work.setup import (
@@ -116,11 +112,11 @@ def _build(run: Run, name: str, job: Job, device: str | None) -> Iterator[Progre
         load_source,
         load_text,
         max_norm,
-        on_device,
+        on_device_here,
     )
 
     yield Progress("loading", 0, 0, run.config.unit)
-    run = on_device(run, device)
+    run = on_device_here(run)
     cfg, sae_folder, asked = run.config, trained_folder(run, name), request(job)
     place = cfg.place_of(name)
     sae = load_sae(sae_folder)

@@ -20,7 +20,7 @@ from gsae_core.analysis.pareto import ratio_sentences
 from gsae_core.checkpoints.hub import Address, is_repository, parse_address
 from gsae_core.config import NO_MODEL, SITES, Config, SAESpec, Site, hook_name, validated
 from gsae_core.errors import HUB_NAME, InputError, hub_answers
-from gsae_core.files import public_name, read_sae_cfg, sha256
+from gsae_core.files import public_name, sha256
 from gsae_core.plots.palette import LOOKS, knob
 from gsae_core.runs.evals import (
     NO_LOSSES,
@@ -78,7 +78,7 @@ def pack(run: Run, names: Sequence[str], repo: str, *, public: bool = False) -> 
         raise InputError("expected the name of an SAE to push, got none; name one with --sae")
     paths = {name: run.folder / name for name in OF_RUN}
     for name, folder in folders.items():
-        _check_whole(folder, name)
+        _check_whole(folder, name, run.sae_metadata(name))
         paths |= {f"{name}/{file}": folder / file for file in SENT}
     files: dict[str, Path | bytes] = {name: path for name, path in paths.items() if path.is_file()}
     files |= {name: text.encode() for name, text in make_card(run, names, repo).items()}
@@ -100,8 +100,7 @@ def check_repo(repo: str) -> None:
         )
 
 
-def _check_whole(folder: Path, name: str) -> None:
-    metadata = read_sae_cfg(folder / "cfg.json").get("metadata") or {}
+def _check_whole(folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
     if metadata.get("stopped"):
         raise InputError(
             f"expected an SAE that learned to the end, got {name}, which stopped at "

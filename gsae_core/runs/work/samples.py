@@ -19,12 +19,11 @@ from torch import Tensor
 from gsae_core.errors import InputError
 from gsae_core.files import write_json
 from gsae_core.lm.texts import SPLIT, in_sequence, token_texts
-from gsae_core.lm.vectors import StoredHarvest, VectorSource
+from gsae_core.lm.vectors import VectorSource
 from gsae_core.norms import longer
 from gsae_core.runs.run import Run, read_added
-from gsae_core.runs.work.setup import RunSetup
+from gsae_core.runs.work.setup import RunSetup, harvest_of
 from gsae_core.sae.base import SAE
-from gsae_core.sae.sparse.codes import SparseCodes, encode_sparse
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ class Sampler:
         if isinstance(model, VectorSource):
             (own,), said = model.readable([(held_out, which)])
             ids, mask = own[:]
-            place = run.config.places[0]
-            harvest = StoredHarvest(model, own, layer=place.layer, site=place.site)
+            harvest = harvest_of(model, own, *run.config.places)
             found = [torch.cat([*harvest.vectors(np.arange(len(own)))])]
             self._texts: Texts = lambda ids: in_sequence([said[i] for i in ids])
         else:
@@ -154,27 +152,18 @@ class Sampler:
 
 def firings(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Int64[Tensor, " d_sae"]:
     """Return on how many tokens each latent fires."""
-    fired = torch.zeros(sae.d_sae, dtype=torch.int64)
-    for codes in _codes(sae, x):
-        fired += codes.latent[codes.magnitude > 0].bincount(minlength=sae.d_sae).cpu()
-    return fired
+    return torch.stack([(f > 0).sum(0) for f in _encoded(sae, x)]).sum(0).cpu()
 
 
 def activations(
     sae: SAE, x: Float[Tensor, "tokens d_in"], latents: Sequence[int]
 ) -> Float[Tensor, "tokens chosen"]:
     """Return some latents' activations."""
-    parts = []
-    for codes in _codes(sae, x):
-        f = x.new_zeros(codes.row_offsets.numel() - 1, sae.d_sae)
-        f[codes.rows(), codes.latent] = codes.magnitude
-        parts.append(f[:, list(latents)])
-    return torch.cat(parts)
+    return torch.cat([f[:, list(latents)] for f in _encoded(sae, x)])
 
 
-def _codes(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Iterator[SparseCodes]:
-    for rows in x.split(max(1, ENCODED_AT_ONCE // sae.d_sae)):
-        yield encode_sparse(sae, rows)
+def _encoded(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> Iterator[Float[Tensor, "rows d_sae"]]:
+    return map(sae.encode, x.split(max(1, ENCODED_AT_ONCE // sae.d_sae)))
 
 
 def choose(fired: Int64[Tensor, " d_sae"], *, seed: int) -> list[tuple[int, str]]:

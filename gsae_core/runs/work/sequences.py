@@ -6,7 +6,6 @@ has about B activations, and a run as many as its config says, to within a seque
 """
 
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from gsae_core.training.end_to_end import Divergence, SequenceBatch, kl_divergen
 
 
 class SequenceStream(ActivationStream):
-    """An `ActivationStream` that also has the batches of whole sequences of `model`.
+    """An `ActivationStream` whose batches are whole sequences of `model`.
 
     The model's weights stop asking for gradients. InputError if a batch is shorter than a sequence.
     """
@@ -52,12 +51,8 @@ class SequenceStream(ActivationStream):
             found.append(order[(start <= last) & (last < stop) & (counts > 0)])
         return np.concatenate(found)
 
-    def sequence_batches(self, start: int = 0) -> Iterator[tuple[SequenceBatch, ...]]:
-        """Return an iterator over batches `start` to `n_batches - 1` of each place, in order."""
-        return map(self.sequence_batch, range(start, self.n_batches))
-
-    def sequence_batch(self, i: int) -> tuple[SequenceBatch, ...]:
-        """Return batch `i` of each place; a divergence runs the model twice."""
+    def batch_of_each(self, i: int) -> tuple[Any, ...]:
+        """Return the `SequenceBatch` i of each place; a divergence runs the model twice."""
         which = self.sequences_of(i)
         began = time.perf_counter()
         found = map(torch.cat, zip(*self.harvest.parts(which), strict=True))

@@ -67,10 +67,7 @@ class RunSetup(NamedTuple):
     def batches(self, start: int) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of each place from `start` on, stage after stage, as the loss asks."""
         for stream in (self.stream, *self.later):
-            is_whole = isinstance(stream, SequenceStream)
-            of_each = stream.sequence_batches if is_whole else stream.batches_of_each
-            if start < stream.n_batches:
-                yield from of_each(start)
+            yield from stream.batches_of_each(start)
             start = max(0, start - stream.n_batches)
 
 
@@ -200,7 +197,7 @@ def _noted(cfg: RunConfig, stream: ActivationStream) -> dict[str, Any]:
     scales = [{"activation_scale": s, "mean_square_norm": power} for s, power in pairs]
     keys = ("n", "n_outliers", "outlier_share")
     lengths = [
-        {"median_norm": _finite(each.median)} | {key: getattr(each, key) for key in keys}
+        {"median_norm": each.median} | {key: getattr(each, key) for key in keys}
         for each in stream.lengths
     ]
     return {
@@ -209,10 +206,6 @@ def _noted(cfg: RunConfig, stream: ActivationStream) -> dict[str, Any]:
         "max_norm_ratio": cfg.max_norm_ratio,
         "lengths": dict(zip(names, lengths, strict=True)),
     }
-
-
-def _finite(median: float) -> float | None:
-    return median if math.isfinite(median) else None
 
 
 def _scale_of(run: Run) -> Literal["ordinary", "all"]:
@@ -224,31 +217,25 @@ def _scale_of(run: Run) -> Literal["ordinary", "all"]:
 
 def max_norm(run: Run, name: str) -> float:
     """Return the length above which activations are left out for an SAE; infinite if none are."""
-    ratio, metadata = run.config.max_norm_ratio, run.sae_cfg(name).get("metadata") or {}
-    median = metadata.get("median_norm")
+    ratio, median = run.config.max_norm_ratio, run.sae_metadata(name).get("median_norm")
     return math.inf if ratio is None or median is None else ratio * median
 
 
-def on_device(run: Run, asked: str | None = None) -> Run:
-    """Return a run with the device that this machine works on it with.
-
-    It is the one `asked` for (InputError where this machine lacks it) or the run's own; of a run
-    that began on another machine, `auto` where this one lacks that: the log and an event say so.
+def on_device_here(run: Run) -> Run:
+    """Return a run on its device; where it began on another machine and this one lacks that, on
+    `auto`: the log and an event say so.
     """
     own = run.config.device
-    if asked is None and run.config.imported is None and _last_set_up(run) is None:
+    began = run.config.imported is not None or _last_set_up(run) is not None
+    if not began or (device := device_here(own)) == own:
         return run
-    device = device_here(own, asked)
-    if device == own:
-        return run
-    if asked is None:
-        found = str(resolve_device(device))
-        log.warning(
-            f"the run was made with --device {own}, which this machine lacks: {found} takes its "
-            "place; --device names another"
-        )
-        run.add_event("other device", device=found, named=own)
-    return dataclasses.replace(run, config=run.config.model_copy(update={"device": device}))
+    found = str(resolve_device(device))
+    log.warning(
+        f"the run was made with --device {own}, which this machine lacks: {found} takes its "
+        "place; --device names another"
+    )
+    run.add_event("other device", device=found, named=own)
+    return run.on(device)
 
 
 def beginning(run: Run, spec: SAESpec, stream: ActivationStream, read: int) -> SAE:
@@ -392,16 +379,24 @@ def _last_set_up(run: Run) -> dict[str, Any] | None:
     return next((event for event in run.events()[::-1] if event["event"] == "set up"), None)
 
 
-def _harvest(cfg: RunConfig, model: LanguageModel | VectorSource, corpus: Corpus) -> Harvest:
-    (layer, site), *beside = cfg.places
+def harvest_of(
+    model: LanguageModel | VectorSource, sequences: SequenceSet, place: Place, *beside: Place
+) -> Harvest:
+    """Return what yields the activations of sequences at one place, or several in one pass."""
+    layer, site = place
     if isinstance(model, VectorSource):
-        return StoredHarvest(model, corpus.train, layer=layer, site=site)
-    if not cfg.cache_activations:
-        return Harvest(model, corpus.train, layer=layer, site=site, beside=beside)
+        return StoredHarvest(model, sequences, layer=layer, site=site)
+    return Harvest(model, sequences, layer=layer, site=site, beside=beside)
+
+
+def _harvest(cfg: RunConfig, model: LanguageModel | VectorSource, corpus: Corpus) -> Harvest:
+    if not cfg.cache_activations or isinstance(model, VectorSource):
+        return harvest_of(model, corpus.train, *cfg.places)
+    first, *beside = cfg.places
     if beside:
         cache = open_caches(model, corpus.train, cfg.places)
     else:
-        cache = open_cache(model, corpus.train, layer=layer, site=site)
+        cache = open_cache(model, corpus.train, layer=first.layer, site=first.site)
     cache.fill()
     return cache
 
@@ -433,7 +428,7 @@ def save_saes(run: Run, setup: RunSetup) -> None:
             "model_revision": cfg.model.revision,
             "numerics": setup.model.numerics,
             "activation_scale": scale,
-            "median_norm": _finite(median),
+            "median_norm": median,
             "max_norm_ratio": cfg.max_norm_ratio,
             "sparsity": spec.sparsity,
             "loss_norm": spec.loss_norm,

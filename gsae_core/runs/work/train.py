@@ -21,15 +21,15 @@ from gsae_core.analysis.fidelity import (
     evaluating_vectors,
     n_sequences,
 )
-from gsae_core.checkpoints.checkpoint import load_sae, read_cfg
-from gsae_core.config import DataConfig, EvalConfig, Place, Positions, RunConfig, SAESpec
+from gsae_core.checkpoints.checkpoint import load_sae
+from gsae_core.config import DataConfig, EvalConfig, Place, Positions, RunConfig, SAESpec, given
 from gsae_core.errors import InputError
 from gsae_core.files import read_json, replace_durably, sha256, write_json
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.stream import SCALE_VECTORS
-from gsae_core.lm.vectors import StoredHarvest, VectorSource
+from gsae_core.lm.vectors import VectorSource
 from gsae_core.machine import slot_of
 from gsae_core.norms import lengths
 from gsae_core.runs.evals import EvalRow, write_arrays, write_evals
@@ -44,12 +44,13 @@ from gsae_core.runs.work.setup import (
     RunSetup,
     another_text,
     check_held_out,
+    harvest_of,
     learning,
     load_elsewhere,
     load_lm,
     load_source,
     load_text,
-    on_device,
+    on_device_here,
     save_saes,
     set_up,
     state_folder,
@@ -70,14 +71,14 @@ def train_run(run: Run, *, device: str | None = None) -> Iterator[Progress]:
     is said in status.json too. `device`: None takes the run's; of a run that began on another
     machine, what this one has in its place.
     """
-    slot = slot_of(device or run.config.device)
-    return perform(run, train_and_evaluate(run, device=device), slot=slot)
+    run = run.on(device)
+    return perform(run, train_and_evaluate(run), slot=slot_of(run.config.device))
 
 
-def train_and_evaluate(run: Run, *, device: str | None = None) -> Iterator[Progress]:
+def train_and_evaluate(run: Run) -> Iterator[Progress]:
     """Do what `train_run` does, held by a worker whose device is free."""
     yield Progress("loading", 0, 0, run.config.unit)
-    run = on_device(run, device)
+    run = on_device_here(run)
     with _sentences_about_memory(), contextlib.closing(Mirror(run)) as mirror:
         part = learning(run)
         setup = set_up(part, beside=run.config.places)
@@ -260,10 +261,7 @@ def _rows(cfg: RunConfig, report: StepReport, seconds: dict[str, float]) -> list
             "auxiliary": float(sae.loss.auxiliary),
             **({} if sae.n_candidates is None else {"screen_ratio": sae.screen_ratio}),
             **({} if sae.kl is None else {"kl": float(sae.kl)}),
-            "l0": sae.l0,
-            "fvu": sae.fvu,
-            "gamma": sae.gamma,
-            "gamma_gate": sae.gamma_gate,
+            **{name: getattr(sae, name) for name in ("l0", "fvu", "gamma", "gamma_gate")},
             "dead_gate": sae.gate_dead_fraction,
             "dead_magnitude": sae.magnitude_dead_fraction,
             "lr": sae.lr,
@@ -279,14 +277,13 @@ def evaluate_run(
     *,
     n_tokens: int | None = None,
     replace: Positions | None = None,
-    device: str | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress]:
     """Measure a run's saved SAEs on held-out tokens again, replace evals.json, yield progress.
 
-    `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run, and its device, or
-    what this machine has in its place. `data`: another text, `source` and other fields of a
-    `DataConfig`; evals.json names it, and trackers are sent nothing.
+    `n_tokens` and `replace` are an `EvalConfig`'s; None takes those of the run. `data`: another
+    text, `source` and other fields of a `DataConfig`; evals.json names it, and trackers are sent
+    nothing.
     """
     busy = f"expected a run that no process is training, got {run.id}; wait until it has finished"
     with (
@@ -296,13 +293,11 @@ def evaluate_run(
     ):
         if run.config.track is not None:
             mirror.add(run.metrics())
-        asked = {"n_tokens": n_tokens, "replace": replace}
-        wanted = run.config.evaluation.model_copy(
-            update={name: value for name, value in asked.items() if value is not None}
-        )
+        asked = given(n_tokens=n_tokens, replace=replace)
+        wanted = run.config.evaluation.model_copy(update=asked)
         elsewhere = None if data is None else another_text(run, data)
         yield Progress("loading", 0, 0, run.config.unit)
-        run = on_device(run, device)
+        run = on_device_here(run)
         if elsewhere is None:
             model = load_source(run.config)
             corpus = load_text(run.config, model, n_held_out=wanted.n_tokens)
@@ -333,9 +328,7 @@ def _evaluate(
     rows: dict[str, EvalRow] = {}
     for number, place in enumerate(cfg.places):
         specs, saes = _saved_at(run, place, model)
-        at = {"layer": place.layer, "site": place.site}
-        stored = isinstance(model, VectorSource)
-        harvest = StoredHarvest(model, held_out, **at) if stored else Harvest(model, held_out, **at)
+        harvest = harvest_of(model, held_out, place)
         told = {
             "n_tokens": wanted.n_tokens,
             "median_norm": _median_norm(run, specs, harvest),
@@ -344,7 +337,9 @@ def _evaluate(
         if isinstance(model, VectorSource):
             steps = evaluating_vectors(saes, harvest, **told)
         else:
-            steps = evaluating(model, saes, held_out, **at, replace=wanted.replace, **told)
+            steps = evaluating(
+                model, saes, held_out, **place._asdict(), replace=wanted.replace, **told
+            )
         evaluations = yield from _share(steps, number, len(cfg.places))
         for spec, sae, evaluation in zip(specs, saes, evaluations, strict=True):
             row = _eval_row(cfg, spec, sae.d_in, evaluation, wanted)
@@ -370,11 +365,9 @@ def _saved_at(
     for spec in run.config.saes:
         if run.config.place(spec) != place:
             continue
-        folder = trained_folder(run, spec.name)
-        sae = load_sae(folder)
+        sae = load_sae(trained_folder(run, spec.name))
         check_width(sae, model.width(place.site), name=spec.name, hook_name=place.hook_name)
-        reason = (read_cfg(folder).get("metadata") or {}).get("stopped")
-        if reason is not None:
+        if (reason := run.sae_metadata(spec.name).get("stopped")) is not None:
             run.add_event("not evaluated", sae=spec.name, why=reason)
             continue
         specs.append(spec)
@@ -386,8 +379,7 @@ def _median_norm(run: Run, specs: Sequence[SAESpec], held_out: Harvest) -> float
     """Return the median of |x| that was met in training, or, where none was noted, is here."""
     if not specs or not held_out.sequences.n_tokens:
         return None
-    metadata = read_cfg(run.sae_folder(specs[0].name)).get("metadata") or {}
-    if (noted := metadata.get("median_norm")) is not None:
+    if (noted := run.sae_metadata(specs[0].name).get("median_norm")) is not None:
         return noted
     which = np.arange(n_sequences(held_out.sequences, SCALE_VECTORS))
     return lengths(torch.cat([x.cpu() for x in held_out.vectors(which)])).median
