@@ -22,7 +22,6 @@ from gsae_core.config import (
     ConfigKind,
     DataConfig,
     EvalConfig,
-    Knob,
     ModelConfig,
     Place,
     RunConfig,
@@ -30,7 +29,6 @@ from gsae_core.config import (
     Site,
     TrainRecipe,
     load_config,
-    resweep,
     validated,
 )
 from gsae_core.errors import InputError
@@ -215,7 +213,7 @@ def run_config(flags: Train) -> RunConfig:
     """Return the run that the flags describe: they win over the preset or the config file."""
     base = _base(flags)
     knobs = [_knob(flags, architecture) for architecture in flags.arch or DEFAULT_SWEEP]
-    missing = [knob.flag for knob in knobs if not knob.values]
+    missing = [flag for flag, values in knobs if not values]
     missing += [_said(name) for name in ("width", "tokens") if getattr(flags, name) is None]
     if base is None and missing:
         raise InputError(
@@ -360,9 +358,17 @@ def _base_at(flags: Train, base: RunConfig | None, place: Place) -> tuple[SAESpe
     )
 
 
+Knob = tuple[str, tuple[float | int, ...]]
+"""Flag that sets the sparsity of an architecture, and its values: an SAE each."""
+
+
 def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
+    """Return the base's SAEs of each architecture, or its first for each value of its flag.
+
+    An architecture the base lacks is made after those it has.
+    """
     in_base: list[Architecture] = [spec.architecture for spec in base]
-    architectures = dict.fromkeys(flags.arch or in_base or DEFAULT_SWEEP)
+    architectures: Sequence[Architecture] = flags.arch or in_base or DEFAULT_SWEEP
     knobs: dict[Architecture, Knob] = {each: _knob(flags, each) for each in architectures}
     _check_knobs(flags, knobs)
     changes = _fields(flags, SAESpec)
@@ -370,14 +376,46 @@ def _sweep(flags: Train, base: tuple[SAESpec, ...]) -> list[SAESpec]:
         changes["seed"] = flags.seed
     if flags.lr is not None:
         changes["lr"] = None  # the run's, which --lr sets
-    return resweep(
-        base,
-        knobs,
-        width=_width(flags, base),
-        equal_width=flags.equal_width,
-        changes=changes,
-        called=called(SAESpec) | {"d_sae": "--width", "seed": "--seed"},
-    )
+    width, specs = _width(flags, base), []
+    names = called(SAESpec) | {"d_sae": "--width", "seed": "--seed"}
+    for architecture, (flag, values) in knobs.items():
+        own = [spec.model_dump() for spec in base if spec.architecture == architecture]
+        alike = own or [_turned(spec, architecture) for spec in base] or [{}]
+        if values:
+            alike = [alike[0] | {"sparsity": value} for value in dict.fromkeys(values)]
+        elif "sparsity" not in alike[0]:
+            theirs = " and ".join(dict.fromkeys(in_base))
+            raise InputError(
+                f"expected {flag} for {architecture}, got none; what sets the sparsity of "
+                f"{theirs} in the set-up means another thing there"
+            )
+        for fields in alike:
+            fields = {**fields, "architecture": architecture, **changes}
+            if width is not None:
+                # The extra width evens the training compute (paper section 4.1).
+                wider = architecture == "relu" and not flags.equal_width
+                fields["d_sae"] = width * 3 // 2 if wider else width
+            if values or not own:
+                fields["name"] = f"{architecture}-{fields['sparsity']:g}"
+            specs.append(validated(SAESpec, fields, {**names, "sparsity": flag}))
+    return specs
+
+
+# What the number that sets an architecture's sparsity counts: where two differ, one says nothing
+# about the other.
+WEIGHS: dict[Architecture, str] = {"gated": "L1", "relu": "L1", "jumprelu": "L0", "topk": "k"}
+
+
+def _turned(spec: SAESpec, architecture: Architecture) -> dict[str, Any]:
+    """Return a spec's settings for another architecture: as wide as that one is beside it."""
+    fields = spec.model_dump()
+    if architecture == "relu":
+        fields["d_sae"] = spec.d_sae * 3 // 2
+    elif spec.architecture == "relu":
+        fields["d_sae"] = spec.d_sae * 2 // 3
+    if WEIGHS[spec.architecture] != WEIGHS[architecture]:
+        del fields["sparsity"]
+    return fields
 
 
 def added_specs(base: RunConfig, **flags: Any) -> list[SAESpec]:
@@ -400,15 +438,15 @@ def added_specs(base: RunConfig, **flags: Any) -> list[SAESpec]:
 
 def _knob(flags: Train, architecture: Architecture) -> Knob:
     if architecture == "jumprelu" and flags.jumprelu_sparsity:
-        return Knob("--jumprelu-sparsity", flags.jumprelu_sparsity)
-    return Knob("--k", flags.k) if architecture == "topk" else Knob("--sparsity", flags.sparsity)
+        return "--jumprelu-sparsity", flags.jumprelu_sparsity
+    return ("--k", flags.k) if architecture == "topk" else ("--sparsity", flags.sparsity)
 
 
 def _check_knobs(flags: Train, knobs: dict[Architecture, Knob]) -> None:
     """Raise InputError if a flag sets the sparsity of nothing in the sweep."""
     for name in ("sparsity", "jumprelu_sparsity", "k"):
         flag = _said(name)
-        if getattr(flags, name) and flag not in {knob.flag for knob in knobs.values()}:
+        if getattr(flags, name) and flag not in dict(knobs.values()):
             wanted = {"jumprelu_sparsity": "jumprelu", "k": "topk"}.get(name, "gated or relu")
             raise InputError(
                 f"{flag}: expected {wanted} among the architectures, got {', '.join(knobs)}; "
