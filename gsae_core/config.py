@@ -157,7 +157,7 @@ class DataConfig(Config):
     text column) as the tokenizer's chat template writes them. What it puts in counts like other
     text, but for BOS, EOS and padding."""
 
-    separator: Annotated[str, Field(pattern=r"^[^\r\n]+$")] | None = None
+    separator: str | None = None
     """A line that ends a document of plain text; `none` takes none. None takes `<|endoftext|>` and
     the tokenizer's own end of text, in `.txt` files."""
 
@@ -182,6 +182,13 @@ class DataConfig(Config):
                 "expected a name in UTF-8: rename it, or name the folder that it is in"
             )
         return source
+
+    @field_validator("separator")
+    @classmethod
+    def _separator_is_a_line(cls, separator: str | None) -> str | None:
+        if separator is not None and not re.fullmatch(r"[^\r\n]+", separator):
+            raise ValueError("expected one line of text, or none where no line ends a document")
+        return separator
 
     @property
     def named(self) -> str:

@@ -140,6 +140,14 @@ def unreadable(path: Path, error: OSError) -> str:
     return f"expected a file to read at {path}, got: {error.strerror}"
 
 
+def not_permitted(where: object) -> str:
+    """Return the sentence for a file or folder that this user may not read."""
+    return (
+        f"expected a file that can be read at {where}, got no permission: change its owner or "
+        "mode, or leave it out"
+    )
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

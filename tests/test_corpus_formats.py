@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 from corpora import BOS, EOS, WordTokenizer, counted, file, load, refusal, rows, token_rows, words
+from refusals import refusal as refused
 
 from gsae_core.config import DataConfig, load_config, validated
 from gsae_core.errors import InputError
@@ -422,6 +423,35 @@ def test_a_line_of_ones_own_parts_every_kind_of_text(tmp_path: Path) -> None:
     assert documents(archive) == ["w1\n---\nw2 ---\n", "---\nw3"]
 
 
+@pytest.mark.parametrize("line", ["", "\n", "--\n--", "--\r"])
+def test_what_ends_documents_is_one_line(line: str) -> None:
+    told = refused(lambda: validated(DataConfig, {"separator": line}, {"separator": "--separator"}))
+    assert told == (
+        "--separator: expected one line of text, or none where no line ends a document, got "
+        f"{line!r}"
+    )
+
+
+def test_a_line_is_refused_where_documents_are_told_in_another_way(tmp_path: Path) -> None:
+    np.arange(24, dtype="uint16").tofile(tmp_path / "a.bin")
+    table = json.dumps({"text": "w1"})
+    (tmp_path / "saved").mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        file(tmp_path / "saved" / name, "{}")
+    for source, kind in {
+        tmp_path / "a.bin": "token ids",
+        file(tmp_path / "t.jsonl", table): "a table",
+        zipped(tmp_path / "t.zip", {"t.jsonl": table}): "a table",
+        tmp_path / "saved": "a table",
+        "owner/name": "a data set on the Hub",
+        "stdlib": "files that are a document each",
+    }.items():
+        assert refusal(source, separator="---") == (
+            f"expected plain text for --separator, got {kind} in {source}: leave out --separator"
+        )
+    assert counted(load(tmp_path / "a.bin", separator="none").train)
+
+
 def test_a_document_may_end_in_another_part_than_it_began(tmp_path: Path) -> None:
     lines = [f"w{i}" if i % 10 else "<|endoftext|>" for i in range(1, 100)]
     path = file(tmp_path / "a.txt", "\n".join(lines))
@@ -631,6 +661,22 @@ def test_a_long_row_is_cut_at_the_ends_of_its_lines() -> None:
     assert "".join(parts) == text
     assert all(part.endswith("\n") for part in parts)
     assert max(map(len, parts)) <= PART
+
+
+def test_a_long_row_is_cut_by_copying_it_once() -> None:
+    copied = 0
+
+    class Text(str):
+        def __getitem__(self, which: Any) -> str:
+            nonlocal copied
+            found = super().__getitem__(which)
+            copied += len(found)
+            return Text(found)
+
+    text = Text("x" * (16 * PART))
+    assert sum(len(part.content) for part in parts_of(text)) == len(text)
+    # Once to look for an end, once as a part.
+    assert copied <= 2 * len(text)
 
 
 def test_an_ordinary_text_is_tokenised_in_one_piece_as_ever(tmp_path: Path) -> None:

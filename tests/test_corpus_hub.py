@@ -114,6 +114,26 @@ def test_a_mark_is_no_text_on_the_hub_either(hub: Hub, name: str, content: bytes
     assert counted(corpus.held_out) + counted(corpus.train) == list(range(12))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_data_of_a_json_file_are_rows_on_the_hub_too(
+    hub: Hub, indent: int | None
+) -> None:
+    held = {"version": "1", "data": [{"id": i, "text": f"w{2 * i} w{2 * i + 1}"} for i in range(6)]}
+    hub.add("owner/name", {"a.json": json.dumps(held, indent=indent).encode()}, kind="datasets")
+    corpus = load("owner/name")
+    assert sorted(counted(corpus.held_out) + counted(corpus.train)) == list(range(12))
+    texts = {"data": [f"w{i}" for i in range(12)]}
+    hub.add("owner/texts", {"a.json": json.dumps(texts, indent=indent).encode()}, kind="datasets")
+    corpus = load("owner/texts")
+    assert sorted(counted(corpus.held_out) + counted(corpus.train)) == list(range(12))
+
+
+def test_chats_in_a_column_data_are_chats_on_the_hub(hub: Hub) -> None:
+    line = json.dumps({"id": "q-000002", "data": [{"role": "user", "content": "w1"}]})
+    hub.add("owner/name", {"a.jsonl": f"{line}\n{line}\n".encode()}, kind="datasets")
+    assert "got chats in column 'data': read chats" in refusal("owner/name")
+
+
 MEND = "; name others, or mend the files in a folder"
 
 

@@ -29,6 +29,16 @@ TEXTS = [ROOT / source for source in PAGES.values()] + sorted(DOCS.rglob("*.md")
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
+def test_the_page_of_text_names_every_suffix_that_is_read() -> None:
+    from gsae_core.lm import packed, readers, tables
+
+    page = (DOCS / "text.md").read_text(encoding="utf-8")
+    suffixes = {*tables.TABLE_SUFFIXES, *readers.TOKEN_SUFFIXES, *packed.PACKED}
+    suffixes |= {*packed._PACKED_TARS, ".zip", ".tar", ".txt"}
+    assert {suffix for suffix in suffixes if f"`{suffix}`" not in page} == set()
+    assert "(docs/text.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 

@@ -101,6 +101,15 @@ def test_the_command_line_imports_lists_and_evaluates(
     assert "sae_weights.safetensors" in shown
 
 
+def test_chats_are_evaluated_on_where_an_import_says_so(
+    foreign: Path, root: Path, tiny_lm_folder: Path, small_text: Path
+) -> None:
+    words = ["import", str(foreign), "--to", str(root / "new"), "--model", str(tiny_lm_folder)]
+    assert main.main([*words, "--data", str(small_text), "--chat"]) == 0
+    data = Run.open(root / "new").config.data
+    assert (data.source, data.chat) == (str(small_text), True)
+
+
 def test_norms_are_folded_when_an_import_asks_for_it(
     foreign: Path, root: Path, tiny_lm_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +127,7 @@ def test_norms_are_folded_when_an_import_asks_for_it(
     [
         ("import {theirs} --to {out}", "expected the model of the SAEs in {theirs}, which their"),
         ("import {theirs} --to {out} --model m --layer -1", "--layer: expected a number greater"),
+        ("import {theirs} --to {out} --model m --chat", "--chat: expected --data with it, got n"),
         ("import {theirs} --to {out} --model m --sae x", "({name}), got 'x'"),
         ("import {theirs} --to {theirs} --model m", "expected a new or empty folder for the run"),
         ("import {theirs} --to {out}/-x --model m", "expected a run name of 1 to 64 letters"),

@@ -379,6 +379,15 @@ def test_resuming_a_transfer_that_is_done_is_a_sentence(
     assert "expected a transfer that is not done, got one that led to http" in said(capsys)
 
 
+def test_a_transfer_is_resumed_on_no_device(
+    root: Path, released: Repo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transfer = asked(root / "other")
+    assert main.main(["resume", str(transfer.folder), "--device", "cpu"]) == 2
+    refused = "--device: expected none for a transfer of files, which computes nothing, got 'cpu'"
+    assert f"{refused}; leave it out" in said(capsys)
+
+
 # Language models and data sets
 
 

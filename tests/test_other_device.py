@@ -1,8 +1,9 @@
 """A run made on another machine's device works here: evaluated, indexed, labelled and resumed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from app_pages import edited, opened, text
@@ -13,7 +14,9 @@ from gsae_core.cli.main import main
 from gsae_core.runs.plan import cost
 from gsae_core.runs.plan.cost import device_here
 from gsae_core.runs.run import Run
+from gsae_core.runs.work.setup import on_device_here
 from gsae_core.runs.work.train import train_run
+from gsae_core.text import Progress
 
 LACKED = (
     "gsae_core: the run was made with --device cuda:9, which this machine lacks: cpu takes its "
@@ -45,6 +48,25 @@ def from_elsewhere(run: Run) -> Run:
 
 def noted(run: Run) -> list[tuple[str, str]]:
     return [(e["device"], e["named"]) for e in run.events() if e["event"] == "other device"]
+
+
+def test_an_index_of_several_saes_says_so_once(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, built = from_elsewhere(finished), list[str]()
+
+    def index_run(one: Run, name: str, **_: object) -> Iterator[Progress]:
+        on_device_here(one)
+        built.append(name)
+        yield Progress("finished", 1, 1)
+
+    manifest = SimpleNamespace(n_bytes=1, l0=1.0, amount=lambda: "1 held-out token")
+    monkeypatch.setattr("gsae_core.cli.main.index_run", index_run)
+    monkeypatch.setattr("gsae_core.cli.main.read_manifest", lambda folder: manifest)
+    assert main(["index", str(run.folder)]) == 0
+    assert built == [spec.name for spec in run.config.saes]
+    assert len(built) > 1
+    assert capsys.readouterr().err.splitlines() == [LACKED]
 
 
 def test_what_is_asked_for_comes_first_then_what_the_run_names_if_it_is_here(

@@ -114,6 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, sentence = error.args
         say(sentence)
         return code
+    except PermissionError as error:
+        say(
+            f"expected permission for {error.filename}, got none: change its owner or mode, or "
+            "choose another"
+        )
+        return MISTAKE
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -132,7 +138,7 @@ def _unexpected(job: Job, *, log: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, Ended):
+    except (InputError, Ended, PermissionError):
         raise
     except Exception as error:
         path = job.folder / "log.txt"
@@ -200,6 +206,11 @@ def harvest(flags: Harvest) -> None:
 def resume(run: _Run, device: _Device = None) -> None:
     """Go on with a run that was interrupted or never started, from its last saved state."""
     if transfer.is_transfer(run):
+        if device is not None:
+            raise InputError(
+                f"--device: expected none for a transfer of files, which computes nothing, got "
+                f"{device!r}; leave it out"
+            )
         _carry_out(transfer.Transfer(run.absolute()))
     else:
         _work(Run.open(run).on(device))
@@ -404,11 +415,12 @@ def index(
         tokens: Tokens to read, masked positions left out, or as many as the text has.
         split: Which of the text to read.
     """
-    opened = Run.open(run).on(device)
+    opened, warned = Run.open(run).on(device), set[str]()
     for name in [sae] if sae else [spec.name for spec in opened.config.saes]:
         folder = index_folder(opened, name)
         with _unexpected(Job(folder)):
-            stage = _follow(index_run(opened, name, n_tokens=tokens, split=split))
+            steps = index_run(opened, name, n_tokens=tokens, split=split)
+            stage = _follow(steps, warned=warned)
         if stage != "finished":
             again = f"{PROGRAM} index {opened.folder} --sae {name}"
             raise Ended(INTERRUPTED, f"stopped; go on with: {again}")
@@ -425,6 +437,7 @@ def import_(
     layer: _Number = None,
     site: _Site = None,
     data: _Name = None,
+    chat: _Switch = False,
     fold_decoder_norms: _Switch = False,
 ) -> None:
     """Make a run of SAEs that another library wrote: evaluated and explored like one of ours.
@@ -441,6 +454,7 @@ def import_(
         layer: Block number, from 0, likewise.
         site: Place in the block, likewise.
         data: Text to evaluate on; without it the Python standard library's.
+        chat: Read the chats in --data by the tokenizer's chat template.
         fold_decoder_norms: Multiply features by the norms of their directions, as SAELens'
             fold_W_dec_norm and Neuronpedia show them; reconstructions are the same.
     """
@@ -448,9 +462,11 @@ def import_(
 
     if layer is not None:
         validated(ModelConfig, {"layer": layer}, {"layer": "--layer"})
-    place = {"model": model, "layer": layer, "site": site}
+    if chat and data is None:
+        raise InputError("--chat: expected --data with it, got none; it says how that is read")
+    place, text = {"model": model, "layer": layer, "site": site}, {"data": data, "chat": chat}
     fold = fold_decoder_norms
-    run, sources = import_saes(path, to, **place, saes=sae, data=data, fold_decoder_norms=fold)
+    run, sources = import_saes(path, to, **place, saes=sae, **text, fold_decoder_norms=fold)
     show(f"run {run.folder}")
     for name, source in sources.items():
         show(f"{name}: {source.architecture} of {source.library}")
@@ -655,15 +671,22 @@ def _carry_out(asked: transfer.Transfer) -> None:
     show(f"run {asked.root / result}" if asked.is_pull else result)
 
 
-def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()) -> str:
+def _follow(
+    progress: Iterator[Progress],
+    *,
+    before_training: Sequence[str] = (),
+    warned: set[str] | None = None,
+) -> str:
     """Draw a bar for each stage until the work ends; return the last stage.
 
-    `before_training` are sentences to say before the bar of that stage.
+    `before_training` are sentences to say before the bar of that stage, `warned` those that were
+    said before and are not repeated.
     """
     stage, bar, began = "", None, time.monotonic()
     line_at = began + LINE_SECONDS
+    shown = _warnings(set() if warned is None else warned)
     # train_run and evaluate_run are generators, though their type says Iterator: closed, they save.
-    with contextlib.closing(progress), contextlib.ExitStack() as bars, _warnings():  # pyright: ignore
+    with contextlib.closing(progress), contextlib.ExitStack() as bars, shown:  # pyright: ignore
         for now in progress:
             if now.stage != stage:
                 bars.close()
@@ -688,15 +711,24 @@ def _follow(progress: Iterator[Progress], *, before_training: Sequence[str] = ()
 
 
 @contextlib.contextmanager
-def _warnings() -> Iterator[None]:
-    """Say what setting up a run or an evaluation warns of, which a worker's log alone would."""
-    logger, handler = logging.getLogger("gsae_core.runs.work.setup"), logging.Handler("WARNING")
-    handler.emit = lambda record: say(record.getMessage())
-    logger.addHandler(handler)
+def _warnings(warned: set[str]) -> Iterator[None]:
+    """Say once what setting up work warns of, which a worker's log alone would."""
+    names = ("gsae_core.runs.work.setup", "gsae_core.lm.vectors")
+    loggers, handler = [*map(logging.getLogger, names)], logging.Handler("WARNING")
+
+    def emit(record: logging.LogRecord) -> None:
+        if (sentence := record.getMessage()) not in warned:
+            warned.add(sentence)
+            say(sentence)
+
+    handler.emit = emit
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _bar(now: Progress) -> "tqdm[NoReturn]":
@@ -890,13 +922,16 @@ def _announcement(
     features = f"{n} feature{'s' * (n > 1)} of {index.manifest.sae}"
     if isinstance(writer, LocalWriter):
         return f"{features}: {writer.name} on this machine writes; no text leaves it"
-    texts = N_SHOWN + 2 * N_SCORED * scored
+    n_texts = N_SHOWN + 2 * N_SCORED * scored
+    texts = f"{n_texts} texts of each, of at most {BEFORE + 1 + AFTER} tokens out of"
+    if index.manifest.unit == "vector":
+        texts = f"{n_texts} captions of each, out of"
     token = ", and the token in OPENAI_API_KEY" if writer.has_token else ""
     is_bare = urlsplit(writer.where).scheme == "http"
     bare = ", over a connection that is not encrypted" * is_bare
     return (
-        f"{features}: sending to {writer.where}, for {writer.name}, up to {texts} texts of each, "
-        f"of at most {BEFORE + 1 + AFTER} tokens out of {index.manifest.text}{token}{bare}"
+        f"{features}: sending to {writer.where}, for {writer.name}, up to {texts} "
+        f"{index.manifest.text}{token}{bare}"
     )
 
 

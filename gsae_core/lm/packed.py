@@ -228,11 +228,12 @@ def parts_of(text: str, *, ends: bool = True) -> Iterator[Part]:
     ends with them.
     """
     is_long = len(text) > LONG_ROW or any(len(line) > LONG_LINE for line in text.split("\n"))
-    while is_long and len(text) > PART:
-        end = _end_of_piece(text[:PART], PART)
-        yield Part(text[:end], ends=False)
-        text = text[end:]
-    yield Part(text, ends=ends)
+    start = 0
+    while is_long and len(text) - start > PART:
+        end = start + _end_of_piece(text[start : start + PART], PART)
+        yield Part(text[start:end], ends=False)
+        start = end
+    yield Part(text[start:], ends=ends)
 
 
 def _end_of_piece(text: str, size: int) -> int:

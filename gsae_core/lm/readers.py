@@ -43,6 +43,7 @@ import numpy as np
 
 from gsae_core.config import DataConfig
 from gsae_core.errors import HUB_NAME, InputError
+from gsae_core.files import not_permitted
 from gsae_core.lm.chat import ChatTemplate
 from gsae_core.lm.packed import (
     PACKED,
@@ -124,12 +125,14 @@ def open_source(
             raise no_split(cfg.split, cfg.source, ["train"])
         if cfg.source == "stdlib":
             _check_columns(cfg, "text")
+            _check_lines(cfg, "files that are a document each")
             return _stdlib(cfg)
         # One file of an unknown name may be text all the same: opening it tells.
         return _files(cfg, [path], _kind(path) or "text", vocabulary, end_of_text, chats)
     if cfg.source and os.path.isdir(path):  # Path("") is the current folder
         saved = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
         if any(all((path / name).exists() for name in names) for names in saved):
+            _check_lines(cfg, "a table")
             return _saved(cfg, path, chats)
         read, kind = _files_to_read(path, cfg)
         return _files(cfg, read, kind, vocabulary, end_of_text, chats)
@@ -141,6 +144,7 @@ def open_source(
             "expected `stdlib`, a file, a folder or the name of a data set on the Hub, found "
             f"nothing at {cfg.source or 'an empty name'}: check the path"
         )
+    _check_lines(cfg, "a data set on the Hub")
     read_anew = [READ_ANEW] if cfg.text_column is None else []
     stamp = ("hub", cfg.source, cfg.split, str(cfg.text_column), *_anew(cfg, chats), *read_anew)
 
@@ -165,10 +169,16 @@ def permitted(name: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
+        raise InputError(not_permitted(error.filename or name)) from None
+
+
+def _check_lines(cfg: DataConfig, kind: str) -> None:
+    """Refuse a line that ends documents where documents are told in another way."""
+    if cfg.separator not in (None, "none"):
         raise InputError(
-            f"expected a file that can be read at {error.filename or name}, got no permission: "
-            "change its owner or mode, or leave it out"
-        ) from None
+            f"expected plain text for --separator, got {kind} in {cfg.source}: leave out "
+            "--separator"
+        )
 
 
 def _check_columns(cfg: DataConfig, kind: Kind) -> None:
@@ -238,6 +248,8 @@ def _files(
 
     if kind in ("tokens", "text"):
         _check_columns(cfg, kind)
+    if kind in ("tokens", "table"):
+        _check_lines(cfg, {"tokens": "token ids", "table": "a table"}[kind])
     sidecars = [each for path in paths if kind == "tokens" and (each := _sidecar(path)).exists()]
     read_anew = [READ_ANEW] if kind == "table" else []
     if kind != "text":
@@ -272,6 +284,7 @@ def _of_archives(
     )
     n_tables = sum(n for suffix, n in suffixes.items() if suffix in TABLE_SUFFIXES)
     if n_tables > suffixes[".txt"] or (n_tables and (cfg.chat or cfg.text_column)):
+        _check_lines(cfg, "a table")
         tables = ((str(path), _rows_in(path)) for path in paths)
         yield from table_parts(tables, cfg.text_column, chats)
         return

@@ -71,10 +71,14 @@ def _values(file: File, lines: Iterator[str]) -> Iterator[Any]:
         yield value
         yield from map(json.loads, chain([second], lines))
         return
-    # One object: a row, unless it has the rows under `data` and no document itself.
+    yield from _held_rows(value)
+
+
+def _held_rows(value: Any) -> list[Any]:
+    """Return a JSON object as a row, or the rows under its `data` if no document is beside them."""
     held = value.get("data") if isinstance(value, dict) and pick_column([value]) is None else None
     is_table = isinstance(held, list) and all(isinstance(each, str | dict) for each in held)
-    yield from held if isinstance(held, list) and is_table else [value]
+    return held if isinstance(held, list) and is_table else [value]
 
 
 def _columnar(file: File) -> Iterator[Row]:
@@ -183,6 +187,10 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
                 told = row.get("json")
                 row = {key: row[key] for key in row if not key.startswith("__")}
                 row |= told if isinstance(told, dict) else {}
+            # Files of one object each come as rows, and so do chats in a column `data`.
+            if kind == "json" and as_chat(row.get("data")) is None:
+                yield from ({"text": r} if isinstance(r, str) else r for r in _held_rows(row))
+                continue
             yield {"text": row["text"].removeprefix("\ufeff")} if kind == "text" else row
     except InputError:
         raise

@@ -126,6 +126,8 @@ class Run(Job):
         folder = Path(folder).absolute()
         path = folder / "config.json"
         if not os.path.lexists(path):
+            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+                raise InputError(files.not_permitted(folder))
             raise InputError(
                 f"expected a run folder with a config.json, found none in {folder}; "
                 "give the folder that the training command printed"

@@ -23,6 +23,7 @@ from gsae_core.checkpoints.formats.libraries import (
 )
 from gsae_core.checkpoints.formats.refused import refusal
 from gsae_core.errors import InputError
+from gsae_core.files import not_permitted
 
 MOST_FILES, DEEPEST = 10_000, 8
 MOST_CONFIGS = 20
@@ -82,7 +83,11 @@ def find_saes(path: Path | str) -> list[FoundSAE]:
 def _files(root: Path) -> Iterator[Path]:
     """Yield the regular files below a folder in order; links to folders are not followed."""
     n_seen = 0
-    for place, folders, names in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise InputError(not_permitted(error.filename)) from error
+
+    for place, folders, names in os.walk(root, onerror=refuse):
         depth = len(Path(place).relative_to(root).parts)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < DEEPEST else []
         for name in sorted(names):

@@ -28,6 +28,7 @@ def import_saes(
     site: Site | None = None,
     saes: Sequence[str] = (),
     data: str | None = None,
+    chat: bool = False,
     fold_decoder_norms: bool = False,
 ) -> tuple[Run, dict[str, Provenance]]:
     """Make a finished run of the SAEs in a file or folder; return it and each one's origin by name.
@@ -38,6 +39,7 @@ def import_saes(
         model, layer, site: in place of the files' word.
         saes: names (`FoundSAE.name`) of those to take; all that are there, if empty.
         data: text to evaluate on later; None takes the standard library's.
+        chat: whether chats in it are read by the tokenizer's chat template.
         fold_decoder_norms: whether latents are in the units of SAELens' `fold_W_dec_norm`.
     """
     found = find_saes(path)
@@ -54,7 +56,7 @@ def import_saes(
         fields = {
             "model": {"name": place.model, "layer": place.layer, "site": place.site},
             # Nothing is trained on the text; as many tokens are read as are evaluated on.
-            "data": {"held_out": 0.5} | ({} if data is None else {"source": data}),
+            "data": {"held_out": 0.5} | ({} if data is None else {"source": data, "chat": chat}),
             "saes": tuple(spec for spec, _ in read),
             "train": TrainRecipe(n_tokens=EvalConfig().n_tokens),
             "activation_scale": "none",
