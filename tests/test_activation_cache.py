@@ -11,15 +11,19 @@ import pytest
 import torch
 from refusals import refusal
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_runs import finish, outcome
 from torch import Tensor
 
+from gsae_core.config import NO_MODEL
 from gsae_core.errors import InputError
 from gsae_core.lm import harvest as harvesting
 from gsae_core.lm.corpus import SequenceSet
 from gsae_core.lm.harvest import CachedActivations, Harvest, fingerprint, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.stored import described
 from gsae_core.lm.stream import ActivationStream
+from gsae_core.lm.vectors import VectorSource
 from gsae_core.runs.run import Run
 
 D_IN, N_CTX = 3, 5
@@ -107,6 +111,25 @@ def test_a_second_reader_asks_the_model_for_nothing(tmp_path: Path) -> None:
     cache.fill()
     assert torch.equal(read(cache), WANTED)
     assert again.n_sequences == 0
+
+
+def test_what_earlier_versions_kept_is_read_and_not_harvested_again(tmp_path: Path) -> None:
+    cached(tmp_path).cache.fill()
+    for path in shards(tmp_path):
+        with safe_open(path, "pt") as file:
+            x, metadata = file.get_tensor("x"), file.metadata()
+        save_file({"x": x}, path, metadata=metadata)  # vectors alone
+    # And of the model the name alone.
+    (tmp_path / "about.json").write_text('{"model": "bundled", "format": 1, "n_ctx": 5}')
+    again, cache = cached(tmp_path)
+    cache.fill()
+    assert torch.equal(read(cache), WANTED)
+    assert again.n_sequences == 0
+    assert described(tmp_path)[0].name == NO_MODEL
+    source = VectorSource(str(tmp_path), device=torch.device("cpu"))
+    assert (len(source.vectors), source.name) == (40, NO_MODEL)
+    found = np.concatenate([*source.vectors.rows(np.arange(40))])
+    assert sorted(found[:, 0].tolist()) == WANTED[:, 0].tolist()
 
 
 def test_a_longer_reading_of_the_text_harvests_only_what_it_lacks(tmp_path: Path) -> None:

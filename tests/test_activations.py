@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_server import Chat
 from refusals import mistake, refusal
 from safetensors.numpy import load_file, save_file
 from tiny_runs import SMALL, finish, flat, leave_at, outcome
@@ -16,9 +17,9 @@ from gsae_core.analysis.fidelity import evaluating_vectors
 from gsae_core.cli.main import main
 from gsae_core.config import NO_MODEL, NO_PLACE, RunConfig, TrainRecipe
 from gsae_core.lm.corpus import load_corpus
-from gsae_core.lm.harvest import Harvest, open_cache
-from gsae_core.lm.model import load_model
-from gsae_core.lm.stored import described
+from gsae_core.lm.harvest import CachedActivations, Harvest, open_cache
+from gsae_core.lm.model import LanguageModel, load_model
+from gsae_core.lm.stored import described, open_vectors
 from gsae_core.lm.stream import ActivationStream
 from gsae_core.lm.vectors import BLOCK, StoredHarvest, StoredSequences, VectorSource
 from gsae_core.runs.run import Run
@@ -224,17 +225,99 @@ def test_numbers_of_vectors_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert np.isnan(found.fidelity.loss_recovered)
 
 
+@pytest.mark.slow
+def test_saes_of_vectors_are_fine_tuned_on_their_folder(
+    on_vectors: Callable[..., Run], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(run := on_vectors())
+    words = ["finetune", str(run.folder), "--sae", "gated", "--tokens", "160"]
+    assert main([*words, "--out", str(folder.parent / "tuned")]) == 0
+    tuned = Run.open(folder.parent / "tuned")
+    assert (tuned.config.activations, tuned.config.finetuned) == (str(folder), run.id)
+    assert tuned.config.places == (NO_PLACE,)
+    (row,), (before, _) = tuned.evals(), run.evals()
+    assert row["n_tokens"] == 3 * BLOCK
+    assert row["loss_recovered"] is None
+    assert row["fvu"] < 1.2 * before["fvu"]
+    began = [row["fvu"] for row in tuned.metrics()]
+    random = [row["fvu"] for row in run.metrics() if row["sae"] == "gated"]
+    assert began[0] < 0.5 * random[0]
+    for other in (["--loss", "kl"], ["--data", "stdlib"]):
+        assert mistake([*words, *other, "--out", str(folder.parent / "x")], capsys).startswith(
+            f"expected loss mse and no other text for SAEs of {run.id}, which learnt vectors of a "
+        )
+
+
+@pytest.mark.slow
+def test_vectors_that_are_outliers_are_left_out_and_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.load(folder / "part-1.npy")
+    rows = [0, 1, 40, 47, 200]  # the first two of block 0, which is held out
+    x[rows] *= 1000 / np.linalg.norm(x[rows], axis=1, keepdims=True)
+    np.save(folder / "part-1.npy", x)
+    words = ["train", "--activations", str(folder), *sweep(), "--out"]
+    assert main([*words, str(folder.parent / "all")]) == 0
+    assert "0.40 % of vectors are longer than 10 times the median" in capsys.readouterr().err
+    out = folder.parent / "ordinary"
+    assert main([*words, str(out), "--max-norm-ratio", "10"]) == 0
+    run = Run.open(out)
+    for row in run.evals():
+        assert (row["n_tokens"], row["n_outliers"]) == (3 * BLOCK - 2, 2)
+        assert row["fvu"] == row["fvu_ordinary"]
+    for row in Run.open(folder.parent / "all").evals():
+        assert (row["n_tokens"], row["n_outliers"]) == (3 * BLOCK, 2)
+    (noted,) = (event for event in run.events() if event["event"] == "set up")
+    assert noted["mean_square_norm"] < 100
+    assert main(["index", str(out), "--sae", "relu-0.05"]) == 0
+    manifest = run.features("relu-0.05").manifest
+    assert (manifest.n_tokens, manifest.n_left_out) == (795, 5)
+
+
+@pytest.mark.slow
+def test_labels_are_written_from_captions(
+    on_vectors: Callable[..., Run], chat: Chat, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    finish(run := on_vectors())
+    assert main(["index", str(run.folder), "--sae", "relu"]) == 0
+    words = ["label", str(run.folder), "--sae", "relu", "--most", "1", "--with", "small"]
+    assert main([*words, "--remote"]) == 0
+    (label,) = run.features("relu").labels.latest("label").values()
+    assert label.model == "small"
+    assert 0 <= (label.score or 0) <= 1
+    asked, scored = chat.questions
+    assert asked.count("<<picture ") == 12
+    assert "of captions" not in scored
+    assert scored.count("picture ") == 10
+    said = capsys.readouterr().err
+    assert f"up to 22 captions of each, out of {folder}" in said
+    told = mistake([*words, "--remote", "--again", "--score", "fuzzing"], capsys)
+    assert told.startswith("expected detection of captions, got fuzzing")
+    assert len(chat.questions) == 2
+
+
 # Harvest on one machine, train on another
 
 
 @pytest.fixture
 def harvested(tiny_lm_folder: Path, small_text: Path, tmp_path: Path) -> Path:
     """A folder with the activations of a `small` run."""
-    words = ["harvest", "--model", str(tiny_lm_folder), "--data", str(small_text)]
+    return harvest_to(tiny_lm_folder, small_text, tmp_path / "there")
+
+
+def harvest_to(lm: Path, text: Path, folder: Path) -> Path:
+    words = ["harvest", "--model", str(lm), "--data", str(text), "--to", str(folder)]
     place = SMALL[: SMALL.index("--arch")]
     amounts = ["--tokens", "320", "--eval-tokens", "64", "--device", "cpu"]
-    assert main([*words, *place, *amounts, "--to", str(tmp_path / "there")]) == 0
-    return tmp_path / "there"
+    assert main([*words, *place, *amounts]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harvest_once(
+    tiny_lm_folder: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return harvest_to(tiny_lm_folder, small_text, tmp_path_factory.mktemp("once") / "there")
 
 
 def without_seconds(run: Run) -> list[dict[str, Any]]:
@@ -302,12 +385,18 @@ def test_a_harvested_folder_says_what_it_is_of(harvested: Path, tiny_lm_folder: 
         read = StoredHarvest(source, own, layer=1, site="mlp_hidden").vectors(which)
         wanted = Harvest(lm, theirs, layer=1, site="mlp_hidden").vectors(which)
         assert torch.equal(torch.cat([*read]), torch.cat([*wanted]))
-    path = (harvested / "vocabulary.json").rename(harvested / ".kept")
+    vocabulary = harvested / "vocabulary.json"
+    path = vocabulary.rename(harvested / ".kept")
     assert refusal(source.readable, [(source.corpus(0.5).train, np.arange(1))]) == (
         f"expected {harvested / 'vocabulary.json'}, which harvest writes, found none; give its "
         "command again"
     )
-    path.rename(harvested / "vocabulary.json")
+    for damaged in ("{", "{}", "[]", "[1, 2]"):
+        vocabulary.write_text(damaged)
+        assert refusal(source.readable, [(source.corpus(0.5).train, np.arange(1))]).endswith(
+            f"texts of tokens in {vocabulary}, got others; give its command again"
+        )
+    path.rename(vocabulary)
     x = load_file(shard := harvested / "train-00000.safetensors")["x"]
     save_file({"x": x}, shard)
     source = VectorSource(str(harvested), device=CPU)
@@ -354,18 +443,26 @@ def test_a_harvest_goes_on_and_refuses_another_in_its_folder(
     )
 
 
-def test_the_activation_cache_is_such_a_folder(
-    tiny_lm_folder: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def filled(
+    tiny_lm: LanguageModel, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> CachedActivations:
+    """The activation cache of 300 tokens."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    lm = load_model(str(tiny_lm_folder))
     data = RunConfig.model_validate(
         {"saes": [{"name": "a", "architecture": "relu", "d_sae": 2, "sparsity": 1}]}
         | {"train": {"n_tokens": 5000}, "data": {"source": str(small_text)}}
     ).data
-    corpus = load_corpus(data, lm.tokenizer, n_tokens=300, model_n_ctx=lm.n_ctx)
-    cache = open_cache(lm, corpus.train, layer=1, site="mlp_out")
+    corpus = load_corpus(data, tiny_lm.tokenizer, n_tokens=300, model_n_ctx=tiny_lm.n_ctx)
+    cache = open_cache(tiny_lm, corpus.train, layer=1, site="mlp_out")
     cache.fill()
+    return cache
+
+
+def test_the_activation_cache_is_such_a_folder(
+    filled: CachedActivations, tiny_lm_folder: Path
+) -> None:
+    cache = filled
     model, text = described(cache.folder)
     assert (model.name, model.hook_name, text) == (
         str(tiny_lm_folder),
@@ -375,8 +472,80 @@ def test_the_activation_cache_is_such_a_folder(
     source = VectorSource(str(cache.folder), device=CPU)
     assert not source.is_harvested
     (vectors,) = source.vectors.rows(np.arange(len(source.vectors)))
-    which = np.arange(len(corpus.train))
+    which = np.arange(len(cache.sequences))
     assert np.array_equal(vectors, torch.cat([*cache.vectors(which)]).numpy())
+
+
+@pytest.mark.slow
+def test_vectors_of_the_activation_cache_are_shown_with_their_tokens(
+    filled: CachedActivations, tiny_lm: LanguageModel, tmp_path: Path
+) -> None:
+    words = ["train", "--activations", str(filled.folder), *sweep(), "--out", str(tmp_path / "run")]
+    assert main([*words, "--tokens", "160"]) == 0
+    assert main(["index", str(tmp_path / "run"), "--sae", "relu-0.05"]) == 0
+    index = Run.open(tmp_path / "run").features("relu-0.05")
+    feature = index.feature(int(np.argmax(index.table["fired"])))
+    ids, mask = filled.sequences[:]
+    rows = [[tiny_lm.tokenizer.decode(i).strip() for i in row] for row in ids.tolist()]
+    wanted = {
+        " ".join([*row[max(0, at - 12) : at], f"[{row[at]}]"])
+        for row, counted in zip(rows, mask.tolist(), strict=True)
+        for at in np.flatnonzero(counted)
+    }
+    shown = {example.tokens[example.at] for example in feature.top(20)}
+    assert len(shown) > 5
+    assert {each.replace("[ ", " [").strip() for each in shown} <= wanted
+
+
+def test_a_cache_whose_tokens_cannot_be_told_says_so_and_shows_its_rows(
+    filled: CachedActivations, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shard,) = filled.folder.glob("*.safetensors")
+    save_file({"x": load_file(shard)["x"]}, shard)  # as earlier versions wrote it
+    words = ["train", "--activations", str(filled.folder), *sweep(), "--out", str(tmp_path / "run")]
+    assert main([*words, "--tokens", "160"]) == 0
+    assert (
+        f"gsae_core: expected token ids of {filled._model.name} beside the vectors in {shard}, got "
+        "none or others: the files' names and rows are shown in place of texts; harvest writes a "
+        "folder that has them"
+    ) in capsys.readouterr().err.splitlines()
+    samples = Run.open(tmp_path / "run").samples()
+    assert samples is not None
+    (latent, *_) = samples["saes"]["relu-0.05"]["latents"]
+    assert latent["examples"][0]["tokens"][0].startswith(f"{shard.name} row ")
+
+
+WRONG: dict[str, list[Any]] = {
+    "model": [7.5, [], None],
+    "layer": ["1", -1, 0.5, None],
+    "site": ["resid", 0, []],
+    "dtype": ["int8", 32, None],
+    "numerics": [7.5, [], None],
+    "revision": [7.5, []],
+    "data": ["stdlib", [], {"train": 3}, {"n_ctx": "16"}],
+    "splits": [
+        *(None, 3, [], {}, {"train": {"n_shards": 1}}),
+        *({"train": wrong, "held_out": wrong} for wrong in (3, {}, [1], None)),
+        *({"train": {"n_shards": n}, "held_out": {"n_shards": n}} for n in ("1", 0, -1, None)),
+    ],
+    "text": [7.5, [], None],
+    "n_ctx": ["16", 0, 7.5, [], None],
+    "bos": ["yes", 1, None],
+    "special": [None, 0, ["a"], {}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_key_of_about_json_of_a_wrong_kind_is_one_sentence(name: str, harvest_once: Path) -> None:
+    about = json.loads((path := harvest_once / "about.json").read_text())
+    for value in WRONG[name]:
+        try:
+            path.write_text(json.dumps(about | {name: value}))
+            for act in (described, open_vectors):
+                told = refusal(act, harvest_once)
+                assert told.startswith(f"expected what harvest says of a folder in {path}, got ")
+        finally:
+            path.write_text(json.dumps(about))
 
 
 # Flags

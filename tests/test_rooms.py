@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
     "ground": 2120,
     "sae": 3190,
-    "lm": 5620,
+    "lm": 5720,
     "training": 1100,
     "checkpoints": 3060,
     "analysis": 5000,
     "plots": 1310,
     "runs": 4750,
-    "cli": 1840,
+    "cli": 1870,
     "app": 3880,
 }
 FILES, TOP_ENTRIES, LONGEST_FUNCTION = 139, 21, 80

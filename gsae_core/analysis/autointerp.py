@@ -236,6 +236,11 @@ def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "det
 
 def label_feature(feature: "Feature", writer: Writer, *, by: By | None = "detection") -> Annotation:
     """Write a label, score it (`by` None: not), and append both to the index's labels."""
+    if by == "fuzzing" and feature.index.manifest.unit == "vector":
+        raise InputError(
+            "expected detection of captions, got fuzzing: a caption stands for its whole vector, "
+            "and nothing in it is marked"
+        )
     label = write_label(feature, writer)
     return feature.index.labels.add(
         feature.number,

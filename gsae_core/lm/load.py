@@ -159,6 +159,11 @@ def _classes(kind: str) -> dict[str, Any]:
     }
 
 
+def open_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """Return the tokenizer of the language model that `name` stands for."""
+    return _tokenizer(_Origin(name, model_folder(name), revision or "main"))
+
+
 def _tokenizer(origin: _Origin) -> Any:
     from transformers import AutoTokenizer
 

@@ -30,14 +30,15 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int64
+from pydantic import BaseModel, Field
 
-from gsae_core.config import NO_MODEL, DataConfig, ModelConfig, validated
+from gsae_core.config import NO_MODEL, DataConfig, ModelConfig, Site, validated
 from gsae_core.errors import InputError, extra
-from gsae_core.files import parse_json, read_json, replace_durably
+from gsae_core.files import parse_json, read_checked, read_json, replace_durably
 from gsae_core.machine import cache_folder
 
 SUFFIXES = (".safetensors", ".npy", ".parquet")
@@ -159,6 +160,11 @@ class StoredVectors:
             return [], []
         return [_Table(shard.path) for shard in self.shards], self.edges[:-1]
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether anything is said of the vectors."""
+        return bool(self._tables[0])
+
     def captions(self, numbers: Int64[np.ndarray, " n"]) -> list[str]:
         """Return what is said of vectors by ascending number: a caption, or else file and row."""
         tables, starts = self._tables
@@ -218,10 +224,43 @@ def described(folder: Path | str) -> tuple[ModelConfig, DataConfig | None]:
     return validated(ModelConfig, fields), None if data is None else validated(DataConfig, data)
 
 
+class _Split(BaseModel):
+    n_shards: int = Field(gt=0)
+
+
+class _Splits(BaseModel):
+    train: _Split
+    held_out: _Split
+
+
+class _About(BaseModel):
+    """What about.json holds of activations of a language model."""
+
+    model: str
+    layer: int = Field(ge=0)
+    site: Site
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    numerics: str = "raw"
+    revision: str | None = None
+    data: DataConfig | None = None
+
+
+class _Harvested(_About):
+    splits: _Splits
+    text: str
+    n_ctx: int = Field(gt=0)
+    bos: bool
+    special: list[int]
+
+
 def _about(folder: Path) -> dict[str, Any]:
-    about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    path = folder / ABOUT
+    about = read_json(path) if path.is_file() else {}
     # Another program's may be called so, too.
-    return about if {"model", "layer", "site"} <= set(about) else {}
+    if not {"model", "layer", "site"} <= set(about):
+        return {}
+    schema = _Harvested if "splits" in about else _About
+    return read_checked(path, schema, what="what harvest says of a folder")
 
 
 def _paths(folder: Path, about: dict[str, Any]) -> list[Path]:

@@ -6,6 +6,7 @@ sequence is `BLOCK` vectors that follow each other, and sequences are held out a
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,9 +19,16 @@ from torch import Tensor
 from gsae_core.config import NO_MODEL, Place, Site
 from gsae_core.errors import InputError
 from gsae_core.files import read_bytes
-from gsae_core.lm.corpus import Corpus, SequenceSet, _held_out
+from gsae_core.lm.corpus import Corpus, SequenceSet, _held_out, special_ids
 from gsae_core.lm.harvest import Harvest, _side_by_side, default_rows
+from gsae_core.lm.load import open_tokenizer
 from gsae_core.lm.stored import VOCABULARY, StoredVectors, open_vectors
+from gsae_core.lm.texts import in_sequence, raw_texts
+
+log: logging.Logger = logging.getLogger(__name__)
+
+# Tokens of context that stand before a token of an activation cache.
+BEFORE = 12
 
 # Vectors that are drawn together: the order of 10^8 of them is then one of 6 million numbers.
 BLOCK = 16
@@ -126,9 +134,10 @@ class VectorSource:
         vectors, about = self.vectors, self.vectors.about
         shards = vectors.split(split) or []
         # Another program that wrote the shards anew may have left ids out.
-        none = np.empty((0, int(about["n_ctx"])), "<i4")
-        ids = [none if (own := vectors.shards[k].ids) is None else own for k in shards]
-        rows = np.concatenate([none, *ids])
+        none = np.empty((0, about["n_ctx"]), "<i4")
+        ids = [vectors.shards[k].ids for k in shards]
+        fits = [own for own in ids if own is not None and own.shape[1] == about["n_ctx"]]
+        rows = np.concatenate([none, *fits])
         found = StoredSequences(rows, tuple(about["special"]))
         n = sum(len(vectors.shards[k].x) for k in shards)
         if found.n_tokens != n:
@@ -151,7 +160,8 @@ class VectorSource:
     ) -> tuple[list[StoredSequences], list[str]]:
         """Return some sequences of some splits as tokens, and what each token id stands for.
 
-        Without a text every vector is a sequence of one token, which stands for its caption.
+        Without a text every vector is a sequence of one token, which stands for its caption; of an
+        activation cache, for the token it is of, in brackets, behind those before it.
         """
         parts = [(own, which) for own, which in parts if isinstance(own, StoredSequences)]
         if self.is_harvested:
@@ -161,17 +171,61 @@ class VectorSource:
                 )
                 for own, which in parts
             ]
-            path = self.vectors.folder / VOCABULARY
-            lacks = f"expected {path}, which harvest writes, found none; give its command again"
-            return chosen, json.loads(read_bytes(path, missing=lacks))
+            return chosen, self._vocabulary(chosen)
         known: dict[str, int] = {}
         chosen = []
         for own, which in parts:
             numbers = own.numbers(which)
-            captions = self.vectors.captions(numbers)
+            captions = self._in_context(numbers) or self.vectors.captions(numbers)
             ids = np.array([known.setdefault(each, len(known)) for each in captions], np.uint32)
             chosen.append(StoredSequences(ids[:, None], first=numbers))
         return chosen, list(known)
+
+    def _vocabulary(self, chosen: Sequence[StoredSequences]) -> list[str]:
+        """Return the text of each token id of a harvested folder."""
+        path, again = self.vectors.folder / VOCABULARY, "give its command again"
+        lacks = f"expected {path}, which harvest writes, found none; {again}"
+        data = read_bytes(path, missing=lacks)
+        try:
+            texts = json.loads(data)
+        except (ValueError, RecursionError):
+            texts = None
+        need = max((int(each._rows.max(initial=-1)) for each in chosen), default=-1) + 1
+        is_whole = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+        if not is_whole or len(texts) < need:
+            raise InputError(f"expected {need:,} texts of tokens in {path}, got others; {again}")
+        return texts
+
+    def _in_context(self, numbers: Int64[np.ndarray, " n"]) -> list[str] | None:
+        """Return the token of each vector of an activation cache; None where it cannot be told."""
+        if not self.vectors.about or self.vectors.has_captions:
+            return None
+        edges, said = self.vectors.edges, list[str]()
+        try:
+            tokenizer = open_tokenizer(self.name)
+            raw = raw_texts(tokenizer, range(len(tokenizer)))
+            special = sorted(special_ids(tokenizer))
+            for shard, start, stop in zip(self.vectors.shards, edges, edges[1:], strict=False):
+                own = numbers[(start <= numbers) & (numbers < stop)] - start
+                if not len(own):
+                    continue
+                ids = np.empty((0, 1), "<i4") if shard.ids is None else shard.ids
+                counted = np.flatnonzero(~np.isin(ids, special))
+                if len(counted) != len(shard.x) or not 0 <= ids.min() <= ids.max() < len(raw):
+                    raise InputError(
+                        f"expected token ids of {self.name} beside the vectors in {shard.path}, "
+                        "got none or others"
+                    )
+                flat, n_ctx = ids.reshape(-1), ids.shape[1]
+                for at in counted[own].tolist():
+                    first = max(at - BEFORE, at // n_ctx * n_ctx)
+                    *before, token = in_sequence([raw[i] for i in flat[first : at + 1].tolist()])
+                    said.append(f"{''.join(before)}[{token}]")
+        except InputError as error:
+            why = "the files' names and rows are shown in place of texts; harvest writes a folder"
+            log.warning("%s: %s that has them", error, why)
+            return None
+        return said
 
 
 class StoredHarvest(Harvest):
