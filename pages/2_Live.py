@@ -55,7 +55,7 @@ LOSS_PARTS = {
     "sparsity": "sparsity_loss",
     "auxiliary": "auxiliary",
 }
-LOG = ("l0", "fvu", *LOSS_PARTS.values())
+LOG = ("l0", "fvu", "kl", *LOSS_PARTS.values())
 MOVING = ("queued", "starting", "running", "cancelling")
 DAMAGE_CAUSE = "A power cut or a full disk can cause this; check the free disk space."
 N_HUES = len(RUN_COLOURS["light"])
@@ -68,6 +68,7 @@ frame = shell.page(
 )
 run = shell.need_run(frame, "its curves")
 X_AXES: dict[str, XAxis] = {f"{run.config.unit}s": "tokens", "steps": "step", "time": "seconds"}
+loss_parts = LOSS_PARTS | ({"KL divergence": "kl"} if run.config.loss == "kl" else {})
 drawn = frame.statuses.get(run.id)
 if drawn is None:
     notice(f"{run.id} was deleted, or its status is damaged.", title="This run cannot be read")
@@ -130,7 +131,7 @@ def figures(
 ) -> list[tuple[LiveChart, str, str]]:
     """Return each chart with its name and what it says to those who cannot see it."""
     x = X_AXES[st.session_state["x"]]
-    loss = LOSS_PARTS[st.session_state["part"]]
+    loss = loss_parts[st.session_state["part"]]
     columns = (loss, "l0", "fvu", "gamma", "gamma_gate", "dead_gate", "dead_magnitude", "lr")
     charts = [
         (
@@ -264,7 +265,7 @@ hooks = [place.hook_name for place in run.config.places]
 correct("places", hooks, what="hook point of this run", shown="the rest")
 # Here, not in the closed popover that holds both choices.
 correct("x", list(X_AXES), what="axis", shown=next(iter(X_AXES)))
-correct("part", list(LOSS_PARTS), what="part of the loss", shown=next(iter(LOSS_PARTS)))
+correct("part", list(loss_parts), what="part of the loss", shown=next(iter(loss_parts)))
 config = run.config
 plain(
     ("" if config.model.name == NO_MODEL else f"{config.model.name} · {config.hook_names} · ")
@@ -283,7 +284,7 @@ with st.container(horizontal=True, vertical_alignment="center", gap="small"):
     options = st.popover("View", icon=":material/settings:")
 with options:
     choice("Horizontal axis", X_AXES, key="x", what="axis")
-    choice("Loss", LOSS_PARTS, key="part", what="part of the loss")
+    choice("Loss", loss_parts, key="part", what="part of the loss")
     st.slider(
         "Smoothing",
         0.0,

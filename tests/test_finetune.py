@@ -16,6 +16,7 @@ from tiny_runs import finish, leave_at, outcome, tiny_config
 from gsae_core.cli.main import main
 from gsae_core.config import EvalConfig, SAESpec, TrainRecipe, load_config
 from gsae_core.runs.run import Run
+from gsae_core.runs.work import setup
 from gsae_core.runs.work.finetune import create_finetuned, finetuned_config, unit_norm_
 from gsae_core.runs.work.imports import import_saes
 from gsae_core.runs.work.publish import make_card
@@ -260,6 +261,20 @@ def test_without_a_language_model_there_is_no_end_to_end_loss(begun: Run) -> Non
     )
     with_text = {"n_tokens": 320, "data": {"source": "text.txt"}}
     assert "got data: there" in refusal(lambda: finetuned_config(run, ["gated"], **with_text))
+
+
+def test_memory_for_logits_is_asked_for(
+    begun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, int]] = []
+    monkeypatch.setattr(setup, "check_memory", lambda *_, **sizes: asked.append(sizes))
+    for loss in ("mse", "kl"):
+        config = finetuned_config(
+            begun, ["gated"], n_tokens=320, loss=loss, recipe={"batch_size": 48}
+        )
+        setup.set_up(create_finetuned(begun, tmp_path / loss, config))
+    # Three sequences of 16 tokens in a batch of 48, and 40 words.
+    assert [sizes["n_logits"] for sizes in asked] == [0, 3 * 16 * 40]
 
 
 # The command

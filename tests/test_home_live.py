@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from app_pages import HOSTILE, NASTY, edited, opened, text, write_samples
 from streamlit.testing.v1 import AppTest
-from synthetic import config, two_places, write_run
+from synthetic import config, two_places, write_metrics, write_run
 
 from gsae_core.cli.report import time_spent
 from gsae_core.config import RunConfig
@@ -278,6 +278,14 @@ def test_all_that_shapes_the_view_is_in_the_address(root: Path) -> None:
     assert at.multiselect(key="overlay").value == ["other"]
     assert "ReLU baseline" in text(at)
     assert "</span> other</span>" in text(at)
+
+
+def test_end_to_end_fine_tuning_has_a_curve_of_its_kl(root: Path) -> None:
+    ours = config()
+    run = write_run(root, "done", run_config=ours.model_copy(update={"loss": "kl"}))
+    write_metrics(run, [row | {"kl": 0.5} for row in run.metrics()])
+    at = opened(LIVE, run="done", part="KL divergence")
+    assert at.segmented_control(key="part").value == "KL divergence"
 
 
 def test_the_newest_numbers_are_a_table_once_it_is_opened(root: Path) -> None:

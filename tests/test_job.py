@@ -16,7 +16,13 @@ from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.model import LanguageModel
 from gsae_core.runs.jobs.worker import Worker
 from gsae_core.runs.plan import cost
-from gsae_core.runs.plan.cost import check_memory, memory_parts, n_parameters, resolve_device
+from gsae_core.runs.plan.cost import (
+    COPIES_OF_LOGITS,
+    check_memory,
+    memory_parts,
+    n_parameters,
+    resolve_device,
+)
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.train import evaluate_run, log_every
 from gsae_core.sae.architectures import build_sae, fold_scale_
@@ -110,6 +116,14 @@ def test_the_need_of_memory_is_a_sum_one_can_redo() -> None:
     for n_cores, step in ((None, 410), (1, 3.5 * 512 * 5), (2, 3.5 * 512 * 7), (9, 3.5 * 512 * 7)):
         parts = memory_parts(config(5), lambda _: 3, chunk_vectors=100, n_cores=n_cores)
         assert sum(parts.values()) == 4 * (learnt + step + harvest)
+
+
+def test_logits_of_the_end_to_end_loss_are_part_of_the_need() -> None:
+    parts = [
+        memory_parts(config(5), lambda _: 3, chunk_vectors=100, n_cores=None, n_logits=n)
+        for n in (0, 1000)
+    ]
+    assert parts[1] == parts[0] | {"predictions": 4 * COPIES_OF_LOGITS * 1000}
 
 
 def test_a_dictionary_too_wide_for_memory_is_told_with_need_and_free(

@@ -18,7 +18,7 @@ LINES = {
     "checkpoints": 3060,
     "analysis": 5000,
     "plots": 1310,
-    "runs": 4750,
+    "runs": 4760,
     "cli": 1870,
     "app": 3880,
 }

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from refusals import refusal
 from tiny_runs import N_STEPS, finish, leave_at, outcome
 from torch import Tensor
 
 from gsae_core.checkpoints.checkpoint import read_cfg
+from gsae_core.config import SAESpec
 from gsae_core.errors import InputError
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import train
@@ -24,8 +26,10 @@ def run(new_run: Callable[..., Run]) -> Run:
     return new_run(checkpoint_minutes=60)
 
 
-def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = False) -> None:
-    """Let the ReLU SAE's gradients at a step, or those of all SAEs, not be finite."""
+def spoil_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = False, batch: bool = False
+) -> None:
+    """Let the ReLU SAE's gradients at a step, those of all SAEs or their batch not be finite."""
     seen: dict[int, list[Tensor]] = {}
     original = Stepper.attempt
 
@@ -36,7 +40,8 @@ def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, *, every_sae: bool = Fa
         grad = self._sae.b_dec.grad
         assert grad is not None
         if len(batches) == step and (every_sae or isinstance(self._sae, ReluSAE)):
-            grad[0] = math.nan
+            (x[0] if batch else grad)[0] = math.nan
+            return original(self, x, **settings) if batch else made
         return made
 
     monkeypatch.setattr(Stepper, "attempt", attempt)
@@ -76,6 +81,16 @@ def test_a_run_of_which_every_sae_stopped_is_refused(
     with pytest.raises(InputError, match=rf"got none: gated stopped at step {step}: the gradient"):
         finish(run)
     assert [name for name, _ in stops(run)] == ["gated", "relu"]
+
+
+@pytest.mark.parametrize("name", ["activations", "gated"])
+def test_a_run_that_its_activations_stopped_is_advised_on_them_and_no_other_is(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = new_run(saes=(SAESpec(name=name, architecture="gated", d_sae=24, sparsity=0.3),))
+    spoil_at(monkeypatch, 3, every_sae=True, batch=name == "gated")
+    advice = "give the model float32" if name == "gated" else "lower the learning rate"
+    assert refusal(finish, run).endswith(f"; {advice} and start a new run")
 
 
 def test_a_run_left_at_the_step_that_stops_an_sae_says_so_before_and_after_it_goes_on(

@@ -30,6 +30,7 @@ TITLES = {
     "reconstruction": "squared error",
     "sparsity_loss": "sparsity penalty",
     "auxiliary": "auxiliary error",
+    "kl": "KL divergence",
     "l0": "L0",
     "fvu": "FVU",
     "gamma": "γ of the output",

@@ -346,10 +346,14 @@ def choose_step(sae: SAE, density: float | None, *, screened: bool) -> Callable[
     return partial(sparse_step, screened=True) if screened else sparse_step
 
 
+SPOILT = "the activations are not finite"
+"""The cause that no SAE and no recipe is to blame for."""
+
+
 def nonfinite_cause(sae: SAE, x: Rows, result: StepResult) -> str:
     """Return what is not finite about a step whose gradients are in `.grad`."""
     if not bool(x.isfinite().all()):
-        return "the activations are not finite"
+        return SPOILT
     for name, term in result.loss._asdict().items():
         if not bool(term.isfinite()):
             return f"the {name} loss is not finite"

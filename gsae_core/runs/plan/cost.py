@@ -34,6 +34,9 @@ DENSE_MATRICES = {"gated": 8.2, "relu": 3.4, "jumprelu": 7.0, "topk": 6.6}
 # more; a JumpReLU's or TopK's dense step is autograd's. Blocks are as large for small batches.
 SPARSE_MATRICES = {"gated": 3.5, "relu": 3.5, "jumprelu": 6.5, "topk": 4.0}
 LEAST_ROWS = 512
+# Of the end-to-end loss in float32: logits of both passes, their logarithms and derivatives;
+# 9.2 were measured at 4 x 128 x 8192.
+COPIES_OF_LOGITS = 10
 # Encoder-sized products in a training step, forward and backward.
 PRODUCTS_PER_STEP = 8
 # Guesses for a machine that has trained nothing yet, in floating-point operations a second.
@@ -68,9 +71,14 @@ def widths(cfg: RunConfig, width: Width) -> list[int]:
 
 
 def memory_parts(
-    cfg: RunConfig, width: Width, *, chunk_vectors: int, n_cores: int | None
+    cfg: RunConfig, width: Width, *, chunk_vectors: int, n_cores: int | None, n_logits: int = 0
 ) -> dict[str, int]:
-    """Return about how many bytes training takes, the model left out; `n_cores`: None on a GPU."""
+    """Return about how many bytes training takes, the model left out.
+
+    Args:
+        n_cores: None on a GPU.
+        n_logits: computed at a time for the end-to-end loss.
+    """
     learnt = COPIES_IN_TRAINING * all_parameters(cfg, width)
     rows, matrices = cfg.train.batch_size, DENSE_MATRICES
     if n_cores is not None:
@@ -82,6 +90,7 @@ def memory_parts(
         "weights, gradients, moments": FLOAT32 * learnt,
         "one step": FLOAT32 * step,
         "chunk of activations": FLOAT32 * 2 * chunks,  # with its shuffled copy
+        **({"predictions": FLOAT32 * COPIES_OF_LOGITS * n_logits} if n_logits else {}),
     }
 
 
@@ -143,10 +152,13 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(cfg: RunConfig, width: Width, device: torch.device, *, chunk_vectors: int) -> None:
-    """Refuse training that does not fit in memory."""
+def check_memory(
+    cfg: RunConfig, width: Width, device: torch.device, *, chunk_vectors: int, n_logits: int = 0
+) -> None:
+    """Refuse training that does not fit in memory; `n_logits` as `memory_parts`."""
     n_cores = torch.get_num_threads() if device.type == "cpu" else None
-    parts = memory_parts(cfg, width, chunk_vectors=chunk_vectors, n_cores=n_cores)
+    sizes = {"chunk_vectors": chunk_vectors, "n_logits": n_logits}
+    parts = memory_parts(cfg, width, **sizes, n_cores=n_cores)
     need = sum(parts.values())
     free = free_memory(device)
     if need > free:

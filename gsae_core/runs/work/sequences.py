@@ -22,6 +22,12 @@ from gsae_core.sae.base import Rows
 from gsae_core.training.end_to_end import Divergence, SequenceBatch, kl_divergence
 
 
+def sequences_at_once(model: LanguageModel, n_ctx: int) -> int:
+    """Return how many sequences are predicted at a time: their logits are in memory."""
+    most = LOGITS_CPU if model.device.type == "cpu" else LOGITS_GPU
+    return max(1, most // (n_ctx * model.d_vocab))
+
+
 class SequenceStream(ActivationStream):
     """An `ActivationStream` whose batches are whole sequences of `model`.
 
@@ -70,9 +76,7 @@ class SequenceStream(ActivationStream):
         """
         model, harvest, scale = self._model, self.harvest, self.scales[k]
         layer, site = harvest.places[k]
-        on_cpu = model.device.type == "cpu"
-        width = harvest.sequences.n_ctx * model.d_vocab
-        rows = max(1, (LOGITS_CPU if on_cpu else LOGITS_GPU) // width)
+        rows = sequences_at_once(model, harvest.sequences.n_ctx)
         kl, slopes, done, n = x_hat.new_zeros(()), [], 0, 0
         for first in range(0, len(which), rows):
             ids, mask = harvest.sequences[which[first : first + rows]]

@@ -32,7 +32,7 @@ from gsae_core.lm.vectors import StoredHarvest, VectorSource
 from gsae_core.runs.outliers import outliers_met
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run, read_added
-from gsae_core.runs.work.sequences import SequenceStream
+from gsae_core.runs.work.sequences import SequenceStream, sequences_at_once
 from gsae_core.sae.architectures import build_sae, fold_scale_
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.sae.jumprelu import JumpReluSAE
@@ -98,7 +98,12 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         )
     widest = max(model.width(place.site) for place in (*cfg.places, *beside))
     chunk_vectors = default_chunk_vectors(widest, cfg.train.n_steps * cfg.train.batch_size)
-    check_memory(cfg, model.width, model.device, chunk_vectors=chunk_vectors)
+    sizes = {"chunk_vectors": chunk_vectors, "n_logits": 0}
+    if cfg.loss == "kl" and isinstance(model, LanguageModel):
+        n_ctx = cfg.data.n_ctx or min(model.n_ctx, 256)
+        n_rows = min(sequences_at_once(model, n_ctx), max(1, cfg.train.batch_size // n_ctx))
+        sizes["n_logits"] = n_rows * n_ctx * model.d_vocab
+    check_memory(cfg, model.width, model.device, **sizes)
     need, free = 2 * state_bytes(cfg, model.width), free_bytes(run.folder)
     if need > free:
         raise InputError(

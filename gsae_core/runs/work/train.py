@@ -57,6 +57,7 @@ from gsae_core.runs.work.setup import (
 )
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
+from gsae_core.training.learner import SPOILT
 from gsae_core.training.trainer import StepReport, train
 
 # Enough points for a chart as wide as a screen, few enough that a page reads them in one go.
@@ -91,9 +92,8 @@ def train_and_evaluate(run: Run) -> Iterator[Progress]:
         save_saes(part, setup)
         if part is run and len(setup.stopped) == len(setup.trainer.saes):
             name, reason = next(iter(setup.stopped.items()))
-            mend = (
-                "give the model float32" if "activations" in reason else "lower the learning rate"
-            )
+            spoilt = reason.endswith(SPOILT)
+            mend = "give the model float32" if spoilt else "lower the learning rate"
             raise InputError(
                 f"expected an SAE that learns to the end, got none: {name} stopped at {reason}; "
                 f"{mend} and start a new run"
