@@ -191,8 +191,8 @@ class VectorSource:
         except (ValueError, RecursionError):
             texts = None
         need = max((int(each._rows.max(initial=-1)) for each in chosen), default=-1) + 1
-        is_whole = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
-        if not is_whole or len(texts) < need:
+        texts = texts if isinstance(texts, list) else []
+        if len(texts) < need or not all(isinstance(each, str) for each in texts):
             raise InputError(f"expected {need:,} texts of tokens in {path}, got others; {again}")
         return texts
 

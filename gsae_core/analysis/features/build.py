@@ -112,7 +112,7 @@ def build_index(
     """
     model.check(layer, site)
     check_width(sae, model.width(site), name=name, hook_name=f"{site} of layer {layer}")
-    began, building = time.time(), folder / "building"
+    began, building, data = time.time(), folder / "building", folder / "building" / "data"
     parts, harvests, texts = _sources(model, parts, layer=layer, site=site)
     # Of no text: every vector stands for itself.
     bare = model.vectors if isinstance(model, VectorSource) and not model.is_harvested else None
@@ -120,11 +120,9 @@ def build_index(
     hashes = {"weights_sha256": weights_sha256, "tokens_sha256": _tokens_sha256(parts, bare)}
     plan = {"schema_version": SCHEMA_VERSION, **hashes, "hook": [layer, site]}
     _resume_or_clear(building, plan | _how(model, shards, max_norm))
-    unit = "token" if bare is None else "vector"
     for now in _read_shards(sae, parts, shards, harvests, max_norm):
-        yield now._replace(unit=unit)
+        yield now._replace(unit="token" if bare is None else "vector")
     yield Progress("sorting", 0, sae.d_sae, "feature")
-    data = building / "data"
     totals, facts = _sort_shards(shards, parts, data, d_sae=sae.d_sae)
     n_read, n_tokens = n_tokens, int(totals["sums"][0])
     if bare is not None:
