@@ -117,10 +117,8 @@ def create_finetuned(run: Run, folder: Path, config: RunConfig) -> Run:
         for spec in config.saes:
             sae = load_sae(trained_folder(run, spec.name))
             unit_norm_(sae, spec.name)
-            metadata = run.sae_metadata(spec.name)
-            save_sae(
-                sae, start / spec.name, metadata={k: metadata[k] for k in _ABOUT & {*metadata}}
-            )
+            about = {k: v for k, v in run.sae_metadata(spec.name).items() if k in _ABOUT}
+            save_sae(sae, start / spec.name, metadata=about)
         made = Run.create(folder, config)
         os.replace(start, made.folder / "start")
         for spec in config.saes:

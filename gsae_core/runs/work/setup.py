@@ -118,24 +118,17 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         began = [each for each in corpora if each.train.n_tokens == n]
         _check_text(run, (began or corpora)[-1], so="start a new run")
     stream, *later = _streams(run, model, corpora, widest)
-    sparsity = [
-        sparsity_in_training_units(
-            spec,
-            d_in=stream.harvest.widths[i],
-            scale=stream.scales[i],
-            mean_square_norm=stream.mean_square_norms[i],
-        )
-        for spec, i in zip(cfg.saes, cfg.reads, strict=True)
-    ]
+    saes, sparsity = [], []
+    for spec, i in zip(cfg.saes, cfg.reads, strict=True):
+        d_in, scale, power = stream.harvest.widths[i], stream.scales[i], stream.mean_square_norms[i]
+        units = sparsity_in_training_units(spec, d_in=d_in, scale=scale, mean_square_norm=power)
+        sparsity.append(units)
+        saes.append(beginning(run, spec, stream, i).to(model.device))
     train_cfg = TrainConfig(
         **cfg.train.model_dump(),
         sparsity=tuple(each.coeff for each in sparsity),
         lrs=tuple(spec.lr or cfg.train.lr for spec in cfg.saes),
     )
-    saes = [
-        beginning(run, spec, stream, i).to(model.device)
-        for spec, i in zip(cfg.saes, cfg.reads, strict=True)
-    ]
     noted = _noted(cfg, stream)
     for sentence in outliers_met(noted, cfg.unit):
         log.warning(sentence)
