@@ -329,7 +329,6 @@ def extend(
         jumprelu_sparsity: The same of JumpReLU SAEs; without it --sparsity.
         k: Latents of a token in TopK SAEs to add.
         arch: Architectures of the SAEs to add; without it those of the sweep.
-        device: Where to work; without it the run's device, or what this machine has in its place.
     """
     from gsae_core.runs.work.extend import add_saes, lengthen, lengthened, withdraw
 
