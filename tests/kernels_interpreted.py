@@ -72,10 +72,10 @@ def test_the_kernels_are_available_to_an_interpreter_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("switches", EVERY_OBJECTIVE)
 def test_every_objective_equals_the_dense_step(switches: dict[str, Any]) -> None:
-    assert_equals_dense(random_sae(**switches, d_in=5, d_sae=9).float(), numbers(7, 5))
+    assert_equals_dense(random_sae(**switches, d_in=5, d_sae=7).float(), numbers(3, 5))
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=10)
 @given(descriptions())
 def test_random_sizes_switches_and_layouts_equal_the_dense_step(what: dict[str, Any]) -> None:
     sae, x, coeff, dead = instance(what)
@@ -97,9 +97,10 @@ def test_thresholds_and_their_windows_equal_the_dense_step(bandwidth: float) -> 
 @pytest.mark.parametrize("dead", [None, (), (1, 4), range(9)])
 @pytest.mark.parametrize("k", [1, 3, 9])
 def test_ranks_and_dead_latents_equal_the_dense_step(k: int, dead: Any) -> None:
+    # With k = 9 a latent has twenty entries, more than the 16 that its sums read at once.
     sae = random_sae("topk", 5, 9, k=k).float()
     lost = None if dead is None else torch.isin(torch.arange(9), torch.tensor(list(dead)))
-    assert_equals_dense(sae, numbers(70, 5), dead=lost)
+    assert_equals_dense(sae, numbers(20 if k == 9 else 6, 5), dead=lost)
 
 
 def test_ranks_of_several_blocks_of_rows_equal_the_dense_step(
@@ -207,7 +208,7 @@ def test_parameters_of_other_strides_have_the_dense_steps_gradients(
         if chosen in (None, name):
             parameter.data = relaid(parameter, "strided" if parameter.ndim == 1 else layout)
             assert not parameter.is_contiguous()
-    assert_equals_dense(sae, numbers(7, 5), dead=torch.arange(9) < 4)
+    assert_equals_dense(sae, numbers(4, 5), dead=torch.arange(9) < 4)
 
 
 def test_a_tensor_that_a_kernel_would_misread_is_not_launched() -> None:
@@ -267,15 +268,15 @@ def test_gradients_replace_earlier_ones_and_lie_as_their_parameters_do() -> None
 
 
 def test_no_matrix_of_batch_by_dictionary_is_ever_made() -> None:
-    sae = random_sae("gated", 2, 300, shift=-50.0).float()
+    sae = random_sae("gated", 2, 100, shift=-50.0).float()
 
     def step(sae: GatedSAE | ReluSAE, x: Tensor, *, sparsity_coeff: float) -> StepResult:
         return kernel_step(sae, x, sparsity_coeff=sparsity_coeff, capacity=100)
 
-    # 40 x 300 pre-activations; the interpreter also copies byte by byte, at most the 7200 bytes
+    # 40 x 100 pre-activations; the interpreter also copies byte by byte, at most the 2400 bytes
     # of six sums per latent.
-    assert largest(step, sae, numbers(40, 2)) <= 7200 < 40 * 300
-    assert largest(dense_step, sae, numbers(40, 2)) >= 40 * 300
+    assert largest(step, sae, numbers(40, 2)) <= 2400 < 40 * 100
+    assert largest(dense_step, sae, numbers(40, 2)) >= 40 * 100
 
 
 def test_activations_that_are_no_numbers_show_in_the_loss() -> None:
@@ -314,7 +315,7 @@ def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.Mo
         return original(*args, **settings)
 
     cfg = TrainConfig(
-        n_tokens=20 * 8, batch_size=20, sparsity=(0.1,), lr=0.01, revive_window=2, revive_every=0
+        n_tokens=6 * 5, batch_size=6, sparsity=(0.1,), lr=0.01, revive_window=2, revive_every=0
     )
     learnt = []
     for by in (kernel_step, None):
@@ -327,11 +328,11 @@ def test_a_step_by_the_kernels_is_the_trainers(kind: str, monkeypatch: pytest.Mo
                 patch.setattr(Stepper, "attempt", _dense_attempt)
             else:
                 patch.setattr(kernels, "kernel_step", by)
-            for i in range(8):
-                trainer.step(numbers(20, 5, seed=i))
+            for i in range(5):
+                trainer.step(numbers(6, 5, seed=i))
         learnt.append(sae)
     # The first step knows no density; a TopK SAE's does.
-    assert len(taken_by_kernels) == (8 if kind == "topk" else 7)
+    assert len(taken_by_kernels) == (5 if kind == "topk" else 4)
     assert any(dead is not None and dead.any() for dead in taken_by_kernels)
     for (name, p), other in zip(learnt[0].named_parameters(), learnt[1].parameters(), strict=True):
         torch.testing.assert_close(p, other, atol=1e-5, rtol=1e-4, msg=name)
@@ -378,8 +379,8 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
     """Return an SAE after a step on each of x."""
     sae = random_sae(kind, 5, 9, **FOUR[kind]).float()
     cfg = TrainConfig(
-        n_tokens=20 * len(x),
-        batch_size=20,
+        n_tokens=x.shape[0] * x.shape[1],
+        batch_size=x.shape[1],
         sparsity=(0.1,),
         lr=0.01,
         lr_warmup_steps=0,
@@ -397,7 +398,7 @@ def learnt(kind: str, x: Tensor) -> BuiltinSAE:
 def test_a_kernel_that_cannot_be_launched_makes_every_step_a_dense_one(
     kind: str, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    x = numbers(6, 20, 5)
+    x = numbers(4, 8, 5)
     error, said = triton_errors()[which]
     broken = Raises(error)
     # The last kernel of a step: what the others left in `.grad` means nothing.
@@ -428,7 +429,7 @@ def test_other_errors_of_a_launch_are_not_swallowed(
 ) -> None:
     monkeypatch.setattr("gsae_core.sae.gpu.kernels.place_entries", Raises(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
-        learnt("gated", numbers(3, 20, 5))
+        learnt("gated", numbers(3, 8, 5))
 
 
 def test_room_is_asked_for_as_many_open_gates_as_there_are_places_for_at_most(
