@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable
@@ -27,7 +26,8 @@ from gsae_core.runs.work.index import index_run
 from gsae_core.runs.work.train import evaluate_run, train_run
 from gsae_core.text import Progress
 
-STEPS = sorted(random.Random(16014).sample(range(1, N_STEPS + 1), 10))
+STEPS = {11: (), 20: (), 4: pytest.mark.slow, 13: pytest.mark.slow, 25: pytest.mark.slow}
+"""Between two saved states, at a revival, and more."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "saved_every_third_step")
@@ -94,7 +94,11 @@ def resumed(run: Run) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "done"), [*(("training", step) for step in STEPS), ("evaluating", 100)]
+    ("stage", "done"),
+    [
+        *(pytest.param("training", step, marks=marks) for step, marks in STEPS.items()),
+        ("evaluating", 100),
+    ],
 )
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(
     run: Run, undisturbed: dict[str, Any], stage: str, done: int
@@ -117,8 +121,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
     assert steps == list(range(1, N_STEPS + 1))  # 30 steps are fewer than 300 points: all logged
 
 
-@pytest.mark.parametrize("line", ["replace", "fsync"])
-@pytest.mark.parametrize("n", [2, 5, 8, 11, 14])
+@pytest.mark.parametrize(
+    ("line", "n"),
+    [
+        *(("replace", 5), ("fsync", 2), ("fsync", 14)),
+        *(pytest.param("replace", n, marks=pytest.mark.slow) for n in (2, 11)),
+        pytest.param("fsync", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_a_file_is_written_it_ends_with_the_same_bits(
     run: Run, undisturbed: dict[str, Any], line: str, n: int
 ) -> None:
