@@ -252,8 +252,8 @@ def test_a_run_cut_anywhere_and_resumed_has_the_same_bits(monkeypatch: pytest.Mo
     overflow_at(monkeypatch, 9)
     expected, expected_numbers = run(all_kinds())
     assert any(report[0][5] for report in expected_numbers)  # some latents were resampled
-    # Around a resampling and an overflow, at both ends, and elsewhere.
-    for cut in (0, 1, 2, 5, 6, 7, 9, 10, 11, 17, N_STEPS):
+    # After a resampling, before and after an overflow, and at both ends.
+    for cut in (0, 6, 9, 10, N_STEPS):
         first = Trainer(all_kinds(), config())
         for x in BATCHES[:cut]:
             first.step(x)
