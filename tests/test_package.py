@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -133,11 +133,13 @@ def test_the_command_gsae_is_the_module() -> None:
     assert sentence.startswith("gsae_core: expected")
 
 
-def without(*packages: str, code: str) -> subprocess.CompletedProcess[str]:
+def without(
+    *packages: str, code: str, words: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter in which packages cannot be imported, as if not installed."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
     return subprocess.run(
-        [sys.executable, "-c", blocked + code],
+        [sys.executable, "-c", blocked + code, *words],
         capture_output=True,
         text=True,
         check=False,
@@ -156,6 +158,7 @@ from gsae_core.training import TrainConfig, train
 batches = (torch.randn(32, 6).relu() for _ in range(4))
 recipe = TrainConfig(n_tokens=128, batch_size=32, lr=1e-3, sparsity=[0.1])
 steps = sum(1 for _ in train([GatedSAE(6, 12)], batches, recipe))
+assert main(sys.argv[1:]) == 0
 run = open_run(EXAMPLE)
 index = run.features(run.config.saes[0].name)
 assert main(["list", str(EXAMPLE)]) == 0
@@ -163,8 +166,9 @@ print(steps, len(run.evals()), index.feature(0).number)
 """
 
 
-def test_nothing_but_figures_and_the_app_needs_an_extra() -> None:
-    done = without(*OPTIONAL, code=WITHOUT_EXTRAS)
+def test_nothing_but_figures_and_the_app_needs_an_extra(small: list[str]) -> None:
+    # Nor a tracker that no run asks for.
+    done = without(*OPTIONAL, "wandb", "tensorboard", code=WITHOUT_EXTRAS, words=small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "4 2 0"
 

@@ -9,7 +9,6 @@ import math
 import os
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -414,22 +413,6 @@ def test_a_config_of_before_opens_without_a_tracker(finished: Run) -> None:
 def test_numbers_that_are_not_finite_are_left_out() -> None:
     row = {"step": 3, "sae": "gated", "l0": 2, "fvu": math.nan, "gamma": None, "lr": math.inf}
     assert track._numbers(row) == {"l0": 2}
-
-
-def test_without_a_tracker_nothing_of_it_is_imported(small: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from gsae_core.cli.main import main\n"
-        "assert main(sys.argv[1:]) == 0\n"
-        "print(*{m.partition('.')[0] for m in sys.modules})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *small], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert "torch" in loaded
-    assert not loaded & {"trackio", "wandb", "tensorboard"}
 
 
 def test_an_untracked_run_is_mirrored_nowhere(finished: Run) -> None:
