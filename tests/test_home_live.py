@@ -367,12 +367,12 @@ def test_a_run_whose_status_is_damaged_is_told(root: Path) -> None:
     assert "done cannot be opened" in text(opened(LIVE, run="done"))
 
 
-def test_home_with_two_hundred_runs_lists_the_newest(root: Path) -> None:
-    for n in range(200):
+def test_home_with_many_runs_lists_the_newest(root: Path) -> None:
+    for n in range(30):
         run = Run.create(root / f"run-{n:03d}", config())
         os.utime(run.folder / "config.json", (n, n))
     at = opened("app.py")
-    assert at.dataframe[0].value["run"].iloc[0] == "run-199"
+    assert at.dataframe[0].value["run"].iloc[0] == "run-029"
     assert len(at.dataframe[0].value) == 20
     assert HOSTILE not in text(at)
 

@@ -171,23 +171,31 @@ def test_held_out_text_that_is_gone_leaves_the_prompt_as_the_measure(run: Run) -
 
 
 @pytest.mark.parametrize(
-    ("param", "value", "said"),
+    "asked",
     [
-        ("f", "99", "asks for '99', which is no feature from 0 to 5; showing none."),
-        ("f", "-3", "asks for '-3', which is no feature from 0 to"),
-        ("f", HOSTILE, "which is no feature from 0 to 5; showing none"),
-        ("s", "nan", "asks for 'nan', which is no strength from -10 to 10; showing 4"),
-        ("s", "inf", "asks for 'inf', which is no strength from -10 to 10; showing 4"),
-        ("s", "1e9", "asks for '1e9', which is no strength from -10 to 10; showing 4"),
-        ("mode", "boost", "asks for 'boost', which is no mode; showing add"),
-        ("seed", "-1", "asks for '-1', which is no seed from 0 to"),
-        ("temp", "9", "asks for '9', which is no temperature from 0 to 2; showing 0.8"),
-        ("len", "5000", "asks for '5000', which is no length from 10 to 200; showing 60"),
+        {"f": ("99", "asks for '99', which is no feature from 0 to 5; showing none.")},
+        {"f": ("-3", "asks for '-3', which is no feature from 0 to")},
+        {"f": (HOSTILE, "which is no feature from 0 to 5; showing none")},
+        {
+            "s": ("nan", "asks for 'nan', which is no strength from -10 to 10; showing 4"),
+            "mode": ("boost", "asks for 'boost', which is no mode; showing add"),
+            "seed": ("-1", "asks for '-1', which is no seed from 0 to"),
+        },
+        {
+            "s": ("inf", "asks for 'inf', which is no strength from -10 to 10; showing 4"),
+            "temp": ("9", "asks for '9', which is no temperature from 0 to 2; showing 0.8"),
+        },
+        {
+            "s": ("1e9", "asks for '1e9', which is no strength from -10 to 10; showing 4"),
+            "len": ("5000", "asks for '5000', which is no length from 10 to 200; showing 60"),
+        },
     ],
 )
-def test_what_the_address_gets_wrong_is_said(run: Run, param: str, value: str, said: str) -> None:
-    at = opened(STEER, run=run.id, **PAIR | {"f": "2", param: value})
-    assert said in text(at).replace("&#x27;", "'")
+def test_what_the_address_gets_wrong_is_said(run: Run, asked: dict[str, tuple[str, str]]) -> None:
+    wrong = {param: value for param, (value, _) in asked.items()}
+    at = opened(STEER, run=run.id, **PAIR | {"f": "2"} | wrong)
+    for _, said in asked.values():
+        assert said in text(at).replace("&#x27;", "'")
     assert "<img" not in text(at)
 
 
