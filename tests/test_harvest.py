@@ -66,7 +66,15 @@ class SlowModel(LanguageModel):
         return ids[..., None].expand(*ids.shape, 3).float()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family
+        if family in ("gpt2", "gpt_neox", "gemma3_text")
+        else pytest.param(family, marks=pytest.mark.slow)
+        for family in CONFIGS
+    ],
+)
 def test_threads_side_by_side_give_the_bits_of_one_pass_after_the_other(
     family: str, tiny_tokenizer: Any, threads: Callable[[int], None]
 ) -> None:

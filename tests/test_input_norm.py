@@ -1,5 +1,6 @@
 """Inputs normalised token by token: by hand on the way in, undone wherever x is compared."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -190,8 +191,17 @@ def test_the_identity_on_u_recovers_everything(tiny_lm: LanguageModel) -> None:
 # The feature index
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", KINDS)
+# Each architecture and each norm; the other pairs are slow.
+QUICK = set(zip(KINDS, itertools.cycle(NORMS), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(KINDS, NORMS)
+    ],
+)
 def test_an_index_has_what_fires_what_nearly_did_and_how_short_it_is(
     kind: str, norm: InputNorm, tiny_lm: LanguageModel, tmp_path: Path
 ) -> None:

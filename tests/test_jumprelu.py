@@ -310,7 +310,7 @@ def mean_l0(saes: list[JumpReluSAE], batches: Iterable[Tensor], cfg: TrainConfig
     return [sum(each) / 32 for each in zip(*last, strict=True)]
 
 
-@pytest.mark.parametrize(("seed", "length"), [(0, 1.0), (1, 1.0), (2, 1.0), (0, 30.0)])
+@pytest.mark.parametrize(("seed", "length"), [(0, 1.0), (1, 30.0)])
 def test_l0_falls_tenfold_over_two_decades_of_lambda(seed: int, length: float) -> None:
     # Of activations `length` times as long the same lambda is length^2 times as large. Seen: 37 to
     # 39, 12 to 13 and 1.0; when log theta was learnt from 0.001, 61 at all three.
