@@ -17,6 +17,17 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+@contextmanager
+def expecting(what: str, where: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises over a file into an InputError: `what` was expected in it."""
+    try:
+        yield
+    except (InputError, PermissionError):
+        raise
+    except kinds as error:
+        raise InputError(f"expected {what} in {where}, got something else: {error}") from None
+
+
 class Extra(NamedTuple):
     """An extra of the package: what needs it, and what it installs."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, expecting
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -189,10 +189,8 @@ def _real(digits: str) -> float:
 def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
     """Return the object in a JSON file; an InputError says why there is none, as `read_bytes`."""
     data = read_bytes(path, missing=missing)
-    try:
+    with expecting("JSON", path, ValueError):
         fields = parse_json(data)
-    except ValueError as error:
-        raise InputError(f"expected JSON in {path}, got something else: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"expected a JSON object in {path}, got {type(fields).__name__}")
     return fields

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_runs import finish, outcome
 from torch import Tensor
 
-from gsae_core.config import NO_MODEL
+from gsae_core.config import NO_MODEL, Place
 from gsae_core.errors import InputError
 from gsae_core.lm import harvest as harvesting
 from gsae_core.lm.corpus import SequenceSet
@@ -77,7 +77,7 @@ def cached(
 ) -> Made:
     model, set_ = model or TokenModel(), set_ or sequences()
     model.dtype = dtype
-    return Made(model, CachedActivations(model, set_, folder, layer=0, site="mlp_out"))
+    return Made(model, CachedActivations(model, set_, {Place(0, "mlp_out"): folder}))
 
 
 def shards(folder: Path) -> list[Path]:
@@ -278,7 +278,7 @@ def test_batches_have_the_same_bits_from_the_cache_for_every_seed(
     rows[:, 0] = 0
     set_ = SequenceSet(rows, (0,))
     harvest = Harvest(model, set_, layer=1, site="mlp_out")
-    cache = open_cache(model, set_, layer=1, site="mlp_out")
+    cache = open_cache(model, set_, [Place(1, "mlp_out")])
     for seed in (0, 1):
         wanted = batches(harvest, seed)
         found = batches(cache, seed)
@@ -293,7 +293,7 @@ def test_a_cache_belongs_to_weights_and_a_place_not_to_a_name(
     set_ = sequences()
 
     def folder(model: LanguageModel, layer: int = 0) -> Path:
-        return open_cache(model, set_, layer=layer, site="mlp_out").folder
+        return open_cache(model, set_, [Place(layer, "mlp_out")]).folder
 
     model = load_model(str(tiny_lm_folder))
     copy = tmp_path / "copy"
@@ -324,6 +324,6 @@ def test_a_run_from_the_cache_ends_with_the_bits_of_one_without(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a forward pass over the training split")
 
-    monkeypatch.setattr(Harvest, "vectors", never)
+    monkeypatch.setattr(Harvest, "_passes", never)
     finish(reading)
     assert outcome(plain) == outcome(filling) == outcome(reading)

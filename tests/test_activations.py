@@ -15,13 +15,13 @@ from tiny_runs import SMALL, finish, flat, leave_at, outcome
 
 from gsae_core.analysis.fidelity import evaluating_vectors
 from gsae_core.cli.main import main
-from gsae_core.config import NO_MODEL, NO_PLACE, RunConfig, TrainRecipe
+from gsae_core.config import NO_MODEL, NO_PLACE, Place, RunConfig, TrainRecipe
 from gsae_core.lm.corpus import load_corpus
 from gsae_core.lm.harvest import CachedActivations, Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stored import described, open_vectors
 from gsae_core.lm.stream import ActivationStream
-from gsae_core.lm.vectors import BLOCK, StoredHarvest, StoredSequences, VectorSource
+from gsae_core.lm.vectors import BLOCK, StoredHarvest, VectorSource
 from gsae_core.runs.run import Run
 from gsae_core.runs.work.index import index_run
 from gsae_core.runs.work.setup import load_lm
@@ -65,7 +65,6 @@ def on_vectors(folder: Path, new_run: Callable[..., Run]) -> Callable[..., Run]:
 
 
 def numbers(sequences: Any) -> list[int]:
-    assert isinstance(sequences, StoredSequences)
     return sequences.numbers(np.arange(len(sequences))).tolist()
 
 
@@ -454,7 +453,7 @@ def filled(
         | {"train": {"n_tokens": 5000}, "data": {"source": str(small_text)}}
     ).data
     corpus = load_corpus(data, tiny_lm.tokenizer, n_tokens=300, model_n_ctx=tiny_lm.n_ctx)
-    cache = open_cache(tiny_lm, corpus.train, layer=1, site="mlp_out")
+    cache = open_cache(tiny_lm, corpus.train, [Place(1, "mlp_out")])
     cache.fill()
     return cache
 

@@ -561,9 +561,9 @@ def test_with_replace_the_logits_have_a_gradient_to_the_features(tiny_lm: Langua
 
 
 def load_tap(hf: Any) -> Any:
-    from gsae_core.lm.model import hf_blocks
+    from gsae_core.lm.model import model_of
 
-    return hf_blocks(hf)[1].taps["resid_post"]
+    return model_of(hf)._tap(1, "resid_post")
 
 
 def test_gradient_checkpointing_repeats_the_same_edit(tiny_lm: LanguageModel) -> None:

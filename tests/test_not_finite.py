@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gsae_core.cli import main
-from gsae_core.config import DataConfig, ModelConfig, TrainRecipe
+from gsae_core.config import DataConfig, ModelConfig, Place, TrainRecipe
 from gsae_core.lm import harvest as harvesting
 from gsae_core.lm import stream
 from gsae_core.lm.corpus import SequenceSet
@@ -111,7 +111,7 @@ def test_the_cache_writes_no_such_shard_and_reads_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cached(text: SequenceSet, model: Spoilt) -> CachedActivations:
-        return CachedActivations(model, text, tmp_path, layer=3, site="mlp_out")
+        return CachedActivations(model, text, {Place(3, "mlp_out"): tmp_path})
 
     # Two rows of 5 positions, 2 numbers of 2 bytes each, in a pass and in a shard.
     monkeypatch.setattr(harvesting, "CPU_PASS_TOKENS", 10)
@@ -121,7 +121,7 @@ def test_the_cache_writes_no_such_shard_and_reads_none(
     assert len(list(tmp_path.glob("*.safetensors"))) == 1  # the shard before it
     # As an earlier version left it.
     good = sequences(2, (0, 11))
-    (path,) = cached(good, Spoilt())._paths
+    (path,) = cached(good, Spoilt()).shards[0].paths
     x = torch.zeros(8, 2)
     x[3, 1] = math.nan
     save_file({"x": x}, path, {"sha256": harvesting._sha256(x)})

@@ -23,7 +23,7 @@ from gsae_core.config import SITES, ModelConfig, Place, RunConfig, SAESpec, Trai
 from gsae_core.lm import harvest as harvesting
 from gsae_core.lm import stream as streaming
 from gsae_core.lm.corpus import SequenceSet
-from gsae_core.lm.harvest import Harvest, open_cache, open_caches
+from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.runs.plan.cost import memory_parts, state_bytes
@@ -200,16 +200,16 @@ def test_missing_shards_of_all_places_come_from_one_pass_and_equal_those_of_each
     text, which, places = sequences(10), np.array([0, 3, 4, 9]), (MLP, WIDE, RESID)
     wanted = []
     for place in places:
-        cache = open_cache(tiny_lm, text, layer=place.layer, site=place.site)
+        cache = open_cache(tiny_lm, text, [place])
         cache.fill()
         wanted.append(torch.cat([*cache.vectors(which)]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "together"))
-    open_cache(tiny_lm, text, layer=0, site="resid_post")._shard(1)  # of three
+    list(open_cache(tiny_lm, text, [RESID]).vectors(np.array([5])))  # the second shard of three
     read: list[int] = []
     embedding = tiny_lm.hf.transformer.wte
     handle = embedding.register_forward_hook(lambda _m, args, _o: read.append(len(args[0])))
     try:
-        caches = open_caches(tiny_lm, text, places)
+        caches = open_cache(tiny_lm, text, places)
         caches.fill()
         assert sum(read) == 10
         found = [torch.cat(parts) for parts in zip(*caches.parts(which), strict=True)]

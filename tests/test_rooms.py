@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsae_core"
 LINES = {
-    "ground": 2120,
+    "ground": 2130,
     "sae": 3190,
-    "lm": 5720,
+    "lm": 5570,
     "training": 1100,
-    "checkpoints": 3060,
+    "checkpoints": 3020,
     "analysis": 5000,
     "plots": 1310,
     "runs": 4760,

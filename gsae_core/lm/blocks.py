@@ -5,9 +5,8 @@ No list of families says which modules these are. A pass over a few tokens does:
 blocks and comes out must be what `output_hidden_states` shows, bit for bit.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from gsae_core.errors import InputError
 from gsae_core.lm.catalog import FAMILIES
 from gsae_core.lm.load import reason
-from gsae_core.lm.taps import named_input, replaying, without_dropout
+from gsae_core.lm.taps import evaluating, named_input, replaying
 
 
 class Decoder(NamedTuple):
@@ -66,7 +65,8 @@ def find_decoder(hf: Any) -> Decoder:
     """
     if (family := FAMILIES.get(hf.config.model_type)) is not None:
         blocks = tuple(hf.base_model.get_submodule(family.blocks))
-        norm = _final_norm(hf)
+        named = hf.base_model.named_children()
+        norm = next((module for name, module in named if name in FINAL_NORMS), None)
         after, scale = ((), None) if norm is None else ((norm,), 1.0)
         return Decoder(blocks, after, hf.config.hidden_size, replays=True, logit_scale=scale)
     n_layers = getattr(text_config(hf), "num_hidden_layers", None)
@@ -77,10 +77,6 @@ def find_decoder(hf: Any) -> Decoder:
     if known is None or known.blocks not in lists:
         known = _CHECKED[hf] = _checked(hf, lists)
     return known
-
-
-def _final_norm(hf: Any) -> nn.Module | None:
-    return next((m for name, m in hf.base_model.named_children() if name in FINAL_NORMS), None)
 
 
 class _Call(NamedTuple):
@@ -202,13 +198,8 @@ def _replays(
     return _close(again, logits)
 
 
-@torch.no_grad()
 def _pass(hf: Any, ids: Tensor, **options: Any) -> Any:
-    """Return what the model returns in evaluation mode."""
-    # Compiled code sees no hooks. Where nothing is compiled, asking would import Dynamo: seconds.
-    is_compiled = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-    with without_dropout(hf), eager:
+    with evaluating(hf):
         return hf(input_ids=ids, use_cache=False, **options)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gsae_core.config import Site, hook_name
 from gsae_core.errors import InputError, extra
-from gsae_core.lm.taps import BlockSites, Tap, hooked, without_dropout
+from gsae_core.lm.taps import BlockSites, Tap, evaluating, hooked
 
 _STREAM: tuple[Site, Site] = ("resid_pre", "resid_post")
 _INNER: tuple[Site, Site] = ("attn_z", "mlp_hidden")
@@ -136,10 +136,9 @@ def _seen(
         seen[tap] = x.detach().to("cpu", torch.float64, copy=True)
 
     ids = torch.arange(1, 7, device=next(model.parameters()).device).view(2, 3)
-    with ExitStack() as within, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        within.enter_context(without_dropout(model))
+    with ExitStack() as hooks, evaluating(model):
         for tap in {tap for each in blocks for tap in each.taps.values()} | set(outs):
-            within.enter_context(hooked(tap, partial(keep, tap)))
+            hooks.enter_context(hooked(tap, partial(keep, tap)))
         run(ids)
     return seen
 

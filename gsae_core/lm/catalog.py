@@ -123,12 +123,6 @@ def lens_repo(name: str) -> str | None:
     return LENS_MODELS.get(name, name if name in LENS_MODELS.values() else None)
 
 
-def _lens_facts(name: str) -> ModelFacts:
-    layers = re.search(r"_(\d+)L512W_", lens_repo(name) or "")
-    shape = ModelShape(512, 2048, 512, int(layers[1])) if layers else None
-    return ModelFacts(name, "hub", shape=shape)
-
-
 def _shape(config: dict[str, Any]) -> ModelShape | None:
     try:
         fields = config.get("text_config", config)
@@ -191,7 +185,9 @@ def choices(cached: Mapping[str, Path]) -> list[str]:
 
 def model_facts(name: str, cached: Mapping[str, Path]) -> ModelFacts:
     """Return what is known of `bundled`, a local folder, or a name on the Hub."""
-    known = known_models().get(name) or _lens_facts(name)
+    of_lens = re.search(r"_(\d+)L512W_", lens_repo(name) or "")
+    shape = ModelShape(512, 2048, 512, int(of_lens[1])) if of_lens else None
+    known = known_models().get(name, ModelFacts(name, "hub", shape=shape))
     folder = model_folder(name) or cached.get(lens_repo(name) or name)
     if folder is None:
         return known

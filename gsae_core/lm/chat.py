@@ -35,13 +35,11 @@ def as_chat(value: Any) -> Chat | None:
             told = [
                 dict(zip(told, each, strict=False)) for each in zip(*told.values(), strict=False)
             ]
-        if isinstance(told, list) and told and all(_is_message(m, role, content) for m in told):
+        if not (isinstance(told, list) and told):
+            continue
+        if all(isinstance(m, dict) and isinstance(m.get(role), str) and content in m for m in told):
             return [_message(m, role, content) for m in told]
     return None
-
-
-def _is_message(value: Any, role: str, content: str) -> bool:
-    return isinstance(value, dict) and isinstance(value.get(role), str) and content in value
 
 
 def _message(told: dict[str, Any], role: str, content: str) -> dict[str, Any]:

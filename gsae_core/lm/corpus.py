@@ -53,7 +53,8 @@ class SequenceSet:
         rows: token ids (n, n_ctx) of any integer dtype, possibly mapped from a file.
         special: ids that are not counted.
         index: which rows belong to the set, in order; None: all.
-        counts: counted tokens of each sequence, int64; None: to be counted.
+        counts: counted tokens of each of these, int64; None: to be counted.
+        first: number of each one's first vector, where they lie in a folder (`lm.vectors`).
     """
 
     def __init__(
@@ -62,17 +63,28 @@ class SequenceSet:
         special: tuple[int, ...] = (),
         index: np.ndarray | None = None,
         counts: np.ndarray | None = None,
+        first: Int64[np.ndarray, " n"] | None = None,
     ) -> None:
         self._rows, self._special = rows, special
         self._index = np.arange(len(rows)) if index is None else index
         self.counts: np.ndarray = _count(rows, special)[self._index] if counts is None else counts
+        self.first: Int64[np.ndarray, " n"] | None = first
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def after(self, n: int) -> "SequenceSet":
-        """Return the sequences that follow the first `n`."""
-        return SequenceSet(self._rows, self._special, self._index[n:], self.counts[n:])
+    def take(self, which: slice | np.ndarray) -> "SequenceSet":
+        """Return some of the sequences."""
+        first = None if self.first is None else self.first[which]
+        own = (self._index[which], self.counts[which], first)
+        return SequenceSet(self._rows, self._special, *own)
+
+    def numbers(self, which: np.ndarray) -> Int64[np.ndarray, " vectors"]:
+        """Return the numbers of the vectors of some sequences of a folder, in their order."""
+        assert self.first is not None
+        counts = self.counts[which]
+        shift = np.repeat(self.first[which] - np.cumsum(counts) + counts, counts)
+        return shift + np.arange(len(shift))
 
     def __getitem__(self, which: slice | np.ndarray | Tensor) -> TokenBatch:
         rows = self._rows[self._index[which]]
@@ -91,6 +103,11 @@ class SequenceSet:
     def n_ctx(self) -> int:
         """Tokens of each sequence."""
         return self._rows.shape[1]
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id; -1 without sequences."""
+        return int(self._rows[self._index].max(initial=-1))
 
     @property
     def n_tokens(self) -> int:
@@ -121,6 +138,8 @@ class Corpus:
     n_ctx: int
     bos: bool
     """Whether sequences start with BOS."""
+    of_files: str | None = None
+    """A hash of a folder of vectors, in the place of those of tokens."""
 
     @property
     def whole(self) -> SequenceSet:
@@ -130,6 +149,8 @@ class Corpus:
     @property
     def digest(self) -> str:
         """A hash of the training split's length and of its first and last 64 sequences."""
+        if self.of_files is not None:
+            return self.of_files
         n = len(self.train)
         ends = np.unique(np.r_[: min(n, 64), max(0, n - 64) : n])
         ids = self.train[ends].ids.numpy()
@@ -139,6 +160,8 @@ class Corpus:
     @property
     def starts(self) -> list[str]:
         """Hashes of the first 1, 4, 16, ... 4096 training sequences: a longer reading has them."""
+        if self.of_files is not None:
+            return [self.of_files[:16]]
         sizes = [4**i for i in range(7) if 4**i <= len(self.train)]
         ids = self.train[: max(sizes, default=0)].ids.numpy()
         return [sha256(ids[:size].tobytes()).hexdigest()[:16] for size in sizes]
@@ -227,7 +250,7 @@ class _Reader:
         """
         tokens = self._tokens(n_tokens, n_held_out, held_out)
         counts = _count(tokens.rows, self._special)
-        is_held_out = _held_out(0, len(counts), self._share)
+        is_held_out = held_out_rows(0, len(counts), self._share)
         last = _reaching(np.where(is_held_out, 0, counts), n_tokens)
         # Of what follows, sequences that the split holds out, and no training one.
         beyond = max(last, _reaching(np.where(is_held_out, counts, 0), n_held_out))
@@ -266,7 +289,7 @@ class _Reader:
         return _keep(self._blocks(chain(head, parts), packing, n_tokens, n_held_out), key)
 
     def _n_held_out(self, tokens: _Tokens) -> int:
-        held_out = np.flatnonzero(_held_out(0, len(tokens.rows), self._share))
+        held_out = np.flatnonzero(held_out_rows(0, len(tokens.rows), self._share))
         return int(_count(tokens.rows[held_out], self._special).sum())
 
     def _settled(self, head: list[Part]) -> "_Packing":
@@ -330,7 +353,7 @@ class _Reader:
             if packing.bos is not None:
                 rows = np.insert(rows, 0, packing.bos, axis=1)
             counts = _count(rows, self._special)
-            held_out = _held_out(n_rows, n_rows + n, self._share)
+            held_out = held_out_rows(n_rows, n_rows + n, self._share)
             n_rows += n
             n_train += int(counts[~held_out].sum())
             n_rest += int(counts[held_out].sum())
@@ -360,7 +383,7 @@ class _Reader:
                 yield np.array([packing.separator], packing.dtype)
 
 
-def _held_out(start: int, stop: int, share: float) -> np.ndarray:
+def held_out_rows(start: int, stop: int, share: float) -> np.ndarray:
     """Return which of the sequences `start` to `stop - 1` are held out: the first of every 1/share.
 
     Known without the number of sequences, so that a longer reading splits its prefix alike.
@@ -406,11 +429,7 @@ class _Packing(NamedTuple):
 
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids that are never counted: BOS, EOS and padding."""
-    return {each for each in _special(tokenizer) if each is not None}
-
-
-def _special(tokenizer: Any) -> tuple[int | None, ...]:
-    return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
 
 
 def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
@@ -481,7 +500,8 @@ def _tokenizer_key(tokenizer: Any) -> str:
         text = tokenizer.backend_tokenizer.to_str()
     else:
         text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
-    return sha256(f"{text} {_special(tokenizer)}".encode()).hexdigest()
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sha256(f"{text} {special}".encode()).hexdigest()
 
 
 def _find(key: str, n_tokens: int | None, dtype: str) -> list[_Tokens]:

@@ -21,9 +21,10 @@ share its forward pass: a test holds this on a CPU; on a GPU the two may differ 
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -93,14 +94,14 @@ class Harvest:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | Any,  # or what answers as much: a folder of vectors
         sequences: SequenceSet,
         *,
         layer: int,
         site: Site,
         beside: Sequence[Place] = (),
     ) -> None:
-        self._model = model
+        self._model: LanguageModel = model
         self.sequences: SequenceSet = sequences
         self.layer: int = layer
         self.site: Site = site
@@ -112,12 +113,10 @@ class Harvest:
 
     def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
         """Yield the counted vectors of sequences, float32, in order, a part at a time."""
-        return self.through(lambda x: x, which)
+        return (first for first, *_ in self.parts(which))
 
     def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors _"], ...]]:
         """Yield what `vectors` does, of every place: those of the same tokens together."""
-        if len(self.places) == 1:
-            return ((x,) for x in self.vectors(which))
         return self._passes(lambda *found: found, which, self.places)
 
     def through(
@@ -135,7 +134,7 @@ class Harvest:
         self, work: Callable[..., Result], which: np.ndarray, places: Sequence[Place]
     ) -> Iterator[Result]:
         """Do what `through` does; `work` takes the vectors of each place."""
-        widths, one = self.widths[: len(places)], places[0]
+        widths = [self.widths[self.places.index(place)] for place in places]
         on_cpu = self.device.type == "cpu"
         groups = (which[start : start + self.rows] for start in range(0, len(which), self.rows))
 
@@ -145,7 +144,7 @@ class Harvest:
             found = [torch.empty(0, d_in, device=self.device) for d_in in widths]
             if len(counted):
                 if len(places) == 1:
-                    found = [self._model.harvest(ids, layer=one.layer, site=one.site)]
+                    found = [self._model.harvest(ids, **places[0]._asdict())]
                 else:
                     found = self._model.harvest_places(ids, places)
                 rows = counted.to(found[0].device)
@@ -155,9 +154,8 @@ class Harvest:
             spoilt = on_cpu and bool(bad.any())
             return len(counted), bad, [work(*found)] if len(counted) and not spoilt else []
 
-        n_threads = torch.get_num_threads() if on_cpu else 0
         n, n_bad = 0, torch.zeros(len(places), dtype=torch.int64)
-        for n_read, bad, made in _side_by_side(task, groups, n_threads):
+        for n_read, bad, made in side_by_side(task, groups, self.device):
             n, n_bad = n + n_read, n_bad.to(bad.device) + bad
             yield from made
         for place, of_place in zip(places, n_bad.tolist(), strict=True):
@@ -169,13 +167,14 @@ def default_rows(n_ctx: int, device: torch.device) -> int:
     return max(1, (CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS) // n_ctx)
 
 
-def _side_by_side(
-    task: Callable[[Item], Result], items: Iterable[Item], n_threads: int
+def side_by_side(
+    task: Callable[[Item], Result], items: Iterable[Item], device: torch.device
 ) -> Iterator[Result]:
-    """Yield task(item) in order: `n_threads` at once, each with one thread; 0: here, one by one."""
-    if n_threads == 0:
+    """Yield task(item) in order: on a CPU one on each core, elsewhere here, one by one."""
+    if device.type != "cpu":
         yield from map(task, items)
         return
+    n_threads = torch.get_num_threads()
     # Two for each thread: one under way, and one to go on with while a result is being used.
     ahead = 2 * n_threads
     items, waiting = iter(items), deque[Future[Result]]()
@@ -204,39 +203,28 @@ ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def open_cache(
-    model: LanguageModel, sequences: SequenceSet, *, layer: int, site: Site
-) -> "CachedActivations":
-    """Return the cache of a model's activations at a place, in the user's cache folder."""
-    return _open(model, sequences, Place(layer, site), fingerprint(model))
-
-
-def open_caches(
     model: LanguageModel, sequences: SequenceSet, places: Sequence[Place]
-) -> "CachedPlaces":
-    """Return the caches of several places as one harvest."""
-    mark = fingerprint(model)
-    return CachedPlaces([_open(model, sequences, place, mark) for place in places])
-
-
-def _open(
-    model: LanguageModel, sequences: SequenceSet, place: Place, mark: str
 ) -> "CachedActivations":
-    about = {
-        "format": FORMAT,
-        "fingerprint": mark,
-        "hook_name": place.hook_name,
-        "n_ctx": sequences.n_ctx,
-        # What rounding may depend on.
-        "rows_per_pass": default_rows(sequences.n_ctx, model.device),
-        "device": model.device.type,
-        "torch": torch.__version__,
-    }
-    name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
-    folder = cache_folder("activations") / name
-    cache = CachedActivations(model, sequences, folder, layer=place.layer, site=place.site)
-    if not (folder / "about.json").exists():
-        write_json(folder / "about.json", described(model, place) | about)
-    return cache
+    """Return the cache of a model's activations at some places, in the user's cache folder."""
+    mark, folders = fingerprint(model), dict[Place, Path]()
+    for place in places:
+        about = {
+            "format": FORMAT,
+            "fingerprint": mark,
+            "hook_name": place.hook_name,
+            "n_ctx": sequences.n_ctx,
+            # What rounding may depend on.
+            "rows_per_pass": default_rows(sequences.n_ctx, model.device),
+            "device": model.device.type,
+            "torch": torch.__version__,
+        }
+        name = sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
+        folders[place] = folder = cache_folder("activations") / name
+        if not (folder / "about.json").exists():
+            with writing(folder, 0):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "about.json", described(model, place) | about)
+    return CachedActivations(model, sequences, folders)
 
 
 def described(model: LanguageModel, place: Place) -> dict[str, Any]:
@@ -256,10 +244,9 @@ def fingerprint(model: LanguageModel) -> str:
     # Eager attention and SDPA round differently; so do two ways of computing one activation
     # function, which the tree of modules shows.
     attention = getattr(config, "_attn_implementation", None)
-    module = model.hf if model._bridge is None else model._bridge
-    head = (repr(module), model.numerics, attention, settings)
+    head = (repr(model.module), model.numerics, attention, settings)
     digest = sha256(repr(head).encode())
-    for name, weight in module.state_dict().items():
+    for name, weight in model.module.state_dict().items():
         data = weight.detach().cpu().contiguous()
         digest.update(repr((name, data.dtype, tuple(data.shape))).encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
@@ -267,7 +254,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 class CachedActivations(Harvest):
-    """A harvest from shards in `folder`; missing or damaged ones are made first.
+    """A harvest from shards, of each place in its folder; missing or damaged ones are made first.
 
     They are kept in the model's precision where that loses nothing. `through` runs the model.
     Shards are named by their tokens, or called `split` and numbered.
@@ -277,22 +264,23 @@ class CachedActivations(Harvest):
         self,
         model: LanguageModel,
         sequences: SequenceSet,
-        folder: Path,
+        folders: Mapping[Place, Path],
         *,
-        layer: int,
-        site: Site,
         split: str | None = None,
     ) -> None:
-        super().__init__(model, sequences, layer=layer, site=site)
-        self.folder: Path = folder
-        self._dtype, self._split = model.dtype, split
-        per_row = sequences.n_ctx * self.d_in * self._dtype.itemsize
-        # Whole passes, so that the passes of a shard do not depend on where the text ends.
-        self._shard_rows = max(1, SHARD_BYTES // (per_row * self.rows)) * self.rows
-        self._edges = [*range(0, len(sequences), self._shard_rows), len(sequences)]
-        self._open: dict[int, Tensor] = {}
-        with writing(folder, 0):
-            folder.mkdir(parents=True, exist_ok=True)
+        first, *beside = folders
+        super().__init__(model, sequences, layer=first.layer, site=first.site, beside=beside)
+        self.folder: Path = folders[first]
+        self._split = split
+        self.shards: list[Shards] = []
+        """Of each place."""
+        for (place, folder), d_in in zip(folders.items(), self.widths, strict=True):
+            per_row = sequences.n_ctx * d_in * model.dtype.itemsize
+            # Whole passes, so that the passes of a shard do not depend on where the text ends.
+            n_rows = max(1, SHARD_BYTES // (per_row * self.rows)) * self.rows
+            self.shards.append(Shards(sequences, place, folder, d_in, model.dtype, n_rows, split))
+        # Shards of a wide place hold fewer rows.
+        self._edges = np.unique(np.concatenate([each.edges for each in self.shards]))
 
     def fill(self) -> None:
         """Harvest every shard that is missing; the log says first how large the cache is.
@@ -303,34 +291,40 @@ class CachedActivations(Harvest):
             pass
 
     def filling(self) -> Iterator[int]:
-        """Do what `fill` does; yield, after each shard, how many vectors it has."""
-        missing = self._missing()
-        size = self.d_in * self._dtype.itemsize
-        need = size * self.n_missing
-        log.info(
-            f"activation cache: {readable(need)} still to be harvested of "
-            f"{readable(size * self.sequences.n_tokens)} in {self.folder}"
-        )
-        self._check_room(need)
-        for done, k in enumerate(missing, 1):
-            self._shard(k)
-            log.info("activation cache: %d of %d missing shards", done, len(missing))
-            yield self._n_vectors(k)
+        """Do what `fill` does, in one pass over the text; yield how many vectors a shard has."""
+        with ExitStack() as locks:
+            # In the same order everywhere, so that no two runs wait for each other.
+            for folder in sorted(each.folder for each in self.shards):
+                locks.enter_context(FileLock(folder / ".lock"))
+            missing = [each.missing() for each in self.shards]
+            self._check_room(missing)
+            made: list[list[Tensor]] = [[] for _ in self.shards]
+            for start, stop in pairwise(self._edges.tolist()):
+                lacking = [
+                    i for i, each in enumerate(self.shards) if start // each.n_rows in missing[i]
+                ]
+                yield from self._harvest(lacking, start, stop, made)
 
     @property
     def n_shards(self) -> int:
-        """How many shards there are or will be."""
-        return len(self._edges) - 1
+        """How many shards there are or will be of each place."""
+        return len(self.shards[0].paths)
 
     @property
     def n_missing(self) -> int:
         """How many vectors the missing shards have."""
-        return sum(map(self._n_vectors, self._missing()))
+        return sum(each.n_vectors(k) for each in self.shards for k in each.missing())
 
-    def _missing(self) -> list[int]:
-        return [k for k, path in enumerate(self._paths) if not path.exists()]
-
-    def _check_room(self, need: int) -> None:
+    def _check_room(self, missing: list[list[int]]) -> None:
+        """Log how much is to be harvested; InputError if the disk lacks the room for it."""
+        sizes = [each.d_in * each.dtype.itemsize for each in self.shards]
+        each_missing = zip(sizes, self.shards, missing, strict=True)
+        need = sum(size * each.n_vectors(k) for size, each, which in each_missing for k in which)
+        log.info(
+            f"activation cache: {readable(need)} still to be harvested of "
+            f"{readable(sum(sizes) * self.sequences.n_tokens)} in "
+            f"{', '.join(str(each.folder) for each in self.shards)}"
+        )
         if need > (free := free_bytes(self.folder)):
             raise InputError(
                 f"expected {readable(need)} free on the disk of {self.folder} for the activation "
@@ -343,23 +337,79 @@ class CachedActivations(Harvest):
                 )
             )
 
-    def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield the counted vectors of ascending sequences, float32; a shard's share at a time."""
+    def _harvest(
+        self, lacking: list[int], start: int, stop: int, made: list[list[Tensor]]
+    ) -> Iterator[int]:
+        """Add what some of the places have in a stretch of rows; write the shards it completes.
+
+        The caller holds the locks of their folders. Yield how many vectors each shard has.
+        """
+        if not lacking:
+            return
+        places = [self.places[i] for i in lacking]
+        for found in self._passes(lambda *x: x, np.arange(start, stop), places):
+            for i, x in zip(lacking, found, strict=True):
+                made[i].append(x.cpu())
+        for each, parts in ((self.shards[i], made[i]) for i in lacking):
+            if stop in each.edges:
+                k = start // each.n_rows
+                each.save(k, torch.cat([torch.empty(0, each.d_in), *parts]))
+                parts.clear()
+                name = each.place.hook_name
+                log.info(f"activation cache: shard {k + 1} of {len(each.paths)} of {name}")
+                yield each.n_vectors(k)
+
+    def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors _"], ...]]:
+        """Yield the vectors of ascending sequences at every place, a shard's share at a time."""
         assert (np.diff(which) > 0).all(), "shards are read in ascending order"
-        for k in np.unique(which // self._shard_rows):
-            rows = np.arange(*self._edges[k : k + 2])
-            wanted = np.repeat(np.isin(rows, which), self.sequences.counts[rows])
-            found = self._shard(int(k))[torch.from_numpy(wanted)].float().to(self.device)
-            if len(found):
-                yield found
+        for rows in np.split(which, np.searchsorted(which, self._edges)):
+            if self.sequences.counts[rows].any():
+                yield tuple(self._read(i, rows) for i in range(len(self.shards)))
+
+    def _read(self, i: int, which: np.ndarray) -> Float[Tensor, "vectors _"]:
+        """Return the vectors of ascending sequences at a place; they lie in one of its shards."""
+        each = self.shards[i]
+        k = int(which[0]) // each.n_rows
+        start, stop = each.edges[k : k + 2]
+        if (x := each.checked(k)) is None:
+            # No other run harvests for this folder meanwhile; one may have harvested it before.
+            with FileLock(each.folder / ".lock"):
+                if not each.paths[k].exists():
+                    for _ in self._harvest([i], start, stop, [[] for _ in self.shards]):
+                        pass
+            x = each.read_back(k)
+        rows = np.arange(start, stop)
+        wanted = np.repeat(np.isin(rows, which), self.sequences.counts[rows])
+        return x[torch.from_numpy(wanted)].float().to(self.device)
+
+
+@dataclass
+class Shards:
+    """The files of a place in a folder."""
+
+    sequences: SequenceSet
+    place: Place
+    folder: Path
+    d_in: int
+    dtype: torch.dtype
+    n_rows: int
+    """Sequences in each but the last."""
+    split: str | None
+
+    def __post_init__(self) -> None:
+        self.edges: list[int] = [*range(0, len(self.sequences), self.n_rows), len(self.sequences)]
+        self._open: dict[int, Tensor] = {}
+        with writing(self.folder, 0):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """Where each shard is or will be."""
+        if self.split:
+            names = (f"{self.split}-{k:05d}" for k in range(len(self.edges) - 1))
+            return [self.folder / f"{name}.safetensors" for name in names]
         paths = []
-        if self._split:
-            names = (f"{self._split}-{k:05d}.safetensors" for k in range(self.n_shards))
-            return [self.folder / name for name in names]
-        for start, stop in pairwise(self._edges):
+        for start, stop in pairwise(self.edges):
             ids, mask = self.sequences[start:stop]
             digest = sha256(repr(tuple(ids.shape)).encode())
             digest.update(ids.numpy().tobytes())
@@ -367,35 +417,32 @@ class CachedActivations(Harvest):
             paths.append(self.folder / f"{digest.hexdigest()[:32]}.safetensors")
         return paths
 
-    def _n_vectors(self, k: int) -> int:
-        return int(self.sequences.counts[slice(*self._edges[k : k + 2])].sum())
+    def missing(self) -> list[int]:
+        """Return which shards are not there."""
+        return [k for k, path in enumerate(self.paths) if not path.exists()]
+
+    def n_vectors(self, k: int) -> int:
+        """Return how many vectors a shard has."""
+        return int(self.sequences.counts[slice(*self.edges[k : k + 2])].sum())
 
     def _ids(self, k: int) -> Integer[Tensor, "rows n_ctx"]:
         """Return the token ids of a shard, as it holds them."""
-        return self.sequences[slice(*self._edges[k : k + 2])].ids.int()
+        return self.sequences[slice(*self.edges[k : k + 2])].ids.int()
 
-    def _shard(self, k: int) -> Float[Tensor, "vectors d_in"]:
-        """Return a shard, mapped into memory, checked or harvested first."""
-        if k in self._open:
-            return self._open[k]
-        path = self._paths[k]
-        if (x := self._checked(path, k)) is None:
-            # No other run harvests for this folder meanwhile; one may have harvested it before.
-            with FileLock(self.folder / ".lock"):
-                if not path.exists():
-                    self._write(path, k)
-            x = self._checked(path, k)
-        if x is None:
+    def read_back(self, k: int) -> Float[Tensor, "vectors d_in"]:
+        """Return a shard that was just written; InputError if it is another."""
+        if (x := self.checked(k)) is None:
             raise InputError(
-                f"expected to read back what was just written to {path}, got something else; check "
-                "the disk, or set XDG_CACHE_HOME to a folder on another one"
+                f"expected to read back what was just written to {self.paths[k]}, got something "
+                "else; check the disk, or set XDG_CACHE_HOME to a folder on another one"
             )
-        self._open[k] = x
         return x
 
-    def _checked(self, path: Path, k: int) -> Tensor | None:
+    def checked(self, k: int) -> Float[Tensor, "vectors d_in"] | None:
         """Return a shard that is whole; None where there is none, and then no file either."""
-        if not path.exists():
+        if k in self._open:
+            return self._open[k]
+        if not (path := self.paths[k]).exists():
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -405,13 +452,11 @@ class CachedActivations(Harvest):
         except (SafetensorError, OSError) as error:
             reason = str(error)
         else:
-            if (
-                x.shape == (self._n_vectors(k), self.d_in)
-                and kept == _sha256(x)
-                and ids.equal(self._ids(k))
-            ):
+            shape = (self.n_vectors(k), self.d_in)
+            if x.shape == shape and kept == _sha256(x) and ids.equal(self._ids(k)):
                 # An earlier version wrote them without a check.
-                check_finite(x, layer=self.layer, site=self.site, dtype=self._dtype)
+                check_finite(x, **self.place._asdict(), dtype=self.dtype)
+                self._open[k] = x
                 return x
             reason = "its checksum is another's"
         log.warning(
@@ -421,96 +466,15 @@ class CachedActivations(Harvest):
         path.unlink(missing_ok=True)
         return None
 
-    def _write(self, path: Path, k: int) -> None:
-        x = torch.empty(self._n_vectors(k), self.d_in)
-        done = 0
-        for part in super().vectors(np.arange(*self._edges[k : k + 2])):
-            x[done : done + len(part)] = part.cpu()
-            done += len(part)
-        assert done == len(x)
-        self._save(path, x)
-
-    def _save(self, path: Path, x: Float[Tensor, "vectors d_in"]) -> None:
+    def save(self, k: int, x: Float[Tensor, "vectors d_in"]) -> None:
         """Write a shard; the caller holds the folder's lock."""
-        narrow = x.to(self._dtype)
+        path, narrow = self.paths[k], x.to(self.dtype)
         x = narrow if torch.equal(narrow.float(), x) else x
         for left in self.folder.glob(f".{path.name}.*.tmp"):
             left.unlink()  # of a killed process
-        tensors = {"x": x, "ids": self._ids(self._paths.index(path))}
-        save = partial(save_file, tensors, metadata={"sha256": _sha256(x)})
+        save = partial(save_file, {"x": x, "ids": self._ids(k)}, metadata={"sha256": _sha256(x)})
         replace_durably(path, save, n_bytes=x.numel() * x.element_size())
-
-
-class CachedPlaces(Harvest):
-    """A harvest of several places, each from its own cache."""
-
-    def __init__(self, caches: Sequence[CachedActivations]) -> None:
-        first, *others = caches
-        super().__init__(
-            first._model,
-            first.sequences,
-            layer=first.layer,
-            site=first.site,
-            beside=[place for cache in others for place in cache.places],
-        )
-        self.caches: tuple[CachedActivations, ...] = tuple(caches)
-
-    def fill(self) -> None:
-        """Do what each cache's `fill` does, in one pass over the text."""
-        with ExitStack() as locks:
-            # In the same order everywhere, so that no two runs wait for each other.
-            for cache in sorted(self.caches, key=lambda cache: cache.folder):
-                locks.enter_context(FileLock(cache.folder / ".lock"))
-            missing = [set(cache._missing()) for cache in self.caches]
-            sizes = [cache.d_in * cache._dtype.itemsize for cache in self.caches]
-            need = sum(
-                size * cache._n_vectors(k)
-                for cache, lacks, size in zip(self.caches, missing, sizes, strict=True)
-                for k in lacks
-            )
-            log.info(
-                f"activation cache: {readable(need)} still to be harvested of "
-                f"{readable(sum(sizes) * self.sequences.n_tokens)} for {len(self.caches)} places"
-            )
-            self.caches[0]._check_room(need)
-            made: list[list[Tensor]] = [[] for _ in self.caches]
-            # Shards of a wide place hold fewer rows.
-            edges = np.unique(np.concatenate([cache._edges for cache in self.caches])).tolist()
-            for start, stop in pairwise(edges):
-                each = enumerate(self.caches)
-                lacking = [i for i, cache in each if start // cache._shard_rows in missing[i]]
-                self._harvest(lacking, start, stop, made)
-
-    def _harvest(self, lacking: list[int], start: int, stop: int, made: list[list[Tensor]]) -> None:
-        """Add what some of the places have in a stretch of rows; write the shards it completes."""
-        if not lacking:
-            return
-        first, *beside = (self.places[i] for i in lacking)
-        harvest = Harvest(
-            self._model, self.sequences, layer=first.layer, site=first.site, beside=beside
-        )
-        for found in harvest.parts(np.arange(start, stop)):
-            for i, x in zip(lacking, found, strict=True):
-                made[i].append(x.cpu())
-        for i in lacking:
-            cache = self.caches[i]
-            if stop in cache._edges:
-                k = start // cache._shard_rows
-                cache._save(cache._paths[k], torch.cat([torch.empty(0, cache.d_in), *made[i]]))
-                made[i].clear()
-                log.info(f"activation cache: shard {k + 1} of {self.places[i].hook_name}")
-
-    def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
-        """Yield what the first place's cache does."""
-        return self.caches[0].vectors(which)
-
-    def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors _"], ...]]:
-        """Yield the vectors of ascending sequences at every place, a shard's share at a time."""
-        block = which // min(cache._shard_rows for cache in self.caches)
-        for k in np.unique(block):
-            rows = which[block == k]
-            if self.sequences.counts[rows].any():
-                yield tuple(torch.cat([*cache.vectors(rows)]) for cache in self.caches)
+        self.read_back(k)
 
 
 def _sha256(x: Tensor) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gsae_core.errors import InputError, extra, hub_answers
 from gsae_core.files import read_json
-from gsae_core.lm.load import _Origin, _tokenizer, reason
+from gsae_core.lm.load import open_tokenizer, reason
 
 
 def open_lens(repo: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def open_lens(repo: str, *, revision: str | None, device: str, dtype: str) -> tu
             f"expected the name of a tokenizer in the config.json of {repo!r}, found none; pass "
             "load_model(TransformerBridge.boot_tl_legacy(...), tokenizer=...)"
         )
-    return bridge, _tokenizer(_Origin(name, None, "main"))
+    return bridge, open_tokenizer(name)
 
 
 def _files(repo: str, revision: str | None) -> Path:

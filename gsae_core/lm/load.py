@@ -51,35 +51,49 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class _Origin(NamedTuple):
+    """Where a model's files come from."""
+
     name: str
     folder: Path | None
     """None: on the Hub."""
     revision: str
 
-    def load(self, auto: Any, **options: Any) -> Any:
+    def load(
+        self, auto: Any, expected: str, todo: str, *kinds: type[Exception], **options: Any
+    ) -> Any:
+        """Return what a class of transformers reads there.
+
+        An error of `kinds` is a sentence: of the Hub, of Git LFS's notes in the place of files, or
+        of what was `expected`, the reason and what to do.
+        """
         # Left out, transformers asks at a terminal whether to run the folder's own Python.
         options |= {"revision": self.revision, "trust_remote_code": False}
-        return auto.from_pretrained(str(self.folder or self.name), **options)
+        try:
+            return auto.from_pretrained(str(self.folder or self.name), **options)
+        except kinds as error:
+            sentence = f"{expected} ({reason(error)}); {todo}"
+            if is_hub_trouble(error):
+                sentence = hub_sentence(error, self.name, what="model", revision=self.revision)
+            elif pointer := self._pointer():
+                sentence = (
+                    f"expected the file itself in {pointer}, got Git LFS's pointer to it; fetch it "
+                    "with `git lfs pull`"
+                )
+            raise InputError(sentence) from error
 
-    def mistake(self, error: Exception, sentence: str) -> InputError:
-        """Return why files could not be read: the Hub, Git LFS's notes in their place, or else."""
-        if is_hub_trouble(error):
-            sentence = hub_sentence(error, self.name, what="model", revision=self.revision)
-            return InputError(sentence)
+    def _pointer(self) -> Path | None:
         for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
             if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
                 with path.open("rb") as file:
                     if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                        sentence = (
-                            f"expected the file itself in {path}, got Git LFS's pointer to it; "
-                            "fetch it with `git lfs pull`"
-                        )
-        return InputError(sentence)
+                        return path
+        return None
 
 
 def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """Return the Hugging Face causal LM and the tokenizer that `name` stands for."""
     import torch
+    from transformers import AutoConfig
 
     folder = model_folder(name)
     if folder is None and (not HUB_NAME.fullmatch(name) or os.path.exists(name)):
@@ -88,7 +102,13 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
             "give a folder written by save_pretrained(), a name on the Hub, or 'bundled'"
         )
     origin = _Origin(name, folder, revision or "main")
-    config = _config(origin)
+    config = origin.load(
+        AutoConfig,
+        "expected the config.json of a causal language model that transformers knows in "
+        f"{name!r}, got one that cannot be used",
+        "choose another model, or download or save this one again",
+        Exception,  # of many kinds, for a value of the wrong kind
+    )
     check_config(name, config, headless=True)
     if folder is not None and (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -101,20 +121,6 @@ def open_model(name: str, *, revision: str | None, device: str, dtype: str) -> t
     if dtype == "float32":
         _fuse_gelu(hf)
     return hf, tokenizer
-
-
-def _config(origin: _Origin) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return origin.load(AutoConfig)
-    except Exception as error:  # of many kinds, for a value of the wrong kind
-        sentence = (
-            "expected the config.json of a causal language model that transformers knows in "
-            f"{origin.name!r}, got one that cannot be used ({reason(error)}); choose another "
-            "model, or download or save this one again"
-        )
-        raise origin.mistake(error, sentence) from error
 
 
 def check_config(name: str, config: Any, *, headless: bool = False) -> None:
@@ -169,11 +175,8 @@ def _tokenizer(origin: _Origin) -> Any:
 
     expected = f"expected a tokenizer (tokenizer.json) beside the model in {origin.name!r}, found"
     again = "save it there with tokenizer.save_pretrained()"
-    try:
-        tokenizer = origin.load(AutoTokenizer)
-    except (OSError, ValueError, ImportError) as error:
-        sentence = f"{expected} none that can be read ({reason(error)}); {again}"
-        raise origin.mistake(error, sentence) from error
+    unreadable = f"{expected} none that can be read"
+    tokenizer = origin.load(AutoTokenizer, unreadable, again, OSError, ValueError, ImportError)
     # Where the files are missing, most tokenizer classes start out empty and say nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{expected} none; {again}")
@@ -188,24 +191,20 @@ def _model(origin: _Origin, config: Any, dtype: Any) -> Any:
     auto = classes[saved] if saved is not None else next(iter(classes.values()))
     # Damaged files, weights or settings that make no model, packages that are not here.
     unusable = (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, ImportError)
-    try:
-        # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
-        # scores, which SDPA cannot).
-        with _quiet(bar=origin.folder is None):
-            hf, keys = origin.load(
-                auto,
-                dtype=dtype,
-                output_loading_info=True,
-                # Told like the other keys that do not fit, by _check_keys.
-                ignore_mismatched_sizes=True,
-            )
-    except (*unusable, SafetensorError, pickle.UnpicklingError, httpx2.HTTPError) as error:
-        sentence = (
+    # Attention is transformers' choice: SDPA wherever it is exact (Gemma-2 caps its attention
+    # scores, which SDPA cannot).
+    with _quiet(bar=origin.folder is None):
+        hf, keys = origin.load(
+            auto,
             "expected weights (model.safetensors) and a config.json that make a model in "
-            f"{origin.name!r}, got some that do not ({reason(error)}); download or save the model "
-            "again, or install the package that it needs"
+            f"{origin.name!r}, got some that do not",
+            "download or save the model again, or install the package that it needs",
+            *(*unusable, SafetensorError, pickle.UnpicklingError, httpx2.HTTPError),
+            dtype=dtype,
+            output_loading_info=True,
+            # Told like the other keys that do not fit, by _check_keys.
+            ignore_mismatched_sizes=True,
         )
-        raise origin.mistake(error, sentence) from error
     _check_keys(origin.name, hf, keys)
     return hf
 

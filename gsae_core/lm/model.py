@@ -33,16 +33,8 @@ Edit = Callable[[Tensor], Tensor]
 Numerics = Literal["raw", "compatibility"]
 
 
-def hf_blocks(hf: Any) -> list[BlockSites]:
-    """Return the sites of every block of a Hugging Face causal LM.
-
-    The residual stream's are found in the module tree; a family in `FAMILIES` has all six.
-    """
-    family = FAMILIES.get(text_config(hf).model_type)
-    return [_sites(block, family) for block in find_decoder(hf).blocks]
-
-
 def _sites(block: nn.Module, family: Family | None) -> BlockSites:
+    """Return the sites of a Hugging Face block: the residual stream's, or those of the family."""
     stream: dict[Site, Tap] = {
         "resid_pre": Tap(block, "input"),
         "resid_post": Tap(block, "output"),
@@ -122,6 +114,7 @@ class LanguageModel:
         numerics: `raw`, the weights as published; or `compatibility`, a TransformerBridge whose
             weights TransformerLens has centred and folded, so that its residual stream is another.
         hf: the Hugging Face model (inside the bridge, where there is one).
+        module: what is called: the bridge, where there is one, else `hf`.
         d_model: width of the residual stream.
         n_layers: number of blocks.
         n_ctx: most tokens in a sequence.
@@ -134,25 +127,27 @@ class LanguageModel:
         self.hf: Any = hf
         self.tokenizer: Any = tokenizer
         self._bridge = bridge
-        self._blocks = hf_blocks(hf) if bridge is None else bridge_blocks(bridge)
+        self.module: nn.Module = hf if bridge is None else bridge
         self.family: str = getattr(getattr(hf, "config", None), "model_type", "native")
         self.d_model: int
         self.n_ctx: int
         self.d_vocab: int
         self._replays, self._decoder = True, None
         if bridge is None:
-            self._decoder = find_decoder(hf)
+            self._decoder, config = find_decoder(hf), text_config(hf)
+            family = FAMILIES.get(config.model_type)
+            self._blocks = [_sites(block, family) for block in self._decoder.blocks]
             self.d_model, self._replays = self._decoder.d_model, self._decoder.replays
-            config = text_config(hf)
             self.n_ctx, self.d_vocab = context_length(config), config.vocab_size
             # transformers 5.24 gave it another name; Mamba keeps something else.
             takes = inspect.signature(hf.forward).parameters
             names = ("cache", "past_key_values")
             self._cache_name = next((name for name in names if name in takes), None)
+            embedding = hf.get_input_embeddings()
         else:
+            self._blocks, embedding = bridge_blocks(bridge), None
             self.d_model, self.n_ctx = bridge.cfg.d_model, bridge.cfg.n_ctx
             self.d_vocab = bridge.cfg.d_vocab
-        embedding = None if bridge is not None else hf.get_input_embeddings()
         self._n_embedded: int = getattr(embedding, "num_embeddings", self.d_vocab)
         compatible = bridge is not None and bridge.compatibility_mode
         self.numerics: Numerics = "compatibility" if compatible else "raw"
@@ -206,9 +201,8 @@ class LanguageModel:
         """
         with self._lock.alone():
             if not self._looked:
-                of_hf = self._bridge is None
-                find, whole = (find_sites, self.hf) if of_hf else (bridge_sites, self._bridge)
-                self._blocks = find(whole, self._blocks)
+                find = find_sites if self._bridge is None else bridge_sites
+                self._blocks = find(self.module, self._blocks)
                 self._looked = True
 
     def _tap(self, layer: int, site: Site) -> Tap:
@@ -472,21 +466,11 @@ def logit_slope(
     It goes through all that lies between the site and the logits. Positions after `position` have
     slope 0: attention is causal.
     """
-    tap = model._tap(layer, site)
+    splice = Splice(model, ids, layer=layer, site=site)
     for name, index, n in (("position", position, ids.shape[1]), ("token", token, model.d_vocab)):
         if not 0 <= index < n:
             raise InputError(f"expected a {name} from 0 to {n - 1}, got {index}")
-    leaves: list[Tensor] = []
-
-    def plant(x: Tensor) -> Tensor:
-        leaves.append(x.detach().clone().requires_grad_())
-        return leaves[0]
-
-    with torch.enable_grad(), model._lock.alone(), hooked(tap, plant):
-        logits, _ = model._read(ids)
-        # Only towards the leaf: the model's weights, which all visitors share, get no gradients.
-        (slope,) = torch.autograd.grad(logits[0, position, token], leaves)
-    return slope[0].float()
+    return splice.slope(splice.x, lambda logits: logits[0, position, token])[1][0]
 
 
 def load_model(
@@ -526,7 +510,7 @@ def load_model(
             "pass load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))"
         )
     # Dropout would make activations depend on when they are harvested.
-    (model.hf if model._bridge is None else model._bridge).eval()
+    model.module.eval()
     return model
 
 

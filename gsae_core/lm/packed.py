@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gsae_core.errors import InputError
+from gsae_core.errors import InputError, expecting
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -103,13 +103,12 @@ def opened(file: File) -> Any:
 def members(archive: Path) -> Iterator[Member]:
     """Yield the files of a zip or tar archive as they are stored, but hidden ones."""
     is_zip = unpacked(archive).suffix.lower() == ".zip"
-    try:
+    damaged = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, *UNPACKING)
+    with expecting("an archive", archive, *damaged):
         for member in (_of_zip if is_zip else _of_tar)(archive):
             parts = PurePosixPath(member.name).parts
             if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
                 yield member
-    except (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, *UNPACKING) as error:
-        raise InputError(f"expected an archive in {archive}, got something else: {error}") from None
 
 
 def _of_zip(archive: Path) -> Iterator[Member]:

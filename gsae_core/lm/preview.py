@@ -8,7 +8,7 @@ from subprocess import TimeoutExpired
 from typing import Any, NamedTuple
 
 from gsae_core.config import DataConfig
-from gsae_core.errors import InputError, hub_answers
+from gsae_core.errors import InputError, expecting, hub_answers
 from gsae_core.files import read_json
 from gsae_core.lm.catalog import lens_repo, model_folder
 from gsae_core.lm.chat import ChatTemplate
@@ -93,10 +93,8 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
             f"expected a tokenizer.json to show tokens of {model}, found none on the Hub; "
             "training may still work"
         )
-    try:
+    with expecting("a tokenizer", path, Exception):  # the library raises bare ones
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"expected a tokenizer in {path}, got something else: {error}") from None
 
 
 def _with_tokenizer(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -133,12 +131,9 @@ def _end_of_text(model: str, revision: str | None) -> str | None:
 
 def _chat_template(model: str, revision: str | None) -> ChatTemplate:
     # Only here: with it comes torch.
-    from transformers import AutoTokenizer
+    from gsae_core.lm.load import open_tokenizer
 
-    with hub_answers(model, what="model", revision=revision):
-        options = {"revision": revision or "main", "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(str(model_folder(model) or model), **options)
-    return ChatTemplate.of(tokenizer)
+    return ChatTemplate.of(open_tokenizer(model, revision=revision))
 
 
 def preview_within(

@@ -42,7 +42,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gsae_core.config import DataConfig
-from gsae_core.errors import HUB_NAME, InputError
+from gsae_core.errors import HUB_NAME, InputError, expecting
 from gsae_core.files import not_permitted
 from gsae_core.lm.chat import ChatTemplate
 from gsae_core.lm.packed import (
@@ -228,8 +228,8 @@ def _files(
     chats: ChatTemplate | None,
 ) -> Source:
     def separators(path: Path) -> tuple[str, ...]:
-        is_read = kind == "archive" or unpacked(path).suffix.lower() == ".txt"
-        return _separators(cfg, end_of_text, is_txt=is_read)
+        is_txt = kind == "archive" or unpacked(path).suffix.lower() == ".txt"
+        return _separators(cfg, end_of_text, is_txt=is_txt)
 
     def documents() -> Iterator[Part]:
         if kind == "table":
@@ -251,13 +251,13 @@ def _files(
     if kind in ("tokens", "table"):
         _check_lines(cfg, {"tokens": "token ids", "table": "a table"}[kind])
     sidecars = [each for path in paths if kind == "tokens" and (each := _sidecar(path)).exists()]
-    read_anew = [READ_ANEW] if kind == "table" else []
-    if kind != "text":
-        read_anew = [*_anew(cfg, chats), *read_anew]
-    if kind in ("text", "archive"):
+    how = [] if kind == "text" else _anew(cfg, chats)
+    if kind == "table":
+        how.append(READ_ANEW)
+    elif kind != "tokens":
         # Of an earlier version's reading, what these lines did not part.
-        read_anew = [*read_anew, *sorted({each for path in paths for each in separators(path)})]
-    stamp = (*_stamp(paths + sidecars), str(cfg.text_column), *read_anew)
+        how += sorted({each for path in paths for each in separators(path)})
+    stamp = (*_stamp(paths + sidecars), str(cfg.text_column), *how)
     return Source(cfg.source, stamp, documents, files=tuple(paths))
 
 
@@ -488,25 +488,19 @@ def token_parts(path: Path, vocabulary: int) -> Iterator[Part]:
 def _numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the one array of token ids in a file of NumPy's, and their attention mask if any."""
     mask = None
-    try:
-        with path.open("rb") as file:
-            has_several = file.peek(2)[:2] == b"PK"
-            found: Any = np.load(file, allow_pickle=False) if has_several else None
-            names = [] if found is None else found.files
-            names = [name for name in TOKEN_COLUMNS if name in names] or names
-            if found is None:
-                ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            elif len(names) == 1:
-                ids, mask = found[names[0]], found.get("attention_mask")
-            else:
+    damaged = (ValueError, EOFError, zipfile.BadZipFile)
+    with expecting("a NumPy array", path, *damaged), path.open("rb") as file:
+        if file.peek(2)[:2] != b"PK":
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            found: Any = np.load(file, allow_pickle=False)
+            names = [name for name in TOKEN_COLUMNS if name in found.files] or found.files
+            if len(names) != 1:
                 raise InputError(
                     f"expected one array of token ids in {path}, or one called input_ids or "
                     f"tokens, got {', '.join(names) or 'none'}"
                 )
-    except InputError:
-        raise
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"expected a NumPy array in {path}, got something else: {error}") from None
+            ids, mask = found[names[0]], found.get("attention_mask")
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iuf":
         raise InputError(
             f"expected token ids in one or two dimensions in {path}, got {ids.dtype} of shape "

@@ -37,7 +37,7 @@ from jaxtyping import Float32, Int64
 from pydantic import BaseModel, Field
 
 from gsae_core.config import NO_MODEL, DataConfig, ModelConfig, Site, validated
-from gsae_core.errors import InputError, extra
+from gsae_core.errors import InputError, expecting, extra
 from gsae_core.files import parse_json, read_checked, read_json, replace_durably
 from gsae_core.machine import cache_folder
 
@@ -307,12 +307,10 @@ def _shard(path: Path) -> Shard:
 def _safetensors(path: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "np") as file:  # which refuses what lies outside of it
-            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (t.get_dtype(), tuple(t.get_shape())) for name, t in tensors.items()}
-    except SafetensorError as error:
-        raise InputError(f"expected safetensors in {path}, got something else: {error}") from None
+    # Opening it refuses what lies outside of it.
+    with expecting("safetensors", path, SafetensorError), safe_open(path, "np") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: (t.get_dtype(), tuple(t.get_shape())) for name, t in tensors.items()}
     fits = [name for name, (kind, shape) in found.items() if kind in FLOATS and len(shape) == 2]
     name = "x" if "x" in fits else fits[0] if len(fits) == 1 and "x" not in found else None
     if name is None:
@@ -339,10 +337,8 @@ def _safetensors(path: Path) -> Shard:
 
 
 def _npy(path: Path) -> Shard:
-    try:
+    with expecting("a NumPy array", path, ValueError, EOFError):
         x = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"expected a NumPy array in {path}, got something else: {error}") from None
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind != "f" or x.itemsize > 8:
         came = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else "an archive"
         raise InputError(
@@ -358,20 +354,17 @@ def _parquet(path: Path) -> Shard:
     import pyarrow.parquet as pq
 
     stat = path.stat()
-    try:
-        with pq.ParquetFile(path) as file:
-            name = _list_column(path, file.schema_arrow)
-            if not file.metadata.num_rows:
-                return Shard(path, np.empty((0, 0)))
-            key = sha256(repr((str(path), stat.st_size, stat.st_mtime_ns, name)).encode())
-            unpacked = cache_folder("vectors") / f"{key.hexdigest()[:32]}.npy"
-            if not unpacked.is_file():
-                unpacked.parent.mkdir(parents=True, exist_ok=True)
-                replace_durably(
-                    unpacked, lambda to: _unpack(path, file, name, to), n_bytes=stat.st_size
-                )
-    except pa.ArrowException as error:
-        raise InputError(f"expected Parquet in {path}, got something else: {error}") from None
+    with expecting("Parquet", path, pa.ArrowException), pq.ParquetFile(path) as file:
+        name = _list_column(path, file.schema_arrow)
+        if not file.metadata.num_rows:
+            return Shard(path, np.empty((0, 0)))
+        key = sha256(repr((str(path), stat.st_size, stat.st_mtime_ns, name)).encode())
+        unpacked = cache_folder("vectors") / f"{key.hexdigest()[:32]}.npy"
+        if not unpacked.is_file():
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            replace_durably(
+                unpacked, lambda to: _unpack(path, file, name, to), n_bytes=stat.st_size
+            )
     return _npy(unpacked)._replace(path=path)
 
 

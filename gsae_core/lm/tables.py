@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_core.errors import InputError, data_sentence
+from gsae_core.errors import InputError, data_sentence, expecting
 from gsae_core.lm.chat import CHAT_COLUMNS, ChatTemplate, as_chat
 from gsae_core.lm.packed import UNPACKING, File, Part, open_text, opened, parts_of, unpacked
 
@@ -86,7 +86,7 @@ def _columnar(file: File) -> Iterator[Row]:
     import pyarrow as pa
 
     kind = unpacked(file).suffix.lower().removeprefix(".").capitalize()
-    try:
+    with expecting(kind, file, ValueError, OverflowError, OSError, EOFError, *UNPACKING):
         # What is packed, or in an archive, has to be in memory.
         is_plain = isinstance(file, Path) and unpacked(file) == file
         source: Any = file if is_plain else io.BytesIO(opened(file).read())
@@ -94,10 +94,6 @@ def _columnar(file: File) -> Iterator[Row]:
             # Python has no dates beyond the year 9999.
             kept = [field.name for field in batch.schema if not pa.types.is_temporal(field.type)]
             yield from batch.select(kept).to_pylist()
-    except (ValueError, OverflowError, OSError, EOFError, *UNPACKING) as error:
-        if isinstance(error, InputError | PermissionError):
-            raise
-        raise InputError(f"expected {kind} in {file}, got something else: {error}") from None
 
 
 def _parquet(source: Any) -> Iterator[Any]:
@@ -125,28 +121,25 @@ def _csv(file: File) -> Iterator[Row]:
     # The module's own bound of 128 KiB a field is less than a book; a C long may be 32 bits wide.
     csv.field_size_limit(2**31 - 1)
     delimiters = "\t,;|" if unpacked(file).suffix.lower() == ".tsv" else ",;\t|"
-    try:
-        with open_text(file) as text:
-            blank = 0
-            while (header := text.readline()) and not header.strip():
-                blank += 1
-            delimiter = max(delimiters, key=re.sub('"[^"]*"', "", header).count)
-            reader = csv.DictReader(chain([header], text), delimiter=delimiter, strict=True)
-            # Without a name: the index that pandas writes, and columns that are empty.
-            twice = [n for n, times in Counter(reader.fieldnames or ()).items() if n and times > 1]
-            if twice:
+    with expecting("CSV", file, csv.Error), open_text(file) as text:
+        blank = 0
+        while (header := text.readline()) and not header.strip():
+            blank += 1
+        delimiter = max(delimiters, key=re.sub('"[^"]*"', "", header).count)
+        reader = csv.DictReader(chain([header], text), delimiter=delimiter, strict=True)
+        # Without a name: the index that pandas writes, and columns that are empty.
+        twice = [n for n, times in Counter(reader.fieldnames or ()).items() if n and times > 1]
+        if twice:
+            raise InputError(
+                f"expected a name for each column of {file}, got {twice[0]!r} twice: rename one"
+            )
+        for row in reader:
+            if None in row or None in row.values():
                 raise InputError(
-                    f"expected a name for each column of {file}, got {twice[0]!r} twice: rename one"
+                    f"expected {len(reader.fieldnames or ())} fields in the row that ends at "
+                    f"line {blank + reader.line_num} of {file}, got another number"
                 )
-            for row in reader:
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"expected {len(reader.fieldnames or ())} fields in the row that ends at "
-                        f"line {blank + reader.line_num} of {file}, got another number"
-                    )
-                yield row
-    except csv.Error as error:
-        raise InputError(f"expected CSV in {file}, got something else: {error}") from None
+            yield row
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[Row]:

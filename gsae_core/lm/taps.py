@@ -1,11 +1,13 @@
 """Tensors on their way through modules: where a block's sites are tapped, to read, edit or skip."""
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gsae_core.config import Site
@@ -121,13 +123,17 @@ def replaying(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within, the model computes as in evaluation; the mode of each module comes back."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, a model runs uncompiled, without dropout or gradients; modes come back."""
     training = [module for module in model.modules() if module.training]
+    # Compiled code sees no hooks. Where nothing is compiled, asking would import Dynamo: seconds.
+    is_compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
     try:
         for module in training:
             module.training = False
-        yield
+        with torch.no_grad(), eager:
+            yield
     finally:
         for module in training:
             module.training = True

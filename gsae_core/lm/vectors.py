@@ -8,19 +8,19 @@ sequence is `BLOCK` vectors that follow each other, and sequences are held out a
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gsae_core.config import NO_MODEL, Place, Site
+from gsae_core.config import NO_MODEL, Site
 from gsae_core.errors import InputError
 from gsae_core.files import read_bytes
-from gsae_core.lm.corpus import Corpus, SequenceSet, _held_out, special_ids
-from gsae_core.lm.harvest import Harvest, _side_by_side, default_rows
+from gsae_core.lm.corpus import Corpus, SequenceSet, held_out_rows, special_ids
+from gsae_core.lm.harvest import Harvest, default_rows, side_by_side
 from gsae_core.lm.load import open_tokenizer
 from gsae_core.lm.stored import VOCABULARY, StoredVectors, open_vectors
 from gsae_core.lm.texts import in_sequence, raw_texts
@@ -34,56 +34,6 @@ BEFORE = 12
 BLOCK = 16
 
 Result = TypeVar("Result")
-
-
-class StoredSequences(SequenceSet):
-    """Sequences whose vectors lie in a folder.
-
-    Args:
-        rows: token ids (sequences, n_ctx), of which `special` are not counted.
-        counts: vectors of each sequence; None: its counted tokens.
-        first: number in the folder of each sequence's first vector; None: they follow each other.
-    """
-
-    def __init__(
-        self,
-        rows: np.ndarray,
-        special: tuple[int, ...] = (),
-        *,
-        counts: np.ndarray | None = None,
-        first: Int64[np.ndarray, " n"] | None = None,
-    ) -> None:
-        super().__init__(rows, special, counts=counts)
-        ends = np.cumsum(self.counts)
-        self.first: Int64[np.ndarray, " n"] = ends - self.counts if first is None else first
-
-    def after(self, n: int) -> "StoredSequences":
-        """Return the sequences that follow the first `n`."""
-        rest = {"counts": self.counts[n:], "first": self.first[n:]}
-        return StoredSequences(self._rows[n:], self._special, **rest)
-
-    def numbers(self, which: np.ndarray) -> Int64[np.ndarray, " vectors"]:
-        """Return the numbers of the vectors of some sequences, in their order."""
-        counts = self.counts[which]
-        shift = np.repeat(self.first[which] - np.cumsum(counts) + counts, counts)
-        return shift + np.arange(len(shift))
-
-
-@dataclass(frozen=True)
-class StoredCorpus(Corpus):
-    """The splits of a folder of vectors."""
-
-    vectors: StoredVectors
-
-    @property
-    def digest(self) -> str:
-        """A hash of the folder's files."""
-        return self.vectors.digest
-
-    @property
-    def starts(self) -> list[str]:
-        """The same: a longer reading is of the same files."""
-        return [self.vectors.digest[:16]]
 
 
 class VectorSource:
@@ -103,34 +53,28 @@ class VectorSource:
         self.numerics: str = str(about.get("numerics", "raw"))
         self.is_harvested: bool = "splits" in about
 
-    def corpus(self, held_out: float) -> StoredCorpus:
+    def corpus(self, held_out: float) -> Corpus:
         """Return the splits: those of the text, or else every so-many-th block is held out."""
         if self.is_harvested:
             about = self.vectors.about
             train, rest = (self._of_text(name) for name in ("train", "held_out"))
             said = (str(about["text"]), int(about["n_ctx"]), bool(about["bos"]))
-            return StoredCorpus(train, rest, *said, self.vectors)
+            return Corpus(train, rest, *said, self.vectors.digest)
         n = len(self.vectors)
         first = np.arange(0, n, BLOCK)
-        counts = np.minimum(BLOCK, n - first)
-        is_held_out = _held_out(0, len(first), held_out)
-        train, rest = (
-            StoredSequences(
-                # No tokens: a block is so many vectors of anything.
-                np.broadcast_to(np.uint8(0), (int(own.sum()), BLOCK)),
-                counts=counts[own],
-                first=first[own],
-            )
-            for own in (~is_held_out, is_held_out)
-        )
+        # No tokens: a block is so many vectors of anything.
+        rows = np.broadcast_to(np.uint8(0), (len(first), BLOCK))
+        every = SequenceSet(rows, counts=np.minimum(BLOCK, n - first), first=first)
+        is_held_out = held_out_rows(0, len(first), held_out)
+        train, rest = every.take(~is_held_out), every.take(is_held_out)
         if not len(train):
             raise InputError(
                 f"expected more than {BLOCK} vectors in {self.vectors.folder}, some to train on "
                 f"and some to hold out, got {n}: give more"
             )
-        return StoredCorpus(train, rest, str(self.vectors.folder), 1, False, self.vectors)
+        return Corpus(train, rest, str(self.vectors.folder), 1, False, self.vectors.digest)
 
-    def _of_text(self, split: str) -> StoredSequences:
+    def _of_text(self, split: str) -> SequenceSet:
         vectors, about = self.vectors, self.vectors.about
         shards = vectors.split(split) or []
         # Another program that wrote the shards anew may have left ids out.
@@ -138,14 +82,14 @@ class VectorSource:
         ids = [vectors.shards[k].ids for k in shards]
         fits = [own for own in ids if own is not None and own.shape[1] == about["n_ctx"]]
         rows = np.concatenate([none, *fits])
-        found = StoredSequences(rows, tuple(about["special"]))
+        found = SequenceSet(rows, tuple(about["special"]))
         n = sum(len(vectors.shards[k].x) for k in shards)
         if found.n_tokens != n:
             raise InputError(
                 f"expected {found.n_tokens:,} vectors of the {split} split in {vectors.folder}, as "
                 f"its tokens say, got {n:,}: harvest them again"
             )
-        found.first += vectors.edges[shards[0]]
+        found.first = vectors.edges[shards[0]] + np.cumsum(found.counts) - found.counts
         return found
 
     def check(self, layer: int, site: Site) -> None:
@@ -157,20 +101,14 @@ class VectorSource:
 
     def readable(
         self, parts: Sequence[tuple[SequenceSet, np.ndarray]]
-    ) -> tuple[list[StoredSequences], list[str]]:
+    ) -> tuple[list[SequenceSet], list[str]]:
         """Return some sequences of some splits as tokens, and what each token id stands for.
 
         Without a text every vector is a sequence of one token, which stands for its caption; of an
         activation cache, for the token it is of, in brackets, behind those before it.
         """
-        parts = [(own, which) for own, which in parts if isinstance(own, StoredSequences)]
         if self.is_harvested:
-            chosen = [
-                StoredSequences(
-                    own._rows[which], own._special, counts=own.counts[which], first=own.first[which]
-                )
-                for own, which in parts
-            ]
+            chosen = [own.take(which) for own, which in parts]
             return chosen, self._vocabulary(chosen)
         known: dict[str, int] = {}
         chosen = []
@@ -178,19 +116,18 @@ class VectorSource:
             numbers = own.numbers(which)
             captions = self._in_context(numbers) or self.vectors.captions(numbers)
             ids = np.array([known.setdefault(each, len(known)) for each in captions], np.uint32)
-            chosen.append(StoredSequences(ids[:, None], first=numbers))
+            chosen.append(SequenceSet(ids[:, None], first=numbers))
         return chosen, list(known)
 
-    def _vocabulary(self, chosen: Sequence[StoredSequences]) -> list[str]:
+    def _vocabulary(self, chosen: Sequence[SequenceSet]) -> list[str]:
         """Return the text of each token id of a harvested folder."""
         path, again = self.vectors.folder / VOCABULARY, "give its command again"
         lacks = f"expected {path}, which harvest writes, found none; {again}"
         data = read_bytes(path, missing=lacks)
-        try:
+        texts: Any = None
+        with suppress(ValueError, RecursionError):
             texts = json.loads(data)
-        except (ValueError, RecursionError):
-            texts = None
-        need = max((int(each._rows.max(initial=-1)) for each in chosen), default=-1) + 1
+        need = max((each.largest_id for each in chosen), default=-1) + 1
         texts = texts if isinstance(texts, list) else []
         if len(texts) < need or not all(isinstance(each, str) for each in texts):
             raise InputError(f"expected {need:,} texts of tokens in {path}, got others; {again}")
@@ -236,24 +173,18 @@ class StoredHarvest(Harvest):
     def __init__(
         self, source: VectorSource, sequences: SequenceSet, *, layer: int, site: Site
     ) -> None:
-        assert isinstance(sequences, StoredSequences), "other sequences have no vectors"
-        self._source, self._own = source, sequences
-        self.sequences: SequenceSet = sequences
-        self.layer: int = layer
-        self.site: Site = site
-        self.places: tuple[Place, ...] = (Place(layer, site),)
-        self.widths: tuple[int, ...] = (source.d_in,)
-        self.d_in: int = source.d_in
-        self.device: torch.device = source.device
+        assert sequences.first is not None, "other sequences have no vectors"
+        super().__init__(source, sequences, layer=layer, site=site)
+        self._source = source
 
-    def vectors(self, which: np.ndarray) -> Iterator[Float[Tensor, "vectors d_in"]]:
+    def parts(self, which: np.ndarray) -> Iterator[tuple[Float[Tensor, "vectors d_in"]]]:
         """Yield the vectors of ascending sequences, a part at a time.
 
         InputError, with the file and the row, if one is not finite.
         """
         assert (np.diff(which) > 0).all(), "shards are read in ascending order"
-        for x in self._source.vectors.rows(self._own.numbers(which)):
-            yield torch.from_numpy(x).to(self.device)
+        for x in self._source.vectors.rows(self.sequences.numbers(which)):
+            yield (torch.from_numpy(x).to(self.device),)
 
     def through(
         self, work: Callable[[Float[Tensor, "vectors d_in"]], Result], which: np.ndarray
@@ -261,5 +192,4 @@ class StoredHarvest(Harvest):
         """Yield what `work` makes of the vectors, as many at a time as tokens go into a pass."""
         size = default_rows(1, self.device)
         parts = (part for x in self.vectors(which) for part in x.split(size))
-        n_threads = torch.get_num_threads() if self.device.type == "cpu" else 0
-        yield from _side_by_side(work, parts, n_threads)
+        return side_by_side(work, parts, self.device)

@@ -45,7 +45,7 @@ from gsae_core.lm.harvest import Harvest
 from gsae_core.lm.model import LanguageModel
 from gsae_core.lm.stored import StoredVectors
 from gsae_core.lm.texts import raw_texts
-from gsae_core.lm.vectors import StoredHarvest, StoredSequences, VectorSource
+from gsae_core.lm.vectors import StoredHarvest, VectorSource
 from gsae_core.sae.base import SAE, check_width
 from gsae_core.text import Progress
 from gsae_core.threads import over_rows
@@ -205,7 +205,7 @@ def _sources(
 
 def _numbers(part: Part) -> Int64[np.ndarray, " n"]:
     """Return the number in the folder of each vector of a part that is of no text."""
-    assert isinstance(part.sequences, StoredSequences)
+    assert part.sequences.first is not None
     return part.sequences.first
 
 

@@ -52,11 +52,12 @@ def harvest_to(
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             said = f"expected a folder at {folder}, or a place to make one: {error.strerror}"
             raise InputError(f"{said}; choose another (--to)") from None
+    place = Place(of.layer, of.site)
     caches = {
-        name: CachedActivations(model, sequences, folder, layer=of.layer, site=of.site, split=name)
+        name: CachedActivations(model, sequences, {place: folder}, split=name)
         for name, sequences in splits.items()
     }
-    about = described(model, Place(of.layer, of.site)) | {
+    about = described(model, place) | {
         "revision": of.revision,
         "fingerprint": fingerprint(model),
         "data": data.model_dump(mode="json"),

@@ -25,7 +25,7 @@ from gsae_core.config import (
 from gsae_core.errors import InputError
 from gsae_core.files import free_bytes, read_json, readable
 from gsae_core.lm.corpus import Corpus, SequenceSet, load_corpus
-from gsae_core.lm.harvest import Harvest, open_cache, open_caches
+from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.lm.vectors import StoredHarvest, VectorSource
@@ -166,7 +166,7 @@ def _streams(
     for k, ((_, stage), corpus) in enumerate(zip(cfg.train.stages, corpora, strict=True)):
         text, seed, n_vectors = corpus, cfg.seed, stage.n_steps * stage.batch_size
         if k:
-            rest = corpus.train.after(n_read)
+            rest = corpus.train.take(slice(n_read, None))
             # The reading before went to the end of a sequence and of what was not a whole batch.
             short = n_vectors - corpus.n_ctx - stage.batch_size
             is_new = rest.n_tokens > short and rest.n_tokens >= stage.batch_size
@@ -390,11 +390,7 @@ def harvest_of(
 def _harvest(cfg: RunConfig, model: LanguageModel | VectorSource, corpus: Corpus) -> Harvest:
     if not cfg.cache_activations or isinstance(model, VectorSource):
         return harvest_of(model, corpus.train, *cfg.places)
-    first, *beside = cfg.places
-    if beside:
-        cache = open_caches(model, corpus.train, cfg.places)
-    else:
-        cache = open_cache(model, corpus.train, layer=first.layer, site=first.site)
+    cache = open_cache(model, corpus.train, cfg.places)
     cache.fill()
     return cache
 
