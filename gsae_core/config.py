@@ -76,6 +76,7 @@ IF_SAID = Field(exclude_if=lambda said: said in (None, (), "mse"))
 """Of a key that files have only where there is something to say."""
 Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
+Start = Literal["zero", "sparse", "sparse_median"]
 Tracker = Literal["trackio", "wandb", "tensorboard"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OUTLIER_RATIO = 10.0
@@ -337,6 +338,11 @@ class TrainRecipe(Config):
 
     revive_until: Annotated[float, Field(ge=0, le=1)] = 0.7
     """No revival after this share of the steps, so that what is revived can still learn."""
+
+    start: Annotated[Start, Field(exclude_if=lambda start: start == "zero")] = "zero"
+    """What new and revived latents begin with: biases and b_dec of 0 (`zero`), or such biases that
+    64 latents fire on a token, and b_dec at the mean of the activations (`sparse`) or their
+    geometric median (`sparse_median`)."""
 
     screened: bool = False
     """Find open gates by a bfloat16 product and decide in float32: the same gates, up to twice the

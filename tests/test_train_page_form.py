@@ -139,6 +139,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "seed": "3",
         "device": "cpu",
         "checkpoint_minutes": "1.5",
+        "start": "sparse",
         "screened": True,
         "cache_activations": True,
         "track": "trackio",

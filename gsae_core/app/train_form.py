@@ -62,6 +62,7 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "revive_every": "Resample every",
     "revive_window": "Dead after",
     "revive_until": "Resample until",
+    "start": "Latents start",
     "eval_tokens": "Evaluation tokens",
     "eval_replace": "Reconstructions replace",
     "init_threshold": "Initial threshold",

@@ -178,11 +178,18 @@ class ActivationStream:
     @cached_property
     def lengths(self) -> tuple[Lengths, ...]:
         """What the first sequences of the first epoch (2^15 vectors) say of |x| at each place."""
-        order = self._order(0)
-        enough = np.searchsorted(np.cumsum(self._counts[order]), SCALE_VECTORS) + 1
-        found = [[x.cpu() for x in xs] for xs in self.harvest.parts(np.sort(order[:enough]))]
         ratio = self.max_norm_ratio
-        return tuple(lengths(torch.cat(xs), max_ratio=ratio) for xs in zip(*found, strict=True))
+        return tuple(lengths(x, max_ratio=ratio) for x in self.first(SCALE_VECTORS))
+
+    def first(self, n: int) -> list[Tensor]:
+        """Return raw activations of the first epoch's first sequences, at least `n` of each place.
+
+        Fewer where there are no more. They are on the CPU.
+        """
+        order = self._order(0)
+        enough = np.searchsorted(np.cumsum(self._counts[order]), n) + 1
+        found = [[x.cpu() for x in xs] for xs in self.harvest.parts(np.sort(order[:enough]))]
+        return [torch.cat(xs) for xs in zip(*found, strict=True)]
 
     def batch(self, i: int) -> Float[Tensor, "batch d_in"]:
         """Return batch `i`: scaled, float32, contiguous, on the model's device, the caller's own.

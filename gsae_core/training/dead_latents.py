@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from gsae_core.config import TrainRecipe
+from gsae_core.config import Start, TrainRecipe
 from gsae_core.sae.base import SAE, Count, Mask, Rows
 from gsae_core.sae.jumprelu import JumpReluSAE
 from gsae_core.sae.metrics import BatchStats
 from gsae_core.training.optimizer import DictionaryAdam
+from gsae_core.training.start import sparse_biases_
 
 # Norm of a resampled encoder direction, as a share of the alive mean (Bricken).
 ENCODER_SHARE = 0.2
@@ -48,7 +49,13 @@ def joins_pool(steps_done: int, cfg: TrainRecipe, *, widest: int) -> bool:
 
 @torch.no_grad()
 def resample_(
-    sae: SAE, adam: DictionaryAdam, *, dead: Int64[Tensor, " dead"], pool: Rows, seed: int
+    sae: SAE,
+    adam: DictionaryAdam,
+    *,
+    dead: Int64[Tensor, " dead"],
+    pool: Rows,
+    seed: int,
+    start: Start = "zero",
 ) -> Int64[Tensor, " resampled"]:
     """Start dead latents again, in place, and return the indices of those that were.
 
@@ -58,6 +65,7 @@ def resample_(
       an uncentred input would mostly teach every resampled latent the mean activation.
     - encoder column: the same direction, at 0.2 of the mean norm over alive latents.
     - `b_gate`, `b_mag`, `b_enc`, `r_mag`: 0; `threshold`: what it began with.
+      After a sparse `start` biases are those of `sparse_biases_` on the pool.
     - Adam's moments of exactly these entries: 0.
 
     Inputs, in the units the SAE trains in, are drawn without replacement (twins would have the same
@@ -90,6 +98,8 @@ def resample_(
             # large. A new warm-up from a tenth of the learning rate makes up for that.
             if key != "step":
                 moment.index_fill_(axis, latents, 0.0)
+    if start != "zero":
+        sparse_biases_(sae, pool, latents)
     return latents
 
 

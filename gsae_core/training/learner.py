@@ -245,7 +245,10 @@ class Learner:
         dead = self._dead.mask.nonzero().squeeze(1)
         if len(dead) == 0:
             return 0
-        resampled = resample_(self.sae, self._optimizer, dead=dead, pool=pool, seed=number)
+        start = self._cfg.start
+        resampled = resample_(
+            self.sae, self._optimizer, dead=dead, pool=pool, seed=number, start=start
+        )
         if len(resampled):  # else no moment was reset, and there is no new warm-up
             self._dead.restart(resampled)
             self._warmup_start = number

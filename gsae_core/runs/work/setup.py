@@ -40,6 +40,7 @@ from gsae_core.sae.topk import TopKSAE
 from gsae_core.text import WORDS
 from gsae_core.training.end_to_end import Batch
 from gsae_core.training.optimizer import Sparsity, sparsity_in_training_units
+from gsae_core.training.start import N_VECTORS, start_
 from gsae_core.training.trainer import Trainer
 
 # The command line says its warnings.
@@ -129,6 +130,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
         sparsity=tuple(each.coeff for each in sparsity),
         lrs=tuple(spec.lr or cfg.train.lr for spec in cfg.saes),
     )
+    _start(run, saes, stream)
     noted = _noted(cfg, stream)
     for sentence in outliers_met(noted, cfg.unit):
         log.warning(sentence)
@@ -234,6 +236,19 @@ def on_device_here(run: Run) -> Run:
     )
     run.add_event("other device", device=found, named=own)
     return run.on(device)
+
+
+def _start(run: Run, saes: Sequence[SAE], stream: ActivationStream) -> None:
+    """Start the SAEs of a run that begin from random weights as its recipe says, in place."""
+    cfg = run.config
+    # A saved state holds what they have become since.
+    if cfg.train.start == "zero" or (state_folder(run) / "state.json").exists():
+        return
+    firsts = stream.first(N_VECTORS)
+    for spec, sae, i in zip(cfg.saes, saes, cfg.reads, strict=True):
+        if spec.start is None:
+            x = firsts[i][:N_VECTORS].to(sae.b_dec.device) * stream.scales[i]
+            start_(sae, x, start=cfg.train.start)
 
 
 def beginning(run: Run, spec: SAESpec, stream: ActivationStream, read: int) -> SAE:
