@@ -1,6 +1,7 @@
 """Runs on folders of vectors: harvested ones and those from elsewhere, to their numbers."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from refusals import mistake, refusal
 from safetensors.numpy import load_file, save_file
 from tiny_runs import SMALL, finish, flat, leave_at, outcome
 
+from gsae_core.analysis.autointerp import write_label
 from gsae_core.analysis.fidelity import evaluating_vectors
 from gsae_core.cli.main import main
 from gsae_core.config import NO_MODEL, NO_PLACE, Place, RunConfig, TrainRecipe
@@ -178,12 +180,28 @@ def test_a_batch_larger_than_the_folder_asks_for_vectors(on_vectors: Callable[..
     )
 
 
-def test_progress_on_vectors_counts_vectors(on_vectors: Callable[..., Run]) -> None:
+def test_progress_and_labels_on_vectors_are_of_vectors(on_vectors: Callable[..., Run]) -> None:
     run = on_vectors()
     finish(run)
     stages = [*evaluate_run(run), *index_run(run, run.config.saes[0].name)]
     units = {now.stage: now.unit for now in stages}
     assert units["loading"] == units["evaluating"] == units["indexing"] == "vector"
+    # A model is asked about captions, none of which is marked, and of no language model.
+    index = run.features(run.config.saes[0].name)
+    questions: list[str] = []
+
+    class Writer:
+        name = "made up"
+
+        def answer(self, question: str, *, max_tokens: int) -> str:
+            questions.append(question)
+            return "0 1 " * 5
+
+    feature = index.feature(index.random_alive(seed=0))
+    write_label(feature, Writer())
+    assert "fires on what these captions describe" in questions[0]
+    assert "1. picture " in questions[0]
+    assert not re.search("<<|token|language model", questions[0])
 
 
 def test_what_needs_the_model_is_refused_in_a_sentence(on_vectors: Callable[..., Run]) -> None:

@@ -178,6 +178,24 @@ spaces, 1 where they do and 0 where they do not.
 Digits:"""
 
 
+# Of a vector of a folder a caption is all there is.
+WRITE_OF_CAPTIONS = """A feature of a neural network fires on what these captions describe.
+In at most ten words, say what they have in common. Answer with that phrase alone.
+
+{texts}
+
+The feature fires on:"""
+
+DETECT_OF_CAPTIONS = """A feature of a neural network fires on: {label}
+
+On which of these {n} captions does it fire? Answer with {n} digits separated by spaces, 1 for a
+caption on which it does and 0 for one on which it does not.
+
+{texts}
+
+Digits:"""
+
+
 class NotLabelled(InputError):
     """One feature cannot be labelled; the next one may be."""
 
@@ -189,8 +207,11 @@ class NotUnderstood(NotLabelled):
 def write_label(feature: "Feature", writer: Writer) -> str:
     """Return a label in a line, from the feature's strongest examples."""
     check_fires(feature)
-    texts = numbered([marked(e) for e in feature.top(N_SHOWN, before=BEFORE, after=AFTER)])
-    answer = writer.answer(WRITE.format(texts=texts), max_tokens=40).strip()
+    found = feature.top(N_SHOWN, before=BEFORE, after=AFTER)
+    whole = feature.index.manifest.unit == "vector"
+    texts = numbered(["".join(e.tokens) if whole else marked(e) for e in found])
+    question = (WRITE_OF_CAPTIONS if whole else WRITE).format(texts=texts)
+    answer = writer.answer(question, max_tokens=40).strip()
     lines = ["".join(filter(str.isprintable, line)).strip(" \"'.") for line in answer.splitlines()]
     label = next(filter(None, lines), "")
     if not label:
@@ -211,6 +232,7 @@ def check_fires(feature: "Feature") -> None:
 
 def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "detection") -> float:
     """Return the share of right answers on where the feature fires; 0.5 is guessing."""
+    whole = feature.index.manifest.unit == "vector"
     rng = np.random.default_rng([feature.number, 0])
     fires = feature.random(N_SCORED, seed=0, before=BEFORE, after=AFTER)
     if by == "detection":
@@ -223,7 +245,8 @@ def score_label(feature: "Feature", label: str, writer: Writer, *, by: By = "det
     truth = np.array([1] * len(fires) + [0] * len(fires))
     order = rng.permutation(len(truth))
     shown, n = numbered([texts[i] for i in order]), len(order)
-    question = (DETECT if by == "detection" else FUZZ).format(label=label, n=n, texts=shown)
+    detect = DETECT_OF_CAPTIONS if whole else DETECT
+    question = (detect if by == "detection" else FUZZ).format(label=label, n=n, texts=shown)
     answer = writer.answer(question, max_tokens=4 * n)
     digits = [int(digit) for digit in re.findall(r"(?<!\d)[01](?!\d)", answer)]
     if len(digits) != n:
