@@ -137,7 +137,7 @@ def recent() -> None:
             "SAEs": st.column_config.NumberColumn(width="small"),
             "where": st.column_config.TextColumn(help="Site and layer; or the folder of vectors"),
         },
-        alt="The newest runs: name, state, share done, model, where, SAEs, amount, last change",
+        alt="The newest runs: name, state, share done, model, where, SAEs, trained on, last change",
     )
     st.caption("Tick a row to open the run.")
     chosen = picked["selection"]["rows"]
@@ -162,7 +162,9 @@ def describe(run: Run) -> dict[str, object]:
         "where": config.where,
         "SAEs": len(config.saes),
         "note": worse(run),
-        "tokens": count(config.train.n_tokens) if config.imported is None else "imported",
+        "trained on": f"{count(config.train.n_tokens)} {config.unit}s"
+        if config.imported is None
+        else "imported",
         "last change": "–" if status is None else since(status.heartbeat),
     }
 

@@ -154,7 +154,10 @@ def choose_base() -> Base:
         )
     if chosen is None:
         base = Base(presets()[name].config(), Train(preset=name))
-        plain(f"{presets()[name].description}.", size=".875rem")
+        about = f"{presets()[name].description}."
+        if unit() == "vector":
+            about = f"Widths, λ and recipe of {name}, for the vectors below."
+        plain(about, size=".875rem")
     else:
         base = Base(runs[chosen].config, Train(config=runs[chosen].folder / "config.json"))
         plain(f"The settings of {chosen}. Unchanged settings reproduce the same results.")
@@ -168,7 +171,9 @@ def choose_base() -> Base:
 
 def unit() -> str:
     """Return what the form's run counts: the page speaks of vectors once a folder is given."""
-    return "vector" if state["activations"] else "token"
+    # What the address asks for is in the state only once the field is drawn.
+    given = [state.get("activations"), *asked.get("activations", [])]
+    return "vector" if any(given) else "token"
 
 
 def field(flag: str, given: Values, **options: Any) -> None:
@@ -290,7 +295,9 @@ def further_places(given: Values, last: int | None) -> None:
     layers = list(range(MOST_LAYERS if last is None else last + 1))
     for name, known in (("more_layers", layers), ("more_sites", list(SITES))):
         state[name] = [each for each in state.get(name, given[name]) if each in known]
-    chosen = bool(state["more_layers"] or state["more_sites"])
+    # What the address asks for is known only once the widgets are drawn.
+    named = {"more_layers", "more_sites"} & asked.keys()
+    chosen = bool(named or state["more_layers"] or state["more_sites"])
     with st.expander("More layers and sites", expanded=chosen):
         one, two = st.columns([2, 3])
         label, default = LABELS["more_layers"], [n for n in given["more_layers"] if n in layers]
@@ -569,7 +576,8 @@ def before(config: RunConfig, about: ModelFacts) -> tuple[Refusal, ...]:
     if runs:
         others = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
         which = f"{'run' if len(runs) == 1 else 'runs'} {', '.join(runs[:3])}{others}"
-        where = "at this hook point" if unit() == "token" else "on these vectors"
+        where = "at these hook points" if len(config.places) > 1 else "at this hook point"
+        where = where if unit() == "token" else "on these vectors"
         plain(f"L0 as in {which} {where}, interpolated over λ.", size=".875rem")
     for one in flight.bars:
         bar(one)
@@ -655,7 +663,8 @@ with left:
     base = choose_base()
     given = shown(base.config)
     with st.container(border=True):
-        st.markdown("**1 · Model and hook point**")
+        of = "Model and hook point" if unit() == "token" else "Vectors"
+        st.markdown(f"**1 · {of}**")
         about = where(base, given)
     given = shown(at_place(base, state["layer"], state["site"]).config)
     with st.container(border=True):

@@ -88,6 +88,7 @@ SHORT = TITLES | {"loss_recovered": "recovered"}
 DIGITS = {"l0": 1, "delta_ce": 4, "kl": 4}
 # Numbers written in percent, and their decimals.
 SHARES = {"loss_recovered": 2, "alive_fraction": 1}
+LOSSES = ("loss_recovered", "delta_ce", "kl")
 
 frame = shell.page(
     "Pareto",
@@ -362,10 +363,10 @@ def table_columns(*, topk: bool) -> dict[str, Any]:
 def table(evals: pd.DataFrame, base: str | None) -> None:
     """Draw every number of every SAE, and its change against the baseline run."""
     st.subheader("All SAEs", anchor=False)
-    shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *NUMBERS]]
+    shown = evals.loc[:, ["run", "name", "architecture", "sparsity", "d_sae", *numbers]]
     if len(groups) > len(shown_runs):
         shown.insert(2, "hook point", hook_points(evals))
-    shares = {name: 100 * evals[name] for name in ("loss_recovered", "alive_fraction")}
+    shares = {name: 100 * evals[name] for name in SHARES if name in numbers}
     shown = shown.assign(**shares)
     named = evals["name" if len(set(evals["run"])) == 1 else "id"]
     say_worse(dict(zip(named, evals["fvu"], strict=True)))
@@ -378,8 +379,12 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
     if any(worse):
         shown.insert(list(shown).index("d_sae") + 1, "worse", worse)
     if base:
-        shown = shown.join(against(evals, base)[[f"change_{name}" for name in NUMBERS[:6]]])
-        shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
+        changed = against(evals, base)[
+            [f"change_{name}" for name in NUMBERS[:6] if name in numbers]
+        ]
+        shown = shown.join(changed)
+        if "change_loss_recovered" in shown:
+            shown = shown.assign(change_loss_recovered=100 * shown["change_loss_recovered"])
         # Each change beside its number: at the far right they are out of sight.
         pairs = [column for name in NUMBERS for column in (name, f"change_{name}")]
         own = [name for name in shown if name not in pairs]
@@ -397,18 +402,23 @@ def table(evals: pd.DataFrame, base: str | None) -> None:
         said = f"{measured_on(first.to_dict())}; {NO_LOSSES}"
         st.caption(f"{escape_markdown(run.id)}: {escape_markdown(said)}.")
         return
+    # Each hook point is zeroed by itself.
+    own = pd.DataFrame(evals[evals["run"] == run.id]).drop_duplicates("group")
+    zeros = [fixed(loss, 4) for loss in own["ce_zero"]]
+    if len(own) > 1:
+        zeros = [f"{loss} at {hook}" for loss, hook in zip(zeros, hook_points(own), strict=True)]
     st.caption(
         f"{escape_markdown(run.id)}: {escape_markdown(measured_on(first.to_dict()))}. Cross-"
         f"entropy of the language model: {fixed(first['ce_clean'], 4)} nats per token unchanged, "
-        f"{fixed(first['ce_zero'], 4)} with zero ablation ({averaged(first.to_dict())}; "
+        f"with zero ablation {escape_markdown(', '.join(zeros))} ({averaged(first.to_dict())}; "
         f"{positions(first.to_dict())})."
     )
 
 
 def number_cells() -> Iterator[tuple[str, DeltaGenerator]]:
-    """Yield each number with its place, three to a row."""
-    for start in range(0, len(NUMBERS), 3):
-        yield from zip(NUMBERS[start : start + 3], st.columns(3), strict=True)
+    """Yield each number that is measured here with its place, three to a row."""
+    for start in range(0, len(numbers), 3):
+        yield from zip(numbers[start : start + 3], st.columns(3), strict=False)
 
 
 def hook_of(run: Run, name: str) -> str:
@@ -526,6 +536,9 @@ if base and base not in shown_runs:
     shown_runs.append(base)
 evals = at_hook_points(several_runs({name: cache.evaluations(by_id[name]) for name in shown_runs}))
 groups = list(dict.fromkeys(evals["group"]))  # the first is of the sidebar's run
+# Of vectors alone there are no losses, and no empty columns for them.
+is_of_text = unit_measured(evals) == "token"
+numbers = [name for name in NUMBERS if is_of_text or name not in LOSSES]
 matched = matched_ratio(evals.query("group == @groups[0]").to_dict("records"))
 with place_of_ratio:
     headline(evals)

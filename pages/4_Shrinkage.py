@@ -64,6 +64,12 @@ specs = {spec.name: spec for spec in run.config.saes}
 rows = evals.set_index("name")
 
 
+def hook_of(name: str, before: str) -> str:
+    """Return the hook point that an SAE reads behind some words; nothing of a run of one."""
+    several = len(run.config.places) > 1
+    return before + escape_markdown(run.config.place_of(name).hook_name) if several else ""
+
+
 def choose() -> dict[str, str | None]:
     """Draw a picker for each side; the pair nearest in L0 is chosen to begin with."""
     names = alongside(run, run.config.saes[0].name, list(evals["name"]))
@@ -90,7 +96,8 @@ def choose() -> dict[str, str | None]:
             # Pareto's address has a baseline of this name too, a run: so it is not bound here.
             write({side: name if name != pair.get(side) else None})
             if name is not None:
-                st.caption(f"{hover_name(specs[name])} · L0 {fixed(rows.loc[name, 'l0'], 1)}")
+                said = f"{hover_name(specs[name])} · L0 {fixed(rows.loc[name, 'l0'], 1)}"
+                st.caption(f"{said}{hook_of(name, ' · ')}")
     say_worse({name: float(rows.loc[name, "fvu"]) for name in chosen.values() if name})
     return chosen
 
@@ -128,6 +135,8 @@ def over_the_sweep() -> None:
         config=CONFIG,
         alt="γ against L0 for every architecture, and for the gate path",
     )
+    if (name := gated or base) and (of := hook_of(name, "SAEs at ")):
+        st.caption(f"{of}.")
     columns = ["name", "architecture", "sparsity", "l0", "gamma", "gamma_gate"]
     figure_tools(evals_here().loc[:, columns], name="sweep", about=about("gamma"))
     if place is not None:

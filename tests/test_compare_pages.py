@@ -79,6 +79,7 @@ def test_saes_share_a_frontier_with_those_of_their_own_hook_point(root: Path) ->
     said = text(at)
     for layer in (1, 3):
         assert f"blocks.{layer}.hook_resid_post: At equal loss recovered" in said
+        assert f"at blocks\\.{layer}\\.hook" in said.partition("with zero ablation")[2]
     assert set(table_of_saes(at)["hook point"]) == {
         "blocks.1.hook_resid_post",
         "blocks.3.hook_resid_post",
@@ -97,6 +98,7 @@ def test_gamma_over_the_sweep_is_of_one_hook_point(root: Path) -> None:
     spec = json.loads(at.get("plotly_chart")[0].proto.spec)
     # Four lambdas: the Gated SAEs' output and gate path, and the baselines'.
     assert [len(trace["x"]) for trace in spec["data"]] == [4, 4, 4]
+    assert "SAEs at blocks\\.3\\.hook" in text(at)
 
 
 def test_a_pinned_baseline_adds_columns_of_differences(root: Path) -> None:

@@ -399,10 +399,11 @@ def test_a_run_on_vectors_is_not_spoken_of_as_text(root: Path) -> None:
         for row in found["saes"]:
             row |= {"n_predictions": 0, "loss_recovered": None, "kl": None}
     rows = opened("app.py").dataframe[0].value
-    assert rows["where"].iloc[0] == "embeddings"
+    assert (rows["where"].iloc[0], rows["trained on"].iloc[0]) == ("embeddings", "1.05 M vectors")
     for page in (LIVE, "pages/3_Pareto.py", "pages/4_Shrinkage.py"):
         at = opened(page, run="vectors")
         metrics = [f"{each.label} {each.help}" for each in at.metric]
         said = "\n".join([text(at), *metrics, *(each.label for each in at.select_slider)])
         assert "vectors" in said
+        assert not {"loss_recovered", "kl"} & {name for each in at.dataframe for name in each.value}
         assert not re.search(r"(?i)token|the model|language model ", said), page

@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from app_pages import HOSTILE, opened, text
 from streamlit.testing.v1 import AppTest
@@ -373,3 +374,23 @@ def test_a_smaller_model_takes_further_layers_along(root: Path) -> None:
     at.selectbox(key="model").set_value("bundled").run()
     assert at.multiselect(key="more_layers").value == []
     assert not at.button(key="train.start").disabled
+
+
+def test_a_folder_of_vectors_has_no_field_or_word_of_a_text(root: Path, tmp_path: Path) -> None:
+    write_run(root, "on-text", run_config=config())
+    (folder := tmp_path / "embeddings").mkdir()
+    np.save(folder / "a.npy", np.ones((100, 8), np.float32))
+    asked = {"activations": str(folder), "width": "64", "tokens": "60000", "eval_tokens": "9"}
+    at = opened("pages/1_Train.py", **asked)
+    labels = {widget.label for kind in (at.text_input, at.selectbox, at.toggle) for widget in kind}
+    assert {"Vectors", "Evaluation vectors", "Held-out share"} <= labels
+    assert not labels & {"Tokens", "Text", "BOS", "Precision", "Context length"}
+    assert at.button(key="train.start").label == "Start 60 k vectors"
+    assert "**1 · Vectors**" in said(at)
+    assert "bundled model" not in said(at)
+    # Not at the speed of a run on text, most of which is a language model's.
+    assert "a few seconds, a rough estimate: no run on vectors was trained here yet" in said(at)
+    assert "tokens" not in said(at).replace("--tokens", "").replace("--eval-tokens", "")
+    at = opened("pages/1_Train.py", activations=str(tmp_path / "none"))
+    assert at.button(key="train.start").disabled
+    assert "expected a folder of vectors, found none" in said(at)

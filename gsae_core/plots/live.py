@@ -252,7 +252,8 @@ def _line_spec(
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     if top is not None:
         scale = alt.Scale(domain=[0, top], nice=False)
-    form = "~%" if column in PERCENT else "~g"
+    # On an even axis "~g" writes the 10 after 8 as 1e+1.
+    form = "~%" if column in PERCENT else "~g" if log else "~r"
     ticks: dict[str, Any] = {"values": log_ticks("y")} if log else {"tickCount": 5}
 
     def drawn(field: str, **mark: Any) -> alt.Chart:

@@ -89,7 +89,7 @@ def example_row(
 ) -> Row:
     """Return an example as a row of a list; `margin`: its value is that of a near miss."""
     split = example.split.replace("_", " ")
-    label = f"{example.value:#.2g}" if margin else f"{example.value:#.3g}"
+    label = (f"{example.value:#.2g}" if margin else f"{example.value:#.3g}").rstrip(".")
     about = f"{split} text, sequence {example.sequence}, token {example.position}"
     if example.vector is not None:
         about = f"{split} vector {example.vector}"

@@ -285,6 +285,9 @@ def _wrong_choices(config: RunConfig, facts: ModelFacts) -> Iterator[Refusal]:
         check_family(facts.name, facts.family)
     except InputError as error:
         yield Refusal(f"--model: {error}", (Fix("model", "bundled"),))
+    if config.activations is not None and facts.shape is None:
+        found = f"found none that can be read in {config.activations}"
+        yield Refusal(f"--activations: expected a folder of vectors, {found}", ())
     layers, shape = list(dict.fromkeys(place.layer for place in config.places)), facts.shape
     if shape is not None and max(layers) >= (n := shape.n_layers):
         known = [str(layer) for layer in layers if layer < n] or [f"{n - 1}"]
