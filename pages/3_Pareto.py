@@ -183,7 +183,7 @@ def headline(evals: pd.DataFrame) -> None:
         str(group): matched_ratio(rows.to_dict("records")).sentence
         for group, rows in evals.groupby("group")
     }
-    differ = len(set(ratios.values())) > 1
+    differ = len(set(ratios.values())) > 1 or bool(matched.pairs)
     with st.container(border=True):
         number, words = st.columns([1, 3], vertical_alignment="center")
         number.metric(

@@ -116,8 +116,10 @@ def ratio_sentences(evals: Iterable[Mapping[str, Any]]) -> list[str]:
     places: dict[Place, list[Mapping[str, Any]]] = {}
     for row in evals:
         places.setdefault(Place(row["layer"], row["site"]), []).append(row)
-    said = {place: matched_ratio(rows).sentence for place, rows in places.items()}
-    if len(set(said.values())) < 2:  # such as that no place has a baseline
+    found = {place: matched_ratio(rows) for place, rows in places.items()}
+    said = {place: ratio.sentence for place, ratio in found.items()}
+    none = not any(ratio.pairs for ratio in found.values())  # such as without a baseline
+    if len(said) < 2 or (none and len(set(said.values())) < 2):
         return [*dict.fromkeys(said.values())] or [matched_ratio([]).sentence]
     return [f"{place.hook_name}: {sentence}" for place, sentence in said.items()]
 
