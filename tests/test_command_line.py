@@ -51,9 +51,8 @@ def test_every_setting_of_the_configs_has_a_flag() -> None:
     settings = {name for kind in kinds for name in kind.model_fields}
     called = {"name": "model", "source": "data", "n_tokens": "tokens", "d_sae": "width"}
     called |= {"architecture": "arch", "replace": "eval_replace"}
-    # Parts of a run, what only the ablation of a paragraph in the paper wants, what `import` alone
-    # sets, and how a file of an earlier version is read.
-    settings -= {"saes", "train", "evaluation", "detach_b_dec", "imported", "reading"}
+    # Parts of a run, what `import` alone sets, and how a file of an earlier version is read.
+    settings -= {"saes", "train", "evaluation", "imported", "reading"}
     # What `finetune` and `extend` set.
     settings -= {"start", "finetuned", "loss", "extended", "threshold_lr"}
     assert {called.get(name, name) for name in settings} <= flags

@@ -116,6 +116,7 @@ def test_every_field_of_the_form_reaches_the_run_by_all_three_ways() -> None:
         "recipe": "B",
         "tie": "none",
         "aux": "unfrozen",
+        "detach_b_dec": True,
         "loss_norm": "mean",
         "init_threshold": "0.01",
         "bandwidth": "0.02",

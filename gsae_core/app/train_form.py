@@ -53,6 +53,7 @@ LABELS = {flag: flag.replace("_", " ").capitalize() for flag in (*SETS, "width")
     "held_out": "Held-out share",
     "tie": "Tied encoder",
     "aux": "Auxiliary decoder",
+    "detach_b_dec": "Detached b_dec",
     "loss_norm": "Loss normalisation",
     "beta1": "Adam β₁",
     "beta2": "Adam β₂",
