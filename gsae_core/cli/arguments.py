@@ -43,7 +43,8 @@ SETS: dict[str, tuple[type[Config], str]] = {
     for config, words in {
         ModelConfig: "model=name revision layer site dtype",
         DataConfig: "data=source text_column split chat separator n_ctx bos held_out",
-        SAESpec: "recipe tie aux detach_b_dec loss_norm init_threshold bandwidth threshold_unit k_aux",
+        SAESpec: "recipe tie aux detach_b_dec loss_norm init_threshold bandwidth threshold_unit "
+        "k_aux",
         TrainRecipe: "tokens=n_tokens batch_size lr beta1 beta2 lr_warmup_steps lr_decay_fraction "
         "sparsity_warmup_steps revive_every revive_window revive_until start screened",
         EvalConfig: "eval_tokens=n_tokens eval_replace=replace",
