@@ -11,6 +11,8 @@ from gsae_core.config import RunConfig
 from gsae_core.errors import InputError
 from gsae_core.files import read_json
 from gsae_core.runs.run import Run
+from gsae_core.runs.work.finetune import finetuned_config
+from gsae_core.runs.work.setup import set_up
 from gsae_core.sae.architectures import GatedSAE, JumpReluSAE, ReluSAE, TopKSAE
 from gsae_core.sae.base import SAE
 from gsae_core.training.dead_latents import resample_
@@ -67,6 +69,15 @@ def test_outliers_do_not_move_the_centre() -> None:
     assert sae.b_dec.tolist() == [2.0, 0.0]
 
 
+def test_outliers_do_not_count_among_those_a_latent_fires_on() -> None:
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    x[::16] = 1000.0  # 32 of them, on which every second latent fires
+    sae = GatedSAE(16, 128)
+    start_(sae, x, n_firing=8)
+    fires = (sae.encode(x)[x[:, 0] < 1000] > 0).sum(0)
+    assert fires.sub(480 * 8 // 128).abs().max() <= 1
+
+
 def test_the_geometric_median_of_a_line_is_its_median() -> None:
     x = torch.tensor([[0.0], [1.0], [8.0]])
     assert geometric_median(x).item() == pytest.approx(1.0, abs=1e-3)
@@ -115,3 +126,20 @@ def test_a_run_starts_sparse_and_resumes_to_its_bits(
     first = {row["sae"]: row["l0"] for row in reversed(whole.metrics())}
     assert first["gated"] < 6 > first["relu"]
     assert read_json(whole.folder / "config.json")["train"]["start"] == "sparse"
+    tuned = finetuned_config(whole, ["gated"], n_tokens=64)
+    assert tuned.train.start == "sparse"  # of what is revived
+
+
+def test_what_a_run_leaves_out_has_no_part_in_its_start(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_config(Path("lm"), Path("text")).train.model_copy(update={"start": "sparse"})
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "gsae_core.runs.work.setup.start_", lambda sae, x, start: seen.append(x.norm(dim=1))
+    )
+    parts = set_up(new_run("ratio", train=recipe, max_norm_ratio=1.2))
+    (limit,), (scale,) = parts.stream.limits, parts.stream.scales
+    assert float(parts.stream.first(100)[0].norm(dim=1).max()) > limit
+    assert all(float(norms.max()) <= limit * scale * 1.0001 for norms in seen)
+    assert len(seen) == 2

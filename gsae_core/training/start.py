@@ -36,9 +36,8 @@ def start_(sae: SAE, x: Rows, *, start: Start = "sparse", n_firing: int | None =
         raise InputError(f"expected two activations or more to start from, got {len(x)}")
     if isinstance(sae, JumpReluSAE):
         sae.measure_unit_(x)
-    power = x.square().sum(1)
-    usual = x[power <= ordinary(power).max()]
-    sae.b_dec.copy_(usual.mean(0) if start == "sparse" else geometric_median(usual))
+    x = without_outliers(x)
+    sae.b_dec.copy_(x.mean(0) if start == "sparse" else geometric_median(x))
     sparse_biases_(sae, x, torch.arange(sae.d_sae), n_firing=n_firing)
 
 
@@ -48,15 +47,16 @@ def sparse_biases_(
 ) -> None:
     """Set biases so that each of the latents fires on `n_firing / d_sae` of the inputs, in place.
 
-    None takes 64. It fires on one input at least, and on exactly as many where none of its
-    pre-activations are equal. `b_gate` and `b_mag`, or `b_enc`, become minus the largest
-    pre-activation it shall not fire on, plus the threshold of a JumpReLU SAE. A TopK SAE keeps its
-    biases: k does the same.
+    None takes 64; outliers do not count. It fires on one input at least, and on exactly as many
+    where none of its pre-activations are equal. `b_gate` and `b_mag`, or `b_enc`, become minus the
+    largest pre-activation it shall not fire on, plus the threshold of a JumpReLU SAE. A TopK SAE
+    keeps its biases: k does the same.
     """
     if isinstance(sae, TopKSAE):
         return
     assert isinstance(sae, GatedSAE | SinglePathSAE)
     W = sae.W_gate if isinstance(sae, GatedSAE) else sae.W_enc
+    x = without_outliers(x)  # on which half of the latents fire, however few others do
     n = min(max(1, round(len(x) * (n_firing or N_FIRING) / sae.d_sae)), len(x) - 1)
     centred = x - sae.b_dec
     parts = latents.to(x.device).split(max(1, CHUNK_ENTRIES // len(x)))
@@ -64,6 +64,12 @@ def sparse_biases_(
     above = sae.threshold[latents] if isinstance(sae, JumpReluSAE) else 0.0
     for name in {"b_gate", "b_mag", "b_enc"} & dict(sae.named_parameters()).keys():
         getattr(sae, name)[latents] = above - silent
+
+
+def without_outliers(x: Rows) -> Float[Tensor, "ordinary d_in"]:
+    """Return those of some activations that are no outliers among them."""
+    power = x.square().sum(1)
+    return x[power <= ordinary(power).max()]
 
 
 def geometric_median(x: Rows, *, n_steps: int = 50) -> Float[Tensor, " d_in"]:

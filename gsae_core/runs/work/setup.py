@@ -29,6 +29,7 @@ from gsae_core.lm.harvest import Harvest, open_cache
 from gsae_core.lm.model import LanguageModel, load_model
 from gsae_core.lm.stream import ActivationStream, default_chunk_vectors
 from gsae_core.lm.vectors import StoredHarvest, VectorSource
+from gsae_core.norms import longer
 from gsae_core.runs.outliers import outliers_met
 from gsae_core.runs.plan.cost import check_memory, device_here, resolve_device, state_bytes
 from gsae_core.runs.run import Run, read_added
@@ -244,11 +245,12 @@ def _start(run: Run, saes: Sequence[SAE], stream: ActivationStream) -> None:
     # A saved state holds what they have become since.
     if cfg.train.start == "zero" or (state_folder(run) / "state.json").exists():
         return
-    firsts = stream.first(N_VECTORS)
-    for spec, sae, i in zip(cfg.saes, saes, cfg.reads, strict=True):
-        if spec.start is None:
-            x = firsts[i][:N_VECTORS].to(sae.b_dec.device) * stream.scales[i]
-            start_(sae, x, start=cfg.train.start)
+    new = [k for k, spec in enumerate(cfg.saes) if spec.start is None]
+    firsts = stream.first(N_VECTORS) if new else []
+    for sae, i in ((saes[k], cfg.reads[k]) for k in new):
+        x = firsts[i][:N_VECTORS]
+        x = x[~longer(x, stream.limits[i])].to(sae.b_dec.device) * stream.scales[i]
+        start_(sae, x, start=cfg.train.start)
 
 
 def beginning(run: Run, spec: SAESpec, stream: ActivationStream, read: int) -> SAE:
