@@ -72,7 +72,7 @@ Aux = Literal["frozen", "unfrozen", "off"]
 LossNorm = Literal["sum", "mean", "mean_power"]
 Positions = Literal["counted", "all"]
 """Of a sequence: those that count, which hold no BOS, separator or padding, or every one."""
-IF_SAID = Field(exclude_if=lambda said: said in (None, (), "mse"))
+IF_SAID = Field(exclude_if=lambda said: said is None or said == ())
 """Of a key that files have only where there is something to say."""
 Loss = Literal["mse", "kl"]
 """Squared error, or with it what the language model predicts from reconstructions."""
@@ -250,7 +250,7 @@ class SAESpec(Config):
 
     threshold_unit: PositiveFloat | None = None
     """What a JumpReLU SAE's initial threshold and bandwidth are multiples of, in training units;
-    None takes the activations' length, sqrt(E|x|^2) of the first batch."""
+    None takes the activations' length, sqrt(E|x|^2), as training begins."""
 
     k_aux: PositiveInt | None = None
     """Dead latents that a TopK SAE's auxiliary loss listens to; None takes d_in / 2."""
@@ -518,7 +518,7 @@ class RunConfig(Config):
     finetuned: Annotated[str | None, IF_SAID] = None
     """Name of the run whose SAEs these started from."""
 
-    loss: Annotated[Loss, IF_SAID] = "mse"
+    loss: Annotated[Loss, Field(exclude_if=lambda loss: loss == "mse")] = "mse"
     """`mse`, of shuffled activations, or `kl`: end-to-end, on whole sequences."""
 
     @model_validator(mode="before")

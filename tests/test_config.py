@@ -35,6 +35,12 @@ def test_a_run_survives_json(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json") == config
 
 
+def test_a_run_that_is_called_like_a_value_that_is_left_out_survives_json(tmp_path: Path) -> None:
+    config = validated(RunConfig, RUN | {"activations": "mse", "finetuned": "mse"})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert load_config(tmp_path / "config.json") == config
+
+
 def test_a_config_saved_by_a_windows_editor_is_read(tmp_path: Path) -> None:
     config = validated(RunConfig, RUN)
     (tmp_path / "config.json").write_text(config.model_dump_json(), encoding="utf-8-sig")
