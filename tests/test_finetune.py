@@ -14,7 +14,7 @@ from refusals import mistake, refusal
 from tiny_runs import finish, leave_at, outcome, tiny_config
 
 from gsae_core.cli.main import main
-from gsae_core.config import EvalConfig, SAESpec, TrainRecipe, load_config
+from gsae_core.config import DataConfig, EvalConfig, SAESpec, TrainRecipe, load_config
 from gsae_core.runs.run import Run
 from gsae_core.runs.work import setup
 from gsae_core.runs.work.finetune import create_finetuned, finetuned_config, unit_norm_
@@ -217,6 +217,16 @@ def test_a_lambda_of_another_library_is_not_taken_for_ours(imported: Callable[..
         "ours weighs the sum of latents, or of a JumpReLU SAE their number, against squared error "
         "summed over d_in at E|x|^2 = 1"
     )
+
+
+def test_chats_that_an_import_is_evaluated_on_are_trained_on_as_chats(
+    imported: Callable[..., Run],
+) -> None:
+    run = imported("topk")
+    data = run.config.data.model_copy(update={"chat": True})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"data": data}))
+    found = finetuned_config(run, n_tokens=8192).data
+    assert found == DataConfig(source=data.source, chat=True)
 
 
 def test_one_that_normalises_tokens_is_refused(imported: Callable[..., Run]) -> None:

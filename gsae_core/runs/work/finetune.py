@@ -81,7 +81,8 @@ def finetuned_config(
         _spec(run, spec, each, recipe or {}, called or {})
         for spec, each in zip(specs, wanted, strict=True)
     ]
-    text = old.data.model_dump() if old.imported is None else {"source": old.data.source}
+    # An import holds out half of its text, because it trains on none.
+    text = old.data.model_dump(include=None if old.imported is None else {"source", "chat"})
     if data and "source" in data:  # another text has columns and splits of its own
         text = {k: v for k, v in text.items() if k in OF_ANY_TEXT}
     kept = ("batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until", "start")
