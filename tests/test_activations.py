@@ -303,9 +303,10 @@ def test_labels_are_written_from_captions(
     assert label.model == "small"
     assert 0 <= (label.score or 0) <= 1
     asked, scored = chat.questions
-    assert asked.count("<<picture ") == 12
-    assert "of captions" not in scored
-    assert scored.count("picture ") == 10
+    assert asked.count(". picture ") == 12
+    assert scored.count(". picture ") == 10
+    assert "On which of these 10 captions does it fire?" in scored
+    assert not re.search("<<|token|language model", asked + scored)
     said = capsys.readouterr().err
     assert f"up to 22 captions of each, out of {folder}" in said
     told = mistake([*words, "--remote", "--again", "--score", "fuzzing"], capsys)
