@@ -39,8 +39,9 @@ class JumpReluSAE(SinglePathSAE):
 
     `init_threshold` (theta at the start and after a revival) and `bandwidth` (of the window around
     theta in which z moves theta) are multiples of `threshold_unit`, by which Adam's steps of theta
-    are multiplied too. None lets training measure it, sqrt(E|x|^2) of the first batch, and counts
-    as 1 until then. `P` is the only recipe: the penalty weighs no latent by anything.
+    are multiplied too. None lets training measure it, sqrt(E|x|^2) of the first batch or of what a
+    sparse start is measured on, and counts as 1 until then. `P` is the only recipe: the penalty
+    weighs no latent by anything.
 
     Raises:
         InputError: if a width is below 1, the recipe is another, or one of the three is not a
