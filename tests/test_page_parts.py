@@ -7,8 +7,9 @@ from typing import Any
 
 from gsae_core.lm.catalog import ModelShape, model_facts
 from gsae_core.machine import machine
+from gsae_core.presets import preset
 from gsae_core.runs.jobs.job import Status
-from gsae_core.runs.plan.cost import CORE_SPEED, GPU_SPEED, guessed_pace
+from gsae_core.runs.plan.cost import CORE_SPEED, GPU_SPEED, guessed_pace, operations
 from gsae_core.runs.plan.progress import speed, timeline
 from gsae_core.text import ago, count, duration, fixed, percent, signed_percent, unhidden
 
@@ -142,6 +143,9 @@ def test_a_hub_name_has_no_shape_before_it_is_here() -> None:
 def test_speed_is_a_guess_where_no_run_was_trained() -> None:
     assert guessed_pace(n_cores=2, has_gpu=False) == (2 * CORE_SPEED, None)
     assert guessed_pace(n_cores=2, has_gpu=True) == (GPU_SPEED, None)
+    bundled = ModelShape(d_model=256, d_mlp=1024, d_attn=256, n_layers=4)
+    minutes = operations(preset("quick").config(), bundled) / (2 * CORE_SPEED) / 60
+    assert 3 < minutes < 6  # as README says of 2 cores
 
 
 def test_the_machine_says_what_is_free(tmp_path: Path) -> None:
