@@ -40,6 +40,12 @@ def test_biases_by_hand() -> None:
     assert sae.encode(x).tolist() == [[0, 4], [0, 2], [1, 0], [4, 0]]
 
 
+def test_the_fewest_that_a_latent_fires_on_is_one() -> None:
+    sae, x = ReluSAE(2, 4), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    start_(sae, x, n_firing=0)
+    assert (sae.encode(x) > 0).sum(0).tolist() == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("kind", SAES)
 def test_every_latent_fires_on_as_many_vectors_as_it_should(kind: str) -> None:
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1

@@ -56,11 +56,11 @@ def sparse_biases_(
         return
     assert isinstance(sae, GatedSAE | SinglePathSAE)
     W = sae.W_gate if isinstance(sae, GatedSAE) else sae.W_enc
-    x = without_outliers(x)  # on which half of the latents fire, however few others do
-    n = min(max(1, round(len(x) * (n_firing or N_FIRING) / sae.d_sae)), len(x) - 1)
-    centred = x - sae.b_dec
+    x = without_outliers(x) - sae.b_dec  # on outliers, half fire whatever their biases
+    firing = N_FIRING if n_firing is None else n_firing
+    n = min(max(1, round(len(x) * firing / sae.d_sae)), len(x) - 1)
     parts = latents.to(x.device).split(max(1, CHUNK_ENTRIES // len(x)))
-    silent = torch.cat([(centred @ W[:, part]).topk(n + 1, dim=0).values[-1] for part in parts])
+    silent = torch.cat([(x @ W[:, part]).topk(n + 1, dim=0).values[-1] for part in parts])
     above = sae.threshold[latents] if isinstance(sae, JumpReluSAE) else 0.0
     for name in {"b_gate", "b_mag", "b_enc"} & dict(sae.named_parameters()).keys():
         getattr(sae, name)[latents] = above - silent

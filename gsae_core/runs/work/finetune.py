@@ -85,10 +85,10 @@ def finetuned_config(
     text = old.data.model_dump(include=None if old.imported is None else {"source", "chat"})
     if data and "source" in data:  # another text has columns and splits of its own
         text = {k: v for k, v in text.items() if k in OF_ANY_TEXT}
-    kept = ("batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until", "start")
-    kept += ("screened",)
+    kept = {"batch_size", "lr", "beta1", "beta2", "lr_decay_fraction", "revive_until"}
+    kept |= {"start", "screened"}
     steps = {"n_tokens": n_tokens, "sparsity_warmup_steps": 0, "revive_every": 0}
-    train = {**old.train.model_dump(include=set(kept)), **steps, **(recipe or {})}
+    train = {**old.train.model_dump(include=kept), **steps, **(recipe or {})}
     # Thresholds that are good already need not go the length of the activations in a short run.
     train["threshold_lr"] = train["lr"]
     if old.imported is None:
