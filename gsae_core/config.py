@@ -340,9 +340,9 @@ class TrainRecipe(Config):
     """No revival after this share of the steps, so that what is revived can still learn."""
 
     start: Annotated[Start, Field(exclude_if=lambda start: start == "zero")] = "zero"
-    """What new and revived latents begin with: biases and b_dec of 0 (`zero`), or such biases that
-    64 latents fire on a token, and b_dec at the mean of the activations (`sparse`) or their
-    geometric median (`sparse_median`)."""
+    """Biases of new and revived latents: 0 (`zero`), or such that 64 latents fire on a token
+    (`sparse`, `sparse_median`). b_dec begins at 0, at the mean of the activations, or at their
+    geometric median."""
 
     screened: bool = False
     """Find open gates by a bfloat16 product and decide in float32: the same gates, up to twice the
