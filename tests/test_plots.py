@@ -80,7 +80,10 @@ def test_ticks_of_a_log_axis_are_round() -> None:
     assert round_values([6.3, 7.8]) == [5.5, 6, 6.5, 7, 7.5, 8, 8.5, 9, 9.5]
     assert round_values([53.3, 62.5]) == [45, 50, 55, 60, 65, 70, 75]
     assert [tick for tick in round_values([53.3, 55.4]) if 53.3 <= tick <= 55.4] == [54, 55]
-    assert round_values([7.0]) == [6, 6.5, 7, 7.5, 8, 8.5]
+    assert round_values([7.0]) == [6, 7, 8]
+    # Not 90, 95, 100 and then none up to 150.
+    assert round_values([87.7, 144.5]) == [80, 100, 120, 140, 160, 180]
+    assert 2 <= len(round_values([100.0, 100.0001])) < 30
     assert round_values([0.0]) == []
 
 
@@ -305,6 +308,15 @@ def test_dots_are_thinned_and_carry_their_latent() -> None:
     assert list(trace.customdata[:3]) == [0, 3, 6]
     (note,) = figure.to_dict()["layout"]["annotations"]
     assert note["text"] == "beyond the axis: 1<br>one feature in 3 drawn"
+
+
+def test_of_few_features_a_runaway_does_not_flatten_the_others() -> None:
+    # Of 101 gammas one is within 99 %.
+    few = [0.9, 1.1] * 50
+    bins = common_bins([features([*few, 3000.0])])
+    assert bins.width == pytest.approx(0.05)
+    assert bins.edges[-1] < 4
+    assert common_bins([features([-3.0, *few])]).edges[0] > -2
 
 
 def test_a_runaway_feature_does_not_flatten_the_others() -> None:

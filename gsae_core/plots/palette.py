@@ -1,7 +1,8 @@
 """One look for every figure: Okabe-Ito colours, a marker per architecture, titles with units."""
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from gsae_core.config import Architecture, SAESpec
@@ -86,23 +87,37 @@ def shades(saes: Sequence[SAESpec], theme: Theme) -> dict[str, str]:
 def round_values(values: Iterable[float]) -> list[float]:
     """Return round ticks of a log axis: 1, 2, 5 times powers of ten, more where these are too few.
 
+    Of values that are close together: multiples of 1, 2 or 5 times a power of ten.
+
     The chart libraries' own choices are a grid line for every digit, or labels like `2 5 10^2`.
     """
     positive = [float(value) for value in values if value > 0]
     if not positive:
         return []
     low, high = min(positive), max(positive)
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    # Around two values that are almost one, not all of the axis: that would be thousands of ticks.
+    near = 3 * (high - low) or high
+    first, last = max(low * 0.8, low - near), min(high * 1.25, high + near)
     found: list[float] = []
-    halves, tenths = (tuple(n / per for n in range(per, 10 * per)) for per in (2, 10))
-    for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), halves, tenths):
-        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
-        found = [tick for tick in ticks if low * 0.8 <= tick <= high * 1.25]
+    for ticks in _candidates(first, last):
+        found = [tick for tick in ticks if first <= tick <= last]
         # An axis hardly reaches beyond its points: those outside alone would leave it bare.
         inside = sum(low <= tick <= high for tick in found)
         if len(found) >= 3 and (inside >= 2 or low == high):
             break
     return found
+
+
+def _candidates(first: float, last: float) -> Iterator[list[float]]:
+    """Yield round numbers about `first` to `last`, more of them each time."""
+    top = math.ceil(math.log10(last))
+    for digits in ((1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        decades = range(math.floor(math.log10(first)), top + 1)
+        yield [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+    for decade, digit in itertools.product(range(top, top - 8, -1), (5, 2, 1)):
+        step = float(f"{digit}e{decade}")
+        numbers = range(math.ceil(first / step), math.floor(last / step) + 1)
+        yield [float(f"{number * step:.12g}") for number in numbers]
 
 
 def _mix(colour: str, amount: float) -> str:
