@@ -38,6 +38,20 @@ def test_an_empty_evaluation_is_an_empty_table() -> None:
     assert evaluation_frame([]).empty
 
 
+def test_saes_of_several_places_are_in_groups_in_the_order_of_the_run() -> None:
+    rows = [
+        evaluation(spec) | {"layer": layer, "site": site}
+        for layer, site in ((2, "resid_post"), (1, "mlp_out"))
+        for spec in SAES
+    ]
+    rows[0] |= {"l0": 1e6}
+    frame = evaluation_frame(rows)
+    assert list(frame["layer"]) == [2] * len(SAES) + [1] * len(SAES)
+    for _, place in frame.groupby("layer"):
+        for _, each in place.groupby("architecture"):
+            assert each["l0"].is_monotonic_increasing
+
+
 def test_differences_are_taken_from_the_baselines_sae_of_the_same_architecture_and_lambda() -> None:
     ours = EVALS.assign(l0=EVALS["l0"] + 3, kl=EVALS["kl"] * 2)
     frame = several_runs({"new": ours, "base": EVALS})

@@ -53,7 +53,10 @@ class PaperSite(NamedTuple):
 
 
 def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return `evals.json`'s SAEs by architecture and L0, with `delta_ce`, ce_sae - ce_clean."""
+    """Return `evals.json`'s SAEs by architecture and L0, with `delta_ce`, ce_sae - ce_clean.
+
+    Those of several places are in groups, in the order in which `evals` names the places.
+    """
     frame = pd.DataFrame(list(evals))
     if frame.empty:
         return frame
@@ -61,7 +64,13 @@ def evaluation_frame(evals: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     numbers = frame.columns.difference([*WORDS, "layer", "d_in", "d_sae", "n_tokens"])
     frame = frame.astype({str(name): float for name in numbers})
     frame = frame.assign(delta_ce=frame["ce_sae"] - frame["ce_clean"])
-    return frame.sort_values(["architecture", "l0"]).reset_index(drop=True)
+    frame = frame.sort_values(["architecture", "l0"])
+    if "layer" in frame:
+        named = list(dict.fromkeys((row["layer"], row["site"]) for row in evals))
+        places = zip(frame["layer"], frame["site"], strict=True)
+        order = np.argsort([named.index(place) for place in places], kind="stable")
+        frame = frame.iloc[order]
+    return frame.reset_index(drop=True)
 
 
 def unit_measured(evals: pd.DataFrame) -> str:
