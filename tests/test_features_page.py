@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import config, write_run
 from synthetic_index import DEAD, THETA, write_index, write_weights
 
-from gsae_core.app import components, feature_index, feature_list
+from gsae_core.app import components, feature_index, feature_list, feature_view
 from gsae_core.config import SAESpec, sweep
 from gsae_core.runs.jobs.job import Status, write_status
 from gsae_core.runs.run import Run
@@ -47,6 +47,23 @@ def test_a_feature_shows_its_numbers_words_and_examples(indexed: Run) -> None:
     assert "Nothing between 0 and θ = 1: it jumps." in said
     assert "w7" in said
     assert "Feature 7" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"fired": 870}, "Fires on <b>90.6 % of tokens</b>"),
+        ({"gamma": -0.8}, "better with the other sign"),
+    ],
+)
+def test_dense_features_and_negative_gammas_are_said_in_true_words(
+    indexed: Run, changed: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = feature_view.Feature.stats
+    monkeypatch.setattr(
+        feature_view.Feature, "stats", property(lambda self: stats.__get__(self) | changed)
+    )
+    assert said in text(opened(PAGE, run="done", feature="7"))
 
 
 def test_the_baseline_has_no_gate_and_no_band(indexed: Run) -> None:

@@ -43,8 +43,11 @@ CHIP = 60  # characters of a caption in the summary
 
 def summary(feature: Feature) -> None:
     """Say in two lines what a feature that fires is: how often, on what, to what end."""
-    often = f"1 {_unit(feature)} in {count(feature.stats['n_tokens'] / feature.stats['fired'])}"
-    is_caption = _unit(feature) == "vector"
+    unit, one_in = _unit(feature), feature.stats["n_tokens"] / feature.stats["fired"]
+    often = (
+        f"1 {unit} in {count(one_in)}" if one_in >= 2 else f"{percent(1 / one_in, 1)} of {unit}s"
+    )
+    is_caption = unit == "vector"
     tokens = [(token, percent(share, 0)) for token, share in feature.top_tokens]
     if is_caption:  # each of them a small share of many
         tokens = [(token[:CHIP], "") for token, _ in feature.top_tokens]
@@ -87,6 +90,8 @@ def _shrinkage(gamma: float) -> str:
         return "never fired"
     if abs(gamma - 1) < 0.02:
         return "no shrinkage"
+    if gamma < 0:  # the best multiple of what it writes is 1 / gamma
+        return "better with the other sign"
     return f"{100 * abs(1 - gamma):.0f} % too {'short' if gamma < 1 else 'long'}"
 
 
