@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_runs import finish, leave_at, outcome, tiny_config
 
-from gsae_core.config import RunConfig
 from gsae_core.errors import InputError
 from gsae_core.files import read_json
 from gsae_core.runs.run import Run
@@ -123,7 +122,7 @@ def test_a_run_starts_sparse_and_resumes_to_its_bits(
     monkeypatch.setattr("gsae_core.training.start.N_FIRING", 3)
     cfg = tiny_config(tiny_lm_folder, words, checkpoint_minutes=60)
     recipe = cfg.train.model_copy(update={"start": "sparse"})
-    cfg = RunConfig(**cfg.model_dump() | {"train": recipe})
+    cfg = cfg.model_copy(update={"train": recipe})
     whole, parts = (Run.create(tmp_path / name, cfg) for name in ("whole", "parts"))
     finish(whole)
     leave_at(parts, 12)  # past a revival
