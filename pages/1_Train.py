@@ -6,6 +6,7 @@ Each widget of the form is a flag of `train`, and its value is in the address.
 import secrets
 from collections.abc import Container, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -491,15 +492,21 @@ def shape_of(run: Run) -> ModelShape | None:
 
 
 def speed(here_has_gpu: bool, n_cores: int) -> Pace:
-    """Return how fast this machine trains, by its newest runs that read what this one does."""
+    """Return how fast this machine trains: the longest of its newest runs that read the like.
+
+    Of a run of seconds most is the start: compiling, the first batches, files not yet in memory.
+    """
     like = [run for run in frame.runs if run.config.unit == unit()]
+    found: list[tuple[float, Pace]] = []
     for run in like[:5]:
         status, last, shape = frame.statuses.get(run.id), last_seconds(run), shape_of(run)
         if status is not None and status.n_steps and last is not None and shape is not None:
             steps, seconds = last
             if steps > 0 and seconds > 0:
                 done = operations(run.config, shape) * (steps / status.n_steps)
-                return Pace(done / seconds, run.id)
+                found.append((seconds, Pace(done / seconds, run.id)))
+    if found:
+        return max(found, key=itemgetter(0))[1]
     return guessed_pace(n_cores=n_cores, has_gpu=here_has_gpu)
 
 

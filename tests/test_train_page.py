@@ -279,6 +279,12 @@ def test_earlier_results_say_which_l0_to_expect_and_how_long_it_takes(root: Path
     assert "L0 as in run first at this hook point, interpolated over λ." in said(at)
     # The same 512 steps took it 0.4 s each.
     assert "about 3 min 25 s, at the speed of first" in said(at)
+    # A newer run of one step that took 5 s to start would say 43 minutes.
+    brief = write_run(root, "brief").folder / "metrics.jsonl"
+    row = json.loads(brief.read_text().splitlines()[0])
+    brief.write_text(json.dumps(row | {"step": 1, "seconds": 5.0}) + "\n")
+    at = opened(TRAIN, **{"from": "first"})
+    assert "about 3 min 25 s, at the speed of first" in said(at)
 
 
 @pytest.mark.parametrize("state", ["running", "failed"])
