@@ -14,7 +14,7 @@ LINES = {
     "ground": 2130,
     "sae": 3190,
     "lm": 5580,
-    "training": 1184,
+    "training": 1186,
     "checkpoints": 3020,
     "analysis": 5000,
     "plots": 1310,

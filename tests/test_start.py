@@ -108,8 +108,8 @@ def test_revived_latents_are_as_sparse(kind: str) -> None:
     biases = [p for name, p in sae.named_parameters() if name in ("b_gate", "b_mag", "b_enc")]
     kept = [bias.detach().clone() for bias in biases]
     resample_(sae, adam, dead=dead, pool=pool, seed=0, start="sparse")
-    # 64 latents of 8 are more than all: on every input but the one at the edge.
-    assert (sae.encode(pool)[:, dead] > 0).sum(0).sub(63).abs().max() <= 1
+    # 64 latents of 8 are more than all: half of them fire on an input.
+    assert (sae.encode(pool)[:, dead] > 0).sum(0).sub(32).abs().max() <= 1
     others = torch.tensor([0, 1, 3, 4, 6, 7])
     for bias, old in zip(biases, kept, strict=True):
         assert torch.equal(bias[others], old[others])

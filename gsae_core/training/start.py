@@ -47,18 +47,19 @@ def sparse_biases_(
 ) -> None:
     """Set biases so that each of the latents fires on `n_firing / d_sae` of the inputs, in place.
 
-    None takes 64; outliers do not count. It fires on one input at least, and on exactly as many
-    where none of its pre-activations are equal. `b_gate` and `b_mag`, or `b_enc`, become minus the
-    largest pre-activation it shall not fire on, plus the threshold of a JumpReLU SAE. A TopK SAE
-    keeps its biases: k does the same.
+    None takes 64, or half of the latents where these are fewer; outliers do not count. It fires on
+    one input at least, and on exactly as many where none of its pre-activations are equal. `b_gate`
+    and `b_mag`, or `b_enc`, become minus the largest pre-activation it shall not fire on, plus the
+    threshold of a JumpReLU SAE. A TopK SAE keeps its biases: k does the same.
     """
     if isinstance(sae, TopKSAE):
         return
     assert isinstance(sae, GatedSAE | SinglePathSAE)
     W = sae.W_gate if isinstance(sae, GatedSAE) else sae.W_enc
     x = without_outliers(x) - sae.b_dec  # on outliers, half fire whatever their biases
-    firing = N_FIRING if n_firing is None else n_firing
-    n = min(max(1, round(len(x) * firing / sae.d_sae)), len(x) - 1)
+    # A latent fires on half of the inputs with a bias of 0, and on more with one that adds to all.
+    share = min(N_FIRING / sae.d_sae, 0.5) if n_firing is None else n_firing / sae.d_sae
+    n = min(max(1, round(len(x) * share)), len(x) - 1)
     parts = latents.to(x.device).split(max(1, CHUNK_ENTRIES // len(x)))
     silent = torch.cat([(x @ W[:, part]).topk(n + 1, dim=0).values[-1] for part in parts])
     above = sae.threshold[latents] if isinstance(sae, JumpReluSAE) else 0.0
