@@ -191,6 +191,10 @@ class DataConfig(Config):
             raise ValueError("expected one line of text, or none where no line ends a document")
         return separator
 
+    def context_length(self, model_n_ctx: int) -> int:
+        """Return the tokens of a sequence, BOS included, for a model that takes `model_n_ctx`."""
+        return self.n_ctx or min(model_n_ctx, 256)
+
     @property
     def named(self) -> str:
         """What the text is called beside numbers: its source, and its split if that is another."""
@@ -632,10 +636,9 @@ def sweep(
 ) -> tuple[SAESpec, ...]:
     """Return the product of `architectures` and `sparsity`; ReLU SAEs are 1.5x as wide."""
     specs = []
-    for architecture in dict.fromkeys(architectures):
-        d_sae = width * 3 // 2 if architecture == "relu" else width
+    for kind in dict.fromkeys(architectures):
+        d_sae = width * 3 // 2 if kind == "relu" else width
         for value in dict.fromkeys(sparsity):
-            own = {"name": f"{architecture}-{value:g}", "sparsity": value}
-            fields = {"architecture": architecture, "d_sae": d_sae, **own, **common}
-            specs.append(validated(SAESpec, fields))
+            own = {"name": f"{kind}-{value:g}", "sparsity": value, "d_sae": d_sae}
+            specs.append(validated(SAESpec, {"architecture": kind, **own, **common}))
     return tuple(specs)

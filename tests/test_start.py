@@ -95,7 +95,9 @@ def test_zero_changes_nothing_and_one_vector_is_too_few() -> None:
     sae = ReluSAE(2, 4)
     start_(sae, torch.ones(3, 2), start="zero")
     assert not sae.b_dec.any()
-    with pytest.raises(InputError, match="expected two activations or more to start from, got 1"):
+    with pytest.raises(
+        InputError, match="expected two activations or more to start from, got 1; give"
+    ):
         start_(sae, torch.ones(1, 2))
 
 

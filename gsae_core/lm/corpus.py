@@ -434,7 +434,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 def _choose_packing(cfg: DataConfig, tokenizer: Any, model_n_ctx: int) -> _Packing:
     """Return how text is packed; InputError if n_ctx or BOS do not suit the model."""
-    n_ctx = cfg.n_ctx or min(model_n_ctx, 256)
+    n_ctx = cfg.context_length(model_n_ctx)
     if n_ctx > model_n_ctx:
         raise InputError(
             f"expected n_ctx of at most {model_n_ctx}, the model's context, got {n_ctx}: lower "

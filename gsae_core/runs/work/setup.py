@@ -102,7 +102,7 @@ def set_up(run: Run, *, beside: Sequence[Place] = ()) -> RunSetup:
     chunk_vectors = default_chunk_vectors(widest, cfg.train.n_steps * cfg.train.batch_size)
     sizes = {"chunk_vectors": chunk_vectors, "n_logits": 0}
     if cfg.loss == "kl" and isinstance(model, LanguageModel):
-        n_ctx = cfg.data.n_ctx or min(model.n_ctx, 256)
+        n_ctx = cfg.data.context_length(model.n_ctx)
         n_rows = min(sequences_at_once(model, n_ctx), max(1, cfg.train.batch_size // n_ctx))
         sizes["n_logits"] = n_rows * n_ctx * model.d_vocab
     check_memory(cfg, model.width, model.device, **sizes)
